@@ -1,0 +1,1 @@
+"""Data sets: generators and loaders of the real formats."""

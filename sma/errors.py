@@ -1,0 +1,34 @@
+"""The errors of the project: what was given, what is required, what to do about it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SmaError(Exception):
+    """Base of every error raised on purpose by this project."""
+
+
+class SpecError(SmaError, ValueError):
+    """A spec that cannot be built: an unknown kind or field, or an impossible value."""
+
+
+class InputError(SmaError, ValueError):
+    """A tensor given to `forward` with a shape, dtype or value that does not fit."""
+
+
+class StateError(SmaError, ValueError):
+    """A state that does not belong to the part it was given to, or a part that cannot stream."""
+
+
+class DataError(SmaError, ValueError):
+    """A file or a batch whose content is not what its format requires."""
+
+
+class CheckpointError(SmaError, RuntimeError):
+    """A saved model or run that cannot be written, found or read back."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest of the `known` words, or nothing when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
