@@ -28,7 +28,20 @@ class CheckpointError(SmaError, RuntimeError):
     """A saved model or run that cannot be written, found or read back."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest of the `known` words, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
+    """Return the hint that ends an error about an unknown word.
+
+    Args:
+        word: what was given.
+        known: what there is.
+        listed: what the known words are, such as `fields`; empty leaves the list out.
+
+    Returns:
+        `; did you mean 'x'? fields: x, y`, without the question when no known word is near.
+    """
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    question = f"; did you mean {near[0]!r}?" if near else ""
+    if not listed:
+        return question
+    return f"{question}{' ' if near else '; '}{listed}: {', '.join(words) or 'none'}"

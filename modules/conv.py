@@ -1,0 +1,89 @@
+"""Short depthwise convolution over neighbouring tokens."""
+
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sma.ragged import Ragged
+from sma.spec import register
+from sma.submodule import Operations, State, SubModule, SubModuleSpec
+
+
+@register
+class ConvSpec(SubModuleSpec):
+    """Spec of `Conv`."""
+
+    kind: Literal["conv"] = "conv"
+    kernel_size: int = Field(default=4, ge=1, le=256, description="tokens that one result depends on, its own included")
+    bidirectional: bool = Field(default=False, description="centre the kernel on the token; false looks back only")
+    activation: Literal["silu", "none"] = Field(default="silu", description="applied to the result")
+
+    @model_validator(mode="after")
+    def _centred(self) -> Self:
+        if self.bidirectional and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd when bidirectional=true, so that it has a middle")
+        return self
+
+    def build(self, width: int) -> "Conv":
+        return Conv(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return width * (self.kernel_size + 1)
+
+    def operations(self, width: int, tokens: int) -> Operations:
+        # Depthwise taps are no matrix products, but they are multiply-adds all the same.
+        return Operations(transforms=tokens * width * self.kernel_size)
+
+
+class Conv(SubModule):
+    r"""$y_t = \mathrm{silu}(\sum_j w_j \odot x_{t+j} + b)$ over slots: routed, it convolves neighbouring *active* tokens.
+
+    Args:
+        spec: kernel size and direction.
+        width: channels of every token, D.
+
+    Shape:
+        tokens `(T, D)` in, `(T, D)` out. `weight` is `(D, K)`, the last tap on the newest token.
+
+    Reference:
+        the short convolution of Mamba; Gu and Dao, arXiv 2312.00752.
+    """
+
+    def __init__(self, spec: ConvSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.causal = not spec.bidirectional
+        self.weight = nn.Parameter(torch.empty(width, spec.kernel_size))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new parameters: uniform within 1 / sqrt(K), as torch.nn.Conv1d does."""
+        bound = self.spec.kernel_size**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
+        """Convolve along every row; see `SubModule.forward`."""
+        self._refuse(state)
+        values, taps = tokens.values, self.spec.kernel_size
+        ahead = taps // 2 if self.spec.bidirectional else 0
+        out = self.bias.to(values.dtype).expand_as(values)
+        for tap in range(taps):
+            out = out + self.weight[:, tap].to(values.dtype) * _shifted(tokens, tap - (taps - 1) + ahead)
+        return (nn.functional.silu(out) if self.spec.activation == "silu" else out), None
+
+
+def _shifted(tokens: Ragged, by: int) -> Tensor:
+    """The values `by` slots further on in the same row; zeros beyond its ends."""
+    values = tokens.values
+    if by == 0 or values.shape[0] == 0:
+        return values
+    slot = tokens.slots + by
+    inside = (slot >= 0) & (slot < tokens.lengths[tokens.rows])
+    source = torch.arange(values.shape[0], device=values.device) + by
+    return values.index_select(0, source.where(inside, 0)).where(inside[:, None], 0)

@@ -1,0 +1,256 @@
+"""Attention of ragged tokens inside a window, cut into blocks: cost T (2 W + C), no padding to the batch maximum."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.ragged import Ragged
+
+Weighting = Literal["softmax", "relu2", "laplace"]
+
+# Mean and standard deviation of Mega's laplace function, which approximates relu^2.
+LAPLACE_MEAN, LAPLACE_STD = 0.707107, 0.282095
+
+
+class BlockShape(NamedTuple):
+    """How rows are cut: a block of `queries` slots sees `before` slots ahead of it, itself, and `after` slots behind it."""
+
+    queries: int
+    before: int
+    after: int
+
+    @property
+    def keys(self) -> int:
+        """Slots that a block sees."""
+        return self.before + self.queries + self.after
+
+
+def block_shape(longest: int, window: int | None, causal: bool) -> BlockShape:
+    """Choose the blocks for rows of up to `longest` tokens.
+
+    A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window: they see
+    2.5 windows, against 3 for blocks of a whole one; the products of still smaller blocks are less efficient.
+    """
+    longest = max(longest, 1)
+    if window is None or longest <= max(window, 32):
+        return BlockShape(longest, 0, 0)
+    queries = min(longest, max(32, window // 2))
+    reach = min(window, longest - 1)
+    return BlockShape(queries, reach, 0 if causal else reach)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tokens of a batch laid out in blocks.
+
+    Attributes:
+        shape: slots of a block and what it sees.
+        count: blocks of all rows together, n.
+        places: `(T,)` slot of each token in the flattened `(n * C)` blocks.
+        allowed: `(n, C, K)` which slot a slot may attend; a slot without a token always sees itself.
+        positions: `(before + n C + after,)` position in the stream at each slot.
+        slots: `(before + n C + after,)` rank in its row at each slot.
+    """
+
+    shape: BlockShape
+    count: int
+    places: Int[Tensor, "T"]
+    allowed: Bool[Tensor, "n C K"]
+    positions: Int[Tensor, "S"]
+    slots: Int[Tensor, "S"]
+
+    def fill(self, values: Float[Tensor, "T E"]) -> Float[Tensor, "S E"]:
+        """Lay values out in blocks, zeros elsewhere."""
+        shape = self.shape
+        padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, values.shape[1])
+        return padded.index_copy(0, self.places + shape.before if shape.before else self.places, values)
+
+    def queries_of(self, filled: Tensor) -> Float[Tensor, "n C ..."]:
+        """The slots of every block."""
+        shape = self.shape
+        return filled[shape.before : shape.before + self.count * shape.queries].unflatten(0, (self.count, shape.queries))
+
+    def keys_of(self, filled: Tensor) -> Float[Tensor, "n K ..."]:
+        """The slots that every block sees, as an overlapping view."""
+        step = filled.stride(0)
+        size = (self.count, self.shape.keys, *filled.shape[1:])
+        return filled.as_strided(size, (self.shape.queries * step, step, *filled.stride()[1:]), filled.storage_offset())
+
+    def fold(self, windows: Float[Tensor, "n K E"]) -> Float[Tensor, "S E"]:
+        """Add up what every block says of the slots it sees: the transpose of `keys_of`."""
+        shape = self.shape
+        channels = windows.shape[2]
+        if shape.keys == shape.queries:
+            return windows.reshape(-1, channels)
+        out = windows.new_zeros(shape.before + self.count * shape.queries + shape.after, channels)
+        for start in range(0, shape.keys, shape.queries):  # parts of different blocks that do not overlap
+            part = windows[:, start : start + shape.queries]
+            out.as_strided(part.shape, (shape.queries * channels, channels, 1), start * channels).add_(part)
+        return out
+
+
+def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
+    """Lay out the tokens of a batch in blocks."""
+    shape = block_shape(tokens.longest, window, causal)
+    size, device = shape.queries, tokens.rows.device
+    slots = tokens.slots
+    if tokens.stride is not None:
+        per_row = -(-tokens.stride // size)
+        starts = torch.arange(tokens.num_rows, device=device) * per_row
+        count = tokens.num_rows * per_row
+    else:
+        per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
+        ends = per_row_B.cumsum(0)
+        starts, count = ends - per_row_B, int(ends[-1]) if tokens.num_rows else 0
+    places = starts[tokens.rows] * size + slots
+
+    def lay(values: Tensor, empty: int) -> Tensor:
+        line = values.new_full((shape.before + count * size + shape.after,), empty)
+        return line.index_copy_(0, places + shape.before, values)
+
+    row_of = tokens.rows.where(tokens.mask, -1) if tokens.holes else tokens.rows
+    blocks = Blocks(shape, count, places, torch.empty(0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0))
+    rows = lay(row_of, -1)
+    allowed = blocks.queries_of(rows)[:, :, None] == blocks.keys_of(rows)[:, None, :]
+    # Slots of one block run on, so the distance of a pair depends on its places in the block alone.
+    distance = torch.arange(shape.keys, device=device) - shape.before - torch.arange(size, device=device)[:, None]
+    if causal:
+        allowed &= distance <= 0
+    if window is not None and shape.keys > window:
+        allowed &= distance.abs() <= window
+    return Blocks(shape, count, places, allowed, blocks.positions, blocks.slots)
+
+
+class Bias(NamedTuple):
+    """A learned number per distance, added to the scores.
+
+    Attributes:
+        table: one entry per distance.
+        middle: the entry of distance 0; distances that lead out of the table take its last entry on their side.
+        over_slots: count active tokens instead of original positions.
+    """
+
+    table: Float[Tensor, "P"]
+    middle: int
+    over_slots: bool
+
+
+def attend(
+    q: Float[Tensor, "T Z"],
+    k: Float[Tensor, "T Z"],
+    v: Float[Tensor, "T H"],
+    tokens: Ragged,
+    *,
+    window: int | None,
+    causal: bool,
+    weighting: Weighting = "softmax",
+    bias: Bias | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "T H"]:
+    r"""Windowed attention of one head: $o_i = \sum_j w(q_i \cdot k_j + b_{ij}) v_j$ over the tokens j of the row in reach of i.
+
+    Args:
+        q, k, v: queries, already scaled, keys and values of the tokens.
+        tokens: where they stand.
+        window: slots in reach, |i - j| <= window; None for the whole row.
+        causal: only j <= i.
+        weighting: `softmax` over the reach; `relu2` or `laplace` of each score. A pair out of reach weighs exactly 0.
+        bias: added to the scores.
+        dropout: probability of dropping a weight.
+    """
+    blocks = cut(tokens, window, causal)
+    table, index = None, None
+    if bias is not None:
+        table, index = bias.table, _bias_index(blocks, bias)
+    layout = (blocks.places, blocks.allowed, index)
+    result: Tensor = _BlockAttention.apply(q, k, v, table, layout, blocks, weighting, dropout)
+    return result
+
+
+def _bias_index(blocks: Blocks, bias: Bias) -> Int[Tensor, "n C K"] | Int[Tensor, "C K"]:
+    """The table entry of every pair; over slots it is the same for every block."""
+    last = bias.table.shape[0] - 1
+    if bias.over_slots:
+        keys = torch.arange(blocks.shape.keys, device=blocks.places.device, dtype=torch.int32) - blocks.shape.before
+        return (keys - keys[blocks.shape.before :][: blocks.shape.queries, None] + bias.middle).clamp_(0, last)
+    # Differences of 32-bit numbers are right modulo 2^32, so positions of any size may be cut to 32 bits.
+    positions = blocks.positions.int()
+    distance = blocks.keys_of(positions)[:, None, :] - blocks.queries_of(positions)[:, :, None]
+    return distance.add_(bias.middle).clamp_(0, last)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Keeps one (n, C, K) tensor for backward, where a chain of operators would keep four."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, layout: Any, blocks: Blocks, weighting: Weighting, dropout: float
+    ) -> Tensor:
+        _, allowed, index = layout
+        with torch.autocast(q.device.type, enabled=False):
+            wide = torch.promote_types(v.dtype, torch.float32)
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            filled_q, filled_k, filled_v = blocks.fill(q), blocks.fill(k), blocks.fill(v)
+            scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
+            if table is not None:
+                scores += table.to(wide)[index]
+            scores.masked_fill_(~allowed, -torch.inf)
+            weights = _weigh(scores, weighting)
+            keep = torch.rand_like(weights) >= dropout if dropout else None
+            used = weights if keep is None else weights * keep / (1 - dropout)
+            out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v)).flatten(0, 1).index_select(0, blocks.places)
+        kept = weights if weighting == "softmax" else scores
+        ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index)
+        ctx.blocks, ctx.weighting, ctx.dropout = blocks, weighting, dropout
+        ctx.table = None if table is None else (table.shape[0], table.dtype)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        filled_q, filled_k, filled_v, kept, keep, out, index = ctx.saved_tensors
+        blocks, weighting = ctx.blocks, ctx.weighting
+        narrow, wide = filled_v.dtype, kept.dtype
+        weights = kept if weighting == "softmax" else _weigh(kept, weighting)
+        share = keep / (1 - ctx.dropout) if keep is not None else None
+        grad_blocks = blocks.queries_of(blocks.fill(grad.to(narrow)))
+        used = (weights if share is None else weights * share).to(narrow)
+        grad_v = blocks.fold(torch.bmm(used.transpose(1, 2), grad_blocks))
+        grad_weights = torch.bmm(grad_blocks, blocks.keys_of(filled_v).transpose(1, 2)).to(wide)
+        if share is not None:
+            grad_weights *= share
+        if weighting == "softmax":
+            # The sum over the keys of weight times its gradient is the product of the output and its gradient.
+            inner = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+            grad_scores = grad_weights.sub_(blocks.queries_of(blocks.fill(inner))).mul_(weights)
+        else:
+            grad_scores = grad_weights.mul_(_slope(kept, weighting))
+        grad_table = None
+        if ctx.table is not None:
+            size, dtype = ctx.table
+            pairs = grad_scores if index.ndim == 3 else grad_scores.sum(0)
+            grad_table = grad_scores.new_zeros(size).index_add_(0, index.reshape(-1), pairs.reshape(-1)).to(dtype)
+        grad_scores = grad_scores.to(narrow)
+        grad_q = torch.bmm(grad_scores, blocks.keys_of(filled_k)).flatten(0, 1).index_select(0, blocks.places)
+        grad_k = blocks.fold(torch.bmm(grad_scores.transpose(1, 2), blocks.queries_of(filled_q)))
+        at = blocks.places + blocks.shape.before
+        return grad_q, grad_k.index_select(0, at), grad_v.index_select(0, at), grad_table, None, None, None, None
+
+
+def _weigh(scores: Tensor, weighting: Weighting) -> Tensor:
+    """Weights of scores; -inf, a pair out of reach, weighs exactly 0."""
+    if weighting == "softmax":
+        return torch.softmax(scores, dim=-1)
+    if weighting == "relu2":
+        return scores.relu().square_()
+    return torch.special.erf((scores - LAPLACE_MEAN) / (LAPLACE_STD * 2**0.5)).add_(1).mul_(0.5)
+
+
+def _slope(scores: Tensor, weighting: Weighting) -> Tensor:
+    """Derivative of a weight by its score."""
+    if weighting == "relu2":
+        return scores.relu().mul_(2)
+    return torch.exp(-0.5 * ((scores - LAPLACE_MEAN) / LAPLACE_STD).square()).div_(LAPLACE_STD * (2 * torch.pi) ** 0.5)

@@ -1,0 +1,45 @@
+"""Sparse modular activation: every token decides, at every layer, which sub-modules it needs, and only those run on it."""
+
+from sma.activation import RoutedOutput as RoutedOutput
+from sma.activation import SparseModularActivation as SparseModularActivation
+from sma.checkpoint import load as load
+from sma.checkpoint import save as save
+from sma.decision import Decision as Decision
+from sma.errors import SmaError as SmaError
+from sma.layer import LayerSpec as LayerSpec
+from sma.layer import RoutedLayer as RoutedLayer
+from sma.model import ModelOutput as ModelOutput
+from sma.model import SequenceModel as SequenceModel
+from sma.model import build as build
+from sma.ragged import Ragged as Ragged
+from sma.ragged import compress as compress
+from sma.ragged import extract as extract
+from sma.routers import Router as Router
+from sma.spec import load_spec as load_spec
+from sma.spec import register as register
+from sma.submodule import State as State
+from sma.submodule import SubModule as SubModule
+from sma.submodule import SubModuleSpec as SubModuleSpec
+
+__all__ = [
+    "Decision",
+    "LayerSpec",
+    "ModelOutput",
+    "Ragged",
+    "RoutedLayer",
+    "RoutedOutput",
+    "Router",
+    "SequenceModel",
+    "SmaError",
+    "SparseModularActivation",
+    "State",
+    "SubModule",
+    "SubModuleSpec",
+    "build",
+    "compress",
+    "extract",
+    "load",
+    "load_spec",
+    "register",
+    "save",
+]

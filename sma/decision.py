@@ -1,0 +1,45 @@
+"""Decision: which tokens run which sub-modules, and how sure the router is."""
+
+from dataclasses import dataclass, field, replace
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.pytree import register_output
+from sma.ragged import move
+
+
+@register_output
+@dataclass(frozen=True)
+class Decision:
+    """What a router decided for a batch of B rows, L positions and M sub-modules.
+
+    Attributes:
+        active: which tokens run which sub-modules; False at padding.
+        confidence: factor of a sub-module's output where it is active, in (0, 1]; carries the router's gradient.
+        logits: scores for off and on.
+        p_on: probability of being active, in [0, 1], for losses and reports.
+        names: the sub-modules, in the order of the last axis.
+    """
+
+    active: Bool[Tensor, "B L M"]
+    confidence: Float[Tensor, "B L M"]
+    logits: Float[Tensor, "B L M 2"]
+    p_on: Float[Tensor, "B L M"]
+    names: tuple[str, ...] = field(metadata={"static": True})
+
+    def rate(self, valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "M"]:
+        """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid."""
+        if valid is None:
+            return self.active.double().mean((0, 1)) if self.active.numel() else self.active.new_zeros(len(self.names)).double()
+        return (self.active & valid[..., None]).sum((0, 1)).double() / valid.sum().clamp(min=1)
+
+    def move(self, places: Int[Tensor, "B L"]) -> "Decision":
+        """Reorder the positions of every row, as `sma.ragged.move` does."""
+        return replace(
+            self,
+            active=move(self.active, places),
+            confidence=move(self.confidence, places),
+            logits=move(self.logits, places),
+            p_on=move(self.p_on, places),
+        )

@@ -1,0 +1,163 @@
+"""Encoders: from token ids or real numbers to vectors."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from sma.errors import InputError
+from sma.spec import Spec, register
+
+
+class EncoderSpec(Spec):
+    """Root of the encoder kinds."""
+
+    family: ClassVar[str] = "encoder"
+    kind: str
+
+    def build(self, width: int) -> "Encoder":
+        """Make the encoder to vectors of `width` channels."""
+        raise TypeError(f"{type(self).__name__} must define build(self, width)")
+
+    def num_parameters(self, width: int) -> int:
+        """Predict the number of parameters of the encoder."""
+        raise TypeError(f"{type(self).__name__} must define num_parameters(self, width)")
+
+
+class Encoder(nn.Module):
+    """From the inputs of a task to vectors."""
+
+    def check(self, inputs: Tensor) -> None:
+        """Check shape and dtype of a batch of inputs.
+
+        Raises:
+            InputError: what was given and what is required.
+        """
+
+    def forward(self, inputs: Tensor) -> Float[Tensor, "B L D"]:
+        """Encode a batch of inputs whose first axes are (B, L)."""
+        raise TypeError(f"{type(self).__name__} must define forward(self, inputs)")
+
+
+@register
+class TokenEmbeddingSpec(EncoderSpec):
+    """Spec of `TokenEmbedding`."""
+
+    kind: Literal["token_embedding"] = "token_embedding"
+    vocabulary: int = Field(ge=1, description="number of different token ids, padding included")
+    padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
+
+    def build(self, width: int) -> "TokenEmbedding":
+        return TokenEmbedding(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return self.vocabulary * width
+
+
+class TokenEmbedding(Encoder):
+    """A learned vector per token id, from a normal distribution of standard deviation D^-1/2.
+
+    Shape:
+        ids `(B, L)`, integers from 0 to vocabulary - 1, in; `(B, L, D)` out.
+    """
+
+    def __init__(self, spec: TokenEmbeddingSpec, width: int) -> None:
+        super().__init__()
+        if spec.padding is not None and spec.padding >= spec.vocabulary:
+            raise InputError(f"padding={spec.padding} must be one of the {spec.vocabulary} ids, 0 … {spec.vocabulary - 1}")
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.vocabulary, width))
+        nn.init.normal_(self.weight, std=width**-0.5)
+        if spec.padding is not None:
+            nn.init.zeros_(self.weight[spec.padding])
+
+    def check(self, inputs: Tensor) -> None:
+        """Check shape, dtype and range of the ids; see `Encoder.check`."""
+        if inputs.ndim != 2 or inputs.is_floating_point() or inputs.dtype is torch.bool:
+            raise InputError(f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are integers of shape (B, L)")
+        # On an accelerator the range check would wait for the device; there the embedding itself reports ids out of range.
+        if inputs.device.type == "cpu" and inputs.numel():
+            low, high = (int(bound) for bound in inputs.aminmax())
+            if low < 0 or high >= self.spec.vocabulary:
+                wrong = low if low < 0 else high
+                raise InputError(f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}")
+
+    def forward(self, inputs: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Look the vectors up."""
+        return nn.functional.embedding(inputs, self.weight, padding_idx=self.spec.padding)
+
+
+@register
+class RealNumberSpec(EncoderSpec):
+    """Spec of `RealNumber`."""
+
+    kind: Literal["real_number"] = "real_number"
+
+    def build(self, width: int) -> "RealNumber":
+        return RealNumber(width)
+
+    def num_parameters(self, width: int) -> int:
+        return 2 * width
+
+
+class RealNumber(Encoder):
+    """x w + b for a sequence of single numbers: pixels, samples of a sound. w ~ N(0, 1), b ~ N(0, 0.1).
+
+    Shape:
+        numbers `(B, L)` in, `(B, L, D)` out.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.weight)
+        nn.init.normal_(self.bias, std=0.1)
+
+    def check(self, inputs: Tensor) -> None:
+        """Check shape and dtype of the numbers; see `Encoder.check`."""
+        if inputs.ndim != 2 or not inputs.is_floating_point():
+            raise InputError(f"numbers have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are floats of shape (B, L)")
+
+    def forward(self, inputs: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Encode every number."""
+        return inputs[..., None] * self.weight + self.bias
+
+
+@register
+class LinearEncoderSpec(EncoderSpec):
+    """Spec of `LinearEncoder`."""
+
+    kind: Literal["linear"] = "linear"
+    features: int = Field(ge=1, description="numbers per position")
+
+    def build(self, width: int) -> "LinearEncoder":
+        return LinearEncoder(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return (self.features + 1) * width
+
+
+class LinearEncoder(Encoder):
+    """A linear map of the features of every position, initialised as `torch.nn.Linear`.
+
+    Shape:
+        features `(B, L, F)` in, `(B, L, D)` out.
+    """
+
+    def __init__(self, spec: LinearEncoderSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = nn.Linear(spec.features, width)
+
+    def check(self, inputs: Tensor) -> None:
+        """Check shape and dtype of the features; see `Encoder.check`."""
+        wanted = f"floats of shape (B, L, {self.spec.features})"
+        if inputs.ndim != 3 or inputs.shape[2] != self.spec.features or not inputs.is_floating_point():
+            raise InputError(f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}")
+
+    def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
+        """Encode every position."""
+        return self.linear(inputs)

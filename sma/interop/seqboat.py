@@ -1,0 +1,257 @@
+"""Weights of the SeqBoat authors' implementation (renll/SeqBoat), both ways.
+
+Their layers, models and encoders become ours, and ours give the tensors back under their names. Two versions of their code exist:
+`standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sma.encoders import EncoderSpec, LinearEncoder, LinearEncoderSpec, RealNumber, RealNumberSpec, TokenEmbedding, TokenEmbeddingSpec
+from sma.errors import CheckpointError, did_you_mean
+from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
+from sma.layer import LayerSpec, RoutedLayer
+from sma.model import RepeatSpec, SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
+from sma.modules.ema import EMA, EMASpec
+from sma.modules.gau import GatedAttentionUnit, GAUSpec
+from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, ScaleNorm, ScaleNormSpec
+from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
+from sma.routers import AlwaysRouterSpec, RouterSpec, SMARouter, SMARouterSpec
+from sma.spec import FrozenDict
+
+Kind = Literal["standalone_layer", "unit", "standalone_model", "lra_encoder"]
+
+
+class Entry(NamedTuple):
+    """One tensor of the authors, and the part of ours that holds it: rows `rows` of their tensor, in their shape."""
+
+    name: str
+    ours: Tensor
+    rows: slice | None = None
+
+
+def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutedLayer | SequenceModel:
+    """Build our module from the authors' constructor arguments and tensors.
+
+    Args:
+        kind: `standalone_layer` or `unit` give a `RoutedLayer`; `standalone_model` and `lra_encoder` a `SequenceModel`.
+        config: constructor arguments under the authors' names.
+        tensors: parameters and buffers by the authors' names.
+
+    Raises:
+        CheckpointError: an unknown kind, a tensor too few or too many, or one of another shape.
+    """
+    module = _empty(kind, config)
+    entries = list(_entries(module))
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}  # a constant of theirs
+    wanted = {entry.name for entry in entries}
+    if wanted != set(given):
+        missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)
+        raise CheckpointError(f"the tensors do not fit {kind!r}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    with torch.no_grad():
+        for entry in entries:
+            theirs = given[entry.name] if entry.rows is None else given[entry.name][entry.rows]
+            if theirs.numel() != entry.ours.numel():
+                shape = tuple(entry.ours.shape)
+                raise CheckpointError(f"{entry.name!r} has shape {tuple(given[entry.name].shape)}, which does not fit {shape} here")
+            entry.ours.copy_(theirs.reshape(entry.ours.shape))
+    return module
+
+
+def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Return the weights of a module that `from_reference` made, or their gradients, by the authors' names and in their shapes.
+
+    Raises:
+        CheckpointError: a part has no counterpart in the authors' code, or a gradient is asked for and there is none.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for entry in _entries(module):
+        ours: Tensor | None = entry.ours
+        if gradients:
+            if not isinstance(entry.ours, nn.Parameter):
+                continue
+            ours = entry.ours.grad
+        if ours is None:
+            raise CheckpointError(f"{entry.name!r} has no gradient; call backward() first")
+        parts.setdefault(entry.name, []).append(ours.detach().clone())
+    return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+def _entries(module: RoutedLayer | SequenceModel) -> Iterator[Entry]:
+    version = getattr(module, "reference_kind", None)
+    if version is None:
+        raise CheckpointError("this module was not made by sma.interop.seqboat.from_reference, so the authors' names are not known")
+    if isinstance(module, RoutedLayer):
+        yield from _layer_entries(module, "", "ssm" if version == "standalone_layer" else "move")
+    elif version == "standalone_model":
+        yield from _standalone_entries(module)
+    else:
+        yield from _lra_entries(module)
+
+
+def _standalone_entries(model: SequenceModel) -> Iterator[Entry]:
+    encoder, head = cast(LinearEncoder, model.encoder).linear, cast(MeanPoolLinear, model.head).linear
+    yield from (Entry("encoder.weight", encoder.weight), Entry("encoder.bias", encoder.bias))
+    for place, layer in enumerate(model.routed_layers):
+        yield from _layer_entries(layer, f"seq_layers.{place}.", "ssm")
+    yield from _norm_entries(model.final_norm, "final_norm.norm.")
+    yield from (Entry("decoder.weight", head.weight), Entry("decoder.bias", head.bias))
+
+
+def _lra_entries(model: SequenceModel) -> Iterator[Entry]:
+    if isinstance(model.encoder, TokenEmbedding):
+        yield Entry("embed_tokens.embed.weight", model.encoder.weight)
+    else:
+        encoder = cast(RealNumber, model.encoder)
+        yield from (Entry("embed_tokens.weight", encoder.weight), Entry("embed_tokens.bias", encoder.bias))
+    if model.sinusoid is not None:
+        yield Entry("pos_emb.scale", model.sinusoid.scale)
+    for place, layer in enumerate(model.routed_layers):
+        yield from _layer_entries(layer, f"layers.{place}.mega_layer.", "move")
+    yield from _norm_entries(model.final_norm, "final_norm.norm.")
+
+
+def _layer_entries(layer: RoutedLayer, prefix: str, ema_name: str) -> Iterator[Entry]:
+    ema = cast(EMA, layer.backbone)
+    for name in ("alpha", "beta", "delta", "gamma", "omega"):
+        yield Entry(f"{prefix}{ema_name}.{name}", getattr(ema, name))
+    if layer.routed is None or layer.bypass is None:
+        raise CheckpointError("a layer without a GAU or a linear bypass has no counterpart in the authors' code")
+    router, gau = layer.routed.router, cast(GatedAttentionUnit, layer.routed.submodules["attention"])
+    first = 0
+    if isinstance(router, SMARouter):
+        # The authors keep router and bypass in one matrix.
+        first = 2
+        yield from (Entry(f"{prefix}hx_proj.weight", router.weight, slice(0, 2)), Entry(f"{prefix}hx_proj.bias", router.bias, slice(0, 2)))
+        yield Entry(f"{prefix}q_router.temp", router.log_temperature)
+    yield Entry(f"{prefix}hx_proj.weight", layer.bypass.weight, slice(first, None))
+    yield Entry(f"{prefix}hx_proj.bias", layer.bypass.bias, slice(first, None))
+    yield from (Entry(f"{prefix}mx_proj.weight", gau.fused.weight), Entry(f"{prefix}mx_proj.bias", gau.fused.bias))
+    yield from (Entry(f"{prefix}h_proj.weight", gau.out.weight), Entry(f"{prefix}h_proj.bias", gau.out.bias))
+    yield from (Entry(f"{prefix}gamma", gau.gain), Entry(f"{prefix}beta", gau.offset))
+    if gau.bias_table is not None:
+        yield Entry(f"{prefix}rel_pos_bias.rel_pos_bias", gau.bias_table)
+    yield from _norm_entries(layer.norm, f"{prefix}norm.norm.")
+
+
+def _norm_entries(norm: Norm | None, prefix: str) -> Iterator[Entry]:
+    if isinstance(norm, ScaleNorm):
+        yield Entry(f"{prefix}scalar", norm.scale)
+        return
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, name, None)
+        if tensor is not None:
+            yield Entry(f"{prefix}{name}", tensor)
+
+
+def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel:
+    makers = {
+        "standalone_layer": _standalone_layer,
+        "unit": _unit,
+        "standalone_model": _standalone_model,
+        "lra_encoder": _lra_encoder,
+    }
+    if kind not in makers:
+        raise CheckpointError(f"unknown kind {kind!r} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
+    module = makers[kind](config)
+    module.reference_kind = kind  # type: ignore[assignment]
+    return module
+
+
+def _standalone_layer(config: Mapping[str, Any]) -> RoutedLayer:
+    return _layer(config, config.get("window_size", -1)).build(config["embed_dim"])
+
+
+def _unit(config: Mapping[str, Any]) -> RoutedLayer:
+    return _layer(config, config["chunk_size"]).build(config["embed_dim"])
+
+
+def _layer(config: Mapping[str, Any], window: int) -> LayerSpec:
+    """The authors' layer; their `window` of -1 means all active tokens."""
+    bidirectional = config.get("bidirectional", True)
+    gau = GAUSpec(
+        query_size=config["zdim"],
+        hidden_size=config["hdim"],
+        window=window if window > 0 else None,
+        bidirectional=bidirectional,
+        attention=config["attention_activation"],
+        position=_position(config),
+        value_dropout=config.get("hidden_dropout", 0.0),
+        attention_dropout=config.get("attention_dropout", 0.0),
+    )
+    router: RouterSpec = SMARouterSpec(temperature_scale=config.get("init_temp_scale", 1.0))
+    return LayerSpec(
+        backbone=EMASpec(state_size=config["ndim"], bidirectional=bidirectional, truncation=config.get("truncation")),
+        router=AlwaysRouterSpec() if config.get("always_act") else router,
+        modules=FrozenDict(attention=gau),
+        norm=_norm(config["norm_type"], config.get("prenorm", True), config.get("norm_affine", True)),
+        dropout=config.get("dropout", 0.0),
+        dropout_on="modules" if bidirectional else "sum",
+    )
+
+
+def _position(config: Mapping[str, Any]) -> PositionSpec:
+    if config.get("rel_pos_bias", "simple") == "rotary":
+        return RotarySpec()
+    return RelativeBiasSpec(
+        distance="slot_distance" if config.get("local_pos") else "true_distance", max_positions=config["max_positions"]
+    )
+
+
+def _norm(name: str, pre: bool, affine: bool) -> NormSpec:
+    place: Literal["pre", "post"] = "pre" if pre else "post"
+    if name == "layernorm":
+        return LayerNormSpec(place=place, affine=affine)
+    if name in ("batchnorm", "syncbatchnorm"):
+        return BatchNormSpec(place=place, affine=affine)
+    if name == "scalenorm":
+        return ScaleNormSpec(place=place)
+    raise CheckpointError(f"unknown norm_type {name!r}; known: layernorm, batchnorm, syncbatchnorm, scalenorm")
+
+
+def _standalone_model(config: Mapping[str, Any]) -> SequenceModel:
+    layer = _layer(
+        {
+            "embed_dim": config["d_model"],
+            "zdim": config["d_qk"],
+            "hdim": 2 * config["d_model"],
+            "ndim": config["d_ema"],
+            **{name: config[name] for name in ("attention_activation", "max_positions", "norm_type", "prenorm", "dropout")},
+        },
+        config["mem_size"],
+    )
+    return SequenceClassifierSpec(
+        width=config["d_model"],
+        encoder=LinearEncoderSpec(features=config["d_input"]),
+        layers=RepeatSpec(repeat=config["n_layers"], layer=layer),
+        head=MeanPoolLinearSpec(classes=config["d_output"]),
+    ).build()
+
+
+def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
+    width = config["embedding_dim"]
+    layer = _layer(
+        {
+            "embed_dim": width,
+            "zdim": config["z_dim"],
+            "hdim": config["hidden_dim"],
+            "ndim": config["n_dim"],
+            "prenorm": config["normalize_before"],
+            "max_positions": config["max_seq_len"],
+            **{name: config[name] for name in ("attention_activation", "norm_type", "truncation", "init_temp_scale", "local_pos") if name in config},
+        },
+        config["chunk_size"],
+    )
+    sparse = config["embedding_type"] == "sparse"
+    encoder: EncoderSpec = (
+        TokenEmbeddingSpec(vocabulary=config["vocab_size"], padding=config["padding_idx"]) if sparse else RealNumberSpec()
+    )
+    return SequenceEncoderSpec(
+        width=width,
+        encoder=encoder,
+        sinusoid=config.get("add_apos", False),
+        layers=RepeatSpec(repeat=config["num_encoder_layers"], layer=layer),
+    ).build()

@@ -1,0 +1,217 @@
+"""Models: an encoder, layers, and a head, built from one spec."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import BeforeValidator, Field, TypeAdapter
+from torch import Tensor, nn
+
+from sma.activation import check_valid
+from sma.decision import Decision
+from sma.encoders import EncoderSpec
+from sma.errors import StateError
+from sma.heads import HeadSpec
+from sma.layer import LayerSpec, RoutedLayer, align
+from sma.norms import NormSpec
+from sma.positions import Sinusoid
+from sma.pytree import register_output
+from sma.ragged import move
+from sma.spec import Spec, register
+from sma.submodule import Operations
+
+
+_LAYERS = TypeAdapter(tuple[LayerSpec, ...])
+
+
+def _one_or_many(value: Any) -> Any:
+    """Choose between the forms of a field before validation, so that an error speaks of the form that was written."""
+    if isinstance(value, list | tuple):
+        return _LAYERS.validate_python(tuple(value))
+    return value if isinstance(value, Spec) else LayerSpec.__pydantic_validator__.validate_python(value)
+
+
+class RepeatSpec(Spec):
+    """The same layer, or the same few layers, several times, each with parameters of its own."""
+
+    repeat: int = Field(ge=1, le=10000, description="how often")
+    layer: Annotated[LayerSpec | tuple[LayerSpec, ...], BeforeValidator(_one_or_many)] = Field(
+        description="what to repeat: a layer, or a list of layers"
+    )
+
+
+def _repeated_or_listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return RepeatSpec.__pydantic_validator__.validate_python(value)
+    return _one_or_many(value)
+
+
+class ModelSpec(Spec):
+    """Root of the model kinds: what they have in common."""
+
+    family: ClassVar[str] = "model"
+    kind: str
+    width: int = Field(ge=1, description="channels of every token, D")
+    encoder: EncoderSpec = Field(description="from inputs to vectors")
+    sinusoid: bool = Field(default=False, description="add a learned multiple of sinusoids of the position after the encoder")
+    embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel after the encoder")
+    layers: Annotated[RepeatSpec | tuple[LayerSpec, ...], BeforeValidator(_repeated_or_listed)] = Field(
+        description="a list of layers, or {repeat: …, layer: …}"
+    )
+    final_norm: NormSpec | Literal["auto"] | None = Field(
+        default="auto", description="norm after the last layer; 'auto': the layers' own norm if it is of place 'pre', else none"
+    )
+
+    def build(self) -> "SequenceModel":
+        """Make the model, with the weights that the current random seed gives."""
+        return SequenceModel(self)
+
+    @property
+    def head_spec(self) -> HeadSpec | None:
+        """The head, where the kind has one."""
+        return None
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Every layer's spec, repeats written out."""
+        if not isinstance(self.layers, RepeatSpec):
+            return self.layers
+        block = self.layers.layer
+        return (block if isinstance(block, tuple) else (block,)) * self.layers.repeat
+
+    @property
+    def final_norm_spec(self) -> NormSpec | None:
+        """The norm after the last layer, `auto` resolved."""
+        if self.final_norm != "auto":
+            return cast(NormSpec | None, self.final_norm)
+        norm = self.layer_specs[-1].norm if self.layer_specs else None
+        return norm if norm is not None and norm.place == "pre" else None
+
+    def num_parameters(self) -> int:
+        """Predict the number of parameters of the model."""
+        ends = [spec.num_parameters(self.width) for spec in (self.encoder, self.final_norm_spec, self.head_spec) if spec is not None]
+        return sum(ends) + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
+
+    def operations(self, length: int, rates: float | dict[str, float] = 1.0) -> Operations:
+        """Predict the multiply-adds of the layers on one row of `length` tokens, at these activation rates."""
+        total = Operations()
+        for layer in self.layer_specs:
+            total = total.plus(layer.operations(self.width, length, rates))
+        return total
+
+
+@register
+class SequenceEncoderSpec(ModelSpec):
+    """A model without a head: hidden states and their mean."""
+
+    kind: Literal["sequence_encoder"] = "sequence_encoder"
+
+
+@register
+class SequenceClassifierSpec(ModelSpec):
+    """A model that scores whole rows."""
+
+    kind: Literal["sequence_classifier"] = "sequence_classifier"
+    head: HeadSpec = Field(description="from the mean of a row's tokens to scores")
+
+    @property
+    def head_spec(self) -> HeadSpec | None:
+        return self.head
+
+
+@register_output
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model returns.
+
+    Attributes:
+        hidden: the tokens after the last layer and the final norm; zeros at padding.
+        pooled: mean over the valid tokens of each row; zeros for a row without one.
+        logits: scores; None in a model without a head.
+        decisions: one per layer that routes, in order.
+        state: where the stream stands; None unless one was given.
+    """
+
+    hidden: Float[Tensor, "B L D"]
+    pooled: Float[Tensor, "B D"]
+    logits: Float[Tensor, "B C"] | None
+    decisions: tuple[Decision, ...]
+    state: Any = None
+
+
+class SequenceModel(nn.Module):
+    """Encoder, layers, final norm, mean over the valid tokens, head.
+
+    Args:
+        spec: the parts.
+
+    Shape:
+        inputs `(B, L)` or `(B, L, F)`, as the encoder takes them, in; a `ModelOutput` out.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = spec.encoder.build(spec.width)
+        self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
+        self.layers = nn.ModuleList([layer.build(spec.width) for layer in spec.layer_specs])
+        self.final_norm = spec.final_norm_spec.build(spec.width) if spec.final_norm_spec is not None else None
+        self.head = spec.head_spec.build(spec.width) if spec.head_spec is not None else None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no layer looks ahead."""
+        return all(layer.causal for layer in self.routed_layers)
+
+    @property
+    def routed_layers(self) -> list[RoutedLayer]:
+        """The layers, typed."""
+        return [cast(RoutedLayer, layer) for layer in self.layers]
+
+    def forward(self, inputs: Tensor, valid: Bool[Tensor, "B L"] | None = None, state: Any = None) -> ModelOutput:
+        """Run the model on a batch.
+
+        Args:
+            inputs: token ids or numbers.
+            valid: False at padding, on whichever side; None where there is none.
+            state: not supported yet; must be None.
+
+        Raises:
+            InputError: the shapes, dtypes or ids do not fit.
+            StateError: a state was given.
+        """
+        if state is not None:
+            raise StateError("SequenceModel does not support streaming yet; run whole sequences with state=None")
+        self.encoder.check(inputs)
+        check_valid(inputs, valid)
+        hidden, frame, places = align(self.encoder(inputs), valid)
+        mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
+        if self.sinusoid is not None:
+            hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
+        hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout, self.training)
+        decisions = []
+        for layer in self.routed_layers:
+            # Layers may leave anything at padding; the next one must not see it.
+            hidden = hidden if mask is None else hidden.where(mask, 0)
+            output = layer.run(hidden, frame)
+            hidden = output.hidden
+            if output.decision is not None:
+                decisions.append(output.decision if places is None else output.decision.move(places))
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden, None if mask is None else mask.squeeze(-1))
+        hidden = hidden if mask is None else hidden.where(mask, 0)
+        pooled = hidden.sum(1) / frame.lengths.clamp(min=1).to(hidden.dtype)[:, None]
+        logits = self.head(pooled) if self.head is not None else None
+        return ModelOutput(hidden if places is None else move(hidden, places), pooled, logits, tuple(decisions))
+
+
+def build(spec: ModelSpec | Mapping[str, Any], seed: int | None = None) -> SequenceModel:
+    """Build a model; with a seed, always with the same weights and without touching the global random state."""
+    spec = ModelSpec.model_validate(spec) if isinstance(spec, Mapping) else spec
+    if seed is None:
+        return spec.build()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.build()

@@ -1,0 +1,195 @@
+"""Norms over the channels of a token, and batch norm over the valid tokens."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from sma.spec import Spec, register
+
+
+class NormSpec(Spec):
+    """Root of the norm kinds."""
+
+    family: ClassVar[str] = "norm"
+    kind: str
+    place: Literal["pre", "post"] = Field(default="pre", description="before the layer, or after its residual")
+    epsilon: float = Field(default=1e-5, gt=0.0, lt=1.0, description="added to the variance or the mean square")
+
+    def build(self, width: int) -> "Norm":
+        """Make the norm of `width` channels."""
+        raise TypeError(f"{type(self).__name__} must define build(self, width)")
+
+    def num_parameters(self, width: int) -> int:
+        """Predict the number of parameters of the norm."""
+        raise TypeError(f"{type(self).__name__} must define num_parameters(self, width)")
+
+
+class Norm(nn.Module):
+    """What a layer normalises with."""
+
+    def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        """Normalise every token.
+
+        Args:
+            x: tokens.
+            valid: False at padding; only norms over the batch need it.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(self, x, valid=None)")
+
+
+@register
+class LayerNormSpec(NormSpec):
+    """Spec of `LayerNorm`."""
+
+    kind: Literal["layer_norm"] = "layer_norm"
+    affine: bool = Field(default=True, description="learn a scale and an offset per channel")
+
+    def build(self, width: int) -> "LayerNorm":
+        return LayerNorm(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return 2 * width if self.affine else 0
+
+
+class LayerNorm(Norm):
+    r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ over the channels of a token."""
+
+    def __init__(self, spec: LayerNormSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if spec.affine else None
+
+    def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        """Normalise every token; see `Norm.forward`."""
+        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.spec.epsilon)
+
+
+@register
+class RMSNormSpec(NormSpec):
+    """Spec of `RMSNorm`."""
+
+    kind: Literal["rms_norm"] = "rms_norm"
+
+    def build(self, width: int) -> "RMSNorm":
+        return RMSNorm(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return width
+
+
+class RMSNorm(Norm):
+    r"""$x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w$ over the channels of a token.
+
+    Reference:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+    """
+
+    def __init__(self, spec: RMSNormSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        """Normalise every token; see `Norm.forward`."""
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.spec.epsilon)
+
+
+@register
+class ScaleNormSpec(NormSpec):
+    """Spec of `ScaleNorm`."""
+
+    kind: Literal["scale_norm"] = "scale_norm"
+
+    def build(self, width: int) -> "ScaleNorm":
+        return ScaleNorm(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return 1
+
+
+class ScaleNorm(Norm):
+    r"""$g \, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$ with one learned number g.
+
+    Reference:
+        Nguyen and Salazar, "Transformers without Tears", arXiv 1910.05895; the mean instead of the sum is the SeqBoat authors'.
+    """
+
+    def __init__(self, spec: ScaleNormSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        """Normalise every token; see `Norm.forward`."""
+        return nn.functional.rms_norm(x, x.shape[-1:], None, self.spec.epsilon) * self.scale.to(x.dtype)
+
+
+@register
+class BatchNormSpec(NormSpec):
+    """Spec of `BatchNorm`."""
+
+    kind: Literal["batch_norm"] = "batch_norm"
+    momentum: float = Field(default=0.1, gt=0.0, le=1.0, description="weight of the newest batch in the running statistics")
+    affine: bool = Field(default=True, description="learn a scale and an offset per channel")
+
+    def build(self, width: int) -> "BatchNorm":
+        return BatchNorm(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return 2 * width if self.affine else 0
+
+
+class BatchNorm(Norm):
+    r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the batch.
+
+    In training the statistics are the batch's and the running ones are updated (their variance unbiased, as in
+    `torch.nn.BatchNorm1d`); in evaluation the running ones are used. A batch of fewer than two valid tokens has no variance: the
+    running statistics then serve in training too, and are left alone.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, spec: BatchNormSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if spec.affine else None
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        """Normalise every token; see `Norm.forward`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
+        if not self.training:
+            normal = self._normalise(wide, self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype))
+            return normal.reshape(x.shape).to(x.dtype)
+        keep = torch.ones_like(wide[:, :1], dtype=torch.bool) if valid is None else valid.reshape(-1, 1)
+        count = keep.sum()
+        present = wide.where(keep, 0)
+        mean = present.sum(0) / count.clamp(min=1)
+        var = (present - mean).where(keep, 0).square().sum(0) / count.clamp(min=1)
+        enough = count >= 2
+        self._update(mean, var * count / (count - 1).clamp(min=1), enough)
+        normal = self._normalise(
+            wide, mean.where(enough, self.running_mean.to(mean.dtype)), var.where(enough, self.running_var.to(var.dtype))
+        )
+        return normal.reshape(x.shape).to(x.dtype)
+
+    def _normalise(self, wide: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        scale = (var + self.spec.epsilon).rsqrt()
+        if self.weight is None or self.bias is None:
+            return (wide - mean) * scale
+        return (wide - mean) * (scale * self.weight.to(wide.dtype)) + self.bias.to(wide.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, enough: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing runs the forward pass again, inside backward: the batch has been counted
+        weight = enough * self.spec.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(var.to(self.running_var.dtype), weight)

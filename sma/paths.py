@@ -1,0 +1,139 @@
+"""Field paths: `layers.layer.modules.attention.window` names one value of a spec, for `--set` and for sweeps.
+
+Values are set in the plain data before anything is validated, so a value may complete a spec that is invalid without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from sma.errors import SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from sma.spec import Spec
+
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+
+
+def parse_path(path: str) -> tuple[str | int, ...]:
+    """Split `layers[2].router.kind` into `("layers", 2, "router", "kind")`; `layers.2.router.kind` is the same.
+
+    Raises:
+        SpecError: the path is empty or has an empty step.
+    """
+    steps: list[str | int] = []
+    end = 0
+    while end < len(path):
+        match = _STEP.match(path, end)
+        if match is None:
+            break
+        name, index = match.groups()
+        steps.append(int(index if name is None else name) if (index or name).isdigit() else name)
+        end = match.end()
+    if not steps or end != len(path):
+        raise SpecError(f"{path!r} is not a field path; write names joined by dots, such as layers.layer.router.temperature_scale")
+    return tuple(steps)
+
+
+def override(root: type[Spec], data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of plain `data` with `values`, given by field path, put in.
+
+    A part that the data leaves to its default is written out first, so that any field of it can be reached.
+
+    Raises:
+        SpecError: a path leads nowhere; near matches are listed.
+    """
+    changed = copy.deepcopy(_plain(data))
+    for path, value in values.items():
+        _set(root, changed, parse_path(path), value, path)
+    return changed
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, BaseModel):
+        return data.model_dump(mode="json")
+    if isinstance(data, Mapping):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return data
+
+
+def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, path: str) -> None:
+    step, rest = steps[0], steps[1:]
+    if isinstance(node, list):
+        if not isinstance(step, int) or step >= len(node):
+            raise SpecError(f"{path!r}: {step!r} is not a place in a list of {len(node)}; count from 0")
+        key: Any = step
+        inner = _item_type(annotation)
+    elif isinstance(node, dict):
+        key = str(step)
+        spec_class = _spec_class(annotation, node)
+        if spec_class is not None and key not in spec_class.model_fields:
+            raise _nowhere(path, key, [name for name in spec_class.model_fields if name != "kind"])
+        inner = spec_class.model_fields[key].annotation if spec_class is not None else _item_type(annotation)
+        if rest and node.get(key) is None:
+            default = spec_class.model_fields[key].get_default(call_default_factory=True) if spec_class is not None else None
+            if not isinstance(default, BaseModel | Mapping | tuple):
+                known = node if spec_class is None else [name for name, child in node.items() if isinstance(child, dict | list)]
+                raise _nowhere(path, key, list(known))
+            node[key] = _plain(default)
+    else:
+        raise SpecError(f"{path!r} leads into {node!r}, which has no fields")
+    if not rest:
+        node[key] = value
+        return
+    _set(inner, node[key], rest, value, path)
+
+
+def _nowhere(path: str, key: str, known: list[str]) -> SpecError:
+    return SpecError(f"unknown field path {path!r}: there is no {key!r} here{did_you_mean(key, known, 'fields')}")
+
+
+def _spec_class(annotation: Any, node: dict[str, Any]) -> type[Spec] | None:
+    """The spec class that the annotation means for this node; None for a mapping of free names."""
+    candidates = [spec.concrete(node) for spec in _spec_types(annotation)]
+    fitting = [spec for spec in candidates if spec is not None and set(node) <= set(spec.model_fields)]
+    return next(iter(fitting or [spec for spec in candidates if spec is not None]), None)
+
+
+def _spec_types(annotation: Any) -> Iterator[type[Spec]]:
+    """The spec classes that a value of this annotation itself can be; the items of lists and mappings are not it."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for choice in get_args(annotation):
+            yield from _spec_types(choice)
+    elif hasattr(annotation, "__metadata__"):
+        yield from _spec_types(annotation.__origin__)
+    elif isinstance(annotation, type) and hasattr(annotation, "concrete"):
+        yield annotation
+
+
+def _item_type(annotation: Any) -> Any:
+    """The annotation of the items of a list or of the values of a mapping, looked for inside unions too."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return next((found for found in map(_item_type, get_args(annotation)) if found is not None), None)
+    if hasattr(annotation, "__metadata__"):
+        return _item_type(annotation.__origin__)
+    if origin is dict:
+        return get_args(annotation)[1]
+    return get_args(annotation)[0] if origin in (tuple, list) else None
+
+
+def field_paths(data: Any, prefix: str = "") -> Iterator[str]:
+    """List the path of every value in plain spec data, such as `dump_spec` gives."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from field_paths(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
+        for place, value in enumerate(data):
+            yield from field_paths(value, f"{prefix}[{place}]")
+    else:
+        yield prefix

@@ -1,0 +1,89 @@
+"""Where a token stands: relative bias tables, rotary angles, and the additive sinusoid."""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from sma.spec import Spec, register
+
+
+class PositionSpec(Spec):
+    """Root of the position kinds."""
+
+    family: ClassVar[str] = "position"
+    kind: str
+
+    def table_size(self, window: int | None) -> int:
+        """Entries of the bias table, for an attention with this window; 0 where there is no table."""
+        return 0
+
+
+@register
+class RelativeBiasSpec(PositionSpec):
+    """A learned number per distance, added to the attention scores.
+
+    Over true distance the table holds 2 P - 1 entries, index clamp(key - query, ±(P - 1)) + P - 1. Over slot distance it holds
+    6 W - 1 entries, index (key slot - query slot) + 4 W - 1: the authors' layout, kept so that their weights load.
+    """
+
+    kind: Literal["relative_bias"] = "relative_bias"
+    distance: Literal["true_distance", "slot_distance"] = Field(
+        default="true_distance", description="count original positions, or active tokens only"
+    )
+    max_positions: int = Field(default=1024, ge=1, le=2**24, description="P: true distances from here on share one entry")
+
+    def table_size(self, window: int | None) -> int:
+        if self.distance == "true_distance":
+            return 2 * self.max_positions - 1
+        return 6 * window - 1 if window is not None else 0
+
+
+@register
+class RotarySpec(PositionSpec):
+    """Queries and keys turned by an angle proportional to their original position, in interleaved pairs of channels."""
+
+    kind: Literal["rotary"] = "rotary"
+    base: float = Field(default=10000.0, gt=1.0, description="ratio of the slowest to the fastest wave length")
+
+
+@register
+class NoPositionSpec(PositionSpec):
+    """Attention that does not know positions."""
+
+    kind: Literal["none"] = "none"
+
+
+def rotate(x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"], base: float) -> Float[Tensor, "T *H Z"]:
+    """Turn the channel pairs (2i, 2i + 1) of every token by position * base^(-2i/Z).
+
+    Angles are computed in float64: in float32 one near position 10^6 is off by 0.03 rad.
+
+    Reference:
+        Su et al., "RoFormer", arXiv 2104.09864.
+    """
+    size = x.shape[-1]
+    speed = base ** (-torch.arange(0, size, 2, device=x.device, dtype=torch.float64) / size)
+    angle = positions.double()[:, None] * speed
+    shape = (x.shape[0], *([1] * (x.ndim - 2)), size // 2)
+    cos, sin = angle.cos().to(x.dtype).reshape(shape), angle.sin().to(x.dtype).reshape(shape)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+class Sinusoid(nn.Module):
+    r"""Additive position: $[\sin | \cos]$ of position times $10000^{-2i/D}$, times one learned number that starts at $D^{-1/2}$."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.tensor([width**-0.5]))
+
+    def forward(self, positions: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Return what to add to tokens at these positions."""
+        half = self.width // 2
+        speed = 10000.0 ** (-2 * torch.arange(half, device=positions.device, dtype=torch.float64) / self.width)
+        angle = positions.double()[..., None] * speed
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.scale.dtype) * self.scale

@@ -1,0 +1,44 @@
+"""Registers the dataclasses that forward returns as pytrees, so that torch.export, compile and vmap see through them."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils import _pytree
+
+Class = TypeVar("Class", bound=type[Any])
+
+
+def register_output(cls: Class) -> Class:
+    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are children."""
+    children = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
+    constants = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(value, name) for name in children], tuple(getattr(value, name) for name in constants)
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [(_pytree.GetAttrKey(name), getattr(value, name)) for name in children], flatten(value)[1]
+
+    def unflatten(values: Any, context: Any) -> Any:
+        # Without __init__: torch also rebuilds the tree with placeholders that are no tensors.
+        made = object.__new__(cls)
+        for name, item in zip((*children, *constants), (*values, *context), strict=True):
+            object.__setattr__(made, name, item)
+        return made
+
+    _pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        to_dumpable_context=list,
+        from_dumpable_context=tuple,
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    return cls
+
+
+def map_tensors(function: Any, value: Any) -> Any:
+    """Apply a function to every tensor of a registered dataclass, tuple or dictionary."""
+    return _pytree.tree_map_only(Tensor, function, value)

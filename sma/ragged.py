@@ -1,0 +1,291 @@
+"""Ragged tokens: the compressed form of a batch, and the operators compress and extract."""
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.errors import InputError
+from sma.pytree import register_output
+
+Reduce = Literal["sum", "mean", "max", "min"]
+
+
+@register_output
+@dataclass(frozen=True)
+class Ragged:
+    """Tokens of all rows one after another.
+
+    Two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row is a prefix of
+    real tokens and a tail of holes. A hole holds finite numbers that mean nothing and must change no real token.
+
+    Attributes:
+        values: `(T, D)`.
+        index: `(T,)` place of each token in the flattened `(B * L)` input, where `extract` puts it back.
+        positions: `(T,)` position in the row's whole stream, not in the chunk.
+        rows: `(T,)` row of each token.
+        offsets: `(B + 1,)` tokens of row b are `offsets[b] … offsets[b + 1]`.
+        lengths: `(B,)` how many of them are real.
+        stride: S where the layout is rectangular, else None.
+        holes: False promises that every token is real.
+    """
+
+    values: Float[Tensor, "T *D"]
+    index: Int[Tensor, "T"]
+    positions: Int[Tensor, "T"]
+    rows: Int[Tensor, "T"]
+    offsets: Int[Tensor, "B1"]
+    lengths: Int[Tensor, "B"]
+    stride: int | None = field(default=None, metadata={"static": True})
+    holes: bool = field(default=True, metadata={"static": True})
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch, B; a row may have no token."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def slots(self) -> Int[Tensor, "T"]:
+        """Rank of each token among the tokens of its row, from 0."""
+        return torch.arange(self.rows.shape[0], device=self.rows.device) - self.offsets[self.rows]
+
+    @property
+    def mask(self) -> Bool[Tensor, "T"]:
+        """True where the token is real, False at holes."""
+        return self.slots < self.lengths[self.rows]
+
+    @property
+    def longest(self) -> int:
+        """An upper bound of the tokens in a row: S if rectangular, else the exact maximum."""
+        if self.stride is not None:
+            return self.stride
+        return int((self.offsets[1:] - self.offsets[:-1]).max()) if self.num_rows else 0
+
+    def with_values(self, values: Float[Tensor, "T *E"]) -> "Ragged":
+        """The same tokens with other values."""
+        return replace(self, values=values)
+
+    def to_padded(self) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
+        """Return `(B, S, D)` with every row from the left and zeros after it, and the mask of the real tokens.
+
+        S is the longest row; a rectangular layout without holes costs no copy.
+        """
+        rows, longest = self.num_rows, self.longest
+        mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
+        if self.stride is not None:
+            padded = self.values.unflatten(0, (rows, longest))
+            return (padded.where(_expand(mask, padded), 0) if self.holes else padded), mask
+        padded = self.values.new_zeros((rows * longest, *self.values.shape[1:]))
+        values = self.values.where(_expand(self.mask, self.values), 0) if self.holes else self.values
+        return padded.index_copy(0, self._places(longest), values).unflatten(0, (rows, longest)), mask
+
+    def from_padded(self, padded: Float[Tensor, "B S *E"]) -> Float[Tensor, "T *E"]:
+        """Bring values in the shape of `to_padded` back to one per token."""
+        flat = padded.flatten(0, 1)
+        return flat if self.stride is not None else flat.index_select(0, self._places(padded.shape[1]))
+
+    def _places(self, longest: int) -> Int[Tensor, "T"]:
+        return self.rows * longest + self.slots
+
+
+def _expand(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *([1] * (like.ndim - mask.ndim)))
+
+
+def rectangular(
+    x_BLD: Float[Tensor, "B L *D"],
+    lengths: Int[Tensor, "B"] | None = None,
+    positions_BL: Int[Tensor, "B L"] | None = None,
+) -> Ragged:
+    """View a batch that is padded on the right as ragged tokens, without a copy.
+
+    Args:
+        x_BLD: the batch; the first `lengths[b]` tokens of row b are real.
+        lengths: real tokens of each row; None where all are.
+        positions_BL: position of each token in its row's stream; default `0 … L - 1`.
+    """
+    rows, length = x_BLD.shape[:2]
+    device = x_BLD.device
+    index = torch.arange(rows * length, device=device)
+    row = torch.arange(rows, device=device)[:, None].expand(rows, length).reshape(-1)
+    if positions_BL is None:
+        positions_BL = torch.arange(length, device=device).expand(rows, length)
+    return Ragged(
+        values=x_BLD.flatten(0, 1),
+        index=index,
+        positions=positions_BL.reshape(-1),
+        rows=row,
+        offsets=torch.arange(rows + 1, device=device) * length,
+        lengths=torch.full((rows,), length, device=device) if lengths is None else lengths,
+        stride=length,
+        holes=lengths is not None,
+    )
+
+
+def compress(
+    x_BLD: Float[Tensor, "B L *D"],
+    active_BL: Bool[Tensor, "B L"],
+    *,
+    positions_BL: Int[Tensor, "B L"] | None = None,
+    capacity: int | None = None,
+) -> Ragged:
+    """Gather the active tokens of a batch: the paper's operator *compress*.
+
+    Args:
+        x_BLD: the batch.
+        active_BL: which tokens to take.
+        positions_BL: position of each token in its row's stream; default `0 … L - 1`.
+        capacity: None packs all active tokens; a number gives the rectangular layout with that many slots per row, which
+            keep the earliest active tokens: shapes then do not depend on the data.
+
+    Raises:
+        InputError: the mask is not boolean or has another shape than the batch.
+    """
+    _check_mask(x_BLD, active_BL)
+    if capacity is not None:
+        return _compress_static(x_BLD, active_BL, positions_BL, capacity)
+    return compress_each(x_BLD, active_BL[..., None], positions_BL=positions_BL)[0]
+
+
+def compress_each(
+    x_BLD: Float[Tensor, "B L *D"], active_BLM: Bool[Tensor, "B L M"], *, positions_BL: Int[Tensor, "B L"] | None = None
+) -> list[Ragged]:
+    """Compress one batch for each of M masks, with one search for the active tokens of all of them."""
+    rows, length, modules = active_BLM.shape
+    flat = x_BLD.flatten(0, 1)
+    counts_MB = active_BLM.sum(1).T
+    found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
+    sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
+    tokens = []
+    for place, index in enumerate(found.split(sizes)):
+        if index.shape[0] == rows * length:  # every token is active: nothing to gather
+            tokens.append(rectangular(x_BLD, None, positions_BL))
+            continue
+        index = index - place * rows * length if place else index
+        row = torch.div(index, max(length, 1), rounding_mode="floor")
+        positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
+        offsets = torch.nn.functional.pad(counts_MB[place].cumsum(0), (1, 0))
+        tokens.append(Ragged(flat.index_select(0, index), index, positions, row, offsets, counts_MB[place], holes=False))
+    return tokens
+
+
+def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None, capacity: int) -> Ragged:
+    if capacity < 1:
+        raise InputError(f"capacity={capacity} must be at least 1 token per row")
+    rows, length = active_BL.shape
+    device = x_BLD.device
+    rank = active_BL.cumsum(1) - 1
+    kept = active_BL & (rank < capacity)
+    # Tokens that are not kept go to one slot more, which is cut off.
+    slot = torch.where(kept, rank, capacity)
+    places = torch.arange(rows * length, device=device).reshape(rows, length)
+    first = torch.arange(rows, device=device)[:, None] * length
+    index = first.expand(rows, capacity + 1).scatter(1, slot, places)[:, :capacity].reshape(-1)
+    if positions_BL is None:
+        positions_BL = torch.arange(length, device=device).expand(rows, length)
+    frame = rectangular(x_BLD.new_zeros((rows, capacity)), kept.sum(1), positions_BL.reshape(-1)[index].reshape(rows, capacity))
+    return replace(frame, values=x_BLD.flatten(0, 1).index_select(0, index), index=index)
+
+
+def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]) -> Float[Tensor, "B L *D"]:
+    """Put values back to the places of their tokens: the paper's operator *extract*; zeros where no token was active.
+
+    Args:
+        values: one per token, in the order of `tokens`.
+        tokens: what `compress` returned.
+        like_BLD: the batch that was compressed; gives B, L and the dtype of the result.
+    """
+    if _covers(tokens, like_BLD):
+        return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
+    return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
+
+
+def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
+    """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
+    values = values.to(into_BLD.dtype)
+    if _covers(tokens, into_BLD):
+        return into_BLD + values.unflatten(0, into_BLD.shape[:2])
+    if tokens.holes:
+        values = values.where(_expand(tokens.mask, values), 0)
+    return into_BLD.flatten(0, 1).index_add(0, tokens.index, values).unflatten(0, into_BLD.shape[:2])
+
+
+def _covers(tokens: Ragged, batch: Tensor) -> bool:
+    return not tokens.holes and tokens.stride == batch.shape[1]
+
+
+def _check_mask(x_BLD: Tensor, active_BL: Tensor) -> None:
+    if active_BL.dtype is not torch.bool:
+        raise InputError(f"the mask has dtype {active_BL.dtype}; it must be torch.bool: write mask.bool() or mask > 0")
+    if x_BLD.shape[:2] != active_BL.shape:
+        raise InputError(f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}")
+
+
+def right_padding(valid_BL: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
+    """Find how to move padding to the right.
+
+    Returns:
+        the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first, in
+        their order); None instead of places where the padding is on the right already.
+    """
+    lengths = valid_BL.sum(1)
+    if bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
+        return lengths, None
+    return lengths, torch.argsort(~valid_BL, dim=1, stable=True)
+
+
+def move(x_BLD: Tensor, places_BL: Int[Tensor, "B L"]) -> Tensor:
+    """Reorder the positions of every row: result[b, t] = x[b, places[b, t]]."""
+    return x_BLD.gather(1, _expand(places_BL, x_BLD).expand(*places_BL.shape, *x_BLD.shape[2:]))
+
+
+def segment_reduce(
+    values: Float[Tensor, "T *D"],
+    offsets: Int[Tensor, "B1"],
+    reduce: Reduce,
+    *,
+    backend: Literal["auto", "torch", "scatter"] = "auto",
+) -> Float[Tensor, "B *D"]:
+    """Reduce the tokens of every row to one value; an empty row gives 0.
+
+    Args:
+        values: tokens of all rows, packed.
+        offsets: tokens of row b are `offsets[b] … offsets[b + 1]`.
+        reduce: `sum`, `mean`, `max` or `min`.
+        backend: `auto` takes torch-scatter for `max` and `min` where it is installed (about 4 times faster there; for sums
+            torch itself is as fast); `torch` and `scatter` force one.
+
+    Raises:
+        InputError: an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
+    """
+    if reduce not in ("sum", "mean", "max", "min"):
+        raise InputError(f"reduce={reduce!r} must be 'sum', 'mean', 'max' or 'min'")
+    scatter = _torch_scatter()
+    if backend == "scatter" and scatter is None:
+        raise InputError("backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scatter")
+    if backend not in ("auto", "torch", "scatter"):
+        raise InputError(f"backend={backend!r} must be 'auto', 'torch' or 'scatter'")
+    if scatter is not None and (backend == "scatter" or (backend == "auto" and reduce in ("max", "min"))):
+        reduced: Tensor = scatter.segment_csr(values.contiguous(), offsets, reduce=reduce)
+        return reduced
+    counts = offsets[1:] - offsets[:-1]
+    rows = torch.repeat_interleave(torch.arange(counts.shape[0], device=values.device), counts, output_size=values.shape[0])
+    out = values.new_zeros((counts.shape[0], *values.shape[1:]))
+    if reduce in ("sum", "mean"):
+        total = out.index_add(0, rows, values)
+        return total if reduce == "sum" else total / _expand(counts.clamp(min=1), total)
+    index = _expand(rows, values).expand_as(values)
+    return out.scatter_reduce(0, index, values, "amax" if reduce == "max" else "amin", include_self=False)
+
+
+@cache
+def _torch_scatter() -> ModuleType | Any | None:
+    try:
+        import torch_scatter
+    except ImportError:
+        return None
+    return torch_scatter
