@@ -95,7 +95,8 @@ class EMA(SubModule):
         nn.init.trunc_normal_(self.delta, std=0.2)
         nn.init.trunc_normal_(self.alpha, std=0.2)
         nn.init.trunc_normal_(self.beta, std=0.02)
-        self.beta += torch.tensor([1.0, -1.0]).repeat(-(-self.spec.state_size // 2))[: self.spec.state_size, None].to(self.beta)
+        self.beta[:, 0::2] += 1.0
+        self.beta[:, 1::2] -= 1.0
         nn.init.trunc_normal_(self.gamma, std=1.0)
         nn.init.trunc_normal_(self.omega, std=1.0)
 

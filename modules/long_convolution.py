@@ -57,7 +57,7 @@ class _LongConvolution(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, Tensor]:
         x_spectrum, kernel_spectrum = ctx.saved_tensors
         size, length = ctx.sizes
         grad_spectrum = torch.fft.rfft(grad_BLD.transpose(1, 2), n=size)

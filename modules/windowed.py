@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.ragged import Ragged
@@ -68,12 +68,12 @@ class Blocks:
         padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, values.shape[1])
         return padded.index_copy(0, self.places + shape.before if shape.before else self.places, values)
 
-    def queries_of(self, filled: Tensor) -> Float[Tensor, "n C ..."]:
+    def queries_of(self, filled: Tensor) -> Shaped[Tensor, "n C ..."]:
         """The slots of every block."""
         shape = self.shape
         return filled[shape.before : shape.before + self.count * shape.queries].unflatten(0, (self.count, shape.queries))
 
-    def keys_of(self, filled: Tensor) -> Float[Tensor, "n K ..."]:
+    def keys_of(self, filled: Tensor) -> Shaped[Tensor, "n K ..."]:
         """The slots that every block sees, as an overlapping view."""
         step = filled.stride(0)
         size = (self.count, self.shape.keys, *filled.shape[1:])
@@ -112,7 +112,7 @@ def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
         return line.index_copy_(0, places + shape.before, values)
 
     row_of = tokens.rows.where(tokens.mask, -1) if tokens.holes else tokens.rows
-    blocks = Blocks(shape, count, places, torch.empty(0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0))
+    blocks = Blocks(shape, count, places, torch.empty(0, 0, 0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0))
     rows = lay(row_of, -1)
     allowed = blocks.queries_of(rows)[:, :, None] == blocks.keys_of(rows)[:, None, :]
     # Slots of one block run on, so the distance of a pair depends on its places in the block alone.
@@ -210,7 +210,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         filled_q, filled_k, filled_v, kept, keep, out, index = ctx.saved_tensors
         blocks, weighting = ctx.blocks, ctx.weighting
         narrow, wide = filled_v.dtype, kept.dtype

@@ -145,8 +145,8 @@ class RoutedLayer(nn.Module):
         """Run the layer on a batch that is padded on the right; `frame` is `rectangular` of it."""
         valid = frame.mask.unflatten(0, x_BLD.shape[:2]) if frame.holes else None
         positions = frame.positions.unflatten(0, x_BLD.shape[:2])
-        pre = self.norm is not None and self.norm.spec.place == "pre"
-        mixed = self._backbone(self.norm(x_BLD, valid) if pre else x_BLD, frame)
+        before, after = (self.norm, None) if self._norm_first else (None, self.norm)
+        mixed = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame)
         base = self._bypass(mixed)
         decision = None
         if self.routed is not None:
@@ -159,9 +159,11 @@ class RoutedLayer(nn.Module):
         out = x_BLD + base
         if self.spec.activation == "silu":
             out = nn.functional.silu(out)
-        if self.norm is not None and not pre:
-            out = self.norm(out, valid)
-        return LayerOutput(out, decision)
+        return LayerOutput(out if after is None else after(out, valid), decision)
+
+    @property
+    def _norm_first(self) -> bool:
+        return self.spec.norm is not None and self.spec.norm.place == "pre"
 
     def _backbone(self, x_BLD: Tensor, frame: Ragged) -> Tensor:
         if self.backbone is None:

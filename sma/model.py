@@ -22,7 +22,6 @@ from sma.ragged import move
 from sma.spec import Spec, register
 from sma.submodule import Operations
 
-
 _LAYERS = TypeAdapter(tuple[LayerSpec, ...])
 
 
@@ -60,8 +59,8 @@ class ModelSpec(Spec):
     layers: Annotated[RepeatSpec | tuple[LayerSpec, ...], BeforeValidator(_repeated_or_listed)] = Field(
         description="a list of layers, or {repeat: …, layer: …}"
     )
-    final_norm: NormSpec | Literal["auto"] | None = Field(
-        default="auto", description="norm after the last layer; 'auto': the layers' own norm if it is of place 'pre', else none"
+    final_norm: NormSpec | None = Field(
+        default=None, description="norm after the last layer; null: a norm like the last layer's own if that is of place 'pre', else none"
     )
 
     def build(self) -> "SequenceModel":
@@ -83,9 +82,9 @@ class ModelSpec(Spec):
 
     @property
     def final_norm_spec(self) -> NormSpec | None:
-        """The norm after the last layer, `auto` resolved."""
-        if self.final_norm != "auto":
-            return cast(NormSpec | None, self.final_norm)
+        """The norm after the last layer, null resolved."""
+        if self.final_norm is not None:
+            return self.final_norm
         norm = self.layer_specs[-1].norm if self.layer_specs else None
         return norm if norm is not None and norm.place == "pre" else None
 

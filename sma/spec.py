@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Never, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Never, Self, TypeVar, cast
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from sma.errors import SpecError, did_you_mean
 from sma.paths import override
 
 __all__ = ["FrozenDict", "Spec", "dump_spec", "find_kind", "json_schema", "kinds", "load_spec", "read_spec_file", "register"]
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 PLUGINS = "sma.plugins"
 
@@ -28,7 +33,7 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *args: object, **kwargs: object) -> Never:
         raise TypeError("specs are frozen: make a changed copy with spec.replace(field=value)")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
@@ -41,7 +46,7 @@ Value = TypeVar("Value")
 FrozenMapping = Annotated[dict[str, Value], AfterValidator(FrozenDict)]
 
 
-class _SpecMeta(type(BaseModel)):  # type: ignore[misc]
+class _SpecMeta(ModelMetaclass):
     """Turns the validation error of a direct construction, `GAUSpec(window=0)`, into one `SpecError`."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:
@@ -115,7 +120,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
             raise ValidationError.from_exception_data(cls.__name__, [_explained(cls, item) for item in error.errors()]) from None
 
     @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:  # type: ignore[override]
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Validate a mapping or an instance; the same as pydantic's, with a `SpecError`."""
         try:
             return super().model_validate(obj, **options)
@@ -179,10 +184,10 @@ def field_path(parts: tuple[int | str, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
-SpecClass = TypeVar("SpecClass", bound=type[Spec])
+Registered = TypeVar("Registered", bound=Spec)
 
 
-def register(spec_class: SpecClass) -> SpecClass:
+def register(spec_class: type[Registered]) -> type[Registered]:
     """Class decorator: make a kind known to YAML, the command line, the JSON schema, the conformance kit and sweeps.
 
     Registering the same class again is harmless.

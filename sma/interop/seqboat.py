@@ -4,7 +4,7 @@ Their layers, models and encoders become ours, and ours give the tensors back un
 `standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,6 +21,8 @@ from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, ScaleNorm, S
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.routers import AlwaysRouterSpec, RouterSpec, SMARouter, SMARouterSpec
 from sma.spec import FrozenDict
+
+_MARK = "_reference_kind"  # which of the authors' modules a module of ours stands for
 
 Kind = Literal["standalone_layer", "unit", "standalone_model", "lra_encoder"]
 
@@ -81,7 +83,7 @@ def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False
 
 
 def _entries(module: RoutedLayer | SequenceModel) -> Iterator[Entry]:
-    version = getattr(module, "reference_kind", None)
+    version = getattr(module, _MARK, None)
     if version is None:
         raise CheckpointError("this module was not made by sma.interop.seqboat.from_reference, so the authors' names are not known")
     if isinstance(module, RoutedLayer):
@@ -148,7 +150,7 @@ def _norm_entries(norm: Norm | None, prefix: str) -> Iterator[Entry]:
 
 
 def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel:
-    makers = {
+    makers: dict[str, Callable[[Mapping[str, Any]], RoutedLayer | SequenceModel]] = {
         "standalone_layer": _standalone_layer,
         "unit": _unit,
         "standalone_model": _standalone_model,
@@ -157,7 +159,7 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
     if kind not in makers:
         raise CheckpointError(f"unknown kind {kind!r} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
     module = makers[kind](config)
-    module.reference_kind = kind  # type: ignore[assignment]
+    setattr(module, _MARK, kind)
     return module
 
 
@@ -196,9 +198,7 @@ def _layer(config: Mapping[str, Any], window: int) -> LayerSpec:
 def _position(config: Mapping[str, Any]) -> PositionSpec:
     if config.get("rel_pos_bias", "simple") == "rotary":
         return RotarySpec()
-    return RelativeBiasSpec(
-        distance="slot_distance" if config.get("local_pos") else "true_distance", max_positions=config["max_positions"]
-    )
+    return RelativeBiasSpec(distance="slot_distance" if config.get("local_pos") else "true_distance", max_positions=config["max_positions"])
 
 
 def _norm(name: str, pre: bool, affine: bool) -> NormSpec:
@@ -241,7 +241,11 @@ def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
             "ndim": config["n_dim"],
             "prenorm": config["normalize_before"],
             "max_positions": config["max_seq_len"],
-            **{name: config[name] for name in ("attention_activation", "norm_type", "truncation", "init_temp_scale", "local_pos") if name in config},
+            **{
+                name: config[name]
+                for name in ("attention_activation", "norm_type", "truncation", "init_temp_scale", "local_pos")
+                if name in config
+            },
         },
         config["chunk_size"],
     )
