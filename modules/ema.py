@@ -103,8 +103,9 @@ class EMA(SubModule):
     def recurrences(self, dtype: torch.dtype) -> list[Recurrence]:
         """The recurrence of each direction, forward first."""
         step = torch.sigmoid(self.delta.to(dtype).squeeze(-1))
-        # A decay that rounds to 0 has no logarithm; e^-1e4 is as much 0, and e^(0 x -1e4) is still 1.
-        log_decay = torch.log1p(-step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(min=-1e4)
+        # A decay that rounds to 0 has no logarithm, and the gradient there would be 0 / 0: keep it at the rounding error instead.
+        damping = (step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
+        log_decay = torch.log1p(-damping)
         inward = step * self.beta.to(dtype).squeeze(-1)
         outward = self.gamma.to(dtype) / math.sqrt(self.spec.state_size)
         parts = zip(log_decay.split(self.width), inward.split(self.width), outward.split(self.width), strict=True)

@@ -43,7 +43,7 @@ class SparseModularActivation(nn.Module):
         x `(B, L, D)` in, values `(B, L, D)` out.
 
     Raises:
-        InputError: the router decides about other names than there are sub-modules.
+        InputError: the router decides about other names than there are sub-modules, or a name is one that torch uses.
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
@@ -53,6 +53,9 @@ class SparseModularActivation(nn.Module):
         super().__init__()
         if set(router.names) != set(modules):
             raise InputError(f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; use the same names")
+        taken = [name for name in router.names if name_is_taken(name)]
+        if taken:
+            raise InputError(f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}")
         self.router = router
         self.submodules = nn.ModuleDict({name: modules[name] for name in router.names})
         self.dropout = dropout
@@ -91,7 +94,10 @@ class SparseModularActivation(nn.Module):
         check_batch(x_BLD, valid)
         if positions is None and valid is not None:
             positions = valid.cumsum(1) - 1
-        decision, _ = self.router(x_BLD if control_BLD is None else control_BLD, valid, positions)
+        control_BLD = x_BLD if control_BLD is None else control_BLD
+        if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
+            control_BLD = control_BLD.where(valid[..., None], 0)
+        decision, _ = self.router(control_BLD, valid, positions)
         out = torch.zeros_like(x_BLD) if into_BLD is None else into_BLD
         for place, tokens in enumerate(compress_each(x_BLD, decision.active, positions_BL=positions)):
             out = extract_add(self._results(place, tokens, decision), tokens, out)
@@ -103,6 +109,11 @@ class SparseModularActivation(nn.Module):
         confidence = decision.confidence[..., place].reshape(-1).index_select(0, tokens.index)
         values = nn.functional.dropout(values, self.dropout, self.training)
         return values * confidence.to(values.dtype)[:, None]
+
+
+def name_is_taken(name: str) -> bool:
+    """Whether a sub-module cannot have this name, because `torch.nn.ModuleDict` has an attribute that is called so."""
+    return hasattr(nn.ModuleDict(), name)
 
 
 def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:

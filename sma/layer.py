@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import SparseModularActivation, check_batch
+from sma.activation import SparseModularActivation, check_batch, name_is_taken
 from sma.decision import Decision
 from sma.errors import StateError
 from sma.norms import NormSpec
@@ -41,6 +41,9 @@ class LayerSpec(Spec):
         bad = [name for name in self.modules if not name.isidentifier()]
         if bad:
             raise ValueError(f"the module name {bad[0]!r} must be a word of letters, digits and '_'; field paths are made of them")
+        taken = [name for name in self.modules if name_is_taken(name)]
+        if taken:
+            raise ValueError(f"the module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}")
         return self
 
     def build(self, width: int) -> "RoutedLayer":

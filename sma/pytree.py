@@ -33,10 +33,15 @@ def register_output(cls: Class) -> Class:
         unflatten,
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         to_dumpable_context=list,
-        from_dumpable_context=tuple,
+        from_dumpable_context=_hashable,
         flatten_with_keys_fn=flatten_with_keys,
     )
     return cls
+
+
+def _hashable(context: Any) -> Any:
+    """JSON turns tuples into lists; a constant has none."""
+    return tuple(map(_hashable, context)) if isinstance(context, list) else context
 
 
 def map_tensors(function: Any, value: Any) -> Any:

@@ -177,6 +177,7 @@ def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | No
     if capacity < 1:
         raise InputError(f"capacity={capacity} must be at least 1 token per row")
     rows, length = active_BL.shape
+    capacity = capacity if length else 0  # a hole points to a place of its row, and here there is none
     device = x_BLD.device
     rank = active_BL.cumsum(1) - 1
     kept = active_BL & (rank < capacity)
@@ -188,7 +189,8 @@ def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | No
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device).expand(rows, length)
     frame = rectangular(x_BLD.new_zeros((rows, capacity)), kept.sum(1), positions_BL.reshape(-1)[index].reshape(rows, capacity))
-    return replace(frame, values=x_BLD.flatten(0, 1).index_select(0, index), index=index)
+    values = x_BLD.flatten(0, 1).index_select(0, index)
+    return replace(frame, values=values.where(_expand(frame.mask, values), 0), index=index)
 
 
 def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]) -> Float[Tensor, "B L *D"]:

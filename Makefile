@@ -1,0 +1,87 @@
+# Needs make, a POSIX shell and Python 3.11 or newer; everything else goes into .venv.
+
+# A Python to make .venv with; empty: the first of python3, python3.13 … that is new enough.
+PYTHON ?=
+# Package index to take torch from, for its CPU or a certain CUDA build; empty: whatever pip takes by default.
+TORCH_INDEX ?=
+# Processes that run the tests.
+JOBS ?= 2
+
+ifndef OUT
+OUT := runs/listops-tiny-$(shell date +%Y%m%d-%H%M%S)
+endif
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Each worker of the tests gets one thread: more would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+help: ## list the targets
+	@awk 'match($$0, /^[a-z-]+:.*## /) && match($$0, /:.*## /) {printf "  make %-9s %s\n", substr($$0, 1, RSTART - 1), substr($$0, RSTART + RLENGTH)}' Makefile
+
+setup: .venv/.setup ## make .venv with what the recipes need
+
+demo: setup ## train SeqBoat on a small ListOps and evaluate it; OUT=folder says where the run goes
+	@$(BIN)/python -m sma.recipes.seqboat_lra --task listops --preset tiny --out "$(OUT)"
+
+test: .venv/.dev ## run the tests a contributor runs
+	@$(PYTEST) -m "not slow"
+
+test-all: test .venv/.scatter ## those, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel
+	@$(PYTEST) -m slow
+
+bench: setup ## time one layer at several lengths and activation rates; ARGS="--device cuda" and so on
+	@$(BIN)/python -m benchmarks.layer $(ARGS)
+
+check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check --output-format concise .
+	@$(BIN)/python .ci/check_types.py
+	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py
+
+clean: ## remove .venv, build outputs and caches; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv installs, so an interrupted one is made again.
+$(BIN)/pip:
+	@found=; for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is not that: install it, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	fi; \
+	echo "making .venv with $$("$$found" --version)"; \
+	"$$found" -m venv .venv >/dev/null 2>&1 || { \
+	    rm -rf .venv; \
+	    echo "$$found cannot make a virtual environment: install its module venv (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; \
+	}
+
+# torch by itself, because an index that has one build of torch need not have the other packages.
+.venv/.setup: pyproject.toml constraints.txt | $(BIN)/pip
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+	    echo "installing torch from $(TORCH_INDEX)"; \
+	    $(PIP) install -qq --no-deps --index-url "$(TORCH_INDEX)" -c constraints.txt torch; \
+	fi
+	@echo "installing sma and what its recipes need: some minutes the first time"
+	@$(PIP) install -qq -c constraints.txt -e '.[recipes]'
+	@touch $@
+	@echo "ready: see make help, or use $(BIN)/python"
+
+.venv/.dev: .venv/.setup
+	@echo "installing what the tests and checks need"
+	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# It has no wheel for this torch and is compiled against the installed one, once per version of torch and Python.
+.venv/.scatter: .venv/.dev
+	@wheels="$${XDG_CACHE_HOME:-$$HOME/.cache}/sma/torch-$$($(BIN)/python -c 'import torch; print(torch.__version__)')"; \
+	install() { $(PIP) install -qq --force-reinstall --no-index --no-deps --find-links "$$wheels" -c constraints.txt torch-scatter; }; \
+	install 2>/dev/null || { \
+	    echo "building torch-scatter: 4 to 9 minutes, and only the first time"; \
+	    $(PIP) wheel -qq --no-build-isolation --use-pep517 --no-deps --wheel-dir "$$wheels" -c constraints.txt torch-scatter && install; \
+	}
+	@touch $@
+
+.PHONY: help setup demo test test-all bench check clean
+.DELETE_ON_ERROR:

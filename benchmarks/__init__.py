@@ -1,0 +1,1 @@
+"""Measurements: each prints JSON or a table, ratios within one run."""

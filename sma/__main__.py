@@ -1,0 +1,274 @@
+"""The command line: `python -m sma describe SPEC`, `kinds`, `kind`, `schema`, `validate`."""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import torch
+
+from sma.catalogue import describe_kind, find_kinds, list_kinds
+from sma.checkpoint import SPEC
+from sma.describe import describe
+from sma.errors import SmaError, SpecError, did_you_mean
+from sma.model import ModelSpec, SequenceModel
+from sma.spec import json_schema, load_spec, read_spec_file, read_yaml
+
+DISTRIBUTION = "sparse-modular-activation"
+EXAMPLES = """examples:
+  python -m sma describe seqboat_listops --length 2000 --rate 0.1
+  python -m sma describe my_model.yaml --set layers.layer.modules.attention.window=64
+  python -m sma kinds sub-module
+  python -m sma kind gau
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are sentences like all others: no usage, no exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"{message}; see {self.prog} --help")
+
+
+Command = Callable[[argparse.Namespace], Iterator[str]]
+
+
+def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="sma",
+        description="Describe and check models of sparse modular activation.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sma {_version()} (torch {torch.__version__})")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Command, what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    described = command("describe", _describe, "print the parts of a model with their parameters and operations")
+    validated = command("validate", _validate, "check a spec; exit status 2 and one sentence per mistake where it is wrong")
+    for each in (described, validated):
+        each.add_argument("spec", metavar="SPEC", help=f"YAML or JSON file, or a shipped spec: {', '.join(shipped_specs())}")
+        each.add_argument(
+            "--set", metavar="PATH=VALUE", action="append", default=[], help="set a field first; the value is YAML; may be repeated"
+        )
+    described.add_argument("--length", type=int, default=2000, metavar="N", help="tokens of the row to count for (default: 2000)")
+    described.add_argument("--rate", type=float, default=0.25, metavar="R", help="activation rate, 0 to 1 (default: 0.25)")
+    described.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    described.add_argument("--build", action="store_true", help="build the model too and count its parameters")
+
+    listed = command("kinds", _kinds, "list the registered kinds, of all families or of one")
+    listed.add_argument("family", metavar="FAMILY", nargs="?", help="such as sub-module, router, norm")
+    listed.add_argument("kind", metavar="KIND", nargs="?", help="print the fields of this kind")
+    explained = command("kind", _kind, "print the fields of a kind; also of 'layer' and 'repeat', which models are made of")
+    explained.add_argument("kind", metavar="KIND", help="such as gau, sma, layer_norm")
+    schema = command("schema", _schema, "print the JSON schema of a family, for editors")
+    schema.add_argument("family", metavar="FAMILY", nargs="?", default="model", help="default: model")
+    return parser, dict(commands.choices)
+
+
+def _version() -> str:
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def shipped_specs() -> list[str]:
+    """Names of the model specs that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in files("sma.recipes").joinpath("specs").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_model_spec(source: str) -> dict[str, Any]:
+    """Read the plain data of a model spec: a shipped one by its name, a file, or the folder of a saved model.
+
+    Raises:
+        SpecError: there is no such spec or file, or it is not a mapping.
+    """
+    names = shipped_specs()
+    if source in names:
+        data = read_yaml(files("sma.recipes").joinpath("specs", f"{source}.yaml").read_text(encoding="utf-8"), source)
+        return dict(data)
+    path = Path(source)
+    if path.is_dir():
+        path = path / SPEC
+        if not path.exists():
+            raise SpecError(f"the folder {source!r} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote")
+    if not path.exists():
+        raise SpecError(f"there is no file and no shipped spec {source!r}{did_you_mean(source, names, 'shipped specs')}")
+    return read_spec_file(path)
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Split `path=value`; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
+
+    Raises:
+        SpecError: there is no `=`, or the value is not YAML.
+    """
+    path, equals, value = setting.partition("=")
+    if not equals:
+        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set width=32")
+    return path.strip(), read_yaml(value, f"the value of --set {path.strip()}")
+
+
+def _load(args: argparse.Namespace) -> ModelSpec:
+    spec: ModelSpec = load_spec(read_model_spec(args.spec), overrides=dict(map(parse_setting, args.set)))
+    return spec
+
+
+def _name(source: str) -> str:
+    return Path(source).stem if Path(source).suffix in (".yaml", ".yml", ".json") else source
+
+
+def _describe(args: argparse.Namespace) -> Iterator[str]:
+    spec = _load(args)
+    description = describe(spec, name=_name(args.spec), length=args.length, rate=args.rate)
+    built = _build(spec, "cpu") if args.build else None
+    if args.json:
+        facts = {} if built is None else {"built": {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}}
+        yield json.dumps(description.as_dict() | facts, indent=2)
+        return
+    yield description.as_text()
+    if built is not None:
+        reach = "causal" if built.causal else "not causal: a token may see later ones"
+        yield f"\nBuilt with {_count(built):,} parameters, as predicted; {_bytes(built) / 1e6:,.1f} MB in float32; {reach}."
+
+
+def _build(spec: ModelSpec, device: str) -> SequenceModel:
+    """Build the model and hold the prediction against it; on the device 'meta' this takes no memory.
+
+    Raises:
+        SpecError: the parts do not fit each other, there is not enough memory, or the prediction is wrong.
+    """
+    try:
+        with torch.device(device):
+            model = spec.build()
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise SpecError(f"the model of {spec.num_parameters():,} parameters cannot be built: {reason}") from error
+    if _count(model) != spec.num_parameters():
+        predicted = f"{spec.num_parameters():,}"
+        raise SpecError(f"the model has {_count(model):,} parameters, but its spec predicts {predicted}: a num_parameters is wrong")
+    return model
+
+
+def _count(model: SequenceModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(model: SequenceModel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _validate(args: argparse.Namespace) -> Iterator[str]:
+    spec = _load(args)
+    layers = len(spec.layer_specs)
+    yield (
+        f"ok: {_name(args.spec)} is a {spec.kind} of width {spec.width} with {layers} layer{'' if layers == 1 else 's'} "
+        f"and {_count(_build(spec, 'meta')):,} parameters"
+    )
+
+
+def _kinds(args: argparse.Namespace) -> Iterator[str]:
+    if args.kind is not None:
+        yield from _explain(find_kinds(args.kind, args.family))
+        return
+    yield list_kinds(args.family)
+    if args.family is None:
+        yield "\nFields of a kind: sma kind gau. What models are made of: sma kind layer, sma kind repeat."
+
+
+def _kind(args: argparse.Namespace) -> Iterator[str]:
+    yield from _explain(find_kinds(args.kind))
+
+
+def _explain(found: list[Any]) -> Iterator[str]:
+    yield "\n\n\n".join(map(describe_kind, found))
+
+
+def _schema(args: argparse.Namespace) -> Iterator[str]:
+    yield json.dumps(json_schema(args.family), indent=2, ensure_ascii=False)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the arguments; a word that nothing expects is answered with the nearest one that exists."""
+    parser, commands = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise SpecError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], commands, 'commands')}")
+    args, unknown = parser.parse_known_args(argv)
+    if not unknown:
+        return args
+    word = unknown[0]
+    if word.startswith("-"):
+        options = [option for action in commands[args.command]._actions for option in action.option_strings if option.startswith("--")]
+        name = word.partition("=")[0]
+        raise SpecError(f"{args.command} has no option {name!r}{did_you_mean(name, options, 'options')}")
+    hint = "; write --set before each path=value" if "=" in word else f"; see sma {args.command} --help"
+    raise SpecError(f"{args.command} takes no further argument {word!r}{hint}")
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    print(f"sma: warning: {message}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after the program's name; default those it was called with.
+
+    Returns:
+        the exit status: 0; 2 where something is wrong with what was asked, after a sentence on stderr; 1 where the output cannot
+        be written; 130 after Ctrl-C and 141 where the reader of the output went away, as the shell has it.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without '…' shows '?' instead of failing
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            if not words:
+                _parser()[0].print_help(sys.stderr)
+                return 2
+            args = _parse(words)
+            for text in args.run(args):
+                print(text)
+            sys.stdout.flush()
+        except SmaError as error:
+            print("\n".join(f"sma: {sentence}" for sentence in str(error).splitlines()), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        except OSError as error:
+            _drop(sys.stdout)
+            if isinstance(error, BrokenPipeError):
+                return 141
+            print(f"sma: cannot write the output: {error.strerror}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _drop(stream: TextIO) -> None:
+    """Let the interpreter's last flush of a stream that cannot be written go nowhere, instead of failing again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

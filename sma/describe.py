@@ -1,0 +1,259 @@
+"""A model in numbers: what each part costs in parameters and operations, predicted from its spec alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sma.errors import SpecError
+from sma.layer import LayerSpec
+from sma.model import ModelSpec
+from sma.norms import NormSpec
+from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model: its kind and what it costs.
+
+    Attributes:
+        name: `backbone`, `router`, `norm`, or the name of a routed sub-module.
+        kind: its registered kind, with what else tells it from others of the kind.
+        parameters: predicted number of parameters.
+        operations: multiply-adds for one row at the activation rate asked about; 0 also where the spec predicts none.
+        all_active: the same with every token active.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    operations: int = 0
+    all_active: int = 0
+
+    def times(self, count: int) -> "Part":
+        """The same part `count` times."""
+        return Part(self.name, self.kind, self.parameters * count, self.operations * count, self.all_active * count)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers that are alike.
+
+    Attributes:
+        places: which layers of the model they are, from 0.
+        parts: the parts of one of them.
+    """
+
+    places: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def one(self) -> Part:
+        """One of them as a whole."""
+        return _sum("one of them", "", self.parts)
+
+    @property
+    def all(self) -> Part:
+        """All of them together."""
+        count = len(self.places)
+        return _sum(f"layer{'s' if count > 1 else ''} {_ranges(self.places)}", f"{count} alike" if count > 1 else "", self.parts).times(
+            count
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `python -m sma describe` prints: the parts of a model in the order in which its tokens pass them.
+
+    Attributes:
+        name: what the spec was called.
+        spec: the model.
+        length: tokens of the row that operations are counted for.
+        rate: activation rate of the sub-modules whose router is free to choose.
+        before: encoder and sinusoid.
+        layers: the layers, alike ones together.
+        after: final norm and head.
+    """
+
+    name: str
+    spec: ModelSpec
+    length: int
+    rate: float
+    before: tuple[Part, ...]
+    layers: tuple[Layers, ...]
+    after: tuple[Part, ...]
+
+    @property
+    def total(self) -> Part:
+        """The model as a whole."""
+        return _sum("total", "", (*self.before, *(group.all for group in self.layers), *self.after))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; operations are exact multiply-adds of a whole row, and a layer's numbers are those of one layer."""
+        groups = [
+            {"layers": list(group.places), **_numbers(group.one), "parts": [_part_numbers(part) for part in group.parts]}
+            for group in self.layers
+        ]
+        return {
+            "name": self.name,
+            "kind": self.spec.kind,
+            "width": self.spec.width,
+            "length": self.length,
+            "rate": self.rate,
+            "before": [_part_numbers(part) for part in self.before],
+            "layers": groups,
+            "after": [_part_numbers(part) for part in self.after],
+            "total": _numbers(self.total),
+        }
+
+    def as_text(self) -> str:
+        """An aligned table, at most 100 columns wide for names of usual length."""
+        spec, count = self.spec, len(self.spec.layer_specs)
+        total = self.total
+        rows = [["part", "kind", "parameters", f"at rate {self.rate:g}", "share", "all active", "ratio"]]
+        rows += [self._row(part, total) for part in self._lines()]
+        fixed = any(_fixed_rate(layer.router) is not None for layer in spec.layer_specs if layer.modules)
+        own = ", or on what their router fixes" if fixed else ""
+        return "\n".join(
+            [
+                f"{self.name}: {spec.kind}, width {spec.width}, {count} layer{'' if count == 1 else 's'}",
+                "",
+                *align(rows, right=(2, 3, 4, 5, 6)),
+                "",
+                f"Operations: multiply-adds of the layers per token, in a row of {self.length:,} tokens.",
+                f"at rate {self.rate:g}: routed sub-modules run on this share of the tokens{own}; all active: on every one.",
+            ]
+        )
+
+    def _lines(self) -> Iterator[Part]:
+        yield from self.before
+        for group in self.layers:
+            count = len(group.places)
+            yield group.all
+            for part in group.parts:
+                yield _renamed(part.times(count), f"  {part.name}")
+            if count > 1:
+                yield _renamed(group.one, f"  {group.one.name}")
+        yield from self.after
+        yield self.total
+
+    def _row(self, part: Part, total: Part) -> list[str]:
+        numbers = ["-"] * 4
+        if part.all_active:
+            share = f"{part.operations / total.operations:.1%}" if total.operations else "-"
+            each = [f"{operations / self.length:,.0f}" for operations in (part.operations, part.all_active)]
+            numbers = [each[0], share, each[1], f"{part.operations / part.all_active:.2f}"]
+        return [part.name, part.kind, f"{part.parameters:,}" if part.parameters else "-", *numbers]
+
+
+def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: float = 0.25) -> Description:
+    """Predict what every part of a model costs.
+
+    Args:
+        spec: the model.
+        name: what to call it.
+        length: tokens of the row that operations are counted for.
+        rate: share of the tokens that every routed sub-module runs on; routers of kind `always`, `never` and `random` have their own.
+
+    Raises:
+        SpecError: the length is less than 1, or the rate is not in [0, 1].
+    """
+    if length < 1:
+        raise SpecError(f"length={length} must be at least 1 token")
+    if not 0 <= rate <= 1:
+        raise SpecError(f"rate={rate} must lie between 0 and 1: the share of the tokens that run a routed sub-module")
+    width = spec.width
+    before = [Part("encoder", spec.encoder.kind, spec.encoder.num_parameters(width))]
+    if spec.sinusoid:
+        before.append(Part("sinusoid", "", 1))
+    after = []
+    if spec.final_norm_spec is not None:
+        after.append(Part("final norm", spec.final_norm_spec.kind, spec.final_norm_spec.num_parameters(width)))
+    if spec.head_spec is not None:
+        after.append(Part("head", spec.head_spec.kind, spec.head_spec.num_parameters(width)))
+    alike: list[tuple[LayerSpec, list[int]]] = []  # not a dictionary: the specs of others need not be hashable
+    for place, layer in enumerate(spec.layer_specs):
+        known = next((places for other, places in alike if other == layer), None)
+        if known is None:
+            alike.append((layer, [place]))
+        else:
+            known.append(place)
+    groups = [Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike]
+    return Description(name, spec, length, rate, tuple(before), tuple(groups), tuple(after))
+
+
+def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iterator[Part]:
+    """The parts of a layer in the order in which a token passes them; together they are what `LayerSpec` predicts."""
+    if layer.norm is not None and layer.norm.place == "pre":
+        yield _norm(layer.norm, width)
+    if layer.backbone is not None:
+        operations = layer.backbone.operations(width, length).total
+        yield Part("backbone", layer.backbone.kind, layer.backbone.num_parameters(width), operations, operations)
+    if layer.modules:
+        own = _fixed_rate(layer.router)
+        rate = rate if own is None else own
+        count = len(layer.modules)
+        operations = length * layer.router.operations(width, count)
+        kind = layer.router.kind if own is None else f"{layer.router.kind} (rate {own:g})"
+        yield Part("router", kind, layer.router.num_parameters(width, count), operations, operations)
+    for name, module in layer.modules.items():
+        active, full = (module.operations(width, tokens).total for tokens in (round(rate * length), length))
+        yield Part(f"routed {name}", module.kind, module.num_parameters(width), active, full)
+    if layer.bypass == "linear":
+        yield Part("bypass", "linear", width * (width + 1), length * width * width, length * width * width)
+    elif layer.bypass == "identity":
+        yield Part("bypass", "identity", 0)
+    if layer.norm is not None and layer.norm.place == "post":
+        yield _norm(layer.norm, width)
+
+
+def _norm(norm: NormSpec, width: int) -> Part:
+    return Part("norm", f"{norm.kind} ({norm.place})", norm.num_parameters(width))
+
+
+def _fixed_rate(router: RouterSpec) -> float | None:
+    """The activation rate of a router that does not choose; None for one that does."""
+    if isinstance(router, AlwaysRouterSpec):
+        return 1.0
+    if isinstance(router, NeverRouterSpec):
+        return 0.0
+    return router.rate if isinstance(router, RandomRouterSpec) else None
+
+
+def _sum(name: str, kind: str, parts: Sequence[Part]) -> Part:
+    columns = ((part.parameters, part.operations, part.all_active) for part in parts)
+    return Part(name, kind, *(sum(column) for column in zip((0, 0, 0), *columns, strict=True)))
+
+
+def _part_numbers(part: Part) -> dict[str, Any]:
+    return {"part": part.name, "kind": part.kind, **_numbers(part)}
+
+
+def _numbers(part: Part) -> dict[str, Any]:
+    return {"parameters": part.parameters, "operations": part.operations, "operations_all_active": part.all_active}
+
+
+def _renamed(part: Part, name: str) -> Part:
+    return replace(part, name=name)
+
+
+def _ranges(places: Sequence[int]) -> str:
+    """`0-2, 4` for 0, 1, 2, 4; cut where the list gets long."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and runs[-1][1] == place - 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
+    return ", ".join(texts if len(texts) <= 4 else [*texts[:3], "..."])
+
+
+def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lay rows of cells out in columns two blanks apart; the columns in `right` end flush."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,238 @@
+"""What decisions say: activation rates, how far attention reaches, how much work routing saves.
+
+Pure functions of what a model returned: nothing is kept, logged or moved to another device.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.activation import check_valid
+from sma.decision import Decision
+from sma.errors import InputError, did_you_mean
+from sma.model import ModelSpec
+from sma.pytree import register_output
+from sma.ragged import compress_each
+
+Health = Literal["ok", "dead", "saturated"]
+
+
+@register_output
+@dataclass(frozen=True)
+class RateCount:
+    """Counts from which activation rates over many batches follow; counts of batches, chunks or ranks are added with `+`.
+
+    Attributes:
+        active: `(K, M)` active valid tokens of each routing layer and sub-module.
+        valid: `()` valid tokens, the same for every layer.
+        layers: the sub-modules of each of the K layers. M counts the different names in all of them; a sub-module that a layer
+            does not have counts 0 there and has no rate.
+    """
+
+    active: Int[Tensor, "K M"]
+    valid: Int[Tensor, ""]
+    layers: tuple[tuple[str, ...], ...] = field(metadata={"static": True})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sub-modules, in the order of the last axis."""
+        return _union(self.layers)
+
+    @property
+    def rates(self) -> Float[Tensor, "K M"]:
+        """Active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid, NaN where a layer lacks the sub-module."""
+        present = [[name in layer for name in self.names] for layer in self.layers]
+        mask = torch.tensor(present, dtype=torch.bool, device=self.active.device).reshape(self.active.shape)
+        return (self.active.double() / self.valid.clamp(min=1)).where(mask, torch.nan)
+
+    def by_layer(self) -> list[dict[str, float]]:
+        """The rate of every sub-module of every routing layer, as plain numbers for logs and `operation_count`."""
+        rows = self.rates.tolist()
+        return [{name: row[self.names.index(name)] for name in layer} for layer, row in zip(self.layers, rows, strict=True)]
+
+    def __add__(self, other: Self) -> "RateCount":
+        if self.layers != other.layers:
+            raise InputError(f"counts of different models cannot be added: layers with {list(self.layers)} and {list(other.layers)}")
+        return RateCount(self.active + other.active, self.valid + other.valid, self.layers)
+
+    def __radd__(self, other: int) -> "RateCount":
+        """Let `sum(counts)` begin with 0."""
+        return self if other == 0 else NotImplemented
+
+
+def _union(layers: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for layer in layers for name in layer))
+
+
+def count_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> RateCount:
+    """Count the active and the valid tokens of one batch.
+
+    Args:
+        decisions: one per routing layer, as `ModelOutput.decisions`.
+        valid: False at padding; None where there is none.
+
+    Raises:
+        InputError: the mask is not boolean or has another shape than the decisions.
+    """
+    layers = tuple(decision.names for decision in decisions)
+    if not decisions:
+        return RateCount(torch.zeros(0, 0, dtype=torch.int64), torch.zeros((), dtype=torch.int64), ())
+    for decision in decisions:
+        check_valid(decision.active, valid)
+    first, names = decisions[0].active, _union(layers)
+    total = torch.tensor(first.shape[0] * first.shape[1], device=first.device) if valid is None else valid.sum()
+    rows = []
+    for decision in decisions:
+        counts = (decision.active if valid is None else decision.active & valid[..., None]).sum((0, 1))
+        none = counts.new_zeros(())
+        by_name = dict(zip(decision.names, counts.unbind(), strict=True))
+        rows.append(torch.stack([by_name.get(name, none) for name in names]))
+    return RateCount(torch.stack(rows), total, layers)
+
+
+def activation_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "K M"]:
+    r"""Activation rate of every layer and sub-module in one batch: $\sum_t a_t^m / \sum_t 1$ over the valid tokens.
+
+    Rates of batches of different sizes must not be averaged; add up `count_rates` instead.
+
+    Args:
+        decisions: one per routing layer, as `ModelOutput.decisions`.
+        valid: False at padding; None where there is none.
+
+    Returns:
+        `(K, M)` in float64, in [0, 1]: K layers, and the sub-modules in the order of `module_names`. 0 where no token is valid,
+        NaN where a layer lacks the sub-module.
+    """
+    return count_rates(decisions, valid).rates
+
+
+def module_names(decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """The sub-modules of all layers, each once, in the order in which they first appear: the last axis of `activation_rates`."""
+    return _union(decision.names for decision in decisions)
+
+
+def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999) -> Health:
+    """Judge the activation rate of one sub-module, measured over enough tokens for rates of 0.1 % to show.
+
+    A dead one runs on (almost) no token, and a router that learns only from active tokens cannot come back by itself. A
+    saturated one runs on (almost) every token: nothing is saved and nothing was decided. `always` and `never` routers are so
+    on purpose.
+
+    Args:
+        rate: in [0, 1].
+        dead: below it a sub-module is dead.
+        saturated: above it a sub-module is saturated.
+
+    Raises:
+        InputError: the rate is no number in [0, 1].
+    """
+    _check_rate(rate, "the activation rate")
+    if rate < dead:
+        return "dead"
+    return "saturated" if rate > saturated else "ok"
+
+
+def _check_rate(rate: float, what: str) -> None:
+    if not 0 <= rate <= 1:  # so written, it catches NaN too
+        raise InputError(f"{what} is {rate}; it must lie between 0 and 1")
+
+
+def attention_span(
+    decision: Decision,
+    window: int | None,
+    valid: Bool[Tensor, "B L"] | None = None,
+    positions: Int[Tensor, "B L"] | None = None,
+) -> Float[Tensor, "M"]:
+    r"""Mean true distance back to the earliest token that a windowed attention over the active tokens still sees.
+
+    $\mathrm{span} = \frac{1}{T} \sum_i (p_i - p_{\max(0, i - W)})$ per row, over its active tokens i at positions $p_i$, T of them in the
+    batch. With every token active it is at most W; the sparser the activation, the further the same window reaches, up to the
+    whole row. A bidirectional attention reaches ahead in the same way, which is not counted here.
+
+    Args:
+        decision: which tokens are active.
+        window: active tokens in reach, W; None for all of them.
+        valid: False at padding; only needed to count positions, since padding is never active.
+        positions: position of each token in its row's stream; default its rank among the valid tokens of its row.
+
+    Returns:
+        `(M,)` in float64, in tokens, for every sub-module as if it attended; 0 where nothing was active.
+
+    Raises:
+        InputError: the window is less than 1, or the mask does not fit.
+    """
+    if window is not None and window < 1:
+        raise InputError(f"window={window} must be at least 1; use window=None for all active tokens")
+    check_valid(decision.active, valid)
+    if positions is None and valid is not None:
+        positions = valid.cumsum(1) - 1
+    spans = []
+    for tokens in compress_each(decision.active[..., :0], decision.active, positions_BL=positions):
+        slots = tokens.slots
+        earliest = torch.zeros_like(slots) if window is None else (slots - window).clamp(min=0)
+        reach = tokens.positions - tokens.positions[tokens.offsets[tokens.rows] + earliest]
+        spans.append(reach.sum().double() / max(1, reach.shape[0]))
+    return torch.stack(spans) if spans else torch.zeros(0, dtype=torch.float64, device=decision.active.device)
+
+
+class OperationCount(NamedTuple):
+    """Multiply-adds of the layers of a model, per token.
+
+    Attributes:
+        per_token: at the given activation rates.
+        all_active: with every sub-module on every token.
+    """
+
+    per_token: float
+    all_active: float
+
+    @property
+    def saved(self) -> float:
+        """Share of the operations that routing leaves out, in [0, 1]."""
+        return 1 - self.per_token / self.all_active if self.all_active else 0.0
+
+
+def operation_count(spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]) -> OperationCount:
+    """Predict the operations of a model at measured activation rates.
+
+    The prediction is the specs' own: matrix products and Fourier transforms of the layers. Encoder, norms, activations and head
+    are not counted.
+
+    Args:
+        spec: the model, as `model.spec`.
+        length: tokens of one row.
+        rates: one entry per layer that routes, a number or one per sub-module, as `RateCount.by_layer` gives; or one number for all.
+
+    Raises:
+        InputError: the number of layers or their sub-modules do not fit, a rate is not in [0, 1], or the length is less than 1.
+    """
+    if length < 1:
+        raise InputError(f"length={length} must be at least 1 token")
+    routing = [layer for layer in spec.layer_specs if layer.modules]
+    given = [rates] * len(routing) if isinstance(rates, int | float) else list(rates)
+    if len(given) != len(routing):
+        raise InputError(f"there are rates for {len(given)} layers; the model has {len(routing)} that route")
+    each = iter(given)
+    actual, full = 0, 0
+    for place, layer in enumerate(spec.layer_specs):
+        chosen = _by_name(next(each), layer.modules, place) if layer.modules else {}
+        actual += layer.operations(spec.width, length, chosen).total
+        full += layer.operations(spec.width, length, 1.0).total
+    return OperationCount(actual / length, full / length)
+
+
+def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], place: int) -> dict[str, float]:
+    names = list(modules)
+    given = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(names, rate)
+    for name in given:
+        if name not in names:
+            raise InputError(f"layer {place} has no sub-module {name!r}{did_you_mean(name, names, 'sub-modules')}")
+    for name in names:
+        if name not in given:
+            raise InputError(f"there is no rate for {name!r} of layer {place}; give one for each of {', '.join(names)}")
+        _check_rate(given[name], f"the rate of {name!r} of layer {place}")
+    return given

@@ -1,0 +1,198 @@
+"""The rules of the layout: who may import whom, and what every file owes its reader."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"sma": "sma", "modules": "sma.modules", "recipes": "sma.recipes", "tune": "sma.tune"}
+
+# Files of the core in the order in which they may know each other: never a later row.
+CHAIN = [
+    ["errors"],
+    ["spec"],
+    ["ragged", "decision", "submodule", "norms", "positions"],
+    ["routers", "activation"],
+    ["layer", "encoders", "heads"],
+    ["model"],
+]
+# These may import everything, so nothing else of the core may import them.
+TOP = ("sma.testing", "sma.interop", "sma.__main__")
+
+THIRD_PARTY = {"torch", "einops", "pydantic", "pydantic_core", "yaml", "safetensors", "jaxtyping", "numpy", "torch_scatter"}
+EXPERIMENTS_ONLY = {"lightning", "pytorch_lightning", "torchmetrics", "matplotlib", "tensorboard", "pydantic_settings", "rich"}
+
+
+def _files(*folders: str) -> list[Path]:
+    """Python files of the folders, each once: the links from sma/ into its neighbours are not followed."""
+    return sorted(
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents if ROOT in parent.parents)
+    )
+
+
+def _module(path: Path) -> str:
+    """Dotted name under which a file is imported."""
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    parts = [PACKAGES.get(folder, folder), *rest]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below but those under `if TYPE_CHECKING:`, which never run."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from _running(child)
+
+
+def _imports(path: Path, ours: frozenset[str]) -> set[str]:
+    """Absolute dotted names that a file imports, wherever in the file; `from sma import ragged` is `sma.ragged`."""
+    package = _module(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found: set[str] = set()
+    for node in _running(_tree(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            found.update(name if (name := f"{base}.{alias.name}") in ours else base for alias in node.names)
+    return found
+
+
+def _ids(paths: list[Path]) -> list[object]:
+    return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
+
+
+def _within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+SOURCES = _files(*PACKAGES)
+OURS = frozenset(map(_module, SOURCES))
+GRAPH = {_module(path): _imports(path, OURS) for path in SOURCES}
+CORE = [path for path in _files("sma") if not _within(_module(path), *TOP)]
+
+
+def _route(start: str, goals: set[str]) -> list[str] | None:
+    """How `start` comes to import one of `goals`, by the shortest way."""
+    routes, seen = [[start]], {start}
+    while routes:
+        route = routes.pop(0)
+        for name in sorted(GRAPH.get(route[-1], ())):
+            if name in goals:
+                return [*route, name]
+            if name not in seen:
+                seen.add(name)
+                routes.append([*route, name])
+    return None
+
+
+@pytest.mark.parametrize("path", _ids(CORE))
+def test_core_imports_only_its_few_dependencies_and_itself(path: Path) -> None:
+    allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
+    assert {name for name in GRAPH[_module(path)] if name.split(".")[0] not in allowed} == set()
+
+
+@pytest.mark.parametrize("path", _ids(CORE))
+def test_core_never_imports_what_is_built_on_it(path: Path) -> None:
+    assert {name for name in GRAPH[_module(path)] if _within(name, "sma.modules", "sma.recipes", "sma.tune", *TOP)} == set()
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=",".join(names)) for row, names in enumerate(CHAIN[:-1])])
+def test_import_graph_of_the_core_is_a_line(row: int) -> None:
+    later = {f"sma.{name}" for names in CHAIN[row + 1 :] for name in names}
+    assert [route for name in CHAIN[row] if (route := _route(f"sma.{name}", later))] == []
+
+
+@pytest.mark.parametrize("path", _ids(CORE))
+def test_no_file_imports_itself_by_a_detour(path: Path) -> None:
+    assert _route(_module(path), {_module(path)}) is None
+
+
+@pytest.mark.parametrize("path", _ids(_files("modules")))
+def test_zoo_knows_the_contracts_and_never_what_routes(path: Path) -> None:
+    name = _module(path)
+    allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
+    assert {other for other in GRAPH[name] if other.split(".")[0] not in allowed} == set()
+    assert _route(name, {"sma.routers", "sma.activation", "sma.layer", "sma.model"}) is None
+
+
+def _registers(path: Path) -> bool:
+    """Whether a file registers a kind: a class under the decorator `@register`."""
+    classes = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.ClassDef))
+    return any(ast.unparse(decorator) == "register" for node in classes for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", _ids(_files("modules")))
+def test_one_kind_of_the_zoo_never_imports_another(path: Path) -> None:
+    kinds = {_module(other) for other in _files("modules") if _registers(other)}
+    assert GRAPH[_module(path)] & kinds == set()
+
+
+@pytest.mark.parametrize("path", _ids(_files("sma", "modules", "recipes", "benchmarks", "examples")))
+def test_only_tune_imports_ray(path: Path) -> None:
+    assert not any(_within(name, "ray", "optuna") for name in _imports(path, OURS))
+
+
+@pytest.mark.parametrize("path", _ids(_files("sma", "modules")))
+def test_only_experiments_import_what_trains_and_draws(path: Path) -> None:
+    assert not any(_within(name, *EXPERIMENTS_ONLY) for name in GRAPH[_module(path)])
+
+
+def test_importing_sma_stays_light() -> None:
+    heavy = sorted(EXPERIMENTS_ONLY | {"ray", "optuna", "pandas", "scipy"})
+    program = f"import sys, sma; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_surface_is_tiny() -> None:
+    import sma
+
+    assert len(sma.__all__) <= 25
+    assert [name for name in sma.__all__ if not hasattr(sma, name)] == []
+
+
+@pytest.mark.parametrize("path", _ids(_files("sma", "modules")))
+def test_public_names_have_docstrings(path: Path) -> None:
+    tree = _tree(path)
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+    ]
+    assert ast.get_docstring(tree), "the file says nothing about its subject"
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", _ids(_files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci")))
+def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+# The conformance kit is a test suite, so it may assert.
+@pytest.mark.parametrize("path", _ids([path for path in SOURCES if not _within(_module(path), "sma.testing")]))
+def test_input_is_never_checked_by_assert(path: Path) -> None:
+    assert [node.lineno for node in ast.walk(_tree(path)) if isinstance(node, ast.Assert)] == []
+
+
+@pytest.mark.parametrize("path", _ids([path for path in _files("sma", "modules") if path.name != "__main__.py"]))
+def test_a_library_never_prints(path: Path) -> None:
+    calls = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
+    assert [node.lineno for node in calls if ast.unparse(node.func) == "print"] == []
