@@ -247,8 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2
             args = _parse(words)
             for text in args.run(args):
-                print(text)
-            sys.stdout.flush()
+                print(text, flush=True)
         except SmaError as error:
             print("\n".join(f"sma: {sentence}" for sentence in str(error).splitlines()), file=sys.stderr)
             return 2

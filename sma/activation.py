@@ -55,7 +55,9 @@ class SparseModularActivation(nn.Module):
             raise InputError(f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; use the same names")
         taken = [name for name in router.names if name_is_taken(name)]
         if taken:
-            raise InputError(f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}")
+            raise InputError(
+                f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}"
+            )
         self.router = router
         self.submodules = nn.ModuleDict({name: modules[name] for name in router.names})
         self.dropout = dropout

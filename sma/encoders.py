@@ -1,10 +1,10 @@
 """Encoders: from token ids or real numbers to vectors."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.errors import InputError
@@ -49,6 +49,12 @@ class TokenEmbeddingSpec(EncoderSpec):
     vocabulary: int = Field(ge=1, description="number of different token ids, padding included")
     padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
 
+    @model_validator(mode="after")
+    def _padding_is_an_id(self) -> Self:
+        if self.padding is not None and self.padding >= self.vocabulary:
+            raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
+        return self
+
     def build(self, width: int) -> "TokenEmbedding":
         return TokenEmbedding(self, width)
 
@@ -65,8 +71,6 @@ class TokenEmbedding(Encoder):
 
     def __init__(self, spec: TokenEmbeddingSpec, width: int) -> None:
         super().__init__()
-        if spec.padding is not None and spec.padding >= spec.vocabulary:
-            raise InputError(f"padding={spec.padding} must be one of the {spec.vocabulary} ids, 0 … {spec.vocabulary - 1}")
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.vocabulary, width))
         nn.init.normal_(self.weight, std=width**-0.5)

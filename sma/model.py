@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from sma.activation import check_valid
@@ -62,6 +62,12 @@ class ModelSpec(Spec):
     final_norm: NormSpec | None = Field(
         default=None, description="norm after the last layer; null: a norm like the last layer's own if that is of place 'pre', else none"
     )
+
+    @model_validator(mode="after")
+    def _sinusoid_fits(self) -> Self:
+        if self.sinusoid and self.width % 2:
+            raise ValueError(f"width={self.width} must be even with sinusoid=true: half of the channels are sines, half cosines")
+        return self
 
     def build(self) -> "SequenceModel":
         """Make the model, with the weights that the current random seed gives."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Never, Self, TypeVar, cast
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from sma.errors import SpecError, did_you_mean
@@ -74,7 +74,8 @@ class Spec(BaseModel, metaclass=_SpecMeta):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         if "family" not in cls.__dict__:
-            return handler(source)
+            # Outermost, so that the cross-field checks of a class are explained too.
+            return core_schema.no_info_wrap_validator_function(cls._explain, handler(source))
         return core_schema.no_info_plain_validator_function(
             cls._resolve,
             serialization=core_schema.plain_serializer_function_ser_schema(_serialise, info_arg=True),
@@ -103,7 +104,6 @@ class Spec(BaseModel, metaclass=_SpecMeta):
             raise _custom(f"unknown {cls.family} kind {kind!r}", _kinds_hint(cls.family, str(kind)))
         return cast(Spec, found.__pydantic_validator__.validate_python({**data, "kind": kind}))
 
-    @model_validator(mode="wrap")
     @classmethod
     def _explain(cls, data: Any, handler: Any) -> Any:
         """Say what is wrong with the fields of this class in sentences of its own; errors of nested specs pass through."""
@@ -113,7 +113,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
             if unknown:
                 names = ", ".join(repr(key) for key in unknown)
                 word = "field" if len(unknown) == 1 else "fields"
-                raise _custom(f"{cls.__name__}: unknown {word} {names}", did_you_mean(unknown[0], fields, "fields"))
+                raise _custom(cls.__name__, f": unknown {word} {names}{did_you_mean(unknown[0], fields, 'fields')}")
         try:
             return handler(data)
         except ValidationError as error:
@@ -156,18 +156,18 @@ def _explained(cls: type[Spec], item: Any) -> InitErrorDetails:
     context = item.get("ctx", {})
     bound = next((f"must be {words} {context[key]}" for key, words in _BOUNDS.items() if key in context), None)
     if item["type"] == "missing":
-        head, tail = f"{cls.__name__}: {name!r} is required", meaning
+        sentence = f"{name!r} is required{meaning}"
     elif item["type"] == "value_error":
-        head, tail = f"{cls.__name__}: {item['msg'].removeprefix('Value error, ')}", ""
+        sentence = item["msg"].removeprefix("Value error, ")
     elif bound and len(loc) == 1:
-        head, tail = f"{cls.__name__}: {name}={given!r} {bound}", meaning
+        sentence = f"{name}={given!r} {bound}{meaning}"
     elif item["type"] == "literal_error":
         near = did_you_mean(str(given), [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")])
-        head, tail = f"{cls.__name__}: {name}={given!r} must be {context['expected']}{near}", meaning
+        sentence = f"{name}={given!r} must be {context['expected']}{near}{meaning}"
     else:
-        head, tail = f"{cls.__name__}: {name}={given!r}: {item['msg'][0].lower()}{item['msg'][1:]}", meaning
+        sentence = f"{name}={given!r}: {item['msg'][0].lower()}{item['msg'][1:]}{meaning}"
     # The sentence names the field; the path then says only in which part of the spec it stands.
-    return InitErrorDetails(type=_custom(head, tail), loc=() if len(loc) <= 1 else loc[:-1], input=given)
+    return InitErrorDetails(type=_custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)
 
 
 def _spec_error(error: ValidationError) -> SpecError:

@@ -171,7 +171,8 @@ def attention_span(
     if positions is None and valid is not None:
         positions = valid.cumsum(1) - 1
     spans = []
-    for tokens in compress_each(decision.active[..., :0], decision.active, positions_BL=positions):
+    nothing = decision.p_on.detach()[..., :0]  # only where the tokens stand matters
+    for tokens in compress_each(nothing, decision.active, positions_BL=positions):
         slots = tokens.slots
         earliest = torch.zeros_like(slots) if window is None else (slots - window).clamp(min=0)
         reach = tokens.positions - tokens.positions[tokens.offsets[tokens.rows] + earliest]

@@ -56,10 +56,10 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
     with torch.no_grad():
         for entry in entries:
             theirs = given[entry.name] if entry.rows is None else given[entry.name][entry.rows]
-            if theirs.numel() != entry.ours.numel():
+            if theirs.shape != entry.ours.shape:
                 shape = tuple(entry.ours.shape)
                 raise CheckpointError(f"{entry.name!r} has shape {tuple(given[entry.name].shape)}, which does not fit {shape} here")
-            entry.ours.copy_(theirs.reshape(entry.ours.shape))
+            entry.ours.copy_(theirs)
     return module
 
 

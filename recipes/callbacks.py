@@ -1,0 +1,102 @@
+"""What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never half-written."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_warn
+
+from sma.checkpoint import write_atomically
+
+FIXED_ROUTERS = ("always", "never", "random")
+
+
+class RandomStates(Callback):
+    """Saves the random states with every checkpoint and puts them back on resuming; Lightning itself does not."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random states of the CPU and of every CUDA device."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states until the training starts: building and evaluating must not use them up."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the states of the checkpoint back."""
+        if self._loaded:
+            torch.set_rng_state(self._loaded["cpu"].cpu())
+            if self._loaded["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])
+
+
+class RouterHealth(Callback):
+    """Warns, once per router, when no token or every token activates its sub-module: it then learns no more.
+
+    Args:
+        kinds: the router kind of every routed layer.
+        dead: an activation rate below this is dead.
+        saturated: one above this is saturated.
+    """
+
+    def __init__(self, kinds: list[str], dead: float = 0.001, saturated: float = 0.999) -> None:
+        self.kinds, self.dead, self.saturated = kinds, dead, saturated
+        self.warned: dict[str, str] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the rates of the validation split."""
+        for name, value in trainer.callback_metrics.items():
+            if not name.startswith("val_rate/"):
+                continue
+            _, layer, module = name.split("/")
+            if self.kinds[int(layer.removeprefix("layer"))] in FIXED_ROUTERS:
+                continue
+            rate = float(value)
+            condition = "dead" if rate < self.dead else "saturated" if rate > self.saturated else "well"
+            if condition != self.warned.get(name, "well"):
+                rank_zero_warn(self._sentence(condition, layer, module, rate, trainer.global_step))
+            self.warned[name] = condition
+
+    def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
+        where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
+        if condition == "dead":
+            return f"{where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; try a larger temperature_scale"
+        if condition == "saturated":
+            return f"{where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; try a smaller temperature_scale"
+        return f"{where} is alive again at update {step}: rate {rate:.4f}"
+
+
+class Bar(TQDMProgressBar):
+    """Loss, accuracy, activation rate and time left; a line now and then where the output is not a terminal."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__(refresh_rate=10 if sys.stderr.isatty() else max(1, updates // 20), leave=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The metrics of the bar, without Lightning's version number."""
+        return {
+            name: f"{value:.3f}" if isinstance(value, float) else value
+            for name, value in super().get_metrics(trainer, pl_module).items()
+            if name != "v_num"
+        }
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that replace the old file in one step, and are read without running any code in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read a checkpoint."""
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return loaded

@@ -1,0 +1,47 @@
+"""Batches: samples of different lengths, padded on the right, and the mask that says which tokens are real."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sma.errors import DataError
+
+
+class Batch(NamedTuple):
+    """What a classifier is trained on.
+
+    Shape:
+        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real tokens; targets `(B,)`.
+    """
+
+    inputs: Shaped[Tensor, "B L"]
+    valid: Bool[Tensor, "B L"]
+    targets: Int64[Tensor, " B"]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """Return the batch on `device`."""
+        return Batch(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+
+def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
+    """Pad `(sequence, target)` samples with zeros on the right to the longest of them.
+
+    Args:
+        items: at least one sample; the sequences are 1-D, of one dtype, of any lengths.
+
+    Raises:
+        DataError: there is no sample, or a sequence is not 1-D.
+    """
+    if not items:
+        raise DataError("a batch of no samples; give collate at least one")
+    for number, (sequence, _) in enumerate(items):
+        if sequence.ndim != 1:
+            raise DataError(f"sample {number} of the batch has shape {tuple(sequence.shape)}; collate takes 1-D sequences")
+    lengths = torch.tensor([len(sequence) for sequence, _ in items])
+    inputs = pad_sequence([sequence for sequence, _ in items], batch_first=True)
+    valid = torch.arange(inputs.shape[1]) < lengths[:, None]
+    return Batch(inputs, valid, torch.tensor([target for _, target in items], dtype=torch.int64))

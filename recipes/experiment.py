@@ -1,0 +1,117 @@
+"""Experiments: a task, a model and how to train it, as one spec; and the presets."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sma.errors import SpecError, did_you_mean
+from sma.model import ModelSpec
+from sma.paths import override, parse_path
+from sma.recipes.tasks import TaskSpec
+from sma.spec import Spec, read_yaml
+
+# The files of a run folder.
+EXPERIMENT, SUMMARY, VERSIONS = "experiment.yaml", "summary.json", "versions.json"
+LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+
+
+class TrainingSpec(Spec):
+    """How to train: Adam with decoupled weight decay on every parameter, linear warm-up, polynomial decay to 0."""
+
+    updates: int = Field(ge=1, description="optimiser steps of the whole training")
+    batch_size: int = Field(ge=1, description="samples per update")
+    learning_rate: float = Field(gt=0.0, description="at the end of the warm-up")
+    weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled, times the learning rate")
+    warmup: int = Field(default=0, ge=0, description="updates from a learning rate of 1e-7 up to the full one")
+    decay_power: float = Field(default=1.0, gt=0.0, description="the learning rate falls as (updates left)^power; 1 is linear")
+    clip_norm: float | None = Field(default=1.0, gt=0.0, description="largest norm of the gradient; null does not clip")
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay of Adam's two averages")
+    epsilon: float = Field(default=1e-8, gt=0.0, description="added to Adam's denominator")
+    evaluate_every: int = Field(default=500, ge=1, description="updates from one validation and checkpoint to the next")
+    bucket: int = Field(default=50, ge=1, description="batches that are sorted by length together, so that there is less padding")
+
+    @property
+    def log_every(self) -> int:
+        """Updates from one line of the metrics to the next."""
+        return min(50, self.evaluate_every, self.updates)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.warmup >= self.updates:
+            raise ValueError(f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
+        return self
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update number `step`, counted from 0."""
+        floor = 1e-7
+        if step < self.warmup:
+            return floor + (self.learning_rate - floor) * step / self.warmup
+        left = max(0.0, (self.updates - step) / (self.updates - self.warmup))
+        return self.learning_rate * float(left**self.decay_power)
+
+
+class ExperimentSpec(Spec):
+    """Everything that decides a run, besides the versions of the software and the machine."""
+
+    task: TaskSpec = Field(description="what to learn")
+    model: ModelSpec = Field(description="what learns it")
+    training: TrainingSpec = Field(description="how")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(default="32-true", description="of the training arithmetic")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the order of the samples and the dropout")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        classes = getattr(self.model.head_spec, "classes", None)
+        if classes is None:
+            raise ValueError(f"the model kind {self.model.kind!r} has no head that scores classes; use kind 'sequence_classifier'")
+        if classes != self.task.classes:
+            raise ValueError(f"model.head.classes={classes} must be {self.task.classes}, the classes of the task {self.task.kind!r}")
+        return self
+
+
+def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> ExperimentSpec:
+    """Validate an experiment.
+
+    Args:
+        source: a mapping, a YAML file, or the name of a preset, such as `listops_tiny`. Its `model` may be the name of a shipped
+            spec or a file.
+        settings: `path=value`, applied before validation; a path may leave out a leading `model.`.
+
+    Raises:
+        SpecError: one sentence per mistake.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read(str(source), "presets", "preset")
+    if isinstance(data.get("model"), str):
+        data["model"] = _read(data["model"], "specs", "model spec")
+    return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(parse_setting, settings))))
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Split `path=value`; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
+
+    Raises:
+        SpecError: there is no `=`, or the value is not YAML.
+    """
+    path, equals, value = setting.partition("=")
+    if not equals:
+        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set model.width=32")
+    first = parse_path(path.strip())[0]
+    prefix = "model." if first in ModelSpec.model_fields or first == "head" else ""
+    return prefix + path.strip(), read_yaml(value, f"the value of --set {path}")
+
+
+def _read(name: str, folder: str, what: str) -> dict[str, Any]:
+    shipped = {entry.name.removesuffix(".yaml"): entry for entry in files("sma.recipes").joinpath(folder).iterdir()}
+    place: Traversable | Path = shipped[name] if name in shipped else Path(name)
+    if not place.is_file():
+        raise SpecError(f"there is no {what} or file {name!r}{did_you_mean(name, sorted(shipped), f'shipped {folder}')}")
+    data = read_yaml(place.read_text(encoding="utf-8"), name)
+    if not isinstance(data, dict):
+        raise SpecError(f"{name} must hold a mapping of fields, not {type(data).__name__}")
+    return data

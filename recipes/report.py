@@ -1,0 +1,158 @@
+"""What a run learned, in words and pictures."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sma.model import SequenceModel
+from sma.recipes.tasks import Samples, TaskData
+
+
+class Example(NamedTuple):
+    """A sample that the figure shows.
+
+    Attributes:
+        texts: every position.
+        target: the right class.
+        guess: the model's.
+        active: `(layers, positions)`, whether any sub-module ran.
+    """
+
+    texts: list[str]
+    target: int
+    guess: int
+    active: Tensor
+
+
+class Report(NamedTuple):
+    """What the model does on a split.
+
+    Attributes:
+        majority: share of the commonest class: what guessing it always would score.
+        samples: how many samples were looked at.
+        by_text: activation rate per layer of every text that stands at a position, and how often it stands there.
+        examples: samples for the figure.
+    """
+
+    majority: float
+    samples: int
+    by_text: dict[str, tuple[list[float], int]]
+    examples: list[Example]
+
+
+@torch.no_grad()
+def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4) -> Report:
+    """Look at which positions activate sub-modules, on up to `limit` samples of a split."""
+    model.eval()
+    chosen = range(min(limit, len(samples)))
+    active: dict[str, list[Tensor]] = defaultdict(list)
+    examples = []
+    device = next(model.parameters()).device
+    lengths = samples.lengths[: len(chosen)]
+    # Samples of middling length show the most on one line.
+    wanted = set(torch.argsort((lengths - 40).abs(), stable=True)[:shown].tolist())
+    for part in torch.arange(len(chosen)).split(100):
+        batch = data.collate([samples[int(number)] for number in part]).to(device)
+        output = model(batch.inputs, batch.valid)
+        guesses = output.logits.argmax(-1).tolist() if output.logits is not None else []
+        if not output.decisions:
+            continue
+        ran = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
+        for row, number in enumerate(part.tolist()):
+            texts = data.show(batch.inputs[row][batch.valid[row]].cpu())
+            mine = ran[:, row, : len(texts)]
+            for place, text in enumerate(texts):
+                active[text].append(mine[:, place])
+            if number in wanted:
+                examples.append(Example(texts, int(batch.targets[row]), guesses[row], mine))
+    targets = torch.tensor([samples[number][1] for number in range(len(samples))])
+    by_text = {text: (torch.stack(masks).double().mean(0).tolist(), len(masks)) for text, masks in active.items()}
+    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, examples)
+
+
+def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
+    """The end of a run in words: what was learned, who used attention, what to look at and what to try next."""
+    accuracy, rates = summary["test_accuracy"], summary["activation_rate"]
+    speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
+    lines = [
+        "",
+        f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, always the commonest answer {report.majority:.1%})",
+        f"activation rate   {'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}",
+        f"time              {summary['seconds']:.0f} s{speed}, {summary['parameters']:,} parameters, seed {summary['seed']}",
+    ]
+    if report.by_text and any(rates):
+        busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
+        common = sorted(report.by_text, key=lambda text: -report.by_text[text][1])[:16]
+        ranked = sorted(common, key=lambda text: -report.by_text[text][0][busiest])
+        shares = ", ".join(f"{text} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
+        lines.append(f"what layer {busiest} runs  {shares}")
+    lines += ["", f"figure            {out / 'activation.png'}", f"model             {out / 'model'}   (sma.load reads it)"]
+    lines += [f"metrics           {out / 'metrics'}, {out / 'tensorboard'}", f"summary           {out / 'summary.json'}", ""]
+    return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates))])
+
+
+def _hints(rates: Sequence[float]) -> list[str]:
+    hints = ["--set layers.layer.router='{kind: never}' shows what the backbone does without attention"]
+    if rates and max(rates) > 0.9:
+        hints.append("a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply")
+    if rates and min(rates) < 0.001:
+        hints.append("a router is dead: its layer is the backbone alone; a larger temperature_scale or another seed may wake it")
+    hints.append("--set training.updates=8000 trains twice as long")
+    return hints
+
+
+def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update, rate)."""
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted((out / "metrics").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and (name.startswith("fit_rate/") or name == "val_accuracy"):
+                        curves[name][int(row["step"]) + 1] = float(value)
+    return {name: sorted(points.items()) for name, points in sorted(curves.items())}
+
+
+def draw(report: Report, out: Path, title: str) -> Path:
+    """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = len(report.examples)
+    figure, axes = plt.subplots(
+        rows + 1, 1, figsize=(14, 1.35 * rows + 3.6), height_ratios=[1.0] * rows + [2.6], layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=13)
+    for axis, example in zip(axes[:rows, 0], report.examples, strict=True):
+        layers, positions = example.active.shape
+        axis.imshow(example.active, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+        axis.set_xticks(range(positions), example.texts, fontsize=8, family="monospace", rotation=90)
+        axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
+        axis.set_xticks([place - 0.5 for place in range(1, positions)], minor=True)
+        axis.set_yticks([place - 0.5 for place in range(1, layers)], minor=True)
+        axis.grid(which="minor", color="white", linewidth=1)
+        axis.tick_params(which="both", length=0)
+        verdict = "right" if example.guess == example.target else "wrong"
+        axis.set_title(f"answer {example.target}, model says {example.guess} ({verdict}); dark: attention ran here", fontsize=9, loc="left")
+    axis = axes[rows, 0]
+    for name, points in rates_over_training(out).items():
+        updates, values = zip(*points, strict=True)
+        if name == "val_accuracy":
+            axis.plot(updates, values, "k--o", markersize=3, label="validation accuracy")
+        else:
+            axis.plot(updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": "))
+    axis.set(xlabel="update", ylabel="activation rate", ylim=(-0.02, 1.02))
+    if axis.lines:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.grid(alpha=0.3)
+    path = out / "activation.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,198 @@
+"""A run: train an experiment, evaluate the best checkpoint, and leave everything worth keeping in one folder."""
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from sma.checkpoint import save, write_atomically
+from sma.errors import CheckpointError
+from sma.model import build
+from sma.recipes.callbacks import AtomicCheckpointIO, Bar, RandomStates, RouterHealth
+from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec
+from sma.recipes.report import Report, measure
+from sma.recipes.tasks import TaskData
+from sma.recipes.training import Classifier, evaluation_loader, training_loader
+from sma.spec import dump_spec
+
+
+class Finished(NamedTuple):
+    """What a run leaves: the summary that stands in its folder, and what the report and the figures are made of."""
+
+    summary: dict[str, Any]
+    report: Report
+    classifier: Classifier
+
+
+class Stopwatch(Callback):
+    """Seconds spent in updates, without evaluation, checkpoints and reading data."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._since
+
+
+def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerator: str = "auto", progress: bool = True) -> Finished:
+    """Train, evaluate and write the run folder; a folder with a checkpoint of the same experiment goes on from there.
+
+    Args:
+        spec: the experiment.
+        out: the run folder.
+        data: what `spec.task.prepare` returned.
+        accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
+        progress: show a bar.
+
+    Raises:
+        DataError: a batch or a loss that is not finite.
+        CheckpointError: the folder cannot be written.
+    """
+    started = time.perf_counter()
+    _quiet()
+    lightning.seed_everything(spec.seed, verbose=False)
+    checkpoint = out / LAST
+    done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0
+    _write(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
+    _write(out / VERSIONS, json.dumps(versions(), indent=1))
+
+    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, spec.task.classes)
+    kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
+    stopwatch = Stopwatch()
+    trainer = _trainer(spec, out, accelerator, [stopwatch, RouterHealth(kinds), *([Bar(spec.training.updates)] if progress else [])])
+    trainer.fit(
+        classifier,
+        training_loader(data, spec.training, spec.seed, done),
+        evaluation_loader(data.validation, data),
+        ckpt_path=str(checkpoint) if done else None,
+    )
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    best = torch.load(out / BEST, map_location="cpu", weights_only=True)
+    classifier.load_state_dict(best["state_dict"])
+    measured = trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
+    save(classifier.model, out / "model")
+    report = measure(classifier.model, data.test, data)
+    summary = {
+        "task": spec.task.kind,
+        "test_accuracy": measured["test_accuracy"],
+        "test_loss": measured["test_loss"],
+        "activation_rate": [
+            sum(measured[f"test_rate/layer{layer}/{name}"] for name in names) / len(names)
+            for layer, names in enumerate(classifier.module_names)
+        ],
+        "chance": 1 / spec.task.classes,
+        "majority": report.majority,
+        "parameters": spec.model.num_parameters(),
+        "updates": spec.training.updates,
+        "best_update": int(best["global_step"]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "tokens_per_second": round(classifier.tokens_seen / stopwatch.seconds) if stopwatch.seconds else None,
+        "seed": spec.seed,
+        "commit": commit(),
+        "data": dict(data.hashes),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    _write(out / SUMMARY, json.dumps(summary, indent=1))
+    return Finished(summary, report, classifier)
+
+
+def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[Callback]) -> Trainer:
+    training = spec.training
+    checkpoints = ModelCheckpoint(
+        dirpath=out / "checkpoints",
+        filename="best",
+        monitor="val_accuracy",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    return Trainer(
+        accelerator=accelerator,
+        devices=1,
+        precision=spec.precision,
+        max_steps=training.updates,
+        max_epochs=1,
+        val_check_interval=min(training.evaluate_every, training.updates),
+        gradient_clip_val=training.clip_norm,
+        callbacks=[checkpoints, RandomStates(), *callbacks],
+        logger=[CSVLogger(out, name="metrics"), TensorBoardLogger(out, name="tensorboard", version="")],
+        log_every_n_steps=training.log_every,
+        num_sanity_val_steps=0,
+        enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
+        enable_model_summary=False,
+        default_root_dir=out,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+    )
+
+
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # Resuming in the middle of an epoch is what the sampler was made for.
+    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space") from error
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers of a run, and the commit."""
+    packages = ("sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "commit": commit()}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that is running, with `-dirty` after it where files differ; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def hardware() -> str:
+    """The device in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"

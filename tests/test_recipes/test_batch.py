@@ -1,0 +1,44 @@
+"""Batches of samples of different lengths."""
+
+import pytest
+import torch
+
+from sma.errors import DataError
+from sma.recipes.data.batch import collate
+
+
+@pytest.mark.parametrize(
+    "lengths", [pytest.param([3, 1, 5, 0], id="mixed"), pytest.param([4, 4], id="equal"), pytest.param([0], id="empty")]
+)
+def test_batch_pads_on_the_right_to_its_longest_sample(lengths):
+    items = [(torch.arange(1, length + 1), number) for number, length in enumerate(lengths)]
+    batch = collate(items)
+    assert batch.inputs.shape == batch.valid.shape == (len(lengths), max(lengths))
+    for row, (ids, target) in enumerate(items):
+        assert torch.equal(batch.inputs[row][batch.valid[row]], ids)
+        assert batch.valid[row].tolist() == [True] * len(ids) + [False] * (max(lengths) - len(ids))
+        assert batch.inputs[row, len(ids) :].count_nonzero() == 0
+        assert batch.targets[row] == target
+    assert (batch.inputs.dtype, batch.valid.dtype, batch.targets.dtype) == (torch.int64, torch.bool, torch.int64)
+
+
+def test_real_numbers_keep_their_dtype_in_a_batch():
+    batch = collate([(torch.ones(2), 1), (torch.ones(3), 0)])
+    assert batch.inputs.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
+
+
+def test_batch_moves_to_a_device_whole():
+    batch = collate([(torch.ones(2), 1)]).to("meta")
+    assert {part.device.type for part in batch} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("items", "complaint"),
+    [
+        pytest.param([], "a batch of no samples; give collate at least one", id="none"),
+        pytest.param([(torch.ones(2), 1), (torch.ones(2, 3), 0)], r"sample 1 of the batch has shape \(2, 3\); collate takes 1-D", id="2-d"),
+    ],
+)
+def test_impossible_batches_are_refused(items, complaint):
+    with pytest.raises(DataError, match=complaint):
+        collate(items)
