@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.errors import SpecError
+from sma.initial import reset_linear_
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.ragged import Ragged
 from sma.spec import register
@@ -70,8 +71,7 @@ class Attention(SubModule):
     def reset_parameters(self) -> None:
         """Draw new parameters."""
         for linear in (self.fused, self.out):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            reset_linear_(linear)
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Attend along every row; see `SubModule.forward`."""

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from sma.modules.long_convolution import circular_kernel, fast_length, long_convolution
+from sma.initial import truncated_normal_
+from sma.modules.long_convolution import fast_length, long_convolution
 from sma.modules.scan import CHUNK, Recurrence, causal_scan
 from sma.ragged import Ragged
 from sma.spec import register
@@ -92,13 +93,13 @@ class EMA(SubModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters, as the authors do."""
-        nn.init.trunc_normal_(self.delta, std=0.2)
-        nn.init.trunc_normal_(self.alpha, std=0.2)
-        nn.init.trunc_normal_(self.beta, std=0.02)
+        truncated_normal_(self.delta, 0.2)
+        truncated_normal_(self.alpha, 0.2)
+        truncated_normal_(self.beta, 0.02)
         self.beta[:, 0::2] += 1.0
         self.beta[:, 1::2] -= 1.0
-        nn.init.trunc_normal_(self.gamma, std=1.0)
-        nn.init.trunc_normal_(self.omega, std=1.0)
+        truncated_normal_(self.gamma, 1.0)
+        truncated_normal_(self.omega, 1.0)
 
     def recurrences(self, dtype: torch.dtype) -> list[Recurrence]:
         """The recurrence of each direction, forward first."""
@@ -132,4 +133,4 @@ class EMA(SubModule):
         if not reverse:
             return causal_scan(x_BSD, ahead, self.spec.truncation) + omega * x_BSD
         taps = min(length, self.spec.truncation or length)
-        return long_convolution(x_BSD, circular_kernel(ahead.kernel(taps), reverse[0].kernel(taps), omega, length))
+        return long_convolution(x_BSD, ahead.kernel(taps), reverse[0].kernel(taps), omega)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.initial import reset_linear_, truncated_normal_
 from sma.modules.windowed import Bias, Weighting, attend, block_shape
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.ragged import Ragged
@@ -85,12 +86,11 @@ class GatedAttentionUnit(SubModule):
     def reset_parameters(self) -> None:
         """Draw new parameters, as the authors do."""
         for linear in (self.fused, self.out):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        nn.init.trunc_normal_(self.gain, std=0.02)
+            reset_linear_(linear)
+        truncated_normal_(self.gain)
         nn.init.zeros_(self.offset)
         if self.bias_table is not None:
-            nn.init.trunc_normal_(self.bias_table, std=0.02)
+            truncated_normal_(self.bias_table)
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Attend along every row; see `SubModule.forward`."""

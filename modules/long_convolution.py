@@ -29,22 +29,39 @@ def circular_kernel(
     """
     channels, taps = ahead_DK.shape
     size = fast_length(length + taps - 1)
-    now = ahead_DK[:, :1] + skip_D[:, None]
-    if reverse_DK is None:
-        return torch.cat([now, ahead_DK[:, 1:], ahead_DK.new_zeros(channels, size - taps)], dim=1)
-    gap = ahead_DK.new_zeros(channels, size - 2 * taps + 1)
-    return torch.cat([now + reverse_DK[:, :1], ahead_DK[:, 1:], gap, reverse_DK[:, 1:].flip(1)], dim=1)
+    circular = ahead_DK.new_zeros(channels, size)
+    circular[:, :taps] = ahead_DK
+    circular[:, 0] += skip_D
+    if reverse_DK is not None:
+        circular[:, 0] += reverse_DK[:, 0]
+        circular[:, size - taps + 1 :] = reverse_DK[:, 1:].flip(1)
+    return circular
 
 
-def long_convolution(x_BLD: Float[Tensor, "B L D"], circular_DF: Float[Tensor, "D F"]) -> Float[Tensor, "B L D"]:
-    """Convolve every channel of a sequence with its kernel, as `circular_kernel` lays it out."""
-    result: Tensor = _LongConvolution.apply(x_BLD, circular_DF)
+def long_convolution(
+    x_BLD: Float[Tensor, "B L D"],
+    ahead_DK: Float[Tensor, "D K"],
+    reverse_DK: Float[Tensor, "D K"] | None,
+    skip_D: Float[Tensor, "D"],
+) -> Float[Tensor, "B L D"]:
+    r"""$y_t = \sum_{l<K} a_l x_{t-l} + \sum_{l<K} r_l x_{t+l} + s x_t$ for every channel; beyond its ends a sequence is 0.
+
+    Args:
+        x_BLD: sequences, in float32 or float64.
+        ahead_DK: a, what reaches later places; K at most L.
+        reverse_DK: r, what reaches earlier places; None for nothing.
+        skip_D: s.
+    """
+    result: Tensor = _LongConvolution.apply(x_BLD, ahead_DK, reverse_DK, skip_D)
     return result
 
 
-def _channel_slices(channels: int, rows: int, size: int, device: torch.device) -> list[slice]:
-    """Groups of channels whose transforms stay in a CPU's cache; an accelerator takes all channels at once."""
-    group = channels if device.type != "cpu" else max(1, 2**18 // max(1, rows * size))
+def _channel_slices(channels: int, device: torch.device) -> list[slice]:
+    """Groups of channels whose transforms stay in a CPU's cache; an accelerator takes all channels at once.
+
+    On two cores and 160 channels, groups of 32 took 17 / 22 / 60 ms for 8x1024 / 2x4096 / 1x16384 tokens, all at once 18 / 23 / 66.
+    """
+    group = min(channels, 32) if device.type == "cpu" else channels
     return [slice(start, start + group) for start in range(0, channels, group)]
 
 
@@ -52,11 +69,12 @@ class _LongConvolution(torch.autograd.Function):
     """Autograd of rfft goes through a full complex transform; written out, backward costs three half transforms."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, circular_DF: Tensor) -> Tensor:
-        rows, length, channels = x_BLD.shape
-        size = circular_DF.shape[1]
-        kernel = torch.fft.rfft(circular_DF)
-        slices = _channel_slices(channels, rows, size, x_BLD.device)
+    def forward(ctx: Any, x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor | None, skip_D: Tensor) -> Tensor:
+        _, length, channels = x_BLD.shape
+        circular = circular_kernel(ahead_DK, reverse_DK, skip_D, length)
+        size = circular.shape[1]
+        kernel = torch.fft.rfft(circular)
+        slices = _channel_slices(channels, x_BLD.device)
         spectra = []
         out = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
         for part in slices:
@@ -64,14 +82,14 @@ class _LongConvolution(torch.autograd.Function):
             out[..., part] = torch.fft.irfft(spectrum * kernel[part], n=size)[..., :length].transpose(1, 2)
             spectra.append(spectrum)
         ctx.save_for_backward(kernel, *spectra)
-        ctx.slices, ctx.size = slices, size
+        ctx.slices, ctx.size, ctx.taps, ctx.reverse = slices, size, ahead_DK.shape[1], reverse_DK is not None
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         kernel, *spectra = ctx.saved_tensors
-        length, size = grad_BLD.shape[1], ctx.size
+        length, size, taps = grad_BLD.shape[1], ctx.size, ctx.taps
         x_grad = torch.empty_like(grad_BLD, memory_format=torch.contiguous_format)
         kernel_grad = grad_BLD.new_empty(grad_BLD.shape[2], size)
         for part, spectrum in zip(ctx.slices, spectra, strict=True):
@@ -80,4 +98,7 @@ class _LongConvolution(torch.autograd.Function):
             back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size)
             x_grad[..., part] = back[..., :length].transpose(1, 2)
             kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
-        return x_grad, kernel_grad
+        reverse_grad = None
+        if ctx.reverse:
+            reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)
+        return x_grad, kernel_grad[:, :taps].contiguous(), reverse_grad, kernel_grad[:, 0].contiguous()

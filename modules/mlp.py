@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from sma.initial import reset_linear_
 from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import Operations, State, SubModule, SubModuleSpec
@@ -57,7 +58,7 @@ class GatedMLP(SubModule):
     def reset_parameters(self) -> None:
         """Draw new parameters."""
         for linear in (self.fused, self.out):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
+            reset_linear_(linear)
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Transform every token on its own; see `SubModule.forward`."""

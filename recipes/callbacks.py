@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from sma.checkpoint import write_atomically
+from sma.stats import router_health
 
 FIXED_ROUTERS = ("always", "never", "random")
 
@@ -42,12 +43,10 @@ class RouterHealth(Callback):
 
     Args:
         kinds: the router kind of every routed layer.
-        dead: an activation rate below this is dead.
-        saturated: one above this is saturated.
     """
 
-    def __init__(self, kinds: list[str], dead: float = 0.001, saturated: float = 0.999) -> None:
-        self.kinds, self.dead, self.saturated = kinds, dead, saturated
+    def __init__(self, kinds: list[str]) -> None:
+        self.kinds = kinds
         self.warned: dict[str, str] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,8 +58,8 @@ class RouterHealth(Callback):
             if self.kinds[int(layer.removeprefix("layer"))] in FIXED_ROUTERS:
                 continue
             rate = float(value)
-            condition = "dead" if rate < self.dead else "saturated" if rate > self.saturated else "well"
-            if condition != self.warned.get(name, "well"):
+            condition = router_health(rate)
+            if condition != self.warned.get(name, "ok"):
                 rank_zero_warn(self._sentence(condition, layer, module, rate, trainer.global_step))
             self.warned[name] = condition
 

@@ -1,18 +1,16 @@
 """Experiments: a task, a model and how to train it, as one spec; and the presets."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import SpecError, did_you_mean
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
+from sma.recipes.shipped import read_shipped
 from sma.recipes.tasks import TaskSpec
-from sma.spec import Spec, read_yaml
+from sma.spec import Spec, parse_setting
 
 # The files of a run folder.
 EXPERIMENT, SUMMARY, VERSIONS = "experiment.yaml", "summary.json", "versions.json"
@@ -86,32 +84,13 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     Raises:
         SpecError: one sentence per mistake.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read(str(source), "presets", "preset")
+    data = dict(source) if isinstance(source, Mapping) else read_shipped(source, "presets")
     if isinstance(data.get("model"), str):
-        data["model"] = _read(data["model"], "specs", "model spec")
-    return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(parse_setting, settings))))
+        data["model"] = read_shipped(data["model"], "specs")
+    return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(_setting, settings))))
 
 
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """Split `path=value`; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
-
-    Raises:
-        SpecError: there is no `=`, or the value is not YAML.
-    """
-    path, equals, value = setting.partition("=")
-    if not equals:
-        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set model.width=32")
-    first = parse_path(path.strip())[0]
-    prefix = "model." if first in ModelSpec.model_fields or first == "head" else ""
-    return prefix + path.strip(), read_yaml(value, f"the value of --set {path}")
-
-
-def _read(name: str, folder: str, what: str) -> dict[str, Any]:
-    shipped = {entry.name.removesuffix(".yaml"): entry for entry in files("sma.recipes").joinpath(folder).iterdir()}
-    place: Traversable | Path = shipped[name] if name in shipped else Path(name)
-    if not place.is_file():
-        raise SpecError(f"there is no {what} or file {name!r}{did_you_mean(name, sorted(shipped), f'shipped {folder}')}")
-    data = read_yaml(place.read_text(encoding="utf-8"), name)
-    if not isinstance(data, dict):
-        raise SpecError(f"{name} must hold a mapping of fields, not {type(data).__name__}")
-    return data
+def _setting(setting: str) -> tuple[str, Any]:
+    path, value = parse_setting(setting)
+    in_model = parse_path(path)[0] in {*ModelSpec.model_fields, "head"}
+    return f"model.{path}" if in_model else path, value

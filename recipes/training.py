@@ -17,31 +17,42 @@ from sma.recipes.data.batch import Batch
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import Samples, TaskData
+from sma.stats import RateCount, count_rates
 
 EVALUATION_BATCH = 200
 
 
 class RateMetric(Metric):
-    """Activation rate of every sub-module of every layer, (layers, modules), over all batches and all ranks."""
+    """Activation rate of every sub-module of every routed layer, over all batches and all ranks.
+
+    Args:
+        layers: the sub-modules of every routed layer.
+    """
 
     active: Tensor
-    tokens: Tensor
+    valid: Tensor
 
-    def __init__(self, layers: int, modules: int) -> None:
+    def __init__(self, layers: Sequence[tuple[str, ...]]) -> None:
         super().__init__()
-        self.add_state("active", torch.zeros(layers, modules, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.layers = tuple(layers)
+        names = {name for layer in layers for name in layer}
+        self.add_state("active", torch.zeros(len(self.layers), len(names), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
         """Count one batch."""
-        tokens = valid.sum()
-        self.tokens += tokens
-        for place, decision in enumerate(decisions):
-            self.active[place, : len(decision.names)] += decision.rate(valid) * tokens
+        count = count_rates(decisions, valid)
+        self.active += count.active
+        self.valid += count.valid.to(self.valid.device)
 
     def compute(self) -> Tensor:
-        """Active tokens / valid tokens."""
-        return self.active / self.tokens.clamp(min=1)
+        """The rates, as `RateCount.rates`."""
+        return RateCount(self.active, self.valid, self.layers).rates
+
+    def by_name(self) -> dict[str, float]:
+        """The rates by what they are logged as: `layer0/attention`."""
+        rows = RateCount(self.active, self.valid, self.layers).by_layer()
+        return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
 
 
 class Scores(nn.Module):
@@ -49,31 +60,29 @@ class Scores(nn.Module):
 
     Args:
         classes: number of classes.
-        names: the sub-modules of every routed layer.
+        layers: the sub-modules of every routed layer.
     """
 
-    def __init__(self, classes: int, names: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, classes: int, layers: Sequence[tuple[str, ...]]) -> None:
         super().__init__()
-        self.names = list(names)
         self.accuracy = MulticlassAccuracy(classes, average="micro")
-        self.rates = RateMetric(len(names), max(map(len, names), default=0))
+        self.rates = RateMetric(layers)
 
     def update(self, output: ModelOutput, logits: Tensor, batch: Batch) -> None:
         """Count one batch."""
         self.accuracy.update(logits, batch.targets)
         self.rates.update(output.decisions, batch.valid)
 
-    def compute(self, split: str) -> dict[str, Tensor]:
+    def compute(self, split: str) -> dict[str, float]:
         """The measures by their logged names; starts afresh."""
-        rates = self.rates.compute().float()
-        measures = {f"{split}_accuracy": self.accuracy.compute()}
-        if self.names:
-            measures[f"{split}_rate"] = rates.mean()
-        for layer, names in enumerate(self.names):
-            measures.update({f"{split}_rate/layer{layer}/{name}": rates[layer, place] for place, name in enumerate(names)})
+        measures = {f"{split}_accuracy": float(self.accuracy.compute())}
+        with self.rates.sync_context():
+            rates = self.rates.by_name()
+        if rates:
+            measures[f"{split}_rate"] = sum(rates.values()) / len(rates)
         self.accuracy.reset()
         self.rates.reset()
-        return measures
+        return measures | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
 
 
 class Classifier(lightning.LightningModule):

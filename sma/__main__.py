@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -19,7 +18,8 @@ from sma.checkpoint import SPEC
 from sma.describe import describe
 from sma.errors import SmaError, SpecError, did_you_mean
 from sma.model import ModelSpec, SequenceModel
-from sma.spec import json_schema, load_spec, read_spec_file, read_yaml
+from sma.recipes.shipped import read_shipped, shipped
+from sma.spec import json_schema, load_spec, parse_setting
 
 DISTRIBUTION = "sparse-modular-activation"
 EXAMPLES = """examples:
@@ -59,7 +59,7 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     described = command("describe", _describe, "print the parts of a model with their parameters and operations")
     validated = command("validate", _validate, "check a spec; exit status 2 and one sentence per mistake where it is wrong")
     for each in (described, validated):
-        each.add_argument("spec", metavar="SPEC", help=f"YAML or JSON file, or a shipped spec: {', '.join(shipped_specs())}")
+        each.add_argument("spec", metavar="SPEC", help=f"YAML or JSON file, or a shipped spec: {', '.join(shipped('specs'))}")
         each.add_argument(
             "--set", metavar="PATH=VALUE", action="append", default=[], help="set a field first; the value is YAML; may be repeated"
         )
@@ -85,43 +85,16 @@ def _version() -> str:
         return "(not installed)"
 
 
-def shipped_specs() -> list[str]:
-    """Names of the model specs that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in files("sma.recipes").joinpath("specs").iterdir() if entry.name.endswith(".yaml")
-    )
-
-
 def read_model_spec(source: str) -> dict[str, Any]:
     """Read the plain data of a model spec: a shipped one by its name, a file, or the folder of a saved model.
 
     Raises:
         SpecError: there is no such spec or file, or it is not a mapping.
     """
-    names = shipped_specs()
-    if source in names:
-        data = read_yaml(files("sma.recipes").joinpath("specs", f"{source}.yaml").read_text(encoding="utf-8"), source)
-        return dict(data)
     path = Path(source)
-    if path.is_dir():
-        path = path / SPEC
-        if not path.exists():
-            raise SpecError(f"the folder {source!r} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote")
-    if not path.exists():
-        raise SpecError(f"there is no file and no shipped spec {source!r}{did_you_mean(source, names, 'shipped specs')}")
-    return read_spec_file(path)
-
-
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """Split `path=value`; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
-
-    Raises:
-        SpecError: there is no `=`, or the value is not YAML.
-    """
-    path, equals, value = setting.partition("=")
-    if not equals:
-        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set width=32")
-    return path.strip(), read_yaml(value, f"the value of --set {path.strip()}")
+    if path.is_dir() and not (path / SPEC).is_file():
+        raise SpecError(f"the folder {source!r} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote")
+    return read_shipped(path / SPEC if path.is_dir() else source, "specs")
 
 
 def _load(args: argparse.Namespace) -> ModelSpec:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.pytree import register_output
-from sma.ragged import Ragged, compress_each, extract_add
+from sma.ragged import Ragged, compress_each, extract_add_
 from sma.routers import Router
 
 
@@ -75,7 +75,7 @@ class SparseModularActivation(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         positions: Int[Tensor, "B L"] | None = None,
         state: Any = None,
-        into_BLD: Float[Tensor, "B L D"] | None = None,
+        out_BLD: Float[Tensor, "B L D"] | None = None,
     ) -> RoutedOutput:
         """Route every token.
 
@@ -85,7 +85,7 @@ class SparseModularActivation(nn.Module):
             valid: False at padding, on whichever side; None where there is none.
             positions: position of each token in its row's stream; default its rank among the valid tokens of its row.
             state: not supported yet; must be None.
-            into_BLD: what the results are added to; default zeros.
+            out_BLD: a contiguous tensor that the results are added to, in place; default zeros.
 
         Raises:
             InputError: the shapes or dtypes do not fit.
@@ -100,9 +100,9 @@ class SparseModularActivation(nn.Module):
         if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
             control_BLD = control_BLD.where(valid[..., None], 0)
         decision, _ = self.router(control_BLD, valid, positions)
-        out = torch.zeros_like(x_BLD) if into_BLD is None else into_BLD
+        out = torch.zeros_like(x_BLD, memory_format=torch.contiguous_format) if out_BLD is None else out_BLD
         for place, tokens in enumerate(compress_each(x_BLD, decision.active, positions_BL=positions)):
-            out = extract_add(self._results(place, tokens, decision), tokens, out)
+            out = extract_add_(self._results(place, tokens, decision), tokens, out)
         return RoutedOutput(out, decision)
 
     def _results(self, place: int, tokens: Ragged, decision: Decision) -> Tensor:

@@ -112,15 +112,20 @@ class Description:
         rows = [["part", "kind", "parameters", f"at rate {self.rate:g}", "share", "all active", "ratio"]]
         rows += [self._row(part, total) for part in self._lines()]
         fixed = any(_fixed_rate(layer.router) is not None for layer in spec.layer_specs if layer.modules)
-        own = ", or on what their router fixes" if fixed else ""
+        legend = [
+            [f"at rate {self.rate:g}", "multiply-adds per token, if each routed sub-module runs on this share of them"],
+            *([["", "(routers always, never and random: on the share that they fix)"]] if fixed else []),
+            ["share", "of these operations; encoder, norms and head are not counted"],
+            ["all active", "multiply-adds per token, if each runs on every token"],
+            ["ratio", "of the two: what is left of the work"],
+        ]
         return "\n".join(
             [
-                f"{self.name}: {spec.kind}, width {spec.width}, {count} layer{'' if count == 1 else 's'}",
+                f"{self.name}: {spec.kind}, width {spec.width}, {count} layer{'' if count == 1 else 's'}, rows of {self.length:,} tokens",
                 "",
                 *align(rows, right=(2, 3, 4, 5, 6)),
                 "",
-                f"Operations: multiply-adds of the layers per token, in a row of {self.length:,} tokens.",
-                f"at rate {self.rate:g}: routed sub-modules run on this share of the tokens{own}; all active: on every one.",
+                *align(legend),
             ]
         )
 

@@ -55,6 +55,12 @@ class TokenEmbeddingSpec(EncoderSpec):
             raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
         return self
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.padding is not None and self.padding >= self.vocabulary:
+            raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
+        return self
+
     def build(self, width: int) -> "TokenEmbedding":
         return TokenEmbedding(self, width)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sma.activation import SparseModularActivation, check_batch, name_is_taken
 from sma.decision import Decision
 from sma.errors import StateError
+from sma.initial import reset_linear_
 from sma.norms import NormSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, move, rectangular, right_padding
@@ -25,7 +26,7 @@ class LayerSpec(Spec):
     backbone: SubModuleSpec | None = Field(default=None, description="sub-module that every token goes through first; null for none")
     backbone_activation: Literal["silu", "none"] = Field(default="silu", description="applied to the backbone's result")
     router: RouterSpec = Field(default=SMARouterSpec(), description="decides which tokens run which sub-modules")
-    modules: FrozenMapping[SubModuleSpec] = Field(default=FrozenDict(), description="the routed sub-modules, by a name of your choice")
+    modules: FrozenMapping[SubModuleSpec] = Field(default_factory=FrozenDict, description="the routed sub-modules, by names of your choice")
     bypass: Literal["none", "linear", "identity"] = Field(default="linear", description="what reaches the residual past the sub-modules")
     activation: Literal["silu", "none"] = Field(default="silu", description="applied after the residual")
     norm: NormSpec | None = Field(default=None, description="normalises before the layer or after its residual; null for none")
@@ -118,8 +119,7 @@ class RoutedLayer(nn.Module):
             drop = spec.dropout if spec.dropout_on == "modules" else 0.0
             self.routed = SparseModularActivation(spec.router.build(width, list(parts)), parts, drop)
         if self.bypass is not None:
-            nn.init.trunc_normal_(self.bypass.weight, std=0.02)
-            nn.init.zeros_(self.bypass.bias)
+            reset_linear_(self.bypass)
 
     @property
     def causal(self) -> bool:
@@ -153,13 +153,11 @@ class RoutedLayer(nn.Module):
         base = self._bypass(mixed)
         decision = None
         if self.routed is not None:
-            routed = self.routed(mixed, valid=valid, positions=positions, into_BLD=base)
+            routed = self.routed(mixed, valid=valid, positions=positions, out_BLD=base)
             base, decision = routed.values, routed.decision
-        if base is None:
-            base = torch.zeros_like(x_BLD)
         if self.spec.dropout_on == "sum":
             base = nn.functional.dropout(base, self.spec.dropout, self.training)
-        out = x_BLD + base
+        out = base.add_(x_BLD)  # in place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum
         if self.spec.activation == "silu":
             out = nn.functional.silu(out)
         return LayerOutput(out if after is None else after(out, valid), decision)
@@ -176,10 +174,11 @@ class RoutedLayer(nn.Module):
             mixed = nn.functional.silu(mixed)
         return nn.functional.dropout(mixed, self.spec.dropout, self.training)
 
-    def _bypass(self, mixed: Tensor) -> Tensor | None:
+    def _bypass(self, mixed: Tensor) -> Tensor:
+        """What passes the sub-modules by, in a tensor of its own."""
         if self.bypass is not None:
-            return self.bypass(mixed)
-        return mixed if self.spec.bypass == "identity" else None
+            return self.bypass(mixed).to(mixed.dtype)
+        return mixed.clone() if self.spec.bypass == "identity" else torch.zeros_like(mixed)
 
 
 def align(x_BLD: Tensor, valid: Tensor | None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:

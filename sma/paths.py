@@ -80,16 +80,29 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
         inner = spec_class.model_fields[key].annotation if spec_class is not None else _item_type(annotation)
         if rest and node.get(key) is None:
             default = spec_class.model_fields[key].get_default(call_default_factory=True) if spec_class is not None else None
-            if not isinstance(default, BaseModel | Mapping | tuple):
+            if isinstance(default, BaseModel | Mapping | tuple):
+                node[key] = _plain(default)
+            elif any(_spec_types(inner)) and (spec_class is not None or rest == ("kind",)):
+                node[key] = {}  # a part that is null or missing; validation says what else it needs
+            else:
                 known = node if spec_class is None else [name for name, child in node.items() if isinstance(child, dict | list)]
                 raise _nowhere(path, key, list(known))
-            node[key] = _plain(default)
     else:
         raise SpecError(f"{path!r} leads into {node!r}, which has no fields")
     if not rest:
         node[key] = value
+        if key == "kind" and isinstance(node, dict):
+            _drop_foreign_fields(annotation, node)
         return
     _set(inner, node[key], rest, value, path)
+
+
+def _drop_foreign_fields(annotation: Any, node: dict[str, Any]) -> None:
+    """Another kind was chosen: it starts from its own defaults where the old kind's fields mean nothing to it."""
+    fields = [set(spec.model_fields) for spec in (root.concrete(node) for root in _spec_types(annotation)) if spec is not None]
+    for name in list(node):
+        if fields and name not in fields[0]:
+            del node[name]
 
 
 def _nowhere(path: str, key: str, known: list[str]) -> SpecError:

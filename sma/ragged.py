@@ -203,17 +203,23 @@ def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tenso
     """
     if _covers(tokens, like_BLD):
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
-    return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
+    return extract_add_(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
 
 
 def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
+    return extract_add_(values, tokens, into_BLD.clone())
+
+
+def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
+    """Add the values to `into_BLD` in place, at the places of their tokens."""
     values = values.to(into_BLD.dtype)
     if _covers(tokens, into_BLD):
-        return into_BLD + values.unflatten(0, into_BLD.shape[:2])
+        return into_BLD.add_(values.unflatten(0, into_BLD.shape[:2]))
     if tokens.holes:
         values = values.where(_expand(tokens.mask, values), 0)
-    return into_BLD.flatten(0, 1).index_add(0, tokens.index, values).unflatten(0, into_BLD.shape[:2])
+    into_BLD.view(-1, *into_BLD.shape[2:]).index_add_(0, tokens.index, values)
+    return into_BLD
 
 
 def _covers(tokens: Ragged, batch: Tensor) -> bool:

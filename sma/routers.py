@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sma.decision import Decision
 from sma.errors import InputError, StateError
+from sma.initial import truncated_normal_
 from sma.spec import Spec, register
 from sma.submodule import State
 
@@ -124,7 +125,7 @@ class SMARouter(Router):
         self.weight = nn.Parameter(torch.empty(2 * len(self.names), width))
         self.bias = nn.Parameter(torch.zeros(2 * len(self.names)))
         self.log_temperature = nn.Parameter(torch.tensor([math.log(spec.temperature_scale * math.sqrt(width))]))
-        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.04, b=0.04)
+        truncated_normal_(self.weight)
 
     def forward(
         self,

@@ -36,7 +36,7 @@ class FrozenDict(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
+        return hash(frozenset(self.items()))  # dictionaries of another order are equal
 
     def __reduce__(self) -> tuple[type["FrozenDict"], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)
@@ -165,7 +165,7 @@ def _explained(cls: type[Spec], item: Any) -> InitErrorDetails:
         near = did_you_mean(str(given), [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")])
         sentence = f"{name}={given!r} must be {context['expected']}{near}{meaning}"
     else:
-        sentence = f"{name}={given!r}: {item['msg'][0].lower()}{item['msg'][1:]}{meaning}"
+        sentence = f"{f'{name}=' if name else ''}{given!r}: {item['msg'][0].lower()}{item['msg'][1:]}{meaning}"
     # The sentence names the field; the path then says only in which part of the spec it stands.
     return InitErrorDetails(type=_custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)
 
@@ -303,6 +303,18 @@ def read_spec_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SpecError(f"{path} must hold a mapping of fields, not {type(data).__name__}; its first line is usually 'kind: …'")
     return data
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Split `path=value`, as `--set` takes it; the value is YAML, so `null`, `[1, 2]` and `{kind: never}` work.
+
+    Raises:
+        SpecError: there is no `=`, or the value is not YAML.
+    """
+    path, equals, value = setting.partition("=")
+    if not equals:
+        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set width=32")
+    return path.strip(), read_yaml(value, f"the value of --set {path.strip()}")
 
 
 def load_spec(source: str | Path | Mapping[str, Any], family: str = "model", overrides: Mapping[str, Any] | None = None) -> Any:

@@ -1,0 +1,28 @@
+"""The YAML files that come with the recipes: model specs in `specs`, experiments in `presets`."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from sma.errors import SpecError, did_you_mean
+from sma.spec import read_spec_file, read_yaml
+
+
+def shipped(folder: str) -> list[str]:
+    """The names of the files in `specs` or `presets`."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("sma.recipes").joinpath(folder).iterdir())
+
+
+def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:
+    """Read a shipped file by its name, or any YAML or JSON file by its path, without validating it.
+
+    Raises:
+        SpecError: there is no such name or file, or it holds no mapping.
+    """
+    names, path = shipped(folder), Path(source)
+    if str(source) in names:
+        return dict(read_yaml(files("sma.recipes").joinpath(folder, f"{source}.yaml").read_text(encoding="utf-8"), str(source)))
+    if not path.is_file():
+        what = folder.removesuffix("s")
+        raise SpecError(f"there is no file and no shipped {what} {str(source)!r}{did_you_mean(str(source), names, f'shipped {folder}')}")
+    return read_spec_file(path)
