@@ -48,7 +48,8 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
     """
     module = _empty(kind, config)
     entries = list(_entries(module))
-    given = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}  # a constant of theirs
+    # Constants and counters of theirs, which decide no output.
+    given = {name: tensor for name, tensor in tensors.items() if not name.endswith(("inv_freq", "num_batches_tracked"))}
     wanted = {entry.name for entry in entries}
     if wanted != set(given):
         missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)

@@ -1,0 +1,1 @@
+"""Tests of everything in this repository; a package, so that they can share their oracles."""

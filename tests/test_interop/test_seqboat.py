@@ -1,0 +1,271 @@
+"""The numbers of the SeqBoat authors: weights in, outputs, decisions and gradients as recorded, weights back out."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.errors import CheckpointError
+from sma.interop.seqboat import from_reference, to_reference
+from sma.layer import LayerSpec, RoutedLayer
+from sma.model import SequenceModel
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "tests" / "data" / "parity"
+SHARED = ROOT.parent / "shared" / "parity"
+NAMES = (
+    "always_active",
+    "bidirectional_batchnorm_train",
+    "bidirectional_relu2_slot_distance",
+    "bidirectional_rotary_batchnorm_eval",
+    "bidirectional_softmax_true_distance",
+    "bidirectional_truncated_ema",
+    "causal_relu2_true_distance",
+    "causal_softmax_rotary",
+    "classifier_two_layers",
+    "full_attention_laplace",
+    "full_attention_relu2",
+    "full_attention_softmax",
+    "lra_pixel_encoder",
+    "lra_text_encoder",
+    "row_with_no_active_token",
+    "softmax_scalenorm_postnorm",
+)
+every_case = pytest.mark.parametrize("name", NAMES)
+
+
+class Case(NamedTuple):
+    """One recorded case."""
+
+    info: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers by the authors' names."""
+        return self.under("param/") | self.under("buffer/")
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+    def build(self) -> RoutedLayer | SequenceModel:
+        return from_reference(self.info["kind"], self.info["config"], self.weights())
+
+    @property
+    def valid(self) -> Tensor:
+        return self.tensors["valid"].bool()
+
+
+class Played(NamedTuple):
+    """What our module made of a case."""
+
+    output: Tensor
+    decisions: tuple[Decision, ...]
+    grad_input: Tensor | None
+    gradients: dict[str, Tensor]
+
+
+@cache
+def recorded(name: str) -> Case:
+    return Case(json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")), load_file(DATA / f"{name}.safetensors"))
+
+
+@cache
+def played(name: str) -> Played:
+    case = recorded(name)
+    module = case.build().train(case.info["training_mode"])
+    inputs = case.tensors["input"].clone()
+    if inputs.is_floating_point():
+        inputs.requires_grad_()
+    result = module(inputs, case.valid)
+    if isinstance(module, RoutedLayer):
+        output, decisions = result.hidden, [result.decision]
+    else:
+        output, decisions = result.pooled if result.logits is None else result.logits, result.decisions
+    output.backward(case.tensors["grad_output"])
+    made = tuple(decision for decision in decisions if decision is not None)
+    return Played(output.detach(), made, inputs.grad, to_reference(module, gradients=True))
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    assert ((found - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all(), f"off by {(found - wanted).abs().max()}"
+
+
+def test_the_repository_holds_every_recorded_case() -> None:
+    assert {path.name for path in DATA.iterdir()} == {"README.md"} | {
+        f"{name}.{ending}" for name in NAMES for ending in ("json", "safetensors")
+    }
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the recordings that ours were copied from are not on this machine")
+def test_the_copies_are_the_recordings() -> None:
+    assert {path.name for path in SHARED.iterdir()} == {path.name for path in DATA.iterdir()}
+    assert [path.name for path in SHARED.iterdir() if path.read_bytes() != (DATA / path.name).read_bytes()] == []
+
+
+@every_case
+def test_output_is_the_authors(name: str) -> None:
+    case, ours = recorded(name), played(name)
+    wanted = case.tensors["output"]
+    assert ours.output.shape == wanted.shape
+    assert_near(*((ours.output[case.valid], wanted[case.valid]) if wanted.ndim == 3 else (ours.output, wanted)))
+
+
+@every_case
+def test_the_same_tokens_are_active(name: str) -> None:
+    case, ours = recorded(name), played(name)
+    wanted = [case.tensors[f"layer{place}/active"].bool() for place in range(len(case.info["activation_rate_per_layer"]))]
+    if case.info["config"].get("always_act"):
+        wanted = [case.valid]
+    assert len(ours.decisions) == len(wanted)
+    for decision, active in zip(ours.decisions, wanted, strict=True):
+        assert decision.names == ("attention",)
+        assert torch.equal(decision.active[..., 0], active)
+
+
+@every_case
+def test_confidence_is_the_authors(name: str) -> None:
+    case, ours = recorded(name), played(name)
+    for place, decision in enumerate(ours.decisions):
+        confidence = decision.confidence[..., 0][case.valid]
+        if case.info["config"].get("always_act"):
+            assert (confidence == 1).all()
+        else:
+            assert_near(confidence, case.tensors[f"layer{place}/confidence"][case.valid])
+
+
+@every_case
+def test_rates_are_the_authors(name: str) -> None:
+    case, ours = recorded(name), played(name)
+    rates = case.info["activation_rate_per_layer"] or [1.0]
+    assert [decision.rate(case.valid).item() for decision in ours.decisions] == pytest.approx(rates, abs=6e-4)
+
+
+@every_case
+def test_gradient_of_the_input_is_the_authors(name: str) -> None:
+    case, ours = recorded(name), played(name)
+    if "grad_input" in case.tensors:
+        assert ours.grad_input is not None
+        assert_near(ours.grad_input[case.valid], case.tensors["grad_input"][case.valid])
+
+
+@every_case
+def test_gradients_of_the_weights_are_the_authors(name: str) -> None:
+    wanted, found = recorded(name).under("grad/"), played(name).gradients
+    assert {key: tensor.shape for key, tensor in found.items()} == {key: tensor.shape for key, tensor in wanted.items()}
+    assert [key for key, tensor in wanted.items() if not (found[key] - tensor).norm() <= 1e-4 * tensor.norm()] == []
+
+
+@every_case
+def test_weights_come_back_as_they_came(name: str) -> None:
+    case = recorded(name)
+    # A constant of the authors, computed from the width, is no weight and is not kept.
+    wanted = {key: tensor for key, tensor in case.weights().items() if not key.endswith("inv_freq")}
+    found = to_reference(case.build())
+    assert set(found) == set(wanted)
+    assert [key for key, tensor in wanted.items() if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor)] == []
+
+
+@every_case
+def test_a_second_trip_changes_nothing(name: str) -> None:
+    case = recorded(name)
+    once = to_reference(case.build())
+    again = to_reference(from_reference(case.info["kind"], case.info["config"], once))
+    assert all(torch.equal(again[key], tensor) for key, tensor in once.items())
+
+
+@every_case
+def test_every_parameter_of_ours_is_one_of_theirs(name: str) -> None:
+    case = recorded(name)
+    module = case.build()
+    assert sum(tensor.numel() for tensor in module.parameters()) == sum(tensor.numel() for tensor in case.under("param/").values())
+
+
+def test_what_is_given_back_is_a_copy() -> None:
+    module = recorded("causal_softmax_rotary").build()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for tensor in to_reference(module).values():
+        tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_loading_leaves_the_given_tensors_alone() -> None:
+    case = recorded("causal_softmax_rotary")
+    copies = {key: tensor.clone() for key, tensor in case.weights().items()}
+    module = case.build()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, copies[key]) for key, tensor in case.weights().items())
+
+
+def changed(**changes: Tensor | None) -> dict[str, Tensor]:
+    """The weights of one case with some tensors replaced, or left out; `__` stands for a dot."""
+    weights = recorded("causal_softmax_rotary").weights()
+    for name, tensor in changes.items():
+        key = name.replace("__", ".")
+        weights.pop(key, None)
+        if tensor is not None:
+            weights[key] = tensor
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        pytest.param({"ssm__omega": None}, r"do not fit 'standalone_layer': missing \['ssm.omega'\], unknown nothing", id="missing"),
+        pytest.param({"extra": torch.ones(1)}, r"do not fit 'standalone_layer': missing nothing, unknown \['extra'\]", id="unknown"),
+        pytest.param(
+            {"ssm__omega": None, "move__omega": torch.ones(16)},
+            r"missing \['ssm.omega'\], unknown \['move.omega'\]",
+            id="the-other-version",
+        ),
+        pytest.param({"ssm__omega": torch.ones(17)}, r"'ssm.omega' has shape \(17,\), which does not fit \(16,\) here", id="longer"),
+        pytest.param(
+            {"h_proj__weight": torch.ones(24, 16)}, r"'h_proj.weight' has shape \(24, 16\), which does not fit \(16, 24\)", id="turned"
+        ),
+        pytest.param(
+            {"hx_proj__weight": torch.ones(17, 16)}, r"'hx_proj.weight' has shape \(17, 16\), which does not fit", id="no-router-rows"
+        ),
+        pytest.param({"hx_proj__bias": torch.ones(1)}, r"'hx_proj.bias' has shape \(1,\), which does not fit \(2,\) here", id="shorter"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(changes: dict[str, Tensor | None], complaint: str) -> None:
+    case = recorded("causal_softmax_rotary")
+    with pytest.raises(CheckpointError, match=complaint):
+        from_reference(case.info["kind"], case.info["config"], changed(**changes))
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_an_unknown_kind_is_refused() -> None:
+    complaint = r"unknown kind 'standalone_layr' .*; did you mean 'standalone_layer'\? known kinds: standalone_layer, unit"
+    with pytest.raises(CheckpointError, match=complaint):
+        from_reference("standalone_layr", {}, {})  # type: ignore[arg-type]
+
+
+def test_an_unknown_norm_is_refused() -> None:
+    case = recorded("causal_softmax_rotary")
+    with pytest.raises(CheckpointError, match="unknown norm_type 'groupnorm'; known: layernorm, batchnorm, syncbatchnorm, scalenorm"):
+        from_reference(case.info["kind"], {**case.info["config"], "norm_type": "groupnorm"}, case.weights())
+
+
+def test_gradients_before_backward_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"'ssm.alpha' has no gradient; call backward\(\) first"):
+        to_reference(recorded("causal_softmax_rotary").build(), gradients=True)
+
+
+def test_a_module_that_was_not_loaded_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"was not made by sma\.interop\.seqboat\.from_reference, so the authors' names"):
+        to_reference(LayerSpec().build(4))
+
+
+def test_a_part_that_the_authors_do_not_have_is_refused() -> None:
+    module = recorded("causal_softmax_rotary").build()
+    module.bypass = None
+    with pytest.raises(CheckpointError, match="a layer without a GAU or a linear bypass has no counterpart in the authors' code"):
+        to_reference(module)

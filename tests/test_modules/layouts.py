@@ -1,0 +1,140 @@
+"""The same tokens in every layout of `Ragged`, and the comparison of a sub-module with a slow loop over its rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sma.ragged import Ragged, compress, rectangular
+
+Layout = Literal["packed", "static", "rectangular"]
+LAYOUTS: tuple[Layout, ...] = ("packed", "static", "rectangular")
+
+# A row of values (n, D) and its positions (n,) in, results (n, E) out.
+RowLoop = Callable[[Tensor, Tensor], Tensor]
+
+
+def first(lengths: Sequence[int], length: int) -> Tensor:
+    """The mask (B, L) of the first `lengths[b]` places of every row."""
+    return torch.arange(length) < torch.tensor(lengths, dtype=torch.long)[:, None]
+
+
+def lay(x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 1e3) -> Ragged:
+    """Lay out the active tokens of a batch; every hole is filled with random numbers of the size of `garbage`.
+
+    `static` leaves two slots more than any row needs; `rectangular` asks for active tokens at the beginning of every row, and
+    promises that there are no holes where there are none.
+    """
+    if layout == "packed":
+        # Where every token is active, compress returns rectangular tokens.
+        return replace(compress(x_BLD, active_BL, positions_BL=positions_BL), stride=None)
+    counts = active_BL.sum(1)
+    if layout == "static":
+        tokens = compress(x_BLD, active_BL, positions_BL=positions_BL, capacity=2 + max(counts.tolist(), default=0))
+    else:
+        assert torch.equal(active_BL, first(counts.tolist(), active_BL.shape[1]))
+        tokens = rectangular(x_BLD, None if active_BL.all() else counts, positions_BL)
+    noise = garbage * torch.randn(tokens.values.shape, dtype=x_BLD.dtype, generator=torch.Generator().manual_seed(0))
+    return tokens.with_values(tokens.values.where(tokens.mask[:, None], noise))
+
+
+def spread(values: Tensor, tokens: Ragged, like_BLD: Tensor) -> Tensor:
+    """Results at the places of their tokens, (B, L, E); zeros elsewhere and nothing of the holes."""
+    out = values.new_zeros(like_BLD.shape[0] * like_BLD.shape[1], values.shape[1])
+    real = tokens.mask
+    return out.index_add(0, tokens.index[real], values[real]).unflatten(0, like_BLD.shape[:2])
+
+
+def run(module: nn.Module, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None) -> Tensor:
+    """Run a sub-module on the active tokens of a batch in one layout."""
+    tokens = lay(x_BLD, active_BL, layout, positions_BL)
+    return spread(module(tokens)[0], tokens, x_BLD)
+
+
+def run_rows(loop: RowLoop, x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None = None) -> Tensor:
+    """Run a loop on the active tokens of one row after the other."""
+    if positions_BL is None:
+        positions_BL = torch.arange(x_BLD.shape[1]).expand(x_BLD.shape[:2])
+    out = torch.zeros_like(x_BLD)
+    for row in range(x_BLD.shape[0]):
+        places = active_BL[row].nonzero().squeeze(1)
+        if places.numel():
+            results = loop(x_BLD[row, places], positions_BL[row, places])
+            out = out.index_put((torch.full_like(places, row), places), results)
+    return out
+
+
+def draw(module: nn.Module, std: float = 1.0) -> nn.Module:
+    """Give every parameter random numbers: at its initial values a wrong bias, gain or decay would pass."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            # Positive on average, or relu2 might give every pair of a row the weight 0.
+            parameter.copy_(std * (torch.randn_like(parameter) + (name == "bias_table")))
+    return module
+
+
+def saved_bytes(program: Callable[[], object]) -> int:
+    """How much memory a program keeps for its backward."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        program()
+    return sum(saved.values())
+
+
+def assert_truncated_normal(tensor: Tensor, std: float) -> None:
+    """Normal with this standard deviation, cut at two of them: what is left deviates by 0.88 as much."""
+    assert tensor.abs().max().item() <= 2 * std
+    assert tensor.abs().max().item() > 1.8 * std
+    assert abs(tensor.mean().item()) < 0.1 * std
+    assert abs(tensor.std().item() - 0.8796 * std) < 0.05 * std
+
+
+def grad(tensor: Tensor) -> Tensor:
+    """The gradient of a tensor, which must have got one."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def assert_same_program(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x: Tensor, parameters: dict[str, Tensor], tolerance: float = 1e-9
+) -> None:
+    """Compare two programs of x and of parameters in their output and in all gradients, from one random incoming gradient."""
+    results = []
+    for program in (ours, theirs):
+        leaf = x.detach().clone().requires_grad_()
+        out = program(leaf)
+        incoming = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+        inputs = [leaf, *parameters.values()]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if out.requires_grad:
+            found = torch.autograd.grad(out, inputs, incoming, allow_unused=True)
+        gradients = [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(inputs, found, strict=True)]
+        results.append(dict(zip(["output", "x", *parameters], [out.detach(), *gradients], strict=True)))
+    for name, wanted in results[1].items():
+        scale = 1 + float(wanted.abs().max()) if wanted.numel() else 1.0
+        assert_near(name, results[0][name], wanted, tolerance * scale)
+
+
+def assert_near(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Compare two tensors; an error says which ones."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, msg=partial("{}: {}".format, name))
+
+
+def assert_matches_loop(
+    module: nn.Module, loop: RowLoop, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None
+) -> None:
+    """Compare a sub-module in one layout with a loop over its rows, in outputs and all gradients."""
+    assert_same_program(
+        lambda x: run(module, x, active_BL, layout, positions_BL),
+        lambda x: run_rows(loop, x, active_BL, positions_BL),
+        x_BLD,
+        dict(module.named_parameters()),
+    )

@@ -1,0 +1,147 @@
+"""Multi-head attention over whole rows against a loop over heads and queries."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sma.errors import SpecError, StateError
+from sma.modules.attention import Attention, AttentionSpec
+from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
+from sma.ragged import rectangular
+from sma.submodule import State
+from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first, run
+from tests.test_modules.loops import attention_loop
+
+POSITIONS = {"rotary": RotarySpec(), "none": NoPositionSpec()}
+DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
+
+
+def make(position: str = "rotary", *, width: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> Attention:
+    torch.manual_seed(seed)
+    module = draw(AttentionSpec(**{"heads": 2, "position": POSITIONS[position], **fields}).build(width).to(dtype), 0.7)
+    assert isinstance(module, Attention)
+    return module
+
+
+def matches(module: Attention, active: Tensor, layout: Layout, positions: Tensor | None = None) -> None:
+    x = torch.randn(*active.shape, module.out.in_features, dtype=torch.float64)
+    assert_matches_loop(module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions)
+
+
+def along(module: Attention, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
+    return module(rectangular(x_BLD, None, positions_BL))[0].unflatten(0, x_BLD.shape[:2])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("position", sorted(POSITIONS))
+@pytest.mark.parametrize("bidirectional", DIRECTIONS)
+def test_attention_agrees_with_the_loop(bidirectional: bool, position: str, heads: int, layout: Layout) -> None:
+    matches(make(position, heads=heads, bidirectional=bidirectional), first([9, 0, 1, 4], 9), layout)
+
+
+@given(
+    position=st.sampled_from(sorted(POSITIONS)),
+    heads=st.sampled_from([1, 2]),
+    bidirectional=st.booleans(),
+    layout=st.sampled_from(["packed", "static"]),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 15),
+    rate=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    offset=st.sampled_from([0, 10**6]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_activity_agrees_with_the_loop(
+    position: str, heads: int, bidirectional: bool, layout: Layout, rows: int, length: int, rate: float, offset: int, seed: int
+) -> None:
+    module = make(position, width=4, seed=seed, heads=heads, bidirectional=bidirectional)
+    positions = offset + torch.randint(1, 4, (rows, length)).cumsum(1)
+    matches(module, torch.rand(rows, length) < rate, layout, positions)
+
+
+def test_rotary_angles_far_along_a_stream_are_exact() -> None:
+    module = make("rotary", dtype=torch.float32)
+    x, places = torch.randn(2, 20, 8), torch.arange(20).expand(2, 20)
+    torch.testing.assert_close(along(module, x, places + 10**6), along(module, x, places), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [1, 7, 19])
+def test_later_tokens_never_change_earlier_results_of_causal_attention(place: int) -> None:
+    module = make(bidirectional=False)
+    x = torch.randn(2, 20, 8, dtype=torch.float64)
+    changed = x.clone()
+    changed[0, place:] = 1e4
+    before, after = along(module, x), along(module, changed)
+    torch.testing.assert_close(after[0, :place], before[0, :place], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-12)
+    assert not torch.allclose(after[0, place], before[0, place])
+
+
+@pytest.mark.parametrize("bidirectional", DIRECTIONS)
+def test_a_row_alone_equals_the_row_in_a_batch(bidirectional: bool) -> None:
+    module = make(bidirectional=bidirectional)
+    x, active = torch.randn(3, 20, 8, dtype=torch.float64), first([20, 0, 7], 20)
+    together = run(module, x, active, "packed")
+    alone = run(module, x[2:, :7], active[2:, :7], "packed")
+    torch.testing.assert_close(together[2:, :7], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bidirectional", DIRECTIONS)
+@pytest.mark.parametrize("layout", ["packed", "static"])
+def test_autocast_is_finite_and_near_float32(layout: Layout, bidirectional: bool, dtype: torch.dtype) -> None:
+    module = make(bidirectional=bidirectional, dtype=torch.float32)
+    x, active = torch.randn(3, 20, 8, requires_grad=True), first([20, 0, 7], 20)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            out = run(module, x, active, layout)
+        gradients = torch.autograd.grad(out.float().sum(), [x, *module.parameters()])
+        results.append([tensor.float() for tensor in (out, *gradients)])
+    for name, wanted, found in zip(["output", "x", *dict(module.named_parameters())], *results, strict=True):
+        assert found.isfinite().all(), name
+        assert (found - wanted).norm() <= (0.05 if dtype is torch.bfloat16 else 0.01) * wanted.norm(), name
+
+
+def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
+    module = make(attention_dropout=0.3)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    exact = along(make(), x)
+    torch.testing.assert_close(along(module.eval(), x), exact, rtol=0, atol=1e-12)
+    draws = along(module.train(), x.expand(4000, 6, 8))
+    assert (draws.std(0) > 0).all()
+    assert ((draws.mean(0) - exact[0]).abs() <= 5 * draws.std(0) / 4000**0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "complaint"),
+    [
+        pytest.param({"heads": 3}, 8, "AttentionSpec: heads=3 must divide the width 8 of the tokens", id="heads"),
+        pytest.param({"heads": 4, "position": RotarySpec()}, 12, "heads=4 give 3 channels each; rotary positions need an even", id="odd"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        AttentionSpec(**fields).build(width)
+
+
+def test_a_bias_table_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}"):
+        AttentionSpec(position=RelativeBiasSpec())
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "complaint"),
+    [
+        pytest.param(True, r"Attention is not causal \(causal=False\) and cannot continue from a state", id="bidirectional"),
+        pytest.param(False, "Attention does not support streaming yet; run whole sequences with state=None", id="causal"),
+    ],
+)
+def test_a_state_is_refused(bidirectional: bool, complaint: str) -> None:
+    module = make(bidirectional=bidirectional)
+    with pytest.raises(StateError, match=complaint):
+        module(rectangular(torch.zeros(1, 2, 8, dtype=torch.float64)), State())

@@ -1,0 +1,127 @@
+"""Convolution by Fourier transform against sums over lags."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sma.modules.long_convolution import circular_kernel, fast_length, long_convolution
+from tests.test_modules.layouts import assert_same_program
+
+
+def convolve_loop(x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor | None, skip_D: Tensor) -> Tensor:
+    """y_t = skip x_t + sum over l of ahead_l x_{t-l} + reverse_l x_{t+l}."""
+    length, columns = x_BLD.shape[1], []
+    for t in range(length):
+        column = skip_D * x_BLD[:, t]
+        for lag in range(ahead_DK.shape[1]):
+            if t - lag >= 0:
+                column = column + ahead_DK[:, lag] * x_BLD[:, t - lag]
+            if reverse_DK is not None and t + lag < length:
+                column = column + reverse_DK[:, lag] * x_BLD[:, t + lag]
+        columns.append(column)
+    return torch.stack(columns, 1)
+
+
+def assert_is_the_loop(rows: int, length: int, channels: int, taps: int, both: bool) -> None:
+    kernels = {"ahead": torch.randn(channels, taps, dtype=torch.float64, requires_grad=True)}
+    if both:
+        kernels["reverse"] = torch.randn(channels, taps, dtype=torch.float64, requires_grad=True)
+    kernels["skip"] = torch.randn(channels, dtype=torch.float64, requires_grad=True)
+    parts = (kernels["ahead"], kernels.get("reverse"), kernels["skip"])
+    assert_same_program(
+        lambda x: long_convolution(x, *parts),
+        lambda x: convolve_loop(x, *parts),
+        torch.randn(rows, length, channels, dtype=torch.float64),
+        kernels,
+    )
+
+
+BOTH = pytest.mark.parametrize("both", [pytest.param(True, id="both-directions"), pytest.param(False, id="forward")])
+
+
+@BOTH
+@pytest.mark.parametrize(("length", "taps"), [(1, 1), (2, 2), (2, 1), (3, 3), (8, 8), (9, 5), (16, 1), (17, 17), (25, 24)])
+def test_convolution_is_the_sum_over_lags(length: int, taps: int, both: bool) -> None:
+    assert_is_the_loop(2, length, 3, taps, both)
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65])
+def test_channels_around_a_group_are_the_sum_over_lags(channels: int, both: bool) -> None:
+    assert_is_the_loop(3, 6, channels, 4, both)
+
+
+@given(rows=st.integers(1, 3), length=st.integers(1, 20), channels=st.integers(1, 3), share=st.floats(0, 1), both=st.booleans())
+def test_convolution_of_any_size_is_the_sum_over_lags(rows: int, length: int, channels: int, share: float, both: bool) -> None:
+    assert_is_the_loop(rows, length, channels, 1 + round(share * (length - 1)), both)
+
+
+def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
+    ahead, reverse, skip = (torch.full(shape, fill, dtype=torch.float64) for shape, fill in (((1, 30), 1.0), ((1, 30), 0.0), ((1,), 0.0)))
+    x = torch.zeros(1, 30, 1, dtype=torch.float64)
+    x[0, -1] = 1
+    torch.testing.assert_close(long_convolution(x, ahead, reverse, skip), x, rtol=0, atol=1e-14)
+    torch.testing.assert_close(long_convolution(x.flip(1), reverse, ahead, skip), x.flip(1), rtol=0, atol=1e-14)
+
+
+@BOTH
+def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution(both: bool) -> None:
+    x, ahead, skip = torch.randn(2, 7, 3), torch.randn(3, 5), torch.randn(3)
+    reverse = torch.randn(3, 5) if both else None
+    circular = circular_kernel(ahead, reverse, skip, 7)
+    size = circular.shape[1]
+    assert size >= 7 + 5 - 1
+    columns = [torch.stack([circular[:, (t - u) % size] * x[:, u] for u in range(7)]).sum(0) for t in range(7)]
+    torch.testing.assert_close(torch.stack(columns, 1), convolve_loop(x, ahead, reverse, skip))
+
+
+@BOTH
+def test_convolution_passes_gradcheck(both: bool) -> None:
+    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 2), (2, 5), (2,), (2, 5))]
+
+    def program(x: Tensor, ahead: Tensor, skip: Tensor, reverse: Tensor | None = None) -> Tensor:
+        return long_convolution(x, ahead, reverse, skip)
+
+    assert torch.autograd.gradcheck(program, tuple(parts if both else parts[:3]))
+
+
+def test_convolution_of_a_non_contiguous_batch_is_the_same() -> None:
+    ahead, reverse, skip = torch.randn(4, 9), torch.randn(4, 9), torch.randn(4)
+    x = torch.randn(9, 4, 3).permute(2, 0, 1)
+    torch.testing.assert_close(long_convolution(x, ahead, reverse, skip), long_convolution(x.contiguous(), ahead, reverse, skip))
+
+
+def test_inputs_are_never_changed() -> None:
+    x, ahead, reverse = torch.randn(2, 9, 4, requires_grad=True), torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    skip, incoming = torch.ones(4), torch.randn(2, 9, 4)
+    watched = (x, ahead, reverse, skip, incoming)
+    copies = [tensor.detach().clone() for tensor in watched]
+    long_convolution(x, ahead, reverse, skip).backward(incoming)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(watched, copies, strict=True))
+
+
+def is_smooth(number: int) -> bool:
+    for prime in (2, 3, 5):
+        while number % prime == 0:
+            number //= prime
+    return number == 1
+
+
+@given(least=st.integers(1, 2**21))
+def test_a_fast_length_is_even_and_has_small_prime_factors(least: int) -> None:
+    length = fast_length(least)
+    assert length >= least
+    assert length % 2 == 0
+    assert is_smooth(length)
+
+
+@given(least=st.integers(43, 2**21))
+def test_a_fast_length_wastes_a_seventh_at_most(least: int) -> None:
+    assert 7 * fast_length(least) <= 8 * least
+
+
+@given(first=st.integers(1, 2**14), second=st.integers(1, 2**14))
+def test_a_longer_sequence_never_needs_a_shorter_transform(first: int, second: int) -> None:
+    assert fast_length(min(first, second)) <= fast_length(max(first, second))
