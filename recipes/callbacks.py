@@ -1,5 +1,6 @@
 """What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never half-written."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_warn
 
 from sma.checkpoint import write_atomically
+from sma.errors import CheckpointError
 from sma.stats import router_health
+
+log = logging.getLogger("sma.recipes")
 
 FIXED_ROUTERS = ("always", "never", "random")
 
@@ -38,6 +41,14 @@ class RandomStates(Callback):
                 torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])
 
 
+class FinalEvaluation(Callback):
+    """Evaluates and checkpoints after the last update too, where the interval between evaluations does not divide the updates."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell Lightning that this was the last update, which makes it evaluate."""
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
+
+
 class RouterHealth(Callback):
     """Warns, once per router, when no token or every token activates its sub-module: it then learns no more.
 
@@ -60,15 +71,15 @@ class RouterHealth(Callback):
             rate = float(value)
             condition = router_health(rate)
             if condition != self.warned.get(name, "ok"):
-                rank_zero_warn(self._sentence(condition, layer, module, rate, trainer.global_step))
+                log.warning(self._sentence(condition, layer, module, rate, trainer.global_step))
             self.warned[name] = condition
 
     def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
         if condition == "dead":
-            return f"{where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; try a larger temperature_scale"
+            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; try a larger temperature"
         if condition == "saturated":
-            return f"{where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; try a smaller temperature_scale"
+            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; try a smaller temperature"
         return f"{where} is alive again at update {step}: rate {rate:.4f}"
 
 
@@ -92,8 +103,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        except (OSError, RuntimeError) as error:  # a full disk is either, depending on where torch notices it
+            raise CheckpointError(f"cannot write {str(path)!r}: {error}; the run folder must be writable and have space") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint."""

@@ -93,16 +93,16 @@ def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
         lines.append(f"what layer {busiest} runs  {shares}")
     lines += ["", f"figure            {out / 'activation.png'}", f"model             {out / 'model'}   (sma.load reads it)"]
     lines += [f"metrics           {out / 'metrics'}, {out / 'tensorboard'}", f"summary           {out / 'summary.json'}", ""]
-    return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates))])
+    return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
 
 
-def _hints(rates: Sequence[float]) -> list[str]:
+def _hints(rates: Sequence[float], updates: int) -> list[str]:
     hints = ["--set layers.layer.router='{kind: never}' shows what the backbone does without attention"]
     if rates and max(rates) > 0.9:
         hints.append("a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply")
     if rates and min(rates) < 0.001:
         hints.append("a router is dead: its layer is the backbone alone; a larger temperature_scale or another seed may wake it")
-    hints.append("--set training.updates=8000 trains twice as long")
+    hints.append(f"--set training.updates={2 * updates} trains twice as long")
     return hints
 
 

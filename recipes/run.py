@@ -3,10 +3,13 @@
 import json
 import logging
 import platform
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from sma.checkpoint import save, write_atomically
 from sma.errors import CheckpointError
 from sma.model import build
-from sma.recipes.callbacks import AtomicCheckpointIO, Bar, RandomStates, RouterHealth
+from sma.recipes.callbacks import AtomicCheckpointIO, Bar, FinalEvaluation, RandomStates, RouterHealth
 from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec
 from sma.recipes.report import Report, measure
 from sma.recipes.tasks import TaskData
@@ -80,17 +83,17 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
     trainer = _trainer(spec, out, accelerator, [stopwatch, RouterHealth(kinds), *([Bar(spec.training.updates)] if progress else [])])
-    trainer.fit(
-        classifier,
-        training_loader(data, spec.training, spec.seed, done),
-        evaluation_loader(data.validation, data),
-        ckpt_path=str(checkpoint) if done else None,
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    with _interruptible():
+        trainer.fit(
+            classifier,
+            training_loader(data, spec.training, spec.seed, done),
+            evaluation_loader(data.validation, data),
+            ckpt_path=str(checkpoint) if done else None,
+        )
     best = torch.load(out / BEST, map_location="cpu", weights_only=True)
     classifier.load_state_dict(best["state_dict"])
-    measured = trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
+    with _interruptible():
+        measured = trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
     save(classifier.model, out / "model")
     report = measure(classifier.model, data.test, data)
     summary = {
@@ -120,13 +123,10 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
 
 def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[Callback]) -> Trainer:
     training = spec.training
-    checkpoints = ModelCheckpoint(
-        dirpath=out / "checkpoints",
-        filename="best",
-        monitor="val_accuracy",
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
+    # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
+    best, last = (
+        ModelCheckpoint(out / "checkpoints", Path(name).stem, monitor=monitor, mode="max", enable_version_counter=False)
+        for name, monitor in ((BEST, "val_accuracy"), (LAST, None))
     )
     return Trainer(
         accelerator=accelerator,
@@ -136,8 +136,8 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[
         max_epochs=1,
         val_check_interval=min(training.evaluate_every, training.updates),
         gradient_clip_val=training.clip_norm,
-        callbacks=[checkpoints, RandomStates(), *callbacks],
-        logger=[CSVLogger(out, name="metrics"), TensorBoardLogger(out, name="tensorboard", version="")],
+        callbacks=[best, last, RandomStates(), FinalEvaluation(), *callbacks],
+        logger=[CSVLogger(out, name="metrics", flush_logs_every_n_steps=1), TensorBoardLogger(out, name="tensorboard", version="")],
         log_every_n_steps=training.log_every,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
@@ -148,11 +148,23 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[
     )
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
 def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # Resuming in the middle of an epoch is what the sampler was made for.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
 

@@ -105,21 +105,16 @@ class Classifier(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam with decoupled decay, and the schedule, per update."""
         spec = self.training_spec
+        fused = self.trainer.precision.endswith("true")  # a fused optimiser scales by itself, which Lightning's clipping refuses
         optimizer = torch.optim.AdamW(
-            self.parameters(), lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, weight_decay=spec.weight_decay, fused=True
+            self.parameters(), lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, weight_decay=spec.weight_decay, fused=fused
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update; stops with a sentence where an input or the loss is not a number."""
-        check_finite(batch, self.global_step)
         output, logits, loss = self._run(batch)
-        if not torch.isfinite(loss):
-            raise DataError(
-                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
-                "start a new run with a lower training.learning_rate or another seed"
-            )
         self.tokens_seen += int(batch.valid.sum())
         self.fit_scores.update(output, logits, batch)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -153,9 +148,17 @@ class Classifier(lightning.LightningModule):
         self.log(f"{split}_loss", loss, batch_size=len(batch.targets))
 
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
+        check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         logits = cast(Tensor, output.logits)  # an experiment's model has a head, or its spec would not be valid
-        return output, logits, nn.functional.cross_entropy(logits, batch.targets)
+        loss = nn.functional.cross_entropy(logits, batch.targets)
+        # In evaluation too: weights that an update has just broken must not replace the last good checkpoint.
+        if not torch.isfinite(loss):
+            raise DataError(
+                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
+                "start a new run with a lower training.learning_rate or another seed"
+            )
+        return output, logits, loss
 
 
 def check_finite(batch: Batch, update: int) -> None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sma.errors import CheckpointError, SpecError
-from sma.model import SequenceModel
+from sma.model import SequenceModel, build
 from sma.spec import dump_spec, dump_yaml, load_spec
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
@@ -59,8 +59,9 @@ def load(folder: str | Path, *, device: str = "cpu") -> SequenceModel:
     if "spec" not in metadata:
         raise CheckpointError(f"{path} holds weights without a spec; load the model with the code that wrote it")
     try:
-        model: SequenceModel = load_spec(json.loads(metadata["spec"])).build().to(device)
-    except SpecError as error:
+        # With a seed, so that the weights that are replaced at once leave the caller's random state alone.
+        model = build(load_spec(json.loads(metadata["spec"])), seed=0).to(device)
+    except (SpecError, json.JSONDecodeError) as error:
         raise CheckpointError(f"the spec saved in {path} cannot be built here: {error}") from error
     missing, unknown = _difference(model.state_dict(), tensors)
     if missing or unknown:

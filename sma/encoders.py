@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -50,12 +50,6 @@ class TokenEmbeddingSpec(EncoderSpec):
     padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
 
     @model_validator(mode="after")
-    def _padding_is_an_id(self) -> Self:
-        if self.padding is not None and self.padding >= self.vocabulary:
-            raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
-        return self
-
-    @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.padding is not None and self.padding >= self.vocabulary:
             raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
@@ -66,6 +60,9 @@ class TokenEmbeddingSpec(EncoderSpec):
 
     def num_parameters(self, width: int) -> int:
         return self.vocabulary * width
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class TokenEmbedding(Encoder):
@@ -85,7 +82,7 @@ class TokenEmbedding(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape, dtype and range of the ids; see `Encoder.check`."""
-        if inputs.ndim != 2 or inputs.is_floating_point() or inputs.dtype is torch.bool:
+        if inputs.ndim != 2 or inputs.dtype not in _WHOLE:
             raise InputError(f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are integers of shape (B, L)")
         # On an accelerator the range check would wait for the device; there the embedding itself reports ids out of range.
         if inputs.device.type == "cpu" and inputs.numel():
@@ -94,9 +91,10 @@ class TokenEmbedding(Encoder):
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}")
 
-    def forward(self, inputs: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    def forward(self, inputs: Integer[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Look the vectors up."""
-        return nn.functional.embedding(inputs, self.weight, padding_idx=self.spec.padding)
+        ids = inputs if inputs.dtype is torch.int64 else inputs.int()  # torch looks up no narrower integers
+        return nn.functional.embedding(ids, self.weight, padding_idx=self.spec.padding)
 
 
 @register
@@ -170,4 +168,5 @@ class LinearEncoder(Encoder):
 
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
         """Encode every position."""
-        return self.linear(inputs)
+        # The residual stream starts here and is not narrowed by autocast.
+        return self.linear(inputs).to(self.linear.weight.dtype)

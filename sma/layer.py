@@ -150,7 +150,7 @@ class RoutedLayer(nn.Module):
         positions = frame.positions.unflatten(0, x_BLD.shape[:2])
         before, after = (self.norm, None) if self._norm_first else (None, self.norm)
         mixed = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame)
-        base = self._bypass(mixed)
+        base = self._bypass(mixed, x_BLD.dtype)
         decision = None
         if self.routed is not None:
             routed = self.routed(mixed, valid=valid, positions=positions, out_BLD=base)
@@ -174,11 +174,13 @@ class RoutedLayer(nn.Module):
             mixed = nn.functional.silu(mixed)
         return nn.functional.dropout(mixed, self.spec.dropout, self.training)
 
-    def _bypass(self, mixed: Tensor) -> Tensor:
-        """What passes the sub-modules by, in a tensor of its own."""
+    def _bypass(self, mixed: Tensor, dtype: torch.dtype) -> Tensor:
+        """What passes the sub-modules by, in a contiguous tensor of its own and in the dtype of the residual stream."""
         if self.bypass is not None:
-            return self.bypass(mixed).to(mixed.dtype)
-        return mixed.clone() if self.spec.bypass == "identity" else torch.zeros_like(mixed)
+            return self.bypass(mixed).to(dtype)
+        if self.spec.bypass == "identity":
+            return mixed.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        return torch.zeros_like(mixed, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def align(x_BLD: Tensor, valid: Tensor | None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:

@@ -191,6 +191,9 @@ class SequenceModel(nn.Module):
             raise StateError("SequenceModel does not support streaming yet; run whole sequences with state=None")
         self.encoder.check(inputs)
         check_valid(inputs, valid)
+        if valid is not None and inputs.is_floating_point():
+            # The gradient of the encoder's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
+            inputs = inputs.where(valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2)), 0)
         hidden, frame, places = align(self.encoder(inputs), valid)
         mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
         if self.sinusoid is not None:

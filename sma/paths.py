@@ -5,7 +5,6 @@ Values are set in the plain data before anything is validated, so a value may co
 
 from __future__ import annotations
 
-import copy
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -49,13 +48,14 @@ def override(root: type[Spec], data: Mapping[str, Any], values: Mapping[str, Any
     Raises:
         SpecError: a path leads nowhere; near matches are listed.
     """
-    changed = copy.deepcopy(_plain(data))
+    changed = _plain(data)
     for path, value in values.items():
         _set(root, changed, parse_path(path), value, path)
     return changed
 
 
 def _plain(data: Any) -> Any:
+    """A copy of spec data down to its values, specs in it written out."""
     if isinstance(data, BaseModel):
         return data.model_dump(mode="json")
     if isinstance(data, Mapping):
@@ -90,7 +90,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
     else:
         raise SpecError(f"{path!r} leads into {node!r}, which has no fields")
     if not rest:
-        node[key] = value
+        node[key] = _plain(value)
         if key == "kind" and isinstance(node, dict):
             _drop_foreign_fields(annotation, node)
         return

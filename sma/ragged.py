@@ -208,11 +208,11 @@ def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tenso
 
 def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
-    return extract_add_(values, tokens, into_BLD.clone())
+    return extract_add_(values, tokens, into_BLD.clone(memory_format=torch.contiguous_format))
 
 
 def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
-    """Add the values to `into_BLD` in place, at the places of their tokens."""
+    """Add the values to `into_BLD`, which is contiguous, in place, at the places of their tokens."""
     values = values.to(into_BLD.dtype)
     if _covers(tokens, into_BLD):
         return into_BLD.add_(values.unflatten(0, into_BLD.shape[:2]))

@@ -1,0 +1,55 @@
+"""What all tests share: checked shapes, seeds, profiles of hypothesis, and what needs a GPU."""
+
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+import tests.shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if "sma" in sys.modules:
+    raise RuntimeError("sma was imported before its shape annotations could be checked; import it in test files only")
+# Not the recipes: their generators call small functions millions of times, and what they do with tensors is done by the rest.
+_CHECKED = [f"sma.{part.name}" for part in pkgutil.iter_modules([str(ROOT / "sma")]) if part.name not in ("recipes", "tune")]
+jaxtyping.install_import_hook(_CHECKED, f"{tests.shapes.__name__}.check")
+
+# The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+_ALL = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.register_profile("same", _ALL, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", _ALL, max_examples=300)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The shape checker looks at random items of lists, inside strategies that build specs too; nothing depends on which.
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_users_run() -> Iterator[None]:
+    """Switch the shape checker off: users have none, so the sentences about wrong input must be our own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")

@@ -1,0 +1,190 @@
+"""Slow, obvious versions of what the package computes: loops over rows and tokens, one formula at a time."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sma.layer import RoutedLayer
+from sma.model import SequenceModel
+from sma.norms import BatchNorm, LayerNorm, Norm, RMSNorm, ScaleNorm
+from sma.ragged import Ragged
+from sma.routers import AlwaysRouter, Router, SMARouter
+
+
+@dataclass
+class Token:
+    """One active token: where it stood, and its value."""
+
+    place: int
+    position: int
+    value: Tensor
+
+
+def compress(x: Tensor, active: Tensor, positions: Tensor | None = None, capacity: int | None = None) -> list[list[Token]]:
+    """The active tokens of every row, in order; the earliest `capacity` of them."""
+    rows = []
+    for b in range(x.shape[0]):
+        row: list[Token] = []
+        for t in range(x.shape[1]):
+            if active[b, t] and (capacity is None or len(row) < capacity):
+                position = t if positions is None else int(positions[b, t])
+                row.append(Token(b * x.shape[1] + t, position, x[b, t]))
+        rows.append(row)
+    return rows
+
+
+def tokens_of(tokens: Ragged) -> list[list[Token]]:
+    """The real tokens of every row of either layout, read through offsets and lengths alone."""
+    rows = []
+    for b in range(len(tokens.offsets) - 1):
+        first = int(tokens.offsets[b])
+        places = range(first, first + int(tokens.lengths[b]))
+        assert all(int(tokens.rows[i]) == b for i in range(first, int(tokens.offsets[b + 1])))
+        rows.append([Token(int(tokens.index[i]), int(tokens.positions[i]), tokens.values[i]) for i in places])
+    return rows
+
+
+def one_row(values: Tensor, positions: list[int] | None = None) -> Ragged:
+    """The tokens of a single row, packed."""
+    count = values.shape[0]
+    where = torch.arange(count) if positions is None else torch.tensor(positions, dtype=torch.long)
+    rows = torch.zeros(count, dtype=torch.long)
+    return Ragged(values, torch.arange(count), where, rows, torch.tensor([0, count]), torch.tensor([count]), holes=False)
+
+
+def segment_reduce(values: Tensor, offsets: list[int], reduce: str) -> Tensor:
+    """Reduce every row by itself; an empty row gives 0."""
+    out = []
+    for start, end in pairwise(offsets):
+        part = values[start:end]
+        if start == end:
+            out.append(torch.zeros_like(values.sum(0)))
+        elif reduce == "sum":
+            out.append(part.sum(0))
+        elif reduce == "mean":
+            out.append(part.sum(0) / (end - start))
+        else:
+            out.append(part.amax(0) if reduce == "max" else part.amin(0))
+    return torch.stack(out) if out else values.new_zeros((0, *values.shape[1:]))
+
+
+def decide(router: Router, control: Tensor) -> list[tuple[bool, Tensor]]:
+    """For one token `(D,)`: whether each sub-module is active, and with which confidence."""
+    if not isinstance(router, SMARouter):
+        return [(isinstance(router, AlwaysRouter), torch.ones((), dtype=control.dtype)) for _ in router.names]
+    decisions = []
+    temperature = router.log_temperature.exp()[0]
+    for m in range(len(router.names)):
+        off = (router.weight[2 * m] * control).sum() + router.bias[2 * m]
+        on = (router.weight[2 * m + 1] * control).sum() + router.bias[2 * m + 1]
+        p_on = 1 / (1 + torch.exp((off - on) / temperature))
+        decisions.append((bool(on > off), torch.where(on > off, p_on, 1 - p_on)))
+    return decisions
+
+
+def normalise(norm: Norm | None, token: Tensor) -> Tensor:
+    """Normalise one token `(D,)`; batch norm by its running statistics."""
+    if norm is None:
+        return token
+    assert isinstance(norm, LayerNorm | BatchNorm | RMSNorm | ScaleNorm)
+    epsilon = norm.spec.epsilon
+    if isinstance(norm, LayerNorm | BatchNorm):
+        mean, var = token.mean(), token.var(correction=0)
+        if isinstance(norm, BatchNorm):
+            mean, var = norm.running_mean, norm.running_var
+        normal = (token - mean) / torch.sqrt(var + epsilon)
+        return normal if norm.weight is None or norm.bias is None else normal * norm.weight + norm.bias
+    size = torch.sqrt((token**2).mean() + epsilon)
+    if isinstance(norm, RMSNorm):
+        return token / size * norm.weight
+    assert isinstance(norm, ScaleNorm)
+    return token / size * norm.scale
+
+
+def layer(part: RoutedLayer, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a layer row by row and token by token, on the valid tokens alone.
+
+    Backbone and sub-modules are called on the tokens of one row at a time. Returns the hidden states, zeros at padding, and the
+    active mask `(B, L, M)`.
+    """
+    spec = part.spec
+    names = [] if part.routed is None else part.routed.router.names
+    hidden = torch.zeros_like(x)
+    active = torch.zeros(*x.shape[:2], len(names), dtype=torch.bool)
+    first = spec.norm is not None and spec.norm.place == "pre"
+    for b in range(x.shape[0]):
+        places = [t for t in range(x.shape[1]) if valid[b, t]]
+        if not places:
+            continue
+        tokens = [normalise(part.norm, x[b, t]) if first else x[b, t] for t in places]
+        mixed = list(part.backbone(one_row(torch.stack(tokens)))[0]) if part.backbone is not None else tokens
+        if part.backbone is not None and spec.backbone_activation == "silu":
+            mixed = [token * torch.sigmoid(token) for token in mixed]
+        if part.bypass is not None:
+            sums = [part.bypass.weight @ token + part.bypass.bias for token in mixed]
+        else:
+            sums = [token if spec.bypass == "identity" else torch.zeros_like(token) for token in mixed]
+        for m, name in enumerate(names):
+            assert part.routed is not None
+            choices = [decide(part.routed.router, token)[m] for token in mixed]
+            ranks = [rank for rank, (on, _) in enumerate(choices) if on]
+            if ranks:
+                results = part.routed.submodules[name](one_row(torch.stack([mixed[rank] for rank in ranks]), ranks))[0]
+            for slot, rank in enumerate(ranks):
+                active[b, places[rank], m] = True
+                sums[rank] = sums[rank] + choices[rank][1] * results[slot]
+        for t, total in zip(places, sums, strict=True):
+            out = x[b, t] + total
+            out = out * torch.sigmoid(out) if spec.activation == "silu" else out
+            hidden[b, t] = out if first else normalise(part.norm, out)
+    return hidden, active
+
+
+def sinusoid(position: int, width: int) -> Tensor:
+    """[sin | cos] of the position times 10000^(-2i/D), without its learned factor."""
+    angles = [position * 10000 ** (-2 * i / width) for i in range(width // 2)]
+    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
+
+
+def model(part: SequenceModel, inputs: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a model row by row: hidden states, zeros at padding, and the mean over the valid tokens of each row."""
+    hidden = torch.zeros(*valid.shape, part.spec.width, dtype=next(part.parameters()).dtype)
+    for b in range(valid.shape[0]):
+        places = [t for t in range(valid.shape[1]) if valid[b, t]]
+        for rank, t in enumerate(places):
+            hidden[b, t] = part.encoder(inputs[b : b + 1, t : t + 1])[0, 0]
+            if part.sinusoid is not None:
+                hidden[b, t] += part.sinusoid.scale[0] * sinusoid(rank, part.spec.width)
+    for one in part.routed_layers:
+        hidden, _ = layer(one, hidden, valid)
+    pooled = torch.zeros(valid.shape[0], part.spec.width, dtype=hidden.dtype)
+    for b in range(valid.shape[0]):
+        places = [t for t in range(valid.shape[1]) if valid[b, t]]
+        for t in places:
+            hidden[b, t] = normalise(part.final_norm, hidden[b, t].clone())
+            pooled[b] += hidden[b, t] / len(places)
+    return hidden, pooled
+
+
+class Reach(nn.Module):
+    """A sub-module that is no `SubModule` and has no spec: the tokens of a row before and at each token, weighted and added up.
+
+    Its result depends on order, positions and rows, so that a mistake in any of them shows.
+    """
+
+    causal = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.eye(width) + 0.05)
+
+    def forward(self, tokens: Ragged, state: None = None) -> tuple[Tensor, None]:
+        out = []
+        for i in range(tokens.values.shape[0]):
+            reached = [j for j in range(i + 1) if tokens.rows[j] == tokens.rows[i]]
+            out.append(sum((tokens.values[j] / (1 + tokens.positions[i] - tokens.positions[j]) for j in reached), torch.zeros(())))
+        values = torch.stack(out) if out else tokens.values
+        return values @ self.weight.to(values.dtype), None

@@ -1,0 +1,62 @@
+"""Every example of the pages is run, and what it prints is compared with what stands beside it.
+
+In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a `text` block right after it is
+its output; in a `console` block, lines after `$ command` are its output. Blocks of other languages are not run.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def console_steps(text: str) -> list[tuple[str, str]]:
+    """Split a console block into commands and the output after each."""
+    steps = []
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, output = part.partition("\n")
+        steps.append((command, output))
+    return steps
+
+
+def run_command(command: str, folder: Path) -> str:
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__page__"}
+    printed = ""
+    ran = 0
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        title = re.match(r"# (\S+\.yaml)\n", text)
+        if language == "yaml" and title:
+            (tmp_path / title[1]).write_text(text, encoding="utf-8")
+        elif language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(text, str(page), "exec"), names)
+            printed = output.getvalue()
+        elif language == "text":
+            assert text.strip() == printed.strip()
+        elif language == "console":
+            for command, expected in console_steps(text):
+                assert run_command(command, tmp_path).strip() == expected.strip(), command
+        else:
+            continue
+        ran += 1
+    assert ran, f"{page.name} has no example"

@@ -1,0 +1,85 @@
+"""The files that come with the recipes."""
+
+import pytest
+
+from sma.errors import SpecError
+from sma.recipes.experiment import load_experiment
+from sma.recipes.shipped import read_shipped, shipped
+from sma.spec import dump_spec, dump_yaml, load_spec
+
+every_spec = pytest.mark.parametrize("name", shipped("specs"))
+every_preset = pytest.mark.parametrize("name", shipped("presets"))
+
+
+def test_shipped_files_have_names():
+    assert shipped("presets") == ["listops_paper", "listops_tiny"]
+    assert shipped("specs") == ["seqboat_listops", "seqboat_listops_tiny"]
+
+
+@every_spec
+def test_shipped_spec_loads_builds_and_loads_back(name, tmp_path):
+    spec = load_spec(read_shipped(name, "specs"))
+    assert sum(parameter.numel() for parameter in spec.build().parameters()) == spec.num_parameters()
+    assert load_spec(dump_spec(spec)) == spec
+    (tmp_path / "copy.yaml").write_text(dump_yaml(spec), encoding="utf-8")
+    assert load_spec(tmp_path / "copy.yaml") == spec
+
+
+@every_preset
+def test_shipped_preset_loads_and_loads_back(name, tmp_path):
+    experiment = load_experiment(name)
+    assert name.startswith(f"{experiment.task.kind}_")  # the command line puts the name together from --task and --preset
+    assert load_experiment(dump_spec(experiment)) == experiment
+    (tmp_path / "copy.yaml").write_text(dump_yaml(experiment), encoding="utf-8")
+    assert load_experiment(tmp_path / "copy.yaml") == experiment
+
+
+@every_preset
+def test_shipped_preset_is_as_small_as_it_can_be(name):
+    # What a preset says must change something: a field that repeats its default would be read as a decision.
+    assert set(read_shipped(name, "presets")) == {"task", "model", "training"}
+
+
+@every_preset
+def test_positions_of_a_preset_reach_to_its_longest_expression(name):
+    experiment = load_experiment(name)
+    longest = experiment.task.data.max_length - 1
+    assert {layer.modules["attention"].position.max_positions >= longest for layer in experiment.model.layer_specs} == {True}
+
+
+def test_reading_changes_nothing_that_is_shipped():
+    read_shipped("listops_tiny", "presets")["training"]["updates"] = 1
+    assert read_shipped("listops_tiny", "presets")["training"]["updates"] == 4000
+
+
+def test_file_is_read_by_its_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("kind: mine\nwidth: 3\n", encoding="utf-8")
+    assert (
+        read_shipped(tmp_path / "mine.yaml", "specs") == read_shipped(str(tmp_path / "mine.yaml"), "specs") == {"kind": "mine", "width": 3}
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "complaint"),
+    [
+        pytest.param(
+            "listops_tin",
+            "presets",
+            "no file and no shipped preset 'listops_tin'; did you mean 'listops_tiny'[?] shipped presets: listops_paper, listops_tiny",
+            id="near-preset",
+        ),
+        pytest.param("nothing.yaml", "presets", "no shipped preset 'nothing.yaml'; shipped presets: listops_paper", id="far-preset"),
+        pytest.param("seqboat_listop", "specs", "no file and no shipped spec 'seqboat_listop'; did you mean 'seqboat_listops'", id="spec"),
+        pytest.param(".", "presets", "there is no file and no shipped preset '.'", id="folder"),
+        pytest.param("", "presets", "there is no file and no shipped preset ''", id="empty"),
+    ],
+)
+def test_unknown_name_lists_the_known_ones(source, folder, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        read_shipped(source, folder)
+
+
+def test_file_without_a_mapping_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(SpecError, match=r"list\.yaml must hold a mapping of fields, not list"):
+        read_shipped(tmp_path / "list.yaml", "presets")

@@ -1,0 +1,249 @@
+"""Training by Lightning: the optimiser as the paper has it, measures against loops, and numbers that are none."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.errors import DataError
+from sma.model import build
+from sma.recipes.data.batch import Batch, collate
+from sma.recipes.experiment import BEST, load_experiment
+from sma.recipes.run import run_experiment
+from sma.recipes.tasks import TaskData
+from sma.recipes.training import Classifier, RateMetric, Scores, check_finite, evaluation_loader, training_loader
+from tests.cases import generator
+from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, tiny
+
+LAYERS = [("attention", "mlp"), ("mlp",), ("conv", "attention")]
+
+
+def _decision(names, rows, length, seed):
+    uniform = torch.rand(rows, length, len(names), generator=generator(seed))
+    return Decision(uniform < 0.4, uniform.clamp(min=0.1), torch.zeros(*uniform.shape, 2), uniform, tuple(names))
+
+
+def _batches(layers):
+    """Batches of different sizes, padded and not, one without a valid token."""
+    for seed, (rows, length, share) in enumerate([(3, 7, 0.6), (1, 2, 1.0), (5, 11, 0.3), (2, 4, 0.0)]):
+        valid = torch.rand(rows, length, generator=generator(50 + seed)) < share
+        yield [_decision(names, rows, length, 10 * seed + place) for place, names in enumerate(layers)], valid
+
+
+def test_rates_over_batches_equal_a_loop_over_tokens():
+    metric, ran, tokens = RateMetric(LAYERS), {}, 0
+    for decisions, valid in _batches(LAYERS):
+        metric.update(decisions, valid)
+        for row in range(valid.shape[0]):
+            for position in range(valid.shape[1]):
+                if not valid[row, position]:
+                    continue
+                tokens += 1
+                for layer, decision in enumerate(decisions):
+                    for place, name in enumerate(decision.names):
+                        ran[layer, name] = ran.get((layer, name), 0) + int(decision.active[row, position, place])
+    expected = {f"layer{layer}/{name}": count / tokens for (layer, name), count in ran.items()}
+    assert metric.by_name() == expected
+    assert set(expected) == {"layer0/attention", "layer0/mlp", "layer1/mlp", "layer2/conv", "layer2/attention"}
+    rates = metric.compute()
+    assert rates.shape == (3, 3)
+    assert int(rates.isnan().sum()) == 4  # what a layer does not have has no rate
+
+
+def test_rates_start_afresh_after_a_reset():
+    metric, (first, second, *_) = RateMetric(LAYERS), _batches(LAYERS)
+    metric.update(*first)
+    metric.reset()
+    metric.update(*second)
+    alone = RateMetric(LAYERS)
+    alone.update(*second)
+    assert metric.by_name() == alone.by_name()
+
+
+def test_rates_of_nothing_are_zero():
+    assert RateMetric([("attention",)]).by_name() == {"layer0/attention": 0.0}
+    assert RateMetric([]).by_name() == {}
+
+
+def _scored(layers, split):
+    scores, right, samples = Scores(10, layers), 0, 0
+    for seed, (decisions, valid) in enumerate(_batches(layers)):
+        logits = torch.randn(valid.shape[0], 10, generator=generator(70 + seed))
+        # Every second answer is right.
+        targets = torch.where(torch.arange(valid.shape[0]) % 2 == 0, logits.argmax(-1), (logits.argmax(-1) + 1) % 10)
+        output = type("Output", (), {"decisions": decisions})()
+        scores.update(output, logits, Batch(torch.zeros(valid.shape, dtype=torch.int64), valid, targets))
+        right += sum(int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True))
+        samples += len(targets)
+    return scores, scores.compute(split), right / samples
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    scores, measures, share = _scored(LAYERS, "val")
+    assert measures["val_accuracy"] == pytest.approx(share, abs=1e-7)
+    rates = [value for name, value in measures.items() if name.startswith("val_rate/")]
+    assert len(rates) == 5
+    assert measures["val_rate"] == pytest.approx(sum(rates) / 5)
+    scores.update(type("Output", (), {"decisions": next(_batches(LAYERS))[0]})(), torch.eye(10)[:3], _targets([0, 1, 9]))
+    assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
+
+
+def _targets(targets):
+    return Batch(torch.zeros(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.bool), torch.tensor(targets))
+
+
+def test_model_that_routes_nothing_has_accuracy_alone():
+    assert set(_scored([], "test")[1]) == {"test_accuracy"}
+
+
+def _classifier(**settings):
+    spec = tiny(**settings)
+    classifier = Classifier(build(spec.model, seed=0), spec.training, spec.task.classes)
+    classifier.trainer = lightning.Trainer(accelerator="cpu", precision=spec.precision, barebones=True)
+    return classifier
+
+
+def test_decay_is_decoupled_and_on_every_parameter():
+    classifier = _classifier(training__weight_decay=0.5, training__warmup=0)
+    optimizer = classifier.configure_optimizers()["optimizer"]
+    (group,) = optimizer.param_groups
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in classifier.parameters()}
+    before = copy.deepcopy(list(classifier.parameters()))
+    for parameter in classifier.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for old, new in zip(before, classifier.parameters(), strict=True):
+        torch.testing.assert_close(new, old * (1 - 0.01 * 0.5))
+
+
+def test_optimiser_of_the_paper_preset_is_the_papers():
+    spec = load_experiment("listops_paper")
+    classifier = _classifier()
+    classifier.training_spec = spec.training
+    (group,) = classifier.configure_optimizers()["optimizer"].param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-8, 0.001)
+    assert (group["initial_lr"], group["amsgrad"], group["maximize"]) == (0.004, False, False)
+
+
+def test_learning_rate_of_every_update_is_the_schedules(data, tmp_path, monkeypatch):
+    spec = tiny(training__decay_power=2)
+    rates = []
+    for update in range(30):
+        before_update(monkeypatch, update, lambda self: rates.append(self.optimizers().param_groups[0]["lr"]))
+    run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False)
+    warm = [1e-7 + (0.01 - 1e-7) * step / 5 for step in range(5)]
+    assert rates == pytest.approx(warm + [0.01 * ((30 - step) / 25) ** 2 for step in range(5, 30)], rel=1e-9)
+
+
+@pytest.mark.parametrize(("clip", "changed"), [(1e-3, True), ("null", False)], ids=["clipped", "not-clipped"])
+def test_gradient_is_clipped_to_the_norm_asked_for(data, tmp_path, clip, changed):
+    classifier = run_experiment(
+        tiny(training__clip_norm=clip, training__updates=6), tmp_path, data, accelerator="cpu", progress=False
+    ).classifier
+    norm = float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in classifier.parameters() if p.grad is not None])))
+    assert norm == pytest.approx(1e-3, rel=1e-3) if changed else norm > 1e-2
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
+def test_every_precision_trains_with_clipping(data, tmp_path, precision):
+    done = run_experiment(tiny(precision=precision, training__updates=6), tmp_path, data, accelerator="cpu", progress=False)
+    before = build(tiny().model, seed=0).state_dict()
+    assert all(tensor.isfinite().all() for tensor in done.classifier.state_dict().values())
+    assert any(not torch.equal(tensor.float(), before[name]) for name, tensor in done.classifier.model.state_dict().items())
+    weights = torch.float64 if precision == "64-true" else torch.float32
+    assert {tensor.dtype for tensor in done.classifier.model.state_dict().values()} == {weights}
+
+
+def _numbers(bad, sample, position):
+    items = [(torch.arange(1.0, 4.0 + number), number) for number in range(4)]
+    items[sample][0][position] = bad
+    return collate(items)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_batch_with_a_number_that_is_none_names_sample_and_position(bad):
+    complaint = f"the batch of update 7 has {bad} in sample 2 at position 3; inputs must be finite numbers"
+    with pytest.raises(DataError, match=complaint):
+        check_finite(_numbers(bad, 2, 3), 7)
+
+
+def test_features_are_checked_too():
+    batch = collate([(torch.ones(4), 0), (torch.ones(3), 1)])
+    inputs = batch.inputs[..., None].expand(-1, -1, 3).clone()
+    inputs[1, 2, 1] = float("nan")
+    with pytest.raises(DataError, match="has nan in sample 1 at position 2"):
+        check_finite(batch._replace(inputs=inputs), 0)
+
+
+def test_finite_numbers_and_ids_pass():
+    check_finite(_numbers(1e30, 0, 0), 0)
+    check_finite(collate([(torch.tensor([3, 4]), 0)]), 0)
+
+
+class _Numbers:
+    """A split of real numbers, of which some are none."""
+
+    def __init__(self, samples, bad=None):
+        self.items = [(torch.randn(6 + number % 3, generator=generator(number)), number % 10) for number in range(samples)]
+        self.lengths = torch.tensor([len(item[0]) for item in self.items])
+        if bad is not None:
+            self.items[bad][0][2] = float("nan")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_bad_number_in_the_data_stops_the_run(tmp_path, split):
+    bad = {split: 5}
+    splits = [_Numbers(16, bad.get(name)) for name in ("train", "validation", "test")]
+    data = TaskData(*splits, {}, collate, lambda numbers: [f"{number:.1f}" for number in numbers.tolist()])
+    spec = load_experiment({**EXPERIMENT, "model": {**EXPERIMENT["model"], "encoder": {"kind": "real_number"}}}, ["training.updates=6"])
+    with pytest.raises(DataError, match=r"the batch of update \d has nan in sample \d+ at position 2; inputs must be finite numbers"):
+        run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def _break(classifier: Classifier) -> None:
+    with torch.no_grad():
+        next(classifier.parameters()).fill_(float("nan"))
+
+
+def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+    before_update(monkeypatch, 23, _break)
+    with pytest.raises(DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"):
+        run_experiment(tiny(), tmp_path, data, accelerator="cpu", progress=False)
+    left = checkpoint(tmp_path)
+    assert left["global_step"] == 20
+    assert all(tensor.isfinite().all() for tensor in left["state_dict"].values())
+
+
+def test_weights_broken_just_before_an_evaluation_do_not_replace_the_checkpoint(data, tmp_path, monkeypatch):
+    # Update 19 is the last before the evaluation, and its gradient is none: no later loss could tell in time.
+    before_update(monkeypatch, 19, lambda self: next(self.parameters()).register_hook(lambda gradient: gradient * float("nan")))
+    with pytest.raises(DataError, match="the loss of update 20 is nan; the last checkpoint is still good"):
+        run_experiment(tiny(), tmp_path, data, accelerator="cpu", progress=False)
+    for name in ("checkpoints/last.ckpt", BEST):
+        left = checkpoint(tmp_path, name)
+        assert left["global_step"] == 10
+        assert all(tensor.isfinite().all() for tensor in left["state_dict"].values())
+
+
+def test_evaluation_looks_at_every_sample_once(data):
+    loader = evaluation_loader(data.test, data)
+    assert sum(len(batch.targets) for batch in loader) == len(data.test)
+    lengths: Tensor = torch.cat([batch.valid.sum(1) for batch in loader])
+    assert torch.equal(lengths, data.test.lengths.sort().values)
+
+
+def test_training_loader_goes_on_after_what_is_done(data):
+    whole = list(training_loader(data, tiny().training, 0, 0))
+    rest = list(training_loader(data, tiny().training, 0, 18))
+    assert len(whole) == 30
+    assert all(torch.equal(mine.inputs, theirs.inputs) for mine, theirs in zip(rest, whole[18:], strict=True))

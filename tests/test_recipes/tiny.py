@@ -1,0 +1,89 @@
+"""An experiment that takes a second: short expressions, two layers of width 8, dropout in every place; and ways to stop it midway."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.recipes.data.batch import Batch, collate
+from sma.recipes.data.listops import decode, prepare_listops
+from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
+from sma.recipes.tasks import TaskData
+from sma.recipes.training import Classifier
+
+DATA = {"min_length": 3, "max_length": 30, "max_depth": 4, "max_arity": 4, "train": 120, "validation": 40, "test": 60}
+MODEL = {
+    "kind": "sequence_classifier",
+    "width": 8,
+    "encoder": {"kind": "token_embedding", "vocabulary": 16, "padding": 0},
+    "embedding_dropout": 0.1,
+    "layers": {
+        "repeat": 2,
+        "layer": {
+            "backbone": {"kind": "ema", "state_size": 4},
+            "modules": {
+                "attention": {
+                    "kind": "gau",
+                    "query_size": 4,
+                    "hidden_size": 8,
+                    "window": 8,
+                    "position": {"kind": "relative_bias", "max_positions": 30},
+                }
+            },
+            "norm": {"kind": "layer_norm", "place": "post"},
+            "dropout": 0.1,
+        },
+    },
+    "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 10, "dropout": 0.1},
+}
+# 120 samples in batches of 8: the 30 updates are two epochs, and the interruptions below fall into both.
+TRAINING = {"updates": 30, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.01, "warmup": 5, "evaluate_every": 10, "bucket": 3}
+EXPERIMENT = {"task": {"kind": "listops", "data": DATA}, "model": MODEL, "training": TRAINING}
+
+
+def tiny(**settings: Any) -> ExperimentSpec:
+    """The experiment with some values changed, by paths with `__` for the dots."""
+    return load_experiment(EXPERIMENT, [f"{path.replace('__', '.')}={value}" for path, value in settings.items()])
+
+
+def tiny_data(folder: Path) -> TaskData:
+    """The data of the experiment, made by this process alone."""
+    made = prepare_listops(tiny().task.data, folder, workers=1, progress=False)  # type: ignore[attr-defined]
+    return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
+
+
+def before_update(patch: pytest.MonkeyPatch, update: int, act: Callable[[Classifier], None]) -> None:
+    """Let `act` do something, such as raise, before update number `update`, counted from 0."""
+    original = Classifier.training_step
+
+    def step(self: Classifier, batch: Batch, batch_idx: int) -> Tensor:
+        if self.global_step == update:
+            act(self)
+        return original(self, batch, batch_idx)
+
+    patch.setattr(Classifier, "training_step", step)
+
+
+def fail(_: Classifier) -> None:
+    """What a machine does that goes down."""
+    raise RuntimeError("the power went out")
+
+
+def checkpoint(out: Path, name: str = LAST) -> dict[str, Any]:
+    """Read a checkpoint of a run as anybody would, without running code in it."""
+    loaded: dict[str, Any] = torch.load(out / name, weights_only=True)
+    return loaded
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two nested structures are equal to the last bit."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)

@@ -1,0 +1,274 @@
+"""Saving and loading: the same bits back, an interrupted save leaves the old model, and damage is named."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sma.checkpoint
+import sma.spec
+from sma import SequenceModel, SubModuleSpec, build, load, load_spec, register, save
+from sma.errors import CheckpointError
+from sma.modules.identity import Identity
+from tests.cases import spread
+
+SPEC: dict[str, Any] = {
+    "kind": "sequence_classifier",
+    "width": 4,
+    "encoder": {"kind": "token_embedding", "vocabulary": 5, "padding": 0},
+    "sinusoid": True,
+    "layers": {
+        "repeat": 2,
+        "layer": {
+            "backbone": {"kind": "ema", "state_size": 2},
+            "modules": {"attention": {"kind": "gau", "query_size": 2, "hidden_size": 3}, "conv": {"kind": "conv"}},
+            "norm": {"kind": "batch_norm"},
+        },
+    },
+    "head": {"kind": "mean_pool_linear", "classes": 3},
+}
+INPUTS = torch.tensor([[1, 2, 3, 4, 1], [4, 3, 2, 0, 0]])
+
+
+def _model(seed: int = 0, dtype: torch.dtype = torch.float32) -> SequenceModel:
+    """A model whose buffers have moved too."""
+    model = build(SPEC, seed=seed).to(dtype)
+    spread(model, seed=seed)
+    model.train()(INPUTS)
+    return model.eval()
+
+
+def _same(one: SequenceModel, other: SequenceModel) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_load_undoes_save_to_the_last_bit(tmp_path, dtype):
+    model = _model(dtype=dtype)
+    assert save(model, tmp_path / "some" / "folder") == tmp_path / "some" / "folder"
+    loaded = load(str(tmp_path / "some" / "folder"))
+    assert _same(loaded, model)
+    assert loaded.spec == model.spec
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    assert torch.equal(loaded(INPUTS).logits, model(INPUTS).logits)
+    assert any(buffer.any() for name, buffer in loaded.named_buffers() if name.endswith("running_mean"))
+
+
+def test_loaded_model_evaluates_and_can_be_trained_on(tmp_path):
+    save(_model().train(), tmp_path)
+    loaded = load(tmp_path)
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.train()(INPUTS).logits.sum().backward()
+    torch.optim.SGD(loaded.parameters(), lr=1.0).step()
+    assert not _same(loaded, load(tmp_path))
+
+
+def test_saving_changes_neither_the_model_nor_the_random_state(tmp_path):
+    model, before = _model().train(), torch.get_rng_state()
+    save(model, tmp_path)
+    load(tmp_path)
+    assert model.training
+    assert _same(model, _model())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_folder_holds_the_weights_and_a_spec_to_read(tmp_path):
+    save(_model(), tmp_path)
+    assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
+    assert load_spec(tmp_path / "spec.yaml") == load_spec(SPEC)
+    assert oct((tmp_path / "model.safetensors").stat().st_mode)[-3:] == "644"
+
+
+def test_second_save_replaces_the_first(tmp_path):
+    save(_model(0), tmp_path)
+    save(_model(1), tmp_path)
+    assert _same(load(tmp_path), _model(1))
+    assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
+
+
+def test_a_kind_of_a_user_is_rebuilt_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
+
+    @register
+    class MineSpec(SubModuleSpec):
+        kind: Literal["mine"] = "mine"
+
+        def build(self, width: int) -> Identity:
+            return Identity()
+
+    layers = [{"modules": {"mine": {"kind": "mine"}}}]
+    save(build({**SPEC, "layers": layers}), tmp_path)
+    assert load(tmp_path).spec.layer_specs[0].modules["mine"] == MineSpec()
+    sma.spec._registry["sub-module"].pop("mine")
+    with pytest.raises(
+        CheckpointError,
+        match=r"the spec saved in .*model\.safetensors cannot be built here: unknown sub-module kind 'mine' in layers\[0\]\.mod",
+    ):
+        load(tmp_path)
+
+
+def _no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _half_written(tensors: Any, path: Path, **kwargs: Any) -> None:
+    Path(path).write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize(
+        ("place", "failure"),
+        [
+            pytest.param("sma.checkpoint.save_file", _no_space, id="before writing"),
+            pytest.param("sma.checkpoint.save_file", _half_written, id="while writing"),
+            pytest.param("sma.checkpoint.os.fsync", _no_space, id="while flushing"),
+            pytest.param("pathlib.Path.replace", _no_space, id="while replacing"),
+        ],
+    )
+    @pytest.mark.parametrize("saved_before", [True, False])
+    def test_failed_save_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place, failure, saved_before):
+        if saved_before:
+            save(_model(0), tmp_path)
+        monkeypatch.setattr(place, failure)
+        with pytest.raises(
+            CheckpointError, match=r"cannot save the model in '.*': .*No space left.*; the folder must be writable and have sp"
+        ):
+            save(_model(1), tmp_path)
+        monkeypatch.undo()
+        assert _files(tmp_path) == ({"model.safetensors", "spec.yaml"} if saved_before else set())
+        if saved_before:
+            assert _same(load(tmp_path), _model(0))
+
+    @pytest.mark.parametrize("place", ["sma.checkpoint.save_file", "sma.checkpoint.os.fsync", "pathlib.Path.replace"])
+    def test_an_interrupt_passes_and_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place):
+        save(_model(0), tmp_path)
+        monkeypatch.setattr(place, _interrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            save(_model(1), tmp_path)
+        monkeypatch.undo()
+        assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
+        assert _same(load(tmp_path), _model(0))
+
+    def test_between_the_two_files_the_model_is_the_new_one(self, tmp_path, monkeypatch):
+        save(_model(0), tmp_path)
+        other = build({**SPEC, "width": 6}, seed=1)
+        monkeypatch.setattr(sma.checkpoint, "dump_yaml", _interrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            save(other, tmp_path)
+        monkeypatch.undo()
+        assert _files(tmp_path) == {"model.safetensors", "spec.yaml"}
+        assert _same(load(tmp_path), other)
+
+    def test_folder_that_is_a_file(self, tmp_path):
+        (tmp_path / "taken").write_text("mine")
+        with pytest.raises(
+            CheckpointError, match=r"cannot save the model in '.*taken': .*File exists.*; the folder must be writable and ha"
+        ):
+            save(_model(), tmp_path / "taken")
+        assert (tmp_path / "taken").read_text() == "mine"
+
+    def test_write_leaves_an_old_file_until_the_new_one_is_whole(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_text("old")
+        seen = []
+
+        def write(temporary: Path) -> None:
+            seen.append((path.read_text(), temporary.parent))
+            temporary.write_text("new")
+
+        sma.checkpoint.write_atomically(path, write)
+        assert seen == [("old", tmp_path)]
+        assert path.read_text() == "new"
+        assert _files(tmp_path) == {"file"}
+
+
+def _rewrite(folder: Path, change: Any, metadata: dict[str, str] | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+
+
+METADATA = {"spec": json.dumps(SPEC)}
+
+
+class TestDamaged:
+    @pytest.mark.parametrize("folder", [".", "none"])
+    def test_missing_model(self, tmp_path, folder):
+        with pytest.raises(
+            CheckpointError, match=r"there is no saved model in '.*': model\.safetensors is missing; give a folder that sma\.sa"
+        ):
+            load(tmp_path / folder)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            pytest.param(lambda content: b"", id="empty"),
+            pytest.param(lambda content: content[:5], id="cut in its header size"),
+            pytest.param(lambda content: content[:100], id="cut in its header"),
+            pytest.param(lambda content: content[:-1], id="cut at its end"),
+            pytest.param(lambda content: b"PK\x03\x04" + content[4:], id="another format"),
+        ],
+    )
+    def test_damaged_file(self, tmp_path, damage):
+        path = save(_model(), tmp_path) / "model.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or not a safetensors file: "):
+            load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "metadata", "complaint"),
+        [
+            pytest.param(
+                lambda tensors: tensors.pop("encoder.weight"),
+                METADATA,
+                r"model\.safetensors does not fit its spec: missing \['encoder\.weight'\], unknown nothing",
+                id="a tensor too few",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update(extra=torch.zeros(1)),
+                METADATA,
+                r"does not fit its spec: missing nothing, unknown \['extra'\]",
+                id="a tensor too many",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 3)}),
+                METADATA,
+                r"does not fit its spec: missing \['encoder\.weight'\]",
+                id="a tensor of another shape",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                None,
+                r"model\.safetensors holds weights without a spec; load the model with the code that wrote it",
+                id="no spec",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                {"spec": json.dumps({**SPEC, "width": 0})},
+                r"the spec saved in .*model\.safetensors cannot be built here: SequenceClassifierSpec: width=0 must be at least 1",
+                id="an impossible spec",
+            ),
+            pytest.param(
+                lambda tensors: None, {"spec": '{"kind": '}, r"the spec saved in .* cannot be built here: Expecting value", id="half a spec"
+            ),
+        ],
+    )
+    def test_weights_and_spec_that_do_not_fit(self, tmp_path, change, metadata, complaint):
+        save(_model(), tmp_path)
+        _rewrite(tmp_path, change, metadata)
+        with pytest.raises(CheckpointError, match=complaint):
+            load(tmp_path)

@@ -1,0 +1,55 @@
+"""Activation rates by counting, and decisions that travel with their tokens."""
+
+import torch
+from hypothesis import given
+
+from sma import Decision
+from sma.ragged import move
+from tests.cases import generator, masks, normal
+
+
+def _decision(active: torch.Tensor) -> Decision:
+    shape = active.shape
+    logits, confidence, p_on = normal(*shape, 2), normal(*shape, seed=1).sigmoid(), normal(*shape, seed=2).sigmoid()
+    return Decision(active, confidence, logits, p_on, tuple("abc"[: shape[-1]]))
+
+
+def _active(valid: torch.Tensor, modules: int = 3) -> torch.Tensor:
+    return (torch.rand(*valid.shape, modules, generator=generator(4)) < 0.5) & valid[..., None]
+
+
+@given(valid=masks())
+def test_rate_is_active_valid_tokens_over_valid_tokens(valid):
+    active = _active(valid)
+    counts = [sum(bool(active[b, t, m]) for b in range(valid.shape[0]) for t in range(valid.shape[1])) for m in range(3)]
+    rate = _decision(active).rate(valid)
+    assert rate.dtype == torch.float64
+    assert rate.tolist() == [count / max(int(valid.sum()), 1) for count in counts]
+
+
+@given(valid=masks())
+def test_rate_without_a_mask_counts_every_token(valid):
+    decision = _decision(_active(valid))
+    assert torch.equal(decision.rate(), decision.rate(torch.ones_like(valid)))
+
+
+def test_rate_ignores_what_is_active_at_padding():
+    active = torch.ones(1, 4, 2, dtype=torch.bool)
+    assert _decision(active).rate(torch.tensor([[True, False, False, False]])).tolist() == [1.0, 1.0]
+
+
+def test_rate_of_no_valid_token_is_zero():
+    for valid in (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
+        assert _decision(_active(valid)).rate(valid).tolist() == [0.0, 0.0, 0.0]
+        assert _decision(_active(valid)).rate().tolist() == [0.0, 0.0, 0.0]
+
+
+@given(valid=masks())
+def test_move_takes_every_field_along(valid):
+    decision = _decision(_active(valid))
+    places = torch.rand(valid.shape, generator=generator(5)).argsort(1)
+    moved = decision.move(places)
+    for name in ("active", "confidence", "logits", "p_on"):
+        assert torch.equal(getattr(moved, name), move(getattr(decision, name), places))
+    assert moved.names == decision.names
+    assert torch.equal(moved.move(places.argsort(1)).confidence, decision.confidence)

@@ -1,0 +1,25 @@
+"""Initial values: a normal distribution that is cut where it says."""
+
+import pytest
+import torch
+from torch import nn
+
+from sma.initial import reset_linear_, truncated_normal_
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_numbers_are_normal_and_cut_at_two_standard_deviations(std):
+    tensor = torch.full((200, 200), 9.0)
+    assert truncated_normal_(tensor, std) is tensor
+    assert 1.9 * std < tensor.abs().max() <= 2 * std
+    assert abs(tensor.mean().item()) < 0.02 * std
+    assert tensor.std().item() == pytest.approx(0.8796 * std, rel=0.02)  # of a normal distribution cut there
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_map_starts_with_small_weights_and_no_bias(bias):
+    linear = nn.Linear(200, 100, bias=bias)
+    reset_linear_(linear)
+    assert linear.weight.requires_grad
+    assert linear.weight.std().item() == pytest.approx(0.0176, rel=0.03)
+    assert linear.bias is None or not linear.bias.any()

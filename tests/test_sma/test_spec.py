@@ -1,0 +1,542 @@
+"""Specs: frozen, the same after any journey, right about what they predict, and clear about what is wrong."""
+
+import copy
+import json
+import math
+import pickle
+import re
+import warnings
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sma.spec
+from sma import LayerSpec, SubModuleSpec, build, load_spec, register
+from sma.errors import SpecError
+from sma.modules.conv import ConvSpec
+from sma.modules.gau import GAUSpec
+from sma.norms import LayerNormSpec, NormSpec
+from sma.routers import RandomRouterSpec, RouterSpec, SMARouterSpec
+from sma.spec import FrozenDict, Spec, dump_spec, dump_yaml, families, field_path, find_kind, kinds, read_spec_file, read_yaml
+from sma.submodule import Operations
+from tests import oracles
+from tests.cases import normal
+from tests.specs import KINDS, every_kind, of_class
+
+MODEL: dict[str, Any] = {
+    "kind": "sequence_classifier",
+    "width": 4,
+    "encoder": {"kind": "token_embedding", "vocabulary": 5},
+    "layers": {"repeat": 2, "layer": {"modules": {"attention": {"kind": "gau", "query_size": 2, "hidden_size": 3}}}},
+    "head": {"kind": "mean_pool_linear", "classes": 3},
+}
+
+
+@every_kind
+@given(data=st.data())
+def test_spec_survives_every_journey(family, kind, data):
+    spec = data.draw(of_class(kinds(family)[kind]))
+    text = dump_yaml(spec)
+    journeys = {
+        "plain data": load_spec(dump_spec(spec), family),
+        "JSON": load_spec(json.loads(json.dumps(dump_spec(spec), allow_nan=False)), family),
+        "YAML": load_spec(read_yaml(text, "text"), family),
+        "pickle": pickle.loads(pickle.dumps(spec)),
+        "copy": copy.copy(spec),
+        "deep copy": copy.deepcopy(spec),
+        "replace": spec.replace(),
+    }
+    for name, other in journeys.items():
+        assert type(other) is type(spec), name
+        assert other == spec, name
+        assert hash(other) == hash(spec), name
+        assert dump_yaml(other) == text, name
+
+
+@every_kind
+@given(data=st.data())
+def test_dump_writes_every_field_out(family, kind, data):
+    spec = data.draw(of_class(kinds(family)[kind]))
+    assert set(dump_spec(spec)) == set(type(spec).model_fields)
+    assert dump_spec(spec)["kind"] == kind
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, id=family) for family in ("sub-module", "router", "norm", "encoder", "head", "model", "position")]
+)
+def test_every_family_is_tested(family):
+    assert family in families()
+    assert any(family == name for name, _, _ in KINDS)
+
+
+class TestFrozen:
+    def test_no_field_can_be_set_or_deleted(self):
+        spec = SMARouterSpec()
+        with pytest.raises(ValidationError, match="Instance is frozen"):
+            spec.temperature_scale = 2.0
+        with pytest.raises(ValidationError, match="Instance is frozen"):
+            del spec.temperature_scale
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda modules: modules.__setitem__("b", None), id="set"),
+            pytest.param(lambda modules: modules.__delitem__("a"), id="delete"),
+            pytest.param(lambda modules: modules.update(b=None), id="update"),
+            pytest.param(lambda modules: modules.setdefault("b"), id="setdefault"),
+            pytest.param(lambda modules: modules.pop("a"), id="pop"),
+            pytest.param(lambda modules: modules.popitem(), id="popitem"),
+            pytest.param(lambda modules: modules.clear(), id="clear"),
+            pytest.param(lambda modules: modules.__ior__({"b": None}), id="merge"),
+        ],
+    )
+    @pytest.mark.parametrize("journey", [lambda spec: spec, copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec)), copy.copy])
+    def test_no_mapping_in_it_can_be_changed(self, journey, change):
+        spec = journey(LayerSpec.model_validate({"modules": {"a": {"kind": "identity"}}}))
+        with pytest.raises(TypeError, match=r"specs are frozen: make a changed copy with spec\.replace\(field=value\)"):
+            change(spec.modules)
+        assert list(spec.modules) == ["a"]
+
+    def test_changing_what_it_was_made_from_changes_nothing(self):
+        modules = {"a": {"kind": "conv"}}
+        spec = LayerSpec.model_validate({"modules": modules})
+        modules["a"]["kernel_size"], modules["b"] = 9, {"kind": "identity"}
+        assert spec == LayerSpec(modules=FrozenDict(a=ConvSpec()))
+
+    def test_equal_specs_have_equal_hashes_in_any_order(self):
+        one, other = ({name: {"kind": "identity"} for name in names} for names in (["a", "b"], ["b", "a"]))
+        specs = [LayerSpec.model_validate({"modules": modules}) for modules in (one, other)]
+        assert specs[0] == specs[1]
+        assert hash(specs[0]) == hash(specs[1])
+
+    def test_replace_validates_its_copy(self):
+        spec = GAUSpec(query_size=2, hidden_size=3)
+        assert spec.replace(window=4) == GAUSpec(query_size=2, hidden_size=3, window=4)
+        assert spec.window is None
+        with pytest.raises(SpecError, match="GAUSpec: window=0 must be at least 1; window: active tokens in reach"):
+            spec.replace(window=0)
+        with pytest.raises(SpecError, match=r"GAUSpec: unknown field 'windw'; did you mean 'window'\?"):
+            spec.replace(windw=4)
+
+
+def _model(**changes: Any) -> dict[str, Any]:
+    return {**MODEL, **changes}
+
+
+def _module(**fields: Any) -> dict[str, Any]:
+    return _model(layers=[{}, {"modules": {"attention": fields}}])
+
+
+SUB_MODULES = "known kinds: attention, conv, ema, gated_mlp, gau, identity"
+GAU_FIELDS = "fields: query_size, hidden_size, window, bidirectional, attention, position, value_dropout, attention_dropout"
+ENDS = "; width: channels of every token, D"
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("data", "sentence"),
+        [
+            pytest.param(
+                _module(kind="gua"),
+                f"unknown sub-module kind 'gua' in layers[1].modules.attention; did you mean 'gau'? {SUB_MODULES}",
+                id="near kind",
+            ),
+            pytest.param(
+                _module(kind="xyz"), f"unknown sub-module kind 'xyz' in layers[1].modules.attention; {SUB_MODULES}", id="far kind"
+            ),
+            pytest.param(
+                _module(kind=3), f"unknown sub-module kind 3 in layers[1].modules.attention; {SUB_MODULES}", id="kind of a number"
+            ),
+            pytest.param(
+                _module(kind="sma.modules.gau.GAUSpec"),
+                f"unknown sub-module kind 'sma.modules.gau.GAUSpec' in layers[1].modules.attention; {SUB_MODULES}",
+                id="a path to import",
+            ),
+            pytest.param(_module(window=3), f"a sub-module needs a 'kind' in layers[1].modules.attention; {SUB_MODULES}", id="no kind"),
+            pytest.param(
+                _model(head="linear"),
+                "a head must be a mapping with a 'kind' in head, not 'linear'; write for example {kind: …}",
+                id="a word for a mapping",
+            ),
+            pytest.param(
+                _module(kind="gau", query_size=2, hidden_size=2, windw=3),
+                f"GAUSpec in layers[1].modules.attention: unknown field 'windw'; did you mean 'window'? {GAU_FIELDS}",
+                id="near field",
+            ),
+            pytest.param(
+                {**MODEL, "foo": 1, "bar": 2},
+                "SequenceClassifierSpec: unknown fields 'foo', 'bar'; fields: "
+                "width, encoder, sinusoid, embedding_dropout, layers, final_norm, head",
+                id="two fields",
+            ),
+            pytest.param(
+                _module(kind="gau", hidden_size=2),
+                "GAUSpec in layers[1].modules.attention: 'query_size' is required; query_size: channels of a query and a key, Z",
+                id="missing field",
+            ),
+            pytest.param(
+                _module(kind="gau", query_size=2, hidden_size=2, window=0),
+                "GAUSpec in layers[1].modules.attention: window=0 must be at least 1; "
+                "window: active tokens in reach on each side, W; use window=null to attend to all",
+                id="too small",
+            ),
+            pytest.param(
+                _module(kind="conv", kernel_size=4, bidirectional=True),
+                "ConvSpec in layers[1].modules.attention: kernel_size=4 must be odd when bidirectional=true, so that it has a middle",
+                id="two fields that do not fit",
+            ),
+            pytest.param(
+                _module(kind="conv", activation="sillu"),
+                "ConvSpec in layers[1].modules.attention: activation='sillu' must be 'silu' or 'none'; did you mean 'silu'?; "
+                "activation: applied to the result",
+                id="not one of the choices",
+            ),
+            pytest.param(_model(width=0), f"SequenceClassifierSpec: width=0 must be at least 1{ENDS}", id="top level"),
+            pytest.param(
+                _model(width="wide"),
+                f"SequenceClassifierSpec: width='wide': input should be a valid integer, unable to parse string as an integer{ENDS}",
+                id="a word for a number",
+            ),
+            pytest.param(
+                _model(width=5, sinusoid=True),
+                "SequenceClassifierSpec: width=5 must be even with sinusoid=true: half of the channels are sines, half cosines",
+                id="sinusoid of an odd width",
+            ),
+            pytest.param(
+                _model(layers=3),
+                "LayerSpec in layers: 3: input should be a valid dictionary or instance of LayerSpec",
+                id="a number of layers",
+            ),
+            pytest.param(
+                _model(layers={"repeat": 0, "layer": {"norm": {"kind": "layer"}}}),
+                "RepeatSpec in layers: repeat=0 must be at least 1; repeat: how often\n"
+                "unknown norm kind 'layer' in layers.layer.norm; did you mean 'layer_norm'? "
+                "known kinds: batch_norm, layer_norm, rms_norm, scale_norm",
+                id="one sentence per wrong field",
+            ),
+        ],
+    )
+    def test_sentence_says_what_where_and_what_to_do(self, data, sentence):
+        exactly = f"^{re.escape(sentence)}$"
+        with pytest.raises(SpecError, match=exactly):
+            load_spec(data)
+        with pytest.raises(SpecError, match=exactly):
+            find_kind("model", "sequence_classifier")(**{name: value for name, value in data.items() if name != "kind"})
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "nan", "inf"])
+    @pytest.mark.parametrize(
+        ("family", "kind", "name"),
+        [
+            pytest.param(family, kind, name, id=f"{kind}.{name}")
+            for family, kind, spec_class in KINDS
+            for name, field in spec_class.model_fields.items()
+            if field.annotation is float
+        ],
+    )
+    def test_numbers_must_be_finite(self, family, kind, name, value):
+        with pytest.raises(SpecError, match=rf"Spec: {name}='?-?(nan|inf)'?: input should be a finite number"):
+            load_spec({"kind": kind, name: value}, family)
+
+    def test_unknown_family(self):
+        for call in (lambda: kinds("ruoter"), lambda: load_spec({"kind": "sma"}, "ruoter"), lambda: sma.spec.json_schema("ruoter")):
+            with pytest.raises(
+                SpecError, match=r"unknown family 'ruoter'; did you mean 'router'\? families: encoder, head, model, norm, pos"
+            ):
+                call()
+
+    def test_a_spec_of_another_family(self):
+        with pytest.raises(
+            SpecError, match=r"a norm must be a mapping with a 'kind' in norm, not SMARouterSpec\(kind='sma', temperature_sc"
+        ):
+            LayerSpec(norm=SMARouterSpec())
+
+    @pytest.mark.parametrize("call", [LayerSpec.model_validate, lambda data: LayerSpec(**data), lambda data: build(_model(layers=[data]))])
+    def test_every_way_to_make_a_spec_raises_a_spec_error(self, call):
+        with pytest.raises(SpecError, match=r"LayerSpec( in layers\[0\])?: unknown field 'dropuot'; did you mean 'dropout'\?"):
+            call({"dropuot": 0.1})
+
+    def test_path_of_a_field(self):
+        assert field_path(("layers", 2, "modules", "attention")) == "layers[2].modules.attention"
+        assert field_path(()) == ""
+
+
+class TestFiles:
+    def test_yaml_json_and_python_give_the_same_spec(self, tmp_path):
+        (tmp_path / "spec.json").write_text(json.dumps(MODEL))
+        (tmp_path / "spec.yaml").write_text(
+            """
+            kind: sequence_classifier  # a comment
+            width: 4
+            encoder: {kind: token_embedding, vocabulary: 5}
+            layers:
+              repeat: 2
+              layer:
+                modules:
+                  attention: {kind: gau, query_size: 2, hidden_size: 3, window: null}
+            head: {kind: mean_pool_linear, classes: 3}
+            """
+        )
+        from_files = [load_spec(tmp_path / name) for name in ("spec.json", "spec.yaml")] + [load_spec(str(tmp_path / "spec.yaml"))]
+        assert from_files == [load_spec(MODEL)] * 3
+        assert dump_spec(from_files[0]) == dump_spec(from_files[1])
+
+    def test_small_numbers_without_a_point_are_numbers(self, tmp_path):
+        (tmp_path / "norm.yaml").write_text("{kind: layer_norm, epsilon: 1e-6}")  # a text in YAML 1.1
+        assert load_spec(tmp_path / "norm.yaml", "norm") == LayerNormSpec(epsilon=1e-6)
+
+    @pytest.mark.parametrize(
+        ("text", "complaint"),
+        [
+            pytest.param(
+                b"kind: sma\nkind: always\n",
+                r"spec\.yaml is not valid YAML: the key 'kind' stands twice in one mapping \(line 2\)",
+                id="twice",
+            ),
+            pytest.param(
+                b"kind: x\nhead:\n  a: 1\n  b: 2\n  a: 3\n",
+                r"spec\.yaml is not valid YAML: the key 'a' stands twice in one mapping \(line 5\)",
+                id="twice further in",
+            ),
+            pytest.param(b"kind: [", r"spec\.yaml is not valid YAML: while parsing a flow (node|sequence)", id="syntax"),
+            pytest.param(b"!!python/object:os.system {}", r"spec\.yaml is not valid YAML: could not determine a constructor", id="objects"),
+            pytest.param(
+                b"- 1\n- 2\n", r"spec\.yaml must hold a mapping of fields, not list; its first line is usually 'kind: …'", id="a list"
+            ),
+            pytest.param(b"", r"spec\.yaml must hold a mapping of fields, not NoneType; its first line", id="empty"),
+            pytest.param(
+                b"\xff\xfe\x00",
+                r"cannot read the spec '.*spec\.yaml': it is not UTF-8 text; give the path of a YAML or JSON file",
+                id="bytes",
+            ),
+        ],
+    )
+    def test_broken_file_is_named(self, tmp_path, text, complaint):
+        (tmp_path / "spec.yaml").write_bytes(text)
+        with pytest.raises(SpecError, match=complaint):
+            load_spec(tmp_path / "spec.yaml")
+
+    def test_missing_file_is_named(self, tmp_path):
+        with pytest.raises(
+            SpecError, match=r"cannot read the spec '.*none\.yaml': No such file or directory; give the path of a YAML or JS"
+        ):
+            read_spec_file(tmp_path / "none.yaml")
+        with pytest.raises(SpecError, match=r"cannot read the spec '.*': Is a directory"):
+            read_spec_file(tmp_path)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _built(make: Any) -> torch.nn.Module | None:
+    """A module, or None where the spec does not fit the width it is built for."""
+    try:
+        module: torch.nn.Module = make()
+    except SpecError as error:
+        assert "heads=" in str(error)  # noqa: PT017
+        return None
+    return module
+
+
+class TestPredictions:
+    @pytest.mark.parametrize(
+        ("family", "kind"), [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS if family != "position"]
+    )
+    @given(data=st.data())
+    def test_number_of_parameters_is_that_of_the_built_module(self, family, kind, data):
+        spec, width = data.draw(of_class(kinds(family)[kind], most=6)), data.draw(st.sampled_from([1, 2, 6, 12]))
+        if family == "model":
+            module, predicted = _built(lambda: build(spec, 0)), spec.num_parameters()
+        elif family == "router":
+            names = data.draw(st.sampled_from([[], ["a"], ["a", "b", "c"]]))
+            module, predicted = spec.build(width, names), spec.num_parameters(width, len(names))
+        else:
+            module, predicted = _built(lambda: spec.build(width)), spec.num_parameters(width)
+        if module is not None:
+            assert _parameters(module) == predicted
+
+    @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"])
+    @given(data=st.data())
+    def test_products_are_those_that_torch_counts(self, kind, data):
+        spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
+        width, tokens = data.draw(st.sampled_from([1, 4, 12])), data.draw(st.one_of(st.integers(0, 20), st.integers(21, 150)))
+        module = _built(lambda: spec.build(width))
+        if module is None:
+            return
+        # torch counts no fused attention on a CPU; written out it is the same products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(oracles.one_row(normal(tokens, width, dtype=torch.float32)))
+        assert spec.operations(width, tokens).products == counter.get_total_flops() / 2
+
+    @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
+    def test_products_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
+        for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
+            router = spec.build(width, "abc"[:modules])
+            with FlopCounterMode(display=False) as counter:
+                router(normal(1, tokens, width, dtype=torch.float32))
+            assert tokens * spec.operations(width, modules) == counter.get_total_flops() / 2
+
+    def test_operations_add_up(self):
+        total = Operations(1, 2).plus(Operations(10, 20), times=3)
+        assert total == Operations(31, 62)
+        assert total.total == 93
+
+    def test_operations_of_a_model_are_those_of_its_layers(self):
+        spec = load_spec(MODEL)
+        one = spec.layer_specs[0].operations(4, 20, 0.5)
+        assert spec.operations(20, 0.5) == Operations().plus(one, times=2)
+        assert spec.operations(20, {"attention": 0.5}) == spec.operations(20, 0.5)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test registers."""
+    kinds("model")
+    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
+
+
+@pytest.mark.usefixtures("registry")
+class TestRegistry:
+    def test_registering_makes_a_kind_known_everywhere(self):
+        @register
+        class ShiftSpec(SubModuleSpec):
+            kind: Literal["shift"] = "shift"
+            by: int = Field(default=1, description="how far")
+
+        spec = load_spec(_module(kind="shift", by=3))
+        assert spec.layer_specs[1].modules["attention"] == ShiftSpec(by=3)
+        assert load_spec(dump_spec(spec)) == spec
+        assert "sub-module:shift" in sma.spec.json_schema()["$defs"]
+        assert list(kinds("sub-module")) == sorted(kinds("sub-module"))
+        with pytest.raises(SpecError, match=r"unknown sub-module kind 'shft'; did you mean 'shift'\?"):
+            find_kind("sub-module", "shft")
+
+    def test_registering_the_same_class_again_is_harmless(self):
+        assert register(GAUSpec) is GAUSpec
+        assert kinds("sub-module")["gau"] is GAUSpec
+
+    def test_a_reloaded_class_takes_the_place_of_its_old_self(self):
+        """A notebook runs a cell twice: the class has the same place, and is another."""
+        made = []
+        for default in (1, 2):
+
+            @register
+            class NoteSpec(SubModuleSpec):
+                kind: Literal["note"] = "note"
+                size: int = default
+
+            made.append(NoteSpec)
+        assert kinds("sub-module")["note"] is made[1]
+
+    def test_another_class_under_the_same_kind_names_both_places(self):
+        class OtherSpec(SubModuleSpec):
+            kind: Literal["gau"] = "gau"
+
+        with pytest.raises(
+            SpecError,
+            match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by .*test_spec\..*OtherSpec; renam",
+        ):
+            register(OtherSpec)
+        assert kinds("sub-module")["gau"] is GAUSpec
+
+    def test_one_kind_may_stand_in_two_families(self):
+        @register
+        class SMANormSpec(NormSpec):
+            kind: Literal["sma"] = "sma"
+
+        assert kinds("norm")["sma"] is SMANormSpec
+        assert kinds("router")["sma"] is SMARouterSpec
+
+    def test_class_without_a_kind(self):
+        class NamelessSpec(SubModuleSpec):
+            pass
+
+        with pytest.raises(SpecError, match=r"NamelessSpec names no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""):
+            register(NamelessSpec)
+
+    def test_class_without_a_family(self):
+        class LonelySpec(Spec):
+            kind: Literal["lonely"] = "lonely"
+
+        with pytest.raises(SpecError, match="LonelySpec belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"):
+            register(LonelySpec)
+
+    def test_root_of_a_family(self):
+        with pytest.raises(SpecError, match="RouterSpec is the root of the family 'router'; register a class derived from it"):
+            register(RouterSpec)
+
+    @pytest.mark.parametrize("method", ["build", "num_parameters", "operations"])
+    def test_half_written_kind_is_named(self, method):
+        class HalfSpec(SubModuleSpec):
+            kind: Literal["half"] = "half"
+
+        with pytest.raises(
+            TypeError, match=rf"HalfSpec must define {method}\(self, width.*\); see CONTRIBUTING\.md, 'A sub-module in one file'"
+        ):
+            getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "operations" else 1])
+
+    def test_half_written_router_is_named(self):
+        class HalfSpec(RouterSpec):
+            kind: Literal["half"] = "half"
+
+        with pytest.raises(TypeError, match=r"HalfSpec must define build\(self, width, names\)"):
+            HalfSpec().build(4, ["a"])
+        with pytest.raises(TypeError, match=r"HalfSpec must define num_parameters\(self, width, modules\)"):
+            HalfSpec().num_parameters(4, 1)
+
+
+class TestPlugins:
+    def _plugin(self, tmp_path, monkeypatch, name: str, code: str) -> EntryPoint:
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        return EntryPoint(name, name, sma.spec.PLUGINS)
+
+    def test_broken_plugin_warns_and_leaves_the_rest_alone(self, tmp_path, monkeypatch):
+        plugin = self._plugin(tmp_path, monkeypatch, "plugin_broken", "raise OSError('no driver')")
+        with pytest.warns(
+            UserWarning, match="the plugin 'plugin_broken' of an unknown distribution could not be imported: OSError: no dri"
+        ):
+            sma.spec._load_plugin(plugin)
+
+    @pytest.mark.usefixtures("registry")
+    def test_plugin_registers_by_being_imported(self, tmp_path, monkeypatch):
+        code = """
+from typing import Literal
+from sma import SubModuleSpec, register
+@register
+class PlugSpec(SubModuleSpec):
+    kind: Literal["plug"] = "plug"
+"""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_fine", code))
+        assert load_spec({"kind": "plug"}, "sub-module").kind == "plug"
+
+    @pytest.mark.usefixtures("registry")
+    def test_plugin_that_takes_a_kind_of_ours_is_an_error(self, tmp_path, monkeypatch):
+        code = """
+from typing import Literal
+from sma import SubModuleSpec, register
+@register
+class ThiefSpec(SubModuleSpec):
+    kind: Literal["gau"] = "gau"
+"""
+        with pytest.raises(
+            SpecError, match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by plugin_th"
+        ):
+            sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_thief", code))
+
+    def test_package_that_is_not_installed_says_so(self, monkeypatch):
+        monkeypatch.setattr(sma.spec, "_registry", {})
+        monkeypatch.setattr(sma.spec, "entry_points", lambda group: [])
+        with pytest.raises(
+            SpecError, match=r"no kinds are registered, because the package is not installed; run: python -m pip install -e \."
+        ):
+            sma.spec._load_plugins.__wrapped__()
