@@ -61,6 +61,7 @@ class ExperimentSpec(Spec):
     model: ModelSpec = Field(description="what learns it")
     training: TrainingSpec = Field(description="how")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(default="32-true", description="of the training arithmetic")
+    threads: int | None = Field(default=None, ge=1, description="of the CPU; null: one per core. A small model is as fast on one")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the order of the samples and the dropout")
 
     @model_validator(mode="after")

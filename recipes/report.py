@@ -132,7 +132,7 @@ def draw(report: Report, out: Path, title: str) -> Path:
     figure.suptitle(title, fontsize=13)
     for axis, example in zip(axes[:rows, 0], report.examples, strict=True):
         layers, positions = example.active.shape
-        axis.imshow(example.active, aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+        axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         axis.set_xticks(range(positions), example.texts, fontsize=8, family="monospace", rotation=90)
         axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
         axis.set_xticks([place - 0.5 for place in range(1, positions)], minor=True)

@@ -73,6 +73,8 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
     """
     started = time.perf_counter()
     _quiet()
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     lightning.seed_everything(spec.seed, verbose=False)
     checkpoint = out / LAST
     done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0

@@ -171,9 +171,9 @@ def check_finite(batch: Batch, update: int) -> None:
         return
     bad = ~torch.isfinite(batch.inputs)
     if bool(bad.any()):
-        row, position = (int(place) for place in bad.nonzero()[0][:2])
-        value = batch.inputs[row, position].flatten()[0].item()
-        raise DataError(f"the batch of update {update} has {value} in sample {row} at position {position}; inputs must be finite numbers")
+        place = tuple(bad.nonzero()[0].tolist())
+        where = f"sample {place[0]} at position {place[1]}"
+        raise DataError(f"the batch of update {update} has {batch.inputs[place].item()} in {where}; inputs must be finite numbers")
 
 
 def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int) -> DataLoader[Any]:

@@ -75,7 +75,6 @@ class SparseModularActivation(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         positions: Int[Tensor, "B L"] | None = None,
         state: Any = None,
-        out_BLD: Float[Tensor, "B L D"] | None = None,
     ) -> RoutedOutput:
         """Route every token.
 
@@ -85,7 +84,6 @@ class SparseModularActivation(nn.Module):
             valid: False at padding, on whichever side; None where there is none.
             positions: position of each token in its row's stream; default its rank among the valid tokens of its row.
             state: not supported yet; must be None.
-            out_BLD: a contiguous tensor that the results are added to, in place; default zeros.
 
         Raises:
             InputError: the shapes or dtypes do not fit.
@@ -99,11 +97,23 @@ class SparseModularActivation(nn.Module):
         control_BLD = x_BLD if control_BLD is None else control_BLD
         if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
             control_BLD = control_BLD.where(valid[..., None], 0)
+        out_TD = x_BLD.new_zeros(x_BLD.shape[0] * x_BLD.shape[1], x_BLD.shape[2])
+        out_TD, decision = self.add_to(out_TD, x_BLD, control_BLD, valid, positions)
+        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), decision)
+
+    def add_to(
+        self,
+        out_TD: Float[Tensor, "T D"],
+        x_BLD: Float[Tensor, "B L D"],
+        control_BLD: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        positions: Int[Tensor, "B L"] | None,
+    ) -> tuple[Float[Tensor, "T D"], Decision]:
+        """Route every token and add the results, in place, to a flattened batch; the inputs are not checked."""
         decision, _ = self.router(control_BLD, valid, positions)
-        out = torch.zeros_like(x_BLD, memory_format=torch.contiguous_format) if out_BLD is None else out_BLD
         for place, tokens in enumerate(compress_each(x_BLD, decision.active, positions_BL=positions)):
-            out = extract_add_(self._results(place, tokens, decision), tokens, out)
-        return RoutedOutput(out, decision)
+            out_TD = extract_add_(self._results(place, tokens, decision), tokens, out_TD)
+        return out_TD, decision
 
     def _results(self, place: int, tokens: Ragged, decision: Decision) -> Tensor:
         name = decision.names[place]

@@ -150,14 +150,14 @@ class RoutedLayer(nn.Module):
         positions = frame.positions.unflatten(0, x_BLD.shape[:2])
         before, after = (self.norm, None) if self._norm_first else (None, self.norm)
         mixed = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame)
-        base = self._bypass(mixed, x_BLD.dtype)
+        sum_TD = self._bypass(mixed.flatten(0, 1), x_BLD.dtype)
         decision = None
         if self.routed is not None:
-            routed = self.routed(mixed, valid=valid, positions=positions, out_BLD=base)
-            base, decision = routed.values, routed.decision
+            sum_TD, decision = self.routed.add_to(sum_TD, mixed, mixed, valid, positions)
         if self.spec.dropout_on == "sum":
-            base = nn.functional.dropout(base, self.spec.dropout, self.training)
-        out = base.add_(x_BLD)  # in place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum
+            sum_TD = nn.functional.dropout(sum_TD, self.spec.dropout, self.training)
+        # In place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum.
+        out = sum_TD.add_(x_BLD.flatten(0, 1)).unflatten(0, x_BLD.shape[:2])
         if self.spec.activation == "silu":
             out = nn.functional.silu(out)
         return LayerOutput(out if after is None else after(out, valid), decision)
@@ -174,13 +174,13 @@ class RoutedLayer(nn.Module):
             mixed = nn.functional.silu(mixed)
         return nn.functional.dropout(mixed, self.spec.dropout, self.training)
 
-    def _bypass(self, mixed: Tensor, dtype: torch.dtype) -> Tensor:
+    def _bypass(self, mixed_TD: Tensor, dtype: torch.dtype) -> Tensor:
         """What passes the sub-modules by, in a contiguous tensor of its own and in the dtype of the residual stream."""
         if self.bypass is not None:
-            return self.bypass(mixed).to(dtype)
+            return self.bypass(mixed_TD).to(dtype)
         if self.spec.bypass == "identity":
-            return mixed.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        return torch.zeros_like(mixed, dtype=dtype, memory_format=torch.contiguous_format)
+            return mixed_TD.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        return torch.zeros_like(mixed_TD, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def align(x_BLD: Tensor, valid: Tensor | None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:

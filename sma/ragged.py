@@ -203,23 +203,26 @@ def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tenso
     """
     if _covers(tokens, like_BLD):
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
-    return extract_add_(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
+    return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
 
 
 def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
-    return extract_add_(values, tokens, into_BLD.clone(memory_format=torch.contiguous_format))
+    flat = into_BLD.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    return extract_add_(values, tokens, flat).unflatten(0, into_BLD.shape[:2])
 
 
-def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
-    """Add the values to `into_BLD`, which is contiguous, in place, at the places of their tokens."""
-    values = values.to(into_BLD.dtype)
-    if _covers(tokens, into_BLD):
-        return into_BLD.add_(values.unflatten(0, into_BLD.shape[:2]))
+def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_TD: Float[Tensor, "U *D"]) -> Float[Tensor, "U *D"]:
+    """Add the values to a flattened batch, in place, at the places of their tokens.
+
+    Where gradients are needed, `into_TD` should be a tensor of its own and no view: the gradient of a change made through a view is copied.
+    """
+    values = values.to(into_TD.dtype)
+    if not tokens.holes and tokens.stride is not None and tokens.index.shape[0] == into_TD.shape[0]:
+        return into_TD.add_(values)
     if tokens.holes:
         values = values.where(_expand(tokens.mask, values), 0)
-    into_BLD.view(-1, *into_BLD.shape[2:]).index_add_(0, tokens.index, values)
-    return into_BLD
+    return into_TD.index_add_(0, tokens.index, values)
 
 
 def _covers(tokens: Ragged, batch: Tensor) -> bool:

@@ -87,7 +87,7 @@ class SMARouterSpec(RouterSpec):
 
     kind: Literal["sma"] = "sma"
     temperature_scale: float = Field(
-        default=1.0, gt=0.0, le=1e4, description="initial temperature, in units of sqrt(width); smaller decides more sharply"
+        default=1.0, ge=1e-4, le=1e4, description="initial temperature, in units of sqrt(width); smaller decides more sharply"
     )
 
     def build(self, width: int, names: Sequence[str]) -> "SMARouter":

@@ -1,7 +1,7 @@
 """Every example of the pages is run, and what it prints is compared with what stands beside it.
 
-In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a `text` block right after it is
-its output; in a `console` block, lines after `$ command` are its output. Blocks of other languages are not run.
+In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a `text` block
+right after it is its output; in a `console` block, lines after `$ command` are its output. Blocks of other languages are not run.
 """
 
 import contextlib

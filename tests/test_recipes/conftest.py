@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sma.recipes.run import Finished, run_experiment
+from sma.recipes.run import Finished
 from sma.recipes.tasks import TaskData
-from tests.test_recipes.tiny import tiny, tiny_data
+from tests.test_recipes.tiny import tiny, tiny_data, train
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,4 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
 def finished(data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """An uninterrupted run of the experiment with seed 0, and its folder."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, run_experiment(tiny(), out, data, accelerator="cpu", progress=False)
+    return out, train(tiny(), out, data)

@@ -10,10 +10,9 @@ import torch
 
 from sma.errors import CheckpointError
 from sma.recipes.callbacks import FIXED_ROUTERS, AtomicCheckpointIO, Bar, RandomStates, RouterHealth
-from sma.recipes.run import run_experiment
 from sma.routers import RouterSpec
 from sma.spec import kinds
-from tests.test_recipes.tiny import checkpoint, same, tiny
+from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
 
 def _watch(health, rates, step=10, module="attention"):
@@ -79,15 +78,15 @@ def test_layers_and_modules_are_told_apart(said):
 
 
 def test_run_without_a_learning_router_is_silent(data, tmp_path, said):
-    spec = tiny(layers__layer__router="{kind: never}", training__updates=4)
-    summary = run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False).summary
+    spec = tiny(layers__layer__router="{kind: never}", training__updates=6)
+    summary = train(spec, tmp_path, data).summary
     assert said() == []
     assert summary["activation_rate"] == [0.0, 0.0]
 
 
 def test_run_warns_of_a_router_that_nothing_passes(data, tmp_path, said, monkeypatch):
     monkeypatch.setattr("sma.recipes.callbacks.router_health", lambda rate: "dead")
-    run_experiment(tiny(training__updates=4, training__evaluate_every=2), tmp_path, data, accelerator="cpu", progress=False)
+    train(tiny(training__updates=6, training__evaluate_every=2), tmp_path, data)
     assert [message.split(":")[1] for message in said()] == [
         " the router of 'attention' in layer 0 is dead at update 2",
         " the router of 'attention' in layer 1 is dead at update 2",
@@ -170,7 +169,7 @@ def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(da
     compute = "sma.recipes.training.Scores.compute"
     monkeypatch.setattr(compute, lambda self, split: {f"{split}_accuracy": next(falling, 0.1) if split == "val" else 0.1})
     spec = tiny(layers__layer__modules="{}", training__updates=6, training__evaluate_every=2)
-    summary = run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False).summary
+    summary = train(spec, tmp_path, data).summary
     assert checkpoint(tmp_path, "checkpoints/best.ckpt")["global_step"] == summary["best_update"] == 2
     assert checkpoint(tmp_path)["global_step"] == 6
 
@@ -182,7 +181,7 @@ def test_last_update_is_evaluated_whatever_is_left_over(data, tmp_path, updates,
     seen = []
     monkeypatch.setattr(RouterHealth, "on_validation_end", lambda self, trainer, module: seen.append(trainer.global_step))
     spec = tiny(training__updates=updates, training__evaluate_every=3, training__warmup=1)
-    run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False)
+    train(spec, tmp_path, data)
     assert seen == evaluations
     assert checkpoint(tmp_path)["global_step"] == updates
 

@@ -6,17 +6,17 @@ import lightning
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sma.decision import Decision
 from sma.errors import DataError
 from sma.model import build
 from sma.recipes.data.batch import Batch, collate
 from sma.recipes.experiment import BEST, load_experiment
-from sma.recipes.run import run_experiment
 from sma.recipes.tasks import TaskData
 from sma.recipes.training import Classifier, RateMetric, Scores, check_finite, evaluation_loader, training_loader
 from tests.cases import generator
-from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, tiny
+from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, tiny, train
 
 LAYERS = [("attention", "mlp"), ("mlp",), ("conv", "attention")]
 
@@ -116,7 +116,7 @@ def test_decay_is_decoupled_and_on_every_parameter():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for old, new in zip(before, classifier.parameters(), strict=True):
-        torch.testing.assert_close(new, old * (1 - 0.01 * 0.5))
+        torch.testing.assert_close(new, old * (1 - 0.003 * 0.5))
 
 
 def test_optimiser_of_the_paper_preset_is_the_papers():
@@ -133,26 +133,68 @@ def test_learning_rate_of_every_update_is_the_schedules(data, tmp_path, monkeypa
     rates = []
     for update in range(30):
         before_update(monkeypatch, update, lambda self: rates.append(self.optimizers().param_groups[0]["lr"]))
-    run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False)
-    warm = [1e-7 + (0.01 - 1e-7) * step / 5 for step in range(5)]
-    assert rates == pytest.approx(warm + [0.01 * ((30 - step) / 25) ** 2 for step in range(5, 30)], rel=1e-9)
+    train(spec, tmp_path, data)
+    warm = [1e-7 + (0.003 - 1e-7) * step / 5 for step in range(5)]
+    assert rates == pytest.approx(warm + [0.003 * ((30 - step) / 25) ** 2 for step in range(5, 30)], rel=1e-9)
 
 
 @pytest.mark.parametrize(("clip", "changed"), [(1e-3, True), ("null", False)], ids=["clipped", "not-clipped"])
 def test_gradient_is_clipped_to_the_norm_asked_for(data, tmp_path, clip, changed):
-    classifier = run_experiment(
-        tiny(training__clip_norm=clip, training__updates=6), tmp_path, data, accelerator="cpu", progress=False
-    ).classifier
-    norm = float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in classifier.parameters() if p.grad is not None])))
-    assert norm == pytest.approx(1e-3, rel=1e-3) if changed else norm > 1e-2
+    norms = []
+
+    def measure(optimizer, *_):
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))))
+
+    hook = register_optimizer_step_post_hook(measure)
+    train(tiny(training__clip_norm=clip, training__updates=6), tmp_path, data)
+    hook.remove()
+    assert len(norms) == 6
+    assert (norms == pytest.approx([1e-3] * 6, rel=1e-2)) == changed
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true"])
+def test_training_equals_a_plain_loop_over_the_formulas(data, tmp_path):
+    # In float64, where rounding flips no decision, and without dropout.
+    settings = {"embedding_dropout": 0, "layers__layer__dropout": 0, "head__dropout": 0, "precision": "64-true"}
+    spec = tiny(**settings, training__clip_norm=0.5, training__weight_decay=0.3)
+    trained = train(spec, tmp_path, data).classifier.model
+    trained.load_state_dict({name.removeprefix("model."): tensor for name, tensor in checkpoint(tmp_path)["state_dict"].items()})
+
+    model = build(spec.model, seed=spec.seed).double()
+    parameters = list(model.parameters())
+    means, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    for step, batch in enumerate(training_loader(data, spec.training, spec.seed, 0)):
+        loss = torch.nn.functional.cross_entropy(model(batch.inputs, batch.valid).logits, batch.targets)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        rate = 1e-7 + (0.003 - 1e-7) * step / 5 if step < 5 else 0.003 * (30 - step) / 25
+        for parameter, gradient, mean, square in zip(parameters, gradients, means, squares, strict=True):
+            gradient = gradient * min(1.0, 0.5 / (norm + 1e-6))
+            mean.mul_(0.9).add_(gradient, alpha=0.1)
+            square.mul_(0.98).add_(gradient.square(), alpha=0.02)
+            update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.98 ** (step + 1))).sqrt() + 1e-8)
+            parameter.data = parameter.data * (1 - rate * 0.3) - rate * update
+    for (name, mine), theirs in zip(model.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_every_precision_trains_with_clipping(data, tmp_path, precision):
-    done = run_experiment(tiny(precision=precision, training__updates=6), tmp_path, data, accelerator="cpu", progress=False)
+    _check_precision(train(tiny(precision=precision, training__updates=6), tmp_path, data), precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "64-true"])
+def test_every_precision_trains_with_clipping_on_a_gpu(data, tmp_path, precision):
+    done = train(tiny(precision=precision, training__updates=6), tmp_path, data, accelerator="cuda")
+    _check_precision(done, precision)
+    assert done.summary["hardware"] == torch.cuda.get_device_name()
+
+
+def _check_precision(done, precision):
     before = build(tiny().model, seed=0).state_dict()
     assert all(tensor.isfinite().all() for tensor in done.classifier.state_dict().values())
-    assert any(not torch.equal(tensor.float(), before[name]) for name, tensor in done.classifier.model.state_dict().items())
+    assert any(not torch.equal(tensor.float().cpu(), before[name]) for name, tensor in done.classifier.model.state_dict().items())
     weights = torch.float64 if precision == "64-true" else torch.float32
     assert {tensor.dtype for tensor in done.classifier.model.state_dict().values()} == {weights}
 
@@ -206,7 +248,7 @@ def test_bad_number_in_the_data_stops_the_run(tmp_path, split):
     data = TaskData(*splits, {}, collate, lambda numbers: [f"{number:.1f}" for number in numbers.tolist()])
     spec = load_experiment({**EXPERIMENT, "model": {**EXPERIMENT["model"], "encoder": {"kind": "real_number"}}}, ["training.updates=6"])
     with pytest.raises(DataError, match=r"the batch of update \d has nan in sample \d+ at position 2; inputs must be finite numbers"):
-        run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False)
+        train(spec, tmp_path, data)
     assert not (tmp_path / "summary.json").exists()
 
 
@@ -218,7 +260,7 @@ def _break(classifier: Classifier) -> None:
 def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     before_update(monkeypatch, 23, _break)
     with pytest.raises(DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"):
-        run_experiment(tiny(), tmp_path, data, accelerator="cpu", progress=False)
+        train(tiny(), tmp_path, data)
     left = checkpoint(tmp_path)
     assert left["global_step"] == 20
     assert all(tensor.isfinite().all() for tensor in left["state_dict"].values())
@@ -228,7 +270,7 @@ def test_weights_broken_just_before_an_evaluation_do_not_replace_the_checkpoint(
     # Update 19 is the last before the evaluation, and its gradient is none: no later loss could tell in time.
     before_update(monkeypatch, 19, lambda self: next(self.parameters()).register_hook(lambda gradient: gradient * float("nan")))
     with pytest.raises(DataError, match="the loss of update 20 is nan; the last checkpoint is still good"):
-        run_experiment(tiny(), tmp_path, data, accelerator="cpu", progress=False)
+        train(tiny(), tmp_path, data)
     for name in ("checkpoints/last.ckpt", BEST):
         left = checkpoint(tmp_path, name)
         assert left["global_step"] == 10

@@ -11,6 +11,7 @@ from torch import Tensor
 from sma.recipes.data.batch import Batch, collate
 from sma.recipes.data.listops import decode, prepare_listops
 from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
+from sma.recipes.run import Finished, run_experiment
 from sma.recipes.tasks import TaskData
 from sma.recipes.training import Classifier
 
@@ -40,7 +41,7 @@ MODEL = {
     "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 10, "dropout": 0.1},
 }
 # 120 samples in batches of 8: the 30 updates are two epochs, and the interruptions below fall into both.
-TRAINING = {"updates": 30, "batch_size": 8, "learning_rate": 0.01, "weight_decay": 0.01, "warmup": 5, "evaluate_every": 10, "bucket": 3}
+TRAINING = {"updates": 30, "batch_size": 8, "learning_rate": 0.003, "weight_decay": 0.01, "warmup": 5, "evaluate_every": 10, "bucket": 3}
 EXPERIMENT = {"task": {"kind": "listops", "data": DATA}, "model": MODEL, "training": TRAINING}
 
 
@@ -53,6 +54,11 @@ def tiny_data(folder: Path) -> TaskData:
     """The data of the experiment, made by this process alone."""
     made = prepare_listops(tiny().task.data, folder, workers=1, progress=False)  # type: ignore[attr-defined]
     return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
+
+
+def train(spec: ExperimentSpec, out: Path, data: TaskData, accelerator: str = "cpu") -> Finished:
+    """Run the experiment without a bar."""
+    return run_experiment(spec, out, data, accelerator=accelerator, progress=False)
 
 
 def before_update(patch: pytest.MonkeyPatch, update: int, act: Callable[[Classifier], None]) -> None:

@@ -122,11 +122,9 @@ def test_always_is_the_dense_sum(valid):
     assert not output.values[~valid].any()
 
 
-@pytest.mark.parametrize("based", [False, True])
-def test_nothing_active_gives_zeros_or_the_base(based):
-    x, base = normal(2, 4, WIDTH), normal(2, 4, WIDTH, seed=1)
-    output = _routed(NeverRouterSpec())(x, out_BLD=base.clone() if based else None)
-    assert torch.equal(output.values, base if based else torch.zeros_like(x))
+def test_nothing_active_gives_zeros():
+    x = normal(2, 4, WIDTH)
+    assert torch.equal(_routed(NeverRouterSpec())(x).values, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("subset", [pytest.param(s, id="+".join(s) or "none") for n in range(4) for s in itertools.combinations("abc", n)])
@@ -217,8 +215,7 @@ def test_a_sub_module_that_nobody_activated_gets_zero_gradients_not_none(kind, f
     module = kinds("sub-module")[kind](**fields).build(WIDTH)
     x = normal(rows, 4, WIDTH, dtype=torch.float32).requires_grad_()
     routed = SparseModularActivation(NeverRouterSpec().build(WIDTH, ["module"]), {"module": module})
-    output = routed(x, out_BLD=x * 1)
-    output.values.sum().backward()
+    (x + routed(x).values).sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
@@ -252,13 +249,13 @@ def test_no_input_is_changed(spec):
 
 
 @ROUTERS
-def test_results_are_added_to_an_output_in_place_and_it_gets_its_gradient(spec):
-    routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(2, 5, WIDTH, seed=1).requires_grad_()
+def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradient(spec):
+    routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(10, WIDTH, seed=1).requires_grad_()
     out = base.clone()
-    output = routed(x, out_BLD=out)
-    assert output.values.data_ptr() == out.data_ptr()
-    torch.testing.assert_close(output.values, base + routed(x).values)
-    assert torch.equal(gradients(output.values, [base])[0], normal(2, 5, WIDTH, seed=7))
+    summed, _ = routed.add_to(out, x, x, None, None)
+    assert summed.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(summed, base + routed(x).values.flatten(0, 1))
+    assert torch.equal(gradients(summed, [base])[0], normal(10, WIDTH, seed=7))
 
 
 def test_input_that_is_not_contiguous_gives_the_same():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma.errors import InputError, StateError
+from sma.errors import InputError, SpecError, StateError
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec, Router, RouterSpec, SMARouter, SMARouterSpec, keyed_uniform
 from sma.spec import kinds
 from sma.submodule import State
@@ -184,6 +184,12 @@ class TestSMA:
         assert router.log_temperature.shape == (1,)
         torch.testing.assert_close(router.log_temperature.exp().item(), scale * math.sqrt(width))
 
+    def test_temperature_that_would_make_infinite_scores_is_refused(self):
+        with pytest.raises(
+            SpecError, match=r"SMARouterSpec: temperature_scale=1e-05 must be at least 0\.0001; temperature_scale: initial temp"
+        ):
+            SMARouterSpec(temperature_scale=1e-5)
+
     def test_weights_start_from_a_cut_normal_distribution_and_biases_at_zero(self):
         router = SMARouterSpec().build(2000, NAMES)
         assert router.weight.shape == (6, 2000)
@@ -202,7 +208,7 @@ class TestSMA:
 
     @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
     def test_huge_scores_give_no_nan(self, size):
-        router, control = SMARouterSpec(temperature_scale=0.01).build(5, NAMES), normal(2, 3, 5, dtype=torch.float32) * size
+        router, control = SMARouterSpec(temperature_scale=1e-4).build(5, NAMES), normal(2, 3, 5, dtype=torch.float32) * size
         control.requires_grad_()
         decision = router(control)[0]
         assert decision.confidence.isfinite().all()

@@ -1,0 +1,154 @@
+"""What a run says about itself, in words and in the figure."""
+
+import matplotlib.image
+import pytest
+import torch
+
+from sma.model import build
+from sma.recipes.report import Report, describe_run, draw, measure, rates_over_training
+from tests.test_recipes.tiny import tiny, train
+
+SUMMARY = {
+    "test_accuracy": 0.4567,
+    "activation_rate": [0.03, 0.5],
+    "chance": 0.1,
+    "seconds": 12.3,
+    "tokens_per_second": 12345,
+    "parameters": 67890,
+    "updates": 400,
+    "seed": 3,
+}
+REPORT = Report(0.187, 60, {"9": ([0.0, 0.25], 40), "[MAX": ([0.1, 1.0], 10), "]": ([0.0, 0.5], 30)}, [])
+
+
+def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
+    _, done = finished
+    model = done.classifier.model.eval()
+    report = measure(model, data.test, data, limit=25)
+    ran = {}
+    for number in range(25):
+        ids, _ = data.test[number]
+        with torch.no_grad():
+            decisions = model(ids[None]).decisions
+        for position, text in enumerate(data.show(ids)):
+            ran.setdefault(text, []).append([float(decision.active[0, position].any()) for decision in decisions])
+    assert report.samples == 25
+    assert set(report.by_text) == set(ran)
+    for text, rows in ran.items():
+        rates, count = report.by_text[text]
+        assert count == len(rows)
+        assert rates == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=2 / count)
+
+
+def test_majority_is_the_share_of_the_commonest_answer(finished, data):
+    answers = [data.test[number][1] for number in range(len(data.test))]
+    assert finished[1].report.majority == pytest.approx(max(map(answers.count, answers)) / len(answers))
+    assert finished[1].summary["majority"] == finished[1].report.majority
+
+
+def test_examples_show_whole_samples_with_answer_and_guess(finished, data):
+    _, done = finished
+    assert len(done.report.examples) == 4
+    samples = {" ".join(data.show(data.test[number][0])): data.test[number] for number in range(len(data.test))}
+    for example in done.report.examples:
+        ids, target = samples[" ".join(example.texts)]
+        assert example.target == target
+        assert example.active.shape == (2, len(ids))
+        with torch.no_grad():
+            assert example.guess == int(done.classifier.model.eval()(ids[None]).logits.argmax())
+
+
+def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
+    report = measure(finished[1].classifier.model, data.test, data, limit=2)
+    assert (report.samples, len(report.examples)) == (2, 2)
+
+
+def test_words_say_what_was_learned_and_where_things_are(tmp_path):
+    said = describe_run(SUMMARY, REPORT, tmp_path)
+    assert "test accuracy     45.7%   (chance 10.0%, always the commonest answer 18.7%)" in said
+    assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
+    assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in said
+    assert "what layer 1 runs  [MAX 100%, ] 50%, 9 25%" in said
+    for name in ("activation.png", "model", "metrics", "tensorboard", "summary.json"):
+        assert str(tmp_path / name) in said
+
+
+def test_words_say_what_to_try_next(tmp_path):
+    said = describe_run(SUMMARY, REPORT, tmp_path)
+    assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in said
+    assert "next: --set training.updates=800 trains twice as long" in said
+    assert "dead" not in said
+    assert "nearly every token" not in said
+
+
+@pytest.mark.parametrize(
+    ("rates", "hint"),
+    [
+        pytest.param([0.95, 0.5], "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1", id="saturated"),
+        pytest.param([0.0, 0.5], "a router is dead: its layer is the backbone alone", id="dead"),
+    ],
+)
+def test_hint_fits_what_the_routers_did(tmp_path, rates, hint):
+    assert f"next: {hint}" in describe_run({**SUMMARY, "activation_rate": rates}, REPORT, tmp_path)
+
+
+def test_run_that_was_only_tested_has_no_speed(tmp_path):
+    said = describe_run({**SUMMARY, "tokens_per_second": None}, REPORT, tmp_path)
+    assert "time              12 s, 67,890 parameters, seed 3" in said
+
+
+def _pixels(path):
+    image = matplotlib.image.imread(path)
+    assert image.ndim == 3
+    assert min(image.shape[:2]) > 200
+    assert 0.5 < image[..., :3].mean() < 1.0  # a white ground with something on it
+    return image
+
+
+def test_figure_is_an_image_with_something_on_it(finished, tmp_path):
+    out, done = finished
+    (tmp_path / "metrics").symlink_to(out / "metrics")
+    path = draw(done.report, tmp_path, "the title")
+    assert path == tmp_path / "activation.png"
+    image = _pixels(path)
+    assert image[..., :3].std() > 0.1
+    # Another title, another image; another picture of the activations too.
+    assert (_pixels(draw(done.report, tmp_path, "another title")) != image).any()
+    silent = [example._replace(active=torch.zeros_like(example.active)) for example in done.report.examples]
+    assert (_pixels(draw(done.report._replace(examples=silent), tmp_path, "the title")) != image).any()
+
+
+def test_curves_of_a_resumed_run_are_joined(tmp_path):
+    header = "step,loss,fit_rate/layer0/attention,val_accuracy\n"
+    for version, lines in {0: "9,1.0,0.5,\n9,,,0.1\n19,1.0,0.6,\n", 2: "19,1.0,0.7,\n", 10: "29,1.0,0.8,\n29,,,0.3\n"}.items():
+        (tmp_path / "metrics" / f"version_{version}").mkdir(parents=True)
+        (tmp_path / "metrics" / f"version_{version}" / "metrics.csv").write_text(header + lines)
+    assert rates_over_training(tmp_path) == {
+        "fit_rate/layer0/attention": [(10, 0.5), (20, 0.7), (30, 0.8)],
+        "val_accuracy": [(10, 0.1), (30, 0.3)],
+    }
+
+
+def test_curves_of_a_run_are_those_of_its_metrics(finished):
+    curves = rates_over_training(finished[0])
+    assert set(curves) == {"fit_rate/layer0/attention", "fit_rate/layer1/attention", "val_accuracy"}
+    assert all([update for update, _ in points] == [10, 20, 30] for points in curves.values())
+
+
+def test_folder_without_metrics_has_no_curves(tmp_path):
+    assert rates_over_training(tmp_path) == {}
+
+
+def test_model_that_routes_nothing_is_described_too(data, tmp_path):
+    spec = tiny(layers__layer__modules="{}", training__updates=6)
+    done = train(spec, tmp_path, data)
+    assert done.summary["activation_rate"] == []
+    assert "activation rate   nothing is routed" in describe_run(done.summary, done.report, tmp_path)
+    _pixels(draw(done.report, tmp_path, "no router"))
+
+
+def test_measuring_leaves_the_model_as_it_was(data):
+    model = build(tiny().model, seed=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    measure(model, data.test, data, limit=3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,274 @@
+"""A run: what its folder holds, that one seed gives one result, and that a resumed run is the uninterrupted one."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import sma
+from sma.errors import CheckpointError
+from sma.recipes import run
+from sma.recipes.callbacks import RandomStates
+from sma.recipes.experiment import BEST, LAST, load_experiment
+from sma.recipes.run import commit, hardware, versions
+from sma.recipes.training import Classifier
+from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
+
+
+def _weights(out, name=LAST):
+    return checkpoint(out, name)["state_dict"]
+
+
+def _metrics(out):
+    """The logged lines of all parts of a run, by update: the later part counts."""
+    lines = {}
+    for path in sorted((out / "metrics").glob("version_*/metrics.csv")):
+        for row in csv.DictReader(path.open(encoding="utf-8")):
+            kind = "val" if row.get("val_accuracy") else "test" if row.get("test_accuracy") else "fit"
+            step = int(row.pop("step")) + 1
+            # Lightning counts a test as one more update, unless it comes without a training.
+            lines[30 if kind == "test" else step, kind] = {name: value for name, value in row.items() if value and name != "epoch"}
+    return lines
+
+
+def test_folder_holds_what_is_worth_keeping(finished):
+    out, _ = finished
+    found = {re.sub(r"events\.out.*", "events", str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        "experiment.yaml",
+        "versions.json",
+        "summary.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics/version_0/metrics.csv",
+        "tensorboard/events",
+        "tensorboard/hparams.yaml",
+        "model/model.safetensors",
+        "model/spec.yaml",
+    }
+
+
+def test_experiment_of_the_folder_is_the_one_that_ran(finished):
+    out, _ = finished
+    assert load_experiment(out / "experiment.yaml") == tiny()
+
+
+def test_versions_name_the_software_and_the_commit(finished):
+    out, _ = finished
+    recorded = json.loads((out / "versions.json").read_text())
+    assert recorded == versions()
+    assert recorded["torch"] == torch.__version__
+    assert set(recorded) == {"python", "sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy", "commit"}
+
+
+def test_summary_holds_what_was_measured(finished, data):
+    out, done = finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary == done.summary
+    assert summary["seed"] == 0
+    assert summary["commit"] == commit()
+    assert summary["data"] == data.hashes
+    assert (summary["task"], summary["chance"], summary["updates"]) == ("listops", 0.1, 30)
+    assert summary["parameters"] == tiny().model.num_parameters()
+    assert summary["hardware"] == hardware()
+    assert 0 < summary["seconds"] < 300
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
+    tokens = sum(int(batch.valid.sum()) for batch in run.training_loader(data, tiny().training, 0, 0))
+    # Updates take a part of the time of the whole run.
+    assert summary["tokens_per_second"] > tokens / summary["seconds"]
+
+
+def test_saved_model_gives_the_recorded_accuracy_and_rates(finished, data):
+    out, done = finished
+    model = sma.load(out / "model")
+    assert model.spec == tiny().model
+    right, tokens, ran = 0, 0, [0, 0]
+    with torch.no_grad():
+        for number in range(len(data.test)):
+            ids, target = data.test[number]
+            output = model(ids[None])
+            right += int(output.logits.argmax()) == target
+            tokens += len(ids)
+            ran = [count + int(decision.active.sum()) for count, decision in zip(ran, output.decisions, strict=True)]
+    assert done.summary["test_accuracy"] == pytest.approx(right / len(data.test), abs=1e-6)
+    # Rounding may flip a decision that is on the edge.
+    assert done.summary["activation_rate"] == pytest.approx([count / tokens for count in ran], abs=3 / tokens)
+
+
+def test_saved_model_is_the_best_checkpoint(finished):
+    out, done = finished
+    best = _weights(out, BEST)
+    assert same({f"model.{name}": tensor for name, tensor in sma.load(out / "model").state_dict().items()}, best)
+    assert checkpoint(out, BEST)["global_step"] == done.summary["best_update"]
+    scores = {step: float(line["val_accuracy"]) for (step, kind), line in _metrics(out).items() if kind == "val"}
+    assert sorted(scores) == [10, 20, 30]
+    assert scores[done.summary["best_update"]] == max(scores.values())
+
+
+def test_metrics_are_in_the_csv_file(finished):
+    out, done = finished
+    lines = _metrics(out)
+    assert set(lines) == {(step, kind) for step in (10, 20, 30) for kind in ("fit", "val")} | {(30, "test")}
+    assert {"loss", "fit_accuracy", "fit_rate", "fit_rate/layer0/attention", "fit_rate/layer1/attention"} <= set(lines[10, "fit"])
+    assert {"val_loss", "val_accuracy", "val_rate", "val_rate/layer0/attention", "val_rate/layer1/attention"} <= set(lines[10, "val"])
+    assert float(lines[30, "test"]["test_accuracy"]) == done.summary["test_accuracy"]
+
+
+def test_metrics_are_in_tensorboard_too(finished):
+    out, _ = finished
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val_accuracy")] == [9, 19, 29]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        [float(line["loss"]) for (_, kind), line in sorted(_metrics(out).items()) if kind == "fit"]
+    )
+
+
+def test_one_seed_gives_one_result(finished, data, tmp_path):
+    out, done = finished
+    torch.manual_seed(123)  # what happened before in the process is of no account
+    again = train(tiny(), tmp_path, data)
+    assert same(checkpoint(tmp_path)["state_dict"], checkpoint(out)["state_dict"])
+    assert same(checkpoint(tmp_path)["optimizer_states"], checkpoint(out)["optimizer_states"])
+    varying = {"seconds", "tokens_per_second", "date"}
+    assert {name: value for name, value in again.summary.items() if name not in varying} == {
+        name: value for name, value in done.summary.items() if name not in varying
+    }
+    assert _metrics(tmp_path) == _metrics(out)
+
+
+def test_another_seed_gives_another_result(finished, data, tmp_path):
+    out, _ = finished
+    train(tiny(seed=1, training__updates=10), tmp_path, data)
+    mine, theirs = _weights(tmp_path), _weights(out)
+    assert [name for name in mine if mine[name].dim() > 1 and torch.equal(mine[name], theirs[name])] == []
+
+
+def _interrupted(out, data, update, monkeypatch, spec=None):
+    with monkeypatch.context() as patch:
+        before_update(patch, update, fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(spec or tiny(), out, data)
+
+
+def _assert_same_run(out, reference):
+    for name in (LAST, BEST):
+        mine, theirs = checkpoint(out, name), checkpoint(reference, name)
+        assert mine["global_step"] == theirs["global_step"]
+        for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert same(mine[part], theirs[part]), f"{part} of {name}"
+        assert same(mine["callbacks"]["RandomStates"], theirs["callbacks"]["RandomStates"])
+    assert _metrics(out) == _metrics(reference)
+    read = [json.loads((folder / "summary.json").read_text()) for folder in (out, reference)]
+    for name in ("test_accuracy", "test_loss", "activation_rate", "best_update", "seed", "data"):
+        assert read[0][name] == read[1][name], name
+
+
+@pytest.mark.parametrize(
+    "updates",
+    [
+        pytest.param([5], id="before-the-first-checkpoint"),
+        pytest.param([10], id="right-after-a-checkpoint"),
+        pytest.param([13], id="first-epoch"),
+        pytest.param([27], id="second-epoch"),
+        pytest.param([12, 14, 25], id="three-times"),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tmp_path, monkeypatch, updates):
+    for update in updates:
+        _interrupted(tmp_path, data, update, monkeypatch)
+        assert not (tmp_path / "summary.json").exists()
+        torch.rand(7)  # another process has other random states
+    train(tiny(), tmp_path, data)
+    _assert_same_run(tmp_path, finished[0])
+
+
+def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(data, tmp_path, monkeypatch):
+    spec = tiny(training__updates=11, training__evaluate_every=4)
+    train(spec, tmp_path / "whole", data)
+    _interrupted(tmp_path / "parts", data, 9, monkeypatch, spec)
+    train(spec, tmp_path / "parts", data)
+    assert checkpoint(tmp_path / "parts")["global_step"] == 11
+    assert same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
+
+
+def test_dropout_needs_the_random_states(finished, data, tmp_path, monkeypatch):
+    # Without them the test above must fail: it would prove nothing of a model that draws no numbers.
+    _interrupted(tmp_path, data, 13, monkeypatch)
+    monkeypatch.setattr(RandomStates, "on_train_start", lambda *_: None)
+    train(tiny(), tmp_path, data)
+    assert not same(_weights(tmp_path), _weights(finished[0]))
+
+
+def test_run_that_was_trained_and_not_yet_tested_is_only_tested(finished, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "test_step", lambda self, batch, batch_idx: fail(self))
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(tiny(), tmp_path, data)
+    before_update(monkeypatch, 30, fail)  # there is no update to be done
+    summary = train(tiny(), tmp_path, data).summary
+    assert summary["tokens_per_second"] is None
+    _assert_same_run(tmp_path, finished[0])
+
+
+def test_resuming_says_nothing_on_its_own(data, tmp_path, monkeypatch, recwarn, capfd):
+    _interrupted(tmp_path, data, 13, monkeypatch)
+    train(tiny(), tmp_path, data)
+    assert [str(warning.message) for warning in recwarn] == []
+    assert not [line for line in capfd.readouterr().err.splitlines() if "router of" not in line]
+
+
+@pytest.mark.parametrize("place", ["training_step", "validation_step", "test_step"])
+def test_ctrl_c_is_a_keyboard_interrupt_and_works_again(data, tmp_path, monkeypatch, place):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, place, interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        train(tiny(training__updates=6), tmp_path, data)
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_commit_is_that_of_the_checkout():
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", commit())
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no git"), subprocess.CalledProcessError(128, "git"), subprocess.TimeoutExpired("git", 10)]
+)
+def test_commit_is_unknown_outside_a_checkout(monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    assert commit() is None
+    assert versions()["commit"] is None
+
+
+def test_hardware_is_named_in_words():
+    assert re.search(r"\w", hardware())
+
+
+def test_folder_that_cannot_be_written_is_a_sentence(data, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CheckpointError, match=r"cannot write '.*experiment\.yaml': .*; the run folder must be writable and have space"):
+        train(tiny(), tmp_path / "file" / "run", data)
+
+
+def test_interrupted_summary_leaves_no_half_of_it(data, tmp_path, monkeypatch):
+    def half(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure", half)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            train(tiny(training__updates=6), tmp_path, data)
+    assert not (tmp_path / "summary.json").exists()
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    assert train(tiny(training__updates=6), tmp_path, data).summary["updates"] == 6

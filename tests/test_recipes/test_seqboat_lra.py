@@ -1,0 +1,329 @@
+"""The command line: what it refuses, what it prints, and runs that are killed or interrupted and go on."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sma.recipes.experiment import load_experiment
+from sma.recipes.seqboat_lra import main
+from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, same, tiny, train
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = [sys.executable, "-m", "sma.recipes.seqboat_lra"]
+SCRIPT = [sys.executable, "recipes/seqboat_lra.py"]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SMA_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """The experiment as a file."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the data is kept between runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _run(command, **options):
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=250, **options)
+
+
+def _said(capsys):
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_help_is_the_same_by_both_names_and_imports_little():
+    script, module = _run([*SCRIPT, "--help"]), _run([sys.executable, "-X", "importtime", *MODULE[1:], "--help"])
+    assert (script.returncode, module.returncode) == (0, 0)
+    assert script.stdout == module.stdout
+    assert script.stderr == ""
+    for option in ("task", "preset", "spec", "set", "seed", "out", "resume", "data", "accelerator", "progress"):
+        assert f"--{option}" in script.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in module.stderr.splitlines()}
+    assert "torch" in imported
+    # They take seconds.
+    assert imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"} == set()
+
+
+def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
+    out = tmp_path / "run"
+    done = _run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
+    assert f"SeqBoat on listops: 120 samples, {tiny().model.num_parameters():,} parameters, 30 updates -> {out}" in done.stdout
+    for shown in ("Epoch 0: 100%", "30/30", "loss=", "accuracy=", "rate=", "<00:00"):
+        assert shown in done.stdout
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"test accuracy     {summary['test_accuracy']:.1%}" in done.stdout
+    assert summary["seed"] == load_experiment(out / "experiment.yaml").seed == 4
+    assert (out / "activation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        pytest.param(["--task", "lisops"], "--task='lisops': input should be 'listops'; see --help", id="task"),
+        pytest.param(["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"),
+        pytest.param(["--accelerator", "gpu"], "--accelerator='gpu': input should be 'auto', 'cpu' or 'cuda'; see --help", id="device"),
+        pytest.param(["--seed", "x"], "--seed='x': input should be a valid integer", id="seed"),
+        pytest.param(["--seed", "-1"], "error: ExperimentSpec: seed=-1", id="negative-seed"),
+        pytest.param(
+            ["--spec", "none.yaml"], "error: there is no file and no shipped preset 'none.yaml'; shipped presets: listops_paper", id="spec"
+        ),
+        pytest.param(["--set", "width"], "error: --set 'width' has no '='; write --set path=value", id="no-equals"),
+        pytest.param(["--set", "training.updats=3"], "error: unknown field path 'training.updats'.*did you mean 'updates'", id="path"),
+        pytest.param(["--set", "head.classes=3"], "error: ExperimentSpec: model.head.classes=3 must be 10", id="classes"),
+        pytest.param(
+            ["--resume", "nowhere"], "error: there is no run in 'nowhere': experiment.yaml is missing; give the folder", id="resume"
+        ),
+    ],
+)
+def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = _said(capsys)
+    assert out == ""
+    assert re.search(complaint, err)
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        pytest.param(["--presets", "tiny"], "unrecognized arguments: --presets tiny", id="flag"),
+        pytest.param(["tiny"], "unrecognized arguments: tiny", id="word"),
+        pytest.param(["--out"], "argument --out: expected one argument", id="no-value"),
+        pytest.param(["--set"], "argument --set: expected one argument", id="no-setting"),
+    ],
+)
+def test_unknown_flag_is_exit_code_2(arguments, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    out, err = _said(capsys)
+    assert out == ""
+    assert f"seqboat_lra: error: {complaint}" in err
+
+
+def _experiment(monkeypatch, arguments):
+    """The experiment that the command line would run."""
+    seen = []
+
+    def stop(spec, *_, **__):
+        seen.append(spec)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sma.recipes.tasks.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
+    monkeypatch.setattr("sma.recipes.seqboat_lra.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1])
+    assert main(list(map(str, arguments))) == 130
+    return seen[0]
+
+
+def test_options_choose_the_experiment(spec, monkeypatch):
+    assert _experiment(monkeypatch, []) == load_experiment("listops_tiny")
+    assert _experiment(monkeypatch, ["--task", "listops", "--preset", "paper"]) == load_experiment("listops_paper")
+    assert _experiment(monkeypatch, ["--spec", spec, "--seed", 3]) == tiny(seed=3)
+    assert _experiment(monkeypatch, ["--seed", 3, "--set", "seed=4"]).seed == 3
+
+
+def test_settings_are_repeated_and_may_hold_commas_quotes_and_brackets(spec, monkeypatch):
+    settings = {
+        "layers.layer.router": "{kind: sma, temperature_scale: 0.5}",
+        "training.betas": "[0.8, 0.9]",
+        "precision": '"64-true"',
+        "training.clip_norm": "null",
+    }
+    arguments = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
+    chosen = _experiment(monkeypatch, ["--spec", spec, *arguments, "--set=width=16"])
+    assert chosen.model.layer_specs[0].router.temperature_scale == 0.5
+    assert (chosen.training.betas, chosen.precision, chosen.training.clip_norm, chosen.model.width) == ((0.8, 0.9), "64-true", None, 16)
+
+
+def test_variable_of_the_shell_that_is_called_set_is_of_no_account(spec, monkeypatch):
+    monkeypatch.setenv("SET", "anything")
+    assert _experiment(monkeypatch, ["--spec", spec]) == tiny()
+
+
+def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
+    out = tmp_path / "full"
+    out.mkdir()
+    (out / "thesis.tex").write_text("")
+    assert main(["--spec", str(spec), "--out", str(out)]) == 2
+    complaint = f"error: the folder '{out}' is not empty; give another --out, or --resume {out} to go on with the run in it\n"
+    assert _said(capsys) == ("", complaint)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "file"), "--no-progress"]) == 2
+    assert re.search(r"error: cannot write '.*experiment\.yaml': .*; the run folder must be writable", _said(capsys)[1])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments", [["--set", "width=4"], ["--seed", "1"], ["--spec", "other.yaml"]], ids=["set", "seed", "spec"])
+def test_resumed_experiment_cannot_be_changed(finished, arguments, capsys):
+    assert main(["--resume", str(finished[0]), *arguments]) == 2
+    complaint = "error: --resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run\n"
+    assert _said(capsys) == ("", complaint)
+
+
+def test_finished_run_is_not_resumed(finished, capsys):
+    out, _ = finished
+    before = (out / "summary.json").stat().st_mtime_ns
+    assert main(["--resume", str(out)]) == 2
+    assert _said(capsys) == ("", f"error: the run in '{out}' is finished; its results stand in {out / 'summary.json'}\n")
+    assert (out / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("update", "note"), [(4, True), (23, False)], ids=["no-checkpoint-yet", "with-checkpoint"])
+def test_interrupted_run_is_resumed_by_its_folder(finished, data, cache, tmp_path, monkeypatch, capsys, update, note):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_update(patch, update, fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(tiny(), out, data)
+    assert main(["--resume", str(out), "--data", str(cache), "--no-progress"]) == 0
+    assert (f"no checkpoint yet in {out}: starting from the beginning" in _said(capsys)[0]) == note
+    assert same(checkpoint(out)["state_dict"], checkpoint(finished[0])["state_dict"])
+    assert (out / "activation.png").is_file()
+
+
+def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before_update(monkeypatch, 13, interrupt)
+    assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "run"), "--no-progress"]) == 130
+    assert _said(capsys)[1].splitlines()[-1] == "interrupted; go on with --resume and the run folder"
+
+
+def test_loss_that_is_no_number_is_a_sentence(spec, cache, tmp_path, monkeypatch, capsys):
+    before_update(monkeypatch, 13, lambda classifier: [parameter.data.fill_(float("nan")) for parameter in classifier.parameters()])
+    assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "run"), "--no-progress"]) == 2
+    assert "error: the loss of update 13 is nan; the last checkpoint is still good: start a new run" in _said(capsys)[1]
+
+
+# From here on: real processes, real signals.
+
+LONG = ["--set", "training.updates=400", "--set", "training.evaluate_every=20", "--no-progress"]
+
+
+def _start(command):
+    # A shell that starts the tests in the background makes them, and so their processes, deaf to Ctrl-C.
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def _wait_for(path, process, seconds=200):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no {path} after {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    """The long run by the command line, and how many seconds it trains."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+    done = _run([*MODULE, "--spec", folder / "spec.yaml", "--data", cache, "--out", folder / "run", *LONG])
+    assert done.returncode == 0, done.stderr
+    return folder / "run", json.loads((folder / "run" / "summary.json").read_text())["seconds"]
+
+
+def _assert_same_result(out, reference):
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        for part in ("state_dict", "optimizer_states", "global_step"):
+            assert same(checkpoint(out, name)[part], checkpoint(reference, name)[part]), f"{part} of {name}"
+    mine, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
+    for name in ("test_accuracy", "activation_rate", "best_update"):
+        assert mine[name] == theirs[name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(uninterrupted, spec, cache, tmp_path):
+    reference, seconds = uninterrupted
+    out, kills = tmp_path / "run", []
+    command = [*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG]
+    for _ in range(3):
+        process = _start(command)
+        _wait_for(out / "experiment.yaml", process)
+        kills.append(random.SystemRandom().uniform(0, seconds / 3))
+        time.sleep(kills[-1])
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        command = [*MODULE, "--resume", out, "--data", cache, "--no-progress"]
+        if process.returncode == 0:  # it was faster this time
+            break
+    else:
+        done = _run(command)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
+    print("killed after", kills)  # shown if what follows fails
+    _assert_same_result(out, reference)
+    # Only a killed write leaves its file, and no one reads it.
+    assert {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
+    out = tmp_path / "run"
+    process = _start([*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG])
+    _wait_for(out / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if "the router of" not in line] == ["interrupted; go on with --resume and the run folder"]
+    assert not (out / "summary.json").exists()
+    done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"])
+    assert done.returncode == 0, done.stderr
+    _assert_same_result(out, uninterrupted[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_tiny_preset_learns_more_than_chance_in_400_updates(tmp_path):
+    settings = ["training.updates=400", "training.warmup=50", "training.evaluate_every=200", "task.data.train=20000"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(
+        [*map(str, MODULE), "--data", tmp_path / "data", "--out", tmp_path / "run", "--no-progress", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1400,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # 2000 samples: a standard deviation of 0.9 points at 20 %.
+    assert summary["test_accuracy"] > summary["majority"] + 0.05
+    assert summary["test_accuracy"] > 0.25
+    assert max(summary["activation_rate"]) >= 0.02
