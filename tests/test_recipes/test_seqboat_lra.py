@@ -240,12 +240,12 @@ def _start(command):
     )
 
 
-def _wait_for(path, process, seconds=200):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {path} after {seconds} s"
-        time.sleep(0.05)
+def _wait_for(pattern, folder, process, seconds=200):
+    """Wait until the process has made another file like that."""
+    before, end = set(folder.glob(pattern)), time.monotonic() + seconds
+    while set(folder.glob(pattern)) == before and process.poll() is None:
+        assert time.monotonic() < end, f"no {pattern} after {seconds} s"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +275,15 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
     command = [*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG]
     for _ in range(3):
         process = _start(command)
-        _wait_for(out / "experiment.yaml", process)
-        kills.append(random.SystemRandom().uniform(0, seconds / 3))
+        # Every part logs into a folder of its own, from its first updates on.
+        _wait_for("metrics/version_*/metrics.csv", out, process)
+        kills.append(random.SystemRandom().uniform(0, seconds / 5))
         time.sleep(kills[-1])
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        _, err = process.communicate()
         command = [*MODULE, "--resume", out, "--data", cache, "--no-progress"]
-        if process.returncode == 0:  # it was faster this time
+        if process.returncode != -signal.SIGKILL:  # it was faster
+            assert process.returncode == 0, err
             break
     else:
         done = _run(command)
@@ -298,7 +300,7 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
 def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
     out = tmp_path / "run"
     process = _start([*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG])
-    _wait_for(out / "checkpoints" / "last.ckpt", process)
+    _wait_for("checkpoints/last.ckpt", out, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err

@@ -1,33 +1,25 @@
-"""Specs: frozen, the same after any journey, right about what they predict, and clear about what is wrong."""
+"""Specs: frozen, the same after any journey, and clear about what is wrong."""
 
 import copy
 import json
 import math
 import pickle
 import re
-import warnings
-from importlib.metadata import EntryPoint
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from pydantic import ValidationError
 
 import sma.spec
-from sma import LayerSpec, SubModuleSpec, build, load_spec, register
+from sma import LayerSpec, build, load_spec
 from sma.errors import SpecError
 from sma.modules.conv import ConvSpec
 from sma.modules.gau import GAUSpec
-from sma.norms import LayerNormSpec, NormSpec
-from sma.routers import RandomRouterSpec, RouterSpec, SMARouterSpec
-from sma.spec import FrozenDict, Spec, dump_spec, dump_yaml, families, field_path, find_kind, kinds, read_spec_file, read_yaml
-from sma.submodule import Operations
-from tests import oracles
-from tests.cases import normal
+from sma.norms import LayerNormSpec
+from sma.routers import SMARouterSpec
+from sma.spec import FrozenDict, dump_spec, dump_yaml, families, field_path, find_kind, kinds, read_spec_file, read_yaml
 from tests.specs import KINDS, every_kind, of_class
 
 MODEL: dict[str, Any] = {
@@ -329,214 +321,3 @@ class TestFiles:
             read_spec_file(tmp_path / "none.yaml")
         with pytest.raises(SpecError, match=r"cannot read the spec '.*': Is a directory"):
             read_spec_file(tmp_path)
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _built(make: Any) -> torch.nn.Module | None:
-    """A module, or None where the spec does not fit the width it is built for."""
-    try:
-        module: torch.nn.Module = make()
-    except SpecError as error:
-        assert "heads=" in str(error)  # noqa: PT017
-        return None
-    return module
-
-
-class TestPredictions:
-    @pytest.mark.parametrize(
-        ("family", "kind"), [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS if family != "position"]
-    )
-    @given(data=st.data())
-    def test_number_of_parameters_is_that_of_the_built_module(self, family, kind, data):
-        spec, width = data.draw(of_class(kinds(family)[kind], most=6)), data.draw(st.sampled_from([1, 2, 6, 12]))
-        if family == "model":
-            module, predicted = _built(lambda: build(spec, 0)), spec.num_parameters()
-        elif family == "router":
-            names = data.draw(st.sampled_from([[], ["a"], ["a", "b", "c"]]))
-            module, predicted = spec.build(width, names), spec.num_parameters(width, len(names))
-        else:
-            module, predicted = _built(lambda: spec.build(width)), spec.num_parameters(width)
-        if module is not None:
-            assert _parameters(module) == predicted
-
-    @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"])
-    @given(data=st.data())
-    def test_products_are_those_that_torch_counts(self, kind, data):
-        spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
-        width, tokens = data.draw(st.sampled_from([1, 4, 12])), data.draw(st.one_of(st.integers(0, 20), st.integers(21, 150)))
-        module = _built(lambda: spec.build(width))
-        if module is None:
-            return
-        # torch counts no fused attention on a CPU; written out it is the same products.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            module(oracles.one_row(normal(tokens, width, dtype=torch.float32)))
-        assert spec.operations(width, tokens).products == counter.get_total_flops() / 2
-
-    @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
-    def test_products_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
-        for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
-            router = spec.build(width, "abc"[:modules])
-            with FlopCounterMode(display=False) as counter:
-                router(normal(1, tokens, width, dtype=torch.float32))
-            assert tokens * spec.operations(width, modules) == counter.get_total_flops() / 2
-
-    def test_operations_add_up(self):
-        total = Operations(1, 2).plus(Operations(10, 20), times=3)
-        assert total == Operations(31, 62)
-        assert total.total == 93
-
-    def test_operations_of_a_model_are_those_of_its_layers(self):
-        spec = load_spec(MODEL)
-        one = spec.layer_specs[0].operations(4, 20, 0.5)
-        assert spec.operations(20, 0.5) == Operations().plus(one, times=2)
-        assert spec.operations(20, {"attention": 0.5}) == spec.operations(20, 0.5)
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    """A registry that forgets what a test registers."""
-    kinds("model")
-    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
-
-
-@pytest.mark.usefixtures("registry")
-class TestRegistry:
-    def test_registering_makes_a_kind_known_everywhere(self):
-        @register
-        class ShiftSpec(SubModuleSpec):
-            kind: Literal["shift"] = "shift"
-            by: int = Field(default=1, description="how far")
-
-        spec = load_spec(_module(kind="shift", by=3))
-        assert spec.layer_specs[1].modules["attention"] == ShiftSpec(by=3)
-        assert load_spec(dump_spec(spec)) == spec
-        assert "sub-module:shift" in sma.spec.json_schema()["$defs"]
-        assert list(kinds("sub-module")) == sorted(kinds("sub-module"))
-        with pytest.raises(SpecError, match=r"unknown sub-module kind 'shft'; did you mean 'shift'\?"):
-            find_kind("sub-module", "shft")
-
-    def test_registering_the_same_class_again_is_harmless(self):
-        assert register(GAUSpec) is GAUSpec
-        assert kinds("sub-module")["gau"] is GAUSpec
-
-    def test_a_reloaded_class_takes_the_place_of_its_old_self(self):
-        """A notebook runs a cell twice: the class has the same place, and is another."""
-        made = []
-        for default in (1, 2):
-
-            @register
-            class NoteSpec(SubModuleSpec):
-                kind: Literal["note"] = "note"
-                size: int = default
-
-            made.append(NoteSpec)
-        assert kinds("sub-module")["note"] is made[1]
-
-    def test_another_class_under_the_same_kind_names_both_places(self):
-        class OtherSpec(SubModuleSpec):
-            kind: Literal["gau"] = "gau"
-
-        with pytest.raises(
-            SpecError,
-            match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by .*test_spec\..*OtherSpec; renam",
-        ):
-            register(OtherSpec)
-        assert kinds("sub-module")["gau"] is GAUSpec
-
-    def test_one_kind_may_stand_in_two_families(self):
-        @register
-        class SMANormSpec(NormSpec):
-            kind: Literal["sma"] = "sma"
-
-        assert kinds("norm")["sma"] is SMANormSpec
-        assert kinds("router")["sma"] is SMARouterSpec
-
-    def test_class_without_a_kind(self):
-        class NamelessSpec(SubModuleSpec):
-            pass
-
-        with pytest.raises(SpecError, match=r"NamelessSpec names no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""):
-            register(NamelessSpec)
-
-    def test_class_without_a_family(self):
-        class LonelySpec(Spec):
-            kind: Literal["lonely"] = "lonely"
-
-        with pytest.raises(SpecError, match="LonelySpec belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"):
-            register(LonelySpec)
-
-    def test_root_of_a_family(self):
-        with pytest.raises(SpecError, match="RouterSpec is the root of the family 'router'; register a class derived from it"):
-            register(RouterSpec)
-
-    @pytest.mark.parametrize("method", ["build", "num_parameters", "operations"])
-    def test_half_written_kind_is_named(self, method):
-        class HalfSpec(SubModuleSpec):
-            kind: Literal["half"] = "half"
-
-        with pytest.raises(
-            TypeError, match=rf"HalfSpec must define {method}\(self, width.*\); see CONTRIBUTING\.md, 'A sub-module in one file'"
-        ):
-            getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "operations" else 1])
-
-    def test_half_written_router_is_named(self):
-        class HalfSpec(RouterSpec):
-            kind: Literal["half"] = "half"
-
-        with pytest.raises(TypeError, match=r"HalfSpec must define build\(self, width, names\)"):
-            HalfSpec().build(4, ["a"])
-        with pytest.raises(TypeError, match=r"HalfSpec must define num_parameters\(self, width, modules\)"):
-            HalfSpec().num_parameters(4, 1)
-
-
-class TestPlugins:
-    def _plugin(self, tmp_path, monkeypatch, name: str, code: str) -> EntryPoint:
-        (tmp_path / f"{name}.py").write_text(code)
-        monkeypatch.syspath_prepend(tmp_path)
-        return EntryPoint(name, name, sma.spec.PLUGINS)
-
-    def test_broken_plugin_warns_and_leaves_the_rest_alone(self, tmp_path, monkeypatch):
-        plugin = self._plugin(tmp_path, monkeypatch, "plugin_broken", "raise OSError('no driver')")
-        with pytest.warns(
-            UserWarning, match="the plugin 'plugin_broken' of an unknown distribution could not be imported: OSError: no dri"
-        ):
-            sma.spec._load_plugin(plugin)
-
-    @pytest.mark.usefixtures("registry")
-    def test_plugin_registers_by_being_imported(self, tmp_path, monkeypatch):
-        code = """
-from typing import Literal
-from sma import SubModuleSpec, register
-@register
-class PlugSpec(SubModuleSpec):
-    kind: Literal["plug"] = "plug"
-"""
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_fine", code))
-        assert load_spec({"kind": "plug"}, "sub-module").kind == "plug"
-
-    @pytest.mark.usefixtures("registry")
-    def test_plugin_that_takes_a_kind_of_ours_is_an_error(self, tmp_path, monkeypatch):
-        code = """
-from typing import Literal
-from sma import SubModuleSpec, register
-@register
-class ThiefSpec(SubModuleSpec):
-    kind: Literal["gau"] = "gau"
-"""
-        with pytest.raises(
-            SpecError, match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by plugin_th"
-        ):
-            sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_thief", code))
-
-    def test_package_that_is_not_installed_says_so(self, monkeypatch):
-        monkeypatch.setattr(sma.spec, "_registry", {})
-        monkeypatch.setattr(sma.spec, "entry_points", lambda group: [])
-        with pytest.raises(
-            SpecError, match=r"no kinds are registered, because the package is not installed; run: python -m pip install -e \."
-        ):
-            sma.spec._load_plugins.__wrapped__()

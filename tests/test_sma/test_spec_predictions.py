@@ -1,0 +1,91 @@
+"""What a spec predicts holds for the module it builds: parameters, and the products that torch counts."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sma import build, load_spec
+from sma.errors import SpecError
+from sma.routers import RandomRouterSpec, SMARouterSpec
+from sma.spec import kinds
+from sma.submodule import Operations
+from tests import oracles
+from tests.cases import normal
+from tests.specs import KINDS, of_class
+
+MODEL: dict[str, Any] = {
+    "kind": "sequence_classifier",
+    "width": 4,
+    "encoder": {"kind": "token_embedding", "vocabulary": 5},
+    "layers": {"repeat": 2, "layer": {"modules": {"attention": {"kind": "gau", "query_size": 2, "hidden_size": 3}}}},
+    "head": {"kind": "mean_pool_linear", "classes": 3},
+}
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _built(make: Any) -> torch.nn.Module | None:
+    """A module, or None where the spec does not fit the width it is built for."""
+    try:
+        module: torch.nn.Module = make()
+    except SpecError as error:
+        assert "heads=" in str(error)  # noqa: PT017
+        return None
+    return module
+
+
+class TestPredictions:
+    @pytest.mark.parametrize(
+        ("family", "kind"), [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS if family != "position"]
+    )
+    @given(data=st.data())
+    def test_number_of_parameters_is_that_of_the_built_module(self, family, kind, data):
+        spec, width = data.draw(of_class(kinds(family)[kind], most=6)), data.draw(st.sampled_from([1, 2, 6, 12]))
+        if family == "model":
+            module, predicted = _built(lambda: build(spec, 0)), spec.num_parameters()
+        elif family == "router":
+            names = data.draw(st.sampled_from([[], ["a"], ["a", "b", "c"]]))
+            module, predicted = spec.build(width, names), spec.num_parameters(width, len(names))
+        else:
+            module, predicted = _built(lambda: spec.build(width)), spec.num_parameters(width)
+        if module is not None:
+            assert _parameters(module) == predicted
+
+    @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"])
+    @given(data=st.data())
+    def test_products_are_those_that_torch_counts(self, kind, data):
+        spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
+        width, tokens = data.draw(st.sampled_from([1, 4, 12])), data.draw(st.one_of(st.integers(0, 20), st.integers(21, 150)))
+        module = _built(lambda: spec.build(width))
+        if module is None:
+            return
+        # torch counts no fused attention on a CPU; written out it is the same products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(oracles.one_row(normal(tokens, width, dtype=torch.float32)))
+        assert spec.operations(width, tokens).products == counter.get_total_flops() / 2
+
+    @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
+    def test_products_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
+        for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
+            router = spec.build(width, "abc"[:modules])
+            with FlopCounterMode(display=False) as counter:
+                router(normal(1, tokens, width, dtype=torch.float32))
+            assert tokens * spec.operations(width, modules) == counter.get_total_flops() / 2
+
+    def test_operations_add_up(self):
+        total = Operations(1, 2).plus(Operations(10, 20), times=3)
+        assert total == Operations(31, 62)
+        assert total.total == 93
+
+    def test_operations_of_a_model_are_those_of_its_layers(self):
+        spec = load_spec(MODEL)
+        one = spec.layer_specs[0].operations(4, 20, 0.5)
+        assert spec.operations(20, 0.5) == Operations().plus(one, times=2)
+        assert spec.operations(20, {"attention": 0.5}) == spec.operations(20, 0.5)
