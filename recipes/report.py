@@ -55,7 +55,7 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
     device = next(model.parameters()).device
     lengths = samples.lengths[: len(chosen)]
     # Samples of middling length show the most on one line.
-    wanted = set(torch.argsort((lengths - 40).abs(), stable=True)[:shown].tolist())
+    wanted = set(torch.argsort((lengths - 40).abs(), stable=True)[: 4 * shown].tolist())
     for part in torch.arange(len(chosen)).split(100):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
         output = model(batch.inputs, batch.valid)
@@ -72,7 +72,15 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
                 examples.append(Example(texts, int(batch.targets[row]), guesses[row], mine))
     targets = torch.tensor([samples[number][1] for number in range(len(samples))])
     by_text = {text: (torch.stack(masks).double().mean(0).tolist(), len(masks)) for text, masks in active.items()}
-    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, examples)
+    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, _of_both_sorts(examples, shown))
+
+
+def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
+    """Half of them answered right and half wrong, as far as there are such."""
+    right = [example for example in examples if example.guess == example.target]
+    wrong = [example for example in examples if example.guess != example.target]
+    some = right[: max(shown // 2, shown - len(wrong))]
+    return some + wrong[: shown - len(some)]
 
 
 def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
