@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from sma.recipes.experiment import load_experiment
+from sma.recipes.report import rates_over_training
 from sma.recipes.seqboat_lra import main
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, same, tiny, train
 
@@ -42,8 +43,8 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def _run(command, **options):
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=250, **options)
+def _run(command, timeout=280):
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def _said(capsys):
@@ -240,7 +241,7 @@ def _start(command):
     )
 
 
-def _wait_for(pattern, folder, process, seconds=200):
+def _wait_for(pattern, folder, process, seconds=600):
     """Wait until the process has made another file like that."""
     before, end = set(folder.glob(pattern)), time.monotonic() + seconds
     while set(folder.glob(pattern)) == before and process.poll() is None:
@@ -253,7 +254,7 @@ def uninterrupted(cache, tmp_path_factory):
     """The long run by the command line, and how many seconds it trains."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-    done = _run([*MODULE, "--spec", folder / "spec.yaml", "--data", cache, "--out", folder / "run", *LONG])
+    done = _run([*MODULE, "--spec", folder / "spec.yaml", "--data", cache, "--out", folder / "run", *LONG], timeout=800)
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads((folder / "run" / "summary.json").read_text())["seconds"]
 
@@ -268,7 +269,7 @@ def _assert_same_result(out, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(uninterrupted, spec, cache, tmp_path):
     reference, seconds = uninterrupted
     out, kills = tmp_path / "run", []
@@ -286,46 +287,41 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
             assert process.returncode == 0, err
             break
     else:
-        done = _run(command)
+        done = _run(command, timeout=800)
         assert done.returncode == 0, done.stderr
         assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
     print("killed after", kills)  # shown if what follows fails
     _assert_same_result(out, reference)
+    assert rates_over_training(out) == rates_over_training(reference)
     # Only a killed write leaves its file, and no one reads it.
     assert {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
     out = tmp_path / "run"
     process = _start([*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG])
     _wait_for("checkpoints/last.ckpt", out, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert [line for line in err.splitlines() if "the router of" not in line] == ["interrupted; go on with --resume and the run folder"]
     assert not (out / "summary.json").exists()
-    done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"])
+    done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)
     assert done.returncode == 0, done.stderr
     _assert_same_result(out, uninterrupted[0])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_tiny_preset_learns_more_than_chance_in_400_updates(tmp_path):
     settings = ["training.updates=400", "training.warmup=50", "training.evaluate_every=200", "task.data.train=20000"]
     words = [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run(
-        [*map(str, MODULE), "--data", tmp_path / "data", "--out", tmp_path / "run", "--no-progress", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1400,
-    )
+    done = _run([*MODULE, "--data", tmp_path / "data", "--out", tmp_path / "run", "--no-progress", *words], timeout=1400)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # 2000 samples: a standard deviation of 0.9 points at 20 %.
-    assert summary["test_accuracy"] > summary["majority"] + 0.05
-    assert summary["test_accuracy"] > 0.25
+    assert summary["test_accuracy"] > summary["majority"] + 0.1
+    assert summary["test_accuracy"] > 0.3
     assert max(summary["activation_rate"]) >= 0.02

@@ -1,5 +1,9 @@
 """A compiled model equals the eager one; and the models of one device equal those of another."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -33,12 +37,12 @@ def _logits_and_gradients(model: nn.Module, inputs: torch.Tensor, valid: torch.T
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_compiled_model_equals_the_eager_one():
-    model, inputs, valid = _model_and_batch()
-    expected = _logits_and_gradients(model, inputs, valid)
-    compiled = torch.compile(model, dynamic=True)
-    torch.testing.assert_close(_logits_and_gradients(compiled, inputs, valid), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(_logits_and_gradients(compiled, inputs.flip(1), valid), _logits_and_gradients(model, inputs.flip(1), valid))
+    # In a process of its own: the suite's shape checker wraps every function, and torch.compile cannot look through it.
+    folder = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-m", "tests.test_sma.test_compile"], cwd=folder, capture_output=True, text=True, timeout=800)
+    assert done.stdout.strip() == "equal", done.stderr
 
 
 @pytest.mark.gpu
@@ -47,3 +51,12 @@ def test_a_model_on_a_gpu_equals_the_one_on_the_cpu():
     expected = _logits_and_gradients(model, inputs, valid)
     found = _logits_and_gradients(model.cuda(), inputs.cuda(), valid.cuda())
     torch.testing.assert_close([tensor.cpu() for tensor in found], expected, rtol=1e-3, atol=1e-4)
+
+
+if __name__ == "__main__":
+    eager, ids, mask = _model_and_batch()
+    compiled = torch.compile(eager, dynamic=True)
+    for batch in (ids, ids.flip(1)):
+        found, wanted = _logits_and_gradients(compiled, batch, mask), _logits_and_gradients(eager, batch, mask)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    print("equal")
