@@ -56,7 +56,8 @@ class DenseLayer(nn.Module):
             raise SystemExit("the dense twin needs every part of the layer")
         mixed = nn.functional.silu(layer.backbone(frame.with_values(layer.norm(x_BLD).flatten(0, 1)))[0])
         attended, _ = layer.routed.submodules["attention"](frame.with_values(mixed))
-        return nn.functional.silu(x_BLD + (layer.bypass(mixed) + attended).unflatten(0, x_BLD.shape[:2]))
+        bypass = nn.functional.linear(mixed, layer.bypass.weight, layer.bypass.bias)
+        return nn.functional.silu(x_BLD + (bypass + attended).unflatten(0, x_BLD.shape[:2]))
 
 
 def set_rate(layer: RoutedLayer, x_BLD: Tensor, rate: float) -> None:

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.ragged import Ragged
+from sma.modules.cache import Cache, empty_cache
+from sma.ragged import Ragged, pack, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
 
 
 @register
@@ -67,15 +68,30 @@ class Conv(SubModule):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
+        """Make the state of streams that have seen nothing: the last K - 1 tokens of each row; see `SubModule.init_state`."""
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        return empty_cache(batch_size, self.spec.kernel_size - 1, ((self.weight.shape[0],),), device, (dtype,))
+
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Convolve along every row; see `SubModule.forward`."""
-        self._refuse(state)
+        cache = self._continue(state, Cache, tokens)
+        if cache is None:
+            return self._convolve(tokens), None
+        fresh, real = pack(tokens)
+        joined = cache.join(fresh)
+        along = joined.tokens.with_values(joined.fill(cache.entries[0], fresh.values))
+        out = self._convolve(along).index_select(0, joined.new)
+        return unpack(out, real, tokens), cache.append(fresh, fresh.values)
+
+    def _convolve(self, tokens: Ragged) -> Tensor:
         values, taps = tokens.values, self.spec.kernel_size
         ahead = taps // 2 if self.spec.bidirectional else 0
         out = self.bias.to(values.dtype).expand_as(values)
         for tap in range(taps):
             out = out + self.weight[:, tap].to(values.dtype) * _shifted(tokens, tap - (taps - 1) + ahead)
-        return (nn.functional.silu(out) if self.spec.activation == "silu" else out), None
+        return nn.functional.silu(out) if self.spec.activation == "silu" else out
 
 
 def _shifted(tokens: Ragged, by: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Damped multi-dimensional exponential moving average: the linear state-space backbone of SeqBoat."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,11 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.initial import truncated_normal_
+from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import fast_length, long_convolution
-from sma.modules.scan import CHUNK, Recurrence, causal_scan
-from sma.ragged import Ragged
+from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state, step
+from sma.pytree import register_output
+from sma.ragged import Ragged, pack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
 
 
 @register
@@ -112,25 +115,90 @@ class EMA(SubModule):
         parts = zip(log_decay.split(self.width), inward.split(self.width), outward.split(self.width), strict=True)
         return [Recurrence(*part) for part in parts]
 
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "EMAState":
+        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden = torch.zeros(batch_size, self.width, self.spec.state_size, device=device, dtype=wide)
+        taps = self.spec.truncation
+        return EMAState(hidden, None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,)))
+
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Average along every row; see `SubModule.forward`."""
-        self._refuse(state)
+        before = self._continue(state, EMAState, tokens)
         values = tokens.values
         if values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
-            return values + torch.as_tensor(nothing).to(values.dtype), None
+            return values + torch.as_tensor(nothing).to(values.dtype), state
         wide = torch.promote_types(values.dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
             x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
-            out = self._along_rows(x_BSD)
-        return tokens.from_padded(out).to(values.dtype), None
+            if before is None:
+                out, after = self._whole(x_BSD), None
+            else:
+                out, after = self._onward(x_BSD, tokens, before)
+        return tokens.from_padded(out).to(values.dtype), after
 
-    def _along_rows(self, x_BSD: Tensor) -> Tensor:
-        length = x_BSD.shape[1]
+    def _whole(self, x_BSD: Tensor) -> Tensor:
+        length, truncation = x_BSD.shape[1], self.spec.truncation
         ahead, *reverse = self.recurrences(x_BSD.dtype)
         omega = self.omega.to(x_BSD.dtype)
-        if not reverse:
-            return causal_scan(x_BSD, ahead, self.spec.truncation) + omega * x_BSD
-        taps = min(length, self.spec.truncation or length)
-        return long_convolution(x_BSD, ahead.kernel(taps), reverse[0].kernel(taps), omega)
+        if reverse:
+            taps = min(length, truncation or length)
+            return long_convolution(x_BSD, ahead.kernel(taps), reverse[0].kernel(taps), omega)
+        out = causal_scan(x_BSD, ahead)
+        if truncation is not None and truncation < length:
+            late = nn.functional.pad(x_BSD, (0, 0, truncation, 0))[:, :length]
+            out = out - causal_scan(late, self._leaving(ahead))
+        return out + omega * x_BSD
+
+    def _leaving(self, ahead: Recurrence) -> Recurrence:
+        """s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): the late inputs leave by a recurrence of their own."""
+        return ahead._replace(inward=ahead.inward * torch.exp(ahead.log_decay * (self.spec.truncation or 0)))
+
+    def _onward(self, x_BSD: Tensor, tokens: Ragged, before: "EMAState") -> tuple[Tensor, "EMAState"]:
+        (ahead,), omega = self.recurrences(x_BSD.dtype), self.omega.to(x_BSD.dtype)
+        hidden = before.hidden.to(x_BSD.dtype)
+        advance = _step if x_BSD.shape[1] == 1 else causal_scan_with_state
+        out, after = advance(x_BSD, tokens.lengths, ahead, hidden)
+        recent = before.recent
+        if recent is not None:
+            late_BSD, recent = self._delayed(tokens, recent, x_BSD.dtype)
+            late = advance(late_BSD, tokens.lengths, self._leaving(ahead), torch.zeros_like(hidden))
+            out, after = out - late.out, after - late.final
+        # A row without a token keeps its state to the last bit.
+        after = after.to(before.hidden.dtype).where((tokens.lengths > 0)[:, None, None], before.hidden)
+        return out + omega * x_BSD, EMAState(after, recent)
+
+    def _delayed(self, tokens: Ragged, recent: Cache, dtype: torch.dtype) -> tuple[Tensor, Cache]:
+        """The inputs `truncation` slots before those of a chunk, `(B, S, D)`, and the cache with the chunk in it."""
+        real, _ = pack(tokens)
+        if tokens.longest == 1:  # the token that the new one displaces
+            late = recent.entries[0].gather(1, (recent.seen % recent.size)[:, None, None].expand(-1, 1, self.width))
+            return late.to(dtype), recent.append(real, real.values)
+        joined = recent.join(real)
+        values = joined.fill(recent.entries[0], real.values)
+        back = joined.tokens.slots[joined.new] - recent.size
+        late = values.index_select(0, (joined.new - recent.size).clamp(min=0)).where((back >= 0)[:, None], 0)
+        return real.with_values(late.to(dtype)).to_padded(tokens.longest)[0], recent.append(real, real.values)
+
+
+def _step(x_B1D: Tensor, lengths_B: Tensor, recurrence: Recurrence, before_BDN: Tensor) -> Scanned:
+    after = step(x_B1D[:, 0], recurrence, before_BDN)
+    return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
+
+
+@register_output
+@dataclass(frozen=True)
+class EMAState(State):
+    """Where the averages of every row stand.
+
+    Attributes:
+        hidden: s, in float32 or wider.
+        recent: the last K inputs, which a truncated kernel must forget one day; None without truncation.
+    """
+
+    hidden: Float[Tensor, "B D N"]
+    recent: Cache | None

@@ -1,5 +1,7 @@
 """Gated attention unit: the sub-module that SeqBoat routes."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -8,11 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.initial import reset_linear_, truncated_normal_
-from sma.modules.windowed import Bias, Weighting, attend, block_shape
+from sma.modules.cache import Cache, empty_cache
+from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shape
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
-from sma.ragged import Ragged
+from sma.ragged import Ragged, pack, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
 
 
 @register
@@ -92,9 +95,22 @@ class GatedAttentionUnit(SubModule):
         if self.bias_table is not None:
             truncated_normal_(self.bias_table)
 
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
+        """Make the state of streams that have seen nothing: the keys, values and positions of the last W tokens of each row.
+
+        Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
+        """
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        shapes = ((self.spec.query_size,), (self.spec.hidden_size,), ())
+        return empty_cache(batch_size, self.spec.window, shapes, device, (dtype, dtype, torch.int64))
+
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Attend along every row; see `SubModule.forward`."""
-        self._refuse(state)
+        cache = self._continue(state, Cache, tokens)
+        given, real = tokens, None
+        if cache is not None:
+            tokens, real = pack(tokens)
         spec = self.spec
         hidden = nn.functional.silu(self.fused(tokens.values))
         z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
@@ -102,26 +118,36 @@ class GatedAttentionUnit(SubModule):
         q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
         if isinstance(spec.position, RotarySpec):
             q, k = (rotate(x, tokens.positions, spec.position.base) for x in (q, k))
-        attended = attend(
-            self._scaled(q, tokens),
-            k,
-            nn.functional.dropout(v, spec.value_dropout, self.training),
-            tokens,
-            window=spec.window,
-            causal=self.causal,
-            weighting=spec.attention,
-            bias=self._bias(),
-            dropout=spec.attention_dropout if self.training else 0.0,
-        )
-        return self.out(attended * gate), None
+        q = self._scaled(q, tokens, cache)
+        v = nn.functional.dropout(v, spec.value_dropout, self.training)
+        attended, after = self._attend(q, k, v, tokens, cache)
+        return unpack(self.out(attended * gate), real, given), after
 
-    def _scaled(self, q: Tensor, tokens: Ragged) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+        spec, bias = self.spec, self._bias()
+        dropout = spec.attention_dropout if self.training else 0.0
+        if cache is not None and tokens.longest <= 1:
+            attended = attend_one(q, k, v, tokens, cache, weighting=spec.attention, bias=bias, dropout=dropout)
+            return attended, cache.append(tokens, k, v, tokens.positions)
+        block = partial(attend, window=spec.window, causal=self.causal, weighting=spec.attention, bias=bias, dropout=dropout)
+        if cache is None:
+            return block(q, k, v, tokens), None
+        joined, (keys, values, positions) = cache.join(tokens), cache.entries
+        along = replace(joined.tokens, positions=joined.fill(positions, tokens.positions))
+        queries = q.new_zeros(along.rows.shape[0], q.shape[1]).index_copy(0, joined.new, q)
+        attended = block(queries, joined.fill(keys, k), joined.fill(values, v), along)
+        return attended.index_select(0, joined.new), cache.append(tokens, k, v, tokens.positions)
+
+    def _scaled(self, q: Tensor, tokens: Ragged, cache: Cache | None) -> Tensor:
         spec = self.spec
         if spec.attention == "softmax":
             return q * spec.query_size**-0.5
         if spec.window is not None:
             return q / (spec.window if self.causal else 2 * spec.window)
-        count = tokens.slots + 1 if self.causal else tokens.lengths[tokens.rows]
+        if not self.causal:
+            count = tokens.lengths[tokens.rows]
+        else:
+            count = tokens.slots + 1 if cache is None else tokens.slots + 1 + cache.seen[tokens.rows]
         return q / count.clamp(min=1).to(q.dtype)[:, None]
 
     def _bias(self) -> Bias | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec
+from sma.submodule import NoState, Operations, State, SubModule, SubModuleSpec
 
 
 @register
@@ -37,5 +37,5 @@ class Identity(SubModule):
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Return the tokens' values; see `SubModule.forward`."""
-        self._refuse(state)
-        return tokens.values, None
+        self._continue(state, NoState, tokens)
+        return tokens.values, state

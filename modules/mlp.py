@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.initial import reset_linear_
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec
+from sma.submodule import NoState, Operations, State, SubModule, SubModuleSpec
 
 
 @register
@@ -62,7 +62,7 @@ class GatedMLP(SubModule):
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Transform every token on its own; see `SubModule.forward`."""
-        self._refuse(state)
+        self._continue(state, NoState, tokens)
         gate, value = self.fused(tokens.values).chunk(2, dim=-1)
         hidden = nn.functional.dropout(nn.functional.silu(gate) * value, self.spec.dropout, self.training)
-        return self.out(hidden), None
+        return self.out(hidden), state

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sma.modules.cache import Cache
 from sma.ragged import Ragged
 
 Weighting = Literal["softmax", "relu2", "laplace"]
@@ -170,6 +171,42 @@ def attend(
     return result
 
 
+def attend_one(
+    q: Float[Tensor, "T Z"],
+    k: Float[Tensor, "T Z"],
+    v: Float[Tensor, "T H"],
+    tokens: Ragged,
+    cache: Cache,
+    *,
+    weighting: Weighting = "softmax",
+    bias: Bias | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "T H"]:
+    """`attend`, causal, for at most one new token per row: to itself and to all that its row's cache holds. No blocks.
+
+    Args:
+        q, k, v, tokens, weighting, bias, dropout: as in `attend`; the tokens are packed, without holes.
+        cache: keys, values and positions.
+    """
+    everyone = tokens.rows.shape[0] == tokens.num_rows
+    keys, values, positions, slots, seen = (
+        part if everyone else part.index_select(0, tokens.rows) for part in (*cache.entries, cache.slots, cache.seen)
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(v.dtype, torch.float32)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        scores = torch.bmm(keys.to(v.dtype), q[..., None]).squeeze(-1).to(wide)
+        own = (q * k).sum(-1, keepdim=True).to(wide)
+        if bias is not None:
+            distance = slots - seen[:, None] if bias.over_slots else positions - tokens.positions[:, None]
+            table = bias.table.to(wide)
+            scores = scores + table[(distance + bias.middle).clamp(0, table.shape[0] - 1)]
+            own = own + table[bias.middle]
+        scores = torch.cat([scores.masked_fill(slots < 0, -torch.inf), own], dim=1)
+        weights = torch.nn.functional.dropout(_weigh(scores, weighting), dropout).to(v.dtype)
+        return torch.bmm(weights[:, None, :-1], values.to(v.dtype)).squeeze(1) + weights[:, -1:] * v
+
+
 def _bias_index(blocks: Blocks, bias: Bias) -> Int[Tensor, "n C K"] | Int[Tensor, "C K"]:
     """The table entry of every pair; over slots it is the same for every block."""
     last = bias.table.shape[0] - 1
@@ -193,6 +230,11 @@ class _BlockAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(v.dtype, torch.float32)
             q, k = q.to(v.dtype), k.to(v.dtype)
+            # A weight of 0 times NaN is NaN: a value that is not finite would reach tokens that do not attend to it.
+            broken = None
+            if not bool(v.sum().isfinite()):
+                broken = ~v.isfinite().all(-1, keepdim=True)
+                v = v.masked_fill(broken, 0)
             filled_q, filled_k, filled_v = blocks.fill(q), blocks.fill(k), blocks.fill(v)
             scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
             if table is not None:
@@ -201,7 +243,10 @@ class _BlockAttention(torch.autograd.Function):
             weights = _weigh(scores, weighting)
             keep = torch.rand_like(weights) >= dropout if dropout else None
             used = weights if keep is None else weights * keep / (1 - dropout)
-            out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v)).flatten(0, 1).index_select(0, blocks.places)
+            out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v))
+            if broken is not None:  # the tokens that reach a value which is not finite, and no others
+                out = out.masked_fill((blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & allowed).any(-1, keepdim=True), torch.nan)
+            out = out.flatten(0, 1).index_select(0, blocks.places)
         kept = weights if weighting == "softmax" else scores
         ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index)
         ctx.blocks, ctx.weighting, ctx.dropout = blocks, weighting, dropout

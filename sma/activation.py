@@ -1,8 +1,8 @@
 """Sparse modular activation: a router and the sub-modules it chooses from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,25 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.pytree import register_output
-from sma.ragged import Ragged, compress_each, extract_add_
+from sma.ragged import Ragged, extract_add_, locate
 from sma.routers import Router
+from sma.submodule import State, SubModule, check_state, placement
+
+
+@register_output
+@dataclass(frozen=True)
+class RoutedState(State):
+    """Where the streams of `SparseModularActivation` stand.
+
+    Attributes:
+        router: of the router.
+        modules: of the sub-modules, by name.
+        seen: valid tokens of each row so far; None where a layer or a model counts them.
+    """
+
+    router: State
+    modules: dict[str, State]
+    seen: Int[Tensor, "B"] | None
 
 
 @register_output
@@ -28,7 +45,11 @@ class RoutedOutput:
 
     values: Float[Tensor, "B L D"]
     decision: Decision
-    state: Any = None
+    state: RoutedState | None = None
+
+
+# Makes of all tokens what the results are added to, a tensor of its own, and gathers the routed ones.
+Bypass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SparseModularActivation(nn.Module):
@@ -67,6 +88,31 @@ class SparseModularActivation(nn.Module):
         """Whether neither the router nor a sub-module looks ahead."""
         return self.router.causal and all(bool(module.causal) for module in self.submodules.values())
 
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoutedState:
+        """Make the state of `batch_size` streams that have seen nothing.
+
+        Raises:
+            StateError: the router or a sub-module is not causal.
+        """
+        self.refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        parts = {name: part.init_state(batch_size, device=device, dtype=dtype) for name, part in self._parts.items()}
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return RoutedState(self.router.init_state(batch_size, device=device, dtype=dtype), parts, seen)
+
+    def refuse_unless_causal(self) -> None:
+        """Check that a stream can be continued.
+
+        Raises:
+            StateError: the router or a sub-module is not causal; names it.
+        """
+        for name, part in {"router": self.router, **self._parts}.items():
+            refuse_unless_causal(name, part)
+
+    @property
+    def _parts(self) -> dict[str, SubModule]:
+        return {name: cast(SubModule, part) for name, part in self.submodules.items()}
+
     def forward(
         self,
         x_BLD: Float[Tensor, "B L D"],
@@ -74,7 +120,7 @@ class SparseModularActivation(nn.Module):
         control_BLD: Float[Tensor, "B L E"] | None = None,
         valid: Bool[Tensor, "B L"] | None = None,
         positions: Int[Tensor, "B L"] | None = None,
-        state: Any = None,
+        state: RoutedState | None = None,
     ) -> RoutedOutput:
         """Route every token.
 
@@ -82,45 +128,84 @@ class SparseModularActivation(nn.Module):
             x_BLD: tokens.
             control_BLD: what the router reads; default the tokens themselves.
             valid: False at padding, on whichever side; None where there is none.
-            positions: position of each token in its row's stream; default its rank among the valid tokens of its row.
-            state: not supported yet; must be None.
+            positions: position of each token in its row's stream; default the tokens of the row seen before, plus its rank among
+                the valid ones of this chunk.
+            state: where the streams stand; None at their beginning.
 
         Raises:
             InputError: the shapes or dtypes do not fit.
-            StateError: a state was given.
+            StateError: the state does not fit, or the router or a sub-module is not causal.
         """
-        if state is not None:
-            raise StateError("SparseModularActivation does not support streaming yet; run whole sequences with state=None")
         check_batch(x_BLD, valid)
-        if positions is None and valid is not None:
-            positions = valid.cumsum(1) - 1
+        seen = None
+        if state is not None:
+            self.refuse_unless_causal()
+            state = check_state(self, state, RoutedState, x_BLD.shape[0])
+            seen = state.seen
+        if positions is None and (valid is not None or seen is not None):
+            rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
+            positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
         control_BLD = x_BLD if control_BLD is None else control_BLD
         if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
             control_BLD = control_BLD.where(valid[..., None], 0)
-        out_TD = x_BLD.new_zeros(x_BLD.shape[0] * x_BLD.shape[1], x_BLD.shape[2])
-        out_TD, decision = self.add_to(out_TD, x_BLD, control_BLD, valid, positions)
-        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), decision)
+
+        def nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
+
+        out_TD, decision, after = self.add_to(nothing, x_BLD, control_BLD, valid, positions, state)
+        if after is not None and seen is not None:
+            after = replace(after, seen=seen + (x_BLD.shape[1] if valid is None else valid.sum(1)))
+        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), decision, after)
 
     def add_to(
         self,
-        out_TD: Float[Tensor, "T D"],
+        bypass: Bypass,
         x_BLD: Float[Tensor, "B L D"],
         control_BLD: Float[Tensor, "B L E"],
         valid: Bool[Tensor, "B L"] | None,
         positions: Int[Tensor, "B L"] | None,
-    ) -> tuple[Float[Tensor, "T D"], Decision]:
-        """Route every token and add the results, in place, to a flattened batch; the inputs are not checked."""
-        decision, _ = self.router(control_BLD, valid, positions)
-        for place, tokens in enumerate(compress_each(x_BLD, decision.active, positions_BL=positions)):
-            out_TD = extract_add_(self._results(place, tokens, decision), tokens, out_TD)
-        return out_TD, decision
+        state: RoutedState | None = None,
+    ) -> tuple[Float[Tensor, "T D"], Decision, RoutedState | None]:
+        """Route every token and add the results, in place, to what passes the sub-modules by; the inputs are not checked."""
+        decision, router_state = self.router(control_BLD, valid, positions, None if state is None else state.router)
+        frames = locate(decision.active, positions)
+        index = [frame.index for frame in frames if frame.stride is None]  # of a rectangular one the values are the batch itself
+        x_TD = x_BLD.flatten(0, 1)
+        out_TD, gathered = bypass(x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))]))
+        chosen = iter(gathered.split([part.shape[0] for part in index]))
+        states: dict[str, State] = {}
+        for place, frame in enumerate(frames):
+            name, tokens = decision.names[place], frame.with_values(x_TD if frame.stride is not None else next(chosen))
+            before = None if state is None else state.modules[name]
+            if tokens.index.shape[0] == 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                after = before  # nobody asks for it, and no gradient either
+            else:
+                values, after = self._results(place, tokens, decision, before)
+                out_TD = extract_add_(values, tokens, out_TD)
+            if after is not None:
+                states[name] = after
+        if state is None or router_state is None:
+            return out_TD, decision, None
+        return out_TD, decision, RoutedState(router_state, states, state.seen)
 
-    def _results(self, place: int, tokens: Ragged, decision: Decision) -> Tensor:
-        name = decision.names[place]
-        values, _ = self.submodules[name](tokens)
+    def _results(self, place: int, tokens: Ragged, decision: Decision, state: State | None) -> tuple[Tensor, State | None]:
+        values, state = self.submodules[decision.names[place]](tokens, state)
         confidence = decision.confidence[..., place].reshape(-1).index_select(0, tokens.index)
         values = nn.functional.dropout(values, self.dropout, self.training)
-        return values * confidence.to(values.dtype)[:, None]
+        return values * confidence.to(values.dtype)[:, None], state
+
+
+def refuse_unless_causal(name: str, part: nn.Module) -> None:
+    """Check that a part of a layer can continue a stream.
+
+    Raises:
+        StateError: it is not causal; says which part it is.
+    """
+    if part.causal:
+        return
+    kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__)
+    cure = "call model.eval() first" if name == "norm" else "build the model with bidirectional=false to stream it"
+    raise StateError(f"{name!r} (kind {kind}, causal=False) cannot continue from a state; {cure}")
 
 
 def name_is_taken(name: str) -> bool:

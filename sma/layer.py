@@ -1,6 +1,7 @@
 """A routed layer: norm, backbone, routed sub-modules, bypass, residual."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -8,16 +9,15 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import SparseModularActivation, check_batch, name_is_taken
+from sma.activation import RoutedState, SparseModularActivation, check_batch, name_is_taken, refuse_unless_causal
 from sma.decision import Decision
-from sma.errors import StateError
-from sma.initial import reset_linear_
+from sma.initial import truncated_normal_
 from sma.norms import NormSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, move, rectangular, right_padding
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
-from sma.submodule import Operations, SubModuleSpec
+from sma.submodule import Operations, State, SubModuleSpec, check_state, placement
 
 
 class LayerSpec(Spec):
@@ -74,6 +74,22 @@ class LayerSpec(Spec):
 
 @register_output
 @dataclass(frozen=True)
+class LayerState(State):
+    """Where the streams of a layer stand.
+
+    Attributes:
+        seen: valid tokens of each row so far; None inside a model, which counts them.
+        backbone: of the backbone, where there is one.
+        routed: of the router and the sub-modules, where there are any.
+    """
+
+    seen: Int[Tensor, "B"] | None
+    backbone: State | None
+    routed: RoutedState | None
+
+
+@register_output
+@dataclass(frozen=True)
 class LayerOutput:
     """What a layer returns.
 
@@ -85,7 +101,7 @@ class LayerOutput:
 
     hidden: Float[Tensor, "B L D"]
     decision: Decision | None = None
-    state: Any = None
+    state: LayerState | None = None
 
 
 class RoutedLayer(nn.Module):
@@ -112,92 +128,170 @@ class RoutedLayer(nn.Module):
         self.width = width
         self.norm = spec.norm.build(width) if spec.norm is not None else None
         self.backbone = spec.backbone.build(width) if spec.backbone is not None else None
-        self.bypass = nn.Linear(width, width) if spec.bypass == "linear" else None
+        self.bypass = LinearBypass(width) if spec.bypass == "linear" else None
         self.routed: SparseModularActivation | None = None
         if spec.modules:
             parts = {name: part.build(width) for name, part in spec.modules.items()}
             drop = spec.dropout if spec.dropout_on == "modules" else 0.0
             self.routed = SparseModularActivation(spec.router.build(width, list(parts)), parts, drop)
-        if self.bypass is not None:
-            reset_linear_(self.bypass)
 
     @property
     def causal(self) -> bool:
         """Whether no part looks ahead."""
         return (self.backbone is None or self.backbone.causal) and (self.routed is None or self.routed.causal)
 
-    def forward(self, x_BLD: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"] | None = None, state: Any = None) -> LayerOutput:
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerState:
+        """Make the state of `batch_size` streams that have seen nothing.
+
+        Args:
+            batch_size: streams, B.
+            device: default the device of the parameters.
+            dtype: of what the state keeps of the tokens; default the dtype of the parameters.
+
+        Raises:
+            StateError: a part is not causal, or a batch norm is in training mode.
+        """
+        self.refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        backbone = None if self.backbone is None else self.backbone.init_state(batch_size, device=device, dtype=dtype)
+        routed = None if self.routed is None else self.routed.init_state(batch_size, device=device, dtype=dtype)
+        return LayerState(seen, backbone, None if routed is None else replace(routed, seen=None))
+
+    def refuse_unless_causal(self) -> None:
+        """Check that a stream can be continued.
+
+        Raises:
+            StateError: a part is not causal, or a batch norm is in training mode; names it.
+        """
+        for name, part in (("norm", self.norm), ("backbone", self.backbone)):
+            if part is not None:
+                refuse_unless_causal(name, part)
+        if self.routed is not None:
+            self.routed.refuse_unless_causal()
+
+    def forward(
+        self, x_BLD: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"] | None = None, state: LayerState | None = None
+    ) -> LayerOutput:
         """Run the layer on a batch.
 
         Args:
             x_BLD: tokens.
             valid: False at padding, on whichever side; None where there is none.
-            state: not supported yet; must be None.
+            state: where the streams stand; None at their beginning.
 
         Raises:
             InputError: the shapes or dtypes do not fit.
-            StateError: a state was given.
+            StateError: the state does not fit, or the layer cannot continue a stream.
         """
-        if state is not None:
-            raise StateError("RoutedLayer does not support streaming yet; run whole sequences with state=None")
         check_batch(x_BLD, valid, self.width)
-        x_BLD, frame, places = align(x_BLD, valid)
-        return restore(self.run(x_BLD, frame), places)
+        seen = None
+        if state is not None:
+            self.refuse_unless_causal()
+            seen = check_state(self, state, LayerState, x_BLD.shape[0]).seen
+        x_BLD, frame, places = align(x_BLD, valid, seen)
+        output = self.run(x_BLD, frame, state)
+        if output.state is not None and seen is not None:
+            output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
+        return restore(output, places)
 
-    def run(self, x_BLD: Float[Tensor, "B L D"], frame: Ragged) -> LayerOutput:
+    def run(self, x_BLD: Float[Tensor, "B L D"], frame: Ragged, state: LayerState | None = None) -> LayerOutput:
         """Run the layer on a batch that is padded on the right; `frame` is `rectangular` of it."""
         valid = frame.mask.unflatten(0, x_BLD.shape[:2]) if frame.holes else None
-        positions = frame.positions.unflatten(0, x_BLD.shape[:2])
         before, after = (self.norm, None) if self._norm_first else (None, self.norm)
-        mixed = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame)
-        sum_TD = self._bypass(mixed.flatten(0, 1), x_BLD.dtype)
-        decision = None
-        if self.routed is not None:
-            sum_TD, decision = self.routed.add_to(sum_TD, mixed, mixed, valid, positions)
+        mixed, backbone_state = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame, state)
+        decision, routed_state = None, None
+        if self.routed is None:
+            sum_TD, _ = self._pass_by(mixed.flatten(0, 1), frame.index[:0], x_BLD.dtype)
+        else:
+            positions = frame.positions.unflatten(0, x_BLD.shape[:2])
+            bypass = partial(self._pass_by, dtype=x_BLD.dtype)
+            routed = None if state is None else state.routed
+            sum_TD, decision, routed_state = self.routed.add_to(bypass, mixed, mixed, valid, positions, routed)
         if self.spec.dropout_on == "sum":
             sum_TD = nn.functional.dropout(sum_TD, self.spec.dropout, self.training)
         # In place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum.
         out = sum_TD.add_(x_BLD.flatten(0, 1)).unflatten(0, x_BLD.shape[:2])
         if self.spec.activation == "silu":
             out = nn.functional.silu(out)
-        return LayerOutput(out if after is None else after(out, valid), decision)
+        new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
+        return LayerOutput(out if after is None else after(out, valid), decision, new)
 
     @property
     def _norm_first(self) -> bool:
         return self.spec.norm is not None and self.spec.norm.place == "pre"
 
-    def _backbone(self, x_BLD: Tensor, frame: Ragged) -> Tensor:
+    def _backbone(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None) -> tuple[Tensor, State | None]:
         if self.backbone is None:
-            return x_BLD
-        mixed = self.backbone(frame.with_values(x_BLD.flatten(0, 1)))[0].unflatten(0, x_BLD.shape[:2])
+            return x_BLD, None
+        values, after = self.backbone(frame.with_values(x_BLD.flatten(0, 1)), None if state is None else state.backbone)
+        mixed = values.unflatten(0, x_BLD.shape[:2])
         if self.spec.backbone_activation == "silu":
             mixed = nn.functional.silu(mixed)
-        return nn.functional.dropout(mixed, self.spec.dropout, self.training)
+        return nn.functional.dropout(mixed, self.spec.dropout, self.training), after
 
-    def _bypass(self, mixed_TD: Tensor, dtype: torch.dtype) -> Tensor:
-        """What passes the sub-modules by, in a contiguous tensor of its own and in the dtype of the residual stream."""
+    def _pass_by(self, mixed_TD: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What passes the sub-modules by, in a contiguous tensor of its own and the residual stream's dtype; and the routed tokens."""
         if self.bypass is not None:
-            return self.bypass(mixed_TD).to(dtype)
+            out, routed = self.bypass(mixed_TD, index)
+            return out.to(dtype), routed
+        routed = mixed_TD.index_select(0, index)
         if self.spec.bypass == "identity":
-            return mixed_TD.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        return torch.zeros_like(mixed_TD, dtype=dtype, memory_format=torch.contiguous_format)
+            return mixed_TD.to(dtype, memory_format=torch.contiguous_format, copy=True), routed
+        return torch.zeros_like(mixed_TD, dtype=dtype, memory_format=torch.contiguous_format), routed
 
 
-def align(x_BLD: Tensor, valid: Tensor | None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
-    """Zero the padding of a batch and move it to the right.
+class LinearBypass(nn.Module):
+    """W x + b of every token, and the tokens that are routed.
+
+    Both in one place, because backward can then add the routed tokens' gradient in place: separately it would be laid out in a
+    tensor of zeros as large as the batch, which is added in another pass.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        truncated_normal_(self.weight)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
+        """Return the mapped tokens and the tokens at `index`, none of which comes twice."""
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x_TD.device.type) or torch.compiler.is_compiling():
+            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
+        results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)
+        return results
+
+
+class _LinearAndGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x_TD, weight, index)
+        return torch.addmm(bias, x_TD, weight.T), x_TD.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_TD, weight, index = ctx.saved_tensors
+        grad_x = (grad_TD @ weight).index_add_(0, index, grad_routed)
+        return grad_x, grad_TD.T @ x_TD, grad_TD.sum(0), None
+
+
+def align(x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
+    """Zero the padding of a batch and move it to the right; positions start at the tokens of each row that were seen before.
 
     Returns:
         the batch, the same as rectangular tokens, and where `restore` finds each place; None where nothing was moved.
     """
+    positions = None if seen is None else seen[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device)
     if valid is None:
-        return x_BLD, rectangular(x_BLD), None
+        return x_BLD, rectangular(x_BLD, None, positions), None
     # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would survive.
     x_BLD = x_BLD.where(valid[..., None], 0)
     lengths, order = right_padding(valid)
     places = None
     if order is not None:
         x_BLD, places = move(x_BLD, order), order.argsort(1)
-    return x_BLD, rectangular(x_BLD, lengths), places
+    return x_BLD, rectangular(x_BLD, lengths, positions), places
 
 
 def restore(output: LayerOutput, places: Int[Tensor, "B L"] | None) -> LayerOutput:

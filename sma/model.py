@@ -1,26 +1,26 @@
 """Models: an encoder, layers, and a head, built from one spec."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
-from sma.activation import check_valid
+from sma.activation import check_valid, refuse_unless_causal
 from sma.decision import Decision
 from sma.encoders import EncoderSpec
 from sma.errors import StateError
 from sma.heads import HeadSpec
-from sma.layer import LayerSpec, RoutedLayer, align
+from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.norms import NormSpec
 from sma.positions import Sinusoid
 from sma.pytree import register_output
 from sma.ragged import move
 from sma.spec import Spec, register
-from sma.submodule import Operations
+from sma.submodule import Operations, State, check_state, placement
 
 _LAYERS = TypeAdapter(tuple[LayerSpec, ...])
 
@@ -128,12 +128,28 @@ class SequenceClassifierSpec(ModelSpec):
 
 @register_output
 @dataclass(frozen=True)
+class ModelState(State):
+    """Where the streams of a model stand.
+
+    Attributes:
+        seen: valid tokens of each row so far.
+        total: sum of the hidden states of those tokens, in float64.
+        layers: of every layer.
+    """
+
+    seen: Int[Tensor, "B"]
+    total: Float[Tensor, "B D"]
+    layers: tuple[LayerState, ...]
+
+
+@register_output
+@dataclass(frozen=True)
 class ModelOutput:
     """What a model returns.
 
     Attributes:
         hidden: the tokens after the last layer and the final norm; zeros at padding.
-        pooled: mean over the valid tokens of each row; zeros for a row without one.
+        pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
         logits: scores; None in a model without a head.
         decisions: one per layer that routes, in order.
         state: where the stream stands; None unless one was given.
@@ -143,7 +159,7 @@ class ModelOutput:
     pooled: Float[Tensor, "B D"]
     logits: Float[Tensor, "B C"] | None
     decisions: tuple[Decision, ...]
-    state: Any = None
+    state: ModelState | None = None
 
 
 class SequenceModel(nn.Module):
@@ -175,44 +191,90 @@ class SequenceModel(nn.Module):
         """The layers, typed."""
         return [cast(RoutedLayer, layer) for layer in self.layers]
 
-    def forward(self, inputs: Tensor, valid: Bool[Tensor, "B L"] | None = None, state: Any = None) -> ModelOutput:
-        """Run the model on a batch.
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelState:
+        """Make the state of `batch_size` streams that have seen nothing.
+
+        Args:
+            batch_size: streams, B.
+            device: default the device of the parameters.
+            dtype: of what the state keeps of the tokens; default the dtype of the parameters. Recurrent states are never below float32.
+
+        Raises:
+            StateError: a part is not causal, or a batch norm is in training mode; names the layer and the part.
+        """
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        layers = (layer.init_state(batch_size, device=device, dtype=dtype) for layer in self.routed_layers)
+        return ModelState(
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            torch.zeros(batch_size, self.spec.width, dtype=torch.float64, device=device),
+            tuple(replace(state, seen=None) for state in layers),
+        )
+
+    def _refuse_unless_causal(self) -> None:
+        for place, layer in enumerate(self.routed_layers):
+            try:
+                layer.refuse_unless_causal()
+            except StateError as error:
+                raise StateError(f"layer {place} {error}") from None
+        if self.final_norm is not None:
+            refuse_unless_causal("final_norm", self.final_norm)
+
+    def forward(self, inputs: Tensor, valid: Bool[Tensor, "B L"] | None = None, state: ModelState | None = None) -> ModelOutput:
+        """Run the model on a batch: whole rows, or with a state the next chunk of each, of any size.
 
         Args:
             inputs: token ids or numbers.
             valid: False at padding, on whichever side; None where there is none.
-            state: not supported yet; must be None.
+            state: where the streams stand; None where each row is a whole one.
 
         Raises:
             InputError: the shapes, dtypes or ids do not fit.
-            StateError: a state was given.
+            StateError: the state does not fit, or the model cannot continue a stream.
         """
-        if state is not None:
-            raise StateError("SequenceModel does not support streaming yet; run whole sequences with state=None")
         self.encoder.check(inputs)
         check_valid(inputs, valid)
+        if state is not None:
+            self._check(state, inputs)
         if valid is not None and inputs.is_floating_point():
             # The gradient of the encoder's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
             inputs = inputs.where(valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2)), 0)
-        hidden, frame, places = align(self.encoder(inputs), valid)
+        hidden, frame, places = align(self.encoder(inputs), valid, None if state is None else state.seen)
         mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
         if self.sinusoid is not None:
             hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
         hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout, self.training)
-        decisions = []
-        for layer in self.routed_layers:
+        decisions, states = [], []
+        for place, layer in enumerate(self.routed_layers):
             # Layers may leave anything at padding; the next one must not see it.
             hidden = hidden if mask is None else hidden.where(mask, 0)
-            output = layer.run(hidden, frame)
+            output = layer.run(hidden, frame, None if state is None else state.layers[place])
             hidden = output.hidden
             if output.decision is not None:
                 decisions.append(output.decision if places is None else output.decision.move(places))
+            if output.state is not None:
+                states.append(output.state)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, None if mask is None else mask.squeeze(-1))
         hidden = hidden if mask is None else hidden.where(mask, 0)
-        pooled = hidden.sum(1) / frame.lengths.clamp(min=1).to(hidden.dtype)[:, None]
-        logits = self.head(pooled) if self.head is not None else None
-        return ModelOutput(hidden if places is None else move(hidden, places), pooled, logits, tuple(decisions))
+        total, seen, after = hidden.sum(1), frame.lengths, None
+        if state is not None:
+            total, seen = total + state.total, seen + state.seen
+            after = ModelState(seen, total, tuple(states))
+        pooled = (total / seen.clamp(min=1)[:, None]).to(hidden.dtype)
+        hidden = hidden if places is None else move(hidden, places)
+        return ModelOutput(hidden, pooled, self._logits(hidden, pooled), tuple(decisions), after)
+
+    def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Tensor | None:
+        return self.head(pooled) if self.head is not None else None
+
+    def _check(self, state: ModelState, inputs: Tensor) -> None:
+        self._refuse_unless_causal()
+        check_state(self, state, ModelState, inputs.shape[0])
+        if len(state.layers) != len(self.layers):
+            raise StateError(f"the state has {len(state.layers)} layers and the model {len(self.layers)}; use the model's own init_state")
+        if state.seen.device != inputs.device:
+            raise StateError(f"the state is on {state.seen.device} and the inputs on {inputs.device}; use state.to({str(inputs.device)!r})")
 
 
 def build(spec: ModelSpec | Mapping[str, Any], seed: int | None = None) -> SequenceModel:

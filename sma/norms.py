@@ -30,6 +30,11 @@ class NormSpec(Spec):
 class Norm(nn.Module):
     """What a layer normalises with."""
 
+    @property
+    def causal(self) -> bool:
+        """Whether the result at a token depends on no other token."""
+        return True
+
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
         """Normalise every token.
 
@@ -153,6 +158,11 @@ class BatchNorm(Norm):
 
     running_mean: Tensor
     running_var: Tensor
+
+    @property
+    def causal(self) -> bool:
+        """Only in evaluation: in training a token's result depends on the whole batch."""
+        return not self.training
 
     def __init__(self, spec: BatchNormSpec, width: int) -> None:
         super().__init__()

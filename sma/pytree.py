@@ -47,3 +47,8 @@ def _hashable(context: Any) -> Any:
 def map_tensors(function: Any, value: Any) -> Any:
     """Apply a function to every tensor of a registered dataclass, tuple or dictionary."""
     return _pytree.tree_map_only(Tensor, function, value)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a registered dataclass, tuple or dictionary, in order."""
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

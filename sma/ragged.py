@@ -69,12 +69,12 @@ class Ragged:
         """The same tokens with other values."""
         return replace(self, values=values)
 
-    def to_padded(self) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
+    def to_padded(self, longest: int | None = None) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
         """Return `(B, S, D)` with every row from the left and zeros after it, and the mask of the real tokens.
 
-        S is the longest row; a rectangular layout without holes costs no copy.
+        S is the longest row, or the packed tokens' `longest` where it is given; a rectangular layout without holes costs no copy.
         """
-        rows, longest = self.num_rows, self.longest
+        rows, longest = self.num_rows, self.longest if longest is None or self.stride is not None else longest
         mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
         if self.stride is not None:
             padded = self.values.unflatten(0, (rows, longest))
@@ -148,29 +148,32 @@ def compress(
     _check_mask(x_BLD, active_BL)
     if capacity is not None:
         return _compress_static(x_BLD, active_BL, positions_BL, capacity)
-    return compress_each(x_BLD, active_BL[..., None], positions_BL=positions_BL)[0]
+    (frame,), flat = locate(active_BL[..., None], positions_BL), x_BLD.flatten(0, 1)
+    return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
 
 
-def compress_each(
-    x_BLD: Float[Tensor, "B L *D"], active_BLM: Bool[Tensor, "B L M"], *, positions_BL: Int[Tensor, "B L"] | None = None
-) -> list[Ragged]:
-    """Compress one batch for each of M masks, with one search for the active tokens of all of them."""
+def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] | None = None) -> list[Ragged]:
+    """Find the active tokens of each of M masks, with one search for all of them.
+
+    Returns:
+        ragged tokens without values, M of them; rectangular where every token is active, so that nothing has to be gathered.
+    """
     rows, length, modules = active_BLM.shape
-    flat = x_BLD.flatten(0, 1)
     counts_MB = active_BLM.sum(1).T
     found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
     sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
-    tokens = []
+    nothing = torch.empty(rows, length, 0, device=active_BLM.device)
+    frames = []
     for place, index in enumerate(found.split(sizes)):
-        if index.shape[0] == rows * length:  # every token is active: nothing to gather
-            tokens.append(rectangular(x_BLD, None, positions_BL))
+        if index.shape[0] == rows * length:
+            frames.append(rectangular(nothing, None, positions_BL))
             continue
         index = index - place * rows * length if place else index
         row = torch.div(index, max(length, 1), rounding_mode="floor")
         positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
         offsets = torch.nn.functional.pad(counts_MB[place].cumsum(0), (1, 0))
-        tokens.append(Ragged(flat.index_select(0, index), index, positions, row, offsets, counts_MB[place], holes=False))
-    return tokens
+        frames.append(Ragged(nothing.flatten(0, 1)[: index.shape[0]], index, positions, row, offsets, counts_MB[place], holes=False))
+    return frames
 
 
 def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None, capacity: int) -> Ragged:
@@ -191,6 +194,27 @@ def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | No
     frame = rectangular(x_BLD.new_zeros((rows, capacity)), kept.sum(1), positions_BL.reshape(-1)[index].reshape(rows, capacity))
     values = x_BLD.flatten(0, 1).index_select(0, index)
     return replace(frame, values=values.where(_expand(frame.mask, values), 0), index=index)
+
+
+def pack(tokens: Ragged) -> tuple[Ragged, Int[Tensor, "P"] | None]:
+    """Drop the holes of ragged tokens.
+
+    Returns:
+        the real tokens, packed, and which of the given ones they are; None where all are real and nothing was done.
+    """
+    if not tokens.holes:
+        return tokens, None
+    real = tokens.mask.nonzero().squeeze(1)
+    values, index, positions, rows = (part.index_select(0, real) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows))
+    offsets = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0))
+    return Ragged(values, index, positions, rows, offsets, tokens.lengths, holes=False), real
+
+
+def unpack(values: Float[Tensor, "P *D"], real: Int[Tensor, "P"] | None, tokens: Ragged) -> Float[Tensor, "T *D"]:
+    """Undo `pack` for results, with zeros at the holes."""
+    if real is None:
+        return values
+    return values.new_zeros(tokens.rows.shape[0], *values.shape[1:]).index_copy(0, real, values)
 
 
 def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]) -> Float[Tensor, "B L *D"]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.initial import truncated_normal_
+from sma.pytree import register_output
 from sma.spec import Spec, register
-from sma.submodule import State
+from sma.submodule import NoState, State, StateKind, check_state, no_state, placement
 
 
 class RouterSpec(Spec):
@@ -72,9 +74,24 @@ class Router(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(self, control_BLD, valid, positions, state=None)")
 
-    def _refuse(self, state: State | None) -> None:
-        if state is not None:
-            raise StateError(f"{type(self).__name__} does not support streaming yet; run whole sequences with state=None")
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """Make the state of `batch_size` streams that have seen nothing; a router that looks at one token at a time inherits this.
+
+        Raises:
+            StateError: the router is not causal.
+        """
+        self._refuse_unless_causal()
+        return no_state(batch_size, *placement(self, device, dtype))
+
+    def _continue(self, state: State | None, kind: type[StateKind], control_BLD: Tensor) -> StateKind | None:
+        if state is None:
+            return None
+        self._refuse_unless_causal()
+        return check_state(self, state, kind, control_BLD.shape[0])
+
+    def _refuse_unless_causal(self) -> None:
+        if not self.causal:
+            raise StateError(f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state")
 
 
 def _keep_valid(active: Tensor, valid: Tensor | None) -> Tensor:
@@ -135,7 +152,7 @@ class SMARouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        self._refuse(state)
+        self._continue(state, NoState, control_BLD)
         # Near a tie half precision decides by rounding, so the scores are never computed below float32.
         with torch.autocast(control_BLD.device.type, enabled=False):
             wide = torch.promote_types(control_BLD.dtype, torch.float32)
@@ -144,7 +161,7 @@ class SMARouter(Router):
             probability = torch.softmax(scores / self.log_temperature.to(wide).exp(), dim=-1)
         off, on = probability.unbind(-1)
         active = _keep_valid(on > off, valid)
-        return Decision(active, torch.maximum(on, off), scores, on, self.names), None
+        return Decision(active, torch.maximum(on, off), scores, on, self.names), state
 
 
 class _FixedRouter(Router):
@@ -190,8 +207,8 @@ class AlwaysRouter(_FixedRouter):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        self._refuse(state)
-        return self._decision(control_BLD, self._mask(control_BLD, True), valid, 1.0), None
+        self._continue(state, NoState, control_BLD)
+        return self._decision(control_BLD, self._mask(control_BLD, True), valid, 1.0), state
 
 
 @register
@@ -215,8 +232,8 @@ class NeverRouter(_FixedRouter):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        self._refuse(state)
-        return self._decision(control_BLD, self._mask(control_BLD, False), valid, 0.0), None
+        self._continue(state, NoState, control_BLD)
+        return self._decision(control_BLD, self._mask(control_BLD, False), valid, 0.0), state
 
 
 @register
@@ -238,6 +255,10 @@ class RandomRouter(_FixedRouter):
     the whole is.
     """
 
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "RandomState":
+        """Make the state of `batch_size` streams: each keeps the number of its row wherever it is moved; see `Router.init_state`."""
+        return RandomState(torch.arange(batch_size, device=placement(self, device, dtype)[0]))
+
     def forward(
         self,
         control_BLD: Float[Tensor, "B L D"],
@@ -246,15 +267,31 @@ class RandomRouter(_FixedRouter):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        self._refuse(state)
+        streams = self._continue(state, RandomState, control_BLD)
         rows, length = control_BLD.shape[:2]
         device = control_BLD.device
         if positions is None:
             positions = torch.arange(length, device=device).expand(rows, length)
-        row = torch.arange(rows, device=device)[:, None, None]
+        row = (torch.arange(rows, device=device) if streams is None else streams.rows)[:, None, None]
         place = torch.arange(len(self.names), device=device)
         draw = keyed_uniform(self.spec.seed, row, positions[..., None], place)
-        return self._decision(control_BLD, draw < self.spec.rate, valid, self.spec.rate), None
+        return self._decision(control_BLD, draw < self.spec.rate, valid, self.spec.rate), state
+
+
+@register_output
+@dataclass(frozen=True)
+class RandomState(State):
+    """Which row's draws each stream has.
+
+    Attributes:
+        rows: numbers of rows.
+    """
+
+    rows: Int[Tensor, "B"]
+
+    def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
+        """The same state: a row that begins again draws what it drew."""
+        return self
 
 
 def keyed_uniform(seed: int, *keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:

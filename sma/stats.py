@@ -16,7 +16,7 @@ from sma.decision import Decision
 from sma.errors import InputError, did_you_mean
 from sma.model import ModelSpec
 from sma.pytree import register_output
-from sma.ragged import compress_each
+from sma.ragged import locate
 
 Health = Literal["ok", "dead", "saturated"]
 
@@ -171,8 +171,7 @@ def attention_span(
     if positions is None and valid is not None:
         positions = valid.cumsum(1) - 1
     spans = []
-    nothing = decision.p_on.detach()[..., :0]  # only where the tokens stand matters
-    for tokens in compress_each(nothing, decision.active, positions_BL=positions):
+    for tokens in locate(decision.active, positions):
         slots = tokens.slots
         earliest = torch.zeros_like(slots) if window is None else (slots - window).clamp(min=0)
         reach = tokens.positions - tokens.positions[tokens.offsets[tokens.rows] + earliest]

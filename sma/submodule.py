@@ -1,16 +1,18 @@
 """The contract of a sub-module: what a token may activate."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sma.errors import StateError
-from sma.pytree import map_tensors
+from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged
 from sma.spec import Spec
+
+StateKind = TypeVar("StateKind", bound="State")
 
 
 class Operations(NamedTuple):
@@ -33,20 +35,61 @@ class Operations(NamedTuple):
 class State:
     """What a causal part carries from one chunk of a stream to the next: a frozen dataclass of tensors, batch first.
 
-    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`.
+    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. A stream that has seen nothing is all zeros.
+    States are values: `forward` returns a new one and leaves the old one as it was, so a stream can be continued from it twice.
     """
+
+    @property
+    def batch_size(self) -> int:
+        """Streams, B."""
+        return int(tensors(self)[0].shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors(self))
 
     def select(self, rows: Int[Tensor, "R"]) -> Self:
         """The state of some rows, in the order given; a row may be taken twice."""
         return map_tensors(lambda tensor: tensor.index_select(0, rows), self)
 
+    def reorder(self, rows: Int[Tensor, "B"]) -> Self:
+        """The state after a step of beam search: row b goes on from what was row `rows[b]`.
+
+        Raises:
+            StateError: another number of rows than the state has; use `select` for that.
+        """
+        if rows.shape != (self.batch_size,):
+            raise StateError(f"reorder got rows of shape {tuple(rows.shape)} for {self.batch_size} streams; select(rows) takes any number")
+        return self.select(rows)
+
+    def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
+        """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
+        if rows.dtype is not torch.bool:
+            rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+        return map_tensors(lambda tensor: tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.ndim - 1)), 0), self)
+
     def detach(self) -> Self:
         """The same state cut off from the graph."""
         return map_tensors(lambda tensor: tensor.detach(), self)
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same state on another device."""
-        return map_tensors(lambda tensor: tensor.to(device), self)
+    def to(self, target: torch.device | str | torch.dtype) -> Self:
+        """The same state on another device, or with its floating-point numbers in another dtype."""
+        if not isinstance(target, torch.dtype):
+            return map_tensors(lambda tensor: tensor.to(target), self)
+        return map_tensors(lambda tensor: tensor.to(target) if tensor.is_floating_point() else tensor, self)
+
+
+@register_output
+@dataclass(frozen=True)
+class NoState(State):
+    """The state of a part that looks at one token at a time: nothing, for B rows.
+
+    Attributes:
+        rows: empty; its first axis counts the rows.
+    """
+
+    rows: Bool[Tensor, "B 0"]
 
 
 class SubModuleSpec(Spec):
@@ -96,16 +139,61 @@ class SubModule(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward(self, tokens, state=None)")
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        """Make the state of `batch_size` streams that have seen nothing; recurrent states are never below float32."""
-        raise self._no_stream()
+        """Make the state of `batch_size` streams that have seen nothing; recurrent states are never below float32.
 
-    def _no_stream(self) -> StateError:
+        A causal sub-module that looks at one token at a time needs no state and inherits this; any other must override it.
+
+        Args:
+            batch_size: streams, B.
+            device: default the device of the parameters.
+            dtype: of what the state keeps of the tokens; default the dtype of the parameters.
+        """
+        self._refuse_unless_causal()
+        return no_state(batch_size, *placement(self, device, dtype))
+
+    def _continue(self, state: State | None, kind: type[StateKind], tokens: Ragged) -> StateKind | None:
+        """Check a state that `forward` was given.
+
+        Raises:
+            StateError: this part is not causal, or the state is of another class or for another number of rows.
+        """
+        if state is None:
+            return None
+        self._refuse_unless_causal()
+        return check_state(self, state, kind, tokens.num_rows)
+
+    def _refuse_unless_causal(self) -> None:
         if not self.causal:
-            reason = "is not causal (causal=False) and cannot continue from a state; build it with bidirectional=false or causal=true"
-        else:
-            reason = "does not support streaming yet; run whole sequences with state=None"
-        return StateError(f"{type(self).__name__} {reason}")
+            kind = getattr(getattr(self, "spec", None), "kind", None)
+            what = f"kind {kind}, causal=False" if kind else "causal=False"
+            raise StateError(
+                f"{type(self).__name__} ({what}) cannot continue from a state; "
+                "build the model with bidirectional=false, or causal=true, to stream it"
+            )
 
-    def _refuse(self, state: State | None) -> None:
-        if state is not None:
-            raise self._no_stream()
+
+def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int) -> StateKind:
+    """Check the class of a state and the number of its rows.
+
+    Raises:
+        StateError: what was given and what is required.
+    """
+    if not isinstance(state, kind):
+        raise StateError(f"{type(part).__name__} got a state of class {type(state).__name__}; it needs {kind.__name__}: see init_state")
+    if state.batch_size != rows:
+        raise StateError(
+            f"{type(part).__name__} got a state of {state.batch_size} streams for a batch of {rows} rows; "
+            f"make one with init_state({rows}), or take rows with state.select"
+        )
+    return state
+
+
+def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
+    """Make the state of a part that needs none."""
+    return NoState(torch.zeros(batch_size, 0, dtype=torch.bool, device=device))
+
+
+def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults."""
+    first = next(part.parameters(), torch.empty(0))
+    return torch.device(first.device if device is None else device), first.dtype if dtype is None else dtype
