@@ -290,7 +290,8 @@ def _weigh(scores: Tensor, weighting: Weighting) -> Tensor:
     if weighting == "softmax":
         return torch.softmax(scores, dim=-1)
     if weighting == "relu2":
-        return scores.relu().square_()
+        positive = scores.relu()
+        return positive * positive if torch.is_grad_enabled() else positive.square_()
     return torch.special.erf((scores - LAPLACE_MEAN) / (LAPLACE_STD * 2**0.5)).add_(1).mul_(0.5)
 
 

@@ -3,7 +3,9 @@
 from sma.activation import RoutedOutput as RoutedOutput
 from sma.activation import SparseModularActivation as SparseModularActivation
 from sma.checkpoint import load as load
+from sma.checkpoint import load_state as load_state
 from sma.checkpoint import save as save
+from sma.checkpoint import save_state as save_state
 from sma.decision import Decision as Decision
 from sma.errors import SmaError as SmaError
 from sma.layer import LayerSpec as LayerSpec
@@ -40,6 +42,8 @@ __all__ = [
     "extract",
     "load",
     "load_spec",
+    "load_state",
     "register",
     "save",
+    "save_state",
 ]

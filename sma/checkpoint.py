@@ -1,4 +1,4 @@
-"""Saving and loading a model: its spec and its weights."""
+"""Saving and loading a model, its spec and its weights; and where its streams stand."""
 
 import json
 import os
@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sma.errors import CheckpointError, SpecError
 from sma.model import SequenceModel, build
+from sma.pytree import named_tensors, with_tensors
 from sma.spec import dump_spec, dump_yaml, load_spec
+from sma.submodule import State, StateKind
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
 
@@ -92,3 +95,44 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_state(state: State, path: str | Path) -> None:
+    """Write where the streams of a model, a layer or a sub-module stand into one safetensors file, in one step.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path = Path(path)
+    # One copy each, because safetensors refuses tensors that share memory.
+    parts = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named_tensors(state).items()}
+    try:
+        write_atomically(path, lambda temporary: save_file(parts, temporary, metadata={"format": "sparse-modular-activation-state"}))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot save the state in {str(path)!r}: {error}; the folder must be writable and have space") from error
+
+
+def load_state(path: str | Path, like: StateKind) -> StateKind:
+    """Read what `save_state` wrote.
+
+    Args:
+        path: the file.
+        like: a state of the same model for any number of streams, such as `model.init_state(1)`; gives the structure and the device.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is the state of something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"there is no saved state in {str(path)!r}: {error}") from error
+    wanted = named_tensors(like)
+    if set(found) != set(wanted):
+        odd = sorted(set(found) ^ set(wanted))[0]
+        raise CheckpointError(f"{str(path)!r} is the state of another model: it {'lacks' if odd in wanted else 'has'} {odd!r}")
+    for name, tensor in wanted.items():
+        here, there = (tensor.dtype, tensor.shape[2:]), (found[name].dtype, found[name].shape[2:])
+        if here != there:
+            raise CheckpointError(f"{str(path)!r} is the state of another model: {name!r} has {there}; required is {here}")
+    return with_tensors(like, {name: found[name].to(tensor.device) for name, tensor in wanted.items()})

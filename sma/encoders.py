@@ -36,6 +36,10 @@ class Encoder(nn.Module):
             InputError: what was given and what is required.
         """
 
+    def random_inputs(self, rows: int, length: int) -> Tensor:
+        """Draw a batch of inputs from torch's random state, for tests and benchmarks."""
+        raise TypeError(f"{type(self).__name__} must define random_inputs(self, rows, length)")
+
     def forward(self, inputs: Tensor) -> Float[Tensor, "B L D"]:
         """Encode a batch of inputs whose first axes are (B, L)."""
         raise TypeError(f"{type(self).__name__} must define forward(self, inputs)")
@@ -48,6 +52,7 @@ class TokenEmbeddingSpec(EncoderSpec):
     kind: Literal["token_embedding"] = "token_embedding"
     vocabulary: int = Field(ge=1, description="number of different token ids, padding included")
     padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
+    scaled: bool = Field(default=False, description="multiply the vectors by sqrt(width), as language models with a tied output do")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -66,7 +71,7 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class TokenEmbedding(Encoder):
-    """A learned vector per token id, from a normal distribution of standard deviation D^-1/2.
+    """A learned vector per token id, from a normal distribution of standard deviation D^-1/2; scaled, of standard deviation 1.
 
     Shape:
         ids `(B, L)`, integers from 0 to vocabulary - 1, in; `(B, L, D)` out.
@@ -91,10 +96,19 @@ class TokenEmbedding(Encoder):
                 wrong = low if low < 0 else high
                 raise InputError(f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}")
 
+    def random_inputs(self, rows: int, length: int) -> Integer[Tensor, "B L"]:
+        """Draw ids uniformly; see `Encoder.random_inputs`."""
+        return torch.randint(self.spec.vocabulary, (rows, length), device=self.weight.device)
+
     def forward(self, inputs: Integer[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Look the vectors up."""
         ids = inputs if inputs.dtype is torch.int64 else inputs.int()  # torch looks up no narrower integers
-        return nn.functional.embedding(ids, self.weight, padding_idx=self.spec.padding)
+        vectors = nn.functional.embedding(ids, self.weight, padding_idx=self.spec.padding)
+        return vectors * self.weight.shape[1] ** 0.5 if self.spec.scaled else vectors
+
+    def scores(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
+        """The inner product with every id's vector: the tied output of a language model."""
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype))
 
 
 @register
@@ -128,6 +142,10 @@ class RealNumber(Encoder):
         """Check shape and dtype of the numbers; see `Encoder.check`."""
         if inputs.ndim != 2 or not inputs.is_floating_point():
             raise InputError(f"numbers have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are floats of shape (B, L)")
+
+    def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L"]:
+        """Draw normal numbers; see `Encoder.random_inputs`."""
+        return torch.randn(rows, length, device=self.weight.device, dtype=self.weight.dtype)
 
     def forward(self, inputs: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Encode every number."""
@@ -165,6 +183,11 @@ class LinearEncoder(Encoder):
         wanted = f"floats of shape (B, L, {self.spec.features})"
         if inputs.ndim != 3 or inputs.shape[2] != self.spec.features or not inputs.is_floating_point():
             raise InputError(f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}")
+
+    def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
+        """Draw normal numbers; see `Encoder.random_inputs`."""
+        weight = self.linear.weight
+        return torch.randn(rows, length, self.spec.features, device=weight.device, dtype=weight.dtype)
 
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
         """Encode every position."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sma.activation import check_valid, refuse_unless_causal
 from sma.decision import Decision
-from sma.encoders import EncoderSpec
-from sma.errors import StateError
+from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
+from sma.errors import SpecError, StateError
 from sma.heads import HeadSpec
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.norms import NormSpec
@@ -126,6 +126,26 @@ class SequenceClassifierSpec(ModelSpec):
         return self.head
 
 
+@register
+class LanguageModelSpec(ModelSpec):
+    """A causal model that scores the next token at every position; its output is tied to the embedding."""
+
+    kind: Literal["language_model"] = "language_model"
+
+    @model_validator(mode="after")
+    def _predicts(self) -> Self:
+        if not isinstance(self.encoder, TokenEmbeddingSpec):
+            raise ValueError(f"encoder kind {self.encoder.kind!r} must be 'token_embedding', whose vectors score the next token")
+        for place, layer in enumerate(self.layer_specs):
+            for name, part in {"backbone": layer.backbone, **layer.modules}.items():
+                if getattr(part, "bidirectional", False):
+                    raise ValueError(f"layer {place} {name!r} sees the token that is to be predicted; set its bidirectional=false")
+        return self
+
+    def build(self) -> "LanguageModel":
+        return LanguageModel(self)
+
+
 @register_output
 @dataclass(frozen=True)
 class ModelState(State):
@@ -150,14 +170,14 @@ class ModelOutput:
     Attributes:
         hidden: the tokens after the last layer and the final norm; zeros at padding.
         pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
-        logits: scores; None in a model without a head.
+        logits: scores: of every row, or in a language model of the next token at every position; None in a model without a head.
         decisions: one per layer that routes, in order.
         state: where the stream stands; None unless one was given.
     """
 
     hidden: Float[Tensor, "B L D"]
     pooled: Float[Tensor, "B D"]
-    logits: Float[Tensor, "B C"] | None
+    logits: Float[Tensor, "B C"] | Float[Tensor, "B L V"] | None
     decisions: tuple[Decision, ...]
     state: ModelState | None = None
 
@@ -275,6 +295,24 @@ class SequenceModel(nn.Module):
             raise StateError(f"the state has {len(state.layers)} layers and the model {len(self.layers)}; use the model's own init_state")
         if state.seen.device != inputs.device:
             raise StateError(f"the state is on {state.seen.device} and the inputs on {inputs.device}; use state.to({str(inputs.device)!r})")
+
+
+class LanguageModel(SequenceModel):
+    """A `SequenceModel` whose logits `(B, L, V)` score the token that follows each position.
+
+    Raises:
+        SpecError: a part looks ahead, batch norm in training included: it would see what it is to predict.
+    """
+
+    def __init__(self, spec: LanguageModelSpec) -> None:
+        super().__init__(spec)
+        try:
+            self._refuse_unless_causal()
+        except StateError as error:
+            raise SpecError(f"LanguageModelSpec: a language model must not look ahead, but {error}") from None
+
+    def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B L V"]:
+        return cast(TokenEmbedding, self.encoder).scores(hidden)
 
 
 def build(spec: ModelSpec | Mapping[str, Any], seed: int | None = None) -> SequenceModel:

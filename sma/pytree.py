@@ -52,3 +52,14 @@ def map_tensors(function: Any, value: Any) -> Any:
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor of a registered dataclass, tuple or dictionary, in order."""
     return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def named_tensors(value: Any) -> dict[str, Tensor]:
+    """Every tensor of a registered dataclass, tuple or dictionary by its path, such as `.layers[0].backbone.hidden`."""
+    leaves, _ = _pytree.tree_flatten_with_path(value)
+    return {_pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def with_tensors(value: Any, named: dict[str, Tensor]) -> Any:
+    """The same value with other tensors at the paths of `named_tensors`."""
+    return _pytree.tree_map_with_path(lambda path, leaf: named[_pytree.keystr(path)] if isinstance(leaf, Tensor) else leaf, value)

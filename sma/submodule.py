@@ -1,11 +1,12 @@
 """The contract of a sub-module: what a token may activate."""
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from sma.errors import StateError
 from sma.pytree import map_tensors, register_output, tensors
@@ -67,7 +68,14 @@ class State:
         """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
         if rows.dtype is not torch.bool:
             rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
-        return map_tensors(lambda tensor: tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.ndim - 1)), 0), self)
+
+        def begin(part: Any) -> Any:
+            if isinstance(part, State):
+                return part.reset(rows)
+            return part.masked_fill(rows.reshape(-1, *[1] * (part.ndim - 1)), 0) if isinstance(part, Tensor) else part
+
+        parts = {field.name: getattr(self, field.name) for field in fields(self) if not field.metadata.get("static")}
+        return replace(self, **{name: _pytree.tree_map(begin, part, is_leaf=_is_state) for name, part in parts.items()})
 
     def detach(self) -> Self:
         """The same state cut off from the graph."""
@@ -78,6 +86,10 @@ class State:
         if not isinstance(target, torch.dtype):
             return map_tensors(lambda tensor: tensor.to(target), self)
         return map_tensors(lambda tensor: tensor.to(target) if tensor.is_floating_point() else tensor, self)
+
+
+def _is_state(part: object) -> bool:
+    return isinstance(part, State)
 
 
 @register_output

@@ -1,0 +1,180 @@
+"""Text as bytes, for causal language modelling: the text that comes with Python, enwik8, or any local file.
+
+A corpus is one run of bytes, cut in order and without gaps: training text, validation text, and the held-out tail, which is the test.
+
+| corpus | training | validation | test |
+|---|---|---|---|
+| enwik8, exactly 100,000,000 bytes | first 90 % | next 5 % | last 5 % |
+| any other | first 85 % | next 5 % | last 10 % |
+
+Nothing is decoded or cleaned: a token is a byte, 0 to 255.
+"""
+
+import hashlib
+import platform
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sma.errors import DataError
+from sma.spec import Spec
+
+VOCABULARY_SIZE = 256
+
+ENWIK8 = "enwik8"
+ENWIK8_BYTES = 100_000_000
+_ENWIK8_HELD_OUT = 0.05
+_HELD_OUT = 0.1
+_BLOCK = 1 << 20
+_FEWEST = 2  # bytes of a split: one to read, one to predict
+_WANTED = "a text file, enwik8 or enwik8.zip (http://mattmahoney.net/dc/enwik8.zip); leave file out to use the text that comes with Python"
+
+
+class TextSettings(Spec):
+    """Which text to read and how to cut it. The same file and settings give the same bytes in the same splits."""
+
+    file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a local text file, enwik8 or enwik8.zip, read as bytes; null is the text that comes with Python (pydoc_data.topics)",
+    )
+    held_out: float | None = Field(
+        default=None, gt=0.0, lt=1.0, description="share of the bytes, at the end, to test on; null is 0.05 for enwik8 and 0.1 otherwise"
+    )
+    validation: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of the bytes, just before the held-out ones, to validate on")
+    sha256: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 that the bytes must have, 64 lower-case hexadecimal digits (of enwik8 inside a zip, not of the zip); "
+        "null takes any",
+    )
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> "TextSettings":
+        held_out = _HELD_OUT if self.held_out is None else self.held_out
+        if held_out + self.validation >= 1.0:
+            raise ValueError(
+                f"held_out={held_out} and validation={self.validation} leave nothing to train on; their sum must be less than 1"
+            )
+        return self
+
+
+PYTHON_TEXT = TextSettings()
+"""The text that comes with Python, 466 KB on Python 3.11: 85 % / 5 % / 10 %."""
+
+
+class Corpus(NamedTuple):
+    """The three splits of a text in their order, its SHA-256 in hexadecimal digits, and its name for reports.
+
+    Shape:
+        train, validation, test: `(T,)` each, one byte per token, all of one memory; written one after another they are the text.
+    """
+
+    train: UInt8[Tensor, " T_train"]
+    validation: UInt8[Tensor, " T_validation"]
+    test: UInt8[Tensor, " T_test"]
+    sha256: str
+    name: str
+
+    @property
+    def before_test(self) -> UInt8[Tensor, " T"]:
+        """Everything before the held-out tail, training and validation: what the marks of `marks.py` are given to learn from."""
+        return torch.cat((self.train, self.validation))
+
+
+def python_text() -> bytes:
+    r"""Return the text that comes with Python: the help pages of `pydoc_data.topics` by title, one `\n` between, as UTF-8.
+
+    It is the same for everybody who has the same version of Python, and differs between versions: compare results by its SHA-256.
+
+    Raises:
+        DataError: this Python came without its help pages.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            f"Python {platform.python_version()} came without pydoc_data.topics, its help pages; "
+            "install the whole standard library, or give a text file"
+        ) from error
+    return "\n".join(topics[title] for title in sorted(topics)).encode()
+
+
+def load_text(settings: TextSettings = PYTHON_TEXT) -> Corpus:
+    """Return the text of `settings` as bytes, in its splits.
+
+    A file or a member of a zip of which the name, without its suffix, is `enwik8` must be all of enwik8. Nothing is written to the disk.
+
+    Args:
+        settings: which text, cut how, and optionally the hash that it must have. A relative path starts at the working folder.
+
+    Raises:
+        DataError: the file is missing, cannot be read, is too small to be cut, or has another hash than the one required; a zip holds
+            no enwik8 or is damaged; a file named enwik8 has not 100,000,000 bytes.
+    """
+    if settings.file is None:
+        content = bytearray(python_text())
+        name, is_enwik8 = f"pydoc_data.topics of Python {platform.python_version()}", False
+    else:
+        path = Path(settings.file).expanduser()
+        is_enwik8 = path.suffix.lower() == ".zip" or path.stem == ENWIK8
+        content = _read(path)
+        name = ENWIK8 if is_enwik8 else path.name
+        if is_enwik8 and len(content) != ENWIK8_BYTES:
+            raise DataError(
+                f"{ENWIK8} in {path} has {len(content):,} bytes; it must have exactly {ENWIK8_BYTES:,}: "
+                "download it again, or give a text of your own another name"
+            )
+    sha256 = hashlib.sha256(content).hexdigest()
+    if settings.sha256 not in (None, sha256):
+        hint = "another version of Python comes with another text" if settings.file is None else "the file was changed or is another one"
+        raise DataError(f"{name} has the SHA-256 {sha256}, and {settings.sha256} is required: {hint}; sha256=null takes any text")
+    held_out = settings.held_out or (_ENWIK8_HELD_OUT if is_enwik8 else _HELD_OUT)
+    test, validation = round(held_out * len(content)), round(settings.validation * len(content))
+    sizes = [len(content) - validation - test, validation, test]
+    if min(sizes) < _FEWEST:
+        raise DataError(
+            f"{name} has {len(content):,} bytes, which gives {sizes[0]} to train on, {validation} to validate on and {test} to test on; "
+            f"at least {_FEWEST} each are required: take a longer text"
+        )
+    train, held_back, tail = torch.frombuffer(content, dtype=torch.uint8).split(sizes)
+    return Corpus(train, held_back, tail, sha256, name)
+
+
+def _read(path: Path) -> bytearray:
+    """Return the bytes of a file, or of enwik8 in a zip."""
+    try:
+        if path.suffix.lower() == ".zip":
+            return _read_zip(path)
+        with path.open("rb") as file:
+            return _rest(file)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {str(path)!r} (looked for {path.absolute()}); give {_WANTED}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; give {_WANTED}") from error
+
+
+def _read_zip(path: Path) -> bytearray:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if ENWIK8 not in archive.namelist():
+                held = ", ".join(archive.namelist()[:5]) or "nothing"
+                raise DataError(f"{path} holds no {ENWIK8!r} but {held}; give {_WANTED}")
+            with archive.open(ENWIK8) as member:
+                return _rest(member)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or compressed in an unknown way
+        raise DataError(f"cannot read {ENWIK8} from {path}: {error}; the zip is damaged or of another sort: download it again") from error
+
+
+def _rest(file: IO[bytes]) -> bytearray:
+    """Read to the end, with one copy in memory; a tensor can be laid over a bytearray, which it may write to."""
+    content = bytearray()
+    while block := file.read(_BLOCK):
+        content += block
+    return content

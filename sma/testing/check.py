@@ -1,0 +1,92 @@
+"""Tries laws on random examples and reports all that are broken."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import hypothesis
+import torch
+
+from sma.errors import SmaError
+from sma.model import ModelSpec
+from sma.submodule import SubModule, SubModuleSpec
+from sma.testing.examples import Example, examples
+from sma.testing.model_laws import MODEL_LAWS, ModelCase
+from sma.testing.submodule_laws import SUBMODULE_LAWS, SubModuleCase
+
+
+class ConformanceError(SmaError, AssertionError):
+    """A sub-module or a model breaks laws; lists all of them.
+
+    Attributes:
+        broken: the names of the laws.
+    """
+
+    def __init__(self, subject: str, total: int, broken: Mapping[str, str]) -> None:
+        self.broken = tuple(broken)
+        lines = [f"{subject} breaks {len(broken)} of {total} laws:", *(f"  {name}: {why}" for name, why in broken.items())]
+        super().__init__("\n".join(lines))
+
+
+def check_submodule(spec: SubModuleSpec | Callable[[int], SubModule], *, width: int = 4, effort: int = 20) -> None:
+    """Check a sub-module against its contract: every law of `sma.testing.submodule_laws`.
+
+    Args:
+        spec: the spec, or a function from the width to a new module, for a sub-module that has none.
+        width: channels of the tokens it is tried on.
+        effort: examples per law.
+
+    Raises:
+        ConformanceError: a law is broken; lists all that are.
+    """
+    subject = f"the sub-module {spec.kind!r}" if isinstance(spec, SubModuleSpec) else f"the sub-module {spec!r}"
+    _check(subject, SUBMODULE_LAWS, SubModuleCase(spec, width), effort)
+
+
+def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
+    """Check a model: every law of `sma.testing.model_laws`.
+
+    Args:
+        spec: the model; small ones are checked sooner.
+        effort: examples per law.
+
+    Raises:
+        ConformanceError: a law is broken; lists all that are.
+    """
+    _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort)
+
+
+def _check(subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int) -> None:
+    broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort)) is not None}
+    if broken:
+        raise ConformanceError(subject, len(laws), broken)
+
+
+def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int) -> str | None:
+    """What is wrong on the first example that breaks a law; None where none does."""
+    tried: list[Example] = []
+
+    # The same examples in every run, and none of them written to disk.
+    @hypothesis.settings(
+        max_examples=effort,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        # Shrinking an example takes minutes where a law streams it step by step; the first ones tried are small anyway.
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(example=examples())
+    def attempt(example: Example) -> None:
+        tried.append(example)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(example.seed)
+            law(case, example)
+
+    try:
+        attempt()
+    except Exception as error:  # whatever an author's code may raise is a finding
+        said = str(error).strip().splitlines()
+        return f"{said[0] if said else type(error).__name__} [{type(error).__name__}; {tried[-1]}]"
+    return None

@@ -1,0 +1,256 @@
+"""The laws of a model, each tried on one random example at a time."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import torch
+from torch import Tensor
+
+from sma.checkpoint import load, load_state, save, save_state
+from sma.decision import Decision
+from sma.errors import StateError
+from sma.model import ModelOutput, ModelSpec, ModelState, SequenceModel, build
+from sma.pytree import named_tensors
+from sma.spec import dump_spec, load_spec
+from sma.testing.examples import Example, require, require_near, spread_parameters
+
+# Two probabilities that are nearer than this may be ordered by rounding.
+TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """What is checked."""
+
+    spec: ModelSpec
+
+    def make(self, dtype: torch.dtype = torch.float64) -> SequenceModel:
+        """A new model with spread parameters, always the same ones, in evaluation mode."""
+        model = build(self.spec, seed=0).to(torch.float64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            spread_parameters(model)
+        return model.to(dtype).eval()
+
+
+def inputs_of(model: SequenceModel, example: Example) -> tuple[Tensor, Tensor]:
+    """A random batch padded on the right, and its mask of valid positions."""
+    return model.encoder.random_inputs(len(example.lengths), example.length), example.inside()
+
+
+def meaningful(output: ModelOutput, valid: Tensor) -> dict[str, Tensor]:
+    """The results that a user reads, by name: hidden states and scores of the valid positions, and those of whole rows."""
+    found = {"hidden": output.hidden[valid], "pooled": output.pooled}
+    if output.logits is not None:
+        found["logits"] = output.logits[valid] if output.logits.ndim == 3 else output.logits
+    return found
+
+
+def require_same(found: ModelOutput, wanted: ModelOutput, valid: tuple[Tensor, Tensor], what: str, tolerance: float = 1e-9) -> None:
+    """Compare results and decisions at the valid positions; examples in which a decision is a tie are left out."""
+    for one, other in zip(found.decisions, wanted.decisions, strict=True):
+        _require_same_decisions(one, other, valid, what)
+    results = meaningful(wanted, valid[1])
+    for name, tensor in meaningful(found, valid[0]).items():
+        require_near(tensor, results[name], f"{what}: {name}", tolerance)
+
+
+def _require_same_decisions(found: Decision, wanted: Decision, valid: tuple[Tensor, Tensor], what: str) -> None:
+    hypothesis.assume(bool(((wanted.p_on[valid[1]] - 0.5).abs() > TIE).all()))
+    require(torch.equal(found.active[valid[0]], wanted.active[valid[1]]), f"{what}: decisions differ")
+
+
+def stream(model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable[slice], state: ModelState | None = None) -> ModelOutput:
+    """The output of a whole batch, chunk by chunk, put together again."""
+    state = model.init_state(inputs.shape[0]) if state is None else state
+    outputs = []
+    for chunk in chunks:
+        output = model(inputs[:, chunk], valid[:, chunk], state)
+        if output.state is None:
+            raise AssertionError("the model was given a state and returned none")
+        state = output.state
+        outputs.append(output)
+    decisions = []
+    for layer in zip(*(output.decisions for output in outputs), strict=True):
+        parts = (torch.cat([getattr(one, name) for one in layer], 1) for name in ("active", "confidence", "logits", "p_on"))
+        decisions.append(Decision(*parts, names=layer[0].names))
+    last, logits = outputs[-1], outputs[-1].logits
+    if logits is not None and logits.ndim == 3:
+        logits = torch.cat([output.logits for output in outputs if output.logits is not None], 1)
+    return ModelOutput(torch.cat([output.hidden for output in outputs], 1), last.pooled, logits, tuple(decisions), last.state)
+
+
+def scattered(example: Example) -> Tensor:
+    """A mask with padding anywhere: before, between and after the valid positions of each row."""
+    return example.active() if example.rate < 1 else example.inside()
+
+
+def _streams(model: SequenceModel) -> bool:
+    try:
+        model.init_state(1)
+    except StateError:
+        return False
+    return True
+
+
+def padding_changes_nothing(case: ModelCase, example: Example) -> None:
+    """Padding on any side, whatever stands there, changes no valid position; hidden is 0 at padding."""
+    model, (inputs, _) = case.make(), inputs_of(case.make(), example)
+    valid = scattered(example)
+    counts = valid.sum(1)
+    order = torch.argsort(~valid, dim=1, stable=True)
+    right = inputs.gather(1, order.reshape(*order.shape, *[1] * (inputs.ndim - 2)).expand_as(inputs))
+    packed = torch.arange(inputs.shape[1]) < counts[:, None]
+    wanted = model(right, packed)
+    for garbage in (inputs, model.encoder.random_inputs(*inputs.shape[:2])):
+        mask = valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2))
+        found = model(inputs.where(mask, garbage), valid)
+        require_same(found, wanted, (valid, packed), "padding anywhere against padding on the right")
+        require(not bool(found.hidden[~valid].any()), "hidden is not 0 at padding")
+
+
+def rows_are_independent(case: ModelCase, example: Example) -> None:
+    """The first row alone and in a batch agree, whatever the others hold."""
+    model = case.make()
+    inputs, valid = inputs_of(model, example)
+    alone = model(inputs[:1], valid[:1])
+    others = model.encoder.random_inputs(*inputs.shape[:2])
+    for batch in (inputs, torch.cat([inputs[:1], others[1:]])):
+        output = model(batch, valid)
+        found = ModelOutput(
+            output.hidden[:1],
+            output.pooled[:1],
+            None if output.logits is None else output.logits[:1],
+            tuple(Decision(d.active[:1], d.confidence[:1], d.logits[:1], d.p_on[:1], d.names) for d in output.decisions),
+        )
+        require_same(found, alone, (valid[:1], valid[:1]), "the first row in a batch against the row alone")
+
+
+def rows_may_be_empty(case: ModelCase, example: Example) -> None:
+    """A row without a valid position, and a batch without positions, give finite results; the mean of nothing is 0."""
+    model = case.make()
+    inputs, valid = inputs_of(model, example)
+    for batch, mask in ((inputs, valid & False), (inputs[:, :0], valid[:, :0])):
+        output = model(batch, mask)
+        require(not bool(output.pooled.any()), "pooled is not 0 for rows without a valid position")
+        require(all(bool(tensor.isfinite().all()) for tensor in meaningful(output, mask).values()), "results are not finite")
+
+
+def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
+    """Gradients are there and finite in training mode, for whatever was active."""
+    model = case.make().train()
+    inputs, valid = inputs_of(model, example)
+    output = model(inputs, valid)
+    (output.pooled if output.logits is None else output.logits).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("head.", "final_norm.")) or output.logits is not None:
+            require(parameter.grad is not None, f"the gradient of {name!r} is None")
+        require(parameter.grad is None or bool(parameter.grad.isfinite().all()), f"the gradient of {name!r} is not finite")
+
+
+def never_looks_ahead(case: ModelCase, example: Example) -> None:
+    """In a model that can stream, earlier results and decisions do not move when later inputs do."""
+    model = case.make()
+    if not _streams(model):
+        return
+    inputs, valid = inputs_of(model, example)
+    cut = example.length // 2
+    changed = torch.cat([inputs[:, :cut], model.encoder.random_inputs(*inputs.shape[:2])[:, cut:]], 1)
+    strangers = [changed]
+    if inputs.is_floating_point():
+        strangers += [torch.cat([inputs[:, :cut], inputs[:, cut:] * size], 1) for size in (1e4, torch.nan)]
+    earlier = valid & (torch.arange(example.length) < cut)
+    wanted = model(inputs, valid)
+    for batch in strangers:
+        found = model(batch, valid)
+        for one, other in zip(found.decisions, wanted.decisions, strict=True):
+            _require_same_decisions(one, other, (earlier, earlier), "decisions before a change")
+        require_near(found.hidden[earlier], wanted.hidden[earlier], "hidden states before a change")
+
+
+def chunks_equal_the_whole(case: ModelCase, example: Example) -> None:
+    """Whole rows, chunks of any size with padding anywhere, and single steps give the same results and decisions."""
+    model = case.make()
+    if not _streams(model):
+        return
+    inputs, _ = inputs_of(model, example)
+    valid = scattered(example)
+    with torch.no_grad():
+        wanted = model(inputs, valid)
+        for name, chunks in {"chunks": example.chunks(), "single steps": example.steps()}.items():
+            require_same(stream(model, inputs, valid, chunks), wanted, (valid, valid), f"{name} against the whole")
+
+
+def chunks_equal_the_whole_in_float32(case: ModelCase, example: Example) -> None:
+    """The same in float32, to 1e-5 of the largest result, where rounding does not change a decision."""
+    model = case.make(torch.float32)
+    if not _streams(model):
+        return
+    inputs, valid = inputs_of(model, example)
+    with torch.no_grad():
+        wanted, found = model(inputs, valid), stream(model, inputs, valid, example.chunks())
+    for one, other in zip(found.decisions, wanted.decisions, strict=True):
+        hypothesis.assume(bool(((other.p_on[valid] - 0.5).abs() > 1e-3).all()))
+        require(torch.equal(one.active[valid], other.active[valid]), "chunks against the whole: decisions differ")
+    require_same(found, wanted, (valid, valid), "chunks against the whole", 1e-5)
+
+
+def states_can_be_moved(case: ModelCase, example: Example) -> None:
+    """A state is left as it was, and can be permuted, reset, saved and loaded."""
+    model = case.make()
+    if not _streams(model):
+        return
+    (inputs, valid), rows = inputs_of(model, example), len(example.lengths)
+    with torch.no_grad():
+        state = stream(model, inputs, valid, example.chunks()).state
+        if state is None:
+            raise AssertionError("the model returned no state")
+        kept = copy.deepcopy(named_tensors(state))
+        wanted = stream(model, inputs, valid, example.chunks(), state).hidden
+        changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
+        require(not changed, f"forward changed the state it was given: {changed}")
+        order = torch.randperm(rows)
+        found = stream(model, inputs[order], valid[order], example.chunks(), state.reorder(order)).hidden
+        require_near(found, wanted[order], "rows that were permuted with their state")
+        reset = torch.arange(rows) % 2 == 0
+        found = stream(model, inputs, valid, example.chunks(), state.reset(reset)).hidden
+        fresh = stream(model, inputs, valid, example.chunks()).hidden
+        require_near(found, fresh.where(reset[:, None, None], wanted), "rows of which some were reset")
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(state, Path(folder) / "state.safetensors")
+            loaded = load_state(Path(folder) / "state.safetensors", model.init_state(1))
+        found = stream(model, inputs, valid, example.chunks(), loaded).hidden
+        require(torch.equal(found, wanted), "a stream that was saved and loaded")
+
+
+def survives_saving(case: ModelCase, example: Example) -> None:
+    """The saved and loaded model gives the same, and the spec predicts its parameters and survives dump and load."""
+    model = case.make(torch.float32)
+    inputs, valid = inputs_of(model, example)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load(save(model, folder))
+    weights = model.state_dict()
+    changed = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, weights[name])]
+    require(not changed, f"the saved and loaded model differs in {changed}")
+    # Loaded weights lie elsewhere in memory, and products may sum in another order there.
+    require_near(loaded(inputs, valid).pooled, model(inputs, valid).pooled, "the saved and loaded model against the model", 1e-5)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    require(counted == case.spec.num_parameters(), f"num_parameters predicts {case.spec.num_parameters()}, and the model has {counted}")
+    require(load_spec(dump_spec(case.spec)) == case.spec, "the spec changed on the way through dump and load")
+
+
+MODEL_LAWS: tuple[Callable[[ModelCase, Example], None], ...] = (
+    padding_changes_nothing,
+    rows_are_independent,
+    rows_may_be_empty,
+    every_parameter_gets_a_gradient,
+    never_looks_ahead,
+    chunks_equal_the_whole,
+    chunks_equal_the_whole_in_float32,
+    states_can_be_moved,
+    survives_saving,
+)

@@ -1,0 +1,313 @@
+"""The laws of a sub-module, each tried on one random example at a time."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sma.checkpoint import load_state, save_state
+from sma.errors import StateError
+from sma.pytree import named_tensors
+from sma.spec import dump_spec, load_spec
+from sma.submodule import State, SubModule, SubModuleSpec
+from sma.testing.examples import Example, lay, place, require, require_near, spread_parameters
+
+
+@dataclass(frozen=True)
+class SubModuleCase:
+    """What is checked: a spec, or a function from the width to a module."""
+
+    spec: SubModuleSpec | Callable[[int], SubModule]
+    width: int
+
+    def make(self, dtype: torch.dtype = torch.float64) -> SubModule:
+        """A new module with spread parameters, always the same ones."""
+        build = self.spec.build if isinstance(self.spec, SubModuleSpec) else self.spec
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = build(self.width).to(torch.float64)
+            spread_parameters(module)
+        return module.to(dtype).eval()
+
+    def tokens(self, example: Example, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A random batch `(B, L, D)`."""
+        return torch.randn(len(example.lengths), example.length, self.width, dtype=torch.float64).to(dtype)
+
+
+def run(module: SubModule, x: Tensor, active: Tensor, example: Example, garbage: float = 0.0) -> Tensor:
+    """Results of the active tokens at their places, `(B, L, D)`."""
+    tokens = lay(x, active, example.layout, garbage=garbage)
+    return place(module(tokens)[0], tokens, x.shape)
+
+
+def stream(
+    module: SubModule, x: Tensor, active: Tensor, example: Example, chunks: Iterable[slice], state: State | None = None
+) -> tuple[Tensor, State]:
+    """The same, chunk by chunk, and the last state."""
+    state = module.init_state(x.shape[0], dtype=x.dtype) if state is None else state
+    positions = torch.arange(x.shape[1]).expand_as(active)
+    results = []
+    for chunk in chunks:
+        tokens = lay(x[:, chunk], active[:, chunk], example.layout, positions[:, chunk], garbage=1e3)
+        values, after = module(tokens, state)
+        if not isinstance(after, State):
+            raise AssertionError(f"forward was given a state and returned {type(after).__name__} instead of a new one")
+        results.append(place(values, tokens, x[:, chunk].shape))
+        state = after
+    return torch.cat(results, 1), state
+
+
+def returns_one_result_per_token(case: SubModuleCase, example: Example) -> None:
+    """`(T, D)` in the dtype of the tokens, finite, and no state unless one was given."""
+    for dtype in (torch.float64, torch.float32):
+        tokens = lay(case.tokens(example, dtype), example.active(), example.layout)
+        values, state = case.make(dtype)(tokens)
+        require(values.shape == tokens.values.shape, f"results of shape {tuple(values.shape)} for tokens {tuple(tokens.values.shape)}")
+        require(values.dtype is dtype, f"results in {values.dtype} for tokens in {dtype}")
+        require(bool(values.isfinite().all()), "a result of finite tokens is not finite")
+        require(state is None, f"no state was given, and {type(state).__name__} was returned")
+
+
+def changes_nothing_and_repeats(case: SubModuleCase, example: Example) -> None:
+    """Forward leaves parameters, buffers and tokens alone, and gives the same again."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    before, given = copy.deepcopy(module.state_dict()), x.clone()
+    first, again = run(module, x, active, example), run(module, x, active, example)
+    require(torch.equal(x, given), "forward changed the tokens it was given")
+    changed = [name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])]
+    require(not changed, f"forward changed {changed}")
+    require(torch.equal(first, again), "the same tokens gave two different results")
+
+
+def layouts_agree(case: SubModuleCase, example: Example) -> None:
+    """Packed and rectangular tokens give the same results and gradients, and what stands in holes changes nothing."""
+    x, active, weight = case.tokens(example), example.active(), case.tokens(example)
+    found = []
+    for layout in ("packed", example.layout):
+        module, leaf = case.make(), x.clone().requires_grad_()
+        tokens = lay(leaf, active, layout, garbage=1e3)  # type: ignore[arg-type]
+        (place(module(tokens)[0], tokens, x.shape) * weight).sum().backward()
+        out = place(module(tokens)[0], tokens, x.shape).detach()
+        found.append((out, leaf.grad, [parameter.grad for parameter in module.parameters()]))
+    (one, one_x, one_all), (other, other_x, other_all) = found
+    require_near(other, one, f"results of {example.layout} tokens against packed ones")
+    for a, b in zip([other_x, *other_all], [one_x, *one_all], strict=True):
+        if a is not None and b is not None:
+            require_near(a, b, f"gradients of {example.layout} tokens against packed ones", 1e-8)
+
+
+def rows_are_independent(case: SubModuleCase, example: Example) -> None:
+    """A row alone and the row in a batch agree, whatever the other rows hold, NaN included."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    wanted = run(module, x[:1], active[:1], example)
+    for stranger in (1.0, 1e4, torch.nan):
+        if len(example.lengths) > 1:
+            x = torch.cat([x[:1], x[1:] * stranger])
+        require_near(run(module, x, active, example)[:1], wanted, f"a row beside rows times {stranger} against the row alone")
+
+
+def takes_no_tokens(case: SubModuleCase, example: Example) -> None:
+    """No token at all gives no result, and zero gradients for every parameter and for the tokens, never None."""
+    module, rows = case.make(), len(example.lengths)
+    for length in (0, 3):
+        x = torch.randn(rows, length, case.width, dtype=torch.float64, requires_grad=True)
+        tokens = lay(x, torch.zeros(rows, length, dtype=torch.bool), example.layout)
+        place(module(tokens)[0], tokens, x.shape).sum().backward()
+        _require_gradients(module, zero=True)
+
+
+def every_parameter_gets_a_gradient(case: SubModuleCase, example: Example) -> None:
+    """Gradients are there and finite."""
+    module, x = case.make(), case.tokens(example).requires_grad_()
+    run(module, x, example.active(), example).square().sum().backward()
+    require(x.grad is not None and bool(x.grad.isfinite().all()), "the gradient of the tokens is missing or not finite")
+    _require_gradients(module, zero=False)
+
+
+def _require_gradients(module: SubModule, zero: bool) -> None:
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            raise AssertionError(f"the gradient of {name!r} is None; another rank of a distributed training would wait for it")
+        require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
+        require(not (zero and bool(gradient.any())), f"without tokens the gradient of {name!r} is not 0")
+
+
+def gradients_are_right(case: SubModuleCase, example: Example) -> None:
+    """Backward agrees with differences of forward, in random directions."""
+    module, x = case.make(), case.tokens(example)[:2, :9].clone()
+    active = torch.ones(x.shape[:2], dtype=torch.bool)
+    leaves = [x, *module.parameters()]
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+    weight = torch.randn_like(x)
+
+    def value(step: float) -> Tensor:
+        moved = case.make()
+        with torch.no_grad():
+            for parameter, direction in zip(moved.parameters(), directions[1:], strict=True):
+                parameter.add_(direction, alpha=step)
+        return (run(moved, x + step * directions[0], active, example) * weight).sum()
+
+    leaf = x.clone().requires_grad_()
+    (run(module, leaf, active, example) * weight).sum().backward()
+    gradients = [leaf.grad, *(parameter.grad for parameter in module.parameters())]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True) if g is not None)
+    # Richardson's difference: its error is of fourth order.
+    near, far = (float((value(step) - value(-step)).detach()) / (2 * step) for step in (1e-5, 2e-5))
+    wanted = (4 * near - far) / 3
+    # A kink between the points would show in the two differences themselves.
+    limit = 1e-5 * max(1.0, abs(wanted)) + 10 * abs(near - far)
+    require(abs(slope - wanted) <= limit, f"backward gives a slope of {slope:.8g}, differences of forward {wanted:.8g}")
+
+
+def never_looks_ahead(case: SubModuleCase, example: Example) -> None:
+    """A causal sub-module's earlier results do not move when later tokens do, not even by 1e4 or to NaN."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    if not module.causal:
+        return
+    wanted, cut = run(module, x, active, example), example.length // 2
+    for stranger in (1.0, 1e4, torch.nan):
+        changed = x.clone()
+        changed[:, cut:] = torch.randn_like(changed[:, cut:]) * stranger
+        found = run(module, changed, active, example)
+        require_near(found[:, :cut], wanted[:, :cut], f"results before tokens that were changed to random numbers times {stranger}")
+
+
+def chunks_equal_the_whole(case: SubModuleCase, example: Example) -> None:
+    """Whole rows, chunks of any size and single steps give the same results."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    if not module.causal:
+        return
+    wanted = run(module, x, active, example)
+    for name, chunks in {"chunks": list(example.chunks()), "single steps": list(example.steps())}.items():
+        for gradients in (True, False):  # without gradients a part may take another path
+            with torch.set_grad_enabled(gradients):
+                require_near(stream(module, x, active, example, chunks)[0], wanted, f"{name} against the whole")
+
+
+def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
+    """A state carries gradients: training on chunks without detaching is training on the whole."""
+    x, active, weight = case.tokens(example), example.active(), case.tokens(example)
+    whole, parts = case.make(), case.make()
+    if not whole.causal:
+        return
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (run(whole, one, active, example) * weight).sum().backward()
+    (stream(parts, other, active, example, example.chunks())[0] * weight).sum().backward()
+    if one.grad is not None and other.grad is not None:
+        require_near(other.grad, one.grad, "the tokens' gradient through a state", 1e-8)
+    for (name, a), b in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        if a.grad is None or b.grad is None:
+            raise AssertionError(f"the gradient of {name!r} is None")
+        require_near(a.grad, b.grad, f"the gradient of {name!r} through a state", 1e-8)
+
+
+def states_are_values(case: SubModuleCase, example: Example) -> None:
+    """Forward leaves the old state as it was, so a stream can be continued from it twice."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    if not module.causal:
+        return
+    _, state = stream(module, x, active, example, example.chunks())
+    kept = {name: tensor.clone() for name, tensor in named_tensors(state).items()}
+    first = stream(module, x, active, example, example.chunks(), state)[0]
+    changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
+    require(not changed, f"forward changed the state it was given: {changed}")
+    require(torch.equal(stream(module, x, active, example, example.chunks(), state)[0], first), "one state was continued to two results")
+
+
+def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) -> None:
+    """A chunk in which a row has no token leaves that row's state alone, to the last bit."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    if not module.causal:
+        return
+    _, state = stream(module, x, active, example, example.chunks())
+    idle = torch.arange(x.shape[0]) % 2 == 0
+    _, after = stream(module, x, active & ~idle[:, None], example, example.chunks(), state)
+    for (name, found), wanted in zip(named_tensors(after).items(), named_tensors(state).values(), strict=True):
+        same = found.shape[2:] == wanted.shape[2:] and torch.equal(_head(found, wanted)[idle], wanted[idle])
+        require(same, f"{name} of a row without tokens changed")
+
+
+def _head(found: Tensor, wanted: Tensor) -> Tensor:
+    """The places that a growing state had before."""
+    return found if found.ndim < 2 else found[:, : wanted.shape[1]]
+
+
+def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
+    """A state can be permuted, reset, saved and loaded, and its rows then go on where they stood."""
+    module, x, active = case.make(), case.tokens(example), example.active()
+    if not module.causal:
+        return
+    chunks, rows = list(example.chunks()), x.shape[0]
+    _, state = stream(module, x, active, example, chunks)
+    wanted = stream(module, x, active, example, chunks, state)[0]
+    order = torch.randperm(rows)
+    found = stream(module, x[order], active[order], example, chunks, state.reorder(order))[0]
+    require_near(found, wanted[order], "rows that were permuted with their state")
+    reset = torch.arange(rows) % 2 == 0
+    found = stream(module, x, active, example, chunks, state.reset(reset))[0]
+    fresh = stream(module, x, active, example, chunks)[0]
+    require_near(found, fresh.where(reset[:, None, None], wanted), "rows of which some were reset")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        save_state(state, path)
+        loaded = load_state(path, module.init_state(1, dtype=x.dtype))
+    require(torch.equal(stream(module, x, active, example, chunks, loaded)[0], wanted), "a stream that was saved and loaded")
+
+
+def refuses_a_state_unless_causal(case: SubModuleCase, example: Example) -> None:
+    """A sub-module that looks ahead says so instead of making a state."""
+    module = case.make()
+    if module.causal:
+        return
+    try:
+        module.init_state(2)
+    except StateError:
+        return
+    raise AssertionError("causal is False, but init_state made a state instead of raising StateError")
+
+
+def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
+    """float32 is near float64, and bfloat16 is kept and finite."""
+    x, active = case.tokens(example), example.active()
+    wanted = run(case.make(), x.float().double(), active, example)
+    found = run(case.make(torch.float32), x.float(), active, example)
+    require_near(found.double(), wanted, "float32 against float64", 1e-3)
+    rough = run(case.make(torch.bfloat16), x.bfloat16(), active, example)
+    require(rough.dtype is torch.bfloat16 and bool(rough.isfinite().all()), "bfloat16 tokens gave another dtype or numbers not finite")
+
+
+def spec_predicts_and_survives(case: SubModuleCase, example: Example) -> None:
+    """The spec predicts the number of parameters, counts operations, and survives dump and load."""
+    if not isinstance(case.spec, SubModuleSpec):
+        return
+    counted = sum(parameter.numel() for parameter in case.make().parameters())
+    predicted = case.spec.num_parameters(case.width)
+    require(counted == predicted, f"num_parameters predicts {predicted}, and the module has {counted}")
+    require(case.spec.operations(case.width, 0).total == 0, "operations of no token are not 0")
+    require(case.spec.operations(case.width, example.length).total >= 0, "operations are negative")
+    require(load_spec(dump_spec(case.spec), family="sub-module") == case.spec, "the spec changed on the way through dump and load")
+
+
+SUBMODULE_LAWS: tuple[Callable[[SubModuleCase, Example], None], ...] = (
+    returns_one_result_per_token,
+    changes_nothing_and_repeats,
+    layouts_agree,
+    rows_are_independent,
+    takes_no_tokens,
+    every_parameter_gets_a_gradient,
+    gradients_are_right,
+    never_looks_ahead,
+    chunks_equal_the_whole,
+    gradients_cross_chunks,
+    states_are_values,
+    rows_without_tokens_keep_their_state,
+    states_can_be_moved,
+    refuses_a_state_unless_causal,
+    works_in_every_dtype,
+    spec_predicts_and_survives,
+)

@@ -1,0 +1,221 @@
+"""Byte corpora: splits, hashes, enwik8 in a file and in a zip, and what is said about files that will not do."""
+
+import hashlib
+import os
+import platform
+import random
+import sys
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sma.errors import DataError, SpecError
+from sma.recipes.data import text
+from sma.recipes.data.text import PYTHON_TEXT, TextSettings, load_text, python_text
+
+SMALL = 2_000
+WIKI = random.Random(0).randbytes(SMALL)
+
+
+@pytest.fixture
+def small_enwik8(monkeypatch):
+    """An enwik8 of 2,000 bytes: its size is the only thing that the code knows of it."""
+    monkeypatch.setattr(text, "ENWIK8_BYTES", SMALL)
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return TextSettings(file=str(path))
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return TextSettings(file=str(path))
+
+
+def joined(corpus):
+    return bytes(torch.cat((corpus.train, corpus.validation, corpus.test)).tolist())
+
+
+def sizes(corpus):
+    return [len(corpus.train), len(corpus.validation), len(corpus.test)]
+
+
+@given(
+    content=st.binary(min_size=40, max_size=400),
+    held_out=st.one_of(st.none(), st.floats(0.1, 0.4)),
+    validation=st.floats(0.05, 0.4),
+)
+def test_splits_are_the_text_in_order(tmp_path, content, held_out, validation):
+    settings = write(tmp_path / "text", content).replace(held_out=held_out, validation=validation)
+    corpus = load_text(settings)
+    assert joined(corpus) == content
+    assert sizes(corpus)[1:] == [round(validation * len(content)), round((held_out or 0.1) * len(content))]
+    assert corpus.before_test.tolist() == list(content[: -len(corpus.test)])
+    assert {part.dtype for part in corpus[:3]} == {torch.uint8}
+
+
+@given(content=st.binary(min_size=40, max_size=80), other=st.binary(min_size=40, max_size=80))
+def test_same_bytes_have_the_same_hash_and_others_another(tmp_path, content, other):
+    hashes = [load_text(write(tmp_path / name, data)).sha256 for name, data in [("one", content), ("two", content), ("three", other)]]
+    assert hashes[0] == hashes[1] == hashlib.sha256(content).hexdigest()
+    assert (hashes[2] == hashes[0]) == (other == content)
+
+
+def test_text_that_comes_with_python():
+    corpus = load_text()
+    content = joined(corpus)
+    assert content == python_text()
+    assert corpus.name == f"pydoc_data.topics of Python {platform.python_version()}"
+    assert corpus.sha256 == hashlib.sha256(content).hexdigest()
+    assert len(content) > 300_000
+    shares = [size / len(content) for size in sizes(corpus)]
+    assert shares == pytest.approx([0.85, 0.05, 0.1], abs=1e-5)
+    assert "import" in content.decode()
+
+
+def test_text_that_comes_with_python_does_not_depend_on_the_order_of_its_pages(monkeypatch):
+    from pydoc_data.topics import topics
+
+    expected = python_text()
+    monkeypatch.setattr("pydoc_data.topics.topics", dict(reversed(topics.items())))
+    assert python_text() == expected
+
+
+@pytest.mark.skipif(platform.python_version() != "3.11.7", reason="the hash is that of Python 3.11.7")
+def test_bytes_of_the_text_of_a_python_never_change():
+    settings = PYTHON_TEXT.replace(sha256="2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4")
+    assert sizes(load_text(settings)) == [396_265, 23_310, 46_620]
+
+
+def test_python_without_help_pages_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(
+        DataError, match=r"came without pydoc_data.topics, its help pages; install the whole standard library, or give a text"
+    ):
+        load_text()
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_zip_equals_file(tmp_path):
+    file = load_text(write(tmp_path / "enwik8", WIKI))
+    zipped = load_text(write_zip(tmp_path / "download.ZIP", {"readme": b"hello", "enwik8": WIKI}))
+    assert joined(zipped) == joined(file) == WIKI
+    assert sizes(zipped) == sizes(file) == [1_800, 100, 100]
+    assert (zipped.sha256, zipped.name) == (file.sha256, file.name) == (hashlib.sha256(WIKI).hexdigest(), "enwik8")
+    assert sorted(os.listdir(tmp_path)) == ["download.ZIP", "enwik8"]
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_enwik8_is_cut_otherwise_where_it_is_asked_for(tmp_path):
+    settings = write(tmp_path / "enwik8", WIKI).replace(held_out=0.1, validation=0.2)
+    assert sizes(load_text(settings)) == [1_400, 400, 200]
+
+
+def test_whole_enwik8_has_the_splits_of_the_literature(tmp_path):
+    corpus = load_text(write_zip(tmp_path / "enwik8.zip", {"enwik8": bytes(100_000_000)}))
+    assert sizes(corpus) == [90_000_000, 5_000_000, 5_000_000]
+
+
+def test_path_may_be_relative_or_start_at_home(tmp_path, monkeypatch):
+    write(tmp_path / "mine.txt", WIKI)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for file in ["mine.txt", "~/mine.txt"]:
+        corpus = load_text(TextSettings(file=file))
+        assert (corpus.name, joined(corpus)) == ("mine.txt", WIKI)
+
+
+def test_hash_that_is_asked_for_is_checked(tmp_path):
+    settings = write(tmp_path / "mine.txt", WIKI)
+    found, other = hashlib.sha256(WIKI).hexdigest(), "0" * 64
+    assert load_text(settings.replace(sha256=found)).sha256 == found
+    with pytest.raises(DataError, match=f"mine.txt has the SHA-256 {found}, and {other} is required: the file was changed or is another"):
+        load_text(settings.replace(sha256=other))
+    with pytest.raises(DataError, match=f"and {other} is required: another version of Python comes with another text; sha256=null takes"):
+        load_text(TextSettings(sha256=other))
+
+
+@pytest.mark.parametrize("content", [pytest.param(b"", id="empty"), pytest.param(b"short", id="short")])
+def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
+    with pytest.raises(
+        DataError, match=f"mine.txt has {len(content)} bytes, which gives .* to test on; at least 2 each are required: take a"
+    ):
+        load_text(write(tmp_path / "mine.txt", content))
+
+
+def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"no file 'enwik8' \(looked for .*enwik8\); give a text file, enwik8 or enwik8.zip .*; leave file out"
+    ):
+        load_text(TextSettings(file="enwik8"))
+    with pytest.raises(DataError, match=r"no file 'enwik8.zip' \(looked for .*enwik8.zip\); give a text file, enwik8 or enwik8.zip"):
+        load_text(TextSettings(file="enwik8.zip"))
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.zip"])
+def test_folder_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: .*; give a text file, enwik8 or enwik8.zip"):
+        load_text(TextSettings(file=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["enwik8", "enwik8.txt", "enwik8.zip"])
+def test_part_of_enwik8_is_refused(tmp_path, name):
+    settings = write_zip(tmp_path / name, {"enwik8": WIKI}) if name.endswith("zip") else write(tmp_path / name, WIKI)
+    with pytest.raises(
+        DataError, match=rf"enwik8 in .*{name} has 2,000 bytes; it must have exactly 100,000,000: download it again, or give"
+    ):
+        load_text(settings)
+
+
+@pytest.mark.parametrize(
+    ("members", "held"),
+    [pytest.param({}, "nothing", id="empty"), pytest.param({"enwik9": b"", "readme.txt": b""}, "enwik9, readme.txt", id="others")],
+)
+def test_zip_without_enwik8_is_refused(tmp_path, members, held):
+    with pytest.raises(DataError, match=rf"mine.zip holds no 'enwik8' but {held}; give a text file, enwik8 or enwik8.zip"):
+        load_text(write_zip(tmp_path / "mine.zip", members))
+
+
+def test_file_that_is_no_zip_is_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"cannot read enwik8 from .*mine.zip: File is not a zip file; the zip is damaged or of another sort"
+    ):
+        load_text(write(tmp_path / "mine.zip", WIKI))
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_damaged_zip_is_refused(tmp_path):
+    settings = write_zip(tmp_path / "enwik8.zip", {"enwik8": WIKI})
+    damaged = bytearray((tmp_path / "enwik8.zip").read_bytes())
+    damaged[SMALL // 2] ^= 0xFF
+    (tmp_path / "enwik8.zip").write_bytes(damaged)
+    with pytest.raises(
+        DataError, match=r"cannot read enwik8 from .*enwik8.zip: .*; the zip is damaged or of another sort: download it again"
+    ):
+        load_text(settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        pytest.param({"held_out": 0.0}, "held_out=0.0 must be greater than 0.0; held_out: share of the bytes", id="nothing-held-out"),
+        pytest.param({"validation": 1.0}, "validation=1.0 must be less than 1.0; validation: share of the bytes", id="all-validation"),
+        pytest.param(
+            {"held_out": 0.5, "validation": 0.5}, "held_out=0.5 and validation=0.5 leave nothing to train on; their sum", id="no-training"
+        ),
+        pytest.param({"sha256": "abc"}, "sha256='abc': .*; sha256: SHA-256 that the bytes must have, 64 lower-case", id="no-hash"),
+        pytest.param({"file": ""}, "file='': .*; file: a local text file, enwik8 or enwik8.zip", id="no-name"),
+    ],
+)
+def test_impossible_settings_are_refused(fields, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        TextSettings(**fields)
