@@ -23,7 +23,7 @@ class Cache(State):
         grows: keep every token instead, so S and the cost of a step grow with the stream.
     """
 
-    entries: tuple[Shaped[Tensor, "B S *E"], ...]
+    entries: tuple[Shaped[Tensor, "B S ..."], ...]
     seen: Int[Tensor, "B"]
     grows: bool = field(default=False, metadata={"static": True})
 
@@ -43,7 +43,7 @@ class Cache(State):
         newest = self.seen[:, None] - 1
         return newest - (newest - torch.arange(self.size, device=newest.device)) % max(self.size, 1)
 
-    def append(self, tokens: Ragged, *values: Shaped[Tensor, "T *E"]) -> Self:
+    def append(self, tokens: Ragged, *values: Shaped[Tensor, "T ..."]) -> Self:
         """Put tokens behind those of their rows; the oldest make room.
 
         Args:

@@ -76,12 +76,14 @@ def stream(model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable
         outputs.append(output)
     decisions = []
     for layer in zip(*(output.decisions for output in outputs), strict=True):
-        parts = (torch.cat([getattr(one, name) for one in layer], 1) for name in ("active", "confidence", "logits", "p_on"))
-        decisions.append(Decision(*parts, names=layer[0].names))
-    last, logits = outputs[-1], outputs[-1].logits
-    if logits is not None and logits.ndim == 3:
-        logits = torch.cat([output.logits for output in outputs if output.logits is not None], 1)
-    return ModelOutput(torch.cat([output.hidden for output in outputs], 1), last.pooled, logits, tuple(decisions), last.state)
+        active, confidence, logits, p_on = (
+            torch.cat([getattr(one, name) for one in layer], 1) for name in ("active", "confidence", "logits", "p_on")
+        )
+        decisions.append(Decision(active, confidence, logits, p_on, layer[0].names))
+    last, scores = outputs[-1], outputs[-1].logits
+    if scores is not None and scores.ndim == 3:
+        scores = torch.cat([output.logits for output in outputs if output.logits is not None], 1)
+    return ModelOutput(torch.cat([output.hidden for output in outputs], 1), last.pooled, scores, tuple(decisions), last.state)
 
 
 def scattered(example: Example) -> Tensor:

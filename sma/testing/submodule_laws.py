@@ -89,7 +89,7 @@ def layouts_agree(case: SubModuleCase, example: Example) -> None:
     found = []
     for layout in ("packed", example.layout):
         module, leaf = case.make(), x.clone().requires_grad_()
-        tokens = lay(leaf, active, layout, garbage=1e3)  # type: ignore[arg-type]
+        tokens = lay(leaf, active, layout, garbage=1e3)
         (place(module(tokens)[0], tokens, x.shape) * weight).sum().backward()
         out = place(module(tokens)[0], tokens, x.shape).detach()
         found.append((out, leaf.grad, [parameter.grad for parameter in module.parameters()]))

@@ -1,0 +1,142 @@
+"""Text generation at constant cost per token."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.errors import InputError
+from sma.model import LanguageModel, ModelState
+
+# Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt is.
+CHUNK = 4096
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Int[Tensor, "B L"],
+    *,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    valid: Bool[Tensor, "B L"] | None = None,
+) -> Iterator[Int[Tensor, "R"]]:
+    """Continue prompts, one token at a time, each as soon as it is drawn.
+
+    The prompt is read once, in chunks; from then on every token costs the same, however long the text has become, in a model whose
+    sub-modules look back over a window. The model should be in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        prompt: token ids, at least one valid one per row.
+        tokens: how many to draw per row.
+        temperature: scores are divided by it; below 1 is more cautious, 0 takes the most probable token.
+        top_k: draw from the k most probable tokens only.
+        top_p: draw from the most probable tokens whose probabilities add up to p, in (0, 1].
+        seed: of the draws; the same seed gives the same text on the same machine.
+        samples: continuations per prompt; the prompt is read once for all of them.
+        valid: False at padding of the prompt, on whichever side.
+
+    Yields:
+        the next token of each of R = B x samples rows; the samples of a prompt are neighbours.
+
+    Raises:
+        InputError: a setting out of its range, or a row without a valid token.
+    """
+    _check(prompt, valid, tokens, temperature, top_k, top_p, samples)
+    # A generator function would raise only when the first token is asked for.
+    return _generate(model, prompt, valid, tokens, samples, torch.Generator(prompt.device).manual_seed(seed), temperature, top_k, top_p)
+
+
+@torch.no_grad()
+def _generate(
+    model: LanguageModel,
+    prompt: Tensor,
+    valid: Tensor | None,
+    tokens: int,
+    samples: int,
+    generator: torch.Generator,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Iterator[Tensor]:
+    logits, state = read(model, prompt, valid)
+    rows = torch.arange(prompt.shape[0], device=prompt.device).repeat_interleave(samples)
+    logits, state = logits.index_select(0, rows), state.select(rows)
+    for place in range(tokens):
+        token = draw(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
+        yield token
+        if place + 1 < tokens:
+            output = model(token[:, None], state=state)
+            logits, state = output.logits[:, 0], output.state
+
+
+def read(model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None = None) -> tuple[Tensor, ModelState]:
+    """Read prompts in chunks.
+
+    Returns:
+        the scores `(B, V)` of the token after each row's last valid one, and where the streams stand.
+    """
+    state = model.init_state(prompt.shape[0])
+    logits = None
+    for start in range(0, prompt.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        mask = None if valid is None else valid[:, part]
+        output = model(prompt[:, part], mask, state)
+        state = output.state
+        if mask is None:
+            logits = output.logits[:, -1]
+            continue
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = places.where(mask, -1).amax(1)
+        found = output.logits[torch.arange(mask.shape[0], device=mask.device), last.clamp(min=0)]
+        logits = found if logits is None else found.where((last >= 0)[:, None], logits)
+    if logits is None:
+        raise InputError("the prompt is empty; give at least one token per row")
+    return logits, state
+
+
+def draw(
+    logits: Float[Tensor, "R V"],
+    generator: torch.Generator | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Int[Tensor, "R"]:
+    """Draw one token per row from softmax(logits / temperature), cut to the `top_k` or `top_p` most probable; see `generate`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores = logits.double() / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        kept = scores.topk(top_k, dim=-1).indices
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
+    probability = scores.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ranked, order = probability.sort(dim=-1, descending=True)
+        # A token stays while the more probable ones before it have not reached p: the first always does.
+        ranked = ranked.where(ranked.cumsum(-1) - ranked < top_p, 0)
+        probability = torch.zeros_like(probability).scatter(-1, order, ranked)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def _check(
+    prompt: Tensor, valid: Tensor | None, tokens: int, temperature: float, top_k: int | None, top_p: float | None, samples: int
+) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise InputError(f"the prompt has shape {tuple(prompt.shape)}; required is (B, L) with at least one token per row")
+    if valid is not None and not bool(valid.any(1).all()):
+        row = int((~valid.any(1)).nonzero()[0])
+        raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
+    if tokens < 0 or samples < 1:
+        raise InputError(f"tokens={tokens} must be at least 0 and samples={samples} at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature={temperature} must be a finite number of at least 0")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k={top_k} must be at least 1; leave it out to draw from all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p} must be above 0 and at most 1")
