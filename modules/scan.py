@@ -66,6 +66,10 @@ def causal_scan_with_state(
     x_BLD: Float[Tensor, "B L D"], lengths_B: Int[Tensor, "B"], recurrence: Recurrence, initial_BDN: Float[Tensor, "B D N"] | None
 ) -> Scanned:
     """`causal_scan`, and the states after the first `lengths_B[b]` inputs of every row; the inputs after them are 0."""
+    if initial_BDN is None:
+        initial_BDN = x_BLD.new_zeros(x_BLD.shape[0], *recurrence.log_decay.shape)
+    if x_BLD.shape[1] == 0:
+        return Scanned(x_BLD, initial_BDN)
     scan = _scan(x_BLD, recurrence, initial_BDN)
     chunk, size = scan.inputs.shape[3], recurrence.log_decay.shape[1]
     whole, rest = lengths_B // chunk, lengths_B % chunk

@@ -63,7 +63,7 @@ class Blocks:
     positions: Int[Tensor, "S"]
     slots: Int[Tensor, "S"]
 
-    def fill(self, values: Float[Tensor, "T E"]) -> Float[Tensor, "S E"]:
+    def fill(self, values: Shaped[Tensor, "T E"]) -> Shaped[Tensor, "S E"]:
         """Lay values out in blocks, zeros elsewhere."""
         shape = self.shape
         padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, values.shape[1])

@@ -20,11 +20,13 @@ LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 class TrainingSpec(Spec):
     """How to train: Adam with decoupled weight decay on every parameter, linear warm-up, polynomial decay to 0."""
 
+    optimizer: Literal["adam", "radam"] = Field(default="adam", description="Adam, or rectified Adam")
     updates: int = Field(ge=1, description="optimiser steps of the whole training")
     batch_size: int = Field(ge=1, description="samples per update")
     learning_rate: float = Field(gt=0.0, description="at the end of the warm-up")
     weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled, times the learning rate")
-    warmup: int = Field(default=0, ge=0, description="updates from a learning rate of 1e-7 up to the full one")
+    warmup: int = Field(default=0, ge=0, description="updates until the full learning rate")
+    warmup_from: float = Field(default=1e-7, ge=0.0, description="learning rate of the first update of the warm-up")
     decay_power: float = Field(default=1.0, gt=0.0, description="the learning rate falls as (updates left)^power; 1 is linear")
     clip_norm: float | None = Field(default=1.0, gt=0.0, description="largest norm of the gradient; null does not clip")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay of Adam's two averages")
@@ -47,7 +49,7 @@ class TrainingSpec(Spec):
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""
-        floor = 1e-7
+        floor = self.warmup_from
         if step < self.warmup:
             return floor + (self.learning_rate - floor) * step / self.warmup
         left = max(0.0, (self.updates - step) / (self.updates - self.warmup))
@@ -66,11 +68,7 @@ class ExperimentSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        classes = getattr(self.model.head_spec, "classes", None)
-        if classes is None:
-            raise ValueError(f"the model kind {self.model.kind!r} has no head that scores classes; use kind 'sequence_classifier'")
-        if classes != self.task.classes:
-            raise ValueError(f"model.head.classes={classes} must be {self.task.classes}, the classes of the task {self.task.kind!r}")
+        self.task.check_model(self.model)
         return self
 
 

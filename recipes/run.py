@@ -1,4 +1,4 @@
-"""A run: train an experiment, evaluate the best checkpoint, and leave everything worth keeping in one folder."""
+"""A run: train an experiment and leave everything worth keeping in one folder."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,24 +21,14 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from sma.checkpoint import save, write_atomically
 from sma.errors import CheckpointError
-from sma.model import build
 from sma.recipes.callbacks import AtomicCheckpointIO, Bar, FinalEvaluation, RandomStates, RouterHealth
 from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec
-from sma.recipes.report import Report, measure
-from sma.recipes.tasks import TaskData
-from sma.recipes.training import Classifier, evaluation_loader, training_loader
+from sma.recipes.learner import Learner
 from sma.spec import dump_spec
-
-
-class Finished(NamedTuple):
-    """What a run leaves: the summary that stands in its folder, and what the report and the figures are made of."""
-
-    summary: dict[str, Any]
-    report: Report
-    classifier: Classifier
 
 
 class Stopwatch(Callback):
@@ -57,13 +47,40 @@ class Stopwatch(Callback):
         self.seconds += time.perf_counter() - self._since
 
 
-def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerator: str = "auto", progress: bool = True) -> Finished:
-    """Train, evaluate and write the run folder; a folder with a checkpoint of the same experiment goes on from there.
+class Fitted(NamedTuple):
+    """A learner with the weights of its best checkpoint, and what its training took.
+
+    Attributes:
+        trainer: for evaluating it.
+        best_update: after which the best checkpoint was written.
+        seconds: of the whole run so far.
+        tokens_per_second: in updates, without evaluation; None where no update was left to do.
+    """
+
+    trainer: Trainer
+    best_update: int
+    started: float
+    tokens_per_second: int | None
+
+
+def fit(
+    learner: Learner,
+    spec: ExperimentSpec,
+    out: Path,
+    training: Callable[[int], DataLoader[Any]],
+    validation: DataLoader[Any],
+    *,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> Fitted:
+    """Train a learner and load its best checkpoint; a folder with a checkpoint of the same experiment goes on from there.
 
     Args:
+        learner: what is trained.
         spec: the experiment.
         out: the run folder.
-        data: what `spec.task.prepare` returned.
+        training: makes the batches that are left after so many updates.
+        validation: batches of the validation split.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
 
@@ -72,63 +89,63 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
         CheckpointError: the folder cannot be written.
     """
     started = time.perf_counter()
-    _quiet()
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    lightning.seed_everything(spec.seed, verbose=False)
     checkpoint = out / LAST
     done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0
     _write(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
     _write(out / VERSIONS, json.dumps(versions(), indent=1))
-
-    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, spec.task.classes)
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
-    trainer = _trainer(spec, out, accelerator, [stopwatch, RouterHealth(kinds), *([Bar(spec.training.updates)] if progress else [])])
-    with _interruptible():
-        trainer.fit(
-            classifier,
-            training_loader(data, spec.training, spec.seed, done),
-            evaluation_loader(data.validation, data),
-            ckpt_path=str(checkpoint) if done else None,
-        )
+    bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
+    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars])
+    with interruptible():
+        trainer.fit(learner, training(done), validation, ckpt_path=str(checkpoint) if done else None)
     best = torch.load(out / BEST, map_location="cpu", weights_only=True)
-    classifier.load_state_dict(best["state_dict"])
-    with _interruptible():
-        measured = trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
-    save(classifier.model, out / "model")
-    report = measure(classifier.model, data.test, data)
+    learner.load_state_dict(best["state_dict"])
+    speed = round(learner.tokens_seen / stopwatch.seconds) if stopwatch.seconds else None
+    return Fitted(trainer, int(best["global_step"]), started, speed)
+
+
+def prepare(spec: ExperimentSpec) -> None:
+    """Set the seed, the threads and what Lightning says, before the model is built."""
+    _quiet()
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    lightning.seed_everything(spec.seed, verbose=False)
+
+
+def finish(spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, results: dict[str, Any]) -> dict[str, Any]:
+    """Save the model and write the summary: what was measured, and what it was measured with; returns the summary."""
+    save(learner.model, out / "model")
     summary = {
         "task": spec.task.kind,
-        "test_accuracy": measured["test_accuracy"],
-        "test_loss": measured["test_loss"],
-        "activation_rate": [
-            sum(measured[f"test_rate/layer{layer}/{name}"] for name in names) / len(names)
-            for layer, names in enumerate(classifier.module_names)
-        ],
-        "chance": 1 / spec.task.classes,
-        "majority": report.majority,
+        **results,
         "parameters": spec.model.num_parameters(),
         "updates": spec.training.updates,
-        "best_update": int(best["global_step"]),
-        "seconds": round(time.perf_counter() - started, 1),
-        "tokens_per_second": round(classifier.tokens_seen / stopwatch.seconds) if stopwatch.seconds else None,
+        "best_update": fitted.best_update,
+        "seconds": round(time.perf_counter() - fitted.started, 1),
+        "tokens_per_second": fitted.tokens_per_second,
         "seed": spec.seed,
         "commit": commit(),
-        "data": dict(data.hashes),
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
     _write(out / SUMMARY, json.dumps(summary, indent=1))
-    return Finished(summary, report, classifier)
+    return summary
 
 
-def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[Callback]) -> Trainer:
+def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[float]:
+    """The mean activation rate of every routed layer in the test."""
+    return [
+        sum(measured[f"test_rate/layer{layer}/{name}"] for name in names) / len(names) for layer, names in enumerate(learner.module_names)
+    ]
+
+
+def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback]) -> Trainer:
     training = spec.training
     # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
     best, last = (
-        ModelCheckpoint(out / "checkpoints", Path(name).stem, monitor=monitor, mode="max", enable_version_counter=False)
-        for name, monitor in ((BEST, "val_accuracy"), (LAST, None))
+        ModelCheckpoint(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
+        for name, monitor in ((BEST, learner.monitor), (LAST, None))
     )
     return Trainer(
         accelerator=accelerator,
@@ -151,7 +168,7 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, callbacks: list[
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`."""
     handler = signal.getsignal(signal.SIGINT)
     try:

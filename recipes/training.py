@@ -1,58 +1,26 @@
-"""Training and evaluation of a classifier by Lightning."""
+"""Classification: training, evaluation, and the whole run."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from sma.decision import Decision
 from sma.errors import DataError
-from sma.model import ModelOutput, SequenceModel
+from sma.model import ModelOutput, SequenceModel, build
 from sma.recipes.data.batch import Batch
-from sma.recipes.experiment import TrainingSpec
+from sma.recipes.experiment import ExperimentSpec, TrainingSpec
+from sma.recipes.learner import Learner, RateMetric
+from sma.recipes.report import Report, measure
+from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer
 from sma.recipes.sampling import UpdateSampler
-from sma.recipes.tasks import Samples, TaskData
-from sma.stats import RateCount, count_rates
+from sma.recipes.tasks import ClassificationTask, Samples, TaskData
 
 EVALUATION_BATCH = 200
-
-
-class RateMetric(Metric):
-    """Activation rate of every sub-module of every routed layer, over all batches and all ranks.
-
-    Args:
-        layers: the sub-modules of every routed layer.
-    """
-
-    active: Tensor
-    valid: Tensor
-
-    def __init__(self, layers: Sequence[tuple[str, ...]]) -> None:
-        super().__init__()
-        self.layers = tuple(layers)
-        names = {name for layer in layers for name in layer}
-        self.add_state("active", torch.zeros(len(self.layers), len(names), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
-        """Count one batch."""
-        count = count_rates(decisions, valid)
-        self.active += count.active
-        self.valid += count.valid.to(self.valid.device)
-
-    def compute(self) -> Tensor:
-        """The rates, as `RateCount.rates`."""
-        return RateCount(self.active, self.valid, self.layers).rates
-
-    def by_name(self) -> dict[str, float]:
-        """The rates by what they are logged as: `layer0/attention`."""
-        rows = RateCount(self.active, self.valid, self.layers).by_layer()
-        return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
 
 
 class Scores(nn.Module):
@@ -85,7 +53,7 @@ class Scores(nn.Module):
         return measures | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
 
 
-class Classifier(lightning.LightningModule):
+class Classifier(Learner):
     """Cross-entropy, accuracy and activation rates of a `SequenceModel` with a classifying head.
 
     Args:
@@ -94,23 +62,11 @@ class Classifier(lightning.LightningModule):
         classes: number of classes.
     """
 
-    def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
-        super().__init__()
-        self.model = model
-        self.training_spec = training
-        self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
-        self.fit_scores, self.val_scores, self.test_scores = (Scores(classes, self.module_names) for _ in range(3))
-        self.tokens_seen = 0
+    monitor, monitor_mode = "val_accuracy", "max"
 
-    def configure_optimizers(self) -> Any:
-        """Adam with decoupled decay, and the schedule, per update."""
-        spec = self.training_spec
-        fused = self.trainer.precision.endswith("true")  # a fused optimiser scales by itself, which Lightning's clipping refuses
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=spec.learning_rate, betas=spec.betas, eps=spec.epsilon, weight_decay=spec.weight_decay, fused=fused
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
+        super().__init__(model, training)
+        self.fit_scores, self.val_scores, self.test_scores = (Scores(classes, self.module_names) for _ in range(3))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update; stops with a sentence where an input or the loss is not a number."""
@@ -152,12 +108,7 @@ class Classifier(lightning.LightningModule):
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         logits = cast(Tensor, output.logits)  # an experiment's model has a head, or its spec would not be valid
         loss = nn.functional.cross_entropy(logits, batch.targets)
-        # In evaluation too: weights that an update has just broken must not replace the last good checkpoint.
-        if not torch.isfinite(loss):
-            raise DataError(
-                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
-                "start a new run with a lower training.learning_rate or another seed"
-            )
+        self.check_loss(loss)
         return output, logits, loss
 
 
@@ -186,3 +137,32 @@ def evaluation_loader(samples: Samples, data: TaskData) -> DataLoader[Any]:
     """All samples of a split once, sorted by length."""
     batches = [part.tolist() for part in samples.lengths.argsort(stable=True).split(EVALUATION_BATCH)]
     return DataLoader(samples, batch_sampler=batches, collate_fn=data.collate)  # type: ignore[arg-type]
+
+
+class Finished(NamedTuple):
+    """What a run leaves: the summary that stands in its folder, and what the report and the figures are made of."""
+
+    summary: dict[str, Any]
+    report: Report
+    classifier: Classifier
+
+
+def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerator: str = "auto", progress: bool = True) -> Finished:
+    """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
+    prepare(spec)
+    classes = cast(ClassificationTask, spec.task).classes
+    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, classes)
+    batches = partial(training_loader, data, spec.training, spec.seed)
+    fitted = fit(classifier, spec, out, batches, evaluation_loader(data.validation, data), accelerator=accelerator, progress=progress)
+    with interruptible():
+        measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
+    report = measure(classifier.model, data.test, data)
+    results = {
+        "test_accuracy": measured["test_accuracy"],
+        "test_loss": measured["test_loss"],
+        "activation_rate": rates_by_layer(measured, classifier),
+        "chance": 1 / classes,
+        "majority": report.majority,
+        "data": dict(data.hashes),
+    }
+    return Finished(finish(spec, out, classifier, fitted, results), report, classifier)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sma.decision import Decision
 from sma.errors import InputError, StateError
+from sma.norms import Norm
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, locate
 from sma.routers import Router
@@ -184,6 +185,10 @@ class SparseModularActivation(nn.Module):
                 out_TD = extract_add_(values, tokens, out_TD)
             if after is not None:
                 states[name] = after
+            elif state is not None:
+                raise StateError(
+                    f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; see SubModule.forward"
+                )
         if state is None or router_state is None:
             return out_TD, decision, None
         return out_TD, decision, RoutedState(router_state, states, state.seen)
@@ -201,11 +206,10 @@ def refuse_unless_causal(name: str, part: nn.Module) -> None:
     Raises:
         StateError: it is not causal; says which part it is.
     """
-    if part.causal:
-        return
-    kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__)
-    cure = "call model.eval() first" if name == "norm" else "build the model with bidirectional=false to stream it"
-    raise StateError(f"{name!r} (kind {kind}, causal=False) cannot continue from a state; {cure}")
+    if not part.causal:
+        kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__)
+        cure = "call model.eval() first" if isinstance(part, Norm) else "build the model with bidirectional=false to stream it"
+        raise StateError(f"{name!r} (kind {kind}, causal=False) cannot continue from a state; {cure}")
 
 
 def name_is_taken(name: str) -> bool:

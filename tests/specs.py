@@ -63,6 +63,9 @@ def _values(annotation: Any, metadata: list[Any], most: float) -> st.SearchStrat
         return st.lists(_values(arguments[0], [], most), min_size=1, max_size=2).map(tuple)
     if origin is dict:
         return st.dictionaries(st.sampled_from(NAMES), _values(arguments[1], [], most), max_size=2)
+    if annotation is str:
+        pattern = next((bound.pattern for bound in metadata if getattr(bound, "pattern", None)), "[a-z]{1,9}")
+        return st.from_regex(pattern, fullmatch=True)
     if annotation is bool:
         return st.booleans()
     if annotation in (int, float):

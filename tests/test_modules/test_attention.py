@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.errors import SpecError, StateError
+from sma.errors import SpecError
 from sma.modules.attention import Attention, AttentionSpec
 from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
-from sma.submodule import State
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first, run
 from tests.test_modules.loops import attention_loop
 
@@ -132,16 +131,3 @@ def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, 
 def test_a_bias_table_is_refused() -> None:
     with pytest.raises(SpecError, match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}"):
         AttentionSpec(position=RelativeBiasSpec())
-
-
-@pytest.mark.parametrize(
-    ("bidirectional", "complaint"),
-    [
-        pytest.param(True, r"Attention is not causal \(causal=False\) and cannot continue from a state", id="bidirectional"),
-        pytest.param(False, "Attention does not support streaming yet; run whole sequences with state=None", id="causal"),
-    ],
-)
-def test_a_state_is_refused(bidirectional: bool, complaint: str) -> None:
-    module = make(bidirectional=bidirectional)
-    with pytest.raises(StateError, match=complaint):
-        module(rectangular(torch.zeros(1, 2, 8, dtype=torch.float64)), State())

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sma.errors import SpecError, StateError
+from sma.errors import SpecError
 from sma.modules.conv import Conv, ConvSpec
 from sma.ragged import rectangular
-from sma.submodule import State
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first, run
 from tests.test_modules.loops import conv_loop
 
@@ -94,16 +93,3 @@ def test_later_tokens_never_change_earlier_results_of_a_causal_convolution(place
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         ConvSpec(**fields)
-
-
-@pytest.mark.parametrize(
-    ("bidirectional", "complaint"),
-    [
-        pytest.param(True, r"Conv is not causal \(causal=False\) and cannot continue from a state", id="bidirectional"),
-        pytest.param(False, "Conv does not support streaming yet; run whole sequences with state=None", id="causal"),
-    ],
-)
-def test_a_state_is_refused(bidirectional: bool, complaint: str) -> None:
-    module = make(kernel_size=3, bidirectional=bidirectional)
-    with pytest.raises(StateError, match=complaint):
-        module(rectangular(torch.zeros(1, 2, 3, dtype=torch.float64)), State())

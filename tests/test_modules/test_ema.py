@@ -1,6 +1,5 @@
 """The damped moving average against its recurrence, in every layout, and what it promises at the edges."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.errors import SpecError, StateError
-from sma.modules.ema import EMA, EMASpec
+from sma.errors import SpecError
+from sma.modules.ema import EMA, EMASpec, EMAState
 from sma.ragged import rectangular
-from sma.submodule import State
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_truncated_normal, draw, first, grad, run, saved_bytes
 from tests.test_modules.loops import ema_loop
 
@@ -121,6 +119,53 @@ def test_no_later_output_hides_that_an_input_was_not_finite(bad: float) -> None:
     x = torch.randn(1, 200, 1)
     x[0, 70] = bad
     assert not along(module, x)[0, 70:].isfinite().any()
+
+
+def in_chunks(module: EMA, x_BLD: Tensor, size: int) -> Tensor:
+    state, out = module.init_state(x_BLD.shape[0]), []
+    for start in range(0, x_BLD.shape[1], size):
+        values, after = module(rectangular(x_BLD[:, start : start + size]), state)
+        assert isinstance(after, EMAState)
+        state = after
+        out.append(values.unflatten(0, (x_BLD.shape[0], -1)))
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("truncation", [None, 7, 64])
+@pytest.mark.parametrize("bad", [1e4, float("inf"), float("nan")])
+@pytest.mark.parametrize("size", [1, 40, 70])
+def test_a_stream_leaves_earlier_outputs_bit_equal(size: int, bad: float, truncation: int | None) -> None:
+    module = make(2, bidirectional=False, truncation=truncation, dtype=torch.float32)
+    x, place = torch.randn(2, 140, 2), 101
+    changed = x.clone()
+    changed[0, place, 0] = bad
+    before, after = in_chunks(module, x, size), in_chunks(module, changed, size)
+    assert torch.equal(after[0, :place], before[0, :place])
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[0, :, 1], before[0, :, 1])
+    assert not torch.equal(after[0, place, 0], before[0, place, 0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 21])
+def test_a_truncated_stream_forgets_an_input_that_the_kernel_has_passed(size: int) -> None:
+    module = make(1, spread=0.2, truncation=5, bidirectional=False)
+    x = torch.zeros(1, 21, 1, dtype=torch.float64)
+    x[0, 10] = 1
+    seen = in_chunks(module, x, size)[0, :, 0].abs() > 1e-12
+    assert seen.nonzero().squeeze(1).tolist() == list(range(10, 15))
+
+
+@pytest.mark.parametrize("truncation", [None, 5, 1000])
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.usefixtures("as_users_run")  # hundreds of steps
+def test_float32_streams_stay_near_float64_over_thousands_of_tokens(size: int, truncation: int | None) -> None:
+    exact = make(4, bidirectional=False, truncation=truncation, state_size=8)
+    rough = make(4, bidirectional=False, truncation=truncation, state_size=8).float()
+    exact.load_state_dict(rough.state_dict())
+    x = torch.randn(1, 500 * size if size == 1 else 8192, 4)
+    with torch.no_grad():
+        wanted, found = along(exact, x.double()), in_chunks(rough, x, size)
+    assert (found[:, -400:] - wanted[:, -400:]).norm() <= 1e-6 * wanted[:, -400:].norm()
 
 
 def test_bidirectional_average_sees_both_sides() -> None:
@@ -256,20 +301,3 @@ def test_weights_start_where_the_authors_start() -> None:
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         EMASpec(**fields)
-
-
-@pytest.mark.parametrize(
-    ("bidirectional", "complaint"),
-    [
-        pytest.param(
-            True, r"EMA is not causal \(causal=False\) and cannot continue from a state; build it with bidirectional=false", id="bi"
-        ),
-        pytest.param(False, "EMA does not support streaming yet; run whole sequences with state=None", id="causal"),
-    ],
-)
-def test_a_state_is_refused(bidirectional: bool, complaint: str) -> None:
-    module = make(bidirectional=bidirectional)
-    tokens = rectangular(torch.zeros(1, 2, 2, dtype=torch.float64))
-    for call in (partial(module, tokens, State()), partial(module.init_state, 1)):
-        with pytest.raises(StateError, match=complaint):
-            call()

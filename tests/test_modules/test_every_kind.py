@@ -12,46 +12,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sma.errors import StateError
-from sma.modules.attention import AttentionSpec
-from sma.modules.conv import ConvSpec
-from sma.modules.ema import EMASpec
-from sma.modules.gau import GAUSpec
-from sma.modules.identity import IdentitySpec
-from sma.modules.mlp import GatedMLPSpec
-from sma.positions import RelativeBiasSpec, RotarySpec
 from sma.pytree import map_tensors
 from sma.ragged import rectangular
 from sma.spec import dump_spec, kinds, load_spec
-from sma.submodule import State, SubModule, SubModuleSpec
+from sma.submodule import SubModule, SubModuleSpec
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_near, draw, first, grad, lay, run, spread
+from tests.test_modules.zoo import SPECS, WIDTH, make
 
-WIDTH = 4
-SLOTS = RelativeBiasSpec(distance="slot_distance")
-NEAR = RelativeBiasSpec(max_positions=9)
-SPECS: dict[str, SubModuleSpec] = {
-    "attention-bidirectional": AttentionSpec(heads=2),
-    "attention-causal": AttentionSpec(heads=2, bidirectional=False, position=RotarySpec()),
-    "conv-bidirectional": ConvSpec(kernel_size=5, bidirectional=True),
-    "conv-causal": ConvSpec(kernel_size=4, activation="none"),
-    "ema-bidirectional": EMASpec(state_size=3),
-    "ema-causal": EMASpec(state_size=3, bidirectional=False),
-    "ema-causal-truncated": EMASpec(state_size=2, bidirectional=False, truncation=7),
-    "gated_mlp": GatedMLPSpec(hidden_size=5),
-    "gau-bidirectional": GAUSpec(query_size=4, hidden_size=3, window=3, position=NEAR),
-    "gau-bidirectional-all": GAUSpec(query_size=4, hidden_size=3, attention="laplace", position=RotarySpec()),
-    "gau-causal": GAUSpec(query_size=4, hidden_size=3, window=3, bidirectional=False, position=SLOTS),
-    "gau-causal-all": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, attention="relu2", position=NEAR),
-    "identity": IdentitySpec(),
-}
 every_spec = pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in SPECS.items()])
-
-
-def make(spec: SubModuleSpec, dtype: torch.dtype = torch.float64) -> SubModule:
-    torch.manual_seed(0)
-    module = draw(spec.build(WIDTH).to(dtype))
-    assert isinstance(module, SubModule)
-    return module
 
 
 def batch(lengths: list[int], length: int = 40, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -79,16 +47,6 @@ def test_one_result_per_token_and_no_state_where_none_was_given(spec: SubModuleS
     values, state = module(tokens)
     assert (values.shape, values.dtype, state) == (tokens.values.shape, dtype, None)
     assert values.isfinite().all()
-
-
-@every_spec
-def test_a_state_is_refused_in_a_sentence(spec: SubModuleSpec) -> None:
-    module = make(spec)
-    reason = "does not support streaming yet" if module.causal else r"is not causal \(causal=False\) and cannot continue from a state"
-    with pytest.raises(StateError, match=f"^{type(module).__name__} {reason}"):
-        module(lay(*batch([3]), "packed"), State())
-    with pytest.raises(StateError, match=f"^{type(module).__name__} {reason}"):
-        module.init_state(2)
 
 
 @every_spec

@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.errors import SpecError, StateError
+from sma.errors import SpecError
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
-from sma.submodule import State
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_truncated_normal, draw, first, grad, lay, run
 from tests.test_modules.loops import gau_loop
 
@@ -239,16 +238,3 @@ def test_weights_start_where_the_authors_start() -> None:
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         GAUSpec(**{"query_size": 4, "hidden_size": 3, **fields})
-
-
-@pytest.mark.parametrize(
-    ("bidirectional", "complaint"),
-    [
-        pytest.param(True, r"GatedAttentionUnit is not causal \(causal=False\) and cannot continue from a state", id="bidirectional"),
-        pytest.param(False, "GatedAttentionUnit does not support streaming yet; run whole sequences with state=None", id="causal"),
-    ],
-)
-def test_a_state_is_refused(bidirectional: bool, complaint: str) -> None:
-    module = make(bidirectional=bidirectional)
-    with pytest.raises(StateError, match=complaint):
-        module(rectangular(torch.zeros(1, 2, WIDTH, dtype=torch.float64)), State())

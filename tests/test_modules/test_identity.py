@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from sma.errors import SpecError, StateError
+from sma.errors import SpecError
 from sma.modules.identity import IdentitySpec
-from sma.ragged import rectangular
-from sma.submodule import Operations, State
+from sma.submodule import Operations
 from tests.test_modules.layouts import LAYOUTS, Layout, first, grad, lay, run
 
 
@@ -34,8 +33,3 @@ def test_identity_costs_nothing() -> None:
 def test_identity_takes_no_settings() -> None:
     with pytest.raises(SpecError, match="IdentitySpec: unknown field 'width'"):
         IdentitySpec.model_validate({"width": 3})
-
-
-def test_a_state_is_refused() -> None:
-    with pytest.raises(StateError, match="Identity does not support streaming yet; run whole sequences with state=None"):
-        IdentitySpec().build(2)(rectangular(torch.zeros(1, 2, 2)), State())

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sma.errors import SpecError, StateError
+from sma.errors import SpecError
 from sma.modules.mlp import GatedMLP, GatedMLPSpec
 from sma.ragged import rectangular
-from sma.submodule import State
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first
 
 
@@ -59,8 +58,3 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         make(**fields)
-
-
-def test_a_state_is_refused() -> None:
-    with pytest.raises(StateError, match="GatedMLP does not support streaming yet; run whole sequences with state=None"):
-        make()(rectangular(torch.zeros(1, 2, 3, dtype=torch.float64)), State())

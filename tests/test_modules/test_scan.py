@@ -19,19 +19,18 @@ def draw_recurrence(channels: int, states: int, seed: int = 0, fastest: float = 
     return Recurrence(slow_to_fast.requires_grad_(), inward.requires_grad_(), outward.requires_grad_())
 
 
-def assert_scan_is_the_loop(x: Tensor, recurrence: Recurrence, truncation: int | None) -> None:
+def assert_scan_is_the_loop(x: Tensor, recurrence: Recurrence) -> None:
     def loop(x_BLD: Tensor) -> Tensor:
         decay = recurrence.log_decay.exp()
-        return torch.stack([recurrence_loop(row, decay, recurrence.inward, recurrence.outward, truncation) for row in x_BLD])
+        return torch.stack([recurrence_loop(row, decay, recurrence.inward, recurrence.outward) for row in x_BLD])
 
-    assert_same_program(lambda x_BLD: causal_scan(x_BLD, recurrence, truncation), loop, x, recurrence._asdict())
+    assert_same_program(lambda x_BLD: causal_scan(x_BLD, recurrence), loop, x, recurrence._asdict())
 
 
-@pytest.mark.parametrize("truncation", [None, 1, 50, CHUNK, 1000])
 @pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 5 * CHUNK + 3])
-def test_scan_is_the_loop_at_every_number_of_chunks(length: int, truncation: int | None) -> None:
+def test_scan_is_the_loop_at_every_number_of_chunks(length: int) -> None:
     torch.manual_seed(length)
-    assert_scan_is_the_loop(torch.randn(2, length, 2, dtype=torch.float64), draw_recurrence(2, 3), truncation)
+    assert_scan_is_the_loop(torch.randn(2, length, 2, dtype=torch.float64), draw_recurrence(2, 3))
 
 
 @given(
@@ -39,13 +38,12 @@ def test_scan_is_the_loop_at_every_number_of_chunks(length: int, truncation: int
     length=st.integers(1, 2 * CHUNK + 5),
     channels=st.integers(1, 3),
     states=st.integers(1, 4),
-    truncation=st.none() | st.integers(1, 2 * CHUNK + 5),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_the_loop_for_any_sizes(rows: int, length: int, channels: int, states: int, truncation: int | None, seed: int) -> None:
+def test_scan_is_the_loop_for_any_sizes(rows: int, length: int, channels: int, states: int, seed: int) -> None:
     torch.manual_seed(seed)
     x = torch.randn(rows, length, channels, dtype=torch.float64)
-    assert_scan_is_the_loop(x, draw_recurrence(channels, states, seed), truncation)
+    assert_scan_is_the_loop(x, draw_recurrence(channels, states, seed))
 
 
 def test_scan_of_a_non_contiguous_batch_is_the_same() -> None:
@@ -57,7 +55,7 @@ def test_scan_of_a_non_contiguous_batch_is_the_same() -> None:
 def test_scan_passes_gradcheck() -> None:
     recurrence = draw_recurrence(1, 2)
     x = torch.randn(1, CHUNK + 6, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *parts: causal_scan(x, Recurrence(*parts), 9), (x, *recurrence), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, *parts: causal_scan(x, Recurrence(*parts)), (x, *recurrence), fast_mode=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])

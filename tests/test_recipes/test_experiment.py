@@ -26,7 +26,7 @@ PAPER = {
     "model.sinusoid": False,
     "model.final_norm": None,
     "model.embedding_dropout": 0.1,
-    "model.encoder": {"kind": "token_embedding", "vocabulary": 16, "padding": 0},
+    "model.encoder": {"kind": "token_embedding", "vocabulary": 16, "padding": 0, "scaled": False},
     "model.layers.repeat": 6,
     f"{LAYER}.backbone": {"kind": "ema", "state_size": 16, "bidirectional": True, "truncation": 1024},
     f"{LAYER}.router.kind": "sma",

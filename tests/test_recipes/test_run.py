@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sma
 from sma.errors import CheckpointError
-from sma.recipes import run
+from sma.recipes import training
 from sma.recipes.callbacks import RandomStates
 from sma.recipes.experiment import BEST, LAST, load_experiment
 from sma.recipes.run import commit, hardware, versions
@@ -78,7 +78,7 @@ def test_summary_holds_what_was_measured(finished, data):
     assert summary["hardware"] == hardware()
     assert 0 < summary["seconds"] < 300
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
-    tokens = sum(int(batch.valid.sum()) for batch in run.training_loader(data, tiny().training, 0, 0))
+    tokens = sum(int(batch.valid.sum()) for batch in training.training_loader(data, tiny().training, 0, 0))
     # Updates take a part of the time of the whole run.
     assert summary["tokens_per_second"] > tokens / summary["seconds"]
 
@@ -266,7 +266,7 @@ def test_interrupted_summary_leaves_no_half_of_it(data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "measure", half)
+        patch.setattr(training, "measure", half)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             train(tiny(training__updates=6), tmp_path, data)
     assert not (tmp_path / "summary.json").exists()

@@ -6,7 +6,7 @@ import torch
 from sma.errors import SpecError
 from sma.recipes.data import listops
 from sma.recipes.data.listops import FILES, decode, evaluate_expression
-from sma.recipes.tasks import ListOpsTask, TaskSpec
+from sma.recipes.tasks import ClassificationTask, ListOpsTask
 from sma.spec import dump_spec, kinds, load_spec
 from tests.test_recipes.tiny import DATA
 
@@ -72,7 +72,7 @@ def test_data_of_other_settings_lies_beside_it(prepared):
 
 
 def test_unfinished_task_says_what_it_must_define(tmp_path):
-    class Unfinished(TaskSpec):
+    class Unfinished(ClassificationTask):
         kind: str = "unfinished"
 
     with pytest.raises(TypeError, match="Unfinished must define classes"):

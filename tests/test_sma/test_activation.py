@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from sma import Decision, Ragged, RoutedOutput, Router, SparseModularActivation, State, SubModule, compress
-from sma.errors import InputError, StateError
+from sma.errors import InputError
 from sma.modules.conv import ConvSpec
 from sma.modules.gau import GAUSpec
 from sma.positions import RelativeBiasSpec
@@ -252,7 +252,8 @@ def test_no_input_is_changed(spec):
 def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradient(spec):
     routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(10, WIDTH, seed=1).requires_grad_()
     out = base.clone()
-    summed, _ = routed.add_to(out, x, x, None, None)
+    summed, _, state = routed.add_to(lambda x_TD, index: (out, x_TD.index_select(0, index)), x, x, None, None)
+    assert state is None
     assert summed.data_ptr() == out.data_ptr()
     torch.testing.assert_close(summed, base + routed(x).values.flatten(0, 1))
     assert torch.equal(gradients(summed, [base])[0], normal(10, WIDTH, seed=7))
@@ -356,25 +357,6 @@ class TestWrongInput:
     def test_mask_of_another_shape(self, shape):
         with pytest.raises(InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 4\), as the input has"):
             self._run(valid=torch.ones(shape, dtype=torch.bool))
-
-    def test_state(self):
-        with pytest.raises(StateError, match="SparseModularActivation does not support streaming yet; run whole sequences with state=None"):
-            self._run(state=State())
-
-    @pytest.mark.parametrize(
-        ("module", "complaint"),
-        [
-            (ConvSpec().build(WIDTH), "Conv does not support streaming yet; run whole sequences with state=None"),
-            (
-                GAUSpec(query_size=2, hidden_size=2).build(WIDTH),
-                r"GatedAttentionUnit is not causal \(causal=False\) and cannot continue from a state; build it with bidirectional=false or",
-            ),
-        ],
-    )
-    def test_state_for_a_sub_module(self, module, complaint):
-        for call in (lambda: module(oracles.one_row(torch.ones(2, WIDTH)), State()), lambda: module.init_state(1)):
-            with pytest.raises(StateError, match=complaint):
-                call()
 
     def test_sub_module_without_a_forward(self):
         with pytest.raises(TypeError, match=r"SubModule must define forward\(self, tokens, state=None\)"):

@@ -8,8 +8,8 @@ from hypothesis import given
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sma import LayerSpec, State
-from sma.errors import InputError, SpecError, StateError
+from sma import LayerSpec
+from sma.errors import InputError, SpecError
 from sma.modules.ema import EMASpec
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, pad, spread, strided
@@ -253,10 +253,6 @@ class TestWrongInput:
     def test_mask_of_another_shape(self):
         with pytest.raises(InputError, match=r"valid has shape \(3, 2\); required is \(B, L\) = \(2, 3\), as the input has"):
             make("seqboat")(normal(2, 3, WIDTH), torch.ones(3, 2, dtype=torch.bool))
-
-    def test_state(self):
-        with pytest.raises(StateError, match="RoutedLayer does not support streaming yet; run whole sequences with state=None"):
-            make("seqboat")(normal(2, 3, WIDTH), None, State())
 
 
 class TestSpec:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from sma import LayerSpec, ModelOutput, SequenceModel, State, build, load_spec
-from sma.errors import InputError, SpecError, StateError
+from sma import LayerSpec, ModelOutput, SequenceModel, build, load_spec
+from sma.errors import InputError, SpecError
 from sma.norms import LayerNormSpec, RMSNormSpec, ScaleNormSpec
 from sma.routers import SMARouter
 from tests import oracles
@@ -370,11 +370,6 @@ class TestWrongInput:
             InputError, match=r"valid has dtype torch\.int64; required is torch\.bool, True at real tokens: write valid\.bool\(\)"
         ):
             _model(name)(_inputs(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
-
-    @models
-    def test_state(self, name):
-        with pytest.raises(StateError, match="SequenceModel does not support streaming yet; run whole sequences with state=None"):
-            _model(name)(_inputs(name, 2, 3), None, State())
 
     def test_heads_that_do_not_divide_the_width(self):
         layer = LayerSpec.model_validate({"modules": {"a": {"kind": "attention", "heads": 3}}})

@@ -10,9 +10,9 @@ from sma.errors import InputError
 from sma.ragged import (
     Ragged,
     compress,
-    compress_each,
     extract,
     extract_add,
+    locate,
     move,
     rectangular,
     right_padding,
@@ -184,10 +184,15 @@ def test_one_search_for_several_masks_equals_compress_for_each(active):
     several = torch.stack([active, ~active, torch.zeros_like(active), torch.ones_like(active)], dim=-1)
     x = _batch(active)
     positions = torch.randint(0, 100, active.shape, generator=generator(1))
-    for place, tokens in enumerate(compress_each(x, several, positions_BL=positions)):
-        alone = compress(x, several[..., place], positions_BL=positions)
-        for name in ("values", "index", "positions", "rows", "offsets", "lengths"):
-            assert torch.equal(getattr(tokens, name), getattr(alone, name)), name
+    for where in (positions, None):
+        for place, tokens in enumerate(locate(several, where)):
+            alone = compress(x, several[..., place], positions_BL=where)
+            assert tokens.values.shape == (alone.index.shape[0], 0)
+            assert (tokens.stride, tokens.holes) == (alone.stride, alone.holes)
+            for name in ("index", "positions", "rows", "offsets", "lengths"):
+                assert torch.equal(getattr(tokens, name), getattr(alone, name)), name
+            values = x.flatten(0, 1) if tokens.stride is not None else x.flatten(0, 1)[tokens.index]
+            assert torch.equal(values, alone.values)
 
 
 def test_all_active_costs_no_copy():

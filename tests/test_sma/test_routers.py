@@ -13,6 +13,7 @@ from sma.spec import kinds
 from sma.submodule import State
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, spread, strided
+from tests.streams import copied, cuts, exactly, near, same_bits
 
 NAMES = ["attention", "mlp", "conv"]
 ROUTERS = pytest.mark.parametrize(
@@ -102,10 +103,60 @@ def test_scores_and_confidences_are_never_below_float32(spec, dtype):
 
 
 @ROUTERS
-def test_router_refuses_a_state_until_it_streams(spec):
-    router = _router(spec)
-    with pytest.raises(StateError, match=rf"{type(router).__name__} does not support streaming yet; run whole sequences with state=None"):
+@given(valid=masks(rows=3, length=8), chunks=cuts(8))
+def test_decisions_of_chunks_are_those_of_the_whole(spec, valid, chunks):
+    router, control = _router(spec), normal(*valid.shape, 5)
+    positions = valid.cumsum(1) - 1
+    whole, none = router(control, valid, positions)
+    assert none is None
+    state, parts = router.init_state(valid.shape[0]), []
+    kept = copied(state)
+    for part in chunks:
+        decision, after = router(control[:, part], valid[:, part], positions[:, part], state)
+        parts.append(decision)
+        assert type(after) is type(state)
+        assert same_bits(state, kept)
+        state = after
+    for name in ("active", "confidence", "logits", "p_on"):
+        near(torch.cat([getattr(decision, name) for decision in parts], 1), getattr(whole, name))
+
+
+@ROUTERS
+def test_rows_keep_their_decisions_wherever_their_states_are_moved(spec):
+    router, control, positions = _router(spec), normal(4, 6, 5), torch.arange(6).expand(4, 6)
+    whole = router(control, None, positions)[0].active
+    rows = torch.tensor([3, 1, 1])
+    state = router.init_state(4).select(rows).reset(torch.tensor([True, False, False]))
+    assert torch.equal(router(control[rows], None, positions[rows], state)[0].active, whole[rows])
+
+
+@ROUTERS
+def test_router_refuses_a_state_that_is_not_its_own(spec):
+    router, wanted = _router(spec), "RandomState" if spec.kind == "random" else "NoState"
+    name = type(router).__name__
+    with pytest.raises(StateError, match=exactly(f"{name} got a state of class State; it needs {wanted}: see init_state")):
         router(normal(1, 2, 5), state=State())
+    sentence = f"{name} got a state of 3 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+    with pytest.raises(StateError, match=exactly(sentence)):
+        router(normal(2, 2, 5), state=router.init_state(3))
+
+
+class LookingAhead(Router):
+    """A router that decides by the whole row."""
+
+    causal = False
+
+    def forward(self, control_BLD, valid=None, positions=None, state=None):
+        self._continue(state, State, control_BLD)
+
+
+def test_router_that_looks_ahead_refuses_every_state():
+    router = LookingAhead(NAMES)
+    for call in (lambda: router.init_state(1), lambda: router(normal(1, 2, 5), state=State())):
+        with pytest.raises(
+            StateError, match=exactly("LookingAhead (causal=False) decides by the whole row and cannot continue from a state")
+        ):
+            call()
 
 
 @ROUTERS

@@ -1,6 +1,7 @@
 """The JSON schema: complete, without loose ends, and of the same opinion as the specs."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ def fits(value: Any, rule: dict[str, Any], schema: dict[str, Any]) -> bool:
     """Whether a value obeys a rule: the words of JSON schema that ours use, and no others."""
     known = {"$ref", "$schema", "$defs", "type", "properties", "required", "additionalProperties", "items", "anyOf", "oneOf", "allOf"}
     known |= {"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "title", "description", "default"}
+    known |= {"minLength", "pattern"}
     assert set(rule) <= known, set(rule) - known
     checks = [
         "$ref" not in rule or fits(value, _look_up(rule["$ref"], schema), schema),
@@ -38,6 +40,8 @@ def fits(value: Any, rule: dict[str, Any], schema: dict[str, Any]) -> bool:
         "allOf" not in rule or all(fits(value, part, schema) for part in rule["allOf"]),
         "minItems" not in rule or len(value) >= rule["minItems"],
     ]
+    if isinstance(value, str):
+        checks += [len(value) >= rule.get("minLength", 0), re.search(rule.get("pattern", ""), value) is not None]
     if _is(value, "number"):
         checks += [
             value >= rule.get("minimum", value),

@@ -1,0 +1,361 @@
+"""One more token of a stream, after a thousand tokens and after a million: time, state and memory.
+
+    python -m benchmarks.stream --json
+
+- seqboat: a language model with a state: 4 layers of width 128, a causal EMA (N 16) and a routed gated attention unit
+  (Z 64, H 256, window 128, softmax, rotary). The router's bias gives every layer the asked rate on random tokens.
+- recompute: the same model without states: every token computes the last 2,048 again, so later positions all cost the same.
+- kv_cache_transformer: a pre-norm transformer of the same width and depth, 4 heads, feed-forward 4 x, preallocated keys and
+  values. The cache is filled with random numbers instead of a prefill. It has no router, so it is measured once, at rate 1.
+  Positions whose caches hold more than 200,000 tokens of the batch (cuda: 4,000,000) are out of its reach and left out.
+
+microseconds_per_token is the median time of one step of the whole batch divided by the batch size. seqboat takes every step that
+is asked for, the others as many as 10 seconds allow, but 5. The steps of a mark start from the state at that mark, and the marks
+take turns, so that whatever disturbs the machine disturbs all alike. At rate 0.1 and batch 1 most steps activate nothing in most
+layers; the mean says what a long stream costs. peak_megabytes is the peak of the process when the mark was reached and one step
+was taken: resident memory, on cuda allocated memory. Every model, batch and rate (kv_cache_transformer: also position) runs in a
+process of its own. prefill_tokens_per_second is the speed in chunks with a state, forward_tokens_per_second that of one stateless
+call on the same tokens, 65,536 of the batch but at most 16,384 a row.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.products import stopwatch
+from sma.model import LanguageModel, ModelState, SequenceModel, build
+from sma.positions import Sinusoid
+from sma.pytree import map_tensors, tensors
+from sma.routers import SMARouter
+
+MODELS = ("seqboat", "recompute", "kv_cache_transformer")
+BATCHES = (1, 16)
+RATES = (0.1, 1.0)
+POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
+WIDTH, DEPTH, VOCABULARY = 128, 4, 256
+CONTEXT = 2048
+# Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
+# allocator holes, and the peak would creep up. Where the speed of a prefill is measured they are large.
+SMALL, LARGE = 4_000, 16_384
+REACH = {"cpu": 200_000, "cuda": 4_000_000}
+
+# One more token of every row in, the scores of the next ones out.
+Step = Callable[[Tensor], Tensor]
+
+
+def language_model() -> LanguageModel:
+    """The model that is streamed, without a rate."""
+    attention = {"kind": "gau", "query_size": 64, "hidden_size": 256, "window": 128, "bidirectional": False, "position": {"kind": "rotary"}}
+    layer = {
+        "backbone": {"kind": "ema", "state_size": 16, "bidirectional": False},
+        "modules": {"attention": attention},
+        "norm": {"kind": "layer_norm", "place": "pre"},
+    }
+    encoder = {"kind": "token_embedding", "vocabulary": VOCABULARY, "scaled": True}
+    spec = {"kind": "language_model", "width": WIDTH, "encoder": encoder, "layers": {"repeat": DEPTH, "layer": layer}}
+    model = build(spec, seed=0).eval()
+    if not isinstance(model, LanguageModel):
+        raise SystemExit("the spec makes no language model")
+    return model
+
+
+@torch.inference_mode()
+def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2048) -> None:
+    """Move the bias of every router, first layer first, to the quantile of its scores on random rows that gives this rate."""
+    inputs = model.encoder.random_inputs(rows, length)
+    hidden = [model.encoder(part) for part in inputs.split(2)]  # a few rows at a time, for the sake of the peak memory
+    for layer in model.routed_layers:
+        if layer.routed is None or not isinstance(layer.routed.router, SMARouter):
+            raise SystemExit("the layer has no SMA router")
+        scores = torch.cat([layer(part).decision.logits.flatten(0, 2) for part in hidden])
+        margin = (scores[:, 1] - scores[:, 0]).sort(descending=True).values
+        active = round(rate * len(margin))
+        edges = torch.cat([margin[:1] + 1, margin, margin[-1:] - 1])
+        layer.routed.router.bias[1] -= (edges[active] + edges[active + 1]) / 2 if 0 < active < len(margin) else edges[active and -1]
+        hidden = [layer(part).hidden for part in hidden]
+
+
+class Stream:
+    """A model that goes on from a state."""
+
+    def __init__(self, model: Callable[..., Any], state: ModelState) -> None:
+        self.model, self.state = model, state
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Take one more chunk; return the last scores."""
+        output = self.model(ids, state=self.state)
+        self.state = output.state
+        scores: Tensor = output.logits[:, -1]
+        return scores
+
+
+class Recompute:
+    """A model without a state: every token computes the last `context` tokens again."""
+
+    def __init__(self, model: SequenceModel, ids: Tensor, context: int = CONTEXT) -> None:
+        self.model, self.context = model, context
+        self.ids = ids[:, -context:]
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Take one more token of every row; return its scores."""
+        self.ids = torch.cat([self.ids, ids], 1)[:, -self.context :]
+        scores = self.model(self.ids).logits
+        if scores is None:
+            raise SystemExit("the model has no scores")
+        return scores[:, -1]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer over a preallocated cache."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.fused, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x_BD: Tensor, cache: Tensor, position: int) -> Tensor:
+        """One token of every row; `cache` is `(2, B, heads, S, D / heads)` and gets its key and value."""
+        q, k, v = self.fused(self.norms[0](x_BD)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        cache[0, :, :, position], cache[1, :, :, position] = k, v
+        keys, values = cache[:, :, :, : position + 1]
+        attended = nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values)
+        x_BD = x_BD + self.out(attended.flatten(1))
+        fed: Tensor = x_BD + self.feed(self.norms[1](x_BD))
+        return fed
+
+
+class CachedTransformer(nn.Module):
+    """A transformer that keeps the keys and values of every token."""
+
+    def __init__(self, batch: int, position: int, room: int, device: str) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.sinusoid = Sinusoid(WIDTH)
+        self.blocks = nn.ModuleList([Block() for _ in range(DEPTH)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.to(device).eval()
+        heads = 4
+        self.caches = [torch.empty(2, batch, heads, position + room, WIDTH // heads, device=device) for _ in range(DEPTH)]
+        for cache in self.caches:
+            cache.normal_()
+        self.position = position
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Take one more token of every row; return its scores."""
+        place = torch.full((1, 1), self.position, device=ids.device)
+        hidden = self.embedding(ids[:, 0]) + self.sinusoid(place)[0]
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            hidden = block(hidden, cache, self.position)
+        self.position += 1
+        return nn.functional.linear(self.norm(hidden), self.embedding.weight)
+
+
+class Marks:
+    """Makes the steps at every mark: of a model that has seen that many tokens."""
+
+    def __init__(self, options: argparse.Namespace, batch: int, rate: float) -> None:
+        self.device, self.batch, self.positions, self.steps = options.device, batch, sorted(options.position), options.steps
+        self.compiled, self.rate = options.compile, rate
+        self.active = [0.0] * DEPTH
+        self.seen = 0
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The model of seqboat and recompute."""
+        model = language_model().to(self.device)
+        set_rates(model, self.rate)
+        return model
+
+    def ids(self, length: int) -> Tensor:
+        """Random tokens."""
+        return torch.randint(VOCABULARY, (self.batch, length), device=self.device)
+
+    def seqboat(self) -> Iterator[tuple[Step, int]]:
+        """Advance in chunks; the steps go on from a copy of the state, in memory that is taken before the first mark."""
+        chunk = max(1, min(1000, SMALL // self.batch))
+        stream = Stream(self.model, self.model.init_state(self.batch))
+        kept = [map_tensors(torch.clone, stream.state) for _ in self.positions]
+        warm = stream.state
+        for _ in range(10):  # until the allocator holds what chunks need, so that no mark is the first to need it
+            warm = cast(ModelState, self.model(self.ids(chunk), state=warm).state)
+        step_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        for position, copy in zip(self.positions, kept, strict=True):
+            while self.seen < position:
+                output = self.model(self.ids(min(chunk, position - self.seen)), state=stream.state)
+                self._count(output)
+                stream.state = output.state
+            for mine, now in zip(tensors(copy), tensors(stream.state), strict=True):
+                mine.copy_(now)
+            yield Stream(step_model, copy), stream.state.num_bytes
+
+    def _count(self, output: Any) -> None:
+        length = output.hidden.shape[1]
+        self.seen += length
+        for place, decision in enumerate(output.decisions):
+            self.active[place] += float(decision.rate()[0]) * length
+
+    def recompute(self) -> Iterator[tuple[Step, int]]:
+        """The last tokens before the mark are all that there is."""
+        self._count(self.model(self.ids(CONTEXT)))
+        for position in self.positions:
+            ids = self.ids(min(position, CONTEXT))
+            yield Recompute(self.model, ids), ids.numel() * ids.element_size()
+
+    def kv_cache_transformer(self) -> Iterator[tuple[Step, int]]:
+        """One cache at a time, with room for the steps."""
+        for position in self.positions:
+            model = CachedTransformer(self.batch, position, self.steps + 64, self.device)
+            yield model, DEPTH * 2 * self.batch * position * WIDTH * 4
+
+    @property
+    def real_rate(self) -> float | None:
+        """Activation rate that was found, mean over the layers."""
+        return round(statistics.mean(self.active) / self.seen, 4) if self.seen else None
+
+    def speeds(self) -> tuple[float, float]:
+        """Tokens per second of a prefill in chunks, and of one stateless call: medians of turns."""
+        ids = self.ids(min(16_384, 65_536 // self.batch))
+
+        def prefill() -> None:
+            state: Any = self.model.init_state(self.batch)
+            for part in ids.split(max(1, min(4096, LARGE // self.batch)), 1):
+                state = self.model(part, state=state).state
+
+        times = take_turns([prefill, lambda: self.model(ids)], self.device, rounds=4)
+        prefilled, forwarded = (round(ids.numel() / statistics.median(part[1:])) for part in times)
+        return prefilled, forwarded
+
+
+def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, seconds: float | None = None) -> list[list[float]]:
+    """Seconds of each call, round after round; each round begins with another call. At least 5 rounds, then until the time is up."""
+    times: list[list[float]] = [[] for _ in calls]
+    until = None if seconds is None else time.perf_counter() + seconds
+    for turn in range(rounds):
+        if until is not None and turn >= 5 and time.perf_counter() > until:
+            break
+        for place in range(len(calls)):
+            chosen = (turn + place) % len(calls)
+            with stopwatch(device) as elapsed:
+                calls[chosen]()
+            times[chosen].append(elapsed[0])
+    return times
+
+
+def peak_megabytes(device: str) -> float:
+    """The process's peak memory so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+@torch.inference_mode()
+def measure(model: str, batch: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure one model at all marks in this process."""
+    torch.manual_seed(0)
+    marks = Marks(options, batch, rate)
+    steps: list[Step] = []
+    points: list[dict[str, Any]] = []
+    for position, (step, state_bytes) in zip(marks.positions, getattr(marks, model)(), strict=True):
+        step(marks.ids(1))
+        steps.append(step)
+        points.append({"position": position, "state_bytes": state_bytes, "peak_megabytes": round(peak_megabytes(options.device), 1)})
+    ids = marks.ids(options.steps + 20).split(1, 1)
+    queues = [iter(ids) for _ in steps]
+    calls = [lambda step=step, queue=queue: step(next(queue)) for step, queue in zip(steps, queues, strict=True)]
+    take_turns(calls, options.device, rounds=20 if model == "seqboat" else 1)
+    times = take_turns(calls, options.device, options.steps, None if model == "seqboat" else 10.0)
+    prefill, forward = marks.speeds() if model == "seqboat" else (None, None)
+    return [
+        {
+            "model": model,
+            "batch": batch,
+            "rate": rate,
+            "position": point["position"],
+            "microseconds_per_token": round(1e6 * statistics.median(found) / batch, 2),
+            "mean_microseconds_per_token": round(1e6 * statistics.mean(found) / batch, 2),
+            "state_bytes": point["state_bytes"],
+            "peak_megabytes": point["peak_megabytes"],
+            "steps": len(found),
+            "real_rate": marks.real_rate,
+            "prefill_tokens_per_second": prefill,
+            "forward_tokens_per_second": forward,
+        }
+        for point, found in zip(points, times, strict=True)
+    ]
+
+
+def processes(options: argparse.Namespace) -> Iterator[list[str]]:
+    """The arguments of every process that is to be run."""
+    for model in options.model:
+        for batch in options.batch:
+            if model == "kv_cache_transformer":
+                reached = [[position] for position in options.position if batch * position <= REACH[options.device]]
+            else:
+                reached = [options.position]
+            for rate in (1.0,) if model == "kv_cache_transformer" else options.rate:
+                for positions in reached:
+                    yield ["--point", model, str(batch), str(rate), *(word for place in positions for word in ("--position", str(place)))]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", action="append", choices=MODELS, help="only this model; may be repeated, as the next three")
+    parser.add_argument("--batch", action="append", type=int, help=f"only this batch size; default {BATCHES}")
+    parser.add_argument("--rate", action="append", type=float, help=f"only this activation rate; default {RATES}")
+    parser.add_argument("--position", action="append", type=int, help=f"only this mark, in tokens; default {POSITIONS}")
+    parser.add_argument("--steps", type=int, default=2000, help="single steps per mark; default 2000")
+    parser.add_argument("--compile", action="store_true", help="compile the single step of seqboat")
+    parser.add_argument("--point", nargs=3, metavar=("MODEL", "BATCH", "RATE"), help="measure one model in this process")
+    options = parser.parse_args()
+    for name, default in (("model", MODELS), ("batch", BATCHES), ("rate", RATES), ("position", POSITIONS)):
+        setattr(options, name, getattr(options, name) or list(default))
+    return options
+
+
+def main() -> None:
+    """Measure every point and print them."""
+    options = parse()
+    if options.point:
+        model, batch, rate = options.point
+        print(json.dumps(measure(model, int(batch), float(rate), options)))
+        return
+    command = [sys.executable, "-m", "benchmarks.stream", "--device", options.device, "--steps", str(options.steps)]
+    points = []
+    for words in processes(options):
+        done = subprocess.run([*command, *words, *["--compile"] * options.compile], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
+        points.extend(json.loads(done.stdout))
+        print(" ".join(words[1:4]), "done", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps(points, indent=1))
+        return
+    print(f"{'model':20} {'batch':>5} {'rate':>6} {'position':>9} {'us/token':>10} {'mean':>10} {'state bytes':>12} {'peak MB':>8}")
+    for point in points:
+        speed = f"{point['microseconds_per_token']:10.1f} {point['mean_microseconds_per_token']:10.1f}"
+        size = f"{point['batch']:5} {point['rate']:6.2f} {point['position']:9}"
+        print(f"{point['model']:20} {size} {speed} {point['state_bytes']:12} {point['peak_megabytes']:8.1f}")
+    for point in points:
+        if point["forward_tokens_per_second"] and point["position"] == max(options.position):
+            share = point["prefill_tokens_per_second"] / point["forward_tokens_per_second"]
+            what = f"batch {point['batch']}, rate {point['rate']} (really {point['real_rate']})"
+            print(f"prefill at {what}: {point['prefill_tokens_per_second']} tokens/s, {100 * share:.0f} % of the stateless forward")
+
+
+if __name__ == "__main__":
+    main()

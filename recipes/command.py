@@ -1,0 +1,110 @@
+"""What the command lines of the recipes share: the options of a run, its folder, and errors as sentences."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+
+from sma.errors import CheckpointError, SmaError, SpecError
+from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec, load_experiment
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-modular-activation"
+
+
+class CommandOptions(BaseSettings):
+    """Settings from the command line, or from variables whose names begin with SMA_."""
+
+    model_config = SettingsConfigDict(env_prefix="SMA_", cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, extra="forbid")
+
+
+class RunOptions(CommandOptions):
+    """The options of every recipe that trains."""
+
+    spec: Path | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
+    set: list[str] = Field(
+        default=[],
+        description="path=value: change a field before validation, such as layers.layer.router.temperature_scale=0.5; may be repeated",
+    )
+    seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
+    out: Path | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
+    resume: Path | None = Field(default=None, description="go on with the run in this folder")
+    data: Path = Field(default_factory=_cache, description="where data is kept between runs")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
+    progress: bool = Field(default=True, description="show a progress bar")
+
+    @property
+    def name(self) -> str:
+        """The name of the preset, such as `listops_tiny`."""
+        raise TypeError(f"{type(self).__name__} must define name")
+
+
+Options = TypeVar("Options", bound=CommandOptions)
+
+
+def parse(options: type[Options], arguments: list[str]) -> Options:
+    """Read a command line."""
+    if not issubclass(options, RunOptions):
+        return CliApp.run(options, cli_args=arguments)
+    # By itself, because pydantic-settings cuts the values of a list at commas: {kind: sma, temperature_scale: 0.5} has one.
+    parser = argparse.ArgumentParser(prog=options.model_config.get("cli_prog_name"), add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", action="append", metavar="path=value")
+    known, others = parser.parse_known_args(arguments)
+    return CliApp.run(options, cli_args=others, **({"set": known.set} if known.set else {}))
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command; errors become sentences and exit codes."""
+    try:
+        command()
+    except ValidationError as error:
+        for item in error.errors():
+            name = "-".join(str(part) for part in item["loc"]).replace("_", "-")
+            print(f"--{name}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}; see --help", file=sys.stderr)
+        return 2
+    except (SmaError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume and the run folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+def experiment(options: RunOptions) -> tuple[ExperimentSpec, Path]:
+    """The experiment and the run folder that the options ask for.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    return _resumed(options) if options.resume is not None else _fresh(options)
+
+
+def _fresh(options: RunOptions) -> tuple[ExperimentSpec, Path]:
+    source = options.spec if options.spec is not None else options.name
+    seed = [f"seed={options.seed}"] if options.seed is not None else []
+    spec = load_experiment(source, [*options.set, *seed])
+    out = options.out or Path("runs") / f"{options.name.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    if out.is_dir() and any(out.iterdir()):
+        raise CheckpointError(f"the folder {str(out)!r} is not empty; give another --out, or --resume {out} to go on with the run in it")
+    return spec, out
+
+
+def _resumed(options: RunOptions) -> tuple[ExperimentSpec, Path]:
+    out = options.resume
+    if out is None or not (out / EXPERIMENT).is_file():
+        raise CheckpointError(f"there is no run in {str(out)!r}: {EXPERIMENT} is missing; give the folder of an earlier --out")
+    if options.set or options.seed is not None or options.spec is not None:
+        raise SpecError("--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run")
+    if (out / SUMMARY).is_file():
+        raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
+    if not (out / LAST).is_file():
+        print(f"no checkpoint yet in {out}: starting from the beginning")
+    return load_experiment(out / EXPERIMENT), out

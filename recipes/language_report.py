@@ -1,0 +1,81 @@
+"""What a language model learned, in words and pictures."""
+
+from pathlib import Path
+from typing import Any
+
+from sma.recipes.language import Reading
+from sma.recipes.report import rates_over_training
+
+# Bytes per line of the figure.
+LINE = 100
+
+_MARKS = {
+    "xz": "xz -9 of the test text alone",
+    "witten_bell_5": "order-5 Witten-Bell model of the training text",
+    "xz_with_training_text": "xz -9 that was given the training text first",
+}
+
+
+def describe_language(summary: dict[str, Any], out: Path) -> str:
+    """The end of a run in words: what was reached beside which marks, who used attention, and what to try next."""
+    rates, speed = summary["activation_rate"], summary["tokens_per_second"]
+    lines = ["", f"bits per character   {summary['bits_per_character']:.3f}   on {summary['bytes']['test']:,} held-out bytes"]
+    for name, value in summary["marks"].items():
+        label = next((words for key, words in _MARKS.items() if name.startswith(key)), name)
+        lines.append(f"                     {value:.3f}   {label}")
+    lines += [
+        f"activation rate      {'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}",
+        f"time                 {summary['seconds']:.0f} s{f', {speed:,} bytes/s in training' if speed else ''}, "
+        f"{summary['parameters']:,} parameters, seed {summary['seed']}",
+        "",
+        f"figure               {out / 'activation.png'}",
+        f"model                {out / 'model'}   (sma.load reads it)",
+        f"summary              {out / 'summary.json'}",
+        "",
+        f'next: python recipes/seqboat_lm.py generate --run {out} --prompt "The class" --tokens 500',
+        f"next: --set training.updates={2 * summary['updates']} trains twice as long",
+    ]
+    return "\n".join(lines)
+
+
+def draw_language(reading: Reading, out: Path, title: str) -> Path:
+    """Draw a held-out text with the bytes marked that activated sub-modules, layer by layer, into `activation.png`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    layers, length = reading.active.shape
+    lines = -(-length // LINE)
+    figure, (page, curves) = plt.subplots(2, 1, figsize=(15, 0.36 * lines + 4.4), height_ratios=[0.36 * lines, 3.0], layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    colours = [plt.get_cmap("tab10")(layer) for layer in range(layers)]
+    for place, byte in enumerate(reading.text):
+        row, column = divmod(place, LINE)
+        for layer in range(layers):
+            if reading.active[layer, place]:
+                bar = Rectangle((column, row + 0.62 + 0.34 * layer / layers), 1, 0.34 / layers, color=colours[layer], linewidth=0)
+                page.add_patch(bar)
+        # A byte that was not foreseen stands out.
+        surprise = min(1.0, float(reading.bits[place]) / 8)
+        character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
+        page.text(column + 0.5, row + 0.35, character, fontsize=8, family="monospace", ha="center", va="center", color=(surprise, 0, 0))
+    page.set(xlim=(0, LINE), ylim=(lines, 0))
+    page.axis("off")
+    page.set_title("held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen", fontsize=10, loc="left")
+    for layer in range(layers):
+        page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
+    if layers:
+        page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for name, points in rates_over_training(out).items():
+        updates, values = zip(*points, strict=True)
+        curves.plot(updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": "))
+    curves.set(xlabel="update", ylabel="activation rate", ylim=(-0.02, 1.02))
+    if curves.lines:
+        curves.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    curves.grid(alpha=0.3)
+    path = out / "activation.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,97 @@
+"""What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no numbers."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sma.decision import Decision
+from sma.errors import DataError
+from sma.model import SequenceModel
+from sma.recipes.experiment import TrainingSpec
+from sma.stats import RateCount, count_rates
+
+
+class RateMetric(Metric):
+    """Activation rate of every sub-module of every routed layer, over all batches and all ranks.
+
+    Args:
+        layers: the sub-modules of every routed layer.
+    """
+
+    active: Tensor
+    valid: Tensor
+
+    def __init__(self, layers: Sequence[tuple[str, ...]]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        names = {name for layer in layers for name in layer}
+        self.add_state("active", torch.zeros(len(self.layers), len(names), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
+        """Count one batch."""
+        count = count_rates(decisions, valid)
+        self.active += count.active
+        self.valid += count.valid.to(self.valid.device)
+
+    def compute(self) -> Tensor:
+        """The rates, as `RateCount.rates`."""
+        return RateCount(self.active, self.valid, self.layers).rates
+
+    def by_name(self) -> dict[str, float]:
+        """The rates by what they are logged as: `layer0/attention`."""
+        rows = RateCount(self.active, self.valid, self.layers).by_layer()
+        return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
+
+
+class Learner(lightning.LightningModule):
+    """A model and how it is trained; subclasses say what is learned.
+
+    Args:
+        model: what is trained.
+        training: optimiser and schedule.
+
+    Attributes:
+        monitor: the measure of the validation split by which the best checkpoint is chosen.
+        monitor_mode: whether more of it is better.
+        module_names: the sub-modules of every routed layer.
+        tokens_seen: in updates.
+    """
+
+    monitor: ClassVar[str]
+    monitor_mode: ClassVar[Literal["min", "max"]]
+
+    def __init__(self, model: SequenceModel, training: TrainingSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.training_spec = training
+        self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
+        self.tokens_seen = 0
+
+    def configure_optimizers(self) -> Any:
+        """Adam or rectified Adam with decoupled decay, and the schedule, per update."""
+        spec = self.training_spec
+        settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon, "weight_decay": spec.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if spec.optimizer == "radam":
+            optimizer = torch.optim.RAdam(self.parameters(), **settings, decoupled_weight_decay=True)
+        else:  # a fused optimiser scales by itself, which Lightning's clipping refuses
+            optimizer = torch.optim.AdamW(self.parameters(), **settings, fused=self.trainer.precision.endswith("true"))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good checkpoint.
+
+        Raises:
+            DataError: what to do about it.
+        """
+        if not torch.isfinite(loss):
+            raise DataError(
+                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
+                "start a new run with a lower training.learning_rate or another seed"
+            )

@@ -1,0 +1,116 @@
+"""Byte-level causal language modelling with SeqBoat.
+
+python recipes/seqboat_lm.py --preset tiny
+python recipes/seqboat_lm.py generate --run RUN --prompt "The class" --tokens 2000
+"""
+
+import codecs
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from sma.checkpoint import load
+from sma.errors import CheckpointError, InputError
+from sma.generation import generate
+from sma.model import LanguageModel
+from sma.recipes.command import CommandOptions, RunOptions, exit_code, experiment, parse
+
+
+class Options(RunOptions):
+    """Train a byte-level language model and evaluate it in bits per character; `seqboat_lm generate --help` writes text."""
+
+    model_config = SettingsConfigDict(cli_prog_name="seqboat_lm")
+
+    preset: Literal["tiny", "paper"] = Field(default="tiny", description="minutes on two cores, or enwik8 in the paper's setting")
+
+    @property
+    def name(self) -> str:
+        return f"text_{self.preset}"
+
+
+class GenerateOptions(CommandOptions):
+    """Continue a prompt with a trained model, byte by byte."""
+
+    model_config = SettingsConfigDict(cli_prog_name="seqboat_lm generate")
+
+    run: Path = Field(description="the folder of a run, or of a model that sma.save wrote")
+    prompt: str = Field(default="\n", description="the beginning of the text")
+    tokens: int = Field(default=500, ge=0, description="bytes to write")
+    temperature: float = Field(default=0.8, ge=0.0, description="below 1 is more cautious; 0 takes the most probable byte")
+    top_k: int | None = Field(default=None, ge=1, description="draw from the k most probable bytes only")
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0, description="draw from the most probable bytes that add up to p")
+    seed: int = Field(default=0, description="of the draws")
+    samples: int = Field(default=1, ge=1, description="texts to write at once; several are printed one after another at the end")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["generate"]:
+        return exit_code(lambda: write(parse(GenerateOptions, given[1:])))
+    return exit_code(lambda: run(parse(Options, given)))
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Train and evaluate as the options say; returns the summary.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    spec, out = experiment(options)
+    from sma.recipes.language import run_language  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
+    from sma.recipes.language_report import describe_language, draw_language
+
+    corpus = spec.task.prepare(options.data, progress=options.progress)
+    sizes = f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    print(f"SeqBoat on {corpus.name}: {sizes} -> {out}", flush=True)
+    finished = run_language(spec, out, corpus, accelerator=options.accelerator, progress=options.progress)
+    bits = finished.summary["bits_per_character"]
+    draw_language(finished.reading, out, f"SeqBoat on {corpus.name}: {bits:.3f} bits per character, seed {spec.seed}")
+    print(describe_language(finished.summary, out))
+    return finished.summary
+
+
+def write(options: GenerateOptions) -> None:
+    """Print the continuations, a single one as it is produced.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    folder = options.run / "model" if (options.run / "model").is_dir() else options.run
+    model = load(folder)
+    if not isinstance(model, LanguageModel):
+        raise CheckpointError(f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can write text")
+    prompt = options.prompt.encode()
+    if not prompt:
+        raise InputError("--prompt is empty; give at least one character")
+    ids = torch.tensor([list(prompt)])
+    stream = generate(
+        model,
+        ids,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        samples=options.samples,
+    )
+    if options.samples > 1:
+        rows = torch.stack(list(stream), 1).tolist() if options.tokens else [[]] * options.samples
+        for number, row in enumerate(rows):
+            print(f"--- {number + 1} of {options.samples}\n{options.prompt}{bytes(row).decode(errors='replace')}")
+        return
+    # A character may be several bytes; it is printed when its last one has come.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(options.prompt, end="", flush=True)
+    for token in stream:
+        print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

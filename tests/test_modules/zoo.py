@@ -1,0 +1,39 @@
+"""The sub-modules that the laws of the whole zoo are tried on."""
+
+import torch
+
+from sma.modules.attention import AttentionSpec
+from sma.modules.conv import ConvSpec
+from sma.modules.ema import EMASpec
+from sma.modules.gau import GAUSpec
+from sma.modules.identity import IdentitySpec
+from sma.modules.mlp import GatedMLPSpec
+from sma.positions import RelativeBiasSpec, RotarySpec
+from sma.submodule import SubModule, SubModuleSpec
+from tests.test_modules.layouts import draw
+
+WIDTH = 4
+SLOTS = RelativeBiasSpec(distance="slot_distance")
+NEAR = RelativeBiasSpec(max_positions=9)
+SPECS: dict[str, SubModuleSpec] = {
+    "attention-bidirectional": AttentionSpec(heads=2),
+    "attention-causal": AttentionSpec(heads=2, bidirectional=False, position=RotarySpec()),
+    "conv-bidirectional": ConvSpec(kernel_size=5, bidirectional=True),
+    "conv-causal": ConvSpec(kernel_size=4, activation="none"),
+    "ema-bidirectional": EMASpec(state_size=3),
+    "ema-causal": EMASpec(state_size=3, bidirectional=False),
+    "ema-causal-truncated": EMASpec(state_size=2, bidirectional=False, truncation=7),
+    "gated_mlp": GatedMLPSpec(hidden_size=5),
+    "gau-bidirectional": GAUSpec(query_size=4, hidden_size=3, window=3, position=NEAR),
+    "gau-bidirectional-all": GAUSpec(query_size=4, hidden_size=3, attention="laplace", position=RotarySpec()),
+    "gau-causal": GAUSpec(query_size=4, hidden_size=3, window=3, bidirectional=False, position=SLOTS),
+    "gau-causal-all": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, attention="relu2", position=NEAR),
+    "identity": IdentitySpec(),
+}
+
+
+def make(spec: SubModuleSpec, dtype: torch.dtype = torch.float64) -> SubModule:
+    torch.manual_seed(0)
+    module = draw(spec.build(WIDTH).to(dtype))
+    assert isinstance(module, SubModule)
+    return module

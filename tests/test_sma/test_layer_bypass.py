@@ -1,0 +1,108 @@
+"""The linear bypass that also gathers the routed tokens: one program with its two plain operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sma.layer import LinearBypass
+from tests.cases import generator, normal, spread
+
+WIDTH = 4
+
+
+def make(dtype: torch.dtype = torch.float64) -> LinearBypass:
+    bypass = LinearBypass(WIDTH).to(dtype)
+    spread(bypass)
+    return bypass
+
+
+def plain(bypass: LinearBypass, x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The two operators by themselves."""
+    return nn.functional.linear(x_TD, bypass.weight, bypass.bias), x_TD.index_select(0, index)
+
+
+def results(program: Any, bypass: LinearBypass, x: Tensor, index: Tensor, weights: tuple[float, float]) -> list[Tensor]:
+    """Both outputs, and the gradients of x, weight and bias under random incoming gradients, scaled."""
+    leaf = x.detach().clone().requires_grad_()
+    mapped, routed = program(bypass, leaf, index)
+    total = weights[0] * (mapped * normal(*mapped.shape, seed=2)).sum() + weights[1] * (routed * normal(*routed.shape, seed=3)).sum()
+    return [mapped.detach(), routed.detach(), *torch.autograd.grad(total, [leaf, bypass.weight, bypass.bias], materialize_grads=True)]
+
+
+@given(
+    tokens=st.integers(0, 9),
+    rate=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+    weights=st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]),
+)
+def test_outputs_and_gradients_are_those_of_the_two_operators(tokens: int, rate: float, seed: int, weights: tuple[float, float]) -> None:
+    bypass, x = make(), normal(tokens, WIDTH, seed=seed)
+    index = (torch.rand(tokens, generator=generator(seed)) < rate).nonzero().squeeze(1)
+    index = index[torch.randperm(len(index), generator=generator(seed))]
+    found = results(LinearBypass.__call__, bypass, x, index, weights)
+    for ours, theirs in zip(found, results(plain, bypass, x, index, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_output_that_nobody_uses_costs_nothing_of_the_gradient(which: int) -> None:
+    bypass, index = make(), torch.tensor([3, 1])
+    leaves = [normal(5, WIDTH).requires_grad_() for _ in range(2)]
+    incoming = normal(*bypass(leaves[0], index)[which].shape, seed=6)
+    for program, leaf in zip((LinearBypass.__call__, plain), leaves, strict=True):
+        program(bypass, leaf, index)[which].backward(incoming)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("places", [[], [2], [4, 0, 1]], ids=str)
+def test_bypass_passes_gradcheck(places: list[int]) -> None:
+    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor(places, dtype=torch.long)
+
+    def program(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.functional_call(bypass, {"weight": weight, "bias": bias}, (x, index))
+
+    assert torch.autograd.gradcheck(program, (x, bypass.weight, bypass.bias))
+
+
+def test_gradients_that_come_in_are_not_changed() -> None:
+    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor([0, 2])
+    incoming = [normal(5, WIDTH, seed=4), normal(2, WIDTH, seed=5)]
+    kept = [tensor.clone() for tensor in incoming]
+    outputs = bypass(x, index)
+    once, again = (torch.autograd.grad(outputs, [x, *bypass.parameters()], incoming, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(incoming, kept, strict=True))
+
+
+def test_both_outputs_are_tensors_of_their_own() -> None:
+    """What is added to them in place reaches neither the tokens nor the gradients."""
+    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.arange(5)
+    wanted = results(plain, bypass, x, index, (1.0, 1.0))[2:]
+    mapped, routed = bypass(x, index)
+    kept = x.detach().clone()
+    total = (mapped.add_(1) * normal(5, WIDTH, seed=2)).sum() + (routed.add_(1) * normal(5, WIDTH, seed=3)).sum()
+    for ours, theirs in zip(torch.autograd.grad(total, [x, bypass.weight, bypass.bias]), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert torch.equal(x.detach(), kept)
+
+
+def test_tokens_that_are_not_contiguous_give_the_same() -> None:
+    bypass, index = make(), torch.tensor([1, 3])
+    x = normal(WIDTH, 5).T
+    assert not x.is_contiguous()
+    wanted = results(plain, bypass, x.contiguous(), index, (1.0, 1.0))
+    for ours, theirs in zip(results(LinearBypass.__call__, bypass, x, index, (1.0, 1.0)), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "grad"])
+def test_autocast_gives_what_the_two_operators_give(graph: bool) -> None:
+    bypass, x, index = make(torch.float32), normal(5, WIDTH, dtype=torch.float32), torch.tensor([1, 3])
+    with torch.set_grad_enabled(graph), torch.autocast("cpu", dtype=torch.bfloat16):
+        for ours, theirs in zip(bypass(x, index), plain(bypass, x, index), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)

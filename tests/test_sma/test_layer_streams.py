@@ -1,0 +1,136 @@
+"""Layers that go on from a state, and rows that never touch each other."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from sma import RoutedLayer, State
+from sma.errors import StateError
+from sma.layer import LayerState
+from tests.cases import normal
+from tests.streams import Plan, copied, even, exactly, few, flow, near, near_states, plans, same_bits, steps
+from tests.test_sma.causal import WIDTH, causal_layers, make_layer
+from tests.test_sma.layers import LAYERS, layers, make
+
+ROWS, LENGTH = 3, 10
+
+
+def run(layer: RoutedLayer, x: Tensor, valid: Tensor | None, state: LayerState | None) -> tuple[list[Tensor], Any]:
+    output = layer(x, valid, state)
+    decided = [] if output.decision is None else [output.decision.active, output.decision.confidence]
+    return [output.hidden, *decided], output.state
+
+
+@causal_layers
+@few
+@given(plan=plans(ROWS, LENGTH))
+def test_whole_equals_chunked_equals_step_by_step(spec: dict[str, Any], plan: Plan) -> None:
+    layer, x = make_layer(spec), normal(ROWS, LENGTH, WIDTH)
+    with torch.no_grad():
+        wanted, none = run(layer, x, None, None)
+        assert none is None
+        for each in (plan, even(steps(LENGTH), ROWS)):
+            found, state = flow(lambda *chunk: run(layer, *chunk), x, each, layer.init_state(ROWS), fill=torch.nan)
+            for ours, theirs in zip(found, wanted, strict=True):
+                near(ours, theirs)
+            assert state.seen.tolist() == [LENGTH] * ROWS
+            near_states(state, run(layer, x, None, layer.init_state(ROWS))[1])
+
+
+@causal_layers
+def test_a_state_is_never_changed_and_idle_rows_keep_theirs(spec: dict[str, Any]) -> None:
+    layer, x = make_layer(spec), normal(ROWS, LENGTH, WIDTH)
+    state = layer(x, None, layer.init_state(ROWS)).state
+    kept, valid = copied(state), torch.tensor([[False, True], [False, False], [False, False]])
+    once, again = (layer(x[:, :2], valid, state) for _ in range(2))
+    assert same_bits(state, kept)
+    assert torch.equal(once.hidden[0], again.hidden[0])
+    near_states(once.state.select(torch.tensor([1, 2])), state.select(torch.tensor([1, 2])), 0.0)
+    assert once.state.seen.tolist() == [LENGTH + 1, LENGTH, LENGTH]
+
+
+@causal_layers
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e4])
+def test_what_comes_later_never_touches_what_was_said(spec: dict[str, Any], bad: float) -> None:
+    layer, x, cut = make_layer(spec), normal(ROWS, 40, WIDTH), 7
+    changed = x.clone()
+    changed[:, cut:] = bad
+    with torch.no_grad():
+        for ours, theirs in zip(run(layer, changed, None, None)[0], run(layer, x, None, None)[0], strict=True):
+            near(ours[:, :cut], theirs[:, :cut])
+
+
+@layers
+@pytest.mark.parametrize("active", ["as drawn", "always"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e4])
+def test_a_broken_row_never_touches_another(name: str, bad: float, active: str) -> None:
+    if active == "always" and "modules" not in LAYERS[name]:
+        pytest.skip("nothing is routed")
+    layer = make(name, **({"router": {"kind": "always"}} if active == "always" else {}))
+    x = normal(ROWS, 40, WIDTH)
+    changed = x.clone()
+    changed[1, 11] = bad
+    for valid in (None, torch.arange(40) < torch.tensor([40, 20, 33])[:, None]):
+        with torch.no_grad():
+            before, after = layer(x, valid), layer(changed, valid)
+        rows = torch.tensor([0, 2])
+        keep = torch.ones(2, 40, 1, dtype=torch.bool) if valid is None else valid[rows][..., None]
+        near(after.hidden[rows].where(keep, 0), before.hidden[rows].where(keep, 0))
+
+
+@pytest.mark.usefixtures("as_users_run")
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            (
+                "seqboat",
+                "'backbone' (kind ema, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+            ),
+            (
+                "several modules",
+                "'attention' (kind gau, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+            ),
+            (
+                "no bypass",
+                "'backbone' (kind conv, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+            ),
+        ],
+    )
+    def test_part_that_looks_ahead(self, name: str, sentence: str) -> None:
+        layer = make(name)
+        state = LayerState(torch.zeros(2, dtype=torch.long), None, None)
+        for call in (lambda: layer.init_state(2), lambda: layer(normal(2, 3, WIDTH), None, state)):
+            with pytest.raises(StateError, match=exactly(sentence)):
+                call()
+
+    def test_batch_norm_in_training(self) -> None:
+        layer = make("no modules")
+        state = layer.init_state(2)
+        layer.train()
+        for call in (lambda: layer.init_state(2), lambda: layer(normal(2, 3, WIDTH), None, state)):
+            with pytest.raises(
+                StateError,
+                match=exactly("'norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first"),
+            ):
+                call()
+
+    def test_state_of_another_class(self) -> None:
+        with pytest.raises(StateError, match=exactly("RoutedLayer got a state of class State; it needs LayerState: see init_state")):
+            make("causal seqboat")(normal(2, 3, WIDTH), None, State())
+
+    def test_state_of_another_number_of_streams(self) -> None:
+        layer = make("causal seqboat")
+        sentence = "RoutedLayer got a state of 1 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+        with pytest.raises(StateError, match=exactly(sentence)):
+            layer(normal(2, 3, WIDTH), None, layer.init_state(1))
+
+
+def test_a_layer_that_does_not_count_returns_a_state_that_does_not() -> None:
+    layer = make("causal seqboat")
+    state = replace(layer.init_state(2), seen=None)
+    assert layer(normal(2, 3, WIDTH), None, state).state.seen is None
