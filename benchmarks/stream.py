@@ -163,7 +163,7 @@ class CachedTransformer(nn.Module):
 
 
 class Marks:
-    """Makes the steps at every mark: of a model that has seen that many tokens."""
+    """Makes the steps at every mark, of a model that has seen that many tokens, and takes one of them for the peak memory."""
 
     def __init__(self, options: argparse.Namespace, batch: int, rate: float) -> None:
         self.device, self.batch, self.positions, self.steps = options.device, batch, sorted(options.position), options.steps
@@ -198,6 +198,7 @@ class Marks:
                 stream.state = output.state
             for mine, now in zip(tensors(copy), tensors(stream.state), strict=True):
                 mine.copy_(now)
+            step_model(self.ids(1), state=copy)
             yield Stream(step_model, copy), stream.state.num_bytes
 
     def _count(self, output: Any) -> None:
@@ -211,12 +212,15 @@ class Marks:
         self._count(self.model(self.ids(CONTEXT)))
         for position in self.positions:
             ids = self.ids(min(position, CONTEXT))
-            yield Recompute(self.model, ids), ids.numel() * ids.element_size()
+            step = Recompute(self.model, ids)
+            step(self.ids(1))
+            yield step, ids.numel() * ids.element_size()
 
     def kv_cache_transformer(self) -> Iterator[tuple[Step, int]]:
         """One cache at a time, with room for the steps."""
         for position in self.positions:
             model = CachedTransformer(self.batch, position, self.steps + 64, self.device)
+            model(self.ids(1))
             yield model, DEPTH * 2 * self.batch * position * WIDTH * 4
 
     @property
@@ -268,7 +272,6 @@ def measure(model: str, batch: int, rate: float, options: argparse.Namespace) ->
     steps: list[Step] = []
     points: list[dict[str, Any]] = []
     for position, (step, state_bytes) in zip(marks.positions, getattr(marks, model)(), strict=True):
-        step(marks.ids(1))
         steps.append(step)
         points.append({"position": position, "state_bytes": state_bytes, "peak_megabytes": round(peak_megabytes(options.device), 1)})
     ids = marks.ids(options.steps + 20).split(1, 1)

@@ -1,7 +1,7 @@
 """Linear recurrences with constant decay: their kernels, and a causal chunked scan."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -102,7 +102,7 @@ def _scan(x_BLD: Tensor, recurrence: Recurrence, initial_BDN: Tensor | None) -> 
     channels, rows, chunks = inputs.shape[:3]
     flat = inputs.flatten(1, 2)
     finite = flat.where(flat.isfinite(), 0)
-    out = finite @ _toeplitz(recurrence.kernel(chunk)).transpose(1, 2)
+    out = finite @ _toeplitz(recurrence.kernel(chunk))
     # 0 x NaN is NaN, so a product would carry a NaN to earlier places too; it is cleared above and marks its own and later ones here.
     out = out + (flat - finite).cumsum(-1)
     if initial_BDN is None:
@@ -116,7 +116,19 @@ def _scan(x_BLD: Tensor, recurrence: Recurrence, initial_BDN: Tensor | None) -> 
         states = _states(torch.cat([initial, added], dim=2), recurrence.log_decay * chunk)
         leaving = powers(recurrence.log_decay, chunk, start=1) * recurrence.outward[..., None]
         out = out + states[:, :, :-1].flatten(1, 2) @ leaving
-    return _Scan(inputs, out.unflatten(1, (rows, chunks)), states)
+    return _Scan(inputs, _GradientInRows.apply(out).unflatten(1, (rows, chunks)), states)
+
+
+class _GradientInRows(torch.autograd.Function):
+    """The same tensor; its gradient, which arrives with channels innermost, is laid out once for the products that follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 def step(x_BD: Float[Tensor, "B D"], recurrence: Recurrence, before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
@@ -145,7 +157,11 @@ def _states(added_DBJN: Tensor, log_decay_DN: Tensor) -> Float[Tensor, "D B J N"
 
 
 def _toeplitz(kernel_DC: Float[Tensor, "D C"]) -> Float[Tensor, "D C C"]:
-    """Lower triangular matrices whose entry (i, j) is kernel[i - j]."""
-    taps = kernel_DC.shape[1]
-    lag = torch.arange(taps, device=kernel_DC.device)[:, None] - torch.arange(taps, device=kernel_DC.device)
-    return kernel_DC[:, lag.clamp(min=0)].where(lag >= 0, 0)
+    """Upper triangular matrices whose entry (j, i) is kernel[i - j]: what input j of a chunk adds to its output i.
+
+    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1: each begins one place
+    later in its turn. Views and one copy, forward and backward, where indexing would gather and scatter.
+    """
+    channels, taps = kernel_DC.shape
+    turns = torch.nn.functional.pad(kernel_DC, (0, taps))[:, None].expand(channels, taps, 2 * taps).flatten(1)
+    return turns[:, : taps * (2 * taps - 1)].unflatten(1, (taps, 2 * taps - 1))[..., :taps]
