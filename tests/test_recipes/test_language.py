@@ -1,0 +1,184 @@
+"""Language modelling: which bytes a segment holds, what is scored, and that a resumed run is the uninterrupted one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sma
+from sma.errors import SpecError
+from sma.recipes.data.text import load_text
+from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
+from sma.recipes.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, read_along, run_language
+from sma.recipes.tasks import TextTask
+
+MODEL = {
+    "kind": "language_model",
+    "width": 8,
+    "encoder": {"kind": "token_embedding", "vocabulary": 256, "scaled": True},
+    "layers": {
+        "repeat": 2,
+        "layer": {
+            "backbone": {"kind": "ema", "state_size": 4, "bidirectional": False},
+            "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 8, "bidirectional": False}},
+            "norm": {"kind": "layer_norm"},
+            "dropout": 0.1,
+        },
+    },
+}
+TRAINING = {"updates": 30, "batch_size": 3, "learning_rate": 0.01, "warmup": 5, "evaluate_every": 10}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def experiment(text: Path, *settings: str) -> ExperimentSpec:
+    task = {"kind": "text", "data": {"file": str(text)}, "segment": 16, "window": 50, "carry_state": True}
+    return load_experiment({"task": task, "model": MODEL, "training": TRAINING}, settings)
+
+
+def train(spec: ExperimentSpec, out: Path) -> Finished:
+    return run_language(spec, out, spec.task.prepare(out), accelerator="cpu", progress=False)
+
+
+@given(length=st.integers(2, 60), window=st.integers(1, 30), context=st.none() | st.integers(0, 29))
+def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(length: int, window: int, context: int | None) -> None:
+    if context is not None and context >= window:
+        context = window - 1
+    text = torch.randperm(250, generator=torch.Generator().manual_seed(length))[:length].to(torch.uint8)
+    segments = EvaluationSegments(text, TextTask(window=window, context=context))
+    scored = []
+    for number in range(len(segments)):
+        part = segments[number]
+        assert part.inputs.shape[1] <= window
+        assert part.fresh is (number == 0 or context is not None)
+        if context is not None and number:
+            assert int((~part.scored).sum()) == context
+        scored += part.targets[part.scored].tolist()
+        for before, after in zip(part.inputs[0].tolist(), part.targets[0].tolist(), strict=True):
+            place = text.tolist().index(before)
+            assert int(text[place + 1]) == after
+    assert scored == text[1:].tolist()
+
+
+@given(length=st.integers(30, 90), rows=st.integers(1, 4), size=st.integers(1, 9))
+def test_carried_segments_go_on_where_the_last_ones_ended(length: int, rows: int, size: int) -> None:
+    text = torch.arange(length, dtype=torch.uint8)
+    task = TextTask(segment=size, carry_state=True)
+    segments = TrainingSegments(text, task, experiment_training(rows), seed=3)
+    fresh = 0
+    for update in range(2 * segments.per_pass + 1):
+        part = segments[update]
+        assert part.inputs.shape == (rows, size)
+        assert torch.equal(part.targets, (part.inputs + 1) % length)
+        if update and not part.fresh:
+            assert torch.equal(part.inputs[:, 0], segments[update - 1].targets[:, -1])
+        fresh += part.fresh
+    assert fresh == 3
+
+
+def experiment_training(rows: int) -> Any:
+    return load_experiment({"task": {"kind": "text"}, "model": MODEL, "training": {**TRAINING, "batch_size": rows}}).training
+
+
+def test_one_pass_of_carried_segments_reads_no_byte_twice() -> None:
+    segments = TrainingSegments(torch.arange(96, dtype=torch.uint8), TextTask(segment=8, carry_state=True), experiment_training(4), seed=0)
+    seen = torch.cat([segments[update].inputs.flatten() for update in range(segments.per_pass)])
+    assert sorted(seen.tolist()) == list(range(96))
+
+
+def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:
+    spec = experiment(text, "training.updates=6")
+    finished = train(spec, tmp_path)
+    model = sma.load(tmp_path / "model")
+    test = load_text(spec.task.data).test.long()[None]  # type: ignore[attr-defined]
+    logits = model(test[:, :-1]).logits
+    assert logits is not None
+    bits = float(torch.nn.functional.cross_entropy(logits[0].detach(), test[0, 1:])) / math.log(2)
+    assert finished.summary["bits_per_character"] == pytest.approx(bits, abs=1e-4)
+    assert finished.summary == json.loads((tmp_path / "summary.json").read_text())
+    assert {"marks", "activation_rate", "seconds", "seed", "commit", "sha256"} <= set(finished.summary)
+
+
+def test_training_learns(text: Path, tmp_path: Path) -> None:
+    bits = train(experiment(text, "training.updates=150"), tmp_path).summary["bits_per_character"]
+    assert bits < 3  # letters alone take about 4.4
+
+
+def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None:
+    spec = experiment(text)
+    corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
+    model = sma.build(spec.model, seed=0).eval()
+    learner = LanguageLearner(model, spec.training, carry_state=True)  # type: ignore[arg-type]
+    segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
+    first, second = segments[0], segments[1]
+    _, losses = learner._run(first, model.init_state(3))
+    output = model(first.inputs, state=model.init_state(3))
+    assert output.state is not None
+    _, carried = learner._run(second, output.state.detach())
+    whole = model(torch.cat([first.inputs, second.inputs], 1)).logits
+    assert whole is not None
+    wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")
+    torch.testing.assert_close(carried, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(losses.mean(), carried.mean())
+
+
+@pytest.mark.parametrize("update", [7, 14, 25])
+def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = experiment(text, "training.evaluate_every=5")
+    whole = train(spec, tmp_path / "whole")
+    step = LanguageLearner.training_step
+
+    def stopping(self: LanguageLearner, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == update:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageLearner, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(spec, tmp_path / "parts")
+    assert (tmp_path / "parts" / LAST).is_file()
+    parts = train(spec, tmp_path / "parts")
+    ours, theirs = parts.learner.model.state_dict(), whole.learner.model.state_dict()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert parts.summary["bits_per_character"] == whole.summary["bits_per_character"]
+
+
+def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: Path) -> None:
+    finished = train(experiment(text, "training.updates=6"), tmp_path)
+    sample = load_text(experiment(text).task.data).test[:40]  # type: ignore[attr-defined]
+    reading = read_along(finished.learner.model, sample)  # type: ignore[arg-type]
+    assert reading.text == bytes(sample.tolist())
+    assert reading.active.shape == (2, 40)
+    assert reading.bits[0] == 0
+    assert (reading.bits[1:] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["task.context=50"], r"context=50 must be below window=50; nothing would be scored"),
+        (["model.encoder.vocabulary=99"], r"model.encoder.vocabulary=99 must be at least 256, one for every byte"),
+        (["model.layers.layer.backbone.bidirectional=true"], r"layer 0 'backbone' sees the token that is to be predicted"),
+        (["task.segment=0"], r"segment"),
+    ],
+)
+def test_impossible_experiments_are_refused(text: Path, settings: list[str], complaint: str) -> None:
+    with pytest.raises(SpecError, match=complaint):
+        experiment(text, *settings)
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    model = {key: value for key, value in MODEL.items() if key != "kind"} | {"kind": "sequence_encoder"}
+    with pytest.raises(SpecError, match="the model kind 'sequence_encoder' does not score the next token; use kind 'language_model'"):
+        load_experiment({"task": {"kind": "text"}, "model": model, "training": TRAINING})

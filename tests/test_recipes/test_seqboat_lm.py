@@ -1,0 +1,120 @@
+"""The command line of the language model: what it prints, what it writes, and its sentences."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import sma
+from sma.recipes.experiment import LAST
+from sma.recipes.seqboat_lm import main
+from tests.test_recipes.test_language import MODEL, TRAINING, experiment, text, train
+
+__all__ = ["text"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the command line."""
+    out = tmp_path_factory.mktemp("lm")
+    spec = out / "experiment.yaml"
+    task = {"kind": "text", "data": {"file": str(text)}, "segment": 16, "carry_state": True}
+    spec.write_text(yaml.safe_dump({"task": task, "model": MODEL, "training": {**TRAINING, "updates": 60}}), encoding="utf-8")
+    assert main(["--spec", str(spec), "--out", str(out / "run"), "--no-progress", "--accelerator", "cpu"]) == 0
+    return out / "run"
+
+
+def test_run_folder_holds_summary_model_and_figure(finished: Path) -> None:
+    assert {"summary.json", "activation.png", "model", "experiment.yaml", "metrics"} <= {path.name for path in finished.iterdir()}
+    assert isinstance(sma.load(finished / "model"), sma.SequenceModel)
+    assert (finished / "activation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_generated_text_begins_with_the_prompt_and_repeats_with_the_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        assert main(["generate", "--run", str(finished), "--prompt", "the quick ", "--tokens", "40", "--seed", str(seed)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("the quick ")
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_samples_are_printed_one_after_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--run", str(finished / "model"), "--prompt", "fox", "--tokens", "9", "--samples", "3"]) == 0
+    said = capsys.readouterr().out
+    assert [f"--- {number} of 3\nfox" in said for number in (1, 2, 3)] == [True] * 3
+
+
+def test_text_is_written_as_it_is_produced(finished: Path) -> None:
+    command = [sys.executable, "recipes/seqboat_lm.py", "generate", "--run", finished, "--prompt", "the ", "--tokens", "100000000"]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(4) == b"the "
+        assert len(process.stdout.read(50)) == 50
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--top-k", "0"], "--top-k='0': input should be greater than or equal to 1; see --help"),
+        (["--top-p", "1.5"], "--top-p='1.5': input should be less than or equal to 1; see --help"),
+        (["--temperature", "-1"], "--temperature='-1': input should be greater than or equal to 0; see --help"),
+        (["--prompt", ""], "error: --prompt is empty; give at least one character"),
+    ],
+)
+def test_impossible_settings_are_sentences(
+    finished: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--run", str(finished), *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--run", str(tmp_path)]) == 2
+    assert f"error: there is no saved model in {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+def test_another_kind_of_model_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sma.save(sma.build(sma.load_spec({**MODEL, "kind": "sequence_encoder"}), seed=0), tmp_path)
+    assert main(["generate", "--run", str(tmp_path)]) == 2
+    assert "is of kind 'sequence_encoder'; only a 'language_model' can write text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_weights(text: Path, tmp_path: Path) -> None:
+    spec = experiment(text, "training.updates=300", "training.evaluate_every=10")
+    whole = train(spec, tmp_path / "whole")
+    path = tmp_path / "experiment.yaml"
+    path.write_text((tmp_path / "whole" / "experiment.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "recipes/seqboat_lm.py", "--no-progress", "--accelerator", "cpu"]
+    out = tmp_path / "parts"
+    process = subprocess.Popen([*command, "--spec", str(path), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out / LAST).is_file():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (out / "summary.json").exists()
+    subprocess.run([*command, "--resume", str(out)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    resumed = torch.load(out / LAST, weights_only=True)["state_dict"]
+    wanted = torch.load(tmp_path / "whole" / LAST, weights_only=True)["state_dict"]
+    assert [name for name in wanted if not torch.equal(resumed[name], wanted[name])] == []
+    assert whole.summary["updates"] == 300
