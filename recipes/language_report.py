@@ -21,7 +21,8 @@ def describe_language(summary: dict[str, Any], out: Path) -> str:
     rates, speed = summary["activation_rate"], summary["tokens_per_second"]
     lines = ["", f"bits per character   {summary['bits_per_character']:.3f}   on {summary['bytes']['test']:,} held-out bytes"]
     for name, value in summary["marks"].items():
-        label = next((words for key, words in _MARKS.items() if name.startswith(key)), name)
+        known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")  # a limit may stand behind the key
+        label = _MARKS[known] + name.removeprefix(known) if known else name
         lines.append(f"                     {value:.3f}   {label}")
     lines += [
         f"activation rate      {'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}",
