@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +162,13 @@ class CachedTransformer(nn.Module):
         return nn.functional.linear(self.norm(hidden), self.embedding.weight)
 
 
+def compiled(model: SequenceModel) -> Callable[..., Any]:
+    """The model compiled, as far as that goes: where tokens are counted or found, the graph is told to go on."""
+    torch._dynamo.config.capture_scalar_outputs = True
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    return torch.compile(model, dynamic=False)
+
+
 class Marks:
     """Makes the steps at every mark, of a model that has seen that many tokens, and takes one of them for the peak memory."""
 
@@ -184,32 +191,33 @@ class Marks:
 
     def seqboat(self) -> Iterator[tuple[Step, int]]:
         """Advance in chunks; the steps go on from a copy of the state, in memory that is taken before the first mark."""
-        chunk = max(1, min(1000, SMALL // self.batch))
-        stream = Stream(self.model, self.model.init_state(self.batch))
-        kept = [map_tensors(torch.clone, stream.state) for _ in self.positions]
-        warm = stream.state
-        for _ in range(10):  # until the allocator holds what chunks need, so that no mark is the first to need it
-            warm = cast(ModelState, self.model(self.ids(chunk), state=warm).state)
-        step_model = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
+        state = self.model.init_state(self.batch)
+        kept = [map_tensors(torch.clone, state) for _ in self.positions]
+        for _ in range(200):  # until the allocator holds what chunks and steps need, so that no mark is the first to need it
+            state = self._advance(chunk, state)
+            self.model(self.ids(1), state=kept[0])
+        state = state.reset(torch.ones(self.batch, dtype=torch.bool, device=self.device))
+        self.seen, self.active = 0, [0.0] * DEPTH
+        step_model = compiled(self.model) if self.compiled else self.model
         for position, copy in zip(self.positions, kept, strict=True):
             while self.seen < position:
-                output = self.model(self.ids(min(chunk, position - self.seen)), state=stream.state)
-                self._count(output)
-                stream.state = output.state
-            for mine, now in zip(tensors(copy), tensors(stream.state), strict=True):
+                state = self._advance(min(chunk, position - self.seen), state)
+            for mine, now in zip(tensors(copy), tensors(state), strict=True):
                 mine.copy_(now)
             step_model(self.ids(1), state=copy)
-            yield Stream(step_model, copy), stream.state.num_bytes
+            yield Stream(step_model, copy), state.num_bytes
 
-    def _count(self, output: Any) -> None:
-        length = output.hidden.shape[1]
+    def _advance(self, length: int, state: ModelState | None) -> Any:
+        output = self.model(self.ids(length), state=state)
         self.seen += length
         for place, decision in enumerate(output.decisions):
             self.active[place] += float(decision.rate()[0]) * length
+        return output.state
 
     def recompute(self) -> Iterator[tuple[Step, int]]:
         """The last tokens before the mark are all that there is."""
-        self._count(self.model(self.ids(CONTEXT)))
+        self._advance(CONTEXT, None)
         for position in self.positions:
             ids = self.ids(min(position, CONTEXT))
             step = Recompute(self.model, ids)
@@ -322,7 +330,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", action="append", type=float, help=f"only this activation rate; default {RATES}")
     parser.add_argument("--position", action="append", type=int, help=f"only this mark, in tokens; default {POSITIONS}")
     parser.add_argument("--steps", type=int, default=2000, help="single steps per mark; default 2000")
-    parser.add_argument("--compile", action="store_true", help="compile the single step of seqboat")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the single step of seqboat; the peak memory is then that of the compiler"
+    )
     parser.add_argument("--point", nargs=3, metavar=("MODEL", "BATCH", "RATE"), help="measure one model in this process")
     options = parser.parse_args()
     for name, default in (("model", MODELS), ("batch", BATCHES), ("rate", RATES), ("position", POSITIONS)):

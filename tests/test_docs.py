@@ -11,9 +11,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+from sma.testing.model_laws import MODEL_LAWS
+from sma.testing.submodule_laws import SUBMODULE_LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +41,7 @@ def run_command(command: str, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users_run: None) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__page__"}
     printed = ""
@@ -60,3 +64,10 @@ def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, mon
             continue
         ran += 1
     assert ran, f"{page.name} has no example"
+
+
+@pytest.mark.parametrize("laws", [pytest.param(SUBMODULE_LAWS, id="submodule"), pytest.param(MODEL_LAWS, id="model")])
+def test_the_page_of_the_conformance_kit_names_every_law(laws: Sequence[Callable[..., None]]) -> None:
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = [f"| `{law.__name__}` | {(law.__doc__ or '').strip().splitlines()[0]} |" for law in laws]
+    assert "\n".join(rows) in page
