@@ -168,8 +168,9 @@ class EMA(SubModule):
             late_BSD, recent = self._delayed(tokens, recent, x_BSD.dtype)
             late = advance(late_BSD, tokens.lengths, self._leaving(ahead), torch.zeros_like(hidden))
             out, after = out - late.out, after - late.final
-        # A row without a token keeps its state to the last bit.
-        after = after.to(before.hidden.dtype).where((tokens.lengths > 0)[:, None, None], before.hidden)
+        after = after.to(before.hidden.dtype)
+        if tokens.holes or tokens.stride is None:  # a row without a token keeps its state to the last bit
+            after = after.where((tokens.lengths > 0)[:, None, None], before.hidden)
         return out + omega * x_BSD, EMAState(after, recent)
 
     def _delayed(self, tokens: Ragged, recent: Cache, dtype: torch.dtype) -> tuple[Tensor, Cache]:

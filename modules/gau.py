@@ -117,7 +117,7 @@ class GatedAttentionUnit(SubModule):
         gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)
         q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
         if isinstance(spec.position, RotarySpec):
-            q, k = (rotate(x, tokens.positions, spec.position.base) for x in (q, k))
+            q, k = rotate(torch.stack([q, k], 1), tokens.positions, spec.position.base).unbind(1)
         q = self._scaled(q, tokens, cache)
         v = nn.functional.dropout(v, spec.value_dropout, self.training)
         attended, after = self._attend(q, k, v, tokens, cache)

@@ -195,7 +195,7 @@ def attend_one(
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        scores = torch.bmm(keys.to(v.dtype), q[..., None]).squeeze(-1).to(wide)
+        scores = torch.bmm(q[:, None], keys.to(v.dtype).transpose(1, 2)).squeeze(1).to(wide)
         own = (q * k).sum(-1, keepdim=True).to(wide)
         if bias is not None:
             distance = slots - seen[:, None] if bias.over_slots else positions - tokens.positions[:, None]
