@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sma.recipes.language import Reading
-from sma.recipes.report import rates_over_training
+from sma.recipes.report import draw_rates
 
 # Bytes per line of the figure.
 LINE = 100
@@ -69,13 +69,7 @@ def draw_language(reading: Reading, out: Path, title: str) -> Path:
         page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
     if layers:
         page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    for name, points in rates_over_training(out).items():
-        updates, values = zip(*points, strict=True)
-        curves.plot(updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": "))
-    curves.set(xlabel="update", ylabel="activation rate", ylim=(-0.02, 1.02))
-    if curves.lines:
-        curves.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    curves.grid(alpha=0.3)
+    draw_rates(curves, out)
     path = out / "activation.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -149,7 +149,15 @@ def draw(report: Report, out: Path, title: str) -> Path:
         axis.tick_params(which="both", length=0)
         verdict = "right" if example.guess == example.target else "wrong"
         axis.set_title(f"answer {example.target}, model says {example.guess} ({verdict}); dark: attention ran here", fontsize=9, loc="left")
-    axis = axes[rows, 0]
+    draw_rates(axes[rows, 0], out)
+    path = out / "activation.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def draw_rates(axis: Any, out: Path) -> None:
+    """Draw the activation rates of a run over its training, and the validation accuracy where there is one, into an axis."""
     for name, points in rates_over_training(out).items():
         updates, values = zip(*points, strict=True)
         if name == "val_accuracy":
@@ -160,7 +168,3 @@ def draw(report: Report, out: Path, title: str) -> Path:
     if axis.lines:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.grid(alpha=0.3)
-    path = out / "activation.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
