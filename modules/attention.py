@@ -13,7 +13,7 @@ from sma.modules.cache import Cache, empty_cache
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.ragged import Ragged, pack, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 
 
 @register
@@ -89,6 +89,8 @@ class Attention(SubModule):
         cache = self._continue(state, Cache, tokens)
         given, real = tokens, None
         if cache is not None:
+            shape = (self.spec.heads, self.out.in_features // self.spec.heads)
+            check_sizes(self, cache.sizes, (None, shape, shape))
             tokens, real = pack(tokens)
         q, k, v = self.fused(tokens.values).unflatten(-1, (3, self.spec.heads, -1)).unbind(1)
         if isinstance(self.spec.position, RotarySpec):

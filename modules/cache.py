@@ -33,6 +33,11 @@ class Cache(State):
         return int(self.entries[0].shape[1])
 
     @property
+    def sizes(self) -> tuple[object, ...]:
+        """Tokens per row, None where it grows, and the sizes of what it keeps of each."""
+        return (None if self.grows else self.size, *(tuple(entry.shape[2:]) for entry in self.entries))
+
+    @property
     def held(self) -> Int[Tensor, "B"]:
         """Tokens that each row holds."""
         return self.seen.clamp(max=self.size)

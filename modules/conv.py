@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.modules.cache import Cache, empty_cache
 from sma.ragged import Ragged, pack, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 
 
 @register
@@ -79,6 +79,7 @@ class Conv(SubModule):
         cache = self._continue(state, Cache, tokens)
         if cache is None:
             return self._convolve(tokens), None
+        check_sizes(self, cache.sizes, (self.spec.kernel_size - 1, (self.weight.shape[0],)))
         fresh, real = pack(tokens)
         joined = cache.join(fresh)
         along = joined.tokens.with_values(joined.fill(cache.entries[0], fresh.values))

@@ -16,7 +16,7 @@ from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_sca
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 
 
 @register
@@ -127,6 +127,9 @@ class EMA(SubModule):
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Average along every row; see `SubModule.forward`."""
         before = self._continue(state, EMAState, tokens)
+        if before is not None:
+            kept = None if before.recent is None else before.recent.size
+            check_sizes(self, (*before.hidden.shape[1:], kept), (self.width, self.spec.state_size, self.spec.truncation))
         values = tokens.values
         if values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.

@@ -15,7 +15,7 @@ from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shap
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.ragged import Ragged, pack, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 
 
 @register
@@ -109,9 +109,10 @@ class GatedAttentionUnit(SubModule):
         """Attend along every row; see `SubModule.forward`."""
         cache = self._continue(state, Cache, tokens)
         given, real = tokens, None
-        if cache is not None:
-            tokens, real = pack(tokens)
         spec = self.spec
+        if cache is not None:
+            check_sizes(self, cache.sizes, (spec.window, (spec.query_size,), (spec.hidden_size,), ()))
+            tokens, real = pack(tokens)
         hidden = nn.functional.silu(self.fused(tokens.values))
         z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
         gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)

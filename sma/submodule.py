@@ -202,6 +202,18 @@ def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int)
     return state
 
 
+def check_sizes(part: nn.Module, found: tuple[object, ...], wanted: tuple[object, ...]) -> None:
+    """Check the sizes of a state of the right class.
+
+    Raises:
+        StateError: the state is that of a part with other settings or of another width.
+    """
+    if found != wanted:
+        raise StateError(
+            f"{type(part).__name__} got the state of another model: its sizes are {found}; required are {wanted}: use init_state"
+        )
+
+
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
     """Make the state of a part that needs none."""
     return NoState(torch.zeros(batch_size, 0, dtype=torch.bool, device=device))
