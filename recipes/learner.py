@@ -47,6 +47,14 @@ class RateMetric(Metric):
         rows = RateCount(self.active, self.valid, self.layers).by_layer()
         return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
 
+    def measures(self, split: str) -> dict[str, float]:
+        """The rates of a split over all ranks by their logged names, their mean first; starts afresh."""
+        with self.sync_context():
+            rates = self.by_name()
+        self.reset()
+        mean = {f"{split}_rate": sum(rates.values()) / len(rates)} if rates else {}
+        return mean | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
+
 
 class Learner(lightning.LightningModule):
     """A model and how it is trained; subclasses say what is learned.

@@ -44,13 +44,8 @@ class Scores(nn.Module):
     def compute(self, split: str) -> dict[str, float]:
         """The measures by their logged names; starts afresh."""
         measures = {f"{split}_accuracy": float(self.accuracy.compute())}
-        with self.rates.sync_context():
-            rates = self.rates.by_name()
-        if rates:
-            measures[f"{split}_rate"] = sum(rates.values()) / len(rates)
         self.accuracy.reset()
-        self.rates.reset()
-        return measures | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
+        return measures | self.rates.measures(split)
 
 
 class Classifier(Learner):
