@@ -1,0 +1,25 @@
+"""Routers: which tokens run which sub-modules."""
+
+from sma.routers.competing import ExclusiveRouter as ExclusiveRouter
+from sma.routers.competing import ExclusiveRouterSpec as ExclusiveRouterSpec
+from sma.routers.competing import ExpertChoiceRouter as ExpertChoiceRouter
+from sma.routers.competing import ExpertChoiceRouterSpec as ExpertChoiceRouterSpec
+from sma.routers.competing import TopKRouter as TopKRouter
+from sma.routers.competing import TopKRouterSpec as TopKRouterSpec
+from sma.routers.contract import Router as Router
+from sma.routers.contract import RouterSpec as RouterSpec
+from sma.routers.contract import ScoredRouter as ScoredRouter
+from sma.routers.draws import RandomState as RandomState
+from sma.routers.draws import keyed_uniform as keyed_uniform
+from sma.routers.fixed import AlwaysRouter as AlwaysRouter
+from sma.routers.fixed import AlwaysRouterSpec as AlwaysRouterSpec
+from sma.routers.fixed import NeverRouter as NeverRouter
+from sma.routers.fixed import NeverRouterSpec as NeverRouterSpec
+from sma.routers.fixed import RandomRouter as RandomRouter
+from sma.routers.fixed import RandomRouterSpec as RandomRouterSpec
+from sma.routers.independent import GumbelRouter as GumbelRouter
+from sma.routers.independent import GumbelRouterSpec as GumbelRouterSpec
+from sma.routers.independent import SMARouter as SMARouter
+from sma.routers.independent import SMARouterSpec as SMARouterSpec
+from sma.routers.independent import ThresholdRouter as ThresholdRouter
+from sma.routers.independent import ThresholdRouterSpec as ThresholdRouterSpec

@@ -1,0 +1,206 @@
+"""Routers under which sub-modules compete for tokens, or tokens for sub-modules."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.errors import InputError, SpecError
+from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
+from sma.spec import register
+
+
+@register
+class ExclusiveRouterSpec(TemperedSpec):
+    """Spec of `ExclusiveRouter`."""
+
+    kind: Literal["exclusive"] = "exclusive"
+
+    def build(self, width: int, names: Sequence[str]) -> "ExclusiveRouter":
+        return ExclusiveRouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return (modules + 1) * (width + 1) + 1
+
+    def operations(self, width: int, modules: int) -> int:
+        return (modules + 1) * width
+
+
+class ExclusiveRouter(TemperedRouter):
+    r"""At most one sub-module per token: $p = \mathrm{softmax}((W h + b) / \tau)$ over skip and the sub-modules, the largest one runs.
+
+    Active iff a sub-module's score is above every other and above skip's; a tie runs nothing. Confidence $c_m = p_m$.
+
+    Causal. The gradient of a token's choice reaches all M + 1 scores through the softmax; a token that skips carries none. Use it
+    where the sub-modules are alternatives, such as sizes of one MLP, and a token should pay for one at most.
+
+    Args:
+        spec: the initial temperature.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; row 0 of `weight` `(M + 1, D)` is skip. The logits are (the best of the other scores, the own).
+    """
+
+    def __init__(self, spec: ExclusiveRouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, len(names) + 1)
+
+    def check_targets(self, targets: Mapping[str, float]) -> None:
+        if sum(targets.values()) > 1:
+            raise InputError(f"the rates of the router kind 'exclusive' sum to 1 at most, but the targets {dict(targets)} to more")
+
+    def _spread(self, offset: Tensor) -> Tensor:
+        return torch.nn.functional.pad(offset, (1, 0))
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        probability = self._softmax(scores)[..., 1:].clamp(min=torch.finfo(scores.dtype).tiny)
+        best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
+        own = scores[..., 1:]
+        # The best of the others: the second of all for the one that is the best, else the best.
+        others = best[..., -1:].where(own == best[..., :1], best[..., :1])
+        active = keep_valid(own > others, valid)
+        return Decision(active, probability, torch.stack([others.expand_as(own), own], dim=-1), probability, self.names)
+
+
+@register
+class TopKRouterSpec(TemperedSpec):
+    """Spec of `TopKRouter`."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=1, ge=1, description="choices that every token makes")
+    skips: int = Field(default=0, ge=0, le=64, description="empty choices that compete too, with which a token runs fewer than k")
+
+    def build(self, width: int, names: Sequence[str]) -> "TopKRouter":
+        if names and self.k > len(names) + self.skips:
+            raise SpecError(
+                f"TopKRouterSpec: k={self.k} is more than the {len(names)} sub-modules and skips={self.skips} to choose from; lower k"
+            )
+        return TopKRouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return (modules + self.skips) * (width + 1) + 1
+
+    def operations(self, width: int, modules: int) -> int:
+        return (modules + self.skips) * width
+
+
+class TopKRouter(TemperedRouter):
+    r"""Token choice: every token runs the k sub-modules with the highest scores, $p = \mathrm{softmax}((W h + b) / \tau)$, $c_m = p_m$.
+
+    Always k choices: of equal scores the first in the order of the names wins. With `skips`, empty choices compete that run nothing.
+
+    Causal. The gradient of a token's choices reaches all scores through the softmax. Without skips the rates sum to k, and what can
+    go wrong is balance, not death of all: add `losses.load_balance_loss`. The choice of mixture-of-experts models.
+
+    Args:
+        spec: k, the empty choices, the initial temperature.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; rows of `weight` `(M + skips, D)` are the sub-modules, then the skips. The logits are (the k-th best of
+        the other scores, the own).
+
+    Raises:
+        SpecError: k is more than there is to choose from.
+
+    Reference:
+        Shazeer et al., "Outrageously Large Neural Networks", arXiv 1701.06538.
+    """
+
+    def __init__(self, spec: TopKRouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, len(names) + spec.skips)
+
+    def check_targets(self, targets: Mapping[str, float]) -> None:
+        total, k = sum(targets.values()), self.spec.k
+        low = k - self.spec.skips
+        if not max(low, 0) - 1e-6 <= total <= k + 1e-6:
+            least = f"between {max(low, 0)} and {k}" if low < k else f"to {k}"
+            raise InputError(f"the rates of this top_k router sum {least}, but the targets {dict(targets)} to {total:g}")
+
+    def _spread(self, offset: Tensor) -> Tensor:
+        return torch.nn.functional.pad(offset, (0, self.spec.skips))
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        modules, k = len(self.names), self.spec.k
+        probability = self._softmax(scores)[..., :modules].clamp(min=torch.finfo(scores.dtype).tiny)
+        own = scores[..., :modules]
+        # Sorted once, ties in the order of the names: topk does not say which of equal scores it takes.
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True)[..., :modules]
+        after = ordered[..., k : k + 1] if k < scores.shape[-1] else ordered[..., -1:] - 1.0
+        others = after.where(chosen, ordered[..., k - 1 : k]) if modules else own
+        return Decision(keep_valid(chosen, valid), probability, torch.stack([others, own], dim=-1), probability, self.names)
+
+
+@register
+class ExpertChoiceRouterSpec(RouterSpec):
+    """Spec of `ExpertChoiceRouter`."""
+
+    kind: Literal["expert_choice"] = "expert_choice"
+    share: float = Field(gt=0.0, le=1.0, description="share of a row's tokens that every sub-module takes")
+
+    def build(self, width: int, names: Sequence[str]) -> "ExpertChoiceRouter":
+        return ExpertChoiceRouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return modules * (width + 1)
+
+    def operations(self, width: int, modules: int) -> int:
+        return modules * width
+
+
+class ExpertChoiceRouter(ScoredRouter):
+    r"""Every sub-module takes the $\lceil \text{share} \cdot L \rceil$ tokens of each row with the highest scores; $c = \sigma(w h + b)$.
+
+    Of equal scores the earlier token wins. L counts valid tokens.
+
+    Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no honest use. The
+    gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and no router can die. Use it for
+    classification and encoders; it is the rule of Mixture-of-Depths. Its rate is its `share` and cannot be steered.
+
+    Args:
+        spec: the share.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are (half way between the last score that was
+        taken and the first that was not, the own), and `p_on` is their softmax.
+
+    Reference:
+        Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368; Raposo et al., "Mixture-of-Depths",
+        arXiv 2404.02258.
+    """
+
+    causal = False
+
+    def __init__(self, spec: ExpertChoiceRouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, len(names), steerable=False)  # the share is exact whatever is added to the scores
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+        rows, length, modules = scores.shape
+        seen = scores.detach() if valid is None else scores.detach().masked_fill(~valid[..., None], -math.inf)
+        lengths = torch.full((rows,), length, device=scores.device) if valid is None else valid.sum(1)
+        taken = (lengths.double() * self.spec.share).ceil().long()[:, None]
+        ordered, order = seen.sort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter(1, order, torch.arange(length, device=scores.device)[:, None].expand_as(order))
+        active = keep_valid(rank < taken[..., None], valid)
+        middle = self._middle(ordered, taken, lengths)
+        logits = torch.stack([middle.expand_as(scores), scores], dim=-1)
+        return Decision(active, confidence, logits, torch.sigmoid(scores - middle), self.names)
+
+    def _middle(self, ordered: Tensor, taken: Tensor, lengths: Tensor) -> Tensor:
+        """Half way between the last score that is taken and the next; one below the last where all are taken."""
+        if ordered.shape[1] == 0:
+            return ordered.sum(1, keepdim=True)
+        last = ordered.take_along_dim((taken - 1).clamp(min=0)[..., None], dim=1)
+        following = ordered.take_along_dim(taken.clamp(max=ordered.shape[1] - 1)[..., None], dim=1)
+        full = (taken >= lengths[:, None])[..., None]
+        return ((last + following.where(~full, last - 2.0)) / 2).where((lengths > 0)[:, None, None], 0.0)

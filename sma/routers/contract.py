@@ -1,0 +1,208 @@
+"""The contract of a router, and what routers with scores have in common."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from sma.decision import Decision
+from sma.errors import InputError, StateError
+from sma.initial import truncated_normal_
+from sma.spec import Spec
+from sma.submodule import NoState, State, StateKind, check_state, no_state, placement
+
+
+class RouterSpec(Spec):
+    """Root of the router kinds."""
+
+    family: ClassVar[str] = "router"
+    kind: str
+
+    def build(self, width: int, names: Sequence[str]) -> "Router":
+        """Make the router of the named sub-modules for control states of `width` channels."""
+        raise TypeError(f"{type(self).__name__} must define build(self, width, names)")
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        """Predict the number of parameters of the router of `modules` sub-modules."""
+        raise TypeError(f"{type(self).__name__} must define num_parameters(self, width, modules)")
+
+    def operations(self, width: int, modules: int) -> int:
+        """Predict the multiply-adds per token."""
+        return 0
+
+
+class Router(nn.Module):
+    """Reads the control state of each token and decides which sub-modules run on it.
+
+    A router whose rates can be steered (`sma.budget`) has a buffer `offset` `(M,)`, which it adds to the scores for on, and decides
+    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself excepted.
+
+    Attributes:
+        causal: whether a decision depends on no later token of its row.
+        names: the sub-modules, in the order of the decision's last axis.
+        offset: what is added to the scores for on; None where the rates cannot be steered.
+    """
+
+    causal: bool = True
+    names: tuple[str, ...]
+    offset: Tensor | None
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        if len(set(names)) != len(names):
+            raise InputError(f"the sub-modules of one router need different names, not {list(names)}")
+        self.names = tuple(names)
+        self.register_buffer("offset", None)
+
+    def forward(
+        self,
+        control_BLD: Float[Tensor, "B L D"],
+        valid: Bool[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B L"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Decision, State | None]:
+        """Decide for every token.
+
+        Args:
+            control_BLD: what the router reads.
+            valid: False at padding, which is never active; None where there is no padding.
+            positions: position of each token in its row's stream, for routers that draw; default `0 … L - 1`.
+            state: where the stream stands; None at its beginning.
+
+        Returns:
+            the decision, and a new state if and only if one was given.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(self, control_BLD, valid, positions, state=None)")
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """Make the state of `batch_size` streams that have seen nothing; a router that looks at one token at a time inherits this.
+
+        Raises:
+            StateError: the router is not causal.
+        """
+        self._refuse_unless_causal()
+        return no_state(batch_size, *placement(self, device, dtype))
+
+    @property
+    def unit(self) -> float | Tensor:
+        """What one unit of log-odds is in the scores: the temperature, 1 where there is none."""
+        return 1.0
+
+    def advance(self, updates: int) -> None:
+        """Tell the router how many updates its training has made; one that anneals or draws anew takes note."""
+
+    def check_targets(self, targets: Mapping[str, float]) -> None:
+        """Check that activation rates, by sub-module, can be reached together.
+
+        Raises:
+            InputError: they cannot; says why.
+        """
+        if self.offset is None:
+            kind = getattr(getattr(self, "spec", None), "kind", type(self).__name__)
+            raise InputError(
+                f"the router kind {kind!r} cannot be steered to a rate; use 'sma', 'threshold', 'exclusive', 'top_k' or 'gumbel'"
+            )
+
+    def _continue(self, state: State | None, kind: type[StateKind], control_BLD: Tensor) -> StateKind | None:
+        if state is None:
+            return None
+        self._refuse_unless_causal()
+        return check_state(self, state, kind, control_BLD.shape[0])
+
+    def _refuse_unless_causal(self) -> None:
+        if not self.causal:
+            raise StateError(f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state")
+
+
+def keep_valid(active: Bool[Tensor, "B L M"], valid: Bool[Tensor, "B L"] | None) -> Bool[Tensor, "B L M"]:
+    """Switch padding off."""
+    return active if valid is None else active & valid[..., None]
+
+
+class ScoredRouter(Router):
+    """A router that makes its choices by linear scores: $u = W h + b$, one row per choice, plus the offset of a budget.
+
+    Args:
+        spec: of the router.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+        choices: rows of W.
+        steerable: whether it has an offset.
+
+    Attributes:
+        weight: `(choices, D)`, truncated normal of standard deviation 0.02 at first.
+        bias: `(choices,)`, 0 at first.
+        offset: `(M,)`, added to the scores for on; only `sma.budget` changes it.
+    """
+
+    def __init__(self, spec: Any, width: int, names: Sequence[str], choices: int, *, steerable: bool = True) -> None:
+        super().__init__(names)
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(choices, width))
+        self.bias = nn.Parameter(torch.zeros(choices))
+        if steerable:
+            self.register_buffer("offset", torch.zeros(len(self.names)))
+        truncated_normal_(self.weight)
+
+    def forward(
+        self,
+        control_BLD: Float[Tensor, "B L D"],
+        valid: Bool[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B L"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Decision, State | None]:
+        """Decide for every token; see `Router.forward`."""
+        self._continue(state, NoState, control_BLD)
+        with without_autocast(control_BLD.device.type):
+            return self._decide(self._scores(control_BLD), valid), state
+
+    def _scores(self, control_BLD: Tensor) -> Tensor:
+        """One score per choice, offset included."""
+        # Near a tie half precision decides by rounding, so the scores are never computed below float32.
+        wide = torch.promote_types(control_BLD.dtype, torch.float32)
+        bias = self.bias.to(wide)
+        if self.offset is not None:
+            bias = bias + self._spread(self.offset.to(wide))
+        return nn.functional.linear(control_BLD.to(wide), self.weight.to(wide), bias)
+
+    def _spread(self, offset: Tensor) -> Tensor:
+        """Give every choice its offset: `(M,)` to `(choices,)`; by default the choices are the sub-modules."""
+        return offset
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        """Decide by the scores `(B, L, choices)`, in float32 or wider."""
+        raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid)")
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that stand there, whatever autocast says."""
+    # Entering the context costs a step of a stream more than its scores do.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+class TemperedSpec(RouterSpec):
+    """What the specs of routers with a learned temperature have in common."""
+
+    temperature_scale: float = Field(
+        default=1.0, ge=1e-4, le=1e4, description="initial temperature, in units of sqrt(width); smaller decides more sharply"
+    )
+
+
+class TemperedRouter(ScoredRouter):
+    r"""A router with scores and a learned temperature $\tau = e^s$, one for all sub-modules, $s_0 = \ln(\text{scale} \sqrt{D})$."""
+
+    def __init__(self, spec: TemperedSpec, width: int, names: Sequence[str], choices: int) -> None:
+        super().__init__(spec, width, names, choices)
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(spec.temperature_scale * math.sqrt(width))]))
+
+    @property
+    def unit(self) -> Tensor:
+        return self.log_temperature.detach().exp()
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores / self.log_temperature.to(scores.dtype).exp(), dim=-1)

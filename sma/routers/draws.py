@@ -1,0 +1,58 @@
+"""Draws that depend on their keys alone, so that a stream cut into chunks draws what the whole does."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sma.pytree import register_output
+from sma.submodule import State
+
+
+@register_output
+@dataclass(frozen=True)
+class RandomState(State):
+    """Which row's draws each stream has.
+
+    Attributes:
+        rows: numbers of rows.
+    """
+
+    rows: Int[Tensor, "B"]
+
+    def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
+        """The same state: a row that begins again draws what it drew."""
+        return self
+
+
+def draw_for_tokens(
+    like_BLM: Tensor, positions: Int[Tensor, "B L"] | None, streams: RandomState | None, seed: int, *keys: Tensor
+) -> Float[Tensor, "B L M"]:
+    """Draw a number in [0, 1) for every row, position and place of a tensor's last axis, keyed by these, the seed and other keys."""
+    rows, length, places = like_BLM.shape
+    device = like_BLM.device
+    if positions is None:
+        positions = torch.arange(length, device=device).expand(rows, length)
+    row = (torch.arange(rows, device=device) if streams is None else streams.rows)[:, None, None]
+    return keyed_uniform(seed, *keys, row, positions[..., None], torch.arange(places, device=device))
+
+
+def keyed_uniform(seed: int, *keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Draw numbers in [0, 1) that depend on the seed and the integer keys alone, not on the order or number of draws."""
+    mixed = torch.full((), (seed + 1) * _ODD % 2**62, device=keys[0].device)
+    for key in keys:
+        mixed = _scramble(mixed ^ (key.long() + 1) * _ODD)
+    return (mixed >> 8 & (2**53 - 1)).double() * 2.0**-53
+
+
+# 2**64 / golden ratio as a signed odd number: multiplying by it spreads neighbouring keys over all bits.
+_ODD = -7046029254386353131
+
+
+def _scramble(bits: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on signed 64-bit numbers whose products wrap around."""
+    bits = (bits ^ (bits >> 30 & (2**34 - 1))) * -4658895280553007687
+    bits = (bits ^ (bits >> 27 & (2**37 - 1))) * -7723592293110705685
+    return bits ^ (bits >> 31 & (2**33 - 1))

@@ -1,0 +1,208 @@
+"""Routers that switch every sub-module on or off by itself: any subset, the empty one too."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid, without_autocast
+from sma.routers.draws import RandomState, draw_for_tokens
+from sma.spec import register
+from sma.submodule import State, placement
+
+
+@register
+class SMARouterSpec(TemperedSpec):
+    """Spec of `SMARouter`."""
+
+    kind: Literal["sma"] = "sma"
+
+    def build(self, width: int, names: Sequence[str]) -> "SMARouter":
+        return SMARouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return 2 * modules * (width + 1) + 1
+
+    def operations(self, width: int, modules: int) -> int:
+        return 2 * modules * width
+
+
+class SMARouter(TemperedRouter):
+    r"""Independent hard decisions, one per sub-module, with a learned temperature: the router of the paper, and the default.
+
+    $u = W h + b$ holds two scores per sub-module, off and on; $p = \mathrm{softmax}(u / \tau)$ over the two, $\tau = e^s$.
+    Active iff $p_1 > p_0$: a tie is inactive. Confidence $c = \max(p)$, which is $p_1$ where active.
+
+    Causal. The gradient goes straight through the softmax; the mask carries none, so the router learns only from the tokens that
+    are active, and one that no token activates learns nothing more: `sma.budget` keeps it alive. The same in training and in
+    evaluation.
+
+    Args:
+        spec: the initial temperature.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
+
+    Reference:
+        Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
+    """
+
+    def __init__(self, spec: SMARouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, 2 * len(names))
+
+    def _spread(self, offset: Tensor) -> Tensor:
+        return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        scores = scores.unflatten(-1, (len(self.names), 2))
+        off, on = self._softmax(scores).unbind(-1)
+        active = keep_valid(on > off, valid)
+        return Decision(active, torch.maximum(on, off), scores, on, self.names)
+
+
+@register
+class ThresholdRouterSpec(RouterSpec):
+    """Spec of `ThresholdRouter`."""
+
+    kind: Literal["threshold"] = "threshold"
+    threshold: float = Field(default=0.5, gt=0.0, lt=1.0, description="a token is active where its sigmoid is above it")
+
+    def build(self, width: int, names: Sequence[str]) -> "ThresholdRouter":
+        return ThresholdRouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return modules * (width + 1)
+
+    def operations(self, width: int, modules: int) -> int:
+        return modules * width
+
+
+class ThresholdRouter(ScoredRouter):
+    r"""Independent sigmoid gates: $c = \sigma(w h + b)$, active iff $c > \theta$.
+
+    Causal. The gradient goes through the sigmoid of the active tokens alone. Half the parameters of `sma`, and a confidence that can
+    be small: with a low threshold a sub-module fades in, where `sma` switches it on at one half.
+
+    Args:
+        spec: the threshold.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are $(\mathrm{logit}\,\theta, w h + b)$, and
+        `p_on` is their softmax.
+    """
+
+    def __init__(self, spec: ThresholdRouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, len(names))
+
+    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+        threshold = torch.logit(scores.new_tensor(self.spec.threshold))
+        # The smallest normal number, because a confidence is above 0 everywhere, and a sigmoid can round to it.
+        confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
+        logits = torch.stack([threshold.expand_as(scores), scores], dim=-1)
+        return Decision(keep_valid(scores > threshold, valid), confidence, logits, torch.sigmoid(scores - threshold), self.names)
+
+
+@register
+class GumbelRouterSpec(RouterSpec):
+    """Spec of `GumbelRouter`."""
+
+    kind: Literal["gumbel"] = "gumbel"
+    temperature: float = Field(default=1.0, gt=0.0, le=1e4, description="of the relaxation, at the first update")
+    final_temperature: float = Field(default=0.3, gt=0.0, le=1e4, description="of the relaxation, from update `anneal` on")
+    anneal: int = Field(default=2000, ge=0, description="updates from the first temperature to the final one, geometrically")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.final_temperature > self.temperature:
+            raise ValueError(f"final_temperature={self.final_temperature} must be at most temperature={self.temperature}; annealing cools")
+        return self
+
+    def build(self, width: int, names: Sequence[str]) -> "GumbelRouter":
+        return GumbelRouter(self, width, names)
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return 2 * modules * (width + 1)
+
+    def operations(self, width: int, modules: int) -> int:
+        return 2 * modules * width
+
+
+class GumbelRouter(ScoredRouter):
+    r"""Samples in training, and learns through the relaxed sample: straight-through Gumbel-softmax.
+
+    In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$, which happens with
+    probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn. The confidence is exactly 1; its gradient is that of
+    $\mathrm{softmax}(v / \tau)_1$, $\tau$ falling from `temperature` to `final_temperature`.
+
+    Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare sub-module is
+    tried again. Use it where `sma` settles too early. The draws depend on the seed, the number of updates (`advance`), the row, the
+    position and the sub-module alone, so that chunks agree with the whole.
+
+    Args:
+        spec: temperatures and seed.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
+
+    Reference:
+        Jang et al., "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144.
+    """
+
+    updates: Tensor
+
+    def __init__(self, spec: GumbelRouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names, 2 * len(names))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def advance(self, updates: int) -> None:
+        self.updates.fill_(updates)
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
+        """Make the state of `batch_size` streams: each keeps the number of its row wherever it is moved; see `Router.init_state`."""
+        return RandomState(torch.arange(batch_size, device=placement(self, device, dtype)[0]))
+
+    def forward(
+        self,
+        control_BLD: Float[Tensor, "B L D"],
+        valid: Bool[Tensor, "B L"] | None = None,
+        positions: Int[Tensor, "B L"] | None = None,
+        state: State | None = None,
+    ) -> tuple[Decision, State | None]:
+        """Decide for every token; see `Router.forward`."""
+        streams = self._continue(state, RandomState, control_BLD)
+        with without_autocast(control_BLD.device.type):
+            scores = self._scores(control_BLD)
+            noise = self._noise(scores, positions, streams) if self.training else torch.zeros_like(scores)
+            return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid), state
+
+    def _noise(self, scores: Tensor, positions: Tensor | None, streams: RandomState | None) -> Tensor:
+        # Half a step off the grid of the draws, so that neither logarithm sees 0 or 1.
+        draw = draw_for_tokens(scores, positions, streams, self.spec.seed, self.updates) + 2.0**-54
+        return (-(-draw.log()).log()).to(scores.dtype)
+
+    def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
+        noisy = scores + noise
+        relaxed = torch.softmax(noisy / self._temperature.to(scores.dtype), dim=-1)[..., 1]
+        confidence = 1 + (relaxed - relaxed.detach())
+        active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
+        return Decision(active, confidence, noisy, torch.softmax(scores, dim=-1)[..., 1], self.names)
+
+    @property
+    def _temperature(self) -> Tensor:
+        spec: Any = self.spec
+        done = ((self.updates + 1).double() / (spec.anneal + 1)).clamp(max=1.0)
+        return spec.temperature * (spec.final_temperature / spec.temperature) ** done
+
+    def _spread(self, offset: Tensor) -> Tensor:
+        return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
