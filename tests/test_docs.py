@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import sma.spec
 from sma.testing.model_laws import MODEL_LAWS
+from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,8 @@ def run_command(command: str, folder: Path) -> str:
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
 def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users_run: None) -> None:
     monkeypatch.chdir(tmp_path)
+    # What a page registers is forgotten after it.
+    monkeypatch.setattr(sma.spec, "_registry", {family: sma.spec.kinds(family) for family in sma.spec.families()})
     names: dict[str, object] = {"__name__": "__page__"}
     printed = ""
     ran = 0
@@ -66,7 +70,9 @@ def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, mon
     assert ran, f"{page.name} has no example"
 
 
-@pytest.mark.parametrize("laws", [pytest.param(SUBMODULE_LAWS, id="submodule"), pytest.param(MODEL_LAWS, id="model")])
+@pytest.mark.parametrize(
+    "laws", [pytest.param(SUBMODULE_LAWS, id="submodule"), pytest.param(ROUTER_LAWS, id="router"), pytest.param(MODEL_LAWS, id="model")]
+)
 def test_the_page_of_the_conformance_kit_names_every_law(laws: Sequence[Callable[..., None]]) -> None:
     page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     rows = [f"| `{law.__name__}` | {(law.__doc__ or '').strip().splitlines()[0]} |" for law in laws]

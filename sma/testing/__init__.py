@@ -1,4 +1,4 @@
-"""The conformance kit: the laws of a sub-module and of a model, checked on yours.
+"""The conformance kit: the laws of a sub-module, of a router and of a model, checked on yours.
 
     from sma.testing import check_submodule
 
@@ -11,6 +11,7 @@ Needs hypothesis: `pip install hypothesis`.
 
 from sma.testing.check import ConformanceError as ConformanceError
 from sma.testing.check import check_model as check_model
+from sma.testing.check import check_router as check_router
 from sma.testing.check import check_submodule as check_submodule
 
-__all__ = ["ConformanceError", "check_model", "check_submodule"]
+__all__ = ["ConformanceError", "check_model", "check_router", "check_submodule"]

@@ -1,21 +1,24 @@
 """Tries laws on random examples and reports all that are broken."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hypothesis
 import torch
 
-from sma.errors import SmaError
+from sma.errors import InputError, SmaError, did_you_mean
 from sma.model import ModelSpec
+from sma.routers import Router, RouterSpec
 from sma.submodule import SubModule, SubModuleSpec
 from sma.testing.examples import Example, examples
 from sma.testing.model_laws import MODEL_LAWS, ModelCase
+from sma.testing.router_case import RouterCase
+from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS, SubModuleCase
 
 
 class ConformanceError(SmaError, AssertionError):
-    """A sub-module or a model breaks laws; lists all of them.
+    """A sub-module, a router or a model breaks laws; lists all of them.
 
     Attributes:
         broken: the names of the laws.
@@ -40,6 +43,36 @@ def check_submodule(spec: SubModuleSpec | Callable[[int], SubModule], *, width: 
     """
     subject = f"the sub-module {spec.kind!r}" if isinstance(spec, SubModuleSpec) else f"the sub-module {spec!r}"
     _check(subject, SUBMODULE_LAWS, SubModuleCase(spec, width), effort)
+
+
+def check_router(
+    spec: RouterSpec | Callable[[int, Sequence[str]], Router],
+    *,
+    width: int = 4,
+    modules: int = 3,
+    effort: int = 20,
+    exempt: Collection[str] = (),
+) -> None:
+    """Check a router against its contract: every law of `sma.testing.router_laws`.
+
+    Args:
+        spec: the spec, or a function from the width and the names of the sub-modules to a new router, for a router that has none.
+        width: channels of the control states it is tried on.
+        modules: sub-modules that it decides about.
+        effort: examples per law.
+        exempt: laws that this router breaks on purpose: `training_decides_as_evaluation` where it samples in training,
+            `gradients_are_right` where its gradient is straight-through, `ties_are_inactive` where it chooses among equal scores.
+
+    Raises:
+        ConformanceError: a law is broken; lists all that are.
+        InputError: there is no law of an exempt name.
+    """
+    known = [law.__name__ for law in ROUTER_LAWS]
+    unknown = [name for name in exempt if name not in known]
+    if unknown:
+        raise InputError(f"there is no law {unknown[0]!r} to be exempt from{did_you_mean(unknown[0], known, 'laws')}")
+    subject = f"the router {spec.kind!r}" if isinstance(spec, RouterSpec) else f"the router {spec!r}"
+    _check(subject, [law for law in ROUTER_LAWS if law.__name__ not in exempt], RouterCase(spec, width, modules), effort)
 
 
 def check_model(spec: ModelSpec, *, effort: int = 10) -> None:

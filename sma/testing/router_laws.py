@@ -1,0 +1,378 @@
+"""The laws of a router, each tried on one random example at a time."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sma.checkpoint import load_state, save_state
+from sma.decision import Decision
+from sma.errors import StateError
+from sma.pytree import named_tensors
+from sma.ragged import move
+from sma.routers import Router, RouterSpec
+from sma.spec import dump_spec, load_spec
+from sma.testing.examples import Example, require, require_near
+from sma.testing.router_case import FIELDS, RouterCase, decide, offset_of, require_same, rows_of, stream
+
+
+def returns_a_decision(case: RouterCase, example: Example) -> None:
+    """Every field in its shape, dtype and range, finite at valid positions, and the names that the router was given."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        valid = example.active()
+        decision = decide(case.make(dtype), case.control(example, dtype), valid)
+        shape, wide = (*valid.shape, case.modules), torch.promote_types(dtype, torch.float32)
+        require(decision.names == case.names, f"names are {decision.names} for the sub-modules {case.names}")
+        for name, wanted in {"active": shape, "confidence": shape, "p_on": shape, "logits": (*shape, 2)}.items():
+            tensor = getattr(decision, name)
+            require(tensor.shape == wanted, f"{name} has shape {tuple(tensor.shape)}; required is {wanted}")
+            kind = torch.bool if name == "active" else wide
+            require(tensor.dtype is kind, f"{name} has dtype {tensor.dtype} for a router in {dtype}; required is {kind}")
+            require(bool(tensor[valid].isfinite().all()), f"{name} is not finite at a valid position")
+        sure, p_on = decision.confidence[valid], decision.p_on[valid]
+        require(bool(((sure > 0) & (sure <= 1)).all()), "confidence is not in (0, 1]")
+        require(bool(((p_on >= 0) & (p_on <= 1)).all()), "p_on is not in [0, 1]")
+
+
+def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
+    """Forward leaves parameters, buffers, control state and torch's random numbers alone, and decides the same again, in training too."""
+    control, valid = case.control(example), example.active()
+    for router in (case.make(), case.make().train()):
+        before, given, drawn = copy.deepcopy(router.state_dict()), control.clone(), torch.get_rng_state()
+        first, again = decide(router, control, valid), decide(router, control, valid)
+        require(torch.equal(torch.get_rng_state(), drawn), "forward drew from torch's generator; key draws by seed, row and position")
+        require(torch.equal(control, given), "forward changed the control state it was given")
+        changed = [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, before[name])]
+        require(not changed, f"forward changed {changed}")
+        require_same(again, first, valid, "the same tokens decided twice")
+
+
+def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
+    """A router that can be steered activates a valid token where its score for on is the greater, and nowhere where it is the smaller."""
+    control, valid = case.control(example), example.active()
+    for router in (case.make(), case.make().train()):
+        if offset_of(router) is not None:
+            decision = decide(router, control, valid)
+            off, on = decision.logits.unbind(-1)
+            require(bool(decision.active[(on > off) & valid[..., None]].all()), "a token whose score for on is the greater is inactive")
+            require(not bool(decision.active[on < off].any()), "a token whose score for on is the smaller is active")
+
+
+def ties_are_inactive(case: RouterCase, example: Example) -> None:
+    """Where all parameters are 0 and the scores for on and off are equal, a router that can be steered activates nothing."""
+    router = case.make()
+    if offset_of(router) is None:
+        return
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+    decision = decide(router, case.control(example), example.active())
+    off, on = decision.logits.unbind(-1)
+    require(not bool(decision.active[on == off].any()), "a token whose scores for on and off are equal is active")
+
+
+def an_offset_steers_the_rate(case: RouterCase, example: Example) -> None:
+    """What is added to `offset` switches tokens of that sub-module on, never off; enough of it, all of them. It is saved."""
+    control, valid = case.control(example), example.active()
+    for place in range(case.modules):
+        router = case.make()
+        offset = offset_of(router)
+        if offset is None:
+            return
+        require(offset.shape == (case.modules,), f"offset has shape {tuple(offset.shape)}; required is {(case.modules,)}")
+        require("offset" in router.state_dict(), "offset is not in the state_dict; use register_buffer('offset', torch.zeros(M))")
+        before = decide(router, control, valid).active[..., place]
+        for more in (0.3, 1e6):
+            offset[place] += more
+            after = decide(router, control, valid).active[..., place]
+            require(not bool((before & ~after).any()), f"{more:g} more offset switched a token off")
+            before = after
+        require(torch.equal(before, valid), "an offset of 1e6 did not switch every valid token on")
+
+
+def padding_changes_nothing(case: RouterCase, example: Example) -> None:
+    """Padding is never active, on whichever side it lies, and whatever stands there changes no valid decision."""
+    router, control, valid = case.make(), case.control(example), example.active()
+    order = torch.argsort(~valid, dim=1, stable=True)
+    packed = move(valid, order)
+    wanted = decide(router, move(control, order), packed)
+    for garbage in (1.0, 1e4, torch.nan):
+        decision = decide(router, control.where(valid[..., None], torch.randn_like(control) * garbage), valid)
+        require(not bool(decision.active[~valid].any()), "padding is active")
+        require_same(decision, wanted, valid, f"padding of random numbers times {garbage} anywhere against padding on the right", packed)
+
+
+def without_padding_nothing_need_be_given(case: RouterCase, example: Example) -> None:
+    """`valid=None` is all valid, and `positions=None` counts from 0."""
+    router, control = case.make(), case.control(example)
+    everywhere = torch.ones(control.shape[:2], dtype=torch.bool)
+    require_same(router(control)[0], decide(router, control, everywhere), everywhere, "without valid and positions against all valid")
+
+
+def rows_are_independent(case: RouterCase, example: Example) -> None:
+    """The first row alone and in a batch agree, whatever the other rows hold, NaN included."""
+    router, control, valid = case.make(), case.control(example), example.active()
+    wanted = decide(router, control[:1], valid[:1])
+    for stranger in (1.0, 1e4, torch.nan):
+        batch = torch.cat([control[:1], control[1:] * stranger])
+        found = rows_of(decide(router, batch, valid), torch.arange(1))
+        require_same(found, wanted, valid[:1], f"the first row beside rows times {stranger} against the row alone")
+
+
+def names_are_labels(case: RouterCase, example: Example) -> None:
+    """Sub-modules of other names are decided about alike."""
+    control, valid = case.control(example), example.active()
+    wanted = decide(case.make(), control, valid)
+    other = tuple(reversed(case.names))
+    found = decide(case.make(names=other), control, valid)
+    require(found.names == other, f"names are {found.names} for the sub-modules {other}")
+    require_same(found, wanted, valid, "the same sub-modules under other names")
+
+
+def takes_no_tokens(case: RouterCase, example: Example) -> None:
+    """A batch without positions, and one of padding alone, has no active token and zero gradients, never None."""
+    for length in (0, 3):
+        router = case.make()
+        control = torch.randn(len(example.lengths), length, case.width, dtype=torch.float64)
+        decision = decide(router, control, torch.zeros(control.shape[:2], dtype=torch.bool))
+        require(not bool(decision.active.any()), "a token is active, and none is valid")
+        _require_gradients(router, decision, zero=True)
+
+
+def every_parameter_gets_a_gradient(case: RouterCase, example: Example) -> None:
+    """Confidence carries a gradient to every parameter, and from a router with parameters to the control state; finite, never None."""
+    for router in (case.make(), case.make().train()):
+        control = case.control(example).requires_grad_()
+        _require_gradients(router, decide(router, control, example.active()), zero=False)
+        if any(True for _ in router.parameters()):
+            require(control.grad is not None, "confidence has no gradient to the control state: was it detached?")
+            require(control.grad is None or bool(control.grad.isfinite().all()), "the gradient of the control state is not finite")
+
+
+def _require_gradients(router: Router, decision: Decision, zero: bool) -> None:
+    """What a layer does with confidence: it multiplies the results of the active tokens."""
+    parameters = dict(router.named_parameters())
+    if not parameters:
+        return
+    used = decision.confidence[decision.active]
+    require(used.requires_grad, "confidence carries no gradient, so the router cannot learn")
+    (used * torch.randn_like(used)).sum().backward()
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is None:
+            raise AssertionError(f"the gradient of {name!r} is None; another rank of a distributed training would wait for it")
+        require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
+        require(not (zero and bool(gradient.any())), f"without active tokens the gradient of {name!r} is not 0")
+
+
+def gradients_are_right(case: RouterCase, example: Example) -> None:
+    """The gradient of confidence agrees with differences of it, in random directions."""
+    router, control, valid = case.make(), case.control(example)[:2, :9], example.active()[:2, :9]
+    if not list(router.parameters()):
+        return
+    weight = torch.randn(*valid.shape, case.modules, dtype=torch.float64) * valid[..., None]
+    toward, directions = torch.randn_like(control), [torch.randn_like(parameter) for parameter in router.parameters()]
+
+    def value(step: float) -> Tensor:
+        moved = case.make()
+        with torch.no_grad():
+            for parameter, direction in zip(moved.parameters(), directions, strict=True):
+                parameter.add_(direction, alpha=step)
+            return (decide(moved, control + step * toward, valid).confidence * weight).sum()
+
+    leaf = control.clone().requires_grad_()
+    (decide(router, leaf, valid).confidence * weight).sum().backward()
+    gradients = [leaf.grad, *(parameter.grad for parameter in router.parameters())]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, [toward, *directions], strict=True) if g is not None)
+    near, far = (float(value(step) - value(-step)) / (2 * step) for step in (1e-6, 2e-6))
+    # A kink between the points would show in the two differences themselves.
+    limit = 1e-4 * max(1.0, abs(near)) + 10 * abs(near - far)
+    require(abs(slope - near) <= limit, f"backward gives a slope of {slope:.8g}, differences of confidence {near:.8g}")
+
+
+def training_decides_as_evaluation(case: RouterCase, example: Example) -> None:
+    """A decision is the same in training and in evaluation."""
+    control, valid = case.control(example), example.active()
+    require_same(decide(case.make().train(), control, valid), decide(case.make(), control, valid), valid, "training against evaluation")
+
+
+def extreme_tokens_are_decided(case: RouterCase, example: Example) -> None:
+    """Control states of 0 and of 1e4, in float32: scores and gradients stay finite, confidence in (0, 1]."""
+    for size in (0.0, 1e4):
+        router, valid = case.make(torch.float32), example.active()
+        control = (case.control(example, torch.float32) * size).requires_grad_()
+        decision = decide(router, control, valid)
+        for name in FIELDS:
+            require(bool(getattr(decision, name)[valid].isfinite().all()), f"{name} is not finite for a control state of {size:g}")
+        sure = decision.confidence[valid]
+        require(bool(((sure > 0) & (sure <= 1)).all()), f"confidence is not in (0, 1] for a control state of {size:g}")
+        _require_gradients(router, decision, zero=False)
+        require(control.grad is None or bool(control.grad.isfinite().all()), f"a gradient is not finite for a control state of {size:g}")
+
+
+def half_precision_decides_as_float32(case: RouterCase, example: Example) -> None:
+    """Autocast is off inside: a float32 router decides about bfloat16 tokens as about the same numbers in float32, to the last bit."""
+    router, control, valid = case.make(torch.float32), case.control(example, torch.bfloat16), example.active()
+    wanted = decide(router, control.float(), valid)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = decide(router, control, valid)
+        for name in ("active", *FIELDS):
+            same = torch.equal(getattr(found, name)[valid], getattr(wanted, name)[valid])
+            require(same, f"{name} of bfloat16 tokens differs from that of the same float32 tokens{' under autocast' if enabled else ''}")
+
+
+def never_looks_ahead(case: RouterCase, example: Example) -> None:
+    """A causal router's earlier decisions do not move when later tokens do, not even by 1e4 or to NaN, nor when they end."""
+    router, control, valid = case.make(), case.control(example), example.active()
+    if not router.causal:
+        return
+    cut = example.length // 2
+    wanted, earlier = decide(router, control, valid), valid & (torch.arange(example.length) < cut)
+    for stranger in (1.0, 1e4, torch.nan):
+        changed = control.clone()
+        changed[:, cut:] = torch.randn_like(changed[:, cut:]) * stranger
+        require_same(decide(router, changed, valid), wanted, earlier, f"decisions before random numbers times {stranger}")
+    require_same(decide(router, control, earlier), wanted, earlier, "decisions before the end of a row")
+
+
+def chunks_equal_the_whole(case: RouterCase, example: Example) -> None:
+    """Whole rows, chunks of any size with padding anywhere, and single steps give the same decisions."""
+    control, valid = case.control(example), example.active()
+    # A router that draws in training, or takes another path without gradients, must agree there too.
+    for router in (case.make(), case.make().train()):
+        if not router.causal:
+            return
+        with torch.set_grad_enabled(router.training):
+            wanted = decide(router, control, valid)
+            for name, chunks in {"chunks": example.chunks(), "single steps": example.steps()}.items():
+                require_same(stream(router, control, valid, chunks)[0], wanted, valid, f"{name} against the whole")
+
+
+def gradients_cross_chunks(case: RouterCase, example: Example) -> None:
+    """A state carries gradients: training on chunks without detaching is training on the whole."""
+    control, valid = case.control(example), example.active()
+    whole, parts = case.make(), case.make()
+    if not whole.causal or not list(whole.parameters()):
+        return
+    weight = torch.randn(*valid.shape, case.modules, dtype=torch.float64) * valid[..., None]
+    one, other = control.clone().requires_grad_(), control.clone().requires_grad_()
+    (decide(whole, one, valid).confidence * weight).sum().backward()
+    (stream(parts, other, valid, example.chunks())[0].confidence * weight).sum().backward()
+    found, wanted = ({"control state": leaf, **dict(router.named_parameters())} for leaf, router in ((other, parts), (one, whole)))
+    for name, a in found.items():
+        b = wanted[name]
+        if a.grad is None or b.grad is None:
+            raise AssertionError(f"the gradient of {name!r} is None")
+        require_near(a.grad, b.grad, f"the gradient of {name!r} through a state", 1e-8)
+
+
+def states_are_values(case: RouterCase, example: Example) -> None:
+    """Forward leaves the old state as it was, and a row without a valid token keeps its own to the last bit."""
+    router, control, valid = case.make(), case.control(example), example.active()
+    if not router.causal:
+        return
+    _, state = stream(router, control, valid, example.chunks())
+    kept = {name: tensor.clone() for name, tensor in named_tensors(state).items()}
+    idle, more = torch.arange(control.shape[0]) % 2 == 0, torch.randn_like(control)
+    _, after = stream(router, more, valid & ~idle[:, None], example.chunks(), state, valid.sum(1, keepdim=True))
+    changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
+    require(not changed, f"forward changed the state it was given: {changed}")
+    changed = [name for name, tensor in named_tensors(after).items() if not torch.equal(tensor[idle], kept[name][idle])]
+    require(not changed, f"the state of a row without a valid token changed: {changed}")
+
+
+def states_can_be_moved(case: RouterCase, example: Example) -> None:
+    """A state can be permuted, reset, saved and loaded, and its rows then go on where they stood."""
+    router, control, valid = case.make(), case.control(example), example.active()
+    if not router.causal:
+        return
+    chunks, rows, seen = list(example.chunks()), control.shape[0], valid.sum(1, keepdim=True)
+    _, state = stream(router, control, valid, chunks)
+    wanted, _ = stream(router, control, valid, chunks, state, seen)
+    order = torch.randperm(rows)
+    found, _ = stream(router, control[order], valid[order], chunks, state.reorder(order), seen[order])
+    require_same(found, rows_of(wanted, order), valid[order], "rows that were permuted with their state")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        save_state(state, path)
+        loaded = load_state(path, router.init_state(1, dtype=control.dtype))
+    require_same(stream(router, control, valid, chunks, loaded, seen)[0], wanted, valid, "a stream that was saved and loaded")
+    reset = torch.arange(rows) % 2 == 0
+    found, _ = stream(router, control, valid, chunks, state.reset(reset), seen.masked_fill(reset[:, None], 0))
+    fresh, _ = stream(router, control, valid, chunks)
+    require_same(found, fresh, valid & reset[:, None], "rows that were reset")
+    require_same(found, wanted, valid & ~reset[:, None], "rows beside those that were reset")
+
+
+def refuses_a_state_unless_causal(case: RouterCase, example: Example) -> None:
+    """A router that looks ahead says so instead of making a state."""
+    router = case.make()
+    if router.causal:
+        return
+    try:
+        router.init_state(2)
+    except StateError:
+        return
+    raise AssertionError("causal is False, but init_state made a state instead of raising StateError")
+
+
+def works_in_float32(case: RouterCase, example: Example) -> None:
+    """float32 decides as float64 does, but where rounding orders two scores that are nearly equal."""
+    control, valid = case.control(example, torch.float32), example.active()
+    found, wanted = decide(case.make(torch.float32), control, valid), decide(case.make(), control.double(), valid)
+    off, on = wanted.logits.unbind(-1)
+    clear = valid[..., None] & ((on - off).abs() > 1e-3 * (1 + off.abs() + on.abs()))
+    require(torch.equal(found.active[clear], wanted.active[clear]), "float32 decides unlike float64")
+    for name in ("confidence", "p_on"):
+        require_near(getattr(found, name)[clear].double(), getattr(wanted, name)[clear], f"{name} in float32 against float64", 1e-3)
+
+
+def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
+    """A router made with another seed decides alike once it has the same `state_dict`."""
+    control, valid = case.control(example), example.active()
+    router, other = case.make(), case.make(seed=1)
+    other.load_state_dict(router.state_dict())
+    require_same(decide(other, control, valid), decide(router, control, valid), valid, "a router with the weights of another")
+
+
+def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
+    """The spec predicts the number of parameters, counts operations, and survives dump and load."""
+    if not isinstance(case.spec, RouterSpec):
+        return
+    counted = sum(parameter.numel() for parameter in case.make().parameters())
+    predicted = case.spec.num_parameters(case.width, case.modules)
+    require(counted == predicted, f"num_parameters predicts {predicted}, and the router has {counted}")
+    require(case.spec.operations(case.width, case.modules) >= 0, "operations are negative")
+    require(load_spec(dump_spec(case.spec), family="router") == case.spec, "the spec changed on the way through dump and load")
+
+
+ROUTER_LAWS: tuple[Callable[[RouterCase, Example], None], ...] = (
+    returns_a_decision,
+    active_is_where_on_beats_off,
+    ties_are_inactive,
+    an_offset_steers_the_rate,
+    changes_nothing_and_repeats,
+    training_decides_as_evaluation,
+    padding_changes_nothing,
+    without_padding_nothing_need_be_given,
+    rows_are_independent,
+    names_are_labels,
+    takes_no_tokens,
+    every_parameter_gets_a_gradient,
+    gradients_are_right,
+    extreme_tokens_are_decided,
+    half_precision_decides_as_float32,
+    works_in_float32,
+    never_looks_ahead,
+    chunks_equal_the_whole,
+    gradients_cross_chunks,
+    states_are_values,
+    states_can_be_moved,
+    refuses_a_state_unless_causal,
+    weights_are_all_there_is,
+    spec_predicts_and_survives,
+)
