@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
 from sma.checkpoint import write_atomically
 from sma.errors import CheckpointError
@@ -16,7 +16,8 @@ from sma.stats import router_health
 
 log = logging.getLogger("sma.recipes")
 
-FIXED_ROUTERS = ("always", "never", "random")
+# What their rate is does not depend on what they learned, if they learn at all.
+FIXED_ROUTERS = ("always", "never", "random", "expert_choice")
 
 
 class RandomStates(Callback):
@@ -96,6 +97,15 @@ class Bar(TQDMProgressBar):
             for name, value in super().get_metrics(trainer, pl_module).items()
             if name != "v_num"
         }
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it does more."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, once the rates have settled."""
+        if getattr(pl_module, "settled", True):
+            super().on_validation_end(trainer, pl_module)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

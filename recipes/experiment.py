@@ -6,6 +6,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from sma.budget import BudgetSpec
+from sma.checkpoint import write_atomically
+from sma.errors import CheckpointError
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
 from sma.recipes.shipped import read_shipped
@@ -15,6 +18,21 @@ from sma.spec import Spec, parse_setting
 # The files of a run folder.
 EXPERIMENT, SUMMARY, VERSIONS = "experiment.yaml", "summary.json", "versions.json"
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
+
+
+class RoutingLosses(Spec):
+    """Losses of the decisions that are added to that of the task; see `sma.losses`."""
+
+    budget: float = Field(default=0.0, ge=0.0, description="weight of the squared distance of the activation rates from `target`")
+    target: float | None = Field(default=None, ge=0.0, le=1.0, description="the rate that the budget loss pulls to")
+    load_balance: float = Field(default=0.0, ge=0.0, description="weight of the load balance, for routers under which sub-modules compete")
+    z: float = Field(default=0.0, ge=0.0, description="weight of the z-loss, which keeps scores small")
+
+    @model_validator(mode="after")
+    def _has_a_target(self) -> Self:
+        if self.budget and self.target is None:
+            raise ValueError("a budget loss needs a target; set training.losses.target to a rate between 0 and 1")
+        return self
 
 
 class TrainingSpec(Spec):
@@ -32,6 +50,9 @@ class TrainingSpec(Spec):
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay of Adam's two averages")
     epsilon: float = Field(default=1e-8, gt=0.0, description="added to Adam's denominator")
     evaluate_every: int = Field(default=500, ge=1, description="updates from one validation and checkpoint to the next")
+    budget: BudgetSpec | None = Field(default=None, description="keeps the activation rates at a target; null lets the routers choose")
+    losses: RoutingLosses = Field(default=RoutingLosses(), description="of the routers' decisions, beside that of the task")
+    recompute: bool = Field(default=False, description="activation checkpointing: layers are computed again in backward, for less memory")
     bucket: int = Field(default=50, ge=1, description="batches that are sorted by length together, so that there is less padding")
 
     @property
@@ -43,6 +64,10 @@ class TrainingSpec(Spec):
     def _fits(self) -> Self:
         if self.warmup >= self.updates:
             raise ValueError(f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with")
+        if self.budget is not None and self.budget.settled >= self.updates:
+            raise ValueError(
+                f"the budget comes to its target after {self.budget.settled} updates; that must be below updates={self.updates}"
+            )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
         return self
@@ -87,6 +112,19 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     if isinstance(data.get("model"), str):
         data["model"] = read_shipped(data["model"], "specs")
     return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(_setting, settings))))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run folder, whole or not at all.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space") from error
 
 
 def _setting(setting: str) -> tuple[str, Any]:

@@ -161,7 +161,8 @@ class LanguageLearner(Learner):
             self.log("bits", measures["fit_bits_per_character"], prog_bar=True, logger=False, batch_size=1)
             if self.module_names:
                 self.log("rate", measures["fit_rate"], prog_bar=True, logger=False, batch_size=1)
-        return loss
+        self.steer(output.decisions, None)
+        return loss + self.routing_loss(output.decisions, None)
 
     def validation_step(self, batch: Segment, batch_idx: int) -> None:
         """Score one window of the validation split."""

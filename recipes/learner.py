@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from sma.budget import BudgetController, routers_of
 from sma.decision import Decision
 from sma.errors import DataError
+from sma.losses import budget_loss, load_balance_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
 from sma.stats import RateCount, count_rates
@@ -75,10 +77,38 @@ class Learner(lightning.LightningModule):
 
     def __init__(self, model: SequenceModel, training: TrainingSpec) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.recompute_activations(training.recompute)
         self.training_spec = training
         self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
+        self.controller = None if training.budget is None else BudgetController.of(model, training.budget)
         self.tokens_seen = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the activation rates stand where they shall stay: only then a checkpoint can be the best one."""
+        return self.controller is None or int(self.controller.updates) >= self.controller.spec.settled
+
+    def steer(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
+        """Let the budget see the decisions of one update; they are those of the offsets before it."""
+        if self.controller is not None:
+            self.controller.update(decisions, valid)
+
+    def routing_loss(self, decisions: Sequence[Decision], valid: Tensor | None) -> Tensor | float:
+        """The losses of the decisions, weighted."""
+        weights = self.training_spec.losses
+        total: Tensor | float = 0.0
+        if weights.budget and weights.target is not None:
+            total = total + weights.budget * budget_loss(decisions, weights.target, valid)
+        if weights.load_balance:
+            total = total + weights.load_balance * load_balance_loss(decisions, valid)
+        if weights.z:
+            total = total + weights.z * z_loss(decisions, valid)
+        return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell routers that anneal or draw how far the training is."""
+        for router in routers_of(self.model):
+            router.advance(self.global_step)
 
     def configure_optimizers(self) -> Any:
         """Adam or rectified Adam with decoupled decay, and the schedule, per update."""

@@ -51,7 +51,7 @@ class ExclusiveRouter(TemperedRouter):
         super().__init__(spec, width, names, len(names) + 1)
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
-        if sum(targets.values()) > 1:
+        if sum(targets.values()) > 1 + 1e-6:
             raise InputError(f"the rates of the router kind 'exclusive' sum to 1 at most, but the targets {dict(targets)} to more")
 
     def _spread(self, offset: Tensor) -> Tensor:
@@ -156,9 +156,9 @@ class ExpertChoiceRouterSpec(RouterSpec):
 
 
 class ExpertChoiceRouter(ScoredRouter):
-    r"""Every sub-module takes the $\lceil \text{share} \cdot L \rceil$ tokens of each row with the highest scores; $c = \sigma(w h + b)$.
+    r"""Every sub-module takes its share of the tokens of each row, those with the highest scores; $c = \sigma(w h + b)$.
 
-    Of equal scores the earlier token wins. L counts valid tokens.
+    It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins.
 
     Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no honest use. The
     gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and no router can die. Use it for
@@ -188,7 +188,8 @@ class ExpertChoiceRouter(ScoredRouter):
         rows, length, modules = scores.shape
         seen = scores.detach() if valid is None else scores.detach().masked_fill(~valid[..., None], -math.inf)
         lengths = torch.full((rows,), length, device=scores.device) if valid is None else valid.sum(1)
-        taken = (lengths.double() * self.spec.share).ceil().long()[:, None]
+        # 0.07 * 100 is a little more than 7 in floating point, and must not give 8.
+        taken = (lengths.double() * self.spec.share - 1e-9).ceil().long().clamp(min=1).minimum(lengths)[:, None]
         ordered, order = seen.sort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter(1, order, torch.arange(length, device=scores.device)[:, None].expand_as(order))
         active = keep_valid(rank < taken[..., None], valid)

@@ -202,7 +202,7 @@ class TemperedRouter(ScoredRouter):
 
     @property
     def unit(self) -> Tensor:
-        return self.log_temperature.detach().exp()
+        return self.log_temperature.detach()[0].exp()
 
     def _softmax(self, scores: Tensor) -> Tensor:
         return torch.softmax(scores / self.log_temperature.to(scores.dtype).exp(), dim=-1)

@@ -1,5 +1,6 @@
 """Routers that switch every sub-module on or off by itself: any subset, the empty one too."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -103,7 +104,8 @@ class ThresholdRouter(ScoredRouter):
         super().__init__(spec, width, names, len(names))
 
     def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
-        threshold = torch.logit(scores.new_tensor(self.spec.threshold))
+        # In double precision, because a threshold near 0 or 1 rounds to it in float32, and its score would be infinite.
+        threshold = scores.new_tensor(math.log(self.spec.threshold / (1 - self.spec.threshold)))
         # The smallest normal number, because a confidence is above 0 everywhere, and a sigmoid can round to it.
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         logits = torch.stack([threshold.expand_as(scores), scores], dim=-1)
@@ -115,8 +117,8 @@ class GumbelRouterSpec(RouterSpec):
     """Spec of `GumbelRouter`."""
 
     kind: Literal["gumbel"] = "gumbel"
-    temperature: float = Field(default=1.0, gt=0.0, le=1e4, description="of the relaxation, at the first update")
-    final_temperature: float = Field(default=0.3, gt=0.0, le=1e4, description="of the relaxation, from update `anneal` on")
+    temperature: float = Field(default=1.0, ge=1e-4, le=1e4, description="of the relaxation, at the first update")
+    final_temperature: float = Field(default=0.3, ge=1e-4, le=1e4, description="of the relaxation, from update `anneal` on")
     anneal: int = Field(default=2000, ge=0, description="updates from the first temperature to the final one, geometrically")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
 
@@ -187,8 +189,8 @@ class GumbelRouter(ScoredRouter):
             return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid), state
 
     def _noise(self, scores: Tensor, positions: Tensor | None, streams: RandomState | None) -> Tensor:
-        # Half a step off the grid of the draws, so that neither logarithm sees 0 or 1.
-        draw = draw_for_tokens(scores, positions, streams, self.spec.seed, self.updates) + 2.0**-54
+        # A draw is never 1, and one of 0, whose logarithm is infinite, moves by half a step of their grid.
+        draw = draw_for_tokens(scores, positions, streams, self.spec.seed, self.updates).clamp(min=2.0**-54)
         return (-(-draw.log()).log()).to(scores.dtype)
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
@@ -201,7 +203,7 @@ class GumbelRouter(ScoredRouter):
     @property
     def _temperature(self) -> Tensor:
         spec: Any = self.spec
-        done = ((self.updates + 1).double() / (spec.anneal + 1)).clamp(max=1.0)
+        done = (self.updates.double() / spec.anneal).clamp(max=1.0) if spec.anneal else self.updates.double().fill_(1.0)
         return spec.temperature * (spec.final_temperature / spec.temperature) ** done
 
     def _spread(self, offset: Tensor) -> Tensor:

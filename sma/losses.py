@@ -1,0 +1,106 @@
+"""Losses of routing, as functions of decisions: nothing is stored on a module, so recomputation cannot count one twice.
+
+Each takes the decisions of one forward pass, one per routed layer as `ModelOutput.decisions`, and gives one number that is added to
+the loss of the task with a weight.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sma.activation import check_valid
+from sma.decision import Decision
+from sma.errors import InputError, did_you_mean
+
+
+def budget_loss(
+    decisions: Sequence[Decision], target: float | Mapping[str, float], valid: Bool[Tensor, "B L"] | None = None
+) -> Float[Tensor, ""]:
+    r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
+
+    The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. It is 0, and
+    its gradient 0, exactly at the target. A gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
+
+    Args:
+        decisions: one per routed layer.
+        target: the rate, in [0, 1]: one for all, or one per sub-module; sub-modules that are not named are left alone.
+        valid: False at padding; None where there is none.
+
+    Raises:
+        InputError: a target is not in [0, 1] or names no sub-module, or the mask does not fit.
+    """
+    gaps = []
+    targets = _targets(decisions, target)
+    for decision in decisions:
+        chosen = [place for place, name in enumerate(decision.names) if name in targets]
+        if chosen:
+            soft = _mean(decision.p_on, valid)[chosen]
+            real = decision.rate(valid).to(soft.dtype)[chosen]
+            wanted = soft.new_tensor([targets[decision.names[place]] for place in chosen])
+            gaps.append(real + (soft - soft.detach()) - wanted)
+    return torch.cat(gaps).square().mean() if gaps else _zero(decisions)
+
+
+def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
+    r"""How unevenly the sub-modules of a layer are used: $M \sum_m f_m P_m$, meant over the layers; 1 where they are used alike.
+
+    f is each sub-module's share of the layer's activations and P its share of the mean probability `p_on`; the gradient goes
+    through P. For routers under which sub-modules compete (`top_k`, `exclusive`); a layer of one sub-module gives 1.
+
+    Args:
+        decisions: one per routed layer.
+        valid: False at padding; None where there is none.
+
+    Reference:
+        Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4.
+    """
+    losses = []
+    for decision in decisions:
+        soft, real = _mean(decision.p_on, valid), decision.rate(valid)
+        shares = (real / real.sum().clamp(min=1e-30)).to(soft.dtype)
+        # A layer in which nothing ran is not unbalanced.
+        shares = shares.where(real.sum() > 0, 1 / len(decision.names))
+        losses.append(len(decision.names) * (shares * soft / soft.sum().clamp(min=torch.finfo(soft.dtype).tiny)).sum())
+    return torch.stack(losses).mean() if losses else _zero(decisions)
+
+
+def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
+    r"""How large the scores are: the mean of $(\log \sum_i e^{u_i})^2$ over valid tokens, sub-modules and layers.
+
+    Keeps scores small, where half precision and the softmax still tell them apart.
+
+    Args:
+        decisions: one per routed layer.
+        valid: False at padding; None where there is none.
+
+    Reference:
+        Zoph et al., "ST-MoE", arXiv 2202.08906, equation 5.
+    """
+    losses = [_mean(decision.logits.logsumexp(-1).square(), valid).mean() for decision in decisions if decision.names]
+    return torch.stack(losses).mean() if losses else _zero(decisions)
+
+
+def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:
+    """Mean over the valid tokens; 0 where there is none."""
+    check_valid(values_BLM, valid)
+    rows, length = values_BLM.shape[:2]
+    if valid is None:
+        return values_BLM.sum((0, 1)) / max(rows * length, 1)
+    return values_BLM.where(valid[..., None], 0).sum((0, 1)) / valid.sum().clamp(min=1)
+
+
+def _zero(decisions: Sequence[Decision]) -> Tensor:
+    return decisions[0].p_on.new_zeros(()) if decisions else torch.zeros(())
+
+
+def _targets(decisions: Sequence[Decision], target: float | Mapping[str, float]) -> dict[str, float]:
+    names = list(dict.fromkeys(name for decision in decisions for name in decision.names))
+    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(names, target)
+    for name, rate in targets.items():
+        if name not in names:
+            raise InputError(f"no layer has a sub-module {name!r}{did_you_mean(name, names, 'sub-modules')}")
+        if not 0 <= rate <= 1:  # so written, it catches NaN too
+            raise InputError(f"the target rate {rate} of {name!r} must lie between 0 and 1")
+    return targets
