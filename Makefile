@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 help: ## list the targets
-	@awk 'match($$0, /^[a-z-]+:.*## /) && match($$0, /:.*## /) {printf "  make %-12s %s\n", substr($$0, 1, RSTART - 1), substr($$0, RSTART + RLENGTH)}' Makefile
+	@awk 'match($$0, /^[a-z-]+:.*## /) && match($$0, /:.*## /) {printf "  make %-13s %s\n", substr($$0, 1, RSTART - 1), substr($$0, RSTART + RLENGTH)}' Makefile
 
 setup: .venv/.setup ## make .venv with what the recipes need
 
@@ -35,6 +35,9 @@ bench: setup ## time one layer at several lengths and activation rates; ARGS="--
 
 bench-stream: setup ## time one more token after a thousand and after a million; ARGS="--batch 1" and so on
 	@$(BIN)/python -m benchmarks.stream $(ARGS)
+
+bench-routing: setup ## time what routing costs beside the work it saves; ARGS="--device cuda" and so on
+	@$(BIN)/python -m benchmarks.routing $(ARGS)
 
 check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel
 	@$(BIN)/ruff format --check .
@@ -86,5 +89,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo test test-all bench bench-stream check clean
+.PHONY: help setup demo test test-all bench bench-stream bench-routing check clean
 .DELETE_ON_ERROR:

@@ -98,7 +98,7 @@ class Conv(SubModule):
 def _shifted(tokens: Ragged, by: int) -> Tensor:
     """The values `by` slots further on in the same row; zeros beyond its ends."""
     values = tokens.values
-    if by == 0 or values.shape[0] == 0:
+    if by == 0:
         return values
     slot = tokens.slots + by
     inside = (slot >= 0) & (slot < tokens.lengths[tokens.rows])

@@ -131,7 +131,7 @@ class EMA(SubModule):
             kept = None if before.recent is None else before.recent.size
             check_sizes(self, (*before.hidden.shape[1:], kept), (self.width, self.spec.state_size, self.spec.truncation))
         values = tokens.values
-        if values.shape[0] == 0:
+        if not torch.compiler.is_compiling() and values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
             return values + torch.as_tensor(nothing).to(values.dtype), state

@@ -50,8 +50,7 @@ class GAUSpec(SubModuleSpec):
 
     def operations(self, width: int, tokens: int) -> Operations:
         dense = width * (self.query_size + 3 * self.hidden_size)
-        shape = block_shape(tokens, self.window, not self.bidirectional)
-        pairs = -(-tokens // shape.queries) * shape.queries * shape.keys
+        pairs = block_shape(tokens, self.window, not self.bidirectional).pairs(tokens)
         return Operations(tokens * dense + pairs * (self.query_size + self.hidden_size))
 
 

@@ -1,6 +1,5 @@
 """Convolution as long as the sequence, in both directions at once, by Fourier transform."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@cache
 def fast_length(least: int) -> int:
     """Return an even length of at least `least`, and little more, whose only prime factors are 2, 3 and 5."""
     best = 2 ** max(1, (least - 1).bit_length())
@@ -52,6 +50,11 @@ def long_convolution(
         reverse_DK: r, what reaches earlier places; None for nothing.
         skip_D: s.
     """
+    if torch.compiler.is_compiling():  # a compiler differentiates transforms itself
+        circular = circular_kernel(ahead_DK, reverse_DK, skip_D, x_BLD.shape[1])
+        size = circular.shape[1]
+        product = torch.fft.rfft(x_BLD.transpose(1, 2), n=size) * torch.fft.rfft(circular)
+        return torch.fft.irfft(product, n=size)[..., : x_BLD.shape[1]].transpose(1, 2)
     result: Tensor = _LongConvolution.apply(x_BLD, ahead_DK, reverse_DK, skip_D)
     return result
 

@@ -28,6 +28,10 @@ class BlockShape(NamedTuple):
         """Slots that a block sees."""
         return self.before + self.queries + self.after
 
+    def pairs(self, tokens: int) -> int:
+        """Pairs of slots that are multiplied for a row of `tokens` tokens, those out of reach included."""
+        return -(-tokens // self.queries) * self.queries * self.keys
+
 
 def block_shape(longest: int, window: int | None, causal: bool) -> BlockShape:
     """Choose the blocks for rows of up to `longest` tokens.
@@ -63,10 +67,10 @@ class Blocks:
     positions: Int[Tensor, "S"]
     slots: Int[Tensor, "S"]
 
-    def fill(self, values: Shaped[Tensor, "T E"]) -> Shaped[Tensor, "S E"]:
+    def fill(self, values: Shaped[Tensor, "T *E"]) -> Shaped[Tensor, "S *E"]:
         """Lay values out in blocks, zeros elsewhere."""
         shape = self.shape
-        padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, values.shape[1])
+        padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, *values.shape[1:])
         return padded.index_copy(0, self.places + shape.before if shape.before else self.places, values)
 
     def queries_of(self, filled: Tensor) -> Shaped[Tensor, "n C ..."]:
@@ -75,10 +79,20 @@ class Blocks:
         return filled[shape.before : shape.before + self.count * shape.queries].unflatten(0, (self.count, shape.queries))
 
     def keys_of(self, filled: Tensor) -> Shaped[Tensor, "n K ..."]:
-        """The slots that every block sees, as an overlapping view."""
+        """The slots that every block sees; an overlapping view, unless compiled."""
+        if torch.compiler.is_compiling():  # the compiler knows no overlapping views of a size that it does not know
+            starts = torch.arange(self.count, device=filled.device)[:, None] * self.shape.queries
+            return filled[starts + torch.arange(self.shape.keys, device=filled.device)]
         step = filled.stride(0)
         size = (self.count, self.shape.keys, *filled.shape[1:])
         return filled.as_strided(size, (self.shape.queries * step, step, *filled.stride()[1:]), filled.storage_offset())
+
+    def seen_by(self, values: Float[Tensor, "T *E"]) -> Float[Tensor, "n K *E"]:
+        """The values that every block sees, for operators that PyTorch differentiates: gradients are added up by `fold`."""
+        if torch.compiler.is_compiling():
+            return self.keys_of(self.fill(values))
+        seen: Tensor = _Seen.apply(values, self)
+        return seen
 
     def fold(self, windows: Float[Tensor, "n K E"]) -> Float[Tensor, "S E"]:
         """Add up what every block says of the slots it sees: the transpose of `keys_of`."""
@@ -105,7 +119,7 @@ def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
     else:
         per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
         ends = per_row_B.cumsum(0)
-        starts, count = ends - per_row_B, int(ends[-1]) if tokens.num_rows else 0
+        starts, count = ends - per_row_B, _count(tokens, ends, size)
     places = starts[tokens.rows] * size + slots
 
     def lay(values: Tensor, empty: int) -> Tensor:
@@ -123,6 +137,39 @@ def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
     if window is not None and shape.keys > window:
         allowed &= distance.abs() <= window
     return Blocks(shape, count, places, allowed, blocks.positions, blocks.slots)
+
+
+class _Seen(torch.autograd.Function):
+    """PyTorch's own gradient of an overlapping view goes through an index of every element."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, blocks: Blocks) -> Tensor:
+        ctx.save_for_backward(blocks.places)
+        ctx.shape, ctx.count = blocks.shape, blocks.count
+        return blocks.keys_of(blocks.fill(values))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        nothing = places[:0]  # the rest of the layout is for the scores alone
+        blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
+        return blocks.fold(grad.flatten(2)).index_select(0, places + blocks.shape.before).unflatten(1, grad.shape[2:]), None
+
+
+def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: bool) -> Bool[Tensor, "T"]:
+    """Whether a marked token is within reach of each token; of no meaning at holes."""
+    first, slots = tokens.offsets[tokens.rows], tokens.slots
+    nearest = slots if causal else (slots + window).minimum(tokens.lengths[tokens.rows] - 1)
+    before = torch.nn.functional.pad(marked.cumsum(0), (1, 0))
+    return before[first + nearest + 1] > before[first + (slots - window).clamp(min=0)]
+
+
+def _count(tokens: Ragged, ends: Tensor, size: int) -> int:
+    """Blocks of packed tokens; as many as there can be where the rows cannot be looked at."""
+    if tokens.bound is not None:
+        return tokens.rows.shape[0] // size + tokens.num_rows
+    return int(ends[-1]) if tokens.num_rows else 0
 
 
 class Bias(NamedTuple):
@@ -166,8 +213,9 @@ def attend(
     table, index = None, None
     if bias is not None:
         table, index = bias.table, _bias_index(blocks, bias)
-    layout = (blocks.places, blocks.allowed, index)
-    result: Tensor = _BlockAttention.apply(q, k, v, table, layout, blocks, weighting, dropout)
+    if torch.compiler.is_compiling():
+        return _attend_compiled(q, k, v, table, index, blocks, weighting, dropout)
+    result: Tensor = _BlockAttention.apply(q, k, v, table, index, blocks, weighting, dropout)
     return result
 
 
@@ -224,9 +272,17 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, layout: Any, blocks: Blocks, weighting: Weighting, dropout: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor | None,
+        index: Tensor | None,
+        blocks: Blocks,
+        weighting: Weighting,
+        dropout: float,
     ) -> Tensor:
-        _, allowed, index = layout
+        allowed = blocks.allowed
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(v.dtype, torch.float32)
             q, k = q.to(v.dtype), k.to(v.dtype)
@@ -248,16 +304,18 @@ class _BlockAttention(torch.autograd.Function):
                 out = out.masked_fill((blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & allowed).any(-1, keepdim=True), torch.nan)
             out = out.flatten(0, 1).index_select(0, blocks.places)
         kept = weights if weighting == "softmax" else scores
-        ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index)
-        ctx.blocks, ctx.weighting, ctx.dropout = blocks, weighting, dropout
+        # What is kept beside save_for_backward stays there even if activations are to be computed again: sizes only.
+        ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index, blocks.places)
+        ctx.sizes, ctx.weighting, ctx.dropout = (blocks.shape, blocks.count), weighting, dropout
         ctx.table = None if table is None else (table.shape[0], table.dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        filled_q, filled_k, filled_v, kept, keep, out, index = ctx.saved_tensors
-        blocks, weighting = ctx.blocks, ctx.weighting
+        filled_q, filled_k, filled_v, kept, keep, out, index, places = ctx.saved_tensors
+        nothing = places[:0]  # the rest of the layout is for the scores alone
+        blocks, weighting = Blocks(*ctx.sizes, places, nothing.bool().reshape(0, 0, 0), nothing, nothing), ctx.weighting
         narrow, wide = filled_v.dtype, kept.dtype
         weights = kept if weighting == "softmax" else _weigh(kept, weighting)
         share = keep / (1 - ctx.dropout) if keep is not None else None
@@ -283,6 +341,23 @@ class _BlockAttention(torch.autograd.Function):
         grad_k = blocks.fold(torch.bmm(grad_scores.transpose(1, 2), blocks.queries_of(filled_q)))
         at = blocks.places + blocks.shape.before
         return grad_q, grad_k.index_select(0, at), grad_v.index_select(0, at), grad_table, None, None, None, None
+
+
+def _attend_compiled(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None, blocks: Blocks, weighting: Weighting, dropout: float
+) -> Tensor:
+    """`_BlockAttention` as a chain of operators: a compiler differentiates and fuses it, and chooses itself what to keep."""
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(v.dtype, torch.float32)
+        broken = ~v.isfinite().all(-1, keepdim=True)
+        filled_q, filled_k, filled_v = (blocks.fill(x.to(v.dtype)) for x in (q, k, v.masked_fill(broken, 0)))
+        scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
+        if table is not None and index is not None:
+            scores = scores + table.to(wide)[index]
+        weights = torch.nn.functional.dropout(_weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout)
+        out = torch.bmm(weights.to(v.dtype), blocks.keys_of(filled_v))
+        reached = (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & blocks.allowed).any(-1, keepdim=True)
+        return out.masked_fill(reached, torch.nan).flatten(0, 1).index_select(0, blocks.places)
 
 
 def _weigh(scores: Tensor, weighting: Weighting) -> Tensor:

@@ -138,3 +138,17 @@ def assert_matches_loop(
         x_BLD,
         dict(module.named_parameters()),
     )
+
+
+def assert_near_under_autocast(module: nn.Module, program: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> None:
+    """Compare a program of float32 with itself under autocast, in its output and in all gradients."""
+    results = []
+    for enabled in (False, True):
+        leaf = x.detach().clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            out = program(leaf)
+        gradients = torch.autograd.grad(out.float().sum(), [leaf, *module.parameters()])
+        results.append([tensor.float() for tensor in (out, *gradients)])
+    for name, wanted, found in zip(["output", "x", *dict(module.named_parameters())], *results, strict=True):
+        assert found.isfinite().all(), name
+        assert (found - wanted).norm() <= (0.05 if dtype is torch.bfloat16 else 0.01) * wanted.norm(), name

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from sma.modules.attention import Attention
 from sma.modules.conv import Conv
 from sma.modules.ema import EMA
 from sma.modules.gau import GatedAttentionUnit
+from sma.modules.multihead import MultiHead
 from sma.positions import RelativeBiasSpec
 
 
@@ -117,7 +117,7 @@ def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor
     return (attended * gate) @ module.out.weight.T + module.out.bias
 
 
-def attention_loop(module: Attention, x: Tensor, positions: Tensor) -> Tensor:
+def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
     """Multi-head softmax attention on one row, head by head and query by query."""
     spec, width = module.spec, x.shape[1]
     size = width // spec.heads
@@ -127,7 +127,7 @@ def attention_loop(module: Attention, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (hidden[:, part * width + head * size : part * width + (head + 1) * size] for part in range(3))
         if spec.position.kind == "rotary":
             q, k = rotary_loop(q, positions), rotary_loop(k, positions)
-        heads.append(attend_loop(q / size**0.5, k, v, window=None, causal=not spec.bidirectional, weighting="softmax"))
+        heads.append(attend_loop(q / size**0.5, k, v, window=module.window, causal=not spec.bidirectional, weighting="softmax"))
     return torch.cat(heads, 1) @ module.out.weight.T + module.out.bias
 
 

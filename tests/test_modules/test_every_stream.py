@@ -15,6 +15,7 @@ from sma.modules.cache import Cache
 from sma.modules.conv import ConvSpec
 from sma.modules.ema import EMA, EMASpec
 from sma.modules.gau import GAUSpec
+from sma.modules.local_attention import LocalAttentionSpec
 from sma.positions import NoPositionSpec, RotarySpec
 from sma.pytree import tensors
 from sma.submodule import NoState, State, SubModule, SubModuleSpec
@@ -37,6 +38,8 @@ STREAMS: dict[str, SubModuleSpec] = {
     "gau-causal-long-window": GAUSpec(query_size=4, hidden_size=3, window=40, bidirectional=False, attention="relu2", position=SLOTS),
     "gau-causal-all-rotary": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, position=RotarySpec()),
     "gau-causal-all-laplace": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, attention="laplace", position=NEAR),
+    "local-causal-window-1": LocalAttentionSpec(heads=1, window=1, bidirectional=False),
+    "local-causal-long-window": LocalAttentionSpec(heads=2, window=40, bidirectional=False, position=RotarySpec()),
 }
 GROWING = [name for name, spec in STREAMS.items() if spec.kind == "attention" or getattr(spec, "window", 0) is None]
 every_stream = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in STREAMS])

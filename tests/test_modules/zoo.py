@@ -7,7 +7,9 @@ from sma.modules.conv import ConvSpec
 from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
 from sma.modules.identity import IdentitySpec
+from sma.modules.local_attention import LocalAttentionSpec
 from sma.modules.mlp import GatedMLPSpec
+from sma.modules.s4d import S4DSpec
 from sma.positions import RelativeBiasSpec, RotarySpec
 from sma.submodule import SubModule, SubModuleSpec
 from tests.test_modules.layouts import draw
@@ -29,6 +31,11 @@ SPECS: dict[str, SubModuleSpec] = {
     "gau-causal": GAUSpec(query_size=4, hidden_size=3, window=3, bidirectional=False, position=SLOTS),
     "gau-causal-all": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, attention="relu2", position=NEAR),
     "identity": IdentitySpec(),
+    "local-bidirectional": LocalAttentionSpec(heads=2, window=3),
+    "local-causal": LocalAttentionSpec(heads=2, window=5, bidirectional=False, position=RotarySpec()),
+    "s4d-bidirectional": S4DSpec(state_size=4),
+    "s4d-causal": S4DSpec(state_size=6, bidirectional=False),
+    "s4d-causal-core": S4DSpec(state_size=4, bidirectional=False, activation="none", mixing="none"),
 }
 
 
