@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sma.model import SequenceModel
+from sma.recipes.data.batch import UNSCORED
 from sma.recipes.tasks import Samples, TaskData
+from sma.stats import module_names
 
 
 class Example(NamedTuple):
@@ -18,8 +20,8 @@ class Example(NamedTuple):
 
     Attributes:
         texts: every position.
-        target: the right class.
-        guess: the model's.
+        target: the right class; where answers are asked at positions, how many.
+        guess: the model's; how many of them it got right.
         active: `(layers, positions)`, whether any sub-module ran.
     """
 
@@ -37,12 +39,14 @@ class Report(NamedTuple):
         samples: how many samples were looked at.
         by_text: activation rate per layer of every text that stands at a position, and how often it stands there.
         examples: samples for the figure.
+        modules: the routed sub-modules of all layers.
     """
 
     majority: float
     samples: int
     by_text: dict[str, tuple[list[float], int]]
     examples: list[Example]
+    modules: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -52,6 +56,7 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
     chosen = range(min(limit, len(samples)))
     active: dict[str, list[Tensor]] = defaultdict(list)
     examples = []
+    modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
     lengths = samples.lengths[: len(chosen)]
     # Samples of middling length show the most on one line.
@@ -59,9 +64,10 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
     for part in torch.arange(len(chosen)).split(100):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
         output = model(batch.inputs, batch.valid)
-        guesses = output.logits.argmax(-1).tolist() if output.logits is not None else []
+        guesses, answers = _answers(output.logits, batch.targets)
         if not output.decisions:
             continue
+        modules = module_names(output.decisions)
         ran = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
         for row, number in enumerate(part.tolist()):
             texts = data.show(batch.inputs[row][batch.valid[row]].cpu())
@@ -69,10 +75,21 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
             for place, text in enumerate(texts):
                 active[text].append(mine[:, place])
             if number in wanted:
-                examples.append(Example(texts, int(batch.targets[row]), guesses[row], mine))
-    targets = torch.tensor([samples[number][1] for number in range(len(samples))])
+                examples.append(Example(texts, answers[row], guesses[row], mine))
+    targets = torch.cat([torch.as_tensor(samples[number][1]).reshape(-1) for number in range(len(samples))])
+    targets = targets[targets != UNSCORED]
     by_text = {text: (torch.stack(masks).double().mean(0).tolist(), len(masks)) for text, masks in active.items()}
-    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, _of_both_sorts(examples, shown))
+    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, _of_both_sorts(examples, shown), modules)
+
+
+def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[int]]:
+    """The model's answers and the right ones; where positions are asked, how many were answered right and how many were asked."""
+    if logits is None:
+        return [], targets.tolist()
+    guesses = logits.argmax(-1)
+    if targets.ndim == 1:
+        return guesses.tolist(), targets.tolist()
+    return ((guesses == targets) & (targets != UNSCORED)).sum(1).tolist(), (targets != UNSCORED).sum(1).tolist()
 
 
 def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
@@ -148,7 +165,11 @@ def draw(report: Report, out: Path, title: str) -> Path:
         axis.grid(which="minor", color="white", linewidth=1)
         axis.tick_params(which="both", length=0)
         verdict = "right" if example.guess == example.target else "wrong"
-        axis.set_title(f"answer {example.target}, model says {example.guess} ({verdict}); dark: attention ran here", fontsize=9, loc="left")
+        axis.set_title(
+            f"answer {example.target}, model says {example.guess} ({verdict}); dark: {' or '.join(report.modules)} ran here",
+            fontsize=9,
+            loc="left",
+        )
     draw_rates(axes[rows, 0], out)
     path = out / "activation.png"
     figure.savefig(path, dpi=110)

@@ -23,10 +23,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from sma.checkpoint import save, write_atomically
-from sma.errors import CheckpointError
-from sma.recipes.callbacks import AtomicCheckpointIO, Bar, FinalEvaluation, RandomStates, RouterHealth
-from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec
+from sma.checkpoint import save
+from sma.recipes.callbacks import AtomicCheckpointIO, Bar, BestCheckpoint, FinalEvaluation, RandomStates, RouterHealth
+from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
 from sma.recipes.learner import Learner
 from sma.spec import dump_spec
 
@@ -91,8 +90,8 @@ def fit(
     started = time.perf_counter()
     checkpoint = out / LAST
     done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0
-    _write(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
-    _write(out / VERSIONS, json.dumps(versions(), indent=1))
+    write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
+    write_text(out / VERSIONS, json.dumps(versions(), indent=1))
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
@@ -129,23 +128,26 @@ def finish(spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, re
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    _write(out / SUMMARY, json.dumps(summary, indent=1))
+    write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return summary
+
+
+def rates_by_module(measured: Mapping[str, float], learner: Learner) -> list[dict[str, float]]:
+    """The activation rate of every sub-module of every routed layer in the test."""
+    return [{name: measured[f"test_rate/layer{layer}/{name}"] for name in names} for layer, names in enumerate(learner.module_names)]
 
 
 def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[float]:
     """The mean activation rate of every routed layer in the test."""
-    return [
-        sum(measured[f"test_rate/layer{layer}/{name}"] for name in names) / len(names) for layer, names in enumerate(learner.module_names)
-    ]
+    return [sum(rates.values()) / len(rates) for rates in rates_by_module(measured, learner)]
 
 
 def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback]) -> Trainer:
     training = spec.training
     # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
     best, last = (
-        ModelCheckpoint(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
-        for name, monitor in ((BEST, learner.monitor), (LAST, None))
+        kind(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
+        for kind, name, monitor in ((BestCheckpoint, BEST, learner.monitor), (ModelCheckpoint, LAST, None))
     )
     return Trainer(
         accelerator=accelerator,
@@ -186,14 +188,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # Resuming in the middle of an epoch is what the sampler was made for.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space") from error
 
 
 def versions() -> dict[str, str | None]:

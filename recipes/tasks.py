@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -9,8 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.model import LanguageModelSpec, ModelSpec
+from sma.recipes.data import recall
 from sma.recipes.data.batch import Batch, collate
+from sma.recipes.data.digits import NUM_CLASSES as DIGITS
+from sma.recipes.data.digits import DigitsSettings, load_digits
 from sma.recipes.data.listops import ListOpsSettings, decode, prepare_listops
+from sma.recipes.data.recall import RecallSettings, make_recall
 from sma.recipes.data.text import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
 from sma.spec import Spec, register
 
@@ -25,8 +30,8 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Sample number `index`."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """Sample number `index`; the target is a class, or one per position."""
 
 
 class TaskData(NamedTuple):
@@ -42,7 +47,7 @@ class TaskData(NamedTuple):
     validation: Samples
     test: Samples
     hashes: Mapping[str, str]
-    collate: Callable[[Sequence[tuple[Tensor, int]]], Batch]
+    collate: Callable[[Sequence[tuple[Tensor, Any]]], Batch]
     show: Callable[[Tensor], list[str]]
 
 
@@ -72,6 +77,11 @@ class ClassificationTask(TaskSpec):
         """Number of classes; chance is one in so many."""
         raise TypeError(f"{type(self).__name__} must define classes")
 
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+        return 1 / self.classes
+
     def check_model(self, model: ModelSpec) -> None:
         classes = getattr(model.head_spec, "classes", None)
         if classes is None:
@@ -95,6 +105,54 @@ class ListOpsTask(ClassificationTask):
         fingerprint = hashlib.sha256(self.data.model_dump_json().encode()).hexdigest()[:12]
         made = prepare_listops(self.data, folder / f"listops-{fingerprint}", progress=progress)
         return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
+
+
+@register
+class DigitsTask(ClassificationTask):
+    """Handwritten digits of 8x8 pixels, read pixel by pixel; the answer is the digit."""
+
+    kind: Literal["digits"] = "digits"
+    data: DigitsSettings = Field(default=DigitsSettings(), description="how the images are split")
+
+    @property
+    def classes(self) -> int:
+        return DIGITS
+
+    def check_model(self, model: ModelSpec) -> None:
+        super().check_model(model)
+        if model.encoder.kind in ("token_embedding", "linear"):
+            raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read grey values; use kind 'real_number'")
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = load_digits(self.data)
+        return TaskData(made.train, made.validation, made.test, made.hashes, collate, made.show)
+
+
+@register
+class RecallTask(ClassificationTask):
+    """Name the values of keys that were seen before, among distractors."""
+
+    kind: Literal["recall"] = "recall"
+    data: RecallSettings = Field(default=RecallSettings(), description="which samples to generate")
+
+    @property
+    def classes(self) -> int:
+        return self.data.vocabulary
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.data.values
+
+    def check_model(self, model: ModelSpec) -> None:
+        if not isinstance(model, LanguageModelSpec):
+            raise ValueError(f"the model kind {model.kind!r} has no answer at every position; use kind 'language_model'")
+        vocabulary = getattr(model.encoder, "vocabulary", 0)
+        if vocabulary != self.classes:
+            raise ValueError(f"model.encoder.vocabulary={vocabulary} must be {self.classes}: values, keys and distractors of the task")
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = make_recall(self.data)
+        return TaskData(made.train, made.validation, made.test, made.hashes, recall.collate, partial(recall.show, self.data))
 
 
 @register

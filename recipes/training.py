@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from sma.errors import DataError
 from sma.model import ModelOutput, SequenceModel, build
-from sma.recipes.data.batch import Batch
+from sma.recipes.data.batch import UNSCORED, Batch
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.report import Report, measure
-from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer
+from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer, rates_by_module
 from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import ClassificationTask, Samples, TaskData
 
@@ -38,7 +39,7 @@ class Scores(nn.Module):
 
     def update(self, output: ModelOutput, logits: Tensor, batch: Batch) -> None:
         """Count one batch."""
-        self.accuracy.update(logits, batch.targets)
+        self.accuracy.update(logits, batch.targets[batch.targets != UNSCORED])
         self.rates.update(output.decisions, batch.valid)
 
     def compute(self, split: str) -> dict[str, float]:
@@ -75,7 +76,8 @@ class Classifier(Learner):
             self.log("accuracy", measures["fit_accuracy"], prog_bar=True, logger=False)
             if self.module_names:
                 self.log("rate", measures["fit_rate"], prog_bar=True, logger=False)
-        return loss
+        self.steer(output.decisions, batch.valid)
+        return loss + self.routing_loss(output.decisions, batch.valid)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
@@ -101,10 +103,16 @@ class Classifier(Learner):
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
-        logits = cast(Tensor, output.logits)  # an experiment's model has a head, or its spec would not be valid
-        loss = nn.functional.cross_entropy(logits, batch.targets)
+        logits, targets = asked(cast(Tensor, output.logits), batch.targets)  # an experiment's model has logits, or its spec is not valid
+        loss = nn.functional.cross_entropy(logits, targets)
         self.check_loss(loss)
         return output, logits, loss
+
+
+def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
+    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not `UNSCORED`."""
+    scored = targets != UNSCORED
+    return logits[scored], targets[scored]
 
 
 def check_finite(batch: Batch, update: int) -> None:
@@ -145,8 +153,8 @@ class Finished(NamedTuple):
 def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerator: str = "auto", progress: bool = True) -> Finished:
     """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
     prepare(spec)
-    classes = cast(ClassificationTask, spec.task).classes
-    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, classes)
+    task = cast(ClassificationTask, spec.task)
+    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
     batches = partial(training_loader, data, spec.training, spec.seed)
     fitted = fit(classifier, spec, out, batches, evaluation_loader(data.validation, data), accelerator=accelerator, progress=progress)
     with interruptible():
@@ -156,7 +164,8 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
         "test_accuracy": measured["test_accuracy"],
         "test_loss": measured["test_loss"],
         "activation_rate": rates_by_layer(measured, classifier),
-        "chance": 1 / classes,
+        "activation_rates": rates_by_module(measured, classifier),
+        "chance": task.chance,
         "majority": report.majority,
         "data": dict(data.hashes),
     }

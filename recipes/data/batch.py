@@ -10,17 +10,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import DataError
 
+UNSCORED = -1
+"""The target of a position that no answer is asked for."""
+
 
 class Batch(NamedTuple):
     """What a classifier is trained on.
 
     Shape:
-        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real tokens; targets `(B,)`.
+        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real tokens; targets `(B,)`,
+        or `(B, L)` with `UNSCORED` where no answer is asked for.
     """
 
     inputs: Shaped[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
-    targets: Int64[Tensor, " B"]
+    targets: Int64[Tensor, " B"] | Int64[Tensor, "B L"]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on `device`."""

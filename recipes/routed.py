@@ -1,0 +1,135 @@
+"""What the recipes of routed modules share: one model with five routers, side by side."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sma.errors import CheckpointError, SpecError
+from sma.recipes.arms import FIGURE, Arm, Result, check_arms, layer_rates, run_arms, with_routers
+from sma.recipes.command import RunOptions, experiment
+from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
+from sma.spec import dump_yaml, load_spec, read_yaml
+
+ARMS = ("routed", "expert_choice", "always", "never", "random")
+_CHOSEN = "arms.json"
+
+
+class ArmsOptions(RunOptions):
+    """The options of every recipe that compares arms."""
+
+    preset: Literal["tiny"] = Field(default="tiny", description="all arms in some minutes on one core")
+    arms: str | None = Field(default=None, description="which to train, with commas between; default all")
+
+
+class RoutedOptions(ArmsOptions):
+    """The options of the recipes that compare routers."""
+
+    task: Literal["listops", "digits"] = Field(default="listops", description="what to learn")
+    router: str | None = Field(
+        default=None, description="of the routed arm: a kind, or YAML such as '{kind: sma, temperature_scale: 0.5}'; default the preset's"
+    )
+    arms: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(ARMS)}")
+
+
+def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = None) -> tuple[ExperimentSpec, list[str], Path]:
+    """The experiment that the arms are made of, the arms to train, and the folder of the comparison that the options ask for.
+
+    The first two are kept in the folder, so that `--resume FOLDER` goes on with the same; with `--arms` it trains others.
+
+    Args:
+        options: the command line.
+        known: the arms that there are.
+        router: replaces the experiment's own: a kind, or YAML.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    chosen = None if options.arms is None else [name.strip() for name in options.arms.split(",")]
+    check_arms(chosen or (), known)
+    if options.resume is None:
+        spec, out = experiment(options)
+        if router is not None:
+            spec = with_routers(spec, _router(router))
+        chosen = chosen or list(known)
+        write_text(out / EXPERIMENT, dump_yaml(spec))
+        write_text(out / _CHOSEN, json.dumps(chosen))
+        return spec, chosen, out
+    out = options.resume
+    if not (out / _CHOSEN).is_file():
+        raise CheckpointError(f"there is no comparison in {str(out)!r}: {_CHOSEN} is missing; give the folder of an earlier --out")
+    if options.set or options.seed is not None or options.spec is not None or router is not None:
+        raise SpecError("--resume goes on with the comparison as it was; leave --set, --seed, --spec and --router out, or start a new one")
+    return load_experiment(out / EXPERIMENT), chosen or json.loads((out / _CHOSEN).read_text(encoding="utf-8")), out
+
+
+def routed_arms(spec: ExperimentSpec) -> dict[str, Arm]:
+    """One model under five routers; width, depth, updates, learning rate, seed and data are the same.
+
+    | arm | router |
+    |---|---|
+    | `routed` | the experiment's own |
+    | `expert_choice` | each layer runs the tokens that score highest, as many as ran there in `routed`: Mixture of Depths |
+    | `always` | every token: the dense twin |
+    | `never` | no token: what the rest of the model does alone |
+    | `random` | tokens drawn at random, as many as ran in `routed`: the control for every claim that routing learned something |
+
+    Reference:
+        Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv 2404.02258.
+    """
+
+    def expert_choice(results: Mapping[str, Result]) -> ExperimentSpec:
+        # A share of nothing is no share: where no token ran, none does.
+        rates = layer_rates(results, "routed")
+        return with_routers(spec, [ExpertChoiceRouterSpec(share=rate) if rate else NeverRouterSpec() for rate in rates])
+
+    def random(results: Mapping[str, Result]) -> ExperimentSpec:
+        # Another seed in every layer: with the same one the same tokens would run everywhere.
+        rates = layer_rates(results, "routed")
+        return with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed + place) for place, rate in enumerate(rates)])
+
+    return {
+        "routed": spec,
+        "expert_choice": expert_choice,
+        "always": with_routers(spec, AlwaysRouterSpec()),
+        "never": with_routers(spec, NeverRouterSpec()),
+        "random": random,
+    }
+
+
+def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
+    """Train, test and compare the arms as the options say; returns the summary.
+
+    Args:
+        options: the command line.
+        what: what is routed, for titles.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    spec, chosen, out = comparison(options, ARMS, options.router)
+    from sma.recipes.report import draw  # it and the training import what takes seconds; --help and a wrong --set need not wait for it
+
+    data = spec.task.prepare(options.data, progress=options.progress)
+    title = f"{what} on {spec.task.kind}, seed {spec.seed}"
+    summary = run_arms(
+        routed_arms(spec),
+        out,
+        data,
+        only=chosen,
+        title=title,
+        accelerator=options.accelerator,
+        progress=options.progress,
+        after=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
+    )
+    print(f"summary  {out / SUMMARY}\nfigure   {out / FIGURE}")
+    return summary
+
+
+def _router(given: str) -> RouterSpec:
+    value = read_yaml(given, "the value of --router")
+    router: RouterSpec = load_spec(value if isinstance(value, Mapping) else {"kind": str(value)}, family="router")
+    return router

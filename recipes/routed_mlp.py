@@ -1,0 +1,32 @@
+"""Transformer blocks whose feed-forward layers are routed, beside their dense twin and the controls.
+
+python recipes/routed_mlp.py --task listops
+python recipes/routed_mlp.py --task digits --router "{kind: sma, temperature_scale: 0.3}" --arms routed,always
+python recipes/routed_mlp.py --resume OUT
+"""
+
+import sys
+
+from pydantic_settings import SettingsConfigDict
+
+from sma.recipes.command import exit_code, parse
+from sma.recipes.routed import RoutedOptions, run_routed
+
+
+class Options(RoutedOptions):
+    """Train a model with routed modules, its dense twin and controls, and compare accuracy, operations and time."""
+
+    model_config = SettingsConfigDict(cli_prog_name="routed_mlp")
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_routed_mlp_{self.preset}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(lambda: run_routed(parse(Options, sys.argv[1:] if arguments is None else arguments), "Routed feed-forward layers"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
