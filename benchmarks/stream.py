@@ -19,6 +19,7 @@ call on the same tokens, 65,536 of the batch but at most 16,384 a row.
 """
 
 import argparse
+import ctypes
 import json
 import resource
 import statistics
@@ -45,8 +46,9 @@ POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 # Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
-# allocator holes, and the peak would creep up. Where the speed of a prefill is measured they are large.
-SMALL, LARGE = 4_000, 16_384
+# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed of a prefill
+# is measured they are large.
+SMALL, LARGE, GIVE_BACK = 4_000, 16_384, 20
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
 # One more token of every row in, the scores of the next ones out.
@@ -203,6 +205,8 @@ class Marks:
         for position, copy in zip(self.positions, kept, strict=True):
             while self.seen < position:
                 state = self._advance(min(chunk, position - self.seen), state)
+                if self.seen // chunk % GIVE_BACK == 0:
+                    give_back_memory()
             for mine, now in zip(tensors(copy), tensors(state), strict=True):
                 mine.copy_(now)
             step_model(self.ids(1), state=copy)
@@ -263,6 +267,12 @@ def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, 
                 calls[chosen]()
             times[chosen].append(elapsed[0])
     return times
+
+
+def give_back_memory() -> None:
+    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream needs at once."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def peak_megabytes(device: str) -> float:
