@@ -8,7 +8,7 @@ from sma.errors import SpecError
 from sma.layer import LayerSpec
 from sma.model import ModelSpec
 from sma.norms import NormSpec
-from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
+from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Description:
         fixed = any(_fixed_rate(layer.router) is not None for layer in spec.layer_specs if layer.modules)
         legend = [
             [f"at rate {self.rate:g}", "multiply-adds per token, if each routed sub-module runs on this share of them"],
-            *([["", "(routers always, never and random: on the share that they fix)"]] if fixed else []),
+            *([["", "(routers always, never, random and expert_choice: on the share that they fix)"]] if fixed else []),
             ["share", "of these operations; encoder, norms and head are not counted"],
             ["all active", "multiply-adds per token, if each runs on every token"],
             ["ratio", "of the two: what is left of the work"],
@@ -157,7 +157,8 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
         spec: the model.
         name: what to call it.
         length: tokens of the row that operations are counted for.
-        rate: share of the tokens that every routed sub-module runs on; routers of kind `always`, `never` and `random` have their own.
+        rate: share of the tokens that every routed sub-module runs on; routers of kind `always`, `never`, `random` and
+            `expert_choice` have their own.
 
     Raises:
         SpecError: the length is less than 1, or the rate is not in [0, 1].
@@ -216,11 +217,13 @@ def _norm(norm: NormSpec, width: int) -> Part:
 
 
 def _fixed_rate(router: RouterSpec) -> float | None:
-    """The activation rate of a router that does not choose; None for one that does."""
+    """The activation rate that the spec of a router fixes; None where it depends on the tokens."""
     if isinstance(router, AlwaysRouterSpec):
         return 1.0
     if isinstance(router, NeverRouterSpec):
         return 0.0
+    if isinstance(router, ExpertChoiceRouterSpec):
+        return router.share
     return router.rate if isinstance(router, RandomRouterSpec) else None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 import torch
@@ -11,7 +12,17 @@ from sma.layer import RoutedLayer
 from sma.model import SequenceModel
 from sma.norms import BatchNorm, LayerNorm, Norm, RMSNorm, ScaleNorm
 from sma.ragged import Ragged
-from sma.routers import AlwaysRouter, Router, SMARouter
+from sma.routers import (
+    AlwaysRouter,
+    ExclusiveRouter,
+    ExpertChoiceRouter,
+    GumbelRouter,
+    Router,
+    ScoredRouter,
+    SMARouter,
+    ThresholdRouter,
+    TopKRouter,
+)
 
 
 @dataclass
@@ -188,3 +199,130 @@ class Reach(nn.Module):
             out.append(sum((tokens.values[j] / (1 + tokens.positions[i] - tokens.positions[j]) for j in reached), torch.zeros(())))
         values = torch.stack(out) if out else tokens.values
         return values @ self.weight.to(values.dtype), None
+
+
+@dataclass
+class Choice:
+    """What a router decides about one token and one sub-module; the confidence carries its gradient."""
+
+    active: bool
+    confidence: Tensor
+    p_on: Tensor
+
+
+def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]:
+    """What a learned router decides about the tokens `(L, D)` of one row without padding, for each of them and each sub-module."""
+    assert isinstance(router, ScoredRouter)
+    scores = [[(weight * token).sum() + bias for weight, bias in zip(router.weight, router.bias, strict=True)] for token in control]
+    shift = [0.0] * len(router.names) if router.offset is None else router.offset.tolist()
+    if isinstance(router, ExpertChoiceRouter):
+        columns = [taken_by_an_expert([row[m] for row in scores], router.spec.share) for m in range(len(router.names))]
+        return [[column[t] for column in columns] for t in range(len(control))]
+    if isinstance(router, ExclusiveRouter):
+        return [the_best([token[0], *plus(token[1:], shift)], router.log_temperature.exp()[0]) for token in scores]
+    if isinstance(router, TopKRouter):
+        count = len(shift)
+        return [
+            the_first(plus(token[:count], shift) + token[count:], router.spec.k, count, router.log_temperature.exp()[0]) for token in scores
+        ]
+    if isinstance(router, ThresholdRouter):
+        return [[above(score, router.spec.threshold) for score in plus(token, shift)] for token in scores]
+    pairs = [list(zip(token[0::2], plus(token[1::2], shift), strict=True)) for token in scores]
+    if isinstance(router, GumbelRouter):
+        return [[sampled(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)]
+    assert isinstance(router, SMARouter)
+    temperature = router.log_temperature.exp()[0]
+    return [[switched(off / temperature, on / temperature) for off, on in token] for token in pairs]
+
+
+def plus(scores: list[Tensor], shift: list[float]) -> list[Tensor]:
+    """Scores with offsets."""
+    return [score + more for score, more in zip(scores, shift, strict=True)]
+
+
+def switched(off: Tensor, on: Tensor) -> Choice:
+    """SMA: the softmax of two scores."""
+    p_on = 1 / (1 + torch.exp(off - on))
+    return Choice(bool(on > off), p_on if on > off else 1 - p_on, p_on)
+
+
+def above(score: Tensor, threshold: float) -> Choice:
+    """A gate: the odds of being active are those of the gate over those of the threshold."""
+    gate = 1 / (1 + torch.exp(-score))
+    odds = torch.exp(score) * (1 - threshold) / threshold
+    return Choice(bool(score > math.log(threshold / (1 - threshold))), gate, odds / (1 + odds))
+
+
+def shares_of(scores: list[Tensor], temperature: Tensor) -> list[Tensor]:
+    """The softmax."""
+    powers = [torch.exp(score / temperature) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def the_best(scores: list[Tensor], temperature: Tensor) -> list[Choice]:
+    """Of skip and the sub-modules, the one that is better than all others."""
+    shares = shares_of(scores, temperature)
+    return [
+        Choice(all(bool(score > other) for rival, other in enumerate(scores) if rival != place), shares[place], shares[place])
+        for place, score in enumerate(scores)
+    ][1:]
+
+
+def the_first(scores: list[Tensor], k: int, modules: int, temperature: Tensor) -> list[Choice]:
+    """The k best, one after another; of equal ones the first. What comes after the sub-modules runs nothing."""
+    shares = shares_of(scores, temperature)
+    taken = best_places(scores, k)
+    return [Choice(place in taken, shares[place], shares[place]) for place in range(modules)]
+
+
+def best_places(scores: list[Tensor], count: int) -> list[int]:
+    """The places of the `count` highest scores, found one after another; of equal ones the first."""
+    left = list(range(len(scores)))
+    taken = []
+    for _ in range(count):
+        best = left[0]
+        for place in left:
+            if scores[place] > scores[best]:
+                best = place
+        taken.append(best)
+        left.remove(best)
+    return taken
+
+
+def taken_by_an_expert(scores: list[Tensor], share: float) -> list[Choice]:
+    """The tokens of a row that one sub-module takes: the share that is written, rounded up."""
+    count = math.ceil(Fraction(str(share)) * len(scores))
+    ordered = [scores[place].detach() for place in best_places(scores, len(scores))]
+    taken = best_places(scores, count)
+    following = ordered[count] if count < len(scores) else ordered[-1] - 2 if ordered else torch.zeros(())
+    found = []
+    for place, score in enumerate(scores):
+        middle = (ordered[count - 1] + following) / 2
+        found.append(Choice(place in taken, 1 / (1 + torch.exp(-score)), 1 / (1 + torch.exp(middle - score))))
+    return found
+
+
+def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: int, place: int) -> Choice:
+    """A sample of off or on in training, the better of the two in evaluation; 1 with the gradient of the relaxed sample."""
+    spec, update = router.spec, int(router.updates)
+    p_on = 1 / (1 + torch.exp(off - on))
+    if router.training:
+        draws = [uniform(spec.seed, update, row, position, 2 * place + switch) for switch in (0, 1)]
+        off, on = (score - math.log(-math.log(draw)) for score, draw in zip((off, on), draws, strict=True))
+    done = 1.0 if update >= spec.anneal else update / spec.anneal
+    temperature = math.exp(math.log(spec.temperature) + done * math.log(spec.final_temperature / spec.temperature))
+    relaxed = 1 / (1 + torch.exp((off - on) / temperature))
+    return Choice(bool(on > off), 1 + relaxed - relaxed.detach(), p_on)
+
+
+def uniform(seed: int, *keys: int) -> float:
+    """A draw in whole numbers of any size (splitmix64), so that recorded runs and negative controls can be repeated."""
+    whole = 2**64 - 1
+    golden = 0x9E3779B97F4A7C15
+    mixed = (seed + 1) * golden % 2**62
+    for key in keys:
+        mixed ^= (key + 1) * golden & whole
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & whole
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & whole
+        mixed ^= mixed >> 31
+    return (mixed >> 8) % 2**53 / 2**53

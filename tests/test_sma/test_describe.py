@@ -122,7 +122,7 @@ def test_each_group_of_layers_is_what_its_layer_predicts(data, length, rate):
     spec = load_spec(data)
     described = describe(spec, length=length, rate=rate)
     assert sorted(place for group in described.layers for place in group.places) == list(range(len(spec.layer_specs)))
-    own = {"always": 1.0, "never": 0.0, "random": 0.5}
+    own = {"always": 1.0, "never": 0.0, "random": 0.5, "expert_choice": 0.5}
     for group in described.layers:
         layers = [spec.layer_specs[place] for place in group.places]
         assert all(layer == layers[0] for layer in layers)
@@ -157,8 +157,32 @@ def test_runs_of_layers_are_ranges():
 def test_routers_that_fix_the_rate_keep_it():
     text = describe(load_spec(read_yaml(HYBRID, "test")), rate=0.1).as_text()
     assert "random (rate 0.5)" in text
-    assert "(routers always, never and random: on the share that they fix)" in text
+    assert "(routers always, never, random and expert_choice: on the share that they fix)" in text
     assert [line.split()[-1] for line in text.splitlines() if line.startswith("  routed think")] == ["0.10", "0.50"]
+
+
+@pytest.mark.parametrize(
+    ("router", "rate"),
+    [
+        pytest.param({"kind": "always"}, 1.0, id="always"),
+        pytest.param({"kind": "never"}, 0.0, id="never"),
+        pytest.param({"kind": "random", "rate": 0.5}, 0.5, id="random"),
+        pytest.param({"kind": "expert_choice", "share": 0.25}, 0.25, id="expert_choice"),
+        pytest.param({"kind": "threshold"}, 0.1, id="threshold"),
+    ],
+)
+def test_a_routed_sub_module_is_counted_at_the_rate_of_its_router(router, rate):
+    modules = {"think": {"kind": "gated_mlp", "hidden_size": 8}}
+    spec = load_spec(
+        {
+            "kind": "sequence_encoder",
+            "width": 4,
+            "encoder": {"kind": "linear", "features": 1},
+            "layers": [{"router": router, "modules": modules}],
+        }
+    )
+    part = next(part for part in describe(spec, length=1000, rate=0.1).layers[0].parts if part.name == "routed think")
+    assert part.operations == rate * part.all_active
 
 
 def test_a_model_without_layers_has_a_table_too():

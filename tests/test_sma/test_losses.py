@@ -1,0 +1,199 @@
+"""Losses of routing against loops over tokens."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.errors import InputError
+from sma.losses import budget_loss, load_balance_loss, z_loss
+from sma.routers import SMARouterSpec, TopKRouterSpec
+from tests.cases import masks, normal, spread
+from tests.streams import exactly, near
+
+NAMES = ("attention", "mlp", "conv")
+LOSSES = pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(lambda decisions, valid=None: budget_loss(decisions, 0.3, valid), id="budget"),
+        pytest.param(load_balance_loss, id="load_balance"),
+        pytest.param(z_loss, id="z"),
+    ],
+)
+
+
+def _decision(active: Tensor, p_on: Tensor | None = None, names: tuple[str, ...] = NAMES, seed: int = 0) -> Decision:
+    """A decision with these activities, and probabilities and scores of any size."""
+    p_on = normal(*active.shape, seed=seed).sigmoid() if p_on is None else p_on
+    return Decision(active, torch.ones_like(p_on), 3 * normal(*active.shape, 2, seed=seed + 1), p_on, names)
+
+
+def _random(rows: int = 2, length: int = 6, seed: int = 0) -> Decision:
+    return _decision(normal(rows, length, 3, seed=seed + 5) > 0, seed=seed)
+
+
+class TestBudget:
+    @given(valid=masks(), target=st.floats(0, 1))
+    def test_value_is_the_mean_square_of_the_distance_of_the_rates(self, valid, target):
+        decisions = [_decision(normal(*valid.shape, 3, seed=seed) > 0) for seed in (1, 2)]
+        gaps = []
+        for decision in decisions:
+            for m in range(3):
+                tokens = [bool(decision.active[b, t, m]) for b, t in valid.nonzero().tolist()]
+                gaps.append(sum(tokens) / max(1, len(tokens)) - target)
+        near(budget_loss(decisions, target, valid), torch.tensor(sum(gap**2 for gap in gaps) / len(gaps), dtype=torch.float64))
+
+    @pytest.mark.parametrize("active", range(9))
+    def test_minimum_is_0_at_the_target_and_the_gradient_points_there(self, active):
+        p_on = normal(2, 4, 1).sigmoid().requires_grad_()
+        decision = _decision((torch.arange(8) < active).reshape(2, 4, 1), p_on, ("mlp",))
+        loss = budget_loss([decision], 0.5)
+        (gradient,) = torch.autograd.grad(loss, [p_on])
+        assert (loss == 0) == (active == 4)
+        assert torch.equal(gradient.sign(), torch.full((2, 4, 1), float((active > 4) - (active < 4))).double())
+        near(gradient, torch.full((2, 4, 1), 2 * (active / 8 - 0.5) / 8).double())
+
+    @pytest.mark.parametrize("start", [3.0, -3.0])
+    def test_descending_brings_a_router_to_the_target(self, start):
+        router, control = spread(SMARouterSpec().build(4, NAMES).double()), normal(2, 100, 4)
+        with torch.no_grad():
+            router.bias[1::2] += start
+        for _ in range(200):
+            gradients = torch.autograd.grad(budget_loss([router(control)[0]], {"mlp": 0.3, "conv": 0.6}), [router.bias])
+            with torch.no_grad():
+                router.bias -= 5.0 * gradients[0]
+        assert router(control)[0].rate()[1:].tolist() == pytest.approx([0.3, 0.6], abs=0.03)
+
+    def test_sub_modules_that_are_not_named_are_left_alone(self):
+        p_on = normal(2, 4, 3).sigmoid().requires_grad_()
+        decision = _decision(torch.ones(2, 4, 3, dtype=torch.bool), p_on)
+        loss = budget_loss([decision], {"mlp": 0.5})
+        assert loss == 0.25
+        assert torch.autograd.grad(loss, [p_on])[0].any(0).any(0).tolist() == [False, True, False]
+
+    def test_layers_with_other_sub_modules_are_left_alone(self):
+        one, other = _random(), _decision(torch.ones(2, 4, 1, dtype=torch.bool), names=("ema",))
+        assert budget_loss([one, other], {"ema": 0.25}) == 0.75**2
+
+    @pytest.mark.parametrize(
+        ("target", "sentence"),
+        [
+            ({"mpl": 0.5}, r"no layer has a sub-module 'mpl'.*did you mean 'mlp'"),
+            (1.5, "the target rate 1.5 of 'attention' must lie between 0 and 1"),
+            ({"mlp": math.nan}, "the target rate nan of 'mlp' must lie between 0 and 1"),
+        ],
+    )
+    def test_impossible_targets_are_refused(self, target, sentence):
+        with pytest.raises(InputError, match=sentence):
+            budget_loss([_random()], target)
+
+
+class TestLoadBalance:
+    @given(valid=masks(rows=3, length=6))
+    def test_value_is_that_of_the_formula(self, valid):
+        decision = _decision(normal(*valid.shape, 3, seed=1) > 0)
+        tokens = valid.nonzero().tolist()
+        runs = [sum(bool(decision.active[b, t, m]) for b, t in tokens) for m in range(3)]
+        soft = [sum(float(decision.p_on[b, t, m]) for b, t in tokens) for m in range(3)]
+        wanted = 0.0
+        if tokens:
+            shares = [run / sum(runs) if sum(runs) else 1 / 3 for run in runs]
+            wanted = 3 * sum(share * p / sum(soft) for share, p in zip(shares, soft, strict=True))
+        near(load_balance_loss([decision], valid), torch.tensor(wanted, dtype=torch.float64))
+
+    def test_it_is_1_when_balanced(self):
+        active = torch.eye(3, dtype=torch.bool)[None].expand(2, 3, 3)
+        p_on = torch.tensor([0.6, 0.3, 0.1]).double()[(torch.arange(3)[:, None] - torch.arange(3)) % 3][None].expand(2, 3, 3)
+        near(load_balance_loss([_decision(active, p_on)]), torch.ones(()).double())
+
+    def test_it_is_1_where_nothing_ran_and_the_probabilities_agree(self):
+        near(
+            load_balance_loss([_decision(torch.zeros(2, 3, 3, dtype=torch.bool), torch.full((2, 3, 3), 0.2).double())]),
+            torch.ones(()).double(),
+        )
+
+    @given(scores=st.lists(st.floats(-3, 3), min_size=3, max_size=3, unique=True))
+    def test_it_is_more_where_one_takes_all(self, scores):
+        p_on = torch.tensor(scores).double().softmax(0).expand(2, 5, 3)
+        active = p_on == p_on.amax(-1, keepdim=True)
+        loss = load_balance_loss([_decision(active, p_on)])
+        assert loss >= 1
+        near(loss, 3 * p_on.max())
+
+    def test_descending_balances_a_router(self):
+        router, control = spread(TopKRouterSpec(k=1).build(4, NAMES).double()), normal(2, 200, 4)
+        with torch.no_grad():
+            router.bias[0] += 2.0
+        before = router(control)[0].rate()
+        for _ in range(200):
+            gradients = torch.autograd.grad(load_balance_loss([router(control)[0]]), [router.bias])
+            with torch.no_grad():
+                router.bias -= 0.5 * gradients[0]
+        assert before.max() > 0.55
+        assert router(control)[0].rate().max() < 0.45
+
+
+class TestZ:
+    @given(valid=masks(rows=3, length=6))
+    def test_value_is_that_of_the_formula(self, valid):
+        decision = _random(*valid.shape)
+        squares = [
+            math.log(math.exp(float(decision.logits[b, t, m, 0])) + math.exp(float(decision.logits[b, t, m, 1]))) ** 2
+            for b, t in valid.nonzero().tolist()
+            for m in range(3)
+        ]
+        near(z_loss([decision], valid), torch.tensor(sum(squares) / max(1, len(squares)), dtype=torch.float64))
+
+    def test_descending_makes_scores_smaller(self):
+        router, control = spread(SMARouterSpec().build(4, NAMES).double(), scale=2.0), normal(2, 20, 4)
+        before = router(control)[0].logits.logsumexp(-1).abs().mean()
+        for _ in range(100):
+            gradients = torch.autograd.grad(z_loss([router(control)[0]]), [router.weight, router.bias])
+            with torch.no_grad():
+                router.weight -= 0.05 * gradients[0]
+                router.bias -= 0.05 * gradients[1]
+        assert router(control)[0].logits.logsumexp(-1).abs().mean() < 0.5 * before
+
+
+@LOSSES
+def test_loss_is_the_mean_over_layers(loss):
+    one, other = _random(seed=1), _random(seed=2)
+    near(loss([one, other]), (loss([one]) + loss([other])) / 2)
+
+
+@LOSSES
+@pytest.mark.parametrize("junk", [1e4, math.nan])
+def test_padding_does_not_matter(loss, junk):
+    decision, valid = _random(seed=3), normal(2, 6, seed=9) > -0.3
+    p_on, logits = decision.p_on.clone().requires_grad_(), decision.logits.clone().requires_grad_()
+    value = loss([Decision(decision.active, decision.confidence, logits, p_on, NAMES)], valid)
+    hidden = valid[..., None]
+    dirty = Decision(
+        decision.active & hidden,
+        decision.confidence,
+        decision.logits.where(hidden[..., None], junk),
+        decision.p_on.where(hidden, junk),
+        NAMES,
+    )
+    near(loss([dirty], valid), value.detach())
+    for gradient in torch.autograd.grad(value, [p_on, logits], allow_unused=True):
+        assert gradient is None or not gradient[~valid].any()
+
+
+@LOSSES
+def test_without_layers_or_tokens_it_is_a_number(loss):
+    assert loss([]) == 0
+    empty = _random(rows=2, length=0)
+    assert loss([empty]).isfinite()
+    nothing_valid = _random()
+    assert loss([nothing_valid], torch.zeros(2, 6, dtype=torch.bool)).isfinite()
+
+
+@LOSSES
+def test_a_mask_that_does_not_fit_is_refused(loss, as_users_run):
+    with pytest.raises(InputError, match=exactly("valid has shape (2, 5); required is (B, L) = (2, 6), as the input has")):
+        loss([_random()], torch.ones(2, 5, dtype=torch.bool))

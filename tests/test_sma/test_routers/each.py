@@ -1,0 +1,112 @@
+"""One router of every kind, and of the kinds with settings that matter several."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.decision import Decision
+from sma.routers import (
+    AlwaysRouterSpec,
+    ExclusiveRouterSpec,
+    ExpertChoiceRouterSpec,
+    GumbelRouterSpec,
+    NeverRouterSpec,
+    RandomRouterSpec,
+    Router,
+    RouterSpec,
+    ScoredRouter,
+    SMARouterSpec,
+    ThresholdRouterSpec,
+    TopKRouterSpec,
+)
+from tests.cases import generator, spread
+
+NAMES = ("attention", "mlp", "conv")
+FIELDS = ("active", "confidence", "logits", "p_on")
+SPECS: dict[str, RouterSpec] = {
+    "sma": SMARouterSpec(temperature_scale=0.3),
+    "threshold": ThresholdRouterSpec(),
+    "low_threshold": ThresholdRouterSpec(threshold=0.2),
+    "gumbel": GumbelRouterSpec(temperature=2.0, final_temperature=0.5, anneal=10, seed=3),
+    "exclusive": ExclusiveRouterSpec(temperature_scale=0.3),
+    "top_k": TopKRouterSpec(k=2, temperature_scale=0.3),
+    "top_k_of_skips": TopKRouterSpec(k=2, skips=2),
+    "top_k_of_all": TopKRouterSpec(k=4, skips=1),
+    "expert_choice": ExpertChoiceRouterSpec(share=0.3),
+    "always": AlwaysRouterSpec(),
+    "never": NeverRouterSpec(),
+    "random": RandomRouterSpec(rate=0.6),
+}
+
+# For each steerable kind, the row of the weights that scores sub-module m for on.
+ON_ROW: dict[str, Callable[[int], int]] = {
+    "sma": lambda m: 2 * m + 1,
+    "gumbel": lambda m: 2 * m + 1,
+    "threshold": lambda m: m,
+    "exclusive": lambda m: m + 1,
+    "top_k": lambda m: m,
+}
+
+
+def routers(wanted: Callable[[RouterSpec], bool] = lambda spec: True) -> pytest.MarkDecorator:
+    """Try a test on all specs, or on some."""
+    return pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in SPECS.items() if wanted(spec)])
+
+
+def is_learned(spec: RouterSpec) -> bool:
+    """Whether it has weights."""
+    return spec.kind not in ("always", "never", "random")
+
+
+def is_steerable(spec: RouterSpec) -> bool:
+    """Whether it has an offset."""
+    return spec.kind in ON_ROW
+
+
+def is_causal(spec: RouterSpec) -> bool:
+    """Whether it can be streamed."""
+    return spec.kind != "expert_choice"
+
+
+def looks_at_the_score(spec: RouterSpec) -> bool:
+    """Whether each of its sub-modules is switched by itself, by a score of its own, the same in training and in evaluation."""
+    return spec.kind in ("sma", "threshold")
+
+
+def router(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES, *, seed: int = 3) -> Router:
+    """A router in float64 with spread parameters and offsets, in training, where gumbel draws."""
+    built = spec.build(width, names).double()
+    spread(built, seed=seed)
+    if built.offset is not None:
+        built.offset.copy_(0.5 * torch.randn(len(names), generator=generator(seed), dtype=torch.float64))
+    return built
+
+
+def scored(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES) -> ScoredRouter:
+    """The same for kinds with weights."""
+    built = router(spec, width, names)
+    assert isinstance(built, ScoredRouter)
+    return built
+
+
+def token_with_scores(part: ScoredRouter, scores: Sequence[float]) -> Tensor:
+    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, offsets aside."""
+    wanted = torch.tensor(scores, dtype=torch.float64) - part.bias.detach()
+    token = torch.linalg.pinv(part.weight.detach()) @ wanted
+    torch.testing.assert_close(part.weight.detach() @ token, wanted)
+    return token[None, None]
+
+
+def switch_offsets_off(part: Router) -> None:
+    """Set all offsets to 0."""
+    if part.offset is not None:
+        part.offset.zero_()
+
+
+def same(found: Decision, wanted: Decision, at: Tensor | None = None) -> None:
+    """Equal to the last bit, at some places or at all."""
+    for name in FIELDS:
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert torch.equal(one if at is None else one[at], other if at is None else other[at]), name

@@ -1,0 +1,264 @@
+"""Every router keeps the contract, whatever it decides by."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sma.errors import InputError, StateError
+from sma.routers import Router, RouterSpec, SMARouterSpec
+from sma.spec import kinds
+from sma.submodule import State
+from tests.cases import generator, gradients, masks, normal, pad, sides, strided
+from tests.streams import copied, cuts, exactly, near, same_bits
+from tests.test_sma.test_routers.each import (
+    FIELDS,
+    NAMES,
+    SPECS,
+    is_causal,
+    is_learned,
+    router,
+    routers,
+    same,
+)
+
+
+def test_these_tests_know_every_router():
+    assert {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.")} == {spec.kind for spec in SPECS.values()}
+
+
+@routers()
+@given(valid=masks())
+def test_decision_has_the_shapes_and_ranges_of_the_contract(spec, valid):
+    decision, state = router(spec)(normal(*valid.shape, 5), valid)
+    assert state is None
+    assert decision.names == NAMES
+    assert decision.active.shape == decision.confidence.shape == decision.p_on.shape == (*valid.shape, 3)
+    assert decision.logits.shape == (*valid.shape, 3, 2)
+    assert decision.active.dtype == torch.bool
+    assert ((decision.confidence > 0) & (decision.confidence <= 1)).all()
+    assert ((decision.p_on >= 0) & (decision.p_on <= 1)).all()
+    assert decision.logits.isfinite().all()
+
+
+class TestPadding:
+    @routers()
+    @given(valid=masks())
+    def test_padding_is_never_active(self, spec, valid):
+        part, control = router(spec), normal(*valid.shape, 5)
+        active = part(control, valid)[0].active
+        assert not active[~valid].any()
+        if is_causal(spec):
+            assert torch.equal(active, part(control)[0].active & valid[..., None])
+
+    @routers()
+    @pytest.mark.parametrize("junk", [1e4, math.nan, math.inf])
+    def test_what_stands_at_padding_is_ignored(self, spec, junk):
+        part, control, valid = router(spec), normal(2, 7, 5), torch.rand(2, 7, generator=generator(0)) < 0.6
+        same(part(control.where(valid[..., None], junk), valid)[0], part(control, valid)[0], at=valid)
+
+    @routers()
+    @sides
+    @given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=3), extra=st.integers(0, 4))
+    def test_where_the_padding_stands_changes_no_valid_token(self, spec, side, lengths, extra):
+        part, rows = router(spec), [normal(length, 5, seed=place) for place, length in enumerate(lengths)]
+        batch, valid = pad(rows, side, extra=extra, fill=9.0)
+        decision = part(batch, valid, valid.cumsum(1) - 1)[0]
+        right, mask = pad(rows, "right", extra=0)
+        wanted = part(right, mask)[0]
+        for name in FIELDS:
+            near(getattr(decision, name)[valid], getattr(wanted, name)[mask])
+
+
+class TestIndependence:
+    @routers()
+    def test_other_rows_of_the_batch_do_not_matter(self, spec):
+        part, control = router(spec), normal(3, 7, 5)
+        for junk in (0.0, -1e4, math.nan):
+            other = control.clone()
+            other[[0, 2]] = junk
+            same(part(other)[0], part(control)[0], at=torch.tensor([1]))
+
+    @routers(is_causal)
+    def test_later_tokens_do_not_matter(self, spec):
+        part, control = router(spec), normal(2, 7, 5)
+        assert part.causal
+        for junk in (1e4, math.nan):
+            changed = torch.cat([control[:, :4], torch.full((2, 3, 5), junk, dtype=torch.float64)], dim=1)
+            same(part(changed)[0], part(control)[0], at=(slice(None), slice(0, 4)))
+
+    @routers(lambda spec: spec.kind not in ("random", "gumbel"))
+    @given(count=st.integers(1, 4), row=st.integers(0, 3))
+    def test_a_row_alone_is_decided_as_in_a_batch(self, spec, count, row):
+        part, control = router(spec), normal(count, 6, 5)
+        batch, alone = part(control)[0], part(control[row % count : row % count + 1])[0]
+        for name in FIELDS:
+            near(getattr(alone, name)[0], getattr(batch, name)[row % count])
+
+    @routers(lambda spec: spec.kind != "gumbel")
+    def test_training_and_evaluation_decide_alike(self, spec):
+        part, control = router(spec), normal(2, 7, 5)
+        same(part.train()(control)[0], part.eval()(control)[0])
+
+    @routers()
+    def test_forward_changes_nothing_and_draws_nothing(self, spec):
+        part, control = router(spec), normal(2, 7, 5)
+        kept, given_control, drawn = copied(dict(part.state_dict())), control.clone(), torch.get_rng_state()
+        first = part(control)[0]
+        same(part(control)[0], first)
+        assert all(torch.equal(kept[name], tensor) for name, tensor in part.state_dict().items())
+        assert torch.equal(control, given_control)
+        assert torch.equal(torch.get_rng_state(), drawn)
+
+    @routers()
+    def test_control_state_that_is_not_contiguous_gives_the_same_decision(self, spec):
+        part, control = router(spec), normal(2, 7, 5)
+        for other in strided(control):
+            for name in FIELDS:
+                near(getattr(part(other)[0], name), getattr(part(control)[0], name))
+
+
+class TestStreams:
+    @routers(is_causal)
+    @given(valid=masks(rows=3, length=8), chunks=cuts(8))
+    def test_decisions_of_chunks_are_those_of_the_whole(self, spec, valid, chunks):
+        part, control, positions = router(spec), normal(*valid.shape, 5), valid.cumsum(1) - 1
+        whole, none = part(control, valid, positions)
+        assert none is None
+        state, parts = part.init_state(valid.shape[0]), []
+        kept = copied(state)
+        for chunk in chunks:
+            decision, after = part(control[:, chunk], valid[:, chunk], positions[:, chunk], state)
+            parts.append(decision)
+            assert type(after) is type(state)
+            assert same_bits(state, kept)
+            state = after
+        for name in FIELDS:
+            near(torch.cat([getattr(decision, name) for decision in parts], 1), getattr(whole, name))
+
+    @routers(is_causal)
+    def test_rows_keep_their_decisions_wherever_their_states_are_moved(self, spec):
+        part, control, positions = router(spec), normal(4, 6, 5), torch.arange(6).expand(4, 6)
+        whole = part(control, None, positions)[0].active
+        rows = torch.tensor([3, 1, 1])
+        state = part.init_state(4).select(rows).reset(torch.tensor([True, False, False]))
+        assert torch.equal(part(control[rows], None, positions[rows], state)[0].active, whole[rows])
+
+    @routers(is_causal)
+    def test_a_state_of_another_part_is_refused(self, spec):
+        part, wanted = router(spec), "RandomState" if spec.kind in ("random", "gumbel") else "NoState"
+        name = type(part).__name__
+        with pytest.raises(StateError, match=exactly(f"{name} got a state of class State; it needs {wanted}: see init_state")):
+            part(normal(1, 2, 5), state=State())
+        sentence = f"{name} got a state of 3 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+        with pytest.raises(StateError, match=exactly(sentence)):
+            part(normal(2, 2, 5), state=part.init_state(3))
+
+    @routers(lambda spec: not is_causal(spec))
+    def test_a_router_that_looks_ahead_refuses_every_state(self, spec):
+        part = router(spec)
+        name = type(part).__name__
+        for call in (lambda: part.init_state(1), lambda: part(normal(1, 2, 5), state=State())):
+            with pytest.raises(
+                StateError, match=exactly(f"{name} (causal=False) decides by the whole row and cannot continue from a state")
+            ):
+                call()
+
+
+class TestNumerics:
+    @routers()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_scores_and_confidences_are_never_below_float32(self, spec, dtype):
+        decision = spec.build(5, NAMES).to(dtype)(normal(1, 4, 5, dtype=dtype))[0]
+        for name in ("confidence", "logits", "p_on"):
+            assert getattr(decision, name).dtype == torch.promote_types(dtype, torch.float32)
+
+    @routers()
+    def test_half_precision_is_decided_as_the_same_numbers_in_float32(self, spec):
+        part, control = router(spec).float(), normal(2, 9, 5, dtype=torch.bfloat16)
+        same(part(control)[0], part(control.float())[0])
+
+    @routers()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_does_not_reach_the_scores(self, spec, dtype):
+        part, control = spec.build(64, NAMES), normal(2, 9, 64, dtype=torch.float32)
+        plain = part(control)[0]
+        with torch.autocast("cpu", dtype=dtype):
+            same(part(control)[0], plain)
+
+    @routers(is_learned)
+    @pytest.mark.parametrize("size", [0.0, 1e4, -1e4, 1e30])
+    def test_huge_control_states_give_no_nan(self, spec, size):
+        part, control = router(spec).float(), normal(2, 5, 5, dtype=torch.float32) * size
+        control.requires_grad_()
+        decision = part(control)[0]
+        assert ((decision.confidence > 0) & (decision.confidence <= 1)).all()
+        assert ((decision.p_on >= 0) & (decision.p_on <= 1)).all()
+        assert decision.logits.isfinite().all()
+        for tensor in (decision.confidence, decision.p_on):
+            assert all(gradient.isfinite().all() for gradient in gradients(tensor, [control, part.weight, part.bias]))
+        assert all(gradient.isfinite().all() for gradient in gradients(decision.confidence, part.parameters()))
+
+    @routers()
+    @pytest.mark.parametrize("modules", [0, 1, 3])
+    @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (2, 0), (1, 1), (2, 3)])
+    def test_nothing_to_decide_is_decided(self, spec, modules, shape):
+        if modules and spec.kind == "top_k" and spec.k > modules + spec.skips:
+            modules = 3
+        part = spec.build(5, NAMES[:modules])
+        control = torch.zeros(*shape, 5, requires_grad=True)
+        for valid in (None, torch.zeros(shape, dtype=torch.bool)):
+            decision = part(control, valid)[0]
+            assert decision.active.shape == decision.confidence.shape == decision.p_on.shape == (*shape, modules)
+            assert decision.logits.shape == (*shape, modules, 2)
+            assert valid is None or not decision.active.any()
+            if is_learned(spec):
+                used = decision.confidence[decision.active].sum()
+                for gradient in torch.autograd.grad(used, [control, *part.parameters()], materialize_grads=False):
+                    assert gradient.isfinite().all()
+                    assert valid is None or not gradient.any()
+
+
+class TestSpecs:
+    @routers()
+    def test_sub_modules_of_one_router_have_different_names(self, spec):
+        with pytest.raises(InputError, match=r"the sub-modules of one router need different names, not \['a', 'b', 'a'\]"):
+            spec.build(5, ["a", "b", "a"])
+
+    @routers()
+    @pytest.mark.parametrize("modules", [0, 1, 3])
+    def test_spec_predicts_the_number_of_parameters_and_of_operations(self, spec, modules):
+        if modules and spec.kind == "top_k" and spec.k > modules + spec.skips:
+            modules = 3
+        part = spec.build(5, NAMES[:modules])
+        assert sum(parameter.numel() for parameter in part.parameters()) == spec.num_parameters(5, modules)
+        assert spec.operations(5, modules) == (part.weight.numel() if is_learned(spec) else 0)
+
+    @routers(is_learned)
+    def test_weights_start_from_a_cut_normal_distribution_and_biases_at_zero(self, spec):
+        part = spec.build(2000, NAMES)
+        assert part.weight.abs().max() <= 0.04
+        assert part.weight.std().item() == pytest.approx(0.0176, abs=0.0006)  # 0.02 cut at 2 standard deviations
+        assert not part.bias.any()
+
+    def test_a_spec_must_say_what_it_builds(self):
+        class Idle(RouterSpec):
+            kind: str = "idle"
+
+        with pytest.raises(TypeError, match=exactly("Idle must define build(self, width, names)")):
+            Idle().build(5, NAMES)
+        with pytest.raises(TypeError, match=exactly("Idle must define num_parameters(self, width, modules)")):
+            Idle().num_parameters(5, 3)
+        assert Idle().operations(5, 3) == 0
+
+    def test_a_router_must_say_how_it_decides(self):
+        with pytest.raises(TypeError, match=exactly("Router must define forward(self, control_BLD, valid, positions, state=None)")):
+            Router(NAMES)(normal(1, 1, 5))
+
+    def test_advance_means_nothing_to_most_routers(self):
+        part, control = router(SMARouterSpec()), normal(1, 9, 5)
+        before = part(control)[0]
+        part.advance(7)
+        same(part(control)[0], before)
