@@ -78,9 +78,9 @@ class RouterHealth(Callback):
     def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
         if condition == "dead":
-            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; try a larger temperature"
+            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; a budget keeps it alive: training.budget.target=0.3"
         if condition == "saturated":
-            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; try a smaller temperature"
+            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; a budget makes it choose: training.budget.target=0.3"
         return f"{where} is alive again at update {step}: rate {rate:.4f}"
 
 

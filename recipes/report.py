@@ -126,7 +126,7 @@ def _hints(rates: Sequence[float], updates: int) -> list[str]:
     if rates and max(rates) > 0.9:
         hints.append("a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply")
     if rates and min(rates) < 0.001:
-        hints.append("a router is dead: its layer is the backbone alone; a larger temperature_scale or another seed may wake it")
+        hints.append("a router is dead: its layer is the backbone alone; --set training.budget.target=0.3 keeps routers alive")
     hints.append(f"--set training.updates={2 * updates} trains twice as long")
     return hints
 

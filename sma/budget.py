@@ -122,6 +122,10 @@ class BudgetController(nn.Module):
         # In a tuple, so that the routers' parameters are not counted as the controller's own.
         self.routers = tuple(routers)
         self.steered = _steered(spec, routers, costs)
+        self._by_layer: dict[int, list[int]] = {}
+        for number, steered in enumerate(self.steered):
+            self._by_layer.setdefault(steered.layer, []).append(number)
+        self._idling = [layer for layer in self._by_layer if self.routers[layer].competing]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @classmethod
@@ -146,7 +150,7 @@ class BudgetController(nn.Module):
         self.updates += 1
 
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count the tokens of each steered sub-module by how far their scores are from the decision."""
+        """Count tokens by how far their scores are from the decision: of every steered sub-module, then of running nothing at all."""
         if len(decisions) != len(self.routers):
             raise InputError(f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers")
         counts = []
@@ -154,33 +158,52 @@ class BudgetController(nn.Module):
             decision, unit = decisions[steered.layer], self.routers[steered.layer].unit
             check_valid(decision.active, valid)
             logits = decision.logits[..., steered.place, :].double()
-            margins = (logits[..., 1] - logits[..., 0]) / unit
-            counts.append(_histogram(margins.flatten() if valid is None else margins[valid]))
+            counts.append(_histogram((logits[..., 1] - logits[..., 0]) / unit, valid))
+        for layer in self._idling:
+            margins = self.routers[layer].idle_margins(decisions[layer])
+            counts.append(torch.zeros_like(counts[0]) if margins is None else _histogram(margins.double(), valid))
         return torch.stack(counts) if counts else torch.zeros(0, BINS, dtype=torch.int64)
 
     def move(self, counts: Int[Tensor, "S N"], speed: float | None = None) -> None:
         """Move the offsets by the counts of one update, which are added up over all ranks first."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
-        speed = self.spec.speed if speed is None else speed
-        tokens = counts.sum(1).tolist()
-        if not self.steered or not min(tokens):  # nobody saw a valid token
+        if not self.steered or not int(counts[0].sum()):  # nobody saw a valid token
             return
-        reached = _shares(counts)
-        update = int(self.updates)
-        together = None
-        if self.spec.over == "total":
-            weights = torch.tensor([steered.cost for steered in self.steered], dtype=torch.float64, device=counts.device)
-            mean = (reached * (weights / weights.sum())[:, None]).sum(0)
-            together = _shift(mean, self.spec.scheduled(self.steered[0].target, update))
-        for steered, shares in zip(self.steered, reached, strict=True):
-            wanted = together if together is not None else _shift(shares, self.spec.scheduled(steered.target, update))
-            # A dying router learns from nobody: back to its floor in one step.
-            dying = float(shares[ZERO]) < self.spec.floor
-            step = max(speed * wanted, _shift(shares, self.spec.floor)) if dying else speed * wanted
+        speed = self.spec.speed if speed is None else speed
+        shares, update = _shares(counts), int(self.updates)
+        wanted = self._in_total(shares, update) if self.spec.over == "total" else self._each(shares, update)
+        for place, steered in enumerate(self.steered):
+            step = speed * wanted[place]
+            if float(shares[place, ZERO]) < self.spec.floor:  # a dying router learns from nobody: back to its floor at once
+                step = max(step, _shift(shares[place], self.spec.floor))
             router = self.routers[steered.layer]
             if router.offset is not None:  # never so here: routers without were refused by check_targets
                 router.offset[steered.place] += step * router.unit
+
+    def _in_total(self, shares: Tensor, update: int) -> list[float]:
+        """One shift for all, so that the mean weighted by cost comes to the target."""
+        weights = torch.tensor([steered.cost for steered in self.steered], dtype=torch.float64, device=shares.device)
+        mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
+        return [_shift(mean, self.spec.scheduled(self.steered[0].target, update))] * len(self.steered)
+
+    def _each(self, shares: Tensor, update: int) -> list[float]:
+        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each against the others."""
+        targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
+        wanted = [0.0] * len(targets)
+        for layer, places in self._by_layer.items():
+            router = self.routers[layer]
+            total = sum(targets[place] for place in places)
+            scale = min(1.0, router.most / total)
+            for place in places:
+                wanted[place] = _shift(shares[place], scale * targets[place])
+            if router.competing and len(places) == len(router.names):
+                common = sum(wanted[place] for place in places) / len(places)
+                idle = len(targets) + self._idling.index(layer)
+                together = _shift(shares[idle], scale * total) if float(shares[idle, 0]) else 0.0
+                for place in places:
+                    wanted[place] += together - common
+        return wanted
 
     def extra_repr(self) -> str:
         return f"target={self.spec.target}, over={self.spec.over!r}, routers={len(self.routers)}"
@@ -225,7 +248,8 @@ def _edges(device: torch.device) -> Float[Tensor, "N1"]:
     return torch.linspace(-_RANGE, _RANGE, BINS + 1, dtype=torch.float64, device=device).sinh() * _SCALE
 
 
-def _histogram(margins: Float[Tensor, "T"]) -> Int[Tensor, "N"]:
+def _histogram(margins: Float[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None) -> Int[Tensor, "N"]:
+    margins = margins.flatten() if valid is None else margins[valid]
     # A tie is inactive, so it belongs below 0: bins are closed on the right.
     return torch.bucketize(margins, _edges(margins.device)[1:-1]).bincount(minlength=BINS)
 

@@ -49,6 +49,10 @@ class ExclusiveRouter(TemperedRouter):
 
     def __init__(self, spec: ExclusiveRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names) + 1)
+        self.most, self.competing = 1.0, True
+
+    def idle_margins(self, decision: Decision) -> Tensor:
+        return _margins_over_the_rest(decision.p_on)
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
         if sum(targets.values()) > 1 + 1e-6:
@@ -65,6 +69,12 @@ class ExclusiveRouter(TemperedRouter):
         others = best[..., -1:].where(own == best[..., :1], best[..., :1])
         active = keep_valid(own > others, valid)
         return Decision(active, probability, torch.stack([others.expand_as(own), own], dim=-1), probability, self.names)
+
+
+def _margins_over_the_rest(p_BLM: Tensor) -> Tensor:
+    """Log-odds of the largest probability over what all of them leave to 1."""
+    tiny = torch.finfo(p_BLM.dtype).tiny
+    return p_BLM.amax(-1).clamp(min=tiny).log() - (1 - p_BLM.sum(-1)).clamp(min=tiny).log()
 
 
 @register
@@ -115,6 +125,12 @@ class TopKRouter(TemperedRouter):
 
     def __init__(self, spec: TopKRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names) + spec.skips)
+        self.most = float(spec.k)
+        # With several empty choices, or several made at once, none of them stands for running nothing.
+        self.competing = spec.skips == 0 or (spec.k == 1 and spec.skips == 1)
+
+    def idle_margins(self, decision: Decision) -> Tensor | None:
+        return _margins_over_the_rest(decision.p_on) if self.competing and self.spec.skips else None
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
         total, k = sum(targets.values()), self.spec.k

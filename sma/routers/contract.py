@@ -46,9 +46,13 @@ class Router(nn.Module):
         causal: whether a decision depends on no later token of its row.
         names: the sub-modules, in the order of the decision's last axis.
         offset: what is added to the scores for on; None where the rates cannot be steered.
+        most: the largest sum of the activation rates.
+        competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where there is one.
     """
 
     causal: bool = True
+    most: float = math.inf
+    competing: bool = False
     names: tuple[str, ...]
     offset: Tensor | None
 
@@ -92,6 +96,10 @@ class Router(nn.Module):
     def unit(self) -> float | Tensor:
         """What one unit of log-odds is in the scores: the temperature, 1 where there is none."""
         return 1.0
+
+    def idle_margins(self, decision: Decision) -> Float[Tensor, "B L"] | None:
+        """Log-odds by which the best sub-module of a competing router beats running nothing; None where that is no choice of its own."""
+        return None
 
     def advance(self, updates: int) -> None:
         """Tell the router how many updates its training has made; one that anneals or draws anew takes note."""
