@@ -1,5 +1,7 @@
 """The files that come with the recipes."""
 
+from pathlib import Path
+
 import pytest
 
 from sma.errors import SpecError
@@ -7,13 +9,17 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.shipped import read_shipped, shipped
 from sma.spec import dump_spec, dump_yaml, load_spec
 
+ROOT = Path(__file__).resolve().parents[2]
+
 every_spec = pytest.mark.parametrize("name", shipped("specs"))
 every_preset = pytest.mark.parametrize("name", shipped("presets"))
 
 
 def test_shipped_files_have_names():
-    assert shipped("presets") == ["listops_paper", "listops_tiny", "text_paper", "text_tiny"]
-    assert shipped("specs") == ["seqboat_listops", "seqboat_listops_tiny", "seqboat_text", "seqboat_text_tiny"]
+    assert {"listops_paper", "listops_tiny", "text_paper", "text_tiny", "digits_routed_mlp_tiny"} <= set(shipped("presets"))
+    assert {"seqboat_listops", "seqboat_listops_tiny", "seqboat_text", "routed_conv_digits_tiny"} <= set(shipped("specs"))
+    assert shipped("presets") == sorted(path.stem for path in (ROOT / "recipes" / "presets").iterdir())
+    assert shipped("specs") == sorted(path.stem for path in (ROOT / "recipes" / "specs").iterdir())
 
 
 @every_spec
@@ -65,10 +71,10 @@ def test_file_is_read_by_its_path(tmp_path):
         pytest.param(
             "listops_tin",
             "presets",
-            "no file and no shipped preset 'listops_tin'; did you mean 'listops_tiny'[?] shipped presets: listops_paper, listops_tiny",
+            "no file and no shipped preset 'listops_tin'; did you mean 'listops_tiny'[?] shipped presets: .*listops_paper, .*listops_tiny",
             id="near-preset",
         ),
-        pytest.param("nothing.yaml", "presets", "no shipped preset 'nothing.yaml'; shipped presets: listops_paper", id="far-preset"),
+        pytest.param("nothing.yaml", "presets", "no shipped preset 'nothing.yaml'; shipped presets: .*listops_paper", id="far-preset"),
         pytest.param("seqboat_listop", "specs", "no file and no shipped spec 'seqboat_listop'; did you mean 'seqboat_listops'", id="spec"),
         pytest.param(".", "presets", "there is no file and no shipped preset '.'", id="folder"),
         pytest.param("", "presets", "there is no file and no shipped preset ''", id="empty"),
