@@ -12,6 +12,7 @@ from sma.decision import Decision
 from sma.errors import InputError, SpecError
 from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
 from sma.spec import register
+from sma.submodule import State
 
 
 @register
@@ -61,7 +62,7 @@ class ExclusiveRouter(TemperedRouter):
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (1, 0))
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         probability = self._softmax(scores)[..., 1:].clamp(min=torch.finfo(scores.dtype).tiny)
         best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
         own = scores[..., 1:]
@@ -142,7 +143,7 @@ class TopKRouter(TemperedRouter):
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (0, self.spec.skips))
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         modules, k = len(self.names), self.spec.k
         probability = self._softmax(scores)[..., :modules].clamp(min=torch.finfo(scores.dtype).tiny)
         own = scores[..., :modules]
@@ -199,7 +200,7 @@ class ExpertChoiceRouter(ScoredRouter):
     def __init__(self, spec: ExpertChoiceRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names), steerable=False)  # the share is exact whatever is added to the scores
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         rows, length, modules = scores.shape
         seen = scores.detach() if valid is None else scores.detach().masked_fill(~valid[..., None], -math.inf)

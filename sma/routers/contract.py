@@ -44,6 +44,7 @@ class Router(nn.Module):
 
     Attributes:
         causal: whether a decision depends on no later token of its row.
+        state_kind: class of the state that it carries along a stream.
         names: the sub-modules, in the order of the decision's last axis.
         offset: what is added to the scores for on; None where the rates cannot be steered.
         most: the largest sum of the activation rates.
@@ -51,6 +52,7 @@ class Router(nn.Module):
     """
 
     causal: bool = True
+    state_kind: type[State] = NoState
     most: float = math.inf
     competing: bool = False
     names: tuple[str, ...]
@@ -165,9 +167,9 @@ class ScoredRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        self._continue(state, NoState, control_BLD)
+        streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device.type):
-            return self._decide(self._scores(control_BLD), valid), state
+            return self._decide(self._scores(control_BLD), valid, positions, streams), state
 
     def _scores(self, control_BLD: Tensor) -> Tensor:
         """One score per choice, offset included."""
@@ -182,9 +184,9 @@ class ScoredRouter(Router):
         """Give every choice its offset: `(M,)` to `(choices,)`; by default the choices are the sub-modules."""
         return offset
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
-        """Decide by the scores `(B, L, choices)`, in float32 or wider."""
-        raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid)")
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+        """Decide by the scores `(B, L, choices)`, in float32 or wider; positions and state are those of `forward`."""
+        raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid, positions, streams)")
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

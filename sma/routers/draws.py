@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sma.pytree import register_output
-from sma.submodule import State
+from sma.routers.contract import Router
+from sma.submodule import State, placement
 
 
 @register_output
@@ -27,15 +28,25 @@ class RandomState(State):
         return self
 
 
+class DrawingRouter(Router):
+    """A router that draws: each stream keeps the number of its row, wherever it is moved."""
+
+    state_kind = RandomState
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
+        """Make the state of `batch_size` streams; see `Router.init_state`."""
+        return RandomState(torch.arange(batch_size, device=placement(self, device, dtype)[0]))
+
+
 def draw_for_tokens(
-    like_BLM: Tensor, positions: Int[Tensor, "B L"] | None, streams: RandomState | None, seed: int, *keys: Tensor
+    like_BLM: Tensor, positions: Int[Tensor, "B L"] | None, streams: State | None, seed: int, *keys: Tensor
 ) -> Float[Tensor, "B L M"]:
     """Draw a number in [0, 1) for every row, position and place of a tensor's last axis, keyed by these, the seed and other keys."""
     rows, length, places = like_BLM.shape
     device = like_BLM.device
     if positions is None:
         positions = torch.arange(length, device=device).expand(rows, length)
-    row = (torch.arange(rows, device=device) if streams is None else streams.rows)[:, None, None]
+    row = (streams.rows if isinstance(streams, RandomState) else torch.arange(rows, device=device))[:, None, None]
     return keyed_uniform(seed, *keys, row, positions[..., None], torch.arange(places, device=device))
 
 

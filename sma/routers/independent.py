@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid, without_autocast
-from sma.routers.draws import RandomState, draw_for_tokens
+from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
+from sma.routers.draws import DrawingRouter, draw_for_tokens
 from sma.spec import register
-from sma.submodule import State, placement
+from sma.submodule import State
 
 
 @register
@@ -60,7 +59,7 @@ class SMARouter(TemperedRouter):
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         scores = scores.unflatten(-1, (len(self.names), 2))
         off, on = self._softmax(scores).unbind(-1)
         active = keep_valid(on > off, valid)
@@ -103,7 +102,7 @@ class ThresholdRouter(ScoredRouter):
     def __init__(self, spec: ThresholdRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names))
 
-    def _decide(self, scores: Tensor, valid: Tensor | None) -> Decision:
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         # In double precision, because a threshold near 0 or 1 rounds to it in float32, and its score would be infinite.
         threshold = scores.new_tensor(math.log(self.spec.threshold / (1 - self.spec.threshold)))
         # The smallest normal number, because a confidence is above 0 everywhere, and a sigmoid can round to it.
@@ -138,7 +137,7 @@ class GumbelRouterSpec(RouterSpec):
         return 2 * modules * width
 
 
-class GumbelRouter(ScoredRouter):
+class GumbelRouter(DrawingRouter, ScoredRouter):
     r"""Samples in training, and learns through the relaxed sample: straight-through Gumbel-softmax.
 
     In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$, which happens with
@@ -170,25 +169,11 @@ class GumbelRouter(ScoredRouter):
     def advance(self, updates: int) -> None:
         self.updates.fill_(updates)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
-        """Make the state of `batch_size` streams: each keeps the number of its row wherever it is moved; see `Router.init_state`."""
-        return RandomState(torch.arange(batch_size, device=placement(self, device, dtype)[0]))
+    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+        noise = self._noise(scores, positions, streams) if self.training else torch.zeros_like(scores)
+        return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid)
 
-    def forward(
-        self,
-        control_BLD: Float[Tensor, "B L D"],
-        valid: Bool[Tensor, "B L"] | None = None,
-        positions: Int[Tensor, "B L"] | None = None,
-        state: State | None = None,
-    ) -> tuple[Decision, State | None]:
-        """Decide for every token; see `Router.forward`."""
-        streams = self._continue(state, RandomState, control_BLD)
-        with without_autocast(control_BLD.device.type):
-            scores = self._scores(control_BLD)
-            noise = self._noise(scores, positions, streams) if self.training else torch.zeros_like(scores)
-            return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid), state
-
-    def _noise(self, scores: Tensor, positions: Tensor | None, streams: RandomState | None) -> Tensor:
+    def _noise(self, scores: Tensor, positions: Tensor | None, streams: State | None) -> Tensor:
         # A draw is never 1, and one of 0, whose logarithm is infinite, moves by half a step of their grid.
         draw = draw_for_tokens(scores, positions, streams, self.spec.seed, self.updates).clamp(min=2.0**-54)
         return (-(-draw.log()).log()).to(scores.dtype)
