@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sma.initial import truncated_normal_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import fast_length, long_convolution
-from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state, step
+from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack
 from sma.spec import register
@@ -190,7 +190,7 @@ class EMA(SubModule):
 
 
 def _step(x_B1D: Tensor, lengths_B: Tensor, recurrence: Recurrence, before_BDN: Tensor) -> Scanned:
-    after = step(x_B1D[:, 0], recurrence, before_BDN)
+    after = recurrence.step(x_B1D[:, 0], before_BDN)
     return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
 
 

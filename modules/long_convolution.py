@@ -9,11 +9,13 @@ from torch import Tensor
 
 def fast_length(least: int) -> int:
     """Return an even length of at least `least`, and little more, whose only prime factors are 2, 3 and 5."""
-    best = 2 ** max(1, (least - 1).bit_length())
+    best = 0
     for power3 in (1, 3, 9, 27):
         for factor in (power3, power3 * 5, power3 * 25):
-            twos = max(1, (-(-least // factor) - 1).bit_length())
-            best = min(best, factor * 2**twos)
+            size = 2 * factor
+            while size < least:  # only compared: a compiler then knows the result for a range of lengths
+                size *= 2
+            best = min(best or size, size)
     return best
 
 

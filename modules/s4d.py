@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.initial import reset_linear_
-from sma.modules.complex_scan import ComplexRecurrence, complex_scan, complex_scan_with_state, complex_step, kernels, minus_one
+from sma.modules.complex_recurrence import ComplexRecurrence, kernels, minus_one
 from sma.modules.long_convolution import fast_length, long_convolution
-from sma.modules.scan import CHUNK, Scanned
+from sma.modules.scan import CHUNK, Scanned, causal_scan, causal_scan_with_state
 from sma.pytree import register_output
 from sma.ragged import Ragged
 from sma.spec import register
@@ -179,17 +179,17 @@ class S4D(SubModule):
         ahead, *reverse = self.recurrences(x_BSD.dtype)
         skip = self.skip.to(x_BSD.dtype)
         if not reverse:
-            return complex_scan(x_BSD, ahead) + skip * x_BSD
+            return causal_scan(x_BSD, ahead) + skip * x_BSD
         both = kernels(ahead, torch.stack([ahead.outward, reverse[0].outward]), x_BSD.shape[1])
         return long_convolution(x_BSD, both[0], both[1], skip)
 
     def _onward(self, x_BSD: Tensor, tokens: Ragged, before: "S4DState") -> tuple[Tensor, "S4DState"]:
         (ahead,), hidden = self.recurrences(x_BSD.dtype), before.hidden.to(x_BSD.dtype).flatten(2)
         if x_BSD.shape[1] == 1:
-            final = complex_step(x_BSD[:, 0], ahead, hidden)
+            final = ahead.step(x_BSD[:, 0], hidden)
             scanned = Scanned((final * ahead.outward).sum(-1)[:, None], final)
         else:
-            scanned = complex_scan_with_state(x_BSD, tokens.lengths, ahead, hidden)
+            scanned = causal_scan_with_state(x_BSD, tokens.lengths, ahead, hidden)
         after = scanned.final.to(before.hidden.dtype).unflatten(2, (2, self.spec.pairs))
         if tokens.holes or tokens.stride is None:  # a row without a token keeps its state to the last bit
             after = after.where((tokens.lengths > 0)[:, None, None, None], before.hidden)

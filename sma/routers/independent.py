@@ -145,8 +145,9 @@ class GumbelRouter(DrawingRouter, ScoredRouter):
     $\mathrm{softmax}(v / \tau)_1$, $\tau$ falling from `temperature` to `final_temperature`.
 
     Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare sub-module is
-    tried again. Use it where `sma` settles too early. The draws depend on the seed, the number of updates (`advance`), the row, the
-    position and the sub-module alone, so that chunks agree with the whole.
+    tried again. Use it where `sma` settles too early. The draws depend on the seed, the number of updates, the row, the position and
+    the sub-module alone, so that chunks agree with the whole. The recipes tell the router the number of updates; a training loop of
+    your own calls `advance`, or the noise stays the same.
 
     Args:
         spec: temperatures and seed.

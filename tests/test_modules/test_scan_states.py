@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.modules.scan import CHUNK, Recurrence, causal_scan, causal_scan_with_state, step
+from sma.modules.scan import CHUNK, Recurrence, causal_scan, causal_scan_with_state
 from tests.streams import near
 from tests.test_modules.test_scan import draw_recurrence
 
@@ -81,8 +81,8 @@ def test_one_step_is_a_scan_of_one_input() -> None:
     recurrence = draw_recurrence(2, 3)
     x, before = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)
     scanned = causal_scan_with_state(x[:, None], torch.ones(4, dtype=torch.long), recurrence, before)
-    near(step(x, recurrence, before), scanned.final)
-    near((step(x, recurrence, before) * recurrence.outward).sum(-1), scanned.out[:, 0])
+    near(recurrence.step(x, before), scanned.final)
+    near((recurrence.step(x, before) * recurrence.outward).sum(-1), scanned.out[:, 0])
 
 
 def test_scan_with_states_passes_gradcheck() -> None:

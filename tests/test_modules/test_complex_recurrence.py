@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.modules.complex_scan import ComplexRecurrence, complex_scan, complex_scan_with_state, complex_step, kernels, minus_one
-from sma.modules.scan import CHUNK
+from sma.modules.complex_recurrence import ComplexRecurrence, kernels, minus_one
+from sma.modules.scan import CHUNK, causal_scan, causal_scan_with_state
 from tests.streams import near
 from tests.test_modules.layouts import assert_same_program, grad
 
@@ -55,7 +55,7 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: Comple
     before = torch.randn(len(lengths), channels, size, dtype=torch.float64, generator=source) * initial
     before.requires_grad_()
     inputs = [x, *recurrence, before]
-    scanned = complex_scan_with_state(x, torch.tensor(lengths), recurrence, before)
+    scanned = causal_scan_with_state(x, torch.tensor(lengths), recurrence, before)
     results = []
     for out, final in (tuple(scanned), loop(x, lengths, recurrence, before)):
         weights = [torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) for part in (out, final)]
@@ -64,7 +64,7 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: Comple
     for found, wanted in zip(*results, strict=True):
         near(found.detach(), wanted.detach())
     if not initial:
-        near(complex_scan(x, recurrence).detach(), results[1][0].detach())
+        near(causal_scan(x, recurrence).detach(), results[1][0].detach())
 
 
 @INITIAL
@@ -89,9 +89,9 @@ def test_scan_is_the_loop_for_any_sizes(lengths: list[int], more: int, channels:
 def test_one_step_is_a_scan_of_one_input() -> None:
     recurrence = draw_recurrence(2, 3)
     x, before = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, 6, dtype=torch.float64)
-    scanned = complex_scan_with_state(x[:, None], torch.ones(4, dtype=torch.long), recurrence, before)
-    near(complex_step(x, recurrence, before), scanned.final)
-    near((complex_step(x, recurrence, before) * recurrence.outward).sum(-1), scanned.out[:, 0])
+    scanned = causal_scan_with_state(x[:, None], torch.ones(4, dtype=torch.long), recurrence, before)
+    near(recurrence.step(x, before), scanned.final)
+    near((recurrence.step(x, before) * recurrence.outward).sum(-1), scanned.out[:, 0])
 
 
 def test_scan_passes_gradcheck() -> None:
@@ -102,7 +102,7 @@ def test_scan_passes_gradcheck() -> None:
 
     def program(x: Tensor, before: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         x = x.where((torch.arange(CHUNK + 6) < lengths[:, None])[..., None], 0)
-        return tuple(complex_scan_with_state(x, lengths, ComplexRecurrence(*parts), before))
+        return tuple(causal_scan_with_state(x, lengths, ComplexRecurrence(*parts), before))
 
     assert torch.autograd.gradcheck(program, (x, before, *recurrence), fast_mode=True)
 
@@ -110,7 +110,7 @@ def test_scan_passes_gradcheck() -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
 def test_nothing_leaves_the_states_as_they_are(shape: tuple[int, int, int]) -> None:
     before = torch.randn(shape[0], 2, 6, dtype=torch.float64)
-    scanned = complex_scan_with_state(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before)
+    scanned = causal_scan_with_state(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before)
     assert scanned.out.shape == shape
     assert torch.equal(scanned.final, before)
 
@@ -118,7 +118,7 @@ def test_nothing_leaves_the_states_as_they_are(shape: tuple[int, int, int]) -> N
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
 def test_scan_of_nothing_is_nothing_with_a_gradient(shape: tuple[int, int, int]) -> None:
     recurrence = draw_recurrence(2, 3)
-    out = complex_scan(torch.zeros(shape, dtype=torch.float64), recurrence)
+    out = causal_scan(torch.zeros(shape, dtype=torch.float64), recurrence)
     assert out.shape == shape
     out.sum().backward()
     assert [grad(part).abs().max().item() for part in recurrence] == [0.0, 0.0, 0.0]
@@ -132,7 +132,7 @@ def test_no_later_input_touches_an_earlier_output_or_another_row(place: int, bad
     x, before = torch.randn(2, 4 * CHUNK, 2), torch.randn(2, 2, 6)
     changed, lengths = x.clone(), torch.tensor([4 * CHUNK, 4 * CHUNK - 7])
     changed[0, place:] = bad
-    one, other = (complex_scan_with_state(batch, lengths, recurrence, before) for batch in (x, changed))
+    one, other = (causal_scan_with_state(batch, lengths, recurrence, before) for batch in (x, changed))
     assert torch.equal(other.out[0, :place], one.out[0, :place])
     assert not torch.equal(other.out[0, place:], one.out[0, place:])
     assert torch.equal(other.out[1], one.out[1])
@@ -169,7 +169,7 @@ def test_slow_decay_and_turning_add_up_without_drift() -> None:
     recurrence = ComplexRecurrence(*exponent, torch.ones(1, 2))
     state = torch.tensor([[[1.0, 0.0]]])
     for _ in range(1000):
-        state = complex_scan_with_state(torch.zeros(1, CHUNK, 1), torch.tensor([CHUNK]), recurrence, state).final
+        state = causal_scan_with_state(torch.zeros(1, CHUNK, 1), torch.tensor([CHUNK]), recurrence, state).final
     wanted = [math.exp(-0.0064) * part for part in (math.cos(0.064), math.sin(0.064))]
     assert state.flatten().tolist() == pytest.approx(wanted, abs=3e-6)
 
@@ -185,7 +185,7 @@ def test_minus_one_is_exact_near_zero(size: float) -> None:
 
 def test_decay_beyond_all_numbers_gives_zeros_and_no_gradient() -> None:
     exponents = [torch.full((1, 1), value, dtype=torch.float64, requires_grad=True) for value in (-1e170, 1e170)]
-    out = complex_scan(torch.randn(1, 150, 1), ComplexRecurrence(*exponents, torch.ones(1, 2)))
+    out = causal_scan(torch.randn(1, 150, 1), ComplexRecurrence(*exponents, torch.ones(1, 2)))
     out.sum().backward()
     assert out.isfinite().all()
     assert [grad(part).item() for part in exponents] == [0.0, 0.0]
