@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sma.capacity import Capacity, check_capacity, slots_per_row
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.norms import Norm
 from sma.pytree import register_output
-from sma.ragged import Ragged, extract_add_, locate
+from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.routers import Router
 from sma.submodule import State, SubModule, check_state, placement
 
@@ -47,6 +48,29 @@ class RoutedOutput:
     values: Float[Tensor, "B L D"]
     decision: Decision
     state: RoutedState | None = None
+
+
+class Routing(NamedTuple):
+    """A decision, and where it sends the tokens.
+
+    Attributes:
+        decision: who runs where.
+        frames: for each sub-module its tokens, without values; rectangular without holes where they are all of the batch.
+        state: of the router.
+    """
+
+    decision: Decision
+    frames: list[Ragged]
+    state: State | None
+
+    @property
+    def gathered(self) -> list[Int[Tensor, "T"]]:
+        """For each sub-module that runs on some of the tokens only, their places."""
+        return [frame.index for frame in self.frames if _is_gathered(frame)]
+
+
+def _is_gathered(frame: Ragged) -> bool:
+    return frame.stride is None or frame.holes
 
 
 # Makes of all tokens what the results are added to, a tensor of its own, and gathers the routed ones.
@@ -122,6 +146,7 @@ class SparseModularActivation(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         positions: Int[Tensor, "B L"] | None = None,
         state: RoutedState | None = None,
+        capacity: Capacity | None = None,
     ) -> RoutedOutput:
         """Route every token.
 
@@ -132,12 +157,15 @@ class SparseModularActivation(nn.Module):
             positions: position of each token in its row's stream; default the tokens of the row seen before, plus its rank among
                 the valid ones of this chunk.
             state: where the streams stand; None at their beginning.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
+                is a share of L, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
 
         Raises:
-            InputError: the shapes or dtypes do not fit.
-            StateError: the state does not fit, or the router or a sub-module is not causal.
+            InputError: the shapes or dtypes do not fit, or the capacity is impossible.
+            StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a state.
         """
         check_batch(x_BLD, valid)
+        check_capacity(capacity, self.router.names, state)
         seen = None
         if state is not None:
             self.refuse_unless_causal()
@@ -153,32 +181,44 @@ class SparseModularActivation(nn.Module):
         def nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
             return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
 
-        out_TD, decision, after = self.add_to(nothing, x_BLD, control_BLD, valid, positions, state)
+        routing = self.route(control_BLD, valid, positions, state, capacity)
+        out_TD, after = self.combine(nothing, x_BLD.flatten(0, 1), routing, state)
         if after is not None and seen is not None:
             after = replace(after, seen=seen + (x_BLD.shape[1] if valid is None else valid.sum(1)))
-        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), decision, after)
+        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), routing.decision, after)
 
-    def add_to(
+    def route(
         self,
-        bypass: Bypass,
-        x_BLD: Float[Tensor, "B L D"],
         control_BLD: Float[Tensor, "B L E"],
         valid: Bool[Tensor, "B L"] | None,
         positions: Int[Tensor, "B L"] | None,
         state: RoutedState | None = None,
-    ) -> tuple[Float[Tensor, "T D"], Decision, RoutedState | None]:
-        """Route every token and add the results, in place, to what passes the sub-modules by; the inputs are not checked."""
-        decision, router_state = self.router(control_BLD, valid, positions, None if state is None else state.router)
-        frames = locate(decision.active, positions)
-        index = [frame.index for frame in frames if frame.stride is None]  # of a rectangular one the values are the batch itself
-        x_TD = x_BLD.flatten(0, 1)
+        capacity: Capacity | None = None,
+    ) -> Routing:
+        """Decide for every token, and find who runs what; the inputs are not checked."""
+        decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
+        if capacity is None:
+            return Routing(decision, locate(decision.active, positions), after)
+        slots = slots_per_row(capacity, decision.names, decision.active.shape[1])
+        chosen = decision.active.unbind(-1)
+        frames = [locate_static(active_BL, count, positions) for active_BL, count in zip(chosen, slots, strict=True)]
+        kept = torch.stack([active_BL & (active_BL.cumsum(1) <= count) for active_BL, count in zip(chosen, slots, strict=True)], -1)
+        overflow = decision.active.sum(1) - kept.sum(1)
+        return Routing(replace(decision, active=kept, overflow=overflow), frames, after)
+
+    def combine(
+        self, bypass: Bypass, x_TD: Float[Tensor, "T D"], routing: Routing, state: RoutedState | None = None
+    ) -> tuple[Float[Tensor, "T D"], RoutedState | None]:
+        """Run the sub-modules on their tokens, and add the results, in place, to what passes them by."""
+        decision, index = routing.decision, routing.gathered
         out_TD, gathered = bypass(x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))]))
         chosen = iter(gathered.split([part.shape[0] for part in index]))
         states: dict[str, State] = {}
-        for place, frame in enumerate(frames):
-            name, tokens = decision.names[place], frame.with_values(x_TD if frame.stride is not None else next(chosen))
+        for place, frame in enumerate(routing.frames):
+            # Where all tokens run, the values are the batch itself.
+            name, tokens = decision.names[place], frame.with_values(fill_holes(next(chosen), frame) if _is_gathered(frame) else x_TD)
             before = None if state is None else state.modules[name]
-            if tokens.index.shape[0] == 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and tokens.index.shape[0] == 0:
                 after = before  # nobody asks for it, and no gradient either
             else:
                 values, after = self._results(place, tokens, decision, before)
@@ -189,13 +229,14 @@ class SparseModularActivation(nn.Module):
                 raise StateError(
                     f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; see SubModule.forward"
                 )
-        if state is None or router_state is None:
-            return out_TD, decision, None
-        return out_TD, decision, RoutedState(router_state, states, state.seen)
+        if state is None or routing.state is None:
+            return out_TD, None
+        return out_TD, RoutedState(routing.state, states, state.seen)
 
     def _results(self, place: int, tokens: Ragged, decision: Decision, state: State | None) -> tuple[Tensor, State | None]:
         values, state = self.submodules[decision.names[place]](tokens, state)
-        confidence = decision.confidence[..., place].reshape(-1).index_select(0, tokens.index)
+        # Of a hole it is that of another token, and a gradient of 0 times what is not finite would be NaN.
+        confidence = fill_holes(decision.confidence[..., place].reshape(-1).index_select(0, tokens.index), tokens)
         values = nn.functional.dropout(values, self.dropout, self.training)
         return values * confidence.to(values.dtype)[:, None], state
 

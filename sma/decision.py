@@ -20,6 +20,8 @@ class Decision:
         logits: scores for off and on.
         p_on: probability of being active, in [0, 1], for losses and reports.
         names: the sub-modules, in the order of the last axis.
+        overflow: tokens of each row that the router activated and a static capacity left out; they are False in `active`.
+            None where there is no capacity.
     """
 
     active: Bool[Tensor, "B L M"]
@@ -27,6 +29,7 @@ class Decision:
     logits: Float[Tensor, "B L M 2"]
     p_on: Float[Tensor, "B L M"]
     names: tuple[str, ...] = field(metadata={"static": True})
+    overflow: Int[Tensor, "B M"] | None = None
 
     def rate(self, valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "M"]:
         """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid."""

@@ -89,8 +89,9 @@ class TokenEmbedding(Encoder):
         """Check shape, dtype and range of the ids; see `Encoder.check`."""
         if inputs.ndim != 2 or inputs.dtype not in _WHOLE:
             raise InputError(f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are integers of shape (B, L)")
-        # On an accelerator the range check would wait for the device; there the embedding itself reports ids out of range.
-        if inputs.device.type == "cpu" and inputs.numel():
+        # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the embedding itself
+        # reports ids out of range.
+        if not torch.compiler.is_compiling() and inputs.device.type == "cpu" and inputs.numel():
             low, high = (int(bound) for bound in inputs.aminmax())
             if low < 0 or high >= self.spec.vocabulary:
                 wrong = low if low < 0 else high

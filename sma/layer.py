@@ -1,5 +1,6 @@
 """A routed layer: norm, backbone, routed sub-modules, bypass, residual."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
@@ -8,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from sma.activation import RoutedState, SparseModularActivation, check_batch, name_is_taken, refuse_unless_causal
+from sma.activation import RoutedState, Routing, SparseModularActivation, check_batch, name_is_taken, refuse_unless_causal
+from sma.capacity import Capacity, check_capacity
 from sma.decision import Decision
 from sma.initial import truncated_normal_
 from sma.norms import NormSpec
@@ -115,6 +118,10 @@ class RoutedLayer(nn.Module):
         spec: the parts.
         width: channels of every token, D.
 
+    Attributes:
+        recompute: keep no activations of the backbone and the sub-modules for backward, and compute them again there. Norm,
+            router and decision are kept, so whatever the router does, gradients are those of the decision that was taken.
+
     Shape:
         x `(B, L, D)` in, hidden `(B, L, D)` out.
 
@@ -126,6 +133,7 @@ class RoutedLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.width = width
+        self.recompute = False
         self.norm = spec.norm.build(width) if spec.norm is not None else None
         self.backbone = spec.backbone.build(width) if spec.backbone is not None else None
         self.bypass = LinearBypass(width) if spec.bypass == "linear" else None
@@ -171,7 +179,11 @@ class RoutedLayer(nn.Module):
             self.routed.refuse_unless_causal()
 
     def forward(
-        self, x_BLD: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"] | None = None, state: LayerState | None = None
+        self,
+        x_BLD: Float[Tensor, "B L D"],
+        valid: Bool[Tensor, "B L"] | None = None,
+        state: LayerState | None = None,
+        capacity: Capacity | None = None,
     ) -> LayerOutput:
         """Run the layer on a batch.
 
@@ -179,47 +191,71 @@ class RoutedLayer(nn.Module):
             x_BLD: tokens.
             valid: False at padding, on whichever side; None where there is none.
             state: where the streams stand; None at their beginning.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
+                is a share of L, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
 
         Raises:
-            InputError: the shapes or dtypes do not fit.
-            StateError: the state does not fit, or the layer cannot continue a stream.
+            InputError: the shapes or dtypes do not fit, or the capacity is impossible.
+            StateError: the state does not fit, the layer cannot continue a stream, or a capacity comes with a state.
         """
         check_batch(x_BLD, valid, self.width)
+        check_capacity(capacity, self.routed_names, state)
         seen = None
         if state is not None:
             self.refuse_unless_causal()
             seen = check_state(self, state, LayerState, x_BLD.shape[0]).seen
-        x_BLD, frame, places = align(x_BLD, valid, seen)
-        output = self.run(x_BLD, frame, state)
+        x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)
+        output = self.run(x_BLD, frame, state, capacity)
         if output.state is not None and seen is not None:
             output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
         return restore(output, places)
 
-    def run(self, x_BLD: Float[Tensor, "B L D"], frame: Ragged, state: LayerState | None = None) -> LayerOutput:
+    def run(
+        self, x_BLD: Float[Tensor, "B L D"], frame: Ragged, state: LayerState | None = None, capacity: Capacity | None = None
+    ) -> LayerOutput:
         """Run the layer on a batch that is padded on the right; `frame` is `rectangular` of it."""
         valid = frame.mask.unflatten(0, x_BLD.shape[:2]) if frame.holes else None
         before, after = (self.norm, None) if self._norm_first else (None, self.norm)
-        mixed, backbone_state = self._backbone(x_BLD if before is None else before(x_BLD, valid), frame, state)
-        decision, routed_state = None, None
-        if self.routed is None:
-            sum_TD, _ = self._pass_by(mixed.flatten(0, 1), frame.index[:0], x_BLD.dtype)
-        else:
+        mixed, backbone_state = self._run_part(self._backbone, x_BLD if before is None else before(x_BLD, valid), frame, state)
+        routing = None
+        if self.routed is not None:
             positions = frame.positions.unflatten(0, x_BLD.shape[:2])
+            routing = self.routed.route(mixed, valid, positions, None if state is None else state.routed, capacity)
+        out, routed_state = self._run_part(self._combine, x_BLD, mixed, routing, state)
+        new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
+        return LayerOutput(out if after is None else after(out, valid), None if routing is None else routing.decision, new)
+
+    @property
+    def routed_names(self) -> tuple[str, ...]:
+        """The routed sub-modules, in the order of a decision's last axis."""
+        return () if self.routed is None else self.routed.router.names
+
+    @property
+    def _norm_first(self) -> bool:
+        return self.spec.norm is not None and self.spec.norm.place == "pre"
+
+    def _run_part(self, part: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, Any]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return part(*inputs)
+        result: tuple[Tensor, Any] = checkpoint(part, *inputs, use_reentrant=False)
+        return result
+
+    def _combine(
+        self, x_BLD: Tensor, mixed: Tensor, routing: Routing | None, state: LayerState | None
+    ) -> tuple[Tensor, RoutedState | None]:
+        mixed_TD, after = mixed.flatten(0, 1), None
+        if self.routed is None or routing is None:
+            sum_TD = self._pass_by(mixed_TD, torch.zeros(0, dtype=torch.int64, device=x_BLD.device), x_BLD.dtype)[0]
+        else:
             bypass = partial(self._pass_by, dtype=x_BLD.dtype)
-            routed = None if state is None else state.routed
-            sum_TD, decision, routed_state = self.routed.add_to(bypass, mixed, mixed, valid, positions, routed)
+            sum_TD, after = self.routed.combine(bypass, mixed_TD, routing, None if state is None else state.routed)
         if self.spec.dropout_on == "sum":
             sum_TD = nn.functional.dropout(sum_TD, self.spec.dropout, self.training)
         # In place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum.
         out = sum_TD.add_(x_BLD.flatten(0, 1)).unflatten(0, x_BLD.shape[:2])
         if self.spec.activation == "silu":
             out = nn.functional.silu(out)
-        new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
-        return LayerOutput(out if after is None else after(out, valid), decision, new)
-
-    @property
-    def _norm_first(self) -> bool:
-        return self.spec.norm is not None and self.spec.norm.place == "pre"
+        return out, after
 
     def _backbone(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None) -> tuple[Tensor, State | None]:
         if self.backbone is None:
@@ -276,8 +312,12 @@ class _LinearAndGather(torch.autograd.Function):
         return grad_x, grad_TD.T @ x_TD, grad_TD.sum(0), None
 
 
-def align(x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
+def align(
+    x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None, static: bool = False
+) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
     """Zero the padding of a batch and move it to the right; positions start at the tokens of each row that were seen before.
+
+    With `static` it is moved without looking where it is.
 
     Returns:
         the batch, the same as rectangular tokens, and where `restore` finds each place; None where nothing was moved.
@@ -287,7 +327,7 @@ def align(x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None) -> tu
         return x_BLD, rectangular(x_BLD, None, positions), None
     # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would survive.
     x_BLD = x_BLD.where(valid[..., None], 0)
-    lengths, order = right_padding(valid)
+    lengths, order = right_padding(valid, static)
     places = None
     if order is not None:
         x_BLD, places = move(x_BLD, order), order.argsort(1)

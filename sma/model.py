@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from sma.activation import check_valid, refuse_unless_causal
+from sma.capacity import Capacity, check_capacity
 from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
 from sma.errors import SpecError, StateError
@@ -240,26 +241,47 @@ class SequenceModel(nn.Module):
         if self.final_norm is not None:
             refuse_unless_causal("final_norm", self.final_norm)
 
-    def forward(self, inputs: Tensor, valid: Bool[Tensor, "B L"] | None = None, state: ModelState | None = None) -> ModelOutput:
+    def recompute_activations(self, enabled: bool = True) -> Self:
+        """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in backward.
+
+        Gradients are the same, and no router runs twice; see `RoutedLayer.recompute`. Not a part of the spec, and not saved.
+        """
+        for layer in self.routed_layers:
+            layer.recompute = enabled
+        return self
+
+    def forward(
+        self,
+        inputs: Tensor,
+        valid: Bool[Tensor, "B L"] | None = None,
+        state: ModelState | None = None,
+        capacity: Capacity | None = None,
+    ) -> ModelOutput:
         """Run the model on a batch: whole rows, or with a state the next chunk of each, of any size.
 
         Args:
             inputs: token ids or numbers.
             valid: False at padding, on whichever side; None where there is none.
             state: where the streams stand; None where each row is a whole one.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
+                is a share of L, a mapping has one for each name of a sub-module, in all layers alike. No shape then depends on the
+                data; `Decision.overflow` counts the active tokens that are left out. None takes all.
 
         Raises:
-            InputError: the shapes, dtypes or ids do not fit.
-            StateError: the state does not fit, or the model cannot continue a stream.
+            InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
+            StateError: the state does not fit, the model cannot continue a stream, or a capacity comes with a state.
         """
         self.encoder.check(inputs)
         check_valid(inputs, valid)
+        if capacity is not None:
+            check_capacity(capacity, list(dict.fromkeys(name for layer in self.routed_layers for name in layer.routed_names)), state)
         if state is not None:
             self._check(state, inputs)
         if valid is not None and inputs.is_floating_point():
             # The gradient of the encoder's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
             inputs = inputs.where(valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2)), 0)
-        hidden, frame, places = align(self.encoder(inputs), valid, None if state is None else state.seen)
+        seen_before = None if state is None else state.seen
+        hidden, frame, places = align(self.encoder(inputs), valid, seen_before, static=capacity is not None)
         mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
         if self.sinusoid is not None:
             hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
@@ -268,7 +290,7 @@ class SequenceModel(nn.Module):
         for place, layer in enumerate(self.routed_layers):
             # Layers may leave anything at padding; the next one must not see it.
             hidden = hidden if mask is None else hidden.where(mask, 0)
-            output = layer.run(hidden, frame, None if state is None else state.layers[place])
+            output = layer.run(hidden, frame, None if state is None else state.layers[place], capacity)
             hidden = output.hidden
             if output.decision is not None:
                 decisions.append(output.decision if places is None else output.decision.move(places))

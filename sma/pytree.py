@@ -10,21 +10,28 @@ Class = TypeVar("Class", bound=type[Any])
 
 
 def register_output(cls: Class) -> Class:
-    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are children."""
+    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are children.
+
+    A child that is None is no leaf: vmap would ask it for an axis.
+    """
     children = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     constants = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
 
     def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [getattr(value, name) for name in children], tuple(getattr(value, name) for name in constants)
+        present = tuple(name for name in children if getattr(value, name) is not None)
+        return [getattr(value, name) for name in present], (present, *(getattr(value, name) for name in constants))
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return [(_pytree.GetAttrKey(name), getattr(value, name)) for name in children], flatten(value)[1]
+        leaves, context = flatten(value)
+        return [(_pytree.GetAttrKey(name), leaf) for name, leaf in zip(context[0], leaves, strict=True)], context
 
     def unflatten(values: Any, context: Any) -> Any:
         # Without __init__: torch also rebuilds the tree with placeholders that are no tensors.
         made = object.__new__(cls)
-        for name, item in zip((*children, *constants), (*values, *context), strict=True):
-            object.__setattr__(made, name, item)
+        present, *rest = context
+        found = dict(zip((*present, *constants), (*values, *rest), strict=True))
+        for name in (*children, *constants):
+            object.__setattr__(made, name, found.get(name))
         return made
 
     _pytree.register_pytree_node(

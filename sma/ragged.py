@@ -32,6 +32,7 @@ class Ragged:
         lengths: `(B,)` how many of them are real.
         stride: S where the layout is rectangular, else None.
         holes: False promises that every token is real.
+        bound: tokens of a row at most, where packed tokens are compiled and their maximum cannot be asked; else None.
     """
 
     values: Float[Tensor, "T *D"]
@@ -42,6 +43,7 @@ class Ragged:
     lengths: Int[Tensor, "B"]
     stride: int | None = field(default=None, metadata={"static": True})
     holes: bool = field(default=True, metadata={"static": True})
+    bound: int | None = field(default=None, metadata={"static": True})
 
     @property
     def num_rows(self) -> int:
@@ -60,9 +62,11 @@ class Ragged:
 
     @property
     def longest(self) -> int:
-        """An upper bound of the tokens in a row: S if rectangular, else the exact maximum."""
+        """An upper bound of the tokens in a row: S if rectangular, else `bound`, else the exact maximum."""
         if self.stride is not None:
             return self.stride
+        if self.bound is not None:
+            return self.bound
         return int((self.offsets[1:] - self.offsets[:-1]).max()) if self.num_rows else 0
 
     def with_values(self, values: Float[Tensor, "T *E"]) -> "Ragged":
@@ -146,10 +150,14 @@ def compress(
         InputError: the mask is not boolean or has another shape than the batch.
     """
     _check_mask(x_BLD, active_BL)
-    if capacity is not None:
-        return _compress_static(x_BLD, active_BL, positions_BL, capacity)
-    (frame,), flat = locate(active_BL[..., None], positions_BL), x_BLD.flatten(0, 1)
-    return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
+    flat = x_BLD.flatten(0, 1)
+    if capacity is None:
+        (frame,) = locate(active_BL[..., None], positions_BL)
+        return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
+    if capacity < 1:
+        raise InputError(f"capacity={capacity} must be at least 1 token per row")
+    frame = locate_static(active_BL, capacity, positions_BL)
+    return frame.with_values(fill_holes(flat.index_select(0, frame.index), frame))
 
 
 def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] | None = None) -> list[Ragged]:
@@ -159,6 +167,8 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
         ragged tokens without values, M of them; rectangular where every token is active, so that nothing has to be gathered.
     """
     rows, length, modules = active_BLM.shape
+    if torch.compiler.is_compiling():
+        return [_locate_compiled(active_BL, positions_BL) for active_BL in active_BLM.unbind(-1)]
     counts_MB = active_BLM.sum(1).T
     found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
     sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
@@ -169,19 +179,33 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
             frames.append(rectangular(nothing, None, positions_BL))
             continue
         index = index - place * rows * length if place else index
-        row = torch.div(index, max(length, 1), rounding_mode="floor")
-        positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
-        offsets = torch.nn.functional.pad(counts_MB[place].cumsum(0), (1, 0))
-        frames.append(Ragged(nothing.flatten(0, 1)[: index.shape[0]], index, positions, row, offsets, counts_MB[place], holes=False))
+        frames.append(_packed(index, counts_MB[place], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
     return frames
 
 
-def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None, capacity: int) -> Ragged:
-    if capacity < 1:
-        raise InputError(f"capacity={capacity} must be at least 1 token per row")
+def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
+    """One search per mask: how many tokens each has stays unknown to the compiler, and nothing may be decided by it."""
+    index = active_BL.reshape(-1).nonzero().squeeze(1)
+    nothing = index.new_zeros((index.shape[0], 0), dtype=torch.float32)
+    return replace(_packed(index, active_BL.sum(1), active_BL.shape[1], positions_BL, nothing), bound=active_BL.shape[1])
+
+
+def _packed(index: Tensor, counts_B: Tensor, length: int, positions_BL: Tensor | None, nothing: Tensor) -> Ragged:
+    row = torch.div(index, max(length, 1), rounding_mode="floor")
+    positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
+    offsets = torch.nn.functional.pad(counts_B.cumsum(0), (1, 0))
+    return Ragged(nothing, index, positions, row, offsets, counts_B, holes=False)
+
+
+def locate_static(active_BL: Bool[Tensor, "B L"], capacity: int, positions_BL: Int[Tensor, "B L"] | None = None) -> Ragged:
+    """Find the earliest `capacity` active tokens of every row; a row that has fewer is filled up with holes.
+
+    Returns:
+        rectangular tokens without values, whose shapes do not depend on the mask. A hole stands at the first place of its row.
+    """
     rows, length = active_BL.shape
     capacity = capacity if length else 0  # a hole points to a place of its row, and here there is none
-    device = x_BLD.device
+    device = active_BL.device
     rank = active_BL.cumsum(1) - 1
     kept = active_BL & (rank < capacity)
     # Tokens that are not kept go to one slot more, which is cut off.
@@ -191,9 +215,13 @@ def _compress_static(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | No
     index = first.expand(rows, capacity + 1).scatter(1, slot, places)[:, :capacity].reshape(-1)
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device).expand(rows, length)
-    frame = rectangular(x_BLD.new_zeros((rows, capacity)), kept.sum(1), positions_BL.reshape(-1)[index].reshape(rows, capacity))
-    values = x_BLD.flatten(0, 1).index_select(0, index)
-    return replace(frame, values=values.where(_expand(frame.mask, values), 0), index=index)
+    positions = positions_BL.reshape(-1).index_select(0, index).unflatten(0, (rows, capacity))
+    return replace(rectangular(torch.empty(rows, capacity, 0, device=device), kept.sum(1), positions), index=index)
+
+
+def fill_holes(values: Float[Tensor, "T *D"], tokens: Ragged) -> Float[Tensor, "T *D"]:
+    """Put zeros where a token is a hole: what was gathered there belongs to another token, and may be infinite."""
+    return values.where(_expand(tokens.mask, values), 0) if tokens.holes else values
 
 
 def pack(tokens: Ragged) -> tuple[Ragged, Int[Tensor, "P"] | None]:
@@ -244,9 +272,7 @@ def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_TD: Float[T
     values = values.to(into_TD.dtype)
     if not tokens.holes and tokens.stride is not None and tokens.index.shape[0] == into_TD.shape[0]:
         return into_TD.add_(values)
-    if tokens.holes:
-        values = values.where(_expand(tokens.mask, values), 0)
-    return into_TD.index_add_(0, tokens.index, values)
+    return into_TD.index_add_(0, tokens.index, fill_holes(values, tokens))
 
 
 def _covers(tokens: Ragged, batch: Tensor) -> bool:
@@ -260,15 +286,19 @@ def _check_mask(x_BLD: Tensor, active_BL: Tensor) -> None:
         raise InputError(f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}")
 
 
-def right_padding(valid_BL: Bool[Tensor, "B L"]) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
+def right_padding(valid_BL: Bool[Tensor, "B L"], static: bool = False) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
     """Find how to move padding to the right.
+
+    Args:
+        valid_BL: False at padding.
+        static: give places in any case, without looking at the mask, as what is compiled or captured needs it.
 
     Returns:
         the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first, in
         their order); None instead of places where the padding is on the right already.
     """
     lengths = valid_BL.sum(1)
-    if bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
+    if not (static or torch.compiler.is_compiling()) and bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
         return lengths, None
     return lengths, torch.argsort(~valid_BL, dim=1, stable=True)
 

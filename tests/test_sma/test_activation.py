@@ -17,6 +17,7 @@ from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec, Rou
 from sma.spec import kinds
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, pad, sides, spread, strided
+from tests.test_sma.test_routers.each import routers
 
 WIDTH = 3
 
@@ -68,13 +69,7 @@ def _by_hand(routed: SparseModularActivation, x: Tensor, decision: Decision, val
     return out
 
 
-ROUTERS = pytest.mark.parametrize(
-    "spec", [pytest.param(s, id=s.kind) for s in (SMARouterSpec(), AlwaysRouterSpec(), NeverRouterSpec(), RandomRouterSpec(rate=0.5))]
-)
-
-
-def test_these_tests_know_every_router():
-    assert set(kinds("router")) == {spec.values[0].kind for spec in ROUTERS.args[1]}
+ROUTERS = routers()
 
 
 @ROUTERS
@@ -204,6 +199,8 @@ def _kinds_of_sub_modules() -> list[object]:
             for position in ({"kind": "relative_bias"}, {"kind": "rotary"}, {"kind": "none"})
         ],
         "identity": [{}],
+        "local_attention": [{"heads": 1, "window": 2}, {"heads": 1, "window": 2, "bidirectional": False}],
+        "s4d": [{"state_size": 4}, {"state_size": 4, "bidirectional": False, "activation": "none", "mixing": "none"}],
     }
     assert set(settings) == {kind for kind in kinds("sub-module") if kinds("sub-module")[kind].__module__.startswith("sma.")}
     return [pytest.param(kind, fields, id=f"{kind}-{place}") for kind, cases in settings.items() for place, fields in enumerate(cases)]
@@ -252,7 +249,7 @@ def test_no_input_is_changed(spec):
 def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradient(spec):
     routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(10, WIDTH, seed=1).requires_grad_()
     out = base.clone()
-    summed, _, state = routed.add_to(lambda x_TD, index: (out, x_TD.index_select(0, index)), x, x, None, None)
+    summed, state = routed.combine(lambda x_TD, index: (out, x_TD.index_select(0, index)), x.flatten(0, 1), routed.route(x, None, None))
     assert state is None
     assert summed.data_ptr() == out.data_ptr()
     torch.testing.assert_close(summed, base + routed(x).values.flatten(0, 1))

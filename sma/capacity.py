@@ -1,0 +1,49 @@
+"""Static capacity: how many tokens of a row each sub-module can take, so that no shape depends on what a router decides."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from sma.errors import InputError, StateError, did_you_mean
+
+# An integer is a number of tokens per row, a float a share of the length of the batch; a mapping has one for each sub-module.
+Capacity = int | float | Mapping[str, int | float]
+
+
+def check_capacity(capacity: Capacity | None, names: Sequence[str], state: object = None) -> None:
+    """Check a capacity that `forward` was given.
+
+    Args:
+        capacity: None where every active token runs.
+        names: the sub-modules.
+        state: of the stream, if there is one.
+
+    Raises:
+        InputError: a value is out of range, a sub-module has none, or there is no sub-module of a name.
+        StateError: there is a state too: a token that is left out of one chunk would be missing in all that follow.
+    """
+    if capacity is None:
+        return
+    if state is not None:
+        raise StateError(f"capacity={capacity!r} cannot go with a state, because a stream keeps every active token; leave capacity out")
+    if not isinstance(capacity, Mapping):
+        return _check_value(capacity, f"capacity={capacity!r}")
+    for name, value in capacity.items():
+        if name not in names:
+            raise InputError(f"capacity names {name!r}, which is no sub-module{did_you_mean(name, names, 'sub-modules')}")
+        _check_value(value, f"capacity[{name!r}]={value!r}")
+    missing = [name for name in names if name not in capacity]
+    if missing:
+        raise InputError(f"capacity says nothing about {missing[0]!r}; give every sub-module one, or one number for all")
+
+
+def _check_value(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the length")
+
+
+def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
+    """Tokens per row of each sub-module in a batch of `length` positions: at most all of them; shares are rounded up."""
+    values = [capacity[name] if isinstance(capacity, Mapping) else capacity for name in names]
+    # 0.1 * 30 is a little more than 3 in floating point, and must not give 4.
+    tokens = [max(1, math.ceil(value * length - 1e-9)) if isinstance(value, float) else value for value in values]
+    return [min(count, length) for count in tokens]
