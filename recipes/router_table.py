@@ -5,59 +5,31 @@ python recipes/router_table.py --only sma,always --modules gau,conv
 python recipes/router_table.py --resume runs/routers
 """
 
-import csv
-import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
-from sma.recipes.arms import with_routers
 from sma.recipes.command import RunOptions, exit_code, experiment, parse
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
+from sma.recipes.router_report import comma_separated, markdown, repeated
+from sma.recipes.side_by_side import side_by_side
 from sma.recipes.tasks import TaskData
-from sma.routers import (
-    AlwaysRouterSpec,
-    ExclusiveRouterSpec,
-    ExpertChoiceRouterSpec,
-    GumbelRouterSpec,
-    NeverRouterSpec,
-    RandomRouterSpec,
-    RouterSpec,
-    SMARouterSpec,
-    ThresholdRouterSpec,
-    TopKRouterSpec,
-)
 from sma.spec import dump_yaml
 from sma.stats import operation_count
 
-BUDGET = "+budget"
-ROUTERS = (
-    "sma",
-    *(kind + BUDGET for kind in ("sma", "threshold", "gumbel", "exclusive", "top_k")),
-    *("expert_choice", "random", "always", "never"),
-)
-"""The rows: the kind of the router, and whether a budget steers its rate."""
-
-MIXED = "mixed"
-"""The column of the layers that have all sub-modules."""
-
-REPEATED = ("sma", "sma+budget", "always", "random")
-"""The rows that are trained with further seeds, in the first column."""
-
-SEEDS = 3
-CHOSEN, ERROR, LOG = "grid.json", "error.txt", "log.txt"
+CHOSEN, ERROR, LOG = "chosen.json", "error.txt", "log.txt"
+TABLE, VALUES = "table.md", "table.csv"
 
 
 class Options(RunOptions):
@@ -67,7 +39,9 @@ class Options(RunOptions):
 
     preset: Literal["tiny"] = Field(default="tiny", description="48 runs of less than a minute on one core each")
     only: str | None = Field(default=None, description=f"routers to train, with commas between; default {','.join(ROUTERS)}")
-    modules: str | None = Field(default=None, description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one")
+    modules: str | None = Field(
+        default=None, description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one"
+    )
     jobs: int = Field(default=2, ge=1, description="runs side by side, each in a process of its own; 1 trains in this one")
 
     @property
@@ -75,82 +49,185 @@ class Options(RunOptions):
         return f"listops_router_table_{self.preset}"
 
 
-class Cell(NamedTuple):
-    """One run of the table.
-
-    Attributes:
-        column: the sub-module that is routed, or `MIXED`.
-        router: one of `ROUTERS`.
-    """
-
-    column: str
-    router: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its folder below that of the table."""
-        return f"{self.column}/{self.router}-{self.seed}"
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
 
 
-def columns(spec: ExperimentSpec) -> list[str]:
-    """Every sub-module of the model by itself, and all of them in one layer."""
-    names = list(dict.fromkeys(name for layer in spec.model.layer_specs for name in layer.modules))
-    return [*names, MIXED] if len(names) > 1 else names
+def run(options: Options) -> dict[str, Any]:
+    """Train the runs that are not finished yet, and write `table.md`, `table.csv` and `summary.json` after every one.
 
+    A run that fails does not stop the others; its traceback stands in `log.txt` of its folder.
 
-def grid(spec: ExperimentSpec) -> list[Cell]:
-    """All runs of the table: every router in every column once, then the `REPEATED` ones with two more seeds in the first column."""
-    known = columns(spec)
-    cells = [Cell(column, router, spec.seed) for column in known for router in ROUTERS]
-    return cells + [Cell(known[0], router, spec.seed + more) for more in range(1, SEEDS) for router in REPEATED if known]
-
-
-def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
-    """The experiment of a run: that of the table with the column's sub-modules, the row's routers, and the seed.
-
-    `expert_choice` and `random` run as often as the budget says. The routers of all layers that draw have different seeds: with the
-    same one, the same tokens would run everywhere.
-
-    Args:
-        spec: has all sub-modules in its layers, `sma` routers, and a budget with one target.
-        cell: which run.
+    Returns:
+        the summary: `runs` holds of every finished run its `modules` (the column), `router`, `seed`, `accuracy` on the test split,
+        `rates` (of every sub-module of every layer), `operations_per_token`, `tokens_per_second` and `seconds`; `failed` the reason
+        of every other that was tried; `repeated` the spread over seeds.
 
     Raises:
-        SpecError: the experiment has other routers, or no such budget.
+        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
-    budget = spec.training.budget
-    if budget is None or not isinstance(budget.target, float):
-        raise SpecError("the table needs one rate for all rows that keep one; set training.budget.target to a number")
-    layers = tuple(_with_modules(layer, cell.column) for layer in spec.model.layer_specs)
-    kind, steered = cell.router.removesuffix(BUDGET), cell.router.endswith(BUDGET)
-    spec = spec.replace(
-        model=spec.model.replace(layers=layers), training=spec.training.replace(budget=budget if steered else None), seed=cell.seed
-    )
-    own = [layer.router for layer in layers if layer.modules]
-    seeds = range(cell.seed * len(own), (cell.seed + 1) * len(own))
-    return with_routers(
-        spec, [_router(kind, router, budget.target, spec.training.updates, seed) for router, seed in zip(own, seeds, strict=True)]
-    )
+    spec, specs, chosen, out = _asked(options)
+    _refuse_others(specs, out)
+    data = spec.task.prepare(options.data, progress=options.progress)
+    left = {cell: specs[cell] for cell in chosen if not (out / cell.name / SUMMARY).is_file()}
+    print(f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {out}", flush=True)
+    started = time.perf_counter()
+    earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8")) if (out / SUMMARY).is_file() else {"seconds": 0.0, "jobs": 1}
+    jobs = max(earlier["jobs"], min(options.jobs, len(left)))
+
+    def write() -> dict[str, Any]:
+        seconds = round(earlier["seconds"] + time.perf_counter() - started, 1)
+        summary = _summary(specs, out, data) | {"jobs": jobs, "seconds": seconds}
+        for name, text in ((TABLE, markdown(summary)), (VALUES, comma_separated(summary)), (SUMMARY, json.dumps(summary, indent=1))):
+            write_text(out / name, text)
+        return summary
+
+    for number, cell in enumerate(_train_all(left, out, data, options), 1):
+        print(f"[{number}/{len(left)}] {cell.name}: {_in_words(out / cell.name)}", flush=True)
+        write()
+    summary = write()
+    print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
+    failed = [cell.name for cell in left if (out / cell.name / ERROR).is_file()]
+    if failed:
+        raise SmaError(
+            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; {LOG} of each says why, and --resume {out} tries again"
+        )
+    return summary
 
 
-def _with_modules(layer: Any, column: str) -> Any:
-    return layer.replace(modules={name: part for name, part in layer.modules.items() if column in (name, MIXED)})
+def _asked(options: Options) -> tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]:
+    """The experiment that the table is made of, those of the whole grid, the runs to train, and the folder."""
+    if options.resume is not None:
+        return _resumed(options, options.resume)
+    spec, out = experiment(options)
+    known = columns(spec)
+    if not known:
+        raise SpecError("the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules")
+    chosen = {"routers": _names(options.only, ROUTERS, "router"), "modules": _names(options.modules, known, "column")}
+    specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
+    write_text(out / EXPERIMENT, dump_yaml(spec))
+    write_text(out / CHOSEN, json.dumps(chosen))
+    return spec, specs, _among(specs, **chosen), out
 
 
-def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
-    if not isinstance(own, SMARouterSpec):
-        raise SpecError(f"the table is made of an experiment whose routers are of the kind 'sma', not {own.kind!r}; the rows replace them")
-    scale = own.temperature_scale
-    made: dict[str, Callable[[], RouterSpec]] = {
-        "sma": lambda: own,
-        "threshold": ThresholdRouterSpec,
-        "gumbel": lambda: GumbelRouterSpec(anneal=updates, seed=seed),
-        "exclusive": lambda: ExclusiveRouterSpec(temperature_scale=scale),
-        "top_k": lambda: TopKRouterSpec(k=1, skips=1, temperature_scale=scale),
-        "expert_choice": lambda: ExpertChoiceRouterSpec(share=rate),
-        "random": lambda: RandomRouterSpec(rate=rate, seed=seed),
-        "always": AlwaysRouterSpec,
-        "never": NeverRouterSpec,
+def _resumed(options: Options, out: Path) -> tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]:
+    if not (out / CHOSEN).is_file():
+        raise CheckpointError(f"there is no table in {str(out)!r}: {CHOSEN} is missing; give the folder of an earlier --out")
+    if options.set or options.seed is not None or options.spec is not None:
+        raise SpecError("--resume goes on with the table as it was; leave --set, --seed and --spec out, or start a new one")
+    spec = load_experiment(out / EXPERIMENT)
+    before = json.loads((out / CHOSEN).read_text(encoding="utf-8"))
+    routers = before["routers"] if options.only is None else _names(options.only, ROUTERS, "router")
+    modules = before["modules"] if options.modules is None else _names(options.modules, columns(spec), "column")
+    specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
+    return spec, specs, _among(specs, routers, modules), out
+
+
+def _among(cells: Iterable[Cell], routers: Sequence[str], modules: Sequence[str]) -> list[Cell]:
+    return [cell for cell in cells if cell.router in routers and cell.column in modules]
+
+
+def _names(given: str | None, known: Sequence[str], what: str) -> list[str]:
+    names = list(known) if given is None else [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in known:
+            raise SpecError(f"unknown {what} {name!r}{did_you_mean(name, known, f'{what}s')}")
+    return names
+
+
+def _refuse_others(specs: Mapping[Cell, ExperimentSpec], out: Path) -> None:
+    for cell, spec in specs.items():
+        path = out / cell.name / EXPERIMENT
+        if path.is_file() and load_experiment(path) != spec:
+            raise CheckpointError(
+                f"{str(path.parent)!r} holds a run of another experiment; give another --out, or delete it to run it again"
+            )
+
+
+def _train_all(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData, options: Options) -> Iterator[Cell]:
+    """Train in this process, or several at a time in others; gives every run as it ends, finished or failed."""
+    for cell in specs:
+        (out / cell.name / ERROR).unlink(missing_ok=True)
+    if options.jobs == 1:
+        for cell, spec in specs.items():
+            _train(spec, out / cell.name, lambda: data, options.accelerator)
+            yield cell
+        return
+    by_name = {cell.name: cell for cell in specs}
+    calls = {cell.name: (_train_alone, (spec, out / cell.name, options.data, options.accelerator)) for cell, spec in specs.items()}
+    for name, code in side_by_side(calls, options.jobs):
+        if code and not (out / name / ERROR).is_file():
+            write_text(out / name / ERROR, f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+        yield by_name[name]
+
+
+def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str) -> None:
+    """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be mixed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    _train(spec, folder, lambda: spec.task.prepare(cache, progress=False), accelerator)
+
+
+def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], accelerator: str) -> None:
+    try:
+        from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help need not wait for it
+
+        run_experiment(spec, folder, data(), accelerator=accelerator, progress=False)
+    except Exception as error:  # whatever it is: the other runs go on
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        write_text(folder / ERROR, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _in_words(folder: Path) -> str:
+    if (folder / ERROR).is_file():
+        return f"failed: {(folder / ERROR).read_text(encoding='utf-8')}"
+    run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return f"accuracy {run['test_accuracy']:.1%} after {run['seconds']:.0f} s"
+
+
+def _summary(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData) -> dict[str, Any]:
+    """What stands in the folders of all runs that there are, in the order of the grid."""
+    length = max(1, round(float(data.test.lengths.double().mean())))
+    read: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for cell, spec in specs.items():
+        folder = out / cell.name
+        named = {"modules": cell.column, "router": cell.router, "seed": cell.seed}
+        if (folder / SUMMARY).is_file():
+            read.append(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+            runs.append(named | _result(spec, read[-1], length))
+        elif (folder / ERROR).is_file():
+            failed.append(named | {"error": (folder / ERROR).read_text(encoding="utf-8")})
+    first = next(iter(specs))
+    return {
+        **({key: read[0][key] for key in ("task", "chance", "majority", "updates", "data")} if read else {}),
+        # A table that was resumed later can have several.
+        **{key: ", ".join(sorted({str(run[key]) for run in read})) for key in ("commit", "hardware", "date")},
+        "test_samples": len(data.test),
+        "length": length,
+        "seeds": list(dict.fromkeys([first.seed, *(run["seed"] for run in runs)])),
+        "runs": runs,
+        "repeated": repeated(runs),
+        "failed": failed,
     }
-    return made[kind]()
+
+
+def _result(spec: ExperimentSpec, run: Mapping[str, Any], length: int) -> dict[str, Any]:
+    rates = run["activation_rates"]
+    return {
+        "accuracy": run["test_accuracy"],
+        "rates": rates,
+        "operations_per_token": operation_count(spec.model, length, rates).per_token,
+        "tokens_per_second": run["tokens_per_second"],
+        "seconds": run["seconds"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

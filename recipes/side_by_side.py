@@ -1,0 +1,42 @@
+"""Functions run side by side, each in a process of its own, so that one that is killed takes no other with it."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...]]], jobs: int) -> Iterator[tuple[str, int]]:
+    """Call functions in new processes, at most `jobs` at a time; gives the name and the exit code of each as it ends.
+
+    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Whoever stops asking,
+    by an error or Ctrl-C, ends those that still run.
+
+    Args:
+        calls: by name, in the order of starting: a function that can be imported, and its arguments.
+        jobs: at most so many at a time.
+
+    Returns:
+        an iterator of names and exit codes: 0 for a function that returned, 1 for one that raised, -n for a process that signal
+        number n ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(calls.items())[::-1]
+    running: dict[Any, tuple[str, BaseProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, (function, arguments) = waiting.pop()
+                process = context.Process(target=function, args=arguments, name=name, daemon=True)
+                process.start()
+                running[process.sentinel] = name, process
+            for sentinel in wait(list(running)):
+                name, ended = running.pop(sentinel)
+                ended.join()
+                yield name, ended.exitcode or 0
+    finally:
+        for _, left in running.values():
+            left.terminate()
+        for _, left in running.values():
+            left.join()

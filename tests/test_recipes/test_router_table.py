@@ -1,0 +1,280 @@
+"""The table of routers: which experiments it is made of, what stands in it, and tables that were interrupted or in which runs failed."""
+
+import csv
+import json
+import os
+import re
+import signal
+import statistics
+import time
+from collections import Counter
+
+import pytest
+import yaml
+
+from sma.budget import BudgetController
+from sma.errors import SpecError
+from sma.model import build
+from sma.recipes import router_table, training
+from sma.recipes.experiment import EXPERIMENT, SUMMARY, load_experiment
+from sma.recipes.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
+from sma.recipes.router_report import comma_separated, markdown
+from sma.recipes.side_by_side import side_by_side
+from sma.stats import operation_count
+from tests.test_recipes import tiny
+
+PRESET = "listops_router_table_tiny"
+ALL = grid(load_experiment(PRESET))
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """An experiment of some updates with two sub-modules, as a file."""
+    layers = tiny.MODEL["layers"]
+    modules = {"mlp": {"kind": "gated_mlp", "hidden_size": 8}, **layers["layer"]["modules"]}
+    model = {**tiny.MODEL, "layers": {**layers, "layer": {**layers["layer"], "modules": modules}}}
+    training = {**tiny.TRAINING, "updates": 4, "warmup": 1, "budget": {"target": 0.4}}
+    path = tmp_path_factory.mktemp("spec") / "spec.yaml"
+    path.write_text(
+        yaml.safe_dump({**tiny.EXPERIMENT, "model": model, "training": training, "threads": 1}, sort_keys=False), encoding="utf-8"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the data is kept between runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _main(*arguments):
+    return router_table.main([*map(str, arguments), "--no-progress", "--accelerator", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def done(spec, cache, tmp_path_factory):
+    """A finished table of two routers and one column, with its seeds, and its folder."""
+    out = tmp_path_factory.mktemp("table") / "out"
+    chosen = ["--only", "sma+budget, never", "--modules", "mlp", "--jobs", 1]
+    assert _main("--spec", spec, "--data", cache, "--out", out, *chosen) == 0
+    return out, json.loads((out / SUMMARY).read_text())
+
+
+def _runs(out):
+    """The run folders that hold a finished run, and when it ended."""
+    return {str(path.parent.relative_to(out)): path.stat().st_mtime_ns for path in out.glob(f"*/*/{SUMMARY}")}
+
+
+def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
+    spec = load_experiment(PRESET)
+    assert columns(spec) == ["gau", "gated_mlp", "conv", "mixed"]
+    assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
+    assert len(ALL) == len(set(ALL)) == 48
+    assert Counter(cell.seed for cell in ALL) == {0: 40, 1: 4, 2: 4}
+    assert {(cell.column, cell.router) for cell in ALL if not cell.seed} == {(column, row) for column in columns(spec) for row in ROUTERS}
+    assert {(cell.column, cell.router) for cell in ALL if cell.seed} == {("gau", router) for router in REPEATED}
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.name) for cell in ALL])
+def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(cell):
+    base = load_experiment(PRESET)
+    spec = cell_experiment(base, cell)
+    model = build(spec.model, seed=spec.seed)
+    assert sum(parameter.numel() for parameter in model.parameters()) == spec.model.num_parameters()
+    layers = spec.model.layer_specs
+    names = {"gau", "gated_mlp", "conv"} if cell.column == "mixed" else {cell.column}
+    assert [set(layer.modules) for layer in layers] == [names] * 3
+    assert {layer.router.kind for layer in layers} == {cell.router.removesuffix("+budget")}
+    kept = tuple(mine.replace(router=own.router, modules=own.modules) for mine, own in zip(layers, base.model.layer_specs, strict=True))
+    assert spec.model.replace(layers=kept) == base.model.replace(layers=base.model.layer_specs)
+    steered = base.training if cell.router.endswith("+budget") else base.training.replace(budget=None)
+    assert spec == base.replace(model=spec.model, seed=cell.seed, training=steered)
+    if spec.training.budget is not None:  # every router that shall keep the rate can
+        assert len(BudgetController.of(model, spec.training.budget).steered) == 3 * len(names)
+
+
+def test_rows_of_a_fixed_rate_have_that_of_the_budget():
+    base = load_experiment(PRESET, ["training.budget.target=0.25"])
+    layers = {router: cell_experiment(base, Cell("gau", router, 2)).model.layer_specs for router in ROUTERS}
+    assert [layer.router.share for layer in layers["expert_choice"]] == [layer.router.rate for layer in layers["random"]] == [0.25] * 3
+    assert (layers["top_k+budget"][0].router.k, layers["top_k+budget"][0].router.skips) == (1, 1)
+
+
+def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
+    base = load_experiment(PRESET)
+    specs = [cell_experiment(base, Cell("gau", "random", seed)) for seed in (0, 1, 2, 2**31 - 1)]
+    assert len({layer.router.seed for spec in specs for layer in spec.model.layer_specs}) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        pytest.param(["training.budget=null"], "the table needs one rate .* set training.budget.target to a number", id="no-budget"),
+        pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one rate", id="budget-by-name"),
+        pytest.param(["layers.layer.router={kind: always}"], "whose routers are of the kind 'sma', not 'always'", id="router"),
+    ],
+)
+def test_experiment_that_makes_no_table_is_refused(settings, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        cell_experiment(load_experiment(PRESET, settings), ALL[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        pytest.param(
+            ["--only", "sma,alway"], "error: unknown router 'alway'; did you mean 'always'? routers: sma, sma+budget", id="router"
+        ),
+        pytest.param(["--modules", "gau,con"], "error: unknown column 'con'; did you mean 'conv'? columns: gau, gated_mlp", id="column"),
+        pytest.param(["--jobs", "0"], "--jobs='0': input should be greater than or equal to 1", id="jobs"),
+        pytest.param(["--resume", "nowhere"], "error: there is no table in 'nowhere': chosen.json is missing", id="resume"),
+        pytest.param(["--set", "training.budget=null"], "error: the table needs one rate", id="budget"),
+        pytest.param(["--set", "layers.layer.modules={}"], "error: the table needs an experiment whose layers have sub-modules", id="none"),
+    ],
+)
+def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _main(*arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(complaint)
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_holds_the_numbers_of_the_runs(done):
+    out, summary = done
+    assert {f"{run['modules']}/{run['router']}-{run['seed']}" for run in summary["runs"]} == set(_runs(out))
+    assert set(_runs(out)) == {"mlp/sma+budget-0", "mlp/sma+budget-1", "mlp/sma+budget-2", "mlp/never-0"}
+    assert (summary["seeds"], summary["updates"], summary["jobs"], summary["failed"]) == ([0, 1, 2], 4, 1, [])
+    assert 0 < sum(run["seconds"] for run in summary["runs"]) <= summary["seconds"] + 0.1 * len(summary["runs"])
+    for run in summary["runs"]:
+        folder = out / run["modules"] / f"{run['router']}-{run['seed']}"
+        own = json.loads((folder / SUMMARY).read_text())
+        assert (run["accuracy"], run["rates"]) == (own["test_accuracy"], own["activation_rates"])
+        assert (run["tokens_per_second"], run["seed"]) == (own["tokens_per_second"], own["seed"])
+        assert {key: summary[key] for key in ("commit", "hardware", "date")} == {k: str(own[k]) for k in ("commit", "hardware", "date")}
+        model = load_experiment(folder / EXPERIMENT).model
+        assert run["operations_per_token"] == operation_count(model, summary["length"], run["rates"]).per_token
+
+
+def test_table_holds_the_numbers_of_the_summary(done):
+    out, summary = done
+    text = (out / "table.md").read_text()
+    assert text == markdown(summary)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    for run in summary["runs"]:
+        rates = " / ".join(f"{100 * rates['mlp']:.0f}" for rates in run["rates"])
+        row = [run["router"], f"{run['accuracy']:.1%}", rates, f"{run['operations_per_token']:,.0f}", f"{run['tokens_per_second']:,}"]
+        assert (row in rows) == (run["seed"] == 0)
+    accuracies = [100 * run["accuracy"] for run in summary["runs"] if run["router"] == "sma+budget"]
+    spread = f"{statistics.mean(accuracies):.1f}% ({min(accuracies):.1f} to {max(accuracies):.1f})"
+    assert [row[:3] for row in rows if "to" in row[2]] == [["sma+budget", "3", spread]]
+    assert "tokens/s: in training, without evaluation; one run at a time." in text
+
+
+def test_values_are_those_of_the_summary(done):
+    out, summary = done
+    with (out / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["router"], int(row["seed"]), float(row["accuracy"])) for row in rows] == [
+        (run["router"], run["seed"], run["accuracy"]) for run in summary["runs"]
+    ]
+    assert [float(row["rate/layer1/mlp"]) for row in rows] == [run["rates"][1]["mlp"] for run in summary["runs"]]
+
+
+def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_says_what_ran_beside(done):
+    run = {**done[1]["runs"][0], "modules": "mixed", "rates": [{"a": 0.25, "b": 1.0}, {"a": 0.5}]}
+    failed = {"modules": "mixed", "router": "random", "seed": 0, "error": "MemoryError: all of it"}
+    summary = {**done[1], "runs": [run], "failed": [failed], "repeated": [], "jobs": 2}
+    assert "| a 25 / 50, b 100 |" in markdown(summary)
+    assert "**failed**\n\n- mixed/random-0: MemoryError: all of it" in markdown(summary)
+    assert "each run beside 1 other, so not to be compared" in markdown(summary)
+    first, second = csv.DictReader(comma_separated(summary).splitlines())
+    assert (first["rate/layer0/b"], first.get("rate/layer1/b"), first["error"]) == ("1.0", None, "")
+    assert (second["router"], second["accuracy"], second["error"]) == ("random", "", "MemoryError: all of it")
+
+
+def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkeypatch, capsys):
+    out, summary = done
+    before = _runs(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "run_experiment", None)
+        assert _main("--resume", out, "--data", cache, "--jobs", 2) == 0
+    assert "4 runs of 4 updates, 0 to do" in capsys.readouterr().out
+    assert json.loads((out / SUMMARY).read_text())["runs"] == summary["runs"]
+    assert json.loads((out / SUMMARY).read_text())["jobs"] == 1  # nothing was run beside another
+    assert _main("--resume", out, "--set", "training.updates=5") == 2
+    assert "leave --set, --seed and --spec out" in capsys.readouterr().err
+    assert _runs(out) == before
+
+
+def test_failed_run_is_named_and_tried_again(spec, cache, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    chosen = ["--only", "expert_choice,always", "--modules", "attention", "--jobs", 1]
+    with monkeypatch.context() as patch:
+        tiny.before_update(patch, 2, lambda classifier: tiny.fail(classifier) if "Choice" in repr(classifier.model) else None)
+        assert _main("--spec", spec, "--data", cache, "--out", out, *chosen) == 2
+    said = capsys.readouterr()
+    assert "[1/2] attention/expert_choice-0: failed: RuntimeError: the power went out\n" in said.out
+    assert re.search(r"\[2/2\] attention/always-0: accuracy \d+\.\d% after \d+ s\n", said.out)
+    assert "error: 1 of 2 runs failed: attention/expert_choice-0; log.txt of each says why" in said.err
+    folder = out / "attention" / "expert_choice-0"
+    assert "Traceback (most recent call last)" in (folder / "log.txt").read_text()
+    assert json.loads((out / SUMMARY).read_text())["failed"] == [
+        {"modules": "attention", "router": "expert_choice", "seed": 0, "error": "RuntimeError: the power went out"}
+    ]
+    first = _runs(out)
+    assert _main("--resume", out, "--data", cache, "--jobs", 1) == 0
+    summary = json.loads((out / SUMMARY).read_text())
+    assert [run["router"] for run in summary["runs"]] == ["expert_choice", "always"]
+    assert summary["failed"] == []
+    assert _runs(out)["attention/always-0"] == first["attention/always-0"]
+
+
+def test_run_of_another_experiment_is_refused(done, spec, cache, capsys):
+    out, _ = done
+    path = out / "mlp" / "never-0" / EXPERIMENT
+    text = path.read_text()
+    path.write_text(text.replace("updates: 4", "updates: 5"))
+    assert _main("--resume", out, "--data", cache) == 2
+    path.write_text(text)
+    assert "never-0' holds a run of another experiment; give another --out, or delete it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, tmp_path, capfd):
+    out = tmp_path / "out"
+    broken = out / "mlp" / "never-0" / "checkpoints" / "last.ckpt"
+    assert _main("--spec", spec, "--data", cache, "--out", out, "--only", "never", "--modules", "attention", "--jobs", 1) == 0
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no checkpoint")
+    chosen = ["--only", "sma+budget,never", "--modules", "mlp"]
+    assert _main("--resume", out, "--data", cache, *chosen, "--jobs", 2) == 2
+    assert "mlp/never-0: failed: " in capfd.readouterr().out
+    summary = json.loads((out / SUMMARY).read_text())
+    timed = {"tokens_per_second", "seconds"}
+    mine, own = (
+        [{key: value for key, value in run.items() if key not in timed} for run in runs if run["router"] == "sma+budget"]
+        for runs in (summary["runs"], done[1]["runs"])
+    )
+    assert mine == own
+    assert summary["jobs"] == 2
+    assert "Traceback" in (broken.parents[1] / "log.txt").read_text()
+
+
+def test_every_end_of_a_process_is_told_and_stops_no_other():
+    calls = {
+        "killed": (signal.raise_signal, (signal.SIGKILL,)),
+        "left": (os._exit, (3,)),
+        "raised": (int, ("x",)),
+        "fine": (time.sleep, (0,)),
+    }
+    assert dict(side_by_side(calls, 2)) == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
+
+
+def test_processes_end_with_the_one_that_asks():
+    started = time.monotonic()
+    ends = side_by_side({"short": (time.sleep, (0,)), "long": (time.sleep, (200,))}, 2)
+    assert next(ends) == ("short", 0)
+    ends.close()
+    assert time.monotonic() - started < 100
