@@ -46,9 +46,8 @@ POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 # Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
-# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed of a prefill
-# is measured they are large.
-SMALL, LARGE, GIVE_BACK = 4_000, 16_384, 20
+# allocator holes, and the peak would creep up. Where the speed of a prefill is measured they are large.
+SMALL, LARGE = 4_000, 16_384
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
 # One more token of every row in, the scores of the next ones out.
@@ -205,8 +204,6 @@ class Marks:
         for position, copy in zip(self.positions, kept, strict=True):
             while self.seen < position:
                 state = self._advance(min(chunk, position - self.seen), state)
-                if self.seen // chunk % GIVE_BACK == 0:
-                    give_back_memory()
             for mine, now in zip(tensors(copy), tensors(state), strict=True):
                 mine.copy_(now)
             step_model(self.ids(1), state=copy)
@@ -269,10 +266,14 @@ def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, 
     return times
 
 
-def give_back_memory() -> None:
-    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream needs at once."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+def give_back_from(size: int) -> None:
+    """Let the C library return every piece of memory of at least so many bytes to the system as soon as it is free, where it can.
+
+    The peak then is what a stream needs at once; otherwise holes in the heap add to it, more the longer the process has run. It takes
+    time, so steps are timed without.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(-3, size)  # M_MMAP_THRESHOLD
 
 
 def peak_megabytes(device: str) -> float:
@@ -286,12 +287,14 @@ def peak_megabytes(device: str) -> float:
 def measure(model: str, batch: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one model at all marks in this process."""
     torch.manual_seed(0)
+    give_back_from(65_536)
     marks = Marks(options, batch, rate)
     steps: list[Step] = []
     points: list[dict[str, Any]] = []
     for position, (step, state_bytes) in zip(marks.positions, getattr(marks, model)(), strict=True):
         steps.append(step)
         points.append({"position": position, "state_bytes": state_bytes, "peak_megabytes": round(peak_megabytes(options.device), 1)})
+    give_back_from(2**25)
     ids = marks.ids(options.steps + 20).split(1, 1)
     queues = [iter(ids) for _ in steps]
     calls = [lambda step=step, queue=queue: step(next(queue)) for step, queue in zip(steps, queues, strict=True)]

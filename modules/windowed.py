@@ -306,7 +306,7 @@ class _BlockAttention(torch.autograd.Function):
         kept = weights if weighting == "softmax" else scores
         # What is kept beside save_for_backward stays there even if activations are to be computed again: sizes only.
         ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index, blocks.places)
-        ctx.sizes, ctx.weighting, ctx.dropout = (blocks.shape, blocks.count), weighting, dropout
+        ctx.shape, ctx.count, ctx.weighting, ctx.dropout = blocks.shape, blocks.count, weighting, dropout
         ctx.table = None if table is None else (table.shape[0], table.dtype)
         return out
 
@@ -315,7 +315,8 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         filled_q, filled_k, filled_v, kept, keep, out, index, places = ctx.saved_tensors
         nothing = places[:0]  # the rest of the layout is for the scores alone
-        blocks, weighting = Blocks(*ctx.sizes, places, nothing.bool().reshape(0, 0, 0), nothing, nothing), ctx.weighting
+        blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
+        weighting = ctx.weighting
         narrow, wide = filled_v.dtype, kept.dtype
         weights = kept if weighting == "softmax" else _weigh(kept, weighting)
         share = keep / (1 - ctx.dropout) if keep is not None else None

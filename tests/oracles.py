@@ -307,12 +307,24 @@ def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: i
     spec, update = router.spec, int(router.updates)
     p_on = 1 / (1 + torch.exp(off - on))
     if router.training:
-        draws = [uniform(spec.seed, update, row, position, 2 * place + switch) for switch in (0, 1)]
-        off, on = (score - math.log(-math.log(draw)) for score, draw in zip((off, on), draws, strict=True))
+        off, on = (score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True))
     done = 1.0 if update >= spec.anneal else update / spec.anneal
     temperature = math.exp(math.log(spec.temperature) + done * math.log(spec.final_temperature / spec.temperature))
     relaxed = 1 / (1 + torch.exp((off - on) / temperature))
     return Choice(bool(on > off), 1 + relaxed - relaxed.detach(), p_on)
+
+
+def gumbel_draws(router: GumbelRouter, row: int, position: int, place: int) -> list[float]:
+    """What is added to the scores off and on of one sub-module at one token."""
+    draws = (uniform(router.spec.seed, int(router.updates), row, position, 2 * place + switch) for switch in (0, 1))
+    return [-math.log(-math.log(draw)) for draw in draws]
+
+
+def gumbel_noise(router: GumbelRouter, rows: int, length: int) -> Tensor:
+    """The same for a batch without padding, `(B, L, M, 2)`."""
+    places = range(len(router.names))
+    noise = [[[gumbel_draws(router, row, position, place) for place in places] for position in range(length)] for row in range(rows)]
+    return torch.tensor(noise, dtype=torch.float64)
 
 
 def uniform(seed: int, *keys: int) -> float:

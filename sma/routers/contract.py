@@ -40,7 +40,7 @@ class Router(nn.Module):
     """Reads the control state of each token and decides which sub-modules run on it.
 
     A router whose rates can be steered (`sma.budget`) has a buffer `offset` `(M,)`, which it adds to the scores for on, and decides
-    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself excepted.
+    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself and draws excepted.
 
     Attributes:
         causal: whether a decision depends on no later token of its row.

@@ -147,7 +147,8 @@ class GumbelRouter(DrawingRouter, ScoredRouter):
     Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare sub-module is
     tried again. Use it where `sma` settles too early. The draws depend on the seed, the number of updates, the row, the position and
     the sub-module alone, so that chunks agree with the whole. The recipes tell the router the number of updates; a training loop of
-    your own calls `advance`, or the noise stays the same.
+    your own calls `advance`, or the noise stays the same. The logits are those without noise, so a budget holds the rate of the
+    evaluation; in training it is the mean of `p_on`.
 
     Args:
         spec: temperatures and seed.
@@ -184,7 +185,7 @@ class GumbelRouter(DrawingRouter, ScoredRouter):
         relaxed = torch.softmax(noisy / self._temperature.to(scores.dtype), dim=-1)[..., 1]
         confidence = 1 + (relaxed - relaxed.detach())
         active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
-        return Decision(active, confidence, noisy, torch.softmax(scores, dim=-1)[..., 1], self.names)
+        return Decision(active, confidence, scores, torch.softmax(scores, dim=-1)[..., 1], self.names)
 
     @property
     def _temperature(self) -> Tensor:

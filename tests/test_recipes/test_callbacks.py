@@ -39,14 +39,10 @@ def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
     _watch(health, [0.5, 0.5])
     assert said() == []
     _watch(health, [0.0004, 0.5], step=500)
-    dead = (
-        "warning: the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; a budget keeps it alive: training.budget.target=0.3"
-    )
+    dead = "warning: the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; a budget keeps it alive: training.budget.target=0.3"
     assert said() == [dead]
     _watch(health, [0.0, 1.0], step=1000)
-    saturated = (
-        "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; a budget makes it choose: training.budget.target=0.3"
-    )
+    saturated = "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; a budget makes it choose: training.budget.target=0.3"
     assert said() == [f"warning: {saturated}"]
     _watch(health, [0.0, 1.0], step=1500)
     assert said() == []

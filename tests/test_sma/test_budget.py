@@ -56,7 +56,11 @@ def _run(controller: BudgetController, updates: int, *, start: int = 0, tokens: 
 
 
 def _rate(router: Router, tokens: int = 20000) -> Tensor:
-    return router(normal(1, tokens, 5, seed=12345))[0].rate()
+    """In evaluation, where nothing is drawn."""
+    training = router.training
+    rate = router.eval()(normal(1, tokens, 5, seed=12345))[0].rate()
+    router.train(training)
+    return rate
 
 
 class TestTarget:

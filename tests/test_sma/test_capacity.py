@@ -173,7 +173,10 @@ class TestRefusals:
     @pytest.mark.parametrize("capacity", [0, -1, True, 0.0, 1.5, -0.5, float("nan"), float("inf"), "3"])
     def test_impossible_capacity(self, capacity):
         message = r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the length"
-        for call in (lambda: make("seqboat")(normal(2, 3, WIDTH), capacity=capacity), lambda: build(MODEL, 0)(normal(2, 3, 2), None, None, capacity)):
+        for call in (
+            lambda: make("seqboat")(normal(2, 3, WIDTH), capacity=capacity),
+            lambda: build(MODEL, 0)(normal(2, 3, 2), None, None, capacity),
+        ):
             with pytest.raises(InputError, match=message):
                 call()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 RANKS, STEPS = 2, 20
 GAU = {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 4}
@@ -84,7 +84,9 @@ def _count_parameters() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recompute", "capacity"), [pytest.param(False, None, id="ragged"), pytest.param(True, 5, id="static, recomputed")])
+@pytest.mark.parametrize(
+    ("recompute", "capacity"), [pytest.param(False, None, id="ragged"), pytest.param(True, 5, id="static, recomputed")]
+)
 def test_a_rank_that_activates_nothing_stays_in_step_with_one_that_does(tmp_path, recompute, capacity):
     folder = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "tests.test_sma.test_distributed", str(tmp_path / "store"), str(int(recompute)), str(capacity or 0)]

@@ -121,8 +121,10 @@ def _saved_bytes(run: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = run()  # noqa: F841: what is kept must stay, or its place in memory is used again
-    return sum(kept.values())
+        results = [run()]
+        total = sum(kept.values())
+        results.clear()  # not before: what is kept must stay, or its place in memory is used again
+    return total
 
 
 def test_less_is_kept_for_backward():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sma.errors import SpecError
 from sma.routers import GumbelRouterSpec, RouterSpec, SMARouterSpec, ThresholdRouterSpec
 from sma.routers import independent as module_of_gumbel
+from tests import oracles
 from tests.cases import gradients, normal
 from tests.streams import near
 from tests.test_sma.test_routers.each import NAMES, looks_at_the_score, router, routers, same, scored, switch_offsets_off, token_with_scores
@@ -161,7 +162,8 @@ class TestGumbel:
             part.advance(update)
             decision = part(control)[0]
             assert (decision.confidence == 1).all()
-            off, on = decision.logits.unbind(-1)
+            noise = oracles.gumbel_noise(part, 2, 5)
+            off, on = (decision.logits + noise).unbind(-1)
             inputs = [control, part.weight, part.bias]
             near_all(gradients(decision.confidence, inputs), gradients(torch.sigmoid((on - off) / temperature), inputs))
 
@@ -170,7 +172,7 @@ class TestGumbel:
         part, control = scored(GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=anneal)), normal(1, 5, 5).requires_grad_()
         part.advance(anneal)
         decision = part(control)[0]
-        off, on = decision.logits.unbind(-1)
+        off, on = (decision.logits + oracles.gumbel_noise(part, 1, 5)).unbind(-1)
         near_all(gradients(decision.confidence, [control]), gradients(torch.sigmoid((on - off) / 0.4), [control]))
 
     def test_the_number_of_updates_is_saved(self):
@@ -181,13 +183,22 @@ class TestGumbel:
         assert int(fresh.updates) == 17
         same(fresh(control)[0], part(control)[0])
 
-    def test_the_ends_of_the_draws_give_finite_scores(self, monkeypatch):
-        part, control = router(GumbelRouterSpec()).float(), normal(2, 9, 5, dtype=torch.float32)
+    def test_logits_are_those_without_the_noise(self):
+        part, control = router(GumbelRouterSpec()), normal(2, 9, 5)
+        drawn, plain = part(control)[0], part.eval()(control)[0]
+        assert torch.equal(drawn.logits, plain.logits)
+        assert torch.equal(drawn.p_on, plain.p_on)
+        assert not torch.equal(drawn.active, plain.active)
+
+    def test_the_ends_of_the_draws_give_finite_gradients(self, monkeypatch):
+        part, control = router(GumbelRouterSpec()).float(), normal(2, 9, 5, dtype=torch.float32).requires_grad_()
         for draw in (0.0, 1 - 2.0**-53):
             monkeypatch.setattr(
                 module_of_gumbel, "draw_for_tokens", lambda like, *_, draw=draw: torch.full(like.shape, draw, dtype=torch.float64)
             )
-            assert part(control)[0].logits.isfinite().all()
+            confidence = part(control)[0].confidence
+            assert (confidence == 1).all()
+            assert all(gradient.isfinite().all() for gradient in gradients(confidence, [control, part.weight]))
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
