@@ -62,7 +62,9 @@ class RouterHealth(Callback):
         self.warned: dict[str, str] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the rates of the validation split."""
+        """Look at the rates of the validation split; those on the way to a budget's target are meant to be so."""
+        if not getattr(pl_module, "settled", True):
+            return
         for name, value in trainer.callback_metrics.items():
             if not name.startswith("val_rate/"):
                 continue
@@ -78,9 +80,9 @@ class RouterHealth(Callback):
     def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
         if condition == "dead":
-            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; a budget keeps it alive: training.budget.target=0.3"
+            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; set training.budget.target"
         if condition == "saturated":
-            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; a budget makes it choose: training.budget.target=0.3"
+            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; set training.budget.target"
         return f"{where} is alive again at update {step}: rate {rate:.4f}"
 
 

@@ -21,6 +21,15 @@ def _watch(health, rates, step=10, module="attention"):
     health.on_validation_end(trainer, None)
 
 
+def test_routers_on_the_way_to_a_budget_are_not_judged(said):
+    health, metrics = RouterHealth(["sma"]), {"val_rate/layer0/attention": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, global_step=3)
+    health.on_validation_end(trainer, SimpleNamespace(settled=False))
+    assert said() == []
+    health.on_validation_end(trainer, SimpleNamespace(settled=True))
+    assert len(said()) == 1
+
+
 @pytest.fixture
 def said(caplog):
     """What was said since the last call."""
@@ -39,10 +48,12 @@ def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
     _watch(health, [0.5, 0.5])
     assert said() == []
     _watch(health, [0.0004, 0.5], step=500)
-    dead = "warning: the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; a budget keeps it alive: training.budget.target=0.3"
-    assert said() == [dead]
+    dead = "the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; set training.budget.target"
+    assert said() == [f"warning: {dead}"]
     _watch(health, [0.0, 1.0], step=1000)
-    saturated = "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; a budget makes it choose: training.budget.target=0.3"
+    saturated = (
+        "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; set training.budget.target"
+    )
     assert said() == [f"warning: {saturated}"]
     _watch(health, [0.0, 1.0], step=1500)
     assert said() == []
