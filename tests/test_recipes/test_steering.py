@@ -1,0 +1,85 @@
+"""Trainings whose routers are steered: by a budget, by losses of their decisions, by the number of updates."""
+
+import re
+
+import pytest
+import torch
+
+from sma.errors import SpecError
+from sma.losses import budget_loss, load_balance_loss, z_loss
+from sma.recipes.experiment import BEST, LAST
+from sma.recipes.training import Classifier
+from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
+
+BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
+
+
+def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
+    summary = train(tiny(training__budget=BUDGET), tmp_path, data).summary
+    assert summary["activation_rate"] == pytest.approx([0.3, 0.3], abs=0.1)
+
+
+@pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}"])
+def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, tmp_path, monkeypatch, router):
+    spec = tiny(training__budget=BUDGET, model__layers__layer__router=router)
+    train(spec, tmp_path / "whole", data)
+    with monkeypatch.context() as patch:
+        before_update(patch, 17, fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(spec, tmp_path / "parts", data)
+    train(spec, tmp_path / "parts", data)
+    whole, parts = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
+    assert same(whole, parts)
+    assert int(whole["controller.updates"]) == 30
+    assert any(value.any() for name, value in whole.items() if name.endswith("router.offset"))
+
+
+def test_a_model_is_the_best_one_only_after_its_rates_have_settled(data, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.5, 0.4])  # before the rate stands at its target, at it, and later
+
+    def scored(self):
+        self.log_dict({**self.val_scores.compute("val"), "val_accuracy": next(scores)})
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", scored)
+    train(tiny(training__budget="{target: 0.3, hold: 12, anneal: 5}"), tmp_path, data)
+    assert checkpoint(tmp_path, BEST)["global_step"] == 20
+    assert checkpoint(tmp_path, LAST)["global_step"] == 30
+
+
+def test_losses_of_the_decisions_are_added_with_their_weights(data):
+    spec = tiny(training__losses="{budget: 2.0, target: 0.25, load_balance: 0.5, z: 0.1}")
+    learner = Classifier(spec.model.build(), spec.training, 10)
+    batch = data.collate([data.train[number] for number in range(6)])
+    decisions = learner.model.eval()(batch.inputs, batch.valid).decisions
+    wanted = (
+        2.0 * budget_loss(decisions, 0.25, batch.valid)
+        + 0.5 * load_balance_loss(decisions, batch.valid)
+        + 0.1 * z_loss(decisions, batch.valid)
+    )
+    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid), wanted)
+    assert Classifier(spec.model.build(), tiny().training, 10).routing_loss(decisions, batch.valid) == 0
+
+
+def test_activation_checkpointing_changes_no_weight(data, tmp_path):
+    one, other = (train(tiny(training__recompute=recompute), tmp_path / recompute, data) for recompute in ("true", "false"))
+    assert all(layer.recompute for layer in one.classifier.model.routed_layers)
+    assert same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("true", "false")))
+    assert not any(layer.recompute for layer in other.classifier.model.routed_layers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        pytest.param(
+            {"training__budget": "{target: 0.3, hold: 20, anneal: 10}"},
+            "the budget comes to its target after 30 updates; that must be below updates=30",
+            id="late",
+        ),
+        pytest.param({"training__losses__budget": 1.0}, "a budget loss needs a target; set training.losses.target", id="target"),
+        pytest.param({"training__budget": "{target: 0}"}, "target=0.0 must be above 0 and at most 1", id="nothing"),
+        pytest.param({"training__budget": "{target: 0.5, floor: 0.6}"}, "floor=0.6 must be at most the target", id="floor"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(settings, sentence):
+    with pytest.raises(SpecError, match=re.escape(sentence)):
+        tiny(**settings)

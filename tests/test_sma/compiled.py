@@ -1,0 +1,137 @@
+"""Programs that compile models and compare them with the eager ones: `python -m tests.test_sma.compiled CASE`.
+
+In processes of their own: the suite's shape checker wraps every function, and torch.compile cannot look through it.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sma import build, load_spec
+from sma.pytree import named_tensors
+from tests.cases import generator
+
+GAU: dict[str, Any] = {"kind": "gau", "query_size": 4, "hidden_size": 8}
+MIXED = {"attention": {**GAU, "window": 3}, "mlp": {"kind": "gated_mlp", "hidden_size": 8}, "conv": {"kind": "conv"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "gau": {**GAU, "window": 3},
+    "gau of all tokens": GAU,
+    "causal relu2": {**GAU, "window": 3, "attention": "relu2", "bidirectional": False, "position": {"kind": "rotary"}},
+    "laplace": {**GAU, "window": 3, "attention": "laplace", "position": {"kind": "relative_bias", "distance": "slot_distance"}},
+    "gated_mlp": {"kind": "gated_mlp", "hidden_size": 8},
+    "conv": {"kind": "conv", "kernel_size": 3, "bidirectional": True},
+    "ema": {"kind": "ema", "state_size": 2},
+    "causal ema": {"kind": "ema", "state_size": 2, "bidirectional": False, "truncation": 5},
+    "attention": {"kind": "attention", "heads": 2},
+    "causal attention": {"kind": "attention", "heads": 2, "bidirectional": False, "position": {"kind": "rotary"}},
+}
+LENGTH = 40  # more than one block of a window, and of a scan
+
+
+def model_of(modules: dict[str, Any]) -> nn.Module:
+    """A classifier of one layer that routes these modules."""
+    layer = {
+        "backbone": {"kind": "ema", "state_size": 2},
+        "router": {"kind": "sma", "temperature_scale": 0.3},
+        "modules": modules,
+        "norm": {"kind": "layer_norm"},
+    }
+    spec = {
+        "kind": "sequence_classifier",
+        "width": 8,
+        "encoder": {"kind": "token_embedding", "vocabulary": 9},
+        "layers": [layer],
+        "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 3},
+    }
+    return build(load_spec(spec), seed=0)
+
+
+def batches() -> list[tuple[Tensor, Tensor | None]]:
+    """Padded on the right, padded on the left, and not at all."""
+    inputs = torch.randint(0, 9, (3, LENGTH), generator=generator(0))
+    valid = torch.arange(LENGTH) < torch.tensor([LENGTH, 21, 4])[:, None]
+    return [(inputs, valid), (inputs.flip(1), valid.flip(1)), (inputs, None)]
+
+
+def logits_and_gradients(model: nn.Module, inputs: Tensor, valid: Tensor | None, **options: Any) -> list[Tensor]:
+    """What the model says, and the gradients of every parameter."""
+    logits = model(inputs, valid, **options).logits
+    return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+
+def assert_compiles(model: nn.Module, backend: str, **options: Any) -> None:
+    """One graph, forward and backward, that gives what eager gives."""
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for inputs, valid in batches():
+        found, wanted = (logits_and_gradients(each, inputs, valid, **options) for each in (compiled, model))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def static() -> None:
+    """Static capacity, as users compile it; some tokens overflow."""
+    model = model_of(MIXED)
+    capacity = {"attention": 0.5, "mlp": 9, "conv": LENGTH}
+    assert any(bool(decision.overflow.any()) for decision in model(*batches()[0], capacity=capacity).decisions)
+    assert_compiles(model, "inductor", capacity=capacity)
+
+
+def ragged() -> None:
+    """Every active token, as users compile it."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    assert_compiles(model_of(MIXED), "inductor")
+
+
+def every_kind_static() -> None:
+    """Each kind alone, without generating code."""
+    for module in KINDS.values():
+        torch._dynamo.reset()
+        assert_compiles(model_of({"module": module}), "aot_eager", capacity=9)
+
+
+def every_kind_ragged() -> None:
+    """Each kind alone, without generating code."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    for module in KINDS.values():
+        torch._dynamo.reset()
+        assert_compiles(model_of({"module": module}), "aot_eager")
+
+
+def other_lengths() -> None:
+    """A compiled model takes batches of other lengths, and compiles again where it must."""
+    model = model_of(MIXED)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (40, 25, 70):
+        inputs = torch.randint(0, 9, (2, length), generator=generator(length))
+        valid = torch.rand(2, length, generator=generator(1)) < 0.7
+        found, wanted = (logits_and_gradients(each, inputs, valid, capacity=0.3) for each in (compiled, model))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def step() -> None:
+    """Single steps of a stream equal the eager ones, the state included."""
+    gau = {**GAU, "window": 3, "bidirectional": False}
+    layer = {"backbone": {"kind": "ema", "state_size": 2, "bidirectional": False}, "modules": {"attention": gau, "conv": {"kind": "conv"}}}
+    encoder = {"kind": "token_embedding", "vocabulary": 9}
+    model = build(load_spec({"kind": "language_model", "width": 8, "encoder": encoder, "layers": [layer]}), seed=0).eval()
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    compiled = torch.compile(model, dynamic=False, backend="aot_eager")
+    inputs = torch.randint(0, 9, (2, 8), generator=generator(0))
+    one = other = model.init_state(2)
+    with torch.no_grad():
+        for place in range(inputs.shape[1]):
+            found, wanted = compiled(inputs[:, place : place + 1], state=one), model(inputs[:, place : place + 1], state=other)
+            torch.testing.assert_close(named_tensors(found), named_tensors(wanted), rtol=1e-4, atol=1e-5)
+            one, other = found.state, wanted.state
+
+
+CASES: dict[str, Callable[[], None]] = {
+    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, other_lengths, step)
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    CASES[sys.argv[1]]()
+    print("equal")
