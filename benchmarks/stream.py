@@ -19,7 +19,6 @@ call on the same tokens, 65,536 of the batch but at most 16,384 a row.
 """
 
 import argparse
-import ctypes
 import json
 import resource
 import statistics
@@ -47,7 +46,7 @@ WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 # Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
 # allocator holes, and the peak would creep up. Where the speed of a prefill is measured they are large.
-SMALL, LARGE = 4_000, 16_384
+SMALL, LARGE, WARM_UP = 4_000, 16_384, 800
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
 # One more token of every row in, the scores of the next ones out.
@@ -195,7 +194,8 @@ class Marks:
         chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]
-        for _ in range(200):  # until the allocator holds what chunks and steps need, so that no mark is the first to need it
+        # Until the allocator holds what chunks and steps need, so that no mark is the first to need it.
+        for _ in range(min(WARM_UP, self.positions[-1])):
             state = self._advance(chunk, state)
             self.model(self.ids(1), state=kept[0])
         state = state.reset(torch.ones(self.batch, dtype=torch.bool, device=self.device))
@@ -266,16 +266,6 @@ def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, 
     return times
 
 
-def give_back_from(size: int) -> None:
-    """Let the C library return every piece of memory of at least so many bytes to the system as soon as it is free, where it can.
-
-    The peak then is what a stream needs at once; otherwise holes in the heap add to it, more the longer the process has run. It takes
-    time, so steps are timed without.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(-3, size)  # M_MMAP_THRESHOLD
-
-
 def peak_megabytes(device: str) -> float:
     """The process's peak memory so far."""
     if device == "cuda":
@@ -287,14 +277,12 @@ def peak_megabytes(device: str) -> float:
 def measure(model: str, batch: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one model at all marks in this process."""
     torch.manual_seed(0)
-    give_back_from(65_536)
     marks = Marks(options, batch, rate)
     steps: list[Step] = []
     points: list[dict[str, Any]] = []
     for position, (step, state_bytes) in zip(marks.positions, getattr(marks, model)(), strict=True):
         steps.append(step)
         points.append({"position": position, "state_bytes": state_bytes, "peak_megabytes": round(peak_megabytes(options.device), 1)})
-    give_back_from(2**25)
     ids = marks.ids(options.steps + 20).split(1, 1)
     queues = [iter(ids) for _ in steps]
     calls = [lambda step=step, queue=queue: step(next(queue)) for step, queue in zip(steps, queues, strict=True)]
