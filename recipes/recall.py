@@ -5,29 +5,41 @@ python recipes/recall.py --arms seqboat,never --out runs/recall
 python recipes/recall.py --resume runs/recall
 
 Five models that differ in their router alone: `seqboat` (SMA under a budget), `sma` (the same without the budget), `always`, `never`, and
-`random` at the rates that seqboat reached.
+`random` at the rates that seqboat reached. Then the dial: the trained seqboat at other rates, without training.
 """
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
+from torch import Tensor
 
+from sma.budget import calibrate
+from sma.checkpoint import load
+from sma.model import SequenceModel
 from sma.recipes.arms import Arm, Result, layer_rates, run_arms, with_routers
 from sma.recipes.command import exit_code, parse
-from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.experiment import SUMMARY, ExperimentSpec, write_text
 from sma.recipes.routed import ArmsOptions, comparison
+from sma.recipes.tasks import TaskData
+from sma.recipes.training import asked
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec
+from sma.stats import count_rates
 
 if TYPE_CHECKING:
     from sma.recipes.report import Report
 
 ARMS = ("seqboat", "sma", "always", "never", "random")
 FIGURE = "recall.png"
+DIAL = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.8)
 ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
 
 
@@ -88,12 +100,38 @@ def run(options: Options) -> dict[str, Any]:
     )
     for name, report in reports.items():
         print(f"{name}: which tokens run attention\n{_roles_in_words(report)}")
+    if "seqboat" in summary["models"]:
+        summary["calibrated"] = dial(load(out / "seqboat" / "model"), data)
+        write_text(out / SUMMARY, json.dumps(summary, indent=1))
+        print("seqboat turned to other rates, without training")
+        for point in summary["calibrated"]:
+            print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
     if reports:
         shown = "seqboat" if "seqboat" in reports else next(iter(reports))
-        draw(reports[shown], shown, list(summary["models"]), out, title)
+        draw(reports[shown], shown, summary, out, title)
         print(f"figure   {out / FIGURE}")
-    print(f"summary  {out / 'summary.json'}")
+    print(f"summary  {out / SUMMARY}")
     return summary
+
+
+def dial(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
+    """Accuracy on the test split at other activation rates, to which the offsets are set on the validation split."""
+    points = []
+    validation, test = (
+        [data.collate([split[n] for n in part.tolist()]) for part in torch.arange(len(split)).split(200)]
+        for split in (data.validation, data.test)
+    )
+    for asked_rate in DIAL:
+        calibrate(model, validation, asked_rate)
+        right, asked_for, counts = 0, 0, []
+        for batch in test:
+            with torch.no_grad():
+                output = model(batch.inputs, batch.valid)
+            scores, targets = asked(cast(Tensor, output.logits), batch.targets)
+            right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
+            counts.append(count_rates(output.decisions, batch.valid))
+        points.append({"asked": asked_rate, "activation_rate": float(reduce(add, counts).rates.max()), "accuracy": right / asked_for})
+    return points
 
 
 def rates_by_role(report: "Report") -> dict[str, list[float]]:
@@ -113,8 +151,8 @@ def _roles_in_words(report: "Report") -> str:
     return "\n".join(f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role])) for role in rows)
 
 
-def draw(report: "Report", shown: str, names: list[str], out: Path, title: str) -> Path:
-    """Draw which tokens one model chose, and how the accuracy of all grew, into `recall.png`."""
+def draw(report: "Report", shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
+    """Draw which tokens one model chose, how the accuracy of all grew, and what the dial does, into `recall.png`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -124,29 +162,36 @@ def draw(report: "Report", shown: str, names: list[str], out: Path, title: str) 
 
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
-    figure, axes = plt.subplots(
-        len(examples) + 1, 1, figsize=(16, 1.3 * len(examples) + 4), height_ratios=[1.0] * len(examples) + [3.0], layout="constrained"
-    )
+    figure = plt.figure(figsize=(16, 1.3 * len(examples) + 4), layout="constrained")
     figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
-    for axis, example in zip(axes[:-1], examples, strict=True):
+    grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
+    for row, example in enumerate(examples):
+        axis = figure.add_subplot(grid[row, :])
         layers, positions = example.active.shape
         axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
-        axis.set_xticks(range(positions), example.texts, fontsize=6, family="monospace", rotation=90)
+        axis.set_xticks(range(positions), example.texts, fontsize=7, family="monospace", rotation=90)
         for label, text in zip(axis.get_xticklabels(), example.texts, strict=True):
             label.set_color(colours[ROLES[text[0]]])
         axis.tick_params(which="both", length=0)
         axis.set_title(
             f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for", fontsize=9, loc="left"
         )
-    for name in names:
+    curves, dialled = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
+    for name, model in summary["models"].items():
         points = rates_over_training(out / name).get("val_accuracy", [])
-        if points:
-            axes[-1].plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
-    axes[-1].set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
-    if axes[-1].lines:
-        axes[-1].legend(fontsize=9)
-    axes[-1].grid(alpha=0.3)
+        (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
+        dialled.plot(model["activation_rate"], model["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
+    if "calibrated" in summary:
+        points = summary["calibrated"]
+        dialled.plot(
+            [point["activation_rate"] for point in points], [point["accuracy"] for point in points], "k--.", label="seqboat, dialled"
+        )
+    curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
+    dialled.set(xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02))
+    for axis in (curves, dialled):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
     path = out / FIGURE
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -14,7 +14,7 @@ from sma.recipes.arms import with_routers
 from sma.recipes.data.batch import UNSCORED, Batch
 from sma.recipes.data.recall import RecallSettings, collate, make_recall, show
 from sma.recipes.experiment import load_experiment
-from sma.recipes.recall import ARMS, main, rates_by_role, recall_arms
+from sma.recipes.recall import ARMS, DIAL, dial, main, rates_by_role, recall_arms
 from sma.recipes.report import Report, measure
 from sma.recipes.training import asked, run_experiment
 from sma.routers import AlwaysRouterSpec
@@ -232,7 +232,24 @@ def test_command_trains_the_arms_that_are_asked_for(tmp_path, capsys):
     assert summary["models"]["never"]["activation_rate"] == 0
     assert all(0 <= model["accuracy"] <= 1 for model in summary["models"].values())
     assert (out / "recall.png").stat().st_size > 10_000
+    assert [point["asked"] for point in summary["calibrated"]] == list(DIAL)
     assert "seqboat: which tokens run attention\n  key" in capsys.readouterr().out
+
+
+def test_the_dial_measures_what_the_model_does_at_each_rate():
+    spec = load_experiment(TINY)
+    data = spec.task.prepare(None, progress=False)
+    model = build(spec.model, seed=0).eval()
+    points = dial(model, data)
+    batch = collate([data.test[number] for number in range(len(data.test))])
+    with torch.no_grad():  # the model is left at the last rate
+        output = model(batch.inputs, batch.valid)
+    scored = batch.targets != UNSCORED
+    assert points[-1]["accuracy"] == pytest.approx(float((output.logits.argmax(-1) == batch.targets)[scored].double().mean()))
+    assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
+    rates = [point["activation_rate"] for point in points]
+    assert rates == sorted(rates)
+    assert rates == pytest.approx(list(DIAL), abs=0.1)
 
 
 def test_wrong_arm_is_answered_with_the_one_that_was_meant(capsys):
