@@ -97,9 +97,9 @@ class BudgetController(nn.Module):
     r"""Keeps the activation rates of routers at a target by moving their offsets.
 
     After every update it counts, over all ranks, how many tokens would be active at any offset, finds the one that gives the
-    scheduled rate, and moves the router's offset a share `speed` of the way. The offset is a buffer of the router, so it is saved with
-    the model, and forward never changes it. The loss and its gradient are untouched; a router that has died or saturated is moved until
-    tokens reach it again.
+    scheduled rate, and moves the router's offset a share `speed` of the way; an update of many tokens counts more than one of few.
+    The offset is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and its gradient are
+    untouched; a router that has died or saturated is moved until tokens reach it again.
 
     Args:
         spec: target and schedule.
@@ -115,6 +115,7 @@ class BudgetController(nn.Module):
     """
 
     updates: Tensor
+    usual_tokens: Tensor
 
     def __init__(self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None) -> None:
         super().__init__()
@@ -127,6 +128,7 @@ class BudgetController(nn.Module):
             self._by_layer.setdefault(steered.layer, []).append(number)
         self._idling = [layer for layer in self._by_layer if self.routers[layer].competing]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("usual_tokens", torch.zeros((), dtype=torch.float64))
 
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
@@ -146,11 +148,14 @@ class BudgetController(nn.Module):
         Raises:
             InputError: the number of decisions or the mask does not fit.
         """
-        self.move(self.count(decisions, valid))
+        counts = self.count(decisions, valid)
+        self.move(counts, self.spec.speed * self._weight(counts))
         self.updates += 1
 
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count tokens by how far their scores are from the decision: of every steered sub-module, then of running nothing at all."""
+        """Count the tokens of all ranks by how far their scores are from the decision, for every steered sub-module, and then by how far
+        they are from running nothing at all.
+        """
         if len(decisions) != len(self.routers):
             raise InputError(f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers")
         counts = []
@@ -162,15 +167,23 @@ class BudgetController(nn.Module):
         for layer in self._idling:
             margins = self.routers[layer].idle_margins(decisions[layer])
             counts.append(torch.zeros_like(counts[0]) if margins is None else _histogram(margins.double(), valid))
-        return torch.stack(counts) if counts else torch.zeros(0, BINS, dtype=torch.int64)
-
-    def move(self, counts: Int[Tensor, "S N"], speed: float | None = None) -> None:
-        """Move the offsets by the counts of one update, which are added up over all ranks first."""
+        total = torch.stack(counts) if counts else torch.zeros(0, BINS, dtype=torch.int64)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(total)
+        return total
+
+    def _weight(self, counts: Tensor) -> float:
+        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count too much."""
+        tokens = float(counts[0].sum()) if self.steered else 0.0
+        if not tokens:
+            return 1.0
+        self.usual_tokens += (tokens - self.usual_tokens) * (0.02 if self.usual_tokens else 1.0)
+        return min(tokens / float(self.usual_tokens), 1 / self.spec.speed)
+
+    def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
+        """Move the offsets a share `speed` of the way that the counts ask for."""
         if not self.steered or not int(counts[0].sum()):  # nobody saw a valid token
             return
-        speed = self.spec.speed if speed is None else speed
         shares, update = _shares(counts), int(self.updates)
         wanted = self._in_total(shares, update) if self.spec.over == "total" else self._each(shares, update)
         for place, steered in enumerate(self.steered):

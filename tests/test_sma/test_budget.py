@@ -72,6 +72,15 @@ class TestTarget:
         _run(BudgetController(BudgetSpec(target=targets), [router]), 100)
         assert _rate(router).tolist() == pytest.approx(list(targets.values()), abs=0.03)
 
+    def test_updates_of_many_tokens_count_more(self):
+        router = _router(SMARouterSpec())
+        controller = BudgetController(BudgetSpec(target=0.3), [router])
+        few, many = normal(1, 100, 5, seed=1) + 0.4, normal(1, 900, 5, seed=2)
+        for number in range(400):
+            controller.update([router(many if number % 2 else few)[0]])
+        active = torch.cat([router(control)[0].active[0] for control in (few, many)])
+        assert active.double().mean(0).tolist() == pytest.approx([0.3] * 3, abs=0.04)
+
     def test_a_dead_router_has_tokens_again_after_one_update(self):
         router = _router(SMARouterSpec(), bias=-50.0)
         assert not _rate(router).any()
