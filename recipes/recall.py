@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -28,14 +28,12 @@ from sma.model import SequenceModel
 from sma.recipes.arms import Arm, Result, layer_rates, run_arms, with_routers
 from sma.recipes.command import exit_code, parse
 from sma.recipes.experiment import SUMMARY, ExperimentSpec, write_text
+from sma.recipes.report import Report, measure, rates_over_training
 from sma.recipes.routed import ArmsOptions, comparison
 from sma.recipes.tasks import TaskData
 from sma.recipes.training import asked
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec
 from sma.stats import count_rates
-
-if TYPE_CHECKING:
-    from sma.recipes.report import Report
 
 ARMS = ("seqboat", "sma", "always", "never", "random")
 FIGURE = "recall.png"
@@ -87,7 +85,6 @@ def run(options: Options) -> dict[str, Any]:
     spec, chosen, out = comparison(options, ARMS)
     data = spec.task.prepare(options.data, progress=options.progress)
     title = f"Associative recall, seed {spec.seed}"
-    reports: dict[str, Report] = {}
     summary = run_arms(
         recall_arms(spec),
         out,
@@ -96,8 +93,9 @@ def run(options: Options) -> dict[str, Any]:
         title=title,
         accelerator=options.accelerator,
         progress=options.progress,
-        after=lambda name, finished: reports.update({name: finished.report}),
     )
+    # Of what the folder holds, so that a comparison that is resumed shows the same.
+    reports = {name: measure(load(out / name / "model"), data.test, data) for name in summary["models"]}
     for name, report in reports.items():
         print(f"{name}: which tokens run attention\n{_roles_in_words(report)}")
     if "seqboat" in summary["models"]:
@@ -106,10 +104,8 @@ def run(options: Options) -> dict[str, Any]:
         print("seqboat turned to other rates, without training")
         for point in summary["calibrated"]:
             print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
-    if reports:
-        shown = "seqboat" if "seqboat" in reports else next(iter(reports))
-        draw(reports[shown], shown, summary, out, title)
-        print(f"figure   {out / FIGURE}")
+    shown = "seqboat" if "seqboat" in reports else next(iter(reports))
+    print(f"figure   {draw(reports[shown], shown, summary, out, title)}")
     print(f"summary  {out / SUMMARY}")
     return summary
 
@@ -134,7 +130,7 @@ def dial(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
     return points
 
 
-def rates_by_role(report: "Report") -> dict[str, list[float]]:
+def rates_by_role(report: Report) -> dict[str, list[float]]:
     """The activation rate per layer of keys, values, queries and distractors."""
     total: dict[str, list[float]] = {}
     count: dict[str, int] = defaultdict(int)
@@ -146,19 +142,17 @@ def rates_by_role(report: "Report") -> dict[str, list[float]]:
     return {role: [rate / count[role] for rate in total[role]] for role in ROLES.values() if role in total}
 
 
-def _roles_in_words(report: "Report") -> str:
+def _roles_in_words(report: Report) -> str:
     rows = rates_by_role(report)
     return "\n".join(f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role])) for role in rows)
 
 
-def draw(report: "Report", shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
+def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
     """Draw which tokens one model chose, how the accuracy of all grew, and what the dial does, into `recall.png`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-
-    from sma.recipes.report import rates_over_training
 
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
