@@ -109,9 +109,9 @@ def test_bare_name_is_not_installed(name: str, tmp_path: Path) -> None:
 
 
 def _registering() -> set[str]:
-    """Dotted names of the files of sma/ and modules/ that register a kind."""
+    """Dotted names of the files of sma/, sma/routers/ and modules/ that register a kind."""
     names = set()
-    for folder, inside in [("sma", "sma"), ("modules", "sma/modules")]:
+    for folder, inside in [("sma", "sma"), ("sma/routers", "sma/routers"), ("modules", "sma/modules")]:
         for path in (ROOT / folder).glob("*.py"):
             if "@register" in path.read_text(encoding="utf-8").splitlines():
                 names.add(f"{inside}/{path.stem}".replace("/", "."))
