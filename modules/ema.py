@@ -54,9 +54,8 @@ class EMASpec(SubModuleSpec):
 def _scan_operations(spec: EMASpec, width: int, tokens: int) -> Operations:
     chunk = min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
-    inner = math.isqrt(chunk)
     passes = 2 if spec.truncation is not None and spec.truncation < tokens else 1
-    kernel = width * spec.state_size * inner * -(-chunk // inner)
+    kernel = width * spec.state_size * chunk
     between = 2 * width * chunks * chunk * spec.state_size if chunks > 1 else 0
     return Operations(passes * (kernel + width * chunks * chunk * chunk + between))
 
