@@ -19,6 +19,7 @@ call on the same tokens, 65,536 of the batch but at most 16,384 a row.
 """
 
 import argparse
+import ctypes
 import json
 import resource
 import statistics
@@ -45,8 +46,9 @@ POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 # Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
-# allocator holes, and the peak would creep up. Where the speed of a prefill is measured they are large.
-SMALL, LARGE, WARM_UP = 4_000, 16_384, 800
+# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed of a prefill
+# is measured they are large.
+SMALL, LARGE, WARM_UP, GIVE_BACK = 4_000, 16_384, 800, 20
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
 # One more token of every row in, the scores of the next ones out.
@@ -195,8 +197,10 @@ class Marks:
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]
         # Until the allocator holds what chunks and steps need, so that no mark is the first to need it.
-        for _ in range(min(WARM_UP, self.positions[-1])):
+        for number in range(min(WARM_UP, self.positions[-1])):
             state = self._advance(chunk, state)
+            if number % GIVE_BACK == 0:
+                give_back_memory()
             self.model(self.ids(1), state=kept[0])
         state = state.reset(torch.ones(self.batch, dtype=torch.bool, device=self.device))
         self.seen, self.active = 0, [0.0] * DEPTH
@@ -204,6 +208,8 @@ class Marks:
         for position, copy in zip(self.positions, kept, strict=True):
             while self.seen < position:
                 state = self._advance(min(chunk, position - self.seen), state)
+                if self.seen // chunk % GIVE_BACK == 0:
+                    give_back_memory()
             for mine, now in zip(tensors(copy), tensors(state), strict=True):
                 mine.copy_(now)
             step_model(self.ids(1), state=copy)
@@ -264,6 +270,12 @@ def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, 
                 calls[chosen]()
             times[chosen].append(elapsed[0])
     return times
+
+
+def give_back_memory() -> None:
+    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream needs at once."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def peak_megabytes(device: str) -> float:
