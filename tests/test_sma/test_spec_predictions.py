@@ -53,7 +53,7 @@ class TestPredictions:
             module, predicted = _built(lambda: build(spec, 0)), spec.num_parameters()
         elif family == "router":
             names = data.draw(st.sampled_from([[], ["a"], ["a", "b", "c"]]))
-            module, predicted = spec.build(width, names), spec.num_parameters(width, len(names))
+            module, predicted = _built(lambda: spec.build(width, names)), spec.num_parameters(width, len(names))
         else:
             module, predicted = _built(lambda: spec.build(width)), spec.num_parameters(width)
         if module is not None:
