@@ -32,11 +32,11 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def _built(make: Any) -> torch.nn.Module | None:
-    """A module, or None where the spec does not fit the width it is built for, or a language model would look ahead."""
+    """A module, or None where the spec does not fit the width or the sub-modules it is built for, or a language model would look ahead."""
     try:
         module: torch.nn.Module = make()
     except SpecError as error:
-        assert "heads=" in str(error) or "must not look ahead" in str(error)  # noqa: PT017
+        assert any(reason in str(error) for reason in ("heads=", "must not look ahead", "to choose from"))  # noqa: PT017
         return None
     return module
 
