@@ -42,7 +42,8 @@ def _train(rank: int, store: str, queue: Any, options: dict[str, Any]) -> None:
     model.recompute_activations(options["recompute"])
     before = [parameter.detach().clone() for parameter in model.parameters()]
     parallel = nn.parallel.DistributedDataParallel(model)
-    optimiser = torch.optim.SGD(parallel.parameters(), lr=0.05)
+    # Adam, because the smallest gradients would be lost in rounding otherwise, and every parameter must be seen to move.
+    optimiser = torch.optim.Adam(parallel.parameters(), lr=0.01)
     source, active, every = torch.Generator().manual_seed(rank), 0, True
     for _ in range(STEPS):
         inputs, labels = torch.randn(4, 12, 3, generator=source), torch.randint(3, (4,), generator=source)
