@@ -95,11 +95,11 @@ class MultiHead(SubModule):
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
         """Attend along rows from their beginning; `(T, heads, d)` in, `(T, D)` out."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define _whole(self, q, k, v, tokens)")
 
     def _onward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
         """Attend where streams go on; the tokens are packed, without holes."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define _onward(self, q, k, v, tokens, before, after)")
 
     def _product(
         self,

@@ -10,7 +10,7 @@ from sma.errors import CheckpointError, SpecError, did_you_mean
 from sma.model import ModelSpec
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, write_text
 from sma.recipes.tasks import TaskData, TaskSpec
-from sma.routers import RouterSpec
+from sma.routers import RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
 
 if TYPE_CHECKING:
@@ -137,6 +137,17 @@ def layer_rates(results: Mapping[str, Result], name: str) -> list[float]:
     if name not in results:
         raise SpecError(f"an arm is to run at the rates of {name!r}, which was not trained; train {name!r} too, before it")
     return [sum(rates.values()) / len(rates) for rates in results[name]["rates"]]
+
+
+def at_random(spec: ExperimentSpec, results: Mapping[str, Result], name: str) -> ExperimentSpec:
+    """Return the same experiment with every layer run on tokens drawn at random, as often as in the arm `name`.
+
+    Raises:
+        SpecError: that arm was not trained.
+    """
+    # Another seed in every layer: with the same one the same tokens would run everywhere.
+    routers = [RandomRouterSpec(rate=rate, seed=spec.seed + place) for place, rate in enumerate(layer_rates(results, name))]
+    return with_routers(spec, routers)
 
 
 def table(summary: Mapping[str, Any]) -> str:

@@ -25,14 +25,14 @@ from torch import Tensor
 from sma.budget import calibrate
 from sma.checkpoint import load
 from sma.model import SequenceModel
-from sma.recipes.arms import Arm, Result, layer_rates, run_arms, with_routers
+from sma.recipes.arms import Arm, at_random, run_arms, with_routers
 from sma.recipes.command import exit_code, parse
+from sma.recipes.data.batch import asked
 from sma.recipes.experiment import SUMMARY, ExperimentSpec, write_text
 from sma.recipes.report import Report, measure, rates_over_training
 from sma.recipes.routed import ArmsOptions, comparison
 from sma.recipes.tasks import TaskData
-from sma.recipes.training import asked
-from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec
+from sma.routers import AlwaysRouterSpec, NeverRouterSpec
 from sma.stats import count_rates
 
 ARMS = ("seqboat", "sma", "always", "never", "random")
@@ -61,18 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
 def recall_arms(spec: ExperimentSpec) -> dict[str, Arm]:
     """The five experiments: width, depth, updates, learning rate, data and seed are the same."""
     free = spec.replace(training=spec.training.replace(budget=None))
-
-    def random(results: Mapping[str, Result]) -> ExperimentSpec:
-        # Another seed in every layer: with the same one the same tokens would run everywhere.
-        rates = layer_rates(results, "seqboat")
-        return with_routers(free, [RandomRouterSpec(rate=rate, seed=spec.seed + place) for place, rate in enumerate(rates)])
-
     return {
         "seqboat": spec,
         "sma": free,
         "always": with_routers(free, AlwaysRouterSpec()),
         "never": with_routers(free, NeverRouterSpec()),
-        "random": random,
+        "random": lambda results: at_random(free, results, "seqboat"),
     }
 
 

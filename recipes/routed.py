@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sma.errors import CheckpointError, SpecError
-from sma.recipes.arms import FIGURE, Arm, Result, check_arms, layer_rates, run_arms, with_routers
+from sma.recipes.arms import FIGURE, Arm, Result, at_random, check_arms, layer_rates, run_arms, with_routers
 from sma.recipes.command import RunOptions, experiment
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
-from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
+from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RouterSpec
 from sma.spec import dump_yaml, load_spec, read_yaml
 
 ARMS = ("routed", "expert_choice", "always", "never", "random")
@@ -86,17 +86,12 @@ def routed_arms(spec: ExperimentSpec) -> dict[str, Arm]:
         rates = layer_rates(results, "routed")
         return with_routers(spec, [ExpertChoiceRouterSpec(share=rate) if rate else NeverRouterSpec() for rate in rates])
 
-    def random(results: Mapping[str, Result]) -> ExperimentSpec:
-        # Another seed in every layer: with the same one the same tokens would run everywhere.
-        rates = layer_rates(results, "routed")
-        return with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed + place) for place, rate in enumerate(rates)])
-
     return {
         "routed": spec,
         "expert_choice": expert_choice,
         "always": with_routers(spec, AlwaysRouterSpec()),
         "never": with_routers(spec, NeverRouterSpec()),
-        "random": random,
+        "random": lambda results: at_random(spec, results, "routed"),
     }
 
 

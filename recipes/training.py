@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from sma.errors import DataError
 from sma.model import ModelOutput, SequenceModel, build
-from sma.recipes.data.batch import UNSCORED, Batch
+from sma.recipes.data.batch import UNSCORED, Batch, asked
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.report import Report, measure
@@ -107,12 +106,6 @@ class Classifier(Learner):
         loss = nn.functional.cross_entropy(logits, targets)
         self.check_loss(loss)
         return output, logits, loss
-
-
-def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
-    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not `UNSCORED`."""
-    scored = targets != UNSCORED
-    return logits[scored], targets[scored]
 
 
 def check_finite(batch: Batch, update: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,3 +49,9 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
     inputs = pad_sequence([sequence for sequence, _ in items], batch_first=True)
     valid = torch.arange(inputs.shape[1]) < lengths[:, None]
     return Batch(inputs, valid, torch.tensor([target for _, target in items], dtype=torch.int64))
+
+
+def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
+    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not `UNSCORED`."""
+    scored = targets != UNSCORED
+    return logits[scored], targets[scored]
