@@ -18,7 +18,7 @@ from sma.recipes.data.text import Corpus
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer
-from sma.recipes.tasks import TextTask
+from sma.recipes.tasks import LanguageTask
 
 
 class Segment(NamedTuple):
@@ -44,7 +44,7 @@ class TrainingSegments(Dataset[Segment]):
     are read side by side; at the end of the stretches the cuts are moved and everything starts afresh. The text is taken as a ring.
     """
 
-    def __init__(self, text: Tensor, task: TextTask, training: TrainingSpec, seed: int) -> None:
+    def __init__(self, text: Tensor, task: LanguageTask, training: TrainingSpec, seed: int) -> None:
         self.text, self.task, self.rows, self.seed = text, task, training.batch_size, seed
         self.per_pass = max(1, len(text) // (self.rows * task.segment))
 
@@ -83,7 +83,7 @@ class EvaluationSegments(Dataset[Segment]):
     before it. With one, every window starts afresh and its first `context` bytes are only read (those of the first are scored too).
     """
 
-    def __init__(self, text: Tensor, task: TextTask) -> None:
+    def __init__(self, text: Tensor, task: LanguageTask) -> None:
         self.text, self.window, self.context = text, task.window, task.context
         self.stride = task.window - (task.context or 0)
 
@@ -241,7 +241,7 @@ class Finished(NamedTuple):
 def run_language(spec: ExperimentSpec, out: Path, corpus: Corpus, *, accelerator: str = "auto", progress: bool = True) -> Finished:
     """Train a language model, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
     prepare(spec)
-    task = cast(TextTask, spec.task)
+    task = cast(LanguageTask, spec.task)
     learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state)
     segments = TrainingSegments(corpus.train, task, spec.training, spec.seed)
 

@@ -29,7 +29,7 @@ class Options(RunOptions):
 
     @property
     def name(self) -> str:
-        return f"text_{self.preset}"
+        return f"language_{self.preset}"
 
 
 class GenerateOptions(CommandOptions):

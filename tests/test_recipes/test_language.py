@@ -15,7 +15,7 @@ from sma.errors import SpecError
 from sma.recipes.data.text import load_text
 from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
 from sma.recipes.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, read_along, run_language
-from sma.recipes.tasks import TextTask
+from sma.recipes.tasks import LanguageTask
 
 MODEL = {
     "kind": "language_model",
@@ -42,7 +42,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment(text: Path, *settings: str) -> ExperimentSpec:
-    task = {"kind": "text", "data": {"file": str(text)}, "segment": 16, "window": 50, "carry_state": True}
+    task = {"kind": "language", "data": {"file": str(text)}, "segment": 16, "window": 50, "carry_state": True}
     return load_experiment({"task": task, "model": MODEL, "training": TRAINING}, settings)
 
 
@@ -55,7 +55,7 @@ def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(length:
     if context is not None and context >= window:
         context = window - 1
     text = torch.randperm(250, generator=torch.Generator().manual_seed(length))[:length].to(torch.uint8)
-    segments = EvaluationSegments(text, TextTask(window=window, context=context))
+    segments = EvaluationSegments(text, LanguageTask(window=window, context=context))
     scored = []
     for number in range(len(segments)):
         part = segments[number]
@@ -73,7 +73,7 @@ def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(length:
 @given(length=st.integers(30, 90), rows=st.integers(1, 4), size=st.integers(1, 9))
 def test_carried_segments_go_on_where_the_last_ones_ended(length: int, rows: int, size: int) -> None:
     text = torch.arange(length, dtype=torch.uint8)
-    task = TextTask(segment=size, carry_state=True)
+    task = LanguageTask(segment=size, carry_state=True)
     segments = TrainingSegments(text, task, experiment_training(rows), seed=3)
     fresh = 0
     for update in range(2 * segments.per_pass + 1):
@@ -87,11 +87,13 @@ def test_carried_segments_go_on_where_the_last_ones_ended(length: int, rows: int
 
 
 def experiment_training(rows: int) -> Any:
-    return load_experiment({"task": {"kind": "text"}, "model": MODEL, "training": {**TRAINING, "batch_size": rows}}).training
+    return load_experiment({"task": {"kind": "language"}, "model": MODEL, "training": {**TRAINING, "batch_size": rows}}).training
 
 
 def test_one_pass_of_carried_segments_reads_no_byte_twice() -> None:
-    segments = TrainingSegments(torch.arange(96, dtype=torch.uint8), TextTask(segment=8, carry_state=True), experiment_training(4), seed=0)
+    segments = TrainingSegments(
+        torch.arange(96, dtype=torch.uint8), LanguageTask(segment=8, carry_state=True), experiment_training(4), seed=0
+    )
     seen = torch.cat([segments[update].inputs.flatten() for update in range(segments.per_pass)])
     assert sorted(seen.tolist()) == list(range(96))
 
@@ -181,4 +183,4 @@ def test_impossible_experiments_are_refused(text: Path, settings: list[str], com
 def test_another_kind_of_model_is_refused() -> None:
     model = {key: value for key, value in MODEL.items() if key != "kind"} | {"kind": "sequence_encoder"}
     with pytest.raises(SpecError, match="the model kind 'sequence_encoder' does not score the next token; use kind 'language_model'"):
-        load_experiment({"task": {"kind": "text"}, "model": model, "training": TRAINING})
+        load_experiment({"task": {"kind": "language"}, "model": model, "training": TRAINING})

@@ -24,7 +24,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of the command line."""
     out = tmp_path_factory.mktemp("lm")
     spec = out / "experiment.yaml"
-    task = {"kind": "text", "data": {"file": str(text)}, "segment": 16, "carry_state": True}
+    task = {"kind": "language", "data": {"file": str(text)}, "segment": 16, "carry_state": True}
     spec.write_text(yaml.safe_dump({"task": task, "model": MODEL, "training": {**TRAINING, "updates": 60}}), encoding="utf-8")
     assert main(["--spec", str(spec), "--out", str(out / "run"), "--no-progress", "--accelerator", "cpu"]) == 0
     return out / "run"

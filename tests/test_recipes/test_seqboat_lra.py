@@ -135,7 +135,7 @@ def _experiment(monkeypatch, arguments):
         seen.append(spec)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sma.recipes.tasks.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
+    monkeypatch.setattr("sma.recipes.tasks.listops.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
     monkeypatch.setattr("sma.recipes.command.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1])
     assert main(list(map(str, arguments))) == 130
     return seen[0]

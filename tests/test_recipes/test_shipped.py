@@ -16,8 +16,8 @@ every_preset = pytest.mark.parametrize("name", shipped("presets"))
 
 
 def test_shipped_files_have_names():
-    assert {"listops_paper", "listops_tiny", "text_paper", "text_tiny", "digits_routed_mlp_tiny"} <= set(shipped("presets"))
-    assert {"seqboat_listops", "seqboat_listops_tiny", "seqboat_text", "routed_conv_digits_tiny"} <= set(shipped("specs"))
+    assert {"listops_paper", "listops_tiny", "language_paper", "language_tiny", "digits_routed_mlp_tiny"} <= set(shipped("presets"))
+    assert {"seqboat_listops", "seqboat_listops_tiny", "seqboat_language", "routed_conv_digits_tiny"} <= set(shipped("specs"))
     assert shipped("presets") == sorted(path.stem for path in (ROOT / "recipes" / "presets").iterdir())
     assert shipped("specs") == sorted(path.stem for path in (ROOT / "recipes" / "specs").iterdir())
 

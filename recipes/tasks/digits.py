@@ -1,0 +1,33 @@
+"""The task of scikit-learn's handwritten digits."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sma.model import ModelSpec
+from sma.recipes.data.batch import collate
+from sma.recipes.data.digits import NUM_CLASSES, DigitsSettings, load_digits
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.spec import register
+
+
+@register
+class DigitsTask(ClassificationTask):
+    """Handwritten digits of 8x8 pixels, read pixel by pixel; the answer is the digit."""
+
+    kind: Literal["digits"] = "digits"
+    data: DigitsSettings = Field(default=DigitsSettings(), description="how the images are split")
+
+    @property
+    def classes(self) -> int:
+        return NUM_CLASSES
+
+    def check_model(self, model: ModelSpec) -> None:
+        super().check_model(model)
+        if model.encoder.kind in ("token_embedding", "linear"):
+            raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read grey values; use kind 'real_number'")
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = load_digits(self.data)
+        return TaskData(made.train, made.validation, made.test, made.hashes, collate, made.show, image_shape=(8, 8))
