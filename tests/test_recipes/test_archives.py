@@ -1,0 +1,160 @@
+"""Archives: what they hold comes out, whole or not at all, and nothing leaves the folder."""
+
+import io
+import stat
+import tarfile
+import zipfile
+
+import pytest
+
+from sma.errors import DataError
+from sma.recipes.data import archives
+from sma.recipes.data.archives import unpack
+
+FILES = {"set/train/a.txt": b"first", "set/train/b.txt": b"", "set/test/c.txt": bytes(range(256)) * 3000}
+
+
+def make_tar(path, files=FILES, mode="w:gz", extra=()):
+    with tarfile.open(path, mode) as tar:
+        folder = tarfile.TarInfo("set")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o4777
+            tar.addfile(member, io.BytesIO(content))
+        for member in extra:
+            tar.addfile(member)
+    return path
+
+
+def make_zip(path, files=FILES, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.mkdir("set")
+        for name, content in files.items():
+            file.writestr(name, content)
+    return path
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def special(kind, target="", name="set/odd"):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+MAKERS = [
+    pytest.param(lambda path, files=FILES: make_tar(path, files, "w"), id="tar"),
+    pytest.param(lambda path, files=FILES: make_tar(path, files, "w:gz"), id="tar.gz"),
+    pytest.param(lambda path, files=FILES: make_tar(path, files, "w:xz"), id="tar.xz"),
+    pytest.param(make_zip, id="zip"),
+    pytest.param(lambda path, files=FILES: make_zip(path, files, zipfile.ZIP_STORED), id="stored zip"),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_what_was_packed_comes_out(make, tmp_path):
+    folder = unpack(make(tmp_path / "archive"), tmp_path / "out" / "here")
+    assert content_of(folder) == FILES
+    assert not any(path.stat().st_mode & (stat.S_ISUID | stat.S_IWOTH) for path in folder.rglob("*"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_only_wanted_members_come_out(make, tmp_path):
+    folder = unpack(make(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.startswith("set/train/"))
+    assert content_of(folder).keys() == {"set/train/a.txt", "set/train/b.txt"}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_folder_that_exists_is_whole_and_stays(make, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert content_of(unpack(tmp_path / "no archive", tmp_path / "out")) == {}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("name", ["../evil", "set/../../evil", "/evil", "set\\..\\..\\evil", "C:\\evil", "c:/evil"])
+def test_members_that_leave_the_folder_are_refused(make, name, tmp_path):
+    archive = make(tmp_path / "archive", {**FILES, name: b"evil"})
+    with pytest.raises(DataError, match=r"archive: member '.*evil' would be written outside of the folder; nothing was unpacked"):
+        unpack(archive, tmp_path / "deep" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "deep"}
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("member", "what"),
+    [
+        pytest.param(special(tarfile.SYMTYPE, "../../evil"), "a link", id="symbolic link outside"),
+        pytest.param(special(tarfile.SYMTYPE, "train"), "a link", id="symbolic link inside"),
+        pytest.param(special(tarfile.LNKTYPE, "set/train/a.txt"), "a link", id="hard link"),
+        pytest.param(special(tarfile.CHRTYPE), "a device", id="character device"),
+        pytest.param(special(tarfile.BLKTYPE), "a device", id="block device"),
+        pytest.param(special(tarfile.FIFOTYPE), "a device", id="pipe"),
+    ],
+)
+def test_links_and_devices_in_a_tar_are_refused(member, what, tmp_path):
+    archive = make_tar(tmp_path / "archive", extra=[member])
+    with pytest.raises(DataError, match=rf"member 'set/odd' is {what}.*; only plain files are unpacked, so nothing was"):
+        unpack(archive, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def test_links_in_a_zip_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "archive", "w") as file:
+        link = zipfile.ZipInfo("set/odd")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        file.writestr(link, "../../evil")
+    with pytest.raises(DataError, match="member 'set/odd' is a link; only plain files are unpacked, so nothing was"):
+        unpack(tmp_path / "archive", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
+    archive = make(tmp_path / "archive")
+    content = archive.read_bytes()
+    # A plain tar ends in up to 10,240 zeros, of which two blocks count.
+    content = content.rstrip(b"\0") if content.endswith(bytes(1024)) else content
+    archive.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DataError, match=r"archive is truncated, damaged, or no tar or zip .*; delete it and get it again"):
+        unpack(archive, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def test_tar_that_stops_between_two_members_is_truncated(tmp_path):
+    archive = make_tar(tmp_path / "archive", {"a": b"x" * 512, "b": b"y" * 512}, "w")
+    archive.write_bytes(archive.read_bytes()[: 3 * 512])  # the folder, and the first file whole
+    with pytest.raises(DataError, match=r"archive is truncated, damaged, or no tar or zip .its end is missing"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_file_that_is_no_archive_is_named(tmp_path):
+    (tmp_path / "page.html").write_bytes(b"<html>sorry</html>" * 100)
+    with pytest.raises(DataError, match=r"page\.html is truncated, damaged, or no tar or zip"):
+        unpack(tmp_path / "page.html", tmp_path / "out")
+
+
+def test_missing_archive_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cannot unpack .*none\.zip into .*out: No such file or directory"):
+        unpack(tmp_path / "none.zip", tmp_path / "out")
+
+
+def test_archive_without_the_wanted_files_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds none of the files that are looked for; is it the right archive"):
+        unpack(make_zip(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.endswith(".wav"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(archives.shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"):
+        unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]

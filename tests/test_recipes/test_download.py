@@ -1,0 +1,223 @@
+"""Downloads against a server of our own that does what servers do: knows ranges or not, breaks off, changes the file."""
+
+import hashlib
+import http.server
+import re
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from sma.errors import DataError
+from sma.recipes.data import download
+from sma.recipes.data.download import fetch
+
+CONTENT = bytes(range(256)) * 2000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@dataclass
+class Server:
+    """What the server has, how it behaves, and what it was asked."""
+
+    content: bytes = CONTENT
+    etag: str | None = '"one"'
+    ranges: bool = True
+    length: bool = True
+    status: int = 200
+    breaks_after: list[int] = field(default_factory=list)  # bytes of each answer before the connection breaks
+    asked: list[str | None] = field(default_factory=list)
+    address: str = ""
+
+    def reply(self, handler):
+        self.asked.append(handler.headers.get("Range"))
+        start, status = 0, self.status
+        wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or "")
+        if wanted and self.ranges and handler.headers.get("If-Range") == self.etag:
+            start, status = int(wanted[1]), 206
+        if start > len(self.content):
+            status = 416
+        handler.send_response(status)
+        if self.etag:
+            handler.send_header("ETag", self.etag)
+        if status == 206:
+            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        if self.length:
+            handler.send_header("Content-Length", str(len(self.content) - start))
+        handler.end_headers()
+        if status in (200, 206):
+            end = start + self.breaks_after.pop(0) if self.breaks_after else None
+            handler.wfile.write(self.content[start:end])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "_PAUSE", 0.0)
+    made = Server()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            made.reply(self)
+
+        def log_message(self, *arguments):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.address = f"http://127.0.0.1:{running.server_address[1]}/file"
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield made
+    running.shutdown()
+    running.server_close()
+    thread.join()
+
+
+def get(server, path, **hashes):
+    return fetch(server.address, path, progress=False, **hashes)
+
+
+def interrupted(server, path, at=100_000, monkeypatch=None):
+    """A download that gave up after `at` bytes."""
+    server.breaks_after = [at] + [0] * 10
+    with pytest.raises(DataError, match="with 100,000 bytes here"):
+        get(server, path)
+    server.breaks_after, server.asked = [], []
+
+
+@pytest.mark.parametrize("hashes", [{}, {"sha256": SHA256}, {"md5": MD5.upper()}, {"sha256": SHA256, "md5": MD5}])
+def test_file_is_downloaded_whole(server, tmp_path, hashes):
+    path = tmp_path / "new" / "folder" / "file"
+    assert get(server, path, **hashes) == path
+    assert path.read_bytes() == CONTENT
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_bar_is_drawn(server, tmp_path, capsys):
+    fetch(server.address, tmp_path / "file")
+    assert "file" in capsys.readouterr().out
+
+
+def test_file_that_is_there_is_not_downloaded_again(server, tmp_path):
+    get(server, tmp_path / "file")
+    get(server, tmp_path / "file", sha256=SHA256)
+    assert server.asked == [None]
+
+
+def test_file_that_is_there_with_another_hash_is_named_and_kept(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    mine = hashlib.sha256(b"mine").hexdigest()
+    with pytest.raises(DataError, match=rf"file is not the file that http.*; move it away.*: its sha256 is {mine}, expected {SHA256}"):
+        get(server, tmp_path / "file", sha256=SHA256)
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert server.asked == []
+
+
+def test_broken_connections_are_continued_where_they_broke(server, tmp_path):
+    server.breaks_after = [100_000, 50_000, 0, 1]
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-", "bytes=150001-"]
+
+
+def test_next_call_goes_on_where_the_last_gave_up(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == ["bytes=100000-"]
+
+
+def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    server.ranges = False
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == ["bytes=100000-"]
+
+
+def test_changed_file_is_read_from_the_start(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    server.content, server.etag = CONTENT[::-1], '"two"'
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT[::-1]
+
+
+def test_file_that_changed_its_length_alone_is_read_from_the_start(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    server.content = CONTENT + b"more"
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT + b"more"
+    assert server.asked == ["bytes=100000-", None]
+
+
+def test_file_that_became_shorter_than_what_is_here_is_read_from_the_start(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    server.content = CONTENT[:1000]
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT[:1000]
+    assert server.asked == ["bytes=100000-", None]
+
+
+def test_another_address_is_another_file(server, tmp_path):
+    interrupted(server, tmp_path / "file")
+    assert fetch(server.address + "?other", tmp_path / "file", progress=False).read_bytes() == CONTENT
+    assert server.asked == [None]
+
+
+def test_server_that_does_not_identify_its_file_is_read_from_the_start(server, tmp_path):
+    server.etag = None
+    server.breaks_after = [100_000]
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT
+    assert server.asked == [None, None]
+
+
+def test_server_that_does_not_say_the_length_is_believed(server, tmp_path):
+    server.length = False
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(download.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(DataError, match="No space left on device"):
+            get(server, tmp_path / "file")
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [None]
+
+
+def test_wrong_hash_is_said_with_both_and_leaves_nothing(server, tmp_path):
+    with pytest.raises(DataError, match=rf"gave another file than expected, so .*: its sha256 is {SHA256}, expected {'0' * 64}"):
+        get(server, tmp_path / "file", sha256="0" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_file_is_a_sentence_at_once(server, tmp_path):
+    server.status = 404
+    with pytest.raises(DataError, match=r"cannot download http.*: the server answers 404 Not Found; .* put the file at .*file yourself"):
+        get(server, tmp_path / "file")
+    assert len(server.asked) == 1
+
+
+def test_busy_server_is_asked_again_a_few_times(server, tmp_path):
+    server.status = 503
+    with pytest.raises(DataError, match=r"the server answers 503 Service Unavailable \(after 5 attempts, with 0 bytes here\)"):
+        get(server, tmp_path / "file")
+    assert len(server.asked) == 5
+
+
+def test_no_network_is_a_sentence(server, tmp_path, monkeypatch):
+    # Port 1 is reserved, and nobody listens on it.
+    with pytest.raises(DataError, match=r"cannot download http://127\.0\.0\.1:1/file: .*refused.*; check the network and call again"):
+        fetch("http://127.0.0.1:1/file", tmp_path / "file", progress=False)
+
+
+def test_other_kinds_of_addresses_are_refused(tmp_path):
+    with pytest.raises(DataError, match="cannot download 'file:///etc/passwd': the address must begin with http:// or https://"):
+        fetch("file:///etc/passwd", tmp_path / "file")
+
+
+def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.os, "fsync", full)
+        with pytest.raises(DataError, match=r"cannot write .*file: No space left on device; make room there .* goes on from what"):
+            get(server, tmp_path / "file")
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert server.asked == [None]
