@@ -175,7 +175,7 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     if spec.final_norm_spec is not None:
         after.append(Part("final norm", spec.final_norm_spec.kind, spec.final_norm_spec.num_parameters(width)))
     if spec.head_spec is not None:
-        after.append(Part("head", spec.head_spec.kind, spec.head_spec.num_parameters(width)))
+        after.append(Part("head", spec.head_spec.kind, spec.head_spec.num_parameters(spec.head_width)))
     alike: list[tuple[LayerSpec, list[int]]] = []  # not a dictionary: the specs of others need not be hashable
     for place, layer in enumerate(spec.layer_specs):
         known = next((places for other, places in alike if other == layer), None)

@@ -52,6 +52,9 @@ class ModelSpec(Spec):
     """Root of the model kinds: what they have in common."""
 
     family: ClassVar[str] = "model"
+    rows_per_sample: ClassVar[int] = 1
+    """Rows of the inputs that make a sample, and so get one row of scores."""
+
     kind: str
     width: int = Field(ge=1, description="channels of every token, D")
     encoder: EncoderSpec = Field(description="from inputs to vectors")
@@ -80,6 +83,11 @@ class ModelSpec(Spec):
         return None
 
     @property
+    def head_width(self) -> int:
+        """Channels of what the head scores."""
+        return self.width
+
+    @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Every layer's spec, repeats written out."""
         if not isinstance(self.layers, RepeatSpec):
@@ -97,8 +105,9 @@ class ModelSpec(Spec):
 
     def num_parameters(self) -> int:
         """Predict the number of parameters of the model."""
-        ends = [spec.num_parameters(self.width) for spec in (self.encoder, self.final_norm_spec, self.head_spec) if spec is not None]
-        return sum(ends) + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
+        ends = [spec.num_parameters(self.width) for spec in (self.encoder, self.final_norm_spec) if spec is not None]
+        head = self.head_spec.num_parameters(self.head_width) if self.head_spec is not None else 0
+        return sum(ends) + head + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
 
     def operations(self, length: int, rates: float | dict[str, float] = 1.0) -> Operations:
         """Predict the multiply-adds of the layers on one row of `length` tokens, at these activation rates."""
@@ -171,14 +180,15 @@ class ModelOutput:
     Attributes:
         hidden: the tokens after the last layer and the final norm; zeros at padding.
         pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
-        logits: scores: of every row, or in a language model of the next token at every position; None in a model without a head.
+        logits: scores: of every row, of every pair of rows, or in a language model of the next token at every position; None in a
+            model without a head.
         decisions: one per layer that routes, in order.
         state: where the stream stands; None unless one was given.
     """
 
     hidden: Float[Tensor, "B L D"]
     pooled: Float[Tensor, "B D"]
-    logits: Float[Tensor, "B C"] | Float[Tensor, "B L V"] | None
+    logits: Float[Tensor, "B C"] | Float[Tensor, "B//2 C"] | Float[Tensor, "B L V"] | None
     decisions: tuple[Decision, ...]
     state: ModelState | None = None
 
@@ -199,8 +209,11 @@ class SequenceModel(nn.Module):
         self.encoder = spec.encoder.build(spec.width)
         self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
         self.layers = nn.ModuleList([layer.build(spec.width) for layer in spec.layer_specs])
+        for place, layer in enumerate(self.routed_layers):
+            if layer.routed is not None:
+                layer.routed.router.place = place
         self.final_norm = spec.final_norm_spec.build(spec.width) if spec.final_norm_spec is not None else None
-        self.head = spec.head_spec.build(spec.width) if spec.head_spec is not None else None
+        self.head = spec.head_spec.build(spec.head_width) if spec.head_spec is not None else None
 
     @property
     def causal(self) -> bool:

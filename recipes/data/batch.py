@@ -19,7 +19,8 @@ class Batch(NamedTuple):
 
     Shape:
         inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real tokens; targets `(B,)`,
-        or `(B, L)` with `UNSCORED` where no answer is asked for.
+        or `(B, L)` with `UNSCORED` where no answer is asked for. Where a sample is a pair of documents, inputs and valid are `(2B, L)`:
+        rows 2i and 2i + 1 are the documents of sample i.
     """
 
     inputs: Shaped[Tensor, "B L"]
@@ -51,7 +52,22 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
     return Batch(inputs, valid, torch.tensor([target for _, target in items], dtype=torch.int64))
 
 
+def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
+    """Pad `((first, second), target)` samples as `collate` does, all documents to the longest; rows 2i and 2i + 1 are those of sample i.
+
+    Raises:
+        DataError: there is no sample, or a document is not 1-D.
+    """
+    documents = collate([(document, target) for pair, target in items for document in pair])
+    return documents._replace(targets=documents.targets[::2])
+
+
 def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
     """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not `UNSCORED`."""
     scored = targets != UNSCORED
     return logits[scored], targets[scored]
+
+
+def where_asked(values: Float[Tensor, " N"], targets: Tensor) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
+    """Undo `asked` for one value per answer: those of every row, or of every position, with 0 where nothing is asked."""
+    return values.detach().new_zeros(targets.shape).masked_scatter(targets != UNSCORED, values.detach())

@@ -21,8 +21,8 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        """Sample number `index`; the target is a class, or one per position."""
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Sample number `index`: a 1-D tensor, or a pair of them; and its target, a class, or one per position."""
 
 
 class TaskData(NamedTuple):
@@ -41,7 +41,7 @@ class TaskData(NamedTuple):
     validation: Samples
     test: Samples
     hashes: Mapping[str, str]
-    collate: Callable[[Sequence[tuple[Tensor, Any]]], Batch]
+    collate: Callable[[Sequence[tuple[Any, Any]]], Batch]
     show: Callable[[Tensor], list[str]]
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int] | None = None
@@ -69,6 +69,9 @@ class TaskSpec(Spec):
 class ClassificationTask(TaskSpec):
     """A task whose answer is one of a few classes; `prepare` returns a `TaskData`."""
 
+    rows_per_sample: ClassVar[int] = 1
+    """Documents of a sample, each a row of the inputs."""
+
     @property
     def classes(self) -> int:
         """Number of classes; chance is one in so many."""
@@ -85,3 +88,6 @@ class ClassificationTask(TaskSpec):
             raise ValueError(f"the model kind {model.kind!r} has no head that scores classes; use kind 'sequence_classifier'")
         if classes != self.classes:
             raise ValueError(f"model.head.classes={classes} must be {self.classes}, the classes of the task {self.kind!r}")
+        if model.rows_per_sample != self.rows_per_sample:
+            fitting = "pair_classifier" if self.rows_per_sample == 2 else "sequence_classifier"
+            raise ValueError(f"the model kind {model.kind!r} does not fit the task {self.kind!r}; use kind {fitting!r}")

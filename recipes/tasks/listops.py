@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from sma.recipes.data.batch import collate
-from sma.recipes.data.listops import ListOpsSettings, decode, prepare_listops
+from sma.recipes.data.listops import FILES, ListOpsData, ListOpsSettings, decode, load_listops, prepare_listops
+from sma.recipes.data.lra import release_folder
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.spec import register
 
@@ -18,12 +19,29 @@ class ListOpsTask(ClassificationTask):
 
     kind: Literal["listops"] = "listops"
     data: ListOpsSettings = Field(default=ListOpsSettings(), description="which expressions to generate")
+    source: Literal["generated", "released"] = Field(
+        default="generated",
+        description="generate the expressions of `data`, or read the Long Range Arena's listops-1000/basic_{train,val,test}.tsv in the "
+        "data folder, whatever `data` says",
+    )
+    download: bool = Field(
+        default=False, description="with source=released: get the release, 7.7 GB, where the data folder does not hold it"
+    )
 
     @property
     def classes(self) -> int:
         return 10
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
-        fingerprint = hashlib.sha256(self.data.model_dump_json().encode()).hexdigest()[:12]
-        made = prepare_listops(self.data, folder / f"listops-{fingerprint}", progress=progress)
+        if self.source == "released":
+            files = list(FILES.values())
+            made = load_listops(
+                release_folder(folder, "listops-1000", files, download=self.download, progress=progress, option="task.download")
+            )
+        else:
+            made = self._generated(folder, progress)
         return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
+
+    def _generated(self, folder: Path, progress: bool) -> ListOpsData:
+        fingerprint = hashlib.sha256(self.data.model_dump_json().encode()).hexdigest()[:12]
+        return prepare_listops(self.data, folder / f"listops-{fingerprint}", progress=progress)

@@ -85,16 +85,16 @@ def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
     Raises:
         ConformanceError: a law is broken; lists all that are.
     """
-    _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort)
+    _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort, spec.rows_per_sample)
 
 
-def _check(subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int) -> None:
-    broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort)) is not None}
+def _check(subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int, rows_per_sample: int = 1) -> None:
+    broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort, rows_per_sample)) is not None}
     if broken:
         raise ConformanceError(subject, len(laws), broken)
 
 
-def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int) -> str | None:
+def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int, rows_per_sample: int) -> str | None:
     """What is wrong on the first example that breaks a law; None where none does."""
     tried: list[Example] = []
 
@@ -110,7 +110,7 @@ def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int) -> s
         suppress_health_check=list(hypothesis.HealthCheck),
         verbosity=hypothesis.Verbosity.quiet,
     )
-    @hypothesis.given(example=examples())
+    @hypothesis.given(example=examples(rows_per_sample))
     def attempt(example: Example) -> None:
         tried.append(example)
         with torch.random.fork_rng(devices=[]):

@@ -57,9 +57,16 @@ class Example:
         return (slice(place, place + 1) for place in range(self.length))
 
 
-def examples() -> st.SearchStrategy[Example]:
-    """Batches of 1 to 4 rows of up to 70 positions: over the size of a chunk of the scan and several windows."""
-    lengths = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4).map(tuple).filter(any)
+def examples(copies: int = 1) -> st.SearchStrategy[Example]:
+    """Batches of 1 to 4 rows of up to 70 positions: over the size of a chunk of the scan and several windows.
+
+    The lengths are repeated `copies` times, so that the number of rows is a multiple of that.
+    """
+    lengths = (
+        st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4)
+        .filter(any)
+        .map(lambda drawn: tuple(drawn) * copies)
+    )
     cuts = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), max_size=5).map(tuple)
     return st.builds(
         Example,

@@ -141,7 +141,11 @@ MISTAKES = [
     pytest.param(
         ["validate", "typo.yaml"], "SequenceEncoderSpec: unknown field 'widht'; did you mean 'width'? fields: width, ", id="field"
     ),
-    pytest.param(["validate", "kindless.yaml"], "a model needs a 'kind'; known kinds: language_model, sequence_classifier, ", id="no-kind"),
+    pytest.param(
+        ["validate", "kindless.yaml"],
+        "a model needs a 'kind'; known kinds: language_model, pair_classifier, sequence_classifier, ",
+        id="no-kind",
+    ),
     pytest.param(
         ["validate", "seqboat_listops", "--set", "layers.layer.modules.attention.kind=gua"],
         "unknown sub-module kind 'gua' in layers.layer.modules.attention; did you mean 'gau'? known kinds: ",

@@ -1,0 +1,129 @@
+"""AAN: does one paper cite the other? Pairs of papers as bytes: the retrieval task of the Long Range Arena.
+
+Files are the release's, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`: no header, no quoting, five columns separated by tabs: label (0.0
+or 1.0), name of the first paper, of the second, text of the first, of the second. 147,086 / 18,090 / 17,437 pairs, 1.5 GB: a file is read
+once for its hash and the places of its texts, and from then on only the texts that are asked for come into memory.
+
+Reference:
+    Radev et al., "The ACL Anthology Network Corpus", Language Resources and Evaluation 47, 2013.
+    Tay et al., "Long Range Arena", arXiv 2011.04006.
+"""
+
+import hashlib
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sma.errors import DataError
+from sma.recipes.data.documents import ids_of
+from sma.recipes.data.lra import release_folder
+from sma.spec import Spec
+
+CLASSES = ("unrelated", "cited")
+FOLDER = "tsv_data"
+FILES = {"train": "new_aan_pairs.train.tsv", "validation": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
+"""The release's file of every split."""
+
+_LABELS = {b"0.0": 0, b"1.0": 1, b"0": 0, b"1": 1}
+_COLUMNS = 5
+_REQUIRED = "5 are required: label, name and name, text and text"
+
+
+class AANSettings(Spec):
+    """Which pairs to read."""
+
+    download: bool = Field(
+        default=False, description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it"
+    )
+    length: int = Field(default=4000, ge=1, description="bytes that a document is cut to")
+
+
+class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the other.
+
+    Args:
+        path: the file.
+        places: `(N, 4)`: where in the file the first text begins and ends, and the second.
+        targets: the labels.
+    """
+
+    def __init__(self, path: Path, places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]) -> None:
+        self.places, self.targets = places, targets
+        self.content = np.memmap(path, dtype=np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[tuple[Int64[Tensor, " L1"], Int64[Tensor, " L2"]], int]:
+        number = range(len(self))[index]
+        first, end, second, last = self.places[number].tolist()
+        return (ids_of(self.content[first:end]), ids_of(self.content[second:last])), int(self.targets[number])
+
+    @property
+    def lengths(self) -> Int64[Tensor, " N"]:
+        """Bytes of the longer document of every pair."""
+        return (self.places[:, 1::2] - self.places[:, 0::2]).amax(1)
+
+
+class AANData(NamedTuple):
+    """The three splits, and the SHA-256 of every file they are read from, by name."""
+
+    train: PairDataset
+    validation: PairDataset
+    test: PairDataset
+    hashes: dict[str, str]
+
+
+def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> AANData:
+    """Return the pairs of the release in the data folder `folder`; see `sma.recipes.data.lra` for where it is looked for.
+
+    Raises:
+        DataError: a file is missing or broken; names the file and the line.
+    """
+    found = release_folder(folder, FOLDER, list(FILES.values()), download=settings.download, progress=progress)
+    splits, hashes = {}, {}
+    for split, name in FILES.items():
+        splits[split], hashes[name] = read_pairs(found / name, settings.length)
+    return AANData(**splits, hashes=hashes)
+
+
+def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
+    """Read where the texts of a file are, each cut to `length` bytes; also return the file's SHA-256.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or has a broken line; names the line.
+    """
+    path = Path(path)
+    total, places, targets, start = hashlib.sha256(), array("q"), array("b"), 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                total.update(line)
+                columns = line.rstrip(b"\r\n").split(b"\t")
+                if len(columns) != _COLUMNS:
+                    raise DataError(f"{path}, line {number}: columns separated by tabs: {len(columns)}; {_REQUIRED}")
+                label = _LABELS.get(columns[0])
+                if label is None:
+                    raise DataError(f"{path}, line {number}: label {_shortened(columns[0])} is neither 0.0 nor 1.0")
+                targets.append(label)
+                first = start + sum(map(len, columns[:3])) + 3
+                second = first + len(columns[3]) + 1
+                places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
+                start += len(line)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not targets:
+        raise DataError(f"{path} is empty; at least one pair is required")
+    where = torch.tensor(places, dtype=torch.int64).view(-1, 4)
+    return PairDataset(path, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
+
+
+def _shortened(text: bytes) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"

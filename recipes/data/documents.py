@@ -1,0 +1,97 @@
+"""Documents as bytes: ids, vocabulary, and how they are shown.
+
+The id of a byte is its value plus one, and 0 is padding: 257 ids, those of the Long Range Arena's byte encoder.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sma.model import ModelSpec
+
+VOCABULARY_SIZE = 257
+"""Padding, and 256 bytes."""
+
+
+def check_vocabulary(model: ModelSpec) -> None:
+    """Check that a model has a vector for every id.
+
+    Raises:
+        ValueError: how many there must be.
+    """
+    vocabulary = getattr(model.encoder, "vocabulary", 0)
+    if vocabulary < VOCABULARY_SIZE:
+        raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}: padding, and one for every byte")
+
+
+def ids_of(content: UInt8[np.ndarray, " L"]) -> Int64[Tensor, " L"]:
+    """The ids of some bytes."""
+    return torch.from_numpy(content.astype(np.int64) + 1)
+
+
+def bytes_of(ids: Int64[Tensor, " L"]) -> bytes:
+    """The bytes of some ids; padding is skipped."""
+    return bytes((ids[ids > 0] - 1).tolist())
+
+
+def show(ids: Int64[Tensor, " L"]) -> list[str]:
+    r"""A text for every id: the character of printable ASCII, `␣` for a blank, `\xNN` for any other byte."""
+    return ["␣" if byte == 32 else chr(byte) if 32 < byte < 127 else f"\\x{byte:02x}" for byte in (ids - 1).tolist()]
+
+
+class DocumentDataset(Dataset[tuple[Tensor, int]]):
+    """Documents as `(ids, target)`: int64 ids of shape `(L,)`, and the class.
+
+    Args:
+        content: all documents, one after another.
+        offsets: document i is `content[offsets[i]:offsets[i + 1]]`.
+        targets: the classes.
+    """
+
+    def __init__(self, content: UInt8[np.ndarray, " T"], offsets: Int64[Tensor, " N_plus_1"], targets: Int64[Tensor, " N"]) -> None:
+        self.content, self.offsets, self.targets = content, offsets, targets
+
+    @classmethod
+    def of(cls, documents: Iterable[tuple[bytes, int]]) -> "DocumentDataset":
+        """Gather documents and their classes."""
+        content, lengths, targets = bytearray(), [0], []
+        for document, target in documents:
+            content += document
+            lengths.append(len(document))
+            targets.append(target)
+        return cls(np.frombuffer(content, dtype=np.uint8), torch.tensor(lengths).cumsum(0), torch.tensor(targets, dtype=torch.int64))
+
+    def select(self, numbers: Int64[Tensor, " M"]) -> "DocumentDataset":
+        """Some of the documents, in the order of their numbers."""
+        parts = [self._slice(number) for number in numbers.tolist()]
+        content = np.concatenate([self.content[part] for part in parts]) if parts else self.content[:0]
+        lengths = self.lengths[numbers]
+        return DocumentDataset(content, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), self.targets[numbers])
+
+    def _slice(self, number: int) -> slice:
+        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Int64[Tensor, " L"], int]:
+        number = range(len(self))[index]
+        return ids_of(self.content[self._slice(number)]), int(self.targets[number])
+
+    @property
+    def lengths(self) -> Int64[Tensor, " N"]:
+        """Bytes of every document."""
+        return self.offsets.diff()
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of all documents, then their lengths (8 bytes each, little-endian), then their classes (a byte each)."""
+        total = hashlib.sha256(self.content.tobytes())
+        total.update(self.lengths.numpy().astype("<i8").tobytes())
+        total.update(self.targets.numpy().astype(np.uint8).tobytes())
+        return total.hexdigest()

@@ -1,0 +1,166 @@
+"""IMDB: film reviews, negative or positive, as bytes: the text task of the Long Range Arena.
+
+A data folder holds one of
+
+| what | where |
+|---|---|
+| folder | `imdb/aclImdb/{train,test}/{neg,pos}/*.txt` |
+| archive | `imdb/aclImdb_v1.tar.gz`, 84 MB, which is unpacked into that folder |
+
+25,000 reviews to train on and 25,000 to test on, half of each positive. Nothing is cleaned: a line break is `<br />`, as it is published.
+
+Reference:
+    Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011.
+    Tay et al., "Long Range Arena", arXiv 2011.04006.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Int64
+from pydantic import Field
+from torch import Tensor
+
+from sma.errors import DataError
+from sma.recipes.data.archives import unpack
+from sma.recipes.data.documents import DocumentDataset
+from sma.recipes.data.download import fetch
+from sma.spec import Spec
+
+CLASSES = ("neg", "pos")
+URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
+"""Of the archive."""
+
+HUB_NAME = "stanfordnlp/imdb"
+_FOLDER, _ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
+
+
+class ImdbSettings(Spec):
+    """Which reviews, and how they are split. The same settings and files give the same reviews in the same splits."""
+
+    source: Literal["files", "hub"] = Field(
+        default="files",
+        description="the published files in the data folder, or the Hub of Hugging Face through the package datasets, which downloads "
+        "and keeps them where it is set to",
+    )
+    download: bool = Field(default=False, description="get the published archive where the data folder does not hold it")
+    split: Literal["held_out", "lra"] = Field(
+        default="held_out",
+        description="validate on a share of the training reviews, or, as the Long Range Arena, on the test reviews: then the best "
+        "checkpoint is chosen on what it is tested on, and the test accuracy is too good",
+    )
+    validation: float = Field(default=0.1, gt=0.0, lt=1.0, description="share of the training reviews of each class that is held out")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice of the held-out reviews")
+    length: int = Field(default=4000, ge=1, description="bytes that a review is cut to")
+
+
+class ImdbData(NamedTuple):
+    """The three splits, and the SHA-256 of each."""
+
+    train: DocumentDataset
+    validation: DocumentDataset
+    test: DocumentDataset
+    hashes: dict[str, str]
+
+
+def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = True) -> ImdbData:
+    """Return the reviews in three splits, negative ones first, each class in the order of its file names.
+
+    Args:
+        settings: source and split.
+        folder: the data folder; see the head of this file.
+        progress: show a bar while downloading.
+
+    Raises:
+        DataError: the reviews are not there; what was looked for, and where they come from. Or a file is empty or cannot be read; or a
+            share so small that no review of some class is held out.
+    """
+    if settings.source == "hub":
+        everything, test = (_from_hub(split, settings.length) for split in ("train", "test"))
+    else:
+        root = _find(Path(folder), settings.download, progress)
+        everything, test = (DocumentDataset.of(_read(root / split, settings.length)) for split in ("train", "test"))
+    if settings.split == "lra":
+        train, validation = everything, test
+    else:
+        held_out = _held_out(everything.targets, settings)
+        train, validation = (everything.select(chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
+    splits = {"train": train, "validation": validation, "test": test}
+    return ImdbData(**splits, hashes={name: split.sha256 for name, split in splits.items()})
+
+
+def _find(folder: Path, download: bool, progress: bool) -> Path:
+    home = folder / "imdb"
+    if (home / _FOLDER).is_dir():
+        return home / _FOLDER
+    archive = home / _ARCHIVE
+    if not archive.exists():
+        if not download:
+            raise DataError(
+                f"there are no IMDB reviews in {home}: neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}; put {URL} there, "
+                "or set task.data.download=true"
+            )
+        fetch(URL, archive, md5=MD5, progress=progress)
+    # The archive has its own folder aclImdb, which moves up where it is looked for.
+    unpacked = unpack(archive, home / "unpacked", members=_is_review)
+    try:
+        os.rename(unpacked / _FOLDER, home / _FOLDER)
+        unpacked.rmdir()
+    except OSError as error:
+        raise DataError(f"cannot move {unpacked / _FOLDER} to {home / _FOLDER}: {error.strerror or error}") from error
+    return home / _FOLDER
+
+
+def _is_review(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 4 and parts[0] == _FOLDER and parts[1] in ("train", "test") and parts[2] in CLASSES and name.endswith(".txt")
+
+
+def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
+    for target, name in enumerate(CLASSES):
+        try:
+            paths = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.endswith(".txt"))
+            if not paths:
+                raise DataError(f"{folder / name} holds no *.txt; the reviews of {URL} are required there")
+            for path in paths:
+                with open(folder / name / path, "rb") as file:
+                    content = file.read(length)
+                if not content:
+                    raise DataError(f"{folder / name / path} is empty; the archive was not unpacked well: get the reviews again")
+                yield content, target
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+
+
+def _from_hub(split: str, length: int) -> DocumentDataset:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError("task.data.source='hub' needs the package datasets; pip install datasets, or use source='files'") from error
+    try:
+        rows: Any = load_dataset(HUB_NAME, split=split)
+    except Exception as error:  # whatever the network or the Hub has to say
+        raise DataError(f"cannot load {HUB_NAME} from the Hub: {error}; use task.data.source='files', or try again") from error
+    # In the order of the text, because that of the Hub is its own business.
+    return DocumentDataset.of(
+        (document, target) for target, document in sorted((int(row["label"]), row["text"].encode()[:length]) for row in rows)
+    )
+
+
+def _held_out(targets: Int64[Tensor, " N"], settings: ImdbSettings) -> Tensor:
+    """`(N,)`: true at the reviews to validate on, the same share of each class."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    chosen = torch.zeros(len(targets), dtype=torch.bool)
+    for target, name in enumerate(CLASSES):
+        mine = (targets == target).nonzero().flatten()
+        count = round(settings.validation * len(mine))
+        if not 0 < count < len(mine):
+            raise DataError(
+                f"validation={settings.validation} holds out {count} of {len(mine)} {name} reviews; at least one is required on each side"
+            )
+        chosen[mine[torch.randperm(len(mine), generator=generator)[:count]]] = True
+    return chosen

@@ -1,0 +1,42 @@
+"""The task Image: CIFAR-10 in grey, pixel by pixel."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sma.model import ModelSpec
+from sma.recipes.data.batch import collate
+from sma.recipes.data.cifar import CLASSES, SIDE, CifarSettings, load_cifar
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.spec import register
+
+
+@register
+class ImageTask(ClassificationTask):
+    """Grey photographs of 32x32 pixels, read pixel by pixel; the answer is one of ten classes."""
+
+    kind: Literal["image"] = "image"
+    data: CifarSettings = Field(default=CifarSettings(), description="where the images come from, and how they are split")
+
+    @property
+    def classes(self) -> int:
+        return len(CLASSES)
+
+    def check_model(self, model: ModelSpec) -> None:
+        super().check_model(model)
+        check_reads_pixels(model)
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = load_cifar(self.data, folder, progress=progress)
+        return TaskData(*made[:3], made.hashes, collate, made.show, class_names=CLASSES, image_shape=(SIDE, SIDE))
+
+
+def check_reads_pixels(model: ModelSpec) -> None:
+    """Check that a model takes standardised grey values, a number per position.
+
+    Raises:
+        ValueError: its encoder takes something else.
+    """
+    if model.encoder.kind in ("token_embedding", "linear"):
+        raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read grey values; use kind 'real_number'")

@@ -1,0 +1,48 @@
+"""The tasks Pathfinder and Path-X."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sma.model import ModelSpec
+from sma.recipes.data.batch import collate
+from sma.recipes.data.pathfinder import CLASSES, PathfinderSettings, PathXSettings, prepare_pathfinder
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.recipes.tasks.image import check_reads_pixels
+from sma.spec import register
+
+
+class _ContourTask(ClassificationTask):
+    """Two discs in an image of dashed contours, read pixel by pixel; the answer is whether both sit on one contour."""
+
+    data: PathfinderSettings
+
+    @property
+    def classes(self) -> int:
+        return len(CLASSES)
+
+    def check_model(self, model: ModelSpec) -> None:
+        super().check_model(model)
+        check_reads_pixels(model)
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = prepare_pathfinder(self.data, folder, progress=progress)
+        side = self.data.size
+        return TaskData(*made[:3], made.hashes, collate, made.show, class_names=CLASSES, image_shape=(side, side))
+
+
+@register
+class PathfinderTask(_ContourTask):
+    """Pathfinder: images of 32 x 32 pixels, sequences of 1,024."""
+
+    kind: Literal["pathfinder"] = "pathfinder"
+    data: PathfinderSettings = Field(default=PathfinderSettings(), description="which images to generate, or to read")
+
+
+@register
+class PathXTask(_ContourTask):
+    """Path-X: images of 128 x 128 pixels, sequences of 16,384."""
+
+    kind: Literal["pathx"] = "pathx"
+    data: PathXSettings = Field(default=PathXSettings(), description="which images to generate, or to read")

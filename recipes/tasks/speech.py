@@ -1,0 +1,42 @@
+"""The task of raw speech."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sma.model import ModelSpec
+from sma.recipes.data.batch import collate
+from sma.recipes.data.speech import NUM_CLASSES, SpeechSettings, load_speech
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.spec import register
+
+
+@register
+class SpeechTask(ClassificationTask):
+    """Clips of one second, read sample by sample; the answer is one of ten words."""
+
+    kind: Literal["speech"] = "speech"
+    data: SpeechSettings = Field(default=SpeechSettings(), description="which clips, and how they are split")
+
+    @property
+    def classes(self) -> int:
+        return NUM_CLASSES
+
+    def check_model(self, model: ModelSpec) -> None:
+        super().check_model(model)
+        if model.encoder.kind in ("token_embedding", "linear"):
+            raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read samples of a sound; use kind 'real_number'")
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
+        made = load_speech(self.data, folder, progress=progress)
+        return TaskData(
+            made.train,
+            made.validation,
+            made.test,
+            made.hashes,
+            collate,
+            made.show,
+            class_names=made.class_names,
+            sample_rate=made.sample_rate,
+        )
