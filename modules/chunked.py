@@ -1,0 +1,146 @@
+"""Chunks: a sub-module that starts afresh every so many tokens."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from sma.pytree import register_output
+from sma.ragged import Ragged, pack, rectangular, unpack
+from sma.spec import register
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+
+
+@register
+class ChunkedSpec(SubModuleSpec):
+    """Spec of `Chunked`."""
+
+    kind: Literal["chunked"] = "chunked"
+    size: int = Field(ge=1, description="tokens of a chunk")
+    module: SubModuleSpec = Field(description="what runs on every chunk, such as attention without a window")
+
+    def build(self, width: int) -> "Chunked":
+        return Chunked(self, width)
+
+    def num_parameters(self, width: int) -> int:
+        return self.module.num_parameters(width)
+
+    def operations(self, width: int, tokens: int) -> Operations:
+        whole, rest = divmod(tokens, self.size)
+        return Operations().plus(self.module.operations(width, self.size), whole).plus(self.module.operations(width, rest), int(rest > 0))
+
+
+@register_output
+@dataclass(frozen=True)
+class ChunkedState(State):
+    """Where the streams of `Chunked` stand.
+
+    Attributes:
+        module: of the sub-module, in the chunk that is being read.
+        seen: tokens of each row so far.
+    """
+
+    module: State
+    seen: Int[Tensor, "B"]
+
+
+class Chunked(SubModule):
+    r"""$y_t = f(x_{cC}, \dots, x_{cC + C - 1})_{t - cC}$, $c = \lfloor t / C \rfloor$: chunks of C tokens that know nothing of each other.
+
+    With attention this is the fixed block attention of Mega-chunk. Chunks count the tokens that the sub-module is given, so routed ones
+    hold C active tokens, wherever those stand. Positions stay those of the row.
+
+    Args:
+        spec: C, and the sub-module.
+        width: channels of every token, D.
+
+    Shape:
+        tokens `(T, D)` in, `(T, D)` out.
+
+    Reference:
+        Ma et al., "Mega: Moving Average Equipped Gated Attention", arXiv 2209.10655, section 3.5.
+    """
+
+    def __init__(self, spec: ChunkedSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.module = spec.module.build(width)
+        self.causal = self.module.causal
+
+    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkedState:
+        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        inner = self.module.init_state(batch_size, device=device, dtype=dtype)
+        return ChunkedState(inner, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
+        """Run every chunk by itself; see `SubModule.forward`."""
+        before = self._continue(state, ChunkedState, tokens)
+        if before is not None:
+            packed, real = pack(tokens)
+            values, after = self._go_on(packed, before)
+            return unpack(values, real, tokens), after
+        if tokens.stride is None:
+            values, _ = self.module(cut_packed(tokens, self.spec.size))
+            return values, None
+        rows, length = tokens.num_rows, tokens.stride
+        chunks = cut_rectangular(tokens, self.spec.size)
+        values, _ = self.module(chunks)
+        return values.reshape(rows, chunks_of(length, self.spec.size) * (chunks.stride or 0), values.shape[1])[:, :length].flatten(0, 1), None
+
+    def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
+        """Chunk after chunk, the rows side by side: each goes on in its chunk, or begins the next."""
+        size = self.spec.size
+        inner, seen = state.module, state.seen
+        slot = seen[tokens.rows] + tokens.slots
+        turn = torch.div(slot, size, rounding_mode="floor") - torch.div(seen, size, rounding_mode="floor")[tokens.rows]
+        values = tokens.values
+        for number in range(int(turn.max()) + 1 if turn.numel() else 0):
+            chosen = (turn == number).nonzero().squeeze(1)
+            counts = torch.bincount(tokens.rows[chosen], minlength=tokens.num_rows)
+            # A row that has filled its chunk starts afresh with its next token, and only then.
+            inner = inner.reset((counts > 0) & (seen % size == 0))
+            part = replace(
+                tokens,
+                **{name: getattr(tokens, name).index_select(0, chosen) for name in ("values", "index", "positions", "rows")},
+                offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+                lengths=counts,
+            )
+            found, after = self.module(part, inner)
+            inner, seen = after, seen + counts
+            values = values.index_copy(0, chosen, found)
+        return values, ChunkedState(inner, seen)
+
+
+def chunks_of(length: int, size: int) -> int:
+    """Chunks of `size` that hold `length` tokens; at least one."""
+    return max(1, -(-length // size))
+
+
+def cut_packed(tokens: Ragged, size: int) -> Ragged:
+    """Make rows of at most `size` tokens of packed ones; a row gives as many as the longest, empty ones too."""
+    each = chunks_of(tokens.longest, size)
+    lengths = (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)
+    rows = tokens.rows * each + torch.div(tokens.slots, size, rounding_mode="floor")
+    bound = None if tokens.bound is None else min(size, tokens.bound)
+    return replace(tokens, rows=rows, offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths=lengths, bound=bound)
+
+
+def cut_rectangular(tokens: Ragged, size: int) -> Ragged:
+    """Make rows of `size` tokens of rectangular ones; the last of each row is filled up with holes."""
+    rows, length = tokens.num_rows, tokens.stride or 0
+    each = chunks_of(length, size)
+    size = min(size, max(length, 1))
+    more = each * size - length
+    starts = torch.arange(each, device=tokens.lengths.device) * size
+
+    def cut(part: Tensor) -> Tensor:
+        part = part.unflatten(0, (rows, length))
+        return torch.nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, more)).reshape(rows * each, size, *part.shape[2:])
+
+    lengths = (tokens.lengths[:, None] - starts).clamp(0, size).reshape(-1) if tokens.holes or more else None
+    return rectangular(cut(tokens.values), lengths, cut(tokens.positions))
