@@ -145,9 +145,7 @@ def at_random(spec: ExperimentSpec, results: Mapping[str, Result], name: str) ->
     Raises:
         SpecError: that arm was not trained.
     """
-    # Another seed in every layer: with the same one the same tokens would run everywhere.
-    routers = [RandomRouterSpec(rate=rate, seed=spec.seed + place) for place, rate in enumerate(layer_rates(results, name))]
-    return with_routers(spec, routers)
+    return with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed) for rate in layer_rates(results, name)])
 
 
 def table(summary: Mapping[str, Any]) -> str:

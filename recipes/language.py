@@ -1,12 +1,13 @@
 """Causal language modelling of bytes: training, evaluation, and the whole run."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int64
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric
@@ -162,7 +163,9 @@ class LanguageLearner(Learner):
             if self.module_names:
                 self.log("rate", measures["fit_rate"], prog_bar=True, logger=False, batch_size=1)
         self.steer(output.decisions, None)
-        return loss + self.routing_loss(output.decisions, None)
+        return loss + self.routing_loss(
+            output.decisions, None, losses.new_zeros(batch.scored.shape).masked_scatter(batch.scored, losses.detach())
+        )
 
     def validation_step(self, batch: Segment, batch_idx: int) -> None:
         """Score one window of the validation split."""
@@ -238,7 +241,15 @@ class Finished(NamedTuple):
     learner: LanguageLearner
 
 
-def run_language(spec: ExperimentSpec, out: Path, corpus: Corpus, *, accelerator: str = "auto", progress: bool = True) -> Finished:
+def run_language(
+    spec: ExperimentSpec,
+    out: Path,
+    corpus: Corpus,
+    *,
+    accelerator: str = "auto",
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Finished:
     """Train a language model, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
     prepare(spec)
     task = cast(LanguageTask, spec.task)
@@ -249,7 +260,7 @@ def run_language(spec: ExperimentSpec, out: Path, corpus: Corpus, *, accelerator
         return DataLoader(segments, batch_size=None, sampler=Updates(spec.training.updates, done))
 
     validation, test = (DataLoader(EvaluationSegments(part, task), batch_size=None) for part in (corpus.validation, corpus.test))
-    fitted = fit(learner, spec, out, batches, validation, accelerator=accelerator, progress=progress)
+    fitted = fit(learner, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks)
     with interruptible():
         measured = fitted.trainer.test(learner, test, verbose=False)[0]
     results = {

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from sma.budget import BudgetController, routers_of
 from sma.decision import Decision
 from sma.errors import DataError
-from sma.losses import budget_loss, load_balance_loss, z_loss
+from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
 from sma.stats import RateCount, count_rates
@@ -93,8 +93,14 @@ class Learner(lightning.LightningModule):
         if self.controller is not None:
             self.controller.update(decisions, valid)
 
-    def routing_loss(self, decisions: Sequence[Decision], valid: Tensor | None) -> Tensor | float:
-        """The losses of the decisions, weighted."""
+    def routing_loss(self, decisions: Sequence[Decision], valid: Tensor | None, losses: Tensor) -> Tensor | float:
+        """The losses of the decisions, weighted.
+
+        Args:
+            decisions: of this update.
+            valid: False at padding.
+            losses: of the task: of every row, or of every position with 0 where nothing is asked.
+        """
         weights = self.training_spec.losses
         total: Tensor | float = 0.0
         if weights.budget and weights.target is not None:
@@ -103,6 +109,14 @@ class Learner(lightning.LightningModule):
             total = total + weights.load_balance * load_balance_loss(decisions, valid)
         if weights.z:
             total = total + weights.z * z_loss(decisions, valid)
+        # While a budget holds its first rate the model learns, and what a token is worth to it is not known yet.
+        if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
+            routers = routers_of(self.model)
+            drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.samples]
+            rows = decisions[0].active.shape[0] if decisions else 0
+            if losses.ndim == 1 and losses.shape[0] < rows:  # a sample of several rows, such as a pair of documents: each owes its loss
+                losses = losses.repeat_interleave(rows // losses.shape[0])
+            total = total + weights.policy * policy_gradient_loss(drawn, losses, valid, rates_are_held=self.controller is not None)
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -116,11 +130,21 @@ class Learner(lightning.LightningModule):
         settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon, "weight_decay": spec.weight_decay}
         optimizer: torch.optim.Optimizer
         if spec.optimizer == "radam":
-            optimizer = torch.optim.RAdam(self.parameters(), **settings, decoupled_weight_decay=True)
+            optimizer = torch.optim.RAdam(self._groups(), **settings, decoupled_weight_decay=True)
         else:  # a fused optimiser scales by itself, which Lightning's clipping refuses
-            optimizer = torch.optim.AdamW(self.parameters(), **settings, fused=self.trainer.precision.endswith("true"))
+            optimizer = torch.optim.AdamW(self._groups(), **settings, fused=self.trainer.precision.endswith("true"))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters; those of the routers by themselves where they learn at a rate of their own."""
+        spec = self.training_spec
+        if spec.router_learning_rate is None:
+            return [{"params": list(self.parameters())}]
+        routers = [part for router in routers_of(self.model) for part in router.parameters()]
+        known = {id(part) for part in routers}
+        others = [part for part in self.parameters() if id(part) not in known]
+        return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]
 
     def check_loss(self, loss: Tensor) -> None:
         """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good checkpoint.

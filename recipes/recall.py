@@ -4,8 +4,9 @@ python recipes/recall.py
 python recipes/recall.py --arms seqboat,never --out runs/recall
 python recipes/recall.py --resume runs/recall
 
-Five models that differ in their router alone: `seqboat` (SMA under a budget), `sma` (the same without the budget), `always`, `never`, and
-`random` at the rates that seqboat reached. Then the dial: the trained seqboat at other rates, without training.
+Five models that differ in their router alone: `seqboat` (sampled decisions under a budget, learned from what they led to), `sma` (the
+paper's router, by itself), `always`, `never`, and `random` at the rates that seqboat reached. Then the dial: the trained seqboat at other
+rates, without training.
 """
 
 import json
@@ -28,11 +29,11 @@ from sma.model import SequenceModel
 from sma.recipes.arms import Arm, at_random, run_arms, with_routers
 from sma.recipes.command import exit_code, parse
 from sma.recipes.data.batch import asked
-from sma.recipes.experiment import SUMMARY, ExperimentSpec, write_text
+from sma.recipes.experiment import SUMMARY, ExperimentSpec, RoutingLosses, write_text
 from sma.recipes.report import Report, measure, rates_over_training
 from sma.recipes.routed import ArmsOptions, comparison
 from sma.recipes.tasks import TaskData
-from sma.routers import AlwaysRouterSpec, NeverRouterSpec
+from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
 from sma.stats import count_rates
 
 ARMS = ("seqboat", "sma", "always", "never", "random")
@@ -60,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def recall_arms(spec: ExperimentSpec) -> dict[str, Arm]:
     """The five experiments: width, depth, updates, learning rate, data and seed are the same."""
-    free = spec.replace(training=spec.training.replace(budget=None))
+    free = spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
     return {
         "seqboat": spec,
-        "sma": free,
+        "sma": with_routers(free, SMARouterSpec(temperature_scale=0.3)),
         "always": with_routers(free, AlwaysRouterSpec()),
         "never": with_routers(free, NeverRouterSpec()),
         "random": lambda results: at_random(free, results, "seqboat"),

@@ -9,6 +9,7 @@ from sma.recipes.arms import with_routers
 from sma.recipes.experiment import ExperimentSpec
 from sma.routers import (
     AlwaysRouterSpec,
+    BernoulliRouterSpec,
     ExclusiveRouterSpec,
     ExpertChoiceRouterSpec,
     GumbelRouterSpec,
@@ -23,7 +24,7 @@ from sma.routers import (
 BUDGET = "+budget"
 ROUTERS = (
     "sma",
-    *(kind + BUDGET for kind in ("sma", "threshold", "gumbel", "exclusive", "top_k")),
+    *(kind + BUDGET for kind in ("sma", "threshold", "gumbel", "bernoulli", "exclusive", "top_k")),
     *("expert_choice", "random", "always", "never"),
 )
 """The rows: the kind of the router, and whether a budget steers its rate."""
@@ -72,8 +73,7 @@ def grid(spec: ExperimentSpec) -> list[Cell]:
 def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
     """The experiment of a run: that of the table with the column's sub-modules, the row's routers, and the seed.
 
-    `expert_choice` and `random` run as often as the budget says. The routers of all layers that draw have different seeds: with the
-    same one, the same tokens would run everywhere.
+    `expert_choice` and `random` run as often as the budget says.
 
     Args:
         spec: has all sub-modules in its layers, `sma` routers, and a budget with one target.
@@ -90,6 +90,10 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
     spec = spec.replace(
         model=spec.model.replace(layers=layers), training=spec.training.replace(budget=budget if steered else None), seed=cell.seed
     )
+    if kind == "bernoulli":  # which learns from its policy gradient alone, and slowly, because that is noisy
+        training = spec.training
+        slow = training.router_learning_rate or 0.1 * training.learning_rate
+        spec = spec.replace(training=training.replace(losses=training.losses.replace(policy=1.0), router_learning_rate=slow))
     own = [layer.router for layer in layers if layer.modules]
     seeds = [(cell.seed * len(own) + place) % 2**31 for place in range(len(own))]
     made = [_router(kind, router, budget.target, spec.training.updates, seed) for router, seed in zip(own, seeds, strict=True)]
@@ -108,6 +112,7 @@ def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) ->
         "sma": lambda: own,
         "threshold": ThresholdRouterSpec,
         "gumbel": lambda: GumbelRouterSpec(anneal=updates, seed=seed),
+        "bernoulli": lambda: BernoulliRouterSpec(seed=seed),
         "exclusive": lambda: ExclusiveRouterSpec(temperature_scale=scale),
         "top_k": lambda: TopKRouterSpec(k=1, skips=1, temperature_scale=scale),
         "expert_choice": lambda: ExpertChoiceRouterSpec(share=rate),

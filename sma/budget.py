@@ -77,6 +77,10 @@ class BudgetSpec(Spec):
         return min(1.0, rate * (1 + swing))
 
 
+SURE = 4.0
+"""Log-odds at which a router that samples counts as running everything: 98 % of the draws."""
+
+
 class Steered(NamedTuple):
     """A sub-module that is steered.
 
@@ -163,7 +167,7 @@ class BudgetController(nn.Module):
             decision, unit = decisions[steered.layer], self.routers[steered.layer].unit
             check_valid(decision.active, valid)
             logits = decision.logits[..., steered.place, :].double()
-            counts.append(_histogram((logits[..., 1] - logits[..., 0]) / unit, valid))
+            counts.append(_histogram((logits[..., 1] - logits[..., 0]) / unit - self._more(steered), valid))
         for layer in self._idling:
             margins = self.routers[layer].idle_margins(decisions[layer])
             counts.append(torch.zeros_like(counts[0]) if margins is None else _histogram(margins.double(), valid))
@@ -171,6 +175,11 @@ class BudgetController(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         return total
+
+    def _more(self, steered: Steered) -> float:
+        """Log-odds above the threshold that a token needs to count as active."""
+        everyone = self.spec.scheduled(steered.target, int(self.updates)) >= 1.0
+        return SURE if everyone and self.routers[steered.layer].samples else 0.0
 
     def _weight(self, counts: Tensor) -> float:
         """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count too much."""

@@ -82,6 +82,62 @@ def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = No
     return torch.stack(losses).mean() if losses else _zero(decisions)
 
 
+def policy_gradient_loss(
+    decisions: Sequence[Decision],
+    losses: Float[Tensor, "B"] | Float[Tensor, "B L"],
+    valid: Bool[Tensor, "B L"] | None = None,
+    *,
+    rates_are_held: bool = False,
+) -> Float[Tensor, ""]:
+    r"""The score function of sampled decisions: minus the mean of $A_{bt} (a_{bt} - p_{bt}) (u_1 - u_0)_{bt}$.
+
+    a is the draw, p its probability and u are the scores, so that the gradient is that of $A \log P(a)$: an unbiased estimate of that
+    of the expected loss over the draws, up to the positive factors by which the advantages A are standardised. Its value means
+    nothing. The advantage says how much less a row lost than the other rows of the batch, in standard deviations. Where losses are
+    given at positions, it counts those from the token's own position on: a causal model owes a token nothing that came before it, and
+    the variance is less. The mean is over valid tokens, sub-modules and layers.
+
+    Args:
+        decisions: those of routers that sample, whose `p_on` is the probability of having been active.
+        losses: of every row; or, of a causal model, of every position, 0 where nothing is asked. Their gradient is not used.
+        valid: False at padding; None where there is none.
+        rates_are_held: a budget holds the rates, so that only the differences between tokens count: the gradient then has a mean of 0
+            over the tokens. Without this, what all tokens have in common and the budget work against each other without end.
+
+    Raises:
+        InputError: the losses or the mask do not fit.
+
+    Reference:
+        Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992.
+    """
+    if not decisions:
+        return _zero(decisions)
+    rows, length = decisions[0].active.shape[:2]
+    if losses.shape not in ((rows,), (rows, length)):
+        raise InputError(f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})")
+    valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
+    advantage_BL = _advantage(losses.detach(), valid)
+    total = []
+    for decision in decisions:
+        drawn = decision.active.double() - decision.p_on.detach()
+        praise_BLM = (advantage_BL[..., None] * drawn).where(valid[..., None], 0)
+        if rates_are_held:
+            praise_BLM = praise_BLM - _mean(praise_BLM, valid)
+        margins = decision.logits[..., 1] - decision.logits[..., 0]
+        total.append(_mean(praise_BLM.to(margins.dtype) * margins, valid).mean())
+    return -torch.stack(total).mean()
+
+
+def _advantage(losses: Tensor, valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """Standard deviations by which each row loses less than the mean of the rows that have a token there."""
+    ahead = losses[:, None].expand(valid.shape) if losses.ndim == 1 else losses.flip(1).cumsum(1).flip(1)
+    ahead = ahead.double().where(valid, 0)
+    count = valid.sum(0).clamp(min=1)
+    gap = (ahead.sum(0) / count - ahead).where(valid, 0)
+    spread = (gap.square().sum(0) / count).sqrt()
+    return torch.where(spread > 0, gap / spread.where(spread > 0, 1), 0)
+
+
 def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:
     """Mean over the valid tokens; 0 where there is none."""
     check_valid(values_BLM, valid)

@@ -14,6 +14,7 @@ from sma.norms import BatchNorm, LayerNorm, Norm, RMSNorm, ScaleNorm
 from sma.ragged import Ragged
 from sma.routers import (
     AlwaysRouter,
+    BernoulliRouter,
     ExclusiveRouter,
     ExpertChoiceRouter,
     GumbelRouter,
@@ -230,6 +231,8 @@ def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]
     pairs = [list(zip(token[0::2], plus(token[1::2], shift), strict=True)) for token in scores]
     if isinstance(router, GumbelRouter):
         return [[sampled(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)]
+    if isinstance(router, BernoulliRouter):
+        return [[tossed(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)]
     assert isinstance(router, SMARouter)
     temperature = router.log_temperature.exp()[0]
     return [[switched(off / temperature, on / temperature) for off, on in token] for token in pairs]
@@ -314,13 +317,21 @@ def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: i
     return Choice(bool(on > off), 1 + relaxed - relaxed.detach(), p_on)
 
 
-def gumbel_draws(router: GumbelRouter, row: int, position: int, place: int) -> list[float]:
+def tossed(router: BernoulliRouter, off: Tensor, on: Tensor, row: int, position: int, place: int) -> Choice:
+    """The same sample, with a confidence of 1 that has no gradient."""
+    p_on = 1 / (1 + torch.exp(off - on))
+    if router.training:
+        off, on = (score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True))
+    return Choice(bool(on > off), torch.ones_like(p_on), p_on)
+
+
+def gumbel_draws(router: GumbelRouter | BernoulliRouter, row: int, position: int, place: int) -> list[float]:
     """What is added to the scores off and on of one sub-module at one token."""
     draws = (uniform(router.spec.seed, int(router.updates), row, position, 2 * place + switch) for switch in (0, 1))
     return [-math.log(-math.log(draw)) for draw in draws]
 
 
-def gumbel_noise(router: GumbelRouter, rows: int, length: int) -> Tensor:
+def gumbel_noise(router: GumbelRouter | BernoulliRouter, rows: int, length: int) -> Tensor:
     """The same for a batch without padding, `(B, L, M, 2)`."""
     places = range(len(router.names))
     noise = [[[gumbel_draws(router, row, position, place) for place in places] for position in range(length)] for row in range(rows)]

@@ -17,9 +17,11 @@ from sma.routers.fixed import NeverRouter as NeverRouter
 from sma.routers.fixed import NeverRouterSpec as NeverRouterSpec
 from sma.routers.fixed import RandomRouter as RandomRouter
 from sma.routers.fixed import RandomRouterSpec as RandomRouterSpec
-from sma.routers.independent import GumbelRouter as GumbelRouter
-from sma.routers.independent import GumbelRouterSpec as GumbelRouterSpec
 from sma.routers.independent import SMARouter as SMARouter
 from sma.routers.independent import SMARouterSpec as SMARouterSpec
 from sma.routers.independent import ThresholdRouter as ThresholdRouter
 from sma.routers.independent import ThresholdRouterSpec as ThresholdRouterSpec
+from sma.routers.sampled import BernoulliRouter as BernoulliRouter
+from sma.routers.sampled import BernoulliRouterSpec as BernoulliRouterSpec
+from sma.routers.sampled import GumbelRouter as GumbelRouter
+from sma.routers.sampled import GumbelRouterSpec as GumbelRouterSpec

@@ -48,6 +48,8 @@ class Router(nn.Module):
         names: the sub-modules, in the order of the decision's last axis.
         offset: what is added to the scores for on; None where the rates cannot be steered.
         most: the largest sum of the activation rates.
+        place: number of its layer among those of its model, which sets it.
+        samples: whether decisions are drawn in training, with the probability `p_on`.
         competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where there is one.
     """
 
@@ -55,6 +57,8 @@ class Router(nn.Module):
     state_kind: type[State] = NoState
     most: float = math.inf
     competing: bool = False
+    place: int = 0
+    samples: bool = False
     names: tuple[str, ...]
     offset: Tensor | None
 
@@ -115,7 +119,8 @@ class Router(nn.Module):
         if self.offset is None:
             kind = getattr(getattr(self, "spec", None), "kind", type(self).__name__)
             raise InputError(
-                f"the router kind {kind!r} cannot be steered to a rate; use 'sma', 'threshold', 'exclusive', 'top_k' or 'gumbel'"
+                f"the router kind {kind!r} cannot be steered to a rate; "
+                "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
             )
 
     def _continue(self, state: State | None, kind: type[StateKind], control_BLD: Tensor) -> StateKind | None:

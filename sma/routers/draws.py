@@ -1,7 +1,7 @@
 """Draws that depend on their keys alone, so that a stream cut into chunks draws what the whole does."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +32,12 @@ class DrawingRouter(Router):
     """A router that draws: each stream keeps the number of its row, wherever it is moved."""
 
     state_kind = RandomState
+
+    @property
+    def draws(self) -> int:
+        """The seed of this router's draws: that of its spec, moved on by its place, so that no layer draws as another does."""
+        spec: Any = self.spec
+        return int(spec.seed) + 2**31 * self.place
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
         """Make the state of `batch_size` streams; see `Router.init_state`."""

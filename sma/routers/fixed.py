@@ -88,7 +88,7 @@ class RandomRouterSpec(_FixedRouterSpec):
 
     kind: Literal["random"] = "random"
     rate: float = Field(ge=0.0, le=1.0, description="probability that a token runs a sub-module")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws; layers of one seed choose the same tokens")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
 
     def build(self, width: int, names: Sequence[str]) -> "RandomRouter":
         return RandomRouter(self, width, names)
@@ -106,4 +106,4 @@ class RandomRouter(DrawingRouter, _FixedRouter):
         self.p_on = spec.rate
 
     def _choose(self, like_BLM: Tensor, positions: Tensor | None, streams: State | None) -> Tensor:
-        return draw_for_tokens(like_BLM, positions, streams, self.spec.seed) < self.spec.rate
+        return draw_for_tokens(like_BLM, positions, streams, self.draws) < self.spec.rate

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from sma.decision import Decision
 from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
-from sma.routers.draws import DrawingRouter, draw_for_tokens
 from sma.spec import register
 from sma.submodule import State
 
@@ -109,89 +108,3 @@ class ThresholdRouter(ScoredRouter):
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         logits = torch.stack([threshold.expand_as(scores), scores], dim=-1)
         return Decision(keep_valid(scores > threshold, valid), confidence, logits, torch.sigmoid(scores - threshold), self.names)
-
-
-@register
-class GumbelRouterSpec(RouterSpec):
-    """Spec of `GumbelRouter`."""
-
-    kind: Literal["gumbel"] = "gumbel"
-    temperature: float = Field(default=1.0, ge=1e-4, le=1e4, description="of the relaxation, at the first update")
-    final_temperature: float = Field(default=0.3, ge=1e-4, le=1e4, description="of the relaxation, from update `anneal` on")
-    anneal: int = Field(default=2000, ge=0, description="updates from the first temperature to the final one, geometrically")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
-
-    @model_validator(mode="after")
-    def _falls(self) -> Self:
-        if self.final_temperature > self.temperature:
-            raise ValueError(f"final_temperature={self.final_temperature} must be at most temperature={self.temperature}; annealing cools")
-        return self
-
-    def build(self, width: int, names: Sequence[str]) -> "GumbelRouter":
-        return GumbelRouter(self, width, names)
-
-    def num_parameters(self, width: int, modules: int) -> int:
-        return 2 * modules * (width + 1)
-
-    def operations(self, width: int, modules: int) -> int:
-        return 2 * modules * width
-
-
-class GumbelRouter(DrawingRouter, ScoredRouter):
-    r"""Samples in training, and learns through the relaxed sample: straight-through Gumbel-softmax.
-
-    In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$, which happens with
-    probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn. The confidence is exactly 1; its gradient is that of
-    $\mathrm{softmax}(v / \tau)_1$, $\tau$ falling from `temperature` to `final_temperature`.
-
-    Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare sub-module is
-    tried again. Use it where `sma` settles too early. The draws depend on the seed, the number of updates, the row, the position and
-    the sub-module alone, so that chunks agree with the whole. The recipes tell the router the number of updates; a training loop of
-    your own calls `advance`, or the noise stays the same. The logits are those without noise, so a budget holds the rate of the
-    evaluation; in training it is the mean of `p_on`.
-
-    Args:
-        spec: temperatures and seed.
-        width: channels of the control state, D.
-        names: the sub-modules, M of them.
-
-    Shape:
-        control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
-
-    Reference:
-        Jang et al., "Categorical Reparameterization with Gumbel-Softmax", arXiv 1611.01144.
-    """
-
-    updates: Tensor
-
-    def __init__(self, spec: GumbelRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, 2 * len(names))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-
-    def advance(self, updates: int) -> None:
-        self.updates.fill_(updates)
-
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
-        noise = self._noise(scores, positions, streams) if self.training else torch.zeros_like(scores)
-        return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid)
-
-    def _noise(self, scores: Tensor, positions: Tensor | None, streams: State | None) -> Tensor:
-        # A draw is never 1, and one of 0, whose logarithm is infinite, moves by half a step of their grid.
-        draw = draw_for_tokens(scores, positions, streams, self.spec.seed, self.updates).clamp(min=2.0**-54)
-        return (-(-draw.log()).log()).to(scores.dtype)
-
-    def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
-        noisy = scores + noise
-        relaxed = torch.softmax(noisy / self._temperature.to(scores.dtype), dim=-1)[..., 1]
-        confidence = 1 + (relaxed - relaxed.detach())
-        active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
-        return Decision(active, confidence, scores, torch.softmax(scores, dim=-1)[..., 1], self.names)
-
-    @property
-    def _temperature(self) -> Tensor:
-        spec: Any = self.spec
-        done = (self.updates.double() / spec.anneal).clamp(max=1.0) if spec.anneal else self.updates.double().fill_(1.0)
-        return spec.temperature * (spec.final_temperature / spec.temperature) ** done
-
-    def _spread(self, offset: Tensor) -> Tensor:
-        return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)

@@ -75,7 +75,7 @@ def test_routers_that_learn_nothing_are_not_watched(said, kind, rate):
 
 def test_routers_are_those_whose_rate_can_change_or_those_whose_rate_is_fixed():
     known = {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.") and issubclass(spec, RouterSpec)}
-    changing = {"sma", "threshold", "gumbel", "exclusive", "top_k"}
+    changing = {"sma", "threshold", "gumbel", "bernoulli", "exclusive", "top_k"}
     assert known - set(FIXED_ROUTERS) == changing, "a new router: can its rate change? FIXED_ROUTERS lists those that fix it"
 
 

@@ -69,8 +69,8 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
     spec = load_experiment(PRESET)
     assert columns(spec) == ["gau", "gated_mlp", "conv", "mixed"]
     assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
-    assert len(ALL) == len(set(ALL)) == 48
-    assert Counter(cell.seed for cell in ALL) == {0: 40, 1: 4, 2: 4}
+    assert len(ALL) == len(set(ALL)) == 52
+    assert Counter(cell.seed for cell in ALL) == {0: 44, 1: 4, 2: 4}
     assert {(cell.column, cell.router) for cell in ALL if not cell.seed} == {(column, row) for column in columns(spec) for row in ROUTERS}
     assert {(cell.column, cell.router) for cell in ALL if cell.seed} == {("gau", router) for router in REPEATED}
 
@@ -88,6 +88,12 @@ def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(cell
     kept = tuple(mine.replace(router=own.router, modules=own.modules) for mine, own in zip(layers, base.model.layer_specs, strict=True))
     assert spec.model.replace(layers=kept) == base.model.replace(layers=base.model.layer_specs)
     steered = base.training if cell.router.endswith("+budget") else base.training.replace(budget=None)
+    if cell.router.startswith("bernoulli"):
+        assert spec.training.losses.policy == 1
+        slow = spec.training.router_learning_rate
+        assert slow is not None
+        assert slow < spec.training.learning_rate
+        steered = steered.replace(losses=spec.training.losses, router_learning_rate=slow)
     assert spec == base.replace(model=spec.model, seed=cell.seed, training=steered)
     if spec.training.budget is not None:  # every router that shall keep the rate can
         assert len(BudgetController.of(model, spec.training.budget).steered) == 3 * len(names)

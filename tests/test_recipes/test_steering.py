@@ -58,8 +58,8 @@ def test_losses_of_the_decisions_are_added_with_their_weights(data):
         + 0.5 * load_balance_loss(decisions, batch.valid)
         + 0.1 * z_loss(decisions, batch.valid)
     )
-    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid), wanted)
-    assert Classifier(spec.model.build(), tiny().training, 10).routing_loss(decisions, batch.valid) == 0
+    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.zeros(6)), wanted)
+    assert Classifier(spec.model.build(), tiny().training, 10).routing_loss(decisions, batch.valid, torch.zeros(6)) == 0
 
 
 def test_activation_checkpointing_changes_no_weight(data, tmp_path):

@@ -11,6 +11,7 @@ from sma import load_spec
 from sma.budget import BudgetController, BudgetSpec, calibrate, module_costs, routers_of
 from sma.errors import InputError, SpecError
 from sma.routers import (
+    BernoulliRouterSpec,
     ExclusiveRouterSpec,
     ExpertChoiceRouterSpec,
     GumbelRouterSpec,
@@ -27,7 +28,14 @@ STEERABLE = pytest.mark.parametrize(
     "spec",
     [
         pytest.param(spec, id=spec.kind)
-        for spec in (SMARouterSpec(), ThresholdRouterSpec(), GumbelRouterSpec(), ExclusiveRouterSpec(), TopKRouterSpec(k=1))
+        for spec in (
+            SMARouterSpec(),
+            ThresholdRouterSpec(),
+            GumbelRouterSpec(),
+            BernoulliRouterSpec(),
+            ExclusiveRouterSpec(),
+            TopKRouterSpec(k=1),
+        )
     ],
 )
 
@@ -37,7 +45,9 @@ def _router(spec, bias: float = 0.0, seed: int = 3) -> Router:
     router = spec.build(5, NAMES).double()
     spread(router, seed=seed)
     with torch.no_grad():
-        on = {"sma": slice(1, None, 2), "gumbel": slice(1, None, 2), "exclusive": slice(1, None)}.get(spec.kind, slice(None))
+        on = {"sma": slice(1, None, 2), "gumbel": slice(1, None, 2), "bernoulli": slice(1, None, 2), "exclusive": slice(1, None)}.get(
+            spec.kind, slice(None)
+        )
         router.bias[on] += bias
     return router
 

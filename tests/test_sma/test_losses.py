@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sma.decision import Decision
 from sma.errors import InputError
-from sma.losses import budget_loss, load_balance_loss, z_loss
+from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.routers import SMARouterSpec, TopKRouterSpec
 from tests.cases import masks, normal, spread
 from tests.streams import exactly, near
@@ -197,3 +197,70 @@ def test_without_layers_or_tokens_it_is_a_number(loss):
 def test_a_mask_that_does_not_fit_is_refused(loss, as_users_run):
     with pytest.raises(InputError, match=exactly("valid has shape (2, 5); required is (B, L) = (2, 6), as the input has")):
         loss([_random()], torch.ones(2, 5, dtype=torch.bool))
+
+
+def _draws(active: Tensor, margins: Tensor, names: tuple[str, ...] = NAMES) -> Decision:
+    """A decision drawn with the probabilities of these margins."""
+    return Decision(active, torch.ones_like(margins), torch.stack([torch.zeros_like(margins), margins], -1), margins.sigmoid(), names)
+
+
+class TestPolicyGradient:
+    @given(valid=masks(), at_positions=st.booleans(), held=st.booleans())
+    def test_gradient_is_that_of_the_loop(self, valid, at_positions, held):
+        rows, length = valid.shape
+        active = (normal(rows, length, 3, seed=5) > 0) & valid[..., None]
+        margins = normal(rows, length, 3).requires_grad_()
+        losses = normal(rows, length, seed=3).abs() if at_positions else normal(rows, seed=3).abs()
+        loss = policy_gradient_loss([_draws(active, margins)], losses, valid, rates_are_held=held)
+        wanted = torch.zeros(rows, length, 3, dtype=torch.float64)
+        for t in range(length):
+            here = [b for b in range(rows) if valid[b, t]]
+            ahead = {b: float(losses[b, t:].sum() if at_positions else losses[b]) for b in here}
+            mean = sum(ahead.values()) / max(1, len(here))
+            deviation = math.sqrt(sum((value - mean) ** 2 for value in ahead.values()) / max(1, len(here)))
+            for b in here:
+                advantage = (mean - ahead[b]) / deviation if deviation > 1e-12 else 0.0
+                for m in range(3):
+                    # The slope of log P(a) by the margin: 1 - p of what was drawn, -p of what was not.
+                    p = 1 / (1 + math.exp(-margins[b, t, m].item()))
+                    wanted[b, t, m] = -advantage * (1 - p if active[b, t, m] else -p) / (3 * int(valid.sum()))
+        if held and valid.any():
+            wanted = torch.where(valid[..., None], wanted - wanted[valid].mean(0), 0)
+        near(torch.autograd.grad(loss, [margins])[0], wanted, 1e-9)
+
+    def test_it_finds_the_token_that_the_others_need(self):
+        # Token 1 lowers the loss of its row where it runs; token 2 raises it a little; tokens 0 and 3 do nothing.
+        scores = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+        rows = 4000
+        active = torch.rand(rows, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) < 0.5
+        losses = 1.0 - 0.8 * active[:, 1, 0] + 0.2 * active[:, 2, 0]
+        decision = _draws(active, scores[None, :, None].expand(rows, 4, 1), ("mlp",))
+        (gradient,) = torch.autograd.grad(policy_gradient_loss([decision], losses), [scores])
+        # The covariance of a draw, whose variance is a quarter, with what it saves, in units of the spread of the losses.
+        deviation = math.sqrt(0.25 * (0.8**2 + 0.2**2))
+        near(gradient, torch.tensor([0, -0.8, 0.2, 0], dtype=torch.float64) / 4 / deviation / 4, 0.01)
+
+    def test_a_token_owes_nothing_to_what_came_before_it(self):
+        active, margins = normal(6, 5, 1, seed=5) > 0, normal(6, 5, 1).requires_grad_()
+        losses = normal(6, 5, seed=3).abs()
+        gradients = []
+        for change in (0.0, 7.0):
+            changed = losses.clone()
+            changed[:3, :2] += change
+            (gradient,) = torch.autograd.grad(policy_gradient_loss([_draws(active, margins, ("mlp",))], changed), [margins])
+            gradients.append(gradient)
+        assert torch.equal(gradients[0][:, 2:], gradients[1][:, 2:])
+        assert not torch.allclose(gradients[0][:, :2], gradients[1][:, :2])
+
+    def test_rows_that_lose_the_same_teach_nothing_and_sure_draws_give_no_nan(self):
+        margins = torch.tensor([-1e30, 1e30, 0.0, 800.0]).reshape(1, 4, 1).expand(3, 4, 1).contiguous().requires_grad_()
+        decision = _draws(torch.tensor([False, True, True, False]).reshape(1, 4, 1).expand(3, 4, 1), margins, ("mlp",))
+        assert not torch.autograd.grad(policy_gradient_loss([decision], torch.full((3,), 2.0)), [margins])[0].any()
+        (gradient,) = torch.autograd.grad(policy_gradient_loss([decision], torch.tensor([1.0, 2.0, 9.0])), [margins])
+        assert gradient.isfinite().all()
+        assert not gradient[:, :2].any()  # what was sure to be drawn as it was teaches nothing
+        assert policy_gradient_loss([], torch.ones(3)) == 0
+
+    def test_losses_of_another_shape_are_refused(self):
+        with pytest.raises(InputError, match=exactly("the losses have shape (3,); required is (B,) = (2,), or (B, L) = (2, 6)")):
+            policy_gradient_loss([_random()], torch.ones(3))

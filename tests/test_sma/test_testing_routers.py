@@ -30,6 +30,7 @@ OURS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"kind": "top_k", "k": 2, "skips": 2}, ("ties_are_inactive",)),
     ({"kind": "expert_choice", "share": 0.3}, ()),
     ({"kind": "gumbel"}, ("training_decides_as_evaluation", "active_is_where_on_beats_off", "gradients_are_right")),
+    ({"kind": "bernoulli"}, ("training_decides_as_evaluation", "active_is_where_on_beats_off")),
 ]
 
 

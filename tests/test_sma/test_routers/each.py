@@ -9,6 +9,7 @@ from torch import Tensor
 from sma.decision import Decision
 from sma.routers import (
     AlwaysRouterSpec,
+    BernoulliRouterSpec,
     ExclusiveRouterSpec,
     ExpertChoiceRouterSpec,
     GumbelRouterSpec,
@@ -30,6 +31,7 @@ SPECS: dict[str, RouterSpec] = {
     "threshold": ThresholdRouterSpec(),
     "low_threshold": ThresholdRouterSpec(threshold=0.2),
     "gumbel": GumbelRouterSpec(temperature=2.0, final_temperature=0.5, anneal=10, seed=3),
+    "bernoulli": BernoulliRouterSpec(seed=4),
     "exclusive": ExclusiveRouterSpec(temperature_scale=0.3),
     "top_k": TopKRouterSpec(k=2, temperature_scale=0.3),
     "top_k_of_skips": TopKRouterSpec(k=2, skips=2),
@@ -44,6 +46,7 @@ SPECS: dict[str, RouterSpec] = {
 ON_ROW: dict[str, Callable[[int], int]] = {
     "sma": lambda m: 2 * m + 1,
     "gumbel": lambda m: 2 * m + 1,
+    "bernoulli": lambda m: 2 * m + 1,
     "threshold": lambda m: m,
     "exclusive": lambda m: m + 1,
     "top_k": lambda m: m,
@@ -58,6 +61,11 @@ def routers(wanted: Callable[[RouterSpec], bool] = lambda spec: True) -> pytest.
 def is_learned(spec: RouterSpec) -> bool:
     """Whether it has weights."""
     return spec.kind not in ("always", "never", "random")
+
+
+def draws(spec: RouterSpec) -> bool:
+    """Whether it samples in training."""
+    return spec.kind in ("gumbel", "bernoulli")
 
 
 def is_steerable(spec: RouterSpec) -> bool:
@@ -76,7 +84,7 @@ def looks_at_the_score(spec: RouterSpec) -> bool:
 
 
 def router(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES, *, seed: int = 3) -> Router:
-    """A router in float64 with spread parameters and offsets, in training, where gumbel draws."""
+    """A router in float64 with spread parameters and offsets, in training, where some draw."""
     built = spec.build(width, names).double()
     spread(built, seed=seed)
     if built.offset is not None:

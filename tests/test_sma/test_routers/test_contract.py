@@ -17,6 +17,7 @@ from tests.test_sma.test_routers.each import (
     FIELDS,
     NAMES,
     SPECS,
+    draws,
     is_causal,
     is_learned,
     router,
@@ -89,7 +90,7 @@ class TestIndependence:
             changed = torch.cat([control[:, :4], torch.full((2, 3, 5), junk, dtype=torch.float64)], dim=1)
             same(part(changed)[0], part(control)[0], at=(slice(None), slice(0, 4)))
 
-    @routers(lambda spec: spec.kind not in ("random", "gumbel"))
+    @routers(lambda spec: spec.kind != "random" and not draws(spec))
     @given(count=st.integers(1, 4), row=st.integers(0, 3))
     def test_a_row_alone_is_decided_as_in_a_batch(self, spec, count, row):
         part, control = router(spec), normal(count, 6, 5)
@@ -97,7 +98,7 @@ class TestIndependence:
         for name in FIELDS:
             near(getattr(alone, name)[0], getattr(batch, name)[row % count])
 
-    @routers(lambda spec: spec.kind != "gumbel")
+    @routers(lambda spec: not draws(spec))
     def test_training_and_evaluation_decide_alike(self, spec):
         part, control = router(spec), normal(2, 7, 5)
         same(part.train()(control)[0], part.eval()(control)[0])
@@ -148,7 +149,7 @@ class TestStreams:
 
     @routers(is_causal)
     def test_a_state_of_another_part_is_refused(self, spec):
-        part, wanted = router(spec), "RandomState" if spec.kind in ("random", "gumbel") else "NoState"
+        part, wanted = router(spec), "RandomState" if spec.kind == "random" or draws(spec) else "NoState"
         name = type(part).__name__
         with pytest.raises(StateError, match=exactly(f"{name} got a state of class State; it needs {wanted}: see init_state")):
             part(normal(1, 2, 5), state=State())

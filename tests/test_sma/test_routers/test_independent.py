@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sma.errors import SpecError
 from sma.routers import GumbelRouterSpec, RouterSpec, SMARouterSpec, ThresholdRouterSpec
-from sma.routers import independent as module_of_gumbel
+from sma.routers import sampled as module_of_gumbel
 from tests import oracles
 from tests.cases import gradients, normal
 from tests.streams import near
@@ -20,7 +20,7 @@ SUBSETS = [frozenset(m for m, on in enumerate(switches) if on) for switches in p
 
 
 def _is_independent(spec: RouterSpec) -> bool:
-    return spec.kind in ("sma", "threshold", "gumbel")
+    return spec.kind in ("sma", "threshold", "gumbel", "bernoulli")
 
 
 @routers(_is_independent)

@@ -14,6 +14,7 @@ from tests.test_sma.test_routers.each import (
     FIELDS,
     NAMES,
     ON_ROW,
+    draws,
     is_learned,
     is_steerable,
     router,
@@ -55,14 +56,14 @@ class TestFormula:
                     torch.testing.assert_close(decision.confidence[b, place, m], choice.confidence)
                     torch.testing.assert_close(decision.p_on[b, place, m], choice.p_on)
         off, on = decision.logits.unbind(-1)
-        if spec.kind == "gumbel":  # its logits are those without the noise
+        if draws(spec):  # its logits are those without the noise
             decision = part.eval()(batch, valid, valid.cumsum(1) - 1)[0]
         tied = (on - off).abs() < 1e-9
         assert torch.equal(decision.active & ~tied, (on > off) & ~tied & valid[..., None])
         if spec.kind not in ("top_k", "expert_choice"):  # they break ties themselves
             assert not (decision.active & (on == off)).any()
 
-    @routers(is_learned)
+    @routers(lambda spec: is_learned(spec) and spec.kind != "bernoulli")  # whose confidence has no gradient; see below
     @pytest.mark.parametrize("training", [pytest.param(True, id="training"), pytest.param(False, id="evaluation")])
     def test_gradients_are_those_of_the_formula(self, spec, training):
         part, control = scored(spec).train(training), normal(2, 4, 5).requires_grad_()
@@ -72,8 +73,8 @@ class TestFormula:
         by_hand = torch.stack([torch.stack(row) for row in rows])
         torch.testing.assert_close(gradients(part(control)[0].confidence, inputs), gradients(by_hand, inputs))
 
-    # The confidence of gumbel is 1 whatever the scores are, so only its gradient says anything: see the test above.
-    @routers(lambda spec: is_learned(spec) and spec.kind != "gumbel")
+    # The confidence of routers that draw is 1 whatever the scores are: see the test above for its gradient.
+    @routers(lambda spec: is_learned(spec) and not draws(spec))
     def test_gradient_check_in_float64(self, spec):
         part, control = scored(spec), normal(2, 3, 5).requires_grad_()
         parameters = list(part.parameters())
@@ -88,8 +89,10 @@ class TestFormula:
         part, control = router(spec), normal(1, 4, 5).requires_grad_()
         decision = part(control)[0]
         assert not decision.active.requires_grad
-        for tensor in (decision.confidence, decision.p_on):
-            assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(tensor, [control, part.weight, part.bias]))
+        for name in ("confidence", "p_on"):
+            learns = (spec.kind, name) != ("bernoulli", "confidence")  # which is 1, with no gradient but zeros
+            found = gradients(getattr(part(control)[0], name), [control, part.weight, part.bias])
+            assert all(gradient.isfinite().all() and bool(gradient.any()) == learns for gradient in found)
 
     @routers(is_learned)
     @given(order=st.permutations(range(3)))
@@ -111,7 +114,7 @@ class TestFormula:
 
 def _rows(spec: RouterSpec, place: int) -> list[int]:
     """The rows of the weights that belong to a sub-module."""
-    if spec.kind in ("sma", "gumbel"):
+    if spec.kind in ("sma", "gumbel", "bernoulli"):
         return [2 * place, 2 * place + 1]
     return [ON_ROW.get(spec.kind, lambda m: m)(place)]
 
@@ -159,7 +162,8 @@ class TestOffset:
         part = router(spec)
         assert part.offset is None
         assert "offset" not in part.state_dict()
-        sentence = f"the router kind {spec.kind!r} cannot be steered to a rate; use 'sma', 'threshold', 'exclusive', 'top_k' or 'gumbel'"
+        steered = "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
+        sentence = f"the router kind {spec.kind!r} cannot be steered to a rate; {steered}"
         with pytest.raises(InputError, match=exactly(sentence)):
             part.check_targets({"mlp": 0.5})
 
