@@ -24,6 +24,9 @@ setup: .venv/.setup ## make .venv with what the recipes need
 demo: setup ## train SeqBoat on a small ListOps and evaluate it; OUT=folder says where the run goes
 	@$(BIN)/python -m sma.recipes.seqboat_lra --task listops --preset tiny --out "$(OUT)"
 
+sweep: .venv/.tune ## search how sparse and how wide SeqBoat should be on a small ListOps; ARGS="--samples 4" and so on
+	@$(BIN)/python -m sma.tune --task listops --preset tiny --samples 16 $(ARGS)
+
 test: .venv/.dev ## run the tests a contributor runs
 	@$(PYTEST) -m "not slow"
 
@@ -74,6 +77,11 @@ $(BIN)/pip:
 	@touch $@
 	@echo "ready: see make help, or use $(BIN)/python"
 
+.venv/.tune: .venv/.setup
+	@echo "installing Ray and Optuna"
+	@$(PIP) install -qq -c constraints.txt -e '.[tune]'
+	@touch $@
+
 .venv/.dev: .venv/.setup
 	@echo "installing what the tests and checks need"
 	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
@@ -89,5 +97,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo test test-all bench bench-stream bench-routing check clean
+.PHONY: help setup demo sweep test test-all bench bench-stream bench-routing check clean
 .DELETE_ON_ERROR:

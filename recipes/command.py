@@ -1,6 +1,7 @@
 """What the command lines of the recipes share: the options of a run, its folder, and errors as sentences."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from sma.errors import CheckpointError, SmaError, SpecError
 from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec, load_experiment
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where data is kept between runs unless --data says so."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-modular-activation"
 
 
@@ -36,7 +38,7 @@ class RunOptions(CommandOptions):
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
     out: Path | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
     resume: Path | None = Field(default=None, description="go on with the run in this folder")
-    data: Path = Field(default_factory=_cache, description="where data is kept between runs")
+    data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show a progress bar")
 
@@ -46,12 +48,18 @@ class RunOptions(CommandOptions):
         raise TypeError(f"{type(self).__name__} must define name")
 
 
+class ClassifierOptions(RunOptions):
+    """The options of the recipes that train a classifier."""
+
+    evaluate: Path | None = Field(default=None, description="test the model of the finished run in this folder again, instead of training")
+
+
 Options = TypeVar("Options", bound=CommandOptions)
 
 
 def parse(options: type[Options], arguments: list[str]) -> Options:
     """Read a command line."""
-    if not issubclass(options, RunOptions):
+    if "set" not in options.model_fields:
         return CliApp.run(options, cli_args=arguments)
     # By itself, because pydantic-settings cuts the values of a list at commas: {kind: sma, temperature_scale: 0.5} has one.
     parser = argparse.ArgumentParser(prog=options.model_config.get("cli_prog_name"), add_help=False, allow_abbrev=False)
@@ -71,6 +79,12 @@ def exit_code(command: Callable[[], object]) -> int:
         return 2
     except (SmaError, SettingsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}; make room, and go on with --resume and the run folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; go on with --resume and the run folder", file=sys.stderr)

@@ -16,7 +16,7 @@ from sma.recipes.tasks import TaskSpec
 from sma.spec import Spec, parse_setting
 
 # The files of a run folder.
-EXPERIMENT, SUMMARY, VERSIONS = "experiment.yaml", "summary.json", "versions.json"
+EXPERIMENT, SUMMARY, VERSIONS, EVALUATION = "experiment.yaml", "summary.json", "versions.json", "evaluation.json"
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 
@@ -27,6 +27,11 @@ class RoutingLosses(Spec):
     target: float | None = Field(default=None, ge=0.0, le=1.0, description="the rate that the budget loss pulls to")
     load_balance: float = Field(default=0.0, ge=0.0, description="weight of the load balance, for routers under which sub-modules compete")
     z: float = Field(default=0.0, ge=0.0, description="weight of the z-loss, which keeps scores small")
+    policy: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of the policy gradient of routers that sample; with a budget it begins when the first rate is no longer held",
+    )
 
     @model_validator(mode="after")
     def _has_a_target(self) -> Self:
@@ -42,6 +47,9 @@ class TrainingSpec(Spec):
     updates: int = Field(ge=1, description="optimiser steps of the whole training")
     batch_size: int = Field(ge=1, description="samples per update")
     learning_rate: float = Field(gt=0.0, description="at the end of the warm-up")
+    router_learning_rate: float | None = Field(
+        default=None, gt=0.0, description="learning rate of the routers' own parameters, on the same schedule; null: that of all others"
+    )
     weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled, times the learning rate")
     warmup: int = Field(default=0, ge=0, description="updates until the full learning rate")
     warmup_from: float = Field(default=1e-7, ge=0.0, description="learning rate of the first update of the warm-up")
@@ -127,7 +135,11 @@ def write_text(path: Path, text: str) -> None:
         raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space") from error
 
 
+def full_path(path: str) -> str:
+    """A field path of an experiment, which may have left out a leading `model.`."""
+    return f"model.{path}" if parse_path(path)[0] in {*ModelSpec.model_fields, "head"} else path
+
+
 def _setting(setting: str) -> tuple[str, Any]:
     path, value = parse_setting(setting)
-    in_model = parse_path(path)[0] in {*ModelSpec.model_fields, "head"}
-    return f"model.{path}" if in_model else path, value
+    return full_path(path), value

@@ -10,25 +10,17 @@ import torch
 from torch import Tensor
 
 from sma.model import SequenceModel
+from sma.recipes.confusion import Confusion, draw_confusion
 from sma.recipes.data.batch import UNSCORED
+from sma.recipes.maps import Example, Medium, draw_map, height_of
 from sma.recipes.tasks import Samples, TaskData
 from sma.stats import module_names
 
+_POSITIONS = 2_000_000
+"""How many are looked at; long samples are fewer."""
 
-class Example(NamedTuple):
-    """A sample that the figure shows.
-
-    Attributes:
-        texts: every position.
-        target: the right class; where answers are asked at positions, how many.
-        guess: the model's; how many of them it got right.
-        active: `(layers, positions)`, whether any sub-module ran.
-    """
-
-    texts: list[str]
-    target: int
-    guess: int
-    active: Tensor
+_BATCH = 2**17
+"""Positions that go through the model at once."""
 
 
 class Report(NamedTuple):
@@ -37,9 +29,12 @@ class Report(NamedTuple):
     Attributes:
         majority: share of the commonest class: what guessing it always would score.
         samples: how many samples were looked at.
-        by_text: activation rate per layer of every text that stands at a position, and how often it stands there.
+        by_text: activation rate per layer of every text that stands at a position, and how often it stands there; none for a sound.
         examples: samples for the figure.
         modules: the routed sub-modules of all layers.
+        medium: what the positions are.
+        class_names: of the classes; empty: they are called by their numbers.
+        confusion: of the whole split, where it was counted.
     """
 
     majority: float
@@ -47,21 +42,28 @@ class Report(NamedTuple):
     by_text: dict[str, tuple[list[float], int]]
     examples: list[Example]
     modules: tuple[str, ...] = ()
+    medium: Medium = Medium()
+    class_names: tuple[str, ...] = ()
+    confusion: Confusion | None = None
 
 
 @torch.no_grad()
 def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4) -> Report:
     """Look at which positions activate sub-modules, on up to `limit` samples of a split."""
     model.eval()
-    chosen = range(min(limit, len(samples)))
-    active: dict[str, list[Tensor]] = defaultdict(list)
+    medium = Medium(data.image_shape, data.sample_rate)
+    longest = max(1, int(samples.lengths.max()))
+    chosen = range(min(limit, len(samples), max(shown, _POSITIONS // longest)))
+    places: dict[str, int] = {}
+    stand: list[int] = []
+    seen: list[Tensor] = []
     examples = []
     modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
     lengths = samples.lengths[: len(chosen)]
     # Samples of middling length show the most on one line.
     wanted = set(torch.argsort((lengths - 40).abs(), stable=True)[: 4 * shown].tolist())
-    for part in torch.arange(len(chosen)).split(100):
+    for part in torch.arange(len(chosen)).split(min(100, max(1, _BATCH // longest))):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
         output = model(batch.inputs, batch.valid)
         guesses, answers = _answers(output.logits, batch.targets)
@@ -69,17 +71,31 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
             continue
         modules = module_names(output.decisions)
         ran = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
+        rows = model.spec.rows_per_sample
         for row, number in enumerate(part.tolist()):
-            texts = data.show(batch.inputs[row][batch.valid[row]].cpu())
-            mine = ran[:, row, : len(texts)]
-            for place, text in enumerate(texts):
-                active[text].append(mine[:, place])
+            own = slice(row * rows, (row + 1) * rows)  # a pair of documents is shown one after the other
+            valid = batch.valid[own].cpu()
+            values = batch.inputs[own].cpu()[valid]
+            mine = ran[:, own][:, valid]
+            texts: list[str] = []
+            if medium.sample_rate is None:  # numbers of a sound are all different: rates by number say nothing
+                texts = data.show(values)
+                stand += [places.setdefault(text, len(places)) for text in texts]
+                seen.append(mine)
             if number in wanted:
-                examples.append(Example(texts, answers[row], guesses[row], mine))
+                kept = values if medium != Medium() else None
+                examples.append(Example(texts, answers[row], guesses[row], mine, kept))
     targets = torch.cat([torch.as_tensor(samples[number][1]).reshape(-1) for number in range(len(samples))])
-    targets = targets[targets != UNSCORED]
-    by_text = {text: (torch.stack(masks).double().mean(0).tolist(), len(masks)) for text, masks in active.items()}
-    return Report(float(targets.bincount().max() / len(targets)), len(chosen), by_text, _of_both_sorts(examples, shown), modules)
+    majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
+    by_text = _by_text(places, torch.tensor(stand), torch.cat(seen, 1)) if stand else {}
+    return Report(majority, len(chosen), by_text, _of_both_sorts(examples, shown), modules, medium, data.class_names)
+
+
+def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tuple[list[float], int]]:
+    """The activation rate of every layer at every text; `stand` has the number of the text at each position."""
+    counts = stand.bincount()
+    rates = torch.stack([stand.bincount(layer.double()) for layer in ran], 1) / counts[:, None]
+    return {text: (rates[place].tolist(), int(counts[place])) for text, place in places.items()}
 
 
 def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[int]]:
@@ -116,6 +132,8 @@ def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
         ranked = sorted(common, key=lambda text: -report.by_text[text][0][busiest])
         shares = ", ".join(f"{text} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
         lines.append(f"what layer {busiest} runs  {shares}")
+    if report.confusion is not None:
+        lines += ["", report.confusion.table()]
     lines += ["", f"figure            {out / 'activation.png'}", f"model             {out / 'model'}   (sma.load reads it)"]
     lines += [f"metrics           {out / 'metrics'}, {out / 'tensorboard'}", f"summary           {out / 'summary.json'}", ""]
     return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
@@ -144,37 +162,37 @@ def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(report: Report, out: Path, title: str) -> Path:
-    """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`."""
+    """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
+
+    Pixels are drawn as images, sounds as waves, everything else as text; see `sma.recipes.maps`. Where the confusion of the classes was
+    counted, it is drawn into `confusion.png`.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(report.examples)
-    figure, axes = plt.subplots(
-        rows + 1, 1, figsize=(14, 1.35 * rows + 3.6), height_ratios=[1.0] * rows + [2.6], layout="constrained", squeeze=False
-    )
+    heights = [*(height_of(example, report.medium) for example in report.examples), 2.9]
+    figure = plt.figure(figsize=(14, sum(heights) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    for axis, example in zip(axes[:rows, 0], report.examples, strict=True):
-        layers, positions = example.active.shape
-        axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
-        axis.set_xticks(range(positions), example.texts, fontsize=8, family="monospace", rotation=90)
-        axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
-        axis.set_xticks([place - 0.5 for place in range(1, positions)], minor=True)
-        axis.set_yticks([place - 0.5 for place in range(1, layers)], minor=True)
-        axis.grid(which="minor", color="white", linewidth=1)
-        axis.tick_params(which="both", length=0)
-        verdict = "right" if example.guess == example.target else "wrong"
-        axis.set_title(
-            f"answer {example.target}, model says {example.guess} ({verdict}); dark: {' or '.join(report.modules)} ran here",
-            fontsize=9,
-            loc="left",
-        )
-    draw_rates(axes[rows, 0], out)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, example in zip(parts, report.examples, strict=False):
+        draw_map(part, example, report.medium, _caption(report, example))
+    draw_rates(parts[-1].subplots(), out)
     path = out / "activation.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    if report.confusion is not None:
+        draw_confusion(report.confusion, out / "confusion.png", title)
     return path
+
+
+def _caption(report: Report, example: Example) -> str:
+    names = report.class_names
+    answer, guess = (names[place] if names else str(place) for place in (example.target, example.guess))
+    verdict = "right" if example.guess == example.target else "wrong"
+    mark = "orange" if report.medium.image_shape is not None else "dark"
+    return f"answer {answer}, model says {guess} ({verdict}); {mark}: {' or '.join(report.modules)} ran here"
 
 
 def draw_rates(axis: Any, out: Path) -> None:

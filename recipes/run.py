@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -71,6 +71,7 @@ def fit(
     *,
     accelerator: str = "auto",
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> Fitted:
     """Train a learner and load its best checkpoint; a folder with a checkpoint of the same experiment goes on from there.
 
@@ -82,6 +83,7 @@ def fit(
         validation: batches of the validation split.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
+        callbacks: of Lightning, that watch the training.
 
     Raises:
         DataError: a batch or a loss that is not finite.
@@ -95,7 +97,7 @@ def fit(
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
-    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars])
+    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars, *callbacks])
     with interruptible():
         trainer.fit(learner, training(done), validation, ckpt_path=str(checkpoint) if done else None)
     best = torch.load(out / BEST, map_location="cpu", weights_only=True)

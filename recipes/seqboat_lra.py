@@ -2,6 +2,7 @@
 
 python recipes/seqboat_lra.py --task listops --preset tiny
 python recipes/seqboat_lra.py --resume RUN
+python recipes/seqboat_lra.py --evaluate RUN
 """
 
 import sys
@@ -10,11 +11,11 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import RunOptions, exit_code, experiment, parse
+from sma.recipes.command import ClassifierOptions, exit_code, experiment, parse
 from sma.recipes.report import describe_run, draw
 
 
-class Options(RunOptions):
+class Options(ClassifierOptions):
     """Train SeqBoat on a task of the Long Range Arena and evaluate it."""
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lra")
@@ -32,12 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Train and evaluate as the options say; returns the summary.
+def run(options: ClassifierOptions) -> dict[str, Any]:
+    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in `evaluation.json`.
 
     Raises:
         SmaError: a sentence for the user.
     """
+    if options.evaluate is not None:
+        from sma.recipes.evaluate import evaluate
+
+        return evaluate(options.evaluate, options)
     spec, out = experiment(options)
     from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
 

@@ -1,19 +1,22 @@
 """Classification: training, evaluation, and the whole run."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sma.errors import DataError
 from sma.model import ModelOutput, SequenceModel, build
-from sma.recipes.data.batch import UNSCORED, Batch, asked
-from sma.recipes.experiment import ExperimentSpec, TrainingSpec
+from sma.recipes.confusion import Confusion
+from sma.recipes.data.batch import UNSCORED, Batch, asked, where_asked
+from sma.recipes.experiment import EVALUATION, ExperimentSpec, TrainingSpec, write_text
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.report import Report, measure
 from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer, rates_by_module
@@ -21,6 +24,8 @@ from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import ClassificationTask, Samples, TaskData
 
 EVALUATION_BATCH = 200
+EVALUATION_TOKENS = 2**17
+"""Of a batch at most, so that memory does not grow with the length of the samples."""
 
 
 class Scores(nn.Module):
@@ -62,10 +67,12 @@ class Classifier(Learner):
     def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
         super().__init__(model, training)
         self.fit_scores, self.val_scores, self.test_scores = (Scores(classes, self.module_names) for _ in range(3))
+        self.confusion = MulticlassConfusionMatrix(classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One update; stops with a sentence where an input or the loss is not a number."""
-        output, logits, loss = self._run(batch)
+        output, logits, losses = self._run(batch)
+        loss = losses.mean()
         self.tokens_seen += int(batch.valid.sum())
         self.fit_scores.update(output, logits, batch)
         self.log("loss", loss.detach(), prog_bar=True)
@@ -76,7 +83,7 @@ class Classifier(Learner):
             if self.module_names:
                 self.log("rate", measures["fit_rate"], prog_bar=True, logger=False)
         self.steer(output.decisions, batch.valid)
-        return loss + self.routing_loss(output.decisions, batch.valid)
+        return loss + self.routing_loss(output.decisions, batch.valid, where_asked(losses, batch.targets))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
@@ -84,28 +91,34 @@ class Classifier(Learner):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the test split."""
-        self._score(batch, "test", self.test_scores)
+        logits = self._score(batch, "test", self.test_scores)
+        self.confusion.update(logits.argmax(-1), batch.targets[batch.targets != UNSCORED])
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of the whole split."""
         self.log_dict(self.val_scores.compute("val"))
 
+    def on_test_epoch_start(self) -> None:
+        """Count afresh."""
+        self.confusion.reset()
+
     def on_test_epoch_end(self) -> None:
         """Log the measures of the whole split."""
         self.log_dict(self.test_scores.compute("test"))
 
-    def _score(self, batch: Batch, split: str, scores: Scores) -> None:
-        output, logits, loss = self._run(batch)
+    def _score(self, batch: Batch, split: str, scores: Scores) -> Tensor:
+        output, logits, losses = self._run(batch)
         scores.update(output, logits, batch)
-        self.log(f"{split}_loss", loss, batch_size=len(batch.targets))
+        self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets))
+        return logits
 
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         logits, targets = asked(cast(Tensor, output.logits), batch.targets)  # an experiment's model has logits, or its spec is not valid
-        loss = nn.functional.cross_entropy(logits, targets)
-        self.check_loss(loss)
-        return output, logits, loss
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        self.check_loss(losses.mean())
+        return output, logits, losses
 
 
 def check_finite(batch: Batch, update: int) -> None:
@@ -131,7 +144,8 @@ def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int) ->
 
 def evaluation_loader(samples: Samples, data: TaskData) -> DataLoader[Any]:
     """All samples of a split once, sorted by length."""
-    batches = [part.tolist() for part in samples.lengths.argsort(stable=True).split(EVALUATION_BATCH)]
+    size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
+    batches = [part.tolist() for part in samples.lengths.argsort(stable=True).split(size)]
     return DataLoader(samples, batch_sampler=batches, collate_fn=data.collate)  # type: ignore[arg-type]
 
 
@@ -143,16 +157,26 @@ class Finished(NamedTuple):
     classifier: Classifier
 
 
-def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerator: str = "auto", progress: bool = True) -> Finished:
+def run_experiment(
+    spec: ExperimentSpec,
+    out: Path,
+    data: TaskData,
+    *,
+    accelerator: str = "auto",
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Finished:
     """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
     prepare(spec)
     task = cast(ClassificationTask, spec.task)
     classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
     batches = partial(training_loader, data, spec.training, spec.seed)
-    fitted = fit(classifier, spec, out, batches, evaluation_loader(data.validation, data), accelerator=accelerator, progress=progress)
+    validation = evaluation_loader(data.validation, data)
+    fitted = fit(classifier, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks)
     with interruptible():
         measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
-    report = measure(classifier.model, data.test, data)
+    confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
+    report = measure(classifier.model, data.test, data)._replace(confusion=confusion)
     results = {
         "test_accuracy": measured["test_accuracy"],
         "test_loss": measured["test_loss"],
@@ -160,6 +184,9 @@ def run_experiment(spec: ExperimentSpec, out: Path, data: TaskData, *, accelerat
         "activation_rates": rates_by_module(measured, classifier),
         "chance": task.chance,
         "majority": report.majority,
+        "per_class": confusion.per_class,
         "data": dict(data.hashes),
     }
+    figures = {"task": task.kind, "test_accuracy": measured["test_accuracy"], "test_loss": measured["test_loss"]}
+    write_text(out / EVALUATION, json.dumps({**figures, **confusion.record()}, indent=1))
     return Finished(finish(spec, out, classifier, fitted, results), report, classifier)

@@ -1,0 +1,139 @@
+"""Long Range Arena's release of Pathfinder: folders of PNG images, and text files that say what they are.
+
+    pathfinder32/curv_contour_length_14/imgs/BATCH/sample_NUMBER.png
+    pathfinder32/curv_contour_length_14/metadata/BATCH.npy
+
+The `.npy` files are text, whatever their names say: a line per image, fields between blanks, of which 0 is the folder, 1 the file and 3
+the label. Some images of the release are empty files; these are left out, as everybody does.
+
+Reference:
+    Tay et al., "Long Range Arena", arXiv 2011.04006; https://github.com/google-research/long-range-arena.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from sma.errors import DataError
+from sma.recipes.data.grey import SPLITS
+
+LEVEL = "curv_contour_length_14"
+"""The folder of Long Range Arena's level, the hardest of three."""
+
+_SPLIT_SEED = 42
+_HELD_OUT = 0.1
+
+
+class Record(NamedTuple):
+    """An image of the release: its path below the folder of the level, its class and its size on the disk."""
+
+    path: str
+    label: int
+    bytes: int
+
+
+def find_release(folder: Path, size: int) -> Path:
+    """Return the folder of the level for images of `size` pixels.
+
+    Raises:
+        DataError: it is not there.
+    """
+    name = f"pathfinder{size}"
+    places = [folder / name, folder / "lra_release" / name, folder / "lra_release" / "lra_release" / name]
+    for place in places:
+        if (place / LEVEL / "metadata").is_dir():
+            return place / LEVEL
+    raise DataError(
+        f"there is no {name}/{LEVEL} with imgs/ and metadata/ in {folder}, nor in lra_release below it; unpack lra_release.gz of Long "
+        "Range Arena there (https://github.com/google-research/long-range-arena says where it is), or generate the images: "
+        "data.source=generated"
+    )
+
+
+def list_release(root: Path) -> list[Record]:
+    """Return the images of a level that are not empty, by the number of their batch and in it in the order of its list.
+
+    Raises:
+        DataError: a list or an image is missing, or a line of a list is broken; names it.
+    """
+    lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and not path.name.startswith(".")]
+    for path in lists:
+        if not path.stem.isdigit():
+            raise DataError(f"{path} is not named after the number of a batch, such as 0.npy; move it elsewhere")
+    found: list[Record] = []
+    for path in sorted(lists, key=lambda path: int(path.stem)):
+        found += _read_list(path, root)
+    if len(found) < 3:
+        raise DataError(f"{root} has {len(found)} images that are not empty; three splits need at least 3")
+    return found
+
+
+def _read_list(path: Path, root: Path) -> list[Record]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: get the file again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) < 4 or fields[3] not in ("0", "1"):
+            raise DataError(
+                f"{path}, line {number}: {line[:60]!r} is not 'folder file number label …', with blanks between and a label of 0 or 1"
+            )
+        place = PurePosixPath(fields[0], fields[1])
+        if place.is_absolute() or ".." in place.parts:
+            raise DataError(f"{path}, line {number}: {str(place)!r} leads out of {root}; the list is damaged")
+        try:
+            size = (root / place).stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}, line {number} names {root / place}, which cannot be read: {error.strerror or error}") from error
+        if size:
+            found.append(Record(str(place), int(fields[3]), size))
+    return found
+
+
+def split_records(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Deal the images out at random, 80 % to train on and 10 % each to validate and to test on, the same way each time.
+
+    That is what `torch.utils.data.random_split` does with seed 42 and the split which the published models were measured on.
+    """
+    held_out = max(1, int(_HELD_OUT * len(records)))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    parts = order.split([len(records) - 2 * held_out, held_out, held_out])
+    return {split: [records[number] for number in part.tolist()] for split, part in zip(SPLITS, parts, strict=True)}
+
+
+def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.ndarray, "n L"]:
+    """Decode some images, row after row.
+
+    Raises:
+        DataError: a file is damaged or is no grey image of `size` pixels; names it.
+    """
+    from PIL import Image  # whoever generates the images needs no Pillow
+
+    images = np.empty((len(records), size * size), dtype=np.uint8)
+    for row, record in enumerate(records):
+        path = root / record.path
+        try:
+            with Image.open(path, formats=("PNG",)) as picture:
+                if picture.size != (size, size) or picture.mode != "L":
+                    width, height = picture.size
+                    raise DataError(
+                        f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; {size} x {size} grey ones are required"
+                    )
+                images[row] = np.asarray(picture).reshape(-1)
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for damage
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is truncated or damaged ({error}); get it again, or make it an empty file to leave it out") from error
+    return images

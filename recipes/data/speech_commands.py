@@ -1,0 +1,156 @@
+"""Speech Commands v0.02: one-second recordings of words, read from its folder or its archive, and kept as one array.
+
+A data folder holds one of the two, as they are published:
+
+| what | where |
+|---|---|
+| folder | `speech_commands_v0.02/{yes,no,…}/*.wav`, beside them `validation_list.txt` and `testing_list.txt` |
+| archive | `speech_commands_v0.02.tar.gz`, 2.3 GiB, from which the ten words are unpacked into that folder |
+
+Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
+`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes into memory, and
+`names.txt`. HASH is that of the names and sizes of the files, so another selection of files is another copy.
+
+Reference:
+    Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
+"""
+
+import hashlib
+import wave
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int16
+from rich.progress import track
+
+from sma.errors import DataError
+from sma.recipes.data.archives import unpack
+from sma.recipes.data.download import fetch
+from sma.recipes.data.files import HashedFile, cached_files
+
+CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+SAMPLE_RATE = 16_000
+SAMPLES = 16_000
+"""Of a clip: one second."""
+
+NAME = "speech_commands_v0.02"
+URL = f"http://download.tensorflow.org/data/{NAME}.tar.gz"
+SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
+"""Of the archive."""
+
+LISTS = ("validation_list.txt", "testing_list.txt")
+_FILES = ("clips.int16", "names.txt")
+
+
+class Clips(NamedTuple):
+    """All clips, sorted by word and name.
+
+    Attributes:
+        samples: of every clip, on the disk.
+        names: of every clip, such as `yes/0a7c2a8d_nohash_0.wav`.
+        lists: the names in the two lists of the publisher, by the name of the list; a missing list is empty.
+    """
+
+    samples: Int16[np.ndarray, "N 16000"]
+    names: list[str]
+    lists: dict[str, frozenset[str]]
+
+
+def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -> Clips:
+    """Return the clips of the ten words that have exactly 16,000 samples.
+
+    Args:
+        folder: holds the folder or the archive; and then the copy.
+        download: get the archive where neither is there.
+        progress: show bars.
+
+    Raises:
+        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not 16-bit mono at 16 kHz, named by file; or the
+            copy cannot be written.
+    """
+    source = _source(folder, download, progress)
+    files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
+    listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in files.items())
+    fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+    recipe = {"generator": "speech_commands", "version": 1, "files": len(files), "listing": fingerprint}
+    copy = folder / f"{NAME}-{fingerprint[:12]}"
+
+    def write(outputs: Mapping[str, HashedFile]) -> None:
+        samples, names = (outputs[name] for name in _FILES)
+        for name, path in track(files.items(), "Speech Commands", total=len(files), disable=not progress):
+            clip = read_wav(path)
+            if len(clip) == SAMPLES:
+                samples.write(clip.tobytes())
+                names.write(f"{name}\n".encode())
+
+    # `listing` under another key than the manifest's own list of files.
+    cached_files(copy, {"source": recipe}, _FILES, write)
+    names = (copy / _FILES[1]).read_text(encoding="utf-8").split()
+    found = {name.split("/")[0] for name in names}
+    for word in CLASSES:
+        if word not in found:
+            raise DataError(f"no clip of the word {word!r} in {source / word} has exactly {SAMPLES:,} samples; every word needs some")
+    # Copy on write, because torch wants memory that it might write to; nothing does.
+    clips = np.memmap(copy / _FILES[0], dtype="<i2", mode="c").reshape(-1, SAMPLES)
+    return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
+
+
+def read_wav(path: Path) -> Int16[np.ndarray, " S"]:
+    """Return the samples of a WAV file of 16-bit numbers, one channel, 16 kHz.
+
+    Raises:
+        DataError: it is no such file, or it is truncated.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            found = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate())
+            count = file.getnframes()
+            content = file.readframes(count)
+    except (wave.Error, EOFError) as error:
+        raise DataError(
+            f"{path} is no WAV file of plain samples, or it is truncated ({error or 'it ends too early'}); get it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if found != (1, 16, SAMPLE_RATE):
+        channels, bits, rate = found
+        raise DataError(
+            f"{path} has {channels} channel(s) of {bits} bits at {rate:,} Hz; required are 1 channel, 16 bits, {SAMPLE_RATE:,} Hz"
+        )
+    samples = np.frombuffer(content[: len(content) // 2 * 2], dtype="<i2")
+    if len(content) != 2 * count:
+        raise DataError(f"{path} is truncated: it has {len(samples):,} of the {count:,} samples that its header promises; get it again")
+    return samples
+
+
+def _source(folder: Path, download: bool, progress: bool) -> Path:
+    source, archive = folder / NAME, folder / f"{NAME}.tar.gz"
+    if source.is_dir():
+        return source
+    if not archive.is_file():
+        if not download:
+            raise DataError(
+                f"there is no Speech Commands data: looked for the folder {source} (with {CLASSES[0]}/*.wav and so on) and the archive "
+                f"{archive}; get it from {URL} and put it there, or set task.data.download=true, or try task.data.source=synthetic"
+            )
+        fetch(URL, archive, sha256=SHA256, progress=progress)
+    return unpack(archive, source, members=_is_wanted)
+
+
+def _is_wanted(name: str) -> bool:
+    parts = name.split("/")
+    return name in LISTS or (len(parts) == 2 and parts[0] in CLASSES and parts[1].endswith(".wav"))
+
+
+def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
+    """The recordings of a word, sorted by name: the order in which a file system lists them is no order."""
+    paths: Sequence[Path] = sorted((source / word).glob("*.wav"), key=lambda path: path.name)
+    if not paths:
+        raise DataError(f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}")
+    return ((f"{word}/{path.name}", path) for path in paths)
+
+
+def _read_list(path: Path) -> frozenset[str]:
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()

@@ -1,0 +1,38 @@
+"""SeqBoat on raw speech: ten words of Speech Commands, sample by sample.
+
+python recipes/seqboat_speech.py --preset tiny
+python recipes/seqboat_speech.py --resume RUN
+python recipes/seqboat_speech.py --evaluate RUN
+"""
+
+import sys
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from sma.recipes.command import ClassifierOptions, exit_code, parse
+from sma.recipes.seqboat_lra import run
+
+
+class Options(ClassifierOptions):
+    """Train SeqBoat on raw speech and evaluate it."""
+
+    model_config = SettingsConfigDict(cli_prog_name="seqboat_speech")
+
+    preset: Literal["tiny", "paper"] = Field(
+        default="tiny", description="synthetic words in minutes on one core, or Speech Commands in the paper's setting"
+    )
+
+    @property
+    def name(self) -> str:
+        return f"speech_{self.preset}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

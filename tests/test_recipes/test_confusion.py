@@ -1,0 +1,77 @@
+"""Confusion of classes: shares and tables against loops over answers."""
+
+import matplotlib.image
+import pytest
+import torch
+
+from sma.recipes.confusion import Confusion, draw_confusion
+
+TRUTH = [0, 0, 0, 1, 1, 3, 3, 3, 3]
+ANSWER = [0, 0, 1, 1, 1, 0, 0, 3, 2]
+
+
+def _counts(truth, answer, classes):
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for right, given in zip(truth, answer, strict=True):
+        counts[right, given] += 1
+    return counts
+
+
+@pytest.fixture
+def confusion():
+    return Confusion.of(_counts(TRUTH, ANSWER, 4), ("yes", "no", "up", "down"))
+
+
+def test_accuracy_per_class_is_the_share_of_right_answers(confusion):
+    for place, name in enumerate(confusion.names):
+        answers = [given for right, given in zip(TRUTH, ANSWER, strict=True) if right == place]
+        assert confusion.per_class[name] == (answers.count(place) / len(answers) if answers else None)
+    assert confusion.samples == 9
+    assert confusion.per_class["up"] is None
+
+
+def test_classes_without_names_are_called_by_their_numbers():
+    assert Confusion.of(torch.eye(3, dtype=torch.int64), ()).per_class == {"0": 1.0, "1": 1.0, "2": 1.0}
+
+
+def test_record_is_made_of_what_json_has(confusion):
+    assert confusion.record() == {
+        "per_class": {"yes": 2 / 3, "no": 1.0, "up": None, "down": 0.25},
+        "classes": ["yes", "no", "up", "down"],
+        "confusion": [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [2, 0, 1, 1]],
+    }
+
+
+def test_table_has_a_row_per_class_and_every_count_in_its_column(confusion):
+    head, *rows = confusion.table().splitlines()
+    assert [row.split() for row in rows] == [
+        ["yes", "66.7%", "2", "1", "·", "·"],
+        ["no", "100.0%", "·", "2", "·", "·"],
+        ["up", "-", "·", "·", "·", "·"],
+        ["down", "25.0%", "2", "·", "1", "1"],
+    ]
+    assert head.split() == ["class", "accuracy", "answered", "yes", "no", "up", "down"]
+    assert len({len(line) for line in (head, *rows)}) == 1
+
+
+def test_table_of_many_classes_has_the_worst_and_what_they_were_taken_for():
+    counts = 10 * torch.eye(30, dtype=torch.int64)
+    counts[7, 7], counts[7, 2], counts[7, 3] = 4, 5, 1
+    counts[11, 11], counts[11, 12] = 0, 10
+    counts[20] = 0
+    head, *rows = Confusion.of(counts, ()).table().splitlines()
+    assert head.split()[:3] == ["class", "accuracy", "samples"]
+    assert rows[0].split() == ["11", "0.0%", "10", "12", "(10)"]
+    assert rows[1].split() == ["7", "40.0%", "10", "2", "(5)"]
+    assert rows[2].endswith("nothing else")
+    assert (len(rows), rows[-1]) == (21, "and 10 more classes")
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_figure_is_an_image_with_something_on_it(tmp_path, classes):
+    counts = torch.eye(classes, dtype=torch.int64)
+    path = draw_confusion(Confusion.of(counts, ()), tmp_path / "confusion.png", "the title")
+    image = matplotlib.image.imread(path)
+    assert image[..., :3].std() > 0.1
+    other = matplotlib.image.imread(draw_confusion(Confusion.of(counts.flip(0), ()), tmp_path / "other.png", "the title"))
+    assert image.shape != other.shape or (image != other).any()

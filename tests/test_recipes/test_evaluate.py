@@ -1,0 +1,120 @@
+"""Evaluating a finished run again: the recorded figures come out exactly, and where they cannot, it is said why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from sma.checkpoint import load
+from sma.errors import CheckpointError, SpecError
+from sma.recipes.evaluate import changed, evaluate
+from sma.recipes.seqboat_lra import Options, main
+from sma.recipes.tasks.listops import ListOpsTask
+from sma.recipes.training import evaluation_loader
+
+
+@pytest.fixture
+def run(finished, data, tmp_path, monkeypatch):
+    """A copy of a finished run, whose data is made already."""
+    monkeypatch.setattr(ListOpsTask, "prepare", lambda self, folder, progress=True: data)
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _options(**settings):
+    return Options(accelerator="cpu", progress=False, **settings)
+
+
+def test_recorded_figures_come_out_to_the_last_bit(run, finished, capsys):
+    result = evaluate(run, _options())
+    assert result["reproduced"]
+    assert (result["test_accuracy"], result["test_loss"]) == tuple(finished[1].summary[name] for name in ("test_accuracy", "test_loss"))
+    said = capsys.readouterr().out
+    accuracy = f"{result['test_accuracy']:.4%}"
+    assert f"test accuracy     {accuracy} of 60 answers, recorded {accuracy}\n" in said
+    assert "reproduced        exactly" in said
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert (run / "confusion.png").stat().st_size > 5_000
+
+
+def test_confusion_and_accuracy_per_class_equal_a_loop_over_the_answers(run, data):
+    result = evaluate(run, _options())
+    model, counts = load(run / "model"), [[0] * 10 for _ in range(10)]
+    with torch.no_grad():
+        for batch in evaluation_loader(data.test, data):
+            for target, guess in zip(batch.targets.tolist(), model(batch.inputs, batch.valid).logits.argmax(-1).tolist(), strict=True):
+                counts[target][guess] += 1
+    assert result["confusion"] == counts
+    assert result["per_class"] == {str(k): counts[k][k] / sum(counts[k]) if any(counts[k]) else None for k in range(10)}
+
+
+def test_training_writes_what_an_evaluation_writes(run, finished):
+    before = json.loads((run / "evaluation.json").read_text())
+    again = evaluate(run, _options())
+    assert before == {name: again[name] for name in before}
+    assert finished[1].summary["per_class"] == before["per_class"]
+    assert finished[1].report.confusion.counts.tolist() == before["confusion"]
+
+
+def test_data_that_is_not_that_of_the_run_is_said(run, capsys):
+    summary = json.loads((run / "summary.json").read_text())
+    name = next(iter(summary["data"]))
+    summary["data"][name] = "0" * 64
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert evaluate(run, _options())["changed_data"] == [name]
+    assert f"data              not that of the run: {name} has another hash" in capsys.readouterr().out
+
+
+def test_model_that_is_not_that_of_the_run_is_said(run, capsys):
+    weights = run / "model" / "model.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata=metadata)
+    result = evaluate(run, _options())
+    assert not result["reproduced"]
+    said = capsys.readouterr().out
+    assert "reproduced        no, " in said
+    assert "points: " in said
+
+
+def test_hashes_are_compared_by_name():
+    assert changed({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["experiment.yaml", "summary.json"])
+def test_run_that_is_not_finished_is_refused(run, name):
+    (run / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"there is no finished run in '.*run': {name} is missing; give the folder of a run"):
+        evaluate(run, _options())
+
+
+def test_damaged_summary_is_a_sentence(run):
+    (run / "summary.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged: .*; the run must be repeated"):
+        evaluate(run, _options())
+
+
+def test_run_without_classes_is_refused(run):
+    from sma.recipes.experiment import load_experiment
+    from sma.spec import dump_spec
+
+    (run / "experiment.yaml").write_text(yaml.safe_dump(dump_spec(load_experiment("language_tiny"))))
+    with pytest.raises(SpecError, match="learned 'language', which has no classes; --evaluate tests classifiers"):
+        evaluate(run, _options())
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "1"], ["--set", "width=4"], ["--out", "x"], ["--resume", "x"], ["--spec", "x"]])
+def test_evaluation_takes_the_run_as_it_is(run, arguments, capsys):
+    assert main(["--evaluate", str(run), *arguments]) == 2
+    assert capsys.readouterr().err == "error: --evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out\n"
+
+
+def test_command_line_evaluates(run, capsys):
+    assert main(["--evaluate", str(run), "--no-progress", "--accelerator", "cpu"]) == 0
+    assert "reproduced        exactly" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""A run survives: killed on any sort of task it goes on to the weights of the uninterrupted one, and a full disk is a sentence."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sma.recipes import callbacks
+from sma.recipes.experiment import BEST, LAST
+from sma.recipes.seqboat_lra import main
+from tests.test_recipes.tiny import checkpoint, same
+from tests.test_recipes.tiny_speech import MODEL, speech_experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAINING = {"updates": 200, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
+# The tasks whose data is a text of ids have tests of their own: test_seqboat_lra.py and test_seqboat_lm.py.
+EXPERIMENTS = {
+    "digits": {"task": {"kind": "digits"}, "model": MODEL, "training": TRAINING, "threads": 1},
+    "speech": {**speech_experiment(source="synthetic", clips=200), "training": TRAINING},
+}
+
+
+def _spec(folder, experiment):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("task", EXPERIMENTS)
+def test_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(task, tmp_path):
+    spec = _spec(tmp_path, EXPERIMENTS[task])
+    common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
+    assert main(["--spec", str(spec), "--out", str(tmp_path / "whole"), *common]) == 0
+    out = tmp_path / "parts"
+    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", *common]
+    process = subprocess.Popen([*command, "--spec", str(spec), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out / LAST).is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists(), "it was over before it could be killed"
+    assert 0 < checkpoint(out)["global_step"] < 200
+    assert main(["--resume", str(out), *common]) == 0
+    for name in (LAST, BEST):
+        for part in ("state_dict", "optimizer_states", "global_step"):
+            assert same(checkpoint(out, name)[part], checkpoint(tmp_path / "whole", name)[part]), f"{part} of {name}"
+
+
+def _disk_that_is_full_after(monkeypatch, checkpoints):
+    """Let the disk take so many checkpoints; then half of the next one, and nothing more."""
+    left, write = [checkpoints], callbacks.write_atomically
+
+    def limited(path, fill):
+        if left[0] == 0:
+
+            def half(temporary):
+                fill(temporary)
+                os.truncate(temporary, temporary.stat().st_size // 2)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            return write(path, half)
+        left[0] -= 1
+        return write(path, fill)
+
+    monkeypatch.setattr(callbacks, "write_atomically", limited)
+
+
+def test_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch, capsys):
+    experiment = {**EXPERIMENTS["digits"], "training": {**TRAINING, "updates": 12, "warmup": 2, "evaluate_every": 4}}
+    spec, out = _spec(tmp_path, experiment), tmp_path / "run"
+    common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
+    assert main(["--spec", str(spec), "--out", str(tmp_path / "whole"), *common]) == 0
+    with monkeypatch.context() as patch:
+        _disk_that_is_full_after(patch, 3)  # best and last after 4 updates, and one of those after 8
+        assert main(["--spec", str(spec), "--out", str(out), *common]) == 2
+    complaint = capsys.readouterr().err
+    assert "No space left on device; the run folder must be writable and have space" in complaint
+    assert "Traceback" not in complaint
+    assert checkpoint(out)["global_step"] in (4, 8)
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert main(["--resume", str(out), *common]) == 0
+    assert same(checkpoint(out)["state_dict"], checkpoint(tmp_path / "whole")["state_dict"])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk", "quota"])
+def test_full_disk_anywhere_else_is_a_sentence_too(tmp_path, monkeypatch, capsys, code):
+    def full(*_, **__):
+        raise OSError(code, os.strerror(code), "metrics.csv")
+
+    monkeypatch.setattr("sma.recipes.training.run_experiment", full)
+    spec = _spec(tmp_path, EXPERIMENTS["digits"])
+    assert main(["--spec", str(spec), "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 2
+    expected = f"error: {os.strerror(code)} (metrics.csv); make room, and go on with --resume and the run folder\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_other_trouble_of_the_system_is_not_hidden(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("sma.recipes.training.run_experiment", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["--spec", str(_spec(tmp_path, EXPERIMENTS["digits"])), "--out", str(tmp_path / "run"), "--data", str(tmp_path)])

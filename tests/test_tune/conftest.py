@@ -1,0 +1,23 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def two_slots() -> Iterator[None]:
+    """A local cluster of two cores, which a sweep in this process then uses."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    ray.init(num_cpus=2, num_gpus=0, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all sweeps of the session keep their data."""
+    return tmp_path_factory.mktemp("data")

@@ -1,0 +1,59 @@
+"""A sweep whose trials take a second each, and ways to look at what it left."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sma.spec import dump_spec
+from sma.tune.records import TrialRecord
+from sma.tune.sweep import SweepSpec, make_sweep
+from tests.test_recipes.tiny import tiny
+
+SPACE: dict[str, Any] = {
+    "layers.layer.router.temperature_scale": {"kind": "loguniform", "low": 0.1, "high": 1.0},
+    "layers.layer.modules.attention.window": {"kind": "choice", "values": [4, 8, None]},
+    "training.budget.target": {"kind": "uniform", "low": 0.05, "high": 0.5},
+    "training.learning_rate": {"kind": "loguniform", "low": 0.002, "high": 0.01},
+}
+
+
+def small_sweep(settings: dict[str, Any] | None = None, **fields: Any) -> SweepSpec:
+    """A sweep of the tiny experiment; `settings` by field path."""
+    return make_sweep({"experiment": tiny(threads=1), "space": SPACE, **fields, "settings": settings or {}})
+
+
+def write_sweep(folder: Path, settings: dict[str, Any] | None = None) -> Path:
+    """The same as files for the command line; returns that of the sweep."""
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(dump_spec(tiny(threads=1))))
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({"experiment": str(folder / "experiment.yaml"), "settings": settings or {}, "space": SPACE}))
+    return path
+
+
+def done_trial(number: int, accuracy: float, rate: float, *, status: str = "finished", updates: int = 30, **values: Any) -> TrialRecord:
+    """The record of a trial as a driver leaves it."""
+    metrics = {
+        "update": updates,
+        "accuracy": accuracy,
+        "rate": rate,
+        "microseconds_per_token": 10.0 + number,
+        "operations_per_token": 1e3 * rate,
+    }
+    history = [{**metrics, "update": update} for update in range(10, updates + 1, 10)]
+    test = {"test_accuracy": accuracy - 0.01} if status == "finished" else {}
+    record = TrialRecord(number, values, 0, status=status, metrics={**metrics, **test}, history=history)  # type: ignore[arg-type]
+    record.busy = {"100.000 7": 12.0}
+    return record
+
+
+def wait_for(found: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What `found` returns once that is something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen in {seconds} s")

@@ -1,0 +1,45 @@
+from typing import Any
+
+import pytest
+
+from sma.errors import SpecError
+from sma.tune.cluster import ResourceSpec, Slots, local_node, plan_slots
+
+TWO = [{"CPU": 2.0}]
+GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "samples", "expected"),
+    [
+        pytest.param({}, TWO, 16, Slots(2, 1, 0.0), id="two-of-one-core"),
+        pytest.param({}, TWO, 1, Slots(1, 1, 0.0), id="no-more-than-trials"),
+        pytest.param({"cpus": 2}, [{"CPU": 3.0}, {"CPU": 5.0}], 16, Slots(3, 2, 0.0), id="whole-trials-per-machine"),
+        pytest.param({"concurrent": 1}, TWO, 16, Slots(1, 1, 0.0), id="fewer"),
+        pytest.param({}, GPUS, 16, Slots(2, 1, 1.0), id="one-gpu-each"),
+        pytest.param({"gpus": 0.25}, GPUS, 16, Slots(8, 1, 0.25), id="shares"),
+        pytest.param({"gpus": 0.6}, GPUS, 16, Slots(2, 1, 0.6), id="shares-of-one-device"),
+        pytest.param({"gpus": 0, "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="none-wanted"),
+    ],
+)
+def test_slots_are_what_fits(asked: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots) -> None:
+    assert plan_slots(ResourceSpec(**asked), nodes, samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "message"),
+    [
+        pytest.param({"cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}], r"no machine has 3 CPUs.*2 CPUs and 0 GPUs; 2 CPUs", id="cpus"),
+        pytest.param({"gpus": 1}, TWO, r"no machine has 1 CPUs and 1 GPUs.*lower --cpus or --gpus", id="gpus"),
+        pytest.param({"concurrent": 3}, TWO, r"--concurrent 3 trials.*room for 2", id="concurrent"),
+        pytest.param({"gpus": 1.5}, GPUS, r"a share of one GPU or a whole number", id="odd-share"),
+        pytest.param({}, [], r"there is nothing", id="no-machines"),
+    ],
+)
+def test_an_impossible_demand_is_refused(asked: dict[str, Any], nodes: list[dict[str, float]], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        plan_slots(ResourceSpec(**asked), nodes, 16)
+
+
+def test_this_machine_has_a_core() -> None:
+    assert local_node()["CPU"] >= 1

@@ -1,0 +1,87 @@
+"""Sweeps in real processes of Ray's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sma.checkpoint import load
+from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, load_experiment
+from sma.tune.driver import run_sweep
+from sma.tune.folder import start_sweep
+from sma.tune.records import TrialRecord, load_records
+from sma.tune.storage import Storage
+from sma.tune.sweep import SweepSpec
+from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
+from tests.test_tune.faulty import FaultySpec
+from tests.test_tune.sweeps import small_sweep
+
+pytestmark = pytest.mark.slow
+
+FAULT = "layers.layer.modules.attention.fault"
+
+
+def run(sweep: SweepSpec, folder: Path, data_folder: Path) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
+    """Run a sweep to its end; its summary, folder and records."""
+    storage = Storage(folder)
+    if not storage.names():
+        start_sweep(sweep, storage)
+    summary = run_sweep(sweep, storage, data_folder=data_folder, accelerator="cpu", progress=False)
+    return summary, storage, load_records(storage)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    two_slots: None, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
+    return run(small_sweep(samples=4, stopping=None), tmp_path_factory.mktemp("sweep") / "s", data_folder)
+
+
+def test_every_trial_is_trained_and_kept(finished: tuple[dict[str, Any], Storage, list[TrialRecord]]) -> None:
+    summary, storage, records = finished
+    assert (summary["finished"], summary["failed"], summary["slots"]) == (4, 0, 2)
+    assert [record.number for record in records] == [0, 1, 2, 3]
+    sweep = small_sweep(samples=4, stopping=None)
+    for record in records:
+        assert [entry["update"] for entry in record.history] == [10, 20, 30]
+        assert record.seconds > 0
+        folder = Path(storage.address(record.checkpoint or ""))
+        assert load_experiment(folder / EXPERIMENT) == sweep.trial(record.values)
+        assert load(folder / "model").spec == sweep.trial(record.values).model
+        assert (folder / SUMMARY).is_file()
+
+
+def test_trial_0_is_what_the_recipe_trains(finished: tuple[dict[str, Any], Storage, list[TrialRecord]], tmp_path: Path) -> None:
+    _, storage, records = finished
+    own = train(tiny(threads=1), tmp_path / "run", tiny_data(tmp_path / "data"))
+    kept = Path(storage.address(records[0].checkpoint or ""))
+    assert same(checkpoint(kept, LAST)["state_dict"], checkpoint(tmp_path / "run", LAST)["state_dict"])
+    assert records[0].metrics["test_accuracy"] == own.summary["test_accuracy"]
+
+
+def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    layer = {**MODEL["layers"]["layer"], "modules": {"attention": FaultySpec().model_dump()}}  # type: ignore[index]
+    space = {FAULT: {"kind": "choice", "values": ["none", "crash", "memory", "nan", "exit"]}}
+    sweep = small_sweep({"layers.layer": layer}, space=space, samples=6, stopping=None, restarts=1)
+    start_sweep(sweep, Storage(tmp_path / "s"))
+    # Trials that an earlier driver had drawn and not finished come first, with these values.
+    for number, fault in enumerate(("crash", "memory", "nan", "exit", "none"), start=1):
+        TrialRecord(number, {FAULT: fault}, 0).save(Storage(tmp_path / "s"))
+    summary, storage, records = run(sweep, tmp_path / "s", data_folder)
+    assert (summary["finished"], summary["failed"]) == (1, 4)
+    reasons = {record.values[FAULT]: record.reason for record in records if record.status == "failed"}
+    assert reasons["crash"] == "RuntimeError: broken on purpose"
+    assert reasons["memory"].startswith("out of memory: tried to allocate 80 GiB; a lower training.batch_size")
+    assert reasons["nan"].startswith("the loss of update 15 is nan")
+    assert reasons["exit"].startswith("its process died 2 times")
+    assert [record.restarts for record in records if record.values.get(FAULT) == "exit"] == [1]
+    assert [entry["update"] for entry in next(record for record in records if record.values[FAULT] == "nan").history] == [10]
+    assert storage.names("best") == ["trial_0005.yaml"]
+
+
+def test_threads_of_a_trial_leave_the_other_cores_alone(finished: tuple[dict[str, Any], Storage, list[TrialRecord]]) -> None:
+    summary, _, records = finished
+    assert torch.get_num_threads() == 1
+    assert summary["busy_slot_seconds"] == pytest.approx(sum(record.seconds for record in records), abs=0.1)
+    assert summary["busy_slot_seconds"] <= summary["slots"] * summary["seconds"]

@@ -1,0 +1,123 @@
+"""Processes that are killed while a sweep runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_tune.sweeps import wait_for, write_sweep
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = {"training.updates": 600, "training.evaluate_every": 20, "training.batch_size": 16}
+PATIENCE = 150.0
+
+
+@contextmanager
+def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A sweep in a process of its own, killed at the end if it still runs."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sma.tune", *arguments, "--accelerator", "cpu"], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def records(folder: Path) -> dict[int, dict[str, Any]]:
+    return {int(path.stem): json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+
+
+def evaluated(folder: Path, number: int, least: int) -> dict[str, Any] | None:
+    """A running trial with so many evaluations and a checkpoint."""
+    found = records(folder).get(number, {})
+    return found if len(found.get("history", [])) >= least and found.get("checkpoint") and found["status"] == "running" else None
+
+
+def process_of(record: dict[str, Any]) -> int:
+    return int(list(record["busy"])[-1].split()[1])
+
+
+def alive(process: int) -> bool:
+    """Whether there is such a process, and it is more than an entry that nobody has asked for."""
+    try:
+        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def updates(record: dict[str, Any]) -> list[int]:
+    return [int(entry["update"]) for entry in record["history"]]
+
+
+def start(tmp_path: Path, samples: int, settings: dict[str, Any]) -> list[str]:
+    space = write_sweep(tmp_path, settings)
+    return [f"--space={space}", f"--samples={samples}", "--no-stop", f"--storage={tmp_path / 's'}", f"--data={tmp_path / 'data'}"]
+
+
+def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    folder, log = tmp_path / "s", tmp_path / "log"
+    with driver(*start(tmp_path, 1, LONG), log=log) as process:
+        before = wait_for(lambda: evaluated(folder, 0, 2), PATIENCE, "an evaluation")
+        os.kill(process_of(before), signal.SIGKILL)
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    after = records(folder)[0]
+    assert (after["status"], after["restarts"]) == ("finished", 1)
+    assert len(after["busy"]) == 2
+    assert updates(after) == list(range(20, 601, 20))
+    assert after["history"][: len(before["history"])] == before["history"]
+
+
+def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Path) -> None:
+    folder, log = tmp_path / "s", tmp_path / "log"
+    with driver(*start(tmp_path, 4, {**LONG, "training.updates": 200}), log=log) as process:
+        wait_for(lambda: any(record["status"] == "finished" for record in records(folder).values()), PATIENCE, "the end of a trial")
+        running = wait_for(
+            lambda: next((found for number in range(4) if (found := evaluated(folder, number, 1))), None), PATIENCE, "another trial"
+        )
+        process.kill()
+        process.wait()
+    before = records(folder)
+    with driver(f"--resume={folder}", f"--data={tmp_path / 'data'}", log=log) as process:
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    after = records(folder)
+    assert [after[number]["status"] for number in range(4)] == ["finished"] * 4
+    for number, record in before.items():
+        if record["status"] == "finished":
+            assert after[number] == record
+    again = after[running["number"]]
+    assert again["values"] == running["values"]
+    assert updates(again) == list(range(20, 201, 20))
+    assert len(again["busy"]) == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["trials"], summary["failed"]) == (4, 0)
+
+
+def test_control_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
+    folder, log = tmp_path / "s", tmp_path / "log"
+    with driver(*start(tmp_path, 1, LONG), log=log) as process:
+        wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130, log.read_text()
+    assert f"go on with: python -m sma.tune --resume {folder}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    left = process_of(records(folder)[0])
+    wait_for(lambda: not alive(left), 30, "the end of the trial's process")
+    with driver(f"--resume={folder}", f"--data={tmp_path / 'data'}", log=log) as process:
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    after = records(folder)[0]
+    assert (after["status"], len(after["busy"])) == ("finished", 2)
+    assert updates(after) == list(range(20, 601, 20))

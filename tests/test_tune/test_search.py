@@ -1,0 +1,141 @@
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune.search import Searcher
+
+from sma.tune.search import Halving, Search
+from sma.tune.space import searched
+from sma.tune.storage import Storage
+from sma.tune.sweep import SweepSpec
+from tests.test_tune.sweeps import SPACE, done_trial, small_sweep
+
+RATE, WINDOW = "training.learning_rate", "layers.layer.modules.attention.window"
+
+
+def finish(search: Search, trial_id: str, accuracy: float, rate: float) -> None:
+    search.on_trial_complete(trial_id, {"status": "finished", "metrics/accuracy": accuracy, "metrics/rate": rate})
+
+
+def run(search: Search, count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Hand out trials and finish each with a measure that depends on its values."""
+    suggested = []
+    for place in range(start, start + count):
+        config = search.suggest(f"t{place}")
+        assert isinstance(config, dict)
+        suggested.append(config)
+        finish(search, f"t{place}", config["values"].get(RATE, 0.003), 0.5)
+    return suggested
+
+
+def test_trial_0_is_the_experiment_and_the_others_fit_it(tmp_path: Path) -> None:
+    sweep = small_sweep(samples=12)
+    search = Search(sweep, Storage(tmp_path))
+    suggested = run(search, 12)
+    assert suggested[0] == {"number": 0, "values": {}, "checkpoint": None}
+    assert [config["number"] for config in suggested] == list(range(12))
+    for config in suggested[1:]:
+        assert list(config["values"]) == searched(sweep.space)
+        sweep.trial(config["values"])
+    assert search.suggest("t12") == Searcher.FINISHED
+
+
+def test_the_same_seed_searches_the_same(tmp_path: Path) -> None:
+    found = [run(Search(small_sweep(samples=9, seed=seed), Storage(tmp_path)), 9) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0][1:] != found[2][1:]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["in-the-space", "outside"])
+def test_trial_0_teaches_the_search_where_the_space_has_it(tmp_path: Path, known: bool) -> None:
+    space = {path: SPACE[path] for path in (RATE, WINDOW)} if known else {RATE: {"kind": "uniform", "low": 0.1, "high": 0.2}}
+    search = Search(small_sweep(space=space), Storage(tmp_path))
+    run(search, 1)
+    assert [trial.params for trial in search.study.trials] == ([{RATE: 0.003, WINDOW: 1}] if known else [])
+
+
+def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
+    search = Search(small_sweep(), Storage(tmp_path))
+    for place, result in enumerate(
+        [None, {"status": "failed", "metrics/accuracy": 0.9, "metrics/rate": 0.1}, {"metrics/accuracy": float("nan")}]
+    ):
+        run(search, 1, start=2 * place)
+        search.suggest(f"t{2 * place + 1}")
+        search.on_trial_complete(f"t{2 * place + 1}", result, error=result is None)
+    assert {trial.state.name for trial in search.study.trials if trial.values is None} == {"FAIL"}
+    assert len(search.study.best_trials) <= 2
+
+
+def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
+    sweep = small_sweep(samples=6)
+    values = {"training.learning_rate": 0.005, WINDOW: None, "training.budget.target": 0.2, "layers.layer.router.temperature_scale": 0.5}
+    done = [done_trial(0, 0.5, 0.5), done_trial(1, 0.6, 0.4, **values), done_trial(3, 0.3, 0.4, status="stopped", updates=10, **values)]
+    left = done_trial(2, 0.4, 0.3, status="running", **values)
+    left.checkpoint = "trials/driver-0/0002/checkpoint_000001"
+    search = Search(sweep, Storage(tmp_path), [*done, left])
+    assert [trial.values for trial in search.study.trials if trial.values] == [[0.6, 0.4], [0.3, 0.4]]
+    again = search.suggest("a")
+    assert again == {"number": 2, "values": values, "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001"}
+    finish(search, "a", 0.7, 0.1)
+    assert [config["number"] for config in run(search, 2)] == [4, 5]
+    assert search.suggest("b") == Searcher.FINISHED
+
+
+class FakeTrial(NamedTuple):
+    """What halving looks at."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+def decide(halving: Halving, number: int, update: int, accuracy: float, status: str = "running") -> str:
+    trial = FakeTrial(f"t{number}", {"number": number})
+    if trial.trial_id not in halving._trial_info:
+        halving.on_trial_add(None, trial)
+    return str(halving.on_trial_result(None, trial, {"update": update, "accuracy": accuracy, "status": status}))
+
+
+def halving_sweep(**fields: Any) -> SweepSpec:
+    return small_sweep({"training.updates": 40}, stopping={"grace": 10, "reduction": 2}, **fields)
+
+
+def test_the_weak_half_is_stopped_at_equal_updates() -> None:
+    halving = Halving(halving_sweep())
+    assert [decide(halving, number, 5, 0.0) for number in (1, 2)] == ["CONTINUE", "CONTINUE"]
+    assert [decide(halving, number, 10, accuracy) for number, accuracy in ((1, 0.5), (2, 0.4), (3, 0.6))] == [
+        "CONTINUE",
+        "STOP",
+        "CONTINUE",
+    ]
+    assert decide(halving, 1, 20, 0.7) == "CONTINUE"
+    assert decide(halving, 3, 20, 0.6) == "STOP"
+
+
+def test_trial_0_is_never_stopped_and_is_what_others_are_measured_by() -> None:
+    halving = Halving(halving_sweep())
+    assert decide(halving, 1, 10, 0.9) == "CONTINUE"
+    assert decide(halving, 0, 10, 0.8) == "CONTINUE"
+    assert decide(halving, 2, 10, 0.82) == "STOP"
+
+
+def test_a_trial_that_is_through_is_not_stopped_before_its_test() -> None:
+    halving = Halving(halving_sweep())
+    assert [decide(halving, number, 40, 1 / (1 + number)) for number in (1, 2, 3)] == ["CONTINUE"] * 3
+    assert decide(halving, 4, 10, 0.0, status="failed") == "CONTINUE"
+
+
+HALVED = halving_sweep()
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6), st.floats(0.0, 1.0))
+def test_a_new_driver_stops_what_the_old_one_would_have_stopped(known: list[float], accuracy: float) -> None:
+    sweep = HALVED
+    old = Halving(sweep)
+    kept = []
+    for number, value in enumerate(known, start=1):
+        status = "stopped" if decide(old, number, 10, value) == "STOP" else "finished"
+        kept.append(done_trial(number, value, 0.5, status=status, updates=10))
+    assert decide(Halving(sweep, kept), 9, 10, accuracy) == decide(old, 9, 10, accuracy)

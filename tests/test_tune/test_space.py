@@ -1,0 +1,149 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sma.errors import SpecError
+from sma.tune.space import Choice, DistributionSpec, Fixed, Int, LogUniform, QUniform, Uniform, value_at, with_values
+from tests.test_recipes.tiny import tiny
+from tests.test_tune.sweeps import SPACE, small_sweep
+
+
+class Ends:
+    """Draws the first or the last of what there is."""
+
+    def __init__(self, last: bool) -> None:
+        self.last = last
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        return high if self.last else low
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        return high if self.last else low
+
+    def suggest_categorical(self, name: str, choices: list[int]) -> int:
+        return choices[-1] if self.last else choices[0]
+
+
+EACH = [
+    pytest.param(Uniform(low=-1.0, high=2.0), id="uniform"),
+    pytest.param(LogUniform(low=0.1, high=10.0), id="loguniform"),
+    pytest.param(QUniform(low=0.1, high=0.7, step=0.1), id="quniform"),
+    pytest.param(Int(low=1, high=64, log=True), id="int"),
+    pytest.param(Choice(values=(8, None, "gau", {"kind": "sma"})), id="choice"),
+    pytest.param(Fixed(value=3), id="fixed"),
+]
+
+
+@pytest.mark.parametrize("distribution", EACH)
+def test_what_is_drawn_at_the_ends_was_probed_and_is_known_again(distribution: DistributionSpec) -> None:
+    drawn = [distribution.draw(Ends(last), "x") for last in (False, True)]
+    assert drawn == [distribution.probes[0], distribution.probes[-1]]
+    assert None not in [distribution.encode(value) for value in drawn]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "value"),
+    [
+        pytest.param(Uniform(low=0.0, high=1.0), 1.5, id="above"),
+        pytest.param(Uniform(low=0.0, high=1.0), None, id="null"),
+        pytest.param(Uniform(low=0.0, high=1.0), True, id="true-is-no-number"),
+        pytest.param(QUniform(low=0.0, high=1.0, step=0.25), 0.3, id="between-steps"),
+        pytest.param(Int(low=1, high=9), 2.5, id="no-whole-number"),
+        pytest.param(Choice(values=(1, 2)), 3, id="no-choice"),
+        pytest.param(Choice(values=(1, 2)), True, id="true-is-not-one"),
+    ],
+)
+def test_a_value_that_is_never_drawn_has_no_code(distribution: DistributionSpec, value: Any) -> None:
+    assert distribution.encode(value) is None
+
+
+@given(st.integers(-20, 20), st.integers(1, 30), st.sampled_from([0.05, 0.1, 0.25, 1.0, 3.0]))
+def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) -> None:
+    distribution = QUniform(low=first * step, high=first * step + steps * step, step=step)
+    assert None not in [distribution.encode(first * step + number * step) for number in range(steps + 1)]
+    assert distribution.encode(first * step + step / 2) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(lambda: Uniform(low=2.0, high=1.0), r"low=2.0 must be below high=1.0", id="reversed"),
+        pytest.param(lambda: LogUniform(low=0.0, high=1.0), r"low=0.0 must be greater than 0", id="logarithm-of-zero"),
+        pytest.param(lambda: Int(low=0, high=4, log=True), r"low=0 must be at least 1 with log=true", id="logarithm-of-int"),
+        pytest.param(lambda: QUniform(low=0.0, high=1.0, step=0.3), r"whole number of steps of 0.3", id="steps"),
+        pytest.param(lambda: Choice(values=(4,)), r"no choice; for one value use \{kind: fixed, value: 4\}", id="one-choice"),
+        pytest.param(lambda: Choice(values=(4, 8, 4)), r"4 stands twice", id="twice"),
+    ],
+)
+def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        pytest.param({}, r"the search space is empty.*loguniform", id="empty"),
+        pytest.param({"training.warmup": {"kind": "fixed", "value": 3}}, r"the search space is empty", id="all-fixed"),
+        pytest.param(
+            {"layers.layer.modules.attention.windw": {"kind": "int", "low": 1, "high": 9}},
+            r"unknown field path 'model.layers.layer.modules.attention.windw'.*did you mean 'window'",
+            id="field",
+        ),
+        pytest.param(
+            {"training.learning_rte": {"kind": "uniform", "low": 0.1, "high": 0.2}},
+            r"unknown field path 'training.learning_rte'.*did you mean 'learning_rate'",
+            id="top",
+        ),
+        pytest.param(
+            {"training.learning_rate": {"kind": "unifrm", "low": 0.1, "high": 0.2}},
+            r"unknown distribution kind 'unifrm'.*did you mean 'uniform'",
+            id="kind",
+        ),
+        pytest.param(
+            {"training.learning_rate": {"kind": "uniform", "low": -0.1, "high": 0.2}},
+            r"refuses a value of the search space, training.learning_rate=-0.1: .*must be greater than 0",
+            id="end",
+        ),
+        pytest.param(
+            {"layers.layer.modules.attention.window": {"kind": "choice", "values": [8, 0]}},
+            r"attention.window=0: .*must be at least 1",
+            id="choice",
+        ),
+        pytest.param({"training.updates": {"kind": "int", "low": 10, "high": 20}}, r"all trials train equally long", id="updates"),
+        pytest.param({"task.data.train": {"kind": "int", "low": 10, "high": 20}}, r"all trials learn from the same data", id="data"),
+        pytest.param({"training..x": {"kind": "int", "low": 10, "high": 20}}, r"is not a field path", id="path"),
+    ],
+)
+def test_a_space_that_does_not_fit_the_experiment_is_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        small_sweep(space=space)
+
+
+def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
+    space = {"training.budget.hold": {"kind": "int", "low": 0, "high": 20}, "training.budget.anneal": {"kind": "int", "low": 0, "high": 20}}
+    settings = {"training.budget.target": 0.3}
+    with pytest.raises(SpecError, match=r"all largest values together: .*after 40 updates"):
+        small_sweep(settings, space=space)
+
+
+def test_a_path_may_leave_out_the_model() -> None:
+    short, full = (with_values(tiny(), {f"{prefix}layers.layer.modules.attention.window": 3}) for prefix in ("", "model."))
+    assert short == full
+    assert value_at(short, "layers.layer.modules.attention.window") == 3
+
+
+def test_a_value_of_a_part_that_is_null_is_null() -> None:
+    assert value_at(tiny(), "training.budget.target") is None
+    assert value_at(with_values(tiny(), {"training.budget.target": 0.5}), "training.budget.target") == 0.5
+
+
+def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
+    sweep = small_sweep(space={**SPACE, "training.budget.hold": {"kind": "fixed", "value": 5}})
+    drawn = {path: distribution.draw(Ends(False), path) for path, distribution in sweep.space.items()}
+    budget = sweep.trial(drawn).training.budget
+    assert budget is not None
+    assert budget.hold == 5
+    assert sweep.trial({}) == sweep.experiment

@@ -1,0 +1,153 @@
+"""Sweeps from the command line.
+
+python -m sma.tune --task listops --preset tiny --samples 16 --storage FOLDER
+python -m sma.tune --resume FOLDER
+python -m sma.tune report FOLDER
+"""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from sma.errors import SpecError
+from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
+from sma.tune.sweep import SweepSpec, make_sweep
+
+_OF_THE_SWEEP = ("task", "preset", "space", "spec", "set", "seed", "search_seed", "samples", "objectives", "stop", "grace", "reduction")
+
+
+class Options(CommandOptions):
+    """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
+
+    task: str = Field(default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny")
+    preset: str = Field(default="tiny", description="which sweep of the task")
+    space: Path | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
+    spec: Path | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
+    set: list[str] = Field(
+        default=[], description="path=value: change a field in all trials, such as training.updates=2000; may be repeated"
+    )
+    seed: int | None = Field(default=None, description="of the trainings; default the experiment's")
+    search_seed: int | None = Field(default=None, description="of the search; default 0")
+    samples: int | None = Field(default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16")
+    objectives: str | None = Field(default=None, description="of quality, rate, time, operations, with commas; default quality,rate")
+    stop: bool = Field(default=True, description="stop the weak by their quality")
+    grace: int | None = Field(default=None, description="updates before which no trial is stopped; default a quarter of them")
+    reduction: float | None = Field(default=None, description="one in so many trials goes on from one rung to the next; default 2")
+    storage: str | None = Field(default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME")
+    resume: str | None = Field(default=None, description="go on with the sweep in this folder")
+    cpus: int = Field(default=1, ge=1, description="cores of a trial")
+    gpus: float | None = Field(default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if there are any")
+    concurrent: int | None = Field(default=None, ge=1, description="trials at once; default as many as fit")
+    address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine")
+    data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
+    progress: bool = Field(default=True, description="show bars, and a table of the trials")
+
+
+class ReportOptions(CommandOptions):
+    """Write tables, figure, best specs and summary of a sweep again, from the records of its trials."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune report")
+
+    folder: CliPositionalArg[str] = Field(description="the folder of the sweep, or its URI")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["report"]:
+        return exit_code(lambda: report(parse(ReportOptions, given[1:])))
+    return exit_code(lambda: search(parse(Options, given)))
+
+
+def search(options: Options) -> dict[str, Any]:
+    """Run a sweep as the options say; returns the summary.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    from sma.tune.cluster import ResourceSpec, check_resources  # Ray takes seconds to import; --help and a wrong --set need not wait for it
+    from sma.tune.driver import run_sweep
+    from sma.tune.folder import load_sweep, start_sweep
+    from sma.tune.storage import Storage
+
+    resources = ResourceSpec(cpus=options.cpus, gpus=options.gpus, concurrent=options.concurrent, address=options.address)
+    if options.resume is not None:
+        given = sorted(options.model_fields_set & {*_OF_THE_SWEEP, "storage"})
+        if given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise SpecError(f"--resume goes on with the sweep as it was; leave {names} out, or start a new sweep")
+        storage = Storage(options.resume)
+        sweep = load_sweep(storage)
+    else:
+        sweep = _sweep(options)
+        check_resources(resources, sweep.samples)
+        storage = Storage(options.storage or f"runs/sweep-{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+        start_sweep(sweep, storage)
+    print(f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {storage.address('')}", flush=True)
+    try:
+        summary = run_sweep(sweep, storage, resources, data_folder=options.data, accelerator=options.accelerator, progress=options.progress)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: python -m sma.tune --resume {storage.address('')}", file=sys.stderr)
+        raise
+    _describe(summary, storage)
+    return summary
+
+
+def report(options: ReportOptions) -> dict[str, Any]:
+    """Write the results of a sweep again; returns the summary.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    from sma.tune.folder import load_sweep
+    from sma.tune.results import write_results
+    from sma.tune.storage import Storage
+
+    storage = Storage(options.folder)
+    summary = write_results(load_sweep(storage), storage)
+    _describe(summary, storage)
+    return summary
+
+
+def _sweep(options: Options) -> SweepSpec:
+    stopping: dict[str, Any] = {name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None}
+    sweep = make_sweep(
+        options.space or f"{options.task}_{options.preset}",
+        experiment=options.spec,
+        settings=[*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])],
+        samples=options.samples,
+        objectives=None if options.objectives is None else tuple(name.strip() for name in options.objectives.split(",")),
+        seed=options.search_seed,
+        stopping=stopping or None,
+    )
+    return sweep if options.stop else sweep.replace(stopping=None)
+
+
+def _describe(summary: dict[str, Any], storage: Any) -> None:
+    """The end of a sweep in words."""
+    from sma.tune.results import FIGURE, TABLE
+
+    print(f"{summary['finished']} trials finished, {summary['stopped']} stopped early, {summary['failed']} failed")
+    for failure in summary["failures"]:
+        print(f"  trial {failure['trial']} failed: {failure['reason']}")
+    quality = next((name for name in ("accuracy", "bits_per_character") if name in (summary["best"] or {})), None)
+    if quality is not None:
+        for title, key in (("trial 0", "baseline"), ("best", "best"), ("sparsest as good", "sparsest_as_good_as_baseline")):
+            point = summary[key]
+            if point is not None and quality in point:
+                where = f"trial {point['trial']}, {storage.address(point['spec'])}" if key != "baseline" else "the experiment as it is"
+                print(f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}: {where}")
+    if summary["idle_share"] is not None:
+        print(f"{summary['seconds']:,.0f} s in {summary['slots']} slots, {summary['idle_share']:.0%} of them idle")
+    print(f"results           {storage.address('')}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Ray itself: a cluster on this machine or one that runs already, and whether it can hold the trials."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from pydantic import Field
+
+from sma.errors import SmaError, SpecError
+from sma.spec import Spec
+
+LEAST_STORE = 200 * 2**20
+"""Bytes of the object store where the data needs less."""
+
+
+class ResourceSpec(Spec):
+    """What a trial gets, and how many run at once."""
+
+    cpus: int = Field(default=1, ge=1, description="cores of a trial, and threads of its training where the experiment does not say")
+    gpus: float | None = Field(
+        default=None, ge=0.0, description="GPUs of a trial, such as 0.25 for four trials on one; null: one if there are any, else none"
+    )
+    concurrent: int | None = Field(default=None, ge=1, description="trials at once; null: as many as the machines hold")
+    address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; null starts one on this machine")
+
+
+class Slots(NamedTuple):
+    """How a sweep uses its machines.
+
+    Attributes:
+        concurrent: trials at once.
+        cpus: cores of each.
+        gpus: GPUs of each.
+    """
+
+    concurrent: int
+    cpus: int
+    gpus: float
+
+
+def local_node() -> dict[str, float]:
+    """The cores that this process may use, and the GPUs that torch sees."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"CPU": float(cores), "GPU": float(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
+
+
+def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], samples: int) -> Slots:
+    """How many trials fit at once.
+
+    Args:
+        resources: what was asked for.
+        nodes: cores (`CPU`) and GPUs (`GPU`) of every machine.
+        samples: trials in all; there need not be more slots.
+
+    Raises:
+        SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a word.
+    """
+    any_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
+    gpus = resources.gpus if resources.gpus is not None else float(any_gpu)
+    if gpus > 1 and gpus != int(gpus):
+        raise SpecError(f"--gpus {gpus:g}: a trial gets a share of one GPU or a whole number of them")
+    room = 0
+    for node in nodes:
+        fits = int(node.get("CPU", 0) // resources.cpus)
+        if gpus:
+            # Whole trials per device: two halves of different GPUs are no GPU.
+            devices = int(node.get("GPU", 0))
+            fits = min(fits, devices * int(1 / gpus + 1e-9) if gpus <= 1 else devices // int(gpus))
+        room += fits
+    there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "nothing"
+    if not room:
+        raise SpecError(
+            f"no machine has {resources.cpus} CPUs and {gpus:g} GPUs for a trial; there is {there}: lower --cpus or --gpus, or give the "
+            "--address of a larger cluster"
+        )
+    if resources.concurrent is not None and resources.concurrent > room:
+        raise SpecError(
+            f"--concurrent {resources.concurrent} trials of {resources.cpus} CPUs and {gpus:g} GPUs do not fit; there is room for {room}: "
+            f"{there}; lower --concurrent, --cpus or --gpus"
+        )
+    return Slots(min(resources.concurrent or room, samples), resources.cpus, gpus)
+
+
+def check_resources(resources: ResourceSpec, samples: int) -> None:
+    """Refuse what does not fit before anything is written or prepared; joins the cluster at the address, if one is given.
+
+    Raises:
+        SpecError: the trials do not fit, or there is no cluster at the address.
+    """
+    if resources.address is not None and not ray.is_initialized():
+        try:
+            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SpecError(
+                f"there is no Ray cluster at {resources.address!r}: {error}; start one with: ray start --head --port 6379"
+            ) from None
+    plan_slots(resources, _nodes() if ray.is_initialized() else [local_node()], samples)
+
+
+@contextmanager
+def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[Slots]:
+    """Start Ray on this machine and leave it at the end; a process that is connected to a cluster stays so.
+
+    Args:
+        resources: what a trial gets.
+        samples: trials in all.
+        data_bytes: what the object store must hold.
+
+    Raises:
+        SpecError: the trials do not fit, or there is no cluster at the address.
+    """
+    check_resources(resources, samples)
+    if ray.is_initialized():
+        yield plan_slots(resources, _nodes(), samples)
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Inherited by the processes of the trials; more threads than cores would make all of them slow.
+    os.environ["OMP_NUM_THREADS"] = str(resources.cpus)
+    node = local_node()
+    _start(
+        num_cpus=int(node["CPU"]),
+        num_gpus=int(node["GPU"]),
+        object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
+    )
+    try:
+        yield plan_slots(resources, _nodes(), samples)
+    finally:
+        ray.shutdown()
+
+
+def _start(**options: Any) -> None:
+    """Start Ray on this machine, at the second attempt where the first took too long."""
+    for attempt in (1, 2):
+        try:
+            ray.init(**options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except (KeyboardInterrupt, ValueError):
+            raise
+        except Exception as error:  # a machine with much else to do exceeds one of several time limits, each with an exception of its own
+            ray.shutdown()
+            if attempt == 2:
+                raise SmaError(f"Ray did not start on this machine: {error}; is it busy with something else? Try again then") from error
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,98 @@
+"""Runs a sweep: prepares the data, starts the trials, keeps what they report, and goes on with a sweep that was interrupted."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
+
+from sma.tune.cluster import ResourceSpec, check_resources, cluster
+from sma.tune.folder import SLOTS
+from sma.tune.records import load_records
+from sma.tune.results import write_results
+from sma.tune.search import Halving, Search, quiet
+from sma.tune.sharing import pack
+from sma.tune.storage import Storage
+from sma.tune.sweep import SweepSpec
+from sma.tune.trial import run_trial
+from sma.tune.watch import Recorder
+
+# Tune's own files of results and its words about them are left out: the records say more, and stand in the sweep's folder at once.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+def run_sweep(
+    sweep: SweepSpec,
+    storage: Storage,
+    resources: ResourceSpec | None = None,
+    *,
+    data_folder: Path,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run the trials of a sweep that are not done yet, and write its results; returns the summary.
+
+    Args:
+        sweep: what `start_sweep` put in the folder, or `load_sweep` found there.
+        storage: the folder.
+        resources: of a trial; None: one core.
+        data_folder: where data is kept between runs.
+        accelerator: Lightning's name for the device.
+        progress: show bars, and a table of the trials.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    resources = resources or ResourceSpec()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    records = load_records(storage)
+    if len(records) == sweep.samples and all(record.status != "running" for record in records):
+        return write_results(sweep, storage)
+    check_resources(resources, sweep.samples)
+    data = pack(sweep.experiment.task.prepare(data_folder, progress=progress))
+    began = time.time()
+    with cluster(resources, sweep.samples, data.num_bytes) as slots:
+        quiet()
+        storage.write_json(SLOTS, slots._asdict())
+        trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=accelerator)
+        with Recorder(sweep, storage, records, began, progress) as recorder:
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, {"cpu": slots.cpus, "gpu": slots.gpus}),
+                tune_config=tune.TuneConfig(
+                    search_alg=Search(sweep, storage, records),
+                    scheduler=Halving(sweep, records) if sweep.stopping is not None else FIFOScheduler(),
+                    num_samples=sweep.samples - sum(record.status != "running" for record in records),
+                    max_concurrent_trials=slots.concurrent,
+                    reuse_actors=True,
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
+                ),
+                run_config=tune.RunConfig(
+                    # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not be those of before.
+                    name=f"trials/driver-{len(recorder.clock)}",
+                    storage_path=storage.location,
+                    failure_config=tune.FailureConfig(max_failures=sweep.restarts),
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                    callbacks=[recorder],
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+    return write_results(sweep, storage)
+
+
+def _name(trial: Trial) -> str:
+    return f"{trial.config['number']:04d}"

@@ -1,0 +1,92 @@
+"""The figure of a sweep: how good against how sparse."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from sma.tune.records import TrialRecord
+from sma.tune.space import searched, value_at
+from sma.tune.sweep import RATE, SweepSpec
+
+_MARKS = {"finished": "o", "stopped": "x", "running": "+"}
+
+
+def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sweep: SweepSpec) -> bytes:
+    """Draw all trials that were evaluated, the Pareto front, and trial 0, windows by colour; returns a PNG.
+
+    Args:
+        records: all trials.
+        chosen: those on the front.
+        sweep: the sweep.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    quality = sweep.quality
+    shown = [record for record in records if quality.name in record.metrics and RATE.name in record.metrics and record.status != "failed"]
+    path = next((path for path in searched(sweep.space) if path.endswith("window")), None)
+    colours = _colours([_window(record, sweep, path) for record in shown])
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for record in shown:
+        axis.scatter(
+            record.metrics[RATE.name],
+            record.metrics[quality.name],
+            marker=_MARKS[record.status],
+            s=42,
+            color=colours[_window(record, sweep, path)],
+            zorder=3,
+        )
+        axis.annotate(
+            str(record.number), (record.metrics[RATE.name], record.metrics[quality.name]), (5, 4), textcoords="offset points", fontsize=8
+        )
+    line = sorted((record.metrics[RATE.name], record.metrics[quality.name]) for record in _outline(chosen, sweep))
+    if line:
+        axis.step(*zip(*line, strict=True), where="post", color="0.6", linewidth=1, zorder=1)
+    baseline = next((record for record in shown if record.number == 0), None)
+    if baseline is not None:
+        axis.scatter(baseline.metrics[RATE.name], baseline.metrics[quality.name], s=170, facecolors="none", edgecolors="black", zorder=2)
+        axis.axhline(baseline.metrics[quality.name], color="black", linewidth=0.6, linestyle=":")
+        axis.axvline(baseline.metrics[RATE.name] / 2, color="black", linewidth=0.6, linestyle=":")
+    axis.set(xlabel="activation rate (validation)", ylabel=f"{quality.name.replace('_', ' ')} (validation)", xlim=(-0.02, 1.02))
+    axis.set_title(
+        f"{len(records)} trials on {sweep.experiment.task.kind}, {sweep.updates:,} updates; ring: trial 0; cross: stopped early;\n"
+        "grey: the Pareto front; dotted: trial 0's quality and half its rate",
+        fontsize=10,
+    )
+    axis.grid(alpha=0.3)
+    _legend(axis, colours, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
+    """Of the front, which may have further objectives, those that no other beats in the two that are drawn."""
+    from sma.tune.pareto import front
+
+    sign = -1 if sweep.quality.mode == "max" else 1
+    return [chosen[place] for place in front([(sign * record.metrics[sweep.quality.name], record.metrics[RATE.name]) for record in chosen])]
+
+
+def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
+    return None if path is None else value_at(sweep.trial(record.values), path)
+
+
+def _colours(windows: Sequence[Any]) -> dict[Any, Any]:
+    """One colour of a scale per window, the widest the darkest; null, which sees all, comes last."""
+    import matplotlib as mpl
+
+    order = sorted(set(windows), key=lambda window: (window is None, window if window is not None else 0))
+    scale = mpl.colormaps["viridis_r"]
+    return {window: scale(0.15 + 0.85 * place / max(1, len(order) - 1)) for place, window in enumerate(order)}
+
+
+def _legend(axis: Any, colours: dict[Any, Any], path: str | None) -> None:
+    if path is None or not colours:
+        return
+    for window, colour in colours.items():
+        axis.scatter([], [], color=colour, label=f"window {'all' if window is None else window}")
+    axis.legend(fontsize=8, loc="lower right")

@@ -1,0 +1,205 @@
+"""What a sweep leaves: a table of all trials, the Pareto front, its specs, a figure and a summary. All of it is made from the records."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sma.errors import CheckpointError
+from sma.recipes.experiment import SUMMARY
+from sma.recipes.run import commit, hardware
+from sma.spec import dump_yaml
+from sma.tune.figure import draw_front
+from sma.tune.folder import SLOTS
+from sma.tune.pareto import front
+from sma.tune.records import CLOCK, TrialRecord, load_records
+from sma.tune.space import searched, value_at
+from sma.tune.storage import Storage
+from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
+
+CSV, PARQUET, TABLE, FIGURE = "trials.csv", "trials.parquet", "pareto.md", "pareto.png"
+BEST = "best"
+
+
+def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
+    """One line of the table of all trials."""
+    experiment = sweep.trial(record.values)
+    measures = {name: value for name, value in record.metrics.items() if name != "update"}
+    return {
+        "trial": record.number,
+        "status": record.status,
+        "reason": record.reason,
+        "seed": record.seed,
+        **{path: value_at(experiment, path) for path in searched(sweep.space)},
+        "updates": record.update,
+        "best_update": record.metrics.get("update"),
+        **measures,
+        "busy_seconds": round(record.seconds, 3),
+        "restarts": record.restarts,
+        "node": record.node,
+        "checkpoint": record.checkpoint,
+    }
+
+
+def pareto_front(records: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
+    """The finished trials that no finished trial beats, the best quality first: all of them were trained equally long."""
+    done = [record for record in records if record.status == "finished"]
+    points = [[_oriented(record, measure.name, measure.mode) for measure in sweep.measures] for record in done]
+    chosen = [done[place] for place in front(points)]
+    return sorted(chosen, key=lambda record: (_oriented(record, *sweep.quality), record.number))
+
+
+def best_trial(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
+    """The finished trial of the best quality, of equals the sparsest."""
+    done = [record for record in records if record.status == "finished"]
+    return min(done, key=lambda record: (_oriented(record, *sweep.quality), record.metrics[RATE.name], record.number), default=None)
+
+
+def sparsest_as_good(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
+    """The finished trial of the lowest activation rate that is at least as good as trial 0; None without such, or without trial 0."""
+    done = {record.number: record for record in records if record.status == "finished"}
+    if 0 not in done:
+        return None
+    least = _oriented(done[0], *sweep.quality)
+    good = [record for record in done.values() if record.number and _oriented(record, *sweep.quality) <= least]
+    return min(good, key=lambda record: (record.metrics[RATE.name], record.number), default=None)
+
+
+def _oriented(record: TrialRecord, name: str, mode: str) -> float:
+    """A measure so that less is better."""
+    value = record.metrics[name]
+    return -value if mode == "max" else value
+
+
+def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
+    """Write everything that can be made from the records, over what is there; returns the summary.
+
+    Raises:
+        CheckpointError: the folder has no records, or cannot be written.
+    """
+    records = load_records(storage)
+    if not records:
+        raise CheckpointError(f"the sweep in {storage.address('')!r} has no records yet; go on with it: --resume {storage.address('')}")
+    rows = [trial_row(record, sweep) for record in records]
+    _write_tables(rows, storage)
+    chosen = pareto_front(records, sweep)
+    extremes = [record for record in (best_trial(records, sweep), sparsest_as_good(records, sweep)) if record is not None]
+    storage.remove(BEST)
+    for record in {record.number: record for record in [*chosen, *extremes]}.values():
+        storage.write(_spec_name(record), _with_origin(record, sweep))
+    storage.write(TABLE, front_table(records, sweep))
+    storage.write(FIGURE, draw_front(records, chosen, sweep))
+    summary = summarise(records, sweep, storage)
+    storage.write_json(SUMMARY, summary)
+    return summary
+
+
+def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
+    """The summary of a sweep, as plain data."""
+    counts = {status: sum(record.status == status for record in records) for status in ("finished", "stopped", "failed", "running")}
+    seconds = sum((storage.read_json(CLOCK) or {}).values())
+    slots = (storage.read_json(SLOTS) or {}).get("concurrent", 1)
+    busy = sum(record.seconds for record in records)
+    found = {record.number: record for record in records}
+    baseline, sparsest = found.get(0), sparsest_as_good(records, sweep)
+    return {
+        "task": sweep.experiment.task.kind,
+        "trials": len(records),
+        "samples": sweep.samples,
+        **counts,
+        "failures": [{"trial": record.number, "reason": record.reason} for record in records if record.status == "failed"],
+        "updates": sweep.updates,
+        "objectives": {measure.name: measure.mode for measure in sweep.measures},
+        "baseline": _point(baseline, sweep) if baseline is not None else None,
+        "best": _point(best_trial(records, sweep), sweep),
+        "sparsest_as_good_as_baseline": _point(sparsest, sweep),
+        "rate_ratio": _ratio(sparsest, baseline),
+        "pareto": [_point(record, sweep) for record in pareto_front(records, sweep)],
+        "busy_slot_seconds": round(busy, 1),
+        "slots": slots,
+        "seconds": round(seconds, 1),
+        "idle_share": round(max(0.0, 1 - busy / (slots * seconds)), 4) if seconds else None,
+        "seed": sweep.experiment.seed,
+        "search_seed": sweep.seed,
+        "commit": commit(),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def front_table(records: Sequence[TrialRecord], sweep: SweepSpec) -> str:
+    """The Pareto front and trial 0 as a table in Markdown."""
+    chosen = pareto_front(records, sweep)
+    shown = [*[record for record in records if record.number == 0 and record not in chosen], *chosen]
+    quality = sweep.quality.name
+    columns = ["trial", quality, f"test_{quality}", RATE.name, TIME.name, OPERATIONS.name, *searched(sweep.space)]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for record in shown:
+        row = trial_row(record, sweep)
+        note = "" if record in chosen else " (not on the front)"
+        cells = [f"{row['trial']}{note}", *(_cell(row.get(name)) for name in columns[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _point(record: TrialRecord | None, sweep: SweepSpec) -> dict[str, Any] | None:
+    """A trial in the summary: the values of its spec and what was measured."""
+    if record is None:
+        return None
+    experiment = sweep.trial(record.values)
+    measures = {name: value for name, value in record.metrics.items() if name != "update"}
+    values = {path: value_at(experiment, path) for path in searched(sweep.space)}
+    return {"trial": record.number, "status": record.status, "values": values, **measures, "spec": _spec_name(record)}
+
+
+def _ratio(sparsest: TrialRecord | None, baseline: TrialRecord | None) -> float | None:
+    """Activation rate of the sparsest trial that is as good as trial 0, over that of trial 0."""
+    if sparsest is None or baseline is None or not baseline.metrics.get(RATE.name):
+        return None
+    return round(sparsest.metrics[RATE.name] / baseline.metrics[RATE.name], 4)
+
+
+def _spec_name(record: TrialRecord) -> str:
+    return f"{BEST}/trial_{record.name}.yaml"
+
+
+def _with_origin(record: TrialRecord, sweep: SweepSpec) -> str:
+    quality, metrics = sweep.quality.name, record.metrics
+    head = f"# Trial {record.number} of a sweep: {quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in validation.\n"
+    return head + dump_yaml(sweep.trial(record.values))
+
+
+def _write_tables(rows: Sequence[Mapping[str, Any]], storage: Storage) -> None:
+    """All trials as CSV and as Parquet, with the same columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    plain = [{name: _plain(row.get(name)) for name in columns} for row in rows]
+    writer.writerows(plain)
+    storage.write(CSV, text.getvalue())
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: _column([row[name] for row in plain]) for name in columns}), buffer)
+    storage.write(PARQUET, buffer.getvalue().to_pybytes())
+
+
+def _plain(value: Any) -> Any:
+    """Parts of specs as JSON: a cell holds one value."""
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else value
+
+
+def _column(values: list[Any]) -> Any:
+    """A column of one type: of mixed ones, such as a rate or null or a mapping, the words."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])

@@ -1,0 +1,121 @@
+"""The folder of a sweep, on this machine or behind a URI."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pyarrow import ArrowException
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from sma.errors import CheckpointError
+
+
+class Storage:
+    """A folder of files that are read and written whole.
+
+    Args:
+        location: a path, or a URI such as `s3://bucket/sweep`.
+
+    Raises:
+        CheckpointError: the URI means nothing to pyarrow.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        self.is_local = "://" not in self.location
+        try:
+            if self.is_local:
+                self.location = str(Path(location).absolute())
+                self.files, self.root = LocalFileSystem(), self.location
+            else:
+                self.files, self.root = FileSystem.from_uri(self.location)
+        except (ArrowException, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot use the storage {self.location!r}: {error}; give a folder or a URI that pyarrow knows"
+            ) from error
+
+    def check_writable(self) -> None:
+        """Write a file and remove it.
+
+        Raises:
+            CheckpointError: that failed.
+        """
+        self.write("writable.tmp", b"")
+        self.files.delete_file(self._path("writable.tmp"))
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file; on a local disk it appears whole or not at all, as object stores promise anyway.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        path = self._path(name)
+        written = f"{path}.tmp" if self.is_local else path
+        try:
+            self.files.create_dir(str(PurePosixPath(path).parent), recursive=True)
+            with self.files.open_output_stream(written) as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            if written != path:
+                self.files.move(written, path)
+        except (ArrowException, OSError) as error:
+            raise CheckpointError(f"cannot write {path!r}: {error}; the storage must be writable and have space") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        self.write(name, json.dumps(content, indent=1, allow_nan=True))
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None where there is none.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            with self.files.open_input_stream(self._path(name)) as stream:
+                return bytes(stream.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ArrowException, OSError) as error:
+            raise CheckpointError(f"cannot read {self._path(name)!r}: {error}") from error
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; None where there is none.
+
+        Raises:
+            CheckpointError: it is not JSON.
+        """
+        content = self.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._path(name)!r} is damaged: {error}; remove it, and the trial it belongs to is run again"
+            ) from error
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the files and folders in a folder, sorted; none where it is missing.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            found = self.files.get_file_info(FileSelector(self._path(folder), allow_not_found=True))
+        except (ArrowException, OSError) as error:
+            raise CheckpointError(f"cannot read the folder {self._path(folder)!r}: {error}") from error
+        return sorted(PurePosixPath(entry.path).name for entry in found if entry.type != FileType.NotFound)
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder and all in it, if it is there."""
+        if self.files.get_file_info(self._path(folder)).type == FileType.Directory:
+            self.files.delete_dir(self._path(folder))
+
+    def relative(self, path: str) -> str:
+        """A path of the file system, seen from this folder."""
+        return str(PurePosixPath(path).relative_to(self.root))
+
+    def address(self, name: str) -> str:
+        """How a file is called outside: its path or its URI."""
+        return f"{self.location.rstrip('/')}/{name}" if name else self.location
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root

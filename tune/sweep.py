@@ -1,0 +1,162 @@
+"""What a sweep is: an experiment, a space around it, how many trials, and by what they are compared."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from sma.errors import SpecError, did_you_mean
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.tasks import ClassificationTask, LanguageTask
+from sma.spec import FrozenMapping, Spec, read_spec_file, read_yaml
+from sma.tune.space import DistributionSpec, check_space, with_values
+
+Objective = Literal["quality", "rate", "time", "operations"]
+
+
+class Measure(NamedTuple):
+    """A number by which trials are compared.
+
+    Attributes:
+        name: of the column.
+        mode: whether more of it is better.
+    """
+
+    name: str
+    mode: Literal["max", "min"]
+
+
+RATE = Measure("rate", "min")
+TIME = Measure("microseconds_per_token", "min")
+OPERATIONS = Measure("operations_per_token", "min")
+
+
+class StoppingSpec(Spec):
+    """Asynchronous successive halving: at `grace`, `grace * reduction`, … updates only the best trials go on.
+
+    Reference:
+        Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934.
+    """
+
+    grace: int | None = Field(default=None, ge=1, description="updates before which no trial is stopped; null: a quarter of them")
+    reduction: float = Field(default=2.0, gt=1.0, description="one in so many trials goes on from one rung to the next")
+
+
+class SweepSpec(Spec):
+    """Everything that decides a sweep. Trial 0 is the experiment as it is; the others are drawn from the space around it."""
+
+    experiment: ExperimentSpec = Field(description="trial 0, and what the others differ from")
+    space: FrozenMapping[DistributionSpec] = Field(description="which fields differ between trials: a distribution by field path")
+    samples: int = Field(default=16, ge=1, description="trials, trial 0 among them")
+    objectives: tuple[Objective, ...] = Field(
+        default=("quality", "rate"),
+        min_length=1,
+        description="what the search improves: quality (accuracy, or bits per character of a text), activation rate, time per token, "
+        "operations per token",
+    )
+    stopping: StoppingSpec | None = Field(default=StoppingSpec(), description="stops the weak by their quality; null trains all to the end")
+    restarts: int = Field(default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the search; that of the trials is the experiment's")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives={list(self.objectives)} name one twice")
+        if not isinstance(self.experiment.task, ClassificationTask | LanguageTask):
+            raise ValueError(
+                f"the task {self.experiment.task.kind!r} is neither a classification nor language modelling; sweeps know no other"
+            )
+        if self.grace > self.updates:
+            raise ValueError(f"stopping.grace={self.grace} must be at most training.updates={self.updates}; lower it")
+        check_space(self.space, self.experiment)
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Of every trial that is not stopped."""
+        return self.experiment.training.updates
+
+    @property
+    def grace(self) -> int:
+        """Updates before which no trial is stopped."""
+        given = self.stopping.grace if self.stopping is not None else None
+        return given or max(1, self.updates // 4)
+
+    @property
+    def quality(self) -> Measure:
+        """How good a trial is."""
+        return Measure("bits_per_character", "min") if isinstance(self.experiment.task, LanguageTask) else Measure("accuracy", "max")
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The objectives as columns."""
+        known = {"quality": self.quality, "rate": RATE, "time": TIME, "operations": OPERATIONS}
+        return tuple(known[name] for name in self.objectives)
+
+    def trial(self, values: Mapping[str, Any]) -> ExperimentSpec:
+        """The experiment of a trial; no values: the experiment itself.
+
+        Raises:
+            SpecError: the values do not fit together.
+        """
+        return with_values(self.experiment, values) if values else self.experiment
+
+
+def shipped_sweeps() -> list[str]:
+    """The names of the sweeps that come with this package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("sma.tune").joinpath("presets").iterdir())
+
+
+def read_sweep(source: str | Path) -> dict[str, Any]:
+    """Read the file of a sweep, by its path or the name of a shipped one, without validating it.
+
+    Raises:
+        SpecError: there is no such name or file, or it has fields that are not of a sweep.
+    """
+    names = shipped_sweeps()
+    if str(source) in names:
+        data = dict(read_yaml(files("sma.tune").joinpath("presets", f"{source}.yaml").read_text(encoding="utf-8"), str(source)))
+    elif Path(source).is_file():
+        data = read_spec_file(source)
+    else:
+        hint = did_you_mean(str(source), names, "shipped sweeps")
+        raise SpecError(f"there is no file and no shipped sweep {str(source)!r}{hint}; --space FILE takes one of your own")
+    known = [*SweepSpec.model_fields, "settings"]
+    for name in data:
+        if name not in known:
+            raise SpecError(f"{source}: unknown field {name!r}{did_you_mean(str(name), known, 'fields')}")
+    return data
+
+
+def make_sweep(
+    source: str | Path | Mapping[str, Any],
+    *,
+    experiment: str | Path | None = None,
+    settings: Sequence[str] = (),
+    **fields: Any,
+) -> SweepSpec:
+    """Validate a sweep.
+
+    Args:
+        source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its `experiment` may be
+            the name of a preset of the recipes or a file; its `settings`, values by field path, are set in all trials.
+        experiment: replaces that of the source: a preset or a file.
+        settings: `path=value`, set in all trials after those of the source.
+        fields: of `SweepSpec`, instead of the source's; those that are None are left alone.
+
+    Raises:
+        SpecError: one sentence per mistake.
+    """
+    data = dict(source) if isinstance(source, Mapping) else read_sweep(source)
+    own = data.pop("settings", None) or {}
+    base = experiment if experiment is not None else data.get("experiment")
+    if base is None:
+        raise SpecError("a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE")
+    if not isinstance(base, ExperimentSpec):
+        base = load_experiment(base)
+    if own:
+        base = with_values(base, own)
+    data["experiment"] = load_experiment(base.model_dump(mode="json"), settings) if settings else base
+    return SweepSpec.model_validate({"space": {}, **data, **{name: value for name, value in fields.items() if value is not None}})

@@ -1,0 +1,178 @@
+"""One trial: the recipes' own training in a process of Ray's, with a callback that reports to Tune.
+
+A checkpoint of a trial is its run folder. A trial whose process died gets its folder back and goes on like any run that was interrupted.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from ray import tune
+
+from sma.errors import SmaError
+from sma.recipes.experiment import ExperimentSpec, write_text
+from sma.recipes.language import run_language
+from sma.recipes.run import Stopwatch
+from sma.recipes.tasks import LanguageTask
+from sma.recipes.training import run_experiment
+from sma.stats import operation_count
+from sma.tune.sharing import Packed, unpack
+from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
+
+HISTORY = "history.json"
+
+
+class Stopped(Exception):
+    """Halving stopped the trial."""
+
+
+class Reporter(Checkpoint):
+    """Reports every evaluation, with the run folder as checkpoint.
+
+    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation are in it.
+
+    Args:
+        spec: the experiment of the trial.
+        out: its run folder.
+        quality: the measure by which trials are compared.
+        length: tokens of a sample, for the count of operations.
+        began: when this process began to work on the trial, by `time.time`.
+    """
+
+    def __init__(self, spec: ExperimentSpec, out: Path, quality: str, length: int, began: float) -> None:
+        self.spec, self.out, self.quality, self.length, self.began = spec, out, quality, length, began
+        kept = out / HISTORY
+        self.history: list[dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report what was measured."""
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        found = {"update": trainer.global_step, self.quality: measured[f"val_{self.quality}"], "loss": measured.get("val_loss", math.nan)}
+        found |= self._cost(measured, "val") | self._speed(trainer, pl_module)
+        if not math.isfinite(found[self.quality]):
+            raise FloatingPointError(f"the {self.quality} at update {trainer.global_step} is {found[self.quality]}")
+        # A restarted trial may evaluate again what it had evaluated before its process died.
+        self.history = [entry for entry in self.history if entry["update"] < found["update"]] + [found]
+        write_text(self.out / HISTORY, json.dumps(self.history))
+        self.report("running", found)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Report the measures of the best checkpoint, and those of its test."""
+        best = next(entry for entry in reversed(self.history) if entry["update"] == summary["best_update"])
+        speed = self.history[-1].get(TIME.name)
+        test = {f"test_{self.quality}": summary[f"test_{self.quality}" if f"test_{self.quality}" in summary else self.quality]}
+        test["test_rate"] = sum(summary["activation_rate"]) / max(1, len(summary["activation_rate"]))
+        self.report("finished", {**best, **test, **({TIME.name: speed} if speed is not None else {}), "parameters": summary["parameters"]})
+
+    def report(self, status: str, metrics: Mapping[str, float], reason: str = "") -> None:
+        """Tell the driver.
+
+        Raises:
+            Stopped: it says that this was enough.
+        """
+        message = {
+            "status": status,
+            "reason": reason,
+            "metrics": dict(metrics),
+            "history": self.history,
+            "update": self.history[-1]["update"] if self.history else 0,
+            "busy": time.time() - self.began,
+            "began": self.began,
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+        }
+        if self.quality in metrics:
+            message[self.quality] = metrics[self.quality]
+        try:
+            tune.report(message, checkpoint=tune.Checkpoint.from_directory(str(self.out)))
+        except SystemExit:
+            # As an exception it leaves Lightning without a detour through what Lightning does about Ctrl-C.
+            raise Stopped from None
+
+    def _cost(self, measured: Mapping[str, float], split: str) -> dict[str, float]:
+        """Activation rate and operations per token."""
+        rates: dict[int, dict[str, float]] = {}
+        for name, value in measured.items():
+            if name.startswith(f"{split}_rate/"):
+                _, layer, module = name.split("/")
+                rates.setdefault(int(layer.removeprefix("layer")), {})[module] = min(1.0, max(0.0, value))
+        operations = operation_count(self.spec.model, self.length, [rates[layer] for layer in sorted(rates)])
+        return {RATE.name: measured.get(f"{split}_rate", 0.0), OPERATIONS.name: operations.per_token}
+
+    def _speed(self, trainer: Trainer, learner: LightningModule) -> dict[str, float]:
+        """Microseconds of an update per token, since this process began to train."""
+        seconds = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Stopwatch))  # type: ignore[attr-defined]
+        tokens = int(getattr(learner, "tokens_seen", 0))
+        return {TIME.name: 1e6 * seconds / tokens} if tokens else {}
+
+
+def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus: int, accelerator: str) -> None:
+    """Train one trial; what Tune calls in a process of Ray's.
+
+    Args:
+        config: `number`, `values` by field path, and `checkpoint`: where an earlier driver left the trial, or None.
+        sweep: the sweep.
+        data: the prepared data of its task.
+        cpus: threads of the training, where the experiment does not say.
+        accelerator: Lightning's name for the device.
+    """
+    began = time.time()
+    torch.set_num_threads(cpus)
+    folder = Path(tempfile.mkdtemp(prefix="sma-trial-"))
+    try:
+        _restore(config, folder)
+        _run(config, sweep, unpack(data), folder, accelerator, began)
+    except Stopped:
+        raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore(config: Mapping[str, Any], folder: Path) -> None:
+    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None and config["checkpoint"] is not None:
+        checkpoint = tune.Checkpoint(config["checkpoint"])
+    if checkpoint is not None:
+        checkpoint.to_directory(str(folder))
+
+
+def _run(config: Mapping[str, Any], sweep: SweepSpec, data: Any, folder: Path, accelerator: str, began: float) -> None:
+    """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
+    quality = sweep.quality.name
+    reporter = Reporter(sweep.experiment, folder, quality, 1, began)
+    try:
+        spec = sweep.trial(config["values"])
+        run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
+        reporter.spec, reporter.length = spec, _length(spec, data)
+        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[reporter])  # type: ignore[operator]
+        reporter.finish(finished.summary)
+    except Stopped:
+        raise
+    except Exception as error:
+        reporter.report("failed", reporter.history[-1] if reporter.history else {}, reason_of(error))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a trial failed, in one line."""
+    text = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return f"out of memory: {text or type(error).__name__}; a lower training.batch_size or training.recompute=true needs less"
+    return text if isinstance(error, SmaError) else f"{type(error).__name__}: {text}"
+
+
+def _length(spec: ExperimentSpec, data: Any) -> int:
+    """Tokens of a sample on average."""
+    if isinstance(spec.task, LanguageTask):
+        return spec.task.segment
+    return max(1, round(float(data.validation.lengths.double().mean())))
