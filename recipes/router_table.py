@@ -6,12 +6,9 @@ python recipes/router_table.py --resume runs/routers
 """
 
 import json
-import os
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +18,14 @@ from pydantic_settings import SettingsConfigDict
 from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
 from sma.recipes.command import RunOptions, exit_code, experiment, parse
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
 from sma.recipes.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
 from sma.recipes.router_report import comma_separated, markdown, repeated
-from sma.recipes.side_by_side import side_by_side
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
 from sma.stats import operation_count
 
-CHOSEN, ERROR, LOG = "chosen.json", "error.txt", "log.txt"
+CHOSEN = "chosen.json"
 TABLE, VALUES = "table.md", "table.csv"
 
 
@@ -37,7 +34,7 @@ class Options(RunOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="router_table")
 
-    preset: Literal["tiny"] = Field(default="tiny", description="48 runs of less than a minute on one core each")
+    preset: Literal["tiny"] = Field(default="tiny", description="52 runs of less than a minute on one core each")
     only: str | None = Field(default=None, description=f"routers to train, with commas between; default {','.join(ROUTERS)}")
     modules: str | None = Field(
         default=None, description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one"
@@ -68,9 +65,9 @@ def run(options: Options) -> dict[str, Any]:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
     spec, specs, chosen, out = _asked(options)
-    _refuse_others(specs, out)
+    left = unfinished({cell.name: each for cell, each in specs.items()}, out)
+    left = {cell.name: left[cell.name] for cell in chosen if cell.name in left}
     data = spec.task.prepare(options.data, progress=options.progress)
-    left = {cell: specs[cell] for cell in chosen if not (out / cell.name / SUMMARY).is_file()}
     print(f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {out}", flush=True)
     started = time.perf_counter()
     earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8")) if (out / SUMMARY).is_file() else {"seconds": 0.0, "jobs": 1}
@@ -83,12 +80,13 @@ def run(options: Options) -> dict[str, Any]:
             write_text(out / name, text)
         return summary
 
-    for number, cell in enumerate(_train_all(left, out, data, options), 1):
-        print(f"[{number}/{len(left)}] {cell.name}: {_in_words(out / cell.name)}", flush=True)
+    ended = train_all(left, out, data, cache=options.data, accelerator=options.accelerator, jobs=options.jobs)
+    for number, name in enumerate(ended, 1):
+        print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         write()
     summary = write()
     print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
-    failed = [cell.name for cell in left if (out / cell.name / ERROR).is_file()]
+    failed = [name for name in left if failure(out / name) is not None]
     if failed:
         raise SmaError(
             f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; {LOG} of each says why, and --resume {out} tries again"
@@ -136,60 +134,6 @@ def _names(given: str | None, known: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _refuse_others(specs: Mapping[Cell, ExperimentSpec], out: Path) -> None:
-    for cell, spec in specs.items():
-        path = out / cell.name / EXPERIMENT
-        if path.is_file() and load_experiment(path) != spec:
-            raise CheckpointError(
-                f"{str(path.parent)!r} holds a run of another experiment; give another --out, or delete it to run it again"
-            )
-
-
-def _train_all(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData, options: Options) -> Iterator[Cell]:
-    """Train in this process, or several at a time in others; gives every run as it ends, finished or failed."""
-    for cell in specs:
-        (out / cell.name / ERROR).unlink(missing_ok=True)
-    if options.jobs == 1:
-        for cell, spec in specs.items():
-            _train(spec, out / cell.name, lambda: data, options.accelerator)
-            yield cell
-        return
-    by_name = {cell.name: cell for cell in specs}
-    calls = {cell.name: (_train_alone, (spec, out / cell.name, options.data, options.accelerator)) for cell, spec in specs.items()}
-    for name, code in side_by_side(calls, options.jobs):
-        if code and not (out / name / ERROR).is_file():
-            write_text(out / name / ERROR, f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
-        yield by_name[name]
-
-
-def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str) -> None:
-    """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be mixed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    _train(spec, folder, lambda: spec.task.prepare(cache, progress=False), accelerator)
-
-
-def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], accelerator: str) -> None:
-    try:
-        from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help need not wait for it
-
-        run_experiment(spec, folder, data(), accelerator=accelerator, progress=False)
-    except Exception as error:  # whatever it is: the other runs go on
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
-        write_text(folder / ERROR, " ".join(f"{type(error).__name__}: {error}".split()))
-
-
-def _in_words(folder: Path) -> str:
-    if (folder / ERROR).is_file():
-        return f"failed: {(folder / ERROR).read_text(encoding='utf-8')}"
-    run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return f"accuracy {run['test_accuracy']:.1%} after {run['seconds']:.0f} s"
-
-
 def _summary(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData) -> dict[str, Any]:
     """What stands in the folders of all runs that there are, in the order of the grid."""
     length = max(1, round(float(data.test.lengths.double().mean())))
@@ -202,8 +146,8 @@ def _summary(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData) ->
         if (folder / SUMMARY).is_file():
             read.append(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
             runs.append(named | _result(spec, read[-1], length))
-        elif (folder / ERROR).is_file():
-            failed.append(named | {"error": (folder / ERROR).read_text(encoding="utf-8")})
+        elif (reason := failure(folder)) is not None:
+            failed.append(named | {"error": reason})
     first = next(iter(specs))
     return {
         **({key: read[0][key] for key in ("task", "chance", "majority", "updates", "data")} if read else {}),
