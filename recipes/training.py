@@ -112,6 +112,10 @@ class Classifier(Learner):
         self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets))
         return logits
 
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The mean loss of the answers of a batch."""
+        return self._run(batch)[2].mean()
+
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)

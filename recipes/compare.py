@@ -1,0 +1,215 @@
+"""SeqBoat beside its baselines on one task, at equal updates or equal time: one table.
+
+python -m sma.recipes.compare --task digits
+python -m sma.recipes.compare --task listops --models transformer,seqboat --seeds 3 --out runs/compare
+python -m sma.recipes.compare --resume runs/compare
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from sma.errors import CheckpointError, SmaError, SpecError
+from sma.recipes.baselines import BASELINES, baseline
+from sma.recipes.command import RunOptions, exit_code, experiment, parse
+from sma.recipes.compare_report import comma_separated, markdown
+from sma.recipes.efficiency import efficiency
+from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
+from sma.recipes.tasks import TaskData
+from sma.spec import dump_yaml
+
+CHOSEN, EFFICIENCY = "compared.json", "efficiency.json"
+TABLE, VALUES = "table.md", "table.csv"
+
+
+class Options(RunOptions):
+    """Train SeqBoat and its baselines on one task and print their table."""
+
+    model_config = SettingsConfigDict(cli_prog_name="compare")
+
+    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech"] = Field(
+        default="listops", description="what to learn"
+    )
+    preset: Literal["tiny", "paper"] = Field(default="tiny", description="the SeqBoat experiment that the others are made of")
+    models: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(BASELINES)}")
+    seeds: int = Field(default=1, ge=1, le=100, description="runs of every model, with the seeds from the experiment's own on")
+    minutes: float | None = Field(
+        default=None, gt=0.0, description="train each model so long, in as many updates as its speed allows, instead of equal updates"
+    )
+    jobs: int = Field(default=1, ge=1, description="runs side by side; the speeds of training are then not to be compared")
+    length: int = Field(default=4096, ge=1, description="tokens of the rows on which speed and memory are measured")
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.preset}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Train what is not finished yet, measure, and write `table.md`, `table.csv` and `summary.json` after every run.
+
+    A run that fails does not stop the others; its traceback stands in `log.txt` of its folder.
+
+    Returns:
+        the summary: `models` has a row for each, see `sma.recipes.compare_report`.
+
+    Raises:
+        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
+    """
+    spec, chosen, out = _asked(options)
+    data = spec.task.prepare(options.data, progress=options.progress)
+    specs = _experiments(spec, chosen, data, out)
+    left = unfinished(specs, out)
+    print(f"{spec.task.kind}: {len(specs)} runs, {len(left)} to do, {options.jobs} at a time -> {out}", flush=True)
+    for number, name in enumerate(train_all(left, out, data, cache=options.data, accelerator=options.accelerator, jobs=options.jobs), 1):
+        print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
+        _write(specs, chosen, data, out)
+    for model in chosen["models"]:
+        first = out / f"{model}-{spec.seed}"
+        if (first / SUMMARY).is_file() and not (first / EFFICIENCY).is_file():
+            print(f"measuring {model} at {chosen['length']:,} tokens", flush=True)
+            write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], threads=spec.threads)))
+    summary = _write(specs, chosen, data, out)
+    print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
+    failed = [name for name in left if failure(out / name) is not None]
+    if failed:
+        raise SmaError(
+            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; {LOG} of each says why, and --resume {out} tries again"
+        )
+    return summary
+
+
+def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any], Path]:
+    if options.resume is None:
+        models = list(BASELINES) if options.models is None else [name.strip() for name in options.models.split(",")]
+        spec, out = experiment(options)
+        for name in models:
+            baseline(name, spec)  # says what is wrong before anything is made
+        chosen = {"models": models, "seeds": options.seeds, "minutes": options.minutes, "length": options.length}
+        write_text(out / EXPERIMENT, dump_yaml(spec))
+        write_text(out / CHOSEN, json.dumps(chosen))
+        return spec, chosen, out
+    out = options.resume
+    if not (out / CHOSEN).is_file():
+        raise CheckpointError(f"there is no comparison in {str(out)!r}: {CHOSEN} is missing; give the folder of an earlier --out")
+    if options.set or options.seed is not None or options.spec is not None or options.models is not None:
+        raise SpecError("--resume goes on with the comparison as it was; leave --set, --seed, --spec and --models out, or start a new one")
+    return load_experiment(out / EXPERIMENT), json.loads((out / CHOSEN).read_text(encoding="utf-8")), out
+
+
+def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, ExperimentSpec]:
+    """Every run by the name of its folder."""
+    specs = {}
+    for model in chosen["models"]:
+        mine = baseline(model, spec)
+        if chosen["minutes"] is not None:
+            first = out / f"{model}-{spec.seed}" / EXPERIMENT
+            # A run that began goes on with as many updates as it was given.
+            updates = load_experiment(first).training.updates if first.is_file() else updates_in(60 * chosen["minutes"], mine, data)
+            mine = with_updates(mine, updates)
+        for seed in range(spec.seed, spec.seed + chosen["seeds"]):
+            specs[f"{model}-{seed}"] = mine.replace(seed=seed)
+    return specs
+
+
+def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
+    """About how many updates a model makes in a time, by the median of some."""
+    from sma.recipes.training import Classifier, training_loader
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    learner = Classifier(spec.model.build(), spec.training, spec.task.classes)  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW(learner.parameters())
+    times = []
+    for number, batch in enumerate(
+        training_loader(data, spec.training.replace(updates=max(tried + 1, spec.training.warmup + 1)), spec.seed, 0)
+    ):
+        since = time.perf_counter()
+        learner.loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - since)
+        if number == tried:
+            break
+    return max(2, round(seconds / statistics.median(times[2:])))
+
+
+def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
+    """The same experiment in another number of updates; its warm-up and its evaluations keep their shares."""
+    training = spec.training
+    share = updates / training.updates
+    changes = {"updates": updates, "warmup": int(training.warmup * share), "evaluate_every": max(1, round(training.evaluate_every * share))}
+    if training.budget is not None:
+        budget = training.budget
+        changes["budget"] = budget.replace(hold=int(budget.hold * share), anneal=int(budget.anneal * share))
+    return spec.replace(training=training.replace(**changes))
+
+
+def _write(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, Any]:
+    summary = summarise(specs, chosen, data, out)
+    for name, text in ((TABLE, markdown(summary)), (VALUES, comma_separated(summary)), (SUMMARY, json.dumps(summary, indent=1))):
+        write_text(out / name, text)
+    return summary
+
+
+def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, Any]:
+    """What stands in the folders of all runs that there are.
+
+    Returns:
+        `models`: by name `accuracy`, `activation_rate` and `tokens_per_second` (a list each, one entry per seed), `seeds`, `parameters`,
+        `updates`, and `inference` and `training` (`milliseconds`, `megabytes`) where they were measured; and what all have in common.
+    """
+    models: dict[str, Any] = {}
+    read: list[Mapping[str, Any]] = []
+    failed = []
+    for name in specs:
+        model, seed = name.rsplit("-", 1)
+        if (reason := failure(out / name)) is not None:
+            failed.append({"model": model, "seed": int(seed), "error": reason})
+        if not (out / name / SUMMARY).is_file():
+            continue
+        run = json.loads((out / name / SUMMARY).read_text(encoding="utf-8"))
+        read.append(run)
+        row = models.setdefault(model, {"parameters": run["parameters"], "updates": run["updates"], "seeds": [], **_lists()})
+        row["seeds"].append(int(seed))
+        row["accuracy"].append(run["test_accuracy"])
+        row["activation_rate"].append(_mean(run["activation_rate"]))
+        row["tokens_per_second"].append(run["tokens_per_second"])
+        row["seconds"].append(run["seconds"])
+        if (out / name / EFFICIENCY).is_file():
+            row |= json.loads((out / name / EFFICIENCY).read_text(encoding="utf-8"))
+            models[model] = row
+    return {
+        **({key: read[0][key] for key in ("task", "chance", "majority", "data")} if read else {}),
+        **{key: ", ".join(sorted({str(run[key]) for run in read})) for key in ("commit", "hardware", "date")},
+        "test_samples": len(data.test),
+        "length": chosen["length"],
+        "minutes": chosen["minutes"],
+        "models": models,
+        "failed": failed,
+    }
+
+
+def _lists() -> dict[str, list[float]]:
+    return {name: [] for name in ("accuracy", "activation_rate", "tokens_per_second", "seconds")}
+
+
+def _mean(rates: Sequence[float]) -> float | None:
+    return sum(rates) / len(rates) if rates else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
