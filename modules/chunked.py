@@ -90,7 +90,8 @@ class Chunked(SubModule):
         rows, length = tokens.num_rows, tokens.stride
         chunks = cut_rectangular(tokens, self.spec.size)
         values, _ = self.module(chunks)
-        return values.reshape(rows, chunks_of(length, self.spec.size) * (chunks.stride or 0), values.shape[1])[:, :length].flatten(0, 1), None
+        filled = chunks_of(length, self.spec.size) * (chunks.stride or 0)
+        return values.reshape(rows, filled, values.shape[1])[:, :length].flatten(0, 1), None
 
     def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
         """Chunk after chunk, the rows side by side: each goes on in its chunk, or begins the next."""

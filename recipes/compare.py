@@ -151,7 +151,11 @@ def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
     """The same experiment in another number of updates; its warm-up and its evaluations keep their shares."""
     training = spec.training
     share = updates / training.updates
-    changes = {"updates": updates, "warmup": int(training.warmup * share), "evaluate_every": max(1, round(training.evaluate_every * share))}
+    changes: dict[str, Any] = {
+        "updates": updates,
+        "warmup": int(training.warmup * share),
+        "evaluate_every": max(1, round(training.evaluate_every * share)),
+    }
     if training.budget is not None:
         budget = training.budget
         changes["budget"] = budget.replace(hold=int(budget.hold * share), anneal=int(budget.anneal * share))

@@ -93,7 +93,7 @@ def draw_confusion(confusion: Confusion, path: Path, title: str) -> Path:
             for column in range(classes):
                 if int(confusion.counts[row, column]):
                     colour = "white" if float(shares[row, column]) > 0.6 else "black"
-                    axis.text(column, row, int(confusion.counts[row, column]), ha="center", va="center", fontsize=8, color=colour)
+                    axis.text(column, row, str(int(confusion.counts[row, column])), ha="center", va="center", fontsize=8, color=colour)
     axis.set(xlabel="answer", ylabel="class", title=title)
     figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
     figure.savefig(path, dpi=110)

@@ -60,7 +60,7 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
     _set_rates(model, inputs, rates)
     model.train(work == "training")
     before = _memory(device)
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < until:
         since = time.perf_counter()
