@@ -2,6 +2,7 @@
 
 python -m sma.recipes.compare --task digits
 python -m sma.recipes.compare --task listops --models transformer,seqboat --seeds 3 --out runs/compare
+python -m sma.recipes.compare --task digits,listops,pathfinder --out runs/compare
 python -m sma.recipes.compare --resume runs/compare
 """
 
@@ -10,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +19,18 @@ import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import CheckpointError, SmaError, SpecError
+from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
 from sma.recipes.baselines import BASELINES, baseline
 from sma.recipes.command import RunOptions, exit_code, experiment, parse
-from sma.recipes.compare_report import comma_separated, markdown
+from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
 from sma.recipes.efficiency import efficiency
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
 
-CHOSEN, EFFICIENCY = "compared.json", "efficiency.json"
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
+CHOSEN, EFFICIENCY, SEVERAL = "compared.json", "efficiency.json", "tasks.json"
 TABLE, VALUES = "table.md", "table.csv"
 
 
@@ -36,9 +39,7 @@ class Options(RunOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="compare")
 
-    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech"] = Field(
-        default="listops", description="what to learn"
-    )
+    task: str = Field(default="listops", description=f"what to learn: {', '.join(TASKS)}, or several with commas between")
     preset: Literal["tiny", "paper"] = Field(default="tiny", description="the SeqBoat experiment that the others are made of")
     models: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(BASELINES)}")
     seeds: int = Field(default=1, ge=1, le=100, description="runs of every model, with the seeds from the experiment's own on")
@@ -59,12 +60,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options) -> dict[str, Any]:
+    """Compare on one task, or on several, each in a folder of its own below that of the comparison, with one table of all.
+
+    Returns:
+        the summary of the task, see `summarise`; of several, theirs by task.
+
+    Raises:
+        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
+    """
+    several = None if options.resume is None else options.resume / SEVERAL
+    again = several is not None and several.is_file()
+    tasks = json.loads(several.read_text(encoding="utf-8")) if several is not None and again else _tasks(options.task)
+    if len(tasks) == 1:
+        return compare(options)
+    out = options.resume or options.out or Path("runs") / f"compare-{'-'.join(tasks)}-{datetime.now():%Y%m%d-%H%M%S}"
+    write_text(out / SEVERAL, json.dumps(tasks))
+    summaries: dict[str, Any] = {}
+    for task in tasks:
+        begun = (out / task / CHOSEN).is_file()
+        where = {"resume": out / task} if begun else {"resume": None, "out": out / task}
+        summaries[task] = compare(options.model_copy(update={"task": task, **where}))
+        write_text(out / TABLE, markdown_of_several(summaries))
+        write_text(out / SUMMARY, json.dumps(summaries, indent=1))
+    print(f"\n{markdown_of_several(summaries)}\ntable    {out / TABLE}\nsummary  {out / SUMMARY}")
+    return summaries
+
+
+def _tasks(given: str) -> list[str]:
+    tasks = [task.strip() for task in given.split(",")]
+    for task in tasks:
+        if task not in TASKS:
+            raise SpecError(f"unknown task {task!r}{did_you_mean(task, TASKS, 'tasks')}")
+    return tasks
+
+
+def compare(options: Options) -> dict[str, Any]:
     """Train what is not finished yet, measure, and write `table.md`, `table.csv` and `summary.json` after every run.
 
     A run that fails does not stop the others; its traceback stands in `log.txt` of its folder.
 
     Returns:
-        the summary: `models` has a row for each, see `sma.recipes.compare_report`.
+        the summary, see `summarise`.
 
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.

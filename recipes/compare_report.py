@@ -15,11 +15,20 @@ _HEAD = ["model", "accuracy", "parameters", "activation rate", "inference: speed
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table: accuracy with its spread over seeds, parameters, activation rate, and speed and memory beside the transformer's."""
     models = summary["models"]
-    rows = [[name, *_cells(name, row, models)] for name, row in models.items()]
-    lines = [_HEAD, ["---"] + ["---:"] * (len(_HEAD) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = _table(_HEAD, [[name, *_cells(row, models)] for name, row in models.items()])
     failed = "\n".join(f"- {run['model']}-{run['seed']}: {run['error']}" for run in summary["failed"])
     return "\n\n".join([table, *([f"**failed**\n\n{failed}"] if failed else []), caption(summary)]) + "\n"
+
+
+def markdown_of_several(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The accuracies on all tasks, and then the table of each."""
+    models = list(dict.fromkeys(name for summary in summaries.values() for name in summary["models"]))
+    rows = []
+    for name in models:
+        found = [summary["models"].get(name) for summary in summaries.values()]
+        rows.append([name, *("-" if row is None else _spread([100 * value for value in row["accuracy"]], "%") for row in found)])
+    table = _table(["accuracy", *summaries], rows)
+    return "\n\n".join([table, *(f"**{task}**\n\n{markdown(summary).rstrip()}" for task, summary in summaries.items())]) + "\n"
 
 
 def caption(summary: Mapping[str, Any]) -> str:
@@ -65,7 +74,12 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def _cells(name: str, row: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
     accuracy = _spread([100 * value for value in row["accuracy"]], "%")
     rates = [100 * rate for rate in row["activation_rate"] if rate is not None]
     cells = [accuracy, f"{row['parameters']:,}", _spread(rates, "%", digits=0) if rates else "-"]

@@ -10,7 +10,7 @@ from sma.errors import CheckpointError, SpecError
 from sma.ragged import rectangular
 from sma.recipes.baselines import BASELINES, baseline
 from sma.recipes.compare import main, with_updates
-from sma.recipes.compare_report import comma_separated, markdown
+from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
 from sma.recipes.efficiency import efficiency, random_rows
 from sma.recipes.experiment import load_experiment
 from tests.test_recipes.tiny import EXPERIMENT, tiny
@@ -115,6 +115,17 @@ def test_table_says_what_the_runs_say(compared):
 
 
 @pytest.mark.slow
+def test_table_of_several_tasks_has_a_column_for_each(compared):
+    summary = json.loads((compared / "summary.json").read_text())
+    fewer = {**summary, "models": {"seqboat": summary["models"]["seqboat"]}}
+    lines = markdown_of_several({"listops": summary, "digits": fewer}).splitlines()
+    assert lines[0] == "| accuracy | listops | digits |"
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| transformer", "| mega_chunk", "| seqboat"]
+    assert lines[2].endswith("| - |")
+    assert markdown(summary).rstrip() in "\n".join(lines)
+
+
+@pytest.mark.slow
 def test_resumed_comparison_trains_what_is_missing_and_nothing_else(compared, capsys):
     before = (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns
     (compared / "seqboat-1" / "summary.json").unlink()
@@ -131,8 +142,8 @@ def test_bad_command_lines_are_sentences(tmp_path, capsys, experiment_file):
     assert not (tmp_path / "a").exists()
     assert main(["--resume", str(tmp_path)]) == 2
     assert "there is no comparison in" in capsys.readouterr().err
-    assert main(["--task", "nothing"]) == 2
-    assert "--task='nothing'" in capsys.readouterr().err
+    assert main(["--task", "digits,listop"]) == 2
+    assert "unknown task 'listop'; did you mean 'listops'" in capsys.readouterr().err
 
 
 def test_efficiency_of_what_is_no_run_is_refused(tmp_path):
