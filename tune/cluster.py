@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -92,12 +93,7 @@ def check_resources(resources: ResourceSpec, samples: int) -> None:
         SpecError: the trials do not fit, or there is no cluster at the address.
     """
     if resources.address is not None and not ray.is_initialized():
-        try:
-            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SpecError(
-                f"there is no Ray cluster at {resources.address!r}: {error}; start one with: ray start --head --port 6379"
-            ) from None
+        _join(resources.address)
     plan_slots(resources, _nodes() if ray.is_initialized() else [local_node()], samples)
 
 
@@ -122,7 +118,7 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
     # Inherited by the processes of the trials; more threads than cores would make all of them slow.
     os.environ["OMP_NUM_THREADS"] = str(resources.cpus)
     node = local_node()
-    _start(
+    start_ray(
         num_cpus=int(node["CPU"]),
         num_gpus=int(node["GPU"]),
         object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
@@ -133,8 +129,29 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
         ray.shutdown()
 
 
-def _start(**options: Any) -> None:
-    """Start Ray on this machine, at the second attempt where the first took too long."""
+def _join(address: str) -> None:
+    """Connect to a running cluster."""
+    if address.startswith("ray://"):
+        raise SpecError(f"--address {address}: start the sweep on a node of the cluster, with --address auto; not through Ray's client")
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            # Ray itself would try for many minutes.
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SpecError(f"there is no Ray cluster at {address!r}: {error}; start one with: ray start --head --port 6379") from None
+
+
+def start_ray(**options: Any) -> None:
+    """Start Ray on this machine, at the second attempt where the first took too long.
+
+    Args:
+        options: of `ray.init`.
+
+    Raises:
+        SmaError: it does not start.
+    """
     for attempt in (1, 2):
         try:
             ray.init(**options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import optuna
 from ray.tune.experiment import Trial
@@ -18,7 +18,7 @@ from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
 
-class Search(Searcher):  # type: ignore[misc]
+class Search(Searcher):
     """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all objectives.
 
     What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials are told to
@@ -45,7 +45,9 @@ class Search(Searcher):  # type: ignore[misc]
                 seed=sweep.seed + 1_000_003 * self.next, n_startup_trials=max(4, sweep.samples // 3), multivariate=True, constant_liar=True
             )
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        directions = ["maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures]
+        directions: list[Literal["maximize", "minimize"]] = [
+            "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
+        ]
         self.study = optuna.create_study(directions=directions, sampler=sampler)
         self.asked: dict[int, optuna.Trial] = {}
         self.numbers: dict[str, int] = {}
@@ -59,7 +61,8 @@ class Search(Searcher):  # type: ignore[misc]
         if self.unfinished:
             record = self.unfinished.pop(0)
         elif self.next >= self.sweep.samples:
-            return Searcher.FINISHED  # type: ignore[no-any-return]
+            finished: Any = Searcher.FINISHED  # a word, which Ray's own annotation forgets
+            return cast(None, finished)
         else:
             record = self._new(self.next)
             self.next += 1
@@ -116,14 +119,15 @@ class Search(Searcher):  # type: ignore[misc]
         trial = self.asked.pop(number, None)
         if trial is None:
             return
-        values = [metrics.get(measure.name) for measure in self.sweep.measures]
-        if status == "failed" or any(value is None or not math.isfinite(value) for value in values):
+        # A measure that is missing is none.
+        values = [float(math.nan if (value := metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
+        if status == "failed" or not all(map(math.isfinite, values)):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             self.study.tell(trial, values)
 
 
-class Halving(ASHAScheduler):  # type: ignore[misc]
+class Halving(ASHAScheduler):
     """Successive halving by the quality at equal updates; never stops trial 0, which the others are compared with.
 
     Args:
@@ -142,12 +146,12 @@ class Halving(ASHAScheduler):  # type: ignore[misc]
             reduction_factor=stopping.reduction if stopping is not None else 2.0,
         )
         self.updates = sweep.updates
-        self.known = {record.number: record for record in records}
         sign = 1.0 if quality.mode == "max" else -1.0
         for record in records:
             if record.status != "running":
                 for entry in record.history:
-                    self._brackets[0].on_result(_Named(f"record {record.number}"), entry["update"], sign * entry[quality.name])
+                    known: Any = _Named(f"record {record.number}")
+                    self._brackets[0].on_result(known, int(entry["update"]), sign * entry[quality.name])
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""

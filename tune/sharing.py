@@ -28,7 +28,7 @@ class Packed(NamedTuple):
         return len(self.head) + sum(array.nbytes for array in self.arrays)
 
 
-class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.CloudPickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.arrays: list[np.ndarray[Any, Any]] = []

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -88,7 +89,7 @@ class Reporter(Checkpoint):
             "update": self.history[-1]["update"] if self.history else 0,
             "busy": time.time() - self.began,
             "began": self.began,
-            "host": socket.gethostname(),
+            "host": f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:8]}",
             "process": os.getpid(),
         }
         if self.quality in metrics:
@@ -111,7 +112,8 @@ class Reporter(Checkpoint):
 
     def _speed(self, trainer: Trainer, learner: LightningModule) -> dict[str, float]:
         """Microseconds of an update per token, since this process began to train."""
-        seconds = sum(callback.seconds for callback in trainer.callbacks if isinstance(callback, Stopwatch))  # type: ignore[attr-defined]
+        watches: list[Any] = getattr(trainer, "callbacks", [])
+        seconds = sum(watch.seconds for watch in watches if isinstance(watch, Stopwatch))
         tokens = int(getattr(learner, "tokens_seen", 0))
         return {TIME.name: 1e6 * seconds / tokens} if tokens else {}
 
@@ -155,7 +157,7 @@ def _run(config: Mapping[str, Any], sweep: SweepSpec, data: Any, folder: Path, a
         spec = sweep.trial(config["values"])
         run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
         reporter.spec, reporter.length = spec, _length(spec, data)
-        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[reporter])  # type: ignore[operator]
+        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[reporter])
         reporter.finish(finished.summary)
     except Stopped:
         raise

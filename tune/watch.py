@@ -17,7 +17,7 @@ from sma.tune.storage import Storage
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
 
 
-class Recorder(tune.Callback):  # type: ignore[misc]
+class Recorder(tune.Callback):
     """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken.
 
     Args:

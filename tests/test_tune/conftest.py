@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import ray
 
-ROOT = Path(__file__).resolve().parents[2]
+from sma.tune.cluster import start_ray
 
 
 @pytest.fixture(scope="session")
 def two_slots() -> Iterator[None]:
     """A local cluster of two cores, which a sweep in this process then uses."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init(num_cpus=2, num_gpus=0, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=2, num_gpus=0, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from sma.errors import SpecError
-from sma.tune.cluster import ResourceSpec, Slots, local_node, plan_slots
+from sma.tune.cluster import ResourceSpec, Slots, check_resources, local_node, plan_slots
 
 TWO = [{"CPU": 2.0}]
 GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
@@ -43,3 +43,16 @@ def test_an_impossible_demand_is_refused(asked: dict[str, Any], nodes: list[dict
 
 def test_this_machine_has_a_core() -> None:
     assert local_node()["CPU"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        pytest.param("127.0.0.1:1", r"there is no Ray cluster at '127.0.0.1:1'.*ray start --head", id="nobody-there"),
+        pytest.param("somewhere", r"there is no Ray cluster at 'somewhere'", id="no-port"),
+        pytest.param("ray://127.0.0.1:10001", r"start the sweep on a node of the cluster, with --address auto", id="client"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused(address: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        check_resources(ResourceSpec(address=address), 16)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"training.updates": 600, "training.evaluate_every": 20, "training.batch_size": 16}
-PATIENCE = 150.0
+PATIENCE = 200.0
 
 
 @contextmanager

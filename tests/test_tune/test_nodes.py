@@ -1,0 +1,50 @@
+"""A sweep on a cluster of several nodes that runs already."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.test_tune.sweeps import write_sweep
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """That of two nodes of one core each."""
+    node = {"num_cpus": 1, "object_store_memory": 150 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    made.add_node(**node)
+    yield str(made.address)
+    made.shutdown()
+
+
+def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "sma.tune", "--accelerator=cpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
+    files = [f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--data={tmp_path / 'data'}"]
+    done = sweep(*files, "--samples=4", "--no-stop", f"--address={address}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    assert (summary["finished"], summary["slots"]) == (4, 2)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "s" / "records").iterdir()]
+    assert len({record["node"] for record in records}) == 2
+
+
+def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
+    refused = sweep(f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2")
+    assert refused.returncode == 2
+    assert "no machine has 2 CPUs and 0 GPUs for a trial; there is 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs" in refused.stderr
+    assert not (tmp_path / "s").exists()
