@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from sma.recipes.experiment import load_experiment
 from sma.recipes.report import rates_over_training
-from sma.recipes.seqboat_lra import main
+from sma.recipes.seqboat_lra import Options, main
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, same, tiny, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,12 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param(["--task", "lisops"], "--task='lisops': input should be 'listops'; see --help", id="task"),
+        pytest.param(
+            ["--task", "lisops"],
+            "--task='lisops': input should be 'listops', 'text', 'retrieval', 'image', 'pathfinder', 'pathx' or 'digits'; see --help",
+            id="task",
+        ),
+        pytest.param(["--task", "digits", "--preset", "paper"], "no shipped preset 'digits_paper'; .*digits_tiny", id="no-paper"),
         pytest.param(["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"),
         pytest.param(["--accelerator", "gpu"], "--accelerator='gpu': input should be 'auto', 'cpu' or 'cuda'; see --help", id="device"),
         pytest.param(["--seed", "x"], "--seed='x': input should be a valid integer", id="seed"),
@@ -125,6 +131,12 @@ def test_unknown_flag_is_exit_code_2(arguments, complaint, capsys):
     out, err = _said(capsys)
     assert out == ""
     assert f"seqboat_lra: error: {complaint}" in err
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+@pytest.mark.parametrize("task", [task for task in get_args(Options.model_fields["task"].annotation) if task != "digits"])
+def test_every_task_of_the_arena_has_both_presets(task, preset):
+    assert load_experiment(Options(task=task, preset=preset).name).task.kind == task
 
 
 def _experiment(monkeypatch, arguments):

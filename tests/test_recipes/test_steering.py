@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sma.errors import SpecError
-from sma.losses import budget_loss, load_balance_loss, z_loss
+from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
+from sma.recipes.data.batch import UNSCORED, where_asked
 from sma.recipes.experiment import BEST, LAST
 from sma.recipes.training import Classifier
 from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
@@ -85,3 +86,70 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
 def test_what_cannot_be_kept_is_refused(settings, sentence):
     with pytest.raises(SpecError, match=re.escape(sentence)):
         tiny(**settings)
+
+
+POLICY = {
+    "layers__layer__router": "{kind: bernoulli}",
+    "training__losses": "{policy: 0.5}",
+    "training__budget": "{target: 0.3, hold: 5, anneal: 5}",
+}
+
+
+def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data):
+    spec = tiny(**POLICY)
+    learner = Classifier(spec.model.build(), spec.training, 10)
+    batch = data.collate([data.train[number] for number in range(6)])
+    decisions = learner.model(batch.inputs, batch.valid).decisions
+    losses = torch.arange(6.0)
+    for update in range(8):
+        found = learner.routing_loss(decisions, batch.valid, losses)
+        wanted = 0.5 * policy_gradient_loss(decisions, losses, batch.valid, rates_are_held=True) if update > 5 else 0.0
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
+        learner.steer(decisions, batch.valid)
+
+
+def test_policy_gradient_is_of_the_routers_that_sample_alone(data):
+    spec = tiny(training__losses="{policy: 0.5}")  # its routers are of the kind sma
+    learner = Classifier(spec.model.build(), spec.training, 10)
+    batch = data.collate([data.train[number] for number in range(6)])
+    assert learner.routing_loss(learner.model(batch.inputs, batch.valid).decisions, batch.valid, torch.arange(6.0)) == 0
+
+
+def test_every_row_of_a_pair_owes_the_loss_of_its_sample(data):
+    spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
+    learner = Classifier(spec.model.build(), spec.training, 10)
+    batch = data.collate([data.train[number] for number in range(6)])
+    decisions = learner.model(batch.inputs, batch.valid).decisions
+    wanted = policy_gradient_loss(decisions, torch.tensor([1.0, 1.0, 5.0, 5.0, 2.0, 2.0]), batch.valid)
+    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.tensor([1.0, 5.0, 2.0])), wanted)
+
+
+def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_path):
+    seen = []
+
+    class Watch(Classifier):
+        def on_train_batch_end(self, *arguments):
+            seen.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+            super().on_train_batch_end(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sma.recipes.training.Classifier", Watch)
+        spec = tiny(**POLICY, training__router_learning_rate=0.0003)
+        finished = train(spec, tmp_path, data)
+    assert len(seen) == 30
+    for others, routers in seen:
+        assert routers == pytest.approx(others / 10)
+    assert max(others for others, _ in seen) == pytest.approx(0.003)
+    groups = finished.classifier._groups()
+    assert sum(len(group["params"]) for group in groups) == len(list(finished.classifier.parameters()))
+    assert len(groups[1]["params"]) == 4  # weight and bias of two routers
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([3, 1]), torch.tensor([[UNSCORED, 2, UNSCORED], [1, UNSCORED, 0]])])
+def test_what_is_asked_goes_back_to_where_it_was_asked(targets):
+    values = torch.arange(1.0, 1.0 + int((targets != UNSCORED).sum()), requires_grad=True)
+    back = where_asked(values, targets)
+    assert back.shape == targets.shape
+    assert torch.equal(back[targets != UNSCORED], values.detach())
+    assert not back[targets == UNSCORED].any()
+    assert not back.requires_grad

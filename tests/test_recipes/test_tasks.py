@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from sma.errors import SpecError
-from sma.recipes.data import listops
+from sma.errors import DataError, SpecError
+from sma.recipes.data import listops, python_text
+from sma.recipes.data.digits import load_digits
 from sma.recipes.data.listops import FILES, decode, evaluate_expression
-from sma.recipes.tasks import ClassificationTask, ListOpsTask
+from sma.recipes.experiment import load_experiment
+from sma.recipes.tasks import ClassificationTask, ImageTask, ListOpsTask
+from sma.recipes.training import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 from tests.test_recipes.tiny import DATA
 
@@ -84,3 +87,51 @@ def test_unfinished_task_says_what_it_must_define(tmp_path):
 def test_impossible_data_is_refused_before_anything_is_generated():
     with pytest.raises(SpecError, match="no length lies between min_length=3 and max_length=4"):
         ListOpsTask(data={**DATA, "max_length": 4})
+
+
+def test_digits_in_the_place_of_photographs_are_enlarged_and_keep_their_test_images(tmp_path):
+    data = ImageTask(data={"source": "digits", "validation": 180}).prepare(tmp_path)
+    assert data.class_names == tuple("0123456789")
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [1258, 180, 359]
+    small = load_digits().test
+    assert data.test.targets.tolist() == small.targets.tolist()
+    for number in (0, 7, 358):
+        image = torch.from_numpy(data.test.pixels[number]).view(8, 4, 8, 4)
+        corners = image[:, 0, :, 0]
+        assert torch.equal(image, corners[:, None, :, None].expand(8, 4, 8, 4))
+        assert corners.flatten().tolist() == [int(grey) * 255 // 16 for grey in small.pixels[number]]
+    assert len(set(data.hashes.values())) == 3
+
+
+def test_photographs_keep_their_names():
+    assert ImageTask().class_names[0] == "airplane"
+
+
+def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_path):
+    with pytest.raises(DataError, match="validation=5000 leaves none of the 1438 training images to train on; lower it"):
+        ImageTask(data={"source": "digits"}).prepare(tmp_path)
+
+
+FEW = {
+    "listops": ["task.data.train=8", "task.data.validation=4", "task.data.test=4"],
+    "text": [],
+    "retrieval": [],
+    "image": [],
+    "pathfinder": ["task.data.train=8", "task.data.validation=4", "task.data.test=4"],
+    "pathx": ["task.data.train=8", "task.data.validation=4", "task.data.test=4"],
+    "digits": [],
+}
+
+
+@pytest.mark.parametrize("task", FEW)
+def test_tiny_preset_of_every_task_trains_and_is_evaluated(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(python_text, "LIMITS", {"train": 40, "validation": 40, "test": 40})
+    quick = ["training.updates=1", "training.warmup=0", "training.batch_size=4", "training.evaluate_every=1"]
+    spec = load_experiment(f"{task}_tiny", [*quick, *FEW[task]])
+    data = spec.task.prepare(tmp_path, progress=False)
+    summary = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False).summary
+    assert summary["task"] == task
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["data"] == dict(data.hashes)
+    longest = max(int(split.lengths.max()) for split in (data.train, data.validation, data.test))
+    assert spec.model.layer_specs[0].modules["attention"].position.max_positions >= longest

@@ -82,6 +82,17 @@ class TestTarget:
         _run(BudgetController(BudgetSpec(target=targets), [router]), 100)
         assert _rate(router).tolist() == pytest.approx(list(targets.values()), abs=0.03)
 
+    @pytest.mark.parametrize("spec", [GumbelRouterSpec(), BernoulliRouterSpec()])
+    def test_a_router_that_samples_runs_nearly_all_at_a_rate_of_1_and_then_keeps_the_target(self, spec):
+        router = _router(spec)
+        controller = BudgetController(BudgetSpec(target=0.3, start=1.0, hold=100, anneal=100), [router])
+        for held in (True, False):
+            _run(controller, 100)
+            if held:
+                assert router(normal(2, 400, 5, seed=9))[0].p_on.mean() > 0.98
+        _run(controller, 100)
+        assert _rate(router).tolist() == pytest.approx([0.3] * 3, abs=0.03)
+
     def test_updates_of_many_tokens_count_more(self):
         router = _router(SMARouterSpec())
         controller = BudgetController(BudgetSpec(target=0.3), [router])

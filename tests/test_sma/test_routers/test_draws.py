@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sma.routers import RandomState, keyed_uniform
 from sma.routers.draws import draw_for_tokens
+from sma.spec import load_spec
 from tests import oracles
 from tests.streams import same_bits
 
@@ -47,3 +48,19 @@ def test_streams_draw_by_the_numbers_of_their_rows():
 def test_a_stream_that_begins_again_keeps_its_row(rows):
     state = RandomState(torch.tensor([3, 8]))
     assert same_bits(state.reset(rows), state)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "random", "rate": 0.5}, {"kind": "bernoulli"}, {"kind": "gumbel"}])
+def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(kind):
+    layer = {"router": kind, "modules": {"mlp": {"kind": "identity"}}, "bypass": "identity", "activation": "none"}
+    spec = {"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "token_embedding", "vocabulary": 5}, "layers": [{}, layer, layer]}
+    model = load_spec(spec).build()
+    routers = [part.routed.router for part in model.routed_layers if part.routed is not None]
+    assert [router.place for router in routers] == [1, 2]
+    control = torch.zeros(2, 400, 4)  # every score is 0, so the draws decide alone
+    first, second, alone = (router(control)[0].active for router in (*routers, load_spec(kind, "router").build(4, ["mlp"])))
+    assert 0.4 < first.double().mean() < 0.6
+    for one, other in ((first, second), (first, alone), (second, alone)):
+        assert 0.4 < (one == other).double().mean() < 0.6
+    routers[0].place = 0
+    assert torch.equal(routers[0](control)[0].active, alone)
