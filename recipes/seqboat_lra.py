@@ -20,7 +20,9 @@ class Options(ClassifierOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lra")
 
-    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits"] = Field(default="listops", description="what to learn")
+    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits"] = Field(
+        default="listops", description="what to learn"
+    )
     preset: Literal["tiny", "paper"] = Field(default="tiny", description="minutes on two cores, or the paper's setting")
 
     @property

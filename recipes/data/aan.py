@@ -12,11 +12,11 @@ Reference:
 import hashlib
 from array import array
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,9 +24,11 @@ from torch.utils.data import Dataset
 from sma.errors import DataError
 from sma.recipes.data.documents import ids_of
 from sma.recipes.data.lra import release_folder
+from sma.recipes.data.python_text import python_pairs
 from sma.spec import Spec
 
 CLASSES = ("unrelated", "cited")
+PYTHON_CLASSES = ("elsewhere", "continued")
 FOLDER = "tsv_data"
 FILES = {"train": "new_aan_pairs.train.tsv", "validation": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
 """The release's file of every split."""
@@ -37,26 +39,32 @@ _REQUIRED = "5 are required: label, name and name, text and text"
 
 
 class AANSettings(Spec):
-    """Which pairs to read."""
+    """Which pairs to read. The same settings and files give the same pairs in the same splits."""
 
+    source: Literal["release", "python"] = Field(
+        default="release",
+        description="the release of the Long Range Arena; or, for trying the pipeline, no papers but passages of Python's standard "
+        "library: does the second go on where the first ends, or is it of another module?",
+    )
     download: bool = Field(
         default=False, description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it"
     )
-    length: int = Field(default=4000, ge=1, description="bytes that a document is cut to")
+    length: int = Field(default=4000, ge=1, description="bytes that a document is cut to, or that a passage has")
+    validation: float = Field(default=0.1, gt=0.0, lt=1.0, description="with source=python: share of the modules that is held out")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: of the splits and the pairs")
 
 
 class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
     """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the other.
 
     Args:
-        path: the file.
-        places: `(N, 4)`: where in the file the first text begins and ends, and the second.
+        content: the bytes of all documents, such as a file mapped into memory.
+        places: `(N, 4)`: where in it the first text begins and ends, and the second.
         targets: the labels.
     """
 
-    def __init__(self, path: Path, places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]) -> None:
-        self.places, self.targets = places, targets
-        self.content = np.memmap(path, dtype=np.uint8, mode="r")
+    def __init__(self, content: UInt8[np.ndarray, " T"], places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]) -> None:
+        self.content, self.places, self.targets = content, places, targets
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -73,25 +81,32 @@ class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
 
 
 class AANData(NamedTuple):
-    """The three splits, and the SHA-256 of every file they are read from, by name."""
+    """The three splits, the SHA-256 of every file they are read from or of every split, by name, and the names of the classes."""
 
     train: PairDataset
     validation: PairDataset
     test: PairDataset
     hashes: dict[str, str]
+    class_names: tuple[str, ...] = CLASSES
 
 
 def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> AANData:
-    """Return the pairs of the release in the data folder `folder`; see `sma.recipes.data.lra` for where it is looked for.
+    """Return the pairs of the release in the data folder `folder`, or those of Python's modules.
+
+    See `sma.recipes.data.lra` for where the release is looked for.
 
     Raises:
-        DataError: a file is missing or broken; names the file and the line.
+        DataError: a file is missing or broken; names the file and the line. Or Python's sources are missing.
     """
+    if settings.source == "python":
+        made = python_pairs(settings.length, settings.validation, settings.seed)
+        parts = {split: PairDataset(*pairs) for split, pairs in made.items()}
+        return AANData(**parts, hashes={split: pairs.sha256 for split, pairs in made.items()}, class_names=PYTHON_CLASSES)
     found = release_folder(folder, FOLDER, list(FILES.values()), download=settings.download, progress=progress)
     splits, hashes = {}, {}
     for split, name in FILES.items():
         splits[split], hashes[name] = read_pairs(found / name, settings.length)
-    return AANData(**splits, hashes=hashes)
+    return AANData(splits["train"], splits["validation"], splits["test"], hashes)
 
 
 def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
@@ -122,7 +137,8 @@ def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
     if not targets:
         raise DataError(f"{path} is empty; at least one pair is required")
     where = torch.tensor(places, dtype=torch.int64).view(-1, 4)
-    return PairDataset(path, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    return PairDataset(content, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
 
 
 def _shortened(text: bytes) -> str:

@@ -19,6 +19,8 @@ from pydantic import Field
 
 from sma.errors import DataError
 from sma.recipes.data.archives import unpack
+from sma.recipes.data.digits import SIDE as DIGIT_SIDE
+from sma.recipes.data.digits import DigitsDataset, load_digits
 from sma.recipes.data.download import fetch
 from sma.recipes.data.grey import SPLITS, GreyData, GreyDataset
 from sma.spec import Spec
@@ -47,11 +49,14 @@ Images = tuple[UInt8[np.ndarray, "N 1024"], UInt8[np.ndarray, " N"]]
 class CifarSettings(Spec):
     """Where CIFAR-10 comes from, and how its training images are split. The same settings give the same splits."""
 
-    source: Literal["binary", "hub"] = Field(
-        default="binary", description="the files of the binary version, or the Hugging Face Hub, through the package `datasets`"
+    source: Literal["binary", "hub", "digits"] = Field(
+        default="binary",
+        description="the files of the binary version; or the Hugging Face Hub, through the package `datasets`; or, for trying the "
+        "pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: 1,438 to train "
+        "on and 359 to test on",
     )
     download: bool = Field(default=False, description="get the binary version (170 MB) if it is not there")
-    validation: int = Field(default=5_000, ge=1, lt=5 * RECORDS, description="of the 50,000 training images, how many to validate on")
+    validation: int = Field(default=5_000, ge=1, lt=5 * RECORDS, description="of the training images, how many to validate on")
     seed: int = Field(default=42, ge=0, lt=2**31, description="of the choice")
 
 
@@ -66,7 +71,12 @@ def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = 
     Raises:
         DataError: the data is not there, or a file is damaged; names it.
     """
-    train, test = _from_hub(Path(folder)) if settings.source == "hub" else _from_files(settings, Path(folder), progress)
+    if settings.source == "digits":
+        train, test = _from_digits()
+    elif settings.source == "hub":
+        train, test = _from_hub(Path(folder))
+    else:
+        train, test = _from_files(settings, Path(folder), progress)
     if settings.validation >= len(train[1]):
         raise DataError(f"validation={settings.validation} leaves none of the {len(train[1])} training images to train on; lower it")
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(settings.seed)).numpy()
@@ -135,6 +145,19 @@ def _missing(folder: Path) -> str:
         f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) nor {ARCHIVE} in {folder}; put the binary "
         f"version of CIFAR-10 there, from {URL}, or set data.download=true"
     )
+
+
+def _from_digits() -> tuple[Images, Images]:
+    made = load_digits()
+    parts = [_enlarged(split) for split in (made.train, made.validation, made.test)]
+    train = np.concatenate([pixels for pixels, _ in parts[:2]]), np.concatenate([targets for _, targets in parts[:2]])
+    return train, parts[2]
+
+
+def _enlarged(split: DigitsDataset) -> Images:
+    grey = (split.pixels.numpy().astype(np.uint16) * 255 // 16).astype(np.uint8).reshape(-1, DIGIT_SIDE, DIGIT_SIDE)
+    factor = SIDE // DIGIT_SIDE
+    return grey.repeat(factor, 1).repeat(factor, 2).reshape(-1, _PIXELS), split.targets.numpy().astype(np.uint8)
 
 
 def _from_hub(folder: Path) -> tuple[Images, Images]:

@@ -17,20 +17,22 @@ Reference:
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.errors import DataError
 from sma.recipes.data.archives import unpack
 from sma.recipes.data.documents import DocumentDataset
 from sma.recipes.data.download import fetch
+from sma.recipes.data.python_text import python_documents
 from sma.spec import Spec
 
 CLASSES = ("neg", "pos")
+PYTHON_CLASSES = ("other", "internet")
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
 """Of the archive."""
@@ -42,10 +44,11 @@ _FOLDER, _ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
 class ImdbSettings(Spec):
     """Which reviews, and how they are split. The same settings and files give the same reviews in the same splits."""
 
-    source: Literal["files", "hub"] = Field(
+    source: Literal["files", "hub", "python"] = Field(
         default="files",
-        description="the published files in the data folder, or the Hub of Hugging Face through the package datasets, which downloads "
-        "and keeps them where it is set to",
+        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, which downloads "
+        "and keeps them where it is set to; or, for trying the pipeline, no reviews but passages of Python's standard library: is the "
+        "module about the internet?",
     )
     download: bool = Field(default=False, description="get the published archive where the data folder does not hold it")
     split: Literal["held_out", "lra"] = Field(
@@ -53,18 +56,27 @@ class ImdbSettings(Spec):
         description="validate on a share of the training reviews, or, as the Long Range Arena, on the test reviews: then the best "
         "checkpoint is chosen on what it is tested on, and the test accuracy is too good",
     )
-    validation: float = Field(default=0.1, gt=0.0, lt=1.0, description="share of the training reviews of each class that is held out")
+    validation: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="share of the training reviews of each class, or of Python's modules, that is held out"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice of the held-out reviews")
-    length: int = Field(default=4000, ge=1, description="bytes that a review is cut to")
+    length: int = Field(default=4000, ge=1, description="bytes that a review is cut to, or that a passage has")
+
+    @model_validator(mode="after")
+    def _has_the_split(self) -> Self:
+        if self.source == "python" and self.split == "lra":
+            raise ValueError("split='lra' is that of the reviews; source='python' has none: use split='held_out'")
+        return self
 
 
 class ImdbData(NamedTuple):
-    """The three splits, and the SHA-256 of each."""
+    """The three splits, the SHA-256 of each, and the names of the classes."""
 
     train: DocumentDataset
     validation: DocumentDataset
     test: DocumentDataset
     hashes: dict[str, str]
+    class_names: tuple[str, ...] = CLASSES
 
 
 def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = True) -> ImdbData:
@@ -76,9 +88,12 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         progress: show a bar while downloading.
 
     Raises:
-        DataError: the reviews are not there; what was looked for, and where they come from. Or a file is empty or cannot be read; or a
-            share so small that no review of some class is held out.
+        DataError: the reviews (or Python's sources) are not there; what was looked for, and where they come from. Or a file is
+            empty or cannot be read; or a share so small that no review of some class is held out.
     """
+    if settings.source == "python":
+        made = python_documents(settings.length, settings.validation, settings.seed)
+        return ImdbData(*made, {name: split.sha256 for name, split in made._asdict().items()}, PYTHON_CLASSES)
     if settings.source == "hub":
         everything, test = (_from_hub(split, settings.length) for split in ("train", "test"))
     else:
@@ -89,8 +104,8 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
     else:
         held_out = _held_out(everything.targets, settings)
         train, validation = (everything.select(chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
-    splits = {"train": train, "validation": validation, "test": test}
-    return ImdbData(**splits, hashes={name: split.sha256 for name, split in splits.items()})
+    hashes = {name: split.sha256 for name, split in (("train", train), ("validation", validation), ("test", test))}
+    return ImdbData(train, validation, test, hashes)
 
 
 def _find(folder: Path, download: bool, progress: bool) -> Path:

@@ -16,7 +16,10 @@ from sma.spec import register
 
 @register
 class RetrievalTask(ClassificationTask):
-    """Two papers, each read byte by byte by the same encoder; the answer is whether one cites the other."""
+    """Two papers, each read byte by byte by the same encoder; the answer is whether one cites the other.
+
+    Or two passages of Python's modules; then it is whether the second goes on where the first ends.
+    """
 
     kind: Literal["retrieval"] = "retrieval"
     data: AANSettings = Field(default=AANSettings(), description="where the pairs come from")
@@ -33,4 +36,4 @@ class RetrievalTask(ClassificationTask):
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_aan(self.data, folder, progress=progress)
-        return TaskData(made.train, made.validation, made.test, made.hashes, collate_pairs, show, CLASSES)
+        return TaskData(made.train, made.validation, made.test, made.hashes, collate_pairs, show, made.class_names)

@@ -15,7 +15,10 @@ from sma.spec import register
 
 @register
 class TextTask(ClassificationTask):
-    """Film reviews, read byte by byte; the answer is whether the writer liked the film."""
+    """Film reviews, read byte by byte; the answer is whether the writer liked the film.
+
+    Or passages of Python's modules; then it is whether the module is about the internet.
+    """
 
     kind: Literal["text"] = "text"
     data: ImdbSettings = Field(default=ImdbSettings(), description="where the reviews come from, and how they are split")
@@ -30,4 +33,4 @@ class TextTask(ClassificationTask):
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_imdb(self.data, folder, progress=progress)
-        return TaskData(made.train, made.validation, made.test, made.hashes, collate, show, CLASSES)
+        return TaskData(made.train, made.validation, made.test, made.hashes, collate, show, made.class_names)
