@@ -6,7 +6,7 @@ from typing import cast
 from sma.errors import SpecError, did_you_mean
 from sma.layer import LayerSpec
 from sma.modules.attention import AttentionSpec
-from sma.modules.chunked import ChunkedSpec
+from sma.modules.chunked_gau import ChunkedGAUSpec
 from sma.modules.gau import GAUSpec
 from sma.modules.local_attention import LocalAttentionSpec
 from sma.modules.mlp import GatedMLPSpec
@@ -90,7 +90,8 @@ def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
 def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
     def change(layer: LayerSpec) -> list[LayerSpec]:
         name, gau = _gau(layer)
-        return [layer.replace(modules=FrozenDict({name: ChunkedSpec(size=_window(layer), module=_without_window(gau))}))]
+        fields = {field: getattr(gau, field) for field in type(gau).model_fields if field not in ("kind", "window")}
+        return [layer.replace(modules=FrozenDict({name: ChunkedGAUSpec(window=_window(layer), **fields)}))]
 
     return with_routers(_unrouted(_each_layer(spec, change)), AlwaysRouterSpec())
 

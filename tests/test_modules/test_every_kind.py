@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sma.modules.chunked import ChunkedSpec
+from sma.modules.chunked_gau import ChunkedGAUSpec
 from sma.pytree import map_tensors
 from sma.ragged import rectangular
 from sma.spec import dump_spec, kinds, load_spec
@@ -36,8 +36,7 @@ def test_every_kind_of_the_zoo_is_here_in_both_directions() -> None:
     assert {spec.kind for spec in SPECS.values()} == set(ours)
     for kind, spec in ours.items():
         built = {part.build(WIDTH).causal for part in SPECS.values() if part.kind == kind}
-        both = "bidirectional" in spec.model_fields or "module" in spec.model_fields  # a wrapper is as its sub-module
-        assert built == ({True, False} if both else {True}), kind
+        assert built == ({True, False} if "bidirectional" in spec.model_fields else {True}), kind
 
 
 @every_spec
@@ -126,7 +125,7 @@ def test_a_causal_kind_never_looks_ahead_and_another_does(spec: SubModuleSpec, p
     assert not torch.equal(after[0, place:], before[0, place:])
     if module.causal:
         torch.testing.assert_close(after[0, :place], before[0, :place], rtol=0, atol=1e-12)
-    elif not isinstance(spec, ChunkedSpec) or place % spec.size:  # a chunk ends before its first token
+    elif not isinstance(spec, ChunkedGAUSpec) or place % spec.window:  # a chunk ends before its first token
         assert not torch.allclose(after[0, place - 1], before[0, place - 1])
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from sma.modules.attention import AttentionSpec
-from sma.modules.chunked import ChunkedSpec
+from sma.modules.chunked_gau import ChunkedGAUSpec
 from sma.modules.conv import ConvSpec
 from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
@@ -21,10 +21,8 @@ NEAR = RelativeBiasSpec(max_positions=9)
 SPECS: dict[str, SubModuleSpec] = {
     "attention-bidirectional": AttentionSpec(heads=2),
     "attention-causal": AttentionSpec(heads=2, bidirectional=False, position=RotarySpec()),
-    "chunked-attention": ChunkedSpec(size=4, module=AttentionSpec(heads=2)),
-    "chunked-ema-causal": ChunkedSpec(size=3, module=EMASpec(state_size=2, bidirectional=False)),
-    "chunked-gau": ChunkedSpec(size=5, module=GAUSpec(query_size=4, hidden_size=3, position=NEAR)),
-    "chunked-gau-causal": ChunkedSpec(size=4, module=GAUSpec(query_size=4, hidden_size=3, bidirectional=False, position=RotarySpec())),
+    "chunked-gau": ChunkedGAUSpec(query_size=4, hidden_size=3, window=5, position=NEAR),
+    "chunked-gau-causal": ChunkedGAUSpec(query_size=4, hidden_size=3, window=4, bidirectional=False, position=RotarySpec()),
     "conv-bidirectional": ConvSpec(kernel_size=5, bidirectional=True),
     "conv-causal": ConvSpec(kernel_size=4, activation="none"),
     "ema-bidirectional": EMASpec(state_size=3),

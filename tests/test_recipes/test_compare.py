@@ -33,8 +33,8 @@ def test_what_the_baselines_are():
     layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
     assert baseline("seqboat", spec) == spec
     assert [layer.modules["attention"].window for layer in layers["seqboat_full"]] == [None, None]
-    assert [(layer.router.kind, layer.modules["attention"].size) for layer in layers["mega_chunk"]] == [("always", 8)] * 2
-    assert {layer.modules["attention"].module.window for layer in layers["mega_chunk"]} == {None}
+    assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [("always", 8)] * 2
+    assert {layer.modules["attention"].kind for layer in layers["mega_chunk"]} == {"chunked_gau"}
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["ema"]] == [("ema", {})] * 2
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
     assert [layer.backbone.kind for layer in layers["transformer"]] == ["attention", "gated_mlp"] * 2
@@ -50,7 +50,7 @@ def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
     unit = model.routed_layers[0].routed.submodules["attention"]
     x = torch.randn(1, 20, 8)
     whole = unit(rectangular(x))[0]
-    parts = torch.cat([unit.module(rectangular(x[:, start : start + 8]))[0] for start in (0, 8, 16)])
+    parts = torch.cat([unit.unit(rectangular(x[:, start : start + 8]))[0] for start in (0, 8, 16)])
     torch.testing.assert_close(whole, parts)
 
 

@@ -23,7 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "laplace": {**GAU, "window": 3, "attention": "laplace", "position": {"kind": "relative_bias", "distance": "slot_distance"}},
     "gated_mlp": {"kind": "gated_mlp", "hidden_size": 8},
     "conv": {"kind": "conv", "kernel_size": 3, "bidirectional": True},
-    "chunked": {"kind": "chunked", "size": 6, "module": GAU},
+    "chunked_gau": {**GAU, "kind": "chunked_gau", "window": 6},
     "ema": {"kind": "ema", "state_size": 2},
     "causal ema": {"kind": "ema", "state_size": 2, "bidirectional": False, "truncation": 5},
     "attention": {"kind": "attention", "heads": 2},

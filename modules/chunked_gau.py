@@ -1,4 +1,4 @@
-"""Chunks: a sub-module that starts afresh every so many tokens."""
+"""The gated attention unit inside fixed chunks: the attention of Mega-chunk."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,53 +8,50 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from sma.modules.gau import GatedAttentionUnit, GAUSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack, rectangular, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, placement
+from sma.submodule import Operations, State, SubModule, placement
 
 
 @register
-class ChunkedSpec(SubModuleSpec):
-    """Spec of `Chunked`."""
+class ChunkedGAUSpec(GAUSpec):
+    """Spec of `ChunkedGAU`."""
 
-    kind: Literal["chunked"] = "chunked"
-    size: int = Field(ge=1, description="tokens of a chunk")
-    module: SubModuleSpec = Field(description="what runs on every chunk, such as attention without a window")
+    kind: Literal["chunked_gau"] = "chunked_gau"  # type: ignore[assignment]
+    window: int = Field(ge=1, description="active tokens of a chunk: each attends to those of its own chunk, W at most, and to no others")
 
-    def build(self, width: int) -> "Chunked":
-        return Chunked(self, width)
-
-    def num_parameters(self, width: int) -> int:
-        return self.module.num_parameters(width)
+    def build(self, width: int) -> "ChunkedGAU":  # type: ignore[override]
+        return ChunkedGAU(self, width)
 
     def operations(self, width: int, tokens: int) -> Operations:
-        whole, rest = divmod(tokens, self.size)
-        return Operations().plus(self.module.operations(width, self.size), whole).plus(self.module.operations(width, rest), int(rest > 0))
+        chunk = min(self.window, tokens)
+        return Operations().plus(super().operations(width, chunk), chunks_of(tokens, self.window)) if tokens else Operations()
 
 
 @register_output
 @dataclass(frozen=True)
 class ChunkedState(State):
-    """Where the streams of `Chunked` stand.
+    """Where the streams of `ChunkedGAU` stand.
 
     Attributes:
-        module: of the sub-module, in the chunk that is being read.
+        unit: of the attention unit, in the chunk that is being read.
         seen: tokens of each row so far.
     """
 
-    module: State
+    unit: State
     seen: Int[Tensor, "B"]
 
 
-class Chunked(SubModule):
-    r"""$y_t = f(x_{cC}, \dots, x_{cC + C - 1})_{t - cC}$, $c = \lfloor t / C \rfloor$: chunks of C tokens that know nothing of each other.
+class ChunkedGAU(SubModule):
+    r"""$y_t = f(x_{cW}, \dots, x_{cW + W - 1})_{t - cW}$, $c = \lfloor t / W \rfloor$: chunks of W tokens that know nothing of each other.
 
-    With attention this is the fixed block attention of Mega-chunk. Chunks count the tokens that the sub-module is given, so routed ones
-    hold C active tokens, wherever those stand. Positions stay those of the row.
+    f is the gated attention unit. Chunks count the tokens that it is given, so routed ones hold W active tokens, wherever those stand.
+    Positions stay those of the row.
 
     Args:
-        spec: C, and the sub-module.
+        spec: as of the unit; its window is W.
         width: channels of every token, D.
 
     Shape:
@@ -64,17 +61,17 @@ class Chunked(SubModule):
         Ma et al., "Mega: Moving Average Equipped Gated Attention", arXiv 2209.10655, section 3.5.
     """
 
-    def __init__(self, spec: ChunkedSpec, width: int) -> None:
+    def __init__(self, spec: ChunkedGAUSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.module = spec.module.build(width)
-        self.causal = self.module.causal
+        self.unit = GatedAttentionUnit(spec, width)
+        self.causal = self.unit.causal
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkedState:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
-        inner = self.module.init_state(batch_size, device=device, dtype=dtype)
+        inner = self.unit.init_state(batch_size, device=device, dtype=dtype)
         return ChunkedState(inner, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
@@ -85,18 +82,20 @@ class Chunked(SubModule):
             values, after = self._go_on(packed, before)
             return unpack(values, real, tokens), after
         if tokens.stride is None:
-            values, _ = self.module(cut_packed(tokens, self.spec.size))
+            values, _ = self.unit(cut_packed(tokens, self.spec.window))
             return values, None
         rows, length = tokens.num_rows, tokens.stride
-        chunks = cut_rectangular(tokens, self.spec.size)
-        values, _ = self.module(chunks)
-        filled = chunks_of(length, self.spec.size) * (chunks.stride or 0)
+        if not length:  # there is nothing to cut, and the unit gives zero gradients
+            return self.unit(tokens)[0], None
+        chunks = cut_rectangular(tokens, self.spec.window)
+        values, _ = self.unit(chunks)
+        filled = chunks_of(length, self.spec.window) * (chunks.stride or 0)
         return values.reshape(rows, filled, values.shape[1])[:, :length].flatten(0, 1), None
 
     def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
         """Chunk after chunk, the rows side by side: each goes on in its chunk, or begins the next."""
-        size = self.spec.size
-        inner, seen = state.module, state.seen
+        size = self.spec.window
+        inner, seen = state.unit, state.seen
         slot = seen[tokens.rows] + tokens.slots
         turn = torch.div(slot, size, rounding_mode="floor") - torch.div(seen, size, rounding_mode="floor")[tokens.rows]
         values = tokens.values
@@ -111,7 +110,7 @@ class Chunked(SubModule):
                 offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
                 lengths=counts,
             )
-            found, after = self.module(part, inner)
+            found, after = self.unit(part, inner)
             inner, seen = after, seen + counts
             values = values.index_copy(0, chosen, found)
         return values, ChunkedState(inner, seen)
