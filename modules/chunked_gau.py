@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
+from sma.modules.windowed import block_shape
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack, rectangular, unpack
 from sma.spec import register
@@ -27,7 +28,9 @@ class ChunkedGAUSpec(GAUSpec):
 
     def operations(self, width: int, tokens: int) -> Operations:
         chunk = min(self.window, tokens)
-        return Operations().plus(super().operations(width, chunk), chunks_of(tokens, self.window)) if tokens else Operations()
+        pairs = chunks_of(tokens, self.window) * block_shape(chunk, self.window, not self.bidirectional).pairs(chunk)
+        dense = width * (self.query_size + 3 * self.hidden_size)
+        return Operations(tokens * dense + pairs * (self.query_size + self.hidden_size))
 
 
 @register_output
@@ -81,6 +84,8 @@ class ChunkedGAU(SubModule):
             packed, real = pack(tokens)
             values, after = self._go_on(packed, before)
             return unpack(values, real, tokens), after
+        if not tokens.holes:  # then rectangular tokens are packed ones too
+            tokens = replace(tokens, stride=None)
         if tokens.stride is None:
             values, _ = self.unit(cut_packed(tokens, self.spec.window))
             return values, None

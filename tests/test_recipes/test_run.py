@@ -50,6 +50,7 @@ def test_folder_holds_what_is_worth_keeping(finished):
         "tensorboard/hparams.yaml",
         "model/model.safetensors",
         "model/spec.yaml",
+        "evaluation.json",
     }
 
 

@@ -189,6 +189,7 @@ def test_gradients_reach_the_router_through_the_confidence_of_active_tokens_only
 def _kinds_of_sub_modules() -> list[object]:
     settings: dict[str, list[dict[str, Any]]] = {
         "attention": [{"heads": 1}, {"heads": 1, "bidirectional": False}],
+        "chunked_gau": [{"query_size": 2, "hidden_size": 4, "window": window} for window in (1, 3)],
         "conv": [{}, {"bidirectional": True, "kernel_size": 3}],
         "ema": [{}, {"bidirectional": False, "truncation": 2}],
         "gated_mlp": [{"hidden_size": 4}],

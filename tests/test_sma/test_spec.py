@@ -126,7 +126,7 @@ def _module(**fields: Any) -> dict[str, Any]:
     return _model(layers=[{}, {"modules": {"attention": fields}}])
 
 
-SUB_MODULES = "known kinds: attention, conv, ema, gated_mlp, gau, identity, local_attention, s4d"
+SUB_MODULES = "known kinds: attention, chunked_gau, conv, ema, gated_mlp, gau, identity, local_attention, s4d"
 GAU_FIELDS = "fields: query_size, hidden_size, window, bidirectional, attention, position, value_dropout, attention_dropout"
 ENDS = "; width: channels of every token, D"
 
