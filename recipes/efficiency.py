@@ -6,6 +6,8 @@ Prints JSON. A process of its own measures each, because the peak of a process n
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import resource
 import statistics
@@ -106,6 +108,10 @@ def _forget_peak(device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())
     if sys.platform == "linux":
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed, and a pass would be served from that
+        if trim is not None:
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _peak(device)
 
