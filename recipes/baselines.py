@@ -6,8 +6,7 @@ from typing import cast
 from sma.errors import SpecError, did_you_mean
 from sma.layer import LayerSpec
 from sma.modules.attention import AttentionSpec
-from sma.modules.chunked_gau import ChunkedGAUSpec
-from sma.modules.gau import GAUSpec
+from sma.modules.gau import ChunkedGAUSpec, GAUSpec
 from sma.modules.local_attention import LocalAttentionSpec
 from sma.modules.mlp import GatedMLPSpec
 from sma.modules.s4d import S4DSpec

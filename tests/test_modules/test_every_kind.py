@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sma.modules.chunked_gau import ChunkedGAUSpec
+from sma.modules.gau import ChunkedGAUSpec
 from sma.pytree import map_tensors
 from sma.ragged import rectangular
 from sma.spec import dump_spec, kinds, load_spec

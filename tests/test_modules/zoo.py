@@ -3,10 +3,9 @@
 import torch
 
 from sma.modules.attention import AttentionSpec
-from sma.modules.chunked_gau import ChunkedGAUSpec
 from sma.modules.conv import ConvSpec
 from sma.modules.ema import EMASpec
-from sma.modules.gau import GAUSpec
+from sma.modules.gau import ChunkedGAUSpec, GAUSpec
 from sma.modules.identity import IdentitySpec
 from sma.modules.local_attention import LocalAttentionSpec
 from sma.modules.mlp import GatedMLPSpec
