@@ -27,8 +27,13 @@ class RandomStates(Callback):
         self._loaded: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The random states of the CPU and of every CUDA device."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        if not _together():
+            return own
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, own)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the training starts: building and evaluating must not use them up."""
@@ -36,10 +41,19 @@ class RandomStates(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the states of the checkpoint back."""
-        if self._loaded:
-            torch.set_rng_state(self._loaded["cpu"].cpu())
-            if self._loaded["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])
+        states = self._loaded.get("ranks", [self._loaded])
+        # Where more processes go on than there were, the others keep the states that their seeds gave them.
+        rank = torch.distributed.get_rank() if _together() else 0
+        found = states[rank] if rank < len(states) else {}
+        if found:
+            torch.set_rng_state(found["cpu"].cpu())
+            if found["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in found["cuda"]])
+
+
+def _together() -> bool:
+    """Whether this is one of several processes that train one model."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class FinalEvaluation(Callback):

@@ -27,6 +27,7 @@ from sma.checkpoint import save
 from sma.recipes.callbacks import AtomicCheckpointIO, Bar, BestCheckpoint, FinalEvaluation, RandomStates, RouterHealth
 from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
 from sma.recipes.learner import Learner
+from sma.recipes.team import ALONE, Team
 from sma.spec import dump_spec
 
 
@@ -72,6 +73,7 @@ def fit(
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    team: Team = ALONE,
 ) -> Fitted:
     """Train a learner and load its best checkpoint; a folder with a checkpoint of the same experiment goes on from there.
 
@@ -84,6 +86,7 @@ def fit(
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
         callbacks: of Lightning, that watch the training.
+        team: the processes that train it together; all of them read the checkpoint they go on from, the first one writes the folder.
 
     Raises:
         DataError: a batch or a loss that is not finite.
@@ -92,31 +95,39 @@ def fit(
     started = time.perf_counter()
     checkpoint = out / LAST
     done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0
-    write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
-    write_text(out / VERSIONS, json.dumps(versions(), indent=1))
+    if team.writes:
+        write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
+        write_text(out / VERSIONS, json.dumps(versions(), indent=1))
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
-    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars, *callbacks])
+    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars, *callbacks], team)
+    if spec.precision == "64-true":
+        # Lightning converts the model only after it has put back the weights of a checkpoint, which would lose half of their digits.
+        learner.double()
     with interruptible():
         trainer.fit(learner, training(done), validation, ckpt_path=str(checkpoint) if done else None)
-    best = torch.load(out / BEST, map_location="cpu", weights_only=True)
+    # Only the first process is sure to see the file that it wrote.
+    best: Any = trainer.strategy.broadcast(torch.load(out / BEST, map_location="cpu", weights_only=True) if team.writes else None)
     learner.load_state_dict(best["state_dict"])
-    speed = round(learner.tokens_seen / stopwatch.seconds) if stopwatch.seconds else None
+    tokens = trainer.strategy.reduce(torch.tensor(learner.tokens_seen, device=trainer.strategy.root_device), reduce_op="sum")
+    speed = round(int(tokens) / stopwatch.seconds) if stopwatch.seconds else None
     return Fitted(trainer, int(best["global_step"]), started, speed)
 
 
-def prepare(spec: ExperimentSpec) -> None:
+def prepare(spec: ExperimentSpec, team: Team = ALONE) -> None:
     """Set the seed, the threads and what Lightning says, before the model is built."""
     _quiet()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    lightning.seed_everything(spec.seed, verbose=False)
+    # The weights have a seed of their own; this one is for dropout, which must not fall on the same places everywhere.
+    lightning.seed_everything((spec.seed + 1_000_003 * team.rank) % 2**32, verbose=False)
 
 
-def finish(spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, results: dict[str, Any]) -> dict[str, Any]:
+def finish(
+    spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, results: dict[str, Any], team: Team = ALONE
+) -> dict[str, Any]:
     """Save the model and write the summary: what was measured, and what it was measured with; returns the summary."""
-    save(learner.model, out / "model")
     summary = {
         "task": spec.task.kind,
         **results,
@@ -130,7 +141,9 @@ def finish(spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, re
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    write_text(out / SUMMARY, json.dumps(summary, indent=1))
+    if team.writes:
+        save(learner.model, out / "model")
+        write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 
@@ -144,7 +157,7 @@ def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[floa
     return [sum(rates.values()) / len(rates) for rates in rates_by_module(measured, learner)]
 
 
-def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback]) -> Trainer:
+def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback], team: Team) -> Trainer:
     training = spec.training
     # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
     best, last = (
@@ -153,6 +166,7 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner
     )
     return Trainer(
         accelerator=accelerator,
+        strategy=team.strategy,
         devices=1,
         precision=spec.precision,
         max_steps=training.updates,
@@ -166,7 +180,7 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner
         enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
         enable_model_summary=False,
         default_root_dir=out,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *team.plugins],
         use_distributed_sampler=False,
     )
 

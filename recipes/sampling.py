@@ -8,6 +8,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from sma.recipes.team import ALONE, Team
+
 
 class UpdateSampler(Sampler[list[int]]):
     """The batches of a whole training, one per update, from update `start` on.
@@ -22,11 +24,25 @@ class UpdateSampler(Sampler[list[int]]):
         seed: of the permutations.
         start: updates that have been done.
         bucket: batches that are sorted together.
+        team: the processes that share every batch; this one gives its own part of it.
+
+    Raises:
+        SpecError: they cannot share the batches evenly.
     """
 
-    def __init__(self, lengths: Int64[Tensor, "N"], batch_size: int, updates: int, seed: int, start: int = 0, bucket: int = 50) -> None:
-        self.lengths, self.updates, self.seed, self.start, self.bucket = lengths, updates, seed, start, bucket
+    def __init__(
+        self,
+        lengths: Int64[Tensor, "N"],
+        batch_size: int,
+        updates: int,
+        seed: int,
+        start: int = 0,
+        bucket: int = 50,
+        team: Team = ALONE,
+    ) -> None:
+        self.lengths, self.updates, self.seed, self.start, self.bucket, self.team = lengths, updates, seed, start, bucket, team
         self.batch_size = min(batch_size, len(lengths))
+        team.check_batch(self.batch_size)
         self.per_epoch = len(lengths) // self.batch_size
         self._epoch = lru_cache(maxsize=1)(self._draw)
 
@@ -38,7 +54,7 @@ class UpdateSampler(Sampler[list[int]]):
         """The batches that are still to come."""
         for update in range(self.start, self.updates):
             epoch, place = divmod(update, self.per_epoch)
-            yield self._epoch(epoch)[place].tolist()
+            yield self.team.part(self._epoch(epoch)[place].tolist())
 
     def _draw(self, epoch: int) -> Int64[Tensor, "E B"]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

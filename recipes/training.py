@@ -1,6 +1,7 @@
 """Classification: training, evaluation, and the whole run."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from sma.recipes.report import Report, measure
 from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer, rates_by_module
 from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import ClassificationTask, Samples, TaskData
+from sma.recipes.team import ALONE, Team
 
 EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
@@ -75,7 +77,7 @@ class Classifier(Learner):
         loss = losses.mean()
         self.tokens_seen += int(batch.valid.sum())
         self.fit_scores.update(output, logits, batch)
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
         if (self.global_step + 1) % self.training_spec.log_every == 0:
             measures = self.fit_scores.compute("fit")
             self.log_dict(measures)
@@ -109,7 +111,7 @@ class Classifier(Learner):
     def _score(self, batch: Batch, split: str, scores: Scores) -> Tensor:
         output, logits, losses = self._run(batch)
         scores.update(output, logits, batch)
-        self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets))
+        self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets), sync_dist=True)
         return logits
 
     def loss_of(self, batch: Batch) -> Tensor:
@@ -140,16 +142,17 @@ def check_finite(batch: Batch, update: int) -> None:
         raise DataError(f"the batch of update {update} has {batch.inputs[place].item()} in {where}; inputs must be finite numbers")
 
 
-def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int) -> DataLoader[Any]:
-    """The batches of a whole training, of which `done` have been trained on."""
-    sampler = UpdateSampler(data.train.lengths, spec.batch_size, spec.updates, seed, done, spec.bucket)
+def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int, team: Team = ALONE) -> DataLoader[Any]:
+    """The batches of a whole training, of which `done` have been trained on; of each what this process of a team takes."""
+    sampler = UpdateSampler(data.train.lengths, spec.batch_size, spec.updates, seed, done, spec.bucket, team)
     return DataLoader(data.train, batch_sampler=sampler, collate_fn=data.collate)  # type: ignore[arg-type]
 
 
-def evaluation_loader(samples: Samples, data: TaskData) -> DataLoader[Any]:
-    """All samples of a split once, sorted by length."""
+def evaluation_loader(samples: Samples, data: TaskData, team: Team = ALONE) -> DataLoader[Any]:
+    """All samples of a split once, sorted by length; every process of a team takes as many batches as the others, none of them empty."""
     size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
-    batches = [part.tolist() for part in samples.lengths.argsort(stable=True).split(size)]
+    parts = team.size * math.ceil(len(samples) / (team.size * size))
+    batches = team.part([part.tolist() for part in samples.lengths.argsort(stable=True).tensor_split(parts)])
     return DataLoader(samples, batch_sampler=batches, collate_fn=data.collate)  # type: ignore[arg-type]
 
 
@@ -169,16 +172,17 @@ def run_experiment(
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    team: Team = ALONE,
 ) -> Finished:
     """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
-    prepare(spec)
+    prepare(spec, team)
     task = cast(ClassificationTask, spec.task)
     classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
-    batches = partial(training_loader, data, spec.training, spec.seed)
-    validation = evaluation_loader(data.validation, data)
-    fitted = fit(classifier, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks)
+    batches = partial(training_loader, data, spec.training, spec.seed, team=team)
+    validation = evaluation_loader(data.validation, data, team)
+    fitted = fit(classifier, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks, team=team)
     with interruptible():
-        measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
+        measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data, team), verbose=False)[0]
     confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
     report = measure(classifier.model, data.test, data)._replace(confusion=confusion)
     results = {
@@ -192,5 +196,6 @@ def run_experiment(
         "data": dict(data.hashes),
     }
     figures = {"task": task.kind, "test_accuracy": measured["test_accuracy"], "test_loss": measured["test_loss"]}
-    write_text(out / EVALUATION, json.dumps({**figures, **confusion.record()}, indent=1))
-    return Finished(finish(spec, out, classifier, fitted, results), report, classifier)
+    if team.writes:
+        write_text(out / EVALUATION, json.dumps({**figures, **confusion.record()}, indent=1))
+    return Finished(finish(spec, out, classifier, fitted, results, team), report, classifier)

@@ -1,8 +1,9 @@
-"""Sweeps from the command line.
+"""Sweeps, and training by several workers, from the command line.
 
 python -m sma.tune --task listops --preset tiny --samples 16 --storage FOLDER
 python -m sma.tune --resume FOLDER
 python -m sma.tune report FOLDER
+python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 """
 
 import sys
@@ -16,12 +17,17 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from sma.errors import SpecError
 from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
 from sma.tune.sweep import SweepSpec, make_sweep
+from sma.tune.train import TrainOptions, train
 
 _OF_THE_SWEEP = ("task", "preset", "space", "spec", "set", "seed", "search_seed", "samples", "objectives", "stop", "grace", "reduction")
 
 
 class Options(CommandOptions):
-    """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune."""
+    """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune.
+
+    Two commands besides: `python -m sma.tune report` makes the results of a sweep again, `python -m sma.tune train` trains one model with
+    several workers.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
 
@@ -63,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["report"]:
         return exit_code(lambda: report(parse(ReportOptions, given[1:])))
+    if given[:1] == ["train"]:
+        return exit_code(lambda: train(parse(TrainOptions, given[1:])))
     return exit_code(lambda: search(parse(Options, given)))
 
 

@@ -49,13 +49,14 @@ def local_node() -> dict[str, float]:
     return {"CPU": float(cores), "GPU": float(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
 
 
-def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], samples: int) -> Slots:
+def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], samples: int, what: str = "trial") -> Slots:
     """How many trials fit at once.
 
     Args:
         resources: what was asked for.
         nodes: cores (`CPU`) and GPUs (`GPU`) of every machine.
         samples: trials in all; there need not be more slots.
+        what: what they are called.
 
     Raises:
         SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a word.
@@ -75,7 +76,7 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
     there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "nothing"
     if not room:
         raise SpecError(
-            f"no machine has {resources.cpus} CPUs and {gpus:g} GPUs for a trial; there is {there}: lower --cpus or --gpus, or give the "
+            f"no machine has {resources.cpus} CPUs and {gpus:g} GPUs for a {what}; there is {there}: lower --cpus or --gpus, or give the "
             "--address of a larger cluster"
         )
     if resources.concurrent is not None and resources.concurrent > room:
@@ -86,7 +87,7 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
     return Slots(min(resources.concurrent or room, samples), resources.cpus, gpus)
 
 
-def check_resources(resources: ResourceSpec, samples: int) -> None:
+def check_resources(resources: ResourceSpec, samples: int, what: str = "trial") -> Slots:
     """Refuse what does not fit before anything is written or prepared; joins the cluster at the address, if one is given.
 
     Raises:
@@ -94,7 +95,7 @@ def check_resources(resources: ResourceSpec, samples: int) -> None:
     """
     if resources.address is not None and not ray.is_initialized():
         _join(resources.address)
-    plan_slots(resources, _nodes() if ray.is_initialized() else [local_node()], samples)
+    return plan_slots(resources, _nodes() if ray.is_initialized() else [local_node()], samples, what)
 
 
 @contextmanager

@@ -1,0 +1,51 @@
+"""Several processes that train one model together: who this one is, and its part of every batch."""
+
+from typing import Any, NamedTuple, TypeVar
+
+from sma.errors import SpecError
+
+Item = TypeVar("Item")
+
+
+class Team(NamedTuple):
+    """The processes that train one model, as one of them sees it. All of them compute; the first one writes the run folder.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+        strategy: Lightning's, which averages the gradients.
+        plugins: of Lightning, by which the processes find each other.
+    """
+
+    rank: int = 0
+    size: int = 1
+    strategy: Any = "auto"
+    plugins: tuple[Any, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def part(self, items: list[Item]) -> list[Item]:
+        """What this process takes of a list: every `size`-th item from number `rank` on."""
+        return items[self.rank :: self.size]
+
+    def check_batch(self, batch_size: int) -> None:
+        """Refuse batches of which some would get more than others: the mean of their means would not be the mean of the batch.
+
+        Args:
+            batch_size: samples of an update, over all processes.
+
+        Raises:
+            SpecError: the processes cannot share them evenly.
+        """
+        if batch_size % self.size:
+            nearest = -(-batch_size // self.size) * self.size
+            raise SpecError(
+                f"a batch of {batch_size} samples cannot be shared evenly by {self.size} workers; set training.batch_size to a multiple of "
+                f"{self.size}, such as {nearest}, or take another number of workers"
+            )
+
+
+ALONE = Team()

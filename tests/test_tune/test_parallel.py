@@ -1,0 +1,166 @@
+"""One model trained by several workers: what one process makes of it, also where a worker is killed on the way."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sma.errors import SmaError, SpecError
+from sma.recipes.experiment import BEST, LAST, SUMMARY, ExperimentSpec
+from sma.tune.__main__ import main
+from sma.tune.parallel import RAY, Workers, train_parallel
+from sma.tune.storage import Storage
+from tests.test_recipes.tiny import checkpoint, same, tiny, train
+
+# Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a core.
+pytestmark = pytest.mark.timeout(1200)
+
+NO_DROPOUT = {"embedding_dropout": 0.0, "layers__layer__dropout": 0.0, "head__dropout": 0.0}
+BUDGET = {"training__budget": "{target: 0.3, hold: 4, anneal: 8}"}
+LONG = {"training__updates": 120, "training__evaluate_every": 20}
+
+
+def team_run(
+    spec: ExperimentSpec, out: Path | str, data_folder: Path, *, restarts: int = 3, say: Any = lambda line: None
+) -> dict[str, Any]:
+    workers = Workers(2, accelerator="cpu", restarts=restarts)
+    return train_parallel(spec, Storage(out), workers, data_folder=data_folder, progress=False, say=say)
+
+
+def files(folder: Path) -> set[str]:
+    """The files of a run folder, without the numbers in their names and what only a command line draws."""
+    found = {re.sub(r"events\.out.*", "events", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()}
+    return found - {"activation.png", "confusion.png"}
+
+
+class Killer:
+    """Kills the second worker once, when the first has told of update 40: the checkpoint of update 20 is then safe everywhere."""
+
+    def __init__(self) -> None:
+        self.process: int | None = None
+        self.lines: list[str] = []
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if (found := re.match(r"worker 2 of 2: process (\d+)", line)) and len(self.of("worker 2")) == 1:
+            self.process = int(found[1])
+        if line.startswith("update 40 ") and self.process is not None:
+            os.kill(self.process, signal.SIGKILL)
+            self.process = None
+
+    def of(self, start: str) -> list[str]:
+        return [line for line in self.lines if line.startswith(start)]
+
+
+@pytest.mark.slow
+def test_two_workers_are_one_with_the_same_batch(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    spec = tiny(threads=1, precision="64-true", **NO_DROPOUT, **BUDGET)
+    summary = team_run(spec, tmp_path / "two", data_folder)
+    alone = train(spec, tmp_path / "one", spec.task.prepare(data_folder, progress=False))
+    for name in (LAST, BEST):
+        ours, theirs = (checkpoint(tmp_path / folder, name)["state_dict"] for folder in ("two", "one"))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert summary["data"] == alone.summary["data"]
+    for key in ("test_accuracy", "test_loss", "activation_rate", "best_update", "per_class"):
+        assert summary[key] == pytest.approx(alone.summary[key], rel=1e-6), key
+    assert json.loads((tmp_path / "two" / SUMMARY).read_text()) == summary
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(two_slots: None, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers with dropout everywhere."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    team_run(tiny(threads=1, **LONG), out, data_folder)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrupted_run(
+    scheme: str, uninterrupted: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    killer, out = Killer(), tmp_path / "out"
+    out.mkdir()
+    team_run(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, say=killer)
+    assert (len(killer.of("worker 2")), len(killer.of("going on"))) == (2, 1), killer.lines
+    for name in (LAST, BEST):
+        for part in ("state_dict", "optimizer_states", "global_step"):
+            assert same(checkpoint(out, name)[part], checkpoint(uninterrupted, name)[part]), f"{part} of {name}"
+    assert not (out / RAY).exists()
+    assert {*files(uninterrupted)} <= files(out)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_workers_left(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    spec = tiny(threads=1, precision="64-true", **NO_DROPOUT, **LONG)
+    with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*good up to its last checkpoint"):
+        team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
+    assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
+    data = spec.task.prepare(data_folder, progress=False)
+    for folder in ("out", "alone"):
+        train(spec, tmp_path / folder, data)
+    ours, theirs = (checkpoint(tmp_path / folder)["state_dict"] for folder in ("out", "alone"))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+def test_what_would_fail_again_is_a_sentence_and_is_not_tried_again(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(SmaError, match=r"the loss of update \d+ is (nan|inf); .*a lower training.learning_rate"):
+        team_run(tiny(threads=1, training__learning_rate=1e30), tmp_path / "out", data_folder, say=lines.append)
+    assert len([line for line in lines if line.startswith("worker 1")]) == 1
+
+
+def test_a_split_with_fewer_samples_than_workers_is_refused(data_folder: Path) -> None:
+    spec = tiny(task__data__validation=1)
+    with pytest.raises(SpecError, match=r"the validation split has 1 samples for 2 workers; lower --workers"):
+        Workers(2).check_data(spec, spec.task.prepare(data_folder, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--task", "listop"], "no shipped preset 'listop_tiny'; did you mean 'listops_tiny'", id="task"),
+        pytest.param(["--set", "training.updats=3"], "unknown field path 'training.updats'", id="set"),
+        pytest.param(["--workers", "0"], "--workers='0'", id="no-workers"),
+        pytest.param(["--workers", "7"], "cannot be shared evenly by 7 workers", id="batch"),
+        pytest.param(
+            ["--workers", "4096", "--set", "training.batch_size=4096"], "4096 workers of 1 CPUs do not fit, there is room for", id="workers"
+        ),
+        pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs and 0 GPUs for a worker", id="cpus"),
+        pytest.param(["--task", "language"], "several workers train classifiers only", id="language"),
+        pytest.param(["--resume", "nowhere"], "there is no run in", id="resume-nothing"),
+        pytest.param(["--resume", "nowhere", "--seed", "3"], "leave --seed out", id="resume-another"),
+    ],
+)
+def test_wrong_arguments_end_in_a_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--accelerator", "cpu", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "something").write_text("")
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    assert "is not empty; give another --out, or --resume" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Storage(tmp_path).write("experiment.yaml", "task: {}")
+    Storage(tmp_path).write(SUMMARY, "{}")
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "is finished; its results stand in" in capsys.readouterr().err
