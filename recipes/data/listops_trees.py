@@ -10,22 +10,16 @@ Trees are drawn in numbered chunks, each from a seed of its own, so what is gene
 import hashlib
 import itertools
 import math
-import multiprocessing
-import os
 import random
-import signal
 import statistics
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from multiprocessing.process import BaseProcess
+from functools import partial
 
 from pydantic import Field, model_validator
 
-from sma.errors import DataError, SpecError, did_you_mean
+from sma.errors import DataError, did_you_mean
+from sma.recipes.data.parallel import in_order
 from sma.spec import Spec
 
 GENERATOR_VERSION = 1  # raise it whenever the same settings would give other bytes
@@ -107,12 +101,10 @@ def generate_lines(
         SpecError: `workers` is below 1.
         DataError: there are fewer different trees than asked for, or a worker process died.
     """
-    if workers is not None and workers < 1:
-        raise SpecError(f"workers={workers} must be at least 1; leave it out to use every core")
     splits = _deal_splits(settings)
     seen: set[bytes] = set()
     barren = 0
-    with closing(_draw_chunks(settings, workers or _free_cores())) as chunks:
+    with closing(in_order(partial(draw_chunk, settings), itertools.count(), workers=workers)) as chunks:
         for lines in chunks:
             barren += 1
             for line in lines:
@@ -259,41 +251,3 @@ def _sum_modulo_10(values: list[int]) -> int:
 
 
 _REDUCTIONS: tuple[Callable[[list[int]], int], ...] = (min, max, _median, _sum_modulo_10)
-
-
-def _draw_chunks(settings: ListOpsSettings, workers: int) -> Generator[list[bytes], None, None]:
-    """Yield the chunks 0, 1, 2, … without end, in order, drawn by `workers` processes."""
-    if workers == 1 or multiprocessing.current_process().daemon:  # a daemon may not have children
-        yield from (draw_chunk(settings, number) for number in itertools.count())
-        return
-    pool = ProcessPoolExecutor(workers, initializer=_follow_the_parent)
-    waiting: deque[Future[list[bytes]]] = deque()
-    try:
-        for number in itertools.count():
-            waiting.append(pool.submit(draw_chunk, settings, number))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that generated ListOps data died; with too little memory give workers=1, and in a script keep the call under "
-            "'if __name__ == \"__main__\":'"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow_the_parent() -> None:
-    """Leave interrupts to the parent process, and end when it ends: a worker waiting for tasks would not notice."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
-
-
-def _exit_after(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
-
-
-def _free_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -282,7 +282,7 @@ def die(settings, number):
 
 def test_death_of_a_worker_is_a_data_error(monkeypatch):
     monkeypatch.setattr(listops_trees, "draw_chunk", die)
-    with processes_started_by("fork"), pytest.raises(DataError, match="a process that generated ListOps data died; with too little memory"):
+    with processes_started_by("fork"), pytest.raises(DataError, match="a process that generates data died; with too little memory"):
         list(generate_lines(SMALL, workers=2))
 
 
