@@ -91,3 +91,17 @@ class ClassificationTask(TaskSpec):
         if model.rows_per_sample != self.rows_per_sample:
             fitting = "pair_classifier" if self.rows_per_sample == 2 else "sequence_classifier"
             raise ValueError(f"the model kind {model.kind!r} does not fit the task {self.kind!r}; use kind {fitting!r}")
+
+
+def check_reads_numbers(model: ModelSpec, what: str) -> None:
+    """Check that a model takes a real number per position.
+
+    Args:
+        model: the model.
+        what: what the numbers are, for the message.
+
+    Raises:
+        ValueError: its encoder takes something else.
+    """
+    if model.encoder.kind in ("token_embedding", "linear"):
+        raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read {what}; use kind 'real_number'")

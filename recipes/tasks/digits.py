@@ -8,7 +8,7 @@ from pydantic import Field
 from sma.model import ModelSpec
 from sma.recipes.data.batch import collate
 from sma.recipes.data.digits import NUM_CLASSES, DigitsSettings, load_digits
-from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
 from sma.spec import register
 
 
@@ -25,8 +25,7 @@ class DigitsTask(ClassificationTask):
 
     def check_model(self, model: ModelSpec) -> None:
         super().check_model(model)
-        if model.encoder.kind in ("token_embedding", "linear"):
-            raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read grey values; use kind 'real_number'")
+        check_reads_numbers(model, "grey values")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_digits(self.data)

@@ -8,7 +8,7 @@ from pydantic import Field
 from sma.model import ModelSpec
 from sma.recipes.data.batch import collate
 from sma.recipes.data.cifar import CLASSES, SIDE, CifarSettings, load_cifar
-from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
 from sma.spec import register
 
 
@@ -33,18 +33,8 @@ class ImageTask(ClassificationTask):
 
     def check_model(self, model: ModelSpec) -> None:
         super().check_model(model)
-        check_reads_pixels(model)
+        check_reads_numbers(model, "grey values")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_cifar(self.data, folder, progress=progress)
         return TaskData(*made[:3], made.hashes, collate, made.show, class_names=self.class_names, image_shape=(SIDE, SIDE))
-
-
-def check_reads_pixels(model: ModelSpec) -> None:
-    """Check that a model takes standardised grey values, a number per position.
-
-    Raises:
-        ValueError: its encoder takes something else.
-    """
-    if model.encoder.kind in ("token_embedding", "linear"):
-        raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read grey values; use kind 'real_number'")

@@ -8,8 +8,7 @@ from pydantic import Field
 from sma.model import ModelSpec
 from sma.recipes.data.batch import collate
 from sma.recipes.data.pathfinder import CLASSES, PathfinderSettings, PathXSettings, prepare_pathfinder
-from sma.recipes.tasks.contract import ClassificationTask, TaskData
-from sma.recipes.tasks.image import check_reads_pixels
+from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
 from sma.spec import register
 
 
@@ -24,7 +23,7 @@ class _ContourTask(ClassificationTask):
 
     def check_model(self, model: ModelSpec) -> None:
         super().check_model(model)
-        check_reads_pixels(model)
+        check_reads_numbers(model, "grey values")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = prepare_pathfinder(self.data, folder, progress=progress)

@@ -8,7 +8,7 @@ from pydantic import Field
 from sma.model import ModelSpec
 from sma.recipes.data.batch import collate
 from sma.recipes.data.speech import NUM_CLASSES, SpeechSettings, load_speech
-from sma.recipes.tasks.contract import ClassificationTask, TaskData
+from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
 from sma.spec import register
 
 
@@ -25,8 +25,7 @@ class SpeechTask(ClassificationTask):
 
     def check_model(self, model: ModelSpec) -> None:
         super().check_model(model)
-        if model.encoder.kind in ("token_embedding", "linear"):
-            raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read samples of a sound; use kind 'real_number'")
+        check_reads_numbers(model, "samples of a sound")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_speech(self.data, folder, progress=progress)
