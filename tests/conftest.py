@@ -4,6 +4,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import hypothesis
@@ -48,6 +49,19 @@ def as_users_run() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def shipped_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry as users find it: without what recipes and test files, imported by the same process, have added."""
+    import sma.spec  # not above: the import hook comes first
+
+    plugins = {entry.module for entry in entry_points(group=sma.spec.PLUGINS)}
+    own = {
+        family: {kind: spec for kind, spec in sma.spec.kinds(family).items() if spec.__module__ in plugins}
+        for family in sma.spec.families()
+    }
+    monkeypatch.setattr(sma.spec, "_registry", {family: members for family, members in own.items() if members})
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -131,6 +131,7 @@ GAU_FIELDS = "fields: query_size, hidden_size, window, bidirectional, attention,
 ENDS = "; width: channels of every token, D"
 
 
+@pytest.mark.usefixtures("shipped_kinds")
 class TestErrors:
     @pytest.mark.parametrize(
         ("data", "sentence"),
