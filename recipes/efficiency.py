@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from sma.budget import calibrate
+from sma.budget import calibrate, routers_of
 from sma.checkpoint import load
 from sma.encoders import TokenEmbeddingSpec
 from sma.errors import CheckpointError, SmaError
@@ -57,7 +57,7 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
     """Measure one kind of work in this process."""
     torch.manual_seed(0)
     model = load(run / "model").to(device)
-    rates = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["activation_rate"]
+    rates = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["activation_rates"]
     inputs = random_rows(model, batch, length).to(device)
     _set_rates(model, inputs, rates)
     model.train(work == "training")
@@ -90,12 +90,18 @@ def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
     return torch.randn(rows, length) if features is None else torch.randn(rows, length, features)
 
 
-def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[float]) -> None:
-    """Random rows would activate who knows how many tokens: set every layer to the mean rate of the run."""
-    steerable = [layer.routed is not None and layer.routed.router.offset is not None for layer in model.routed_layers]
-    mean = sum(rates) / len(rates) if rates else 0.0
-    if any(steerable) and 0 < mean < 1:
-        calibrate(model, [inputs], mean)
+def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:
+    """Random rows would activate who knows how many tokens: set every sub-module of every layer to its rate in the run's test."""
+    # A rate of 0 is no target: one token of all of them instead.
+    least = 1 / inputs[..., 0].numel() if inputs.ndim == 3 else 1 / inputs.numel()
+    calibrate(
+        model,
+        [inputs],
+        [
+            {name: max(rate, least) for name, rate in layer.items()} if router.offset is not None else {}
+            for layer, router in zip(rates, routers_of(model), strict=True)
+        ],
+    )
 
 
 def _forget_peak(device: str) -> float:

@@ -21,8 +21,9 @@ from sma.stats import RateCount, count_rates
 class BudgetSpec(Spec):
     """Spec of `BudgetController`: which rates to keep, and how to come there."""
 
-    target: float | FrozenMapping[float] = Field(
-        description="activation rate to keep, above 0 and at most 1: one for all sub-modules, or one per name; others are left alone"
+    target: float | FrozenMapping[float] | tuple[float | FrozenMapping[float], ...] = Field(
+        description="activation rate to keep, above 0 and at most 1: one for all sub-modules, one per name (others are left alone), or a "
+        "list with such a thing for every routed layer"
     )
     over: Literal["each", "total"] = Field(
         default="each",
@@ -50,11 +51,12 @@ class BudgetSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        rates = self.target.values() if isinstance(self.target, Mapping) else [self.target]
+        layers = self.target if isinstance(self.target, tuple) else (self.target,)
+        rates = [rate for layer in layers for rate in (layer.values() if isinstance(layer, Mapping) else [layer])]
         bad = [rate for rate in rates if not 0 < rate <= 1]
         if bad:
             raise ValueError(f"target={bad[0]} must be above 0 and at most 1; for no activity at all use the router {{kind: never}}")
-        if self.over == "total" and isinstance(self.target, Mapping):
+        if self.over == "total" and not isinstance(self.target, float):
             raise ValueError("over='total' keeps one rate, so target must be one number")
         if any(self.floor > rate for rate in rates):
             raise ValueError(f"floor={self.floor} must be at most the target; lower it")
@@ -243,22 +245,35 @@ def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
 
 
 def _steered(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None) -> list[Steered]:
-    names = list(dict.fromkeys(name for router in routers for name in router.names))
-    named = spec.target if isinstance(spec.target, Mapping) else dict.fromkeys(names, spec.target)
-    for name in named:
-        if name not in names:
+    if isinstance(spec.target, tuple):
+        if len(spec.target) != len(routers):
             raise InputError(
-                f"no layer has a sub-module {name!r}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
+                f"the budget has targets for {len(spec.target)} layers, and {len(routers)} are routed; give one for each of those"
             )
+        by_layer = [_by_name(target, [router]) for target, router in zip(spec.target, routers, strict=True)]
+    else:
+        by_layer = [_by_name(spec.target, routers)] * len(routers)
     found = []
     for layer, router in enumerate(routers):
-        targets = {name: named[name] for name in router.names if name in named}
+        targets = {name: by_layer[layer][name] for name in router.names if name in by_layer[layer]}
         if targets:
             router.check_targets(targets if spec.over == "each" else {})
         for name, target in targets.items():
             place = router.names.index(name)
             found.append(Steered(layer, place, target, 1.0 if costs is None else costs[layer][place]))
     return found
+
+
+def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> Mapping[str, float]:
+    names = list(dict.fromkeys(name for router in routers for name in router.names))
+    if not isinstance(target, Mapping):
+        return dict.fromkeys(names, target)
+    for name in target:
+        if name not in names:
+            raise InputError(
+                f"no layer has a sub-module {name!r}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
+            )
+    return target
 
 
 # Log-odds from the decision, in bins that are fine near 0 and coarse far off: 0.01 sinh of a grid, up to 10^4 on either side.
@@ -304,7 +319,7 @@ class Batches(NamedTuple):
 def calibrate(
     model: SequenceModel,
     data: Iterable[Any],
-    rate: float | Mapping[str, float],
+    rate: float | Mapping[str, float] | Sequence[float | Mapping[str, float]],
     *,
     over: Literal["each", "total"] = "each",
     passes: int = 8,
@@ -319,7 +334,7 @@ def calibrate(
         model: its routers' offsets are changed, nothing else.
         data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid mask, or
             objects with these attributes.
-        rate: above 0 and at most 1: one for all sub-modules, or one per name.
+        rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed layer.
         over: `each` sub-module of each layer, or the `total`, weighted by operations.
         passes: through the data, at most.
         tolerance: largest distance from the target at which it stops early.
@@ -332,7 +347,7 @@ def calibrate(
     """
     if iter(data) is data:
         raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
-    spec = BudgetSpec(target=rate if isinstance(rate, int | float) else dict(rate), over=over, floor=0.0)
+    spec = BudgetSpec(target=tuple(rate) if isinstance(rate, Sequence) else rate, over=over, floor=0.0)
     training = model.training
     model.eval()
     try:

@@ -1,11 +1,11 @@
 """Norms over the channels of a token, and batch norm over the valid tokens."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sma.spec import Spec, register
 
@@ -140,6 +140,7 @@ class BatchNormSpec(NormSpec):
     kind: Literal["batch_norm"] = "batch_norm"
     momentum: float = Field(default=0.1, gt=0.0, le=1.0, description="weight of the newest batch in the running statistics")
     affine: bool = Field(default=True, description="learn a scale and an offset per channel")
+    synchronized: bool = Field(default=False, description="in training, take the statistics over the batches of all processes together")
 
     def build(self, width: int) -> "BatchNorm":
         return BatchNorm(self, width)
@@ -148,12 +149,29 @@ class BatchNormSpec(NormSpec):
         return 2 * width if self.affine else 0
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; torch's own, with a gradient, is deprecated without a public heir."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.contiguous().clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, grad_outputs[0])
+
+
 class BatchNorm(Norm):
     r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the batch.
 
     In training the statistics are the batch's and the running ones are updated (their variance unbiased, as in
     `torch.nn.BatchNorm1d`); in evaluation the running ones are used. A batch of fewer than two valid tokens has no variance: the
     running statistics then serve in training too, and are left alone.
+
+    With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process with the
+    whole batch would. Every one of them then has to call the norm in training, as under DistributedDataParallel they do.
     """
 
     running_mean: Tensor
@@ -179,16 +197,22 @@ class BatchNorm(Norm):
             normal = self._normalise(wide, self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype))
             return normal.reshape(x.shape).to(x.dtype)
         keep = torch.ones_like(wide[:, :1], dtype=torch.bool) if valid is None else valid.reshape(-1, 1)
-        count = keep.sum()
+        count = self._over_processes(keep.sum())
         present = wide.where(keep, 0)
-        mean = present.sum(0) / count.clamp(min=1)
-        var = (present - mean).where(keep, 0).square().sum(0) / count.clamp(min=1)
+        mean = self._over_processes(present.sum(0)) / count.clamp(min=1)
+        var = self._over_processes((present - mean).where(keep, 0).square().sum(0)) / count.clamp(min=1)
         enough = count >= 2
         self._update(mean, var * count / (count - 1).clamp(min=1), enough)
         normal = self._normalise(
             wide, mean.where(enough, self.running_mean.to(mean.dtype)), var.where(enough, self.running_var.to(var.dtype))
         )
         return normal.reshape(x.shape).to(x.dtype)
+
+    def _over_processes(self, total: Tensor) -> Tensor:
+        if not (self.spec.synchronized and distributed.is_available() and distributed.is_initialized()):
+            return total
+        summed: Tensor = _SumOverProcesses.apply(total)
+        return summed
 
     def _normalise(self, wide: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         scale = (var + self.spec.epsilon).rsqrt()

@@ -155,8 +155,8 @@ def train_parallel(
 
     The batch of an update is that of one process, `training.batch_size` samples, of which every worker takes its part; the mean of their
     gradients is the gradient of the batch, so that the number of workers changes nothing but rounding. What looks at a whole batch by
-    other means sees a worker's part of it: batch norm, the draws of dropout and of routers that sample, and the losses in
-    `training.losses`. A folder with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
+    other means sees a worker's part of it: batch norm that is not synchronised, the draws of dropout and of routers that sample, and the
+    losses in `training.losses`. A folder with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
 
     Args:
         spec: the experiment; its task is a classification.

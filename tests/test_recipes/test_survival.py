@@ -12,18 +12,39 @@ import pytest
 import yaml
 
 from sma.recipes import callbacks
-from sma.recipes.experiment import BEST, LAST
+from sma.recipes.experiment import BEST, LAST, load_experiment
 from sma.recipes.seqboat_lra import main
+from sma.spec import dump_spec, kinds
 from tests.test_recipes.tiny import checkpoint, same
 from tests.test_recipes.tiny_speech import MODEL, speech_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"updates": 200, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
-# The tasks whose data is a text of ids have tests of their own: test_seqboat_lra.py and test_seqboat_lm.py.
+IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")
+
+
+def _shipped(task, *settings):
+    """The small preset of a task with fewer samples in an update, and little to validate on."""
+    training = [f"training.{name}={value}" for name, value in {**TRAINING, "batch_size": 4}.items()]
+    return dump_spec(load_experiment(f"{task}_tiny", [*training, *settings]))
+
+
 EXPERIMENTS = {
     "digits": {"task": {"kind": "digits"}, "model": MODEL, "training": TRAINING, "threads": 1},
     "speech": {**speech_experiment(source="synthetic", clips=200), "training": TRAINING},
+    "text": _shipped("text", "task.data.length=64"),
+    "retrieval": _shipped("retrieval", "task.data.length=64"),
+    "image": _shipped("image", "task.data.validation=20"),
+    "pathfinder": _shipped("pathfinder", *IMAGES),
+    "pathx": _shipped("pathx", *IMAGES),
+    "recall": _shipped("recall", "training.budget.hold=40", "training.budget.anneal=60", *IMAGES),
 }
+# Runs of ListOps are killed at random moments in test_seqboat_lra.py, those of language models in test_seqboat_lm.py.
+ELSEWHERE = {"listops", "language"}
+
+
+def test_every_task_is_killed():
+    assert {*EXPERIMENTS, *ELSEWHERE} == {*kinds("task")}
 
 
 def _spec(folder, experiment):

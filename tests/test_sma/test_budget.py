@@ -116,6 +116,14 @@ class TestTarget:
         rates, weights = torch.stack([_rate(router) for router in routers]), torch.tensor(costs, dtype=torch.float64)
         assert float((rates * weights).sum() / weights.sum()) == pytest.approx(0.3, abs=0.03)
 
+    def test_every_layer_may_have_targets_of_its_own(self):
+        routers = [_router(SMARouterSpec(), seed=seed) for seed in (1, 2, 3)]
+        free = _rate(routers[2]).tolist()
+        _run(BudgetController(BudgetSpec(target=[0.2, RATES, {}]), routers), 100)
+        assert _rate(routers[0]).tolist() == pytest.approx([0.2] * 3, abs=0.03)
+        assert _rate(routers[1]).tolist() == pytest.approx(list(RATES.values()), abs=0.03)
+        assert _rate(routers[2]).tolist() == free
+
     def test_sub_modules_without_a_target_are_left_alone(self):
         router = _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target={"mlp": 0.1}), [router]), 20)
@@ -204,6 +212,8 @@ class TestRefused:
             ({"target": 0.0}, "target=0.0 must be above 0 and at most 1; for no activity at all use the router {kind: never}"),
             ({"target": {"mlp": 1.5}}, "target=1.5 must be above 0 and at most 1"),
             ({"target": {"mlp": 0.5}, "over": "total"}, "over='total' keeps one rate, so target must be one number"),
+            ({"target": [0.5, {"mlp": 1.5}]}, "target=1.5 must be above 0 and at most 1"),
+            ({"target": [0.5, 0.2], "over": "total"}, "over='total' keeps one rate, so target must be one number"),
             ({"target": 0.1, "floor": 0.2}, "floor=0.2 must be at most the target; lower it"),
         ],
     )
@@ -217,6 +227,7 @@ class TestRefused:
             pytest.param(ExpertChoiceRouterSpec(share=0.5), 0.3, "the router kind 'expert_choice' cannot be steered", id="not steerable"),
             pytest.param(ExclusiveRouterSpec(), 0.5, "the rates of the router kind 'exclusive' sum to 1 at most", id="exclusive"),
             pytest.param(TopKRouterSpec(k=1), 0.5, "the rates of this top_k router sum to 1", id="top_k"),
+            pytest.param(SMARouterSpec(), [0.5, 0.2], "targets for 2 layers, and 1 are routed; give one for each of those", id="layers"),
             pytest.param(
                 SMARouterSpec(), {"mpl": 0.5}, "no layer has a sub-module 'mpl', for which the budget has a target.*'mlp'", id="name"
             ),
@@ -305,6 +316,10 @@ class TestCalibrate:
         reached = calibrate(model, [normal(3, 100, 3)], {"conv": 0.2})
         assert reached.rates[:, 1].tolist() == pytest.approx([0.2] * 2, abs=0.02)
         assert [router.offset.bool().tolist() for router in routers_of(model)] == [[False, True]] * 2
+
+    def test_rates_by_layer(self):
+        reached = calibrate(_model({"kind": "sma"}), [normal(3, 100, 3)], [{"conv": 0.2, "mlp": 0.6}, 0.4])
+        assert reached.rates.tolist() == [pytest.approx([0.6, 0.2], abs=0.02), pytest.approx([0.4, 0.4], abs=0.02)]
 
     def test_data_that_can_be_gone_through_only_once_is_refused(self):
         with pytest.raises(InputError, match="this can be gone through only once: give a list of batches"):

@@ -21,6 +21,7 @@ NORMS = pytest.mark.parametrize(
         pytest.param(ScaleNormSpec(), id="scale_norm"),
         pytest.param(BatchNormSpec(), id="batch_norm"),
         pytest.param(BatchNormSpec(affine=False, momentum=0.3), id="batch_norm-plain"),
+        pytest.param(BatchNormSpec(synchronized=True), id="batch_norm-synchronized-of-one"),
     ],
 )
 

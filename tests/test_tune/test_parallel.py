@@ -58,8 +58,9 @@ class Killer:
 
 
 @pytest.mark.slow
-def test_two_workers_are_one_with_the_same_batch(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    spec = tiny(threads=1, precision="64-true", **NO_DROPOUT, **BUDGET)
+@pytest.mark.parametrize("norm", ["{kind: layer_norm, place: post}", "{kind: batch_norm, place: pre, synchronized: true}"])
+def test_two_workers_are_one_with_the_same_batch(norm: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    spec = tiny(threads=1, precision="64-true", layers__layer__norm=norm, **NO_DROPOUT, **BUDGET)
     summary = team_run(spec, tmp_path / "two", data_folder)
     alone = train(spec, tmp_path / "one", spec.task.prepare(data_folder, progress=False))
     for name in (LAST, BEST):
