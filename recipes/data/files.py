@@ -1,28 +1,28 @@
-"""Generated data sets on disk: written whole or not at all, hashed, and checked each time they are used.
+"""Generated data sets on disk: whole or not used, hashed, and checked each time they are used.
 
 A folder holds the files of one data set and `manifest.json`: what made them (generator, version, settings) and the SHA-256 of each.
-Files are written beside their final place under names of their own, so that processes which generate the same data at the same time do
-not meet; then they are moved into place under a lock, the manifest last. Only a process killed from outside leaves its `.*.tmp` files
-behind; they are never read.
+Files are written in a draft folder inside, one for every process, so that processes which generate the same data at the same time do not
+meet; then they are moved into place under a lock, the manifest first. A manifest without all its files is a data set that is not complete:
+whoever asks for it makes it again, so a process may be killed at any moment.
 """
 
 import hashlib
 import json
+import logging
 import os
-import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sma.errors import DataError
+from sma.recipes.data.drafts import draft_folder, locked, remove_abandoned
 
-if sys.platform != "win32":
-    import fcntl
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
+_DRAFT = "draft"
 
 
 class HashedFile:
@@ -72,6 +72,22 @@ def sha256_of(path: Path) -> str:
     return total.hexdigest()
 
 
+def copy_folder(data: Path, name: str) -> Path:
+    """Return the folder for what is made of the files in a data folder: in it, or, where it cannot be written, in the default one.
+
+    Args:
+        data: the data folder.
+        name: of the folder; one that is in `data` already is taken in any case.
+    """
+    folder = data / name
+    if folder.is_dir() or not data.is_dir() or os.access(data, os.W_OK):
+        return folder
+    elsewhere = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-modular-activation" / name
+    if not elsewhere.is_dir():
+        log.warning("%s cannot be written, so what is made of its files is kept in %s", data, elsewhere)
+    return elsewhere
+
+
 def cached_files(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], write: Writer) -> dict[str, str]:
     """Return the SHA-256 of every file of a generated data set, making the files first where `folder` does not hold them.
 
@@ -87,7 +103,8 @@ def cached_files(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
+            remove_abandoned(folder, _DRAFT)
             complete = _is_complete(folder, recipe, names)
         if not complete:
             _generate(folder, recipe, names, write)
@@ -118,60 +135,26 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) 
 
 
 def _generate(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], write: Writer) -> None:
-    stamp = f"{os.getpid()}-{secrets.token_hex(4)}"
-    drafts = {name: folder / f".{name}.{stamp}.tmp" for name in [*names, MANIFEST]}
-    files: dict[str, HashedFile] = {}
-    try:
-        for name, draft in drafts.items():
-            files[name] = HashedFile(draft)
-        write({name: files[name] for name in names})
-        manifest = {**recipe, "files": {name: files[name].sha256 for name in names}}
-        files[MANIFEST].write(json.dumps(manifest, indent=2).encode() + b"\n")
-        for file in files.values():
-            file.sync()
-            file.close()
-        with _locked(folder) as handle:
+    with draft_folder(folder, _DRAFT) as draft:
+        files: dict[str, HashedFile] = {}
+        try:
+            for name in (MANIFEST, *names):
+                files[name] = HashedFile(draft / name)
+            write({name: files[name] for name in names})
+            manifest = {**recipe, "files": {name: files[name].sha256 for name in names}}
+            files[MANIFEST].write(json.dumps(manifest, indent=2).encode() + b"\n")
+            for file in files.values():
+                file.sync()
+        finally:
+            for file in files.values():
+                file.close()
+        with locked(folder) as handle:
             if not _is_complete(folder, recipe, names):  # another process may have been first
-                _publish(folder, drafts)
+                # The manifest first: files without one belong to somebody else.
+                for name in files:
+                    os.replace(draft / name, folder / name)
                 if handle is not None:
                     os.fsync(handle)
-    finally:
-        for file in files.values():
-            file.close()
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-
-
-def _publish(folder: Path, drafts: Mapping[str, Path]) -> None:
-    """Move the finished drafts into place, in their order, all of them or none."""
-    reached: list[Path] = []
-    try:
-        for name, draft in drafts.items():
-            reached.append(folder / name)
-            os.replace(draft, folder / name)
-    except BaseException:
-        for path in reached:
-            path.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
-    """Keep other processes out of `folder` and yield its handle. The lock ends with the process, however it ends, and leaves no file.
-
-    Windows cannot lock a folder, some network file systems cannot lock at all: there, processes with the same settings still write the
-    same bytes, and only processes with different settings in one folder can meet.
-    """
-    if sys.platform == "win32":
-        yield None
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Generated files on disk: whole or not at all, and checked each time they are used."""
+"""Generated files on disk: whole or made again, whatever kills the process, and checked each time they are used."""
 
 import errno
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from sma.errors import DataError
 from sma.recipes.data import files
-from sma.recipes.data.files import cached_files, sha256_of
+from sma.recipes.data.files import cached_files, copy_folder, sha256_of
 
 NAMES = ["first.txt", "second.txt", "third.txt"]
 
@@ -59,9 +60,8 @@ PLACES = [
     pytest.param(files.HashedFile, "write", 3, id="writing"),
     pytest.param(os, "fsync", 2, id="syncing"),
     pytest.param(os, "replace", 1, id="first-move"),
-    pytest.param(os, "replace", 3, id="third-move"),
-    pytest.param(os, "replace", 4, id="manifest-move"),
 ]
+MOVES = len(NAMES) + 1
 
 
 def test_manifest_holds_the_recipe_and_the_hash_of_every_file(tmp_path):
@@ -83,6 +83,55 @@ def test_interrupted_generation_leaves_nothing_and_can_be_repeated(tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "data")
     assert content_of(tmp_path / "data") == {}
+    assert prepare(tmp_path / "data") == prepare(tmp_path / "elsewhere")
+
+
+def killed_at_move(folder, moves):
+    """Generate in a process that ends after so many moves, as by SIGKILL: nothing of it runs any more."""
+
+    def run():
+        real, done = os.replace, itertools.count(1)
+
+        def replace(source, target):
+            real(source, target)
+            if next(done) == moves:
+                os._exit(9)
+
+        def write_first(name, content):
+            real_write(name, content)
+            os._exit(9)
+
+        real_write = files.HashedFile.write
+        os.replace = replace
+        if not moves:
+            files.HashedFile.write = write_first
+        prepare(folder)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+
+
+@pytest.mark.parametrize("moves", range(MOVES + 1))
+def test_data_of_a_process_killed_at_any_moment_is_made_again(tmp_path, moves):
+    killed_at_move(tmp_path / "data", moves)
+    assert prepare(tmp_path / "data") == prepare(tmp_path / "elsewhere")
+    assert content_of(tmp_path / "data") == content_of(tmp_path / "elsewhere")
+
+
+def test_another_process_killed_while_making_again_what_was_deleted_leaves_no_knot(tmp_path):
+    hashes = prepare(tmp_path)
+    (tmp_path / "second.txt").unlink()
+    killed_at_move(tmp_path, 1)
+    assert prepare(tmp_path) == hashes
+
+
+def test_moves_that_fail_are_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raising_at_call(3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.replace))
+        with pytest.raises(DataError, match=r"cannot keep data in .*: No space left on device; make room there or choose another folder"):
+            prepare(tmp_path / "data")
     assert prepare(tmp_path / "data") == prepare(tmp_path / "elsewhere")
 
 
@@ -200,3 +249,23 @@ def test_generations_of_different_data_at_once_leave_one_of_them_whole(tmp_path)
     assert "holds data generated otherwise (seed is" in str(refusal)
     assert set(content_of(tmp_path)) == {*NAMES, "manifest.json"}
     prepare(tmp_path, winner, during=must_not_run)
+
+
+def test_copies_of_data_are_kept_beside_it(tmp_path):
+    assert copy_folder(tmp_path, "copy") == tmp_path / "copy"
+    assert copy_folder(tmp_path / "new", "copy") == tmp_path / "new" / "copy"
+
+
+def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default_folder(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: not (path == tmp_path / "data" and mode == os.W_OK))  # root may write all
+    (tmp_path / "data").mkdir()
+    elsewhere = tmp_path / "cache" / "sparse-modular-activation" / "copy"
+    assert copy_folder(tmp_path / "data", "copy") == elsewhere
+    assert caplog.messages == [f"{tmp_path / 'data'} cannot be written, so what is made of its files is kept in {elsewhere}"]
+    elsewhere.mkdir(parents=True)
+    caplog.clear()
+    assert copy_folder(tmp_path / "data", "copy") == elsewhere
+    assert caplog.messages == []
+    (tmp_path / "data" / "copy").mkdir()
+    assert copy_folder(tmp_path / "data", "copy") == tmp_path / "data" / "copy"

@@ -1,0 +1,107 @@
+"""Locks between processes, and folders for what is not finished yet.
+
+A lock ends with the process that holds it, however that process ends, and leaves no file. Windows cannot lock a folder, and some network
+file systems cannot lock at all: there nobody waits for another, and what killed processes leave is not removed.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int | None]:
+    """Keep other processes out of `folder`, and yield its handle, or None where folders have none."""
+    if sys.platform == "win32":
+        yield None
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove the drafts of a name that killed processes left in `folder`, whose lock the caller has."""
+    for path in folder.iterdir():
+        if path.name.startswith(f".{name}.") and path.suffix == ".tmp" and _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def draft_folder(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder `.NAME.….tmp` in `folder`; what is then still in it goes with it.
+
+    A process that is killed leaves its own behind. Its lock is gone, though, so that `remove_abandoned` removes it.
+    """
+    made = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+    with ExitStack() as owner:
+        with locked(folder):
+            remove_abandoned(folder, name)
+            made.mkdir()
+            owner.enter_context(locked(made))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
+    """Keep other processes from `path`, which is made where it is missing, and removed in the end where it is still empty.
+
+    Whoever has the lock may move or delete the file: those who waited lock the one that stands there then.
+
+    Args:
+        path: the file.
+        waiting: printed where another process has the lock.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    while not _is_at(path, handle := os.open(path, os.O_RDWR | os.O_CREAT, 0o666), waiting):
+        os.close(handle)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), path.stat()) and not path.stat().st_size:
+                path.unlink()
+        os.close(handle)
+
+
+def _is_at(path: Path, handle: int, waiting: str) -> bool:
+    """Lock an open file, and say whether it still stands at `path`."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting:
+            print(waiting, flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return True
+    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody holds a draft any more; never where that cannot be known."""
+    if sys.platform == "win32":
+        return False
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(handle)
+    return False
