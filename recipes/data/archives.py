@@ -7,7 +7,6 @@ Reference:
 import gzip
 import lzma
 import os
-import secrets
 import shutil
 import stat
 import tarfile
@@ -19,6 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
 from sma.errors import DataError
+from sma.recipes.data.drafts import draft_folder
 
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 _BLOCK = 1 << 20
@@ -28,7 +28,8 @@ def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], 
     """Unpack a tar (plain, gzip, bzip2, xz) or a zip into `folder`, and return it.
 
     The files are written to a new folder beside it, which gets its name when all of them are there: a folder that exists is whole, and is
-    returned as it is. Modes and owners are not taken over. Links are refused, those that stay inside too: no data set here has any.
+    returned as it is. Modes and owners are not taken over. Links among the wanted files are refused, those that stay inside too: no data
+    set here has any.
 
     Args:
         archive: the file; its content, not its name, says what it is.
@@ -36,29 +37,27 @@ def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], 
         members: says by a name in the archive, with `/` between folders, whether that file is wanted; None: all are.
 
     Raises:
-        DataError: the archive cannot be read, is truncated or damaged, holds none of the files, or has a member that is no plain file or
-            that leaves the folder; or the folder cannot be written.
+        DataError: the archive cannot be read, is truncated or damaged, holds none of the files, or has one twice; one of them is no plain
+            file, or any member leaves the folder; or the folder cannot be written.
     """
     archive, folder = Path(archive), Path(folder)
     if folder.is_dir():
         return folder
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with _broken(archive):
-            extract = _unzip if _is_zip(archive) else _untar
-            draft.mkdir(parents=True)
-            count = extract(archive, draft, members or (lambda name: True))
-        if not count:
-            raise DataError(f"{archive} holds none of the files that are looked for; is it the right archive?")
-        try:
-            os.rename(draft, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with draft_folder(folder.parent, folder.name) as draft:
+            with _broken(archive):
+                extract = _unzip if _is_zip(archive) else _untar
+                count = extract(archive, draft, members or (lambda name: True))
+            if not count:
+                raise DataError(f"{archive} holds none of the files that are looked for; is it the right archive?")
+            try:
+                os.rename(draft, folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first
+                    raise
     except OSError as error:
         raise DataError(f"cannot unpack {archive} into {folder}: {error.strerror or error}; make room there or choose another") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -82,18 +81,16 @@ def _untar(archive: Path, draft: Path, wanted: Callable[[str], bool]) -> int:
     with tarfile.open(archive) as tar:
         for member in tar:
             place = _inside(archive, member.name)
-            if member.isdir():
+            if member.isdir() or not wanted(place.as_posix()):
                 continue
             if not member.isreg():
                 what = "a link" if member.issym() or member.islnk() else "a device or something else that is no file"
                 raise DataError(f"{archive}: member {member.name!r} is {what}; only plain files are unpacked, so nothing was")
-            if not wanted(place.as_posix()):
-                continue
             source = tar.extractfile(member)
             if source is None:
                 raise tarfile.ReadError(f"no content of {member.name}")
             with source:
-                _copy(source, draft / place, member.size, member.name)
+                _copy(archive, source, draft / place, member.size, member.name)
             count += 1
         _check_end(tar)
     return count
@@ -120,8 +117,10 @@ def _inside(archive: Path, name: str) -> PurePosixPath:
     return path
 
 
-def _copy(source: IO[bytes], target: Path, size: int, name: str) -> None:
+def _copy(archive: Path, source: IO[bytes], target: Path, size: int, name: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        raise DataError(f"{archive}: member {name!r} is there twice, and which is meant cannot be known; get the archive again")
     with target.open("xb") as file:
         shutil.copyfileobj(source, file, _BLOCK)
         if file.tell() != size:
@@ -133,19 +132,17 @@ def _unzip(archive: Path, draft: Path, wanted: Callable[[str], bool]) -> int:
     with zipfile.ZipFile(archive) as file:
         for member in file.infolist():
             place = _inside(archive, member.filename)
-            if member.is_dir():
+            if member.is_dir() or not wanted(place.as_posix()):
                 continue
             mode = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was not made by Unix
             if mode not in (0, stat.S_IFREG):
                 what = "a link" if stat.S_ISLNK(mode) else "a device or something else that is no file"
                 raise DataError(f"{archive}: member {member.filename!r} is {what}; only plain files are unpacked, so nothing was")
-            if not wanted(place.as_posix()):
-                continue
             try:
                 source = file.open(member)
             except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in a way that Python cannot unpack
                 raise DataError(f"{archive}: member {member.filename!r} cannot be unpacked: {error}") from error
             with source:
-                _copy(source, draft / place, member.file_size, member.filename)
+                _copy(archive, source, draft / place, member.file_size, member.filename)
             count += 1
     return count

@@ -1,9 +1,13 @@
 """Archives: what they hold comes out, whole or not at all, and nothing leaves the folder."""
 
 import io
+import multiprocessing
+import os
 import stat
 import tarfile
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -113,6 +117,33 @@ def test_links_in_a_zip_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_among_what_is_not_wanted_do_not_matter(kind, tmp_path):
+    archive = make_tar(tmp_path / "archive", extra=[special(kind, "set/train/a.txt")])
+    assert content_of(unpack(archive, tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+
+
+def test_link_in_a_zip_among_what_is_not_wanted_does_not_matter(tmp_path):
+    with zipfile.ZipFile(make_zip(tmp_path / "archive"), "a") as file:
+        link = zipfile.ZipInfo("set/odd")
+        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        file.writestr(link, "../../evil")
+    assert content_of(unpack(tmp_path / "archive", tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+
+
+@pytest.mark.parametrize("again", ["set/train/a.txt", "./set/train/a.txt"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_member_that_is_there_twice_is_named(again, tmp_path):
+    with tarfile.open(make_tar(tmp_path / "tar", mode="w"), "a") as tar:
+        tar.addfile(tarfile.TarInfo(again))
+    with zipfile.ZipFile(make_zip(tmp_path / "zip"), "a") as file:
+        file.writestr(again, b"")
+    for archive in ("tar", "zip"):
+        with pytest.raises(DataError, match=rf"{archive}: member '{again}' is there twice, and which is meant cannot be known; get the"):
+            unpack(tmp_path / archive, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tar", "zip"]
+
+
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
 def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
@@ -158,3 +189,34 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"):
         unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def unpack_and_die(archive, folder):
+    archives.shutil.copyfileobj = lambda *arguments: os._exit(9)
+    unpack(archive, folder)
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    archive = make_tar(tmp_path / "archive")
+    process = multiprocessing.get_context("fork").Process(target=unpack_and_die, args=(archive, tmp_path / "out"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
+    assert content_of(unpack(archive, tmp_path / "out")) == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
+
+
+def test_several_at_once_all_find_the_whole_folder(tmp_path):
+    archive, barrier = make_tar(tmp_path / "archive"), threading.Barrier(4, timeout=30)
+
+    def wanted(name):
+        if name == "set/train/a.txt":
+            barrier.wait()  # all have begun before any has finished
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: unpack(archive, tmp_path / "out", members=wanted), range(4)))
+    assert folders == [tmp_path / "out"] * 4
+    assert content_of(tmp_path / "out") == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
