@@ -21,6 +21,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sma.errors import DataError
+from sma.recipes.data.drafts import locked_file
 
 _BLOCK = 1 << 20
 _SECONDS = 30.0
@@ -40,7 +41,7 @@ class _Again(Exception):
 def fetch(url: str, path: str | Path, *, sha256: str | None = None, md5: str | None = None, progress: bool = True) -> Path:
     """Return `path`, downloading it from `url` first unless it is there.
 
-    A file that is there already is hashed too, if a hash is given. One process at a time may download to one path.
+    A file that is there already is hashed too, if a hash is given. One process at a time downloads to one path; the others wait for it.
 
     Args:
         url: http or https.
@@ -55,25 +56,36 @@ def fetch(url: str, path: str | Path, *, sha256: str | None = None, md5: str | N
     """
     path = Path(path)
     wanted = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
-    if path.exists():
-        _check(path, wanted, f"{path} is not the file that {url} should give; move it away to download it again")
+    if _is_there(path, url, wanted):
         return path
     if not url.startswith(("http://", "https://")):
         raise DataError(f"cannot download {url!r}: the address must begin with http:// or https://")
     part = path.with_name(path.name + ".part")
     notes = path.with_name(path.name + ".part.json")
+    waiting = f"another process downloads {path.name}; waiting for it" if progress else ""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, notes, progress)
-        try:
-            _check(part, wanted, f"{url} gave another file than expected, so {path} was not written; try again, or get the file elsewhere")
-        except DataError:
-            part.unlink(missing_ok=True)
+        with locked_file(part, waiting):
+            if _is_there(path, url, wanted):  # by now, through another process
+                return path
+            _download(url, part, notes, progress)
+            try:
+                _check(
+                    part, wanted, f"{url} gave another file than expected, so {path} was not written; try again, or get the file elsewhere"
+                )
+            except DataError:
+                _forget(part, notes)
+                raise
+            os.replace(part, path)
             notes.unlink(missing_ok=True)
-            raise
-        os.replace(part, path)
-        notes.unlink(missing_ok=True)
     return path
+
+
+def _is_there(path: Path, url: str, wanted: Mapping[str, str]) -> bool:
+    if path.exists():
+        _check(path, wanted, f"{path} is not the file that {url} should give; move it away to download it again")
+        return True
+    return False
 
 
 @contextmanager
@@ -180,7 +192,8 @@ def _size(path: Path) -> int:
 
 
 def _forget(part: Path, notes: Path) -> None:
-    part.unlink(missing_ok=True)
+    """Begin anew; the file stays, for it carries the lock."""
+    part.write_bytes(b"")
     notes.unlink(missing_ok=True)
 
 
@@ -204,10 +217,13 @@ def _check(path: Path, wanted: Mapping[str, str], otherwise: str) -> None:
     if not wanted:
         return
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in wanted}
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            for total in hashes.values():
-                total.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                for total in hashes.values():
+                    total.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     for name, value in wanted.items():
         if (found := hashes[name].hexdigest()) != value:
             raise DataError(f"{otherwise}: its {name} is {found}, expected {value}")

@@ -2,8 +2,11 @@
 
 import hashlib
 import http.server
+import multiprocessing
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,6 +32,7 @@ class Server:
     breaks_after: list[int] = field(default_factory=list)  # bytes of each answer before the connection breaks
     asked: list[str | None] = field(default_factory=list)
     address: str = ""
+    waits: threading.Event | None = None  # after the first bytes of an answer
 
     def reply(self, handler):
         self.asked.append(handler.headers.get("Range"))
@@ -47,6 +51,11 @@ class Server:
             handler.send_header("Content-Length", str(len(self.content) - start))
         handler.end_headers()
         if status in (200, 206):
+            if self.waits:
+                handler.wfile.write(self.content[start : start + 1000])
+                handler.wfile.flush()
+                self.waits.wait(30)
+                start += 1000
             end = start + self.breaks_after.pop(0) if self.breaks_after else None
             handler.wfile.write(self.content[start:end])
 
@@ -221,3 +230,36 @@ def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypat
             get(server, tmp_path / "file")
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [None]
+
+
+def test_several_at_once_download_once(server, tmp_path, capsys):
+    server.waits, said, end = threading.Event(), "", time.monotonic() + 30
+    with ThreadPoolExecutor(3) as pool:
+        downloads = [pool.submit(fetch, server.address, tmp_path / "file", sha256=SHA256) for _ in range(3)]
+        while said.count("another process downloads file; waiting for it\n") < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+        server.waits.set()
+        assert [download.result(30).read_bytes() for download in downloads] == [CONTENT] * 3
+    assert server.asked == [None]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_process_killed_while_it_downloads_keeps_nobody_waiting(server, tmp_path):
+    server.waits = threading.Event()
+    process = multiprocessing.get_context("fork").Process(target=get, args=(server, tmp_path / "file"))
+    process.start()
+    while not server.asked:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    server.waits.set()
+    server.waits = None
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_file_that_cannot_be_hashed_is_named(server, tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*file: Is a directory"):
+        get(server, tmp_path / "file", sha256=SHA256)
