@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sma.errors import InputError
 from sma.pytree import register_output
 from sma.ragged import move
 
@@ -32,9 +34,19 @@ class Decision:
     overflow: Int[Tensor, "B M"] | None = None
 
     def rate(self, valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "M"]:
-        """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid."""
+        """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid.
+
+        Raises:
+            InputError: the mask does not fit; broadcast, it would give rates above 1.
+        """
+        rows, length = self.active.shape[:2]
         if valid is None:
-            return self.active.double().mean((0, 1)) if self.active.numel() else self.active.new_zeros(len(self.names)).double()
+            return self.active.sum((0, 1)).double() / max(rows * length, 1)
+        if valid.shape != (rows, length) or valid.dtype is not torch.bool:
+            raise InputError(
+                f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; required is (B, L) = {(rows, length)} of torch.bool, "
+                "as the decision has"
+            )
         return (self.active & valid[..., None]).sum((0, 1)).double() / valid.sum().clamp(min=1)
 
     def move(self, places: Int[Tensor, "B L"]) -> "Decision":

@@ -21,7 +21,7 @@ def budget_loss(
     r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
 
     The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. It is 0, and
-    its gradient 0, exactly at the target. A gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
+    its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
 
     Args:
         decisions: one per routed layer.
@@ -39,7 +39,7 @@ def budget_loss(
             soft = _mean(decision.p_on, valid)[chosen]
             real = decision.rate(valid).to(soft.dtype)[chosen]
             wanted = soft.new_tensor([targets[decision.names[place]] for place in chosen])
-            gaps.append(real + (soft - soft.detach()) - wanted)
+            gaps.append((real + (soft - soft.detach()) - wanted) * _has_tokens(decision, valid))
     return torch.cat(gaps).square().mean() if gaps else _zero(decisions)
 
 
@@ -67,9 +67,15 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
 
 
 def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
-    r"""How large the scores are: the mean of $(\log \sum_i e^{u_i})^2$ over valid tokens, sub-modules and layers.
+    r"""How large the scores are: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
 
-    Keeps scores small, where half precision and the softmax still tell them apart.
+    u are the two scores of the decision, offset included, before the temperature. Keeps scores small, where half precision and the
+    softmax still tell them apart.
+
+    The paper's sum runs over the scores of all experts of a token, once per token. Here it runs over the pair of each sub-module: for
+    `sma`, `gumbel` and `bernoulli`, which have a softmax for each, that is the same equation; under `threshold` and `expert_choice`
+    $u_0$ is the threshold; where sub-modules compete (`exclusive`, `top_k`) $u_0$ is the best score against which the sub-module
+    stands, so that of n scores that are all 0 it gives $(\log 2)^2$ and not $(\log n)^2$.
 
     Args:
         decisions: one per routed layer.
@@ -115,6 +121,7 @@ def policy_gradient_loss(
     rows, length = decisions[0].active.shape[:2]
     if losses.shape not in ((rows,), (rows, length)):
         raise InputError(f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})")
+    check_valid(decisions[0].active, valid)
     valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
     advantage_BL = _advantage(losses.detach(), valid)
     total = []
@@ -145,6 +152,11 @@ def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:
     if valid is None:
         return values_BLM.sum((0, 1)) / max(rows * length, 1)
     return values_BLM.where(valid[..., None], 0).sum((0, 1)) / valid.sum().clamp(min=1)
+
+
+def _has_tokens(decision: Decision, valid: Tensor | None) -> Tensor | bool:
+    """Whether there is a valid token."""
+    return decision.active.shape[:2].numel() > 0 if valid is None else valid.any()
 
 
 def _zero(decisions: Sequence[Decision]) -> Tensor:

@@ -1,11 +1,14 @@
 """Activation rates by counting, and decisions that travel with their tokens."""
 
+import pytest
 import torch
 from hypothesis import given
 
 from sma import Decision
+from sma.errors import InputError
 from sma.ragged import move
 from tests.cases import generator, masks, normal
+from tests.streams import exactly
 
 
 def _decision(active: torch.Tensor) -> Decision:
@@ -42,6 +45,16 @@ def test_rate_of_no_valid_token_is_zero():
     for valid in (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
         assert _decision(_active(valid)).rate(valid).tolist() == [0.0, 0.0, 0.0]
         assert _decision(_active(valid)).rate().tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "valid",
+    [torch.ones(1, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(2, 3, 1, dtype=torch.bool)],
+)
+def test_a_mask_that_does_not_fit_is_refused(valid, as_users_run):
+    given_ = f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}"
+    with pytest.raises(InputError, match=exactly(f"{given_}; required is (B, L) = (2, 3) of torch.bool, as the decision has")):
+        _decision(_active(torch.ones(2, 3, dtype=torch.bool))).rate(valid)
 
 
 @given(valid=masks())

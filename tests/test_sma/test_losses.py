@@ -11,7 +11,7 @@ from torch import Tensor
 from sma.decision import Decision
 from sma.errors import InputError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
-from sma.routers import SMARouterSpec, TopKRouterSpec
+from sma.routers import ExclusiveRouterSpec, SMARouterSpec, TopKRouterSpec
 from tests.cases import masks, normal, spread
 from tests.streams import exactly, near
 
@@ -44,8 +44,22 @@ class TestBudget:
         for decision in decisions:
             for m in range(3):
                 tokens = [bool(decision.active[b, t, m]) for b, t in valid.nonzero().tolist()]
-                gaps.append(sum(tokens) / max(1, len(tokens)) - target)
+                gaps.append(sum(tokens) / len(tokens) - target if tokens else 0.0)
         near(budget_loss(decisions, target, valid), torch.tensor(sum(gap**2 for gap in gaps) / len(gaps), dtype=torch.float64))
+
+    @pytest.mark.parametrize("length", [0, 4])
+    def test_without_a_valid_token_there_is_no_rate_to_miss_and_gradients_are_zeros(self, length):
+        p_on = normal(2, length, 3).sigmoid().requires_grad_()
+        decision = _decision(torch.zeros(2, length, 3, dtype=torch.bool), p_on)
+        for valid in (torch.zeros(2, length, dtype=torch.bool), *([None] * (length == 0))):
+            loss = budget_loss([decision], 0.3, valid)
+            assert loss == 0
+            assert not torch.autograd.grad(loss, [p_on])[0].any()
+
+    def test_one_valid_token_is_a_rate(self):
+        one, valid = _random(), torch.zeros(2, 6, dtype=torch.bool)
+        valid[0, 0] = True
+        assert budget_loss([one], 0.3, valid) > 0
 
     @pytest.mark.parametrize("active", range(9))
     def test_minimum_is_0_at_the_target_and_the_gradient_points_there(self, active):
@@ -147,6 +161,11 @@ class TestZ:
             for m in range(3)
         ]
         near(z_loss([decision], valid), torch.tensor(sum(squares) / max(1, len(squares)), dtype=torch.float64))
+
+    @pytest.mark.parametrize("spec", [SMARouterSpec(), ExclusiveRouterSpec(), TopKRouterSpec()])
+    def test_the_scores_of_every_pair_count_and_not_those_of_all_choices_together(self, spec):
+        decision = spec.build(4, NAMES).double()(torch.zeros(1, 2, 4, dtype=torch.float64))[0]  # whose scores are all 0
+        near(z_loss([decision]), torch.tensor(math.log(2) ** 2, dtype=torch.float64))
 
     def test_descending_makes_scores_smaller(self):
         router, control = spread(SMARouterSpec().build(4, NAMES).double(), scale=2.0), normal(2, 20, 4)
@@ -260,6 +279,11 @@ class TestPolicyGradient:
         assert gradient.isfinite().all()
         assert not gradient[:, :2].any()  # what was sure to be drawn as it was teaches nothing
         assert policy_gradient_loss([], torch.ones(3)) == 0
+
+    @pytest.mark.parametrize("shape", [(2, 5), (1, 6)])
+    def test_a_mask_of_another_shape_is_refused(self, shape, as_users_run):
+        with pytest.raises(InputError, match=exactly(f"valid has shape {shape}; required is (B, L) = (2, 6), as the input has")):
+            policy_gradient_loss([_random()], torch.ones(2), torch.ones(shape, dtype=torch.bool))
 
     def test_losses_of_another_shape_are_refused(self):
         with pytest.raises(InputError, match=exactly("the losses have shape (3,); required is (B,) = (2,), or (B, L) = (2, 6)")):
