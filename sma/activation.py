@@ -8,13 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sma.capacity import Capacity, check_capacity, slots_per_row
+from sma.capacity import Capacity, check_capacity, earliest, slots_per_row
+from sma.checks import check_batch, check_control, check_decision, check_dtype, check_parts, counted
+from sma.checks import check_valid as check_valid
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.norms import Norm
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.routers import Router
+from sma.routers.contract import keep_valid
 from sma.submodule import State, SubModule, check_state, placement
 
 
@@ -89,7 +92,8 @@ class SparseModularActivation(nn.Module):
         x `(B, L, D)` in, values `(B, L, D)` out.
 
     Raises:
-        InputError: the router decides about other names than there are sub-modules, or a name is one that torch uses.
+        InputError: the router decides about other names than there are sub-modules, there are none, or a name is one that torch uses
+            or refuses.
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
@@ -99,6 +103,11 @@ class SparseModularActivation(nn.Module):
         super().__init__()
         if set(router.names) != set(modules):
             raise InputError(f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; use the same names")
+        if not modules:
+            raise InputError("there are no sub-modules to choose from; give at least one")
+        dotted = [name for name in router.names if "." in name or not name]
+        if dotted:
+            raise InputError(f"the sub-module name {dotted[0]!r} must be a word without dots, by which torch finds its parameters")
         taken = [name for name in router.names if name_is_taken(name)]
         if taken:
             raise InputError(
@@ -134,6 +143,14 @@ class SparseModularActivation(nn.Module):
         for name, part in {"router": self.router, **self._parts}.items():
             refuse_unless_causal(name, part)
 
+    def check(self, state: RoutedState) -> None:
+        """Check that a state is one of these sub-modules.
+
+        Raises:
+            StateError: it is that of others.
+        """
+        check_parts(self, state.modules, self.router.names)
+
     @property
     def _parts(self) -> dict[str, SubModule]:
         return {name: cast(SubModule, part) for name, part in self.submodules.items()}
@@ -158,19 +175,22 @@ class SparseModularActivation(nn.Module):
                 the valid ones of this chunk.
             state: where the streams stand; None at their beginning.
             capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of L, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
+                is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, or the capacity is impossible.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision is none of these tokens.
             StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a state.
         """
         check_batch(x_BLD, valid)
+        check_dtype(self, x_BLD)
+        check_control(self.router, x_BLD, control_BLD, positions)
         check_capacity(capacity, self.router.names, state)
         seen = None
         if state is not None:
             self.refuse_unless_causal()
             state = check_state(self, state, RoutedState, x_BLD.shape[0])
-            seen = state.seen
+            self.check(state)
+            seen = counted(self, state.seen)
         if positions is None and (valid is not None or seen is not None):
             rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
             positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
@@ -195,16 +215,17 @@ class SparseModularActivation(nn.Module):
         state: RoutedState | None = None,
         capacity: Capacity | None = None,
     ) -> Routing:
-        """Decide for every token, and find who runs what; the inputs are not checked."""
+        """Decide for every token, and find who runs what; of the inputs only the router's decision is checked."""
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
+        check_decision(self.router, decision, control_BLD)
+        if valid is not None:  # whatever a router of somebody else does with padding
+            decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
             return Routing(decision, locate(decision.active, positions), after)
-        slots = slots_per_row(capacity, decision.names, decision.active.shape[1])
-        chosen = decision.active.unbind(-1)
-        frames = [locate_static(active_BL, count, positions) for active_BL, count in zip(chosen, slots, strict=True)]
-        kept = torch.stack([active_BL & (active_BL.cumsum(1) <= count) for active_BL, count in zip(chosen, slots, strict=True)], -1)
-        overflow = decision.active.sum(1) - kept.sum(1)
-        return Routing(replace(decision, active=kept, overflow=overflow), frames, after)
+        active, slots = decision.active, slots_per_row(capacity, decision.names, decision.active.shape[1])
+        kept = earliest(active, capacity, decision.names, valid)
+        frames = [locate_static(kept_BL, count, positions) for kept_BL, count in zip(kept.unbind(-1), slots, strict=True)]
+        return Routing(replace(decision, active=kept, overflow=active.sum(1) - kept.sum(1)), frames, after)
 
     def combine(
         self, bypass: Bypass, x_TD: Float[Tensor, "T D"], routing: Routing, state: RoutedState | None = None
@@ -249,37 +270,14 @@ def refuse_unless_causal(name: str, part: nn.Module) -> None:
     """
     if not part.causal:
         kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__)
-        cure = "call model.eval() first" if isinstance(part, Norm) else "build the model with bidirectional=false to stream it"
+        cure = "build the model with bidirectional=false to stream it"
+        if isinstance(part, Norm):
+            cure = "call model.eval() first"
+        elif isinstance(part, Router):
+            cure = "choose a causal router, such as 'sma', to stream the model"
         raise StateError(f"{name!r} (kind {kind}, causal=False) cannot continue from a state; {cure}")
 
 
 def name_is_taken(name: str) -> bool:
     """Whether a sub-module cannot have this name, because `torch.nn.ModuleDict` has an attribute that is called so."""
     return hasattr(nn.ModuleDict(), name)
-
-
-def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
-    """Check the shapes and dtypes of a batch of tokens.
-
-    Raises:
-        InputError: what was given and what is required.
-    """
-    if x_BLD.ndim != 3 or (width is not None and x_BLD.shape[2] != width):
-        raise InputError(f"the tokens have shape {tuple(x_BLD.shape)}; required is (B, L, D{'' if width is None else f' = {width}'})")
-    if not x_BLD.is_floating_point():
-        raise InputError(f"the tokens have dtype {x_BLD.dtype}; required is a floating-point dtype, such as torch.float32")
-    check_valid(x_BLD, valid)
-
-
-def check_valid(inputs: Tensor, valid: Tensor | None) -> None:
-    """Check the mask of the valid positions of a batch.
-
-    Raises:
-        InputError: what was given and what is required.
-    """
-    if valid is None:
-        return
-    if valid.dtype is not torch.bool:
-        raise InputError(f"valid has dtype {valid.dtype}; required is torch.bool, True at real tokens: write valid.bool()")
-    if valid.shape != inputs.shape[:2]:
-        raise InputError(f"valid has shape {tuple(valid.shape)}; required is (B, L) = {tuple(inputs.shape[:2])}, as the input has")

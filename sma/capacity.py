@@ -3,9 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 from sma.errors import InputError, StateError, did_you_mean
 
-# An integer is a number of tokens per row, a float a share of the length of the batch; a mapping has one for each sub-module.
+# An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each sub-module.
 Capacity = int | float | Mapping[str, int | float]
 
 
@@ -38,12 +42,34 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
 
 def _check_value(value: object, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the length")
+        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row")
 
 
 def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
-    """Tokens per row of each sub-module in a batch of `length` positions: at most all of them; shares are rounded up."""
-    values = [capacity[name] if isinstance(capacity, Mapping) else capacity for name in names]
-    # 0.1 * 30 is a little more than 3 in floating point, and must not give 4.
-    tokens = [max(1, math.ceil(value * length - 1e-9)) if isinstance(value, float) else value for value in values]
+    """Slots per row of each sub-module in a batch of `length` positions: at most all of them; shares are rounded up."""
+    values = [_of(capacity, name) for name in names]
+    tokens = [max(1, math.ceil(value * length - _ROUNDING)) if isinstance(value, float) else value for value in values]
     return [min(count, length) for count in tokens]
+
+
+def earliest(
+    active_BLM: Bool[Tensor, "B L M"], capacity: Capacity, names: Sequence[str], valid_BL: Bool[Tensor, "B L"] | None
+) -> Bool[Tensor, "B L M"]:
+    """The active tokens of every row that a capacity keeps; a share is of its valid tokens, however long the batch is padded."""
+    whole = active_BLM.new_full(active_BLM.shape[:1], active_BLM.shape[1], dtype=torch.int64)
+    lengths_B = whole if valid_BL is None else valid_BL.sum(1)
+    kept = []
+    for active_BL, name in zip(active_BLM.unbind(-1), names, strict=True):
+        most: int | float | Tensor = _of(capacity, name)
+        if isinstance(most, float):
+            most = (lengths_B.double() * most - _ROUNDING).ceil().clamp(min=1)[:, None]
+        kept.append(active_BL & (active_BL.cumsum(1) <= most))
+    return torch.stack(kept, -1)
+
+
+# 0.1 * 30 is a little more than 3 in floating point, and must not give 4.
+_ROUNDING = 1e-9
+
+
+def _of(capacity: Capacity, name: str) -> int | float:
+    return capacity[name] if isinstance(capacity, Mapping) else capacity

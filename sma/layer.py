@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sma.activation import RoutedState, Routing, SparseModularActivation, check_batch, name_is_taken, refuse_unless_causal
+from sma.activation import RoutedState, Routing, SparseModularActivation, name_is_taken, refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
+from sma.checks import check_batch, check_dtype, check_parts, counted
 from sma.decision import Decision
 from sma.initial import truncated_normal_
 from sma.norms import NormSpec
@@ -178,6 +179,17 @@ class RoutedLayer(nn.Module):
         if self.routed is not None:
             self.routed.refuse_unless_causal()
 
+    def check(self, state: LayerState) -> None:
+        """Check that a state is one of these parts.
+
+        Raises:
+            StateError: it is that of a layer of others, which would silently begin anew in the parts that it does not know.
+        """
+        has, wanted = ([name for name in ("backbone", "routed") if getattr(part, name) is not None] for part in (state, self))
+        check_parts(self, has, wanted)
+        if self.routed is not None and state.routed is not None:
+            self.routed.check(state.routed)
+
     def forward(
         self,
         x_BLD: Float[Tensor, "B L D"],
@@ -192,18 +204,20 @@ class RoutedLayer(nn.Module):
             valid: False at padding, on whichever side; None where there is none.
             state: where the streams stand; None at their beginning.
             capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of L, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
+                is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
 
         Raises:
             InputError: the shapes or dtypes do not fit, or the capacity is impossible.
             StateError: the state does not fit, the layer cannot continue a stream, or a capacity comes with a state.
         """
         check_batch(x_BLD, valid, self.width)
+        check_dtype(self, x_BLD)
         check_capacity(capacity, self.routed_names, state)
         seen = None
         if state is not None:
             self.refuse_unless_causal()
-            seen = check_state(self, state, LayerState, x_BLD.shape[0]).seen
+            self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
+            seen = counted(self, state.seen)
         x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)
         output = self.run(x_BLD, frame, state, capacity)
         if output.state is not None and seen is not None:
@@ -330,7 +344,9 @@ def align(
     lengths, order = right_padding(valid, static)
     places = None
     if order is not None:
-        x_BLD, places = move(x_BLD, order), order.argsort(1)
+        x_BLD = move(x_BLD, order)
+        # The inverse of the order, without sorting again.
+        places = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     return x_BLD, rectangular(x_BLD, lengths, positions), places
 
 

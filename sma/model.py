@@ -1,6 +1,6 @@
 """Models: an encoder, layers, and a head, built from one spec."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
-from sma.activation import check_valid, refuse_unless_causal
+from sma.activation import refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
+from sma.checks import check_dtype, check_valid
 from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
 from sma.errors import SpecError, StateError
@@ -246,13 +247,16 @@ class SequenceModel(nn.Module):
         )
 
     def _refuse_unless_causal(self) -> None:
-        for place, layer in enumerate(self.routed_layers):
-            try:
-                layer.refuse_unless_causal()
-            except StateError as error:
-                raise StateError(f"layer {place} {error}") from None
+        self._each_layer(lambda layer, place: layer.refuse_unless_causal())
         if self.final_norm is not None:
             refuse_unless_causal("final_norm", self.final_norm)
+
+    def _each_layer(self, check: Callable[[RoutedLayer, int], None]) -> None:
+        for place, layer in enumerate(self.routed_layers):
+            try:
+                check(layer, place)
+            except StateError as error:
+                raise StateError(f"layer {place} {error}") from None
 
     def recompute_activations(self, enabled: bool = True) -> Self:
         """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in backward.
@@ -277,8 +281,8 @@ class SequenceModel(nn.Module):
             valid: False at padding, on whichever side; None where there is none.
             state: where the streams stand; None where each row is a whole one.
             capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of L, a mapping has one for each name of a sub-module, in all layers alike. No shape then depends on the
-                data; `Decision.overflow` counts the active tokens that are left out. None takes all.
+                is a share of the valid ones, a mapping has one for each name of a sub-module, in all layers alike. No shape then
+                depends on the data; `Decision.overflow` counts the active tokens that are left out. None takes all.
 
         Raises:
             InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
@@ -286,6 +290,8 @@ class SequenceModel(nn.Module):
         """
         self.encoder.check(inputs)
         check_valid(inputs, valid)
+        if inputs.is_floating_point():
+            check_dtype(self.encoder, inputs, "the inputs")
         if capacity is not None:
             check_capacity(capacity, list(dict.fromkeys(name for layer in self.routed_layers for name in layer.routed_names)), state)
         if state is not None:
@@ -328,6 +334,7 @@ class SequenceModel(nn.Module):
         check_state(self, state, ModelState, inputs.shape[0])
         if len(state.layers) != len(self.layers):
             raise StateError(f"the state has {len(state.layers)} layers and the model {len(self.layers)}; use the model's own init_state")
+        self._each_layer(lambda layer, place: layer.check(state.layers[place]))
         if state.seen.device != inputs.device:
             raise StateError(f"the state is on {state.seen.device} and the inputs on {inputs.device}; use state.to({str(inputs.device)!r})")
 

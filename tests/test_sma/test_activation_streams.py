@@ -1,5 +1,6 @@
 """Sparse modular activation that goes on from a state: whole = chunked = step by step, and what it refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,7 +137,8 @@ class TestRefusals:
         routed = SparseModularActivation(WholeRow(["twice"]), {"twice": Counting()})
         self._refuses(
             routed,
-            "'router' (kind WholeRow, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+            "'router' (kind WholeRow, causal=False) cannot continue from a state; "
+            "choose a causal router, such as 'sma', to stream the model",
         )
 
     def test_state_of_another_class(self) -> None:
@@ -152,6 +154,23 @@ class TestRefusals:
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             routed(normal(2, 3, WIDTH), state=routed.init_state(5))
+
+    def test_state_of_sub_modules_of_other_names(self) -> None:
+        one, other = (SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Counting()}) for name in ("one", "other"))
+        sentence = (
+            "SparseModularActivation got the state of another model: it is of the parts ['other']; required are ['one']: use init_state"
+        )
+        with pytest.raises(StateError, match=exactly(sentence)):
+            one(normal(2, 3, WIDTH), state=other.init_state(2))
+
+    def test_state_out_of_that_of_a_layer_which_counts_no_tokens(self) -> None:
+        routed = make(SMARouterSpec())
+        sentence = (
+            "SparseModularActivation got a state that counts no tokens, as inside of a layer or a model, which counts them; "
+            "use the init_state of what is called"
+        )
+        with pytest.raises(StateError, match=exactly(sentence)):
+            routed(normal(2, 3, WIDTH), state=replace(routed.init_state(2), seen=None))
 
 
 def test_a_sub_module_of_somebody_else_streams_without_a_state_of_its_own() -> None:

@@ -40,13 +40,15 @@ class Truncated(Router):
 
     def forward(self, control_BLD, valid=None, positions=None, state=None):
         decision, state = self.router(control_BLD, valid, positions, state)
-        return replace(decision, active=_earliest(decision.active, slots_per_row(self.capacity, self.names, control_BLD.shape[1]))), state
+        valid = torch.ones(control_BLD.shape[:2], dtype=torch.bool) if valid is None else valid
+        slots = [slots_per_row(self.capacity, self.names, length) for length in valid.sum(1).tolist()]
+        return replace(decision, active=_earliest(decision.active, slots)), state
 
 
-def _earliest(active: Tensor, slots: list[int]) -> Tensor:
+def _earliest(active: Tensor, slots: list[list[int]]) -> Tensor:
     kept = torch.zeros_like(active)
     for b in range(active.shape[0]):
-        for m, count in enumerate(slots):
+        for m, count in enumerate(slots[b]):
             kept[b, active[b, :, m].nonzero()[:count], m] = True
     return kept
 
@@ -138,6 +140,20 @@ def test_overflow_counts_per_row_and_sub_module_and_is_none_without_a_capacity()
     assert routed(normal(3, 5, WIDTH), valid=valid).decision.overflow is None
 
 
+@routed_layers
+@pytest.mark.parametrize("capacity", [0.1, 0.34, 0.5, 0.99, 1.0, 2, 5])
+def test_a_row_alone_and_in_a_padded_batch_keep_the_same_tokens(name, capacity):
+    layer, rows = make(name), [normal(length, WIDTH, seed=length) for length in (1, 10, 0, 4, 7)]
+    x, valid = pad(rows, "middle", extra=9)
+    with torch.no_grad():
+        output = layer(x, valid, capacity=capacity)
+        for row, alone in enumerate(rows):
+            single = layer(alone[None], capacity=capacity)
+            torch.testing.assert_close(output.hidden[row][valid[row]], single.hidden[0])
+            assert torch.equal(output.decision.active[row][valid[row]], single.decision.active[0])
+            assert torch.equal(output.decision.overflow[row], single.decision.overflow[0])
+
+
 def test_sub_modules_get_the_same_shapes_whatever_is_active():
     layer, shapes = make("several modules"), set()
     for module in layer.routed.submodules.values():
@@ -172,10 +188,10 @@ def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
 class TestRefusals:
     @pytest.mark.parametrize("capacity", [0, -1, True, 0.0, 1.5, -0.5, float("nan"), float("inf"), "3"])
     def test_impossible_capacity(self, capacity):
-        message = r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the length"
+        message = r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the row"
         for call in (
             lambda: make("seqboat")(normal(2, 3, WIDTH), capacity=capacity),
-            lambda: build(MODEL, 0)(normal(2, 3, 2), None, None, capacity),
+            lambda: build(MODEL, 0).double()(normal(2, 3, 2), None, None, capacity),
         ):
             with pytest.raises(InputError, match=message):
                 call()
@@ -190,7 +206,7 @@ class TestRefusals:
 
     def test_sub_module_that_is_left_out(self):
         with pytest.raises(InputError, match="capacity says nothing about 'conv'; give every sub-module one, or one number for all"):
-            build(MODEL, 0)(normal(2, 3, 2), capacity={"attention": 3, "mlp": 2})
+            build(MODEL, 0).double()(normal(2, 3, 2), capacity={"attention": 3, "mlp": 2})
 
     def test_with_a_state(self):
         layer = make("bare", modules={"attention": {**GAU, "bidirectional": False}})

@@ -15,8 +15,8 @@ ATTENTION = {"kind": "attention", "heads": 2, "bidirectional": False}
 EMA = {"kind": "ema", "state_size": 4, "bidirectional": False}
 
 
-def model(width: int = 8, backbone: dict[str, Any] | None = None, repeat: int = 1, **modules: dict[str, Any]) -> sma.SequenceModel:
-    layer = {"backbone": backbone or EMA, "modules": modules, "router": {"kind": "always"}}
+def model(backbone: dict[str, Any] | None = None, width: int = 8, repeat: int = 1, **modules: dict[str, Any]) -> sma.SequenceModel:
+    layer = {"backbone": EMA if backbone is None else backbone or None, "modules": modules, "router": {"kind": "always"}}
     encoder = {"kind": "token_embedding", "vocabulary": 9}
     spec = {"kind": "language_model", "width": width, "encoder": encoder, "layers": {"repeat": repeat, "layer": layer}}
     return sma.build(sma.load_spec(spec), seed=0).eval()
@@ -33,6 +33,11 @@ def model(width: int = 8, backbone: dict[str, Any] | None = None, repeat: int = 
         (model(a=CONV), model(a=CONV | {"kernel_size": 4}), r"Conv got .*its sizes are \(3, \(8,\)\); required are \(2, \(8,\)\)"),
         (model(a=ATTENTION), model(a=ATTENTION | {"heads": 4}), r"Attention got .*its sizes are \(None, \(4, 2\), \(4, 2\)\)"),
         (model(a=GAU), model(a=CONV), r"GatedAttentionUnit got .*its sizes are \(2, \(8,\)\)"),
+        (model(a=GAU), model(b=GAU), r"layer 0 Sparse.* got the state of another model: it is of the parts \['b'\]; required are \['a'\]"),
+        (model(a=GAU), model(), r"layer 0 RoutedLayer got .* it is of the parts \['backbone'\]; required are \['backbone', 'routed'\]"),
+        (model(), model(a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['backbone'\]"),
+        (model(a=GAU), model({}, a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['routed'\]; required are \['backbone', 'r"),
+        (model({}, a=GAU), model(a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['r"),
         (model(), model(repeat=2), r"the state has 2 layers and the model 1; use the model's own init_state"),
     ],
 )

@@ -129,8 +129,26 @@ class TestRefusals:
         with pytest.raises(StateError, match=exactly(sentence)):
             layer(normal(2, 3, WIDTH), None, layer.init_state(1))
 
+    def test_state_out_of_that_of_a_model_which_counts_no_tokens(self) -> None:
+        layer = make("causal seqboat")
+        sentence = (
+            "RoutedLayer got a state that counts no tokens, as inside of a layer or a model, which counts them; "
+            "use the init_state of what is called"
+        )
+        with pytest.raises(StateError, match=exactly(sentence)):
+            layer(normal(2, 3, WIDTH), None, replace(layer.init_state(2), seen=None))
 
-def test_a_layer_that_does_not_count_returns_a_state_that_does_not() -> None:
-    layer = make("causal seqboat")
-    state = replace(layer.init_state(2), seen=None)
-    assert layer(normal(2, 3, WIDTH), None, state).state.seen is None
+    @pytest.mark.parametrize(
+        ("mine", "other", "has", "needs"),
+        [
+            ("causal seqboat", {"backbone": None}, "['routed']", "['backbone', 'routed']"),
+            ("causal seqboat", {"modules": {}}, "['backbone']", "['backbone', 'routed']"),
+            ("bare", {"backbone": {"kind": "conv"}}, "['backbone', 'routed']", "['routed']"),
+        ],
+    )
+    def test_state_of_a_layer_of_other_parts(self, mine: str, other: dict[str, Any], has: str, needs: str) -> None:
+        layer, x = make(mine), normal(2, 3, WIDTH)
+        for one, another, found, wanted in ((layer, make(mine, **other), has, needs), (make(mine, **other), layer, needs, has)):
+            sentence = f"RoutedLayer got the state of another model: it is of the parts {found}; required are {wanted}: use init_state"
+            with pytest.raises(StateError, match=exactly(sentence)):
+                one(x, None, another.init_state(2))

@@ -1,0 +1,120 @@
+"""What `forward` refuses: tokens, masks, decisions and states that do not fit, each in a sentence."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from sma.decision import Decision
+from sma.errors import InputError, StateError
+from sma.routers import Router, ScoredRouter
+
+
+def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
+    """Check the shapes and dtypes of a batch of tokens.
+
+    Raises:
+        InputError: what was given and what is required.
+    """
+    if x_BLD.ndim != 3 or (width is not None and x_BLD.shape[2] != width):
+        raise InputError(f"the tokens have shape {tuple(x_BLD.shape)}; required is (B, L, D{'' if width is None else f' = {width}'})")
+    if not x_BLD.is_floating_point():
+        raise InputError(f"the tokens have dtype {x_BLD.dtype}; required is a floating-point dtype, such as torch.float32")
+    check_valid(x_BLD, valid)
+
+
+def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
+    """Check that numbers have the dtype of the parameters, or one of theirs; autocast converts by itself.
+
+    Raises:
+        InputError: what was given and what is required.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return
+    # Mostly the first one says so: all are looked at only where an error is to be told.
+    if any(parameter.dtype is x.dtype for parameter in part.parameters()):
+        return
+    dtypes = sorted({str(parameter.dtype) for parameter in part.parameters() if parameter.is_floating_point()})
+    if dtypes:
+        raise InputError(
+            f"{what} have dtype {x.dtype} and the parameters {' and '.join(dtypes)}; convert either with .to(dtype), or use torch.autocast"
+        )
+
+
+def check_control(router: Router, x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
+    """Check what comes beside the tokens of a batch: shapes that broadcast or index would give results on the wrong ones."""
+    shape = tuple(x_BLD.shape[:2])
+    if control_BLD is not None:
+        if control_BLD.ndim != 3 or tuple(control_BLD.shape[:2]) != shape:
+            raise InputError(
+                f"control_BLD has shape {tuple(control_BLD.shape)}; required is (B, L, E) with (B, L) = {shape}, as of the tokens"
+            )
+        if not control_BLD.is_floating_point():
+            raise InputError(f"control_BLD has dtype {control_BLD.dtype}; required is a floating-point dtype, such as torch.float32")
+    if isinstance(router, ScoredRouter):
+        what, given = ("the tokens have", x_BLD) if control_BLD is None else ("control_BLD has", control_BLD)
+        if given.shape[2] != router.weight.shape[1]:
+            raise InputError(f"{what} {given.shape[2]} channels; the router {type(router).__name__} reads {router.weight.shape[1]}")
+    if positions is not None:
+        if tuple(positions.shape) != shape:
+            raise InputError(f"positions have shape {tuple(positions.shape)}; required is (B, L) = {shape}, as of the tokens")
+        if positions.is_floating_point() or positions.dtype is torch.bool:
+            raise InputError(f"positions have dtype {positions.dtype}; required are integers, such as torch.int64")
+
+
+def check_decision(router: Router, decision: Decision, control_BLD: Tensor) -> None:
+    """Check a decision, which may come from a router of somebody else.
+
+    Raises:
+        InputError: it is not one about these sub-modules and these tokens.
+    """
+    name, wanted = type(router).__name__, (*control_BLD.shape[:2], len(router.names))
+    if tuple(decision.names) != tuple(router.names):
+        raise InputError(f"the router {name} decided about {list(decision.names)}; its names, in their order, are {list(router.names)}")
+    for field in ("active", "confidence"):
+        shape = tuple(getattr(decision, field).shape)
+        if shape != wanted:
+            raise InputError(f"the router {name} decided with {field} of shape {shape}; required is (B, L, M) = {wanted}")
+    if decision.active.dtype is not torch.bool:
+        raise InputError(f"the router {name} decided with active of dtype {decision.active.dtype}; required is torch.bool")
+
+
+def check_valid(inputs: Tensor, valid: Tensor | None) -> None:
+    """Check the mask of the valid positions of a batch.
+
+    Raises:
+        InputError: what was given and what is required.
+    """
+    if valid is None:
+        return
+    if valid.dtype is not torch.bool:
+        raise InputError(f"valid has dtype {valid.dtype}; required is torch.bool, True at real tokens: write valid.bool()")
+    if valid.shape != inputs.shape[:2]:
+        raise InputError(f"valid has shape {tuple(valid.shape)}; required is (B, L) = {tuple(inputs.shape[:2])}, as the input has")
+
+
+def check_parts(part: nn.Module, found: Collection[str], wanted: Collection[str]) -> None:
+    """Check of which parts a state is.
+
+    Raises:
+        StateError: it is that of a layer of other parts.
+    """
+    if set(found) != set(wanted):
+        raise StateError(
+            f"{type(part).__name__} got the state of another model: it is of the parts {sorted(found)}; required are {sorted(wanted)}: "
+            "use init_state"
+        )
+
+
+def counted(part: nn.Module, seen: Tensor | None) -> Tensor:
+    """The tokens that the streams of a part which stands alone have seen.
+
+    Raises:
+        StateError: its state does not count them, so that positions would begin anew with every chunk.
+    """
+    if seen is None:
+        raise StateError(
+            f"{type(part).__name__} got a state that counts no tokens, as inside of a layer or a model, which counts them; "
+            "use the init_state of what is called"
+        )
+    return seen

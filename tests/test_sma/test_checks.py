@@ -1,0 +1,155 @@
+"""What is given to `SparseModularActivation`, layers and models is checked in a sentence, and so is what a router decides."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sma import Decision, Ragged, Router, SparseModularActivation, State, build
+from sma.checks import check_dtype
+from sma.errors import InputError
+from sma.routers import AlwaysRouterSpec, SMARouterSpec
+from tests.cases import normal
+from tests.streams import exactly
+from tests.test_sma.layers import WIDTH, make
+
+REAL: dict[str, Any] = {
+    "kind": "sequence_encoder",
+    "width": WIDTH,
+    "layers": [{"modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 3}}}],
+}
+
+
+class Twice(nn.Module):
+    """Something that takes tokens."""
+
+    causal = True
+
+    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, None]:
+        return 2 * tokens.values, None
+
+
+class Edited(Router):
+    """A router of somebody else: everything is active at confidence 1, padding too, but for what is said otherwise."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(["a", "b"])
+        self.changes = changes
+
+    def forward(self, control_BLD, valid=None, positions=None, state=None):
+        ones = control_BLD.new_ones(*control_BLD.shape[:2], 2)
+        return replace(Decision(ones.bool(), ones, torch.stack([-ones, ones], -1), ones, self.names), **self.changes), None
+
+
+def routed(router: Router | None = None) -> SparseModularActivation:
+    return SparseModularActivation(router or SMARouterSpec().build(WIDTH, ["a", "b"]).double(), {"a": Twice(), "b": Twice()})
+
+
+def test_padding_is_never_active_even_if_a_router_forgets_it():
+    x, valid = normal(2, 4, WIDTH), torch.tensor([[True, False, True, True], [False] * 4])
+    for capacity in (None, 2):
+        output = routed(Edited())(x, valid=valid, capacity=capacity)
+        assert torch.equal(output.decision.active.any(-1), output.decision.active.all(-1))
+        assert not output.decision.active[~valid].any()
+        assert not output.values[~valid].any()
+        assert torch.equal(output.values[0, 0], 4 * x[0, 0])
+
+
+@pytest.mark.usefixtures("as_users_run")
+class TestBesideTheTokens:
+    @pytest.mark.parametrize(
+        ("options", "complaint"),
+        [
+            (
+                {"control_BLD": normal(2, 3, WIDTH)},
+                "control_BLD has shape (2, 3, 4); required is (B, L, E) with (B, L) = (2, 4), as of the t",
+            ),
+            (
+                {"control_BLD": normal(1, 4, WIDTH)},
+                "control_BLD has shape (1, 4, 4); required is (B, L, E) with (B, L) = (2, 4), as of the t",
+            ),
+            ({"control_BLD": normal(2, 4)}, "control_BLD has shape (2, 4); required is (B, L, E) with (B, L) = (2, 4), as of the tokens"),
+            ({"control_BLD": normal(2, 4, WIDTH).long()}, "control_BLD has dtype torch.int64; required is a floating-point dtype, such as"),
+            ({"control_BLD": normal(2, 4, 5)}, "control_BLD has 5 channels; the router SMARouter reads 4"),
+            ({"positions": torch.arange(4)}, "positions have shape (4,); required is (B, L) = (2, 4), as of the tokens"),
+            ({"positions": torch.arange(20).reshape(2, 10)}, "positions have shape (2, 10); required is (B, L) = (2, 4), as of the tokens"),
+            ({"positions": normal(2, 4)}, "positions have dtype torch.float64; required are integers, such as torch.int64"),
+            ({"positions": torch.ones(2, 4).bool()}, "positions have dtype torch.bool; required are integers, such as torch.int64"),
+        ],
+    )
+    def test_what_does_not_fit(self, options, complaint):
+        with pytest.raises(InputError, match=exactly(complaint)[:-2]):
+            routed()(normal(2, 4, WIDTH), **options)
+
+    def test_tokens_of_another_width_than_the_router_reads(self):
+        with pytest.raises(InputError, match=exactly("the tokens have 5 channels; the router SMARouter reads 4")):
+            routed()(normal(2, 4, 5))
+
+
+@pytest.mark.usefixtures("as_users_run")
+class TestDtypes:
+    sentence = "have dtype torch.float32 and the parameters torch.float64; convert either with .to(dtype), or use torch.autocast"
+
+    @pytest.mark.parametrize("part", [routed(), make("seqboat"), make("bare")], ids=["plain", "seqboat", "bare"])
+    def test_tokens_of_another_dtype_than_the_parameters(self, part):
+        with pytest.raises(InputError, match=exactly(f"the tokens {self.sentence}")):
+            part(normal(2, 4, WIDTH).float())
+
+    @pytest.mark.parametrize(("encoder", "shape"), [({"kind": "real_number"}, (2, 4)), ({"kind": "linear", "features": 3}, (2, 4, 3))])
+    def test_numbers_of_another_dtype_than_the_encoder(self, encoder, shape):
+        model = build({**REAL, "encoder": encoder}).double()
+        assert model(normal(*shape)).hidden.dtype is torch.float64
+        with pytest.raises(InputError, match=exactly(f"the inputs {self.sentence}")):
+            model(normal(*shape).float())
+
+    def test_parameters_of_several_dtypes_may_be_fed_with_either(self):
+        mixed = nn.ModuleList([nn.Linear(1, 1).bfloat16(), nn.LayerNorm(1)])
+        for dtype in (torch.bfloat16, torch.float32):
+            check_dtype(mixed, torch.ones(1, dtype=dtype))
+        with pytest.raises(InputError, match=r"dtype torch\.float16 and the parameters torch\.bfloat16 and torch\.float32; convert"):
+            check_dtype(mixed, torch.ones(1).half())
+
+    def test_autocast_converts_by_itself_and_no_parameters_have_no_dtype(self):
+        layer = make("seqboat", torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(normal(2, 4, WIDTH).bfloat16()).hidden.isfinite().all()
+        plain = SparseModularActivation(AlwaysRouterSpec().build(WIDTH, ["a"]), {"a": Twice()})
+        assert plain(normal(2, 4, WIDTH).half()).values.dtype is torch.float16
+
+
+@pytest.mark.usefixtures("as_users_run")
+class TestDecisions:
+    ones = torch.ones(2, 4, 3)
+
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [
+            ({"names": ()}, "the router Edited decided about []; its names, in their order, are ['a', 'b']"),
+            ({"names": ("b", "a")}, "the router Edited decided about ['b', 'a']; its names, in their order, are ['a', 'b']"),
+            ({"active": ones.bool()}, "the router Edited decided with active of shape (2, 4, 3); required is (B, L, M) = (2, 4, 2)"),
+            ({"active": ones[..., 0].bool()}, "the router Edited decided with active of shape (2, 4); required is (B, L, M) = (2, 4, 2)"),
+            (
+                {"confidence": ones[:1, :, :2]},
+                "the router Edited decided with confidence of shape (1, 4, 2); required is (B, L, M) = (2, 4, 2)",
+            ),
+            ({"active": ones[..., :2]}, "the router Edited decided with active of dtype torch.float32; required is torch.bool"),
+        ],
+    )
+    def test_decision_about_something_else(self, changes, complaint):
+        with pytest.raises(InputError, match=exactly(complaint)):
+            routed(Edited(**changes))(normal(2, 4, WIDTH))
+
+
+@pytest.mark.usefixtures("as_users_run")
+class TestNames:
+    @pytest.mark.parametrize("name", ["a.b", ""])
+    def test_name_that_torch_refuses(self, name):
+        sentence = f"the sub-module name {name!r} must be a word without dots, by which torch finds its parameters"
+        with pytest.raises(InputError, match=exactly(sentence)):
+            SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Twice()})
+
+    def test_no_sub_module(self):
+        with pytest.raises(InputError, match=exactly("there are no sub-modules to choose from; give at least one")):
+            SparseModularActivation(AlwaysRouterSpec().build(WIDTH, []), {})
