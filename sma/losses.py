@@ -21,7 +21,8 @@ def budget_loss(
     r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
 
     The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. It is 0, and
-    its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
+    its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A gentle alternative to
+    `sma.budget.BudgetController`, which does not change the loss.
 
     Args:
         decisions: one per routed layer.

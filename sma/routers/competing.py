@@ -1,7 +1,7 @@
 """Routers under which sub-modules compete for tokens, or tokens for sub-modules."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.errors import InputError, SpecError
+from sma.errors import SpecError
 from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
 from sma.spec import register
 from sma.submodule import State
@@ -54,10 +54,6 @@ class ExclusiveRouter(TemperedRouter):
 
     def idle_margins(self, decision: Decision) -> Tensor:
         return _margins_over_the_rest(decision.p_on)
-
-    def check_targets(self, targets: Mapping[str, float]) -> None:
-        if sum(targets.values()) > 1 + 1e-6:
-            raise InputError(f"the rates of the router kind 'exclusive' sum to 1 at most, but the targets {dict(targets)} to more")
 
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (1, 0))
@@ -104,6 +100,7 @@ class TopKRouter(TemperedRouter):
     r"""Token choice: every token runs the k sub-modules with the highest scores, $p = \mathrm{softmax}((W h + b) / \tau)$, $c_m = p_m$.
 
     Always k choices: of equal scores the first in the order of the names wins. With `skips`, empty choices compete that run nothing.
+    Scores that are no numbers choose nothing.
 
     Causal. The gradient of a token's choices reaches all scores through the softmax. Without skips the rates sum to k, and what can
     go wrong is balance, not death of all: add `losses.load_balance_loss`. The choice of mixture-of-experts models.
@@ -126,19 +123,12 @@ class TopKRouter(TemperedRouter):
 
     def __init__(self, spec: TopKRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names) + spec.skips)
-        self.most = float(spec.k)
+        self.least, self.most = float(max(spec.k - spec.skips, 0)), float(min(spec.k, len(names)))
         # With several empty choices, or several made at once, none of them stands for running nothing.
         self.competing = spec.skips == 0 or (spec.k == 1 and spec.skips == 1)
 
     def idle_margins(self, decision: Decision) -> Tensor | None:
         return _margins_over_the_rest(decision.p_on) if self.competing and self.spec.skips else None
-
-    def check_targets(self, targets: Mapping[str, float]) -> None:
-        total, k = sum(targets.values()), self.spec.k
-        low = k - self.spec.skips
-        if not max(low, 0) - 1e-6 <= total <= k + 1e-6:
-            least = f"between {max(low, 0)} and {k}" if low < k else f"to {k}"
-            raise InputError(f"the rates of this top_k router sum {least}, but the targets {dict(targets)} to {total:g}")
 
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (0, self.spec.skips))
@@ -152,7 +142,9 @@ class TopKRouter(TemperedRouter):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True)[..., :modules]
         after = ordered[..., k : k + 1] if k < scores.shape[-1] else ordered[..., -1:] - 1.0
         others = after.where(chosen, ordered[..., k - 1 : k]) if modules else own
-        return Decision(keep_valid(chosen, valid), probability, torch.stack([others, own], dim=-1), probability, self.names)
+        # Of scores that are no numbers the sort makes the best.
+        active = keep_valid(chosen & probability.isfinite(), valid)
+        return Decision(active, probability, torch.stack([others, own], dim=-1), probability, self.names)
 
 
 @register
@@ -175,7 +167,8 @@ class ExpertChoiceRouterSpec(RouterSpec):
 class ExpertChoiceRouter(ScoredRouter):
     r"""Every sub-module takes its share of the tokens of each row, those with the highest scores; $c = \sigma(w h + b)$.
 
-    It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins.
+    It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins. A token whose score is
+    no number counts as padding.
 
     Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no honest use. The
     gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and no router can die. Use it for
@@ -202,14 +195,13 @@ class ExpertChoiceRouter(ScoredRouter):
 
     def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
-        rows, length, modules = scores.shape
-        seen = scores.detach() if valid is None else scores.detach().masked_fill(~valid[..., None], -math.inf)
-        lengths = torch.full((rows,), length, device=scores.device) if valid is None else valid.sum(1)
+        real = keep_valid(~scores.isnan(), valid)
+        lengths = real.sum(1, keepdim=True)
         # 0.07 * 100 is a little more than 7 in floating point, and must not give 8.
-        taken = (lengths.double() * self.spec.share - 1e-9).ceil().long().clamp(min=1).minimum(lengths)[:, None]
-        ordered, order = seen.sort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter(1, order, torch.arange(length, device=scores.device)[:, None].expand_as(order))
-        active = keep_valid(rank < taken[..., None], valid)
+        taken = (lengths.double() * self.spec.share - 1e-9).ceil().long().clamp(min=1).minimum(lengths)
+        ordered, order = scores.detach().masked_fill(~real, -math.inf).sort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter(1, order, torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(order))
+        active = (rank < taken) & real
         middle = self._middle(ordered, taken, lengths)
         logits = torch.stack([middle.expand_as(scores), scores], dim=-1)
         return Decision(active, confidence, logits, torch.sigmoid(scores - middle), self.names)
@@ -218,7 +210,6 @@ class ExpertChoiceRouter(ScoredRouter):
         """Half way between the last score that is taken and the next; one below the last where all are taken."""
         if ordered.shape[1] == 0:
             return ordered.sum(1, keepdim=True)
-        last = ordered.take_along_dim((taken - 1).clamp(min=0)[..., None], dim=1)
-        following = ordered.take_along_dim(taken.clamp(max=ordered.shape[1] - 1)[..., None], dim=1)
-        full = (taken >= lengths[:, None])[..., None]
-        return ((last + following.where(~full, last - 2.0)) / 2).where((lengths > 0)[:, None, None], 0.0)
+        last = ordered.take_along_dim((taken - 1).clamp(min=0), dim=1)
+        following = ordered.take_along_dim(taken.clamp(max=ordered.shape[1] - 1), dim=1)
+        return ((last + following.where(taken < lengths, last - 2.0)) / 2).where(lengths > 0, 0.0)

@@ -1,9 +1,9 @@
 """The contract of a router, and what routers with scores have in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,13 +40,15 @@ class Router(nn.Module):
     """Reads the control state of each token and decides which sub-modules run on it.
 
     A router whose rates can be steered (`sma.budget`) has a buffer `offset` `(M,)`, which it adds to the scores for on, and decides
-    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself and draws excepted.
+    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself and draws excepted. The
+    offset stays in float32 or wider whatever the model is converted to: in half precision the steps of a budget would round to nothing.
 
     Attributes:
         causal: whether a decision depends on no later token of its row.
         state_kind: class of the state that it carries along a stream.
         names: the sub-modules, in the order of the decision's last axis.
         offset: what is added to the scores for on; None where the rates cannot be steered.
+        least: the smallest sum of the activation rates.
         most: the largest sum of the activation rates.
         place: number of its layer among those of its model, which sets it.
         samples: whether decisions are drawn in training, with the probability `p_on`.
@@ -55,6 +57,7 @@ class Router(nn.Module):
 
     causal: bool = True
     state_kind: type[State] = NoState
+    least: float = 0.0
     most: float = math.inf
     competing: bool = False
     place: int = 0
@@ -110,18 +113,49 @@ class Router(nn.Module):
     def advance(self, updates: int) -> None:
         """Tell the router how many updates its training has made; one that anneals or draws anew takes note."""
 
+    def check_steerable(self) -> None:
+        """Check that a budget can move the activation rates at all.
+
+        Raises:
+            InputError: there is no offset; says what to use.
+        """
+        if self.offset is None:
+            raise InputError(
+                f"the router kind {self._kind!r} cannot be steered to a rate; "
+                "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
+            )
+
     def check_targets(self, targets: Mapping[str, float]) -> None:
-        """Check that activation rates, by sub-module, can be reached together.
+        """Check that activation rates, by sub-module, can be reached together; sub-modules that are not named may have any.
 
         Raises:
             InputError: they cannot; says why.
         """
-        if self.offset is None:
-            kind = getattr(getattr(self, "spec", None), "kind", type(self).__name__)
-            raise InputError(
-                f"the router kind {kind!r} cannot be steered to a rate; "
-                "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
-            )
+        self.check_steerable()
+        total, free = sum(targets.values()), len(self.names) - len(targets)
+        if self.least - free - 1e-6 <= total <= self.most + 1e-6:
+            return
+        sums = f"to {self.least:g}" if self.least == self.most else f"between {self.least:g} and {self.most:g}"
+        others = f", to which the {free} without a target add {free} at most" if free and total < self.least else ""
+        raise InputError(f"the rates of this {self._kind} router sum {sums}, but the targets {dict(targets)} to {total:g}{others}")
+
+    @property
+    def _kind(self) -> str:
+        return getattr(getattr(self, "spec", None), "kind", type(self).__name__)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move the tensors, which `to`, `half` and their like do by this method, and keep the offset wide."""
+        before = self.offset
+        super()._apply(fn, recurse)
+        if before is not None and self.offset is not None and self.offset.dtype in (torch.bfloat16, torch.float16):
+            self.offset = before.to(self.offset.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load, and widen an offset of half precision that took the place of this one (`assign=True`)."""
+        super()._load_from_state_dict(*args)
+        if self.offset is not None:
+            self.offset = self.offset.to(torch.promote_types(self.offset.dtype, torch.float32))
 
     def _continue(self, state: State | None, kind: type[StateKind], control_BLD: Tensor) -> StateKind | None:
         if state is None:
@@ -217,7 +251,8 @@ class TemperedRouter(ScoredRouter):
 
     @property
     def unit(self) -> Tensor:
-        return self.log_temperature.detach()[0].exp()
+        exponent = self.log_temperature.detach()[0]
+        return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).exp()
 
     def _softmax(self, scores: Tensor) -> Tensor:
         return torch.softmax(scores / self.log_temperature.to(scores.dtype).exp(), dim=-1)

@@ -38,7 +38,8 @@ class SMARouter(TemperedRouter):
 
     Causal. The gradient goes straight through the softmax; the mask carries none, so the router learns only from the tokens that
     are active, and one that no token activates learns nothing more: `sma.budget` keeps it alive. The same in training and in
-    evaluation.
+    evaluation. Use it unless something speaks for another: any subset of the sub-modules, nothing drawn, confidences of one half and
+    more.
 
     Args:
         spec: the initial temperature.

@@ -32,6 +32,8 @@ class SampledRouter(DrawingRouter, ScoredRouter):
 
     The draws depend on the seed, the number of updates, the row, the position and the sub-module alone, so that chunks agree with the
     whole. The recipes tell the router the number of updates; a training loop of your own calls `advance`, or the noise stays the same.
+    Ranks of a distributed training number the rows of their own parts, so rows at the same place of two parts meet the same draws: a
+    rank is no key, because ranks that share a row (tensor or context parallelism) must draw alike for it.
     """
 
     samples = True

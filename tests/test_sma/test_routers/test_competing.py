@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sma.errors import InputError, SpecError
 from sma.routers import ExclusiveRouterSpec, ExpertChoiceRouterSpec, TopKRouterSpec
-from tests.cases import masks, normal
+from tests.cases import generator, masks, normal
 from tests.streams import exactly, near
-from tests.test_sma.test_routers.each import NAMES, router, scored, switch_offsets_off, token_with_scores
+from tests.test_sma.test_routers.each import NAMES, router, same, scored, switch_offsets_off, token_with_scores
 
 
 class TestExclusive:
@@ -58,7 +58,7 @@ class TestExclusive:
         router(ExclusiveRouterSpec()).check_targets(targets)
 
     def test_targets_that_sum_to_more_are_refused(self):
-        sentence = "the rates of the router kind 'exclusive' sum to 1 at most, but the targets {'attention': 0.6, 'mlp': 0.5} to more"
+        sentence = "the rates of this exclusive router sum between 0 and 1, but the targets {'attention': 0.6, 'mlp': 0.5} to 1.1"
         with pytest.raises(InputError, match=exactly(sentence)):
             router(ExclusiveRouterSpec()).check_targets({"attention": 0.6, "mlp": 0.5})
 
@@ -142,8 +142,42 @@ class TestTopK:
         with pytest.raises(InputError, match=f"the rates of this top_k router {said}"):
             router(TopKRouterSpec(k=k, skips=skips)).check_targets(dict(zip(NAMES, rates, strict=True)))
 
+    @pytest.mark.parametrize(
+        ("k", "skips", "targets"),
+        [
+            (1, 0, {"attention": 0.3}),
+            (1, 0, {}),
+            (2, 0, {"attention": 0.3, "mlp": 0.7}),
+            (2, 0, {"attention": 1.0, "mlp": 1.0}),
+            (2, 1, {"mlp": 0.0}),
+        ],
+    )
+    def test_sub_modules_without_a_target_make_up_the_sum(self, k, skips, targets):
+        router(TopKRouterSpec(k=k, skips=skips)).check_targets(targets)
+
+    @pytest.mark.parametrize(
+        ("k", "targets", "said"),
+        [
+            (2, {"attention": 0.3, "mlp": 0.3}, "sum to 2, but the targets .* to 0.6, to which the 1 without a target add 1 at most$"),
+            (3, {"attention": 0.3}, "sum to 3, but the targets .* to 0.3, to which the 2 without a target add 2 at most$"),
+            (1, {"attention": 0.8, "mlp": 0.7}, "sum to 1, but the targets .* to 1.5$"),
+        ],
+    )
+    def test_targets_that_the_others_cannot_make_up_are_refused(self, k, targets, said):
+        with pytest.raises(InputError, match=f"the rates of this top_k router {said}"):
+            router(TopKRouterSpec(k=k)).check_targets(targets)
+
 
 class TestExpertChoice:
+    def test_tokens_without_a_number_leave_the_capacity_to_the_others(self):
+        part, control = router(ExpertChoiceRouterSpec(share=0.4)), normal(3, 9, 5)
+        broken = torch.rand(3, 9, generator=generator(1)) < 0.5
+        broken[2] = True
+        found = part(control.masked_fill(broken[..., None], math.nan))[0]
+        wanted = part(control, ~broken)[0]
+        assert not found.active[broken].any()
+        same(found, wanted, at=~broken)
+
     @given(valid=masks(length=30), share=st.integers(1, 100).map(lambda percent: percent / 100))
     def test_every_sub_module_takes_exactly_its_share_of_the_valid_tokens_of_a_row_rounded_up(self, valid, share):
         active = router(ExpertChoiceRouterSpec(share=share))(normal(*valid.shape, 5), valid)[0].active

@@ -202,6 +202,14 @@ class TestNumerics:
             assert all(gradient.isfinite().all() for gradient in gradients(tensor, [control, part.weight, part.bias]))
         assert all(gradient.isfinite().all() for gradient in gradients(decision.confidence, part.parameters()))
 
+    @routers(is_learned)
+    def test_a_token_that_is_no_number_runs_nothing(self, spec):
+        part, control = router(spec), normal(2, 9, 5)
+        control[:, 4, 1] = math.nan
+        decision = part(control)[0]
+        assert not decision.active[:, 4].any()
+        assert decision.confidence[decision.active].isfinite().all()
+
     @routers()
     @pytest.mark.parametrize("modules", [0, 1, 3])
     @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (2, 0), (1, 1), (2, 3)])

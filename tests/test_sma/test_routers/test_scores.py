@@ -157,6 +157,33 @@ class TestOffset:
             part.offset[1] += 0.25 * part.unit
         near(part(control)[0].p_on.logit()[..., 1], before[..., 1] + 0.25)
 
+    @routers(is_steerable)
+    @pytest.mark.parametrize(
+        ("convert", "dtype"),
+        [
+            pytest.param(lambda part: part.bfloat16(), torch.float32, id="bfloat16"),
+            pytest.param(lambda part: part.to(torch.float16), torch.float32, id="to float16"),
+            pytest.param(lambda part: torch.nn.Sequential(part).half()[0], torch.float32, id="inside of a model"),
+            pytest.param(lambda part: part.double(), torch.float64, id="double"),
+            pytest.param(lambda part: part.double().bfloat16(), torch.float32, id="double and back"),
+        ],
+    )
+    def test_offset_is_never_below_float32(self, spec, convert, dtype):
+        part = spec.build(5, NAMES)
+        part.offset.fill_(30.0).add_(2.0**-10)  # which bfloat16 would round to 30
+        converted = convert(part)
+        assert converted.offset.dtype == dtype
+        assert (converted.offset == 30 + 2.0**-10).all()
+        assert dict(converted.named_buffers())["offset"] is converted.offset
+        assert torch.as_tensor(converted.unit).dtype in (torch.float32, dtype)
+
+    @routers(is_steerable)
+    def test_an_old_checkpoint_in_half_precision_gives_a_wide_offset(self, spec):
+        part = spec.build(5, NAMES).bfloat16()
+        part.load_state_dict({name: tensor.bfloat16() for name, tensor in part.state_dict().items()}, assign=True)
+        assert part.weight.dtype == torch.bfloat16
+        assert part.offset.dtype == torch.float32
+
     @routers(lambda spec: not is_steerable(spec))
     def test_a_router_that_cannot_be_steered_has_none_and_says_so(self, spec):
         part = router(spec)
@@ -166,6 +193,8 @@ class TestOffset:
         sentence = f"the router kind {spec.kind!r} cannot be steered to a rate; {steered}"
         with pytest.raises(InputError, match=exactly(sentence)):
             part.check_targets({"mlp": 0.5})
+        with pytest.raises(InputError, match=exactly(sentence)):
+            part.check_steerable()
 
     @routers(lambda spec: is_steerable(spec) and spec.kind not in ("exclusive", "top_k"))
     def test_independent_sub_modules_reach_any_rates_together(self, spec):
