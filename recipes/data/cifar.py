@@ -18,11 +18,11 @@ from jaxtyping import Integer, UInt8
 from pydantic import Field
 
 from sma.errors import DataError
-from sma.recipes.data.archives import unpack
 from sma.recipes.data.digits import SIDE as DIGIT_SIDE
 from sma.recipes.data.digits import DigitsDataset, load_digits
-from sma.recipes.data.download import fetch
 from sma.recipes.data.grey import SPLITS, GreyData, GreyDataset
+from sma.recipes.data.hub import from_hub
+from sma.recipes.data.published import published_folder
 from sma.spec import Spec
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -118,33 +118,29 @@ def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
 
 
 def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[Images, Images]:
-    place = folder / FOLDER
-    archive = folder / ARCHIVE
-    if not place.is_dir():
-        unpacked = folder / ARCHIVE.removesuffix(".tar.gz")
-        if not unpacked.is_dir():
-            if not archive.is_file():
-                if not settings.download:
-                    raise DataError(_missing(folder))
-                fetch(URL, archive, md5=MD5, progress=progress)
-            unpack(archive, unpacked, members=lambda name: name.endswith(".bin"))
-        place = unpacked / FOLDER
+    unpacked = folder / ARCHIVE.removesuffix(".tar.gz")
+    place = published_folder(
+        [folder / FOLDER, unpacked / FOLDER],
+        [folder / ARCHIVE],
+        unpacked,
+        url=URL,
+        md5=MD5,
+        missing=_missing(folder),
+        members=lambda name: name.endswith(".bin"),
+        download=settings.download,
+        progress=progress,
+    )
     parts = [read_batch(place / name) for name in TRAIN_FILES]
     train = np.concatenate([pixels for pixels, _ in parts]), np.concatenate([targets for _, targets in parts])
     return train, read_batch(place / TEST_FILE)
 
 
 def _missing(folder: Path) -> str:
-    pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
-    if pickled is not None:
-        return (
-            f"{folder / pickled} is the Python version of CIFAR-10, which is pickled: unpickling would run whatever it says, so it is not "
-            f"read; get the binary version, {URL}, or set data.download=true"
-        )
-    return (
-        f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) nor {ARCHIVE} in {folder}; put the binary "
-        f"version of CIFAR-10 there, from {URL}, or set data.download=true"
-    )
+    missing = f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) nor {ARCHIVE} in {folder}"
+    for name in _PICKLED:
+        if (folder / name).exists():
+            missing += f" but {name}, which is not read: it is pickled, and unpickling would run whatever it says"
+    return missing
 
 
 def _from_digits() -> tuple[Images, Images]:
@@ -161,19 +157,7 @@ def _enlarged(split: DigitsDataset) -> Images:
 
 
 def _from_hub(folder: Path) -> tuple[Images, Images]:
-    try:
-        import datasets  # not among the requirements: the binary version needs nothing
-    except ImportError as error:
-        raise DataError(
-            "data.source=hub reads CIFAR-10 through the package datasets, which is not installed; install it: pip install datasets, or "
-            "take the binary version: data.source=binary"
-        ) from error
-    try:
-        found = datasets.load_dataset(HUB, cache_dir=str(folder / "huggingface"))
-    except (OSError, ValueError) as error:  # no connection is an OSError; an unknown data set or a broken cache a ValueError
-        raise DataError(
-            f"cannot get {HUB} from the Hub: {error}; check the network, or take the binary version: data.source=binary"
-        ) from error
+    found = from_hub(HUB, folder, otherwise="binary")
     return _decoded(found, "train"), _decoded(found, "test")
 
 

@@ -5,7 +5,7 @@ A data folder holds one of
 | what | where |
 |---|---|
 | folder | `imdb/aclImdb/{train,test}/{neg,pos}/*.txt` |
-| archive | `imdb/aclImdb_v1.tar.gz`, 84 MB, which is unpacked into that folder |
+| archive | `imdb/aclImdb_v1.tar.gz`, 84 MB, which is unpacked into `imdb/unpacked/` |
 
 25,000 reviews to train on and 25,000 to test on, half of each positive. Nothing is cleaned: a line break is `<br />`, as it is published.
 
@@ -14,8 +14,9 @@ Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006.
 """
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -25,17 +26,22 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.errors import DataError
-from sma.recipes.data.archives import unpack
 from sma.recipes.data.documents import DocumentDataset
-from sma.recipes.data.download import fetch
+from sma.recipes.data.hub import from_hub
+from sma.recipes.data.published import is_visible, published_folder
 from sma.recipes.data.python_text import python_documents
 from sma.spec import Spec
+
+log = logging.getLogger(__name__)
 
 CLASSES = ("neg", "pos")
 PYTHON_CLASSES = ("other", "internet")
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
 """Of the archive."""
+
+REVIEWS = 12_500
+"""Of each class, to train on and to test on."""
 
 HUB_NAME = "stanfordnlp/imdb"
 _FOLDER, _ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
@@ -46,8 +52,8 @@ class ImdbSettings(Spec):
 
     source: Literal["files", "hub", "python"] = Field(
         default="files",
-        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, which downloads "
-        "and keeps them where it is set to; or, for trying the pipeline, no reviews but passages of Python's standard library: is the "
+        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, which keeps "
+        "them in that folder too; or, for trying the pipeline, no reviews but passages of Python's standard library: is the "
         "module about the internet?",
     )
     download: bool = Field(default=False, description="get the published archive where the data folder does not hold it")
@@ -95,7 +101,8 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         made = python_documents(settings.length, settings.validation, settings.seed)
         return ImdbData(*made, {name: split.sha256 for name, split in made._asdict().items()}, PYTHON_CLASSES)
     if settings.source == "hub":
-        everything, test = (_from_hub(split, settings.length) for split in ("train", "test"))
+        found = from_hub(HUB_NAME, Path(folder), otherwise="files")
+        everything, test = (_of_rows(found[split], settings.length) for split in ("train", "test"))
     else:
         root = _find(Path(folder), settings.download, progress)
         everything, test = (DocumentDataset.of(_read(root / split, settings.length)) for split in ("train", "test"))
@@ -110,24 +117,18 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
 
 def _find(folder: Path, download: bool, progress: bool) -> Path:
     home = folder / "imdb"
-    if (home / _FOLDER).is_dir():
-        return home / _FOLDER
-    archive = home / _ARCHIVE
-    if not archive.exists():
-        if not download:
-            raise DataError(
-                f"there are no IMDB reviews in {home}: neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}; put {URL} there, "
-                "or set task.data.download=true"
-            )
-        fetch(URL, archive, md5=MD5, progress=progress)
-    # The archive has its own folder aclImdb, which moves up where it is looked for.
-    unpacked = unpack(archive, home / "unpacked", members=_is_review)
-    try:
-        os.rename(unpacked / _FOLDER, home / _FOLDER)
-        unpacked.rmdir()
-    except OSError as error:
-        raise DataError(f"cannot move {unpacked / _FOLDER} to {home / _FOLDER}: {error.strerror or error}") from error
-    return home / _FOLDER
+    unpacked = home / "unpacked"
+    return published_folder(
+        [home / _FOLDER, unpacked / _FOLDER],
+        [home / _ARCHIVE],
+        unpacked,
+        url=URL,
+        md5=MD5,
+        missing=f"there are no IMDB reviews in {home}: neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
+        members=_is_review,
+        download=download,
+        progress=progress,
+    )
 
 
 def _is_review(name: str) -> bool:
@@ -138,9 +139,17 @@ def _is_review(name: str) -> bool:
 def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
     for target, name in enumerate(CLASSES):
         try:
-            paths = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.endswith(".txt"))
+            paths = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.endswith(".txt") and is_visible(entry.name))
             if not paths:
                 raise DataError(f"{folder / name} holds no *.txt; the reviews of {URL} are required there")
+            if len(paths) != REVIEWS:
+                log.warning(
+                    "%s holds %s reviews, %s are published; unless you mean to use others, get %s again",
+                    folder / name,
+                    f"{len(paths):,}",
+                    f"{REVIEWS:,}",
+                    URL,
+                )
             for path in paths:
                 with open(folder / name / path, "rb") as file:
                     content = file.read(length)
@@ -151,15 +160,7 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
             raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
 
 
-def _from_hub(split: str, length: int) -> DocumentDataset:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError("task.data.source='hub' needs the package datasets; pip install datasets, or use source='files'") from error
-    try:
-        rows: Any = load_dataset(HUB_NAME, split=split)
-    except Exception as error:  # whatever the network or the Hub has to say
-        raise DataError(f"cannot load {HUB_NAME} from the Hub: {error}; use task.data.source='files', or try again") from error
+def _of_rows(rows: Iterable[Mapping[str, Any]], length: int) -> DocumentDataset:
     # In the order of the text, because that of the Hub is its own business.
     return DocumentDataset.of(
         (document, target) for target, document in sorted((int(row["label"]), row["text"].encode()[:length]) for row in rows)

@@ -14,6 +14,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from sma.recipes.data.files import copy_folder
 from sma.recipes.data.grey import Chunk, GreyData, cached_grey
 from sma.recipes.data.parallel import in_order
 from sma.recipes.data.pathfinder_folder import find_release, list_release, read_images, split_records
@@ -32,6 +33,9 @@ class PathfinderSettings(StimulusSettings):
 
     source: Literal["generated", "release"] = Field(
         default="generated", description="draw the images, or read those of Long Range Arena's release, for which only `size` counts"
+    )
+    download: bool = Field(
+        default=False, description="with source=release: get the release, 7.7 GB, where the data folder does not hold it"
     )
     train: int = Field(default=160_000, ge=1, description="images to train on")
     validation: int = Field(default=20_000, ge=1, description="images to validate on")
@@ -67,7 +71,7 @@ def prepare_pathfinder(settings: PathfinderSettings, folder: str | Path, *, work
     """Return the images that `settings` ask for; pixels are (x / 255 - 0.5) / 0.5.
 
     Generated images depend on the settings alone, not on the number of processes. They are kept in a folder of their own below `folder`,
-    as are the decoded images of a release.
+    as are the decoded images of a release (in the default data folder, where `folder` cannot be written).
 
     Args:
         settings: what to draw, or that a release is to be read, which is looked for in `folder` (see `find_release`) and split 80/10/10.
@@ -90,9 +94,9 @@ def _generated(settings: PathfinderSettings, folder: Path, workers: int | None, 
         numbers = [range(first, min(first + _CHUNK, last)) for first in range(firsts[split], last, _CHUNK)]
         return in_order(partial(draw_chunk, settings, settings.seed), numbers, workers=workers)
 
-    made_by = settings.model_dump(mode="json")
-    recipe = {"generator": "pathfinder", "version": GENERATOR_VERSION, "settings": made_by}
-    place = folder / f"pathfinder-{_fingerprint([settings.model_dump_json()])}"
+    others = {"download"}  # decides nothing here
+    recipe = {"generator": "pathfinder", "version": GENERATOR_VERSION, "settings": settings.model_dump(mode="json", exclude=others)}
+    place = folder / f"pathfinder-{_fingerprint([settings.model_dump_json(exclude=others)])}"
     return cached_grey(place, recipe, sizes=sizes, pixels=settings.size**2, chunks=chunks, title="Pathfinder", progress=progress, **_GREY)
 
 
@@ -104,7 +108,7 @@ def draw_chunk(settings: StimulusSettings, seed: int, numbers: Iterable[int]) ->
 
 
 def _released(settings: PathfinderSettings, folder: Path, workers: int | None, progress: bool) -> GreyData:
-    root = find_release(folder, settings.size)
+    root = find_release(folder, settings.size, download=settings.download, progress=progress)
     records = list_release(root)
     parts = split_records(records)
     sizes = {split: len(part) for split, part in parts.items()}
@@ -115,9 +119,9 @@ def _released(settings: PathfinderSettings, folder: Path, workers: int | None, p
             for grey, group in zip(images, groups, strict=True):
                 yield grey, np.array([record.label for record in group], dtype=np.uint8)
 
-    listing = _fingerprint(f"{record.path} {record.bytes} {record.label}\n" for record in records)
+    listing = _fingerprint(f"{record.path} {record.bytes} {record.written} {record.label}\n" for record in records)
     recipe = {"reader": "pathfinder", "version": _READER_VERSION, "size": settings.size, "listing": listing}
-    place = folder / f"pathfinder{settings.size}-release-{listing}"
+    place = copy_folder(folder, f"pathfinder{settings.size}-release-{listing}")
     title = f"Pathfinder {settings.size} px"
     return cached_grey(place, recipe, sizes=sizes, pixels=settings.size**2, chunks=chunks, title=title, progress=progress, **_GREY)
 

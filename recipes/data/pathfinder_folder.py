@@ -20,6 +20,8 @@ from jaxtyping import UInt8
 
 from sma.errors import DataError
 from sma.recipes.data.grey import SPLITS
+from sma.recipes.data.lra import in_release
+from sma.recipes.data.published import is_visible
 
 LEVEL = "curv_contour_length_14"
 """The folder of Long Range Arena's level, the hardest of three."""
@@ -29,29 +31,32 @@ _HELD_OUT = 0.1
 
 
 class Record(NamedTuple):
-    """An image of the release: its path below the folder of the level, its class and its size on the disk."""
+    """An image of the release: its path below the folder of the level, its class, its size on the disk and when it was written (ns)."""
 
     path: str
     label: int
     bytes: int
+    written: int
 
 
-def find_release(folder: Path, size: int) -> Path:
-    """Return the folder of the level for images of `size` pixels.
+def find_release(folder: Path, size: int, *, download: bool = False, progress: bool = True) -> Path:
+    """Return the folder of the level for images of `size` pixels, of which alone the images are unpacked where only the archive is there.
 
     Raises:
         DataError: it is not there.
     """
-    name = f"pathfinder{size}"
-    places = [folder / name, folder / "lra_release" / name, folder / "lra_release" / "lra_release" / name]
-    for place in places:
-        if (place / LEVEL / "metadata").is_dir():
-            return place / LEVEL
-    raise DataError(
-        f"there is no {name}/{LEVEL} with imgs/ and metadata/ in {folder}, nor in lra_release below it; unpack lra_release.gz of Long "
-        "Range Arena there (https://github.com/google-research/long-range-arena says where it is), or generate the images: "
-        "data.source=generated"
+    level = f"pathfinder{size}/{LEVEL}"
+    lists = in_release(
+        folder,
+        f"{level}/metadata",
+        f"{level} with imgs/ and metadata/",
+        unpacked=f"lra_release_pathfinder{size}",
+        members=lambda name: f"/{level}/" in f"/{name}",
+        download=download,
+        progress=progress,
+        instead=", or generate the images: task.data.source=generated",
     )
+    return lists.parent
 
 
 def list_release(root: Path) -> list[Record]:
@@ -60,7 +65,7 @@ def list_release(root: Path) -> list[Record]:
     Raises:
         DataError: a list or an image is missing, or a line of a list is broken; names it.
     """
-    lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and not path.name.startswith(".")]
+    lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and is_visible(path.name)]
     for path in lists:
         if not path.stem.isdigit():
             raise DataError(f"{path} is not named after the number of a batch, such as 0.npy; move it elsewhere")
@@ -94,11 +99,11 @@ def _read_list(path: Path, root: Path) -> list[Record]:
         if place.is_absolute() or ".." in place.parts:
             raise DataError(f"{path}, line {number}: {str(place)!r} leads out of {root}; the list is damaged")
         try:
-            size = (root / place).stat().st_size
+            image = (root / place).stat()
         except OSError as error:
             raise DataError(f"{path}, line {number} names {root / place}, which cannot be read: {error.strerror or error}") from error
-        if size:
-            found.append(Record(str(place), int(fields[3]), size))
+        if image.st_size:
+            found.append(Record(str(place), int(fields[3]), image.st_size, image.st_mtime_ns))
     return found
 
 

@@ -9,7 +9,8 @@ A data folder holds one of the two, as they are published:
 
 Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
 `speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes into memory, and
-`names.txt`. HASH is that of the names and sizes of the files, so another selection of files is another copy.
+`names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another selection of files is another
+copy, as are files that were replaced.
 
 Reference:
     Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
@@ -26,9 +27,8 @@ from jaxtyping import Int16
 from rich.progress import track
 
 from sma.errors import DataError
-from sma.recipes.data.archives import unpack
-from sma.recipes.data.download import fetch
-from sma.recipes.data.files import HashedFile, cached_files
+from sma.recipes.data.files import HashedFile, cached_files, copy_folder
+from sma.recipes.data.published import is_visible, published_folder
 
 CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SAMPLE_RATE = 16_000
@@ -42,6 +42,7 @@ SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
 
 LISTS = ("validation_list.txt", "testing_list.txt")
 _FILES = ("clips.int16", "names.txt")
+_ANY_NAME = "surrogateescape"  # a file system does not care whether a name is UTF-8
 
 
 class Clips(NamedTuple):
@@ -62,7 +63,8 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     """Return the clips of the ten words that have exactly 16,000 samples.
 
     Args:
-        folder: holds the folder or the archive; and then the copy.
+        folder: holds the folder or the archive; and then the copy, which is kept in the default data folder where `folder` cannot be
+            written.
         download: get the archive where neither is there.
         progress: show bars.
 
@@ -72,10 +74,10 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     """
     source = _source(folder, download, progress)
     files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
-    listing = "".join(f"{name} {path.stat().st_size}\n" for name, path in files.items())
-    fingerprint = hashlib.sha256(listing.encode()).hexdigest()
+    listing = "".join(_entry(name, path) for name, path in files.items())
+    fingerprint = hashlib.sha256(listing.encode(errors=_ANY_NAME)).hexdigest()
     recipe = {"generator": "speech_commands", "version": 1, "files": len(files), "listing": fingerprint}
-    copy = folder / f"{NAME}-{fingerprint[:12]}"
+    copy = copy_folder(folder, f"{NAME}-{fingerprint[:12]}")
 
     def write(outputs: Mapping[str, HashedFile]) -> None:
         samples, names = (outputs[name] for name in _FILES)
@@ -83,11 +85,11 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
             clip = read_wav(path)
             if len(clip) == SAMPLES:
                 samples.write(clip.tobytes())
-                names.write(f"{name}\n".encode())
+                names.write(f"{name}\n".encode(errors=_ANY_NAME))
 
     # `listing` under another key than the manifest's own list of files.
     cached_files(copy, {"source": recipe}, _FILES, write)
-    names = (copy / _FILES[1]).read_text(encoding="utf-8").split()
+    names = _lines_of(copy / _FILES[1])
     found = {name.split("/")[0] for name in names}
     for word in CLASSES:
         if word not in found:
@@ -127,16 +129,19 @@ def read_wav(path: Path) -> Int16[np.ndarray, " S"]:
 
 def _source(folder: Path, download: bool, progress: bool) -> Path:
     source, archive = folder / NAME, folder / f"{NAME}.tar.gz"
-    if source.is_dir():
-        return source
-    if not archive.is_file():
-        if not download:
-            raise DataError(
-                f"there is no Speech Commands data: looked for the folder {source} (with {CLASSES[0]}/*.wav and so on) and the archive "
-                f"{archive}; get it from {URL} and put it there, or set task.data.download=true, or try task.data.source=synthetic"
-            )
-        fetch(URL, archive, sha256=SHA256, progress=progress)
-    return unpack(archive, source, members=_is_wanted)
+    return published_folder(
+        [source],
+        [archive],
+        source,
+        url=URL,
+        sha256=SHA256,
+        missing=f"there is no Speech Commands data: neither the folder {source}, with {CLASSES[0]}/*.wav and so on, nor the archive "
+        f"{archive}",
+        members=_is_wanted,
+        download=download,
+        progress=progress,
+        instead=", or try task.data.source=synthetic",
+    )
 
 
 def _is_wanted(name: str) -> bool:
@@ -146,11 +151,25 @@ def _is_wanted(name: str) -> bool:
 
 def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
     """The recordings of a word, sorted by name: the order in which a file system lists them is no order."""
-    paths: Sequence[Path] = sorted((source / word).glob("*.wav"), key=lambda path: path.name)
+    found = (source / word).glob("*.wav")
+    paths: Sequence[Path] = sorted((path for path in found if is_visible(path.name)), key=lambda path: path.name)
     if not paths:
         raise DataError(f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}")
     return ((f"{word}/{path.name}", path) for path in paths)
 
 
+def _entry(name: str, path: Path) -> str:
+    """What tells a file from another that is put in its place."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; if it is a link, what it leads to is gone") from error
+    return f"{name} {found.st_size} {found.st_mtime_ns}\n"
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors=_ANY_NAME).removesuffix("\n").split("\n")
+
+
 def _read_list(path: Path) -> frozenset[str]:
-    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else frozenset()
+    return frozenset(line.strip() for line in _lines_of(path)) if path.is_file() else frozenset()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import cifar
+from sma.recipes.data import cifar, published
 from sma.recipes.data.cifar import ARCHIVE, CLASSES, FOLDER, TEST_FILE, TRAIN_FILES, CifarSettings, load_cifar, read_batch, to_grey
 from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks import ImageTask
@@ -27,6 +27,12 @@ SPLITS = ("train", "validation", "test")
 def small_files(monkeypatch):
     """Files of 12 records."""
     monkeypatch.setattr(cifar, "RECORDS", COUNT)
+
+
+@pytest.fixture(autouse=True)
+def any_archive(monkeypatch):
+    """The archives here are made up."""
+    monkeypatch.setattr(cifar, "MD5", None)
 
 
 def make_files(folder):
@@ -126,6 +132,26 @@ def test_archive_and_folder_give_the_same(tmp_path):
     assert list((tmp_path / "archive").rglob("cifar-10-binary/**/*.html")) == []
 
 
+def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, monkeypatch):
+    make_archive(tmp_path)
+    found = hashlib.md5((tmp_path / ARCHIVE).read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar, "MD5", "0" * 32)
+    with pytest.raises(DataError, match=rf"{ARCHIVE} is not the file that https.* should give; move it away.* is {found}, expected 0"):
+        load_cifar(SETTINGS, tmp_path)
+    monkeypatch.setattr(cifar, "MD5", found)
+    assert len(load_cifar(SETTINGS, tmp_path).test) == COUNT
+
+
+def test_archive_with_another_layout_is_named(tmp_path):
+    make_files(tmp_path / "made")
+    with tarfile.open(tmp_path / ARCHIVE, "w:gz") as archive:
+        archive.add(tmp_path / "made", "data")
+    with pytest.raises(
+        DataError, match=rf"cifar-10-binary, unpacked from .*{ARCHIVE}, has no {FOLDER} where it should be; delete both and"
+    ):
+        load_cifar(SETTINGS, tmp_path)
+
+
 def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
     asked = []
 
@@ -133,9 +159,10 @@ def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
         asked.append((url, path, keywords))
         make_archive(tmp_path)
 
-    monkeypatch.setattr(cifar, "fetch", fetch)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(cifar, "MD5", "published")
     data = load_cifar(CifarSettings(validation=10, download=True), tmp_path, progress=False)
-    assert asked == [(cifar.URL, tmp_path / ARCHIVE, {"md5": cifar.MD5, "progress": False})]
+    assert asked == [(cifar.URL, tmp_path / ARCHIVE, {"sha256": None, "md5": "published", "progress": False})]
     assert same(data, load_cifar(SETTINGS, tmp_path))
     assert len(asked) == 1
 
@@ -166,10 +193,10 @@ def test_hub_without_its_package_or_a_network_is_a_sentence(tmp_path, monkeypatc
         raise ConnectionError("no route to the Hub")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"cannot get uoft-cs/cifar10 from the Hub: no route to the Hub; .*data.source=binary"):
+    with pytest.raises(DataError, match=r"cannot get uoft-cs/cifar10 from the Hub: no route to the Hub; .* set task\.data\.source=binary"):
         load_cifar(CifarSettings(source="hub"), tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"the package datasets, which is not installed; install it: pip install datasets"):
+    with pytest.raises(DataError, match=r"the package datasets, which is not installed; pip install datasets, or set task\.data\.source=b"):
         load_cifar(CifarSettings(source="hub"), tmp_path)
 
 
@@ -183,7 +210,7 @@ def test_missing_files_are_a_sentence_with_the_layout(tmp_path):
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py"])
 def test_pickled_version_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=rf"{name} is the Python version of CIFAR-10, which is pickled: .* get the binary version"):
+    with pytest.raises(DataError, match=rf"nor cifar-10-binary.* but {name}, which is not read: it is pickled, and .*; put https.*binary"):
         load_cifar(SETTINGS, tmp_path)
 
 

@@ -5,12 +5,13 @@ import io
 import sys
 import tarfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import imdb
+from sma.recipes.data import imdb, published
 from sma.recipes.data.documents import VOCABULARY_SIZE, DocumentDataset, bytes_of, show
 from sma.recipes.data.imdb import ImdbSettings, load_imdb
 from sma.recipes.experiment import load_experiment
@@ -20,6 +21,12 @@ from sma.spec import kinds
 
 SPLITS = ("train", "validation", "test")
 SHORT = ImdbSettings(validation=0.25, length=40)
+
+
+@pytest.fixture(autouse=True)
+def any_archive(monkeypatch):
+    """The archives here are made up."""
+    monkeypatch.setattr(imdb, "MD5", None)
 
 
 def review(split, name, number):
@@ -46,7 +53,13 @@ def make_folder(root, reviews=REVIEWS):
 
 def make_archive(root):
     (root / "imdb").mkdir(parents=True)
-    others = {"README": b"about", "train/unsup/0_0.txt": b"no label", "train/labeledBow.feat": b"0:1", "imdb.vocab": b"the"}
+    others = {
+        "README": b"about",
+        "train/neg/._0_0.txt": b"\0\5\x16\7",
+        "train/unsup/0_0.txt": b"no label",
+        "train/labeledBow.feat": b"0:1",
+        "imdb.vocab": b"the",
+    }
     with tarfile.open(root / "imdb" / "aclImdb_v1.tar.gz", "w:gz") as tar:
         for place, content in {**others, **REVIEWS}.items():
             member = tarfile.TarInfo(f"aclImdb/{place}")
@@ -81,19 +94,54 @@ def test_held_out_reviews_are_a_share_of_each_class_and_of_no_other_split(make, 
     assert texts(made.test) == expected("test", 40)
 
 
-def test_archive_is_unpacked_once_into_the_published_folder(tmp_path):
+def test_archive_is_unpacked_once(tmp_path):
     make_archive(tmp_path)
     first = load_imdb(SHORT, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "imdb").iterdir()) == ["aclImdb", "aclImdb_v1.tar.gz"]
-    assert not (tmp_path / "imdb" / "aclImdb" / "train" / "unsup").exists()
+    assert sorted(path.name for path in (tmp_path / "imdb").iterdir()) == ["aclImdb_v1.tar.gz", "unpacked"]
+    assert not (tmp_path / "imdb" / "unpacked" / "aclImdb" / "train" / "unsup").exists()
+    assert list(tmp_path.rglob("._*")) == []
     (tmp_path / "imdb" / "aclImdb_v1.tar.gz").unlink()
     assert load_imdb(SHORT, tmp_path).hashes == first.hashes
 
 
-def test_unpacking_that_stopped_halfway_is_finished(tmp_path):
+def test_several_at_once_read_the_same_reviews_from_one_archive(tmp_path):
     make_archive(tmp_path)
-    imdb.unpack(tmp_path / "imdb" / "aclImdb_v1.tar.gz", tmp_path / "imdb" / "unpacked")
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(lambda _: load_imdb(SHORT, tmp_path).hashes, range(4)))
+    assert hashes == [load_imdb(SHORT, make_folder(tmp_path / "folder")).hashes] * 4
+
+
+def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, monkeypatch):
+    make_archive(tmp_path)
+    found = hashlib.md5((tmp_path / "imdb" / "aclImdb_v1.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(imdb, "MD5", "0" * 32)
+    with pytest.raises(
+        DataError, match=rf"aclImdb_v1\.tar\.gz is not the file that https.* should give; move it away.* is {found}, expected 0"
+    ):
+        load_imdb(SHORT, tmp_path)
+    monkeypatch.setattr(imdb, "MD5", found)
     assert texts(load_imdb(SHORT, tmp_path).test) == expected("test", 40)
+
+
+@pytest.mark.parametrize("name", ["._0_0.txt", ".DS_Store", ".hidden.txt"])
+def test_what_systems_leave_among_the_reviews_is_not_read(name, tmp_path):
+    make_folder(tmp_path, {**REVIEWS, f"train/pos/{name}": b"\0\5\x16\7"})
+    made = load_imdb(ImdbSettings(split="lra"), tmp_path)
+    assert texts(made.train) == expected("train", 4000)
+
+
+def test_number_of_reviews_is_the_published_one_or_said(tmp_path, caplog, monkeypatch):
+    make_folder(tmp_path)
+    monkeypatch.setattr(imdb, "REVIEWS", 5)
+    load_imdb(SHORT, tmp_path)
+    said = "train/{} holds 12 reviews, 5 are published; unless you mean to use others, get https"
+    assert len(caplog.messages) == 2
+    for message, name in zip(caplog.messages, ("neg", "pos"), strict=True):
+        assert said.format(name) in message
+
+
+def test_number_of_published_reviews():
+    assert imdb.REVIEWS == 12_500
 
 
 def test_seed_decides_what_is_held_out(tmp_path):
@@ -160,24 +208,25 @@ def test_share_that_holds_out_nothing_is_refused(tmp_path):
 def test_download_gets_the_published_archive(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(url, path, *, md5, progress):
-        asked.append((url, md5))
+    def fetch(url, path, *, sha256, md5, progress):
+        asked.append((url, sha256, md5))
         path.parent.parent.joinpath("made").mkdir()
         make_archive(tmp_path / "made")
         path.parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "made" / "imdb" / path.name).rename(path)
         return path
 
-    monkeypatch.setattr(imdb, "fetch", fetch)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(imdb, "MD5", "published")
     made = load_imdb(SHORT.model_copy(update={"download": True}), tmp_path)
     assert texts(made.test) == expected("test", 40)
-    assert asked == [(imdb.URL, imdb.MD5)]
+    assert asked == [(imdb.URL, None, "published")]
 
 
 def test_hub_gives_the_same_reviews_in_any_order(tmp_path, monkeypatch):
-    def load_dataset(name, split):
-        assert name == "stanfordnlp/imdb"
-        return [{"text": f"{split} {number}é", "label": number % 2} for number in order]
+    def load_dataset(name, cache_dir):
+        assert (name, cache_dir) == ("stanfordnlp/imdb", str(tmp_path / "huggingface"))
+        return {split: [{"text": f"{split} {number}é", "label": number % 2} for number in order] for split in ("train", "test")}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     settings = ImdbSettings(source="hub", split="lra", length=9)
@@ -190,16 +239,18 @@ def test_hub_gives_the_same_reviews_in_any_order(tmp_path, monkeypatch):
 
 def test_missing_package_of_the_hub_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"source='hub' needs the package datasets; pip install datasets, or use source='files'"):
+    with pytest.raises(
+        DataError, match=r"task\.data\.source=hub reads stanfordnlp/imdb .* pip install datasets, or set task\.data\.source=files"
+    ):
         load_imdb(ImdbSettings(source="hub"), tmp_path)
 
 
 def test_hub_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
-    def load_dataset(name, split):
+    def load_dataset(name, cache_dir):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"cannot load stanfordnlp/imdb from the Hub: no route; use task\.data\.source='files'"):
+    with pytest.raises(DataError, match=r"cannot get stanfordnlp/imdb from the Hub: no route; check .*, or set task\.data\.source=files"):
         load_imdb(ImdbSettings(source="hub"), tmp_path)
 
 

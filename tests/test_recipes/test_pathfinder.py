@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from torch.utils.data import random_split
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import pathfinder
+from sma.recipes.data import files, pathfinder, published
 from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings, prepare_pathfinder
 from sma.recipes.data.pathfinder_folder import LEVEL, list_release
 from sma.recipes.data.pathfinder_sheet import contact_sheet, main
@@ -109,7 +110,7 @@ def test_hashes_are_those_of_the_files_and_the_settings_stand_beside_them(genera
     (place,) = folder.iterdir()
     assert set(data.hashes) == {f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")}
     assert data.hashes == {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in data.hashes}
-    assert json.loads((place / "manifest.json").read_text())["settings"] == SETTINGS.model_dump(mode="json")
+    assert json.loads((place / "manifest.json").read_text())["settings"] == SETTINGS.model_dump(mode="json", exclude={"download"})
 
 
 def test_images_are_looked_into_on_the_disk(generated):
@@ -156,6 +157,70 @@ def test_changed_release_is_decoded_again(tmp_path):
     assert [sum(map(len, data[:3])) for data in (before, after)] == [31, 30]
 
 
+def test_image_that_replaces_one_of_its_size_is_decoded(tmp_path):
+    root, _ = make_release(tmp_path)
+    before = prepare_pathfinder(RELEASE, tmp_path, workers=1, progress=False)
+    path = root / "imgs" / "9" / "sample_1.png"
+    size, other = path.stat().st_size, np.full((32, 32), 7, dtype=np.uint8)
+    path.write_bytes(png(other))
+    with path.open("ab") as file:
+        file.write(bytes(size - path.stat().st_size))  # what comes after the end of a PNG is not read
+    after = prepare_pathfinder(RELEASE, tmp_path, workers=1, progress=False)
+    images = [np.concatenate([split.pixels for split in data[:3]]) for data in (before, after)]
+    assert [bool((pixels == 7).all(1).any()) for pixels in images] == [False, True]
+
+
+def write_archive(path):
+    """The release as it is published, with another level and another size in it."""
+    root, made = make_release(path.parent / "made")
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(root, f"lra_release/lra_release/pathfinder32/{LEVEL}")
+        tar.add(root / "metadata", "lra_release/lra_release/pathfinder32/curv_baseline/metadata")
+        tar.add(root, f"lra_release/lra_release/pathfinder128/{LEVEL}")
+        tar.add(root / "metadata" / "9.npy", f"lra_release/lra_release/pathfinder32/{LEVEL}/metadata/._9.npy")
+    return made
+
+
+def test_of_the_archive_the_wanted_level_alone_is_unpacked(tmp_path, release):
+    write_archive(tmp_path / "lra_release.gz")
+    data = prepare_pathfinder(RELEASE, tmp_path, workers=1, progress=False)
+    assert data.hashes == release[2].hashes
+    unpacked = tmp_path / "lra_release_pathfinder32" / "lra_release" / "lra_release"
+    assert {path.relative_to(unpacked).as_posix() for path in unpacked.glob("*/*/*")} == {
+        f"pathfinder32/{LEVEL}/{part}" for part in ("imgs", "metadata")
+    }
+    assert list(unpacked.rglob("._*")) == []
+
+
+def test_release_is_downloaded_where_asked(tmp_path, monkeypatch, release):
+    def fetch(url, path, **keywords):
+        assert url == "https://storage.googleapis.com/long-range-arena/lra_release.gz"
+        write_archive(path)
+
+    monkeypatch.setattr(published, "fetch", fetch)
+    asked = RELEASE.model_copy(update={"download": True})
+    assert prepare_pathfinder(asked, tmp_path, workers=1, progress=False).hashes == release[2].hashes
+
+
+def test_images_of_a_folder_that_cannot_be_written_are_kept_in_the_default_one(tmp_path, monkeypatch, release):
+    make_release(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path / "data")  # root may write everything
+    assert prepare_pathfinder(RELEASE, tmp_path / "data", workers=1, progress=False).hashes == release[2].hashes
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["pathfinder32"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(PathfinderSettings(), "pathfinder-865f01cbfc0d"), (PathXSettings(download=True), "pathfinder-c1b1ea50a644")],
+    ids=["32", "128"],
+)
+def test_place_of_generated_images_stays_what_it_was(tmp_path, monkeypatch, settings, name):
+    # Hours of drawing lie there.
+    monkeypatch.setattr(pathfinder, "cached_grey", lambda place, *arguments, **keywords: place.name)
+    assert prepare_pathfinder(settings, tmp_path) == name
+
+
 def test_release_is_found_in_the_folder_of_its_archive_too(release, tmp_path):
     made = release[1]
     make_release(tmp_path / "lra_release" / "lra_release")
@@ -164,7 +229,8 @@ def test_release_is_found_in_the_folder_of_its_archive_too(release, tmp_path):
 
 def test_missing_release_is_a_sentence_with_the_layout(tmp_path):
     complaint = (
-        r"there is no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*; unpack lra_release.gz.*data.source=generated"
+        r"there is no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*, nor a lra_release.gz to unpack; "
+        r"put https.* there, or set task\.data\.download=true, or generate the images: task\.data\.source=generated"
     )
     with pytest.raises(DataError, match=complaint):
         prepare_pathfinder(RELEASE, tmp_path, progress=False)

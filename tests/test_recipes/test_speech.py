@@ -1,6 +1,7 @@
 """Raw speech: the real format from folder and archive, splits, standardisation against a loop, broken files, and synthetic words."""
 
 import hashlib
+import os
 import re
 import shutil
 import tarfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import speech, speech_commands
+from sma.recipes.data import files, published, speech, speech_commands
 from sma.recipes.data.speech import SpeechSettings, load_speech
 from sma.recipes.data.speech_commands import CLASSES, LISTS, NAME, SHA256, URL, load_clips, read_wav
 from sma.recipes.data.synthetic_speech import CLASSES as SYNTHETIC_CLASSES
@@ -21,6 +22,12 @@ from sma.spec import dump_spec
 from tests.test_recipes.tiny_speech import clip_of, write_corpus, write_wav
 
 SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def any_archive(monkeypatch):
+    """The archives here are made up."""
+    monkeypatch.setattr(speech_commands, "SHA256", None)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +68,75 @@ def test_order_in_which_files_were_written_and_are_listed_changes_nothing(tmp_pa
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
 
 
-@pytest.mark.parametrize("prefix", ["", "./"], ids=["plain", "dot"])
-def test_archive_gives_what_the_folder_gives_and_only_the_ten_words_are_unpacked(tmp_path, corpus, loaded, prefix):
-    with tarfile.open(tmp_path / f"{NAME}.tar.gz", "w:gz", compresslevel=1) as archive:
+def write_archive(folder, corpus, prefix=""):
+    with tarfile.open(folder / f"{NAME}.tar.gz", "w:gz", compresslevel=1) as archive:
         for path in sorted((corpus / NAME).rglob("*")):
             if path.is_file():
                 archive.add(path, prefix + path.relative_to(corpus / NAME).as_posix())
+        archive.add(corpus / NAME / LISTS[0], f"{prefix}yes/._00_nohash_0.wav")  # what a Mac packs beside a file
+
+
+@pytest.mark.parametrize("prefix", ["", "./"], ids=["plain", "dot"])
+def test_archive_gives_what_the_folder_gives_and_only_the_ten_words_are_unpacked(tmp_path, corpus, loaded, prefix):
+    write_archive(tmp_path, corpus, prefix)
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
     assert load_speech(SpeechSettings(split="hash"), tmp_path, progress=False).hashes != loaded.hashes
     assert not (tmp_path / NAME / "cat").exists()
+
+
+def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, corpus, loaded, monkeypatch):
+    write_archive(tmp_path, corpus)
+    found = hashlib.sha256((tmp_path / f"{NAME}.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(speech_commands, "SHA256", SHA256)
+    with pytest.raises(DataError, match=rf"gz is not the file that http.* should give; move it away.* is {found}, expected {SHA256}"):
+        load_speech(SpeechSettings(), tmp_path, progress=False)
+    monkeypatch.setattr(speech_commands, "SHA256", found)
+    assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
+
+
+def test_hidden_files_and_blanks_in_names_do_not_matter(tmp_path, loaded):
+    root = write_corpus(tmp_path)
+    (root / "yes" / "._00_nohash_0.wav").write_bytes(b"\0\5\x16\7")
+    (root / "no" / ".DS_Store").write_bytes(b"\0")
+    # Sorted where the name without the blank was.
+    (root / "go" / "09_nohash_0.wav").rename(root / "go" / "09 nohash 0.wav")
+    (root / LISTS[1]).write_text("go/09 nohash 0.wav\n" + (root / LISTS[1]).read_text())
+    assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
+    clips = load_clips(tmp_path, progress=False)
+    assert clips.names[-1] == "go/09 nohash 0.wav"
+    assert clips.names[-1] in clips.lists[LISTS[1]]
+
+
+def test_name_that_is_not_utf_8_is_a_name(tmp_path, loaded):
+    root = write_corpus(tmp_path)
+    (root / "go" / "09_nohash_0.wav").rename(os.fsdecode(os.fsencode(root / "go") + b"/09\xff.wav"))
+    assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
+
+
+def test_recording_that_replaces_one_of_its_size_is_read(tmp_path):
+    root = write_corpus(tmp_path)
+    before = load_speech(SpeechSettings(), tmp_path, progress=False)
+    write_wav(root / "up" / "04_nohash_0.wav", clip_of("up", 77))
+    after = load_speech(SpeechSettings(), tmp_path, progress=False)
+    assert len(set(before.hashes.items()) & set(after.hashes.items())) == 2  # in one split something changed
+
+
+def test_link_that_leads_nowhere_is_named(tmp_path):
+    root = write_corpus(tmp_path)
+    (root / "up" / "77_nohash_0.wav").symlink_to(tmp_path / "gone.wav")
+    with pytest.raises(DataError, match=r"cannot read .*up/77_nohash_0\.wav: No such file.*; if it is a link, what it leads to is gone"):
+        load_speech(SpeechSettings(), tmp_path, progress=False)
+
+
+def test_copy_of_a_folder_that_cannot_be_written_is_kept_in_the_default_one(tmp_path, loaded, monkeypatch, caplog):
+    write_corpus(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path / "data")  # root may write everything
+    assert load_speech(SpeechSettings(), tmp_path / "data", progress=False).hashes == loaded.hashes
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
+    assert re.search(
+        r"data cannot be written, so what is made of its files is kept in .*cache/sparse-modular-activation/speech", caplog.text
+    )
 
 
 @pytest.mark.parametrize("split", ["stratified", "hash"])
@@ -186,7 +253,7 @@ def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
 
 
 def test_missing_data_says_where_it_was_looked_for_and_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"looked for the folder {tmp_path / NAME} (with yes/*.wav and so on) and the archive")):
+    with pytest.raises(DataError, match=re.escape(f"neither the folder {tmp_path / NAME}, with yes/*.wav and so on, nor the archive")):
         load_speech(SpeechSettings(), tmp_path, progress=False)
     with pytest.raises(DataError, match=re.escape(URL) + ".*task.data.download=true, or try task.data.source=synthetic"):
         load_speech(SpeechSettings(), tmp_path, progress=False)
@@ -218,11 +285,12 @@ def test_too_few_clips_to_split_are_refused(tmp_path):
 def test_archive_is_downloaded_only_where_asked_and_missing(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(url, path, *, sha256, progress):
+    def fetch(url, path, *, sha256, md5, progress):
         calls.append((url, path, sha256))
         raise DataError("no network")
 
-    monkeypatch.setattr(speech_commands, "fetch", fetch)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(speech_commands, "SHA256", SHA256)
     with pytest.raises(DataError, match="no network"):
         load_speech(SpeechSettings(download=True), tmp_path, progress=False)
     assert calls == [(URL, tmp_path / f"{NAME}.tar.gz", SHA256)]
