@@ -9,6 +9,7 @@ Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006.
 """
 
+import codecs
 import hashlib
 from array import array
 from pathlib import Path
@@ -121,17 +122,19 @@ def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 total.update(line)
+                here, start = start, start + len(line)
+                if not line.strip(b" \r\n"):
+                    continue
                 columns = line.rstrip(b"\r\n").split(b"\t")
                 if len(columns) != _COLUMNS:
                     raise DataError(f"{path}, line {number}: columns separated by tabs: {len(columns)}; {_REQUIRED}")
-                label = _LABELS.get(columns[0])
+                label = _LABELS.get(columns[0].removeprefix(codecs.BOM_UTF8) if number == 1 else columns[0])
                 if label is None:
                     raise DataError(f"{path}, line {number}: label {_shortened(columns[0])} is neither 0.0 nor 1.0")
                 targets.append(label)
-                first = start + sum(map(len, columns[:3])) + 3
+                first = here + sum(map(len, columns[:3])) + 3
                 second = first + len(columns[3]) + 1
                 places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
-                start += len(line)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     if not targets:

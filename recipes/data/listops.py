@@ -9,6 +9,7 @@ Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006.
 """
 
+import codecs
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -176,6 +177,8 @@ def read_listops(path: str | Path) -> ListOpsSplit:
         with Path(path).open("rb") as file:
             _check_header(file.readline(), path)
             for number, line in enumerate(file, start=2):
+                if not line.strip(b" \r\n"):
+                    continue
                 source, _, target = line.rstrip(b"\r\n").partition(b"\t")
                 found = _parse(source)
                 if found is None or target not in _TARGETS:
@@ -234,7 +237,7 @@ def _refreshing(bar: Progress, total: int) -> Callable[[int, int], None]:
 def _check_header(line: bytes, path: str | Path) -> None:
     if not line:
         raise DataError(f"{path} is empty; the header 'Source<TAB>Target' and one line per expression are required")
-    if line.rstrip(b"\r\n") != _HEADER:
+    if line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") != _HEADER:
         raise DataError(f"{path}, line 1: {_shortened(line)} where the header 'Source<TAB>Target' is required")
 
 

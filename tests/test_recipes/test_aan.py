@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import lra
+from sma.recipes.data import published
 from sma.recipes.data.aan import FILES, AANSettings, load_aan, read_pairs
 from sma.recipes.data.batch import collate_pairs
 from sma.recipes.data.documents import bytes_of
@@ -93,7 +93,6 @@ def test_texts_stay_on_the_disk(tmp_path):
     [
         pytest.param(b"1.0\ta\tb\tc\n", r"file\.tsv, line 3: columns separated by tabs: 4; 5 are required: label", id="four columns"),
         pytest.param(b"1.0\ta\tb\tc\td\te\n", r"line 3: columns separated by tabs: 6; 5 are required", id="six columns"),
-        pytest.param(b"\n", r"line 3: columns separated by tabs: 1; 5 are required", id="blank line"),
         pytest.param(b"2.0\ta\tb\tc\td\n", r"line 3: label b'2\.0' is neither 0\.0 nor 1\.0", id="label"),
         pytest.param(b"x" * 99 + b"\ta\tb\tc\td\n", r"line 3: label b'x{40}'… is neither", id="long label"),
     ],
@@ -103,6 +102,13 @@ def test_broken_line_is_named(broken, complaint, tmp_path):
     (tmp_path / "file.tsv").write_bytes(good + good + broken + good)
     with pytest.raises(DataError, match=complaint):
         read_pairs(tmp_path / "file.tsv", 4000)
+
+
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b"  \n"])
+def test_blank_lines_and_a_byte_order_mark_are_skipped(blank, tmp_path):
+    lines = CONTENT.split(b"\n")
+    (tmp_path / "file.tsv").write_bytes(b"\xef\xbb\xbf" + blank.join(line + b"\n" for line in lines) + blank)
+    assert pairs_of(read_pairs(tmp_path / "file.tsv", 31)[0]) == [(label, first[:31], second[:31]) for label, first, second in PAIRS]
 
 
 def test_empty_and_missing_files_are_named(tmp_path):
@@ -130,18 +136,26 @@ def test_release_is_unpacked_without_its_images(name, tmp_path):
 
 
 def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
-    def fetch(url, path, *, progress):
-        assert url == "https://storage.googleapis.com/long-range-arena/lra_release.gz"
+    def fetch(url, path, *, sha256, md5, progress):
+        assert (url, sha256, md5) == ("https://storage.googleapis.com/long-range-arena/lra_release.gz", None, None)
         archive_of(path, {f"lra_release/lra_release/tsv_data/{file}": CONTENT for file in FILES.values()})
         return path
 
-    monkeypatch.setattr(lra, "fetch", fetch)
+    monkeypatch.setattr(published, "fetch", fetch)
     assert len(load_aan(AANSettings(download=True), tmp_path).test) == len(PAIRS)
 
 
 def test_missing_release_is_a_sentence(tmp_path):
     with pytest.raises(
         DataError, match=r"there is no tsv_data/ with new_aan_pairs\.train\.tsv.* put https.*, or set task\.data\.download=true"
+    ):
+        load_aan(AANSettings(), tmp_path)
+
+
+def test_archive_that_lacks_the_folder_is_named(tmp_path):
+    archive_of(tmp_path / "lra_release.gz", {"lra_release/lra_release/listops-1000/basic_train.tsv": HEAD})
+    with pytest.raises(
+        DataError, match=r"lra_release_text, unpacked from .*lra_release\.gz, has no tsv_data where it should be; delete both"
     ):
         load_aan(AANSettings(), tmp_path)
 

@@ -223,6 +223,13 @@ def test_spelling_of_blanks_and_parentheses_does_not_matter(tmp_path, line):
     assert split.targets.tolist() == [9]
 
 
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
+    (tmp_path / "some.tsv").write_bytes(b"\xef\xbb\xbf" + HEADER + b"\n[MAX 2 9 ]\t9\n  \r\n7\t7\n\n")
+    split = read_listops(tmp_path / "some.tsv")
+    assert decode(split.ids) == "[MAX 2 9 ] 7"
+    assert (split.targets.tolist(), split.offsets.tolist()) == ([9, 7], [0, 4, 5])
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -231,7 +238,9 @@ def test_spelling_of_blanks_and_parentheses_does_not_matter(tmp_path, line):
         pytest.param(b"5\t5\n", r"bad.tsv, line 1: b'5\\t5\\n' where the header 'Source<TAB>Target' is required", id="no-header"),
         pytest.param(HEADER + b"5\n", "line 2: columns separated by tabs: 1; exactly 2 are required", id="one-column"),
         pytest.param(HEADER + b"5\t5\n5\t5\t5\n", "line 3: columns separated by tabs: 3; exactly 2 are required", id="three-columns"),
-        pytest.param(HEADER + b"\n", "line 2: columns separated by tabs: 1; exactly 2 are required", id="blank-line"),
+        pytest.param(HEADER + b"\n \r\n", "bad.tsv holds a header and no expressions; at least one line", id="blank-lines"),
+        pytest.param(HEADER + b"\n5\n", "line 3: columns separated by tabs: 1; exactly 2 are required", id="after-a-blank-line"),
+        pytest.param(HEADER + b"\t\n", "line 2: the expression is empty", id="tab-alone"),
         pytest.param(HEADER + b"\t5\n", "line 2: the expression is empty; a digit or an operator is required", id="no-source"),
         pytest.param(HEADER + b"( )\t5\n", "line 2: the expression is empty", id="only-parentheses"),
         pytest.param(HEADER + b"5\t\n", "line 2: target '' is not a digit 0 to 9", id="no-target"),
