@@ -8,6 +8,12 @@ A corpus is one run of bytes, cut in order and without gaps: training text, vali
 | any other | first 85 % | next 5 % | last 10 % |
 
 Nothing is decoded or cleaned: a token is a byte, 0 to 255.
+
+enwik8 is `enwik8.zip`, 36,445,475 bytes, as it is published, or the file in it. Both hashes stand below; they are those that several
+public repositories have, for its page gives none but an MD5 of the file, with which they agree.
+
+Reference:
+    Mahoney, "Large Text Compression Benchmark", http://mattmahoney.net/dc/text.html.
 """
 
 import hashlib
@@ -23,17 +29,25 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.errors import DataError
+from sma.recipes.data.download import fetch
 from sma.spec import Spec
 
 VOCABULARY_SIZE = 256
 
 ENWIK8 = "enwik8"
 ENWIK8_BYTES = 100_000_000
+ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
+ENWIK8_ZIP = "enwik8.zip"
+ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+ENWIK8_URL = f"http://mattmahoney.net/dc/{ENWIK8_ZIP}"
 _ENWIK8_HELD_OUT = 0.05
 _HELD_OUT = 0.1
 _BLOCK = 1 << 20
 _FEWEST = 2  # bytes of a split: one to read, one to predict
-_WANTED = "a text file, enwik8 or enwik8.zip (http://mattmahoney.net/dc/enwik8.zip); leave file out to use the text that comes with Python"
+_WANTED = (
+    f"a text file, {ENWIK8} or {ENWIK8_ZIP} ({ENWIK8_URL}; task.data.download=true gets it into the data folder); leave file out to use "
+    "the text that comes with Python"
+)
 
 
 class TextSettings(Spec):
@@ -42,8 +56,10 @@ class TextSettings(Spec):
     file: str | None = Field(
         default=None,
         min_length=1,
-        description="a local text file, enwik8 or enwik8.zip, read as bytes; null is the text that comes with Python (pydoc_data.topics)",
+        description="a local text file, enwik8 or enwik8.zip, read as bytes; a relative path is looked for in the working folder, then in "
+        "the data folder; null is the text that comes with Python (pydoc_data.topics)",
     )
+    download: bool = Field(default=False, description="with file=enwik8 or enwik8.zip: get the zip, 36 MB, where neither is there")
     held_out: float | None = Field(
         default=None, gt=0.0, lt=1.0, description="share of the bytes, at the end, to test on; null is 0.05 for enwik8 and 0.1 otherwise"
     )
@@ -56,12 +72,14 @@ class TextSettings(Spec):
     )
 
     @model_validator(mode="after")
-    def _something_is_left(self) -> "TextSettings":
+    def _fits(self) -> "TextSettings":
         held_out = _HELD_OUT if self.held_out is None else self.held_out
         if held_out + self.validation >= 1.0:
             raise ValueError(
                 f"held_out={held_out} and validation={self.validation} leave nothing to train on; their sum must be less than 1"
             )
+        if self.download and Path(self.file or "").name not in (ENWIK8, ENWIK8_ZIP):
+            raise ValueError(f"download=true gets enwik8 alone, and file is {self.file!r}; set file={ENWIK8_ZIP}, or leave download out")
         return self
 
 
@@ -81,6 +99,11 @@ class Corpus(NamedTuple):
     test: UInt8[Tensor, " T_test"]
     sha256: str
     name: str
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of every split."""
+        return {split: hashlib.sha256(getattr(self, split).numpy()).hexdigest() for split in ("train", "validation", "test")}
 
     @property
     def before_test(self) -> UInt8[Tensor, " T"]:
@@ -106,23 +129,26 @@ def python_text() -> bytes:
     return "\n".join(topics[title] for title in sorted(topics)).encode()
 
 
-def load_text(settings: TextSettings = PYTHON_TEXT) -> Corpus:
+def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, *, progress: bool = True) -> Corpus:
     """Return the text of `settings` as bytes, in its splits.
 
-    A file or a member of a zip of which the name, without its suffix, is `enwik8` must be all of enwik8. Nothing is written to the disk.
+    A file or a member of a zip of which the name, without its suffix, is `enwik8` must be enwik8. Nothing but a download is written.
 
     Args:
-        settings: which text, cut how, and optionally the hash that it must have. A relative path starts at the working folder.
+        settings: which text, cut how, and optionally the hash that it must have. A relative path starts at the working folder, or else
+            at `folder`; where `enwik8` or `enwik8.zip` is asked for, either is taken.
+        folder: the data folder, which a download goes to; None: the working folder.
+        progress: show a bar while downloading.
 
     Raises:
         DataError: the file is missing, cannot be read, is too small to be cut, or has another hash than the one required; a zip holds
-            no enwik8 or is damaged; a file named enwik8 has not 100,000,000 bytes.
+            no enwik8 or is damaged; what is named enwik8 has not its 100,000,000 bytes, or other ones; the download fails.
     """
     if settings.file is None:
         content = bytearray(python_text())
         name, is_enwik8 = f"pydoc_data.topics of Python {platform.python_version()}", False
     else:
-        path = Path(settings.file).expanduser()
+        path = _find(Path(settings.file).expanduser(), folder or Path(), settings.download, progress)
         is_enwik8 = path.suffix.lower() == ".zip" or path.stem == ENWIK8
         content = _read(path)
         name = ENWIK8 if is_enwik8 else path.name
@@ -132,6 +158,11 @@ def load_text(settings: TextSettings = PYTHON_TEXT) -> Corpus:
                 "download it again, or give a text of your own another name"
             )
     sha256 = hashlib.sha256(content).hexdigest()
+    if is_enwik8 and sha256 != ENWIK8_SHA256:
+        raise DataError(
+            f"{ENWIK8} in {path} has the SHA-256 {sha256}; that of {ENWIK8} is {ENWIK8_SHA256}: download it again, or give a text of your "
+            "own another name"
+        )
     if settings.sha256 not in (None, sha256):
         hint = "another version of Python comes with another text" if settings.file is None else "the file was changed or is another one"
         raise DataError(f"{name} has the SHA-256 {sha256}, and {settings.sha256} is required: {hint}; sha256=null takes any text")
@@ -147,6 +178,19 @@ def load_text(settings: TextSettings = PYTHON_TEXT) -> Corpus:
     return Corpus(train, held_back, tail, sha256, name)
 
 
+def _find(given: Path, folder: Path, download: bool, progress: bool) -> Path:
+    """The place of a file, absolute or below the working folder or the data folder; or that of enwik8 once it is downloaded."""
+    names = dict.fromkeys((given.name, ENWIK8, ENWIK8_ZIP) if given.name in (ENWIK8, ENWIK8_ZIP) else (given.name,))
+    places = list(dict.fromkeys(parent / name for parent in (given.parent, folder / given.parent) for name in names))
+    found = next((place for place in places if place.exists()), None)
+    if found is not None:
+        return found
+    if download:
+        return fetch(ENWIK8_URL, folder / ENWIK8_ZIP, sha256=ENWIK8_ZIP_SHA256, progress=progress)
+    looked = ", ".join(str(place.absolute()) for place in places)
+    raise DataError(f"there is no file {str(given)!r} (looked for {looked}); give {_WANTED}")
+
+
 def _read(path: Path) -> bytearray:
     """Return the bytes of a file, or of enwik8 in a zip."""
     try:
@@ -154,8 +198,6 @@ def _read(path: Path) -> bytearray:
             return _read_zip(path)
         with path.open("rb") as file:
             return _rest(file)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {str(path)!r} (looked for {path.absolute()}); give {_WANTED}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; give {_WANTED}") from error
 

@@ -44,4 +44,4 @@ class LanguageTask(TaskSpec):
             raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> Corpus:
-        return load_text(self.data)
+        return load_text(self.data, folder, progress=progress)

@@ -1,10 +1,13 @@
 """Tasks: where the data of a recipe comes from."""
 
+import re
+import sys
+
 import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import listops, python_text
+from sma.recipes.data import listops, published, python_text, text
 from sma.recipes.data.digits import load_digits
 from sma.recipes.data.listops import FILES, decode, evaluate_expression
 from sma.recipes.experiment import load_experiment
@@ -110,6 +113,58 @@ def test_photographs_keep_their_names():
 def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_path):
     with pytest.raises(DataError, match="validation=5000 leaves none of the 1438 training images to train on; lower it"):
         ImageTask(data={"source": "digits"}).prepare(tmp_path)
+
+
+RELEASED = {
+    "listops": ["task.source=released"],
+    "text": [],
+    "retrieval": [],
+    "image": [],
+    "pathfinder": ["task.data.source=release"],
+    "pathx": ["task.data.source=release"],
+    "speech": [],
+    "language": [],
+}
+
+
+def what_is_missing(task, folder, settings):
+    """What a task says without data, and the settings that it advises."""
+    with pytest.raises(DataError) as caught:
+        load_experiment(f"{task}_paper", settings).task.prepare(folder, progress=False)
+    return str(caught.value), re.findall(r"[\w.]+=[a-z]\w*", str(caught.value))
+
+
+@pytest.mark.parametrize("task", RELEASED)
+def test_advice_for_missing_data_can_be_followed(task, tmp_path, monkeypatch):
+    def fetch(url, *arguments, **keywords):
+        raise DataError(f"asked for {url}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(text, "fetch", fetch)
+    said, advice = what_is_missing(task, tmp_path, RELEASED[task])
+    (download,) = [setting for setting in advice if setting.endswith("download=true")]
+    asked, _ = what_is_missing(task, tmp_path, [*RELEASED[task], download])
+    assert asked.removeprefix("asked for ") in said
+    for setting in set(advice) - {download}:
+        before, after = (load_experiment(f"{task}_paper", settings) for settings in (RELEASED[task], [*RELEASED[task], setting]))
+        assert before.task != after.task
+
+
+def test_advice_beside_the_pickled_photographs_can_be_followed(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").touch()
+    _, advice = what_is_missing("image", tmp_path, [])
+    assert load_experiment("image_paper", advice).task.data.download
+
+
+@pytest.mark.parametrize("task", ["text", "image"])
+@pytest.mark.parametrize("module", [None, object()], ids=["no package", "another package"])
+def test_advice_where_the_hub_cannot_be_had_can_be_followed(task, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    hub = "task.data.source=hub"
+    _, advice = what_is_missing(task, tmp_path, [hub])
+    (instead,) = set(advice) - {hub}
+    assert load_experiment(f"{task}_paper", [instead]).task == load_experiment(f"{task}_paper").task
 
 
 FEW = {

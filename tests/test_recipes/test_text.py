@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sma.errors import DataError, SpecError
 from sma.recipes.data import text
 from sma.recipes.data.text import PYTHON_TEXT, TextSettings, load_text, python_text
+from sma.recipes.tasks import LanguageTask
 
 SMALL = 2_000
 WIKI = random.Random(0).randbytes(SMALL)
@@ -22,8 +23,9 @@ WIKI = random.Random(0).randbytes(SMALL)
 
 @pytest.fixture
 def small_enwik8(monkeypatch):
-    """An enwik8 of 2,000 bytes: its size is the only thing that the code knows of it."""
+    """An enwik8 of 2,000 bytes: its size and its hash are the only things that the code knows of it."""
     monkeypatch.setattr(text, "ENWIK8_BYTES", SMALL)
+    monkeypatch.setattr(text, "ENWIK8_SHA256", hashlib.sha256(WIKI).hexdigest())
 
 
 def write(path, content):
@@ -117,7 +119,8 @@ def test_enwik8_is_cut_otherwise_where_it_is_asked_for(tmp_path):
     assert sizes(load_text(settings)) == [1_400, 400, 200]
 
 
-def test_whole_enwik8_has_the_splits_of_the_literature(tmp_path):
+def test_whole_enwik8_has_the_splits_of_the_literature(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "ENWIK8_SHA256", hashlib.sha256(bytes(100_000_000)).hexdigest())
     corpus = load_text(write_zip(tmp_path / "enwik8.zip", {"enwik8": bytes(100_000_000)}))
     assert sizes(corpus) == [90_000_000, 5_000_000, 5_000_000]
 
@@ -142,6 +145,52 @@ def test_hash_that_is_asked_for_is_checked(tmp_path):
         load_text(TextSettings(sha256=other))
 
 
+def test_every_split_has_its_hash(tmp_path):
+    corpus = load_text(write(tmp_path / "mine.txt", WIKI))
+    parts = {"train": WIKI[:1_700], "validation": WIKI[1_700:1_800], "test": WIKI[1_800:]}
+    assert corpus.hashes == {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("kept", ["enwik8", "enwik8.zip"])
+@pytest.mark.parametrize("asked", ["enwik8", "enwik8.zip"])
+@pytest.mark.usefixtures("small_enwik8")
+def test_enwik8_is_found_in_the_data_folder_whether_it_is_packed_or_not(tmp_path, monkeypatch, kept, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_zip(tmp_path / "data" / kept, {"enwik8": WIKI}) if kept.endswith("zip") else write(tmp_path / "data" / kept, WIKI)
+    corpus = LanguageTask(data={"file": asked}).prepare(tmp_path / "data", progress=False)
+    assert (joined(corpus), corpus.name) == (WIKI, "enwik8")
+
+
+def test_file_of_the_working_folder_goes_before_that_of_the_data_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "books").mkdir(parents=True)
+    (tmp_path / "books").mkdir()
+    settings = TextSettings(file="books/mine.txt")
+    write(tmp_path / "data" / "books" / "mine.txt", WIKI[::-1])
+    assert joined(load_text(settings, tmp_path / "data")) == WIKI[::-1]
+    write(tmp_path / "books" / "mine.txt", WIKI)
+    assert joined(load_text(settings, tmp_path / "data")) == WIKI
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(url, path, **keywords):
+        calls.append((url, path, keywords))
+        write_zip(path, {"enwik8": WIKI})
+        return path
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(text, "fetch", fetch)
+    for _ in range(2):
+        assert joined(load_text(TextSettings(file="enwik8.zip", download=True), tmp_path / "data", progress=False)) == WIKI
+    keywords = {"sha256": text.ENWIK8_ZIP_SHA256, "progress": False}
+    assert calls == [("http://mattmahoney.net/dc/enwik8.zip", tmp_path / "data" / "enwik8.zip", keywords)]
+
+
 @pytest.mark.parametrize("content", [pytest.param(b"", id="empty"), pytest.param(b"short", id="short")])
 def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
     with pytest.raises(
@@ -153,11 +202,12 @@ def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
 def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DataError, match=r"no file 'enwik8' \(looked for .*enwik8\); give a text file, enwik8 or enwik8.zip .*; leave file out"
+        DataError,
+        match=r"no file 'enwik8' \(looked for .*enwik8, .*enwik8.zip\); give a text file, enwik8 or enwik8.zip .*; leave file out",
     ):
         load_text(TextSettings(file="enwik8"))
-    with pytest.raises(DataError, match=r"no file 'enwik8.zip' \(looked for .*enwik8.zip\); give a text file, enwik8 or enwik8.zip"):
-        load_text(TextSettings(file="enwik8.zip"))
+    with pytest.raises(DataError, match=r"no file 'enwik8.zip' \(looked for .*/enwik8, .*/data/enwik8.zip, .*data.download=true gets"):
+        load_text(TextSettings(file="enwik8.zip"), tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["folder", "folder.zip"])
@@ -174,6 +224,14 @@ def test_part_of_enwik8_is_refused(tmp_path, name):
         DataError, match=rf"enwik8 in .*{name} has 2,000 bytes; it must have exactly 100,000,000: download it again, or give"
     ):
         load_text(settings)
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_other_bytes_under_the_name_of_enwik8_are_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"enwik8 in .* has the SHA-256 [0-9a-f]+; that of enwik8 is [0-9a-f]+: download it again, or give a"
+    ):
+        load_text(write_zip(tmp_path / "enwik8.zip", {"enwik8": WIKI[::-1]}))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +271,8 @@ def test_damaged_zip_is_refused(tmp_path):
             {"held_out": 0.5, "validation": 0.5}, "held_out=0.5 and validation=0.5 leave nothing to train on; their sum", id="no-training"
         ),
         pytest.param({"sha256": "abc"}, "sha256='abc': .*; sha256: SHA-256 that the bytes must have, 64 lower-case", id="no-hash"),
+        pytest.param({"download": True}, "download=true gets enwik8 alone, and file is None; set file=enwik8.zip", id="no-file"),
+        pytest.param({"download": True, "file": "a.txt"}, "download=true gets enwik8 alone, and file is 'a.txt'; set", id="other-file"),
         pytest.param({"file": ""}, "file='': .*; file: a local text file, enwik8 or enwik8.zip", id="no-name"),
     ],
 )
