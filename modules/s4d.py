@@ -162,7 +162,7 @@ class S4D(SubModule):
         if before is not None:
             check_sizes(self, tuple(before.hidden.shape[1:]), (self.width, 2, self.spec.pairs))
         values = tokens.values
-        if values.shape[0] == 0:
+        if not torch.compiler.is_compiling() and values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
             return values + torch.as_tensor(nothing).to(values.dtype), state

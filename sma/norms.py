@@ -222,8 +222,18 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, enough: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing runs the forward pass again, inside backward: the batch has been counted
-        weight = enough * self.spec.momentum
+        weight = enough * self.spec.momentum * _first_pass(mean)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
+
+
+# An operator, because a compiler cannot ask: it would keep the answer that it got when it compiled.
+@torch.library.custom_op("sma::first_pass", mutates_args=())
+def _first_pass(like: Tensor) -> Tensor:
+    """1, but 0 where activation checkpointing runs the forward pass again, inside backward: that batch has been counted."""
+    return like.new_ones(()) if torch._C._current_graph_task_id() == -1 else like.new_zeros(())
+
+
+@_first_pass.register_fake
+def _(like: Tensor) -> Tensor:
+    return like.new_empty(())

@@ -5,12 +5,15 @@ In processes of their own: the suite's shape checker wraps every function, and t
 
 import sys
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sma import build, load_spec
+from sma.norms import BatchNormSpec
 from sma.pytree import named_tensors
 from tests.cases import generator
 
@@ -28,17 +31,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal ema": {"kind": "ema", "state_size": 2, "bidirectional": False, "truncation": 5},
     "attention": {"kind": "attention", "heads": 2},
     "causal attention": {"kind": "attention", "heads": 2, "bidirectional": False, "position": {"kind": "rotary"}},
+    "local_attention": {"kind": "local_attention", "heads": 2, "window": 3},
+    "s4d": {"kind": "s4d", "state_size": 4},
+    "causal s4d": {"kind": "s4d", "state_size": 4, "bidirectional": False},
 }
 LENGTH = 40  # more than one block of a window, and of a scan
 
 
-def model_of(modules: dict[str, Any]) -> nn.Module:
+def model_of(modules: dict[str, Any], norm: str = "layer_norm") -> nn.Module:
     """A classifier of one layer that routes these modules."""
     layer = {
         "backbone": {"kind": "ema", "state_size": 2},
         "router": {"kind": "sma", "temperature_scale": 0.3},
         "modules": modules,
-        "norm": {"kind": "layer_norm"},
+        "norm": {"kind": norm},
     }
     spec = {
         "kind": "sequence_classifier",
@@ -100,6 +106,28 @@ def every_kind_ragged() -> None:
         assert_compiles(model_of({"module": module}), "aot_eager")
 
 
+def batch_norm() -> None:
+    """In training the running statistics count a batch once, also where backward runs the pass again, inside of a graph or around it."""
+    x = torch.randn(3, 5, 8, generator=generator(0)).requires_grad_()
+
+    def trained(wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        torch._dynamo.reset()
+        norm = BatchNormSpec(momentum=0.3).build(8)
+        out = wrap(norm)(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *norm.parameters()]), *norm.buffers()]
+
+    def again(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: checkpoint(part, x, use_reentrant=False)
+
+    wanted = trained(lambda norm: norm)
+    for backend in ("aot_eager", "inductor"):
+        compiled: Callable[..., Any] = partial(torch.compile, fullgraph=True, backend=backend)
+        for steps in ([compiled], [compiled, again], [again, compiled]):
+            torch.testing.assert_close(trained(lambda norm, steps=steps: reduce(lambda part, step: step(part), steps, norm)), wanted)
+    model = model_of({"module": KINDS["gated_mlp"]}, "batch_norm").train()
+    assert_compiles(model.recompute_activations(), "aot_eager", capacity=9)
+
+
 def other_lengths() -> None:
     """A compiled model takes batches of other lengths, and compiles again where it must."""
     model = model_of(MIXED)
@@ -129,7 +157,7 @@ def step() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, other_lengths, step)
+    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step)
 }
 
 if __name__ == "__main__":
