@@ -1,102 +1,29 @@
 """Budgets: steer the activation rates of learned routers, in training and on a trained model."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
-from pydantic import Field, model_validator
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sma.activation import SparseModularActivation, check_valid
 from sma.decision import Decision
-from sma.errors import InputError, did_you_mean
-from sma.model import ModelSpec, SequenceModel
+from sma.errors import InputError
+from sma.margins import BINS, ZERO, histograms, shares_above, shift_to
+from sma.model import ModelSpec
 from sma.routers import Router
-from sma.spec import FrozenMapping, Spec
 from sma.stats import RateCount, count_rates
-
-
-class BudgetSpec(Spec):
-    """Spec of `BudgetController`: which rates to keep, and how to come there."""
-
-    target: float | FrozenMapping[float] | tuple[float | FrozenMapping[float], ...] = Field(
-        description="activation rate to keep, above 0 and at most 1: one for all sub-modules, one per name (others are left alone), or a "
-        "list with such a thing for every routed layer"
-    )
-    over: Literal["each", "total"] = Field(
-        default="each",
-        description="each: every sub-module of every layer keeps the target; total: the mean over all, weighted by their cost, does, "
-        "and the routers divide it among themselves",
-    )
-    start: float = Field(
-        default=1.0, gt=0.0, le=1.0, description="rate of the first update, so that routers learn from many tokens at first"
-    )
-    hold: int = Field(default=0, ge=0, description="updates at the rate `start`")
-    anneal: int = Field(default=0, ge=0, description="updates in which the rate then falls, or rises, to the target")
-    exploration: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1.0,
-        description="swing of the rate above its target, as a share of the target, so that tokens near the threshold are tried now and "
-        "then; fades out with the training",
-    )
-    period: int = Field(default=100, ge=2, description="updates of one swing")
-    until: int | None = Field(default=None, ge=1, description="update at which exploration has faded out; null: it never fades")
-    speed: float = Field(default=0.1, gt=0.0, le=1.0, description="share of the gap to the right offset that one update closes")
-    floor: float = Field(
-        default=0.01, ge=0.0, lt=1.0, description="rate below which a router counts as dying and is revived at once; at most the target"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        layers = self.target if isinstance(self.target, tuple) else (self.target,)
-        rates = [rate for layer in layers for rate in (layer.values() if isinstance(layer, Mapping) else [layer])]
-        bad = [rate for rate in rates if not 0 < rate <= 1]
-        if bad:
-            raise ValueError(f"target={bad[0]} must be above 0 and at most 1; for no activity at all use the router {{kind: never}}")
-        if self.over == "total" and not isinstance(self.target, float):
-            raise ValueError("over='total' keeps one rate, so target must be one number")
-        if any(self.floor > rate for rate in rates):
-            raise ValueError(f"floor={self.floor} must be at most the target; lower it")
-        return self
-
-    @property
-    def settled(self) -> int:
-        """Updates after which the rate stands at its target, but for swings that never fade."""
-        return max(self.hold + self.anneal, (self.until or 0) if self.exploration else 0)
-
-    def scheduled(self, target: float, update: int) -> float:
-        """The rate to keep at update number `update`, counted from 0."""
-        done = min(1.0, max(0.0, (update - self.hold) / self.anneal)) if self.anneal else float(update >= self.hold)
-        if self.hold == self.anneal == 0:
-            done = 1.0
-        # In the logarithm, because what a router learns depends on the ratio of the tokens it keeps to those it gives up.
-        rate = self.start * (target / self.start) ** done
-        fading = 1.0 if self.until is None else max(0.0, 1 - update / self.until)
-        swing = self.exploration * fading * 0.5 * (1 - math.cos(2 * math.pi * update / self.period))
-        return min(1.0, rate * (1 + swing))
-
+from sma.submodule import placement
+from sma.targets import BudgetSpec as BudgetSpec
+from sma.targets import Steered, steered_by
 
 SURE = 4.0
 """Log-odds at which a router that samples counts as running everything: 98 % of the draws."""
-
-
-class Steered(NamedTuple):
-    """A sub-module that is steered.
-
-    Attributes:
-        layer: number of its routed layer.
-        place: in the router's names.
-        target: rate to keep.
-        cost: weight in a total budget.
-    """
-
-    layer: int
-    place: int
-    target: float
-    cost: float
 
 
 class BudgetController(nn.Module):
@@ -113,7 +40,7 @@ class BudgetController(nn.Module):
         costs: per layer and sub-module, any unit; needed for `over: total` only. Default: all cost the same.
 
     Raises:
-        InputError: a target names no sub-module, or a router cannot reach its target.
+        InputError: a target names no sub-module, a router cannot reach its target, or a cost is impossible.
 
     Example:
         ``controller = BudgetController.of(model, BudgetSpec(target=0.3))``, and after each update
@@ -128,7 +55,7 @@ class BudgetController(nn.Module):
         self.spec = spec
         # In a tuple, so that the routers' parameters are not counted as the controller's own.
         self.routers = tuple(routers)
-        self.steered = _steered(spec, routers, costs)
+        self.steered = steered_by(spec, routers, costs)
         self._by_layer: dict[int, list[int]] = {}
         for number, steered in enumerate(self.steered):
             self._by_layer.setdefault(steered.layer, []).append(number)
@@ -138,9 +65,20 @@ class BudgetController(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
-        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of `length` tokens."""
-        model_spec = getattr(model, "spec", None)
-        costs = module_costs(model_spec, length) if spec.over == "total" and isinstance(model_spec, ModelSpec) else None
+        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of `length` tokens.
+
+        Raises:
+            InputError: as of the class; or the budget is a total, and the model has no spec that says what its sub-modules cost.
+        """
+        costs = None
+        if spec.over == "total":
+            model_spec = getattr(_unwrapped(model), "spec", None)
+            if not isinstance(model_spec, ModelSpec):
+                raise InputError(
+                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget is weighted; "
+                    "give the costs: BudgetController(spec, routers_of(model), costs)"
+                )
+            costs = module_costs(model_spec, length)
         return cls(spec, routers_of(model), costs)
 
     @torch.no_grad()
@@ -152,85 +90,126 @@ class BudgetController(nn.Module):
             valid: False at padding; None where there is none.
 
         Raises:
-            InputError: the number of decisions or the mask does not fit.
+            InputError: the decisions are not those of the routers, or the mask does not fit.
         """
         counts = self.count(decisions, valid)
-        self.move(counts, self.spec.speed * self._weight(counts))
+        if self.steered:  # on all ranks or on none, so that none waits for the others
+            counts = over_all_ranks(counts).cpu()
+            self.move(counts, self.spec.speed * self._weight(counts))
         self.updates += 1
 
+    @torch.no_grad()
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count the tokens of all ranks by how far their scores are from the decision, for every steered sub-module, and then by how far
-        they are from running nothing at all.
+        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module, and then by how far
+        they are from running nothing at all, for every layer in which sub-modules compete.
         """
+        self._check(decisions, valid)
+        update = int(self.updates)
+        own, idling = [torch.zeros(0, BINS, dtype=torch.int64)], []
+        for layer, numbers in self._by_layer.items():
+            decision, router = decisions[layer], self.routers[layer]
+            off, on = decision.logits.unbind(-1)
+            margins = (on - off) / router.unit
+            if len(numbers) < len(router.names):
+                margins = margins[..., [self.steered[number].place for number in numbers]]
+            more = [self._more(self.steered[number], update) for number in numbers]
+            if any(more):
+                margins = margins - margins.new_tensor(more)
+            idle = router.idle_margins(decision)
+            counts = histograms(margins if idle is None else torch.cat([margins, idle[..., None]], -1), valid)
+            own.append(counts[: len(numbers)])
+            if router.competing:
+                idling.append(counts[len(numbers) :] if idle is not None else torch.zeros_like(counts[:1]))
+        return torch.cat([part.to(own[-1].device) for part in (*own, *idling)])
+
+    def _check(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
         if len(decisions) != len(self.routers):
             raise InputError(f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers")
-        counts = []
-        for steered in self.steered:
-            decision, unit = decisions[steered.layer], self.routers[steered.layer].unit
+        for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
+            if decision.names != router.names:
+                raise InputError(
+                    f"decision {layer} is about {list(decision.names)}, and the router of that layer about {list(router.names)}; "
+                    "give the decisions of the same model, in the order of its layers"
+                )
             check_valid(decision.active, valid)
-            logits = decision.logits[..., steered.place, :].double()
-            counts.append(_histogram((logits[..., 1] - logits[..., 0]) / unit - self._more(steered), valid))
-        for layer in self._idling:
-            margins = self.routers[layer].idle_margins(decisions[layer])
-            counts.append(torch.zeros_like(counts[0]) if margins is None else _histogram(margins.double(), valid))
-        total = torch.stack(counts) if counts else torch.zeros(0, BINS, dtype=torch.int64)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        return total
 
-    def _more(self, steered: Steered) -> float:
+    def _more(self, steered: Steered, update: int) -> float:
         """Log-odds above the threshold that a token needs to count as active."""
-        everyone = self.spec.scheduled(steered.target, int(self.updates)) >= 1.0
+        everyone = self.spec.scheduled(steered.target, update) >= 1.0
         return SURE if everyone and self.routers[steered.layer].samples else 0.0
 
     def _weight(self, counts: Tensor) -> float:
         """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count too much."""
-        tokens = float(counts[0].sum()) if self.steered else 0.0
+        tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
         if not tokens:
             return 1.0
-        self.usual_tokens += (tokens - self.usual_tokens) * (0.02 if self.usual_tokens else 1.0)
-        return min(tokens / float(self.usual_tokens), 1 / self.spec.speed)
+        usual += (tokens - usual) * (0.02 if usual else 1.0)
+        self.usual_tokens.fill_(usual)
+        return min(tokens / usual, 1 / self.spec.speed)
 
+    @torch.no_grad()
     def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
-        """Move the offsets a share `speed` of the way that the counts ask for."""
-        if not self.steered or not int(counts[0].sum()):  # nobody saw a valid token
-            return
-        shares, update = _shares(counts), int(self.updates)
-        wanted = self._in_total(shares, update) if self.spec.over == "total" else self._each(shares, update)
-        for place, steered in enumerate(self.steered):
-            step = speed * wanted[place]
-            if float(shares[place, ZERO]) < self.spec.floor:  # a dying router learns from nobody: back to its floor at once
-                step = max(step, _shift(shares[place], self.spec.floor))
-            router = self.routers[steered.layer]
-            if router.offset is not None:  # never so here: routers without were refused by check_targets
-                router.offset[steered.place] += step * router.unit
+        """Move the offsets a share `speed` of the way that the counts ask for, where there are any."""
+        counts = counts.cpu()
+        shares, seen, update = shares_above(counts), counts.any(1).tolist(), int(self.updates)
+        wanted = self._in_total(shares, seen, update) if self.spec.over == "total" else self._each(shares, seen, update)
+        for layer, numbers in self._by_layer.items():
+            router, steps = self.routers[layer], [0.0] * len(self.routers[layer].names)
+            for number in numbers:
+                step = speed * wanted[number]
+                # A dying router learns from nobody: back to its floor at once.
+                if seen[number] and float(shares[number, ZERO]) < self.spec.floor:
+                    step = max(step, shift_to(self.spec.floor, shares[number]))
+                steps[self.steered[number].place] = step
+            if router.offset is not None:  # never so here: routers without were refused
+                change = router.offset.new_tensor(steps) * router.unit
+                router.offset.add_(change.where(change.isfinite(), 0))
 
-    def _in_total(self, shares: Tensor, update: int) -> list[float]:
-        """One shift for all, so that the mean weighted by cost comes to the target."""
-        weights = torch.tensor([steered.cost for steered in self.steered], dtype=torch.float64, device=shares.device)
+    def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow it further."""
+        wanted = [0.0] * len(self.steered)
+        weights = torch.tensor([steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64)
+        if not weights.any():
+            return wanted
         mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
-        return [_shift(mean, self.spec.scheduled(self.steered[0].target, update))] * len(self.steered)
+        step = shift_to(self.spec.scheduled(self.steered[0].target, update), mean)
+        for layer, numbers in self._by_layer.items():
+            least, most = self.routers[layer].least, min(self.routers[layer].most, len(numbers))
+            total = float(shares[numbers, ZERO].sum())
+            # Its offset would drift without end, and every rate stay as it is.
+            stuck = least >= most or (total > most - 1e-9 if step > 0 else total < least + 1e-9)
+            for number in numbers:
+                wanted[number] = step if seen[number] and not stuck else 0.0
+        return wanted
 
-    def _each(self, shares: Tensor, update: int) -> list[float]:
+    def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
         """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each against the others."""
         targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
         wanted = [0.0] * len(targets)
-        for layer, places in self._by_layer.items():
+        for layer, numbers in self._by_layer.items():
             router = self.routers[layer]
-            total = sum(targets[place] for place in places)
+            total = sum(targets[number] for number in numbers)
             scale = min(1.0, router.most / total)
-            for place in places:
-                wanted[place] = _shift(shares[place], scale * targets[place])
-            if router.competing and len(places) == len(router.names):
-                common = sum(wanted[place] for place in places) / len(places)
+            for number in numbers:
+                wanted[number] = shift_to(scale * targets[number], shares[number]) if seen[number] else 0.0
+            if router.competing and len(numbers) == len(router.names):
+                common = sum(wanted[number] for number in numbers) / len(numbers)
                 idle = len(targets) + self._idling.index(layer)
-                together = _shift(shares[idle], scale * total) if float(shares[idle, 0]) else 0.0
-                for place in places:
-                    wanted[place] += together - common
+                together = shift_to(scale * total, shares[idle]) if seen[idle] else 0.0
+                for number in numbers:
+                    # A shift against the others is theirs against this one too: all of them move, so each a part of the way.
+                    wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
         return wanted
 
     def extra_repr(self) -> str:
         return f"target={self.spec.target}, over={self.spec.over!r}, routers={len(self.routers)}"
+
+
+def over_all_ranks(counts: Tensor) -> Tensor:
+    """The sum over the ranks of a distributed training, in place; without one, as they are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
 
 
 def routers_of(model: nn.Module) -> list[Router]:
@@ -244,68 +223,14 @@ def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
     return [[part.operations(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
 
 
-def _steered(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None) -> list[Steered]:
-    if isinstance(spec.target, tuple):
-        if len(spec.target) != len(routers):
-            raise InputError(
-                f"the budget has targets for {len(spec.target)} layers, and {len(routers)} are routed; give one for each of those"
-            )
-        by_layer = [_by_name(target, [router]) for target, router in zip(spec.target, routers, strict=True)]
-    else:
-        by_layer = [_by_name(spec.target, routers)] * len(routers)
-    found = []
-    for layer, router in enumerate(routers):
-        targets = {name: by_layer[layer][name] for name in router.names if name in by_layer[layer]}
-        if targets:
-            router.check_targets(targets if spec.over == "each" else {})
-        for name, target in targets.items():
-            place = router.names.index(name)
-            found.append(Steered(layer, place, target, 1.0 if costs is None else costs[layer][place]))
-    return found
-
-
-def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> Mapping[str, float]:
-    names = list(dict.fromkeys(name for router in routers for name in router.names))
-    if not isinstance(target, Mapping):
-        return dict.fromkeys(names, target)
-    for name in target:
-        if name not in names:
-            raise InputError(
-                f"no layer has a sub-module {name!r}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
-            )
-    return target
-
-
-# Log-odds from the decision, in bins that are fine near 0 and coarse far off: 0.01 sinh of a grid, up to 10^4 on either side.
-BINS, _SCALE, _RANGE = 1024, 0.01, 14.5
-ZERO = BINS // 2
-
-
-def _edges(device: torch.device) -> Float[Tensor, "N1"]:
-    return torch.linspace(-_RANGE, _RANGE, BINS + 1, dtype=torch.float64, device=device).sinh() * _SCALE
-
-
-def _histogram(margins: Float[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None) -> Int[Tensor, "N"]:
-    margins = margins.flatten() if valid is None else margins[valid]
-    # A tie is inactive, so it belongs below 0: bins are closed on the right.
-    return torch.bucketize(margins, _edges(margins.device)[1:-1]).bincount(minlength=BINS)
-
-
-def _shares(counts: Int[Tensor, "S N"]) -> Float[Tensor, "S N1"]:
-    """Share of the tokens above each edge."""
-    above = counts.flip(1).cumsum(1).flip(1).double()
-    return torch.nn.functional.pad(above, (0, 1)) / counts.sum(1, keepdim=True).clamp(min=1)
-
-
-def _shift(shares: Float[Tensor, "N1"], rate: float) -> float:
-    """What has to be added to all scores, in log-odds, for this share of them to be above 0."""
-    edges = _edges(shares.device)
-    below = int((shares > rate).sum()) - 1  # the last edge with too many tokens above it
-    above = int((shares >= rate).sum())  # the first one with too few
-    if above - below > 1:  # edges between, all of them right: the nearest to where the threshold stands
-        return -float(edges[min(max(ZERO, below + 1), above - 1)])
-    weight = float((shares[below] - rate) / (shares[below] - shares[above]))
-    return -float(edges[below] + weight * (edges[above] - edges[below]))
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, torch.compile and their like were put around."""
+    while not hasattr(model, "spec"):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 class Batches(NamedTuple):
@@ -317,7 +242,7 @@ class Batches(NamedTuple):
 
 @torch.no_grad()
 def calibrate(
-    model: SequenceModel,
+    model: nn.Module,
     data: Iterable[Any],
     rate: float | Mapping[str, float] | Sequence[float | Mapping[str, float]],
     *,
@@ -328,68 +253,121 @@ def calibrate(
     """Turn the activation rates of a trained model up or down, by moving the offsets of its routers.
 
     Nothing is trained. The rates are measured on the data in evaluation mode, and pass by pass the offsets are set to what reaches
-    the target; several passes, because later layers see what earlier ones then do.
+    the target; several passes, because later layers see what earlier ones then do. A target that is missed after all passes is a warning.
+
+    In a distributed process group every rank calls it with data of its own, of any number of batches; all come to the same offsets.
 
     Args:
-        model: its routers' offsets are changed, nothing else.
+        model: a `SequenceModel`, wrapped by DistributedDataParallel or not; its routers' offsets are changed, nothing else.
         data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid mask, or
             objects with these attributes.
         rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed layer.
-        over: `each` sub-module of each layer, or the `total`, weighted by operations.
+        over: `each` sub-module of each layer, or the `total`, weighted by operations on rows of the mean length.
         passes: through the data, at most.
         tolerance: largest distance from the target at which it stops early.
 
     Returns:
-        the rates that were reached, measured in the last pass.
+        the rates that were reached, measured in the last pass, over all ranks.
 
     Raises:
-        InputError: the data is empty or can be gone through only once, or a router cannot be steered to the rate.
+        InputError: the data has no valid token, is of another form or can be gone through only once, or a router cannot be steered to
+            the rate.
     """
     if iter(data) is data:
         raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
-    spec = BudgetSpec(target=tuple(rate) if isinstance(rate, Sequence) else rate, over=over, floor=0.0)
-    training = model.training
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # whose forward does not wait for ranks that have fewer batches
+    spec = BudgetSpec(target=_numbers(rate), over=over, floor=0.0)
+    controller, training = BudgetController.of(model, spec), [part for part in model.modules() if part.training]
     model.eval()
     try:
         for number in range(passes + 1):
-            rates, counts, controller = _measure(model, data, spec)
-            if number == passes or _gap(rates, controller) <= tolerance:
+            rates, counts, length = _measure(model, data, controller)
+            if over == "total" and number == 0:
+                controller = BudgetController.of(model, spec, length)
+            gap, reached = _furthest(rates, controller)
+            if gap <= tolerance:
                 break
-            controller.move(counts, speed=1.0)
+            if number < passes:
+                controller.move(counts, speed=1.0)
+        else:
+            warnings.warn(
+                f"calibrate did not come within {tolerance:g} of the target in {passes} passes: {reached}; give it more data or passes, "
+                "or a rate that the scores allow (equal ones are decided alike)",
+                stacklevel=3,  # past the decorator
+            )
     finally:
-        model.train(training)
+        for part in training:
+            part.training = True
     return rates
 
 
-def _measure(model: SequenceModel, data: Iterable[Any], spec: BudgetSpec) -> tuple[RateCount, Tensor, BudgetController]:
-    controller, rates, counts = None, None, None
+def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController) -> tuple[RateCount, Tensor, int]:
+    """The rates and the counts of the data of all ranks, and the mean number of tokens of a row."""
+    device, layers = placement(model, None, None)[0], tuple(router.names for router in controller.routers)
+    shapes = (
+        (3,),
+        (len(layers), len({name for layer in layers for name in layer})),
+        (len(controller.steered) + len(controller._idling), BINS),
+    )
+    sizes, active, counts = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
     for item in data:
         inputs, valid = _batch(item)
-        if controller is None:
-            controller = BudgetController.of(model, spec, max(1, inputs.shape[1]))
         decisions = model(inputs, valid).decisions
-        seen, found = count_rates(decisions, valid), controller.count(decisions, valid)
-        rates, counts = (seen, found) if rates is None or counts is None else (rates + seen, counts + found)
-    if controller is None or rates is None or counts is None:
+        counts += controller.count(decisions, valid).to(device)
+        active += count_rates(decisions, valid).active.to(device)
+        tokens = inputs.shape[0] * inputs.shape[1] if valid is None else int(valid.sum())
+        sizes += sizes.new_tensor([1, inputs.shape[0], tokens])
+    # Once in a pass and in one piece, so that the ranks meet however many batches each of them has.
+    total = over_all_ranks(torch.cat([sizes, active.flatten(), counts.flatten()]))
+    sizes, active, counts = (
+        part.view(shape) for part, shape in zip(total.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+    )
+    batches, rows, tokens = sizes.tolist()
+    if not batches:
         raise InputError("calibrate got no batch; give it some of the data that the model is to run on")
-    return rates, counts, controller
+    if not tokens:
+        raise InputError("calibrate got no valid token, so there are no rates; give it data with some")
+    return RateCount(active, sizes[2], layers), counts, max(1, round(tokens / rows))
+
+
+def _numbers(rate: Any) -> Any:
+    """A target as plain numbers."""
+    if isinstance(rate, Mapping):
+        return {name: _numbers(value) for name, value in rate.items()}
+    if isinstance(rate, Sequence) and not isinstance(rate, str):
+        return tuple(map(_numbers, rate))
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise InputError(
+            f"the rate {rate!r} is a {type(rate).__name__}; required is a number such as 0.3, one for every name, or a list of these for "
+            "the routed layers"
+        )
+    return float(rate)
 
 
 def _batch(item: Any) -> Batches:
     if isinstance(item, Tensor):
         return Batches(item)
-    if hasattr(item, "inputs"):
-        return Batches(item.inputs, getattr(item, "valid", None))
-    return Batches(*item[:2])
+    if isinstance(item, tuple | list) and item:
+        return Batches(*item[:2])
+    if not hasattr(item, "inputs"):
+        raise InputError(
+            f"a batch of calibrate is a {type(item).__name__}; required are inputs, a pair (inputs, valid), or an object with "
+            "the attributes inputs and valid"
+        )
+    return Batches(item.inputs, getattr(item, "valid", None))
 
 
-def _gap(rates: RateCount, controller: BudgetController) -> float:
-    found = rates.rates
-    pairs = [
-        (float(found[steered.layer, rates.names.index(controller.routers[steered.layer].names[steered.place])]), steered)
-        for steered in controller.steered
-    ]
-    if controller.spec.over == "total":
-        cost = sum(steered.cost for _, steered in pairs)
-        return abs(sum(rate * steered.cost for rate, steered in pairs) / cost - pairs[0][1].target) if pairs else 0.0
-    return max((abs(rate - steered.target) for rate, steered in pairs), default=0.0)
+def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, str]:
+    """The largest distance from a target, and what was reached there."""
+    found, gaps, spent = rates.rates.tolist(), [(0.0, "")], []
+    for steered in controller.steered:
+        name = controller.routers[steered.layer].names[steered.place]
+        reached = found[steered.layer][rates.names.index(name)]
+        spent.append(reached * steered.cost)
+        told = f"{name!r} of routed layer {steered.layer} runs at a rate of {reached:.4f}, and {steered.target:g} was asked"
+        gaps.append((abs(reached - steered.target), told))
+    if controller.spec.over == "each" or not spent:
+        return max(gaps)
+    mean, target = sum(spent) / sum(steered.cost for steered in controller.steered), controller.steered[0].target
+    return abs(mean - target), f"weighted by cost the rates come to {mean:.4f}, and {target:g} was asked"

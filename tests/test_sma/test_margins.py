@@ -1,0 +1,64 @@
+"""Histograms of margins by counting one by one, and shifts by trying them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sma.margins import BINS, EDGES, ZERO, histograms, shares_above, shift_to
+from tests.cases import masks, normal
+
+MARGINS = st.lists(
+    st.floats(-3e4, 3e4) | st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e-30, -1e-30, math.nan, math.inf, -math.inf]), max_size=12
+)
+
+
+def test_edges_rise_through_0_from_far_below_to_far_above():
+    assert sorted(set(EDGES)) == EDGES
+    assert EDGES[ZERO] == 0
+    assert EDGES[0] == -EDGES[-1] < -9000
+
+
+@given(margins=MARGINS)
+def test_every_number_falls_between_its_edges_and_what_is_none_nowhere(margins):
+    counts = histograms(torch.tensor(margins, dtype=torch.float64).reshape(1, -1, 1), None)[0]
+    wanted = [0] * BINS
+    for margin in filter(math.isfinite, margins):
+        above = [place for place in range(1, BINS) if EDGES[place] < margin]  # closed on the right; the ends are open
+        wanted[max(above, default=0)] += 1
+    # An edge that was computed in another order may be off in its last digit, and 0 may not.
+    assert counts.sum() == sum(wanted)
+    assert (counts.cumsum(0) - torch.tensor(wanted).cumsum(0)).abs().max() <= len(margins)
+    assert int(counts[ZERO:].sum()) == sum(margin > 0 for margin in margins if math.isfinite(margin))
+    for margin in filter(math.isfinite, margins):
+        (place,) = histograms(torch.tensor([[[margin]]], dtype=torch.float64), None)[0].nonzero()[:, 0].tolist()
+        assert place == 0 or EDGES[place] <= margin * (1 + math.copysign(1e-9, margin))
+        assert place == BINS - 1 or margin * (1 - math.copysign(1e-9, margin)) <= EDGES[place + 1]
+
+
+@given(valid=masks())
+def test_padding_is_not_counted_and_sub_modules_are_counted_by_themselves(valid):
+    margins = normal(*valid.shape, 3)
+    counts = histograms(margins, valid)
+    for place in range(3):
+        kept = margins[..., place][valid].reshape(1, -1, 1)
+        assert torch.equal(counts[place], histograms(kept, None)[0])
+    assert torch.equal(margins, normal(*valid.shape, 3))
+
+
+@given(size=st.integers(1, 200), rate=st.floats(0.0, 1.0), seed=st.integers(0, 99))
+def test_shifted_by_as_much_that_share_is_above_0(size, rate, seed):
+    margins = 5 * normal(1, size, 1, seed=seed)
+    shift = shift_to(rate, shares_above(histograms(margins, None))[0])
+    # As near as the grid's bins are wide, and one token is large.
+    slack = 0.03 * (0.01 + abs(shift))
+    low, high = (float(((margins + shift + side) > 0).double().mean()) for side in (-slack, slack))
+    assert low - 1 / size <= rate <= high + 1 / size
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_a_right_rate_needs_no_shift(rate):
+    margins = torch.where(torch.arange(10) < 10 * rate, 1.0, -1.0).reshape(1, 10, 1)
+    assert shift_to(rate, shares_above(histograms(margins, None))[0]) == 0
