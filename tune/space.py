@@ -8,6 +8,7 @@ A space maps field paths to distributions, in YAML or in Python:
 
 import itertools
 import math
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -18,7 +19,11 @@ from sma.paths import override, parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path
 from sma.spec import Spec, dump_spec, register
 
-MOST_STEPS = 10_000
+DRAWS = 50
+"""Combinations drawn at random that are tried on the experiment before a sweep starts."""
+
+_INSIDE = 0.381966
+"""Where between its ends a range is probed: at no whole number where the ends are whole ones."""
 
 
 class Ask(Protocol):
@@ -42,7 +47,7 @@ class DistributionSpec(Spec):
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """Values that are tried on the experiment before a sweep starts: the ends of a range, every choice."""
+        """Values that are tried on the experiment before a sweep starts: the ends of a range and one inside, every choice."""
         raise TypeError(f"{type(self).__name__} must define probes")
 
     def draw(self, ask: Ask, name: str) -> Any:
@@ -68,7 +73,11 @@ class _Range(DistributionSpec):
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        return self.low, self.high
+        return self.low, self._inside, self.high
+
+    @property
+    def _inside(self) -> float:
+        return self.low + _INSIDE * (self.high - self.low)
 
     def encode(self, value: Any) -> int | float | None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -76,6 +85,11 @@ class _Range(DistributionSpec):
 
     def _reaches(self, value: float) -> bool:
         return True
+
+
+def _short(value: float) -> float:
+    """Without what floating point adds: 0.30000000000000004 where a user reads 0.3 in the specs."""
+    return float(f"{value:.12g}")
 
 
 def _multiple(length: float, step: float) -> bool:
@@ -102,6 +116,10 @@ class LogUniform(_Range):
     low: float = Field(gt=0.0, description="the smallest value")
     high: float = Field(gt=0.0, description="the largest value")
 
+    @property
+    def _inside(self) -> float:
+        return float(self.low * (self.high / self.low) ** _INSIDE)
+
     def draw(self, ask: Ask, name: str) -> float:
         return ask.suggest_float(name, self.low, self.high, log=True)
 
@@ -121,9 +139,13 @@ class QUniform(_Range):
             raise ValueError(f"high={self.high} must be a whole number of steps of {self.step} above low={self.low}")
         return self
 
+    @property
+    def _inside(self) -> float:
+        # If this and the low end are whole numbers, all of them are.
+        return _short(self.low + self.step)
+
     def draw(self, ask: Ask, name: str) -> float:
-        # Counted, because adding up steps in floating point gives 0.30000000000000004 where a user reads 0.3 in the specs.
-        return float(f"{ask.suggest_float(name, self.low, self.high, step=self.step):.12g}")
+        return _short(ask.suggest_float(name, self.low, self.high, step=self.step))
 
     def _reaches(self, value: float) -> bool:
         return _multiple(value - self.low, self.step)
@@ -143,6 +165,10 @@ class Int(_Range):
         if self.log and self.low < 1:
             raise ValueError(f"low={self.low} must be at least 1 with log=true")
         return self
+
+    @property
+    def _inside(self) -> int:
+        return (self.low + self.high) // 2
 
     def draw(self, ask: Ask, name: str) -> int:
         return ask.suggest_int(name, self.low, self.high, log=self.log)
@@ -222,16 +248,43 @@ def value_at(experiment: ExperimentSpec, path: str) -> Any:
     return node
 
 
+class Dice:
+    """Draws at random, without an estimator; see `Ask`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        """Draw a number."""
+        if step is not None:
+            return low + step * self.random.randint(0, round((high - low) / step))
+        return min(high, math.exp(self.random.uniform(math.log(low), math.log(high)))) if log else self.random.uniform(low, high)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        """Draw a whole number."""
+        return int(self.suggest_float(name, low, high + 0.999, log=True)) if log else self.random.randint(low, high)
+
+    def suggest_categorical(self, name: str, choices: list[int]) -> int:
+        """Draw one of several."""
+        return self.random.choice(choices)
+
+
 def searched(space: Space) -> list[str]:
     """The paths that differ between trials."""
     return [path for path, distribution in space.items() if not isinstance(distribution, Fixed)]
 
 
+def largest(space: Space) -> dict[str, Any]:
+    """The last value of every path: the high ends of the ranges."""
+    return {path: distribution.probes[-1] for path, distribution in space.items()}
+
+
 def check_space(space: Space, experiment: ExperimentSpec) -> None:
-    """Try every end of a range and every choice on an experiment.
+    """Try the ends and the inside of every range, every choice, and some random combinations on an experiment.
 
     Raises:
-        SpecError: the space is empty, a path leads nowhere or changes what trials are compared by, or the experiment refuses a value.
+        SpecError: the space is empty, a path leads nowhere, stands there twice or changes what trials are compared by, or the experiment
+            refuses a value.
     """
     if not searched(space):
         raise SpecError(
@@ -239,22 +292,59 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
             "training.learning_rate: {kind: loguniform, low: 0.001, high: 0.01}"
         )
     _check_comparable(space)
+    _check_apart(space)
     for path in space:
         override(ExperimentSpec, dump_spec(experiment), {full_path(path): None})
-    middle = {path: distribution.probes[0] for path, distribution in space.items()}
-    for values, changed in _tries(space, middle):
+    for values, changed in _tries(space):
         try:
             with_values(experiment, values)
         except SpecError as error:
-            raise SpecError(f"the experiment refuses a value of the search space, {changed}: {error}") from None
+            hint = _hint(space, experiment, values, changed)
+            raise SpecError(f"the experiment refuses {_words(values, changed)}: {error}{hint}") from None
 
 
-def _tries(space: Space, middle: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every probe of every path with the others at their first probe; then all last ones together."""
+def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
+    """All first probes together, then every probe of every path with the others at their first, all last ones, and random draws."""
+    first = {path: distribution.probes[0] for path, distribution in space.items()}
+    yield first, next(iter(space)) if len(space) == 1 else "the fixed and first values together"
     for path, distribution in space.items():
-        for value in distribution.probes:
-            yield {**middle, path: value}, f"{path}={value!r}"
-    yield {path: distribution.probes[-1] for path, distribution in space.items()}, "all largest values together"
+        for value in distribution.probes[1:]:
+            yield {**first, path: value}, path
+    yield largest(space), "all largest values together"
+    dice = Dice()
+    for number in range(DRAWS):
+        yield {path: distribution.draw(dice, path) for path, distribution in space.items()}, f"the values of random draw {number}"
+
+
+def _words(values: Mapping[str, Any], changed: str) -> str:
+    """What was tried: the one value that differs from the first ones, or all of them."""
+    if changed in values:
+        return f"a value of the search space, {changed}={values[changed]!r}"
+    return f"{changed} ({', '.join(f'{path}={value!r}' for path, value in values.items())})"
+
+
+def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], changed: str) -> str:
+    """What would help: whole numbers, or other values of the fixed fields."""
+    if changed not in values:
+        fixed = [path for path, distribution in space.items() if isinstance(distribution, Fixed)]
+        return f"; the fixed values can be changed: {' '.join(f'--set {path}=VALUE' for path in fixed)}" if fixed else ""
+    value = values[changed]
+    if not isinstance(value, float) or value.is_integer():
+        return ""
+    try:
+        with_values(experiment, {**values, changed: round(value)})
+    except SpecError:
+        return ""
+    return f"; for whole numbers write {changed}: {{kind: int, …}}"
+
+
+def _check_apart(space: Space) -> None:
+    """Refuse paths of which one sets what the other sets."""
+    for (one, steps), (other, others) in itertools.combinations(((path, parse_path(full_path(path))) for path in space), 2):
+        if steps == others:
+            raise SpecError(f"{one!r} and {other!r} are the same field; leave one of them out of the space")
+        if steps[: len(others)] == others or others[: len(steps)] == steps:
+            raise SpecError(f"{one!r} and {other!r} set the same part, one as a whole; leave one of them out of the space")
 
 
 def _check_comparable(space: Space) -> None:

@@ -1,5 +1,6 @@
 """What a sweep is: an experiment, a space around it, how many trials, and by what they are compared."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from sma.errors import SpecError, did_you_mean
-from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.paths import parse_path
+from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
+from sma.recipes.shipped import shipped
 from sma.recipes.tasks import ClassificationTask, LanguageTask
-from sma.spec import FrozenMapping, Spec, read_spec_file, read_yaml
-from sma.tune.space import DistributionSpec, check_space, with_values
+from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file, read_yaml
+from sma.tune.space import DistributionSpec, Fixed, check_space, largest, value_at, with_values
 
 Objective = Literal["quality", "rate", "time", "operations"]
 
@@ -27,6 +30,11 @@ class Measure(NamedTuple):
     name: str
     mode: Literal["max", "min"]
 
+    def oriented(self, metrics: Mapping[str, float]) -> float:
+        """Its value so that less is better; infinite where it is missing."""
+        value = metrics.get(self.name)
+        return math.inf if value is None else -value if self.mode == "max" else value
+
 
 RATE = Measure("rate", "min")
 TIME = Measure("microseconds_per_token", "min")
@@ -36,11 +44,19 @@ OPERATIONS = Measure("operations_per_token", "min")
 class StoppingSpec(Spec):
     """Asynchronous successive halving: at `grace`, `grace * reduction`, … updates only the best trials go on.
 
+    With several objectives a trial is as good as the number of trials at this rung that beat it in all of them is small; one that none
+    beats goes on.
+
     Reference:
-        Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934.
+        Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934; Schmucker et al., "Multi-objective
+        asynchronous successive halving", arXiv 2106.12639.
     """
 
-    grace: int | None = Field(default=None, ge=1, description="updates before which no trial is stopped; null: a quarter of them")
+    grace: int | None = Field(
+        default=None,
+        ge=1,
+        description="updates before which no trial is stopped; null: a quarter of them, and no fewer than budgets take to their targets",
+    )
     reduction: float = Field(default=2.0, gt=1.0, description="one in so many trials goes on from one rung to the next")
 
 
@@ -56,7 +72,9 @@ class SweepSpec(Spec):
         description="what the search improves: quality (accuracy, or bits per character of a text), activation rate, time per token, "
         "operations per token",
     )
-    stopping: StoppingSpec | None = Field(default=StoppingSpec(), description="stops the weak by their quality; null trains all to the end")
+    stopping: StoppingSpec | None = Field(
+        default=StoppingSpec(), description="stops the weak by the objectives; null trains all to the end"
+    )
     restarts: int = Field(default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the search; that of the trials is the experiment's")
 
@@ -68,9 +86,9 @@ class SweepSpec(Spec):
             raise ValueError(
                 f"the task {self.experiment.task.kind!r} is neither a classification nor language modelling; sweeps know no other"
             )
+        check_space(self.space, self.experiment)
         if self.grace > self.updates:
             raise ValueError(f"stopping.grace={self.grace} must be at most training.updates={self.updates}; lower it")
-        check_space(self.space, self.experiment)
         return self
 
     @property
@@ -82,7 +100,11 @@ class SweepSpec(Spec):
     def grace(self) -> int:
         """Updates before which no trial is stopped."""
         given = self.stopping.grace if self.stopping is not None else None
-        return given or max(1, self.updates // 4)
+        if given is not None:
+            return given
+        # Until then a rate says how far the schedule is, not what the trial will cost.
+        budgets = [trial.training.budget for trial in (self.experiment, self.trial(largest(self.space)))]
+        return max(1, self.updates // 4, *(budget.settled for budget in budgets if budget is not None))
 
     @property
     def quality(self) -> Measure:
@@ -103,23 +125,36 @@ class SweepSpec(Spec):
         """
         return with_values(self.experiment, values) if values else self.experiment
 
+    def value(self, values: Mapping[str, Any], path: str) -> Any:
+        """The value of a trial at a path of the space, also where the experiment refuses the values of the trial."""
+        return values[path] if path in values else value_at(self.experiment, path)
+
 
 def shipped_sweeps() -> list[str]:
     """The names of the sweeps that come with this package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in files("sma.tune").joinpath("presets").iterdir())
 
 
-def read_sweep(source: str | Path) -> dict[str, Any]:
+def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict[str, Any]:
     """Read the file of a sweep, by its path or the name of a shipped one, without validating it.
+
+    Args:
+        source: the file or the name. A file may name the file of its experiment as seen from its own folder.
+        experiment: replaces that of the source. The settings of a shipped sweep are then left out: they fit its own experiment.
 
     Raises:
         SpecError: there is no such name or file, or it has fields that are not of a sweep.
     """
-    names = shipped_sweeps()
+    names, path = shipped_sweeps(), Path(source)
     if str(source) in names:
         data = dict(read_yaml(files("sma.tune").joinpath("presets", f"{source}.yaml").read_text(encoding="utf-8"), str(source)))
-    elif Path(source).is_file():
-        data = read_spec_file(source)
+        if experiment is not None:
+            data.pop("settings", None)
+    elif path.is_file():
+        data = read_spec_file(path)
+        own = data.get("experiment")
+        if isinstance(own, str) and own not in shipped("presets"):
+            data["experiment"] = str(path.parent / own)
     else:
         hint = did_you_mean(str(source), names, "shipped sweeps")
         raise SpecError(f"there is no file and no shipped sweep {str(source)!r}{hint}; --space FILE takes one of your own")
@@ -127,7 +162,7 @@ def read_sweep(source: str | Path) -> dict[str, Any]:
     for name in data:
         if name not in known:
             raise SpecError(f"{source}: unknown field {name!r}{did_you_mean(str(name), known, 'fields')}")
-    return data
+    return data if experiment is None else {**data, "experiment": str(experiment)}
 
 
 def make_sweep(
@@ -142,21 +177,52 @@ def make_sweep(
     Args:
         source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its `experiment` may be
             the name of a preset of the recipes or a file; its `settings`, values by field path, are set in all trials.
-        experiment: replaces that of the source: a preset or a file.
-        settings: `path=value`, set in all trials after those of the source.
+        experiment: replaces that of the source, see `read_sweep`: a preset or a file.
+        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces that value.
         fields: of `SweepSpec`, instead of the source's; those that are None are left alone.
 
     Raises:
         SpecError: one sentence per mistake.
     """
-    data = dict(source) if isinstance(source, Mapping) else read_sweep(source)
-    own = data.pop("settings", None) or {}
-    base = experiment if experiment is not None else data.get("experiment")
+    if isinstance(source, Mapping):
+        data = {**source, **({"experiment": experiment} if experiment is not None else {})}
+    else:
+        data = read_sweep(source, experiment)
+    own, base = data.pop("settings", None) or {}, data.get("experiment")
+    if not isinstance(own, Mapping):
+        raise SpecError(f"settings={own!r} must map field paths to values, such as settings: {{training.updates: 1200}}")
     if base is None:
         raise SpecError("a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE")
     if not isinstance(base, ExperimentSpec):
         base = load_experiment(base)
     if own:
         base = with_values(base, own)
-    data["experiment"] = load_experiment(base.model_dump(mode="json"), settings) if settings else base
-    return SweepSpec.model_validate({"space": {}, **data, **{name: value for name, value in fields.items() if value is not None}})
+    space = {} if data.get("space") is None else data["space"]
+    if isinstance(space, Mapping):
+        space, settings = _settle(space, settings)
+    data |= {"space": space, "experiment": load_experiment(base.model_dump(mode="json"), settings) if settings else base}
+    return SweepSpec.model_validate({**data, **{name: value for name, value in fields.items() if value is not None}})
+
+
+def _settle(space: Mapping[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The space with the fixed values that the settings replace, and the other settings.
+
+    Raises:
+        SpecError: the sweep searches a field that is set: the drawn values would take its place.
+    """
+    settled, others = dict(space), []
+    for setting in settings:
+        path, value = parse_setting(setting)
+        steps = parse_path(full_path(path))
+        name = next((name for name in space if steps[: len(own := parse_path(full_path(str(name))))] == own), None)
+        if name is None:
+            others.append(setting)
+            continue
+        kind = space[name].get("kind") if isinstance(space[name], Mapping) else getattr(space[name], "kind", None)
+        if kind != "fixed" or steps != parse_path(full_path(str(name))):
+            raise SpecError(
+                f"--set {setting}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {name!r}, which would replace this value in all "
+                "trials but trial 0; leave it out, or give a --space of your own without this field"
+            )
+        settled[name] = Fixed(value=value)
+    return settled, others

@@ -9,6 +9,8 @@ from sma.tune.space import Choice, DistributionSpec, Fixed, Int, LogUniform, QUn
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep
 
+WINDOW = "layers.layer.modules.attention.window"
+
 
 class Ends:
     """Draws the first or the last of what there is."""
@@ -125,8 +127,41 @@ def test_a_space_that_does_not_fit_the_experiment_is_refused(space: dict[str, An
 def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
     space = {"training.budget.hold": {"kind": "int", "low": 0, "high": 20}, "training.budget.anneal": {"kind": "int", "low": 0, "high": 20}}
     settings = {"training.budget.target": 0.3}
-    with pytest.raises(SpecError, match=r"all largest values together: .*after 40 updates"):
+    with pytest.raises(SpecError, match=r"all largest values together \(.*hold=20, .*anneal=20\): .*after 40 updates"):
         small_sweep(settings, space=space)
+
+
+def test_combinations_are_drawn_that_no_single_value_shows() -> None:
+    space = {f"training.budget.{name}": {"kind": "choice", "values": [0, 25, 1]} for name in ("hold", "anneal")}
+    with pytest.raises(SpecError, match=r"the values of random draw \d+ \(.*hold=25, .*anneal=25\): .*after 50 updates"):
+        small_sweep({"training.budget.target": 0.3}, space=space)
+
+
+def test_no_path_is_blamed_for_what_the_fixed_values_do_together() -> None:
+    space = {**SPACE, "training.budget.hold": {"kind": "fixed", "value": 20}, "training.budget.anneal": {"kind": "fixed", "value": 20}}
+    expected = r"the fixed and first values together \(.*hold=20.*\): .*after 40 updates.*--set training.budget.hold=VALUE --set "
+    with pytest.raises(SpecError, match=expected + "training.budget.anneal=VALUE"):
+        small_sweep(space=space)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform"])
+def test_numbers_with_a_fraction_are_refused_for_a_whole_one(kind: str) -> None:
+    step = {"step": 0.5} if kind == "quniform" else {}
+    with pytest.raises(SpecError, match=rf"{WINDOW}=\d+\.\d+: .*valid integer.*for whole numbers write {WINDOW}: {{kind: int, …}}"):
+        small_sweep(space={WINDOW: {"kind": kind, "low": 4, "high": 30, **step}})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        pytest.param(f"model.{WINDOW}", rf"'{WINDOW}' and 'model.{WINDOW}' are the same field", id="two-spellings"),
+        pytest.param("layers.layer.modules", rf"'{WINDOW}' and 'layers.layer.modules' set the same part", id="part-and-child"),
+    ],
+)
+def test_a_field_that_stands_twice_is_refused(other: str, message: str) -> None:
+    choice = {"kind": "choice", "values": [4, 8]}
+    with pytest.raises(SpecError, match=message):
+        small_sweep(space={WINDOW: choice, other: choice})
 
 
 def test_a_path_may_leave_out_the_model() -> None:

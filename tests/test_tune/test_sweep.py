@@ -2,10 +2,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sma.errors import SpecError
 from sma.spec import dump_yaml, read_yaml
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
+from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep, write_sweep
 
 
@@ -25,6 +27,64 @@ def test_settings_reach_trial_0_and_all_others(tmp_path: Path) -> None:
     sweep = make_sweep(write_sweep(tmp_path, {"training.updates": 20}), settings=["training.warmup=2", "seed=7"])
     for experiment in (sweep.trial({}), sweep.trial({"training.learning_rate": 0.004})):
         assert (experiment.training.updates, experiment.training.warmup, experiment.seed) == (20, 2, 7)
+
+
+def test_a_set_value_replaces_one_that_the_space_fixes() -> None:
+    settings = ["training.updates=400", "training.budget.hold=30", "training.budget.anneal=150"]
+    with pytest.raises(SpecError, match=r"after 600 updates.*the fixed values can be changed: --set training.budget.hold=VALUE"):
+        make_sweep("listops_tiny", settings=settings[:1])
+    sweep = make_sweep("listops_tiny", settings=settings)
+    budget = sweep.trial({path: distribution.probes[0] for path, distribution in sweep.space.items()}).training.budget
+    assert budget is not None
+    assert (budget.hold, budget.anneal) == (30, 150)
+    assert sweep.trial({}).training.budget is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("learning_rate", "0.004"), ("model.layers.layer.modules.attention.window", "8"), ("budget.target", "null")]
+)
+def test_a_set_value_of_a_searched_field_is_refused(path: str, value: str) -> None:
+    path = path if path.startswith("model") else f"training.{path}"
+    with pytest.raises(
+        SpecError, match=rf"--set {path}={value}: the sweep searches '.*{path.split('.')[-1]}'.*leave it out, or give a --space"
+    ):
+        make_sweep("listops_tiny", settings=[f"{path}={value}"])
+
+
+def test_a_set_value_inside_a_part_that_is_searched_is_refused() -> None:
+    space = {"layers.layer.router": {"kind": "choice", "values": [{"kind": "sma"}, {"kind": "always"}]}}
+    with pytest.raises(SpecError, match=r"the sweep searches 'layers.layer.router', which would replace"):
+        make_sweep({"experiment": tiny(), "space": space}, settings=["layers.layer.router.temperature_scale=0.5"])
+
+
+def test_the_settings_of_a_shipped_sweep_are_not_those_of_another_experiment(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    fixed = ["training.budget.hold=5", "training.budget.anneal=10"]
+    sweep = make_sweep("listops_tiny", experiment=tmp_path / "experiment.yaml", settings=fixed)
+    assert sweep.experiment == tiny(threads=1)
+    own = make_sweep(write_sweep(tmp_path, {"training.updates": 800}), experiment="listops_tiny")
+    assert own.updates == 800
+
+
+def test_a_file_names_its_experiment_as_seen_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_sweep(tmp_path)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "experiment": "experiment.yaml"}))
+    monkeypatch.chdir("/")
+    assert make_sweep(path).experiment == tiny(threads=1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "stopping", "grace"),
+    [
+        pytest.param({}, {}, 7, id="no-budget"),
+        pytest.param({"hold": 5, "anneal": 12}, {}, 17, id="budget"),
+        pytest.param({"hold": 5, "anneal": 12}, {"grace": 9}, 9, id="as-given"),
+    ],
+)
+def test_nothing_is_stopped_before_the_rates_are_at_their_targets(budget: dict[str, int], stopping: dict[str, int], grace: int) -> None:
+    fixed = {f"training.budget.{name}": {"kind": "fixed", "value": value} for name, value in budget.items()}
+    assert small_sweep(space={**SPACE, **fixed}, stopping=stopping).grace == grace
+    assert make_sweep("listops_tiny").grace == 600
 
 
 def test_the_measures_are_those_of_the_task() -> None:
@@ -59,5 +119,7 @@ def test_an_unknown_name_is_refused_with_what_there_is(tmp_path: Path) -> None:
     path.write_text("spce: {}")
     with pytest.raises(SpecError, match=r"unknown field 'spce'; did you mean 'space'"):
         read_sweep(path)
+    with pytest.raises(SpecError, match=r"settings=\['a=1'\] must map field paths to values"):
+        make_sweep({"experiment": "listops_tiny", "space": SPACE, "settings": ["a=1"]})
     with pytest.raises(SpecError, match=r"a sweep needs an experiment"):
         make_sweep({"space": SPACE})
