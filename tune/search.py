@@ -3,15 +3,16 @@
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import optuna
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from sma.tune.pareto import beats
 from sma.tune.records import TrialRecord
 from sma.tune.space import Fixed, value_at
 from sma.tune.storage import Storage
@@ -22,7 +23,10 @@ class Search(Searcher):
     """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all objectives.
 
     What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials are told to
-    the estimator, unfinished ones are handed out again with the values they had, before any new one is drawn.
+    the estimator, unfinished ones are handed out again with the values they had, before any number without a record is drawn anew.
+
+    A trial that halving stopped is told as one that was pruned: worse than all finished ones. What it measured is not told, because at
+    another update it means something else.
 
     Args:
         sweep: the sweep.
@@ -37,13 +41,14 @@ class Search(Searcher):
         super().__init__()
         self.sweep, self.storage = sweep, storage
         self.unfinished = [record for record in records if record.status == "running"]
-        self.next = 1 + max((record.number for record in records), default=-1)
+        known = {record.number for record in records}
+        self.missing = [number for number in range(sweep.samples) if number not in known]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Other draws than those of the driver before: with the same ones it would propose its first trials again.
-            sampler = optuna.samplers.TPESampler(
-                seed=sweep.seed + 1_000_003 * self.next, n_startup_trials=max(4, sweep.samples // 3), multivariate=True, constant_liar=True
-            )
+            seed = (sweep.seed + 1_000_003 * sum(number + 1 for number in known)) % 2**32
+            startup = max(4, sweep.samples // 3)
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         directions: list[Literal["maximize", "minimize"]] = [
             "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
@@ -60,12 +65,11 @@ class Search(Searcher):
         """The values of the next trial, which Ray calls `trial_id`; Ray asks as often as it needs a trial."""
         if self.unfinished:
             record = self.unfinished.pop(0)
-        elif self.next >= self.sweep.samples:
+        elif self.missing:
+            record = self._new(self.missing.pop(0))
+        else:
             finished: Any = Searcher.FINISHED  # a word, which Ray's own annotation forgets
             return cast(None, finished)
-        else:
-            record = self._new(self.next)
-            self.next += 1
         self.numbers[trial_id] = record.number
         checkpoint = None if record.checkpoint is None else self.storage.address(record.checkpoint)
         return {"number": record.number, "values": record.values, "checkpoint": checkpoint}
@@ -73,7 +77,8 @@ class Search(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Learn what came out."""
         found = result or {}
-        status = "failed" if error or found.get("status") == "failed" else "finished"
+        # One that is still running by its own account was stopped.
+        status = "failed" if error else {"running": "stopped"}.get(found.get("status", ""), found.get("status", "failed"))
         self._tell(self.numbers[trial_id], status, {measure.name: found.get(f"metrics/{measure.name}") for measure in self.sweep.measures})
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -123,12 +128,17 @@ class Search(Searcher):
         values = [float(math.nan if (value := metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
         if status == "failed" or not all(map(math.isfinite, values)):
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        elif status == "stopped":
+            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(trial, values)
 
 
-class Halving(ASHAScheduler):
-    """Successive halving by the quality at equal updates; never stops trial 0, which the others are compared with.
+class Halving(FIFOScheduler):
+    """Successive halving by the objectives at equal updates; never stops trial 0, which the others are compared with.
+
+    At every rung a trial is as good as few trials of this rung beat it, by which a trial is beaten that is nowhere better and somewhere
+    worse. It goes on if no more than one in `reduction` of the others are better; so does any that none beats.
 
     Args:
         sweep: the sweep.
@@ -136,41 +146,37 @@ class Halving(ASHAScheduler):
     """
 
     def __init__(self, sweep: SweepSpec, records: Sequence[TrialRecord] = ()) -> None:
-        quality, stopping = sweep.quality, sweep.stopping
-        super().__init__(
-            time_attr="update",
-            metric=quality.name,
-            mode=quality.mode,
-            max_t=sweep.updates,
-            grace_period=sweep.grace,
-            reduction_factor=stopping.reduction if stopping is not None else 2.0,
-        )
-        self.updates = sweep.updates
-        sign = 1.0 if quality.mode == "max" else -1.0
+        super().__init__()
+        self.sweep = sweep
+        self.reduction = sweep.stopping.reduction if sweep.stopping is not None else 2.0
+        self.rungs: dict[float, dict[int, list[float]]] = {}
+        rung = float(sweep.grace)
+        while rung < sweep.updates:
+            self.rungs[rung] = {}
+            rung *= self.reduction
         for record in records:
             if record.status != "running":
                 for entry in record.history:
-                    known: Any = _Named(f"record {record.number}")
-                    self._brackets[0].on_result(known, int(entry["update"]), sign * entry[quality.name])
+                    self._is_weak(record.number, entry)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
+        number: int = trial.config["number"]
         # At the last update a test is all that is left, and the end of it is the end of the trial.
-        if result["update"] >= self.updates or result["status"] != "running":
+        if result["update"] >= self.sweep.updates or result["status"] != "running":
             return str(TrialScheduler.CONTINUE)
-        decision = super().on_trial_result(tune_controller, trial, result)
-        return str(TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision)
+        weak = self._is_weak(number, result["metrics"])
+        return str(TrialScheduler.STOP if weak and number != 0 else TrialScheduler.CONTINUE)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Forget a trial: what it reached stands in the rungs."""
-        self._trial_info.pop(trial.trial_id, None)
-
-
-class _Named:
-    """A trial of an earlier driver, to a rung."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
+    def _is_weak(self, number: int, measured: Mapping[str, float]) -> bool:
+        """Put a trial on the rung that it has come to; whether too many are better there."""
+        found = self.rungs.get(max((rung for rung in self.rungs if rung <= measured["update"]), default=math.inf))
+        if found is None or number in found:
+            return False
+        found[number] = [measure.oriented(measured) for measure in self.sweep.measures]
+        beaten = {one: sum(beats(other, point) for other in found.values()) for one, point in found.items()}
+        better = sum(count < beaten[number] for count in beaten.values())
+        return better > max(0.0, (len(found) - 2) / self.reduction)
 
 
 def quiet() -> None:

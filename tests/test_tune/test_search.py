@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 
 from sma.tune.search import Halving, Search
-from sma.tune.space import searched
+from sma.tune.space import Dice, searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from tests.test_tune.sweeps import SPACE, done_trial, small_sweep
@@ -75,12 +75,40 @@ def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
     left = done_trial(2, 0.4, 0.3, status="running", **values)
     left.checkpoint = "trials/driver-0/0002/checkpoint_000001"
     search = Search(sweep, Storage(tmp_path), [*done, left])
-    assert [trial.values for trial in search.study.trials if trial.values] == [[0.6, 0.4], [0.3, 0.4]]
+    assert [(trial.state.name, trial.values) for trial in search.study.trials] == [
+        ("COMPLETE", [0.6, 0.4]),
+        ("PRUNED", None),
+        ("RUNNING", None),
+    ]
     again = search.suggest("a")
     assert again == {"number": 2, "values": values, "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001"}
     finish(search, "a", 0.7, 0.1)
     assert [config["number"] for config in run(search, 2)] == [4, 5]
     assert search.suggest("b") == Searcher.FINISHED
+
+
+def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
+    values = {path: distribution.draw(Dice(), path) for path, distribution in small_sweep().space.items()}
+    search = Search(
+        small_sweep(samples=6), Storage(tmp_path), [done_trial(0, 0.5, 0.5), *(done_trial(n, 0.5, 0.5, **values) for n in (2, 3))]
+    )
+    assert [config["number"] for config in run(search, 3)] == [1, 4, 5]
+    assert search.suggest("end") == Searcher.FINISHED
+
+
+def test_stopped_trials_teach_the_search_that_they_are_worse(tmp_path: Path) -> None:
+    search = Search(small_sweep(samples=16), Storage(tmp_path))
+    for place in range(15):
+        config = search.suggest(f"t{place}")
+        assert config is not None
+        weak = place > 0 and config["values"][RATE] < 0.006
+        found = {"metrics/accuracy": 0.99 if weak else 0.5, "metrics/rate": 0.01 if weak else 0.5}
+        search.on_trial_complete(f"t{place}", {"status": "running" if weak else "finished", **found})
+    states = [trial.state.name for trial in search.study.trials]
+    assert {"COMPLETE", "PRUNED"} == set(states)
+    assert all(trial.values == [0.5, 0.5] for trial in search.study.best_trials)
+    late = search.study.trials[8:]
+    assert sum(trial.params[RATE] >= 0.006 for trial in late) > len(late) / 2
 
 
 class FakeTrial(NamedTuple):
@@ -90,11 +118,10 @@ class FakeTrial(NamedTuple):
     config: dict[str, Any]
 
 
-def decide(halving: Halving, number: int, update: int, accuracy: float, status: str = "running") -> str:
+def decide(halving: Halving, number: int, update: int, accuracy: float, rate: float = 0.5, status: str = "running") -> str:
     trial = FakeTrial(f"t{number}", {"number": number})
-    if trial.trial_id not in halving._trial_info:
-        halving.on_trial_add(None, trial)
-    return str(halving.on_trial_result(None, trial, {"update": update, "accuracy": accuracy, "status": status}))
+    metrics = {"update": update, "accuracy": accuracy, "rate": rate}
+    return str(halving.on_trial_result(None, trial, {"update": update, "metrics": metrics, "status": status}))  # type: ignore[arg-type]
 
 
 def halving_sweep(**fields: Any) -> SweepSpec:
@@ -124,6 +151,22 @@ def test_a_trial_that_is_through_is_not_stopped_before_its_test() -> None:
     halving = Halving(halving_sweep())
     assert [decide(halving, number, 40, 1 / (1 + number)) for number in (1, 2, 3)] == ["CONTINUE"] * 3
     assert decide(halving, 4, 10, 0.0, status="failed") == "CONTINUE"
+
+
+def test_what_nothing_beats_goes_on() -> None:
+    halving = Halving(halving_sweep())
+    points = {1: (0.5, 0.5), 2: (0.3, 0.1), 3: (0.7, 0.9), 4: (0.4, 0.6), 5: (0.2, 0.2), 6: (0.6, 0.5)}
+    decided = {number: decide(halving, number, 10, *point) for number, point in points.items()}
+    assert [number for number, decision in decided.items() if decision == "STOP"] == [4, 5]
+    quality = Halving(halving_sweep(objectives=("quality",)))
+    decided = {number: decide(quality, number, 10, *point) for number, point in points.items()}
+    assert [number for number, decision in decided.items() if decision == "STOP"] == [2, 4, 5]
+
+
+def test_a_rung_is_passed_once_and_by_what_was_measured_first() -> None:
+    halving = Halving(halving_sweep(objectives=("quality",)))
+    assert [decide(halving, 1, 20, 0.5), decide(halving, 1, 30, 0.1)] == ["CONTINUE"] * 2
+    assert decide(halving, 2, 30, 0.3) == "STOP"
 
 
 HALVED = halving_sweep()
