@@ -16,7 +16,7 @@ from sma.ragged import move
 from sma.routers import Router, RouterSpec
 from sma.spec import dump_spec, load_spec
 from sma.testing.examples import Example, require, require_near
-from sma.testing.router_case import FIELDS, RouterCase, decide, offset_of, require_same, rows_of, stream
+from sma.testing.router_case import FIELDS, RouterCase, decide, offset_of, ranks, require_same, rows_of, stream
 
 
 def returns_a_decision(case: RouterCase, example: Example) -> None:
@@ -51,14 +51,20 @@ def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
 
 
 def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
-    """A router that can be steered activates a valid token where its score for on is the greater, and nowhere where it is the smaller."""
+    """A router that can be steered activates a valid token where its score for on is the greater, and nowhere where it is the smaller.
+
+    Nor where a control state is no number.
+    """
     control, valid = case.control(example), example.active()
+    broken = control.masked_fill(torch.arange(example.length)[:, None] % 3 == 1, torch.nan)
     for router in (case.make(), case.make().train()):
         if offset_of(router) is not None:
             decision = decide(router, control, valid)
             off, on = decision.logits.unbind(-1)
             require(bool(decision.active[(on > off) & valid[..., None]].all()), "a token whose score for on is the greater is inactive")
             require(not bool(decision.active[on < off].any()), "a token whose score for on is the smaller is active")
+            active = decide(router, broken, valid).active[:, 1::3]
+            require(not bool(active.any()), "a token whose control state is NaN is active")
 
 
 def ties_are_inactive(case: RouterCase, example: Example) -> None:
@@ -113,13 +119,22 @@ def without_padding_nothing_need_be_given(case: RouterCase, example: Example) ->
 
 
 def rows_are_independent(case: RouterCase, example: Example) -> None:
-    """The first row alone and in a batch agree, whatever the other rows hold, NaN included."""
+    """The first row alone and in a batch agree, whatever the other rows hold, NaN included.
+
+    So does every other row, alone in the state of its stream: where a router draws, by that a row keeps its number.
+    """
     router, control, valid = case.make(), case.control(example), example.active()
     wanted = decide(router, control[:1], valid[:1])
     for stranger in (1.0, 1e4, torch.nan):
         batch = torch.cat([control[:1], control[1:] * stranger])
         found = rows_of(decide(router, batch, valid), torch.arange(1))
         require_same(found, wanted, valid[:1], f"the first row beside rows times {stranger} against the row alone")
+    for router in (case.make(), case.make().train()):
+        whole = decide(router, control, valid)
+        for row in torch.arange(control.shape[0])[:, None]:
+            state = router.init_state(control.shape[0], dtype=control.dtype).select(row) if router.causal else None
+            alone, _ = router(control[row], valid[row], ranks(valid[row]), state)
+            require_same(rows_of(whole, row), alone, valid[row], f"row {int(row)} of the batch against the row alone")
 
 
 def names_are_labels(case: RouterCase, example: Example) -> None:

@@ -133,6 +133,20 @@ class Mixing(Rising):
         return super().scores(change, control) - 1e-3 * change.sum((0, 2))[:, None]
 
 
+class Placed(Rising):
+    """Favours the later rows of a batch."""
+
+    def scores(self, change: Tensor, control: Tensor) -> Tensor:
+        return super().scores(change, control) + 1e-3 * torch.arange(len(change), dtype=change.dtype)[:, None, None]
+
+
+class Greedy(Rising):
+    """Activates what is not known to be below the threshold, NaN too."""
+
+    def active(self, scores: Tensor) -> Tensor:
+        return ~(scores <= 0)
+
+
 class Detached(Rising):
     """A confidence without a gradient."""
 
@@ -306,6 +320,7 @@ class Pretending(Rising):
 BROKEN = [
     (Sure, "returns_a_decision"),
     (Contrary, "active_is_where_on_beats_off"),
+    (Greedy, "active_is_where_on_beats_off"),
     (Tied, "ties_are_inactive"),
     (Opposite, "an_offset_steers_the_rate"),
     (Jittering, "changes_nothing_and_repeats"),
@@ -315,6 +330,7 @@ BROKEN = [
     (Neighbour, "padding_changes_nothing"),
     (Demanding, "without_padding_nothing_need_be_given"),
     (Mixing, "rows_are_independent"),
+    (Placed, "rows_are_independent"),
     (Lexical, "names_are_labels"),
     (Unused, "takes_no_tokens"),
     (Detached, "every_parameter_gets_a_gradient"),
