@@ -135,7 +135,7 @@ def _source(folder: Path, download: bool, progress: bool) -> Path:
         source,
         url=URL,
         sha256=SHA256,
-        missing=f"there is no Speech Commands data: neither the folder {source}, with {CLASSES[0]}/*.wav and so on, nor the archive "
+        missing=f"there is no Speech Commands data: looked for the folder {source}, with {CLASSES[0]}/*.wav and so on, and the archive "
         f"{archive}",
         members=_is_wanted,
         download=download,

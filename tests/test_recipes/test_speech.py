@@ -253,7 +253,7 @@ def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
 
 
 def test_missing_data_says_where_it_was_looked_for_and_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"neither the folder {tmp_path / NAME}, with yes/*.wav and so on, nor the archive")):
+    with pytest.raises(DataError, match=re.escape(f"looked for the folder {tmp_path / NAME}, with yes/*.wav and so on, and the archive")):
         load_speech(SpeechSettings(), tmp_path, progress=False)
     with pytest.raises(DataError, match=re.escape(URL) + ".*task.data.download=true, or try task.data.source=synthetic"):
         load_speech(SpeechSettings(), tmp_path, progress=False)
