@@ -1,6 +1,8 @@
 """The folder of a sweep, on this machine or behind a URI."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -8,6 +10,9 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from sma.errors import CheckpointError
+
+PATIENCE = 30.0
+"""Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""
 
 
 class Storage:
@@ -17,7 +22,7 @@ class Storage:
         location: a path, or a URI such as `s3://bucket/sweep`.
 
     Raises:
-        CheckpointError: the URI means nothing to pyarrow.
+        CheckpointError: the URI means nothing to pyarrow, or nothing answers there.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -28,6 +33,8 @@ class Storage:
                 self.location = str(Path(location).absolute())
                 self.files, self.root = LocalFileSystem(), self.location
             else:
+                if not self.location.startswith("file:"):
+                    _check_answer(self.location)
                 self.files, self.root = FileSystem.from_uri(self.location)
         except (ArrowException, OSError, ValueError) as error:
             raise CheckpointError(
@@ -62,7 +69,7 @@ class Storage:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
-        self.write(name, json.dumps(content, indent=1, allow_nan=True))
+        self.write(name, json.dumps(content, indent=1, allow_nan=False))
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None where there is none.
@@ -119,3 +126,20 @@ class Storage:
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+
+_ASK = "import sys; from pyarrow.fs import FileSystem; files, root = FileSystem.from_uri(sys.argv[1]); files.get_file_info(root)"
+
+
+def _check_answer(location: str) -> None:
+    """Ask in a process of its own: pyarrow tries for minutes, and lets no process end before.
+
+    Raises:
+        CheckpointError: nothing answers. What else may be wrong is left to the first real access.
+    """
+    try:
+        subprocess.run([sys.executable, "-c", _ASK, location], timeout=PATIENCE, capture_output=True, check=False)
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"the storage {location!r} has not answered for {PATIENCE:g} s; check the address, the network and the credentials"
+        ) from None

@@ -6,9 +6,7 @@ A checkpoint of a trial is its run folder. A trial whose process died gets its f
 import json
 import math
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +25,7 @@ from sma.recipes.run import Stopwatch
 from sma.recipes.tasks import LanguageTask
 from sma.recipes.training import run_experiment
 from sma.stats import operation_count
+from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import Packed, unpack
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
 
@@ -58,10 +57,13 @@ class Reporter(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was measured."""
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        found = {"update": trainer.global_step, self.quality: measured[f"val_{self.quality}"], "loss": measured.get("val_loss", math.nan)}
+        found = {"update": trainer.global_step, self.quality: measured[f"val_{self.quality}"]}
+        if "val_loss" in measured:  # language models have none
+            found["loss"] = measured["val_loss"]
         found |= self._cost(measured, "val") | self._speed(trainer, pl_module)
-        if not math.isfinite(found[self.quality]):
-            raise FloatingPointError(f"the {self.quality} at update {trainer.global_step} is {found[self.quality]}")
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} at update {trainer.global_step} is {value}")
         # A restarted trial may evaluate again what it had evaluated before its process died.
         self.history = [entry for entry in self.history if entry["update"] < found["update"]] + [found]
         write_text(self.out / HISTORY, json.dumps(self.history))
@@ -130,14 +132,12 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus
     """
     began = time.time()
     torch.set_num_threads(cpus)
-    folder = Path(tempfile.mkdtemp(prefix="sma-trial-"))
-    try:
-        _restore(config, folder)
-        _run(config, sweep, unpack(data), folder, accelerator, began)
-    except Stopped:
-        raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_folder() as folder:
+        try:
+            _restore(config, folder)
+            _run(config, sweep, unpack(data), folder, accelerator, began)
+        except Stopped:
+            raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
 
 
 def _restore(config: Mapping[str, Any], folder: Path) -> None:

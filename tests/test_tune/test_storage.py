@@ -1,4 +1,5 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"cannot use the storage 'floppy://a'"):
         Storage("floppy://a")
+
+
+def test_a_uri_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sma.tune.storage.PATIENCE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"s3://bucket/sweep?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http&region=us-east-1"
+        with pytest.raises(CheckpointError, match=r"'s3://bucket/.*' has not answered for 2 s; check the address, the network"):
+            Storage(uri)
+
+
+def test_what_is_no_number_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Storage(tmp_path).write_json("a.json", {"loss": float("nan")})
 
 
 @pytest.mark.parametrize("content", ["{", '{"number": 1}', '{"number": 1, "values": {}, "seed": 0, "colour": 3}', "[]"])
