@@ -2,19 +2,22 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from sma.tune.records import CLOCK, TrialRecord
 from sma.tune.storage import Storage
-from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
+from sma.tune.sweep import RATE, SweepSpec
 
 
 class Recorder(tune.Callback):
@@ -76,7 +79,8 @@ class Recorder(tune.Callback):
     def __enter__(self) -> "Recorder":
         """Open the table."""
         if self.progress and sys.stderr.isatty():
-            self.live = Live(self._table(), console=Console(stderr=True), refresh_per_second=2)
+            console = Console(stderr=True)
+            self.live = Live(self._table(console), console=console, refresh_per_second=2)
             self.live.start()
         return self
 
@@ -100,7 +104,7 @@ class Recorder(tune.Callback):
         record.save(self.storage)
         self._tick()
         if self.live is not None:
-            self.live.update(self._table())
+            self.live.update(self._table(self.live.console))
 
     def _tick(self) -> None:
         self.clock[f"{self.began:.3f}"] = round(time.time() - self.began, 3)
@@ -109,45 +113,78 @@ class Recorder(tune.Callback):
     def _say(self, record: TrialRecord) -> None:
         if self.progress and self.live is None:
             done = sum(other.status != "running" for other in self.records.values())
-            words = "  ".join(row for row in _cells(record, self.sweep) if row)
+            words = "  ".join(cell for cell in _cells(record, self.sweep) if cell)
             print(f"{done} of {self.sweep.samples}: trial {words}", file=sys.stderr, flush=True)
 
-    def _table(self) -> Table:
-        return trial_table(self.records.values(), self.sweep)
+    def _table(self, console: Console) -> Table:
+        return trial_table(self.records.values(), self.sweep, console.height - FRAME)
 
 
-def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec) -> Table:
-    """All trials as a table for a terminal."""
-    table = Table()
-    for name in ("trial", "status", "updates", sweep.quality.name, "rate", "µs/token", "operations/token", "values"):
-        table.add_column(name, overflow="fold")
-    for record in sorted(records, key=lambda record: record.number):
-        table.add_row(*_cells(record, sweep))
+FRAME = 4
+"""Lines of the table that are no trials, and one for the cursor."""
+
+
+def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> Table:
+    """The trials that run, the best and the latest as a table for a terminal.
+
+    Args:
+        records: all trials.
+        sweep: the sweep.
+        rows: how many there is room for.
+    """
+    known = sorted(records, key=lambda record: record.number)
+    shown = _most_telling(known, sweep, rows)
+    counts = {status: sum(record.status == status for record in known) for status in ("running", "finished", "stopped", "failed")}
+    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    title = f"{sweep.samples} trials of {sweep.updates:,} updates: {words or 'none yet'}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    names = ["trial", "status", "update", sweep.quality.name.replace("_per_", "/"), "rate"]
+    lines = [_cells(record, sweep) for record in shown]
+    for place, name in enumerate(names):
+        # Of a given width, because rich takes the room that is missing from all columns without one, down to nothing.
+        width = max(map(len, [name, *(cells[place] for cells in lines)]))
+        table.add_column(name, width=width, justify="left" if name == "status" else "right")
+    table.add_column("values")
+    for *cells, values in lines:
+        table.add_row(*cells, Text(values, no_wrap=True, overflow="ellipsis"))
+    if len(shown) < len(known):
+        table.add_row("…", f"{len(known) - len(shown)} more")
     return table
+
+
+def _most_telling(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -> list[TrialRecord]:
+    """As many trials as there is room for: first those that run, then the best, then the latest."""
+    running = [record for record in records if record.status == "running"]
+    others = [record for record in records if record.status != "running"]
+    if len(records) <= rows:
+        return [*running, *others]
+    room = max(1, rows - 1)  # a line says that there are more
+    finished = [record for record in others if record.status == "finished"]
+    best = sorted(finished, key=lambda record: sweep.quality.oriented(record.metrics))[: max(0, room - len(running) + 1) // 2]
+    latest = sorted((record for record in others if record not in best), key=lambda record: max(record.busy, default=""), reverse=True)
+    return [*running, *best, *latest][:room]
 
 
 def describe_values(record: TrialRecord) -> str:
     """What a trial changes, with the ends of the paths."""
-    return ", ".join(f"{short_name(path)}={_number(value)}" for path, value in record.values.items()) or "the experiment as it is"
+    ends = Counter(_end(path, 1) for path in record.values)
+    names = {path: _end(path, 1 if ends[_end(path, 1)] == 1 else 2) for path in record.values}
+    return ", ".join(f"{names[path]}={_number(value)}" for path, value in record.values.items()) or "the experiment as it is"
 
 
-def short_name(path: str) -> str:
-    """The end of a path, with what it belongs to."""
-    return ".".join(path.split(".")[-2:])
+def _end(path: str, steps: int) -> str:
+    return ".".join(path.split(".")[-steps:])
 
 
 def _cells(record: TrialRecord, sweep: SweepSpec) -> list[str]:
-    metrics = record.metrics
-    numbers = [
-        f"{metrics[name]:{style}}" if metrics.get(name) is not None else ""
-        for name, style in ((sweep.quality.name, ".4f"), (RATE.name, ".3f"), (TIME.name, ".1f"), (OPERATIONS.name, ",.0f"))
-    ]
-    what = describe_values(record) + (f" ({record.reason})" if record.reason else "")
-    return [str(record.number), record.status, f"{record.update:,} / {sweep.updates:,}", *numbers, what]
+    measures = [(sweep.quality.name, ".4f"), (RATE.name, ".3f")]
+    numbers = [f"{record.metrics[name]:{style}}" if name in record.metrics else "" for name, style in measures]
+    values = f"{record.reason} ({describe_values(record)})" if record.reason else describe_values(record)
+    return [str(record.number), record.status, f"{record.update:,}", *numbers, values]
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _last_words(trial: Trial, restarts: int) -> str:
