@@ -49,21 +49,24 @@ class Report(NamedTuple):
 
 @torch.no_grad()
 def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4) -> Report:
-    """Look at which positions activate sub-modules, on up to `limit` samples of a split."""
+    """Look at which positions activate sub-modules, on up to `limit` samples of a split.
+
+    They are drawn at random, the same in every report: many data sets are sorted by class.
+    """
     model.eval()
     medium = Medium(data.image_shape, data.sample_rate)
     longest = max(1, int(samples.lengths.max()))
-    chosen = range(min(limit, len(samples), max(shown, _POSITIONS // longest)))
+    drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    drawn = drawn[: min(limit, max(shown, _POSITIONS // longest))]
     places: dict[str, int] = {}
     stand: list[int] = []
     seen: list[Tensor] = []
-    examples = []
+    examples: dict[int, Example] = {}
     modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
-    lengths = samples.lengths[: len(chosen)]
-    # Samples of middling length show the most on one line.
-    wanted = set(torch.argsort((lengths - 40).abs(), stable=True)[: 4 * shown].tolist())
-    for part in torch.arange(len(chosen)).split(min(100, max(1, _BATCH // longest))):
+    # Samples of middling length show the most on one line; of several with the same length those that were drawn first.
+    wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
+    for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
         output = model(batch.inputs, batch.valid)
         guesses, answers = _answers(output.logits, batch.targets)
@@ -84,11 +87,12 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
                 seen.append(mine)
             if number in wanted:
                 kept = values if medium != Medium() else None
-                examples.append(Example(texts, answers[row], guesses[row], mine, kept))
+                examples[number] = Example(texts, answers[row], guesses[row], mine, kept)
     targets = torch.cat([torch.as_tensor(samples[number][1]).reshape(-1) for number in range(len(samples))])
     majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
     by_text = _by_text(places, torch.tensor(stand), torch.cat(seen, 1)) if stand else {}
-    return Report(majority, len(chosen), by_text, _of_both_sorts(examples, shown), modules, medium, data.class_names)
+    both = _of_both_sorts([examples[number] for number in wanted if number in examples], shown)
+    return Report(majority, len(drawn), by_text, both, modules, medium, data.class_names)
 
 
 def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tuple[list[float], int]]:
@@ -150,15 +154,27 @@ def _hints(rates: Sequence[float], updates: int) -> list[str]:
 
 
 def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update, rate)."""
+    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update, rate).
+
+    Lines that a killed process left half-written are skipped.
+    """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for path in sorted((out / "metrics").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and (name.startswith("fit_rate/") or name == "val_accuracy"):
-                        curves[name][int(row["step"]) + 1] = float(value)
+        for row in csv.DictReader(_whole_lines(path), restkey=""):
+            wanted = {name: value for name, value in row.items() if value and (name.startswith("fit_rate/") or name == "val_accuracy")}
+            try:
+                update, points = int(row["step"]) + 1, {name: float(value) for name, value in wanted.items()}
+            except (KeyError, TypeError, ValueError):
+                continue
+            for name, point in points.items():
+                curves[name][update] = point
     return {name: sorted(points.items()) for name, points in sorted(curves.items())}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file that came to their end; where the machine went down, some systems fill the rest up with zeros."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and "\0" not in line]
 
 
 def draw(report: Report, out: Path, title: str) -> Path:

@@ -26,7 +26,7 @@ def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
     model = done.classifier.model.eval()
     report = measure(model, data.test, data, limit=25)
     ran = {}
-    for number in range(25):
+    for number in torch.randperm(60, generator=torch.Generator().manual_seed(0))[:25].tolist():
         ids, _ = data.test[number]
         with torch.no_grad():
             decisions = model(ids[None]).decisions
@@ -56,6 +56,28 @@ def test_examples_show_whole_samples_with_answer_and_guess(finished, data):
         assert example.active.shape == (2, len(ids))
         with torch.no_grad():
             assert example.guess == int(done.classifier.model.eval()(ids[None]).logits.argmax())
+
+
+def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data):
+    test = data.test
+    by_class = sorted(range(len(test)), key=lambda number: test[number][1])
+    half = len(by_class) // 2
+
+    class Sorted:
+        lengths = torch.full((len(by_class),), 12)
+
+        def __len__(self):
+            return len(by_class)
+
+        def __getitem__(self, place):
+            ids, target = test[by_class[place]]
+            return ids.repeat(12)[:12], target
+
+    report = measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8)
+    assert report.samples == half
+    assert len({example.target for example in report.examples}) >= 3
+    assert max(example.target for example in report.examples) > test[by_class[half]][1]
+    assert report.examples[0].texts == measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8).examples[0].texts
 
 
 def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
@@ -127,6 +149,25 @@ def test_curves_of_a_resumed_run_are_joined(tmp_path):
         "fit_rate/layer0/attention": [(10, 0.5), (20, 0.7), (30, 0.8)],
         "val_accuracy": [(10, 0.1), (30, 0.3)],
     }
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        pytest.param(b"0.4", id="in a value"),
+        pytest.param(b"0.45,,0,9", id="in the step"),
+        pytest.param(b"0.45,,0,9" + b"\0" * 20, id="zeros"),
+        pytest.param(b"0.45,,0,9" + b"\0" * 20 + b"\n", id="zeros and a line"),
+        pytest.param(b"0.45,,0,\n", id="no step"),
+        pytest.param(b"0.45,x,0,9\n", id="no number"),
+        pytest.param(b"0.45,,0,9,9,9\xff", id="too much"),
+    ],
+)
+def test_line_that_a_killed_run_left_half_written_is_skipped(tmp_path, tail):
+    (tmp_path / "metrics" / "version_0").mkdir(parents=True)
+    lines = b"fit_rate/layer0/attention,val_accuracy,epoch,step\r\n0.5,,0,49\r\n"
+    (tmp_path / "metrics" / "version_0" / "metrics.csv").write_bytes(lines + tail)
+    assert rates_over_training(tmp_path) == {"fit_rate/layer0/attention": [(50, 0.5)]}
 
 
 def test_curves_of_a_run_are_those_of_its_metrics(finished):
