@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sma.describe import align
 from sma.errors import CheckpointError, SpecError, did_you_mean
 from sma.model import ModelSpec
-from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, write_text
+from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, may_sample, write_text
 from sma.recipes.tasks import TaskData, TaskSpec
-from sma.routers import RandomRouterSpec, RouterSpec
+from sma.routers import BernoulliRouterSpec, RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
 
 if TYPE_CHECKING:
@@ -39,13 +40,12 @@ def run_arms(
     title: str = "",
     accelerator: str = "auto",
     progress: bool = True,
-    after: "Callable[[str, Finished], object] | None" = None,
+    figures: "Callable[[str, Finished], object] | None" = None,
 ) -> dict[str, Any]:
     """Train and test every arm in its folder below `out`, print their table, and write `summary.json` and `comparison.png`.
 
     An arm whose run is finished is not run again, and one that was interrupted goes on, so a second call with the same folder
-    completes the first. Everything is written after every arm. `seconds` and `tokens_per_second` of an arm that was interrupted
-    are those of its last part.
+    completes the first. Everything is written after every arm.
 
     Args:
         arms: by name, in the order of training.
@@ -55,7 +55,7 @@ def run_arms(
         title: of the figure and the table.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
-        after: called with the name and the run of every arm that was trained, to draw what it did, say.
+        figures: called with the name and the run of every arm that was trained, to draw what it did, before it counts as finished.
 
     Returns:
         the summary: `models` maps the name of an arm to
@@ -93,9 +93,8 @@ def run_arms(
             raise SpecError(f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task")
         if not done:
             print(f"{name}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {folder}", flush=True)
-            finished = run_experiment(spec, folder, data, accelerator=accelerator, progress=progress)
-            if after is not None:
-                after(name, finished)
+            draw = None if figures is None else partial(figures, name)
+            run_experiment(spec, folder, data, accelerator=accelerator, progress=progress, figures=draw)
         run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         models[name] = _result(spec.model, run, length)
         summary = {key: run[key] for key in _SHARED} | {"test_samples": len(data.test), "length": length, "models": models}
@@ -106,7 +105,10 @@ def run_arms(
 
 
 def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec]) -> ExperimentSpec:
-    """Return the same experiment with other routers, and without a budget or losses of their decisions where none of them learns a rate.
+    """Return the same experiment with other routers, and with the budget and the losses of decisions that they can learn from.
+
+    Where none of them learns a rate there is no budget and no such loss; where none samples, no policy gradient; and `bernoulli`
+    routers, which learn from it alone, get one of the weight 1 if there is none.
 
     Args:
         spec: the experiment.
@@ -125,6 +127,10 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     training = spec.training
     if all(router.kind in FIXED_RATE for router in each):
         training = training.replace(budget=None, losses=RoutingLosses())
+    elif not any(map(may_sample, each)):
+        training = training.replace(losses=training.losses.replace(policy=0.0))
+    elif not training.losses.policy and any(isinstance(router, BernoulliRouterSpec) for router in each):
+        training = training.replace(losses=training.losses.replace(policy=1.0))
     return spec.replace(model=spec.model.replace(layers=tuple(layers)), training=training)
 
 

@@ -12,8 +12,7 @@ from sma.modules.mlp import GatedMLPSpec
 from sma.modules.s4d import S4DSpec
 from sma.norms import LayerNormSpec
 from sma.positions import RelativeBiasSpec, RotarySpec
-from sma.recipes.arms import with_routers
-from sma.recipes.experiment import ExperimentSpec, RoutingLosses
+from sma.recipes.experiment import ExperimentSpec, RoutingLosses, TrainingSpec
 from sma.routers import AlwaysRouterSpec
 from sma.spec import FrozenDict
 from sma.submodule import SubModuleSpec
@@ -68,14 +67,16 @@ def _without_window(gau: GAUSpec) -> GAUSpec:
     return gau.replace(window=None, position=position)
 
 
-def _each_layer(spec: ExperimentSpec, change: Callable[[LayerSpec], list[LayerSpec]]) -> ExperimentSpec:
+def _each_layer(
+    spec: ExperimentSpec, change: Callable[[LayerSpec], list[LayerSpec]], training: TrainingSpec | None = None
+) -> ExperimentSpec:
     layers = tuple(new for layer in spec.model.layer_specs for new in change(layer))
-    return spec.replace(model=spec.model.replace(layers=layers))
+    return spec.replace(model=spec.model.replace(layers=layers), training=training or spec.training)
 
 
-def _unrouted(spec: ExperimentSpec) -> ExperimentSpec:
-    """Without what only routers can learn from."""
-    return spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
+def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
+    """The training without what only routers can learn from."""
+    return spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None)
 
 
 def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
@@ -90,13 +91,14 @@ def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
     def change(layer: LayerSpec) -> list[LayerSpec]:
         name, gau = _gau(layer)
         fields = {field: getattr(gau, field) for field in type(gau).model_fields if field not in ("kind", "window")}
-        return [layer.replace(modules=FrozenDict({name: ChunkedGAUSpec(window=_window(layer), **fields)}))]
+        unit = ChunkedGAUSpec(window=_window(layer), **fields)
+        return [layer.replace(modules=FrozenDict({name: unit}), router=AlwaysRouterSpec())]
 
-    return with_routers(_unrouted(_each_layer(spec, change)), AlwaysRouterSpec())
+    return _each_layer(spec, change, _unrouted(spec))
 
 
 def _backbone_alone(spec: ExperimentSpec) -> ExperimentSpec:
-    return _unrouted(_each_layer(spec, lambda layer: [layer.replace(modules=FrozenDict())]))
+    return _each_layer(spec, lambda layer: [layer.replace(modules=FrozenDict())], _unrouted(spec))
 
 
 def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
@@ -104,7 +106,7 @@ def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
         s4d = S4DSpec(state_size=S4D_STATES, bidirectional=_gau(layer)[1].bidirectional)
         return [layer.replace(backbone=s4d, backbone_activation="none", modules=FrozenDict())]
 
-    return _unrouted(_each_layer(spec, change))
+    return _each_layer(spec, change, _unrouted(spec))
 
 
 def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
@@ -130,8 +132,8 @@ def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
             attention = LocalAttentionSpec(heads=heads, bidirectional=both_ways, position=RotarySpec(), window=_window(layer))
         return [block(attention, layer), block(GatedMLPSpec(hidden_size=2 * width), layer)]
 
-    spec = _unrouted(_each_layer(spec, change))
-    return spec.replace(training=spec.training.replace(learning_rate=min(ATTENTION_ONLY_RATE, spec.training.learning_rate)))
+    training = _unrouted(spec)
+    return _each_layer(spec, change, training.replace(learning_rate=min(ATTENTION_ONLY_RATE, training.learning_rate)))
 
 
 BASELINES: dict[str, Callable[[ExperimentSpec], ExperimentSpec]] = {

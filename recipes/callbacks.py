@@ -1,6 +1,7 @@
 """What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never half-written."""
 
 import logging
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,7 @@ class RandomStates(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
         own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        if not _together():
-            return own
-        states: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, own)
-        return {"ranks": states}
+        return {"ranks": of_all(own)} if _together() else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the training starts: building and evaluating must not use them up."""
@@ -54,6 +51,15 @@ class RandomStates(Callback):
 def _together() -> bool:
     """Whether this is one of several processes that train one model."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def of_all(value: Any) -> list[Any]:
+    """What every process that trains the model has."""
+    if not _together():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class FinalEvaluation(Callback):
@@ -115,13 +121,44 @@ class Bar(TQDMProgressBar):
         }
 
 
-class BestCheckpoint(ModelCheckpoint):
+class LastCheckpoint(ModelCheckpoint):
+    """The newest checkpoint, in a run folder that may be moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best score."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+
+class BestCheckpoint(LastCheckpoint):
     """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it does more."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, once the rates have settled."""
         if getattr(pl_module, "settled", True):
             super().on_validation_end(trainer, pl_module)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of a run without running any code in it.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"cannot read the checkpoint {str(path)!r}: {reason}; put a whole one in its place, such as a copy of the other one of "
+            "best.ckpt and last.ckpt, or delete the folder of both to begin the run anew"
+        ) from error
+    return loaded
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -137,5 +174,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint."""
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return loaded
+        return read_checkpoint(Path(path), map_location or "cpu")

@@ -48,8 +48,8 @@ class RunOptions(CommandOptions):
         raise TypeError(f"{type(self).__name__} must define name")
 
 
-class ClassifierOptions(RunOptions):
-    """The options of the recipes that train a classifier."""
+class OneRunOptions(RunOptions):
+    """The options of the recipes that train one model."""
 
     evaluate: Path | None = Field(default=None, description="test the model of the finished run in this folder again, instead of training")
 

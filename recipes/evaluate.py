@@ -4,22 +4,43 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from lightning import Trainer
+from torch.utils.data import DataLoader
 
 from sma.checkpoint import load
 from sma.errors import CheckpointError, SpecError
+from sma.model import LanguageModel
 from sma.recipes.command import RunOptions
 from sma.recipes.confusion import Confusion, draw_confusion
 from sma.recipes.experiment import EVALUATION, EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
-from sma.recipes.run import commit, hardware, interruptible, prepare
-from sma.recipes.tasks import ClassificationTask
-from sma.recipes.training import Classifier, evaluation_loader
+from sma.recipes.language import LanguageLearner, evaluation_loader
+from sma.recipes.learner import Learner
+from sma.recipes.run import changed, commit, hardware, interruptible, prepare
+from sma.recipes.tasks import ClassificationTask, LanguageTask
+from sma.recipes.training import Classifier
+from sma.recipes.training import evaluation_loader as classifying_loader
+
+
+class Again(NamedTuple):
+    """The test of a run, to be made again.
+
+    Attributes:
+        learner: with the model of the run.
+        loader: the test split.
+        figures: what is compared: by the name in the summary, the name under which it is measured.
+        hashes: of the data.
+    """
+
+    learner: Learner
+    loader: DataLoader[Any]
+    figures: Mapping[str, str]
+    hashes: Mapping[str, str]
 
 
 def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
-    """Test the model of a finished run, print the result and write `evaluation.json` and `confusion.png` into its folder.
+    """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a classifier, into its folder.
 
     On the machine that trained it, the recorded figures come out to the last bit; on another, rounding may flip a decision of a router.
 
@@ -28,20 +49,18 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
         options: where data is kept, the device, whether to show progress.
 
     Returns:
-        what stands in `evaluation.json`: accuracy, loss, the accuracy of every class, the confusion matrix, what was recorded, and
-        whether both are the same.
+        what stands in `evaluation.json`: accuracy, loss, the accuracy of every class and the confusion matrix, or bits per character;
+        what was recorded, and whether both are the same.
 
     Raises:
-        SmaError: there is no finished run of a classifier in the folder, or its data cannot be had.
+        SmaError: there is no finished run in the folder, or its data cannot be had.
     """
     spec, recorded = _finished(folder)
     if options.set or options.seed is not None or options.spec is not None or options.resume is not None or options.out is not None:
         raise SpecError("--evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out")
-    task = cast(ClassificationTask, spec.task)
-    data = task.prepare(options.data, progress=options.progress)
-    differences = changed(recorded.get("data", {}), data.hashes)
+    data = spec.task.prepare(options.data, progress=options.progress)
     prepare(spec)
-    classifier = Classifier(load(folder / "model"), spec.training, task.classes)
+    test = _again(spec, folder, data)
     trainer = Trainer(
         accelerator=options.accelerator,
         devices=1,
@@ -52,41 +71,63 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
         enable_model_summary=False,
     )
     with interruptible():
-        measured = trainer.test(classifier, evaluation_loader(data.test, data), verbose=False)[0]
-    confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
-    figures = {name: measured[name] for name in ("test_accuracy", "test_loss")}
+        measured = trainer.test(test.learner, test.loader, verbose=False)[0]
+    figures = {name: measured[logged] for name, logged in test.figures.items()}
     before = {name: recorded.get(name) for name in figures}
+    confusion, answers = None, f"{len(data.test):,} held-out bytes"
+    if isinstance(test.learner, Classifier):
+        confusion = Confusion.of(test.learner.confusion.compute(), data.class_names)
+        answers = f"{confusion.samples:,} answers"
     result = {
-        "task": task.kind,
+        "task": spec.task.kind,
         **figures,
-        **confusion.record(),
+        **({} if confusion is None else confusion.record()),
         "recorded": before,
         "reproduced": figures == before,
-        "changed_data": differences,
+        "changed_data": changed(recorded.get("data", test.hashes), test.hashes),
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(trainer.strategy.root_device.type),
         "date": datetime.now(UTC).date().isoformat(),
     }
     write_text(folder / EVALUATION, json.dumps(result, indent=1))
-    title = f"{folder.name}: {task.kind}, test accuracy {figures['test_accuracy']:.1%}"
-    figure = draw_confusion(confusion, folder / "confusion.png", title)
-    print(describe(result, confusion, recorded))
-    print(f"\nevaluation        {folder / EVALUATION}\nfigure            {figure}")
+    print(describe(result, answers, recorded))
+    if confusion is not None:
+        print(f"\n{confusion.table()}")
+    print(f"\nevaluation        {folder / EVALUATION}")
+    if confusion is not None:
+        title = f"{folder.name}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}"
+        print(f"figure            {draw_confusion(confusion, folder / 'confusion.png', title)}")
     return result
 
 
-def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The splits or files whose hash is not the recorded one, or that there were not."""
-    return sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+def _again(spec: ExperimentSpec, folder: Path, data: Any) -> Again:
+    model, task = load(folder / "model"), spec.task
+    if isinstance(task, ClassificationTask):
+        classifier = Classifier(model, spec.training, task.classes)
+        names = ("test_accuracy", "test_loss")
+        return Again(classifier, classifying_loader(data.test, data), dict(zip(names, names, strict=True)), data.hashes)
+    if isinstance(task, LanguageTask):
+        learner = LanguageLearner(cast(LanguageModel, model), spec.training, task.carry_state)
+        figures = {"bits_per_character": "test_bits_per_character"}
+        return Again(learner, evaluation_loader(data.test, task), figures, data.hashes)
+    raise SpecError(f"the run in {str(folder)!r} learned {task.kind!r}; --evaluate tests classifiers and language models")
 
 
-def describe(result: Mapping[str, Any], confusion: Confusion, recorded: Mapping[str, Any]) -> str:
-    """The result in words: both figures, whether they are the same and what may be why not, and the table of the classes."""
-    accuracy, before = result["test_accuracy"], result["recorded"]["test_accuracy"]
-    lines = [
-        f"test accuracy     {accuracy:.4%} of {confusion.samples:,} answers, recorded {before:.4%}",
-        f"test loss         {result['test_loss']:.6f}, recorded {result['recorded']['test_loss']:.6f}",
-    ]
+def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any]) -> str:
+    """The result in words: both figures, whether they are the same, and what may be why not.
+
+    Args:
+        result: what stands in `evaluation.json`.
+        answers: of how many of what the figures are.
+        recorded: the summary of the run.
+    """
+    before: Mapping[str, Any] = result["recorded"]
+    shown, (first, *_) = {"test_accuracy": "{:.4%}"}, before
+    lines = []
+    for name, then in before.items():
+        form = shown.get(name, "{:.6f}")
+        of = f" of {answers}" if name == first else ""
+        lines.append(f"{name.replace('_', ' '):<17} {form.format(result[name])}{of}, recorded {form.format(then)}")
     if result["reproduced"]:
         lines.append("reproduced        exactly")
     else:
@@ -98,10 +139,12 @@ def describe(result: Mapping[str, Any], confusion: Confusion, recorded: Mapping[
             "; ".join(reasons)
             or "data, hardware and commit are those of the run: versions of torch, or the model in the folder, may differ"
         )
-        lines.append(f"reproduced        no, {100 * (accuracy - before):+.4f} points: {why}")
+        difference = result[first] - before[first]
+        by = f"{100 * difference:+.4f} points" if first == "test_accuracy" else f"{difference:+.6f}"
+        lines.append(f"reproduced        no, {by}: {why}")
     if result["changed_data"] and result["reproduced"]:
         lines.append(f"data              not that of the run: {', '.join(result['changed_data'])} has another hash")
-    return "\n".join([*lines, "", confusion.table()])
+    return "\n".join(lines)
 
 
 def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
@@ -111,8 +154,6 @@ def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
                 f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a run that came to its end"
             )
     spec = load_experiment(folder / EXPERIMENT)
-    if not isinstance(spec.task, ClassificationTask):
-        raise SpecError(f"the run in {str(folder)!r} learned {spec.task.kind!r}, which has no classes; --evaluate tests classifiers")
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except ValueError as error:

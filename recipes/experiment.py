@@ -13,10 +13,12 @@ from sma.model import ModelSpec
 from sma.paths import override, parse_path
 from sma.recipes.shipped import read_shipped
 from sma.recipes.tasks import TaskSpec
+from sma.routers import BernoulliRouterSpec, RouterSpec
+from sma.routers.sampled import SampledSpec
 from sma.spec import Spec, parse_setting
 
 # The files of a run folder.
-EXPERIMENT, SUMMARY, VERSIONS, EVALUATION = "experiment.yaml", "summary.json", "versions.json", "evaluation.json"
+EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = "experiment.yaml", "data.json", "versions.json", "summary.json", "evaluation.json"
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 
@@ -102,7 +104,29 @@ class ExperimentSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.task.check_model(self.model)
+        self._check_policy()
         return self
+
+    def _check_policy(self) -> None:
+        """A policy gradient needs routers that sample, and a `bernoulli` router learns from nothing else."""
+        routers = [layer.router for layer in self.model.layer_specs if layer.modules]
+        weight = self.training.losses.policy
+        if weight and not any(map(may_sample, routers)):
+            kinds = ", ".join(dict.fromkeys(repr(router.kind) for router in routers)) or "none"
+            raise ValueError(
+                f"training.losses.policy={weight} needs a router that samples, and the model's are: {kinds}; "
+                "use the router kind 'bernoulli', or set training.losses.policy=0"
+            )
+        if not weight and any(isinstance(router, BernoulliRouterSpec) for router in routers):
+            raise ValueError(
+                "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; "
+                "set training.losses.policy=1.0, or use another kind, such as 'gumbel'"
+            )
+
+
+def may_sample(router: RouterSpec) -> bool:
+    """Whether a router draws its decisions in training; of one of another package that is not known before it is built."""
+    return isinstance(router, SampledSpec) or not type(router).__module__.startswith("sma.")
 
 
 def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> ExperimentSpec:

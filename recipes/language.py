@@ -1,7 +1,7 @@
 """Causal language modelling of bytes: training, evaluation, and the whole run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -233,6 +233,11 @@ def read_along(model: LanguageModel, text: Tensor) -> Reading:
     return Reading(bytes(text.tolist()), active.cpu(), nn.functional.pad(bits, (1, 0)).cpu())
 
 
+def evaluation_loader(text: Tensor, task: LanguageTask) -> DataLoader[Any]:
+    """The windows of a split."""
+    return DataLoader(EvaluationSegments(text, task), batch_size=None)
+
+
 class Finished(NamedTuple):
     """What a run leaves: the summary that stands in its folder, a reading for the figure, and the learner."""
 
@@ -249,8 +254,12 @@ def run_language(
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    figures: Callable[[Finished], object] | None = None,
 ) -> Finished:
-    """Train a language model, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
+    """Train a language model, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`.
+
+    `figures` is called at the end, before the summary is written, with which a run counts as finished.
+    """
     prepare(spec)
     task = cast(LanguageTask, spec.task)
     learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state)
@@ -259,18 +268,20 @@ def run_language(
     def batches(done: int) -> DataLoader[Any]:
         return DataLoader(segments, batch_size=None, sampler=Updates(spec.training.updates, done))
 
-    validation, test = (DataLoader(EvaluationSegments(part, task), batch_size=None) for part in (corpus.validation, corpus.test))
-    fitted = fit(learner, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks)
+    validation, hashes = evaluation_loader(corpus.validation, task), corpus.hashes
+    fitted = fit(learner, spec, out, batches, validation, hashes, accelerator=accelerator, progress=progress, callbacks=callbacks)
     with interruptible():
-        measured = fitted.trainer.test(learner, test, verbose=False)[0]
+        measured = fitted.trainer.test(learner, evaluation_loader(corpus.test, task), verbose=False)[0]
     results = {
         "bits_per_character": measured["test_bits_per_character"],
         "marks": marks(corpus.before_test, corpus.test),
         "activation_rate": rates_by_layer(measured, learner),
         "text": corpus.name,
         "sha256": corpus.sha256,
+        "data": dict(hashes),
         "bytes": {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)},
         "context": task.context,
     }
     reading = read_along(cast(LanguageModel, learner.model), corpus.test[:1600])
-    return Finished(finish(spec, out, learner, fitted, results), reading, learner)
+    draw = None if figures is None else lambda summary: figures(Finished(summary, reading, learner))
+    return Finished(finish(spec, out, learner, fitted, results, figures=draw), reading, learner)

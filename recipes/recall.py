@@ -61,13 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def recall_arms(spec: ExperimentSpec) -> dict[str, Arm]:
     """The five experiments: width, depth, updates, learning rate, data and seed are the same."""
-    free = spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
+
+    def free(changed: ExperimentSpec) -> ExperimentSpec:
+        return changed.replace(training=changed.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
+
     return {
         "seqboat": spec,
-        "sma": with_routers(free, SMARouterSpec(temperature_scale=0.3)),
-        "always": with_routers(free, AlwaysRouterSpec()),
-        "never": with_routers(free, NeverRouterSpec()),
-        "random": lambda results: at_random(free, results, "seqboat"),
+        "sma": free(with_routers(spec, SMARouterSpec(temperature_scale=0.3))),
+        "always": free(with_routers(spec, AlwaysRouterSpec())),
+        "never": free(with_routers(spec, NeverRouterSpec())),
+        "random": lambda results: free(at_random(spec, results, "seqboat")),
     }
 
 

@@ -118,7 +118,7 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
         title=title,
         accelerator=options.accelerator,
         progress=options.progress,
-        after=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
+        figures=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
     )
     print(f"summary  {out / SUMMARY}\nfigure   {out / FIGURE}")
     return summary

@@ -93,7 +93,7 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
     if kind == "bernoulli":  # which learns from its policy gradient alone, and slowly, because that is noisy
         training = spec.training
         slow = training.router_learning_rate or 0.1 * training.learning_rate
-        spec = spec.replace(training=training.replace(losses=training.losses.replace(policy=1.0), router_learning_rate=slow))
+        spec = spec.replace(training=training.replace(router_learning_rate=slow))
     own = [layer.router for layer in layers if layer.modules]
     seeds = [(cell.seed * len(own) + place) % 2**31 for place in range(len(own))]
     made = [_router(kind, router, budget.target, spec.training.updates, seed) for router, seed in zip(own, seeds, strict=True)]

@@ -19,24 +19,56 @@ import lightning
 import torch
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from sma.checkpoint import save
-from sma.recipes.callbacks import AtomicCheckpointIO, Bar, BestCheckpoint, FinalEvaluation, RandomStates, RouterHealth
-from sma.recipes.experiment import BEST, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
+from sma.checkpoint import remove_drafts, save
+from sma.errors import DataError
+from sma.recipes.callbacks import (
+    AtomicCheckpointIO,
+    Bar,
+    BestCheckpoint,
+    FinalEvaluation,
+    LastCheckpoint,
+    RandomStates,
+    RouterHealth,
+    of_all,
+    read_checkpoint,
+)
+from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
 from sma.recipes.learner import Learner
 from sma.recipes.team import ALONE, Team
 from sma.spec import dump_spec
 
 
+class Spent(NamedTuple):
+    """What a training has taken.
+
+    Attributes:
+        elapsed: seconds, everything included.
+        updating: seconds in updates, without evaluation, checkpoints and reading data.
+        tokens: that were trained on, by all processes.
+    """
+
+    elapsed: float = 0.0
+    updating: float = 0.0
+    tokens: int = 0
+
+
 class Stopwatch(Callback):
-    """Seconds spent in updates, without evaluation, checkpoints and reading data."""
+    """What this part of a training has taken; what the parts before an interruption took is kept in the checkpoint.
+
+    Attributes:
+        seconds: of this part, in updates.
+        earlier: of the parts before, up to the checkpoint that this one goes on from.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._since = 0.0
+        self.earlier = Spent()
+        self._began = self._since = time.perf_counter()
+        self._tokens = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start."""
@@ -45,6 +77,20 @@ class Stopwatch(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop."""
         self.seconds += time.perf_counter() - self._since
+        self._tokens = int(getattr(pl_module, "tokens_seen", 0))
+
+    def spent(self) -> Spent:
+        """By all parts so far; of several processes all must ask."""
+        elapsed, updating, tokens = self.earlier
+        return Spent(elapsed + time.perf_counter() - self._began, updating + self.seconds, tokens + sum(of_all(self._tokens)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all parts took."""
+        return self.spent()._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.earlier = Spent(**state_dict)
 
 
 class Fitted(NamedTuple):
@@ -53,14 +99,12 @@ class Fitted(NamedTuple):
     Attributes:
         trainer: for evaluating it.
         best_update: after which the best checkpoint was written.
-        seconds: of the whole run so far.
-        tokens_per_second: in updates, without evaluation; None where no update was left to do.
+        stopwatch: knows what the whole run has taken so far.
     """
 
     trainer: Trainer
     best_update: int
-    started: float
-    tokens_per_second: int | None
+    stopwatch: Stopwatch
 
 
 def fit(
@@ -69,6 +113,7 @@ def fit(
     out: Path,
     training: Callable[[int], DataLoader[Any]],
     validation: DataLoader[Any],
+    hashes: Mapping[str, str],
     *,
     accelerator: str = "auto",
     progress: bool = True,
@@ -83,23 +128,24 @@ def fit(
         out: the run folder.
         training: makes the batches that are left after so many updates.
         validation: batches of the validation split.
+        hashes: of the data, by split or file; those of the first update are kept, and a run goes on with the same only.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
         callbacks: of Lightning, that watch the training.
         team: the processes that train it together; all of them read the checkpoint they go on from, the first one writes the folder.
 
     Raises:
-        DataError: a batch or a loss that is not finite.
-        CheckpointError: the folder cannot be written.
+        DataError: a batch or a loss that is not finite, or other data than the run began with.
+        CheckpointError: the folder cannot be written, or a checkpoint in it cannot be read.
     """
-    started = time.perf_counter()
-    checkpoint = out / LAST
-    done = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"]) if checkpoint.is_file() else 0
-    if team.writes:
-        write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
-        write_text(out / VERSIONS, json.dumps(versions(), indent=1))
-    kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     stopwatch = Stopwatch()
+    checkpoint = out / LAST
+    done = int(read_checkpoint(checkpoint)["global_step"]) if checkpoint.is_file() else 0
+    if done:
+        _refuse_other_data(out, hashes)
+    if team.writes:
+        _begin_part(spec, out, hashes, done)
+    kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
     trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars, *callbacks], team)
     if spec.precision == "64-true":
@@ -108,11 +154,40 @@ def fit(
     with interruptible():
         trainer.fit(learner, training(done), validation, ckpt_path=str(checkpoint) if done else None)
     # Only the first process is sure to see the file that it wrote.
-    best: Any = trainer.strategy.broadcast(torch.load(out / BEST, map_location="cpu", weights_only=True) if team.writes else None)
+    best: Any = trainer.strategy.broadcast(read_checkpoint(out / BEST) if team.writes else None)
     learner.load_state_dict(best["state_dict"])
-    tokens = trainer.strategy.reduce(torch.tensor(learner.tokens_seen, device=trainer.strategy.root_device), reduce_op="sum")
-    speed = round(int(tokens) / stopwatch.seconds) if stopwatch.seconds else None
-    return Fitted(trainer, int(best["global_step"]), started, speed)
+    return Fitted(trainer, int(best["global_step"]), stopwatch)
+
+
+def _refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
+    if not (out / DATA).is_file():  # runs of older versions have none
+        return
+    names = changed(json.loads((out / DATA).read_text(encoding="utf-8")), hashes)
+    if names:
+        raise DataError(
+            f"the data is not that with which the run in {str(out)!r} began: {', '.join(names)} {'has' if len(names) == 1 else 'have'} "
+            "another hash; put the data of then back or name its folder (--data), or start a new run"
+        )
+
+
+def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The splits or files whose hash is not the recorded one, or that there were not."""
+    return sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+
+
+def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done: int) -> None:
+    """Write down what a run is made of; its versions are a list, because a run that is resumed can have several."""
+    for folder in (out, *(out / path for path in ("checkpoints", "model"))):
+        remove_drafts(folder)
+    parts = _parts(out / VERSIONS) if done else []
+    write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
+    write_text(out / DATA, json.dumps(dict(hashes), indent=1))
+    write_text(out / VERSIONS, json.dumps([*parts, {"update": done, **versions()}], indent=1))
+
+
+def _parts(path: Path) -> list[dict[str, Any]]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found if isinstance(found, list) else [{"update": 0, **found}]  # as older versions wrote it
 
 
 def prepare(spec: ExperimentSpec, team: Team = ALONE) -> None:
@@ -125,24 +200,37 @@ def prepare(spec: ExperimentSpec, team: Team = ALONE) -> None:
 
 
 def finish(
-    spec: ExperimentSpec, out: Path, learner: Learner, fitted: Fitted, results: dict[str, Any], team: Team = ALONE
+    spec: ExperimentSpec,
+    out: Path,
+    learner: Learner,
+    fitted: Fitted,
+    results: dict[str, Any],
+    team: Team = ALONE,
+    figures: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
-    """Save the model and write the summary: what was measured, and what it was measured with; returns the summary."""
+    """Save the model and write the summary: what was measured, and what it was measured with; returns the summary.
+
+    `figures` is called with the summary before it is written: a run that has one is finished, and nothing of it is made again.
+    """
+    spent, device = fitted.stopwatch.spent(), fitted.trainer.strategy.root_device.type
     summary = {
         "task": spec.task.kind,
         **results,
         "parameters": spec.model.num_parameters(),
         "updates": spec.training.updates,
         "best_update": fitted.best_update,
-        "seconds": round(time.perf_counter() - fitted.started, 1),
-        "tokens_per_second": fitted.tokens_per_second,
+        "seconds": round(spent.elapsed, 1),
+        "tokens_per_second": round(spent.tokens / spent.updating) if spent.updating else None,
         "seed": spec.seed,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(device),
+        "device": device,
         "date": datetime.now(UTC).date().isoformat(),
     }
     if team.writes:
         save(learner.model, out / "model")
+        if figures is not None:
+            figures(summary)
         write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
@@ -162,7 +250,7 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner
     # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
     best, last = (
         kind(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
-        for kind, name, monitor in ((BestCheckpoint, BEST, learner.monitor), (ModelCheckpoint, LAST, None))
+        for kind, name, monitor in ((BestCheckpoint, BEST, learner.monitor), (LastCheckpoint, LAST, None))
     )
     return Trainer(
         accelerator=accelerator,
@@ -228,12 +316,17 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
-def hardware() -> str:
-    """The device in words."""
-    if torch.cuda.is_available():
+def hardware(device: str | None = None, threads: int | None = None) -> str:
+    """A device in words.
+
+    Args:
+        device: `cpu` or `cuda`; None: what a run gets that does not say.
+        threads: of the CPU; None: those of this process.
+    """
+    if torch.cuda.is_available() if device is None else device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {threads or torch.get_num_threads()} threads"

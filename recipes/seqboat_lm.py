@@ -1,6 +1,7 @@
 """Byte-level causal language modelling with SeqBoat.
 
 python recipes/seqboat_lm.py --preset tiny
+python recipes/seqboat_lm.py --evaluate RUN
 python recipes/seqboat_lm.py generate --run RUN --prompt "The class" --tokens 2000
 """
 
@@ -17,10 +18,10 @@ from sma.checkpoint import load
 from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
-from sma.recipes.command import CommandOptions, RunOptions, exit_code, experiment, parse
+from sma.recipes.command import CommandOptions, OneRunOptions, exit_code, experiment, parse
 
 
-class Options(RunOptions):
+class Options(OneRunOptions):
     """Train a byte-level language model and evaluate it in bits per character; `seqboat_lm generate --help` writes text."""
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lm")
@@ -56,11 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train and evaluate as the options say; returns the summary.
+    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in `evaluation.json`.
 
     Raises:
         SmaError: a sentence for the user.
     """
+    if options.evaluate is not None:
+        from sma.recipes.evaluate import evaluate
+
+        return evaluate(options.evaluate, options)
     spec, out = experiment(options)
     from sma.recipes.language import run_language  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
     from sma.recipes.language_report import describe_language, draw_language
@@ -68,9 +73,15 @@ def run(options: Options) -> dict[str, Any]:
     corpus = spec.task.prepare(options.data, progress=options.progress)
     sizes = f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
     print(f"SeqBoat on {corpus.name}: {sizes} -> {out}", flush=True)
-    finished = run_language(spec, out, corpus, accelerator=options.accelerator, progress=options.progress)
-    bits = finished.summary["bits_per_character"]
-    draw_language(finished.reading, out, f"SeqBoat on {corpus.name}: {bits:.3f} bits per character, seed {spec.seed}")
+    title = f"SeqBoat on {corpus.name}: {{:.3f}} bits per character, seed {spec.seed}"
+    finished = run_language(
+        spec,
+        out,
+        corpus,
+        accelerator=options.accelerator,
+        progress=options.progress,
+        figures=lambda done: draw_language(done.reading, out, title.format(done.summary["bits_per_character"])),
+    )
     print(describe_language(finished.summary, out))
     return finished.summary
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import ClassifierOptions, exit_code, experiment, parse
+from sma.recipes.command import OneRunOptions, exit_code, experiment, parse
 from sma.recipes.report import describe_run, draw
 
 
-class Options(ClassifierOptions):
+class Options(OneRunOptions):
     """Train SeqBoat on a task of the Long Range Arena and evaluate it."""
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lra")
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
 
 
-def run(options: ClassifierOptions) -> dict[str, Any]:
+def run(options: OneRunOptions) -> dict[str, Any]:
     """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in `evaluation.json`.
 
     Raises:
@@ -54,8 +54,14 @@ def run(options: ClassifierOptions) -> dict[str, Any]:
         f"{title}: {len(data.train):,} samples, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {out}",
         flush=True,
     )
-    finished = run_experiment(spec, out, data, accelerator=options.accelerator, progress=options.progress)
-    draw(finished.report, out, f"{title}: test accuracy {finished.summary['test_accuracy']:.1%}, seed {spec.seed}")
+    finished = run_experiment(
+        spec,
+        out,
+        data,
+        accelerator=options.accelerator,
+        progress=options.progress,
+        figures=lambda done: draw(done.report, out, f"{title}: test accuracy {done.summary['test_accuracy']:.1%}, seed {spec.seed}"),
+    )
     print(describe_run(finished.summary, finished.report, out))
     return finished.summary
 

@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import ClassifierOptions, exit_code, parse
+from sma.recipes.command import OneRunOptions, exit_code, parse
 from sma.recipes.seqboat_lra import run
 
 
-class Options(ClassifierOptions):
+class Options(OneRunOptions):
     """Train SeqBoat on raw speech and evaluate it."""
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_speech")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -173,14 +173,29 @@ def run_experiment(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     team: Team = ALONE,
+    figures: Callable[[Finished], object] | None = None,
 ) -> Finished:
-    """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`."""
+    """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`.
+
+    `figures` is called at the end, before the summary is written, with which a run counts as finished.
+    """
     prepare(spec, team)
     task = cast(ClassificationTask, spec.task)
     classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
     batches = partial(training_loader, data, spec.training, spec.seed, team=team)
     validation = evaluation_loader(data.validation, data, team)
-    fitted = fit(classifier, spec, out, batches, validation, accelerator=accelerator, progress=progress, callbacks=callbacks, team=team)
+    fitted = fit(
+        classifier,
+        spec,
+        out,
+        batches,
+        validation,
+        data.hashes,
+        accelerator=accelerator,
+        progress=progress,
+        callbacks=callbacks,
+        team=team,
+    )
     with interruptible():
         measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data, team), verbose=False)[0]
     confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
@@ -195,7 +210,8 @@ def run_experiment(
         "per_class": confusion.per_class,
         "data": dict(data.hashes),
     }
-    figures = {"task": task.kind, "test_accuracy": measured["test_accuracy"], "test_loss": measured["test_loss"]}
+    evaluation = {"task": task.kind, "test_accuracy": measured["test_accuracy"], "test_loss": measured["test_loss"]}
     if team.writes:
-        write_text(out / EVALUATION, json.dumps({**figures, **confusion.record()}, indent=1))
-    return Finished(finish(spec, out, classifier, fitted, results, team), report, classifier)
+        write_text(out / EVALUATION, json.dumps({**evaluation, **confusion.record()}, indent=1))
+    draw = None if figures is None else lambda summary: figures(Finished(summary, report, classifier))
+    return Finished(finish(spec, out, classifier, fitted, results, team, draw), report, classifier)

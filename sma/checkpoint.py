@@ -19,6 +19,9 @@ from sma.submodule import State, StateKind
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
 
+DRAFT = ".draft"
+"""How the name of a file ends that is being written, and of one whose writer was killed."""
+
 
 def save(model: SequenceModel, folder: str | Path) -> Path:
     """Write a model into a folder, replacing what an earlier save left there.
@@ -81,9 +84,10 @@ def _difference(wanted: dict[str, Any], given: dict[str, Any]) -> tuple[list[str
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step.
 
-    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone.
+    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone, unless the process is
+    killed: see `remove_drafts`.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=DRAFT)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -95,6 +99,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what killed processes left half-written in a folder into which no other process is writing."""
+    for draft in folder.glob(f".*{DRAFT}"):
+        draft.unlink(missing_ok=True)
 
 
 def save_state(state: State, path: str | Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from sma.errors import CheckpointError, SpecError
 from sma.recipes import training
 from sma.recipes.arms import layer_rates, run_arms, table, with_routers
-from sma.recipes.experiment import EXPERIMENT, load_experiment
-from sma.routers import AlwaysRouterSpec, NeverRouterSpec, RandomRouterSpec
+from sma.recipes.experiment import EXPERIMENT, RoutingLosses, load_experiment
+from sma.routers import AlwaysRouterSpec, BernoulliRouterSpec, GumbelRouterSpec, NeverRouterSpec, RandomRouterSpec, SMARouterSpec
 from tests.test_recipes.tiny import before_update, fail, tiny
 
 FIELDS = {"accuracy", "activation_rate", "rates", "operations_per_token", "tokens_per_second", "seconds", "parameters"}
@@ -34,7 +34,7 @@ def done(data, tmp_path_factory):
     """A finished comparison: its folder, its summary, and what `after` was called with."""
     out = tmp_path_factory.mktemp("arms")
     seen = []
-    summary = _run(_arms(), out, data, title="the title", after=lambda name, run: seen.append((name, run.summary["test_accuracy"])))
+    summary = _run(_arms(), out, data, title="the title", figures=lambda name, run: seen.append((name, run.summary["test_accuracy"])))
     return out, summary, seen
 
 
@@ -151,6 +151,16 @@ def test_routers_are_given_once_or_for_every_layer_that_routes():
     assert with_routers(spec, [NeverRouterSpec()] * 2) == with_routers(spec, NeverRouterSpec())
     with pytest.raises(SpecError, match="there are 3 routers for 2 layers that route; give one for each of them, or one for all"):
         with_routers(spec, [NeverRouterSpec()] * 3)
+
+
+def test_policy_gradient_comes_and_goes_with_the_routers_that_learn_from_it():
+    drawing = with_routers(tiny(training__losses__z=0.1), BernoulliRouterSpec())
+    assert (drawing.training.losses.policy, drawing.training.losses.z) == (1.0, 0.1)
+    assert with_routers(drawing, SMARouterSpec()).training == tiny(training__losses__z=0.1).training
+    mine = drawing.replace(training=drawing.training.replace(losses=RoutingLosses(policy=0.5)))
+    assert with_routers(mine, GumbelRouterSpec()).training.losses.policy == 0.5
+    assert with_routers(mine, BernoulliRouterSpec()) == mine
+    assert with_routers(mine, [SMARouterSpec(), BernoulliRouterSpec()]).training.losses.policy == 0.5
 
 
 def test_budget_stays_with_routers_that_can_keep_it():

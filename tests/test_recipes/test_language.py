@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sma
-from sma.errors import SpecError
+from sma.errors import DataError, SpecError
 from sma.recipes.data.text import load_text
 from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
 from sma.recipes.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, read_along, run_language
@@ -132,6 +132,28 @@ def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None
     wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")
     torch.testing.assert_close(carried, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(losses.mean(), carried.mean())
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with_alone(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "book.txt"
+    mine.write_bytes(text.read_bytes())
+    step = LanguageLearner.training_step
+
+    def stopping(self: LanguageLearner, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 14:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageLearner, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(experiment(mine), tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())
+    mine.write_bytes(text.read_bytes().replace(b"fox", b"cat"))
+    with pytest.raises(DataError, match=r"the data is not that with which the run in '.*run' began: .* another hash; put the data of then"):
+        train(experiment(mine), tmp_path / "run")
+    mine.write_bytes(text.read_bytes())
+    assert train(experiment(mine), tmp_path / "run").summary["data"] == recorded
 
 
 @pytest.mark.parametrize("update", [7, 14, 25])

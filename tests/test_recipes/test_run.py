@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 
@@ -11,12 +13,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sma
-from sma.errors import CheckpointError
-from sma.recipes import training
+from sma.errors import CheckpointError, DataError
+from sma.recipes import run, training
 from sma.recipes.callbacks import RandomStates
 from sma.recipes.experiment import BEST, LAST, load_experiment
 from sma.recipes.run import commit, hardware, versions
-from sma.recipes.training import Classifier
+from sma.recipes.training import Classifier, run_experiment
 from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
 
 
@@ -41,6 +43,7 @@ def test_folder_holds_what_is_worth_keeping(finished):
     found = {re.sub(r"events\.out.*", "events", str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()}
     assert found == {
         "experiment.yaml",
+        "data.json",
         "versions.json",
         "summary.json",
         "checkpoints/best.ckpt",
@@ -62,9 +65,14 @@ def test_experiment_of_the_folder_is_the_one_that_ran(finished):
 def test_versions_name_the_software_and_the_commit(finished):
     out, _ = finished
     recorded = json.loads((out / "versions.json").read_text())
-    assert recorded == versions()
-    assert recorded["torch"] == torch.__version__
-    assert set(recorded) == {"python", "sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy", "commit"}
+    assert recorded == [{"update": 0, **versions()}]
+    assert recorded[0]["torch"] == torch.__version__
+    assert set(versions()) == {"python", "sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy", "commit"}
+
+
+def test_hashes_of_the_data_are_there_before_the_first_update(data, tmp_path, monkeypatch):
+    _interrupted(tmp_path, data, 0, monkeypatch)
+    assert json.loads((tmp_path / "data.json").read_text()) == data.hashes
 
 
 def test_summary_holds_what_was_measured(finished, data):
@@ -76,7 +84,7 @@ def test_summary_holds_what_was_measured(finished, data):
     assert summary["data"] == data.hashes
     assert (summary["task"], summary["chance"], summary["updates"]) == ("listops", 0.1, 30)
     assert summary["parameters"] == tiny().model.num_parameters()
-    assert summary["hardware"] == hardware()
+    assert (summary["hardware"], summary["device"]) == (hardware("cpu"), "cpu")
     assert 0 < summary["seconds"] < 300
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
     tokens = sum(int(batch.valid.sum()) for batch in training.training_loader(data, tiny().training, 0, 0))
@@ -212,8 +220,95 @@ def test_run_that_was_trained_and_not_yet_tested_is_only_tested(finished, data, 
             train(tiny(), tmp_path, data)
     before_update(monkeypatch, 30, fail)  # there is no update to be done
     summary = train(tiny(), tmp_path, data).summary
-    assert summary["tokens_per_second"] is None
+    spent = checkpoint(tmp_path)["callbacks"]["Stopwatch"]
+    assert summary["tokens_per_second"] == round(spent["tokens"] / spent["updating"])
     _assert_same_run(tmp_path, finished[0])
+
+
+def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path, monkeypatch):
+    _interrupted(tmp_path, data, 13, monkeypatch)
+    state = checkpoint(tmp_path)
+    assert 0 < state["callbacks"]["Stopwatch"]["updating"] < state["callbacks"]["Stopwatch"]["elapsed"]
+    state["callbacks"]["Stopwatch"]["elapsed"] += 1000
+    torch.save(state, tmp_path / LAST)
+    assert 1000 < train(tiny(), tmp_path, data).summary["seconds"] < 1300
+    mine, theirs = (checkpoint(folder)["callbacks"]["Stopwatch"] for folder in (tmp_path, finished[0]))
+    assert mine["tokens"] == theirs["tokens"] > 0
+
+
+def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, monkeypatch, recwarn):
+    scores = iter([0.9, 0.5, 0.4])
+
+    def scored(self):
+        self.log_dict({**self.val_scores.compute("val"), "val_accuracy": next(scores)})
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", scored)
+    _interrupted(tmp_path / "here", data, 13, monkeypatch)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train(tiny(), tmp_path / "there", data).summary["best_update"] == 10
+    assert checkpoint(tmp_path / "there", BEST)["global_step"] == 10
+    assert [str(warning.message) for warning in recwarn] == []
+    assert not (tmp_path / "here").exists()
+    best = next(state for name, state in checkpoint(tmp_path / "there")["callbacks"].items() if name.startswith("BestCheckpoint"))
+    assert best["best_model_path"] == str(tmp_path / "there" / BEST)
+
+
+def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_path, monkeypatch):
+    _interrupted(tmp_path, data, 13, monkeypatch)
+    other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
+    with pytest.raises(DataError, match=rf"the data is not that with which the run in '.*' began: {next(iter(data.hashes))} has another"):
+        train(tiny(), tmp_path, other)
+    train(tiny(), tmp_path, data)
+    _assert_same_run(tmp_path, finished[0])
+
+
+def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, tmp_path, monkeypatch):
+    _interrupted(tmp_path, data, 5, monkeypatch)
+    other = data._replace(hashes={"train": "0" * 64})
+    assert train(tiny(training__updates=6), tmp_path, other).summary["data"] == {"train": "0" * 64}
+    assert json.loads((tmp_path / "data.json").read_text()) == {"train": "0" * 64}
+
+
+def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
+    first = {**versions(), "commit": "an earlier one"}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "versions", lambda: first)
+        _interrupted(tmp_path, data, 13, monkeypatch)
+    train(tiny(), tmp_path, data)
+    assert json.loads((tmp_path / "versions.json").read_text()) == [{"update": 0, **first}, {"update": 10, **versions()}]
+
+
+@pytest.mark.parametrize("name", [LAST, BEST])
+@pytest.mark.parametrize("left", [0, 1000], ids=["empty", "cut"])
+def test_damaged_checkpoint_is_a_sentence(finished, data, tmp_path, name, left):
+    shutil.copytree(finished[0], tmp_path / "run")
+    os.truncate(tmp_path / "run" / name, left)
+    complaint = rf"cannot read the checkpoint '.*{name}': .*; put a whole one in its place, such as a copy of the other one"
+    with pytest.raises(CheckpointError, match=complaint):
+        train(tiny(), tmp_path / "run", data)
+
+
+def test_what_killed_writes_left_is_removed(data, tmp_path):
+    drafts = [tmp_path / folder / f".file{number}.draft" for number, folder in enumerate(("", "checkpoints", "model"))]
+    for draft in drafts:
+        draft.parent.mkdir(exist_ok=True)
+        draft.write_bytes(b"half")
+    train(tiny(training__updates=6), tmp_path, data)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path):
+    def full(done):
+        assert done.summary["updates"] == 6
+        assert not (tmp_path / "summary.json").exists()
+        raise OSError(28, "No space left on device")
+
+    spec, drawn = tiny(training__updates=6), []
+    with pytest.raises(OSError, match="No space left"):
+        run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, figures=full)
+    assert not (tmp_path / "summary.json").exists()
+    run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, figures=drawn.append)
+    assert drawn[0].summary == json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_resuming_says_nothing_on_its_own(data, tmp_path, monkeypatch, recwarn, capfd):

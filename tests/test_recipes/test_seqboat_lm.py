@@ -1,5 +1,8 @@
 """The command line of the language model: what it prints, what it writes, and its sentences."""
 
+import errno
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import yaml
 import sma
 from sma.recipes.experiment import LAST
 from sma.recipes.seqboat_lm import main
+from sma.spec import dump_spec
 from tests.test_recipes.test_language import MODEL, TRAINING, experiment, text, train
 
 __all__ = ["text"]
@@ -34,6 +38,47 @@ def test_run_folder_holds_summary_model_and_figure(finished: Path) -> None:
     assert {"summary.json", "activation.png", "model", "experiment.yaml", "metrics"} <= {path.name for path in finished.iterdir()}
     assert isinstance(sma.load(finished / "model"), sma.SequenceModel)
     assert (finished / "activation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_evaluation_gives_the_recorded_bits_per_character(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--evaluate", str(finished), "--no-progress", "--accelerator", "cpu"]) == 0
+    result = json.loads((finished / "evaluation.json").read_text())
+    recorded = json.loads((finished / "summary.json").read_text())
+    assert (result["reproduced"], result["changed_data"]) == (True, [])
+    assert result["bits_per_character"] == recorded["bits_per_character"]
+    said = capsys.readouterr().out
+    bits = f"{recorded['bits_per_character']:.6f}"
+    assert f"bits per character {bits} of {recorded['bytes']['test']:,} held-out bytes, recorded {bits}\n" in said
+    assert "reproduced        exactly" in said
+
+
+def test_evaluation_of_another_model_says_how_far_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    model = sma.load(finished / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    sma.save(model, tmp_path / "run" / "model")
+    assert main(["--evaluate", str(tmp_path / "run"), "--no-progress", "--accelerator", "cpu"]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["bits_per_character"] == pytest.approx(8)
+    assert "reproduced        no, +" in capsys.readouterr().out
+
+
+def test_figure_that_found_no_room_is_drawn_by_resuming(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "activation.png")
+
+    path, out = tmp_path / "experiment.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(dump_spec(experiment(text, "training.updates=6"))), encoding="utf-8")
+    common = ["--no-progress", "--accelerator", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sma.recipes.language_report.draw_language", full)
+        assert main(["--spec", str(path), "--out", str(out), *common]) == 2
+    assert "make room, and go on with --resume and the run folder" in capsys.readouterr().err
+    assert main(["--resume", str(out), *common]) == 0
+    assert (out / "activation.png").is_file()
 
 
 def test_generated_text_begins_with_the_prompt_and_repeats_with_the_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

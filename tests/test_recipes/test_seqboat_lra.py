@@ -223,6 +223,19 @@ def test_interrupted_run_is_resumed_by_its_folder(finished, data, cache, tmp_pat
     assert (out / "activation.png").is_file()
 
 
+def test_figure_that_found_no_room_is_drawn_by_resuming(spec, cache, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "activation.png")
+
+    out, common = tmp_path / "run", ["--data", str(cache), "--no-progress", "--accelerator", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sma.recipes.seqboat_lra.draw", full)
+        assert main(["--spec", str(spec), "--out", str(out), *common]) == 2
+    assert "make room, and go on with --resume and the run folder" in _said(capsys)[1]
+    assert main(["--resume", str(out), *common]) == 0
+    assert (out / "activation.png").is_file()
+
+
 def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -307,8 +320,8 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
     print("killed after", kills)  # shown if what follows fails
     _assert_same_result(out, reference)
     assert rates_over_training(out) == rates_over_training(reference)
-    # Only a killed write leaves its file, and no one reads it.
-    assert {path.name for path in (out / "checkpoints").iterdir() if not path.name.startswith(".")} == {"best.ckpt", "last.ckpt"}
+    # What a killed write left, the next part removed.
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.slow

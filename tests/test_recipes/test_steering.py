@@ -7,9 +7,11 @@ import torch
 
 from sma.errors import SpecError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
+from sma.recipes.arms import with_routers
 from sma.recipes.data.batch import UNSCORED, where_asked
 from sma.recipes.experiment import BEST, LAST
 from sma.recipes.training import Classifier
+from sma.routers import BernoulliRouterSpec, SMARouterSpec
 from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
 
 BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
@@ -81,11 +83,36 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         pytest.param({"training__losses__budget": 1.0}, "a budget loss needs a target; set training.losses.target", id="target"),
         pytest.param({"training__budget": "{target: 0}"}, "target=0.0 must be above 0 and at most 1", id="nothing"),
         pytest.param({"training__budget": "{target: 0.5, floor: 0.6}"}, "floor=0.6 must be at most the target", id="floor"),
+        pytest.param(
+            {"training__losses__policy": 0.5},
+            "training.losses.policy=0.5 needs a router that samples, and the model's are: 'sma'; use the router kind 'bernoulli'",
+            id="policy-without-draws",
+        ),
+        pytest.param(
+            {"training__losses__policy": 0.5, "layers__layer__modules": "{}"},
+            "training.losses.policy=0.5 needs a router that samples, and the model's are: none",
+            id="policy-without-routers",
+        ),
+        pytest.param(
+            {"layers__layer__router": "{kind: bernoulli}"},
+            "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; set training.losses.policy=1.0",
+            id="draws-without-policy",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(settings, sentence):
     with pytest.raises(SpecError, match=re.escape(sentence)):
         tiny(**settings)
+
+
+@pytest.mark.parametrize("router", ["{kind: gumbel}", "{kind: random, rate: 0.3}", "{kind: sma}"])
+def test_other_routers_need_no_policy_gradient(router):
+    assert tiny(layers__layer__router=router).training.losses.policy == 0
+
+
+def test_policy_gradient_of_a_router_of_another_package_is_its_own_affair(monkeypatch):
+    monkeypatch.setattr(SMARouterSpec, "__module__", "mine.routers")
+    assert tiny(training__losses__policy=0.5).training.losses.policy == 0.5
 
 
 POLICY = {
@@ -109,10 +136,12 @@ def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data):
 
 
 def test_policy_gradient_is_of_the_routers_that_sample_alone(data):
-    spec = tiny(training__losses="{policy: 0.5}")  # its routers are of the kind sma
-    learner = Classifier(spec.model.build(), spec.training, 10)
+    mixed = with_routers(tiny(**{**POLICY, "training__budget": "null"}), [SMARouterSpec(), BernoulliRouterSpec()])
+    learner = Classifier(mixed.model.build(), mixed.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
-    assert learner.routing_loss(learner.model(batch.inputs, batch.valid).decisions, batch.valid, torch.arange(6.0)) == 0
+    decisions = learner.model(batch.inputs, batch.valid).decisions
+    wanted = 0.5 * policy_gradient_loss(decisions[1:], torch.arange(6.0), batch.valid)
+    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.arange(6.0)), wanted)
 
 
 def test_every_row_of_a_pair_owes_the_loss_of_its_sample(data):

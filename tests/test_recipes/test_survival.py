@@ -67,8 +67,8 @@ def test_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(task, tmp_pa
     while process.poll() is None and not (out / LAST).is_file():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "summary.json").exists(), "it was over before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    assert not (out / "summary.json").exists()
     assert 0 < checkpoint(out)["global_step"] < 200
     assert main(["--resume", str(out), *common]) == 0
     for name in (LAST, BEST):

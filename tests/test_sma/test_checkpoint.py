@@ -1,6 +1,9 @@
 """Saving and loading: the same bits back, an interrupted save leaves the old model, and damage is named."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,3 +275,17 @@ class TestDamaged:
         _rewrite(tmp_path, change, metadata)
         with pytest.raises(CheckpointError, match=complaint):
             load(tmp_path)
+
+
+def test_a_killed_write_leaves_a_draft_that_can_be_removed(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from sma.checkpoint import write_atomically\n"
+        "write_atomically(Path(sys.argv[1]), lambda draft: (draft.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
+    )
+    (tmp_path / "model").write_text("whole")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False).returncode == -signal.SIGKILL
+    assert len(_files(tmp_path)) == 2
+    (tmp_path / ".mine").write_text("")
+    sma.checkpoint.remove_drafts(tmp_path)
+    assert _files(tmp_path) == {"model", ".mine"}
+    assert (tmp_path / "model").read_text() == "whole"
