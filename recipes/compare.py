@@ -68,22 +68,34 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
-    several = None if options.resume is None else options.resume / SEVERAL
-    again = several is not None and several.is_file()
-    tasks = json.loads(several.read_text(encoding="utf-8")) if several is not None and again else _tasks(options.task)
-    if len(tasks) == 1:
-        return compare(options)
-    out = options.resume or options.out or Path("runs") / f"compare-{'-'.join(tasks)}-{datetime.now():%Y%m%d-%H%M%S}"
-    write_text(out / SEVERAL, json.dumps(tasks))
+    if options.resume is not None:
+        _refuse_changes(options)
+        if not (options.resume / SEVERAL).is_file():
+            return compare(options)
+        out, tasks = options.resume, json.loads((options.resume / SEVERAL).read_text(encoding="utf-8"))
+    else:
+        tasks = _tasks(options.task)
+        if len(tasks) == 1:
+            return compare(options)
+        out = options.out or Path("runs") / f"compare-{'-'.join(tasks)}-{datetime.now():%Y%m%d-%H%M%S}"
+        # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what was asked for.
+        for begun in [_asked(options.model_copy(update={"task": task, "out": out / task})) for task in tasks]:
+            _write_down(*begun)
+        write_text(out / SEVERAL, json.dumps(tasks))
     summaries: dict[str, Any] = {}
     for task in tasks:
-        begun = (out / task / CHOSEN).is_file()
-        where = {"resume": out / task} if begun else {"resume": None, "out": out / task}
-        summaries[task] = compare(options.model_copy(update={"task": task, **where}))
+        summaries[task] = compare(options.model_copy(update={"resume": out / task}))
         write_text(out / TABLE, markdown_of_several(summaries))
         write_text(out / SUMMARY, json.dumps(summaries, indent=1))
     print(f"\n{markdown_of_several(summaries)}\ntable    {out / TABLE}\nsummary  {out / SUMMARY}")
     return summaries
+
+
+def _refuse_changes(options: Options) -> None:
+    given = sorted(options.model_fields_set & {"task", "preset", "models", "seeds", "minutes", "length", "set", "seed", "spec", "out"})
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise SpecError(f"--resume goes on with the comparison as it was; leave {names} out, or start a new one")
 
 
 def _tasks(given: str) -> list[str]:
@@ -105,7 +117,9 @@ def compare(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
-    spec, chosen, out = _asked(options)
+    spec, chosen, out = _asked(options) if options.resume is None else _begun(options.resume)
+    if options.resume is None:
+        _write_down(spec, chosen, out)
     data = spec.task.prepare(options.data, progress=options.progress)
     specs = _experiments(spec, chosen, data, out)
     left = unfinished(specs, out)
@@ -114,10 +128,12 @@ def compare(options: Options) -> dict[str, Any]:
         print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         _write(specs, chosen, data, out)
     for model in chosen["models"]:
-        first = out / f"{model}-{spec.seed}"
-        if (first / SUMMARY).is_file() and not (first / EFFICIENCY).is_file():
-            print(f"measuring {model} at {chosen['length']:,} tokens", flush=True)
-            write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], threads=spec.threads)))
+        folders = [out / name for name in specs if name.rsplit("-", 1)[0] == model]
+        first = next((folder for folder in folders if (folder / SUMMARY).is_file()), None)
+        if first is not None and not any((folder / EFFICIENCY).is_file() for folder in folders):
+            device = "cuda" if json.loads((first / SUMMARY).read_text(encoding="utf-8")).get("device") == "cuda" else "cpu"
+            print(f"measuring {model} at {chosen['length']:,} tokens on {device}", flush=True)
+            write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], device=device, threads=spec.threads)))
     summary = _write(specs, chosen, data, out)
     print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
     failed = [name for name in left if failure(out / name) is not None]
@@ -129,20 +145,23 @@ def compare(options: Options) -> dict[str, Any]:
 
 
 def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any], Path]:
-    if options.resume is None:
-        models = list(BASELINES) if options.models is None else [name.strip() for name in options.models.split(",")]
-        spec, out = experiment(options)
-        for name in models:
-            baseline(name, spec)  # says what is wrong before anything is made
-        chosen = {"models": models, "seeds": options.seeds, "minutes": options.minutes, "length": options.length}
-        write_text(out / EXPERIMENT, dump_yaml(spec))
-        write_text(out / CHOSEN, json.dumps(chosen))
-        return spec, chosen, out
-    out = options.resume
+    """The SeqBoat experiment, what else was chosen, and the folder."""
+    models = list(BASELINES) if options.models is None else [name.strip() for name in options.models.split(",")]
+    spec, out = experiment(options)
+    for name in models:
+        baseline(name, spec)  # says what is wrong before anything is made
+    return spec, {"models": models, "seeds": options.seeds, "minutes": options.minutes, "length": options.length}, out
+
+
+def _write_down(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path) -> None:
+    write_text(out / EXPERIMENT, dump_yaml(spec))
+    write_text(out / CHOSEN, json.dumps(chosen))
+
+
+def _begun(out: Path) -> tuple[ExperimentSpec, dict[str, Any], Path]:
+    """What `_write_down` wrote."""
     if not (out / CHOSEN).is_file():
         raise CheckpointError(f"there is no comparison in {str(out)!r}: {CHOSEN} is missing; give the folder of an earlier --out")
-    if options.set or options.seed is not None or options.spec is not None or options.models is not None:
-        raise SpecError("--resume goes on with the comparison as it was; leave --set, --seed, --spec and --models out, or start a new one")
     return load_experiment(out / EXPERIMENT), json.loads((out / CHOSEN).read_text(encoding="utf-8")), out
 
 
@@ -210,7 +229,8 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
 
     Returns:
         `models`: by name `accuracy`, `activation_rate` and `tokens_per_second` (a list each, one entry per seed), `seeds`, `parameters`,
-        `updates`, and `inference` and `training` (`milliseconds`, `megabytes`) where they were measured; and what all have in common.
+        `updates`, and `inference` and `training` (`milliseconds`, `megabytes`) and `measured_on` where they were measured; and what all
+        have in common.
     """
     models: dict[str, Any] = {}
     read: list[Mapping[str, Any]] = []
@@ -230,8 +250,10 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
         row["tokens_per_second"].append(run["tokens_per_second"])
         row["seconds"].append(run["seconds"])
         if (out / name / EFFICIENCY).is_file():
-            row |= json.loads((out / name / EFFICIENCY).read_text(encoding="utf-8"))
-            models[model] = row
+            measured = json.loads((out / name / EFFICIENCY).read_text(encoding="utf-8"))
+            row["measured_on"] = measured.pop("hardware", "the CPU")  # of older versions, which knew no other
+            measured.pop("device", None)
+            row.update(measured)
     return {
         **({key: read[0][key] for key in ("task", "chance", "majority", "data")} if read else {}),
         **{key: ", ".join(sorted({str(run[key]) for run in read})) for key in ("commit", "hardware", "date")},

@@ -9,6 +9,8 @@ from typing import Any
 REFERENCE = "transformer"
 """The model whose speed and memory are 1."""
 
+WORKS = ("inference", "training")
+
 _HEAD = ["model", "accuracy", "parameters", "activation rate", "inference: speed", "memory", "training: speed", "memory"]
 
 
@@ -44,25 +46,43 @@ def caption(summary: Mapping[str, Any]) -> str:
         else f"{summary['minutes']:g} minutes for every model, which are {updates[0]:,} to {updates[-1]:,} updates"
     )
     samples = summary["test_samples"]
-    reference = (
-        "the transformer's is 1" if REFERENCE in models else f"there is no {REFERENCE} here, so they are in milliseconds and megabytes"
-    )
     return " ".join(
         [
             f"{summary['task']}, {asked}; seeds {', '.join(map(str, seeds))}: mean (least to greatest).",
             f"{samples:,} test samples: one standard error is at most {50 / samples**0.5:.1f} points.",
             f"Chance {summary['chance']:.1%}, always the commonest answer {summary['majority']:.1%}.",
-            f"Speed and peak memory of one row of {summary['length']:,} random tokens: {reference}.",
+            _what_speed_is(summary),
             f"Commit {summary['commit']}, {summary['hardware']}, {summary['date']}.",
         ]
     )
 
 
+def _what_speed_is(summary: Mapping[str, Any]) -> str:
+    models = summary["models"]
+    if not any(work in row for row in models.values() for work in WORKS):
+        return "Speed and memory are not measured yet."
+    if WORKS[0] in models.get(REFERENCE, {}):
+        unit = f"the {REFERENCE}'s is 1"
+    else:
+        why = f"the {REFERENCE} was not measured" if REFERENCE in models else f"there is no {REFERENCE} here"
+        unit = f"{why}, so they are in milliseconds and megabytes"
+    # A comparison that was resumed on another machine can have several.
+    where = " and ".join(sorted({row["measured_on"] for row in models.values() if "measured_on" in row}))
+    return f"Speed and peak memory of one row of {summary['length']:,} random tokens{f' on {where}' if where else ''}: {unit}."
+
+
 def comma_separated(summary: Mapping[str, Any]) -> str:
-    """A row for every run; what was measured once for a model stands in all of its rows."""
+    """A row for every run; what was measured once for a model stands in all of its rows.
+
+    The columns `inference_relative_speed` and so on are those of the table: the transformer's is 1.
+    """
     rows = []
     for name, row in summary["models"].items():
-        once = {f"{work}_{what}": value for work in ("inference", "training") for what, value in row.get(work, {}).items()}
+        once = {f"{work}_{what}": value for work in WORKS for what, value in row.get(work, {}).items()}
+        for work in WORKS:
+            speed, memory = _relative(row, summary["models"], work)
+            once |= {f"{work}_relative_speed": _rounded(speed), f"{work}_relative_memory": _rounded(memory)}
+        once["measured_on"] = row.get("measured_on", "")
         for place, seed in enumerate(row["seeds"]):
             each = {what: row[what][place] for what in ("accuracy", "activation_rate", "tokens_per_second", "seconds")}
             rows.append({"model": name, "seed": seed, **each, "parameters": row["parameters"], "updates": row["updates"], **once})
@@ -83,21 +103,28 @@ def _cells(row: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
     accuracy = _spread([100 * value for value in row["accuracy"]], "%")
     rates = [100 * rate for rate in row["activation_rate"] if rate is not None]
     cells = [accuracy, f"{row['parameters']:,}", _spread(rates, "%", digits=0) if rates else "-"]
-    for work in ("inference", "training"):
-        if work not in row:
-            cells += ["-", "-"]
-            continue
-        reference = models.get(REFERENCE, {}).get(work)
-        mine = row[work]
-        if reference is None:
-            cells += [f"{mine['milliseconds']:.0f} ms", f"{mine['megabytes']:.0f} MB"]
+    for work in WORKS:
+        if work in row and work not in models.get(REFERENCE, {}):
+            cells += [f"{row[work]['milliseconds']:.0f} ms", f"{row[work]['megabytes']:.0f} MB"]
         else:
-            cells += [_times(reference["milliseconds"], mine["milliseconds"]), _times(mine["megabytes"], reference["megabytes"])]
+            cells += ["-" if times is None else f"{times:.2f}x" for times in _relative(row, models, work)]
     return cells
 
 
-def _times(above: float, below: float) -> str:
-    return f"{above / below:.2f}x" if below else "-"
+def _relative(row: Mapping[str, Any], models: Mapping[str, Any], work: str) -> tuple[float | None, float | None]:
+    """How many times as fast as the reference a model is, and how many times its memory it takes; None where that is not known."""
+    mine, reference = row.get(work), models.get(REFERENCE, {}).get(work)
+    if mine is None or reference is None:
+        return None, None
+    return _ratio(reference["milliseconds"], mine["milliseconds"]), _ratio(mine["megabytes"], reference["megabytes"])
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _spread(values: Sequence[float], unit: str, digits: int = 1) -> str:

@@ -30,19 +30,23 @@ Work = Literal["inference", "training"]
 WORKS: tuple[Work, ...] = ("inference", "training")
 
 
-def efficiency(run: Path, length: int, *, batch: int = 1, device: str = "cpu", threads: int | None = None) -> dict[str, dict[str, float]]:
+def efficiency(run: Path, length: int, *, batch: int = 1, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """Measure the model of a finished run on random rows, its layers as active as in the run's test.
 
     Returns:
         for `inference` and `training`: `milliseconds`, the median of a pass, and `megabytes`, the peak of memory beyond what the process
-        held before its first pass.
+        held before its first pass; and `device` and `hardware`, on which it was measured.
 
     Raises:
         CheckpointError: there is no finished run, or a measurement failed; says what it said.
     """
+    from sma.recipes.run import hardware  # Lightning takes seconds to import, and the processes that measure do without
+
     if not (run / SUMMARY).is_file():
         raise CheckpointError(f"there is no finished run in {str(run)!r}: {SUMMARY} is missing; give the folder of a run")
-    found: dict[str, dict[str, float]] = {}
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"{str(run)!r} is to be measured on cuda, and torch sees no GPU here; measure it where there is one")
+    found: dict[str, Any] = {"device": device, "hardware": hardware(device, threads)}
     for work in WORKS:
         command = [sys.executable, "-W", "ignore", "-m", "sma.recipes.efficiency", str(run), "--length", str(length), "--batch", str(batch)]
         more = ["--device", device, "--work", work, *(["--threads", str(threads)] if threads else [])]
@@ -92,16 +96,21 @@ def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
 
 def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:
     """Random rows would activate who knows how many tokens: set every sub-module of every layer to its rate in the run's test."""
-    # A rate of 0 is no target: one token of all of them instead.
-    least = 1 / inputs[..., 0].numel() if inputs.ndim == 3 else 1 / inputs.numel()
+    tokens = inputs.shape[0] * inputs.shape[1]
+    routers = routers_of(model)
     calibrate(
         model,
         [inputs],
-        [
-            {name: max(rate, least) for name, rate in layer.items()} if router.offset is not None else {}
-            for layer, router in zip(rates, routers_of(model), strict=True)
-        ],
+        [_targets(layer, tokens) if router.offset is not None else {} for layer, router in zip(rates, routers, strict=True)],
+        passes=32,  # sub-modules that compete need more than others
     )
+
+
+def _targets(rates: dict[str, float], tokens: int) -> dict[str, float]:
+    """Rates that a router can be set to: 0 is no target, one token of all of them instead; those that compete cannot sum to more."""
+    wanted = {name: max(rate, 1 / tokens) for name, rate in rates.items()}
+    share = sum(rates.values()) / sum(wanted.values()) or 1.0
+    return {name: share * rate for name, rate in wanted.items()}
 
 
 def _forget_peak(device: str) -> float:

@@ -2,17 +2,20 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sma.errors import CheckpointError, SpecError
 from sma.ragged import rectangular
+from sma.recipes import compare, tasks
 from sma.recipes.baselines import BASELINES, baseline
 from sma.recipes.compare import main, with_updates
 from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
-from sma.recipes.efficiency import efficiency, random_rows
-from sma.recipes.experiment import load_experiment
+from sma.recipes.efficiency import _set_rates, efficiency, random_rows
+from sma.recipes.experiment import load_experiment, write_text
+from sma.recipes.run import hardware
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
@@ -76,6 +79,12 @@ def test_other_updates_keep_the_shares_of_warm_up_evaluation_and_budget():
     assert (training.budget.hold, training.budget.anneal) == (10, 20)
 
 
+def test_baselines_of_an_experiment_whose_routers_sample():
+    spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
+    policies = {name: baseline(name, spec).training.losses.policy for name in BASELINES}
+    assert policies == {name: 1.0 if name in ("seqboat", "seqboat_full") else 0.0 for name in BASELINES}
+
+
 @pytest.fixture(scope="module")
 def experiment_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("spec") / "tiny.json"
@@ -103,6 +112,8 @@ def test_table_says_what_the_runs_say(compared):
             run = json.loads((compared / f"{name}-{seed}" / "summary.json").read_text())
             assert (row["accuracy"][seed], row["parameters"]) == (run["test_accuracy"], run["parameters"])
         assert {"milliseconds", "megabytes"} == set(row["inference"]) == set(row["training"])
+        assert row["measured_on"] == hardware("cpu", 1)
+        assert json.loads((compared / f"{name}-0" / "efficiency.json").read_text())["device"] == "cpu"
         assert row["inference"]["milliseconds"] > 0
     assert [row["activation_rate"][0] for row in summary["models"].values()][:2] == [None, 1.0]
     table = (compared / "table.md").read_text()
@@ -112,6 +123,115 @@ def test_table_says_what_the_runs_say(compared):
     rows = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
     assert (compared / "table.csv").read_text() == comma_separated(summary)
     assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in summary["models"] for seed in "01"]
+
+
+def _row(seeds=(0,), **more):
+    each = {"accuracy": 0.5, "activation_rate": 0.3, "tokens_per_second": 10, "seconds": 1.0}
+    return {"parameters": 1, "updates": 10, "seeds": list(seeds), **{name: [value] * len(seeds) for name, value in each.items()}, **more}
+
+
+def _cost(milliseconds, megabytes):
+    return {work: {"milliseconds": milliseconds, "megabytes": megabytes} for work in ("inference", "training")}
+
+
+def _summary(**models):
+    task = {"task": "x", "minutes": None, "test_samples": 9, "length": 4096, "chance": 0.1, "majority": 0.1}
+    return {**task, "commit": "c", "hardware": "the card", "date": "d", "models": models, "failed": []}
+
+
+def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption_says_which():
+    mine, there = _cost(5.0, 3.0), {"measured_on": "a GPU"}
+    relative = markdown(_summary(transformer=_row([1], **_cost(10.0, 6.0), **there), seqboat=_row([0, 1], **mine, **there)))
+    assert "| seqboat | 50.0% (50.0 to 50.0) | 1 | 30% (30 to 30) | 2.00x | 0.50x | 2.00x | 0.50x |" in relative
+    assert "Speed and peak memory of one row of 4,096 random tokens on a GPU: the transformer's is 1." in relative
+    failed = markdown(_summary(transformer=_row(), seqboat=_row(**mine, **there)))
+    assert "| 5 ms | 3 MB | 5 ms | 3 MB |" in failed
+    assert "on a GPU: the transformer was not measured, so they are in milliseconds and megabytes." in failed
+    assert "there is no transformer here, so they are" in markdown(_summary(seqboat=_row(**mine, **there)))
+    assert "Speed and memory are not measured yet." in markdown(_summary(transformer=_row(), seqboat=_row()))
+
+
+def test_values_hold_what_is_relative_to_the_transformer():
+    there = {"measured_on": "a GPU"}
+    models = {"transformer": _row(**_cost(10.0, 6.0), **there), "seqboat": _row([0, 1], **_cost(4.0, 0.0), **there), "ema": _row()}
+    text = comma_separated(_summary(**models))
+    transformer, first, second, ema = csv.DictReader(text.splitlines())
+    names = [f"{work}_relative_{what}" for work in ("inference", "training") for what in ("speed", "memory")]
+    assert [transformer[name] for name in names] == ["1.0"] * 4
+    assert [first[name] for name in names] == ["2.5", "0.0"] * 2 == [second[name] for name in names]
+    assert [ema[name] for name in names] == [""] * 4
+    assert (first["measured_on"], ema["measured_on"]) == ("a GPU", "")
+
+
+@pytest.fixture
+def without_training(monkeypatch):
+    """Runs that end at once: `fails` are the names of those that fail, `devices` what was measured where."""
+    seen = SimpleNamespace(fails=[], devices=[], began=[])
+
+    def train_all(left, out, *_, **__):
+        for name, spec in left.items():
+            seen.began.append((out.name, name, spec))
+            if name in seen.fails:
+                write_text(out / name / "error.txt", "broken")
+            else:
+                (out / name / "error.txt").unlink(missing_ok=True)
+                run = {"parameters": 1, "updates": spec.training.updates, "test_accuracy": 0.5, "activation_rate": [0.3], "device": "cuda"}
+                common = {"task": "x", "chance": 0.1, "majority": 0.2, "data": {}, "commit": "c", "hardware": "a GPU", "date": "d"}
+                write_text(out / name / "summary.json", json.dumps({**run, **common, "tokens_per_second": 10, "seconds": 1.0}))
+            yield name
+
+    def measured(folder, length, *, device, threads):
+        seen.devices.append((folder.name, device))
+        return {"device": device, "hardware": f"the {device}", **_cost(5.0, 3.0)}
+
+    monkeypatch.setattr(compare, "train_all", train_all)
+    monkeypatch.setattr(compare, "efficiency", measured)
+    return seen
+
+
+def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finished(tmp_path, experiment_file, without_training):
+    out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
+    without_training.fails = ["transformer-0"]
+    assert main(["--spec", str(experiment_file), "--models", "transformer,seqboat", "--seeds", "2", "--out", str(out), *common]) == 2
+    assert without_training.devices == [("transformer-1", "cuda"), ("seqboat-0", "cuda")]
+    assert "on the cuda: the transformer's is 1." in (out / "table.md").read_text()
+    without_training.fails = []
+    assert main(["--resume", str(out), *common]) == 0
+    assert len(without_training.devices) == 2
+
+
+def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_path, without_training, monkeypatch, capsys):
+    asked = ["--task", "digits,listops", "--models", "transformer,seqboat", "--seeds", "3", "--minutes", "1", "--length", "99"]
+    out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
+    monkeypatch.setattr(compare, "updates_in", lambda *_: 600)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for task in ("DigitsTask", "ListOpsTask"):
+        kind = getattr(tasks, task)
+        monkeypatch.setattr(kind, "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train_all", interrupt)
+        assert main([*asked, "--set", "training.batch_size=8", "--out", str(out), *common]) == 130
+    assert main(["--resume", str(out), *common]) == 0
+    for task in ("digits", "listops"):
+        began = {name: spec for folder, name, spec in without_training.began if folder == task}
+        assert list(began) == [f"{model}-{seed}" for model in ("transformer", "seqboat") for seed in range(3)]
+        assert {(spec.training.batch_size, spec.training.updates, spec.task.kind) for spec in began.values()} == {(8, 600, task)}
+        summary = json.loads((out / task / "summary.json").read_text())
+        assert (summary["length"], summary["minutes"]) == (99, 1.0)
+    capsys.readouterr()
+    assert main(["--resume", str(out), "--seeds", "2", "--models", "seqboat"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --resume goes on with the comparison as it was; leave --models, --seeds out, or start a new one\n"
+    )
+
+
+def test_comparison_of_several_tasks_says_what_is_wrong_with_any_before_the_first_begins(tmp_path, capsys):
+    assert main(["--task", "digits,text", "--set", "task.data.length=64", "--out", str(tmp_path / "out")]) == 2
+    assert "task.data.length" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -149,6 +269,40 @@ def test_bad_command_lines_are_sentences(tmp_path, capsys, experiment_file):
 def test_efficiency_of_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no finished run in"):
         efficiency(tmp_path, 16)
+
+
+def test_gpu_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CheckpointError, match="is to be measured on cuda, and torch sees no GPU here; measure it where there is one"):
+        efficiency(tmp_path, 16, device="cuda")
+
+
+MIXED = "{gau: {kind: gau, query_size: 4, hidden_size: 8}, mlp: {kind: gated_mlp, hidden_size: 8}, conv: {kind: conv}}"
+
+
+@pytest.mark.parametrize(
+    ("router", "asked"),
+    [
+        pytest.param("sma", (0.5, 0.2, 0.0), id="sma"),
+        pytest.param("sma", (1.0, 0.0, 0.0), id="all-and-none"),
+        pytest.param("gumbel", (0.3, 1.0, 0.0), id="gumbel"),
+        pytest.param("exclusive", (0.5, 0.3, 0.1), id="exclusive"),
+        pytest.param("exclusive", (1.0, 0.0, 0.0), id="exclusive-one"),
+        pytest.param("exclusive", (0.0, 0.0, 0.0), id="exclusive-none"),
+        pytest.param("top_k", (0.5, 0.3, 0.2), id="top-k"),
+        pytest.param("always", (1.0, 1.0, 1.0), id="always"),
+        pytest.param("never", (0.0, 0.0, 0.0), id="never"),
+        pytest.param("expert_choice, share: 0.5", (0.5, 0.5, 0.5), id="expert-choice"),
+    ],
+)
+def test_model_is_measured_at_the_rates_of_its_test(router, asked):
+    spec = tiny(layers__layer__modules=MIXED, layers__layer__router=f"{{kind: {router}}}")
+    model = spec.model.build().eval()
+    inputs = random_rows(model, 1, 1024)
+    _set_rates(model, inputs, [dict(zip(("gau", "mlp", "conv"), asked, strict=True))] * 2)
+    for decision in model(inputs).decisions:
+        assert decision.active[0].double().mean(0).tolist() == pytest.approx(asked, abs=0.02)
 
 
 @pytest.mark.parametrize("preset", ["listops_tiny", "image_paper", "retrieval_paper"])
