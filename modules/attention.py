@@ -28,7 +28,8 @@ class AttentionSpec(MultiHeadSpec):
 class Attention(MultiHead):
     r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over all tokens of the row, by PyTorch's fused kernels.
 
-    Streaming it keeps every key and value, so memory and the cost of a step grow.
+    Streaming it keeps every key and value, so memory and the cost of a step grow. On a GPU it runs by flash attention if causal, or if
+    the rows have equally many tokens; otherwise their ends are masked, and the memory-efficient kernel runs.
 
     Args:
         spec: heads, direction, positions.
@@ -48,7 +49,8 @@ class Attention(MultiHead):
         super().__init__(spec, width)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
-        (q, mask), (k, _), (v, _) = (tokens.with_values(x).to_padded() for x in (q, k, v))
+        longest = tokens.longest  # asked once: on a GPU the program waits for the answer
+        (q, mask), (k, _), (v, _) = (tokens.with_values(x).to_padded(longest) for x in (q, k, v))
         if not self.causal:
             return tokens.from_padded(self._product(q, k, v, self._mask(mask, tokens)))
         # What lies behind a row's tokens is never seen by them, so no mask is needed.
@@ -67,7 +69,8 @@ class Attention(MultiHead):
         return tokens.from_padded(self._contained(q, keys, values, allowed))
 
     def _mask(self, mask_BS: Tensor, tokens: Ragged) -> Tensor | None:
-        if tokens.stride is not None and not tokens.holes:
+        # Without a mask the flash kernel can run. Rows that are all as long as the longest need none.
+        if not tokens.holes and (tokens.stride is not None or (tokens.bound is None and tokens.rows.shape[0] == mask_BS.numel())):
             return None
         # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.
         first = torch.arange(mask_BS.shape[1], device=mask_BS.device) == 0

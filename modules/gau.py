@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sma.initial import reset_linear_, truncated_normal_
 from sma.modules.cache import Cache, empty_cache
+from sma.modules.whole import attend_all, pairs
 from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shape
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.pytree import register_output
@@ -51,8 +52,9 @@ class GAUSpec(SubModuleSpec):
 
     def operations(self, width: int, tokens: int) -> Operations:
         dense = width * (self.query_size + 3 * self.hidden_size)
-        pairs = block_shape(tokens, self.window, not self.bidirectional).pairs(tokens)
-        return Operations(tokens * dense + pairs * (self.query_size + self.hidden_size))
+        causal = not self.bidirectional
+        seen = pairs(tokens, causal) if self.window is None else block_shape(tokens, self.window, causal).pairs(tokens)
+        return Operations(tokens * dense + seen * (self.query_size + self.hidden_size))
 
 
 class GatedAttentionUnit(SubModule):
@@ -130,7 +132,8 @@ class GatedAttentionUnit(SubModule):
         if cache is not None and tokens.longest <= 1:
             attended = attend_one(q, k, v, tokens, cache, weighting=spec.attention, bias=bias, dropout=dropout)
             return attended, cache.append(tokens, k, v, tokens.positions)
-        block = partial(attend, window=spec.window, causal=self.causal, weighting=spec.attention, bias=bias, dropout=dropout)
+        reach = attend_all if spec.window is None else partial(attend, window=spec.window)
+        block = partial(reach, causal=self.causal, weighting=spec.attention, bias=bias, dropout=dropout)
         if cache is None:
             return block(q, k, v, tokens), None
         joined, (keys, values, positions) = cache.join(tokens), cache.entries
@@ -172,9 +175,9 @@ class ChunkedGAUSpec(GAUSpec):
 
     def operations(self, width: int, tokens: int) -> Operations:
         chunk = min(self.window, tokens)
-        pairs = chunks_of(tokens, self.window) * block_shape(chunk, self.window, not self.bidirectional).pairs(chunk)
+        seen = chunks_of(tokens, self.window) * block_shape(chunk, self.window, not self.bidirectional).pairs(chunk)
         dense = width * (self.query_size + 3 * self.hidden_size)
-        return Operations(tokens * dense + pairs * (self.query_size + self.hidden_size))
+        return Operations(tokens * dense + seen * (self.query_size + self.hidden_size))
 
 
 @register_output

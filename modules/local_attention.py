@@ -34,7 +34,8 @@ class LocalAttention(MultiHead):
 
     Token i attends to tokens j of its row with $|i - j| \le W$, causal $0 \le i - j \le W$, where i and j count the tokens that
     it is given: routed, it reaches the last W *active* tokens, however far back they stand. With W of at least the row's length it is
-    `Attention`. Rows are cut into blocks of half a window, so cost and memory grow as T W. Streaming it keeps the keys and values
+    `Attention`. Rows are cut into blocks of half a window, so cost and memory grow as T W. The blocks are masked, so on a GPU the
+    memory-efficient kernel runs, not flash attention. Streaming it keeps the keys and values
     of the last W tokens of each row.
 
     Args:

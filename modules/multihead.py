@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sma.errors import SpecError
 from sma.initial import reset_linear_
 from sma.modules.cache import Cache, empty_cache
+from sma.modules.finite import all_finite
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.ragged import Ragged, pack, unpack
 from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, placement
@@ -132,8 +133,7 @@ def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     Returns:
         the keys, the values, and a mask `(…)` of the tokens that are not finite; None where all are.
     """
-    # One look at the sums costs far less than a mask; a compiled program cannot branch on it.
-    if not torch.compiler.is_compiling() and bool((k.detach().sum() + v.detach().sum()).isfinite()):
+    if all_finite(k, v):
         return k, v, None
     broken = ~(k.isfinite() & v.isfinite()).flatten(-2).all(-1)
     return k.masked_fill(broken[..., None, None], 0), v.masked_fill(broken[..., None, None], 0), broken

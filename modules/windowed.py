@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.modules.cache import Cache
+from sma.modules.finite import all_finite
 from sma.ragged import Ragged
 
 Weighting = Literal["softmax", "relu2", "laplace"]
@@ -33,14 +34,14 @@ class BlockShape(NamedTuple):
         return -(-tokens // self.queries) * self.queries * self.keys
 
 
-def block_shape(longest: int, window: int | None, causal: bool) -> BlockShape:
+def block_shape(longest: int, window: int, causal: bool) -> BlockShape:
     """Choose the blocks for rows of up to `longest` tokens.
 
     A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window: they see
     2.5 windows, against 3 for blocks of a whole one; the products of still smaller blocks are less efficient.
     """
     longest = max(longest, 1)
-    if window is None or longest <= max(window, 32):
+    if longest <= max(window, 32):
         return BlockShape(longest, 0, 0)
     queries = min(longest, max(32, window // 2))
     reach = min(window, longest - 1)
@@ -107,19 +108,24 @@ class Blocks:
         return out
 
 
-def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
+def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
     """Lay out the tokens of a batch in blocks."""
-    shape = block_shape(tokens.longest, window, causal)
-    size, device = shape.queries, tokens.rows.device
-    slots = tokens.slots
+    device, slots = tokens.rows.device, tokens.slots
+    if tokens.stride is not None or tokens.bound is not None:
+        shape = block_shape(tokens.longest, window, causal)
+    else:  # longest row and number of blocks by one look at the lengths: on a GPU the program waits for it
+        counts = (tokens.offsets[1:] - tokens.offsets[:-1]).tolist()
+        shape = block_shape(max(counts, default=0), window, causal)
+    size = shape.queries
     if tokens.stride is not None:
         per_row = -(-tokens.stride // size)
         starts = torch.arange(tokens.num_rows, device=device) * per_row
         count = tokens.num_rows * per_row
     else:
         per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
-        ends = per_row_B.cumsum(0)
-        starts, count = ends - per_row_B, _count(tokens, ends, size)
+        starts = per_row_B.cumsum(0) - per_row_B
+        # As many blocks as there can be where the rows cannot be looked at.
+        count = sum(-(-each // size) for each in counts) if tokens.bound is None else tokens.rows.shape[0] // size + tokens.num_rows
     places = starts[tokens.rows] * size + slots
 
     def lay(values: Tensor, empty: int) -> Tensor:
@@ -134,7 +140,7 @@ def cut(tokens: Ragged, window: int | None, causal: bool) -> Blocks:
     distance = torch.arange(shape.keys, device=device) - shape.before - torch.arange(size, device=device)[:, None]
     if causal:
         allowed &= distance <= 0
-    if window is not None and shape.keys > window:
+    if shape.keys > window:
         allowed &= distance.abs() <= window
     return Blocks(shape, count, places, allowed, blocks.positions, blocks.slots)
 
@@ -165,13 +171,6 @@ def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: boo
     return before[first + nearest + 1] > before[first + (slots - window).clamp(min=0)]
 
 
-def _count(tokens: Ragged, ends: Tensor, size: int) -> int:
-    """Blocks of packed tokens; as many as there can be where the rows cannot be looked at."""
-    if tokens.bound is not None:
-        return tokens.rows.shape[0] // size + tokens.num_rows
-    return int(ends[-1]) if tokens.num_rows else 0
-
-
 class Bias(NamedTuple):
     """A learned number per distance, added to the scores.
 
@@ -192,7 +191,7 @@ def attend(
     v: Float[Tensor, "T H"],
     tokens: Ragged,
     *,
-    window: int | None,
+    window: int,
     causal: bool,
     weighting: Weighting = "softmax",
     bias: Bias | None = None,
@@ -203,7 +202,7 @@ def attend(
     Args:
         q, k, v: queries, already scaled, keys and values of the tokens.
         tokens: where they stand.
-        window: slots in reach, |i - j| <= window; None for the whole row.
+        window: slots in reach, |i - j| <= window.
         causal: only j <= i.
         weighting: `softmax` over the reach; `relu2` or `laplace` of each score. A pair out of reach weighs exactly 0.
         bias: added to the scores.
@@ -251,7 +250,7 @@ def attend_one(
             scores = scores + table[(distance + bias.middle).clamp(0, table.shape[0] - 1)]
             own = own + table[bias.middle]
         scores = torch.cat([scores.masked_fill(slots < 0, -torch.inf), own], dim=1)
-        weights = torch.nn.functional.dropout(_weigh(scores, weighting), dropout).to(v.dtype)
+        weights = torch.nn.functional.dropout(weigh(scores, weighting), dropout).to(v.dtype)
         return torch.bmm(weights[:, None, :-1], values.to(v.dtype)).squeeze(1) + weights[:, -1:] * v
 
 
@@ -288,7 +287,7 @@ class _BlockAttention(torch.autograd.Function):
             q, k = q.to(v.dtype), k.to(v.dtype)
             # A weight of 0 times NaN is NaN: a value that is not finite would reach tokens that do not attend to it.
             broken = None
-            if not bool(v.sum().isfinite()):
+            if not all_finite(v):
                 broken = ~v.isfinite().all(-1, keepdim=True)
                 v = v.masked_fill(broken, 0)
             filled_q, filled_k, filled_v = blocks.fill(q), blocks.fill(k), blocks.fill(v)
@@ -296,7 +295,7 @@ class _BlockAttention(torch.autograd.Function):
             if table is not None:
                 scores += table.to(wide)[index]
             scores.masked_fill_(~allowed, -torch.inf)
-            weights = _weigh(scores, weighting)
+            weights = weigh(scores, weighting)
             keep = torch.rand_like(weights) >= dropout if dropout else None
             used = weights if keep is None else weights * keep / (1 - dropout)
             out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v))
@@ -318,7 +317,7 @@ class _BlockAttention(torch.autograd.Function):
         blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
         weighting = ctx.weighting
         narrow, wide = filled_v.dtype, kept.dtype
-        weights = kept if weighting == "softmax" else _weigh(kept, weighting)
+        weights = kept if weighting == "softmax" else weigh(kept, weighting)
         share = keep / (1 - ctx.dropout) if keep is not None else None
         grad_blocks = blocks.queries_of(blocks.fill(grad.to(narrow)))
         used = (weights if share is None else weights * share).to(narrow)
@@ -355,13 +354,13 @@ def _attend_compiled(
         scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
         if table is not None and index is not None:
             scores = scores + table.to(wide)[index]
-        weights = torch.nn.functional.dropout(_weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout)
+        weights = torch.nn.functional.dropout(weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout)
         out = torch.bmm(weights.to(v.dtype), blocks.keys_of(filled_v))
         reached = (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & blocks.allowed).any(-1, keepdim=True)
         return out.masked_fill(reached, torch.nan).flatten(0, 1).index_select(0, blocks.places)
 
 
-def _weigh(scores: Tensor, weighting: Weighting) -> Tensor:
+def weigh(scores: Tensor, weighting: Weighting) -> Tensor:
     """Weights of scores; -inf, a pair out of reach, weighs exactly 0."""
     if weighting == "softmax":
         return torch.softmax(scores, dim=-1)

@@ -12,7 +12,7 @@ from sma.errors import SpecError
 from sma.modules.attention import Attention, AttentionSpec
 from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
-from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_near_under_autocast, draw, first, run
+from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_near_under_autocast, draw, first, lay, run
 from tests.test_modules.loops import attention_loop
 
 POSITIONS = {"rotary": RotarySpec(), "none": NoPositionSpec()}
@@ -123,3 +123,13 @@ def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, 
 def test_a_bias_table_is_refused() -> None:
     with pytest.raises(SpecError, match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}"):
         AttentionSpec(position=RelativeBiasSpec())
+
+
+@pytest.mark.parametrize(("lengths", "needed"), [([6, 6], False), ([6], False), ([6, 5], True), ([6, 0], True)])
+def test_packed_rows_of_equal_length_need_no_mask(lengths: list[int], needed: bool) -> None:
+    torch.manual_seed(0)
+    module = AttentionSpec(heads=2).build(4).double()
+    x, active = torch.randn(len(lengths), 6, 4, dtype=torch.float64), first(lengths, 6)
+    tokens = lay(x, active, "packed")
+    assert (module._mask(tokens.to_padded()[1], tokens) is not None) == needed
+    torch.testing.assert_close(run(module, x, active, "packed"), run(module, x, active, "static"))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sma.modules.whole import attend_all
 from sma.modules.windowed import Bias, Weighting, attend
 from sma.ragged import Ragged
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_same_program, first, lay, run_rows, saved_bytes, spread
@@ -37,6 +38,8 @@ def bias_of(table: Tensor | None, distance: str, window: int | None) -> Bias | N
 
 def attend_tokens(tokens: Ragged, window: int | None, causal: bool, **options: Any) -> Tensor:
     q, k, v = tokens.values.split([Z, Z, H], -1)
+    if window is None:
+        return attend_all(q, k, v, tokens, causal=causal, **options)
     return attend(q, k, v, tokens, window=window, causal=causal, **options)
 
 

@@ -1,0 +1,109 @@
+"""Attention of ragged tokens along their whole rows, a slice of queries at a time: every pair of a row, but memory T C."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sma.modules.finite import all_finite
+from sma.modules.windowed import Bias, Weighting, weigh
+from sma.ragged import Ragged
+
+# Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were slower.
+SLICE = 512
+
+
+def pairs(tokens: int, causal: bool) -> int:
+    """Pairs that are multiplied for a row of `tokens` tokens: all, or causal those with the keys up to the end of a slice."""
+    return sum((stop - start) * (stop if causal else tokens) for start, stop in _slices(tokens, SLICE))
+
+
+def attend_all(
+    q: Float[Tensor, "T Z"],
+    k: Float[Tensor, "T Z"],
+    v: Float[Tensor, "T H"],
+    tokens: Ragged,
+    *,
+    causal: bool,
+    weighting: Weighting = "softmax",
+    bias: Bias | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "T H"]:
+    """`sma.modules.windowed.attend` without a window; for backward the scores of a slice are computed again.
+
+    Args:
+        q, k, v, tokens, causal, weighting, bias, dropout: as there; the bias counts original positions.
+    """
+    longest, compiling = tokens.longest, torch.compiler.is_compiling()
+    with torch.autocast(q.device.type, enabled=False):
+        (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
+        # Through float64, which holds every position exactly, because the values of tokens are real numbers.
+        places = tokens.with_values(tokens.positions.double()).to_padded(longest)[0].long().int()
+        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.
+        seen = real | (torch.arange(longest, device=real.device) == 0)
+        broken = None if all_finite(v) else ~v.isfinite().all(-1)
+        if broken is not None:  # a weight of 0 times NaN is NaN
+            v = v.masked_fill(broken[..., None], 0)
+        table = None if bias is None else bias.table
+        parts = []
+        # A compiler does not unroll a number of slices that it does not know, and chooses itself what to keep.
+        for start, stop in _slices(longest, longest if compiling else SLICE):
+            keys = slice(0, stop if causal else longest)
+            part = partial(
+                _attend_slice,
+                places_BC=places[:, start:stop],
+                places_BK=places[:, keys],
+                seen_BK=seen[:, keys],
+                broken_BK=None if broken is None else broken[:, keys],
+                start=start if causal else None,
+                middle=0 if bias is None else bias.middle,
+                weighting=weighting,
+                dropout=dropout,
+            )
+            inputs = q[:, start:stop], k[:, keys], v[:, keys], table
+            if compiling or longest <= SLICE or not torch.is_grad_enabled():
+                parts.append(part(*inputs))
+            else:
+                parts.append(checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
+        return tokens.from_padded(torch.cat(parts, 1) if parts else v)
+
+
+def _slices(tokens: int, size: int) -> list[tuple[int, int]]:
+    if tokens <= size:
+        return [(0, tokens)]
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _attend_slice(
+    q_BCZ: Tensor,
+    k_BKZ: Tensor,
+    v_BKH: Tensor,
+    table: Tensor | None,
+    *,
+    places_BC: Int[Tensor, "B C"],
+    places_BK: Int[Tensor, "B K"],
+    seen_BK: Tensor,
+    broken_BK: Tensor | None,
+    start: int | None,
+    middle: int,
+    weighting: Weighting,
+    dropout: float,
+) -> Tensor:
+    """Queries from slot `start` on, None if they see later keys too, with all their keys."""
+    wide = torch.promote_types(v_BKH.dtype, torch.float32)
+    scores = torch.bmm(q_BCZ, k_BKZ.transpose(1, 2)).to(wide)
+    if table is not None:
+        # Differences of 32-bit numbers are right modulo 2^32, so positions of any size may be cut to 32 bits.
+        index = (places_BK[:, None, :] - places_BC[:, :, None]).add_(middle).clamp_(0, table.shape[0] - 1)
+        scores = scores + table.to(wide).index_select(0, index.reshape(-1)).reshape(scores.shape)
+    hidden = ~seen_BK[:, None]
+    if start is not None:
+        slots = torch.arange(seen_BK.shape[1], device=seen_BK.device)
+        hidden = hidden | (slots > slots[start:, None][: q_BCZ.shape[1]])
+    weights = weigh(scores.masked_fill(hidden, -torch.inf), weighting)
+    out = torch.bmm(torch.nn.functional.dropout(weights, dropout).to(v_BKH.dtype), v_BKH)
+    if broken_BK is None:
+        return out
+    return out.masked_fill((broken_BK[:, None] & ~hidden).any(-1, keepdim=True), torch.nan)
