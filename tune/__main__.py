@@ -7,6 +7,7 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 """
 
 import sys
+from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,12 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from sma.errors import SpecError
+from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
-from sma.tune.sweep import SweepSpec, make_sweep
-from sma.tune.train import TrainOptions, train
+from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
+from sma.tune.train import TrainOptions, interrupted, train
+
+COMMANDS = ("report", "train")
 
 _OF_THE_SWEEP = ("task", "preset", "space", "spec", "set", "seed", "search_seed", "samples", "objectives", "stop", "grace", "reduction")
 
@@ -67,11 +70,25 @@ class ReportOptions(CommandOptions):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["report"]:
-        return exit_code(lambda: report(parse(ReportOptions, given[1:])))
-    if given[:1] == ["train"]:
-        return exit_code(lambda: train(parse(TrainOptions, given[1:])))
-    return exit_code(lambda: search(parse(Options, given)))
+    if given and given[0] in COMMANDS:
+        name, rest = given[0], given[1:]
+    elif any(word.partition("=")[0] == "--workers" for word in given):
+        # Only a training has them, also without the word.
+        name, rest = "train", given
+    else:
+        name, rest = "", given
+    return exit_code(lambda: _run(name, rest))
+
+
+def _run(name: str, given: list[str]) -> None:
+    if name == "report":
+        report(parse(ReportOptions, given))
+    elif name == "train":
+        train(parse(TrainOptions, given))
+    elif given and not given[0].startswith("-"):
+        raise SpecError(f"unknown command {given[0]!r}{did_you_mean(given[0], COMMANDS, 'commands')}; without one a sweep is run")
+    else:
+        search(parse(Options, given))
 
 
 def search(options: Options) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def search(options: Options) -> dict[str, Any]:
     from sma.tune.folder import load_sweep, start_sweep
     from sma.tune.storage import Storage
 
-    resources = ResourceSpec(cpus=options.cpus, gpus=options.gpus, concurrent=options.concurrent, address=options.address)
+    resources = ResourceSpec(**{name: getattr(options, name) for name in ResourceSpec.model_fields})
     if options.resume is not None:
         given = sorted(options.model_fields_set & {*_OF_THE_SWEEP, "storage"})
         if given:
@@ -100,11 +117,12 @@ def search(options: Options) -> dict[str, Any]:
         start_sweep(sweep, storage)
     print(f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {storage.address('')}", flush=True)
     try:
-        summary = run_sweep(sweep, storage, resources, data_folder=options.data, accelerator=options.accelerator, progress=options.progress)
+        summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python -m sma.tune --resume {storage.address('')}", file=sys.stderr)
-        raise
+        interrupted(options, storage.address(""), {*ResourceSpec.model_fields, "data", "progress"})
     _describe(summary, storage)
+    if summary["failed"] == summary["trials"]:
+        raise SmaError(f"all trials failed, see why above; start a new sweep when that is mended: {storage.address('')} keeps the records")
     return summary
 
 
@@ -126,15 +144,19 @@ def report(options: ReportOptions) -> dict[str, Any]:
 
 def _sweep(options: Options) -> SweepSpec:
     stopping: dict[str, Any] = {name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None}
+    source = read_sweep(options.space or f"{options.task}_{options.preset}", options.spec)
+    settings = [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])]
     sweep = make_sweep(
-        options.space or f"{options.task}_{options.preset}",
-        experiment=options.spec,
-        settings=[*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])],
+        source,
+        settings=settings,
         samples=options.samples,
         objectives=None if options.objectives is None else tuple(name.strip() for name in options.objectives.split(",")),
         seed=options.search_seed,
         stopping=stopping or None,
     )
+    changed = [*(f"{path}={value}" for path, value in (source.get("settings") or {}).items()), *settings]
+    if changed:
+        print(f"in all trials: {', '.join(changed)}")
     return sweep if options.stop else sweep.replace(stopping=None)
 
 
@@ -143,8 +165,11 @@ def _describe(summary: dict[str, Any], storage: Any) -> None:
     from sma.tune.results import FIGURE, TABLE
 
     print(f"{summary['finished']} trials finished, {summary['stopped']} stopped early, {summary['failed']} failed")
+    reasons: dict[str, list[str]] = defaultdict(list)
     for failure in summary["failures"]:
-        print(f"  trial {failure['trial']} failed: {failure['reason']}")
+        reasons[failure["reason"]].append(str(failure["trial"]))
+    for reason, trials in reasons.items():
+        print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {reason}")
     quality = next((name for name in ("accuracy", "bits_per_character") if name in (summary["best"] or {})), None)
     if quality is not None:
         for title, key in (("trial 0", "baseline"), ("best", "best"), ("sparsest as good", "sparsest_as_good_as_baseline")):

@@ -3,16 +3,17 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import ray
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sma.errors import SmaError, SpecError
 from sma.spec import Spec
+from sma.tune.scratch import remove_abandoned
 
 LEAST_STORE = 200 * 2**20
 """Bytes of the object store where the data needs less."""
@@ -25,8 +26,24 @@ class ResourceSpec(Spec):
     gpus: float | None = Field(
         default=None, ge=0.0, description="GPUs of a trial, such as 0.25 for four trials on one; null: one if there are any, else none"
     )
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="the device: cpu takes no GPU, cuda one where `gpus` does not say, auto what the machines have"
+    )
     concurrent: int | None = Field(default=None, ge=1, description="trials at once; null: as many as the machines hold")
     address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; null starts one on this machine")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.accelerator == "cpu" and self.gpus:
+            raise ValueError(f"accelerator=cpu takes no GPU, and gpus={self.gpus:g}; leave one of them out")
+        if self.accelerator == "cuda" and self.gpus == 0:
+            raise ValueError("accelerator=cuda needs a GPU, and gpus=0; leave one of them out, or give a share such as gpus=0.25")
+        return self
+
+    def gpus_of(self, nodes: Iterable[Mapping[str, float]]) -> float:
+        """GPUs of a trial on these machines."""
+        default = {"cpu": 0.0, "cuda": 1.0}.get(self.accelerator, float(any(node.get("GPU", 0) > 0 for node in nodes)))
+        return default if self.gpus is None else self.gpus
 
 
 class Slots(NamedTuple):
@@ -41,6 +58,11 @@ class Slots(NamedTuple):
     concurrent: int
     cpus: int
     gpus: float
+
+    @property
+    def accelerator(self) -> str:
+        """Lightning's name for the device: a trial without a share of a GPU must not see one."""
+        return "cuda" if self.gpus else "cpu"
 
 
 def local_node() -> dict[str, float]:
@@ -61,8 +83,7 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
     Raises:
         SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a word.
     """
-    any_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
-    gpus = resources.gpus if resources.gpus is not None else float(any_gpu)
+    gpus = resources.gpus_of(nodes)
     if gpus > 1 and gpus != int(gpus):
         raise SpecError(f"--gpus {gpus:g}: a trial gets a share of one GPU or a whole number of them")
     room = 0
@@ -128,6 +149,7 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
         yield plan_slots(resources, _nodes(), samples)
     finally:
         ray.shutdown()
+        remove_abandoned()
 
 
 def _join(address: str) -> None:
@@ -155,7 +177,8 @@ def start_ray(**options: Any) -> None:
     """
     for attempt in (1, 2):
         try:
-            ray.init(**options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with --address.
+            ray.init(address="local", **options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
         except (KeyboardInterrupt, ValueError):
             raise

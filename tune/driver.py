@@ -10,7 +10,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
-from sma.tune.folder import SLOTS
+from sma.tune.folder import add_driver
 from sma.tune.records import load_records
 from sma.tune.results import write_results
 from sma.tune.search import Halving, Search, quiet
@@ -39,7 +39,6 @@ def run_sweep(
     resources: ResourceSpec | None = None,
     *,
     data_folder: Path,
-    accelerator: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run the trials of a sweep that are not done yet, and write its results; returns the summary.
@@ -47,9 +46,8 @@ def run_sweep(
     Args:
         sweep: what `start_sweep` put in the folder, or `load_sweep` found there.
         storage: the folder.
-        resources: of a trial; None: one core.
+        resources: of a trial; None: one core, and a GPU if there are any.
         data_folder: where data is kept between runs.
-        accelerator: Lightning's name for the device.
         progress: show bars, and a table of the trials.
 
     Raises:
@@ -66,8 +64,8 @@ def run_sweep(
     began = time.time()
     with cluster(resources, sweep.samples, data.num_bytes) as slots:
         quiet()
-        storage.write_json(SLOTS, slots._asdict())
-        trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=accelerator)
+        number = add_driver(storage, slots._asdict())
+        trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator)
         with Recorder(sweep, storage, records, began, progress) as recorder:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": slots.cpus, "gpu": slots.gpus}),
@@ -82,7 +80,7 @@ def run_sweep(
                 ),
                 run_config=tune.RunConfig(
                     # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not be those of before.
-                    name=f"trials/driver-{len(recorder.clock)}",
+                    name=f"trials/driver-{number}",
                     storage_path=storage.location,
                     failure_config=tune.FailureConfig(max_failures=sweep.restarts),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sma.tune.records import TrialRecord
-from sma.tune.space import searched, value_at
+from sma.tune.space import searched
 from sma.tune.sweep import RATE, SweepSpec
 
 _MARKS = {"finished": "o", "stopped": "x", "running": "+"}
@@ -72,7 +72,7 @@ def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecor
 
 
 def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
-    return None if path is None else value_at(sweep.trial(record.values), path)
+    return None if path is None else sweep.value(record.values, path)
 
 
 def _colours(windows: Sequence[Any]) -> dict[Any, Any]:

@@ -1,11 +1,15 @@
-"""The folder of a sweep: whose it is."""
+"""The folder of a sweep: whose it is, and who worked on it."""
+
+from datetime import UTC, datetime
+from typing import Any
 
 from sma.errors import CheckpointError
+from sma.recipes.run import commit, hardware
 from sma.spec import dump_yaml, read_yaml
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
-SWEEP, SLOTS = "sweep.yaml", "slots.json"
+SWEEP, DRIVERS = "sweep.yaml", "drivers.json"
 
 
 def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
@@ -36,3 +40,16 @@ def load_sweep(storage: Storage) -> SweepSpec:
     if content is None:
         raise CheckpointError(f"there is no sweep in {storage.address('')!r}: {SWEEP} is missing; give the folder of an earlier --storage")
     return SweepSpec.model_validate(read_yaml(content.decode(), storage.address(SWEEP)))
+
+
+def add_driver(storage: Storage, slots: dict[str, Any]) -> int:
+    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns how many there were before."""
+    drivers = load_drivers(storage)
+    made = {"commit": commit(), "hardware": hardware(), "date": datetime.now(UTC).date().isoformat()}
+    storage.write_json(DRIVERS, [*drivers, {**slots, **made}])
+    return len(drivers)
+
+
+def load_drivers(storage: Storage) -> list[dict[str, Any]]:
+    """The processes that worked on the sweep one after another: their slots, commit, hardware and date."""
+    return list(storage.read_json(DRIVERS) or [])

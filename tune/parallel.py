@@ -5,14 +5,13 @@ again, and they go on from the last checkpoint of the run folder.
 """
 
 import os
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 import torch
@@ -31,6 +30,7 @@ from sma.recipes.team import Team
 from sma.recipes.training import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
+from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import Packed, pack, unpack
 from sma.tune.storage import Storage
 
@@ -52,14 +52,13 @@ class Workers(NamedTuple):
     number: int
     cpus: int = 1
     address: str | None = None
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     restarts: int = 3
 
     @property
     def resources(self) -> ResourceSpec:
         """Of one process."""
-        gpus = {"cpu": 0.0, "cuda": 1.0}.get(self.accelerator)
-        return ResourceSpec(cpus=self.cpus, gpus=gpus, address=self.address)
+        return ResourceSpec(cpus=self.cpus, accelerator=self.accelerator, address=self.address)
 
     def check_room(self) -> None:
         """Refuse what the machines cannot hold, for which Ray would wait without a word; joins the cluster at the address.
@@ -184,7 +183,7 @@ def train_parallel(
         task = {"spec": spec, "location": storage.location, "data": ray.put(packed), "board": board, "cpus": slots.cpus}
         trainer = TorchTrainer(
             _work,
-            train_loop_config={**task, "accelerator": "cuda" if slots.gpus else "cpu"},
+            train_loop_config={**task, "accelerator": slots.accelerator},
             scaling_config=train.ScalingConfig(
                 num_workers=workers.number,
                 use_gpu=slots.gpus > 0,
@@ -245,16 +244,13 @@ def _work(task: dict[str, Any]) -> None:
     torch.set_num_threads(task["cpus"])
     team = Team(context.get_world_rank(), context.get_world_size(), RayDDPStrategy(), (RayLightningEnvironment(),))
     storage = Storage(task["location"])
-    folder = Path(storage.location) if storage.is_local else Path(tempfile.mkdtemp(prefix="sma-worker-"))
     board.say.remote(f"worker {team.rank + 1} of {team.size}: process {os.getpid()} on {socket.gethostname()}")
-    try:
-        _train(task["spec"], unpack(_packed(task["data"])), storage, folder, team, board, task["accelerator"])
-    except SmaError as error:
-        ray.get(board.fail.remote(str(error)))
-        raise
-    finally:
-        if not storage.is_local:
-            shutil.rmtree(folder, ignore_errors=True)
+    with nullcontext(Path(storage.location)) if storage.is_local else scratch_folder() as folder:
+        try:
+            _train(task["spec"], unpack(_packed(task["data"])), storage, folder, team, board, task["accelerator"])
+        except SmaError as error:
+            ray.get(board.fail.remote(str(error)))
+            raise
 
 
 def _packed(reference: Any) -> Packed:

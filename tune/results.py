@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -12,13 +11,12 @@ import pyarrow.parquet as pq
 
 from sma.errors import CheckpointError
 from sma.recipes.experiment import SUMMARY
-from sma.recipes.run import commit, hardware
 from sma.spec import dump_yaml
 from sma.tune.figure import draw_front
-from sma.tune.folder import SLOTS
+from sma.tune.folder import load_drivers
 from sma.tune.pareto import front
 from sma.tune.records import CLOCK, TrialRecord, load_records
-from sma.tune.space import searched, value_at
+from sma.tune.space import searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
 
@@ -28,14 +26,13 @@ BEST = "best"
 
 def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
     """One line of the table of all trials."""
-    experiment = sweep.trial(record.values)
     measures = {name: value for name, value in record.metrics.items() if name != "update"}
     return {
         "trial": record.number,
         "status": record.status,
         "reason": record.reason,
         "seed": record.seed,
-        **{path: value_at(experiment, path) for path in searched(sweep.space)},
+        **{path: sweep.value(record.values, path) for path in searched(sweep.space)},
         "updates": record.update,
         "best_update": record.metrics.get("update"),
         **measures,
@@ -49,15 +46,15 @@ def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
 def pareto_front(records: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
     """The finished trials that no finished trial beats, the best quality first: all of them were trained equally long."""
     done = [record for record in records if record.status == "finished"]
-    points = [[_oriented(record, measure.name, measure.mode) for measure in sweep.measures] for record in done]
+    points = [[measure.oriented(record.metrics) for measure in sweep.measures] for record in done]
     chosen = [done[place] for place in front(points)]
-    return sorted(chosen, key=lambda record: (_oriented(record, *sweep.quality), record.number))
+    return sorted(chosen, key=lambda record: (sweep.quality.oriented(record.metrics), record.number))
 
 
 def best_trial(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
     """The finished trial of the best quality, of equals the sparsest."""
     done = [record for record in records if record.status == "finished"]
-    return min(done, key=lambda record: (_oriented(record, *sweep.quality), record.metrics[RATE.name], record.number), default=None)
+    return min(done, key=lambda record: (sweep.quality.oriented(record.metrics), record.metrics[RATE.name], record.number), default=None)
 
 
 def sparsest_as_good(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
@@ -65,15 +62,9 @@ def sparsest_as_good(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialR
     done = {record.number: record for record in records if record.status == "finished"}
     if 0 not in done:
         return None
-    least = _oriented(done[0], *sweep.quality)
-    good = [record for record in done.values() if record.number and _oriented(record, *sweep.quality) <= least]
+    least = sweep.quality.oriented(done[0].metrics)
+    good = [record for record in done.values() if record.number and sweep.quality.oriented(record.metrics) <= least]
     return min(good, key=lambda record: (record.metrics[RATE.name], record.number), default=None)
-
-
-def _oriented(record: TrialRecord, name: str, mode: str) -> float:
-    """A measure so that less is better."""
-    value = record.metrics[name]
-    return -value if mode == "max" else value
 
 
 def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
@@ -103,7 +94,8 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
     """The summary of a sweep, as plain data."""
     counts = {status: sum(record.status == status for record in records) for status in ("finished", "stopped", "failed", "running")}
     seconds = sum((storage.read_json(CLOCK) or {}).values())
-    slots = (storage.read_json(SLOTS) or {}).get("concurrent", 1)
+    driver = (load_drivers(storage) or [{}])[-1]
+    slots = driver.get("concurrent", 1)
     busy = sum(record.seconds for record in records)
     found = {record.number: record for record in records}
     baseline, sparsest = found.get(0), sparsest_as_good(records, sweep)
@@ -126,9 +118,7 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
         "idle_share": round(max(0.0, 1 - busy / (slots * seconds)), 4) if seconds else None,
         "seed": sweep.experiment.seed,
         "search_seed": sweep.seed,
-        "commit": commit(),
-        "hardware": hardware(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **{name: driver.get(name) for name in ("commit", "hardware", "date")},
     }
 
 
@@ -155,9 +145,8 @@ def _point(record: TrialRecord | None, sweep: SweepSpec) -> dict[str, Any] | Non
     """A trial in the summary: the values of its spec and what was measured."""
     if record is None:
         return None
-    experiment = sweep.trial(record.values)
     measures = {name: value for name, value in record.metrics.items() if name != "update"}
-    values = {path: value_at(experiment, path) for path in searched(sweep.space)}
+    values = {path: sweep.value(record.values, path) for path in searched(sweep.space)}
     return {"trial": record.number, "status": record.status, "values": values, **measures, "spec": _spec_name(record)}
 
 

@@ -4,10 +4,12 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 python -m sma.tune train --resume FOLDER --workers 2
 """
 
+import shlex
 import sys
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -68,8 +70,23 @@ def train(options: TrainOptions) -> dict[str, Any]:
     try:
         return train_parallel(spec, storage, workers, data_folder=options.data, progress=options.progress, say=_say)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python -m sma.tune train --resume {storage.address('')}", file=sys.stderr)
-        raise
+        interrupted(options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"})
+
+
+def interrupted(options: CommandOptions, where: str, kept: Collection[str]) -> NoReturn:
+    """Leave after Ctrl-C, with the whole command that goes on.
+
+    Args:
+        options: what was given.
+        where: the folder.
+        kept: names of the options that must be given again.
+    """
+    words = [str(options.model_config.get("cli_prog_name")), "--resume", shlex.quote(where)]
+    for name in sorted(options.model_fields_set & {*kept}):
+        value, flag = getattr(options, name), name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shlex.quote(str(value))]
+    print(f"interrupted; go on with: {' '.join(words)}", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def _say(line: str) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from sma.errors import SpecError
-from sma.tune.cluster import ResourceSpec, Slots, check_resources, local_node, plan_slots
+from sma.tune.cluster import ResourceSpec, Slots, check_resources, local_node, plan_slots, start_ray
 
 TWO = [{"CPU": 2.0}]
 GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
@@ -20,6 +20,9 @@ GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
         pytest.param({"gpus": 0.25}, GPUS, 16, Slots(8, 1, 0.25), id="shares"),
         pytest.param({"gpus": 0.6}, GPUS, 16, Slots(2, 1, 0.6), id="shares-of-one-device"),
         pytest.param({"gpus": 0, "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="none-wanted"),
+        pytest.param({"accelerator": "cpu", "cpus": 4}, GPUS, 16, Slots(5, 4, 0.0), id="on-the-cpu"),
+        pytest.param({"accelerator": "cuda"}, GPUS, 16, Slots(2, 1, 1.0), id="on-gpus"),
+        pytest.param({"accelerator": "cuda", "gpus": 0.5}, GPUS, 16, Slots(4, 1, 0.5), id="on-halves-of-gpus"),
     ],
 )
 def test_slots_are_what_fits(asked: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots) -> None:
@@ -34,11 +37,36 @@ def test_slots_are_what_fits(asked: dict[str, Any], nodes: list[dict[str, float]
         pytest.param({"concurrent": 3}, TWO, r"--concurrent 3 trials.*room for 2", id="concurrent"),
         pytest.param({"gpus": 1.5}, GPUS, r"a share of one GPU or a whole number", id="odd-share"),
         pytest.param({}, [], r"there is nothing", id="no-machines"),
+        pytest.param({"accelerator": "cuda"}, TWO, r"no machine has 1 CPUs and 1 GPUs for a trial", id="no-gpu"),
     ],
 )
 def test_an_impossible_demand_is_refused(asked: dict[str, Any], nodes: list[dict[str, float]], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         plan_slots(ResourceSpec(**asked), nodes, 16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        pytest.param({"accelerator": "cpu", "gpus": 0.5}, r"accelerator=cpu takes no GPU, and gpus=0.5", id="cpu"),
+        pytest.param({"accelerator": "cuda", "gpus": 0}, r"accelerator=cuda needs a GPU, and gpus=0", id="cuda"),
+    ],
+)
+def test_a_device_that_contradicts_the_gpus_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        ResourceSpec(**asked)
+
+
+def test_a_trial_without_a_gpu_runs_on_the_cpu() -> None:
+    assert [plan_slots(ResourceSpec(gpus=gpus), GPUS, 16).accelerator for gpus in (None, 0.0)] == ["cuda", "cpu"]
+
+
+def test_a_cluster_of_its_own_is_started_whatever_runs_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr("ray.init", lambda **options: started.append(options))
+    start_ray(num_cpus=1)
+    assert [options["address"] for options in started] == ["local"]
 
 
 def test_this_machine_has_a_core() -> None:

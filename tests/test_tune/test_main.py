@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sma.tune.__main__ import main
 from sma.tune.folder import load_sweep, start_sweep
+from sma.tune.records import TrialRecord
 from sma.tune.storage import Storage
 from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
 
@@ -18,6 +20,11 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         pytest.param(["--grace", "5000"], "stopping.grace=5000 must be at most training.updates=1200", id="grace"),
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs", id="cpus"),
         pytest.param(["--gpus", "4096"], "and 4096 GPUs for a trial", id="gpus"),
+        pytest.param(["--accelerator", "cpu", "--gpus", "1"], "accelerator=cpu takes no GPU, and gpus=1", id="cpu-with-gpu"),
+        pytest.param(["--set", "training.learning_rate=0.1"], "the sweep searches 'training.learning_rate'", id="set-searched"),
+        pytest.param(["repor", "x"], "unknown command 'repor'; did you mean 'report'? commands: report, train", id="command"),
+        pytest.param(["--workers", "2", "--task", "listop"], "no shipped preset 'listop_tiny'", id="workers"),
+        pytest.param(["--task=listop", "--workers=2"], "no shipped preset 'listop_tiny'", id="workers-last"),
         pytest.param(["--concurrent", "4096"], "--concurrent 4096 trials", id="concurrent"),
         pytest.param(["--resume", "nowhere"], "there is no sweep in", id="resume-nothing"),
         pytest.param(["--resume", "nowhere", "--samples", "3"], "leave --samples out", id="resume-another"),
@@ -51,6 +58,59 @@ def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     assert "sparsest as good  accuracy 0.6000, rate 0.200: trial 1" in shown
     assert {"summary.json", "pareto.png", "trials.csv"} <= set(storage.names())
+
+
+def test_a_sweep_of_failures_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Storage(tmp_path)
+    start_sweep(small_sweep(samples=3), storage)
+    for number, reason in enumerate(("no GPU", "out of memory", "no GPU")):
+        TrialRecord(number, {}, 0, status="failed", reason=reason).save(storage)
+    assert main(["--resume", storage.location]) == 2
+    shown = capsys.readouterr()
+    assert "trials 0, 2 failed: no GPU\n  trial 1 failed: out of memory" in shown.out
+    assert "error: all trials failed, see why above" in shown.err
+    assert main(["report", storage.location]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        pytest.param([], "", id="plain"),
+        pytest.param(
+            ["--cpus=2", "--gpus=0", "--concurrent=1", "--accelerator=cpu", "--no-progress", "--data", "my data"],
+            " --accelerator cpu --concurrent 1 --cpus 2 --data 'my data' --gpus 0.0 --no-progress",
+            id="options",
+        ),
+    ],
+)
+def test_after_control_c_the_whole_command_that_goes_on_is_shown_once(
+    given: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sma.tune.driver.run_sweep", interrupt)
+    monkeypatch.setattr("sma.tune.cluster.local_node", lambda: {"CPU": 4.0, "GPU": 0.0})
+    with pytest.raises(SystemExit) as left:
+        main(["--space", str(write_sweep(tmp_path)), "--storage", str(tmp_path / "s"), *given])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == f"interrupted; go on with: python -m sma.tune --resume {tmp_path / 's'}{hint}\n"
+    monkeypatch.setattr("sma.tune.parallel.train_parallel", interrupt)
+    with pytest.raises(SystemExit) as left:
+        main(["--workers", "4", "--task", "listops", "--out", str(tmp_path / "t"), "--accelerator", "cpu"])
+    expected = f"interrupted; go on with: python -m sma.tune train --resume {tmp_path / 't'} --accelerator cpu --workers 4\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_what_is_set_in_all_trials_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sma.tune.driver.run_sweep", lambda *arguments, **options: {"trials": 1, "failed": 0})
+    monkeypatch.setattr("sma.tune.__main__._describe", lambda summary, storage: None)
+    space = write_sweep(tmp_path, {"training.updates": 20})
+    assert main(["--space", str(space), "--set", "training.warmup=2", "--seed=3", "--storage", str(tmp_path / "s")]) == 0
+    assert "in all trials: training.updates=20, training.warmup=2, seed=3" in capsys.readouterr().out
+    fixed = ["--set", "training.budget.hold=5", "--set", "training.budget.anneal=10"]
+    assert main(["--spec", str(tmp_path / "experiment.yaml"), *fixed, "--storage", str(tmp_path / "t")]) == 0
+    assert "in all trials: training.budget.hold=5, training.budget.anneal=10\n16 trials of 30 updates" in capsys.readouterr().out
 
 
 def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from sma.errors import CheckpointError
 from sma.recipes.experiment import load_experiment
-from sma.tune.folder import start_sweep
+from sma.tune.folder import add_driver, load_drivers, start_sweep
 from sma.tune.records import TrialRecord
 from sma.tune.results import best_trial, front_table, pareto_front, sparsest_as_good, write_results
 from sma.tune.storage import Storage
@@ -35,7 +35,8 @@ def storage(tmp_path: Path) -> Storage:
     for record in TRIALS:
         record.save(storage)
     storage.write_json("clock.json", {"1.0": 20.0, "100.0": 20.0})
-    storage.write_json("slots.json", {"concurrent": 2, "cpus": 1, "gpus": 0.0})
+    made = {"commit": "abc", "hardware": "a machine of then", "date": "2001-02-03"}
+    storage.write_json("drivers.json", [{"concurrent": 1, **made}, {"concurrent": 2, "cpus": 1, "gpus": 0.0, **made}])
     return storage
 
 
@@ -71,6 +72,8 @@ def test_the_summary_says_what_was_found(storage: Storage) -> None:
     assert [point["trial"] for point in summary["pareto"]] == [1, 2, 4]
     assert (summary["busy_slot_seconds"], summary["slots"], summary["seconds"]) == (72.0, 2, 40.0)
     assert summary["idle_share"] == pytest.approx(1 - 72 / 80)
+    # Of the trainings, not of this report.
+    assert (summary["commit"], summary["hardware"], summary["date"]) == ("abc", "a machine of then", "2001-02-03")
 
 
 def test_csv_and_parquet_hold_the_same_trials(storage: Storage) -> None:
@@ -103,6 +106,23 @@ def test_results_are_made_again_from_the_records_alone(storage: Storage) -> None
     assert write_results(sweep, storage) == first
     assert (storage.read("pareto.png") or b"").startswith(b"\x89PNG")
     assert "trial_0099.yaml" not in storage.names("best")
+
+
+def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results(storage: Storage) -> None:
+    wrong = TrialRecord(6, {WINDOW: 23.7, TARGET: 0.25}, 0, status="failed", reason="window=23.7: input should be a valid integer")
+    wrong.metrics = {**TRIALS[4].metrics}
+    wrong.save(storage)
+    summary = write_results(small_sweep(samples=8), storage)
+    assert (summary["finished"], summary["failed"]) == (5, 1)
+    row = list(csv.DictReader(io.StringIO((storage.read("trials.csv") or b"").decode())))[6]
+    assert (row[WINDOW], row[TARGET], row["training.learning_rate"]) == ("23.7", "0.25", "0.003")
+
+
+def test_every_driver_is_noted_once(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    assert [add_driver(storage, {"concurrent": number}) for number in (1, 2)] == [0, 1]
+    assert [driver["concurrent"] for driver in load_drivers(storage)] == [1, 2]
+    assert {"commit", "hardware", "date"} <= load_drivers(storage)[0].keys()
 
 
 def test_the_table_has_trial_0_even_where_others_beat_it() -> None:
