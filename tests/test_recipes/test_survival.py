@@ -20,6 +20,7 @@ from tests.test_recipes.tiny_speech import MODEL, speech_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {"updates": 200, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
+BUDGET = ("training.budget.hold=40", "training.budget.anneal=60")
 IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")
 
 
@@ -35,9 +36,9 @@ EXPERIMENTS = {
     "text": _shipped("text", "task.data.length=64"),
     "retrieval": _shipped("retrieval", "task.data.length=64"),
     "image": _shipped("image", "task.data.validation=20"),
-    "pathfinder": _shipped("pathfinder", *IMAGES),
-    "pathx": _shipped("pathx", *IMAGES),
-    "recall": _shipped("recall", "training.budget.hold=40", "training.budget.anneal=60", *IMAGES),
+    "pathfinder": _shipped("pathfinder", *IMAGES, *BUDGET),
+    "pathx": _shipped("pathx", *IMAGES, *BUDGET),
+    "recall": _shipped("recall", *IMAGES, *BUDGET),
 }
 # Runs of ListOps are killed at random moments in test_seqboat_lra.py, those of language models in test_seqboat_lm.py.
 ELSEWHERE = {"listops", "language"}
