@@ -178,7 +178,7 @@ def make_sweep(
         source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its `experiment` may be
             the name of a preset of the recipes or a file; its `settings`, values by field path, are set in all trials.
         experiment: replaces that of the source, see `read_sweep`: a preset or a file.
-        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces that value.
+        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces that value too.
         fields: of `SweepSpec`, instead of the source's; those that are None are left alone.
 
     Raises:
@@ -199,13 +199,13 @@ def make_sweep(
         base = with_values(base, own)
     space = {} if data.get("space") is None else data["space"]
     if isinstance(space, Mapping):
-        space, settings = _settle(space, settings)
+        space, settings = _settle(space, settings, base)
     data |= {"space": space, "experiment": load_experiment(base.model_dump(mode="json"), settings) if settings else base}
     return SweepSpec.model_validate({**data, **{name: value for name, value in fields.items() if value is not None}})
 
 
-def _settle(space: Mapping[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The space with the fixed values that the settings replace, and the other settings.
+def _settle(space: Mapping[str, Any], settings: Sequence[str], experiment: ExperimentSpec) -> tuple[dict[str, Any], list[str]]:
+    """The space with the fixed values that the settings replace, and the settings of the experiment itself.
 
     Raises:
         SpecError: the sweep searches a field that is set: the drawn values would take its place.
@@ -225,4 +225,8 @@ def _settle(space: Mapping[str, Any], settings: Sequence[str]) -> tuple[dict[str
                 "trials but trial 0; leave it out, or give a --space of your own without this field"
             )
         settled[name] = Fixed(value=value)
+        # Trial 0 may have no such part: a schedule of a budget does not give it a budget.
+        part = full_path(path).rpartition(".")[0]
+        if not part or value_at(experiment, part) is not None:
+            others.append(setting)
     return settled, others

@@ -40,6 +40,13 @@ def test_a_set_value_replaces_one_that_the_space_fixes() -> None:
     assert sweep.trial({}).training.budget is None
 
 
+def test_a_set_value_that_the_space_fixes_reaches_trial_0_where_it_has_such_a_part() -> None:
+    settings = ["training.updates=400", "training.budget.hold=30", "training.budget.anneal=150"]
+    budget = make_sweep("pathfinder_tiny", settings=settings).trial({}).training.budget
+    assert budget is not None
+    assert (budget.hold, budget.anneal) == (30, 150)
+
+
 @pytest.mark.parametrize(
     ("path", "value"), [("learning_rate", "0.004"), ("model.layers.layer.modules.attention.window", "8"), ("budget.target", "null")]
 )
