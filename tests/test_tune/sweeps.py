@@ -2,11 +2,15 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
+from sma.recipes.data.text import Corpus
+from sma.recipes.tasks import Samples, TaskData
 from sma.spec import dump_spec
 from sma.tune.records import TrialRecord
 from sma.tune.sweep import SweepSpec, make_sweep
@@ -47,6 +51,31 @@ def done_trial(number: int, accuracy: float, rate: float, *, status: str = "fini
     record = TrialRecord(number, values, 0, status=status, metrics={**metrics, **test}, history=history)  # type: ignore[arg-type]
     record.busy = {"100.000 7": 12.0}
     return record
+
+
+@dataclass
+class Few:
+    """The first samples of a split."""
+
+    samples: Samples
+    count: int
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.samples.lengths[: self.count]
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.samples))
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.samples[index]
+
+
+def few(data: TaskData | Corpus) -> TaskData | Corpus:
+    """The data of a task with little to train and to test on."""
+    if isinstance(data, Corpus):
+        return data._replace(validation=data.validation[:600], test=data.test[:600])
+    return data._replace(train=Few(data.train, 64), validation=Few(data.validation, 8), test=Few(data.test, 8))
 
 
 def wait_for(found: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -8,26 +8,28 @@ import torch
 
 from sma.checkpoint import load
 from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, load_experiment
+from sma.tune.cluster import ResourceSpec
 from sma.tune.driver import run_sweep
 from sma.tune.folder import start_sweep
 from sma.tune.records import TrialRecord, load_records
+from sma.tune.sharing import pack
 from sma.tune.storage import Storage
-from sma.tune.sweep import SweepSpec
+from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
 from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
 from tests.test_tune.faulty import FaultySpec
-from tests.test_tune.sweeps import small_sweep
+from tests.test_tune.sweeps import few, small_sweep
 
 pytestmark = pytest.mark.slow
 
 FAULT = "layers.layer.modules.attention.fault"
 
 
-def run(sweep: SweepSpec, folder: Path, data_folder: Path) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
+def run(sweep: SweepSpec, folder: Path | str, data_folder: Path, **resources: Any) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
     """Run a sweep to its end; its summary, folder and records."""
     storage = Storage(folder)
     if not storage.names():
         start_sweep(sweep, storage)
-    summary = run_sweep(sweep, storage, data_folder=data_folder, accelerator="cpu", progress=False)
+    summary = run_sweep(sweep, storage, ResourceSpec(accelerator="cpu", **resources), data_folder=data_folder, progress=False)
     return summary, storage, load_records(storage)
 
 
@@ -69,15 +71,43 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(two_slots: None, da
     for number, fault in enumerate(("crash", "memory", "nan", "exit", "none"), start=1):
         TrialRecord(number, {FAULT: fault}, 0).save(Storage(tmp_path / "s"))
     summary, storage, records = run(sweep, tmp_path / "s", data_folder)
-    assert (summary["finished"], summary["failed"]) == (1, 4)
+    # Trial 0, of which that driver left no record, is run too.
+    assert (summary["finished"], summary["failed"]) == (2, 4)
     reasons = {record.values[FAULT]: record.reason for record in records if record.status == "failed"}
     assert reasons["crash"] == "RuntimeError: broken on purpose"
     assert reasons["memory"].startswith("out of memory: tried to allocate 80 GiB; a lower training.batch_size")
     assert reasons["nan"].startswith("the loss of update 15 is nan")
     assert reasons["exit"].startswith("its process died 2 times")
     assert [record.restarts for record in records if record.values.get(FAULT) == "exit"] == [1]
-    assert [entry["update"] for entry in next(record for record in records if record.values[FAULT] == "nan").history] == [10]
-    assert storage.names("best") == ["trial_0005.yaml"]
+    assert [entry["update"] for entry in next(record for record in records if record.values.get(FAULT) == "nan").history] == [10]
+    assert storage.names("best") == ["trial_0000.yaml", "trial_0005.yaml"]
+
+
+def test_a_sweep_behind_a_uri_leaves_the_same(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    summary, storage, records = run(small_sweep(samples=2, stopping=None), f"file://{tmp_path}/s", data_folder)
+    assert (summary["finished"], summary["failed"]) == (2, 0)
+    assert {"best", "clock.json", "drivers.json", "pareto.md", "pareto.png", "records", "summary.json", "trials.csv"} <= {*storage.names()}
+    for record in records:
+        assert (tmp_path / "s" / (record.checkpoint or "") / SUMMARY).is_file()
+        assert load(tmp_path / "s" / (record.checkpoint or "") / "model").spec == small_sweep().trial(record.values).model
+
+
+@pytest.mark.parametrize("name", shipped_sweeps())
+def test_every_shipped_sweep_runs(name: str, two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sma.tune.driver.pack", lambda data: pack(few(data)))
+    settings = {"training.updates": 4, "training.warmup": 1, "training.evaluate_every": 4}
+    if name.startswith(("listops", "path")):  # these make each sample
+        settings |= {"task.data.train": 100, "task.data.validation": 10, "task.data.test": 10}
+    fixed = [path for path, distribution in read_sweep(name)["space"].items() if distribution["kind"] == "fixed"]
+    if load_experiment(name).training.budget is not None:
+        fixed = ["training.budget.hold", "training.budget.anneal"]
+    settings |= dict.fromkeys(fixed, 1)
+    sweep = make_sweep(name, settings=[f"{path}={value}" for path, value in settings.items()], samples=2)
+    # One at a time: half the processes, whose start takes longer than their training.
+    summary, storage, _ = run(sweep, tmp_path / "s", data_folder, concurrent=1)
+    assert (summary["finished"], summary["failures"]) == (2, [])
+    assert {sweep.quality.name, "rate", "operations_per_token"} <= summary["best"].keys()
+    assert "NaN" not in (storage.read("summary.json") or b"").decode()
 
 
 def test_threads_of_a_trial_leave_the_other_cores_alone(finished: tuple[dict[str, Any], Storage, list[TrialRecord]]) -> None:

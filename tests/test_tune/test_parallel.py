@@ -12,10 +12,13 @@ import torch
 
 from sma.errors import SmaError, SpecError
 from sma.recipes.experiment import BEST, LAST, SUMMARY, ExperimentSpec
+from sma.spec import dump_yaml
 from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel
 from sma.tune.storage import Storage
 from tests.test_recipes.tiny import checkpoint, same, tiny, train
+from tests.test_tune.sweeps import wait_for
+from tests.test_tune.test_killed import PATIENCE, alive, driver
 
 # Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a core.
 pytestmark = pytest.mark.timeout(1200)
@@ -97,6 +100,30 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
             assert same(checkpoint(out, name)[part], checkpoint(uninterrupted, name)[part]), f"{part} of {name}"
     assert not (out / RAY).exists()
     assert {*files(uninterrupted)} <= files(out)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupted_run(
+    uninterrupted: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    out, log, spec = tmp_path / "out", tmp_path / "log", tmp_path / "experiment.yaml"
+    spec.write_text(dump_yaml(tiny(threads=1, **LONG)))
+    common = ["--workers=2", f"--data={data_folder}"]
+    with driver("train", f"--spec={spec}", f"--out={out}", *common, log=log) as process:
+        wait_for(lambda: "update 40 " in log.read_text(), PATIENCE, "an evaluation")
+        process.kill()
+        process.wait()
+    workers = [int(found) for found in re.findall(r"worker \d of 2: process (\d+)", log.read_text())]
+    assert len(workers) == 2
+    wait_for(lambda: not any(map(alive, workers)), 60, "the end of the workers")
+    assert not (out / SUMMARY).exists()
+    with driver("train", f"--resume={out}", *common, log=log) as process:
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    assert log.read_text().count("going on from the last checkpoint") == 1
+    for name in (LAST, BEST):
+        assert same(checkpoint(out, name)["state_dict"], checkpoint(uninterrupted, name)["state_dict"]), name
+    assert not (out / RAY).exists()
+    assert (out / SUMMARY).is_file()
 
 
 @pytest.mark.slow
