@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Log-odds from the decision, in bins that are fine near 0 and coarse far off: 0.01 (e^k - 1) of a grid, up to 10^4 on either side.
-BINS, _SCALE, _RANGE = 1024, 0.01, 13.8
+# Log-odds from the decision, in bins that are fine near 0, because those of a new router spread over some hundredths, and coarse far
+# off: 0.001 (e^k - 1) of a grid, up to 10^4 on either side.
+BINS, _SCALE = 1024, 0.001
+_RANGE = math.log1p(1e4 / _SCALE)
 ZERO = BINS // 2
 EDGES = [math.copysign(_SCALE * math.expm1(_RANGE * abs(place / ZERO - 1)), place - ZERO) for place in range(BINS + 1)]
 
