@@ -24,7 +24,8 @@ PATIENCE = 200.0
 @contextmanager
 def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A sweep in a process of its own, killed at the end if it still runs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # That of a cluster that there is not: without --address nobody may look for it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "127.0.0.1:1"}
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "sma.tune", *arguments, "--accelerator", "cpu"], cwd=ROOT, env=environment, stdout=file, stderr=file
@@ -112,7 +113,8 @@ def test_control_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
         wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130, log.read_text()
-    assert f"go on with: python -m sma.tune --resume {folder}" in log.read_text()
+    command = f"interrupted; go on with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
+    assert log.read_text().count("interrupted") == log.read_text().count(command) == 1
     assert "Traceback" not in log.read_text()
     left = process_of(records(folder)[0])
     wait_for(lambda: not alive(left), 30, "the end of the trial's process")

@@ -27,15 +27,15 @@ def address() -> Iterator[str]:
     made.shutdown()
 
 
-def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sma.tune", "--accelerator=cpu", *arguments]
+    command = [sys.executable, "-m", "sma.tune", *arguments, "--accelerator=cpu"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
     files = [f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--data={tmp_path / 'data'}"]
-    done = sweep(*files, "--samples=4", "--no-stop", f"--address={address}")
+    done = run(*files, "--samples=4", "--no-stop", f"--address={address}")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert (summary["finished"], summary["slots"]) == (4, 2)
@@ -44,7 +44,20 @@ def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
 
 
 def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
-    refused = sweep(f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2")
+    refused = run(f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2")
     assert refused.returncode == 2
     assert "no machine has 2 CPUs and 0 GPUs for a trial; there is 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs" in refused.stderr
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["shared-folder", "uri"])
+def test_one_model_is_trained_on_all_nodes(address: str, scheme: str, tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    spec, out = f"--spec={tmp_path / 'experiment.yaml'}", tmp_path / "out"
+    # Each node has room for one of the two.
+    done = run("--workers=2", spec, f"--out={scheme}{out}", f"--data={tmp_path / 'data'}", f"--address={address}")
+    assert done.returncode == 0, done.stderr
+    assert "update 30 of 30" in done.stdout
+    assert json.loads((out / "summary.json").read_text())["updates"] == 30
+    assert (out / "model").is_dir()
