@@ -14,12 +14,14 @@ from torchmetrics import MeanMetric
 
 from sma.model import LanguageModel, ModelOutput, ModelState, build
 from sma.pytree import named_tensors, with_tensors
+from sma.recipes.callbacks import of_all
 from sma.recipes.data.marks import marks
 from sma.recipes.data.text import Corpus
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer
 from sma.recipes.tasks import LanguageTask
+from sma.recipes.team import ALONE, Team, whole
 
 
 class Segment(NamedTuple):
@@ -43,10 +45,21 @@ class TrainingSegments(Dataset[Segment]):
 
     Fresh ones stand anywhere. Carried ones walk through the text: it is cut into as many stretches as the batch has rows, which
     are read side by side; at the end of the stretches the cuts are moved and everything starts afresh. The text is taken as a ring.
+
+    Args:
+        text: the training split.
+        task: how long the segments are, and whether they are carried.
+        training: how many make a batch.
+        seed: of the places.
+        team: the processes that share every batch; this one gives its own rows of it.
+
+    Raises:
+        SpecError: they cannot share the batches evenly.
     """
 
-    def __init__(self, text: Tensor, task: LanguageTask, training: TrainingSpec, seed: int) -> None:
-        self.text, self.task, self.rows, self.seed = text, task, training.batch_size, seed
+    def __init__(self, text: Tensor, task: LanguageTask, training: TrainingSpec, seed: int, team: Team = ALONE) -> None:
+        self.text, self.task, self.rows, self.seed, self.team = text, task, training.batch_size, seed, team
+        team.check_batch(self.rows)
         self.per_pass = max(1, len(text) // (self.rows * task.segment))
 
     def __getitem__(self, update: int) -> Segment:
@@ -58,8 +71,8 @@ class TrainingSegments(Dataset[Segment]):
             start = torch.randint(length, (1,), generator=generator) + torch.arange(self.rows) * (length // self.rows) + place * size
         else:
             start = torch.randint(length, (self.rows,), generator=generator)
-        found = self.text[(start[:, None] + torch.arange(size + 1)) % length].long()
-        return Segment(found[:, :-1], found[:, 1:], torch.ones(self.rows, size, dtype=torch.bool), place == 0)
+        found = self.text[(self.team.part(start)[:, None] + torch.arange(size + 1)) % length].long()
+        return Segment(found[:, :-1], found[:, 1:], torch.ones(len(found), size, dtype=torch.bool), place == 0)
 
 
 class Updates(Sampler[int]):
@@ -128,19 +141,22 @@ class LanguageLearner(Learner):
     """Cross-entropy of the next byte, bits per character and activation rates of a `LanguageModel`.
 
     With `carry_state` a segment goes on from the state in which the last one ended, cut off from its gradient (truncated
-    backpropagation through time); the state is part of a checkpoint.
+    backpropagation through time); the state of all rows is part of a checkpoint, in the same order however many processes share them.
+
+    Every process of a team evaluates the whole of a text, which is one stream; the measures are means, and stay the same.
 
     Args:
         model: what is trained.
         training: optimiser and schedule.
         carry_state: go on from segment to segment.
+        team: the processes that share every batch.
     """
 
     monitor, monitor_mode = "val_bits_per_character", "min"
 
-    def __init__(self, model: LanguageModel, training: TrainingSpec, carry_state: bool) -> None:
+    def __init__(self, model: LanguageModel, training: TrainingSpec, carry_state: bool, team: Team = ALONE) -> None:
         super().__init__(model, training)
-        self.carry_state = carry_state
+        self.carry_state, self.team = carry_state, team
         self.carried: ModelState | None = None
         self.streamed: ModelState | None = None
         self.fit_scores, self.val_scores, self.test_scores = (LanguageScores(self.module_names) for _ in range(3))
@@ -149,13 +165,16 @@ class LanguageLearner(Learner):
         """One update."""
         state = None
         if self.carry_state:
-            state = self.model.init_state(len(batch.inputs)) if batch.fresh or self.carried is None else self.carried
+            state = self.carried
+            if state is None or batch.fresh:
+                state = self._own(self.model.init_state(len(batch.inputs) * self.team.size))
+            state = state.to(self.device)  # a checkpoint is read on the CPU
         output, losses = self._run(batch, state)
         self.carried = None if output.state is None else output.state.detach()
         loss = losses.mean()
         self.tokens_seen += batch.inputs.numel()
         self.fit_scores.update(output, losses.detach(), batch.scored)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         if (self.global_step + 1) % self.training_spec.log_every == 0:
             measures = self.fit_scores.compute("fit")
             self.log_dict(measures, batch_size=1)
@@ -184,13 +203,18 @@ class LanguageLearner(Learner):
         self.log_dict(self.test_scores.compute("test"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep where the streams of the training stand."""
-        checkpoint["carried"] = None if self.carried is None else named_tensors(self.carried)
+        """Keep where the streams of the training stand, those of all processes: all of them must call it."""
+        parts = of_all(None if self.carried is None else named_tensors(self.carried.to("cpu")))
+        checkpoint["carried"] = None if parts[0] is None else {name: whole([part[name] for part in parts]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
         found = checkpoint.get("carried")
-        self.carried = None if found is None else with_tensors(self.model.init_state(1), found)
+        self.carried = None if found is None else self._own(with_tensors(self.model.init_state(1), found))
+
+    def _own(self, state: ModelState) -> ModelState:
+        """The rows of this process, out of the state of a whole batch."""
+        return state.select(self.team.part(torch.arange(state.batch_size, device=state.seen.device)))
 
     def _score(self, batch: Segment, scores: LanguageScores) -> None:
         state = self.model.init_state(len(batch.inputs)) if batch.fresh or self.streamed is None else self.streamed
@@ -254,22 +278,25 @@ def run_language(
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    team: Team = ALONE,
     figures: Callable[[Finished], object] | None = None,
 ) -> Finished:
     """Train a language model, evaluate its best checkpoint and write the run folder; see `sma.recipes.run.fit`.
 
     `figures` is called at the end, before the summary is written, with which a run counts as finished.
     """
-    prepare(spec)
+    prepare(spec, team)
     task = cast(LanguageTask, spec.task)
-    learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state)
-    segments = TrainingSegments(corpus.train, task, spec.training, spec.seed)
+    learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state, team)
+    segments = TrainingSegments(corpus.train, task, spec.training, spec.seed, team)
 
     def batches(done: int) -> DataLoader[Any]:
         return DataLoader(segments, batch_size=None, sampler=Updates(spec.training.updates, done))
 
     validation, hashes = evaluation_loader(corpus.validation, task), corpus.hashes
-    fitted = fit(learner, spec, out, batches, validation, hashes, accelerator=accelerator, progress=progress, callbacks=callbacks)
+    fitted = fit(
+        learner, spec, out, batches, validation, hashes, accelerator=accelerator, progress=progress, callbacks=callbacks, team=team
+    )
     with interruptible():
         measured = fitted.trainer.test(learner, evaluation_loader(corpus.test, task), verbose=False)[0]
     results = {
@@ -284,4 +311,4 @@ def run_language(
     }
     reading = read_along(cast(LanguageModel, learner.model), corpus.test[:1600])
     draw = None if figures is None else lambda summary: figures(Finished(summary, reading, learner))
-    return Finished(finish(spec, out, learner, fitted, results, figures=draw), reading, learner)
+    return Finished(finish(spec, out, learner, fitted, results, team, draw), reading, learner)

@@ -1,10 +1,14 @@
 """Several processes that train one model together: who this one is, and its part of every batch."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
 
 from sma.errors import SpecError
 
-Item = TypeVar("Item")
+Items = TypeVar("Items", list[Any], Tensor)
 
 
 class Team(NamedTuple):
@@ -27,8 +31,8 @@ class Team(NamedTuple):
         """Whether this process writes the run folder."""
         return self.rank == 0
 
-    def part(self, items: list[Item]) -> list[Item]:
-        """What this process takes of a list: every `size`-th item from number `rank` on."""
+    def part(self, items: Items) -> Items:
+        """What this process takes of a list, or of the rows of a tensor: every `size`-th one from number `rank` on."""
         return items[self.rank :: self.size]
 
     def check_batch(self, batch_size: int) -> None:
@@ -49,3 +53,17 @@ class Team(NamedTuple):
 
 
 ALONE = Team()
+
+
+def whole(parts: Sequence[Tensor]) -> Tensor:
+    """The rows that the processes took by `Team.part`, in the order in which they were.
+
+    Args:
+        parts: of every process, in the order of the ranks, with as many rows each. Where one has grown longer than the others, as the
+            caches of streams do, zeros fill the others up.
+    """
+    sizes = [max(size) for size in zip(*(part.shape for part in parts), strict=True)]
+    filled = [parts[0].new_zeros(sizes) for _ in parts]
+    for room, part in zip(filled, parts, strict=True):
+        room[tuple(map(slice, part.shape))] = part
+    return torch.stack(filled, 1).flatten(0, 1)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 import sma
 from sma.errors import DataError, SpecError
+from sma.pytree import named_tensors
 from sma.recipes.data.text import load_text
 from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
 from sma.recipes.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, read_along, run_language
 from sma.recipes.tasks import LanguageTask
+from sma.recipes.team import Team, whole
 
 MODEL = {
     "kind": "language_model",
@@ -96,6 +98,66 @@ def test_one_pass_of_carried_segments_reads_no_byte_twice() -> None:
     )
     seen = torch.cat([segments[update].inputs.flatten() for update in range(segments.per_pass)])
     assert sorted(seen.tolist()) == list(range(96))
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_workers_read_the_rows_of_one_process(size: int, carry: bool) -> None:
+    text, task, training = torch.arange(90, dtype=torch.uint8), LanguageTask(segment=4, carry_state=carry), experiment_training(6)
+    alone = TrainingSegments(text, task, training, seed=3)
+    team = [TrainingSegments(text, task, training, 3, Team(rank, size)) for rank in range(size)]
+    for update in range(alone.per_pass + 2):
+        wanted, parts = alone[update], [part[update] for part in team]
+        assert {part.fresh for part in parts} == {wanted.fresh}
+        assert all(part.scored.shape == part.inputs.shape for part in parts)
+        for row in range(6):
+            assert torch.equal(parts[row % size].inputs[row // size], wanted.inputs[row])
+            assert torch.equal(parts[row % size].targets[row // size], wanted.targets[row])
+
+
+def test_rows_that_workers_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"a batch of 4 samples cannot be shared evenly by 3 workers; .* such as 6"):
+        TrainingSegments(torch.arange(90, dtype=torch.uint8), LanguageTask(), experiment_training(4), 0, Team(0, 3))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param("modules.attention.window=8", id="window"),
+        pytest.param("modules.attention.window=null", id="growing"),  # by another length in every part
+        pytest.param("router={kind: random, rate: 0.5}", id="drawing"),  # by the number of the row
+    ],
+)
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
+    text: Path, size: int, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = experiment(text, "training.batch_size=6", f"model.layers.layer.{setting}")
+    corpus, model = load_text(spec.task.data), sma.build(spec.model, seed=0).double().eval()  # type: ignore[attr-defined]
+    alone = LanguageLearner(model, spec.training, carry_state=True)  # type: ignore[arg-type]
+    team = [LanguageLearner(model, spec.training, True, Team(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
+
+    def read(learner: LanguageLearner, update: int) -> torch.Tensor:
+        segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, learner.team)[update]  # type: ignore[arg-type]
+        output, losses = learner._run(segment, learner.carried)
+        learner.carried = output.state
+        return losses.detach().unflatten(0, segment.scored.shape)
+
+    for learner in (alone, *team):
+        learner.carried = learner._own(model.init_state(6))
+        read(learner, 0)
+    saved: dict[str, Any] = {}
+    alone.on_save_checkpoint(saved)
+    monkeypatch.setattr("sma.recipes.language.of_all", lambda own: [named_tensors(learner.carried) for learner in team])
+    for learner in team:
+        found: dict[str, Any] = {}
+        learner.on_save_checkpoint(found)
+        torch.testing.assert_close(found, saved, rtol=0, atol=1e-12)
+    for learner in (alone, *team):
+        learner.carried = None
+        learner.on_load_checkpoint(saved)
+    wanted = read(alone, 1)
+    torch.testing.assert_close(whole([read(learner, 1) for learner in team]), wanted, rtol=0, atol=1e-12)
 
 
 def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:

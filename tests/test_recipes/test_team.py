@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sma.errors import SpecError
 from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import TaskData
-from sma.recipes.team import ALONE, Team
+from sma.recipes.team import ALONE, Team, whole
 from sma.recipes.training import EVALUATION_BATCH, evaluation_loader
 from tests.test_recipes.tiny import tiny_data
 
@@ -24,6 +24,16 @@ def test_parts_make_the_whole(items: list[int], size: int) -> None:
     parts = [Team(rank, size).part(items) for rank in range(size)]
     assert [parts[place % size][place // size] for place in range(len(items))] == items
     assert sum(map(len, parts)) == len(items)
+
+
+@given(share=st.integers(1, 4), size=st.integers(1, 5), shape=st.lists(st.integers(0, 3), max_size=2))
+def test_the_parts_of_a_tensor_make_the_whole(share: int, size: int, shape: list[int]) -> None:
+    rows = torch.randn(share * size, *shape, dtype=torch.float64)
+    assert torch.equal(whole([Team(rank, size).part(rows) for rank in range(size)]), rows)
+
+
+def test_where_a_part_is_longer_zeros_fill_up_the_others() -> None:
+    assert whole([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [[1, 0], [2, 5], [3, 0], [4, 6]]
 
 
 def test_who_stands_alone_takes_all_and_writes() -> None:
