@@ -24,8 +24,10 @@ from ray.train.torch import TorchTrainer
 
 from sma.errors import CheckpointError, SmaError, SpecError
 from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec
+from sma.recipes.language import run_language
+from sma.recipes.language_report import describe_language, draw_language
 from sma.recipes.report import describe_run, draw
-from sma.recipes.tasks import ClassificationTask, TaskData
+from sma.recipes.tasks import ClassificationTask, LanguageTask
 from sma.recipes.team import Team
 from sma.recipes.training import run_experiment
 from sma.spec import dump_yaml
@@ -79,16 +81,20 @@ class Workers(NamedTuple):
         Raises:
             SpecError: its task, or its batch size.
         """
-        if not isinstance(spec.task, ClassificationTask):
-            raise SpecError(f"several workers train classifiers only; train {spec.task.kind!r} with its own recipe, in one process")
+        if not isinstance(spec.task, ClassificationTask | LanguageTask):
+            raise SpecError(
+                f"several workers train classifiers and language models; train {spec.task.kind!r} with its own recipe, in one process"
+            )
         Team(size=self.number).check_batch(spec.training.batch_size)
 
-    def check_data(self, spec: ExperimentSpec, data: TaskData) -> None:
-        """Refuse splits that are too small to be shared.
+    def check_data(self, spec: ExperimentSpec, data: Any) -> None:
+        """Refuse splits that are too small to be shared; a text never is, for every worker evaluates the whole of it.
 
         Raises:
             SpecError: which one.
         """
+        if isinstance(spec.task, LanguageTask):
+            return
         Team(size=self.number).check_batch(min(spec.training.batch_size, len(data.train)))
         for name, split in (("validation", data.validation), ("test", data.test)):
             if len(split) < self.number:
@@ -135,9 +141,9 @@ class Reporter(Checkpoint):
             # All of them must call it, and it waits for all.
             train.report({}, checkpoint=train.Checkpoint.from_directory(str(self.folder)) if trainer.is_global_zero else None)
         if trainer.is_global_zero:
-            names = ("val_accuracy", "val_loss", "val_rate")
+            names = ("val_accuracy", "val_bits_per_character", "val_loss", "val_rate")
             found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-            measures = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in found.items())
+            measures = ", ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items())
             self.board.say.remote(f"update {trainer.global_step:,} of {trainer.max_steps:,}: {measures}")
 
 
@@ -152,13 +158,14 @@ def train_parallel(
 ) -> dict[str, Any]:
     """Train one model with several processes, and leave the run folder that one process would leave; returns the summary.
 
-    The batch of an update is that of one process, `training.batch_size` samples, of which every worker takes its part; the mean of their
-    gradients is the gradient of the batch, so that the number of workers changes nothing but rounding. What looks at a whole batch by
-    other means sees a worker's part of it: batch norm that is not synchronised, the draws of dropout and of routers that sample, and the
-    losses in `training.losses`. A folder with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
+    The batch of an update is that of one process, `training.batch_size` samples or stretches of a text, of which every worker takes its
+    part; the mean of their gradients is the gradient of the batch, so that the number of workers changes nothing but rounding. What looks
+    at a whole batch by other means sees a worker's part of it: batch norm that is not synchronised, the draws of dropout and of routers
+    that sample, and the losses in `training.losses`. A folder with a checkpoint of the same experiment goes on from there, whatever number
+    of workers wrote it.
 
     Args:
-        spec: the experiment; its task is a classification.
+        spec: the experiment; its task is a classification, or the modelling of a text.
         storage: the run folder: one that all machines see under the same path, or a URI.
         workers: how many, and what they get.
         data_folder: where data is kept between runs.
@@ -258,7 +265,7 @@ def _packed(reference: Any) -> Packed:
     return packed
 
 
-def _train(spec: ExperimentSpec, data: TaskData, storage: Storage, folder: Path, team: Team, board: Any, accelerator: str) -> None:
+def _train(spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team: Team, board: Any, accelerator: str) -> None:
     """Run the recipe in a folder that holds what there is to go on from."""
     if storage.is_local and not (folder / EXPERIMENT).is_file():
         raise CheckpointError(f"{socket.gethostname()} does not see the run folder {str(folder)!r}; give a shared folder or a URI as --out")
@@ -268,11 +275,31 @@ def _train(spec: ExperimentSpec, data: TaskData, storage: Storage, folder: Path,
     if team.writes and (folder / LAST).is_file():
         board.say.remote("going on from the last checkpoint")
     reporter = Reporter(board, None if storage.is_local else folder)
-    finished = run_experiment(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[reporter], team=team)
+    options: dict[str, Any] = {"accelerator": accelerator, "progress": False, "callbacks": [reporter], "team": team}
+
+    def title(reached: str) -> str:
+        return f"{spec.task.kind}, {team.size} workers: {reached}, seed {spec.seed}"
+
+    if isinstance(spec.task, LanguageTask):
+        read = run_language(
+            spec,
+            folder,
+            data,
+            figures=lambda done: draw_language(done.reading, folder, title(f"{done.summary['bits_per_character']:.3f} bits per character")),
+            **options,
+        )
+        words = describe_language(read.summary, folder)
+    else:
+        learned = run_experiment(
+            spec,
+            folder,
+            data,
+            figures=lambda done: draw(done.report, folder, title(f"test accuracy {done.summary['test_accuracy']:.1%}")),
+            **options,
+        )
+        words = describe_run(learned.summary, learned.report, folder)
     if not team.writes:
         return
-    accuracy = finished.summary["test_accuracy"]
-    draw(finished.report, folder, f"{spec.task.kind}, {team.size} workers: test accuracy {accuracy:.1%}, seed {spec.seed}")
     if not storage.is_local:
         copy_files(str(folder), storage.root, source_filesystem=LocalFileSystem(), destination_filesystem=storage.files)
-    ray.get(board.say.remote(describe_run(finished.summary, finished.report, folder).replace(str(folder), storage.location)))
+    ray.get(board.say.remote(words.replace(str(folder), storage.location)))

@@ -1,5 +1,6 @@
 """One model trained by several workers: what one process makes of it, also where a worker is killed on the way."""
 
+import csv
 import json
 import os
 import re
@@ -12,11 +13,15 @@ import torch
 
 from sma.errors import SmaError, SpecError
 from sma.recipes.experiment import BEST, LAST, SUMMARY, ExperimentSpec
+from sma.recipes.language import LanguageLearner, run_language
+from sma.recipes.tasks import LanguageTask
+from sma.recipes.training import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel
 from sma.tune.storage import Storage
-from tests.test_recipes.tiny import checkpoint, same, tiny, train
+from tests.test_recipes import test_language
+from tests.test_recipes.tiny import checkpoint, fail, same, tiny
 from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver
 
@@ -26,6 +31,34 @@ pytestmark = pytest.mark.timeout(1200)
 NO_DROPOUT = {"embedding_dropout": 0.0, "layers__layer__dropout": 0.0, "head__dropout": 0.0}
 BUDGET = {"training__budget": "{target: 0.3, hold: 4, anneal: 8}"}
 LONG = {"training__updates": 120, "training__evaluate_every": 20}
+
+
+def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
+    """A language model as small, with dropout too."""
+    book = data_folder / "book.txt"
+    book.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 40)
+    changed = {"training__batch_size": 4, **settings}
+    return test_language.experiment(book, *(f"{path.replace('__', '.')}={value}" for path, value in changed.items()))
+
+
+def alone(spec: ExperimentSpec, out: Path, data_folder: Path) -> dict[str, Any]:
+    """What one process makes of it."""
+    run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
+    return run(spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False).summary
+
+
+def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str = LAST) -> None:
+    """Whether two runs left the same weights, but for rounding."""
+    left, right = (checkpoint(folder, name)["state_dict"] for folder in (ours, theirs))
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        torch.testing.assert_close(tensor, right[key], rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def recorded(out: Path) -> list[dict[str, float]]:
+    """What was logged on the way."""
+    with (out / "metrics" / "version_0" / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def team_run(
@@ -64,18 +97,39 @@ class Killer:
 @pytest.mark.parametrize("norm", ["{kind: layer_norm, place: post}", "{kind: batch_norm, place: pre, synchronized: true}"])
 def test_two_workers_are_one_with_the_same_batch(norm: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     spec = tiny(threads=1, precision="64-true", layers__layer__norm=norm, **NO_DROPOUT, **BUDGET)
-    summary = team_run(spec, tmp_path / "two", data_folder)
-    alone = train(spec, tmp_path / "one", spec.task.prepare(data_folder, progress=False))
+    assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["test_accuracy", "test_loss", "per_class"])
+
+
+def assert_one_and_two_are_equal(spec: ExperimentSpec, data_folder: Path, tmp_path: Path, measures: list[str]) -> None:
+    ours, theirs = team_run(spec, tmp_path / "two", data_folder), alone(spec, tmp_path / "one", data_folder)
     for name in (LAST, BEST):
-        ours, theirs = (checkpoint(tmp_path / folder, name)["state_dict"] for folder in ("two", "one"))
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+        assert_equal_weights(tmp_path / "two", tmp_path / "one", 1e-10, name)
     assert files(tmp_path / "two") == files(tmp_path / "one")
-    assert summary["data"] == alone.summary["data"]
-    for key in ("test_accuracy", "test_loss", "activation_rate", "best_update", "per_class"):
-        assert summary[key] == pytest.approx(alone.summary[key], rel=1e-6), key
-    assert json.loads((tmp_path / "two" / SUMMARY).read_text()) == summary
+    assert ours["data"] == theirs["data"]
+    for key in (*measures, "activation_rate", "best_update"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
+    assert json.loads((tmp_path / "two" / SUMMARY).read_text()) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="carried"),
+        pytest.param({"model__layers__layer__modules__attention__window": "null"}, id="carried-without-window"),
+        pytest.param({"task__carry_state": "false", "task__context": 10}, id="afresh"),
+    ],
+)
+def test_two_workers_model_a_text_as_one(settings: dict[str, Any], two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    spec = language(data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0, **BUDGET, **settings)
+    assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["bits_per_character", "marks", "bytes"])
+    carried = [checkpoint(tmp_path / folder)["carried"] or {} for folder in ("two", "one")]
+    assert bool(carried[0]) is ("task__carry_state" not in settings)
+    torch.testing.assert_close(*carried, rtol=0, atol=1e-10)
+    logs = [recorded(tmp_path / folder) for folder in ("two", "one")]
+    assert "val_bits_per_character" in {name for row in logs[0] for name in row}
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +181,47 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_what_two_workers_left(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    spec = tiny(threads=1, precision="64-true", **NO_DROPOUT, **LONG)
+def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    killer, spec = Killer(), language(data_folder, threads=1, **LONG)
+    team_run(spec, tmp_path / "killed", data_folder, say=killer)
+    assert (len(killer.of("worker 2")), len(killer.of("going on"))) == (2, 1), killer.lines
+    assert re.search(r"update 120 of 120: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
+    team_run(spec, tmp_path / "whole", data_folder)
+    for name in (LAST, BEST):
+        for part in ("state_dict", "optimizer_states", "carried", "global_step"):
+            assert same(checkpoint(tmp_path / "killed", name)[part], checkpoint(tmp_path / "whole", name)[part]), f"{part} of {name}"
+
+
+@pytest.mark.slow
+def test_two_workers_go_on_with_what_one_process_left(
+    two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = language(data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0)
+    original = LanguageLearner.training_step
+
+    def step(self: LanguageLearner, *batch: Any) -> Any:
+        return fail(self) if self.global_step == 14 else original(self, *batch)  # type: ignore[arg-type,func-returns-value]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageLearner, "training_step", step)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            alone(spec, tmp_path / "out", data_folder)
+    ours, theirs = team_run(spec, tmp_path / "out", data_folder), alone(spec, tmp_path / "alone", data_folder)
+    assert_equal_weights(tmp_path / "out", tmp_path / "alone", 1e-10)
+    assert ours["bits_per_character"] == pytest.approx(theirs["bits_per_character"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["listops", "language"])
+def test_one_process_goes_on_with_what_two_workers_left(task: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    exact: dict[str, Any] = {"threads": 1, "precision": "64-true", **LONG}
+    spec = tiny(**exact, **NO_DROPOUT) if task == "listops" else language(data_folder, **exact, model__layers__layer__dropout=0.0)
     with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*good up to its last checkpoint"):
         team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
     assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
-    data = spec.task.prepare(data_folder, progress=False)
     for folder in ("out", "alone"):
-        train(spec, tmp_path / folder, data)
-    ours, theirs = (checkpoint(tmp_path / folder)["state_dict"] for folder in ("out", "alone"))
-    for key, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        alone(spec, tmp_path / folder, data_folder)
+    assert_equal_weights(tmp_path / "out", tmp_path / "alone", 1e-9)
 
 
 @pytest.mark.slow
@@ -165,7 +249,7 @@ def test_a_split_with_fewer_samples_than_workers_is_refused(data_folder: Path) -
             ["--workers", "4096", "--set", "training.batch_size=4096"], "4096 workers of 1 CPUs do not fit, there is room for", id="workers"
         ),
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs and 0 GPUs for a worker", id="cpus"),
-        pytest.param(["--task", "language"], "several workers train classifiers only", id="language"),
+        pytest.param(["--task", "language", "--workers", "3"], "a batch of 4 samples cannot be shared evenly by 3 workers", id="language"),
         pytest.param(["--resume", "nowhere"], "there is no run in", id="resume-nothing"),
         pytest.param(["--resume", "nowhere", "--seed", "3"], "leave --seed out", id="resume-another"),
     ],
