@@ -76,7 +76,8 @@ class TrainingSpec(Spec):
             raise ValueError(f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with")
         if self.budget is not None and self.budget.settled >= self.updates:
             raise ValueError(
-                f"the budget comes to its target after {self.budget.settled} updates; that must be below updates={self.updates}"
+                f"the budget comes to its target after {self.budget.settled} updates; that must be below updates={self.updates}: "
+                "lower budget.hold and budget.anneal, or set budget=null"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")

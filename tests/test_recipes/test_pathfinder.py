@@ -300,7 +300,9 @@ def test_tasks_are_kinds_that_survive_saving(task):
 
 def experiment(**data):
     settings = [f"training.{key}={value}" for key, value in {"updates": 2, "batch_size": 4, "warmup": 1, "evaluate_every": 2}.items()]
-    return load_experiment("pathfinder_tiny", [*settings, *(f"task.data.{key}={value}" for key, value in data.items())])
+    return load_experiment(
+        "pathfinder_tiny", ["training.budget=null", *settings, *(f"task.data.{key}={value}" for key, value in data.items())]
+    )
 
 
 @pytest.mark.parametrize("source", ["generated", "release"])

@@ -181,7 +181,7 @@ FEW = {
 @pytest.mark.parametrize("task", FEW)
 def test_tiny_preset_of_every_task_trains_and_is_evaluated(task, tmp_path, monkeypatch):
     monkeypatch.setattr(python_text, "LIMITS", {"train": 40, "validation": 40, "test": 40})
-    quick = ["training.updates=1", "training.warmup=0", "training.batch_size=4", "training.evaluate_every=1"]
+    quick = ["training.updates=1", "training.warmup=0", "training.batch_size=4", "training.evaluate_every=1", "training.budget=null"]
     spec = load_experiment(f"{task}_tiny", [*quick, *FEW[task]])
     data = spec.task.prepare(tmp_path, progress=False)
     summary = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False).summary
