@@ -181,17 +181,21 @@ def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData
 
 
 def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
-    """About how many updates a model makes in a time, by the median of some."""
+    """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole schedule."""
     from sma.recipes.training import Classifier, training_loader
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    learner = Classifier(spec.model.build(), spec.training, spec.task.classes)  # type: ignore[attr-defined]
+    training = spec.training
+    learner = Classifier(spec.model.build(), training, spec.task.classes)  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(learner.parameters())
     times = []
-    for number, batch in enumerate(
-        training_loader(data, spec.training.replace(updates=max(tried + 1, spec.training.warmup + 1)), spec.seed, 0)
-    ):
+    for number, batch in enumerate(training_loader(data, training.replace(updates=max(tried + 1, training.updates)), spec.seed, 0)):
+        if learner.controller is not None:
+            learner.controller.updates.fill_(number * training.updates // tried)
+            with torch.no_grad():
+                decisions = learner.model(batch.inputs, batch.valid).decisions
+            learner.controller.move(learner.controller.count(decisions, batch.valid), speed=1.0)
         since = time.perf_counter()
         learner.loss_of(batch).backward()
         optimizer.step()
@@ -199,7 +203,7 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
         times.append(time.perf_counter() - since)
         if number == tried:
             break
-    return max(2, round(seconds / statistics.median(times[2:])))
+    return max(2, round(seconds / statistics.fmean(times[2:])))
 
 
 def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:

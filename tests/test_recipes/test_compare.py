@@ -11,11 +11,12 @@ from sma.errors import CheckpointError, SpecError
 from sma.ragged import rectangular
 from sma.recipes import compare, tasks
 from sma.recipes.baselines import BASELINES, baseline
-from sma.recipes.compare import main, with_updates
+from sma.recipes.compare import main, updates_in, with_updates
 from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
 from sma.recipes.efficiency import _set_rates, efficiency, random_rows
 from sma.recipes.experiment import load_experiment, write_text
 from sma.recipes.run import hardware
+from sma.recipes.training import Classifier
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
@@ -198,6 +199,23 @@ def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finishe
     without_training.fails = []
     assert main(["--resume", str(out), *common]) == 0
     assert len(without_training.devices) == 2
+
+
+def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data, monkeypatch):
+    spec = tiny(training__updates=200, training__budget="{target: 0.1, hold: 60, anneal: 60, floor: 0.0}")
+    rates = []
+    monkeypatch.setattr(
+        Classifier, "loss_of", lambda self, batch: rates.append(rate(self.model, batch)) or self.model.head.outer.weight.sum()
+    )
+
+    def rate(model, batch):
+        with torch.no_grad():
+            return float(torch.stack([decision.rate(batch.valid) for decision in model(batch.inputs, batch.valid).decisions]).mean())
+
+    assert updates_in(1.0, spec, data) > 2
+    assert rates[0] > 0.9
+    assert rates[-1] < 0.4
+    assert rates[3] > rates[6] > rates[-1]
 
 
 def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_path, without_training, monkeypatch, capsys):
