@@ -77,7 +77,7 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
     [
         pytest.param(
             {"training__budget": "{target: 0.3, hold: 20, anneal: 10}"},
-            "the budget comes to its target after 30 updates; that must be below updates=30: lower budget.hold and budget.anneal, or set budget=null",
+            "the budget comes to its target after 30 updates; that must be below updates=30: lower budget.hold and budget.anneal",
             id="late",
         ),
         pytest.param({"training__losses__budget": 1.0}, "a budget loss needs a target; set training.losses.target", id="target"),
