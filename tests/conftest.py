@@ -64,6 +64,13 @@ def shipped_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sma.spec, "_registry", {family: members for family, members in own.items() if members})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests time: seconds on a free machine are minutes on one with much else to do."""
+    for item in items:
+        if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
