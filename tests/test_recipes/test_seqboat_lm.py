@@ -111,7 +111,7 @@ def test_text_is_written_as_it_is_produced(finished: Path) -> None:
         assert len(process.stdout.read(50)) == 50
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(200) == 130
     finally:
         process.kill()
         process.communicate()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"training.updates": 600, "training.evaluate_every": 20, "training.batch_size": 16}
-PATIENCE = 200.0
+PATIENCE = 600.0  # seconds on a free machine
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def test_control_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
     assert log.read_text().count("interrupted") == log.read_text().count(command) == 1
     assert "Traceback" not in log.read_text()
     left = process_of(records(folder)[0])
-    wait_for(lambda: not alive(left), 30, "the end of the trial's process")
+    wait_for(lambda: not alive(left), 200, "the end of the trial's process")
     with driver(f"--resume={folder}", f"--data={tmp_path / 'data'}", log=log) as process:
         assert process.wait(PATIENCE) == 0, log.read_text()
     after = records(folder)[0]

@@ -30,7 +30,7 @@ def address() -> Iterator[str]:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "sma.tune", *arguments, "--accelerator=cpu"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:

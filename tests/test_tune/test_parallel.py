@@ -169,7 +169,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
         process.wait()
     workers = [int(found) for found in re.findall(r"worker \d of 2: process (\d+)", log.read_text())]
     assert len(workers) == 2
-    wait_for(lambda: not any(map(alive, workers)), 60, "the end of the workers")
+    wait_for(lambda: not any(map(alive, workers)), 200, "the end of the workers")
     assert not (out / SUMMARY).exists()
     with driver("train", f"--resume={out}", *common, log=log) as process:
         assert process.wait(PATIENCE) == 0, log.read_text()
