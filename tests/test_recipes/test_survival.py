@@ -19,7 +19,7 @@ from tests.test_recipes.tiny import checkpoint, same
 from tests.test_recipes.tiny_speech import MODEL, speech_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {"updates": 200, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
+TRAINING = {"updates": 120, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
 BUDGET = ("training.budget.hold=40", "training.budget.anneal=60")
 IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")
 
@@ -70,7 +70,7 @@ def test_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(task, tmp_pa
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     assert not (out / "summary.json").exists()
-    assert 0 < checkpoint(out)["global_step"] < 200
+    assert 0 < checkpoint(out)["global_step"] < TRAINING["updates"]
     assert main(["--resume", str(out), *common]) == 0
     for name in (LAST, BEST):
         for part in ("state_dict", "optimizer_states", "global_step"):
