@@ -131,7 +131,6 @@ GAU_FIELDS = "fields: query_size, hidden_size, window, bidirectional, attention,
 ENDS = "; width: channels of every token, D"
 
 
-@pytest.mark.usefixtures("shipped_kinds")
 class TestErrors:
     @pytest.mark.parametrize(
         ("data", "sentence"),
@@ -216,6 +215,7 @@ class TestErrors:
             ),
         ],
     )
+    @pytest.mark.usefixtures("shipped_kinds")
     def test_sentence_says_what_where_and_what_to_do(self, data, sentence):
         exactly = f"^{re.escape(sentence)}$"
         with pytest.raises(SpecError, match=exactly):
@@ -237,6 +237,7 @@ class TestErrors:
         with pytest.raises(SpecError, match=rf"Spec: {name}='?-?(nan|inf)'?: input should be a finite number"):
             load_spec({"kind": kind, name: value}, family)
 
+    @pytest.mark.usefixtures("shipped_kinds")
     def test_unknown_family(self):
         for call in (lambda: kinds("ruoter"), lambda: load_spec({"kind": "sma"}, "ruoter"), lambda: sma.spec.json_schema("ruoter")):
             with pytest.raises(
