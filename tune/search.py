@@ -79,7 +79,7 @@ class Search(Searcher):
         found = result or {}
         # One that is still running by its own account was stopped.
         status = "failed" if error else {"running": "stopped"}.get(found.get("status", ""), found.get("status", "failed"))
-        self._tell(self.numbers[trial_id], status, {measure.name: found.get(f"metrics/{measure.name}") for measure in self.sweep.measures})
+        self._tell(self.numbers[trial_id], status, measured_in(found))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: with several objectives the estimator learns from ends only."""
@@ -134,6 +134,11 @@ class Search(Searcher):
             self.study.tell(trial, values)
 
 
+def measured_in(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a report as searchers and schedulers get it: Ray joins the keys of nested dictionaries with slashes."""
+    return {name.removeprefix("metrics/"): value for name, value in result.items() if name.startswith("metrics/")}
+
+
 class Halving(FIFOScheduler):
     """Successive halving by the objectives at equal updates; never stops trial 0, which the others are compared with.
 
@@ -165,7 +170,7 @@ class Halving(FIFOScheduler):
         # At the last update a test is all that is left, and the end of it is the end of the trial.
         if result["update"] >= self.sweep.updates or result["status"] != "running":
             return str(TrialScheduler.CONTINUE)
-        weak = self._is_weak(number, result["metrics"])
+        weak = self._is_weak(number, measured_in(result))
         return str(TrialScheduler.STOP if weak and number != 0 else TrialScheduler.CONTINUE)
 
     def _is_weak(self, number: int, measured: Mapping[str, float]) -> bool:

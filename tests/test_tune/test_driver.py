@@ -22,6 +22,7 @@ from tests.test_tune.sweeps import few, small_sweep
 pytestmark = pytest.mark.slow
 
 FAULT = "layers.layer.modules.attention.fault"
+SIZE = "layers.layer.modules.attention.hidden_size"
 
 
 def run(sweep: SweepSpec, folder: Path | str, data_folder: Path, **resources: Any) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
@@ -81,6 +82,21 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(two_slots: None, da
     assert [record.restarts for record in records if record.values.get(FAULT) == "exit"] == [1]
     assert [entry["update"] for entry in next(record for record in records if record.values.get(FAULT) == "nan").history] == [10]
     assert storage.names("best") == ["trial_0000.yaml", "trial_0005.yaml"]
+
+
+def test_the_weak_are_stopped_early(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    layer = {**MODEL["layers"]["layer"], "router": {"kind": "always"}}  # type: ignore[index]
+    space = {SIZE: {"kind": "choice", "values": [4, 8, 16]}}
+    # How many operations a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.
+    sweep = small_sweep({"layers.layer": layer}, space=space, samples=3, objectives=("operations",), stopping={"grace": 10})
+    start_sweep(sweep, Storage(tmp_path / "s"))
+    for number, values in enumerate(({}, {SIZE: 16}, {SIZE: 4})):
+        TrialRecord(number, values, 0).save(Storage(tmp_path / "s"))
+    summary, storage, records = run(sweep, tmp_path / "s", data_folder, concurrent=1)
+    statuses = {record.values.get(SIZE, 8): (record.status, [entry["update"] for entry in record.history]) for record in records}
+    assert statuses == {8: ("finished", [10, 20, 30]), 16: ("stopped", [10]), 4: ("finished", [10, 20, 30])}
+    assert (summary["finished"], summary["failed"]) == (2, 0)
+    assert (Path(storage.address(records[1].checkpoint or "")) / EXPERIMENT).is_file()
 
 
 def test_a_sweep_behind_a_uri_leaves_the_same(two_slots: None, data_folder: Path, tmp_path: Path) -> None:

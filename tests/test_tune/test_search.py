@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune.search import Searcher
+from ray.tune.utils import flatten_dict
 
 from sma.tune.search import Halving, Search
 from sma.tune.space import Dice, searched
@@ -121,7 +122,8 @@ class FakeTrial(NamedTuple):
 def decide(halving: Halving, number: int, update: int, accuracy: float, rate: float = 0.5, status: str = "running") -> str:
     trial = FakeTrial(f"t{number}", {"number": number})
     metrics = {"update": update, "accuracy": accuracy, "rate": rate}
-    return str(halving.on_trial_result(None, trial, {"update": update, "metrics": metrics, "status": status}))  # type: ignore[arg-type]
+    result = flatten_dict({"update": update, "metrics": metrics, "status": status})  # as Ray hands it over
+    return str(halving.on_trial_result(None, trial, result))  # type: ignore[arg-type]
 
 
 def halving_sweep(**fields: Any) -> SweepSpec:
