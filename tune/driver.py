@@ -64,7 +64,7 @@ def run_sweep(
     began = time.time()
     with cluster(resources, sweep.samples, data.num_bytes) as slots:
         quiet()
-        number = add_driver(storage, slots._asdict())
+        number = add_driver(storage, slots)
         trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator)
         with Recorder(sweep, storage, records, began, progress) as recorder:
             tuner = tune.Tuner(

@@ -6,6 +6,7 @@ from typing import Any
 from sma.errors import CheckpointError
 from sma.recipes.run import commit, hardware
 from sma.spec import dump_yaml, read_yaml
+from sma.tune.cluster import Slots
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
@@ -42,11 +43,11 @@ def load_sweep(storage: Storage) -> SweepSpec:
     return SweepSpec.model_validate(read_yaml(content.decode(), storage.address(SWEEP)))
 
 
-def add_driver(storage: Storage, slots: dict[str, Any]) -> int:
+def add_driver(storage: Storage, slots: Slots) -> int:
     """Note what trains the trials from now on, for results that are made again later and elsewhere; returns how many there were before."""
     drivers = load_drivers(storage)
-    made = {"commit": commit(), "hardware": hardware(), "date": datetime.now(UTC).date().isoformat()}
-    storage.write_json(DRIVERS, [*drivers, {**slots, **made}])
+    made = {"commit": commit(), "hardware": hardware(slots.accelerator, slots.cpus), "date": datetime.now(UTC).date().isoformat()}
+    storage.write_json(DRIVERS, [*drivers, {**slots._asdict(), **made}])
     return len(drivers)
 
 

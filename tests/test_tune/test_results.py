@@ -8,6 +8,7 @@ import pytest
 
 from sma.errors import CheckpointError
 from sma.recipes.experiment import load_experiment
+from sma.tune.cluster import Slots
 from sma.tune.folder import add_driver, load_drivers, start_sweep
 from sma.tune.records import TrialRecord
 from sma.tune.results import best_trial, front_table, pareto_front, sparsest_as_good, write_results
@@ -120,9 +121,10 @@ def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results
 
 def test_every_driver_is_noted_once(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
-    assert [add_driver(storage, {"concurrent": number}) for number in (1, 2)] == [0, 1]
+    assert [add_driver(storage, Slots(concurrent=number, cpus=3, gpus=0.0)) for number in (1, 2)] == [0, 1]
     assert [driver["concurrent"] for driver in load_drivers(storage)] == [1, 2]
     assert {"commit", "hardware", "date"} <= load_drivers(storage)[0].keys()
+    assert load_drivers(storage)[0]["hardware"].endswith(", 3 threads")
 
 
 def test_the_table_has_trial_0_even_where_others_beat_it() -> None:
