@@ -1,6 +1,8 @@
 """Functions run side by side, each in a process of its own, so that one that is killed takes no other with it."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -11,7 +13,8 @@ def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...
     """Call functions in new processes, at most `jobs` at a time; gives the name and the exit code of each as it ends.
 
     The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Whoever stops asking,
-    by an error or Ctrl-C, ends those that still run.
+    by an error or Ctrl-C, ends those that still run; so does its own end, even by SIGKILL: nothing must go on writing to a folder that
+    a new process may go on with.
 
     Args:
         calls: by name, in the order of starting: a function that can be imported, and its arguments.
@@ -28,7 +31,7 @@ def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...
         while waiting or running:
             while waiting and len(running) < jobs:
                 name, (function, arguments) = waiting.pop()
-                process = context.Process(target=function, args=arguments, name=name, daemon=True)
+                process = context.Process(target=_call, args=(function, arguments), name=name, daemon=True)
                 process.start()
                 running[process.sentinel] = name, process
             for sentinel in wait(list(running)):
@@ -40,3 +43,20 @@ def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...
             left.terminate()
         for _, left in running.values():
             left.join()
+
+
+def end_with_parent() -> None:
+    """End this process, at once, when the process that started it has ended: nothing else would tell it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _call(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    function(*arguments)

@@ -4,12 +4,10 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from sma.errors import DataError, SpecError
@@ -65,11 +63,4 @@ def free_cores() -> int:
 def _follow_the_parent() -> None:
     """Leave interrupts to the parent process, and end when it ends: a worker waiting for tasks would not notice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
-
-
-def _exit_after(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+    end_with_parent()

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
-import signal
 import statistics
-import time
 from collections import Counter
 
 import pytest
@@ -19,7 +16,6 @@ from sma.recipes import router_table, training
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, load_experiment
 from sma.recipes.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
 from sma.recipes.router_report import comma_separated, markdown
-from sma.recipes.side_by_side import side_by_side
 from sma.stats import operation_count
 from tests.test_recipes import tiny
 
@@ -266,21 +262,3 @@ def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, 
     assert mine == own
     assert summary["jobs"] == 2
     assert "Traceback" in (broken.parents[1] / "log.txt").read_text()
-
-
-def test_every_end_of_a_process_is_told_and_stops_no_other():
-    calls = {
-        "killed": (signal.raise_signal, (signal.SIGKILL,)),
-        "left": (os._exit, (3,)),
-        "raised": (int, ("x",)),
-        "fine": (time.sleep, (0,)),
-    }
-    assert dict(side_by_side(calls, 2)) == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
-
-
-def test_processes_end_with_the_one_that_asks():
-    started = time.monotonic()
-    ends = side_by_side({"short": (time.sleep, (0,)), "long": (time.sleep, (200,))}, 2)
-    assert next(ends) == ("short", 0)
-    ends.close()
-    assert time.monotonic() - started < 100

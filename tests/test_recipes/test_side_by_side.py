@@ -1,0 +1,61 @@
+"""Processes side by side, and what becomes of them when the one that asked is gone."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sma.recipes.side_by_side import side_by_side
+
+HOLDING = """
+from pathlib import Path
+from sma.recipes.side_by_side import side_by_side
+from tests.test_recipes.test_side_by_side import hold
+
+if __name__ == "__main__":
+    list(side_by_side({{str(number): (hold, (Path({folder!r}) / str(number),)) for number in (0, 1)}}, 2))
+"""
+
+
+def hold(path: Path) -> None:
+    """Keep a lock for minutes; the file is there once the lock is taken."""
+    draft = path.with_suffix(".draft").open("w")
+    fcntl.flock(draft, fcntl.LOCK_EX)
+    os.rename(draft.name, path)
+    time.sleep(600)
+
+
+def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
+    calls = {
+        "killed": (signal.raise_signal, (signal.SIGKILL,)),
+        "left": (os._exit, (3,)),
+        "raised": (int, ("x",)),
+        "fine": (time.sleep, (0,)),
+    }
+    assert dict(side_by_side(calls, 2)) == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
+
+
+def test_processes_end_with_the_one_that_asks() -> None:
+    started = time.monotonic()
+    ends = side_by_side({"short": (time.sleep, (0,)), "long": (time.sleep, (200,))}, 2)
+    assert next(ends) == ("short", 0)
+    ends.close()
+    assert time.monotonic() - started < 100
+
+
+def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "holding.py"
+    script.write_text(HOLDING.format(folder=str(tmp_path)))
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    held = [tmp_path / "0", tmp_path / "1"]
+    while not all(path.exists() for path in held):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    for path in held:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for as long as somebody holds it, which is the timeout of a test otherwise
