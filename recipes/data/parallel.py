@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from sma.errors import DataError, SpecError
+from sma.recipes.side_by_side import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
