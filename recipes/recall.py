@@ -182,8 +182,9 @@ def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, titl
     curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
     dialled.set(xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02))
     # Where no curve and no point is: accuracies go together near the top and near what chance gives.
-    for axis, free, columns in ((curves, "center", 5), (dialled, "lower right", 1)):
-        axis.legend(fontsize=8, loc=free, ncols=columns)
+    curves.legend(fontsize=8, loc="center", ncols=5)
+    dialled.legend(fontsize=8, loc="lower right")
+    for axis in (curves, dialled):
         axis.grid(alpha=0.3)
     path = out / FIGURE
     figure.savefig(path, dpi=110)
