@@ -13,8 +13,8 @@ endif
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Each worker of the tests gets one thread: more would fight over the cores. Of the slow tests, those that start a cluster of their own go to one
-# worker (loadgroup), because two clusters would fight too.
+# Each worker of the tests gets one thread: more would fight over the cores. Slow tests go to them by file (loadfile): what the tests of a file share,
+# such as a run of two workers, takes a minute to make, and is then made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 help: ## list the targets
@@ -32,7 +32,7 @@ test: .venv/.dev ## run the tests a contributor runs
 	@$(PYTEST) -m "not slow"
 
 test-all: test .venv/.scatter ## those, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel
-	@$(PYTEST) -m slow --dist loadgroup
+	@$(PYTEST) -m slow --dist loadfile
 
 bench: setup ## time one layer at several lengths and activation rates; ARGS="--device cuda" and so on
 	@$(BIN)/python -m benchmarks.layer $(ARGS)

@@ -19,7 +19,7 @@ from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, tr
 from tests.test_tune.faulty import FaultySpec
 from tests.test_tune.sweeps import few, small_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 FAULT = "layers.layer.modules.attention.fault"
 SIZE = "layers.layer.modules.attention.hidden_size"

@@ -14,7 +14,7 @@ import pytest
 
 from tests.test_tune.sweeps import wait_for, write_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"training.updates": 600, "training.evaluate_every": 20, "training.batch_size": 16}

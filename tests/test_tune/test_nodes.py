@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from tests.test_tune.sweeps import write_sweep
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -26,7 +26,7 @@ from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver
 
 # Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a core.
-pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.timeout(1200)
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "layers__layer__dropout": 0.0, "head__dropout": 0.0}
 BUDGET = {"training__budget": "{target: 0.3, hold: 4, anneal: 8}"}
