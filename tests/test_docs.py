@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import sma.spec
+import sma.tune.sweep  # what it registers must be there before the first page, which forgets what is registered meanwhile
 from sma.testing.model_laws import MODEL_LAWS
 from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS
