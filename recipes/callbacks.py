@@ -11,8 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
-from sma.checkpoint import write_atomically
 from sma.errors import CheckpointError
+from sma.files import write_atomically
 from sma.stats import router_health
 
 log = logging.getLogger("sma.recipes")

@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sma.budget import BudgetSpec
-from sma.checkpoint import write_atomically
 from sma.errors import CheckpointError
+from sma.files import write_atomically
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
 from sma.recipes.shipped import read_shipped

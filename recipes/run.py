@@ -23,8 +23,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from sma.checkpoint import remove_drafts, save
+from sma.checkpoint import save
 from sma.errors import DataError
+from sma.files import remove_drafts
 from sma.recipes.callbacks import (
     AtomicCheckpointIO,
     Bar,

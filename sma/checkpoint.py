@@ -1,9 +1,6 @@
 """Saving and loading a model, its spec and its weights; and where its streams stand."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sma.errors import CheckpointError, SpecError
+from sma.files import write_atomically
 from sma.model import SequenceModel, build
 from sma.pytree import named_tensors, with_tensors
 from sma.spec import dump_spec, dump_yaml, load_spec
 from sma.submodule import State, StateKind
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
-
-DRAFT = ".draft"
-"""How the name of a file ends that is being written, and of one whose writer was killed."""
 
 
 def save(model: SequenceModel, folder: str | Path) -> Path:
@@ -79,32 +74,6 @@ def load(folder: str | Path, *, device: str = "cpu") -> SequenceModel:
 def _difference(wanted: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], list[str]]:
     missing = [name for name, tensor in wanted.items() if name not in given or given[name].shape != tensor.shape]
     return missing, [name for name in given if name not in wanted]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step.
-
-    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone, unless the process is
-    killed: see `remove_drafts`.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=DRAFT)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_drafts(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder into which no other process is writing."""
-    for draft in folder.glob(f".*{DRAFT}"):
-        draft.unlink(missing_ok=True)
 
 
 def save_state(state: State, path: str | Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sma.checkpoint
+import sma.files
 import sma.spec
 from sma import SequenceModel, SubModuleSpec, build, load, load_spec, register, save
 from sma.errors import CheckpointError
@@ -138,7 +139,7 @@ class TestInterrupted:
         [
             pytest.param("sma.checkpoint.save_file", _no_space, id="before writing"),
             pytest.param("sma.checkpoint.save_file", _half_written, id="while writing"),
-            pytest.param("sma.checkpoint.os.fsync", _no_space, id="while flushing"),
+            pytest.param("sma.files.os.fsync", _no_space, id="while flushing"),
             pytest.param("pathlib.Path.replace", _no_space, id="while replacing"),
         ],
     )
@@ -156,7 +157,7 @@ class TestInterrupted:
         if saved_before:
             assert _same(load(tmp_path), _model(0))
 
-    @pytest.mark.parametrize("place", ["sma.checkpoint.save_file", "sma.checkpoint.os.fsync", "pathlib.Path.replace"])
+    @pytest.mark.parametrize("place", ["sma.checkpoint.save_file", "sma.files.os.fsync", "pathlib.Path.replace"])
     def test_an_interrupt_passes_and_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place):
         save(_model(0), tmp_path)
         monkeypatch.setattr(place, _interrupt)
@@ -193,7 +194,7 @@ class TestInterrupted:
             seen.append((path.read_text(), temporary.parent))
             temporary.write_text("new")
 
-        sma.checkpoint.write_atomically(path, write)
+        sma.files.write_atomically(path, write)
         assert seen == [("old", tmp_path)]
         assert path.read_text() == "new"
         assert _files(tmp_path) == {"file"}
@@ -279,13 +280,13 @@ class TestDamaged:
 
 def test_a_killed_write_leaves_a_draft_that_can_be_removed(tmp_path):
     code = (
-        "import os, signal, sys; from pathlib import Path; from sma.checkpoint import write_atomically\n"
+        "import os, signal, sys; from pathlib import Path; from sma.files import write_atomically\n"
         "write_atomically(Path(sys.argv[1]), lambda draft: (draft.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
     )
     (tmp_path / "model").write_text("whole")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False).returncode == -signal.SIGKILL
     assert len(_files(tmp_path)) == 2
     (tmp_path / ".mine").write_text("")
-    sma.checkpoint.remove_drafts(tmp_path)
+    sma.files.remove_drafts(tmp_path)
     assert _files(tmp_path) == {"model", ".mine"}
     assert (tmp_path / "model").read_text() == "whole"

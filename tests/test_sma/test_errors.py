@@ -1,10 +1,13 @@
 """The errors: one base, and hints that name near matches."""
 
+from typing import Any
+
 import pytest
 
 import sma
 from sma import errors
-from sma.errors import SmaError, did_you_mean
+from sma.errors import QUOTED, CheckpointError, DataError, SmaError, did_you_mean, parsing, quote
+from sma.spec import FrozenDict
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,66 @@ def test_hint_names_the_nearest_known_word(word, known, listed, hint):
 
 def test_a_word_that_is_no_text_is_hinted_too():
     assert did_you_mean(str(3), ["conv"], "kinds") == "; kinds: conv"
+
+
+def _shared(depth: int, container: type) -> Any:
+    """Nested containers of a few references, whose `repr` would have 2**depth items."""
+    value: Any = "x"
+    for _ in range(depth):
+        value = {"a": value, "b": value} if container is dict else container((value, value))
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        _shared(60, list),
+        _shared(60, tuple),
+        _shared(60, dict),
+        FrozenDict(_shared(60, dict)),
+        "x" * 10**7,
+        10**5000,
+        list(range(10**6)),
+        [[[[[[[[1]]]]]]]],
+        b"\0" * 10**6,
+    ],
+    ids=["list", "tuple", "dict", "frozen", "text", "integer", "long", "deep", "bytes"],
+)
+def test_what_is_quoted_is_short_and_in_one_line(value):
+    quoted = quote(value)
+    assert 0 < len(quoted) <= QUOTED
+    assert "\n" not in quoted
+
+
+@pytest.mark.parametrize("value", [0.5, "a b", ["x", 1], {"kind": "gau"}, None, True], ids=repr)
+def test_short_values_are_quoted_as_they_are(value):
+    assert quote(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "why"),
+    [
+        (ValueError("bad\nmore"), "bad"),
+        (KeyError("name"), "KeyError: 'name'"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError"),
+        (MemoryError(), "out of memory"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("x" * 10**6), "xxx"),
+        (type("PanicException", (BaseException,), {})("index out of range"), "index out of range"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_a_parser_raises_names_the_file(cause, why):
+    with pytest.raises(CheckpointError, match=f"a.bin cannot be read: {why}") as caught, parsing("a.bin", CheckpointError, "get it again"):
+        raise cause
+    assert caught.value.__cause__ is cause
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).endswith("; get it again")
+
+
+@pytest.mark.parametrize("error", [DataError("ours"), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+def test_own_errors_and_interruptions_pass_a_parser(error):
+    with pytest.raises(type(error)) as caught, parsing("a.bin", CheckpointError):
+        raise error
+    assert caught.value is error
