@@ -15,7 +15,7 @@ PACKAGES = {"sma": "sma", "modules": "sma.modules", "recipes": "sma.recipes", "t
 # Files of the core in the order in which they may know each other: never a later row.
 CHAIN = [
     ["errors"],
-    ["files"],
+    ["files", "memory"],
     ["spec"],
     ["ragged", "decision", "submodule", "norms", "positions"],
     ["routers", "activation"],
