@@ -1,0 +1,207 @@
+"""Folders that one process at a time may write.
+
+The lock is the kernel's (`flock`, as for data in the making): it ends with its process, however that ends, so that no lock is ever stale.
+The file `.lock` that carries it names the holder for the refusal of others, and nothing is decided by what it says: the same host name
+can stand for several machines. Windows and some network file systems cannot lock; there a warning stands in for the lock.
+"""
+
+import errno
+import json
+import logging
+import os
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sma.errors import CheckpointError, quote, reason
+from sma.files import DRAFT
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger("sma.recipes")
+
+LOCK = ".lock"
+"""The file by which a folder is locked; it is there while a process has the lock, and after one was killed."""
+
+_POLL = 0.1
+"""Seconds between two looks at a lock that is waited for."""
+
+_held: dict[tuple[int, int, int], int] = {}
+"""How often the locks of this process are held, by thread, and device and inode of the folder."""
+
+_handles: set[int] = set()
+"""The open files by which they are held."""
+
+
+@contextmanager
+def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder, which is made where it is missing. The thread that holds it may take it again.
+
+    Args:
+        folder: what is going to be written.
+        wait: seconds to wait for another process that ends.
+
+    Raises:
+        CheckpointError: another process or thread holds it, named by host and process id, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {str(folder)!r}: {reason(error)}; the folder must be writable") from error
+    key = threading.get_ident(), found.st_dev, found.st_ino
+    if _held.get(key, 0):
+        _held[key] += 1
+        try:
+            yield
+        finally:
+            _held[key] -= 1
+        return
+    handle = _acquire(folder, time.monotonic() + wait)
+    _held[key] = 1
+    try:
+        yield
+    finally:
+        _held.pop(key, None)
+        if handle in _handles:  # it is not in a process that was forked meanwhile
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                    (folder / LOCK).unlink()
+            _handles.remove(handle)
+            os.close(handle)
+
+
+def _forget() -> None:
+    """Leave the locks to the process that forked this one: with its end they are to end."""
+    for handle in _handles:
+        os.close(handle)
+    _handles.clear()
+    _held.clear()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
+    """Take a folder that is empty or not there for something new, and hold its lock; yields the folder.
+
+    Of several processes that ask for the same one at once, one gets it. A folder that was made here and is still empty in the end is
+    removed.
+
+    Args:
+        path: the folder.
+        numbered: where there is something of this name, take the name with `-2`, `-3`, … after it.
+
+    Raises:
+        CheckpointError: it is not empty, another process has it, or it cannot be made.
+    """
+    folder, made = _make(path, numbered)
+    try:
+        with run_lock(folder):
+            if not is_empty(folder):
+                raise CheckpointError(
+                    f"the folder {str(folder)!r} is not empty; give another --out, or --resume to go on with what is in it"
+                )
+            yield folder
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # refuses a folder that holds anything
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder but locks and drafts that killed processes left."""
+    return all(path.name == LOCK or path.name.endswith(DRAFT) for path in folder.iterdir())
+
+
+def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
+    """A folder of this name, and whether it is new; making one is a single step, also for several machines."""
+    folder, number = path, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot make the folder {str(path)!r}: {reason(error)}; give another --out") from error
+    while True:
+        try:
+            folder.mkdir()
+            return folder, True
+        except FileExistsError as error:
+            if not numbered:
+                if path.is_dir():
+                    return path, False
+                raise CheckpointError(f"{str(path)!r} is no folder; give another --out") from error
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot make the folder {str(folder)!r}: {reason(error)}; give another --out") from error
+
+
+def _acquire(folder: Path, until: float) -> int | None:
+    """An open and locked `.lock`; None where there are no locks."""
+    if sys.platform == "win32":
+        return None
+    path = folder / LOCK
+    while True:
+        handle = _open(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # the one who had the lock has removed it: another file is, or will be, in its place
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    _sign(handle)
+                    _handles.add(handle)
+                    return handle
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # the second is what NFS says
+                os.close(handle)
+                path.unlink(missing_ok=True)
+                log.warning(
+                    f"warning: {str(folder)!r} cannot be locked ({reason(error)}); make sure that no other process writes this folder"
+                )
+                return None
+            if time.monotonic() >= until:
+                holder = _holder(handle)
+                os.close(handle)
+                raise CheckpointError(
+                    f"the folder {str(folder)!r} is being written by {holder}; wait for it or end it, or give another folder"
+                ) from None
+            time.sleep(_POLL)
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _open(path: Path) -> int:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(path)!r}: {reason(error)}; the folder must be writable") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CheckpointError(f"{str(path)!r} is no plain file; delete it")
+    return handle
+
+
+def _sign(handle: int) -> None:
+    """Leave the name of the holder; where the disk is full the lock holds without it."""
+    own = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(own).encode(), 0)
+
+
+def _holder(handle: int) -> str:
+    try:
+        found = json.loads(os.pread(handle, 1000, 0))
+        return f"process {int(found['process'])} on {quote(str(found['host']))} since {quote(str(found['since']))}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return "another process"

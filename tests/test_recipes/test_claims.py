@@ -1,0 +1,215 @@
+"""Locks and claims of folders: one process at a time, whoever is killed lets go, and of many at once everyone gets a folder of its own."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sma.errors import CheckpointError
+from sma.recipes import claims
+from sma.recipes.claims import LOCK, claim_folder, is_empty, run_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from sma.recipes.claims import run_lock
+with run_lock(Path(sys.argv[1])):
+    {inside}
+    print("held", flush=True)
+    input()
+"""
+
+
+def _hold(folder, inside="pass"):
+    """A process that holds the lock of a folder until it gets a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(inside=inside), str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_refusal_names_host_and_process_of_the_holder(tmp_path):
+    holder = _hold(tmp_path / "run")
+    try:
+        complaint = rf"'.*run' is being written by process {holder.pid} on '{socket.gethostname()}' since '\d{{4}}-.* UTC'; wait for it or"
+        with pytest.raises(CheckpointError, match=complaint), run_lock(tmp_path / "run"):
+            pytest.fail("two have the lock")
+    finally:
+        holder.communicate("\n")
+    with run_lock(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_killed_holder_lets_go(tmp_path):
+    holder = _hold(tmp_path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / LOCK).is_file()
+    with run_lock(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_children_of_a_killed_holder_do_not_keep_the_lock(tmp_path):
+    holder = _hold(tmp_path, "if not (child := os.fork()): time.sleep(60)\n    (Path(sys.argv[1]) / 'child').write_text(str(child))")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    try:
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+def test_lock_of_one_who_ends_soon_is_waited_for(tmp_path):
+    holder = _hold(tmp_path)
+    threading.Timer(0.3, holder.communicate, ["\n"]).start()
+    with run_lock(tmp_path, wait=20):
+        assert holder.wait() == 0
+
+
+def test_who_holds_a_lock_may_take_it_again_and_another_thread_may_not(tmp_path):
+    found = []
+
+    def other():
+        try:
+            with run_lock(tmp_path):
+                found.append("both")
+        except CheckpointError as error:
+            found.append(str(error))
+
+    with run_lock(tmp_path):
+        with run_lock(tmp_path / "." / ""):
+            pass
+        assert (tmp_path / LOCK).is_file()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert f"is being written by process {os.getpid()} on" in found[0]
+    with run_lock(tmp_path):
+        pass
+
+
+def test_lock_is_let_go_when_the_work_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
+        raise ZeroDivisionError
+    holder = _hold(tmp_path)
+    holder.communicate("\n")
+    assert holder.returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+    with claim_folder(tmp_path / "run") as folder:
+        (folder / "file").touch()
+    assert [record.getMessage().startswith("warning: '") for record in caplog.records] == [True]
+    assert f"cannot be locked ({os.strerror(code)}); make sure that no other process writes this folder" in caplog.text
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+@pytest.mark.parametrize("text", [b"", b"\xff\x00", b"[" * 1000, b'{"host": 1}', b'{"process": "x"}', b"7"])
+def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypatch, text, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / LOCK).write_bytes(text)
+    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+    with pytest.raises(CheckpointError, match="is being written by another process; wait"), run_lock(tmp_path):
+        pytest.fail("two have the lock")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
+    os.mkfifo(tmp_path / LOCK) if kind == "pipe" else (tmp_path / LOCK).mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"\.lock' is no plain file; delete it|cannot write '.*\.lock': Is a directory"),
+        run_lock(tmp_path),
+    ):
+        pytest.fail("locked")
+
+
+def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory"), run_lock(tmp_path / "file" / "run"):
+        pytest.fail("locked")
+    with pytest.raises(CheckpointError, match=r"cannot make the folder '.*run': Not a directory"), claim_folder(tmp_path / "file" / "run"):
+        pytest.fail("claimed")
+    with pytest.raises(CheckpointError, match=r"file' is no folder"), claim_folder(tmp_path / "file"):
+        pytest.fail("claimed")
+    with pytest.raises(CheckpointError, match="embedded null"), claim_folder(tmp_path / "a\0b"):
+        pytest.fail("claimed")
+
+
+def test_claimed_folder_must_be_empty(tmp_path):
+    with claim_folder(tmp_path / "run") as folder:
+        (folder / "file").touch()
+    with pytest.raises(CheckpointError, match=r"run' is not empty; give another --out, or --resume"), claim_folder(tmp_path / "run"):
+        pytest.fail("claimed")
+    with claim_folder(tmp_path / "run", numbered=True) as other:
+        assert other == tmp_path / "run-2"
+
+
+def test_what_a_killed_start_left_counts_as_empty(tmp_path):
+    (tmp_path / LOCK).touch()
+    (tmp_path / ".experiment.yaml.1a2b.draft").touch()
+    assert is_empty(tmp_path)
+    with claim_folder(tmp_path):
+        pass
+
+
+def test_folder_that_stays_empty_is_removed_only_where_it_was_made_here(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(ZeroDivisionError), claim_folder(tmp_path / name):
+            raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from sma.errors import CheckpointError
+from sma.recipes.claims import claim_folder
+print("ready", flush=True)
+input()
+try:
+    with claim_folder(Path(sys.argv[1]), numbered=sys.argv[2] == "numbered") as folder:
+        (folder / "file").open("x").close()
+        print(folder, flush=True)
+        input()
+except CheckpointError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("way", ["numbered", "named"])
+def test_of_many_starts_at_once_one_gets_a_folder(tmp_path, way):
+    command = [sys.executable, "-c", CLAIM, str(tmp_path / "run"), way]
+    starts = [subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [start.stdout.readline() for start in starts] == ["ready\n"] * 4
+    for start in starts:
+        start.stdin.write("\n")
+        start.stdin.flush()
+    said = [start.stdout.readline().strip() for start in starts]
+    for start in starts:
+        start.communicate("\n")
+    taken = [line for line in said if not line.startswith("refused: ")]
+    if way == "numbered":
+        assert sorted(taken) == sorted([str(tmp_path / "run"), *(str(tmp_path / f"run-{number}") for number in range(2, 5))])
+    else:
+        assert taken == [str(tmp_path / "run")]
+        assert all("is being written by " in line or "is not empty" in line for line in said if line not in taken)
