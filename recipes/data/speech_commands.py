@@ -10,14 +10,13 @@ A data folder holds one of the two, as they are published:
 Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
 `speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes into memory, and
 `names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another selection of files is another
-copy, as are files that were replaced.
+copy, as are files that were replaced. `sma.recipes.data.wav` says which WAV files are read.
 
 Reference:
     Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
 """
 
 import hashlib
-import wave
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from rich.progress import track
 from sma.errors import DataError
 from sma.recipes.data.files import HashedFile, cached_files, copy_folder
 from sma.recipes.data.published import is_visible, published_folder
+from sma.recipes.data.wav import read_wav
 
 CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SAMPLE_RATE = 16_000
@@ -69,8 +69,8 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
         progress: show bars.
 
     Raises:
-        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not 16-bit mono at 16 kHz, named by file; or the
-            copy cannot be written.
+        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not of one channel at 16 kHz, named by file; or
+            the copy cannot be written.
     """
     source = _source(folder, download, progress)
     files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
@@ -82,8 +82,8 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     def write(outputs: Mapping[str, HashedFile]) -> None:
         samples, names = (outputs[name] for name in _FILES)
         for name, path in track(files.items(), "Speech Commands", total=len(files), disable=not progress):
-            clip = read_wav(path)
-            if len(clip) == SAMPLES:
+            clip = read_wav(path, SAMPLE_RATE, only=SAMPLES)
+            if clip is not None:
                 samples.write(clip.tobytes())
                 names.write(f"{name}\n".encode(errors=_ANY_NAME))
 
@@ -97,34 +97,6 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     # Copy on write, because torch wants memory that it might write to; nothing does.
     clips = np.memmap(copy / _FILES[0], dtype="<i2", mode="c").reshape(-1, SAMPLES)
     return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
-
-
-def read_wav(path: Path) -> Int16[np.ndarray, " S"]:
-    """Return the samples of a WAV file of 16-bit numbers, one channel, 16 kHz.
-
-    Raises:
-        DataError: it is no such file, or it is truncated.
-    """
-    try:
-        with wave.open(str(path), "rb") as file:
-            found = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate())
-            count = file.getnframes()
-            content = file.readframes(count)
-    except (wave.Error, EOFError) as error:
-        raise DataError(
-            f"{path} is no WAV file of plain samples, or it is truncated ({error or 'it ends too early'}); get it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if found != (1, 16, SAMPLE_RATE):
-        channels, bits, rate = found
-        raise DataError(
-            f"{path} has {channels} channel(s) of {bits} bits at {rate:,} Hz; required are 1 channel, 16 bits, {SAMPLE_RATE:,} Hz"
-        )
-    samples = np.frombuffer(content[: len(content) // 2 * 2], dtype="<i2")
-    if len(content) != 2 * count:
-        raise DataError(f"{path} is truncated: it has {len(samples):,} of the {count:,} samples that its header promises; get it again")
-    return samples
 
 
 def _source(folder: Path, download: bool, progress: bool) -> Path:
