@@ -10,6 +10,8 @@ from sma.describe import align
 from sma.errors import CheckpointError, SpecError, did_you_mean
 from sma.model import ModelSpec
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, may_sample, write_text
+from sma.recipes.figures import attempt, drawing, label, save_figure
+from sma.recipes.names import plain
 from sma.recipes.tasks import TaskData, TaskSpec
 from sma.routers import BernoulliRouterSpec, RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
@@ -92,7 +94,7 @@ def run_arms(
         if spec.task != task:
             raise SpecError(f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task")
         if not done:
-            print(f"{name}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {folder}", flush=True)
+            print(f"{name}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {plain(folder)}", flush=True)
             draw = None if figures is None else partial(figures, name)
             run_experiment(spec, folder, data, accelerator=accelerator, progress=progress, figures=draw)
         run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -100,7 +102,7 @@ def run_arms(
         summary = {key: run[key] for key in _SHARED} | {"test_samples": len(data.test), "length": length, "models": models}
         write_text(out / SUMMARY, json.dumps(summary, indent=1))
     print(f"\n{title}\n\n{table(summary)}\n")
-    draw_arms(summary, out, title)
+    attempt(f"the figure of the comparison in {out}", lambda: draw_arms(summary, out, title))
     return summary
 
 
@@ -170,23 +172,18 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def draw_arms(summary: Mapping[str, Any], out: Path, title: str = "") -> Path:
     """Draw the accuracy of the arms against their operations into `comparison.png`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, result in summary["models"].items():
-        point = result["operations_per_token"] / 1000, 100 * result["accuracy"]
-        axis.plot(*point, "o", markersize=8)
-        axis.annotate(f"{name} ({result['activation_rate']:.0%})", point, xytext=(7, 5), textcoords="offset points", fontsize=9)
-    axis.margins(x=0.25, y=0.15)
-    axis.set(xlabel="thousand multiply-adds per token, layers only", ylabel="test accuracy, %", title=title)
-    axis.grid(alpha=0.3)
-    path = out / FIGURE
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    with drawing(7, 4.5) as figure:
+        axis = figure.subplots()
+        for name, result in summary["models"].items():
+            point = result["operations_per_token"] / 1000, 100 * result["accuracy"]
+            axis.plot(*point, "o", markersize=8)
+            axis.annotate(
+                f"{label(name, 40)} ({result['activation_rate']:.0%})", point, xytext=(7, 5), textcoords="offset points", fontsize=9
+            )
+        axis.margins(x=0.25, y=0.15)
+        axis.set(xlabel="thousand multiply-adds per token, layers only", ylabel="test accuracy, %", title=title)
+        axis.grid(alpha=0.3)
+        return save_figure(figure, out / FIGURE)
 
 
 def check_arms(names: Iterable[str], known: Iterable[str]) -> None:

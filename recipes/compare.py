@@ -26,6 +26,7 @@ from sma.recipes.compare_report import comma_separated, markdown, markdown_of_se
 from sma.recipes.efficiency import efficiency
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
+from sma.recipes.names import plain
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
 
@@ -87,7 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         summaries[task] = compare(options.model_copy(update={"resume": out / task}))
         write_text(out / TABLE, markdown_of_several(summaries))
         write_text(out / SUMMARY, json.dumps(summaries, indent=1))
-    print(f"\n{markdown_of_several(summaries)}\ntable    {out / TABLE}\nsummary  {out / SUMMARY}")
+    print(f"\n{markdown_of_several(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
     return summaries
 
 
@@ -123,7 +124,7 @@ def compare(options: Options) -> dict[str, Any]:
     data = spec.task.prepare(options.data, progress=options.progress)
     specs = _experiments(spec, chosen, data, out)
     left = unfinished(specs, out)
-    print(f"{spec.task.kind}: {len(specs)} runs, {len(left)} to do, {options.jobs} at a time -> {out}", flush=True)
+    print(f"{spec.task.kind}: {len(specs)} runs, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
     for number, name in enumerate(train_all(left, out, data, cache=options.data, accelerator=options.accelerator, jobs=options.jobs), 1):
         print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         _write(specs, chosen, data, out)
@@ -135,7 +136,7 @@ def compare(options: Options) -> dict[str, Any]:
             print(f"measuring {model} at {chosen['length']:,} tokens on {device}", flush=True)
             write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], device=device, threads=spec.threads)))
     summary = _write(specs, chosen, data, out)
-    print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
+    print(f"\n{markdown(summary)}\ntable    {plain(out / TABLE)}\nvalues   {plain(out / VALUES)}\nsummary  {plain(out / SUMMARY)}")
     failed = [name for name in left if failure(out / name) is not None]
     if failed:
         raise SmaError(

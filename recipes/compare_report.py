@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sma.recipes.names import markdown_table, plain
+
 REFERENCE = "transformer"
 """The model whose speed and memory are 1."""
 
@@ -17,8 +19,8 @@ _HEAD = ["model", "accuracy", "parameters", "activation rate", "inference: speed
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table: accuracy with its spread over seeds, parameters, activation rate, and speed and memory beside the transformer's."""
     models = summary["models"]
-    table = _table(_HEAD, [[name, *_cells(row, models)] for name, row in models.items()])
-    failed = "\n".join(f"- {run['model']}-{run['seed']}: {run['error']}" for run in summary["failed"])
+    table = markdown_table(_HEAD, [[name, *_cells(row, models)] for name, row in models.items()])
+    failed = "\n".join(f"- {run['model']}-{run['seed']}: {plain(run['error'])}" for run in summary["failed"])
     return "\n\n".join([table, *([f"**failed**\n\n{failed}"] if failed else []), caption(summary)]) + "\n"
 
 
@@ -29,7 +31,7 @@ def markdown_of_several(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     for name in models:
         found = [summary["models"].get(name) for summary in summaries.values()]
         rows.append([name, *("-" if row is None else _spread([100 * value for value in row["accuracy"]], "%") for row in found)])
-    table = _table(["accuracy", *summaries], rows)
+    table = markdown_table(["accuracy", *summaries], rows)
     return "\n\n".join([table, *(f"**{task}**\n\n{markdown(summary).rstrip()}" for task, summary in summaries.items())]) + "\n"
 
 
@@ -92,11 +94,6 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cells(row: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,21 @@
 """Which classes a classifier takes for which: accuracy per class and the confusion matrix, as a table, as JSON and as a figure."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Int64
 from torch import Tensor
 
+from sma.errors import DataError, quote
+from sma.recipes.figures import drawing, label, save_figure
+from sma.recipes.names import plain
+
 _MOST = 20
 """Classes whose whole matrix can be read in a terminal and in a figure with numbers."""
+
+_WIDEST = 24
+"""Characters of a name that tables and figures show."""
 
 
 class Confusion(NamedTuple):
@@ -46,11 +54,12 @@ class Confusion(NamedTuple):
         return self._matrix() if len(self.names) <= _MOST else self._worst()
 
     def _matrix(self) -> str:
-        width = 1 + max(*map(len, self.names), len(str(int(self.counts.max()))))
-        first = max(len("class"), *map(len, self.names))
-        head = f"{'class':<{first}} {'accuracy':>8}   answered" + "".join(f"{name:>{width}}" for name in self.names)
+        names = [plain(name, _WIDEST) for name in self.names]
+        width = 1 + max(*map(len, names), len(str(int(self.counts.max()))))
+        first = max(len("class"), *map(len, names))
+        head = f"{'class':<{first}} {'accuracy':>8}   answered" + "".join(f"{name:>{width}}" for name in names)
         lines = [head]
-        for (name, accuracy), row in zip(self.per_class.items(), self.counts.tolist(), strict=True):
+        for name, accuracy, row in zip(names, self.per_class.values(), self.counts.tolist(), strict=True):
             cells = "".join(f"{count or '·':>{width}}" for count in row)
             lines.append(f"{name:<{first}} {_percent(accuracy):>8}           {cells}")
         return "\n".join(lines)
@@ -58,15 +67,28 @@ class Confusion(NamedTuple):
     def _worst(self) -> str:
         accuracies = {place: accuracy for place, accuracy in enumerate(self.per_class.values()) if accuracy is not None}
         worst = sorted(accuracies, key=lambda place: (accuracies[place], place))[:_MOST]
-        first = max(len("class"), *(len(self.names[place]) for place in worst)) if worst else len("class")
+        names = [plain(name, _WIDEST) for name in self.names]
+        first = max([len("class"), *(len(names[place]) for place in worst)])
         lines = [f"{'class':<{first}} {'accuracy':>8} {'samples':>8}   most often taken for"]
         for place in worst:
             row = self.counts[place].clone()
             samples, row[place] = int(row.sum()), 0
-            other = f"{self.names[int(row.argmax())]} ({int(row.max())})" if int(row.max()) else "nothing else"
-            lines.append(f"{self.names[place]:<{first}} {_percent(accuracies[place]):>8} {samples:>8}   {other}")
+            other = f"{names[int(row.argmax())]} ({int(row.max())})" if int(row.max()) else "nothing else"
+            lines.append(f"{names[place]:<{first}} {_percent(accuracies[place]):>8} {samples:>8}   {other}")
         left = len(self.names) - len(worst)
         return "\n".join([*lines, f"and {left} more classes"] if left else lines)
+
+
+def check_names(names: Sequence[str], classes: int) -> None:
+    """Check the names of classes before a training: accuracies are listed by them.
+
+    Raises:
+        DataError: they are not as many as the classes, or two are the same.
+    """
+    if names and len(names) != classes:
+        raise DataError(f"the data names {len(names)} classes and the task has {classes}; give every class a name, or none")
+    if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
+        raise DataError(f"the data gives the name {quote(twice)} to two classes; every class needs a name of its own")
 
 
 def _percent(accuracy: float | None) -> str:
@@ -75,27 +97,22 @@ def _percent(accuracy: float | None) -> str:
 
 def draw_confusion(confusion: Confusion, path: Path, title: str) -> Path:
     """Draw the matrix, every row as shares of its class, into a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     classes = len(confusion.names)
     totals = confusion.counts.sum(1, keepdim=True)
     shares = confusion.counts.double() / totals.clamp(min=1)
     side = min(14.0, 2.5 + 0.55 * classes)
-    figure, axis = plt.subplots(figsize=(side + 1.2, side), layout="constrained")
-    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    if classes <= _MOST:
-        axis.set_xticks(range(classes), confusion.names, rotation=45, ha="right")
-        axis.set_yticks(range(classes), confusion.names)
-        for row in range(classes):
-            for column in range(classes):
-                if int(confusion.counts[row, column]):
-                    colour = "white" if float(shares[row, column]) > 0.6 else "black"
-                    axis.text(column, row, str(int(confusion.counts[row, column])), ha="center", va="center", fontsize=8, color=colour)
-    axis.set(xlabel="answer", ylabel="class", title=title)
-    figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    names = [label(name, _WIDEST) for name in confusion.names]
+    with drawing(side + 1.2, side) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        if classes <= _MOST:
+            axis.set_xticks(range(classes), names, rotation=45, ha="right")
+            axis.set_yticks(range(classes), names)
+            for row in range(classes):
+                for column in range(classes):
+                    if int(confusion.counts[row, column]):
+                        colour = "white" if float(shares[row, column]) > 0.6 else "black"
+                        axis.text(column, row, str(int(confusion.counts[row, column])), ha="center", va="center", fontsize=8, color=colour)
+        axis.set(xlabel="answer", ylabel="class", title=title)
+        figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
+        return save_figure(figure, path)

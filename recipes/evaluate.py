@@ -15,8 +15,10 @@ from sma.model import LanguageModel
 from sma.recipes.command import RunOptions
 from sma.recipes.confusion import Confusion, draw_confusion
 from sma.recipes.experiment import EVALUATION, EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.figures import attempt, label
 from sma.recipes.language import LanguageLearner, evaluation_loader
 from sma.recipes.learner import Learner
+from sma.recipes.names import plain
 from sma.recipes.run import changed, commit, hardware, interruptible, prepare
 from sma.recipes.tasks import ClassificationTask, LanguageTask
 from sma.recipes.training import Classifier
@@ -93,10 +95,11 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
     print(describe(result, answers, recorded))
     if confusion is not None:
         print(f"\n{confusion.table()}")
-    print(f"\nevaluation        {folder / EVALUATION}")
+    print(f"\nevaluation        {plain(folder / EVALUATION)}")
     if confusion is not None:
-        title = f"{folder.name}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}"
-        print(f"figure            {draw_confusion(confusion, folder / 'confusion.png', title)}")
+        title, path = f"{label(folder.name)}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}", folder / "confusion.png"
+        if attempt(f"the figure {path}", lambda: draw_confusion(confusion, path, title)):
+            print(f"figure            {plain(path)}")
     return result
 
 

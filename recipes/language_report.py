@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from sma.recipes.figures import drawing, save_figure
 from sma.recipes.language import Reading
-from sma.recipes.report import draw_rates
+from sma.recipes.names import plain, shell_word
+from sma.recipes.report import FIGURE, draw_rates, where_figure
 
 # Bytes per line of the figure.
 LINE = 100
@@ -29,11 +31,11 @@ def describe_language(summary: dict[str, Any], out: Path) -> str:
         f"time                 {summary['seconds']:.0f} s{f', {speed:,} bytes/s in training' if speed else ''}, "
         f"{summary['parameters']:,} parameters, seed {summary['seed']}",
         "",
-        f"figure               {out / 'activation.png'}",
-        f"model                {out / 'model'}   (sma.load reads it)",
-        f"summary              {out / 'summary.json'}",
+        f"figure               {where_figure(out)}",
+        f"model                {plain(out / 'model')}   (sma.load reads it)",
+        f"summary              {plain(out / 'summary.json')}",
         "",
-        f'next: python recipes/seqboat_lm.py generate --run {out} --prompt "The class" --tokens 500',
+        f'next: python -m sma.recipes.seqboat_lm generate --run {shell_word(out)} --prompt "The class" --tokens 500',
         f"next: --set training.updates={2 * summary['updates']} trains twice as long",
     ]
     return "\n".join(lines)
@@ -41,36 +43,31 @@ def describe_language(summary: dict[str, Any], out: Path) -> str:
 
 def draw_language(reading: Reading, out: Path, title: str) -> Path:
     """Draw a held-out text with the bytes marked that activated sub-modules, layer by layer, into `activation.png`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     layers, length = reading.active.shape
     lines = -(-length // LINE)
-    figure, (page, curves) = plt.subplots(2, 1, figsize=(15, 0.36 * lines + 4.4), height_ratios=[0.36 * lines, 3.0], layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    colours = [plt.get_cmap("tab10")(layer) for layer in range(layers)]
-    for place, byte in enumerate(reading.text):
-        row, column = divmod(place, LINE)
+    with drawing(15, 0.36 * lines + 4.4) as figure:
+        page, curves = figure.subplots(2, 1, height_ratios=[0.36 * lines, 3.0])
+        figure.suptitle(title, fontsize=13)
+        colours = [colormaps["tab10"](layer % 10) for layer in range(layers)]
+        for place, byte in enumerate(reading.text):
+            row, column = divmod(place, LINE)
+            for layer in range(layers):
+                if reading.active[layer, place]:
+                    bar = Rectangle((column, row + 0.62 + 0.34 * layer / layers), 1, 0.34 / layers, color=colours[layer], linewidth=0)
+                    page.add_patch(bar)
+            # A byte that was not foreseen stands out.
+            surprise = min(1.0, float(reading.bits[place]) / 8)
+            character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
+            page.text(column + 0.5, row + 0.35, character, fontsize=8, family="monospace", ha="center", va="center", color=(surprise, 0, 0))
+        page.set(xlim=(0, LINE), ylim=(lines, 0))
+        page.axis("off")
+        page.set_title("held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen", fontsize=10, loc="left")
         for layer in range(layers):
-            if reading.active[layer, place]:
-                bar = Rectangle((column, row + 0.62 + 0.34 * layer / layers), 1, 0.34 / layers, color=colours[layer], linewidth=0)
-                page.add_patch(bar)
-        # A byte that was not foreseen stands out.
-        surprise = min(1.0, float(reading.bits[place]) / 8)
-        character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
-        page.text(column + 0.5, row + 0.35, character, fontsize=8, family="monospace", ha="center", va="center", color=(surprise, 0, 0))
-    page.set(xlim=(0, LINE), ylim=(lines, 0))
-    page.axis("off")
-    page.set_title("held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen", fontsize=10, loc="left")
-    for layer in range(layers):
-        page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
-    if layers:
-        page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    draw_rates(curves, out)
-    path = out / "activation.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+            page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
+        if layers:
+            page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        draw_rates(curves, out)
+        return save_figure(figure, out / FIGURE)

@@ -30,6 +30,8 @@ from sma.recipes.arms import Arm, at_random, run_arms, with_routers
 from sma.recipes.command import exit_code, parse
 from sma.recipes.data.batch import asked
 from sma.recipes.experiment import SUMMARY, ExperimentSpec, RoutingLosses, write_text
+from sma.recipes.figures import attempt, drawing, save_figure
+from sma.recipes.names import plain
 from sma.recipes.report import Report, measure, rates_over_training
 from sma.recipes.routed import ArmsOptions, comparison
 from sma.recipes.tasks import TaskData
@@ -103,8 +105,9 @@ def run(options: Options) -> dict[str, Any]:
         for point in summary["calibrated"]:
             print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
     shown = "seqboat" if "seqboat" in reports else next(iter(reports))
-    print(f"figure   {draw(reports[shown], shown, summary, out, title)}")
-    print(f"summary  {out / SUMMARY}")
+    if attempt(f"the figure of the comparison in {out}", lambda: draw(reports[shown], shown, summary, out, title)):
+        print(f"figure   {plain(out / FIGURE)}")
+    print(f"summary  {plain(out / SUMMARY)}")
     return summary
 
 
@@ -147,49 +150,41 @@ def _roles_in_words(report: Report) -> str:
 
 def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
     """Draw which tokens one model chose, how the accuracy of all grew, and what the dial does, into `recall.png`."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
-    figure = plt.figure(figsize=(16, 1.3 * len(examples) + 4), layout="constrained")
-    figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
-    grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
-    for row, example in enumerate(examples):
-        axis = figure.add_subplot(grid[row, :])
-        layers, positions = example.active.shape
-        axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
-        axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
-        axis.set_xticks(range(positions), example.texts, fontsize=7, family="monospace", rotation=90)
-        for label, text in zip(axis.get_xticklabels(), example.texts, strict=True):
-            label.set_color(colours[ROLES[text[0]]])
-        axis.tick_params(which="both", length=0)
-        axis.set_title(
-            f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for", fontsize=9, loc="left"
-        )
-    curves, dialled = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
-    for name, model in summary["models"].items():
-        points = rates_over_training(out / name).get("val_accuracy", [])
-        (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
-        dialled.plot(model["activation_rate"], model["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
-    if "calibrated" in summary:
-        points = summary["calibrated"]
-        dialled.plot(
-            [point["activation_rate"] for point in points], [point["accuracy"] for point in points], "k--.", label="seqboat, dialled"
-        )
-    curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
-    dialled.set(xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02))
-    # Where no curve and no point is: accuracies go together near the top and near what chance gives.
-    curves.legend(fontsize=8, loc="center", ncols=5)
-    dialled.legend(fontsize=8, loc="lower right")
-    for axis in (curves, dialled):
-        axis.grid(alpha=0.3)
-    path = out / FIGURE
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    with drawing(16, 1.3 * len(examples) + 4) as figure:
+        figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
+        grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
+        for row, example in enumerate(examples):
+            axis = figure.add_subplot(grid[row, :])
+            layers, positions = example.active.shape
+            axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+            axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
+            axis.set_xticks(range(positions), example.texts, fontsize=7, family="monospace", rotation=90)
+            for label, text in zip(axis.get_xticklabels(), example.texts, strict=True):
+                label.set_color(colours[ROLES[text[0]]])
+            axis.tick_params(which="both", length=0)
+            axis.set_title(
+                f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for", fontsize=9, loc="left"
+            )
+        curves, dialled = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
+        for name, model in summary["models"].items():
+            points = rates_over_training(out / name).get("val_accuracy", [])
+            (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
+            dialled.plot(model["activation_rate"], model["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
+        if "calibrated" in summary:
+            points = summary["calibrated"]
+            dialled.plot(
+                [point["activation_rate"] for point in points], [point["accuracy"] for point in points], "k--.", label="seqboat, dialled"
+            )
+        curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
+        dialled.set(xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02))
+        # Where no curve and no point is: accuracies go together near the top and near what chance gives.
+        curves.legend(fontsize=8, loc="center", ncols=5)
+        dialled.legend(fontsize=8, loc="lower right")
+        for axis in (curves, dialled):
+            axis.grid(alpha=0.3)
+        return save_figure(figure, out / FIGURE)
 
 
 if __name__ == "__main__":

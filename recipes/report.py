@@ -12,9 +12,13 @@ from torch import Tensor
 from sma.model import SequenceModel
 from sma.recipes.confusion import Confusion, draw_confusion
 from sma.recipes.data.batch import UNSCORED
+from sma.recipes.figures import drawing, label, save_figure
 from sma.recipes.maps import Example, Medium, draw_map, height_of
+from sma.recipes.names import plain
 from sma.recipes.tasks import Samples, TaskData
 from sma.stats import module_names
+
+FIGURE = "activation.png"
 
 _POSITIONS = 2_000_000
 """How many are looked at; long samples are fewer."""
@@ -134,13 +138,22 @@ def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
         busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
         common = sorted(report.by_text, key=lambda text: -report.by_text[text][1])[:16]
         ranked = sorted(common, key=lambda text: -report.by_text[text][0][busiest])
-        shares = ", ".join(f"{text} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
+        shares = ", ".join(f"{plain(text, 40)} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
         lines.append(f"what layer {busiest} runs  {shares}")
     if report.confusion is not None:
         lines += ["", report.confusion.table()]
-    lines += ["", f"figure            {out / 'activation.png'}", f"model             {out / 'model'}   (sma.load reads it)"]
-    lines += [f"metrics           {out / 'metrics'}, {out / 'tensorboard'}", f"summary           {out / 'summary.json'}", ""]
+    lines += ["", f"figure            {where_figure(out)}", f"model             {plain(out / 'model')}   (sma.load reads it)"]
+    lines += [
+        f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
+        f"summary           {plain(out / 'summary.json')}",
+        "",
+    ]
     return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
+
+
+def where_figure(out: Path) -> str:
+    """The path of a run's figure, as its report names it."""
+    return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
 
 
 def _hints(rates: Sequence[float], updates: int) -> list[str]:
@@ -183,21 +196,14 @@ def draw(report: Report, out: Path, title: str) -> Path:
     Pixels are drawn as images, sounds as waves, everything else as text; see `sma.recipes.maps`. Where the confusion of the classes was
     counted, it is drawn into `confusion.png`.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     heights = [*(height_of(example, report.medium) for example in report.examples), 2.9]
-    figure = plt.figure(figsize=(14, sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, example in zip(parts, report.examples, strict=False):
-        draw_map(part, example, report.medium, _caption(report, example))
-    draw_rates(parts[-1].subplots(), out)
-    path = out / "activation.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with drawing(14, sum(heights) + 0.6) as figure:
+        figure.suptitle(title, fontsize=13)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, example in zip(parts, report.examples, strict=False):
+            draw_map(part, example, report.medium, _caption(report, example))
+        draw_rates(parts[-1].subplots(), out)
+        path = save_figure(figure, out / FIGURE)
     if report.confusion is not None:
         draw_confusion(report.confusion, out / "confusion.png", title)
     return path
@@ -205,7 +211,7 @@ def draw(report: Report, out: Path, title: str) -> Path:
 
 def _caption(report: Report, example: Example) -> str:
     names = report.class_names
-    answer, guess = (names[place] if names else str(place) for place in (example.target, example.guess))
+    answer, guess = (label(names[place], 40) if names else str(place) for place in (example.target, example.guess))
     verdict = "right" if example.guess == example.target else "wrong"
     mark = "orange" if report.medium.image_shape is not None else "dark"
     return f"answer {answer}, model says {guess} ({verdict}); {mark}: {' or '.join(report.modules)} ran here"

@@ -11,6 +11,7 @@ from sma.errors import CheckpointError, SpecError
 from sma.recipes.arms import FIGURE, Arm, Result, at_random, check_arms, layer_rates, run_arms, with_routers
 from sma.recipes.command import RunOptions, experiment
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.names import plain
 from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RouterSpec
 from sma.spec import dump_yaml, load_spec, read_yaml
 
@@ -120,7 +121,9 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
         progress=options.progress,
         figures=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
     )
-    print(f"summary  {out / SUMMARY}\nfigure   {out / FIGURE}")
+    print(f"summary  {plain(out / SUMMARY)}")
+    if (out / FIGURE).is_file():
+        print(f"figure   {plain(out / FIGURE)}")
     return summary
 
 

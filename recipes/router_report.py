@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sma.recipes.names import markdown_table, plain
+
 Run = Mapping[str, Any]
 
 _HEAD = ["router", "accuracy", "rate per layer, %", "operations per token", "tokens/s"]
@@ -42,12 +44,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
     first = [run for run in summary["runs"] if run["seed"] == summary["seeds"][0]]
     for column in dict.fromkeys(run["modules"] for run in first):
         rows = [_cells(run) for run in first if run["modules"] == column]
-        blocks.append(f"**{column}**, seed {summary['seeds'][0]}\n\n{_table(_HEAD, rows)}")
+        blocks.append(f"**{column}**, seed {summary['seeds'][0]}\n\n{markdown_table(_HEAD, rows)}")
     for column in dict.fromkeys(group["modules"] for group in summary["repeated"]):
         rows = [_spread_cells(group) for group in summary["repeated"] if group["modules"] == column]
         head = ["router", "seeds", "accuracy", "rate, %", "operations per token"]
-        blocks.append(f"**{column}**, several seeds: mean (least to greatest)\n\n{_table(head, rows)}")
-    failed = [f"- {run['modules']}/{run['router']}-{run['seed']}: {run['error']}" for run in summary["failed"]]
+        blocks.append(f"**{column}**, several seeds: mean (least to greatest)\n\n{markdown_table(head, rows)}")
+    failed = [f"- {run['modules']}/{run['router']}-{run['seed']}: {plain(run['error'])}" for run in summary["failed"]]
     if failed:
         blocks.append("**failed**\n\n" + "\n".join(failed))
     return "\n\n".join([*blocks, _caption(summary)]) + "\n"
@@ -82,11 +84,6 @@ def _spread_cells(group: Mapping[str, Any]) -> list[str]:
     rate = f"{mean:.0f} ({least:.0f} to {greatest:.0f})"
     mean, least, greatest = group["operations_per_token"]
     return [group["router"], str(len(group["seeds"])), accuracy, rate, f"{mean:,.0f} ({least:,.0f} to {greatest:,.0f})"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _caption(summary: Mapping[str, Any]) -> str:

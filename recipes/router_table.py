@@ -19,6 +19,7 @@ from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
 from sma.recipes.command import RunOptions, exit_code, experiment, parse
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
+from sma.recipes.names import plain
 from sma.recipes.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
 from sma.recipes.router_report import comma_separated, markdown, repeated
 from sma.recipes.tasks import TaskData
@@ -68,7 +69,9 @@ def run(options: Options) -> dict[str, Any]:
     left = unfinished({cell.name: each for cell, each in specs.items()}, out)
     left = {cell.name: left[cell.name] for cell in chosen if cell.name in left}
     data = spec.task.prepare(options.data, progress=options.progress)
-    print(f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {out}", flush=True)
+    print(
+        f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True
+    )
     started = time.perf_counter()
     earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8")) if (out / SUMMARY).is_file() else {"seconds": 0.0, "jobs": 1}
     jobs = max(earlier["jobs"], min(options.jobs, len(left)))
@@ -85,7 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         write()
     summary = write()
-    print(f"\n{markdown(summary)}\ntable    {out / TABLE}\nvalues   {out / VALUES}\nsummary  {out / SUMMARY}")
+    print(f"\n{markdown(summary)}\ntable    {plain(out / TABLE)}\nvalues   {plain(out / VALUES)}\nsummary  {plain(out / SUMMARY)}")
     failed = [name for name in left if failure(out / name) is not None]
     if failed:
         raise SmaError(

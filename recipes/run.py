@@ -38,6 +38,7 @@ from sma.recipes.callbacks import (
     read_checkpoint,
 )
 from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
+from sma.recipes.figures import attempt
 from sma.recipes.learner import Learner
 from sma.recipes.team import ALONE, Team
 from sma.spec import dump_spec
@@ -211,7 +212,8 @@ def finish(
 ) -> dict[str, Any]:
     """Save the model and write the summary: what was measured, and what it was measured with; returns the summary.
 
-    `figures` is called with the summary before it is written: a run that has one is finished, and nothing of it is made again.
+    `figures` is called with the summary before it is written: a run that has one is finished, and nothing of it is made again. What it
+    raises becomes a warning.
     """
     spent, device = fitted.stopwatch.spent(), fitted.trainer.strategy.root_device.type
     summary = {
@@ -231,7 +233,7 @@ def finish(
     if team.writes:
         save(learner.model, out / "model")
         if figures is not None:
-            figures(summary)
+            attempt(f"the figure of the run in {out}", lambda: figures(summary))
         write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return summary
 

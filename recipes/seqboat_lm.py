@@ -19,6 +19,8 @@ from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
 from sma.recipes.command import CommandOptions, OneRunOptions, exit_code, experiment, parse
+from sma.recipes.figures import label
+from sma.recipes.names import plain
 
 
 class Options(OneRunOptions):
@@ -67,20 +69,27 @@ def run(options: Options) -> dict[str, Any]:
 
         return evaluate(options.evaluate, options)
     spec, out = experiment(options)
-    from sma.recipes.language import run_language  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
+    from sma.recipes.language import (
+        Finished,
+        run_language,
+    )  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
     from sma.recipes.language_report import describe_language, draw_language
 
     corpus = spec.task.prepare(options.data, progress=options.progress)
     sizes = f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
-    print(f"SeqBoat on {corpus.name}: {sizes} -> {out}", flush=True)
-    title = f"SeqBoat on {corpus.name}: {{:.3f}} bits per character, seed {spec.seed}"
+    print(f"SeqBoat on {plain(corpus.name)}: {sizes} -> {plain(out)}", flush=True)
+
+    def draw(done: Finished) -> Path:
+        bits = done.summary["bits_per_character"]
+        return draw_language(done.reading, out, f"SeqBoat on {label(corpus.name)}: {bits:.3f} bits per character, seed {spec.seed}")
+
     finished = run_language(
         spec,
         out,
         corpus,
         accelerator=options.accelerator,
         progress=options.progress,
-        figures=lambda done: draw_language(done.reading, out, title.format(done.summary["bits_per_character"])),
+        figures=draw,
     )
     print(describe_language(finished.summary, out))
     return finished.summary

@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.command import OneRunOptions, exit_code, experiment, parse
+from sma.recipes.names import plain
 from sma.recipes.report import describe_run, draw
 
 
@@ -50,10 +51,8 @@ def run(options: OneRunOptions) -> dict[str, Any]:
 
     data = spec.task.prepare(options.data, progress=options.progress)
     title = f"SeqBoat on {spec.task.kind}"
-    print(
-        f"{title}: {len(data.train):,} samples, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {out}",
-        flush=True,
-    )
+    sizes = f"{len(data.train):,} samples, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    print(f"{title}: {sizes} -> {plain(out)}", flush=True)
     finished = run_experiment(
         spec,
         out,

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from sma.errors import DataError
 from sma.model import ModelOutput, SequenceModel, build
-from sma.recipes.confusion import Confusion
+from sma.recipes.confusion import Confusion, check_names
 from sma.recipes.data.batch import UNSCORED, Batch, asked, where_asked
 from sma.recipes.experiment import EVALUATION, ExperimentSpec, TrainingSpec, write_text
 from sma.recipes.learner import Learner, RateMetric
@@ -181,6 +181,7 @@ def run_experiment(
     """
     prepare(spec, team)
     task = cast(ClassificationTask, spec.task)
+    check_names(data.class_names, task.classes)
     classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
     batches = partial(training_loader, data, spec.training, spec.seed, team=team)
     validation = evaluation_loader(data.validation, data, team)

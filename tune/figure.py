@@ -1,9 +1,10 @@
 """The figure of a sweep: how good against how sparse."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
+from sma.recipes.figures import drawing, png
+from sma.recipes.names import plain
 from sma.tune.records import TrialRecord
 from sma.tune.space import searched
 from sma.tune.sweep import RATE, SweepSpec
@@ -19,48 +20,47 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
         chosen: those on the front.
         sweep: the sweep.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     quality = sweep.quality
     shown = [record for record in records if quality.name in record.metrics and RATE.name in record.metrics and record.status != "failed"]
     path = next((path for path in searched(sweep.space) if path.endswith("window")), None)
     colours = _colours([_window(record, sweep, path) for record in shown])
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for record in shown:
-        axis.scatter(
-            record.metrics[RATE.name],
-            record.metrics[quality.name],
-            marker=_MARKS[record.status],
-            s=42,
-            color=colours[_window(record, sweep, path)],
-            zorder=3,
+    with drawing(8, 5) as figure:
+        axis = figure.subplots()
+        for record in shown:
+            axis.scatter(
+                record.metrics[RATE.name],
+                record.metrics[quality.name],
+                marker=_MARKS[record.status],
+                s=42,
+                color=colours[_window(record, sweep, path)],
+                zorder=3,
+            )
+            axis.annotate(
+                str(record.number),
+                (record.metrics[RATE.name], record.metrics[quality.name]),
+                (5, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        line = sorted((record.metrics[RATE.name], record.metrics[quality.name]) for record in _outline(chosen, sweep))
+        if line:
+            axis.step(*zip(*line, strict=True), where="post", color="0.6", linewidth=1, zorder=1)
+        baseline = next((record for record in shown if record.number == 0), None)
+        if baseline is not None:
+            axis.scatter(
+                baseline.metrics[RATE.name], baseline.metrics[quality.name], s=170, facecolors="none", edgecolors="black", zorder=2
+            )
+            axis.axhline(baseline.metrics[quality.name], color="black", linewidth=0.6, linestyle=":")
+            axis.axvline(baseline.metrics[RATE.name] / 2, color="black", linewidth=0.6, linestyle=":")
+        axis.set(xlabel="activation rate (validation)", ylabel=f"{quality.name.replace('_', ' ')} (validation)", xlim=(-0.02, 1.02))
+        axis.set_title(
+            f"{len(records)} trials on {sweep.experiment.task.kind}, {sweep.updates:,} updates; ring: trial 0; cross: stopped early;\n"
+            "grey: the Pareto front; dotted: trial 0's quality and half its rate",
+            fontsize=10,
         )
-        axis.annotate(
-            str(record.number), (record.metrics[RATE.name], record.metrics[quality.name]), (5, 4), textcoords="offset points", fontsize=8
-        )
-    line = sorted((record.metrics[RATE.name], record.metrics[quality.name]) for record in _outline(chosen, sweep))
-    if line:
-        axis.step(*zip(*line, strict=True), where="post", color="0.6", linewidth=1, zorder=1)
-    baseline = next((record for record in shown if record.number == 0), None)
-    if baseline is not None:
-        axis.scatter(baseline.metrics[RATE.name], baseline.metrics[quality.name], s=170, facecolors="none", edgecolors="black", zorder=2)
-        axis.axhline(baseline.metrics[quality.name], color="black", linewidth=0.6, linestyle=":")
-        axis.axvline(baseline.metrics[RATE.name] / 2, color="black", linewidth=0.6, linestyle=":")
-    axis.set(xlabel="activation rate (validation)", ylabel=f"{quality.name.replace('_', ' ')} (validation)", xlim=(-0.02, 1.02))
-    axis.set_title(
-        f"{len(records)} trials on {sweep.experiment.task.kind}, {sweep.updates:,} updates; ring: trial 0; cross: stopped early;\n"
-        "grey: the Pareto front; dotted: trial 0's quality and half its rate",
-        fontsize=10,
-    )
-    axis.grid(alpha=0.3)
-    _legend(axis, colours, path)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
+        axis.grid(alpha=0.3)
+        _legend(axis, colours, path)
+        return png(figure)
 
 
 def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
@@ -72,14 +72,15 @@ def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecor
 
 
 def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
-    return None if path is None else sweep.value(record.values, path)
+    window = None if path is None else sweep.value(record.values, path)
+    return window if isinstance(window, int | float | None) else plain(window, 40)  # a field of the user's own may hold anything
 
 
 def _colours(windows: Sequence[Any]) -> dict[Any, Any]:
     """One colour of a scale per window, the widest the darkest; null, which sees all, comes last."""
     import matplotlib as mpl
 
-    order = sorted(set(windows), key=lambda window: (window is None, window if window is not None else 0))
+    order = sorted(set(windows), key=lambda window: (window is None, (window, "") if isinstance(window, int | float) else (0, str(window))))
     scale = mpl.colormaps["viridis_r"]
     return {window: scale(0.15 + 0.85 * place / max(1, len(order) - 1)) for place, window in enumerate(order)}
 

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 
 from sma.errors import CheckpointError
 from sma.recipes.experiment import SUMMARY
+from sma.recipes.figures import attempt
+from sma.recipes.names import markdown_cell
 from sma.spec import dump_yaml
 from sma.tune.figure import draw_front
 from sma.tune.folder import load_drivers
@@ -84,7 +86,10 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     for record in {record.number: record for record in [*chosen, *extremes]}.values():
         storage.write(_spec_name(record), _with_origin(record, sweep))
     storage.write(TABLE, front_table(records, sweep))
-    storage.write(FIGURE, draw_front(records, chosen, sweep))
+    # Drawing may fail and becomes a warning; a folder that cannot be written is an error.
+    drawn: list[bytes] = []
+    if attempt("the figure of the sweep", lambda: drawn.append(draw_front(records, chosen, sweep))):
+        storage.write(FIGURE, drawn[0])
     summary = summarise(records, sweep, storage)
     storage.write_json(SUMMARY, summary)
     return summary
@@ -128,11 +133,11 @@ def front_table(records: Sequence[TrialRecord], sweep: SweepSpec) -> str:
     shown = [*[record for record in records if record.number == 0 and record not in chosen], *chosen]
     quality = sweep.quality.name
     columns = ["trial", quality, f"test_{quality}", RATE.name, TIME.name, OPERATIONS.name, *searched(sweep.space)]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines = [f"| {' | '.join(map(markdown_cell, columns))} |", f"|{'---|' * len(columns)}"]
     for record in shown:
         row = trial_row(record, sweep)
         note = "" if record in chosen else " (not on the front)"
-        cells = [f"{row['trial']}{note}", *(_cell(row.get(name)) for name in columns[1:])]
+        cells = [f"{row['trial']}{note}", *(markdown_cell(_cell(row.get(name))) for name in columns[1:])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

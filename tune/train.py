@@ -4,7 +4,6 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 python -m sma.tune train --resume FOLDER --workers 2
 """
 
-import shlex
 import sys
 from collections.abc import Collection
 from datetime import datetime
@@ -17,6 +16,7 @@ from pydantic_settings import SettingsConfigDict
 from sma.errors import CheckpointError, SpecError
 from sma.recipes.command import CommandOptions, cache_folder
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment
+from sma.recipes.names import shell_word
 from sma.spec import read_yaml
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def interrupted(options: CommandOptions, where: str, kept: Collection[str]) -> N
         where: the folder.
         kept: names of the options that must be given again.
     """
-    words = [str(options.model_config.get("cli_prog_name")), "--resume", shlex.quote(where)]
+    words = [str(options.model_config.get("cli_prog_name")), "--resume", shell_word(where)]
     for name in sorted(options.model_fields_set & {*kept}):
         value, flag = getattr(options, name), name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shlex.quote(str(value))]
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shell_word(value)]
     print(f"interrupted; go on with: {' '.join(words)}", file=sys.stderr)
     raise SystemExit(130)
 

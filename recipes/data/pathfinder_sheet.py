@@ -1,5 +1,6 @@
 """A contact sheet of Pathfinder images, to see what a model is asked: positives on the left, negatives on the right."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.errors import DataError
+from sma.files import write_atomically
 from sma.recipes.command import CommandOptions, exit_code, parse
 from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings
 from sma.recipes.data.pathfinder_stimulus import StimulusSettings, draw_stimulus
+from sma.recipes.names import plain
 from sma.spec import parse_setting
 
 _GAP = 2  # pixels between images
@@ -55,11 +58,13 @@ def run(options: SheetOptions) -> Path:
     sheet = contact_sheet(kind.model_validate({**changes, "size": options.size}), options.rows, options.columns, options.seed)
     scale = options.scale or max(1, -(-128 // options.size))
     try:
-        imsave(options.out, np.kron(sheet, np.ones((scale, scale), dtype=np.uint8)), cmap="gray", vmin=0, vmax=255, format="png")
+        content = io.BytesIO()
+        imsave(content, np.kron(sheet, np.ones((scale, scale), dtype=np.uint8)), cmap="gray", vmin=0, vmax=255, format="png")
+        write_atomically(options.out, lambda temporary: temporary.write_bytes(content.getvalue()))
     except OSError as error:
         raise DataError(f"cannot write {options.out}: {error.strerror or error}; choose another --out") from error
     count = options.rows * options.columns
-    print(f"{count} images with both discs on one contour (left) and as many with discs on two (right): {options.out}")
+    print(f"{count} images with both discs on one contour (left) and as many with discs on two (right): {plain(options.out)}")
     return options.out
 
 

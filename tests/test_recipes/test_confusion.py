@@ -4,7 +4,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from sma.recipes.confusion import Confusion, draw_confusion
+from sma.errors import DataError
+from sma.recipes.confusion import Confusion, check_names, draw_confusion
 
 TRUTH = [0, 0, 0, 1, 1, 3, 3, 3, 3]
 ANSWER = [0, 0, 1, 1, 1, 0, 0, 3, 2]
@@ -65,6 +66,38 @@ def test_table_of_many_classes_has_the_worst_and_what_they_were_taken_for():
     assert rows[1].split() == ["7", "40.0%", "10", "2", "(5)"]
     assert rows[2].endswith("nothing else")
     assert (len(rows), rows[-1]) == (21, "and 10 more classes")
+
+
+def test_table_of_odd_names_keeps_its_columns():
+    names = ("a\nb", "x" * 300, "caf\udce9", "$x_$ {a} [red]")
+    counts = _counts(TRUTH, ANSWER, 4)
+    assert len({len(line) for line in Confusion.of(counts, names).table().split("\n")}) == 1
+    assert Confusion.of(counts, names).table().isprintable() is False  # it has several lines
+    assert all(line.isprintable() for line in Confusion.of(counts, names).table().split("\n"))
+    many = Confusion.of(torch.eye(30, dtype=torch.int64).flip(0), tuple(f"{place}\n$_$" for place in range(30))).table()
+    assert len(many.split("\n")) == 22
+
+
+def test_figure_of_odd_names_is_drawn(tmp_path):
+    confusion = Confusion.of(_counts(TRUTH, ANSWER, 4), ("a $x_$ b", "x" * 300, "caf\udce9", "🙂"))
+    assert draw_confusion(confusion, tmp_path / "confusion.png", "a $x_$ b{c}").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        pytest.param(["a", "b"], "the data names 2 classes and the task has 3; give every class a name, or none", id="too few"),
+        pytest.param(["", "b", ""], "the data gives the name '' to two classes; every class needs a name of its own", id="twice"),
+    ],
+)
+def test_names_that_cannot_list_the_classes_are_refused(names, sentence):
+    with pytest.raises(DataError, match=sentence):
+        check_names(names, 3)
+
+
+def test_no_names_and_different_names_are_fine():
+    check_names([], 3)
+    check_names(["a", "b", ""], 3)
 
 
 @pytest.mark.parametrize("classes", [2, 30])

@@ -86,6 +86,7 @@ def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
 
 
 def test_words_say_what_was_learned_and_where_things_are(tmp_path):
+    (tmp_path / "activation.png").touch()
     said = describe_run(SUMMARY, REPORT, tmp_path)
     assert "test accuracy     45.7%   (chance 10.0%, always the commonest answer 18.7%)" in said
     assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
@@ -93,6 +94,10 @@ def test_words_say_what_was_learned_and_where_things_are(tmp_path):
     assert "what layer 1 runs  [MAX 100%, ] 50%, 9 25%" in said
     for name in ("activation.png", "model", "metrics", "tensorboard", "summary.json"):
         assert str(tmp_path / name) in said
+
+
+def test_words_say_that_there_is_no_figure(tmp_path):
+    assert "figure            none: it could not be drawn, see the warning above" in describe_run(SUMMARY, REPORT, tmp_path)
 
 
 def test_words_say_what_to_try_next(tmp_path):

@@ -81,6 +81,47 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(
     assert (out / "activation.png").is_file()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("notes{draft}.txt", id="braces"),
+        pytest.param("a $x_$ b.txt", id="mathematics"),
+        pytest.param("%s %(x)d _^#&<b>|[red]\t\x1b[31m.txt", id="markup"),
+        pytest.param("🙂 שלום " + "x" * 220 + ".txt", id="long"),
+    ],
+)
+def test_run_on_a_file_of_any_name_ends_with_summary_and_figure(
+    text: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, path, out = tmp_path / name, tmp_path / "experiment.yaml", tmp_path / f"run {name}"[:200]
+    file.write_bytes(text.read_bytes())
+    path.write_text(yaml.safe_dump(dump_spec(experiment(file, "training.updates=6"))), encoding="utf-8")
+    assert main(["--spec", str(path), "--out", str(out), "--no-progress", "--accelerator", "cpu"]) == 0
+    assert json.loads((out / "summary.json").read_text())["text"] == name
+    assert (out / "activation.png").read_bytes().startswith(b"\x89PNG")
+    assert [record for record in caplog.records if "not drawn" in record.getMessage()] == []
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "\t" not in said
+
+
+def test_figure_that_fails_is_a_warning_and_the_run_has_its_summary(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("x_\n  ^\nParseSyntaxException")
+
+    path, out = tmp_path / "experiment.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(dump_spec(experiment(text, "training.updates=6"))), encoding="utf-8")
+    monkeypatch.setattr("sma.recipes.language_report.draw_language", fail)
+    assert main(["--spec", str(path), "--out", str(out), "--no-progress", "--accelerator", "cpu"]) == 0
+    assert [record.getMessage() for record in caplog.records if "warning:" in record.getMessage()] == [
+        f"warning: the figure of the run in {out} was not drawn: ValueError: x_"
+    ]
+    assert (out / "summary.json").is_file()
+    assert "figure               none: it could not be drawn, see the warning above" in capsys.readouterr().out
+
+
 def test_generated_text_begins_with_the_prompt_and_repeats_with_the_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in (1, 1, 2):
