@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sma.autograd import first_derivative
+
 
 def fast_length(least: int) -> int:
     """Return an even length of at least `least`, and little more, whose only prime factors are 2, 3 and 5."""
@@ -99,7 +101,7 @@ class _LongConvolution(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative("the long convolution of a bidirectional ema or an s4d")
     def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
         kernel, *spectra = ctx.saved_tensors
         length, size, taps = grad_BLD.shape[1], ctx.size, ctx.taps

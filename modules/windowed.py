@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sma.autograd import first_derivative
 from sma.modules.cache import Cache
 from sma.modules.finite import all_finite
 from sma.ragged import Ragged
@@ -155,7 +156,6 @@ class _Seen(torch.autograd.Function):
         return blocks.keys_of(blocks.fill(values))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
         nothing = places[:0]  # the rest of the layout is for the scores alone
@@ -310,7 +310,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative("windowed attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         filled_q, filled_k, filled_v, kept, keep, out, index, places = ctx.saved_tensors
         nothing = places[:0]  # the rest of the layout is for the scores alone

@@ -319,7 +319,6 @@ class _LinearAndGather(torch.autograd.Function):
         return torch.addmm(bias, x_TD, weight.T), x_TD.index_select(0, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_TD, weight, index = ctx.saved_tensors
         grad_x = (grad_TD @ weight).index_add_(0, index, grad_routed)
