@@ -122,6 +122,9 @@ class SparseModularActivation(nn.Module):
         """Whether neither the router nor a sub-module looks ahead."""
         return self.router.causal and all(bool(module.causal) for module in self.submodules.values())
 
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoutedState:
         """Make the state of `batch_size` streams that have seen nothing.
 

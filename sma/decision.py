@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.errors import InputError
+from sma.errors import InputError, quote
 from sma.pytree import register_output
 from sma.ragged import move
+from sma.summary import brief, is_known, listed, summary
 
 
 @register_output
@@ -48,6 +49,23 @@ class Decision:
                 "as the decision has"
             )
         return (self.active & valid[..., None]).sum((0, 1)).double() / valid.sum().clamp(min=1)
+
+    def __repr__(self) -> str:
+        """One line: rows, positions, and the share of all positions that are active, padding included."""
+        if not isinstance(self.active, Tensor) or self.active.ndim != 3:
+            return summary(self)
+        rates = self._known_rates()
+        if rates is None:
+            what = f"names=[{listed(map(quote, self.names))}]"
+        else:
+            what = f"rates={{{listed(f'{quote(name)}: {rate:.3g}' for name, rate in zip(self.names, rates, strict=False))}}}"
+        rows, length = self.active.shape[:2]
+        dtype = brief(self.confidence).partition("[")[0]
+        return f"Decision(B={rows}, L={length}, {what}, dtype={dtype}, device={str(self.active.device)!r})"
+
+    def _known_rates(self) -> list[float] | None:
+        """The rates as plain numbers; None where there are none yet: on meta, while a program is traced, compiled or captured."""
+        return [float(rate) for rate in self.rate().tolist()] if is_known(self.active) else None
 
     def move(self, places: Int[Tensor, "B L"]) -> "Decision":
         """Reorder the positions of every row, as `sma.ragged.move` does."""

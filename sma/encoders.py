@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sma.errors import InputError
 from sma.spec import Spec, register
+from sma.summary import settings
 
 
 class EncoderSpec(Spec):
@@ -39,6 +40,9 @@ class Encoder(nn.Module):
     def random_inputs(self, rows: int, length: int) -> Tensor:
         """Draw a batch of inputs from torch's random state, for tests and benchmarks."""
         raise TypeError(f"{type(self).__name__} must define random_inputs(self, rows, length)")
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(self, inputs: Tensor) -> Float[Tensor, "B L D"]:
         """Encode a batch of inputs whose first axes are (B, L)."""

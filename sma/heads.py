@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.spec import Spec, register
+from sma.summary import settings
 
 
 class HeadSpec(Spec):
@@ -26,6 +27,9 @@ class HeadSpec(Spec):
 
 class Head(nn.Module):
     """From the mean of a row's tokens to scores."""
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
         """Score every row."""

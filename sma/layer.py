@@ -22,6 +22,7 @@ from sma.ragged import Ragged, move, rectangular, right_padding
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
 from sma.submodule import Operations, State, SubModuleSpec, check_state, placement
+from sma.summary import settings
 
 
 class LayerSpec(Spec):
@@ -148,6 +149,9 @@ class RoutedLayer(nn.Module):
     def causal(self) -> bool:
         """Whether no part looks ahead."""
         return (self.backbone is None or self.backbone.causal) and (self.routed is None or self.routed.causal)
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerState:
         """Make the state of `batch_size` streams that have seen nothing.
@@ -303,6 +307,9 @@ class LinearBypass(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width))
         self.bias = nn.Parameter(torch.zeros(width))
         truncated_normal_(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"width={self.bias.shape[0]}"
 
     def forward(self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
         """Return the mapped tokens and the tokens at `index`, none of which comes twice."""

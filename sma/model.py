@@ -23,6 +23,7 @@ from sma.pytree import register_output
 from sma.ragged import move
 from sma.spec import Spec, register
 from sma.submodule import Operations, State, check_state, placement
+from sma.summary import settings
 
 _LAYERS = TypeAdapter(tuple[LayerSpec, ...])
 
@@ -225,6 +226,9 @@ class SequenceModel(nn.Module):
     def routed_layers(self) -> list[RoutedLayer]:
         """The layers, typed."""
         return [cast(RoutedLayer, layer) for layer in self.layers]
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelState:
         """Make the state of `batch_size` streams that have seen nothing.

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, distributed, nn
 
 from sma.spec import Spec, register
+from sma.summary import settings
 
 
 class NormSpec(Spec):
@@ -34,6 +35,9 @@ class Norm(nn.Module):
     def causal(self) -> bool:
         """Whether the result at a token depends on no other token."""
         return True
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
         """Normalise every token.

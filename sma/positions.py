@@ -81,6 +81,9 @@ class Sinusoid(nn.Module):
         self.width = width
         self.scale = nn.Parameter(torch.tensor([width**-0.5]))
 
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
+
     def forward(self, positions: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Return what to add to tokens at these positions."""
         half = self.width // 2

@@ -6,14 +6,19 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils import _pytree
 
+from sma.summary import summary
+
 Class = TypeVar("Class", bound=type[Any])
 
 
 def register_output(cls: Class) -> Class:
     """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are children.
 
-    A child that is None is no leaf: vmap would ask it for an axis.
+    A child that is None is no leaf: vmap would ask it for an axis. The repr is one line, unless the class defines its own.
     """
+    written = getattr(vars(cls).get("__repr__"), "__globals__", {}).get("__name__")
+    if written in ("dataclasses", "reprlib"):  # made by the decorator, not by the author: it would print every number
+        cls.__repr__ = summary  # type: ignore[assignment]
     children = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     constants = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sma.errors import InputError
 from sma.pytree import register_output
+from sma.summary import brief, summary
 
 Reduce = Literal["sum", "mean", "max", "min"]
 
@@ -68,6 +69,13 @@ class Ragged:
         if self.bound is not None:
             return self.bound
         return int((self.offsets[1:] - self.offsets[:-1]).max()) if self.num_rows else 0
+
+    def __repr__(self) -> str:
+        if not isinstance(self.values, Tensor) or not isinstance(self.offsets, Tensor):
+            return summary(self)
+        layout = "packed" if self.stride is None else f"rectangular, stride={self.stride}"
+        holes = ", holes=True" if self.holes else ""
+        return f"Ragged(values={brief(self.values)}, rows={self.num_rows}, {layout}{holes}, device={str(self.values.device)!r})"
 
     def with_values(self, values: Float[Tensor, "T *E"]) -> "Ragged":
         """The same tokens with other values."""

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from sma.errors import SpecError, did_you_mean
+from sma.parts import remembering
 from sma.paths import override
 
 __all__ = ["FrozenDict", "Spec", "dump_spec", "find_kind", "json_schema", "kinds", "load_spec", "read_spec_file", "register"]
@@ -209,6 +210,8 @@ def register(spec_class: type[Registered]) -> type[Registered]:
             f"the {spec_class.family} kind {kind!r} is registered by {_place(other)} and again by {_place(spec_class)}; rename one of them"
         )
     family[kind] = spec_class
+    if "build" in dir(spec_class):
+        spec_class.build = remembering(spec_class.build)  # type: ignore[attr-defined]
     return spec_class
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sma.activation import check_valid
 from sma.decision import Decision
-from sma.errors import InputError, did_you_mean
+from sma.errors import InputError, did_you_mean, quote
 from sma.model import ModelSpec
 from sma.pytree import register_output
 from sma.ragged import locate
+from sma.summary import is_known, listed, summary
 
 Health = Literal["ok", "dead", "saturated"]
 
@@ -53,6 +54,12 @@ class RateCount:
         """The rate of every sub-module of every routing layer, as plain numbers for logs and `operation_count`."""
         rows = self.rates.tolist()
         return [{name: row[self.names.index(name)] for name in layer} for layer, row in zip(self.layers, rows, strict=True)]
+
+    def __repr__(self) -> str:
+        if not (is_known(self.active) and is_known(self.valid)):
+            return summary(self)
+        rates = (f"{{{listed(f'{quote(name)}: {rate:.3g}' for name, rate in layer.items())}}}" for layer in self.by_layer())
+        return f"RateCount(rates=({listed(rates)}), valid={int(self.valid)})"
 
     def __add__(self, other: Self) -> "RateCount":
         if self.layers != other.layers:

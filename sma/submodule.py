@@ -12,6 +12,7 @@ from sma.errors import StateError
 from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged
 from sma.spec import Spec
+from sma.summary import settings
 
 StateKind = TypeVar("StateKind", bound="State")
 
@@ -164,6 +165,9 @@ class SubModule(nn.Module):
         """
         self._refuse_unless_causal()
         return no_state(batch_size, *placement(self, device, dtype))
+
+    def extra_repr(self) -> str:
+        return settings(self)
 
     def _continue(self, state: State | None, kind: type[StateKind], tokens: Ragged) -> StateKind | None:
         """Check a state that `forward` was given.

@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.decision import Decision
-from sma.errors import InputError, StateError
+from sma.errors import InputError, StateError, quote
 from sma.initial import truncated_normal_
 from sma.spec import Spec
 from sma.submodule import NoState, State, StateKind, check_state, no_state, placement
+from sma.summary import listed, settings
 
 
 class RouterSpec(Spec):
@@ -100,6 +101,9 @@ class Router(nn.Module):
         """
         self._refuse_unless_causal()
         return no_state(batch_size, *placement(self, device, dtype))
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (f"names=[{listed(map(quote, self.names))}]", settings(self))))
 
     @property
     def unit(self) -> float | Tensor:
