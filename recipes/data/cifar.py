@@ -125,8 +125,10 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
         unpacked,
         url=URL,
         md5=MD5,
+        archive_most=1 << 28,  # it has 170 MB
+        files_most=(len(TRAIN_FILES) + 1) * RECORDS * _RECORD,
         missing=_missing(folder),
-        members=lambda name: name.endswith(".bin"),
+        members=lambda name: name.rpartition("/")[2] in (*TRAIN_FILES, TEST_FILE),
         download=settings.download,
         progress=progress,
     )

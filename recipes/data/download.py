@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,7 +21,9 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing, quote, reason
+from sma.files import check_file, open_file, read_file
+from sma.memory import format_bytes
 from sma.recipes.data.drafts import locked_file
 
 _BLOCK = 1 << 20
@@ -28,7 +31,14 @@ _SECONDS = 30.0
 """How long a silent server is waited for."""
 
 _ATTEMPTS = 5
-"""Failures in a row, none of which brought a byte, before giving up."""
+"""Failures in a row, none of which brought `_SLOW` bytes, before giving up."""
+
+_SLOW = 1 << 16
+_SLOW_SECONDS = 60.0
+"""A server that sends fewer bytes in so many seconds is given up: `_SECONDS` alone would wait for one byte after the other."""
+
+_NOTES = 1 << 16
+"""Bytes of the notes at most."""
 
 _PAUSE = 1.0
 """Seconds before the second attempt; twice as many before each further one."""
@@ -38,7 +48,9 @@ class _Again(Exception):
     """The connection failed in a way that another attempt may mend."""
 
 
-def fetch(url: str, path: str | Path, *, sha256: str | None = None, md5: str | None = None, progress: bool = True) -> Path:
+def fetch(
+    url: str, path: str | Path, *, sha256: str | None = None, md5: str | None = None, most: int | None = None, progress: bool = True
+) -> Path:
     """Return `path`, downloading it from `url` first unless it is there.
 
     A file that is there already is hashed too, if a hash is given. One process at a time downloads to one path; the others wait for it.
@@ -48,27 +60,32 @@ def fetch(url: str, path: str | Path, *, sha256: str | None = None, md5: str | N
         path: where the file shall be; its folder is made if missing.
         sha256: what the file must have, in hexadecimal digits; None takes any.
         md5: the same, for files whose publisher gives no better hash.
+        most: bytes that it may have; None: as many as there is room for.
         progress: whether to show a bar.
 
     Raises:
-        DataError: the server cannot be reached or does not give the file, the disk is full, or the hash is another one. What was
-            downloaded so far stays, so that the next call goes on from there; only a complete file with a wrong hash does not.
+        DataError: the server cannot be reached, does not give the file or gives more than that, the disk is full, or the hash is another
+            one. What was downloaded so far stays, so that the next call goes on from there; only a file that is too long or has a wrong
+            hash does not.
     """
     path = Path(path)
     wanted = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
     if _is_there(path, url, wanted):
         return path
     if not url.startswith(("http://", "https://")):
-        raise DataError(f"cannot download {url!r}: the address must begin with http:// or https://")
+        raise DataError(f"cannot download {quote(url)}: the address must begin with http:// or https://")
     part = path.with_name(path.name + ".part")
     notes = path.with_name(path.name + ".part.json")
     waiting = f"another process downloads {path.name}; waiting for it" if progress else ""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for place in (part, notes):
+            if place.exists():
+                check_file(place)
         with locked_file(part, waiting):
             if _is_there(path, url, wanted):  # by now, through another process
                 return path
-            _download(url, part, notes, progress)
+            _Download(url, part, notes, most).run(progress)
             try:
                 _check(
                     part, wanted, f"{url} gave another file than expected, so {path} was not written; try again, or get the file elsewhere"
@@ -99,92 +116,128 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _download(url: str, part: Path, notes: Path, progress: bool) -> None:
-    """Bring `part` to its full length, in as many requests as that takes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    failures = 0
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(part.name.removesuffix(".part"), total=None)
-        while True:
-            before = _size(part)
-            try:
-                _request(url, part, notes, bar, task)
-                return
-            except _Again as error:
-                failures = failures + 1 if _size(part) <= before else 1
-                if failures >= _ATTEMPTS:
-                    raise DataError(
-                        f"cannot download {url}: {error} (after {failures} attempts, with {_size(part):,} bytes here); check the network "
-                        f"and call again, or put the file at {part.with_name(part.name.removesuffix('.part'))} yourself"
-                    ) from error
-                time.sleep(_PAUSE * 2 ** (failures - 1))
+class _Download:
+    """One file on its way, in as many requests as that takes."""
 
+    def __init__(self, url: str, part: Path, notes: Path, most: int | None) -> None:
+        self.url, self.part, self.notes, self.most = url, part, notes, most
+        self.yourself = f"put the file at {part.with_name(part.name.removesuffix('.part'))} yourself"
 
-def _request(url: str, part: Path, notes: Path, bar: Progress, task: Any) -> None:
-    """Ask once for what is missing, and append it; raise `_Again` where it ends too early."""
-    known = _read_notes(notes, url)
-    here = _size(part) if known else 0
-    if here and here == known.get("length"):
-        return
-    # Accept-Encoding: the bytes of the file itself are hashed and counted, not a compressed form of them.
-    headers = {"User-Agent": "sparse-modular-activation", "Accept-Encoding": "identity"}
-    if here:
-        headers |= {"Range": f"bytes={here}-", "If-Range": known["validator"]}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_SECONDS) as reply:
+    def run(self, progress: bool) -> None:
+        """Bring the file to its full length."""
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        failures = 0
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task(self.part.name.removesuffix(".part"), total=None)
+            while True:
+                before = _size(self.part)
+                try:
+                    self._request(bar, task)
+                    return
+                except _Again as error:
+                    failures = failures + 1 if _size(self.part) < before + _SLOW else 1
+                    if failures >= _ATTEMPTS:
+                        raise DataError(
+                            f"cannot download {self.url}: {error} (after {failures} attempts, with {_size(self.part):,} bytes "
+                            f"here); check the network and call again, or {self.yourself}"
+                        ) from error
+                    time.sleep(_PAUSE * 2 ** (failures - 1))
+
+    def _request(self, bar: Progress, task: Any) -> None:
+        """Ask once for what is missing, and append it; raise `_Again` where it ends too early."""
+        known = _read_notes(self.notes, self.url)
+        here = _size(self.part) if known else 0
+        if here and here == known.get("length"):
+            return
+        # Accept-Encoding: the bytes of the file itself are hashed and counted, not a compressed form of them.
+        headers = {"User-Agent": "sparse-modular-activation", "Accept-Encoding": "identity"}
+        if here:
+            headers |= {"Range": f"bytes={here}-", "If-Range": known["validator"]}
+        with self._open(headers) as reply:
             start, total = _place(reply, here, known.get("length"))
             if start is None:
-                _forget(part, notes)
+                _forget(self.part, self.notes)
                 raise _Again("the file changed on the server, or its answer has the wrong range")
             if start == 0:
-                _forget(part, notes)
-                _write_notes(notes, url, reply.headers, total)
+                _forget(self.part, self.notes)
+            self._check_room(start, total)
+            if start == 0:
+                _write_notes(self.notes, self.url, reply.headers, total)
             bar.update(task, completed=start, total=total)
-            _append(reply, part, bar, task)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # what is here is longer than the file
-            _forget(part, notes)
-        if error.code in (408, 416, 429) or error.code >= 500:
-            raise _Again(f"the server answers {error.code} {error.reason}") from error
-        raise DataError(
-            f"cannot download {url}: the server answers {error.code} {error.reason}; look for a newer address, or put the file at "
-            f"{part.with_name(part.name.removesuffix('.part'))} yourself"
-        ) from error
-    except (urllib.error.URLError, http.client.HTTPException) as error:
-        raise _Again(str(getattr(error, "reason", error) or type(error).__name__)) from error
-    if total is not None and _size(part) != total:
-        if _size(part) > total:
-            _forget(part, notes)
-        raise _Again(f"the connection ended before byte {total:,}")
+            self._append(reply, bar, task)
+        if total is not None and _size(self.part) != total:
+            if _size(self.part) > total:
+                _forget(self.part, self.notes)
+            raise _Again(f"the connection ended before byte {total:,}")
+
+    def _open(self, headers: Mapping[str, str]) -> Any:
+        try:
+            return urllib.request.urlopen(urllib.request.Request(self.url, headers=dict(headers)), timeout=_SECONDS)
+        except urllib.error.HTTPError as error:
+            says = f"the server answers {error.code} {reason(ValueError(error.reason))}"
+            error.close()
+            if error.code == 416:  # what is here is longer than the file
+                _forget(self.part, self.notes)
+            if error.code in (408, 416, 429) or error.code >= 500:
+                raise _Again(says) from error
+            raise DataError(f"cannot download {self.url}: {says}; look for a newer address, or {self.yourself}") from error
+        except Exception as error:  # of the network, of the answer, or of an address that is none
+            inner = getattr(error, "reason", error)
+            raise _Again(reason(inner) if isinstance(inner, Exception) else str(inner)) from error
+
+    def _check_room(self, start: int, total: int | None) -> None:
+        """Refuse a file that is longer than it can be, or than the disk is large, before it comes."""
+        if total is None:
+            return
+        self._check_length(total)
+        free = shutil.disk_usage(self.part.parent).free
+        if total - start > free:
+            raise DataError(
+                f"cannot download {self.url}: {format_bytes(total - start)} are needed in {self.part.parent}, {format_bytes(free)} are "
+                "free; make room there or choose another folder"
+            )
+
+    def _check_length(self, length: int) -> None:
+        if self.most is not None and length > self.most:
+            _forget(self.part, self.notes)
+            raise DataError(
+                f"cannot download {self.url}: the server gives more than the {self.most:,} bytes that the file can have; look for a newer "
+                f"address, or {self.yourself}"
+            )
+
+    def _append(self, reply: Any, bar: Progress, task: Any) -> None:
+        began, received = time.monotonic(), 0
+        with self.part.open("ab") as file:
+            while True:
+                try:
+                    block = reply.read1(_BLOCK)
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    file.write(getattr(error, "partial", b""))
+                    raise _Again(reason(error)) from error
+                if not block:
+                    break
+                file.write(block)
+                self._check_length(file.tell())
+                bar.advance(task, len(block))
+                received += len(block)
+                if (waited := time.monotonic() - began) > _SLOW_SECONDS:
+                    if received < _SLOW:
+                        raise _Again(f"the server sent only {received:,} bytes in {waited:.0f} seconds")
+                    began, received = time.monotonic(), 0
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _place(reply: Any, here: int, length: int | None) -> tuple[int | None, int | None]:
     """Where in the file the answer begins, and how long the file is; None in the first place if it does not fit what is here."""
     if reply.status == 206:
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", ""))
+        found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != here:
             return None, None
         total = length if found[2] == "*" else int(found[2])
         return (here if length in (None, total) else None), total
-    size = reply.headers.get("Content-Length")
-    return 0, int(size) if size is not None else None
-
-
-def _append(reply: Any, part: Path, bar: Progress, task: Any) -> None:
-    with part.open("ab") as file:
-        while True:
-            try:
-                block = reply.read(_BLOCK)
-            except (OSError, http.client.HTTPException) as error:
-                received = getattr(error, "partial", b"")
-                file.write(received)
-                raise _Again(str(error) or type(error).__name__) from error
-            if not block:
-                break
-            file.write(block)
-            bar.advance(task, len(block))
-        file.flush()
-        os.fsync(file.fileno())
+    size = re.fullmatch(r"[0-9]{1,18}", reply.headers.get("Content-Length") or "")
+    return 0, int(size[0]) if size else None
 
 
 def _size(path: Path) -> int:
@@ -201,29 +254,31 @@ def _write_notes(notes: Path, url: str, headers: Any, total: int | None) -> None
     """Note what identifies the file; without that, a later call could not know that the rest belongs to it, and starts again."""
     etag = headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-    if validator:
+    if _is_validator(validator):
         notes.write_text(json.dumps({"url": url, "validator": validator, "length": total}), encoding="utf-8")
 
 
 def _read_notes(notes: Path, url: str) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        known = json.loads(notes.read_text(encoding="utf-8"))
-        if isinstance(known, dict) and known.get("url") == url and isinstance(known.get("validator"), str):
+    with suppress(DataError), parsing(notes):
+        known = json.loads(read_file(notes, _NOTES))
+        if isinstance(known, dict) and known.get("url") == url and _is_validator(known.get("validator")):
             return known
     return {}
+
+
+def _is_validator(value: object) -> bool:
+    """Whether something can stand in the header of a request."""
+    return isinstance(value, str) and value.isascii() and value.isprintable()
 
 
 def _check(path: Path, wanted: Mapping[str, str], otherwise: str) -> None:
     if not wanted:
         return
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in wanted}
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                for total in hashes.values():
-                    total.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    with open_file(path) as file, parsing(path):
+        while block := file.read(_BLOCK):
+            for total in hashes.values():
+                total.update(block)
     for name, value in wanted.items():
         if (found := hashes[name].hexdigest()) != value:
             raise DataError(f"{otherwise}: its {name} is {found}, expected {value}")

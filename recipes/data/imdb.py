@@ -124,6 +124,8 @@ def _find(folder: Path, download: bool, progress: bool) -> Path:
         unpacked,
         url=URL,
         md5=MD5,
+        archive_most=1 << 27,  # it has 84 MB, and the reviews 66 MB
+        files_most=1 << 28,
         missing=f"there are no IMDB reviews in {home}: neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
         members=_is_review,
         download=download,

@@ -16,6 +16,9 @@ from sma.recipes.data.published import published_folder
 
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 _ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
+_ARCHIVE_BYTES = 12 << 30
+"""More than the 7.7 GB that the archive has; nobody published its hash."""
+
 _TOPS = (".", "lra_release", "lra_release/lra_release")
 
 
@@ -53,6 +56,7 @@ def in_release(
         [data / archive for archive in _ARCHIVES],
         data / unpacked,
         url=URL,
+        archive_most=_ARCHIVE_BYTES,
         missing=f"there is no {what} in {data}, nor in its lra_release/ or lra_release/lra_release/, nor a {_ARCHIVES[0]} to unpack",
         members=members,
         download=download,

@@ -23,6 +23,8 @@ def published_folder(
     members: Callable[[str], bool],
     sha256: str | None = None,
     md5: str | None = None,
+    archive_most: int | None = None,
+    files_most: int | None = None,
     download: bool = False,
     progress: bool = True,
     option: str = "task.data.download",
@@ -41,6 +43,8 @@ def published_folder(
         members: which members of the archive are wanted; hidden files never are.
         sha256: of the archive; None: nobody published it.
         md5: the same.
+        archive_most: bytes that the archive can have.
+        files_most: bytes that the wanted files can have together.
         download: get the archive where nothing is there.
         progress: show a bar while downloading.
         option: the setting by which the user asks for the download.
@@ -54,8 +58,8 @@ def published_folder(
     archive = next((path for path in archives if path.exists()), archives[0])
     if not download and not archive.exists():
         raise DataError(f"{missing}; put {url} there, or set {option}=true{instead}")
-    fetch(url, archive, sha256=sha256, md5=md5, progress=progress)
-    unpack(archive, unpacked, members=lambda name: is_visible(name) and members(name))
+    fetch(url, archive, sha256=sha256, md5=md5, most=archive_most, progress=progress)
+    unpack(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)
     if found := _first(places):
         return found
     raise DataError(f"{unpacked}, unpacked from {archive}, has no {places[0].name} where it should be; delete both and get {url} again")

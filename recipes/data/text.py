@@ -17,18 +17,20 @@ Reference:
 """
 
 import hashlib
+import os
 import platform
 import zipfile
-import zlib
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import torch
 from jaxtyping import UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing, quote, reason
+from sma.files import open_file
+from sma.memory import check_memory
 from sma.recipes.data.download import fetch
 from sma.spec import Spec
 
@@ -38,6 +40,7 @@ ENWIK8 = "enwik8"
 ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 ENWIK8_ZIP = "enwik8.zip"
+ENWIK8_ZIP_BYTES = 36_445_475
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 ENWIK8_URL = f"http://mattmahoney.net/dc/{ENWIK8_ZIP}"
 _ENWIK8_HELD_OUT = 0.05
@@ -148,15 +151,10 @@ def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, 
         content = bytearray(python_text())
         name, is_enwik8 = f"pydoc_data.topics of Python {platform.python_version()}", False
     else:
-        path = _find(Path(settings.file).expanduser(), folder or Path(), settings.download, progress)
+        path = _find(settings.file, folder or Path(), settings.download, progress)
         is_enwik8 = path.suffix.lower() == ".zip" or path.stem == ENWIK8
-        content = _read(path)
+        content = _read(path, ENWIK8_BYTES if is_enwik8 else None)
         name = ENWIK8 if is_enwik8 else path.name
-        if is_enwik8 and len(content) != ENWIK8_BYTES:
-            raise DataError(
-                f"{ENWIK8} in {path} has {len(content):,} bytes; it must have exactly {ENWIK8_BYTES:,}: "
-                "download it again, or give a text of your own another name"
-            )
     sha256 = hashlib.sha256(content).hexdigest()
     if is_enwik8 and sha256 != ENWIK8_SHA256:
         raise DataError(
@@ -178,45 +176,61 @@ def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, 
     return Corpus(train, held_back, tail, sha256, name)
 
 
-def _find(given: Path, folder: Path, download: bool, progress: bool) -> Path:
+def _find(given: str, folder: Path, download: bool, progress: bool) -> Path:
     """The place of a file, absolute or below the working folder or the data folder; or that of enwik8 once it is downloaded."""
-    names = dict.fromkeys((given.name, ENWIK8, ENWIK8_ZIP) if given.name in (ENWIK8, ENWIK8_ZIP) else (given.name,))
-    places = list(dict.fromkeys(parent / name for parent in (given.parent, folder / given.parent) for name in names))
-    found = next((place for place in places if place.exists()), None)
+    try:
+        if "\0" in given:  # which is only asked for where the file is opened
+            raise ValueError("it has a zero byte")
+        path = Path(given).expanduser()
+        names = dict.fromkeys((path.name, ENWIK8, ENWIK8_ZIP) if path.name in (ENWIK8, ENWIK8_ZIP) else (path.name,))
+        places = list(dict.fromkeys(parent / name for parent in (path.parent, folder / path.parent) for name in names))
+        found = next((place for place in places if place.exists()), None)
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, or of a home that is not known
+        raise DataError(f"there can be no file {quote(given)}: {reason(error)}; give {_WANTED}") from error
     if found is not None:
         return found
     if download:
-        return fetch(ENWIK8_URL, folder / ENWIK8_ZIP, sha256=ENWIK8_ZIP_SHA256, progress=progress)
+        return fetch(ENWIK8_URL, folder / ENWIK8_ZIP, sha256=ENWIK8_ZIP_SHA256, most=2 * ENWIK8_ZIP_BYTES, progress=progress)
     looked = ", ".join(str(place.absolute()) for place in places)
-    raise DataError(f"there is no file {str(given)!r} (looked for {looked}); give {_WANTED}")
+    raise DataError(f"there is no file {given!r} (looked for {looked}); give {_WANTED}")
 
 
-def _read(path: Path) -> bytearray:
-    """Return the bytes of a file, or of enwik8 in a zip."""
-    try:
+def _read(path: Path, size: int | None) -> bytearray:
+    """Return the bytes of a file, or of enwik8 in a zip; `size` is what they must be."""
+    with open_file(path) as file:
         if path.suffix.lower() == ".zip":
-            return _read_zip(path)
-        with path.open("rb") as file:
-            return _rest(file)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; give {_WANTED}") from error
+            return _read_zip(path, file, size)
+        length = os.fstat(file.fileno()).st_size
+        _check_size(path, length, size)
+        with parsing(path):
+            return _first(file, length)
 
 
-def _read_zip(path: Path) -> bytearray:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if ENWIK8 not in archive.namelist():
-                held = ", ".join(archive.namelist()[:5]) or "nothing"
-                raise DataError(f"{path} holds no {ENWIK8!r} but {held}; give {_WANTED}")
-            with archive.open(ENWIK8) as member:
-                return _rest(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or compressed in an unknown way
-        raise DataError(f"cannot read {ENWIK8} from {path}: {error}; the zip is damaged or of another sort: download it again") from error
+def _read_zip(path: Path, file: BinaryIO, size: int | None) -> bytearray:
+    with parsing(f"{ENWIK8} in {path}", hint="the zip is damaged or of another sort: download it again"), zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if ENWIK8 not in names:
+            held = ", ".join(map(quote, names[:5])) or "nothing"
+            raise DataError(f"{path} holds no {ENWIK8!r} but {held}; give {_WANTED}")
+        length = archive.getinfo(ENWIK8).file_size
+        _check_size(path, length, size)
+        with archive.open(ENWIK8) as member:
+            return _first(member, length)
 
 
-def _rest(file: IO[bytes]) -> bytearray:
-    """Read to the end, with one copy in memory; a tensor can be laid over a bytearray, which it may write to."""
+def _check_size(path: Path, length: int, size: int | None) -> None:
+    """Refuse what is too long, or no enwik8, before any of it is read."""
+    if size is not None and length != size:
+        raise DataError(
+            f"{ENWIK8} in {path} has {length:,} bytes; it must have exactly {size:,}: download it again, or give a text of your own "
+            "another name"
+        )
+    check_memory(length, f"the text {path}", error=DataError, hint="give a shorter one")
+
+
+def _first(file: IO[bytes], length: int) -> bytearray:
+    """Read so many bytes, with one copy in memory; a tensor can be laid over a bytearray, which it may write to."""
     content = bytearray()
-    while block := file.read(_BLOCK):
+    while block := file.read(min(_BLOCK, length - len(content))):
         content += block
     return content

@@ -136,7 +136,7 @@ def test_release_is_unpacked_without_its_images(name, tmp_path):
 
 
 def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
-    def fetch(url, path, *, sha256, md5, progress):
+    def fetch(url, path, *, sha256, md5, most, progress):
         assert (url, sha256, md5) == ("https://storage.googleapis.com/long-range-arena/lra_release.gz", None, None)
         archive_of(path, {f"lra_release/lra_release/tsv_data/{file}": CONTENT for file in FILES.values()})
         return path

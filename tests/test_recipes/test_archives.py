@@ -1,6 +1,9 @@
 """Archives: what they hold comes out, whole or not at all, and nothing leaves the folder."""
 
+import bz2
+import gzip
 import io
+import lzma
 import multiprocessing
 import os
 import stat
@@ -8,6 +11,7 @@ import tarfile
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,7 +156,9 @@ def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
     # A plain tar ends in up to 10,240 zeros, of which two blocks count.
     content = content.rstrip(b"\0") if content.endswith(bytes(1024)) else content
     archive.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(DataError, match=r"archive is truncated, damaged, or no tar or zip .*; delete it and get it again"):
+    with pytest.raises(
+        DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip: delete it and get it again"
+    ):
         unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
@@ -160,18 +166,171 @@ def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
 def test_tar_that_stops_between_two_members_is_truncated(tmp_path):
     archive = make_tar(tmp_path / "archive", {"a": b"x" * 512, "b": b"y" * 512}, "w")
     archive.write_bytes(archive.read_bytes()[: 3 * 512])  # the folder, and the first file whole
-    with pytest.raises(DataError, match=r"archive is truncated, damaged, or no tar or zip .its end is missing"):
+    with pytest.raises(DataError, match=r"archive cannot be read: its end is missing; it is truncated"):
         unpack(archive, tmp_path / "out")
 
 
 def test_file_that_is_no_archive_is_named(tmp_path):
     (tmp_path / "page.html").write_bytes(b"<html>sorry</html>" * 100)
-    with pytest.raises(DataError, match=r"page\.html is truncated, damaged, or no tar or zip"):
+    with pytest.raises(DataError, match=r"page\.html cannot be read: .*; it is truncated, damaged, or no tar or zip"):
         unpack(tmp_path / "page.html", tmp_path / "out")
 
 
+def raw_header(name=b"set/a", size=0, kind=b"0", prefix=b"", encoded=None):
+    """A header of a tar, of which every field is given."""
+    field = b"%011o\0" % size if encoded is None else encoded
+    head = name.ljust(100, b"\0")[:100] + b"0000644\0" * 3 + field + b"00000000000\0" + b" " * 8 + kind + bytes(100) + b"ustar\x0000"
+    head = head + bytes(80) + prefix.ljust(155, b"\0") + bytes(12)
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
+
+
+def written(path, *parts):
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def pax(**records):
+    """A header of attributes, such as long names are written in."""
+    content = b""
+    for key, value in records.items():
+        record = f" {key.replace('_', '.')}={value}\n".encode()
+        length = len(record)
+        while length != len(str(length)) + len(record):
+            length = len(str(length)) + len(record)
+        content += str(length).encode() + record
+    return raw_header(b"pax", len(content), b"x") + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"], ids=["name", "link", "pax", "global pax"])
+def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
+    with gzip.open(tmp_path / "archive", "wb", compresslevel=1) as file:
+        file.write(raw_header(b"long", 3 << 30, kind))
+        file.write(b"x" * (1 << 22))
+    with pytest.raises(DataError, match=r"archive cannot be read: a header of 3,221,225,472 bytes, where 65,536 are the most that is read"):
+        unpack(tmp_path / "archive", tmp_path / "out")
+
+
+def test_size_below_zero_does_not_have_the_same_read_for_ever(tmp_path):
+    minus = (-1536).to_bytes(12, "big", signed=True)
+    archive = written(tmp_path / "archive", raw_header(b"a", 0), raw_header(b"b", encoded=minus), bytes(10_240))
+    with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip"):
+        unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("claimed", [10**15, 10])
+def test_sparse_members_are_refused(claimed, tmp_path):
+    attributes = pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name="set/a", GNU_sparse_realsize=claimed)
+    archive = written(tmp_path / "archive", attributes, raw_header(b"set/a", 512), b"0\n".ljust(512, b"\0"), bytes(1024))
+    with pytest.raises(DataError, match=r"member 'set/a' is a device or something else that is no file; only plain files are unpacked"):
+        unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("records", [{"GNU_sparse_map": "a,b"}, {"GNU_sparse_size": "x", "GNU_sparse_map": "0,1"}])
+def test_attributes_that_are_no_numbers_are_a_sentence(records, tmp_path):
+    archive = written(tmp_path / "archive", pax(**records), raw_header(b"set/a", 0), bytes(10_240))
+    with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated"):
+        unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_SPARE", 1 << 20)
+    archive = written(tmp_path / "archive", pack(raw_header(b"set/a", 1 << 25) + bytes(1 << 25) + bytes(10_240)))
+    with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes, which no data set here does; nothing was unpacked"):
+        unpack(archive, tmp_path / "out", members=lambda name: wanted)
+    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def test_tar_that_goes_on_after_its_end_is_read_only_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_SPARE", 1 << 20)
+    archive = written(tmp_path / "archive", gzip.compress(raw_header(b"set/a", 0) + bytes(1 << 25)))
+    with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_zip_that_becomes_far_larger_than_it_is_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_SPARE", 1 << 20)
+    with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
+        unpack(make_zip(tmp_path / "archive", {"a": bytes(1 << 25)}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_more_than_the_data_set_has_is_refused(make, tmp_path):
+    archive = make(tmp_path / "archive")
+    size = sum(map(len, FILES.values()))
+    with pytest.raises(DataError, match=rf"archive has more than {size - 1:,} bytes of the files that are looked for, which no data set"):
+        unpack(archive, tmp_path / "out", most=size - 1)
+    assert content_of(unpack(archive, tmp_path / "out", most=size)) == FILES
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("limit", ["_MEMBERS", "_FILES"])
+def test_more_members_than_any_data_set_has_are_refused(make, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, limit, 2)
+    with pytest.raises(DataError, match=r"archive has more than 2 (members|of the files that are looked for), which no data set here"):
+        unpack(make(tmp_path / "archive"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_more_than_the_disk_holds_is_refused_before_it_is_written(make, tmp_path, monkeypatch):
+    archive = make(tmp_path / "archive")
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match=r"cannot unpack .*archive: 768,005 bytes and more are needed, 1,000 bytes are free; make room"):
+        unpack(archive, tmp_path / "out")
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 600 + "b", "set/CON", "set/aux.txt", "com²", "line\nbreak"], ids=lambda name: name[:9])
+def test_names_that_not_every_system_can_write_are_refused(make, name, tmp_path):
+    with pytest.raises(DataError, match=r"archive: member '.*' has a name that not every system can write; no data set here has") as caught:
+        unpack(make(tmp_path / "archive", {name: b"x"}), tmp_path / "out")
+    assert len(str(caught.value)) < 500
+    assert content_of(unpack(make(tmp_path / "archive", {name: b"x", **FILES}), tmp_path / "out", members=FILES.__contains__)) == FILES
+
+
+def test_name_that_is_not_utf_8_comes_out_as_it_is(tmp_path):
+    archive = written(tmp_path / "archive", raw_header(b"set/\xff.txt", 0), bytes(10_240))
+    folder = unpack(archive, tmp_path / "out")
+    assert os.listdir(os.fsencode(folder / "set")) == [b"\xff.txt"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_member_in_a_folder_that_is_a_file_is_named(make, tmp_path):
+    with pytest.raises(DataError, match=r"archive: member 'a/b' lies in a folder that is a file there; it is truncated, damaged"):
+        unpack(make(tmp_path / "archive", {"a": b"", "a/b": b""}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("at", "content"),
+    [
+        pytest.param(6, b"\xff\xff", id="version"),
+        pytest.param(8, b"\x01\0", id="encrypted"),
+        pytest.param(10, b"\x0c\0", id="bzip2 that is none"),
+        pytest.param(10, b"\x0e\0", id="lzma that is none"),
+        pytest.param(10, b"\x63\0", id="method"),
+    ],
+)
+def test_zip_in_forms_that_python_does_not_read_is_a_sentence(at, content, tmp_path):
+    archive = make_zip(tmp_path / "archive", {"a.txt": b"some text" * 100})
+    data = bytearray(archive.read_bytes())
+    central = data.rfind(b"PK\x01\x02")
+    data[central + at : central + at + len(content)] = content
+    if at in (8, 10):  # the same in the header of the member itself
+        data[data.find(b"PK\x03\x04", 1) - 2 + at : data.find(b"PK\x03\x04", 1) - 2 + at + len(content)] = content
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_pipe_in_the_place_of_an_archive_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "archive")
+    with pytest.raises(DataError, match=r"archive' is a named pipe; a plain file is required"):
+        unpack(tmp_path / "archive", tmp_path / "out")
+
+
 def test_missing_archive_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot unpack .*none\.zip into .*out: No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot read '.*none\.zip': No such file or directory"):
         unpack(tmp_path / "none.zip", tmp_path / "out")
 
 

@@ -162,7 +162,7 @@ def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "fetch", fetch)
     monkeypatch.setattr(cifar, "MD5", "published")
     data = load_cifar(CifarSettings(validation=10, download=True), tmp_path, progress=False)
-    assert asked == [(cifar.URL, tmp_path / ARCHIVE, {"sha256": None, "md5": "published", "progress": False})]
+    assert asked == [(cifar.URL, tmp_path / ARCHIVE, {"sha256": None, "md5": "published", "most": 1 << 28, "progress": False})]
     assert same(data, load_cifar(SETTINGS, tmp_path))
     assert len(asked) == 1
 

@@ -3,11 +3,13 @@
 import hashlib
 import http.server
 import multiprocessing
+import os
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,9 +35,15 @@ class Server:
     asked: list[str | None] = field(default_factory=list)
     address: str = ""
     waits: threading.Event | None = None  # after the first bytes of an answer
+    drips: bool = False
+    more: dict[str, str] = field(default_factory=dict)  # further headers
+    answer: bytes | None = None  # instead of anything else
 
     def reply(self, handler):
         self.asked.append(handler.headers.get("Range"))
+        if self.answer is not None:
+            handler.wfile.write(self.answer)
+            return
         start, status = 0, self.status
         wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range") or "")
         if wanted and self.ranges and handler.headers.get("If-Range") == self.etag:
@@ -49,6 +57,8 @@ class Server:
             handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         if self.length:
             handler.send_header("Content-Length", str(len(self.content) - start))
+        for name, value in self.more.items():
+            handler.send_header(name, value)
         handler.end_headers()
         if status in (200, 206):
             if self.waits:
@@ -57,6 +67,13 @@ class Server:
                 self.waits.wait(30)
                 start += 1000
             end = start + self.breaks_after.pop(0) if self.breaks_after else None
+            while self.drips and start < len(self.content):
+                try:
+                    handler.wfile.write(self.content[start : start + 1])
+                except ConnectionError:
+                    return
+                start += 1
+                time.sleep(0.002)
             handler.wfile.write(self.content[start:end])
 
 
@@ -261,5 +278,79 @@ def test_process_killed_while_it_downloads_keeps_nobody_waiting(server, tmp_path
 
 def test_file_that_cannot_be_hashed_is_named(server, tmp_path):
     (tmp_path / "file").mkdir()
-    with pytest.raises(DataError, match=r"cannot read .*file: Is a directory"):
+    with pytest.raises(DataError, match=r"file' is a folder; a plain file is required"):
+        get(server, tmp_path / "file", sha256=SHA256)
+
+
+def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, tmp_path):
+    with pytest.raises(DataError, match=r"the server gives more than the 1,000 bytes that the file can have; look for a newer address, or"):
+        get(server, tmp_path / "file", most=1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("breaks", [[], [200_000]], ids=["at once", "after a break"])
+def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long(server, tmp_path, breaks):
+    server.length, server.breaks_after = False, breaks
+    with pytest.raises(DataError, match=r"the server gives more than the 100,000 bytes that the file can have"):
+        get(server, tmp_path / "file", most=100_000)
+    assert list(tmp_path.iterdir()) == []
+    server.breaks_after = []
+    assert get(server, tmp_path / "file", most=len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        DataError, match=r"cannot download http.*: 512,000 bytes are needed in .*, 1,000 bytes are free; make room there or"
+    ):
+        get(server, tmp_path / "file")
+
+
+def test_server_that_sends_byte_after_byte_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_SLOW_SECONDS", 0.02)
+    server.drips = True
+    with pytest.raises(DataError, match=r"cannot download .*: the server sent only [0-9,]+ bytes in 0 seconds \(after 5 attempts"):
+        get(server, tmp_path / "file")
+
+
+def test_server_that_breaks_off_after_every_byte_is_given_up(server, tmp_path):
+    server.breaks_after = [1] * 100
+    with pytest.raises(DataError, match=r"the connection ended before byte 512,000 \(after 5 attempts, with 5 bytes here\)"):
+        get(server, tmp_path / "file")
+
+
+@pytest.mark.parametrize("length", ["x", "-5", "1" * 5000, "²"])
+def test_length_that_is_no_number_is_none(server, tmp_path, length):
+    server.length, server.more = False, {"Content-Length": length}
+    assert get(server, tmp_path / "file", most=len(CONTENT)).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0\xff" * 100 + b"\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x" * 100_000, b"HTTP/1.1 999 \xff\r\n\r\n"])
+def test_answer_that_is_none_is_a_sentence(server, tmp_path, answer):
+    server.answer = answer
+    with pytest.raises(DataError, match=r"cannot download http://127\.0\.0\.1.*; (check the network|look for a newer)") as caught:
+        get(server, tmp_path / "file")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        pytest.param(b"[" * 100_000, id="deep"),
+        pytest.param(b'{"url": "URL", "validator": "a\\r\\nX: y"}', id="validator of two lines"),
+        pytest.param(b'{"url": "URL", "validator": 7}', id="validator that is a number"),
+        pytest.param(b'{"url": "URL", "validator": "\\"one\\"", "length": "many"}', id="length that is a word"),
+        pytest.param(b"\xff", id="no text"),
+    ],
+)
+def test_notes_that_are_damaged_do_not_matter(server, tmp_path, notes):
+    interrupted(server, tmp_path / "file")
+    (tmp_path / "file.part.json").write_bytes(notes.replace(b"URL", server.address.encode()))
+    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["file", "file.part", "file.part.json"])
+def test_pipe_in_the_place_of_any_file_is_refused_at_once(server, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}' is a named pipe; a plain file is required"):
         get(server, tmp_path / "file", sha256=SHA256)

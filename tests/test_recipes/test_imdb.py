@@ -208,7 +208,7 @@ def test_share_that_holds_out_nothing_is_refused(tmp_path):
 def test_download_gets_the_published_archive(tmp_path, monkeypatch):
     asked = []
 
-    def fetch(url, path, *, sha256, md5, progress):
+    def fetch(url, path, *, sha256, md5, most, progress):
         asked.append((url, sha256, md5))
         path.parent.parent.joinpath("made").mkdir()
         make_archive(tmp_path / "made")

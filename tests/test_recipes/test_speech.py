@@ -285,7 +285,7 @@ def test_too_few_clips_to_split_are_refused(tmp_path):
 def test_archive_is_downloaded_only_where_asked_and_missing(tmp_path, monkeypatch):
     calls = []
 
-    def fetch(url, path, *, sha256, md5, progress):
+    def fetch(url, path, *, sha256, md5, most, progress):
         calls.append((url, path, sha256))
         raise DataError("no network")
 

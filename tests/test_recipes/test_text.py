@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import random
+import struct
 import sys
 import zipfile
 
@@ -187,7 +188,7 @@ def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "fetch", fetch)
     for _ in range(2):
         assert joined(load_text(TextSettings(file="enwik8.zip", download=True), tmp_path / "data", progress=False)) == WIKI
-    keywords = {"sha256": text.ENWIK8_ZIP_SHA256, "progress": False}
+    keywords = {"sha256": text.ENWIK8_ZIP_SHA256, "most": 72_890_950, "progress": False}
     assert calls == [("http://mattmahoney.net/dc/enwik8.zip", tmp_path / "data" / "enwik8.zip", keywords)]
 
 
@@ -213,7 +214,7 @@ def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["folder", "folder.zip"])
 def test_folder_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=rf"cannot read .*{name}: .*; give a text file, enwik8 or enwik8.zip"):
+    with pytest.raises(DataError, match=rf"{name}' is a folder; a plain file is required"):
         load_text(TextSettings(file=str(tmp_path / name)))
 
 
@@ -236,7 +237,7 @@ def test_other_bytes_under_the_name_of_enwik8_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("members", "held"),
-    [pytest.param({}, "nothing", id="empty"), pytest.param({"enwik9": b"", "readme.txt": b""}, "enwik9, readme.txt", id="others")],
+    [pytest.param({}, "nothing", id="empty"), pytest.param({"enwik9": b"", "readme.txt": b""}, "'enwik9', 'readme.txt'", id="others")],
 )
 def test_zip_without_enwik8_is_refused(tmp_path, members, held):
     with pytest.raises(DataError, match=rf"mine.zip holds no 'enwik8' but {held}; give a text file, enwik8 or enwik8.zip"):
@@ -245,9 +246,68 @@ def test_zip_without_enwik8_is_refused(tmp_path, members, held):
 
 def test_file_that_is_no_zip_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"cannot read enwik8 from .*mine.zip: File is not a zip file; the zip is damaged or of another sort"
+        DataError, match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another sort"
     ):
         load_text(write(tmp_path / "mine.zip", WIKI))
+
+
+def bomb(path, claimed=None):
+    """A zip of a few kilobytes with an enwik8 of 500,000,000 zeros, or one that says that it has another size."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("enwik8", "w") as member:
+        for _ in range(500):
+            member.write(bytes(1_000_000))
+    content = path.read_bytes()
+    said = struct.pack("<I", 500_000_000)
+    path.write_bytes(content if claimed is None else content.replace(said, struct.pack("<I", claimed)))
+    return TextSettings(file=str(path))
+
+
+def test_zip_that_holds_more_than_enwik8_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    settings = bomb(tmp_path / "enwik8.zip")
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    with pytest.raises(DataError, match=r"enwik8 in .*enwik8.zip has 500,000,000 bytes; it must have exactly 100,000,000"):
+        load_text(settings)
+
+
+@pytest.mark.usefixtures("small_enwik8")
+def test_zip_that_says_too_little_is_read_no_further_than_that(tmp_path):
+    with pytest.raises(DataError, match=r"enwik8 in .*enwik8.zip cannot be read: Bad CRC-32 for file 'enwik8'; the zip is damaged"):
+        load_text(bomb(tmp_path / "enwik8.zip", claimed=SMALL))
+
+
+@pytest.mark.parametrize("name", ["enwik8", "mine.txt", "enwik8.zip"])
+def test_devices_and_pipes_are_refused_at_once(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=rf"{name}' is a device; a plain file is required"):
+        load_text(TextSettings(file=str(tmp_path / name)))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}' is a named pipe; a plain file is required"):
+        load_text(TextSettings(file=str(tmp_path / name)))
+
+
+def test_text_that_no_memory_holds_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "mine.txt").open("wb") as file:
+        file.truncate(1 << 43)  # of which the disk keeps nothing
+    with pytest.raises(DataError, match=r"the text .*mine.txt needs 8,796,093,022,208 bytes .*, and .* are free; give a shorter one"):
+        load_text(TextSettings(file=str(tmp_path / "mine.txt")))
+    (tmp_path / "mine.txt").rename(tmp_path / "enwik8")
+    with pytest.raises(DataError, match=r"enwik8 in .* has 8,796,093,022,208 bytes; it must have exactly 100,000,000"):
+        load_text(TextSettings(file=str(tmp_path / "enwik8")))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        pytest.param("a\0b", r"there can be no file 'a\\x00b': it has a zero byte; give a text file", id="zero byte"),
+        pytest.param("x" * 5000, r"there can be no file 'xx.*xx': File name too long; give", id="long"),
+        pytest.param("~nobody-of-that-name/x", r"there can be no file '~nobody-of-that-name/x': .*home.*; give", id="home"),
+    ],
+)
+def test_names_that_no_file_can_have_are_refused(name, complaint):
+    with pytest.raises(DataError, match=complaint) as caught:
+        load_text(TextSettings(file=name))
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.usefixtures("small_enwik8")
@@ -257,7 +317,7 @@ def test_damaged_zip_is_refused(tmp_path):
     damaged[SMALL // 2] ^= 0xFF
     (tmp_path / "enwik8.zip").write_bytes(damaged)
     with pytest.raises(
-        DataError, match=r"cannot read enwik8 from .*enwik8.zip: .*; the zip is damaged or of another sort: download it again"
+        DataError, match=r"enwik8 in .*enwik8.zip cannot be read: .*; the zip is damaged or of another sort: download it again"
     ):
         load_text(settings)
 
