@@ -76,7 +76,7 @@ $(BIN)/pip:
 	@echo "installing sma and what its recipes need: some minutes the first time"
 	@$(PIP) install -qq -c constraints.txt -e '.[recipes]'
 	@touch $@
-	@echo "ready: see make help, or use $(BIN)/python"
+	@echo "ready: activate it with  . $(BIN)/activate  or see make help"
 
 .venv/.tune: .venv/.setup
 	@echo "installing Ray and Optuna"

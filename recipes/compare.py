@@ -6,6 +6,9 @@ python -m sma.recipes.compare --task digits,listops,pathfinder --out runs/compar
 python -m sma.recipes.compare --resume runs/compare
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import json
 import statistics
 import sys

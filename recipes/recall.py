@@ -9,6 +9,9 @@ paper's router, by itself), `always`, `never`, and `random` at the rates that se
 rates, without training.
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import json
 import sys
 from collections import defaultdict

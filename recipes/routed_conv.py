@@ -5,6 +5,9 @@ python recipes/routed_conv.py --task digits --router "{kind: sma, temperature_sc
 python recipes/routed_conv.py --resume OUT
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import sys
 
 from pydantic_settings import SettingsConfigDict

@@ -5,6 +5,9 @@ python recipes/routed_mlp.py --task digits --router "{kind: sma, temperature_sca
 python recipes/routed_mlp.py --resume OUT
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import sys
 
 from pydantic_settings import SettingsConfigDict

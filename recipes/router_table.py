@@ -5,6 +5,9 @@ python recipes/router_table.py --only sma,always --modules gau,conv
 python recipes/router_table.py --resume runs/routers
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import json
 import sys
 import time

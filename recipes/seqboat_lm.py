@@ -5,6 +5,9 @@ python recipes/seqboat_lm.py --evaluate RUN
 python recipes/seqboat_lm.py generate --run RUN --prompt "The class" --tokens 2000
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import codecs
 import sys
 from pathlib import Path

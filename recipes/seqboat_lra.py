@@ -5,6 +5,9 @@ python recipes/seqboat_lra.py --resume RUN
 python recipes/seqboat_lra.py --evaluate RUN
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import sys
 from typing import Any, Literal
 

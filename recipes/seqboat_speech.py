@@ -5,6 +5,9 @@ python recipes/seqboat_speech.py --resume RUN
 python recipes/seqboat_speech.py --evaluate RUN
 """
 
+if not __package__:  # a script: its Python may not have the package
+    __import__("environment")
+
 import sys
 from typing import Literal
 
