@@ -1,12 +1,15 @@
 """The newest tokens of every stream: the state of sub-modules that look back."""
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from sma.errors import InputError
+from sma.memory import FEWER, check_memory, zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged
 from sma.submodule import State
@@ -126,8 +129,11 @@ def empty_cache(
     batch_size: int, size: int | None, shapes: tuple[tuple[int, ...], ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> Cache:
     """Make the cache of streams that have seen nothing; size None grows."""
+    seen = zeros((batch_size,), "a cache", device=device, dtype=torch.int64)
+    needed = sum(batch_size * (size or 0) * prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    check_memory(needed, "a cache", device=device, error=InputError, hint=FEWER)
     entries = (torch.zeros(batch_size, size or 0, *shape, device=device, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-    return Cache(tuple(entries), torch.zeros(batch_size, dtype=torch.int64, device=device), grows=size is None)
+    return Cache(tuple(entries), seen, grows=size is None)
 
 
 def _put(entry: Tensor, values: Tensor, place: Tensor) -> Tensor:

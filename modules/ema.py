@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.initial import truncated_normal_
+from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import fast_length, long_convolution
 from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state
@@ -119,7 +120,7 @@ class EMA(SubModule):
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        hidden = torch.zeros(batch_size, self.width, self.spec.state_size, device=device, dtype=wide)
+        hidden = zeros((batch_size, self.width, self.spec.state_size), "the state of EMA", device=device, dtype=wide)
         taps = self.spec.truncation
         return EMAState(hidden, None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,)))
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.initial import reset_linear_, truncated_normal_
+from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.whole import attend_all, pairs
 from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shape
@@ -222,7 +223,7 @@ class ChunkedGAU(SubModule):
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
         inner = self.unit.init_state(batch_size, device=device, dtype=dtype)
-        return ChunkedState(inner, torch.zeros(batch_size, dtype=torch.int64, device=device))
+        return ChunkedState(inner, zeros((batch_size,), "the state of ChunkedGAU", dtype=torch.int64, device=device))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Run every chunk by itself; see `SubModule.forward`."""

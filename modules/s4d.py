@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.initial import reset_linear_
+from sma.memory import zeros
 from sma.modules.complex_recurrence import ComplexRecurrence, kernels, minus_one
 from sma.modules.long_convolution import fast_length, long_convolution
 from sma.modules.scan import CHUNK, Scanned, causal_scan, causal_scan_with_state
@@ -154,7 +155,7 @@ class S4D(SubModule):
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        return S4DState(torch.zeros(batch_size, self.width, 2, self.spec.pairs, device=device, dtype=wide))
+        return S4DState(zeros((batch_size, self.width, 2, self.spec.pairs), "the state of S4D", device=device, dtype=wide))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Run along every row; see `SubModule.forward`."""

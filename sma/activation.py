@@ -13,6 +13,7 @@ from sma.checks import check_batch, check_control, check_decision, check_dtype, 
 from sma.checks import check_valid as check_valid
 from sma.decision import Decision
 from sma.errors import InputError, StateError
+from sma.memory import zeros
 from sma.norms import Norm
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
@@ -133,8 +134,8 @@ class SparseModularActivation(nn.Module):
         """
         self.refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
+        seen = zeros((batch_size,), "the state of a routed layer", dtype=torch.int64, device=device)
         parts = {name: part.init_state(batch_size, device=device, dtype=dtype) for name, part in self._parts.items()}
-        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return RoutedState(self.router.init_state(batch_size, device=device, dtype=dtype), parts, seen)
 
     def refuse_unless_causal(self) -> None:

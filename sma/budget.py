@@ -273,6 +273,8 @@ def calibrate(
         InputError: the data has no valid token, is of another form or can be gone through only once, or a router cannot be steered to
             the rate.
     """
+    if passes < 0:
+        raise InputError(f"passes={passes} must be at least 0: how often calibrate goes through the data to move the offsets")
     if iter(data) is data:
         raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
     if isinstance(model, DistributedDataParallel):

@@ -1,16 +1,21 @@
 """Text generation at constant cost per token."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.errors import InputError
+from sma.encoders import TokenEmbedding
+from sma.errors import InputError, quote
+from sma.memory import check_memory
 from sma.model import LanguageModel, ModelState
 
 # Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt is.
 CHUNK = 4096
+
+_FEWER = "draw fewer samples at once, or give fewer prompts"
 
 
 def generate(
@@ -48,6 +53,9 @@ def generate(
         InputError: a setting out of its range, or a row without a valid token.
     """
     _check(prompt, valid, tokens, temperature, top_k, top_p, samples)
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed={quote(seed)} must have at most 64 bits")
+    _check_rows(model, prompt, samples)
     # A generator function would raise only when the first token is asked for.
     return _generate(model, prompt, valid, tokens, samples, torch.Generator(prompt.device).manual_seed(seed), temperature, top_k, top_p)
 
@@ -65,6 +73,8 @@ def _generate(
     top_p: float | None,
 ) -> Iterator[Tensor]:
     logits, state = read(model, prompt, valid)
+    # Where attention has no window, the state has grown with the prompt.
+    check_memory(state.num_bytes * samples, f"the state for samples={samples}", device=prompt.device, error=InputError, hint=_FEWER)
     rows = torch.arange(prompt.shape[0], device=prompt.device).repeat_interleave(samples)
     logits, state = logits.index_select(0, rows), state.select(rows)
     for place in range(tokens):
@@ -124,6 +134,15 @@ def draw(
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
 
 
+def _check_rows(model: LanguageModel, prompt: Tensor, samples: int) -> None:
+    """Check that the streams of all samples, and the scores of a token of each, fit into memory."""
+    rows = prompt.shape[0] * samples
+    vocabulary = cast(TokenEmbedding, model.encoder).weight.shape[0]
+    needed = model.init_state(rows, device="meta").num_bytes + rows * vocabulary * torch.float64.itemsize
+    what = f"the generation of {len(prompt)} x {samples} samples"
+    check_memory(needed, what, device=prompt.device, error=InputError, hint=_FEWER)
+
+
 def _check(
     prompt: Tensor, valid: Tensor | None, tokens: int, temperature: float, top_k: int | None, top_p: float | None, samples: int
 ) -> None:
@@ -133,7 +152,7 @@ def _check(
         row = int((~valid.any(1)).nonzero()[0])
         raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
     if tokens < 0 or samples < 1:
-        raise InputError(f"tokens={tokens} must be at least 0 and samples={samples} at least 1")
+        raise InputError(f"tokens={quote(tokens)} must be at least 0 and samples={quote(samples)} at least 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature={temperature} must be a finite number of at least 0")
     if top_k is not None and top_k < 1:

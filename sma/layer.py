@@ -16,6 +16,7 @@ from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_parts, counted
 from sma.decision import Decision
 from sma.initial import truncated_normal_
+from sma.memory import zeros
 from sma.norms import NormSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, move, rectangular, right_padding
@@ -166,7 +167,7 @@ class RoutedLayer(nn.Module):
         """
         self.refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
-        seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        seen = zeros((batch_size,), "the state of a layer", dtype=torch.int64, device=device)
         backbone = None if self.backbone is None else self.backbone.init_state(batch_size, device=device, dtype=dtype)
         routed = None if self.routed is None else self.routed.init_state(batch_size, device=device, dtype=dtype)
         return LayerState(seen, backbone, None if routed is None else replace(routed, seen=None))

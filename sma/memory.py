@@ -1,21 +1,27 @@
 """Memory: what there is, and a refusal of what cannot fit before anything is allocated."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
+from functools import wraps
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sma.errors import SmaError, SpecError
+from sma.errors import InputError, SmaError, SpecError
 
 ALWAYS_FITS = 1 << 26
 """Bytes that are allocated without asking whether they are free, so that small models and states pay nothing for the check."""
 
 ADDRESSABLE = (1 << 63) - 1
 """Bytes that a tensor can have at most, wherever it lies."""
+
+
+FEWER = "take fewer streams or a shorter window"
+"""What to do about a state that does not fit."""
 
 
 def free_memory(device: torch.device | str | None = None) -> int | None:
@@ -82,11 +88,36 @@ def zeros(shape: Sequence[int], what: str, *, device: torch.device | str | None 
     """Make a tensor of zeros for a state, where it fits.
 
     Raises:
-        SpecError: it does not; `what` names it in the sentence.
+        InputError: it does not, or a size is negative; `what` names it in the sentence.
     """
+    if min(shape, default=0) < 0:
+        raise InputError(f"{what} has the sizes {tuple(shape)}; none may be negative")
     size = (dtype or torch.get_default_dtype()).itemsize
-    check_memory(prod(shape) * size, what, device=device)
+    check_memory(max(prod(shape) * size, *shape), what, device=device, error=InputError, hint=FEWER)
     return torch.zeros(*shape, device=device, dtype=dtype)
+
+
+def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for the method `build` of a spec: refuse parameters that cannot fit before any of them is made.
+
+    They are what the spec predicts: `num_parameters` of the same arguments, of a list its length. A spec that predicts nothing, or
+    fails to, is built unchecked.
+
+    Raises:
+        SpecError: the parameters do not fit into what is free where torch makes tensors now.
+    """
+
+    @wraps(build)
+    def checked(self: Any, *args: Any, **options: Any) -> Any:
+        sizes = [len(value) if isinstance(value, Sized) else value for value in (*args, *options.values())]
+        try:
+            needed = int(self.num_parameters(*sizes)) * torch.get_default_dtype().itemsize
+        except Exception:  # no method, or no arithmetic for these arguments: `build` says what is wrong with them
+            needed = 0
+        check_memory(needed, type(self).__name__, hint="reduce its sizes, such as the width or the vocabulary, or build it on 'meta'")
+        return build(self, *args, **options)
+
+    return checked
 
 
 def _main_memory(root: Path) -> Iterator[int]:

@@ -14,9 +14,10 @@ from sma.capacity import Capacity, check_capacity
 from sma.checks import check_dtype, check_valid
 from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
-from sma.errors import SpecError, StateError
+from sma.errors import InputError, SpecError, StateError
 from sma.heads import HeadSpec
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
+from sma.memory import FEWER, check_memory, zeros
 from sma.norms import NormSpec
 from sma.positions import Sinusoid
 from sma.pytree import register_output
@@ -243,12 +244,14 @@ class SequenceModel(nn.Module):
         """
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
+        if device.type != "meta":
+            # All of it before a part of it takes the memory: made on `meta`, it has sizes and nothing else.
+            needed = self.init_state(batch_size, device="meta", dtype=dtype).num_bytes
+            check_memory(needed, f"the state for batch_size={batch_size}", device=device, error=InputError, hint=FEWER)
+        seen = zeros((batch_size,), "the state of a model", dtype=torch.int64, device=device)
+        total = zeros((batch_size, self.spec.width), "the state of a model", dtype=torch.float64, device=device)
         layers = (layer.init_state(batch_size, device=device, dtype=dtype) for layer in self.routed_layers)
-        return ModelState(
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-            torch.zeros(batch_size, self.spec.width, dtype=torch.float64, device=device),
-            tuple(replace(state, seen=None) for state in layers),
-        )
+        return ModelState(seen, total, tuple(replace(state, seen=None) for state in layers))
 
     def _refuse_unless_causal(self) -> None:
         self._each_layer(lambda layer, place: layer.refuse_unless_causal())

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from sma.errors import SpecError, did_you_mean
+from sma.memory import within_memory
 from sma.parts import remembering
 from sma.paths import override
 
@@ -71,6 +72,12 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     family: ClassVar[str]
     default_kind: ClassVar[str | None] = None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        if "build" in cls.__dict__:
+            cls.build = within_memory(cls.build)  # type: ignore[attr-defined]
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

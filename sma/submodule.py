@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from sma.errors import StateError
+from sma.memory import zeros
 from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged
 from sma.spec import Spec
@@ -220,7 +221,7 @@ def check_sizes(part: nn.Module, found: tuple[object, ...], wanted: tuple[object
 
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
     """Make the state of a part that needs none."""
-    return NoState(torch.zeros(batch_size, 0, dtype=torch.bool, device=device))
+    return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 
 
 def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:

@@ -130,6 +130,6 @@ def test_bytes_are_written_exactly(count, text):
 
 def test_zeros_of_a_state_are_refused_before_they_are_made():
     assert zeros((2, 3), "the state", dtype=torch.int64).tolist() == [[0, 0, 0], [0, 0, 0]]
-    with pytest.raises(SpecError, match=r"^the state needs 8,000,000,000,000,000 bytes \(7,450,580\.6 GiB\), and .* are free"):
+    with pytest.raises(InputError, match=r"^the state needs 8,000,000,000,000,000 bytes \(7,450,580\.6 GiB\), and .* are free"):
         zeros((10**6, 10**9), "the state", dtype=torch.float64)
     assert zeros((10**6, 10**9), "the state", dtype=torch.float64, device="meta").shape == (10**6, 10**9)
