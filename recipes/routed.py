@@ -13,7 +13,8 @@ from sma.recipes.command import RunOptions, experiment
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.names import plain
 from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RouterSpec
-from sma.spec import dump_yaml, load_spec, read_yaml
+from sma.spec import dump_yaml, load_spec
+from sma.yaml_text import read_yaml
 
 ARMS = ("routed", "expert_choice", "always", "never", "random")
 _CHOSEN = "arms.json"

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
-import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -41,7 +40,7 @@ from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIO
 from sma.recipes.figures import attempt
 from sma.recipes.learner import Learner
 from sma.recipes.team import ALONE, Team
-from sma.spec import dump_spec
+from sma.spec import dump_yaml
 
 
 class Spent(NamedTuple):
@@ -182,7 +181,7 @@ def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done
     for folder in (out, *(out / path for path in ("checkpoints", "model"))):
         remove_drafts(folder)
     parts = _parts(out / VERSIONS) if done else []
-    write_text(out / EXPERIMENT, yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120))
+    write_text(out / EXPERIMENT, dump_yaml(spec))
     write_text(out / DATA, json.dumps(dict(hashes), indent=1))
     write_text(out / VERSIONS, json.dumps([*parts, {"update": done, **versions()}], indent=1))
 

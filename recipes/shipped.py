@@ -1,11 +1,13 @@
 """The YAML files that come with the recipes: model specs in `specs`, experiments in `presets`."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sma.errors import SpecError, did_you_mean
-from sma.spec import read_spec_file, read_yaml
+from sma.errors import SpecError, did_you_mean, quote
+from sma.spec import read_spec_file
+from sma.yaml_text import read_fields
 
 
 def shipped(folder: str) -> list[str]:
@@ -21,8 +23,10 @@ def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:
     """
     names, path = shipped(folder), Path(source)
     if str(source) in names:
-        return dict(read_yaml(files("sma.recipes").joinpath(folder, f"{source}.yaml").read_text(encoding="utf-8"), str(source)))
-    if not path.is_file():
+        return read_fields(files("sma.recipes").joinpath(folder, f"{source}.yaml").read_bytes(), str(source))
+    if os.path.isdir(path) or not os.path.exists(path):
         what = folder.removesuffix("s")
-        raise SpecError(f"there is no file and no shipped {what} {str(source)!r}{did_you_mean(str(source), names, f'shipped {folder}')}")
+        raise SpecError(
+            f"there is no file and no shipped {what} {quote(str(source))}{did_you_mean(str(source), names, f'shipped {folder}')}"
+        )
     return read_spec_file(path)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from sma.describe import align
-from sma.errors import SpecError, did_you_mean
+from sma.errors import SpecError, did_you_mean, quote
 from sma.layer import LayerSpec
 from sma.model import RepeatSpec
 from sma.spec import Spec, families, find_kind, kinds
@@ -58,7 +58,7 @@ def find_kinds(kind: str, family: str | None = None) -> list[type[Spec]]:
         found = [PARTS[kind]]
     if not found:
         names = sorted({*PARTS, *(name for of_family in known.values() for name in of_family)})
-        raise SpecError(f"unknown kind {kind!r}{did_you_mean(kind, names, 'known kinds')}")
+        raise SpecError(f"unknown kind {quote(kind)}{did_you_mean(kind, names, 'known kinds')}")
     return found
 
 

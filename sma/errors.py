@@ -8,6 +8,8 @@ from typing import Any
 
 QUOTED = 120
 """Characters of what was given that an error quotes at most."""
+LISTED, LONGEST = 50, 60
+"""Known words that an error lists at most, and characters of each."""
 
 
 class SmaError(Exception):
@@ -46,11 +48,16 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
         `; did you mean 'x'? fields: x, y`, without the question when no known word is near.
     """
     words = list(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    # The time that the search for a near word takes grows with the lengths of both.
+    near = (
+        difflib.get_close_matches(word, [other for other in words if len(other) <= QUOTED], n=1, cutoff=0.6) if len(word) <= QUOTED else []
+    )
     question = f"; did you mean {near[0]!r}?" if near else ""
     if not listed:
         return question
-    return f"{question}{' ' if near else '; '}{listed}: {', '.join(words) or 'none'}"
+    names = [other if len(other) <= LONGEST else f"{other[:LONGEST]}…" for other in words[:LISTED]]
+    more = f", … ({len(words):,} in all)" if len(words) > LISTED else ""
+    return f"{question}{' ' if near else '; '}{listed}: {', '.join(names) or 'none'}{more}"
 
 
 class _Quotes(reprlib.Repr):

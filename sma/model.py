@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -14,7 +15,7 @@ from sma.capacity import Capacity, check_capacity
 from sma.checks import check_dtype, check_valid
 from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
-from sma.errors import InputError, SpecError, StateError
+from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
@@ -22,7 +23,7 @@ from sma.norms import NormSpec
 from sma.positions import Sinusoid
 from sma.pytree import register_output
 from sma.ragged import move
-from sma.spec import Spec, register
+from sma.spec import Spec, load_spec, register
 from sma.submodule import Operations, State, check_state, placement
 from sma.summary import settings
 
@@ -364,9 +365,21 @@ class LanguageModel(SequenceModel):
         return cast(TokenEmbedding, self.encoder).scores(hidden)
 
 
-def build(spec: ModelSpec | Mapping[str, Any], seed: int | None = None) -> SequenceModel:
-    """Build a model; with a seed, always with the same weights and without touching the global random state."""
-    spec = ModelSpec.model_validate(spec) if isinstance(spec, Mapping) else spec
+def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = None) -> SequenceModel:
+    """Build a model; with a seed, always with the same weights and without touching the global random state.
+
+    Args:
+        spec: a spec, a mapping of its fields, or the path of a YAML or JSON file.
+        seed: of the weights; None: the global random state.
+
+    Raises:
+        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64 bits.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+        raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
+    if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
+        raise SpecError(f"a model is built from a model spec, and {type(spec).__name__} is none; its own build(width) makes that part")
+    spec = load_spec(spec)
     if seed is None:
         return spec.build()
     with torch.random.fork_rng(devices=[]):

@@ -12,31 +12,37 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from sma.errors import SpecError, did_you_mean
+from sma.errors import SpecError, did_you_mean, quote
 
 if TYPE_CHECKING:
     from sma.spec import Spec
 
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[([0-9]+)\]")
+_INDEX = re.compile(r"[0-9]{1,9}")
+
+STEPS = 32
+"""Steps of a path at most; no spec is as deep."""
 
 
 def parse_path(path: str) -> tuple[str | int, ...]:
     """Split `layers[2].router.kind` into `("layers", 2, "router", "kind")`; `layers.2.router.kind` is the same.
 
     Raises:
-        SpecError: the path is empty or has an empty step.
+        SpecError: the path is empty, has an empty step or too many of them.
     """
     steps: list[str | int] = []
     end = 0
-    while end < len(path):
+    while end < len(path) and len(steps) < STEPS:
         match = _STEP.match(path, end)
         if match is None:
             break
         name, index = match.groups()
-        steps.append(int(index if name is None else name) if (index or name).isdigit() else name)
+        step = index if name is None else name
+        # An index of more digits stays a word, which is no index of any list.
+        steps.append(int(step) if _INDEX.fullmatch(step) else step)
         end = match.end()
     if not steps or end != len(path):
-        raise SpecError(f"{path!r} is not a field path; write names joined by dots, such as layers.layer.router.temperature_scale")
+        raise SpecError(f"{quote(path)} is not a field path; write names joined by dots, such as layers.layer.router.temperature_scale")
     return tuple(steps)
 
 
@@ -69,7 +75,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
     step, rest = steps[0], steps[1:]
     if isinstance(node, list):
         if not isinstance(step, int) or step >= len(node):
-            raise SpecError(f"{path!r}: {step!r} is not a place in a list of {len(node)}; count from 0")
+            raise SpecError(f"{quote(path)}: {quote(step)} is not a place in a list of {len(node)}; count from 0")
         key: Any = step
         inner = _item_type(annotation)
     elif isinstance(node, dict):
@@ -88,7 +94,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
                 known = node if spec_class is None else [name for name, child in node.items() if isinstance(child, dict | list)]
                 raise _nowhere(path, key, list(known))
     else:
-        raise SpecError(f"{path!r} leads into {node!r}, which has no fields")
+        raise SpecError(f"{quote(path)} leads into {quote(node)}, which has no fields")
     if not rest:
         node[key] = _plain(value)
         if key == "kind" and isinstance(node, dict):
@@ -106,7 +112,7 @@ def _drop_foreign_fields(annotation: Any, node: dict[str, Any]) -> None:
 
 
 def _nowhere(path: str, key: str, known: list[str]) -> SpecError:
-    return SpecError(f"unknown field path {path!r}: there is no {key!r} here{did_you_mean(key, known, 'fields')}")
+    return SpecError(f"unknown field path {quote(path)}: there is no {quote(key)} here{did_you_mean(key, known, 'fields')}")
 
 
 def _spec_class(annotation: Any, node: dict[str, Any]) -> type[Spec] | None:

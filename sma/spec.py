@@ -6,21 +6,31 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Never, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Never, Self, TypeVar, cast, overload
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from sma.errors import SpecError, did_you_mean
+from sma.errors import SpecError, did_you_mean, quote
+from sma.files import read_file
 from sma.memory import within_memory
+from sma.mistakes import SENTENCES, custom, explained, spec_error
 from sma.parts import remembering
 from sma.paths import override
+from sma.strict import strict
+from sma.yaml_text import LIMIT, read_fields, read_yaml, write_yaml
 
 __all__ = ["FrozenDict", "Spec", "dump_spec", "find_kind", "json_schema", "kinds", "load_spec", "read_spec_file", "register"]
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
+
+    from sma.encoders import EncoderSpec
+    from sma.heads import HeadSpec
+    from sma.model import ModelSpec
+    from sma.norms import NormSpec
+    from sma.routers import RouterSpec
+    from sma.submodule import SubModuleSpec
 else:
     ModelMetaclass = type(BaseModel)
 
@@ -54,12 +64,12 @@ class _SpecMeta(ModelMetaclass):
     def __call__(cls, *args: Any, **fields: Any) -> Any:
         try:
             return super().__call__(*args, **fields)
-        except ValidationError as error:
-            raise _spec_error(error) from None
+        except (ValidationError, RecursionError) as error:
+            raise spec_error(error) from None
 
 
 class Spec(BaseModel, metaclass=_SpecMeta):
-    """Base of every spec: frozen, without unknown keys, without infinities or NaN.
+    """Base of every spec: frozen, without unknown keys, without infinities or NaN. No text and no true or false stands for a number.
 
     A class that names a `family` is the root of a family of kinds (sub-modules, routers, norms …). A field annotated with
     the root accepts every registered kind of the family: an instance, or a mapping whose `kind` says which class it is.
@@ -83,7 +93,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         if "family" not in cls.__dict__:
             # Outermost, so that the cross-field checks of a class are explained too.
-            return core_schema.no_info_wrap_validator_function(cls._explain, handler(source))
+            return core_schema.no_info_wrap_validator_function(cls._explain, strict(handler(source)))
         return core_schema.no_info_plain_validator_function(
             cls._resolve,
             serialization=core_schema.plain_serializer_function_ser_schema(_serialise, info_arg=True),
@@ -95,7 +105,8 @@ class Spec(BaseModel, metaclass=_SpecMeta):
         """The class that a mapping describes: this one, or the kind it names; None for a kind nobody registered."""
         if "family" not in cls.__dict__:
             return cls
-        return kinds(cls.family).get(data.get("kind", cls.default_kind))
+        kind = data.get("kind", cls.default_kind)
+        return kinds(cls.family).get(kind) if isinstance(kind, str) else None
 
     @classmethod
     def _resolve(cls, data: Any) -> "Spec":
@@ -103,13 +114,13 @@ class Spec(BaseModel, metaclass=_SpecMeta):
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):
-            raise _custom(f"a {cls.family} must be a mapping with a 'kind'", f", not {data!r}; write for example {{kind: …}}")
+            raise custom(f"a {cls.family} must be a mapping with a 'kind'", f", not {quote(data)}; write for example {{kind: …}}")
         kind = data.get("kind", cls.default_kind)
         if kind is None:
-            raise _custom(f"a {cls.family} needs a 'kind'", f"; known kinds: {', '.join(kinds(cls.family))}")
-        found = cls.concrete(data) if isinstance(kind, str) else None
+            raise custom(f"a {cls.family} needs a 'kind'", f"; known kinds: {', '.join(kinds(cls.family))}")
+        found = cls.concrete(data)
         if found is None:
-            raise _custom(f"unknown {cls.family} kind {kind!r}", _kinds_hint(cls.family, str(kind)))
+            raise custom(f"unknown {cls.family} kind {quote(kind)}", _kinds_hint(cls.family, str(kind)))
         return cast(Spec, found.__pydantic_validator__.validate_python({**data, "kind": kind}))
 
     @classmethod
@@ -117,23 +128,23 @@ class Spec(BaseModel, metaclass=_SpecMeta):
         """Say what is wrong with the fields of this class in sentences of its own; errors of nested specs pass through."""
         if isinstance(data, Mapping):
             fields = [name for name in cls.model_fields if name != "kind"]
-            unknown = [str(key) for key in data if key not in cls.model_fields]
+            unknown = [key for key in data if key not in cls.model_fields]
             if unknown:
-                names = ", ".join(repr(key) for key in unknown)
+                names = ", ".join(map(quote, unknown[:SENTENCES])) + (", …" if len(unknown) > SENTENCES else "")
                 word = "field" if len(unknown) == 1 else "fields"
-                raise _custom(cls.__name__, f": unknown {word} {names}{did_you_mean(unknown[0], fields, 'fields')}")
+                raise custom(cls.__name__, f": unknown {word} {names}{did_you_mean(str(unknown[0]), fields, 'fields')}")
         try:
             return handler(data)
         except ValidationError as error:
-            raise ValidationError.from_exception_data(cls.__name__, [_explained(cls, item) for item in error.errors()]) from None
+            raise ValidationError.from_exception_data(cls.__name__, [explained(cls, item) for item in error.errors()]) from None
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Validate a mapping or an instance; the same as pydantic's, with a `SpecError`."""
         try:
             return super().model_validate(obj, **options)
-        except ValidationError as error:
-            raise _spec_error(error) from None
+        except (ValidationError, RecursionError) as error:
+            raise spec_error(error) from None
 
     def replace(self, **changes: Any) -> Self:
         """Return a validated copy with some fields changed."""
@@ -142,54 +153,6 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
 def _serialise(value: Spec, info: core_schema.SerializationInfo) -> Any:
     return value.model_dump(mode=info.mode, exclude_none=info.exclude_none, exclude_defaults=info.exclude_defaults)
-
-
-def _custom(head: str, tail: str) -> PydanticCustomError:
-    # Two halves, because the path of the field stands between them and is known only at the top.
-    return PydanticCustomError("sma", "{head}{tail}", {"head": head, "tail": tail})
-
-
-_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-
-
-def _explained(cls: type[Spec], item: Any) -> InitErrorDetails:
-    """One pydantic error as one of ours: the class, the field, what was given, what is required, what the field means."""
-    loc, given = item["loc"], item["input"]
-    if item["type"] == "sma":
-        problem = _custom(item["ctx"]["head"], item["ctx"]["tail"])
-        return InitErrorDetails(type=problem, loc=loc, input=given)
-    name = str(loc[0]) if loc else ""
-    field = cls.model_fields.get(name)
-    meaning = f"; {name}: {field.description}" if field is not None and field.description else ""
-    context = item.get("ctx", {})
-    bound = next((f"must be {words} {context[key]}" for key, words in _BOUNDS.items() if key in context), None)
-    if item["type"] == "missing":
-        sentence = f"{name!r} is required{meaning}"
-    elif item["type"] == "value_error":
-        sentence = item["msg"].removeprefix("Value error, ")
-    elif bound and len(loc) == 1:
-        sentence = f"{name}={given!r} {bound}{meaning}"
-    elif item["type"] == "literal_error":
-        near = did_you_mean(str(given), [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")])
-        sentence = f"{name}={given!r} must be {context['expected']}{near}{meaning}"
-    else:
-        sentence = f"{f'{name}=' if name else ''}{given!r}: {item['msg'][0].lower()}{item['msg'][1:]}{meaning}"
-    # The sentence names the field; the path then says only in which part of the spec it stands.
-    return InitErrorDetails(type=_custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)
-
-
-def _spec_error(error: ValidationError) -> SpecError:
-    sentences = []
-    for item in error.errors():
-        where = field_path(item["loc"])
-        context = item.get("ctx", {"head": item["msg"], "tail": ""})
-        sentences.append(f"{context['head']}{f' in {where}' if where else ''}{context['tail']}")
-    return SpecError("\n".join(dict.fromkeys(sentences)))
-
-
-def field_path(parts: tuple[int | str, ...]) -> str:
-    """Write a location as a path: `("layers", 2, "modules")` is `layers[2].modules`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 Registered = TypeVar("Registered", bound=Spec)
@@ -253,7 +216,7 @@ def kinds(family: str) -> dict[str, type[Spec]]:
     """
     _load_plugins()
     if family not in _registry:
-        raise SpecError(f"unknown family {family!r}{did_you_mean(family, sorted(_registry), 'families')}")
+        raise SpecError(f"unknown family {quote(family)}{did_you_mean(family, sorted(_registry), 'families')}")
     return dict(sorted(_registry[family].items()))
 
 
@@ -271,7 +234,7 @@ def find_kind(family: str, kind: str) -> type[Spec]:
     """
     known = kinds(family)
     if kind not in known:
-        raise SpecError(f"unknown {family} kind {kind!r}{_kinds_hint(family, kind)}")
+        raise SpecError(f"unknown {family} kind {quote(kind)}{_kinds_hint(family, kind)}")
     return known[kind]
 
 
@@ -279,40 +242,17 @@ def _kinds_hint(family: str, kind: str) -> str:
     return did_you_mean(kind, kinds(family), "known kinds")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML with an error for a key that stands twice in one mapping: the last one would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice in one mapping (line {line})")
-            seen.add(key) if isinstance(key, str) else None
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Read YAML (JSON is a part of it); `where` names the source in the error."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def read_spec_file(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file into a mapping, without validating it."""
-    path = Path(path)
+    """Read a YAML or JSON file into a mapping, without validating it.
+
+    Raises:
+        SpecError: it cannot be read, or holds something else.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SpecError(f"cannot read the spec {str(path)!r}: {reason}; give the path of a YAML or JSON file") from None
-    data = read_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise SpecError(f"{path} must hold a mapping of fields, not {type(data).__name__}; its first line is usually 'kind: …'")
-    return data
+        content = read_file(path, 4 * LIMIT, SpecError)
+    except SpecError as error:
+        raise SpecError(f"{error}; give the path of a YAML or JSON file") from None
+    return read_fields(content, str(path))
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -323,15 +263,33 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     """
     path, equals, value = setting.partition("=")
     if not equals:
-        raise SpecError(f"--set {setting!r} has no '='; write --set path=value, such as --set width=32")
-    return path.strip(), read_yaml(value, f"the value of --set {path.strip()}")
+        raise SpecError(f"--set {quote(setting)} has no '='; write --set path=value, such as --set width=32")
+    return path.strip(), read_yaml(value, f"the value of --set {quote(path.strip())[1:-1]}")
 
 
-def load_spec(source: str | Path | Mapping[str, Any], family: str = "model", overrides: Mapping[str, Any] | None = None) -> Any:
+Source = str | Path | Mapping[str, Any]
+Settings = Mapping[str, Any] | None
+
+
+@overload
+def load_spec(source: "Source | ModelSpec", family: Literal["model"] = "model", overrides: Settings = None) -> "ModelSpec": ...
+@overload
+def load_spec(source: "Source | SubModuleSpec", family: Literal["sub-module"], overrides: Settings = None) -> "SubModuleSpec": ...
+@overload
+def load_spec(source: "Source | RouterSpec", family: Literal["router"], overrides: Settings = None) -> "RouterSpec": ...
+@overload
+def load_spec(source: "Source | NormSpec", family: Literal["norm"], overrides: Settings = None) -> "NormSpec": ...
+@overload
+def load_spec(source: "Source | EncoderSpec", family: Literal["encoder"], overrides: Settings = None) -> "EncoderSpec": ...
+@overload
+def load_spec(source: "Source | HeadSpec", family: Literal["head"], overrides: Settings = None) -> "HeadSpec": ...
+@overload
+def load_spec(source: Source | Spec, family: str, overrides: Settings = None) -> Any: ...
+def load_spec(source: Source | Spec, family: str = "model", overrides: Settings = None) -> Any:
     """Validate a spec of a family from a YAML or JSON file or from a mapping.
 
     Args:
-        source: path of a file, or the mapping itself.
+        source: path of a file, or the mapping itself; a spec is one too.
         family: what the spec describes: `model`, `sub-module`, `router`, …
         overrides: values to set first, by field path: `{"layers.layer.modules.attention.window": 64}`.
 
@@ -341,14 +299,14 @@ def load_spec(source: str | Path | Mapping[str, Any], family: str = "model", ove
     Raises:
         SpecError: the file cannot be read, or the spec is wrong; one sentence per wrong field.
     """
-    data = source if isinstance(source, Mapping) else read_spec_file(source)
     root = _root(family)
-    if overrides:
-        data = override(root, data, overrides)
+    if not isinstance(source, str | Path | Mapping | Spec):
+        raise SpecError(f"a spec is read from a path or a mapping, not from {quote(source)}")
+    data: Any = read_spec_file(source) if isinstance(source, str | Path) else source
     try:
-        return root._resolve(data)
-    except ValidationError as error:
-        raise _spec_error(error) from None
+        return root._resolve(override(root, data, overrides) if overrides else data)
+    except (ValidationError, RecursionError) as error:
+        raise spec_error(error) from None
     except PydanticCustomError as error:
         raise SpecError(error.message()) from None
 
@@ -365,7 +323,7 @@ def dump_spec(spec: Spec) -> dict[str, Any]:
 
 def dump_yaml(spec: Spec) -> str:
     """Return a spec as YAML, every default written out."""
-    return yaml.safe_dump(dump_spec(spec), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(dump_spec(spec))
 
 
 def json_schema(family: str = "model") -> dict[str, Any]:
@@ -381,7 +339,7 @@ def json_schema(family: str = "model") -> dict[str, Any]:
             definitions[f"{name}:{kind}"] = schema
         definitions[name] = {"oneOf": [{"$ref": f"#/$defs/{name}:{kind}"} for kind in kinds(name)]}
     if family not in definitions:
-        raise SpecError(f"unknown family {family!r}{did_you_mean(family, families(), 'families')}")
+        raise SpecError(f"unknown family {quote(family)}{did_you_mean(family, families(), 'families')}")
     document = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$ref": f"#/$defs/{family}", "$defs": definitions}
     return cast(dict[str, Any], json.loads(json.dumps(document), object_hook=_link_family))
 

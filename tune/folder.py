@@ -5,10 +5,11 @@ from typing import Any
 
 from sma.errors import CheckpointError
 from sma.recipes.run import commit, hardware
-from sma.spec import dump_yaml, read_yaml
+from sma.spec import dump_yaml
 from sma.tune.cluster import Slots
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
+from sma.yaml_text import read_fields
 
 SWEEP, DRIVERS = "sweep.yaml", "drivers.json"
 
@@ -40,7 +41,7 @@ def load_sweep(storage: Storage) -> SweepSpec:
     content = storage.read(SWEEP)
     if content is None:
         raise CheckpointError(f"there is no sweep in {storage.address('')!r}: {SWEEP} is missing; give the folder of an earlier --storage")
-    return SweepSpec.model_validate(read_yaml(content.decode(), storage.address(SWEEP)))
+    return SweepSpec.model_validate(read_fields(content, storage.address(SWEEP)))
 
 
 def add_driver(storage: Storage, slots: Slots) -> int:

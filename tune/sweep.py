@@ -13,8 +13,9 @@ from sma.paths import parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
 from sma.recipes.shipped import shipped
 from sma.recipes.tasks import ClassificationTask, LanguageTask
-from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file, read_yaml
+from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file
 from sma.tune.space import DistributionSpec, Fixed, check_space, largest, value_at, with_values
+from sma.yaml_text import read_fields
 
 Objective = Literal["quality", "rate", "time", "operations"]
 
@@ -147,7 +148,7 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
     """
     names, path = shipped_sweeps(), Path(source)
     if str(source) in names:
-        data = dict(read_yaml(files("sma.tune").joinpath("presets", f"{source}.yaml").read_text(encoding="utf-8"), str(source)))
+        data = read_fields(files("sma.tune").joinpath("presets", f"{source}.yaml").read_bytes(), str(source))
         if experiment is not None:
             data.pop("settings", None)
     elif path.is_file():

@@ -17,7 +17,7 @@ from sma.errors import CheckpointError, SpecError
 from sma.recipes.command import CommandOptions, cache_folder
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment
 from sma.recipes.names import shell_word
-from sma.spec import read_yaml
+from sma.yaml_text import read_fields
 
 if TYPE_CHECKING:
     from sma.tune.storage import Storage
@@ -108,5 +108,4 @@ def _resumed(options: TrainOptions, storage: "Storage") -> ExperimentSpec:
         raise CheckpointError(f"there is no run in {storage.address('')!r}: {EXPERIMENT} is missing; give the folder of an earlier --out")
     if storage.read(SUMMARY) is not None:
         raise CheckpointError(f"the run in {storage.address('')!r} is finished; its results stand in {storage.address(SUMMARY)}")
-    found = read_yaml(content.decode(), storage.address(EXPERIMENT))
-    return load_experiment(found)
+    return load_experiment(read_fields(content, storage.address(EXPERIMENT)))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import sma
 from sma.describe import describe
 from sma.errors import SpecError
-from sma.spec import kinds, load_spec, read_yaml
+from sma.spec import kinds, load_spec
+from sma.yaml_text import read_yaml
 
 SHIPPED = Path(sma.__file__).parent / "recipes" / "specs"
 

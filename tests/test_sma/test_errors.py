@@ -1,5 +1,6 @@
 """The errors: one base, and hints that name near matches."""
 
+import time
 from typing import Any
 
 import pytest
@@ -43,6 +44,25 @@ def test_hint_names_the_nearest_known_word(word, known, listed, hint):
 
 def test_a_word_that_is_no_text_is_hinted_too():
     assert did_you_mean(str(3), ["conv"], "kinds") == "; kinds: conv"
+
+
+@pytest.mark.parametrize(
+    ("word", "known"),
+    [
+        pytest.param("a" * 1_000_000, ["conv", "gau"], id="a word of a megabyte"),
+        pytest.param("gua", ["a" * 1_000_000, "b" * 1_000_000], id="known words of a megabyte"),
+        pytest.param("a" * 100, [f"{number}" + "ab" * 50 for number in range(1000)], id="a thousand known words"),
+    ],
+)
+def test_hint_takes_bounded_time_and_space(word, known):
+    began = time.process_time()
+    assert len(did_you_mean(word, known, "kinds")) < 4000
+    assert time.process_time() - began < 2
+
+
+def test_long_list_of_known_words_is_cut():
+    hint = did_you_mean("x", [f"{number:04d}" for number in range(1234)], "fields")
+    assert hint.endswith("0048, 0049, … (1,234 in all)")
 
 
 def _shared(depth: int, container: type) -> Any:

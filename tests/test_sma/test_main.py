@@ -137,7 +137,7 @@ MISTAKES = [
     pytest.param(["describe", "."], "the folder '.' holds no spec.yaml; give a spec file, a shipped spec or a folder that ", id="folder"),
     pytest.param(["describe", "list.yaml"], "list.yaml must hold a mapping of fields, not list", id="no-mapping"),
     pytest.param(["describe", "broken.yaml"], "broken.yaml is not valid YAML: ", id="no-yaml"),
-    pytest.param(["describe", "binary.yaml"], "cannot read the spec 'binary.yaml': it is not UTF-8 text", id="no-text"),
+    pytest.param(["describe", "binary.yaml"], "binary.yaml is not UTF-8 text; save it as UTF-8", id="no-text"),
     pytest.param(
         ["validate", "typo.yaml"], "SequenceEncoderSpec: unknown field 'widht'; did you mean 'width'? fields: width, ", id="field"
     ),

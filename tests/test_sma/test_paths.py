@@ -50,6 +50,31 @@ def test_broken_path_is_refused(path):
         parse_path(path)
 
 
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        pytest.param("layers[99999999999]", r"'layers\[99999999999\]': '99999999999' is not a place in a list of 2", id="far"),
+        pytest.param(f"layers[{'9' * 5000}]", "'layers.*99.* is not a place in a list of 2", id="5,000 digits"),
+        pytest.param("layers.\N{SUPERSCRIPT TWO}", "'\N{SUPERSCRIPT TWO}' is not a place in a list of 2", id="a digit that is no number"),
+        pytest.param("layers.\N{ARABIC-INDIC DIGIT ONE}", "'\N{ARABIC-INDIC DIGIT ONE}' is not a place", id="a digit of another script"),
+        pytest.param("x" * 100_000, "unknown field path 'xxx.*xxx': there is no 'xxx.*xxx' here", id="long"),
+        pytest.param("a." * 5000 + "a", "is not a field path; write names joined by dots", id="many steps"),
+        pytest.param("head.kind[0].x", r"'head\.kind\[0\]\.x' leads into 'mean_pool_linear', which has no fields", id="into a word"),
+    ],
+)
+def test_path_of_any_size_is_answered_in_a_short_sentence(path, complaint):
+    with pytest.raises(SpecError, match=complaint) as caught:
+        load_spec(LISTED, overrides={path: 1})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", [["gau"], {"a": 1}, 3, None, True])
+def test_kind_that_is_no_word_is_named(kind):
+    data = {**LISTED, "layers": [{"modules": {"a": {"kind": kind}}}]}
+    with pytest.raises(SpecError, match=r"sub-module kind|needs a 'kind'"):
+        load_spec(data, overrides={"layers[0].modules.a.window": 3})
+
+
 def _get(data: Any, path: str) -> Any:
     for step in parse_path(path):
         data = data[step]

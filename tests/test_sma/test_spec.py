@@ -15,11 +15,13 @@ from pydantic import ValidationError
 import sma.spec
 from sma import LayerSpec, build, load_spec
 from sma.errors import SpecError
+from sma.mistakes import field_path
 from sma.modules.conv import ConvSpec
 from sma.modules.gau import GAUSpec
 from sma.norms import LayerNormSpec
 from sma.routers import SMARouterSpec
-from sma.spec import FrozenDict, dump_spec, dump_yaml, families, field_path, find_kind, kinds, read_spec_file, read_yaml
+from sma.spec import FrozenDict, dump_spec, dump_yaml, families, find_kind, kinds, read_spec_file
+from sma.yaml_text import read_yaml
 from tests.specs import KINDS, every_kind, of_class
 
 MODEL: dict[str, Any] = {
@@ -193,7 +195,7 @@ class TestErrors:
             pytest.param(_model(width=0), f"SequenceClassifierSpec: width=0 must be at least 1{ENDS}", id="top level"),
             pytest.param(
                 _model(width="wide"),
-                f"SequenceClassifierSpec: width='wide': input should be a valid integer, unable to parse string as an integer{ENDS}",
+                f"SequenceClassifierSpec: width='wide': input should be a valid integer, and no text and no true or false{ENDS}",
                 id="a word for a number",
             ),
             pytest.param(
@@ -223,7 +225,7 @@ class TestErrors:
         with pytest.raises(SpecError, match=exactly):
             find_kind("model", "sequence_classifier")(**{name: value for name, value in data.items() if name != "kind"})
 
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "nan", "inf"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize(
         ("family", "kind", "name"),
         [
@@ -234,7 +236,7 @@ class TestErrors:
         ],
     )
     def test_numbers_must_be_finite(self, family, kind, name, value):
-        with pytest.raises(SpecError, match=rf"Spec: {name}='?-?(nan|inf)'?: input should be a finite number"):
+        with pytest.raises(SpecError, match=rf"Spec: {name}=-?(nan|inf): input should be a finite number"):
             load_spec({"kind": kind, name: value}, family)
 
     @pytest.mark.usefixtures("shipped_kinds")
@@ -299,14 +301,18 @@ class TestFiles:
                 id="twice further in",
             ),
             pytest.param(b"kind: [", r"spec\.yaml is not valid YAML: while parsing a flow (node|sequence)", id="syntax"),
-            pytest.param(b"!!python/object:os.system {}", r"spec\.yaml is not valid YAML: could not determine a constructor", id="objects"),
+            pytest.param(
+                b"!!python/object:os.system {}",
+                r"spec\.yaml is not valid YAML: the tag '!!python/object:os\.system' does not fit",
+                id="objects",
+            ),
             pytest.param(
                 b"- 1\n- 2\n", r"spec\.yaml must hold a mapping of fields, not list; its first line is usually 'kind: …'", id="a list"
             ),
             pytest.param(b"", r"spec\.yaml must hold a mapping of fields, not NoneType; its first line", id="empty"),
             pytest.param(
                 b"\xff\xfe\x00",
-                r"cannot read the spec '.*spec\.yaml': it is not UTF-8 text; give the path of a YAML or JSON file",
+                r"spec\.yaml is not UTF-8 text; save it as UTF-8",
                 id="bytes",
             ),
         ],
@@ -317,9 +323,7 @@ class TestFiles:
             load_spec(tmp_path / "spec.yaml")
 
     def test_missing_file_is_named(self, tmp_path):
-        with pytest.raises(
-            SpecError, match=r"cannot read the spec '.*none\.yaml': No such file or directory; give the path of a YAML or JS"
-        ):
+        with pytest.raises(SpecError, match=r"cannot read '.*none\.yaml': No such file or directory; give the path of a YAML or JS"):
             read_spec_file(tmp_path / "none.yaml")
-        with pytest.raises(SpecError, match=r"cannot read the spec '.*': Is a directory"):
+        with pytest.raises(SpecError, match=r"'.*' is a folder; a plain file is required; give the path of a YAML or JSON file"):
             read_spec_file(tmp_path)

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from sma.errors import SpecError
-from sma.spec import dump_yaml, read_yaml
+from sma.spec import dump_yaml
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
+from sma.yaml_text import read_yaml
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep, write_sweep
 

@@ -1,0 +1,78 @@
+"""Mistakes in specs as sentences: what pydantic found, in the words of all other errors."""
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from sma.errors import SpecError, did_you_mean, quote
+
+SENTENCES = 10
+"""Mistakes of a spec that one error lists."""
+
+
+def custom(head: str, tail: str) -> PydanticCustomError:
+    """An error of two halves."""
+    # Two halves, because the path of the field stands between them and is known only at the top.
+    return PydanticCustomError("sma", "{head}{tail}", {"head": head, "tail": tail})
+
+
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+_TYPE_HINTS = {
+    "int_type": ", and no text and no true or false",
+    "float_type": ", and no text and no true or false",
+    "bool_type": ", true or false",
+}
+
+
+def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
+    """One pydantic error as one of ours: the class, the field, what was given, what is required, what the field means."""
+    loc, given = item["loc"], item["input"]
+    if item["type"] == "sma":
+        problem = custom(item["ctx"]["head"], item["ctx"]["tail"])
+        return InitErrorDetails(type=problem, loc=loc, input=given)
+    name = str(loc[0]) if loc else ""
+    field = cls.model_fields.get(name)
+    meaning = f"; {name}: {field.description}" if field is not None and field.description else ""
+    context = item.get("ctx", {})
+    bound = next((f"must be {words} {context[key]}" for key, words in _BOUNDS.items() if key in context), None)
+    if item["type"] == "missing":
+        sentence = f"{name!r} is required{meaning}"
+    elif item["type"] == "value_error":
+        sentence = item["msg"].removeprefix("Value error, ")
+    elif bound and len(loc) == 1:
+        sentence = f"{name}={quote(given)} {bound}{meaning}"
+    elif item["type"] == "literal_error":
+        near = did_you_mean(
+            given if isinstance(given, str) else "", [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
+        )
+        sentence = f"{name}={quote(given)} must be {context['expected']}{near}{meaning}"
+    elif loc and loc[-1] == "[key]":
+        # Without the key, which need not be one that a path can be made of.
+        sentence, loc = f"the name {quote(given)} must be a text{meaning}", (*loc[:-2], "")
+    else:
+        hint = _TYPE_HINTS.get(item["type"], "") if isinstance(given, str | bool) else ""
+        sentence = f"{f'{name}=' if name else ''}{quote(given)}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}{meaning}"
+    # The sentence names the field; the path then says only in which part of the spec it stands.
+    return InitErrorDetails(type=custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)
+
+
+def spec_error(error: ValidationError | RecursionError) -> SpecError:
+    """All mistakes that a validation found as one error, one sentence each, with the path of the part; the first ones if there are many."""
+    if isinstance(error, RecursionError):
+        return SpecError("the spec holds itself, or parts inside each other too deep; write it flat")
+    sentences: list[str] = []
+    for item in error.errors():
+        where = field_path(item["loc"])
+        context = item.get("ctx", {"head": item["msg"], "tail": ""})
+        sentences.append(f"{context['head']}{f' in {where}' if where else ''}{context['tail']}")
+    different = list(dict.fromkeys(sentences))
+    more = [f"and {len(different) - SENTENCES:,} more mistakes"] if len(different) > SENTENCES else []
+    return SpecError("\n".join([*different[:SENTENCES], *more]))
+
+
+def field_path(parts: tuple[int | str, ...]) -> str:
+    """Write a location as a path: `("layers", 2, "modules")` is `layers[2].modules`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")

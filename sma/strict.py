@@ -1,0 +1,61 @@
+"""Strict numbers and switches: pydantic by itself takes `true` and `"1"` for the number 1, and `"yes"` and 1 for `true`."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+_LARGE = 2**63
+_PARTS = ("schema", "choices", "items_schema", "keys_schema", "values_schema")
+
+
+def strict(schema: Any) -> Any:
+    """A schema of pydantic whose numbers take nothing but numbers, of 64 bits, and whose switches nothing but true and false."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(strict, schema))
+    if not isinstance(schema, dict) or schema.get("function") in _CHECKED:
+        return schema
+    check = _CHECKS.get(schema["type"])
+    if check is not None:
+        return core_schema.no_info_before_validator_function(check, cast(CoreSchema, schema))
+    fields = {"fields": {name: strict(field) for name, field in schema["fields"].items()}} if schema["type"] == "model-fields" else {}
+    return {**schema, **{key: strict(schema[key]) for key in _PARTS if key in schema}, **fields}
+
+
+def _number(value: Any) -> Any:
+    return _without_words(value, "float_type")
+
+
+def _integer(value: Any) -> Any:
+    _without_words(value, "int_type")
+    if isinstance(value, float) and math.isfinite(value):
+        _check_size(value)
+    return value
+
+
+def _without_words(value: Any, problem: Literal["int_type", "float_type"]) -> Any:
+    if _is_switch(value) or isinstance(value, str | bytes | bytearray):
+        raise PydanticKnownError(problem)
+    if isinstance(value, int):
+        _check_size(value)
+    return value
+
+
+def _check_size(value: int | float) -> None:
+    if not -_LARGE <= value < _LARGE:
+        raise PydanticCustomError("too_large", "Input should be between -2^63 and 2^63")
+
+
+def _switch(value: Any) -> Any:
+    if not _is_switch(value):
+        raise PydanticKnownError("bool_type")
+    return value
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # those of numpy too
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {"float": _number, "int": _integer, "bool": _switch}
+_CHECKED = [{"type": "no-info", "function": check} for check in _CHECKS.values()]
