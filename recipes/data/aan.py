@@ -22,9 +22,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sma.errors import DataError
+from sma.errors import DataError, quote
 from sma.recipes.data.documents import ids_of
+from sma.recipes.data.lines import lines_of
 from sma.recipes.data.lra import release_folder
+from sma.recipes.data.mapped import map_file
 from sma.recipes.data.python_text import python_pairs
 from sma.spec import Spec
 
@@ -118,31 +120,23 @@ def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
     """
     path = Path(path)
     total, places, targets, start = hashlib.sha256(), array("q"), array("b"), 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                total.update(line)
-                here, start = start, start + len(line)
-                if not line.strip(b" \r\n"):
-                    continue
-                columns = line.rstrip(b"\r\n").split(b"\t")
-                if len(columns) != _COLUMNS:
-                    raise DataError(f"{path}, line {number}: columns separated by tabs: {len(columns)}; {_REQUIRED}")
-                label = _LABELS.get(columns[0].removeprefix(codecs.BOM_UTF8) if number == 1 else columns[0])
-                if label is None:
-                    raise DataError(f"{path}, line {number}: label {_shortened(columns[0])} is neither 0.0 nor 1.0")
-                targets.append(label)
-                first = here + sum(map(len, columns[:3])) + 3
-                second = first + len(columns[3]) + 1
-                places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    for number, line in lines_of(path):
+        total.update(line)
+        here, start = start, start + len(line)
+        if not line.strip(b" \r\n"):
+            continue
+        if (tabs := line.count(b"\t")) != _COLUMNS - 1:
+            raise DataError(f"{path}, line {number}: columns separated by tabs: {tabs + 1}; {_REQUIRED}")
+        columns = line.rstrip(b"\r\n").split(b"\t")
+        label = _LABELS.get(columns[0].removeprefix(codecs.BOM_UTF8) if number == 1 else columns[0])
+        if label is None:
+            raise DataError(f"{path}, line {number}: label {quote(columns[0][:100], 50)} is neither 0.0 nor 1.0")
+        targets.append(label)
+        first = here + sum(map(len, columns[:3])) + 3
+        second = first + len(columns[3]) + 1
+        places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
     if not targets:
         raise DataError(f"{path} is empty; at least one pair is required")
     where = torch.tensor(places, dtype=torch.int64).view(-1, 4)
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = map_file(path, "u1", (start,))
     return PairDataset(content, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
-
-
-def _shortened(text: bytes) -> str:
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"

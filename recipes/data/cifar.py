@@ -9,6 +9,7 @@ Reference:
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Integer, UInt8
 from pydantic import Field
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing
+from sma.files import open_file
 from sma.recipes.data.digits import SIDE as DIGIT_SIDE
 from sma.recipes.data.digits import DigitsDataset, load_digits
 from sma.recipes.data.grey import SPLITS, GreyData, GreyDataset
@@ -93,16 +95,14 @@ def read_batch(path: Path) -> Images:
     Raises:
         DataError: the file cannot be read, has another size, or has a class above 9; names the file and the record.
     """
-    try:
-        size = path.stat().st_size
+    with open_file(path) as file, parsing(path):
+        size = os.fstat(file.fileno()).st_size
         if size != RECORDS * _RECORD:
             raise DataError(
                 f"{path} has {size:,} bytes; {RECORDS * _RECORD:,} are required, {RECORDS:,} records of {_RECORD:,}: it is truncated or no "
                 f"file of the binary version; delete it and unpack {ARCHIVE} again"
             )
-        records = np.fromfile(path, dtype=np.uint8).reshape(RECORDS, _RECORD)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        records = np.frombuffer(file.read(size), dtype=np.uint8).reshape(RECORDS, _RECORD)
     _check_classes(records[:, 0], str(path))
     return to_grey(records[:, 1:].reshape(RECORDS, 3, _PIXELS)), records[:, 0].copy()
 
@@ -160,7 +160,8 @@ def _enlarged(split: DigitsDataset) -> Images:
 
 def _from_hub(folder: Path) -> tuple[Images, Images]:
     found = from_hub(HUB, folder, otherwise="binary")
-    return _decoded(found, "train"), _decoded(found, "test")
+    with parsing(f"the data set {HUB} of the Hub", hint="set task.data.source=binary"):
+        return _decoded(found, "train"), _decoded(found, "test")
 
 
 def _decoded(found: Any, split: str) -> Images:

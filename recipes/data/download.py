@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -23,8 +22,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sma.errors import DataError, parsing, quote, reason
 from sma.files import check_file, open_file, read_file
-from sma.memory import format_bytes
 from sma.recipes.data.drafts import locked_file
+from sma.recipes.data.files import check_disk
 
 _BLOCK = 1 << 20
 _SECONDS = 30.0
@@ -190,12 +189,7 @@ class _Download:
         if total is None:
             return
         self._check_length(total)
-        free = shutil.disk_usage(self.part.parent).free
-        if total - start > free:
-            raise DataError(
-                f"cannot download {self.url}: {format_bytes(total - start)} are needed in {self.part.parent}, {format_bytes(free)} are "
-                "free; make room there or choose another folder"
-            )
+        check_disk(self.part.parent, total - start, f"the rest of {self.url}" if start else self.url)
 
     def _check_length(self, length: int) -> None:
         if self.most is not None and length > self.most:

@@ -22,7 +22,7 @@ def locked(folder: Path) -> Iterator[int | None]:
     if sys.platform == "win32":
         yield None
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -98,7 +98,7 @@ def _is_abandoned(path: Path) -> bool:
     if sys.platform == "win32":
         return False
     with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

@@ -7,21 +7,26 @@ whoever asks for it makes it again, so a process may be killed at any moment.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing, quote
+from sma.files import open_file, read_file
+from sma.memory import format_bytes
 from sma.recipes.data.drafts import draft_folder, locked, remove_abandoned
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
+_MANIFEST_BYTES = 1 << 20
 _DRAFT = "draft"
 
 
@@ -63,13 +68,43 @@ def sha256_of(path: Path) -> str:
         DataError: the file cannot be read.
     """
     total = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                total.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    with open_file(path) as file, parsing(path):
+        while block := file.read(_BLOCK):
+            total.update(block)
     return total.hexdigest()
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Check that there is room on the disk.
+
+    Args:
+        folder: where it is needed; may not be there yet.
+        needed: bytes, an estimate from below.
+        what: needs them; the subject of the sentence, in the singular.
+
+    Raises:
+        DataError: how many bytes are needed and how many are free.
+    """
+    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), None)
+    with suppress(OSError):
+        if there is not None and needed > (free := shutil.disk_usage(there).free):
+            raise DataError(
+                f"{what} needs {format_bytes(needed)} in {folder}, and {format_bytes(free)} are free; make room there or choose another "
+                "folder"
+            )
+
+
+def cache_folder() -> Path:
+    """Return the folder for data where none is given.
+
+    Raises:
+        DataError: this user has no home directory.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "sparse-modular-activation"
+    except RuntimeError as error:
+        raise DataError("there is no home directory to keep data in; give a folder, or set XDG_CACHE_HOME to one") from error
 
 
 def copy_folder(data: Path, name: str) -> Path:
@@ -82,13 +117,15 @@ def copy_folder(data: Path, name: str) -> Path:
     folder = data / name
     if folder.is_dir() or not data.is_dir() or os.access(data, os.W_OK):
         return folder
-    elsewhere = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-modular-activation" / name
+    elsewhere = cache_folder() / name
     if not elsewhere.is_dir():
         log.warning("%s cannot be written, so what is made of its files is kept in %s", data, elsewhere)
     return elsewhere
 
 
-def cached_files(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], write: Writer) -> dict[str, str]:
+def cached_files(
+    folder: Path, recipe: Mapping[str, Any], names: Sequence[str], write: Writer, *, needed: int = 0, what: str = "the data set"
+) -> dict[str, str]:
     """Return the SHA-256 of every file of a generated data set, making the files first where `folder` does not hold them.
 
     Args:
@@ -96,11 +133,15 @@ def cached_files(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], 
         recipe: all that decides what the files contain, as JSON values: generator, version, settings. Kept in the manifest.
         names: the files of the data set.
         write: fills the open files it is given, by name.
+        needed: bytes that the files will have, an estimate from below.
+        what: they are, for the sentence where there is no room for them.
 
     Raises:
         DataError: `folder` holds data made by another recipe, files that were not made here, or a file that changed since it was
-            made; or it cannot be written.
+            made; or it cannot be written, or has no room for them.
     """
+    if not (folder / MANIFEST).exists():
+        check_disk(folder, needed, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -129,7 +170,7 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) 
     made_by = {key: value for key, value in _read_manifest(folder).items() if key != "files"}
     asked = json.loads(json.dumps(recipe))
     if made_by != asked:
-        changes = ", ".join(_differences(made_by, asked))
+        changes = ", ".join(itertools.islice(_differences(made_by, asked), 8))
         raise DataError(f"{folder} holds data generated otherwise ({changes}); choose another folder, or delete it to generate it again")
     return len(present) == len(names)
 
@@ -159,10 +200,8 @@ def _generate(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], wri
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; delete {folder} to generate it again") from error
+    with parsing(path, hint=f"delete {folder} to generate it again"):
+        manifest = json.loads(read_file(path, _MANIFEST_BYTES))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DataError(f"{path} does not list the files of a data set; delete {folder} to generate it again")
     return manifest
@@ -174,4 +213,4 @@ def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new)
         elif old != new:
-            yield f"{key} is {old!r} there, {new!r} asked"
+            yield f"{key if key in asked else quote(key)} is {quote(old)} there, {quote(new)} asked"

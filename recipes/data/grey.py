@@ -16,7 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sma.errors import DataError, parsing, quote
+from sma.files import open_file
+from sma.memory import check_memory
 from sma.recipes.data.files import HashedFile, cached_files
+from sma.recipes.data.mapped import Mapped, map_file
 
 SPLITS = ("train", "validation", "test")
 GREYS = 255
@@ -63,6 +67,9 @@ class GreyData(NamedTuple):
         return [str(round(value)) for value in ((pixels.double() * self.train.std + self.train.mean) * GREYS).tolist()]
 
 
+_AGAIN = "delete {} to have it made again"
+_HEADER = 10_000  # bytes, as numpy reads at most
+
 Chunk = tuple[UInt8[np.ndarray, "n L"], UInt8[np.ndarray, " n"]]
 """Some images and their classes."""
 
@@ -73,6 +80,7 @@ def cached_grey(
     *,
     sizes: Mapping[str, int],
     pixels: int,
+    classes: int,
     chunks: Callable[[str], Iterable[Chunk]],
     mean: float,
     std: float,
@@ -86,21 +94,24 @@ def cached_grey(
         recipe: all that decides what the files contain.
         sizes: images of every split, by `SPLITS`.
         pixels: of an image.
+        classes: different labels at most.
         chunks: yields the images of a split, `sizes[split]` of them in all. What can be closed is closed.
         mean, std: see `GreyDataset`.
         title: of the bar.
         progress: whether to show it.
 
     Raises:
-        DataError: the folder holds other data or a changed file, or cannot be written.
+        DataError: the folder holds other data or a changed file, has no room for it, or cannot be written; or the memory has none.
     """
+    total = sum(sizes.values())
+    check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="ask for fewer images")  # labels and lengths
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
 
     def write(files: Mapping[str, HashedFile]) -> None:
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # No thread of the bar's own is alive when processes are forked.
         with Progress(*columns, auto_refresh=False, disable=not progress) as bar:
-            task = bar.add_task(title, total=sum(sizes.values()))
+            task = bar.add_task(title, total=total)
             for split in SPLITS:
                 images, labels = files[f"{split}_images.npy"], files[f"{split}_labels.npy"]
                 _write_header(images, (sizes[split], pixels))
@@ -111,17 +122,38 @@ def cached_grey(
                         labels.write(targets.tobytes())
                         bar.update(task, advance=len(targets), refresh=True)
 
-    hashes = cached_files(folder, recipe, names, write)
-    train, validation, test = (
-        GreyDataset(
-            np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False),
-            np.load(folder / f"{split}_labels.npy", allow_pickle=False),
-            mean,
-            std,
-        )
-        for split in SPLITS
-    )
+    hashes = cached_files(folder, recipe, names, write, needed=total * (pixels + 1), what=f"{title} of {total:,} images")
+    datasets = []
+    for split in SPLITS:
+        images = read_array(folder / f"{split}_images.npy", (sizes[split], pixels))
+        labels = np.array(read_array(folder / f"{split}_labels.npy", (sizes[split],)))
+        if labels.max(initial=0) >= classes:
+            raise DataError(f"{folder / f'{split}_labels.npy'} has the label {labels.max()}; {_AGAIN.format(folder)}")
+        datasets.append(GreyDataset(images, labels, mean, std))
+    train, validation, test = datasets
     return GreyData(train, validation, test, hashes)
+
+
+def read_array(path: Path, shape: tuple[int, ...]) -> Mapped:
+    """Map a `.npy` file of bytes into memory.
+
+    Args:
+        path: the file.
+        shape: what it must be.
+
+    Raises:
+        DataError: the file is none, is damaged, or holds an array of another shape or of other numbers.
+    """
+    again = _AGAIN.format(path.parent)
+    with open_file(path) as file, parsing(path, hint=again):
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        found, by_columns, dtype = readers[np.lib.format.read_magic(file)](file, max_header_size=_HEADER)
+        offset = file.tell()
+    if found != shape or by_columns or dtype != np.uint8:
+        raise DataError(
+            f"{path} holds an array of the shape {quote(found)} and the dtype {quote(dtype)}; {shape} and uint8 are required: {again}"
+        )
+    return map_file(path, "u1", shape, offset)
 
 
 def _iterate(chunks: Iterable[Chunk]) -> Generator[Chunk, None, None]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sma.errors import DataError
+from sma.errors import DataError, reason
 
 
 def from_hub(name: str, data: Path, *, otherwise: str) -> Any:
@@ -28,4 +28,4 @@ def from_hub(name: str, data: Path, *, otherwise: str) -> Any:
     try:
         return datasets.load_dataset(name, cache_dir=str(data / "huggingface"))
     except Exception as error:  # whatever the network or the Hub has to say
-        raise DataError(f"cannot get {name} from the Hub: {error}; check the network and try again, or set {instead}") from error
+        raise DataError(f"cannot get {name} from the Hub: {reason(error)}; check the network and try again, or set {instead}") from error

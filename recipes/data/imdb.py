@@ -25,7 +25,8 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing
+from sma.files import open_file
 from sma.recipes.data.documents import DocumentDataset
 from sma.recipes.data.hub import from_hub
 from sma.recipes.data.published import is_visible, published_folder
@@ -102,7 +103,8 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         return ImdbData(*made, {name: split.sha256 for name, split in made._asdict().items()}, PYTHON_CLASSES)
     if settings.source == "hub":
         found = from_hub(HUB_NAME, Path(folder), otherwise="files")
-        everything, test = (_of_rows(found[split], settings.length) for split in ("train", "test"))
+        with parsing(f"the data set {HUB_NAME} of the Hub", hint="set task.data.source=files"):
+            everything, test = (_of_rows(found[split], settings.length) for split in ("train", "test"))
     else:
         root = _find(Path(folder), settings.download, progress)
         everything, test = (DocumentDataset.of(_read(root / split, settings.length)) for split in ("train", "test"))
@@ -153,8 +155,8 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
                     URL,
                 )
             for path in paths:
-                with open(folder / name / path, "rb") as file:
-                    content = file.read(length)
+                with open_file(folder / name / path) as file:
+                    content = file.read(min(length, os.fstat(file.fileno()).st_size))
                 if not content:
                     raise DataError(f"{folder / name / path} is empty; the archive was not unpacked well: get the reviews again")
                 yield content, target

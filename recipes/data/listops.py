@@ -10,6 +10,7 @@ Reference:
 """
 
 import codecs
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sma.errors import DataError, did_you_mean
+from sma.errors import DataError, did_you_mean, quote
+from sma.memory import check_memory
 from sma.recipes.data.files import HashedFile, cached_files, sha256_of
+from sma.recipes.data.lines import lines_of
 from sma.recipes.data.listops_trees import (
     GENERATOR_VERSION,
     OPERATORS,
@@ -60,6 +63,9 @@ NUM_CLASSES = 10
 
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
 """Long Range Arena's file of every split."""
+
+LONGEST_LINE = 1 << 24
+"""Bytes of a line at most: more than the longest expression takes that can be generated."""
 
 _HEADER = b"Source\tTarget"
 _IDS = {symbol: number for number, symbol in enumerate(VOCABULARY) if number}
@@ -135,7 +141,8 @@ def prepare_listops(
         progress: whether to show a bar while generating; or a function to call with the numbers of expressions found and wanted.
 
     Raises:
-        DataError: the folder holds other data or a changed file, cannot be written, or there are too few different trees.
+        DataError: the folder holds other data or a changed file, has no room for the files, or cannot be written; the memory has no
+            room for the expressions; or there are too few different trees.
         SpecError: `workers` is below 1.
     """
     recipe = {"generator": "listops", "version": GENERATOR_VERSION, "settings": settings.model_dump(mode="json")}
@@ -151,7 +158,12 @@ def prepare_listops(
                 for split, line in lines:
                     outputs[split].write(line)
 
-    hashes = cached_files(Path(folder), recipe, list(FILES.values()), write)
+    what = f"a data set of {settings.total:,} expressions"
+    check_memory(
+        settings.total * settings.memory_each, what, error=DataError, hint="lower train, validation, test or min_length of task.data"
+    )
+    needed = settings.total * settings.bytes_each
+    hashes = cached_files(Path(folder), recipe, list(FILES.values()), write, needed=needed, what=what)
     return _load(Path(folder), hashes)
 
 
@@ -170,24 +182,19 @@ def read_listops(path: str | Path) -> ListOpsSplit:
     Raises:
         DataError: the file cannot be read, is empty, or has a broken line; names the line.
     """
-    ids = bytearray()
-    offsets = [0]
-    targets = []
-    try:
-        with Path(path).open("rb") as file:
-            _check_header(file.readline(), path)
-            for number, line in enumerate(file, start=2):
-                if not line.strip(b" \r\n"):
-                    continue
-                source, _, target = line.rstrip(b"\r\n").partition(b"\t")
-                found = _parse(source)
-                if found is None or target not in _TARGETS:
-                    found = _parse_slowly(line, f"{path}, line {number}")
-                ids += found
-                offsets.append(len(ids))
-                targets.append(_TARGETS[target])
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    ids, offsets, targets = bytearray(), array("q", [0]), array("q")
+    lines = lines_of(path, LONGEST_LINE)
+    _check_header(next(lines, (1, b""))[1], path)
+    for number, line in lines:
+        if not line.strip(b" \r\n"):
+            continue
+        source, _, target = line.rstrip(b"\r\n").partition(b"\t")
+        found = _parse(source)
+        if found is None or target not in _TARGETS:
+            found = _parse_slowly(line, f"{path}, line {number}")
+        ids += found
+        offsets.append(len(ids))
+        targets.append(_TARGETS[target])
     if not targets:
         raise DataError(f"{path} holds a header and no expressions; at least one line is required")
     return ListOpsSplit(torch.frombuffer(ids, dtype=torch.uint8), torch.tensor(offsets), torch.tensor(targets))
@@ -238,7 +245,7 @@ def _check_header(line: bytes, path: str | Path) -> None:
     if not line:
         raise DataError(f"{path} is empty; the header 'Source<TAB>Target' and one line per expression are required")
     if line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") != _HEADER:
-        raise DataError(f"{path}, line 1: {_shortened(line)} where the header 'Source<TAB>Target' is required")
+        raise DataError(f"{path}, line 1: {quote(line[:100], 50)} where the header 'Source<TAB>Target' is required")
 
 
 def _parse(source: bytes) -> bytes | None:
@@ -282,7 +289,7 @@ def _parse_slowly(line: bytes, where: str) -> bytes:
         raise DataError(f"{where}: columns separated by tabs: {len(columns)}; exactly 2 are required, the expression and its value")
     ids = _check_expression(columns[0], where)
     if columns[1].encode() not in _TARGETS:
-        raise DataError(f"{where}: target {_shortened(columns[1])} is not a digit 0 to 9")
+        raise DataError(f"{where}: target {quote(columns[1], 50)} is not a digit 0 to 9")
     return ids
 
 
@@ -290,13 +297,9 @@ def _check_expression(source: str, where: str) -> bytes:
     symbols = [symbol for symbol in source.split() if symbol not in ("(", ")")]
     for number, symbol in enumerate(symbols, start=1):
         if symbol not in _IDS:
-            near = did_you_mean(symbol, _IDS) or ";"
-            raise DataError(f"{where}: symbol {number} is {_shortened(symbol)}, which is unknown{near} known symbols: {' '.join(_IDS)}")
+            near = did_you_mean(symbol[:100], _IDS) or ";"
+            raise DataError(f"{where}: symbol {number} is {quote(symbol, 50)}, which is unknown{near} known symbols: {' '.join(_IDS)}")
     ids = bytes(_IDS[symbol] for symbol in symbols)
     if flaw := _flaw(ids):
         raise DataError(f"{where}: {flaw}")
     return ids
-
-
-def _shortened(text: str | bytes) -> str:
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"

@@ -41,10 +41,14 @@ class ListOpsSettings(Spec):
     """Which ListOps data to generate. The same settings give the same bytes."""
 
     min_length: int = Field(default=500, ge=0, description="every expression has more tokens than this; parentheses do not count")
-    max_length: int = Field(default=2000, ge=2, description="every expression has fewer tokens than this; parentheses do not count")
-    max_depth: int = Field(default=10, ge=1, description="depth of the deepest digit; an expression that is a single digit has depth 1")
+    max_length: int = Field(
+        default=2000, ge=2, le=1_000_000, description="every expression has fewer tokens than this; parentheses do not count"
+    )
+    max_depth: int = Field(
+        default=10, ge=1, le=1_000_000, description="depth of the deepest digit; an expression that is a single digit has depth 1"
+    )
     min_arity: int = Field(default=2, ge=1, description="fewest arguments of an operator")
-    max_arity: int = Field(default=10, ge=1, description="most arguments of an operator")
+    max_arity: int = Field(default=10, ge=1, le=1_000_000, description="most arguments of an operator")
     train: int = Field(default=96_000, ge=1, description="expressions to train on")
     validation: int = Field(default=2_000, ge=1, description="expressions to validate on")
     test: int = Field(default=2_000, ge=1, description="expressions to test on")
@@ -75,6 +79,16 @@ class ListOpsSettings(Spec):
     def total(self) -> int:
         """Expressions in all splits together."""
         return self.train + self.validation + self.test
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes that an expression has in its file at least: six for a token, with the parentheses and blanks around it."""
+        return max(4, 6 * self.min_length)
+
+    @property
+    def memory_each(self) -> int:
+        """Bytes of memory that an expression takes at least, while it is generated (its hash, its split) or later, as token ids."""
+        return max(96, self.min_length + 25)
 
 
 PAPER = ListOpsSettings()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -25,7 +25,7 @@ CLASSES = ("two contours", "one contour")
 
 _CHUNK = 64
 _READER_VERSION = 1  # raise it whenever the same files would give other bytes
-_GREY = {"mean": 0.5, "std": 0.5}
+_GREY: dict[str, Any] = {"classes": len(CLASSES), "mean": 0.5, "std": 0.5}
 
 
 class PathfinderSettings(StimulusSettings):
@@ -91,7 +91,7 @@ def _generated(settings: PathfinderSettings, folder: Path, workers: int | None, 
 
     def chunks(split: str) -> Iterator[Chunk]:
         last = firsts[split] + sizes[split]
-        numbers = [range(first, min(first + _CHUNK, last)) for first in range(firsts[split], last, _CHUNK)]
+        numbers = (range(first, min(first + _CHUNK, last)) for first in range(firsts[split], last, _CHUNK))
         return in_order(partial(draw_chunk, settings, settings.seed), numbers, workers=workers)
 
     others = {"download"}  # decides nothing here

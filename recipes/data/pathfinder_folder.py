@@ -10,6 +10,9 @@ Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006; https://github.com/google-research/long-range-arena.
 """
 
+import io
+import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -18,7 +21,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from sma.errors import DataError
+from sma.errors import DataError, parsing, quote, reason
+from sma.files import read_file
 from sma.recipes.data.grey import SPLITS
 from sma.recipes.data.lra import in_release
 from sma.recipes.data.published import is_visible
@@ -28,6 +32,8 @@ LEVEL = "curv_contour_length_14"
 
 _SPLIT_SEED = 42
 _HELD_OUT = 0.1
+_LIST = 1 << 26  # bytes of a list at most
+_IMAGE = 1 << 16  # bytes of an image at most, and 4 for each of its pixels
 
 
 class Record(NamedTuple):
@@ -65,9 +71,10 @@ def list_release(root: Path) -> list[Record]:
     Raises:
         DataError: a list or an image is missing, or a line of a list is broken; names it.
     """
-    lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and is_visible(path.name)]
+    with parsing(root / "metadata"):
+        lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and is_visible(path.name)]
     for path in lists:
-        if not path.stem.isdigit():
+        if not re.fullmatch("[0-9]{1,9}", path.stem):
             raise DataError(f"{path} is not named after the number of a batch, such as 0.npy; move it elsewhere")
     found: list[Record] = []
     for path in sorted(lists, key=lambda path: int(path.stem)):
@@ -78,30 +85,29 @@ def list_release(root: Path) -> list[Record]:
 
 
 def _read_list(path: Path, root: Path) -> list[Record]:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except UnicodeDecodeError as error:
+    content = read_file(path, _LIST)
+    if not content.isascii() or b"\0" in content:
         raise DataError(
             f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: get the file again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        )
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.decode("ascii").splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
         if len(fields) < 4 or fields[3] not in ("0", "1"):
             raise DataError(
-                f"{path}, line {number}: {line[:60]!r} is not 'folder file number label …', with blanks between and a label of 0 or 1"
+                f"{path}, line {number}: {quote(line, 62)} is not 'folder file number label …', with blanks between and a label of 0 or 1"
             )
         place = PurePosixPath(fields[0], fields[1])
         if place.is_absolute() or ".." in place.parts:
-            raise DataError(f"{path}, line {number}: {str(place)!r} leads out of {root}; the list is damaged")
+            raise DataError(f"{path}, line {number}: {quote(str(place))} leads out of {root}; the list is damaged")
         try:
             image = (root / place).stat()
-        except OSError as error:
-            raise DataError(f"{path}, line {number} names {root / place}, which cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}, line {number} names {quote(str(place))}, which cannot be read: {reason(error)}") from error
+        if not stat.S_ISREG(image.st_mode):
+            raise DataError(f"{path}, line {number} names {quote(str(place))}, which is no plain file; get it again")
         if image.st_size:
             found.append(Record(str(place), int(fields[3]), image.st_size, image.st_mtime_ns))
     return found
@@ -129,16 +135,14 @@ def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.nd
     images = np.empty((len(records), size * size), dtype=np.uint8)
     for row, record in enumerate(records):
         path = root / record.path
-        try:
-            with Image.open(path, formats=("PNG",)) as picture:
-                if picture.size != (size, size) or picture.mode != "L":
-                    width, height = picture.size
-                    raise DataError(
-                        f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; {size} x {size} grey ones are required"
-                    )
-                images[row] = np.asarray(picture).reshape(-1)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for damage
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} is truncated or damaged ({error}); get it again, or make it an empty file to leave it out") from error
+        content = read_file(path, _IMAGE + 4 * size * size)
+        damaged = parsing(path, hint="it is truncated or damaged: get it again, or make it an empty file to leave it out")
+        with damaged, Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+            if picture.size != (size, size) or picture.mode != "L":
+                width, height = picture.size
+                raise DataError(
+                    f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; {size} x {size} grey ones are required"
+                )
+            picture.load()
+            images[row] = np.asarray(picture).reshape(-1)
     return images

@@ -53,9 +53,9 @@ class StimulusSettings(Spec):
     distractor_contrast: float = Field(default=2.0, gt=0.0, description="the same of the short ones; the discs have 1, the most there is")
     padding: int = Field(default=1, ge=0, le=20, description="pixels at every side that stay free of dashes and their margins")
     antialias: int = Field(default=2, ge=1, le=8, description="dashes are drawn so many times larger, and reduced")
-    target_retries: int = Field(default=4, ge=0, description="further places tried for the beginning of the second contour")
-    distractor_retries: int = Field(default=4, ge=0, description="further attempts at each short contour")
-    dash_retries: int = Field(default=2, ge=0, description="further attempts at each dash")
+    target_retries: int = Field(default=4, ge=0, le=1000, description="further places tried for the beginning of the second contour")
+    distractor_retries: int = Field(default=4, ge=0, le=1000, description="further attempts at each short contour")
+    dash_retries: int = Field(default=2, ge=0, le=1000, description="further attempts at each dash")
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> Self:

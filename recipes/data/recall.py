@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Integer, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sma.errors import DataError
+from sma.memory import check_memory
 from sma.recipes.data.batch import UNSCORED, Batch
 from sma.spec import Spec
 
@@ -63,7 +65,7 @@ class RecallDataset(Dataset[tuple[Tensor, Tensor]]):
         answers: their values.
     """
 
-    def __init__(self, ids: UInt8[Tensor, "N L"], queries: UInt8[Tensor, "N P"], answers: UInt8[Tensor, "N P"]) -> None:
+    def __init__(self, ids: UInt8[Tensor, "N L"], queries: Integer[Tensor, "N P"], answers: UInt8[Tensor, "N P"]) -> None:
         self.ids, self.queries, self.answers = ids, queries, answers
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class RecallDataset(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def sha256(self) -> str:
-        """Of the ids, the positions of the queries and the answers, a byte each."""
+        """Of the ids, the positions of the queries and the answers, a byte each; above 256 positions four bytes for each of these."""
         return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in (self.ids, self.queries, self.answers))).hexdigest()
 
 
@@ -94,8 +96,16 @@ class RecallData(NamedTuple):
 
 
 def make_recall(settings: RecallSettings) -> RecallData:
-    """Generate the samples; which ones the others splits hold does not change with the size of one."""
+    """Generate the samples; which ones the others splits hold does not change with the size of one.
+
+    Raises:
+        DataError: the memory has no room for them.
+    """
     sizes = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    drawn = max(settings.keys, settings.queries_from - settings.pairs, settings.length - settings.queries_from)
+    # Of every split what is kept, and of the largest what it is drawn with.
+    needed = settings.length * sum(sizes.values()) + (8 * settings.length + 12 * drawn) * max(sizes.values())
+    check_memory(needed, "the task recall", error=DataError, hint="lower train, validation, test or length of task.data")
     splits = {}
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
@@ -115,7 +125,9 @@ def _draw(settings: RecallSettings, size: int, generator: torch.Generator) -> Re
     queries = start + _some(settings.length - start, pairs, size, generator).sort(1).values
     order = torch.rand(size, pairs, generator=generator).argsort(1)
     ids.scatter_(1, queries, keys.gather(1, order))
-    return RecallDataset(ids.to(torch.uint8), queries.to(torch.uint8), values.gather(1, order).to(torch.uint8))
+    # A byte for every position, where one is enough.
+    positions = queries.to(torch.uint8 if settings.length <= 256 else torch.int32)
+    return RecallDataset(ids.to(torch.uint8), positions, values.gather(1, order).to(torch.uint8))
 
 
 def _some(choices: int, count: int, size: int, generator: torch.Generator) -> Int64[Tensor, "N P"]:

@@ -25,8 +25,10 @@ import numpy as np
 from jaxtyping import Int16
 from rich.progress import track
 
-from sma.errors import DataError
+from sma.errors import DataError, quote
+from sma.files import check_file, read_file
 from sma.recipes.data.files import HashedFile, cached_files, copy_folder
+from sma.recipes.data.mapped import map_file
 from sma.recipes.data.published import is_visible, published_folder
 from sma.recipes.data.wav import read_wav
 
@@ -42,6 +44,7 @@ SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
 
 LISTS = ("validation_list.txt", "testing_list.txt")
 _FILES = ("clips.int16", "names.txt")
+_LIST = 1 << 26  # bytes of a list of names at most
 _ANY_NAME = "surrogateescape"  # a file system does not care whether a name is UTF-8
 
 
@@ -91,11 +94,12 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     cached_files(copy, {"source": recipe}, _FILES, write)
     names = _lines_of(copy / _FILES[1])
     found = {name.split("/")[0] for name in names}
+    if found - {*CLASSES, ""}:
+        raise DataError(f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to have it made again")
     for word in CLASSES:
         if word not in found:
             raise DataError(f"no clip of the word {word!r} in {source / word} has exactly {SAMPLES:,} samples; every word needs some")
-    # Copy on write, because torch wants memory that it might write to; nothing does.
-    clips = np.memmap(copy / _FILES[0], dtype="<i2", mode="c").reshape(-1, SAMPLES)
+    clips = map_file(copy / _FILES[0], "<i2", (len(names), SAMPLES))
     return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
 
 
@@ -134,16 +138,16 @@ def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
 
 def _entry(name: str, path: Path) -> str:
     """What tells a file from another that is put in its place."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; if it is a link, what it leads to is gone") from error
+    if any(ord(character) < 32 for character in name):
+        raise DataError(f"the recording {quote(name)} has a name that no list can hold; rename it")
+    check_file(path)
+    found = path.stat()
     return f"{name} {found.st_size} {found.st_mtime_ns}\n"
 
 
 def _lines_of(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors=_ANY_NAME).removesuffix("\n").split("\n")
+    return read_file(path, _LIST).decode(errors=_ANY_NAME).removesuffix("\n").split("\n")
 
 
 def _read_list(path: Path) -> frozenset[str]:
-    return frozenset(line.strip() for line in _lines_of(path)) if path.is_file() else frozenset()
+    return frozenset(line.strip() for line in _lines_of(path)) if path.exists() else frozenset()

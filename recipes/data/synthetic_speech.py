@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int16
 
+from sma.errors import DataError
+from sma.memory import check_memory
 from sma.recipes.data.speech_commands import SAMPLE_RATE, SAMPLES
 
 # Octaves above the speaker's lowest tone, over the time from 0 to 1.
@@ -29,7 +31,11 @@ def synthetic_clips(count: int, seed: int) -> Int16[np.ndarray, "N 16000"]:
     Args:
         count: clips, N.
         seed: of all that is drawn.
+
+    Raises:
+        DataError: the memory has no room for so many.
     """
+    check_memory(2 * SAMPLES * count, f"a data set of {count:,} clips", error=DataError, hint="lower task.data.clips")
     clips = np.empty((count, SAMPLES), dtype="<i2")
     for number in range(count):
         clips[number] = _clip(number % len(CLASSES), np.random.default_rng((seed, number)))

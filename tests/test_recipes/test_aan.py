@@ -94,7 +94,7 @@ def test_texts_stay_on_the_disk(tmp_path):
         pytest.param(b"1.0\ta\tb\tc\n", r"file\.tsv, line 3: columns separated by tabs: 4; 5 are required: label", id="four columns"),
         pytest.param(b"1.0\ta\tb\tc\td\te\n", r"line 3: columns separated by tabs: 6; 5 are required", id="six columns"),
         pytest.param(b"2.0\ta\tb\tc\td\n", r"line 3: label b'2\.0' is neither 0\.0 nor 1\.0", id="label"),
-        pytest.param(b"x" * 99 + b"\ta\tb\tc\td\n", r"line 3: label b'x{40}'… is neither", id="long label"),
+        pytest.param(b"x" * 99 + b"\ta\tb\tc\td\n", r"line 3: label b'x+\.\.\.x*' is neither", id="long label"),
     ],
 )
 def test_broken_line_is_named(broken, complaint, tmp_path):
@@ -115,7 +115,7 @@ def test_empty_and_missing_files_are_named(tmp_path):
     (tmp_path / "file.tsv").touch()
     with pytest.raises(DataError, match=r"file\.tsv is empty; at least one pair is required"):
         read_pairs(tmp_path / "file.tsv", 4000)
-    with pytest.raises(DataError, match=r"cannot read .*none\.tsv: No such file"):
+    with pytest.raises(DataError, match=r"cannot read '.*none\.tsv': No such file"):
         read_pairs(tmp_path / "none.tsv", 4000)
 
 

@@ -232,7 +232,7 @@ def test_missing_file_and_wrong_class_are_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"data_batch_2.bin: record 5 has the class 10; classes are 0 to 9, so it is damaged"):
         read_batch(path)
     path.unlink()
-    with pytest.raises(DataError, match=r"cannot read .*data_batch_2.bin: No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot read '.*data_batch_2.bin': No such file or directory"):
         load_cifar(SETTINGS, tmp_path)
 
 

@@ -5,6 +5,7 @@ import http.server
 import multiprocessing
 import os
 import re
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -299,9 +300,9 @@ def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long
 
 
 def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
-        DataError, match=r"cannot download http.*: 512,000 bytes are needed in .*, 1,000 bytes are free; make room there or"
+        DataError, match=r"http.*/file needs 512,000 bytes in .*, and 1,000 bytes are free; make room there or choose another"
     ):
         get(server, tmp_path / "file")
 

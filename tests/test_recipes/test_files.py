@@ -211,8 +211,8 @@ def test_unrelated_files_in_the_folder_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(b"{", r"cannot read .*manifest.json: Expecting property name.*; delete .* to generate it again", id="not-json"),
-        pytest.param(b"\xff", r"cannot read .*manifest.json: .*decode.*; delete .* to generate it again", id="not-utf-8"),
+        pytest.param(b"{", r"manifest.json cannot be read: Expecting property name.*; delete .* to generate it again", id="not-json"),
+        pytest.param(b"\xff", r"manifest.json cannot be read: .*decode.*; delete .* to generate it again", id="not-utf-8"),
         pytest.param(b"[]", r"manifest.json does not list the files of a data set; delete .* to generate it again", id="not-an-object"),
         pytest.param(b"{}", r"manifest.json does not list the files of a data set; delete .* to generate it again", id="no-files"),
     ],
@@ -224,7 +224,7 @@ def test_broken_manifest_is_a_data_error(tmp_path, content, complaint):
 
 
 def test_hash_of_a_file_that_cannot_be_read_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none.txt: No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot read '.*none.txt': No such file or directory"):
         sha256_of(tmp_path / "none.txt")
 
 

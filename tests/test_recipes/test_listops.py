@@ -254,7 +254,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         pytest.param(HEADER + b"a 1 2 ]\t2\n", "line 2: symbol 1 is 'a', which is unknown", id="letter"),
         pytest.param(HEADER + b"[MAX 1]2 ]\t2\n", r"line 2: symbol 2 is '1\]2', which is unknown", id="no-blanks"),
         pytest.param(HEADER + b"[MAX1 2 ]\t2\n", r"line 2: symbol 1 is '\[MAX1', which is unknown", id="glued"),
-        pytest.param(HEADER + b"[MAX " + b"7" * 50 + b" ]\t2\n", "line 2: symbol 2 is '7{40}'…, which is unknown", id="long-symbol"),
+        pytest.param(HEADER + b"[MAX " + b"7" * 50 + b" ]\t2\n", r"line 2: symbol 2 is '7+\.\.\.7*', which is unknown", id="long-symbol"),
         pytest.param(
             HEADER + b"[MAX 1 [MIN 2 3 ]\t2\n", r"line 2: 1 operators are not closed; every operator needs its '\]'", id="not-closed"
         ),
@@ -277,9 +277,9 @@ def test_broken_file_is_an_error_that_names_file_and_line(tmp_path, content, com
 
 
 def test_missing_file_is_a_data_error(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none.tsv: No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot read '.*none.tsv': No such file or directory"):
         read_listops(tmp_path / "none.tsv")
-    with pytest.raises(DataError, match=r"cannot read .*basic_train.tsv: No such file or directory"):
+    with pytest.raises(DataError, match=r"cannot read '.*basic_train.tsv': No such file or directory"):
         load_listops(str(tmp_path))
 
 

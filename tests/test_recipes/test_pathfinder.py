@@ -244,7 +244,7 @@ def test_missing_release_is_a_sentence_with_the_layout(tmp_path):
         pytest.param(b"imgs/9 sample_0.png 0 1\n\nimgs/9 sample_1.png 1 2\n", r"9.npy, line 3: .* a label of 0 or 1", id="label"),
         pytest.param(b"../imgs sample_0.png 0 1\n", r"line 1: '../imgs/sample_0.png' leads out of .*; the list is damaged", id="outside"),
         pytest.param(b"/etc passwd 0 1\n", r"line 1: '/etc/passwd' leads out of .*; the list is damaged", id="absolute"),
-        pytest.param(b"imgs/9 none.png 0 1\n", r"line 1 names .*imgs/9/none.png, which cannot be read: No such file", id="missing"),
+        pytest.param(b"imgs/9 none.png 0 1\n", r"line 1 names 'imgs/9/none.png', which cannot be read: No such file", id="missing"),
     ],
 )
 def test_broken_list_is_an_error_that_names_file_and_line(tmp_path, content, complaint):
@@ -270,9 +270,11 @@ GREY = np.zeros((32, 32), dtype=np.uint8)
     ("content", "complaint"),
     [
         pytest.param(
-            png(GREY)[:40], r"sample_2.png is truncated or damaged \(.*\); get it again, or make it an empty file", id="truncated"
+            png(GREY)[:40],
+            r"sample_2.png cannot be read: .*; it is truncated or damaged: get it again, or make it an empty file",
+            id="truncated",
         ),
-        pytest.param(b"not an image", r"sample_2.png is truncated or damaged \(.*\); get it again", id="no-image"),
+        pytest.param(b"not an image", r"sample_2.png cannot be read: .*; it is truncated or damaged: get it again", id="no-image"),
         pytest.param(
             png(np.zeros((32, 31), dtype=np.uint8)), r"sample_2.png is an image of 31 x 32 pixels, mode L; 32 x 32 grey", id="size"
         ),

@@ -1,0 +1,29 @@
+"""Lines of text files, one after another, of bounded length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sma.errors import DataError, parsing
+from sma.files import open_file
+
+LONGEST = 1 << 26
+"""Bytes of a line at most."""
+
+
+def lines_of(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of every line, from 1, and its bytes with the end.
+
+    Raises:
+        DataError: the file cannot be read or is none, or a line is longer than `longest` bytes.
+    """
+    with open_file(path) as file:
+        number = 0
+        while True:
+            number += 1
+            with parsing(path):
+                line = file.readline(longest + 1)
+            if len(line) > longest:
+                raise DataError(f"{path}, line {number} has more than {longest:,} bytes, which no line here has; the file is damaged")
+            if not line:
+                return
+            yield number, line

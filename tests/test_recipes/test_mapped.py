@@ -1,0 +1,113 @@
+"""Arrays on the disk go to other processes by the path of their file, and are plain arrays in every other respect."""
+
+import multiprocessing
+import os
+import pickle
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from sma.errors import DataError
+from sma.recipes.data.aan import AANSettings, load_aan
+from sma.recipes.data.batch import collate
+from sma.recipes.data.mapped import Mapped, map_file
+from sma.recipes.data.pathfinder import PathfinderSettings, prepare_pathfinder
+from sma.recipes.data.speech import SpeechSettings, load_speech
+from tests.test_recipes.test_aan import release
+from tests.test_recipes.tiny_speech import write_corpus
+
+NUMBERS = np.arange(3_000_000, dtype="<i2").reshape(-1, 1000)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    (tmp_path / "numbers").write_bytes(b"head" + NUMBERS.tobytes())
+    return map_file(tmp_path / "numbers", "<i2", NUMBERS.shape, 4)
+
+
+def test_pickled_array_is_its_path_and_comes_back_the_same(mapped):
+    pickled = pickle.dumps(mapped)
+    assert len(pickled) < 1000
+    found = pickle.loads(pickled)
+    assert isinstance(found, Mapped)
+    assert found.filename == mapped.filename
+    assert np.array_equal(found, NUMBERS)
+    assert len(pickle.dumps(found)) < 1000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(lambda array: array[10:20], id="slice"),
+        pytest.param(lambda array: array[:, ::7], id="stride"),
+        pytest.param(lambda array: array[[3, 1]], id="numbers"),
+        pytest.param(lambda array: array[5], id="row"),
+        pytest.param(lambda array: array.reshape(-1)[:50], id="reshaped"),
+        pytest.param(lambda array: array.reshape(1000, -1), id="whole in another shape"),
+        pytest.param(lambda array: array.astype(np.float64), id="converted"),
+        pytest.param(lambda array: array.copy(), id="copy"),
+        pytest.param(lambda array: array + 1, id="sum"),
+        pytest.param(lambda array: array.max(), id="number"),
+        pytest.param(lambda array: array[0, 0], id="element"),
+    ],
+)
+def test_part_is_pickled_as_what_is_in_it(mapped, part):
+    found, expected = pickle.loads(pickle.dumps(part(mapped))), part(NUMBERS)
+    assert np.array_equal(found, expected)
+    assert found.dtype == expected.dtype
+
+
+def test_what_is_computed_is_no_map(mapped):
+    for computed in (mapped + 1, mapped.mean(0), np.maximum(mapped, 0), mapped[3]):
+        assert type(computed) is np.ndarray
+    assert type(mapped.sum()) is type(NUMBERS.sum())
+
+
+def test_file_that_was_written_anew_is_not_taken_for_the_old_one(mapped):
+    pickled = pickle.dumps(mapped)
+    os.utime(mapped.filename, ns=(1, 1))
+    with pytest.raises(DataError, match=r"numbers was written anew after another process had opened it; start again"):
+        pickle.loads(pickled)
+    os.truncate(mapped.filename, 100)
+    with pytest.raises(DataError, match=r"numbers has 100 bytes, and 6,000,004 are required for numbers of the shape \(3000, 1000\)"):
+        pickle.loads(pickled)
+
+
+def test_file_of_another_size_is_refused_however_large_the_shape(tmp_path):
+    (tmp_path / "numbers").write_bytes(bytes(8))
+    with pytest.raises(DataError, match=r"numbers has 8 bytes, and 2,000,000,000,000,000,000,000,000 are required for"):
+        map_file(tmp_path / "numbers", "<i2", (10**12, 10**12))
+
+
+def make_pathfinder(folder):
+    return prepare_pathfinder(PathfinderSettings(train=40, validation=1, test=1), folder, workers=1, progress=False).train
+
+
+def make_speech(folder):
+    write_corpus(folder)
+    return load_speech(SpeechSettings(), folder, progress=False).train
+
+
+def make_aan(folder):
+    release(folder / "tsv_data")
+    return load_aan(AANSettings(), folder, progress=False).train
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_pathfinder, "pixels"), (make_speech, "clips"), (make_aan, "content")])
+def test_data_sets_on_the_disk_travel_by_path(make, name, tmp_path):
+    data = make(tmp_path)
+    assert len(pickle.dumps(getattr(data, name))) < 1000
+    found = pickle.loads(pickle.dumps(data))
+    assert len(found) == len(data)
+    assert str(found[0]) == str(data[0])
+
+
+@pytest.mark.slow
+def test_spawned_workers_read_the_same_batches(tmp_path):
+    data = make_pathfinder(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    workers = DataLoader(data, 8, collate_fn=collate, num_workers=1, multiprocessing_context=context)
+    for found, expected in zip(workers, DataLoader(data, 8, collate_fn=collate), strict=True):
+        assert found.inputs.equal(expected.inputs)
+        assert found.targets.equal(expected.targets)
