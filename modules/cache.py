@@ -9,6 +9,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from sma.errors import InputError
+from sma.inputs import check_count
 from sma.memory import FEWER, check_memory, zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged
@@ -129,6 +130,7 @@ def empty_cache(
     batch_size: int, size: int | None, shapes: tuple[tuple[int, ...], ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> Cache:
     """Make the cache of streams that have seen nothing; size None grows."""
+    check_count(batch_size, "batch_size")
     seen = zeros((batch_size,), "a cache", device=device, dtype=torch.int64)
     needed = sum(batch_size * (size or 0) * prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
     check_memory(needed, "a cache", device=device, error=InputError, hint=FEWER)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.initial import truncated_normal_
+from sma.inputs import check_count
 from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import fast_length, long_convolution
@@ -119,6 +120,7 @@ class EMA(SubModule):
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
+        check_count(batch_size, "batch_size")
         wide = torch.promote_types(dtype, torch.float32)
         hidden = zeros((batch_size, self.width, self.spec.state_size), "the state of EMA", device=device, dtype=wide)
         taps = self.spec.truncation

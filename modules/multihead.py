@@ -50,6 +50,7 @@ class MultiHead(SubModule):
         super().__init__()
         _check_heads(spec, width)
         self.spec = spec
+        self.width = width
         self.window = window
         self.causal = not spec.bidirectional
         self.fused = nn.Linear(width, 3 * width)
@@ -65,7 +66,7 @@ class MultiHead(SubModule):
     @property
     def _head(self) -> tuple[int, int]:
         """The shape of a key and of a value."""
-        return self.spec.heads, self.out.in_features // self.spec.heads
+        return self.spec.heads, self.width // self.spec.heads
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
         """Make the state of streams that have seen nothing: the keys and values of the last W tokens of each row.

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.initial import reset_linear_
+from sma.inputs import check_count
 from sma.memory import zeros
 from sma.modules.complex_recurrence import ComplexRecurrence, kernels, minus_one
 from sma.modules.long_convolution import fast_length, long_convolution
@@ -154,6 +155,7 @@ class S4D(SubModule):
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
+        check_count(batch_size, "batch_size")
         wide = torch.promote_types(dtype, torch.float32)
         return S4DState(zeros((batch_size, self.width, 2, self.spec.pairs), "the state of S4D", device=device, dtype=wide))
 

@@ -13,6 +13,7 @@ from sma.checks import check_batch, check_control, check_decision, check_dtype, 
 from sma.checks import check_valid as check_valid
 from sma.decision import Decision
 from sma.errors import InputError, StateError
+from sma.inputs import check_count
 from sma.memory import zeros
 from sma.norms import Norm
 from sma.pytree import register_output
@@ -133,6 +134,7 @@ class SparseModularActivation(nn.Module):
             StateError: the router or a sub-module is not causal.
         """
         self.refuse_unless_causal()
+        check_count(batch_size, "batch_size")
         device, dtype = placement(self, device, dtype)
         seen = zeros((batch_size,), "the state of a routed layer", dtype=torch.int64, device=device)
         parts = {name: part.init_state(batch_size, device=device, dtype=dtype) for name, part in self._parts.items()}

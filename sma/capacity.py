@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sma.errors import InputError, StateError, did_you_mean
+from sma.errors import InputError, StateError, did_you_mean, quote
+from sma.inputs import what_came
 
 # An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each sub-module.
 Capacity = int | float | Mapping[str, int | float]
@@ -28,21 +29,29 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
     if capacity is None:
         return
     if state is not None:
-        raise StateError(f"capacity={capacity!r} cannot go with a state, because a stream keeps every active token; leave capacity out")
+        raise StateError(
+            f"capacity={quote(capacity)} cannot go with a state, because a stream keeps every active token; leave capacity out"
+        )
     if not isinstance(capacity, Mapping):
-        return _check_value(capacity, f"capacity={capacity!r}")
+        return _check_value(capacity, f"capacity={quote(capacity)}")
     for name, value in capacity.items():
         if name not in names:
-            raise InputError(f"capacity names {name!r}, which is no sub-module{did_you_mean(name, names, 'sub-modules')}")
-        _check_value(value, f"capacity[{name!r}]={value!r}")
+            raise InputError(f"capacity names {quote(name)}, which is no sub-module{did_you_mean(str(name), names, 'sub-modules')}")
+        _check_value(value, f"capacity[{quote(name)}]={quote(value)}")
     missing = [name for name in names if name not in capacity]
     if missing:
         raise InputError(f"capacity says nothing about {missing[0]!r}; give every sub-module one, or one number for all")
 
 
 def _check_value(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row")
+    if type(value) is float:
+        fits = 0 < value <= 1
+    else:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not fits:
+        plain = isinstance(value, int | float | str) and type(value).__module__ == "builtins"
+        cure = "" if plain else f"; it is {what_came(value)}: write int(x) or float(x)"
+        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row{cure}")
 
 
 def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:

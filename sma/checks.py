@@ -1,12 +1,13 @@
 """What `forward` refuses: tokens, masks, decisions and states that do not fit, each in a sentence."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sma.decision import Decision
 from sma.errors import InputError, StateError
+from sma.inputs import check_mask, check_positions, check_tensor, what_came
 from sma.routers import Router, ScoredRouter
 
 
@@ -16,6 +17,7 @@ def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -
     Raises:
         InputError: what was given and what is required.
     """
+    check_tensor(x_BLD, "the tokens are", torch.float32)
     if x_BLD.ndim != 3 or (width is not None and x_BLD.shape[2] != width):
         raise InputError(f"the tokens have shape {tuple(x_BLD.shape)}; required is (B, L, D{'' if width is None else f' = {width}'})")
     if not x_BLD.is_floating_point():
@@ -45,6 +47,7 @@ def check_control(router: Router, x_BLD: Tensor, control_BLD: Tensor | None, pos
     """Check what comes beside the tokens of a batch: shapes that broadcast or index would give results on the wrong ones."""
     shape = tuple(x_BLD.shape[:2])
     if control_BLD is not None:
+        check_tensor(control_BLD, "control_BLD is", torch.float32)
         if control_BLD.ndim != 3 or tuple(control_BLD.shape[:2]) != shape:
             raise InputError(
                 f"control_BLD has shape {tuple(control_BLD.shape)}; required is (B, L, E) with (B, L) = {shape}, as of the tokens"
@@ -56,10 +59,7 @@ def check_control(router: Router, x_BLD: Tensor, control_BLD: Tensor | None, pos
         if given.shape[2] != router.weight.shape[1]:
             raise InputError(f"{what} {given.shape[2]} channels; the router {type(router).__name__} reads {router.weight.shape[1]}")
     if positions is not None:
-        if tuple(positions.shape) != shape:
-            raise InputError(f"positions have shape {tuple(positions.shape)}; required is (B, L) = {shape}, as of the tokens")
-        if positions.is_floating_point() or positions.dtype is torch.bool:
-            raise InputError(f"positions have dtype {positions.dtype}; required are integers, such as torch.int64")
+        check_positions(positions, shape)
 
 
 def check_decision(router: Router, decision: Decision, control_BLD: Tensor) -> None:
@@ -85,12 +85,25 @@ def check_valid(inputs: Tensor, valid: Tensor | None) -> None:
     Raises:
         InputError: what was given and what is required.
     """
-    if valid is None:
-        return
-    if valid.dtype is not torch.bool:
-        raise InputError(f"valid has dtype {valid.dtype}; required is torch.bool, True at real tokens: write valid.bool()")
-    if valid.shape != inputs.shape[:2]:
-        raise InputError(f"valid has shape {tuple(valid.shape)}; required is (B, L) = {tuple(inputs.shape[:2])}, as the input has")
+    if valid is not None:
+        check_mask(valid, inputs.shape[:2], device=inputs.device)
+
+
+def check_decisions(decisions: Sequence[Decision], what: str, valid: Tensor | None = None) -> None:
+    """Check that a function of decisions got some, and that a mask fits to each.
+
+    Raises:
+        InputError: it got the whole output, a single decision or something else; or the mask does not fit.
+    """
+    if isinstance(decisions, Decision):
+        raise InputError(f"{what} got one Decision; required is a sequence of them, one for each routed layer: write [decision]")
+    if hasattr(decisions, "decisions") or not isinstance(decisions, Sequence):
+        cure = ": give output.decisions" if hasattr(decisions, "decisions") else ", such as output.decisions"
+        raise InputError(f"{what} got {what_came(decisions)}; required is a sequence of decisions, one for each routed layer{cure}")
+    for place, decision in enumerate(decisions):
+        if not isinstance(decision, Decision):
+            raise InputError(f"{what} got {what_came(decision)} as decision {place}; required is a Decision of each routed layer")
+        check_valid(decision.active, valid)
 
 
 def check_parts(part: nn.Module, found: Collection[str], wanted: Collection[str]) -> None:

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.errors import InputError, quote
+from sma.errors import quote
+from sma.inputs import check_mask
 from sma.pytree import register_output
 from sma.ragged import move
 from sma.summary import brief, is_known, listed, summary
@@ -43,11 +43,7 @@ class Decision:
         rows, length = self.active.shape[:2]
         if valid is None:
             return self.active.sum((0, 1)).double() / max(rows * length, 1)
-        if valid.shape != (rows, length) or valid.dtype is not torch.bool:
-            raise InputError(
-                f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; required is (B, L) = {(rows, length)} of torch.bool, "
-                "as the decision has"
-            )
+        check_mask(valid, (rows, length), "as the decision has", self.active.device)
         return (self.active & valid[..., None]).sum((0, 1)).double() / valid.sum().clamp(min=1)
 
     def __repr__(self) -> str:

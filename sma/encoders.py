@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.errors import InputError
+from sma.inputs import check_tensor
 from sma.spec import Spec, register
+from sma.submodule import floating_dtype, placement
 from sma.summary import settings
 
 
@@ -28,7 +30,13 @@ class EncoderSpec(Spec):
 
 
 class Encoder(nn.Module):
-    """From the inputs of a task to vectors."""
+    """From the inputs of a task to vectors.
+
+    Attributes:
+        input_dtype: to which an error says to convert inputs that are no tensors; None where any will do.
+    """
+
+    input_dtype: torch.dtype | None = torch.float32
 
     def check(self, inputs: Tensor) -> None:
         """Check shape and dtype of a batch of inputs.
@@ -71,15 +79,18 @@ class TokenEmbeddingSpec(EncoderSpec):
         return self.vocabulary * width
 
 
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # for which torch has few operators
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
 
 
 class TokenEmbedding(Encoder):
     """A learned vector per token id, from a normal distribution of standard deviation D^-1/2; scaled, of standard deviation 1.
 
     Shape:
-        ids `(B, L)`, integers from 0 to vocabulary - 1, in; `(B, L, D)` out.
+        ids `(B, L)`, integers of any dtype from 0 to vocabulary - 1, in; `(B, L, D)` out.
     """
+
+    input_dtype = torch.int64
 
     def __init__(self, spec: TokenEmbeddingSpec, width: int) -> None:
         super().__init__()
@@ -91,14 +102,19 @@ class TokenEmbedding(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape, dtype and range of the ids; see `Encoder.check`."""
+        check_tensor(inputs, "token ids are", torch.int64)
         if inputs.ndim != 2 or inputs.dtype not in _WHOLE:
-            raise InputError(f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are integers of shape (B, L)")
+            cure = "" if inputs.dtype in _WHOLE else ": convert them with ids.long()"
+            given = f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
+            raise InputError(f"{given}; required are integers of shape (B, L){cure}")
         # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the embedding itself
         # reports ids out of range.
         if not torch.compiler.is_compiling() and inputs.device.type == "cpu" and inputs.numel():
-            low, high = (int(bound) for bound in inputs.aminmax())
+            low, high = (int(bound) for bound in _signed(inputs).aminmax())
             if low < 0 or high >= self.spec.vocabulary:
                 wrong = low if low < 0 else high
+                if low < 0 and inputs.dtype is torch.uint64:
+                    wrong = low + 2**64
                 raise InputError(f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}")
 
     def random_inputs(self, rows: int, length: int) -> Integer[Tensor, "B L"]:
@@ -107,13 +123,20 @@ class TokenEmbedding(Encoder):
 
     def forward(self, inputs: Integer[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Look the vectors up."""
-        ids = inputs if inputs.dtype is torch.int64 else inputs.int()  # torch looks up no narrower integers
+        ids = _signed(inputs)
+        if ids.dtype is not torch.int64:
+            ids = ids.int()  # torch looks up no narrower integers
         vectors = nn.functional.embedding(ids, self.weight, padding_idx=self.spec.padding)
         return vectors * self.weight.shape[1] ** 0.5 if self.spec.scaled else vectors
 
     def scores(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
         """The inner product with every id's vector: the tied output of a language model."""
         return nn.functional.linear(hidden, self.weight.to(hidden.dtype))
+
+
+def _signed(ids: Tensor) -> Tensor:
+    """Ids in a dtype that torch computes with; those of uint64 from 2^63 on become negative."""
+    return ids.long() if ids.dtype in _UNSIGNED else ids
 
 
 @register
@@ -145,8 +168,10 @@ class RealNumber(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape and dtype of the numbers; see `Encoder.check`."""
+        check_tensor(inputs, "numbers are", torch.float32)
         if inputs.ndim != 2 or not inputs.is_floating_point():
-            raise InputError(f"numbers have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are floats of shape (B, L)")
+            given = f"numbers have shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
+            raise InputError(f"{given}; required are floats of shape (B, L){_to_float(inputs)}")
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""
@@ -155,6 +180,10 @@ class RealNumber(Encoder):
     def forward(self, inputs: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Encode every number."""
         return inputs[..., None] * self.weight + self.bias
+
+
+def _to_float(inputs: Tensor) -> str:
+    return "" if inputs.is_floating_point() or inputs.is_complex() else ": convert them with x.float()"
 
 
 @register
@@ -185,16 +214,20 @@ class LinearEncoder(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape and dtype of the features; see `Encoder.check`."""
-        wanted = f"floats of shape (B, L, {self.spec.features})"
+        check_tensor(inputs, "features are", torch.float32)
+        wanted = f"floats of shape (B, L, {self.spec.features}){_to_float(inputs)}"
         if inputs.ndim != 3 or inputs.shape[2] != self.spec.features or not inputs.is_floating_point():
             raise InputError(f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}")
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""
-        weight = self.linear.weight
-        return torch.randn(rows, length, self.spec.features, device=weight.device, dtype=weight.dtype)
+        device, dtype = placement(self, None, None)
+        return torch.randn(rows, length, self.spec.features, device=device, dtype=dtype)
 
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
         """Encode every position."""
-        # The residual stream starts here and is not narrowed by autocast.
-        return self.linear(inputs).to(self.linear.weight.dtype)
+        out: Tensor = self.linear(inputs)
+        if torch.is_autocast_enabled(inputs.device.type):
+            # The residual stream starts here and is not narrowed by autocast. The weight of a map that was replaced may be packed.
+            return out.to(floating_dtype(self.linear) or out.dtype)
+        return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sma.encoders import TokenEmbedding
 from sma.errors import InputError, quote
+from sma.inputs import check_count, check_mask, check_number, check_tensor
 from sma.memory import check_memory
 from sma.model import LanguageModel, ModelState
 
@@ -52,8 +53,9 @@ def generate(
     Raises:
         InputError: a setting out of its range, or a row without a valid token.
     """
-    _check(prompt, valid, tokens, temperature, top_k, top_p, samples)
-    if not -(2**63) <= seed < 2**64:
+    _check(model, prompt, valid, tokens, temperature, top_k, top_p, samples)
+    check_count(seed, "seed", -(2**63))
+    if seed >= 2**64:
         raise InputError(f"seed={quote(seed)} must have at most 64 bits")
     _check_rows(model, prompt, samples)
     # A generator function would raise only when the first token is asked for.
@@ -98,6 +100,8 @@ def read(model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "
         mask = None if valid is None else valid[:, part]
         output = model(prompt[:, part], mask, state)
         state = output.state
+        if output.logits is None or output.logits.ndim != 3:
+            raise InputError(_unsuitable(model))
         if mask is None:
             logits = output.logits[:, -1]
             continue
@@ -134,6 +138,10 @@ def draw(
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
 
 
+def _unsuitable(model: object) -> str:
+    return f"{type(model).__name__} does not score the next token; generate needs a model of kind language_model"
+
+
 def _check_rows(model: LanguageModel, prompt: Tensor, samples: int) -> None:
     """Check that the streams of all samples, and the scores of a token of each, fit into memory."""
     rows = prompt.shape[0] * samples
@@ -144,18 +152,33 @@ def _check_rows(model: LanguageModel, prompt: Tensor, samples: int) -> None:
 
 
 def _check(
-    prompt: Tensor, valid: Tensor | None, tokens: int, temperature: float, top_k: int | None, top_p: float | None, samples: int
+    model: object,
+    prompt: Tensor,
+    valid: Tensor | None,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    samples: int,
 ) -> None:
+    if not callable(getattr(getattr(model, "encoder", None), "scores", None)):
+        raise InputError(_unsuitable(model))
+    check_tensor(prompt, "the prompt is", torch.int64)
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise InputError(f"the prompt has shape {tuple(prompt.shape)}; required is (B, L) with at least one token per row")
-    if valid is not None and not bool(valid.any(1).all()):
-        row = int((~valid.any(1)).nonzero()[0])
-        raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
-    if tokens < 0 or samples < 1:
-        raise InputError(f"tokens={quote(tokens)} must be at least 0 and samples={quote(samples)} at least 1")
+    if valid is not None:
+        check_mask(valid, prompt.shape, "as the prompt has", prompt.device)
+        if not bool(valid.any(1).all()):
+            row = int((~valid.any(1)).nonzero()[0])
+            raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
+    check_count(tokens, "tokens")
+    check_count(samples, "samples", 1)
+    check_number(temperature, "temperature")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature={temperature} must be a finite number of at least 0")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k} must be at least 1; leave it out to draw from all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} must be above 0 and at most 1")
+    if top_k is not None:
+        check_count(top_k, "top_k", 1, "; leave it out to draw from all tokens")
+    if top_p is not None:
+        check_number(top_p, "top_p")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p={top_p} must be above 0 and at most 1")

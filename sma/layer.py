@@ -16,6 +16,7 @@ from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_parts, counted
 from sma.decision import Decision
 from sma.initial import truncated_normal_
+from sma.inputs import check_count
 from sma.memory import zeros
 from sma.norms import NormSpec
 from sma.pytree import register_output
@@ -166,6 +167,7 @@ class RoutedLayer(nn.Module):
             StateError: a part is not causal, or a batch norm is in training mode.
         """
         self.refuse_unless_causal()
+        check_count(batch_size, "batch_size")
         device, dtype = placement(self, device, dtype)
         seen = zeros((batch_size,), "the state of a layer", dtype=torch.int64, device=device)
         backbone = None if self.backbone is None else self.backbone.init_state(batch_size, device=device, dtype=dtype)

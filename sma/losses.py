@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sma.activation import check_valid
+from sma.checks import check_decisions
 from sma.decision import Decision
 from sma.errors import InputError, did_you_mean
+from sma.inputs import check_number, check_tensor
 
 
 def budget_loss(
@@ -32,6 +33,7 @@ def budget_loss(
     Raises:
         InputError: a target is not in [0, 1] or names no sub-module, or the mask does not fit.
     """
+    check_decisions(decisions, "budget_loss", valid)
     gaps = []
     targets = _targets(decisions, target)
     for decision in decisions:
@@ -57,6 +59,7 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
     Reference:
         Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4.
     """
+    check_decisions(decisions, "load_balance_loss", valid)
     losses = []
     for decision in decisions:
         soft, real = _mean(decision.p_on, valid), decision.rate(valid)
@@ -85,6 +88,7 @@ def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = No
     Reference:
         Zoph et al., "ST-MoE", arXiv 2202.08906, equation 5.
     """
+    check_decisions(decisions, "z_loss", valid)
     losses = [_mean(decision.logits.logsumexp(-1).square(), valid).mean() for decision in decisions if decision.names]
     return torch.stack(losses).mean() if losses else _zero(decisions)
 
@@ -117,12 +121,13 @@ def policy_gradient_loss(
     Reference:
         Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992.
     """
+    check_decisions(decisions, "policy_gradient_loss", valid)
+    check_tensor(losses, "the losses are", torch.float32)
     if not decisions:
         return _zero(decisions)
     rows, length = decisions[0].active.shape[:2]
     if losses.shape not in ((rows,), (rows, length)):
         raise InputError(f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})")
-    check_valid(decisions[0].active, valid)
     valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
     advantage_BL = _advantage(losses.detach(), valid)
     total = []
@@ -148,7 +153,6 @@ def _advantage(losses: Tensor, valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L
 
 def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:
     """Mean over the valid tokens; 0 where there is none."""
-    check_valid(values_BLM, valid)
     rows, length = values_BLM.shape[:2]
     if valid is None:
         return values_BLM.sum((0, 1)) / max(rows * length, 1)
@@ -170,6 +174,7 @@ def _targets(decisions: Sequence[Decision], target: float | Mapping[str, float])
     for name, rate in targets.items():
         if name not in names:
             raise InputError(f"no layer has a sub-module {name!r}{did_you_mean(name, names, 'sub-modules')}")
+        check_number(rate, f"the target rate of {name!r}")
         if not 0 <= rate <= 1:  # so written, it catches NaN too
             raise InputError(f"the target rate {rate} of {name!r} must lie between 0 and 1")
     return targets

@@ -17,6 +17,7 @@ from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
+from sma.inputs import check_count, check_tensor
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
 from sma.norms import NormSpec
@@ -244,6 +245,7 @@ class SequenceModel(nn.Module):
             StateError: a part is not causal, or a batch norm is in training mode; names the layer and the part.
         """
         self._refuse_unless_causal()
+        check_count(batch_size, "batch_size")
         device, dtype = placement(self, device, dtype)
         if device.type != "meta":
             # All of it before a part of it takes the memory: made on `meta`, it has sizes and nothing else.
@@ -296,6 +298,7 @@ class SequenceModel(nn.Module):
             InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
             StateError: the state does not fit, the model cannot continue a stream, or a capacity comes with a state.
         """
+        check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
         self.encoder.check(inputs)
         check_valid(inputs, valid)
         if inputs.is_floating_point():
@@ -326,7 +329,8 @@ class SequenceModel(nn.Module):
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, None if mask is None else mask.squeeze(-1))
         hidden = hidden if mask is None else hidden.where(mask, 0)
-        total, seen, after = hidden.sum(1), frame.lengths, None
+        # Wide, because in half precision neither the sum nor the number of tokens of a long row is finite.
+        total, seen, after = hidden.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32)), frame.lengths, None
         if state is not None:
             total, seen = total + state.total, seen + state.seen
             after = ModelState(seen, total, tuple(states))

@@ -82,12 +82,13 @@ class RMSNormSpec(NormSpec):
     """Spec of `RMSNorm`."""
 
     kind: Literal["rms_norm"] = "rms_norm"
+    affine: bool = Field(default=True, description="learn a scale per channel")
 
     def build(self, width: int) -> "RMSNorm":
         return RMSNorm(self, width)
 
     def num_parameters(self, width: int) -> int:
-        return width
+        return width if self.affine else 0
 
 
 class RMSNorm(Norm):
@@ -100,11 +101,12 @@ class RMSNorm(Norm):
     def __init__(self, spec: RMSNormSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
         """Normalise every token; see `Norm.forward`."""
-        return nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.spec.epsilon)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return nn.functional.rms_norm(x, x.shape[-1:], weight, self.spec.epsilon)
 
 
 @register
@@ -112,12 +114,13 @@ class ScaleNormSpec(NormSpec):
     """Spec of `ScaleNorm`."""
 
     kind: Literal["scale_norm"] = "scale_norm"
+    affine: bool = Field(default=True, description="learn the number g; false is g = 1")
 
     def build(self, width: int) -> "ScaleNorm":
         return ScaleNorm(self, width)
 
     def num_parameters(self, width: int) -> int:
-        return 1
+        return int(self.affine)
 
 
 class ScaleNorm(Norm):
@@ -130,11 +133,12 @@ class ScaleNorm(Norm):
     def __init__(self, spec: ScaleNormSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.scale = nn.Parameter(torch.ones(1))
+        self.scale = nn.Parameter(torch.ones(1)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
         """Normalise every token; see `Norm.forward`."""
-        return nn.functional.rms_norm(x, x.shape[-1:], None, self.spec.epsilon) * self.scale.to(x.dtype)
+        normal = nn.functional.rms_norm(x, x.shape[-1:], None, self.spec.epsilon)
+        return normal if self.scale is None else normal * self.scale.to(x.dtype)
 
 
 @register

@@ -10,6 +10,7 @@ from torch import Tensor
 from sma.capacity import Capacity
 from sma.errors import InputError
 from sma.heads import Head, HeadSpec
+from sma.inputs import check_tensor
 from sma.model import ModelOutput, ModelSpec, ModelState, SequenceModel
 from sma.spec import register
 
@@ -62,6 +63,7 @@ class PairClassifier(SequenceModel):
         Raises:
             InputError: also where the number of rows is odd.
         """
+        check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
         if inputs.ndim and inputs.shape[0] % 2:
             raise InputError(
                 f"inputs have {inputs.shape[0]} rows, which are no pairs; a pair_classifier takes an even number: rows 2i and 2i + 1 are "

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sma.errors import InputError
+from sma.inputs import check_count, check_positions, check_tensor, what_came
 from sma.pytree import register_output
 from sma.summary import brief, summary
 
@@ -155,15 +156,14 @@ def compress(
             keep the earliest active tokens: shapes then do not depend on the data.
 
     Raises:
-        InputError: the mask is not boolean or has another shape than the batch.
+        InputError: the mask is not boolean or has another shape than the batch, or positions or capacity do not fit.
     """
-    _check_mask(x_BLD, active_BL)
+    _check_mask(x_BLD, active_BL, positions_BL)
     flat = x_BLD.flatten(0, 1)
     if capacity is None:
         (frame,) = locate(active_BL[..., None], positions_BL)
         return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
-    if capacity < 1:
-        raise InputError(f"capacity={capacity} must be at least 1 token per row")
+    check_count(capacity, "capacity", 1, " token per row")
     frame = locate_static(active_BL, capacity, positions_BL)
     return frame.with_values(fill_holes(flat.index_select(0, frame.index), frame))
 
@@ -261,13 +261,23 @@ def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tenso
         tokens: what `compress` returned.
         like_BLD: the batch that was compressed; gives B, L and the dtype of the result.
     """
+    check_tensor(like_BLD, "like_BLD is")
+    _check_values(values, tokens)
     if _covers(tokens, like_BLD):
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
     return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
 
 
+def _check_values(values: Tensor, tokens: Ragged) -> None:
+    check_tensor(values, "the values are")
+    if not isinstance(tokens, Ragged):
+        raise InputError(f"the tokens are {what_came(tokens)}; required is the Ragged that compress returned")
+
+
 def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
+    check_tensor(into_BLD, "into_BLD is")
+    _check_values(values, tokens)
     flat = into_BLD.flatten(0, 1).clone(memory_format=torch.contiguous_format)
     return extract_add_(values, tokens, flat).unflatten(0, into_BLD.shape[:2])
 
@@ -287,11 +297,15 @@ def _covers(tokens: Ragged, batch: Tensor) -> bool:
     return not tokens.holes and tokens.stride == batch.shape[1]
 
 
-def _check_mask(x_BLD: Tensor, active_BL: Tensor) -> None:
+def _check_mask(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None) -> None:
+    check_tensor(x_BLD, "the batch is", torch.float32)
+    check_tensor(active_BL, "the mask is", torch.bool)
     if active_BL.dtype is not torch.bool:
         raise InputError(f"the mask has dtype {active_BL.dtype}; it must be torch.bool: write mask.bool() or mask > 0")
-    if x_BLD.shape[:2] != active_BL.shape:
+    if x_BLD.ndim < 2 or x_BLD.shape[:2] != active_BL.shape:
         raise InputError(f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}")
+    if positions_BL is not None:
+        check_positions(positions_BL, active_BL.shape)
 
 
 def right_padding(valid_BL: Bool[Tensor, "B L"], static: bool = False) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
@@ -333,8 +347,12 @@ def segment_reduce(
             torch itself is as fast); `torch` and `scatter` force one.
 
     Raises:
-        InputError: an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
+        InputError: no tensors, an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
     """
+    check_tensor(values, "the values are")
+    check_tensor(offsets, "the offsets are", torch.int64)
+    if offsets.ndim != 1 or not offsets.numel() or offsets.is_floating_point() or offsets.dtype is torch.bool:
+        raise InputError(f"the offsets have shape {tuple(offsets.shape)} and dtype {offsets.dtype}; required are B + 1 integers")
     if reduce not in ("sum", "mean", "max", "min"):
         raise InputError(f"reduce={reduce!r} must be 'sum', 'mean', 'max' or 'min'")
     scatter = _torch_scatter()

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.activation import check_valid
+from sma.checks import check_decisions
 from sma.decision import Decision
 from sma.errors import InputError, did_you_mean, quote
+from sma.inputs import check_count, check_number, check_positions
 from sma.model import ModelSpec
 from sma.pytree import register_output
 from sma.ragged import locate
@@ -85,11 +86,10 @@ def count_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None
     Raises:
         InputError: the mask is not boolean or has another shape than the decisions.
     """
+    check_decisions(decisions, "count_rates", valid)
     layers = tuple(decision.names for decision in decisions)
     if not decisions:
         return RateCount(torch.zeros(0, 0, dtype=torch.int64), torch.zeros((), dtype=torch.int64), ())
-    for decision in decisions:
-        check_valid(decision.active, valid)
     first, names = decisions[0].active, _union(layers)
     total = torch.tensor(first.shape[0] * first.shape[1], device=first.device) if valid is None else valid.sum()
     rows = []
@@ -119,6 +119,7 @@ def activation_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] |
 
 def module_names(decisions: Sequence[Decision]) -> tuple[str, ...]:
     """The sub-modules of all layers, each once, in the order in which they first appear: the last axis of `activation_rates`."""
+    check_decisions(decisions, "module_names")
     return _union(decision.names for decision in decisions)
 
 
@@ -144,6 +145,7 @@ def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999)
 
 
 def _check_rate(rate: float, what: str) -> None:
+    check_number(rate, what)
     if not 0 <= rate <= 1:  # so written, it catches NaN too
         raise InputError(f"{what} is {rate}; it must lie between 0 and 1")
 
@@ -172,9 +174,11 @@ def attention_span(
     Raises:
         InputError: the window is less than 1, or the mask does not fit.
     """
-    if window is not None and window < 1:
-        raise InputError(f"window={window} must be at least 1; use window=None for all active tokens")
-    check_valid(decision.active, valid)
+    check_decisions([decision], "attention_span", valid)
+    if window is not None:
+        check_count(window, "window", 1, "; use window=None for all active tokens")
+    if positions is not None:
+        check_positions(positions, decision.active.shape[:2])
     if positions is None and valid is not None:
         positions = valid.cumsum(1) - 1
     spans = []
@@ -217,8 +221,7 @@ def operation_count(spec: ModelSpec, length: int, rates: float | Sequence[float 
     Raises:
         InputError: the number of layers or their sub-modules do not fit, a rate is not in [0, 1], or the length is less than 1.
     """
-    if length < 1:
-        raise InputError(f"length={length} must be at least 1 token")
+    check_count(length, "length", 1, " token")
     routing = [layer for layer in spec.layer_specs if layer.modules]
     given = [rates] * len(routing) if isinstance(rates, int | float) else list(rates)
     if len(given) != len(routing):

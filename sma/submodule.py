@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from sma.errors import StateError
+from sma.errors import InputError, StateError, quote
+from sma.inputs import check_count, check_tensor, what_came
 from sma.memory import zeros
 from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged
@@ -56,6 +57,7 @@ class State:
 
     def select(self, rows: Int[Tensor, "R"]) -> Self:
         """The state of some rows, in the order given; a row may be taken twice."""
+        check_tensor(rows, "rows are", torch.int64)
         return map_tensors(lambda tensor: tensor.index_select(0, rows), self)
 
     def reorder(self, rows: Int[Tensor, "B"]) -> Self:
@@ -64,12 +66,14 @@ class State:
         Raises:
             StateError: another number of rows than the state has; use `select` for that.
         """
+        check_tensor(rows, "rows are", torch.int64)
         if rows.shape != (self.batch_size,):
             raise StateError(f"reorder got rows of shape {tuple(rows.shape)} for {self.batch_size} streams; select(rows) takes any number")
         return self.select(rows)
 
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
         """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
+        check_tensor(rows, "rows are", torch.bool)
         if rows.dtype is not torch.bool:
             rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
 
@@ -174,8 +178,14 @@ class SubModule(nn.Module):
         """Check a state that `forward` was given.
 
         Raises:
+            InputError: the tokens are no Ragged.
             StateError: this part is not causal, or the state is of another class or for another number of rows.
         """
+        if not isinstance(tokens, Ragged):
+            raise InputError(
+                f"{type(self).__name__} got {what_came(tokens)}; required are Ragged tokens: write sma.ragged.rectangular(x) for all "
+                "tokens of a batch, or sma.ragged.compress(x, active)"
+            )
         if state is None:
             return None
         self._refuse_unless_causal()
@@ -221,10 +231,30 @@ def check_sizes(part: nn.Module, found: tuple[object, ...], wanted: tuple[object
 
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
     """Make the state of a part that needs none."""
+    check_count(batch_size, "batch_size")
     return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 
 
 def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults."""
-    first = next(part.parameters(), torch.empty(0))
-    return torch.device(first.device if device is None else device), first.dtype if dtype is None else dtype
+    """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults.
+
+    Parameters that are quantised or packed hold no floating-point numbers, and a part may have buffers only.
+
+    Raises:
+        InputError: there is no such device, or the dtype is none of floating-point numbers.
+    """
+    if dtype is None:
+        dtype = floating_dtype(part) or torch.get_default_dtype()
+    elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
+    if device is None:
+        return next((tensor.device for tensor in (*part.parameters(), *part.buffers())), torch.empty(0).device), dtype
+    try:
+        return torch.device(device), dtype
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"there is no device {quote(device)}; give one such as 'cpu' or 'cuda:0'") from error
+
+
+def floating_dtype(part: nn.Module) -> torch.dtype | None:
+    """The dtype in which a part computes: that of its first floating-point parameter or else buffer; None where it has none."""
+    return next((tensor.dtype for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()), None)

@@ -110,10 +110,8 @@ def normalise(norm: Norm | None, token: Tensor) -> Tensor:
         normal = (token - mean) / torch.sqrt(var + epsilon)
         return normal if norm.weight is None or norm.bias is None else normal * norm.weight + norm.bias
     size = torch.sqrt((token**2).mean() + epsilon)
-    if isinstance(norm, RMSNorm):
-        return token / size * norm.weight
-    assert isinstance(norm, ScaleNorm)
-    return token / size * norm.scale
+    gain = norm.weight if isinstance(norm, RMSNorm) else norm.scale
+    return token / size if gain is None else token / size * gain
 
 
 def layer(part: RoutedLayer, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

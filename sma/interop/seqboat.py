@@ -4,20 +4,22 @@ Their layers, models and encoders become ours, and ours give the tensors back un
 `standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sma.encoders import EncoderSpec, LinearEncoder, LinearEncoderSpec, RealNumber, RealNumberSpec, TokenEmbedding, TokenEmbeddingSpec
-from sma.errors import CheckpointError, did_you_mean
+from sma.errors import CheckpointError, did_you_mean, quote
 from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
 from sma.layer import LayerSpec, RoutedLayer
 from sma.model import RepeatSpec, SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
 from sma.modules.ema import EMA, EMASpec
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
-from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, ScaleNorm, ScaleNormSpec
+from sma.modules.windowed import Weighting
+from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, RMSNormSpec, ScaleNorm, ScaleNormSpec
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.routers import AlwaysRouterSpec, RouterSpec, SMARouter, SMARouterSpec
 from sma.spec import FrozenDict
@@ -44,7 +46,8 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
         tensors: parameters and buffers by the authors' names.
 
     Raises:
-        CheckpointError: an unknown kind, a tensor too few or too many, or one of another shape.
+        CheckpointError: an unknown kind, an argument that is missing or has no equal here, a tensor too few or too many, or one of
+            another shape.
     """
     module = _empty(kind, config)
     entries = list(_entries(module))
@@ -79,6 +82,8 @@ def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False
             ours = entry.ours.grad
         if ours is None:
             raise CheckpointError(f"{entry.name!r} has no gradient; call backward() first")
+        if not isinstance(ours, Tensor) or ours.is_quantized:
+            raise CheckpointError(f"the part of {entry.name!r} was replaced by one that packs its weights, such as a quantised one")
         parts.setdefault(entry.name, []).append(ours.detach().clone())
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
@@ -142,7 +147,8 @@ def _layer_entries(layer: RoutedLayer, prefix: str, ema_name: str) -> Iterator[E
 
 def _norm_entries(norm: Norm | None, prefix: str) -> Iterator[Entry]:
     if isinstance(norm, ScaleNorm):
-        yield Entry(f"{prefix}scalar", norm.scale)
+        if norm.scale is not None:
+            yield Entry(f"{prefix}scalar", norm.scale)
         return
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(norm, name, None)
@@ -159,13 +165,16 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
     }
     if kind not in makers:
         raise CheckpointError(f"unknown kind {kind!r} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
-    module = makers[kind](config)
+    try:
+        module = makers[kind](config)
+    except KeyError as error:
+        raise CheckpointError(f"the config of {kind!r} lacks {error}; give every argument of the authors' constructor") from None
     setattr(module, _MARK, kind)
     return module
 
 
 def _standalone_layer(config: Mapping[str, Any]) -> RoutedLayer:
-    return _layer(config, config.get("window_size", -1)).build(config["embed_dim"])
+    return _layer(config, config.get("window_size", 256)).build(config["embed_dim"])
 
 
 def _unit(config: Mapping[str, Any]) -> RoutedLayer:
@@ -174,13 +183,14 @@ def _unit(config: Mapping[str, Any]) -> RoutedLayer:
 
 def _layer(config: Mapping[str, Any], window: int) -> LayerSpec:
     """The authors' layer; their `window` of -1 means all active tokens."""
-    bidirectional = config.get("bidirectional", True)
+    bidirectional = config.get("bidirectional", False)
+    _one_of(config, "activation", ("silu",), "silu")
     gau = GAUSpec(
         query_size=config["zdim"],
         hidden_size=config["hdim"],
         window=window if window > 0 else None,
         bidirectional=bidirectional,
-        attention=config["attention_activation"],
+        attention=cast(Weighting, _one_of(config, "attention_activation", get_args(Weighting), "relu2")),
         position=_position(config),
         value_dropout=config.get("hidden_dropout", 0.0),
         attention_dropout=config.get("attention_dropout", 0.0),
@@ -190,27 +200,51 @@ def _layer(config: Mapping[str, Any], window: int) -> LayerSpec:
         backbone=EMASpec(state_size=config["ndim"], bidirectional=bidirectional, truncation=config.get("truncation")),
         router=AlwaysRouterSpec() if config.get("always_act") else router,
         modules=FrozenDict(attention=gau),
-        norm=_norm(config["norm_type"], config.get("prenorm", True), config.get("norm_affine", True)),
+        norm=_norm(config),
         dropout=config.get("dropout", 0.0),
         dropout_on="modules" if bidirectional else "sum",
     )
 
 
 def _position(config: Mapping[str, Any]) -> PositionSpec:
-    if config.get("rel_pos_bias", "simple") == "rotary":
+    name = _one_of(config, "rel_pos_bias", ("simple", "rotary"), "simple")
+    if name == "rotary":
         return RotarySpec()
-    return RelativeBiasSpec(distance="slot_distance" if config.get("local_pos") else "true_distance", max_positions=config["max_positions"])
+    distance: Literal["slot_distance", "true_distance"] = "slot_distance" if config.get("local_pos") else "true_distance"
+    return RelativeBiasSpec(distance=distance, max_positions=config.get("max_positions", 1024))
 
 
-def _norm(name: str, pre: bool, affine: bool) -> NormSpec:
-    place: Literal["pre", "post"] = "pre" if pre else "post"
-    if name == "layernorm":
-        return LayerNormSpec(place=place, affine=affine)
-    if name in ("batchnorm", "syncbatchnorm"):
-        return BatchNormSpec(place=place, affine=affine)
-    if name == "scalenorm":
-        return ScaleNormSpec(place=place)
-    raise CheckpointError(f"unknown norm_type {name!r}; known: layernorm, batchnorm, syncbatchnorm, scalenorm")
+# The names of the authors' norms, and what each is here; every one of theirs has the same epsilon, 1e-5.
+_NORMS: dict[str, Callable[..., NormSpec]] = {
+    "layernorm": LayerNormSpec,
+    "rmsnorm": RMSNormSpec,
+    "scalenorm": ScaleNormSpec,
+    "batchnorm": BatchNormSpec,
+    "syncbatchnorm": partial(BatchNormSpec, synchronized=True),
+}
+
+
+def _norm(config: Mapping[str, Any]) -> NormSpec:
+    place: Literal["pre", "post"] = "pre" if config.get("prenorm", True) else "post"
+    name = _one_of(config, "norm_type", tuple(_NORMS), "layernorm")
+    return _NORMS[name](place=place, affine=config.get("norm_affine", True))
+
+
+def _one_of(config: Mapping[str, Any], argument: str, known: Sequence[str], default: str) -> str:
+    """One of the authors' names that has an equal here.
+
+    Raises:
+        CheckpointError: it has none; those that do are listed.
+    """
+    name = config.get(argument, default)
+    if name not in known:
+        listed = did_you_mean(str(name), known, "known")
+        raise CheckpointError(f"{argument}={quote(name)} of the authors' modules has no equal here{listed}")
+    return str(name)
+
+
+# Arguments of the authors' models that are those of their layers.
+_PASSED_ON = ("attention_activation", "norm_type", "rel_pos_bias", "init_temp_scale", "activation", "dropout")
 
 
 def _standalone_model(config: Mapping[str, Any]) -> SequenceModel:
@@ -220,7 +254,11 @@ def _standalone_model(config: Mapping[str, Any]) -> SequenceModel:
             "zdim": config["d_qk"],
             "hdim": 2 * config["d_model"],
             "ndim": config["d_ema"],
-            **{name: config[name] for name in ("attention_activation", "max_positions", "norm_type", "prenorm", "dropout")},
+            "max_positions": config["max_positions"],
+            "prenorm": config["prenorm"],
+            "bidirectional": config.get("bidirectional", True),
+            **{name: config[name] for name in _PASSED_ON if name in config},
+            "norm_type": config.get("norm_type", "batchnorm"),
         },
         config["mem_size"],
     )
@@ -242,15 +280,18 @@ def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
             "ndim": config["n_dim"],
             "prenorm": config["normalize_before"],
             "max_positions": config["max_seq_len"],
+            "bidirectional": True,
             **{
                 name: config[name]
-                for name in ("attention_activation", "norm_type", "truncation", "init_temp_scale", "local_pos")
+                for name in (*_PASSED_ON, "truncation", "local_pos", "always_act", "attention_dropout", "hidden_dropout")
                 if name in config
             },
+            "attention_activation": config.get("attention_activation", "softmax"),
         },
         config["chunk_size"],
     )
-    sparse = config["embedding_type"] == "sparse"
+    _one_of(config, "sen_rep_type", ("mp",), "mp")
+    sparse = _one_of(config, "embedding_type", ("sparse", "linear"), "sparse") == "sparse"
     encoder: EncoderSpec = (
         TokenEmbeddingSpec(vocabulary=config["vocab_size"], padding=config["padding_idx"]) if sparse else RealNumberSpec()
     )
@@ -258,5 +299,6 @@ def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
         width=width,
         encoder=encoder,
         sinusoid=config.get("add_apos", False),
+        embedding_dropout=config.get("dropout", 0.0),
         layers=RepeatSpec(repeat=config["num_encoder_layers"], layer=layer),
     ).build()

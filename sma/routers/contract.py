@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.errors import InputError, StateError, quote
 from sma.initial import truncated_normal_
+from sma.inputs import check_mask, check_tensor
 from sma.spec import Spec
 from sma.submodule import NoState, State, StateKind, check_state, no_state, placement
 from sma.summary import listed, settings
@@ -172,6 +173,20 @@ class Router(nn.Module):
             raise StateError(f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state")
 
 
+def check_routed(control_BLD: Tensor, valid: Tensor | None) -> None:
+    """Check what a router is given.
+
+    Raises:
+        InputError: no tensors `(B, L, D)` of floats and `(B, L)` of booleans.
+    """
+    check_tensor(control_BLD, "control_BLD is", torch.float32)
+    if control_BLD.ndim != 3 or not control_BLD.is_floating_point():
+        given = f"control_BLD has shape {tuple(control_BLD.shape)} and dtype {control_BLD.dtype}"
+        raise InputError(f"{given}; required is (B, L, D) of a floating-point dtype")
+    if valid is not None:
+        check_mask(valid, control_BLD.shape[:2], device=control_BLD.device)
+
+
 def keep_valid(active: Bool[Tensor, "B L M"], valid: Bool[Tensor, "B L"] | None) -> Bool[Tensor, "B L M"]:
     """Switch padding off."""
     return active if valid is None else active & valid[..., None]
@@ -210,6 +225,7 @@ class ScoredRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
+        check_routed(control_BLD, valid)
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device.type):
             return self._decide(self._scores(control_BLD), valid, positions, streams), state

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sma.inputs import check_count
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.routers.contract import Router
@@ -42,6 +43,7 @@ class DrawingRouter(Router):
 
     def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
         """Make the state of `batch_size` streams; see `Router.init_state`."""
+        check_count(batch_size, "batch_size")
         place = placement(self, device, dtype)[0]
         # Zeros first, which are refused where they do not fit.
         return RandomState(torch.arange(batch_size, out=zeros((batch_size,), "the state of a router", device=place, dtype=torch.int64)))

@@ -248,10 +248,62 @@ def test_an_unknown_kind_is_refused() -> None:
         from_reference("standalone_layr", {}, {})  # type: ignore[arg-type]
 
 
-def test_an_unknown_norm_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"norm_type": "groupnorm"}, "norm_type='groupnorm' .* known: layernorm, rmsnorm, scalenorm, batchnorm, syncbatchnorm$"),
+        ({"norm_type": "rms_norm"}, r"norm_type='rms_norm' .*; did you mean 'rmsnorm'\? known: layernorm, rmsnorm"),
+        ({"norm_type": ["layernorm"]}, r"norm_type=\['layernorm'\] of the authors' modules has no equal here"),
+        ({"attention_activation": "relu"}, "attention_activation='relu' .* known: softmax, relu2, laplace$"),
+        ({"rel_pos_bias": "t5"}, "rel_pos_bias='t5' of the authors' modules has no equal here; known: simple, rotary$"),
+        ({"activation": "gelu"}, "activation='gelu' of the authors' modules has no equal here; .*known: silu$"),
+    ],
+)
+def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, Any], complaint: str) -> None:
     case = recorded("causal_softmax_rotary")
-    with pytest.raises(CheckpointError, match="unknown norm_type 'groupnorm'; known: layernorm, batchnorm, syncbatchnorm, scalenorm"):
-        from_reference(case.info["kind"], {**case.info["config"], "norm_type": "groupnorm"}, case.weights())
+    with pytest.raises(CheckpointError, match=complaint):
+        from_reference(case.info["kind"], {**case.info["config"], **changes}, case.weights())
+
+
+@pytest.mark.parametrize("name", ["causal_softmax_rotary", "classifier_two_layers", "lra_text_encoder", "always_active"])
+def test_an_argument_that_is_missing_is_named(name: str) -> None:
+    case = recorded(name)
+    widths = {"embed_dim", "d_model", "embedding_dim", "zdim", "d_qk", "z_dim"}
+    for argument in widths & set(case.info["config"]):
+        config = {key: value for key, value in case.info["config"].items() if key != argument}
+        with pytest.raises(CheckpointError, match=f"^the config of '{case.info['kind']}' lacks '{argument}'; give every argument"):
+            from_reference(case.info["kind"], config, case.weights())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "scalenorm", "batchnorm", "syncbatchnorm"])
+def test_every_norm_of_the_authors_is_ours(name: str, affine: bool) -> None:
+    """Their formulas, written out: eps is 1e-5 in all of them, and the gain comes before the quotient."""
+    case = recorded("bidirectional_softmax_true_distance")
+    weights = {key: value for key, value in case.weights().items() if ".norm." not in f".{key}"}
+    width = case.info["config"]["embed_dim"]
+    gain, bias = (torch.randn(1 if name == "scalenorm" else width) for _ in range(2))
+    mean, var = torch.randn(width), torch.rand(width) + 0.5
+    if affine:
+        weights["norm.norm.scalar" if name == "scalenorm" else "norm.norm.weight"] = gain
+        if name not in ("rmsnorm", "scalenorm"):
+            weights["norm.norm.bias"] = bias
+    if "batch" in name:
+        weights |= {"norm.norm.running_mean": mean, "norm.norm.running_var": var, "norm.norm.num_batches_tracked": torch.tensor(3)}
+    module = from_reference(case.info["kind"], {**case.info["config"], "norm_type": name, "norm_affine": affine}, weights).eval()
+    x = 0.01 * torch.randn(2, 7, width)
+    if name in ("rmsnorm", "scalenorm"):
+        wanted = (x * gain if affine else x) * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    else:
+        centre, spread = (mean, var) if "batch" in name else (x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True))
+        wanted = (x - centre) * torch.rsqrt(spread + 1e-5)
+        wanted = wanted * gain + bias if affine else wanted
+    assert isinstance(module, RoutedLayer)
+    assert module.norm is not None
+    torch.testing.assert_close(module.norm(x), wanted)
+    back = to_reference(module)
+    assert set(back) == {key for key in weights if not key.endswith("num_batches_tracked")}
+    assert all(torch.equal(back[key], weights[key]) for key in back)
 
 
 def test_gradients_before_backward_are_refused() -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import re
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +151,86 @@ class TestCalibrate:
         forms = [(inputs, valid), [inputs, valid, "labels"], SimpleNamespace(inputs=inputs, valid=valid), inputs[:, :30], (inputs[:, :30],)]
         rates = [calibrate(_model({"kind": "sma"}), [form], 0.5).by_layer() for form in forms]
         assert all(rate == rates[0] for rate in rates)
+
+
+class Own(nn.Module):
+    """A module of a user that contains one of ours; what its forward takes and returns differs."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__()
+        self.body, self.told = _model({"kind": "sma"}), told
+
+    def forward(self, x: torch.Tensor) -> Any:
+        output = self.body(x)
+        return output if self.told == "output" else {"logits": output.hidden} if self.told == "mapping" else output.hidden
+
+
+class TestModulesOfOnesOwn:
+    def test_one_that_returns_its_decisions_is_calibrated(self):
+        own = Own("output")
+        calibrate(own, [normal(4, 90, 3)], 0.3, tolerance=0.02)
+        assert own.body(normal(4, 90, 3)).decisions[1].rate().tolist() == pytest.approx([0.3, 0.3], abs=0.02)
+
+    @pytest.mark.parametrize(("told", "came"), [("tensor", r"a torch\.Tensor of shape \(2, 9, 5\) and dtype .*"), ("mapping", "a dict")])
+    def test_one_that_returns_none_says_what_is_needed(self, told, came, as_users_run):
+        required = "required is an output with the attribute decisions, one for each of its 2 routed layers, as sma.ModelOutput has it"
+        with pytest.raises(InputError, match=rf"^Own returned {came}, which tells no decisions; {required}: .* the part model\.body alone"):
+            calibrate(Own(told), [normal(2, 9, 3)], 0.3)
+
+    def test_one_that_takes_no_mask_says_so(self):
+        with pytest.raises(InputError, match=r"^the forward of Own takes no valid mask beside its inputs; give it one, or calibrate with"):
+            calibrate(Own("output"), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.bool))], 0.3)
+
+    def test_one_without_routers_has_nothing_to_calibrate(self):
+        with pytest.raises(InputError, match=exactly("Linear has no routed layer, so there are no rates to calibrate")):
+            calibrate(nn.Linear(3, 3), [normal(2, 9, 3)], 0.3)
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.tensor([0, 1]), torch.zeros(2, 9, 1), torch.ones(2, dtype=torch.bool), torch.ones(9, 2, dtype=torch.bool)]
+)
+def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run):
+    given_ = f"here it has dtype {targets.dtype} and shape {tuple(targets.shape)}"
+    cure = "Targets are not needed: give [inputs for inputs, targets in data]"
+    required = "the second of a pair is the mask of valid tokens, torch.bool of shape (B, L) = (2, 9)"
+    with pytest.raises(InputError, match=exactly(f"{required}; {given_}. {cure}")):
+        calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), targets)], 0.5)
+    with pytest.raises(
+        InputError, match=r"here it has dtype torch\.int64 and shape \(2, 9\): write valid\.bool\(\) if it is one\. Targets"
+    ):
+        calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.int64))], 0.5)
+
+
+class Once:
+    """Data that is exhausted after one pass, though it can be asked for an iterator again."""
+
+    def __init__(self) -> None:
+        self.batches = iter([normal(2, 30, 3), normal(2, 30, 3, seed=1)])
+
+    def __iter__(self) -> Any:
+        return (batch for batch in self.batches)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        pytest.param(Once(), "and its batches can be gone through only once: give a list of them", id="exhausted"),
+        pytest.param(normal(2, 9, 3), "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches", id="tensor"),
+        pytest.param(normal(2, 9, 3).numpy(), "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; required are batches", id="array"),
+        pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
+        pytest.param(3, "is a int; required are batches, such as a list or a DataLoader", id="number"),
+        pytest.param([], "got no batch; give it some of the data that the model is to run on", id="nothing"),
+    ],
+)
+def test_data_that_is_no_list_of_batches_is_refused(data, problem, as_users_run):
+    with pytest.raises(InputError, match=re.escape(problem)):
+        calibrate(_model({"kind": "sma"}), data, 0.5, tolerance=0.0)
+
+
+@pytest.mark.parametrize("settings", [{"passes": -1}, {"passes": 2.5}, {"tolerance": "0.1"}], ids=str)
+def test_passes_and_tolerance_are_numbers(settings, as_users_run):
+    with pytest.raises(InputError, match=f"^{next(iter(settings))}"):
+        calibrate(_model({"kind": "sma"}), [normal(2, 9, 3)], 0.5, **settings)
 
 
 class Wrapped(nn.Module):

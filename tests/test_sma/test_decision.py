@@ -48,12 +48,17 @@ def test_rate_of_no_valid_token_is_zero():
 
 
 @pytest.mark.parametrize(
-    "valid",
-    [torch.ones(1, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(2, 3, 1, dtype=torch.bool)],
+    ("valid", "problem"),
+    [
+        (torch.ones(1, 3, dtype=torch.bool), "valid has shape (1, 3); required is (B, L) = (2, 3), as the decision has"),
+        (torch.ones(2, 4, dtype=torch.bool), "valid has shape (2, 4); required is (B, L) = (2, 3), as the decision has"),
+        (torch.ones(2, 3, 1, dtype=torch.bool), "valid has shape (2, 3, 1); required is (B, L) = (2, 3), as the decision has"),
+        (torch.ones(2, 3), "valid has dtype torch.float32; required is torch.bool, True at real tokens: write valid.bool()"),
+        ([[1, 1, 0], [1, 1, 1]], "valid is a list; required is a torch.Tensor: write torch.as_tensor(x, dtype=torch.bool)"),
+    ],
 )
-def test_a_mask_that_does_not_fit_is_refused(valid, as_users_run):
-    given_ = f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}"
-    with pytest.raises(InputError, match=exactly(f"{given_}; required is (B, L) = (2, 3) of torch.bool, as the decision has")):
+def test_a_mask_that_does_not_fit_is_refused(valid, problem, as_users_run):
+    with pytest.raises(InputError, match=exactly(problem)):
         _decision(_active(torch.ones(2, 3, dtype=torch.bool))).rate(valid)
 
 

@@ -136,7 +136,7 @@ def test_a_state_without_memory_can_be_any_size() -> None:
 
 
 def test_a_number_of_streams_cannot_be_negative() -> None:
-    with pytest.raises(InputError, match=r"the state of a model has the sizes \(-1,\); none may be negative"):
+    with pytest.raises(InputError, match=r"^batch_size=-1 must be at least 0$"):
         sma.build(_spec()).init_state(-1)
 
 

@@ -1,0 +1,227 @@
+"""The controller that holds the activation rates of routers at a budget while they are trained."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from sma.activation import SparseModularActivation
+from sma.checks import check_decisions
+from sma.decision import Decision
+from sma.errors import InputError
+from sma.margins import BINS, ZERO, histograms, shares_above, shift_to
+from sma.model import ModelSpec
+from sma.routers import Router
+from sma.targets import BudgetSpec, Steered, steered_by
+
+SURE = 4.0
+"""Log-odds at which a router that samples counts as running everything: 98 % of the draws."""
+
+
+class BudgetController(nn.Module):
+    r"""Keeps the activation rates of routers at a target by moving their offsets.
+
+    After every update it counts, over all ranks, how many tokens would be active at any offset, finds the one that gives the
+    scheduled rate, and moves the router's offset a share `speed` of the way; an update of many tokens counts more than one of few.
+    The offset is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and its gradient are
+    untouched; a router that has died or saturated is moved until tokens reach it again.
+
+    Args:
+        spec: target and schedule.
+        routers: of the routed layers, in the order of the decisions.
+        costs: per layer and sub-module, any unit; needed for `over: total` only. Default: all cost the same.
+
+    Raises:
+        InputError: a target names no sub-module, a router cannot reach its target, or a cost is impossible.
+
+    Example:
+        ``controller = BudgetController.of(model, BudgetSpec(target=0.3))``, and after each update
+        ``controller.update(output.decisions, valid)``.
+    """
+
+    updates: Tensor
+    usual_tokens: Tensor
+
+    def __init__(self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        # In a tuple, so that the routers' parameters are not counted as the controller's own.
+        self.routers = tuple(routers)
+        self.steered = steered_by(spec, routers, costs)
+        self._by_layer: dict[int, list[int]] = {}
+        for number, steered in enumerate(self.steered):
+            self._by_layer.setdefault(steered.layer, []).append(number)
+        self.idling = [layer for layer in self._by_layer if self.routers[layer].competing]
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("usual_tokens", torch.zeros((), dtype=torch.float64))
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
+        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of `length` tokens.
+
+        Raises:
+            InputError: as of the class; or the budget is a total, and the model has no spec that says what its sub-modules cost.
+        """
+        costs = None
+        if spec.over == "total":
+            model_spec = getattr(unwrapped(model), "spec", None)
+            if not isinstance(model_spec, ModelSpec):
+                raise InputError(
+                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget is weighted; "
+                    "give the costs: BudgetController(spec, routers_of(model), costs)"
+                )
+            costs = module_costs(model_spec, length)
+        return cls(spec, routers_of(model), costs)
+
+    @torch.no_grad()
+    def update(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> None:
+        """Move the offsets after one update; every rank calls it with decisions of its own.
+
+        Args:
+            decisions: one per routed layer, of the forward pass of this update.
+            valid: False at padding; None where there is none.
+
+        Raises:
+            InputError: the decisions are not those of the routers, or the mask does not fit.
+        """
+        counts = self.count(decisions, valid)
+        if self.steered:  # on all ranks or on none, so that none waits for the others
+            counts = over_all_ranks(counts).cpu()
+            self.move(counts, self.spec.speed * self._weight(counts))
+        self.updates += 1
+
+    @torch.no_grad()
+    def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
+        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module, and then by how far
+        they are from running nothing at all, for every layer in which sub-modules compete.
+        """
+        self._check(decisions, valid)
+        update = int(self.updates)
+        own, idling = [torch.zeros(0, BINS, dtype=torch.int64)], []
+        for layer, numbers in self._by_layer.items():
+            decision, router = decisions[layer], self.routers[layer]
+            off, on = decision.logits.unbind(-1)
+            margins = (on - off) / router.unit
+            if len(numbers) < len(router.names):
+                margins = margins[..., [self.steered[number].place for number in numbers]]
+            more = [self._more(self.steered[number], update) for number in numbers]
+            if any(more):
+                margins = margins - margins.new_tensor(more)
+            idle = router.idle_margins(decision)
+            counts = histograms(margins if idle is None else torch.cat([margins, idle[..., None]], -1), valid)
+            own.append(counts[: len(numbers)])
+            if router.competing:
+                idling.append(counts[len(numbers) :] if idle is not None else torch.zeros_like(counts[:1]))
+        return torch.cat([part.to(own[-1].device) for part in (*own, *idling)])
+
+    def _check(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
+        check_decisions(decisions, type(self).__name__, valid)
+        if len(decisions) != len(self.routers):
+            raise InputError(f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers")
+        for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
+            if decision.names != router.names:
+                raise InputError(
+                    f"decision {layer} is about {list(decision.names)}, and the router of that layer about {list(router.names)}; "
+                    "give the decisions of the same model, in the order of its layers"
+                )
+
+    def _more(self, steered: Steered, update: int) -> float:
+        """Log-odds above the threshold that a token needs to count as active."""
+        everyone = self.spec.scheduled(steered.target, update) >= 1.0
+        return SURE if everyone and self.routers[steered.layer].samples else 0.0
+
+    def _weight(self, counts: Tensor) -> float:
+        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count too much."""
+        tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
+        if not tokens:
+            return 1.0
+        usual += (tokens - usual) * (0.02 if usual else 1.0)
+        self.usual_tokens.fill_(usual)
+        return min(tokens / usual, 1 / self.spec.speed)
+
+    @torch.no_grad()
+    def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
+        """Move the offsets a share `speed` of the way that the counts ask for, where there are any."""
+        counts = counts.cpu()
+        shares, seen, update = shares_above(counts), counts.any(1).tolist(), int(self.updates)
+        wanted = self._in_total(shares, seen, update) if self.spec.over == "total" else self._each(shares, seen, update)
+        for layer, numbers in self._by_layer.items():
+            router, steps = self.routers[layer], [0.0] * len(self.routers[layer].names)
+            for number in numbers:
+                step = speed * wanted[number]
+                # A dying router learns from nobody: back to its floor at once.
+                if seen[number] and float(shares[number, ZERO]) < self.spec.floor:
+                    step = max(step, shift_to(self.spec.floor, shares[number]))
+                steps[self.steered[number].place] = step
+            if router.offset is not None:  # never so here: routers without were refused
+                change = router.offset.new_tensor(steps) * router.unit
+                router.offset.add_(change.where(change.isfinite(), 0))
+
+    def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow it further."""
+        wanted = [0.0] * len(self.steered)
+        weights = torch.tensor([steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64)
+        if not weights.any():
+            return wanted
+        mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
+        step = shift_to(self.spec.scheduled(self.steered[0].target, update), mean)
+        for layer, numbers in self._by_layer.items():
+            least, most = self.routers[layer].least, min(self.routers[layer].most, len(numbers))
+            total = float(shares[numbers, ZERO].sum())
+            # Its offset would drift without end, and every rate stay as it is.
+            stuck = least >= most or (total > most - 1e-9 if step > 0 else total < least + 1e-9)
+            for number in numbers:
+                wanted[number] = step if seen[number] and not stuck else 0.0
+        return wanted
+
+    def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each against the others."""
+        targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
+        wanted = [0.0] * len(targets)
+        for layer, numbers in self._by_layer.items():
+            router = self.routers[layer]
+            total = sum(targets[number] for number in numbers)
+            scale = min(1.0, router.most / total)
+            for number in numbers:
+                wanted[number] = shift_to(scale * targets[number], shares[number]) if seen[number] else 0.0
+            if router.competing and len(numbers) == len(router.names):
+                common = sum(wanted[number] for number in numbers) / len(numbers)
+                idle = len(targets) + self.idling.index(layer)
+                together = shift_to(scale * total, shares[idle]) if seen[idle] else 0.0
+                for number in numbers:
+                    # A shift against the others is theirs against this one too: all of them move, so each a part of the way.
+                    wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
+        return wanted
+
+    def extra_repr(self) -> str:
+        return f"target={self.spec.target}, over={self.spec.over!r}, routers={len(self.routers)}"
+
+
+def over_all_ranks(counts: Tensor) -> Tensor:
+    """The sum over the ranks of a distributed training, in place; without one, as they are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """The routers of a model, in the order of its decisions."""
+    return [part.router for part in model.modules() if isinstance(part, SparseModularActivation)]
+
+
+def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
+    """Multiply-adds per token of every sub-module of every routed layer, on rows of `length` tokens."""
+    layers = [layer for layer in spec.layer_specs if layer.modules]
+    return [[part.operations(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel, torch.compile and their like were put around."""
+    while not hasattr(model, "spec"):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
