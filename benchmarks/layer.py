@@ -26,6 +26,7 @@ from sma.positions import RelativeBiasSpec
 from sma.ragged import rectangular
 from sma.routers import SMARouter
 from sma.spec import FrozenDict
+from sma.streams import run_command
 
 WIDTH = 160
 SIZES = ((8, 1024), (2, 4096), (1, 16384))
@@ -148,7 +149,7 @@ def main() -> None:
             continue
         for model, rate in [("without", 0.0), *(("seqboat", rate) for rate in RATES), ("dense", 1.0), ("transformer", 1.0)]:
             command = [sys.executable, "-m", "benchmarks.layer", "--device", options.device, "--point"]
-            done = subprocess.run([*command, model, str(batch), str(length), str(rate)], capture_output=True, text=True, check=False)
+            done = subprocess.run([*command, model, str(batch), str(length), str(rate)], capture_output=True, encoding="utf-8", check=False)
             if done.returncode:
                 raise SystemExit(f"{model} at {batch} x {length} failed:\n{done.stderr}")
             points.append(json.loads(done.stdout))
@@ -166,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

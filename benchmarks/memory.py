@@ -8,6 +8,7 @@ The process measures itself, Python and torch included.
 import argparse
 import json
 import resource
+import sys
 import time
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from sma.model import build
 from sma.recipes.efficiency import random_rows
 from sma.recipes.experiment import load_experiment
+from sma.streams import run_command
 
 
 def measure(preset: str, length: int, batch: int, recompute: bool) -> dict[str, float | int | str]:
@@ -54,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -33,6 +33,7 @@ from sma.modules.mlp import GatedMLPSpec
 from sma.norms import LayerNormSpec
 from sma.ragged import Ragged, compress, rectangular
 from sma.spec import FrozenDict
+from sma.streams import run_command
 from sma.submodule import SubModuleSpec
 
 MODELS = ("mlp", "conv")
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -38,6 +38,7 @@ from sma.model import LanguageModel, ModelState, SequenceModel, build
 from sma.positions import Sinusoid
 from sma.pytree import map_tensors, tensors
 from sma.routers import SMARouter
+from sma.streams import run_command
 
 MODELS = ("seqboat", "recompute", "kv_cache_transformer")
 BATCHES = (1, 16)
@@ -363,7 +364,7 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.stream", "--device", options.device, "--steps", str(options.steps)]
     points = []
     for words in processes(options):
-        done = subprocess.run([*command, *words, *["--compile"] * options.compile], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *words, *["--compile"] * options.compile], capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
         points.extend(json.loads(done.stdout))
@@ -384,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

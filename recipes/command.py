@@ -2,29 +2,33 @@
 
 import argparse
 import errno
-import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
-from sma.errors import CheckpointError, SmaError, SpecError
+from sma.errors import CheckpointError, SmaError, SpecError, quote, reason
 from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec, load_experiment
-
-
-def cache_folder() -> Path:
-    """Where data is kept between runs unless --data says so."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-modular-activation"
+from sma.recipes.folders import cache_folder as cache_folder
+from sma.recipes.folders import check_run_folder, expand
+from sma.recipes.names import plain
+from sma.streams import run_command
 
 
 class CommandOptions(BaseSettings):
     """Settings from the command line, or from variables whose names begin with SMA_."""
 
     model_config = SettingsConfigDict(env_prefix="SMA_", cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """A shell replaces the `~` of `--out ~/x` but not that of `--out=~/x`."""
+        return expand(value) if isinstance(value, Path) else value
 
 
 class RunOptions(CommandOptions):
@@ -69,27 +73,38 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; errors become sentences and exit codes."""
+    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away (`sma.streams`)."""
+    return run_command(lambda: _exit_code(command))
+
+
+def _exit_code(command: Callable[[], object]) -> int:
     try:
         command()
     except ValidationError as error:
         for item in error.errors():
             name = "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            print(f"--{name}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}; see --help", file=sys.stderr)
+            message = item["msg"].removeprefix("Value error, ")
+            _say(f"--{name}={quote(item['input'])}: {message[:1].lower()}{message[1:]}; see --help")
         return 2
     except (SmaError, SettingsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}; make room, and go on with --resume and the run folder", file=sys.stderr)
+        where = f" ({quote(str(error.filename))})" if error.filename else ""
+        _say(f"error: {reason(error)}{where}" + ("; make room, and go on with --resume and the run folder" if full else ""))
         return 2
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume and the run folder", file=sys.stderr)
+        _say("interrupted; go on with --resume and the run folder")
         return 130
     return 0
+
+
+def _say(sentences: str) -> None:
+    """Print sentences, one a line; what stands in a name is not for the terminal to carry out."""
+    print("\n".join(plain(line) for line in sentences.split("\n")), file=sys.stderr)
 
 
 def experiment(options: RunOptions) -> tuple[ExperimentSpec, Path]:
@@ -98,7 +113,9 @@ def experiment(options: RunOptions) -> tuple[ExperimentSpec, Path]:
     Raises:
         SmaError: a sentence for the user.
     """
-    return _resumed(options) if options.resume is not None else _fresh(options)
+    spec, out = _resumed(options) if options.resume is not None else _fresh(options)
+    check_run_folder(out)
+    return spec, out
 
 
 def _fresh(options: RunOptions) -> tuple[ExperimentSpec, Path]:
@@ -120,5 +137,5 @@ def _resumed(options: RunOptions) -> tuple[ExperimentSpec, Path]:
     if (out / SUMMARY).is_file():
         raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
     if not (out / LAST).is_file():
-        print(f"no checkpoint yet in {out}: starting from the beginning")
+        print(f"no checkpoint yet in {plain(out)}: starting from the beginning")
     return load_experiment(out / EXPERIMENT), out

@@ -25,6 +25,7 @@ from sma.encoders import TokenEmbeddingSpec
 from sma.errors import CheckpointError, SmaError
 from sma.model import SequenceModel
 from sma.recipes.experiment import SUMMARY
+from sma.streams import run_command
 
 Work = Literal["inference", "training"]
 WORKS: tuple[Work, ...] = ("inference", "training")
@@ -50,7 +51,7 @@ def efficiency(run: Path, length: int, *, batch: int = 1, device: str = "cpu", t
     for work in WORKS:
         command = [sys.executable, "-W", "ignore", "-m", "sma.recipes.efficiency", str(run), "--length", str(length), "--batch", str(batch)]
         more = ["--device", device, "--work", work, *(["--threads", str(threads)] if threads else [])]
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *more], capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
             raise CheckpointError(f"measuring the {work} of {str(run)!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         found[work] = json.loads(done.stdout.splitlines()[-1])
@@ -143,6 +144,10 @@ def _peak(device: str) -> float:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    return run_command(_main)
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(description="Speed and peak memory of a trained model on random rows.")
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")

@@ -11,6 +11,7 @@ from sma.errors import CheckpointError
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.side_by_side import side_by_side
 from sma.recipes.tasks import TaskData
+from sma.streams import make_tolerant
 
 ERROR, LOG = "error.txt", "log.txt"
 """The files of a run that failed: the reason in a line, and all that it had to say."""
@@ -74,9 +75,10 @@ def in_words(folder: Path) -> str:
 def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str) -> None:
     """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be mixed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("a") as log:
+    with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    make_tolerant()
     _train(spec, folder, lambda: spec.task.prepare(cache, progress=False), accelerator)
 
 
@@ -87,6 +89,6 @@ def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], acc
         run_experiment(spec, folder, data(), accelerator=accelerator, progress=False)
     except Exception as error:  # whatever it is: the other runs go on
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG).open("a", encoding="utf-8") as log:
+        with (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
             traceback.print_exc(file=log)
         write_text(folder / ERROR, " ".join(f"{type(error).__name__}: {error}".split()))

@@ -108,7 +108,7 @@ def write(options: GenerateOptions) -> None:
     model = load(folder)
     if not isinstance(model, LanguageModel):
         raise CheckpointError(f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can write text")
-    prompt = options.prompt.encode()
+    prompt = options.prompt.encode(errors="surrogateescape")  # of a prompt that is not UTF-8, its bytes as they were given
     if not prompt:
         raise InputError("--prompt is empty; give at least one character")
     ids = torch.tensor([list(prompt)])

@@ -1,9 +1,7 @@
 """The command line: `python -m sma describe SPEC`, `kinds`, `kind`, `schema`, `validate`."""
 
 import argparse
-import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +14,11 @@ import torch
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.checkpoint import SPEC
 from sma.describe import describe
-from sma.errors import SmaError, SpecError, did_you_mean
+from sma.errors import SmaError, SpecError, did_you_mean, quote, reason
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.shipped import read_shipped, shipped
 from sma.spec import json_schema, load_spec, parse_setting
+from sma.streams import run_command, write_out
 
 DISTRIBUTION = "sparse-modular-activation"
 EXAMPLES = """examples:
@@ -210,8 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         be written; 130 after Ctrl-C and 141 where the reader of the output went away, as the shell has it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without '…' shows '?' instead of failing
+    return run_command(lambda: _main(words), name="sma")
+
+
+def _main(words: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
@@ -220,26 +221,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2
             args = _parse(words)
             for text in args.run(args):
-                print(text, flush=True)
+                write_out(text)
         except SmaError as error:
             print("\n".join(f"sma: {sentence}" for sentence in str(error).splitlines()), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130
         except OSError as error:
-            _drop(sys.stdout)
-            if isinstance(error, BrokenPipeError):
-                return 141
-            print(f"sma: cannot write the output: {error.strerror}", file=sys.stderr)
-            return 1
+            if error.filename is None:
+                raise
+            print(f"sma: {quote(str(error.filename))} cannot be read: {reason(error)}", file=sys.stderr)
+            return 2
     return 0
-
-
-def _drop(stream: TextIO) -> None:
-    """Let the interpreter's last flush of a stream that cannot be written go nowhere, instead of failing again."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
+from sma.recipes.folders import lend_home
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
 from sma.tune.train import TrainOptions, interrupted, train
 
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, given: list[str]) -> None:
+    lend_home()
     if name == "report":
         report(parse(ReportOptions, given))
     elif name == "train":

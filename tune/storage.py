@@ -10,6 +10,7 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from sma.errors import CheckpointError
+from sma.recipes.folders import expand
 
 PATIENCE = 30.0
 """Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""
@@ -28,9 +29,10 @@ class Storage:
     def __init__(self, location: str | Path) -> None:
         self.location = str(location)
         self.is_local = "://" not in self.location
+        folder = expand(Path(location)) if self.is_local else Path()
         try:
             if self.is_local:
-                self.location = str(Path(location).absolute())
+                self.location = str(folder.absolute())
                 self.files, self.root = LocalFileSystem(), self.location
             else:
                 if not self.location.startswith("file:"):

@@ -21,6 +21,7 @@ from sma.errors import DataError, parsing, quote
 from sma.files import open_file, read_file
 from sma.memory import format_bytes
 from sma.recipes.data.drafts import draft_folder, locked, remove_abandoned
+from sma.recipes.folders import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ from sma.errors import DataError, parsing, quote, reason
 from sma.files import open_file
 from sma.memory import check_memory
 from sma.recipes.data.download import fetch
+from sma.recipes.folders import expand
 from sma.spec import Spec
 
 VOCABULARY_SIZE = 256
@@ -181,7 +182,7 @@ def _find(given: str, folder: Path, download: bool, progress: bool) -> Path:
     try:
         if "\0" in given:  # which is only asked for where the file is opened
             raise ValueError("it has a zero byte")
-        path = Path(given).expanduser()
+        path = expand(Path(given))
         names = dict.fromkeys((path.name, ENWIK8, ENWIK8_ZIP) if path.name in (ENWIK8, ENWIK8_ZIP) else (path.name,))
         places = list(dict.fromkeys(parent / name for parent in (path.parent, folder / path.parent) for name in names))
         found = next((place for place in places if place.exists()), None)

@@ -81,6 +81,21 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(
     assert (out / "activation.png").is_file()
 
 
+def test_prompt_that_is_not_utf8_is_continued_as_its_bytes(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def record(_: object, ids: torch.Tensor, **__: object) -> list[torch.Tensor]:
+        seen.append(bytes(ids[0].tolist()))
+        return []
+
+    monkeypatch.setattr("sma.recipes.seqboat_lm.generate", record)
+    assert main(["generate", "--run", str(finished), "--prompt", "caf\udce9"]) == 0
+    assert seen == [b"caf\xe9"]
+    assert capsys.readouterr().out.startswith("caf")
+
+
 @pytest.mark.parametrize(
     "name",
     [

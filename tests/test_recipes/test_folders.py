@@ -1,0 +1,130 @@
+"""Home folders that are not there, and where data then goes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sma.errors import DataError
+from sma.recipes import folders
+from sma.recipes.data.text import TextSettings, load_text
+from sma.recipes.folders import cache_folder, check_run_folder, expand, lend_home
+from sma.recipes.seqboat_lra import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """A user without a home folder, as a user id in a container can be: no variable, and no line in the list of users."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_data_is_kept_below_the_cache_folder_of_the_environment_or_of_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/sparse-modular-activation")
+    for relative in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert cache_folder() == tmp_path / ".cache" / "sparse-modular-activation"
+
+
+def test_without_a_home_data_is_kept_in_the_working_folder(homeless, monkeypatch):
+    assert cache_folder() == homeless / ".cache" / "sparse-modular-activation"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert cache_folder() == Path("/cache/sparse-modular-activation")
+
+
+def test_home_is_expanded_at_the_beginning_of_a_path_only(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    assert expand(Path("~/a")) == Path("/home/x/a")
+    assert expand(Path("a/~/b")) == Path("a/~/b")
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/x", "~no-such-user"])
+def test_home_of_nobody_is_a_sentence(path):
+    sentence = f"'{path}' begins with the home folder '~no-such-user', and there is none; give the whole path instead"
+    with pytest.raises(DataError, match=sentence):
+        expand(Path(path))
+    with pytest.raises(DataError, match=sentence):
+        load_text(TextSettings(file=path))
+
+
+def test_own_home_that_is_not_there_is_a_sentence(homeless):
+    with pytest.raises(DataError, match="'~/x' begins with the home folder '~', and there is none; give the whole path instead"):
+        expand(Path("~/x"))
+
+
+@pytest.mark.parametrize("option", ["--out", "--data", "--spec", "--resume", "--evaluate"])
+def test_every_option_that_is_a_path_says_so(option, capsys):
+    assert main([f"{option}=~no-such-user/x"]) == 2
+    err = capsys.readouterr().err
+    assert f"{option}='~no-such-user/x': '~no-such-user/x' begins with the home folder '~no-such-user', and there is none" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        pytest.param(
+            "caf\udce9", "the path of the run folder .* is not valid Unicode, which TensorBoard requires; choose another", id="bytes"
+        ),
+        pytest.param(
+            "x::y", "the path of the run folder .*x::y' has '::' in it, which is read as an address; choose another name", id="url"
+        ),
+    ],
+)
+def test_run_folder_that_its_writers_cannot_take_is_refused_before_anything_is_made(name, sentence, tmp_path, capsys):
+    with pytest.raises(DataError, match=sentence):
+        check_run_folder(tmp_path / name)
+    assert main([f"--out={tmp_path / name}"]) == 2
+    assert "error: the path of the run folder" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["שלום 🙂", "a:b", "{x}[y]*", "new\nline", "~x", "%41 $x$"])
+def test_run_folder_may_have_any_other_name(name, tmp_path):
+    check_run_folder(tmp_path / name)
+
+
+def test_home_that_is_lent_holds_nothing_of_the_user(homeless, monkeypatch):
+    monkeypatch.setattr(folders, "_lent", [""])
+    lend_home()
+    lent = Path.home()
+    assert lent.is_dir()
+    assert cache_folder() == homeless / ".cache" / "sparse-modular-activation"
+    with pytest.raises(DataError, match="begins with the home folder '~', and there is none"):
+        expand(Path("~/x"))
+    lent.rmdir()
+
+
+def test_home_of_the_user_is_kept(monkeypatch):
+    monkeypatch.setattr(folders, "_lent", [""])
+    before = Path.home()
+    lend_home()
+    assert Path.home() == before
+    assert expand(Path("~/x")) == before / "x"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("home", [pytest.param({}, id="none"), pytest.param({"HOME": "/proc/none"}, id="that cannot be made")])
+def test_digits_train_without_a_home(tmp_path, home):
+    (tmp_path / "sitecustomize.py").write_text("import pwd\n\ndef nobody(uid):\n    raise KeyError(uid)\n\npwd.getpwuid = nobody\n")
+    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "MPLCONFIGDIR")}
+    few = ["--set", "training.updates=2", "--set", "training.warmup=1"]
+    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", "--task", "digits", "--no-progress", "--out", "run", *few]
+    environment = {**kept, **home, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "activation.png").is_file()
