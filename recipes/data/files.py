@@ -95,19 +95,6 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
             )
 
 
-def cache_folder() -> Path:
-    """Return the folder for data where none is given.
-
-    Raises:
-        DataError: this user has no home directory.
-    """
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(given) if given else Path.home() / ".cache") / "sparse-modular-activation"
-    except RuntimeError as error:
-        raise DataError("there is no home directory to keep data in; give a folder, or set XDG_CACHE_HOME to one") from error
-
-
 def copy_folder(data: Path, name: str) -> Path:
     """Return the folder for what is made of the files in a data folder: in it, or, where it cannot be written, in the default one.
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import files
 from sma.recipes.data.batch import UNSCORED
-from sma.recipes.data.files import cache_folder, check_disk
+from sma.recipes.data.files import check_disk
 from sma.recipes.data.listops import prepare_listops
 from sma.recipes.data.listops_trees import ListOpsSettings, generate_lines
 from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings, prepare_pathfinder
@@ -106,15 +105,3 @@ def test_folder_that_is_not_there_has_the_room_of_the_disk_it_would_be_on(tmp_pa
         DataError, match=r"something large needs about 10\^29 bytes in .*b, and [0-9,]+ bytes \(.* GiB\) are free; make room"
     ):
         check_disk(tmp_path / "a" / "b", 10**30, "something large")
-
-
-def test_data_is_kept_in_the_cache_of_the_user(monkeypatch, tmp_path):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(files.Path, "home", homeless)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "sparse-modular-activation"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    with pytest.raises(DataError, match="there is no home directory to keep data in; give a folder, or set XDG_CACHE_HOME to one"):
-        cache_folder()
