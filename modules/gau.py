@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -264,7 +264,7 @@ class ChunkedGAU(SubModule):
                 lengths=counts,
             )
             found, after = self.unit(part, inner)
-            inner, seen = after, seen + counts
+            inner, seen = cast(State, after), seen + counts
             values = values.index_copy(0, chosen, found)
         return values, ChunkedState(inner, seen)
 

@@ -14,7 +14,7 @@ from ray.tune.search import Searcher
 
 from sma.tune.pareto import beats
 from sma.tune.records import TrialRecord
-from sma.tune.space import Fixed, value_at
+from sma.tune.space import Fixed, starting_code
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
@@ -108,8 +108,10 @@ class Search(Searcher):
         for path, distribution in self.sweep.space.items():
             if isinstance(distribution, Fixed):
                 continue
-            value = value_at(self.sweep.experiment, path) if record.number == 0 else record.values.get(path)
-            codes[path] = distribution.encode(value)
+            first = record.number == 0
+            codes[path] = (
+                starting_code(self.sweep.experiment, path, distribution) if first else distribution.encode(record.values.get(path))
+            )
         if None in codes.values():
             return
         with warnings.catch_warnings():
