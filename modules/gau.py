@@ -153,7 +153,9 @@ class GatedAttentionUnit(SubModule):
             count = tokens.lengths[tokens.rows]
         else:
             count = tokens.slots + 1 if cache is None else tokens.slots + 1 + cache.seen[tokens.rows]
-        return q / count.clamp(min=1).to(q.dtype)[:, None]
+        # Wide, because in float16 a row of 65,520 tokens has infinitely many.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return (q.to(wide) / count.clamp(min=1).to(wide)[:, None]).to(q.dtype)
 
     def _bias(self) -> Bias | None:
         position = self.spec.position

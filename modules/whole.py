@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sma.modules.finite import all_finite
-from sma.modules.windowed import Bias, Weighting, weigh
+from sma.modules.windowed import Bias, Weighting, narrowed, weigh
 from sma.ragged import Ragged
 
 # Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were slower.
@@ -39,8 +39,7 @@ def attend_all(
     longest, compiling = tokens.longest, torch.compiler.is_compiling()
     with torch.autocast(q.device.type, enabled=False):
         (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
-        # Through float64, which holds every position exactly, because the values of tokens are real numbers.
-        places = tokens.with_values(tokens.positions.double()).to_padded(longest)[0].long().int()
+        places = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
         # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.
         seen = real | (torch.arange(longest, device=real.device) == 0)
         broken = None if all_finite(v) else ~v.isfinite().all(-1)
@@ -70,6 +69,14 @@ def attend_all(
         return tokens.from_padded(torch.cat(parts, 1) if parts else v)
 
 
+def _padded(values: Int[Tensor, "T"], tokens: Ragged, longest: int) -> Int[Tensor, "B S"]:
+    """What `Ragged.to_padded` does with numbers, for integers."""
+    if tokens.stride is not None:
+        return values.unflatten(0, (tokens.num_rows, longest))
+    line = values.new_zeros(tokens.num_rows * longest)
+    return line.index_copy(0, tokens.rows * longest + tokens.slots, values).unflatten(0, (tokens.num_rows, longest))
+
+
 def _slices(tokens: int, size: int) -> list[tuple[int, int]]:
     if tokens <= size:
         return [(0, tokens)]
@@ -95,7 +102,6 @@ def _attend_slice(
     wide = torch.promote_types(v_BKH.dtype, torch.float32)
     scores = torch.bmm(q_BCZ, k_BKZ.transpose(1, 2)).to(wide)
     if table is not None:
-        # Differences of 32-bit numbers are right modulo 2^32, so positions of any size may be cut to 32 bits.
         index = (places_BK[:, None, :] - places_BC[:, :, None]).add_(middle).clamp_(0, table.shape[0] - 1)
         scores = scores + table.to(wide).index_select(0, index.reshape(-1)).reshape(scores.shape)
     hidden = ~seen_BK[:, None]

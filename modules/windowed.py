@@ -211,7 +211,7 @@ def attend(
     blocks = cut(tokens, window, causal)
     table, index = None, None
     if bias is not None:
-        table, index = bias.table, _bias_index(blocks, bias)
+        table, index = bias.table, _bias_index(blocks, bias, tokens.positions)
     if torch.compiler.is_compiling():
         return _attend_compiled(q, k, v, table, index, blocks, weighting, dropout)
     result: Tensor = _BlockAttention.apply(q, k, v, table, index, blocks, weighting, dropout)
@@ -254,16 +254,28 @@ def attend_one(
         return torch.bmm(weights[:, None, :-1], values.to(v.dtype)).squeeze(1) + weights[:, -1:] * v
 
 
-def _bias_index(blocks: Blocks, bias: Bias) -> Int[Tensor, "n C K"] | Int[Tensor, "C K"]:
+def _bias_index(blocks: Blocks, bias: Bias, given: Int[Tensor, "T"]) -> Int[Tensor, "n C K"] | Int[Tensor, "C K"]:
     """The table entry of every pair; over slots it is the same for every block."""
     last = bias.table.shape[0] - 1
     if bias.over_slots:
         keys = torch.arange(blocks.shape.keys, device=blocks.places.device, dtype=torch.int32) - blocks.shape.before
         return (keys - keys[blocks.shape.before :][: blocks.shape.queries, None] + bias.middle).clamp_(0, last)
-    # Differences of 32-bit numbers are right modulo 2^32, so positions of any size may be cut to 32 bits.
-    positions = blocks.positions.int()
+    # Where there is no token, which is never attended, any position will do.
+    positions = narrowed(blocks.positions, given)
     distance = blocks.keys_of(positions)[:, None, :] - blocks.queries_of(positions)[:, :, None]
-    return distance.add_(bias.middle).clamp_(0, last)
+    return distance.add_(bias.middle).clamp_(0, last).int()
+
+
+def narrowed(positions: Int[Tensor, "*S"], given: Int[Tensor, "T"]) -> Int[Tensor, "*S"]:
+    """Positions as 32-bit numbers where all differences of the given ones fit into 30 bits; else as they are.
+
+    Differences of every pair are the largest tensor of an attention with a bias, so half of their size counts. On an accelerator the
+    program would wait for the answer, and a compiler writes no differences to memory: there they stay wide.
+    """
+    if torch.compiler.is_compiling() or given.device.type != "cpu" or given.numel() == 0:
+        return positions
+    low, high = (int(bound) for bound in given.aminmax())
+    return (positions - low).int() if high - low < 2**30 else positions
 
 
 class _BlockAttention(torch.autograd.Function):

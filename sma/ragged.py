@@ -366,9 +366,13 @@ def segment_reduce(
     counts = offsets[1:] - offsets[:-1]
     rows = torch.repeat_interleave(torch.arange(counts.shape[0], device=values.device), counts, output_size=values.shape[0])
     out = values.new_zeros((counts.shape[0], *values.shape[1:]))
-    if reduce in ("sum", "mean"):
-        total = out.index_add(0, rows, values)
-        return total if reduce == "sum" else total / _expand(counts.clamp(min=1), total)
+    if reduce == "sum":
+        return out.index_add(0, rows, values)
+    if reduce == "mean":
+        # Wide, because neither the sum of a long row nor the number of its tokens is finite in float16.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = out.to(wide).index_add(0, rows, values.to(wide))
+        return (total / _expand(counts.clamp(min=1), total)).to(values.dtype)
     index = _expand(rows, values).expand_as(values)
     return out.scatter_reduce(0, index, values, "amax" if reduce == "max" else "amin", include_self=False)
 

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sma import SparseModularActivation
 from sma.errors import SpecError
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
+from sma.routers import AlwaysRouterSpec
 from tests.test_modules.layouts import (
     LAYOUTS,
     Layout,
@@ -124,6 +126,37 @@ def test_distances_beyond_the_table_share_its_last_entries() -> None:
     assert torch.equal(last, beyond)
     assert torch.equal(last, far)
     assert not torch.allclose(inside, last)
+
+
+@pytest.mark.parametrize("window", [4, 40, None])
+@pytest.mark.parametrize("position", ["relative_bias", "rotary"])
+@pytest.mark.parametrize("gap", [2**31, 2**32 - 1, 2**32, 2**32 + 3, 2**40])
+@torch.no_grad()
+def test_streams_with_gaps_beyond_32_bits_agree_with_the_whole(gap: int, position: str, window: int | None) -> None:
+    kinds = {"relative_bias": RelativeBiasSpec(max_positions=9), "rotary": RotarySpec()}
+    spec = GAUSpec(query_size=4, hidden_size=6, window=window, bidirectional=False, position=kinds[position])
+    torch.manual_seed(0)
+    unit = draw(spec.build(5).double())
+    routed = SparseModularActivation(AlwaysRouterSpec().build(5, ["unit"]), {"unit": unit})
+    x, positions = torch.randn(2, 12, 5, dtype=torch.float64), torch.arange(12) + gap * (torch.arange(12) >= 6) + torch.tensor([[0], [gap]])
+    whole = routed(x, positions=positions).values
+    for size in (1, 2, 5):
+        state, parts = routed.init_state(2), []
+        for start in range(0, 12, size):
+            chunk = slice(start, start + size)
+            output = routed(x[:, chunk], positions=positions[:, chunk], state=state)
+            state = output.state
+            parts.append(output.values)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_row_of_more_tokens_than_float16_counts_keeps_its_scores(bidirectional: bool) -> None:
+    unit = GAUSpec(query_size=2, hidden_size=2, bidirectional=bidirectional, attention="relu2").build(2)
+    tokens = rectangular(torch.zeros(1, 70_000, 2))
+    scaled = unit._scaled(torch.full((70_000, 2), 1000.0, dtype=torch.float16), tokens, None)
+    assert scaled.dtype is torch.float16
+    torch.testing.assert_close(scaled[-1].float(), torch.full((2,), 1000 / 70_000), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("offset", [10**6, 10**6 + 12345])

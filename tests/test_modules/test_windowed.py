@@ -112,6 +112,19 @@ def test_any_rows_agree_with_the_loop(
     assert_is_the_loop(active, window, causal, weighting, distance, layout, positions)
 
 
+@pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [3, 40, None])
+@pytest.mark.parametrize("gap", [2**30 - 2, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**53 + 1, 2**60])
+def test_positions_however_far_apart_agree_with_the_loop(gap: int, window: int | None, layout: Layout, causal: bool) -> None:
+    torch.manual_seed(0)
+    lengths = [45, 0, 7]
+    active = first(lengths, 45)
+    # Neighbours, one gap in the middle, neighbours again; and rows that stand far from each other.
+    positions = torch.arange(45) + gap * (torch.arange(45) >= 5) + torch.tensor([[0], [3], [gap]])
+    assert_is_the_loop(active, window, causal, "softmax", "true_distance", layout, positions)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
 def test_a_pair_out_of_reach_weighs_exactly_nothing(causal: bool, weighting: Weighting) -> None:

@@ -383,3 +383,12 @@ def test_gradients_reach_every_parameter():
     assert all(0 < rate < 1 for decision in output.decisions for rate in decision.rate().tolist())
     for (name, _), gradient in zip(model.named_parameters(), gradients(output.logits, model.parameters()), strict=True):
         assert gradient.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_a_row_longer_than_float16_counts_is_that_of_its_tokens(dtype: torch.dtype) -> None:
+    spec = {"kind": "sequence_encoder", "width": 2, "encoder": {"kind": "real_number"}, "layers": []}
+    model = build(spec, seed=0).to(dtype)
+    x = torch.ones(1, 70_000, dtype=dtype)
+    torch.testing.assert_close(model(x).pooled, model.encoder(x[:, :1])[:, 0])
+    torch.testing.assert_close(model(x, state=model.init_state(1)).pooled, model.encoder(x[:, :1])[:, 0])

@@ -369,3 +369,11 @@ class TestWrongInput:
             InputError, match="backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scat"
         ):
             segment_reduce(normal(2, 3), torch.tensor([0, 2]), "sum", backend="scatter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_a_long_row_is_finite_in_half_precision(dtype):
+    values, offsets = torch.full((70_000, 2), 30.0, dtype=dtype), torch.tensor([0, 70_000, 70_000])
+    mean = segment_reduce(values, offsets, "mean", backend="torch")
+    assert mean.dtype is dtype
+    assert mean.tolist() == [[30.0, 30.0], [0.0, 0.0]]
