@@ -12,13 +12,12 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.products import median_milliseconds, products_milliseconds
-from sma.decision import Decision
 from sma.layer import LayerSpec, RoutedLayer
 from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
@@ -67,7 +66,7 @@ def set_rate(layer: RoutedLayer, x_BLD: Tensor, rate: float) -> None:
     if layer.routed is None or not isinstance(layer.routed.router, SMARouter):
         raise SystemExit("the layer has no SMA router")
     with torch.no_grad():
-        decision = cast(Decision, layer(x_BLD).decision)
+        decision = layer(x_BLD).decision
         margin = (decision.logits[..., 1] - decision.logits[..., 0]).flatten().sort(descending=True).values
         active = round(rate * len(margin))
         edges = torch.cat([margin[:1] + 1, margin, margin[-1:] - 1])
@@ -87,7 +86,7 @@ def make(model: str, batch: int, length: int, rate: float, device: str) -> tuple
         module = DenseLayer(layer) if model == "dense" else layer
         if model == "seqboat":
             set_rate(layer, x, rate)
-            real = float(cast(Decision, layer(x.detach()).decision).rate()[0])
+            real = float(layer(x.detach()).decision.rate()[0])
     module = module.to(device).train()
     weight = torch.randn_like(x)
 

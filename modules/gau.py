@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -266,7 +266,7 @@ class ChunkedGAU(SubModule):
                 lengths=counts,
             )
             found, after = self.unit(part, inner)
-            inner, seen = cast(State, after), seen + counts
+            inner, seen = after, seen + counts
             values = values.index_copy(0, chosen, found)
         return values, ChunkedState(inner, seen)
 

@@ -8,22 +8,32 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from sma.errors import SmaError, SpecError, did_you_mean
+from sma.recipes.claims import claim_folder
 from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
 from sma.recipes.folders import lend_home
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
-from sma.tune.train import TrainOptions, interrupted, train
+from sma.tune.train import TrainOptions, interrupted, resuming, train
+
+if TYPE_CHECKING:
+    from sma.tune.cluster import ResourceSpec
+    from sma.tune.storage import Storage
 
 COMMANDS = ("report", "train")
 
 _OF_THE_SWEEP = ("task", "preset", "space", "spec", "set", "seed", "search_seed", "samples", "objectives", "stop", "grace", "reduction")
+
+_OF_THE_MACHINE = {"cpus", "gpus", "accelerator", "concurrent", "address", "data", "silence", "progress"}
+"""Options that a sweep does not keep, and that are given again where it goes on."""
 
 
 class Options(CommandOptions):
@@ -49,6 +59,11 @@ class Options(CommandOptions):
     stop: bool = Field(default=True, description="stop the weak by their quality")
     grace: int | None = Field(default=None, description="updates before which no trial is stopped; default a quarter of them")
     reduction: float | None = Field(default=None, description="one in so many trials goes on from one rung to the next; default 2")
+    silence: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="seconds without a batch trained or evaluated after which the process of a trial is replaced; default 1800",
+    )
     storage: str | None = Field(default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME")
     resume: str | None = Field(default=None, description="go on with the sweep in this folder")
     cpus: int = Field(default=1, ge=1, description="cores of a trial")
@@ -100,32 +115,59 @@ def search(options: Options) -> dict[str, Any]:
         SmaError: a sentence for the user.
     """
     from sma.tune.cluster import ResourceSpec, check_resources  # Ray takes seconds to import; --help and a wrong --set need not wait for it
-    from sma.tune.driver import run_sweep
     from sma.tune.folder import load_sweep, start_sweep
     from sma.tune.storage import Storage
 
     resources = ResourceSpec(**{name: getattr(options, name) for name in ResourceSpec.model_fields})
-    if options.resume is not None:
-        given = sorted(options.model_fields_set & {*_OF_THE_SWEEP, "storage"})
-        if given:
-            names = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise SpecError(f"--resume goes on with the sweep as it was; leave {names} out, or start a new sweep")
-        storage = Storage(options.resume)
-        sweep = load_sweep(storage)
-    else:
-        sweep = _sweep(options)
-        check_resources(resources, sweep.samples)
-        storage = Storage(options.storage or f"runs/sweep-{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-        start_sweep(sweep, storage)
+    with ExitStack() as stack:
+        if options.resume is not None:
+            given = sorted(options.model_fields_set & {*_OF_THE_SWEEP, "storage"})
+            if given:
+                names = ", ".join("--" + name.replace("_", "-") for name in given)
+                raise SpecError(f"--resume goes on with the sweep as it was; leave {names} out, or start a new sweep")
+            storage = Storage(options.resume)
+            sweep = load_sweep(storage)
+            stack.enter_context(storage.locked())
+        else:
+            sweep = _sweep(options)
+            check_resources(resources, sweep.samples)
+            storage = stack.enter_context(_claimed(options))
+            start_sweep(sweep, storage)
+        if options.silence is not None:
+            sweep = sweep.replace(silence=options.silence)
+        return _search(sweep, storage, resources, options)
+
+
+def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", options: Options) -> dict[str, Any]:
+    from sma.tune.driver import run_sweep
+    from sma.tune.lifeline import ClusterLost
+
     print(f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {storage.address('')}", flush=True)
     try:
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     except KeyboardInterrupt:
-        interrupted(options, storage.address(""), {*ResourceSpec.model_fields, "data", "progress"})
+        interrupted(options, storage.address(""), _OF_THE_MACHINE)
+    except ClusterLost as error:
+        raise SmaError(f"{error}; go on with: {resuming(options, storage.address(''), _OF_THE_MACHINE)}") from error
     _describe(summary, storage)
     if summary["failed"] == summary["trials"]:
         raise SmaError(f"all trials failed, see why above; start a new sweep when that is mended: {storage.address('')} keeps the records")
     return summary
+
+
+@contextmanager
+def _claimed(options: Options) -> "Iterator[Storage]":
+    """The folder of a new sweep, which no other process has or takes meanwhile."""
+    from sma.tune.storage import Storage
+
+    if options.storage is None:
+        name = f"sweep-{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+        with claim_folder(Path("runs") / name, numbered=True) as folder:
+            yield Storage(folder)
+        return
+    storage = Storage(options.storage)
+    with storage.locked():
+        yield storage
 
 
 def report(options: ReportOptions) -> dict[str, Any]:
@@ -139,7 +181,9 @@ def report(options: ReportOptions) -> dict[str, Any]:
     from sma.tune.storage import Storage
 
     storage = Storage(options.folder)
-    summary = write_results(load_sweep(storage), storage)
+    sweep = load_sweep(storage)
+    with storage.locked():
+        summary = write_results(sweep, storage)
     _describe(summary, storage)
     return summary
 

@@ -11,8 +11,9 @@ import ray
 import torch
 from pydantic import Field, model_validator
 
-from sma.errors import SmaError, SpecError
+from sma.errors import SmaError, SpecError, quote, reason
 from sma.spec import Spec
+from sma.tune.lifeline import ClusterLost, leave_cluster, signals_kept
 from sma.tune.scratch import remove_abandoned
 
 LEAST_STORE = 200 * 2**20
@@ -132,10 +133,14 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
         SpecError: the trials do not fit, or there is no cluster at the address.
     """
     check_resources(resources, samples)
-    if ray.is_initialized():
-        yield plan_slots(resources, _nodes(), samples)
-        return
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        try:
+            yield plan_slots(resources, _nodes(), samples)
+        except ClusterLost:
+            leave_cluster(lost=True)
+            raise
+        return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Inherited by the processes of the trials; more threads than cores would make all of them slow.
     os.environ["OMP_NUM_THREADS"] = str(resources.cpus)
@@ -145,10 +150,14 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
         num_gpus=int(node["GPU"]),
         object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
     )
+    lost = False
     try:
         yield plan_slots(resources, _nodes(), samples)
+    except ClusterLost:
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        leave_cluster(lost)
         remove_abandoned()
 
 
@@ -161,9 +170,12 @@ def _join(address: str) -> None:
             host, _, port = address.rpartition(":")
             # Ray itself would try for many minutes.
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SpecError(f"there is no Ray cluster at {address!r}: {error}; start one with: ray start --head --port 6379") from None
+        with signals_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # each way of not being there has an exception of its own
+        raise SpecError(
+            f"there is no Ray cluster at {quote(address)}: {reason(error)}; start one with: ray start --head --port 6379"
+        ) from error
 
 
 def start_ray(**options: Any) -> None:
@@ -178,14 +190,15 @@ def start_ray(**options: Any) -> None:
     for attempt in (1, 2):
         try:
             # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with --address.
-            ray.init(address="local", **options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with signals_kept():
+                ray.init(address="local", **options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
-        except (KeyboardInterrupt, ValueError):
-            raise
         except Exception as error:  # a machine with much else to do exceeds one of several time limits, each with an exception of its own
             ray.shutdown()
             if attempt == 2:
-                raise SmaError(f"Ray did not start on this machine: {error}; is it busy with something else? Try again then") from error
+                raise SmaError(
+                    f"Ray did not start on this machine: {reason(error)}; is it busy with something else? Try again then"
+                ) from error
 
 
 def _nodes() -> list[Mapping[str, float]]:

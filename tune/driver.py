@@ -9,8 +9,10 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
+from sma.errors import SmaError, reason
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
-from sma.tune.folder import add_driver
+from sma.tune.folder import add_driver, driver_folder
+from sma.tune.lifeline import follow
 from sma.tune.records import load_records
 from sma.tune.results import write_results
 from sma.tune.search import Halving, Search, quiet
@@ -27,6 +29,7 @@ _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "60",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",
     "TUNE_GLOBAL_CHECKPOINT_S": "600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -54,9 +57,13 @@ def run_sweep(
         SmaError: a sentence for the user.
     """
     resources = resources or ResourceSpec()
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    records = load_records(storage)
+    with storage.locked():
+        return _run(sweep, storage, resources, data_folder, progress)
+
+
+def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folder: Path, progress: bool) -> dict[str, Any]:
+    os.environ.update(_SETTINGS)
+    records = load_records(storage, sweep)
     if len(records) == sweep.samples and all(record.status != "running" for record in records):
         return write_results(sweep, storage)
     check_resources(resources, sweep.samples)
@@ -66,11 +73,11 @@ def run_sweep(
         quiet()
         number = add_driver(storage, slots)
         trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator)
-        with Recorder(sweep, storage, records, began, progress) as recorder:
+        with Recorder(sweep, storage, records, began, progress, f"{slots.cpus} CPUs and {slots.gpus:g} GPUs") as recorder:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": slots.cpus, "gpu": slots.gpus}),
                 tune_config=tune.TuneConfig(
-                    search_alg=Search(sweep, storage, records),
+                    search_alg=Search(sweep, storage, records, recorder.pulse_key),
                     scheduler=Halving(sweep, records) if sweep.stopping is not None else FIFOScheduler(),
                     num_samples=sweep.samples - sum(record.status != "running" for record in records),
                     max_concurrent_trials=slots.concurrent,
@@ -80,15 +87,24 @@ def run_sweep(
                 ),
                 run_config=tune.RunConfig(
                     # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not be those of before.
-                    name=f"trials/driver-{number}",
-                    storage_path=storage.location,
+                    name=driver_folder(number),
+                    # Not its URI, which would have to be escaped.
+                    storage_path=storage.root,
+                    storage_filesystem=storage.files,
                     failure_config=tune.FailureConfig(max_failures=sweep.restarts),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                     callbacks=[recorder],
                     verbose=0,
                 ),
             )
-            tuner.fit()
+            try:
+                follow(tuner.fit, recorder.look)
+            except (SmaError, MemoryError):
+                raise
+            except Exception as error:  # of Tune's own, of which there are many
+                raise SmaError(
+                    f"the sweep ended: {type(error).__name__}: {reason(error)}; its records are kept, and --resume goes on with them"
+                ) from error
     return write_results(sweep, storage)
 
 

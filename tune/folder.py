@@ -3,7 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, quote
+from sma.recipes.claims import LOCK
 from sma.recipes.run import commit, hardware
 from sma.spec import dump_yaml
 from sma.tune.cluster import Slots
@@ -11,7 +12,9 @@ from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from sma.yaml_text import read_fields
 
-SWEEP, DRIVERS = "sweep.yaml", "drivers.json"
+SWEEP, DRIVERS, TRIALS = "sweep.yaml", "drivers.json", "trials"
+
+_OF_A_DRIVER = "driver-"
 
 
 def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
@@ -25,7 +28,7 @@ def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
         raise CheckpointError(
             f"the storage {where!r} belongs to another sweep; give another --storage, or --resume {where} to go on with it"
         )
-    if storage.names():
+    if [name for name in storage.names() if name != LOCK]:
         raise CheckpointError(f"the storage {where!r} is not empty and holds no sweep; give another --storage")
     storage.check_writable()
     storage.write(SWEEP, dump_yaml(sweep))
@@ -35,23 +38,61 @@ def load_sweep(storage: Storage) -> SweepSpec:
     """The sweep of a folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or its file is no text.
         SpecError: its file is not valid.
     """
-    content = storage.read(SWEEP)
+    content, where = storage.read(SWEEP), storage.address(SWEEP)
     if content is None:
         raise CheckpointError(f"there is no sweep in {storage.address('')!r}: {SWEEP} is missing; give the folder of an earlier --storage")
-    return SweepSpec.model_validate(read_fields(content, storage.address(SWEEP)))
+    return SweepSpec.model_validate(read_fields(content, where))
+
+
+def check_same(storage: Storage, content: bytes | None) -> None:
+    """Check that a folder is that of the sweep still: it may be removed, moved or made anew by others while the sweep runs.
+
+    Args:
+        storage: the folder.
+        content: of its `SWEEP` in the beginning.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    found = storage.read(SWEEP)
+    if found is None:
+        raise CheckpointError(f"the storage {storage.address('')!r} was removed or moved while the sweep ran: {SWEEP} is missing")
+    if found != content:
+        raise CheckpointError(f"the storage {storage.address('')!r} holds another sweep now: {SWEEP} was replaced while the sweep ran")
 
 
 def add_driver(storage: Storage, slots: Slots) -> int:
-    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns how many there were before."""
+    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns a number of its own."""
     drivers = load_drivers(storage)
     made = {"commit": commit(), "hardware": hardware(slots.accelerator, slots.cpus), "date": datetime.now(UTC).date().isoformat()}
+    # Not of the file alone, which may be lost: a folder of trials belongs to one driver.
+    found = [name.removeprefix(_OF_A_DRIVER) for name in storage.names(TRIALS) if name.startswith(_OF_A_DRIVER)]
+    number = max([len(drivers), *(int(name) + 1 for name in found if name.isdecimal() and name.isascii() and len(name) < 10)])
     storage.write_json(DRIVERS, [*drivers, {**slots._asdict(), **made}])
-    return len(drivers)
+    return number
+
+
+def driver_folder(number: int) -> str:
+    """Where a driver keeps the run folders of its trials."""
+    return f"{TRIALS}/{_OF_A_DRIVER}{number}"
 
 
 def load_drivers(storage: Storage) -> list[dict[str, Any]]:
-    """The processes that worked on the sweep one after another: their slots, commit, hardware and date."""
-    return list(storage.read_json(DRIVERS) or [])
+    """The processes that worked on the sweep one after another: their slots, commit, hardware and date.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    found = storage.read_json(DRIVERS)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(driver, dict) and _is_count(driver.get("concurrent")) for driver in found):
+        raise CheckpointError(f"{storage.address(DRIVERS)!r} is damaged: {quote(found)}; required is a list of drivers with their slots")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

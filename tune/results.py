@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, SpecError
 from sma.recipes.experiment import SUMMARY
 from sma.recipes.figures import attempt
 from sma.recipes.names import markdown_cell
@@ -17,7 +17,7 @@ from sma.spec import dump_yaml
 from sma.tune.figure import draw_front
 from sma.tune.folder import load_drivers
 from sma.tune.pareto import front
-from sma.tune.records import CLOCK, TrialRecord, load_records
+from sma.tune.records import FOLDER, TrialRecord, load_clock, load_records
 from sma.tune.space import searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
@@ -75,7 +75,7 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder has no records, or cannot be written.
     """
-    records = load_records(storage)
+    records = load_records(storage, sweep)
     if not records:
         raise CheckpointError(f"the sweep in {storage.address('')!r} has no records yet; go on with it: --resume {storage.address('')}")
     rows = [trial_row(record, sweep) for record in records]
@@ -98,7 +98,7 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
 def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     """The summary of a sweep, as plain data."""
     counts = {status: sum(record.status == status for record in records) for status in ("finished", "stopped", "failed", "running")}
-    seconds = sum((storage.read_json(CLOCK) or {}).values())
+    seconds = sum(load_clock(storage).values())
     driver = (load_drivers(storage) or [{}])[-1]
     slots = driver.get("concurrent", 1)
     busy = sum(record.seconds for record in records)
@@ -169,7 +169,12 @@ def _spec_name(record: TrialRecord) -> str:
 def _with_origin(record: TrialRecord, sweep: SweepSpec) -> str:
     quality, metrics = sweep.quality.name, record.metrics
     head = f"# Trial {record.number} of a sweep: {quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in validation.\n"
-    return head + dump_yaml(sweep.trial(record.values))
+    try:
+        return head + dump_yaml(sweep.trial(record.values))
+    except SpecError as error:
+        raise CheckpointError(
+            f"the record of trial {record.number} ({FOLDER}/{record.name}.json) does not fit its sweep: {error}"
+        ) from error
 
 
 def _write_tables(rows: Sequence[Mapping[str, Any]], storage: Storage) -> None:

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,7 +16,7 @@ from ray.tune.search import Searcher
 
 from sma.tune.pareto import beats
 from sma.tune.records import TrialRecord
-from sma.tune.space import Fixed, starting_code
+from sma.tune.space import value_at
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
@@ -22,44 +24,46 @@ from sma.tune.sweep import SweepSpec
 class Search(Searcher):
     """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all objectives.
 
+    The values of a trial are a function of the search seed, its number, the results that are known when it is drawn, and the values of the
+    trials that then run: of nothing else that this process has done before. The first ones, a third of all and four at least, are drawn at
+    random, by seed and number alone. So a sweep that was interrupted draws what it would have drawn.
+
     What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials are told to
-    the estimator, unfinished ones are handed out again with the values they had, before any number without a record is drawn anew.
+    the estimator, unfinished ones are handed out again with the values they had, before any number without a record is drawn.
 
     A trial that halving stopped is told as one that was pruned: worse than all finished ones. What it measured is not told, because at
-    another update it means something else.
+    another update it means something else. A failed trial is not told, nor is trial 0 where it lies outside of the space.
 
     Args:
         sweep: the sweep.
         storage: its folder.
         records: of the trials that there were.
+        pulse_key: under which a trial leaves its signs of life.
 
     Reference:
         Ozaki et al., "Multiobjective tree-structured Parzen estimator", JAIR 73, 2022.
     """
 
-    def __init__(self, sweep: SweepSpec, storage: Storage, records: Sequence[TrialRecord] = ()) -> None:
+    def __init__(
+        self,
+        sweep: SweepSpec,
+        storage: Storage,
+        records: Sequence[TrialRecord] = (),
+        pulse_key: Callable[[int], str] = str,
+    ) -> None:
         super().__init__()
-        self.sweep, self.storage = sweep, storage
-        self.unfinished = [record for record in records if record.status == "running"]
-        known = {record.number for record in records}
-        self.missing = [number for number in range(sweep.samples) if number not in known]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Other draws than those of the driver before: with the same ones it would propose its first trials again.
-            seed = (sweep.seed + 1_000_003 * sum(number + 1 for number in known)) % 2**32
-            startup = max(4, sweep.samples // 3)
-            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        directions: list[Literal["maximize", "minimize"]] = [
+        self.sweep, self.storage, self.pulse_key = sweep, storage, pulse_key
+        self.unfinished = [record for record in records if record.status == "running"]
+        # Copies: what is known changes when Ray tells this object of it, whoever else keeps the records.
+        self.known = {record.number: replace(record) for record in records}
+        self.missing = [number for number in range(sweep.samples) if number not in self.known]
+        self.startup = max(4, sweep.samples // 3)
+        self.numbers: dict[str, int] = {}
+        self._directions: list[Literal["maximize", "minimize"]] = [
             "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
         ]
-        self.study = optuna.create_study(directions=directions, sampler=sampler)
-        self.asked: dict[int, optuna.Trial] = {}
-        self.numbers: dict[str, int] = {}
-        for record in records:
-            self._ask_again(record)
-            if record.status != "running":
-                self._tell(record.number, record.status, record.metrics)
+        self._distributions = self._ask_for_distributions()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The values of the next trial, which Ray calls `trial_id`; Ray asks as often as it needs a trial."""
@@ -70,16 +74,17 @@ class Search(Searcher):
         else:
             finished: Any = Searcher.FINISHED  # a word, which Ray's own annotation forgets
             return cast(None, finished)
+        self.known.setdefault(record.number, replace(record))
         self.numbers[trial_id] = record.number
         checkpoint = None if record.checkpoint is None else self.storage.address(record.checkpoint)
-        return {"number": record.number, "values": record.values, "checkpoint": checkpoint}
+        return {"number": record.number, "values": record.values, "checkpoint": checkpoint, "pulse": self.pulse_key(record.number)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Learn what came out."""
-        found = result or {}
+        found, record = result or {}, self.known[self.numbers[trial_id]]
         # One that is still running by its own account was stopped.
-        status = "failed" if error else {"running": "stopped"}.get(found.get("status", ""), found.get("status", "failed"))
-        self._tell(self.numbers[trial_id], status, measured_in(found))
+        status = {"running": "stopped"}.get(found.get("status", ""), found.get("status", "failed"))
+        record.status, record.metrics = "failed" if error else status, measured_in(found)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: with several objectives the estimator learns from ends only."""
@@ -91,49 +96,57 @@ class Search(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to read."""
 
-    def _new(self, number: int) -> TrialRecord:
-        """Values for a trial that there never was, or none for trial 0."""
-        seed = self.sweep.experiment.seed
-        if number == 0:
-            record = TrialRecord(0, {}, seed)
-            self._ask_again(record)
-            return record
-        trial = self.study.ask()
-        self.asked[number] = trial
-        return TrialRecord(number, {path: distribution.draw(trial, path) for path, distribution in self.sweep.space.items()}, seed)
-
-    def _ask_again(self, record: TrialRecord) -> None:
-        """Make the study know a trial with certain values, if its space has them: trial 0 may lie outside."""
-        codes: dict[str, Any] = {}
-        for path, distribution in self.sweep.space.items():
-            if isinstance(distribution, Fixed):
-                continue
-            first = record.number == 0
-            codes[path] = (
-                starting_code(self.sweep.experiment, path, distribution) if first else distribution.encode(record.values.get(path))
-            )
-        if None in codes.values():
-            return
+    def study(self, number: int) -> optuna.Study:
+        """What the estimator knows when it draws the values of a trial."""
+        seed = random.Random(f"{self.sweep.seed}:{number}").getrandbits(32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.enqueue_trial(codes)
-        trial = self.study.ask()
+            sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
+            if number >= self.startup:
+                sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, constant_liar=True)
+        study = optuna.create_study(directions=self._directions, sampler=sampler)
+        for _, record in sorted(self.known.items()):
+            trial = self._told(record)
+            if trial is not None:
+                study.add_trial(trial)
+        return study
+
+    def _new(self, number: int) -> TrialRecord:
+        """Values for a trial that there never was, or none for trial 0."""
+        trial = self.study(number).ask() if number else None
+        values = {} if trial is None else {path: distribution.draw(trial, path) for path, distribution in self.sweep.space.items()}
+        return TrialRecord(number, values, self.sweep.experiment.seed)
+
+    def _told(self, record: TrialRecord) -> optuna.trial.FrozenTrial | None:
+        """A trial as Optuna knows it; None where it has nothing to teach."""
+        codes: dict[str, Any] = {}
+        for path in self._distributions:
+            value = value_at(self.sweep.experiment, path) if record.number == 0 else record.values.get(path)
+            codes[path] = self.sweep.space[path].encode(value)
+        # A measure that is missing is none.
+        values = [float(math.nan if (value := record.metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
+        finished = record.status == "finished"
+        if None in codes.values() or record.status == "failed" or (finished and not all(map(math.isfinite, values))):
+            return None
+        return optuna.trial.create_trial(
+            state=_STATES[record.status], params=codes, distributions=self._distributions, values=values if finished else None
+        )
+
+    def _ask_for_distributions(self) -> dict[str, Any]:
+        """Optuna's own distributions of the paths that are searched: a space asks for numbers and does not say from what."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = optuna.create_study(directions=self._directions, sampler=optuna.samplers.RandomSampler(0)).ask()
         for path, distribution in self.sweep.space.items():
             distribution.draw(trial, path)
-        self.asked[record.number] = trial
+        return dict(trial.distributions)
 
-    def _tell(self, number: int, status: str, metrics: dict[str, Any]) -> None:
-        trial = self.asked.pop(number, None)
-        if trial is None:
-            return
-        # A measure that is missing is none.
-        values = [float(math.nan if (value := metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
-        if status == "failed" or not all(map(math.isfinite, values)):
-            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        elif status == "stopped":
-            self.study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            self.study.tell(trial, values)
+
+_STATES = {
+    "running": optuna.trial.TrialState.RUNNING,
+    "finished": optuna.trial.TrialState.COMPLETE,
+    "stopped": optuna.trial.TrialState.PRUNED,
+}
 
 
 def measured_in(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,9 +175,8 @@ class Halving(FIFOScheduler):
             self.rungs[rung] = {}
             rung *= self.reduction
         for record in records:
-            if record.status != "running":
-                for entry in record.history:
-                    self._is_weak(record.number, entry)
+            for entry in record.history:
+                self._is_weak(record.number, entry)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether a trial goes on."""
@@ -189,4 +201,4 @@ class Halving(FIFOScheduler):
 def quiet() -> None:
     """Ray's own words about trials are left out: the table says them."""
     for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its errors are tracebacks of trials, whose reasons stand in the records

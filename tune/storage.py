@@ -3,17 +3,24 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, SmaError, parsing, reason
+from sma.files import read_file, write_atomically
+from sma.recipes.claims import run_lock
 from sma.recipes.folders import expand
 
 PATIENCE = 30.0
 """Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""
+
+LIMIT = 64 * 2**20
+"""Bytes of a file that is read whole."""
 
 
 class Storage:
@@ -40,8 +47,26 @@ class Storage:
                 self.files, self.root = FileSystem.from_uri(self.location)
         except (ArrowException, OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot use the storage {self.location!r}: {error}; give a folder or a URI that pyarrow knows"
+                f"cannot use the storage {self.location!r}: {reason(error)}; give a folder or a URI that pyarrow knows"
             ) from error
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder where it is one of this machine's file system; None behind other URIs."""
+        return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes the folder; behind a URI nobody can promise that.
+
+        Raises:
+            CheckpointError: another process writes it, named by host and process id, or it cannot be written.
+        """
+        if self.folder is None:
+            yield
+            return
+        with run_lock(self.folder):
+            yield
 
     def check_writable(self) -> None:
         """Write a file and remove it.
@@ -50,24 +75,34 @@ class Storage:
             CheckpointError: that failed.
         """
         self.write("writable.tmp", b"")
-        self.files.delete_file(self._path("writable.tmp"))
+        with self._writing("writable.tmp"):
+            self.files.delete_file(self._path("writable.tmp"))
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write a file; on a local disk it appears whole or not at all, as object stores promise anyway.
+        """Write a file; it appears whole or not at all: object stores promise that anyway.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
+        data = content.encode() if isinstance(content, str) else content
         path = self._path(name)
-        written = f"{path}.tmp" if self.is_local else path
-        try:
+        with self._writing(name):
+            if self.folder is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(Path(path), lambda draft: draft.write_bytes(data))
+                return
             self.files.create_dir(str(PurePosixPath(path).parent), recursive=True)
-            with self.files.open_output_stream(written) as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-            if written != path:
-                self.files.move(written, path)
-        except (ArrowException, OSError) as error:
-            raise CheckpointError(f"cannot write {path!r}: {error}; the storage must be writable and have space") from error
+            with self.files.open_output_stream(path) as stream:
+                stream.write(data)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ArrowException, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot write {self.address(name)!r}: {reason(error)}; the storage must be writable and have space"
+            ) from error
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""
@@ -77,29 +112,39 @@ class Storage:
         """The content of a file; None where there is none.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it cannot be read, is no plain file or longer than `LIMIT`.
         """
+        if self.folder is not None:
+            try:
+                return read_file(self._path(name), LIMIT, CheckpointError)
+            except SmaError as error:
+                if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                    return None
+                raise
         try:
             with self.files.open_input_stream(self._path(name)) as stream:
-                return bytes(stream.read())
+                content = bytes(stream.read(LIMIT + 1))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ArrowException, OSError) as error:
-            raise CheckpointError(f"cannot read {self._path(name)!r}: {error}") from error
+        except (ArrowException, OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {self.address(name)!r}: {reason(error)}") from error
+        if len(content) > LIMIT:
+            raise CheckpointError(f"{self.address(name)!r} is longer than {LIMIT:,} bytes, which no file of this kind is")
+        return content
 
-    def read_json(self, name: str) -> Any:
+    def read_json(self, name: str, hint: str = "") -> Any:
         """The content of a JSON file; None where there is none.
+
+        Args:
+            name: of the file.
+            hint: what to do where it is damaged.
 
         Raises:
             CheckpointError: it is not JSON.
         """
         content = self.read(name)
-        try:
+        with parsing(repr(self.address(name)), CheckpointError, hint):
             return None if content is None else json.loads(content)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self._path(name)!r} is damaged: {error}; remove it, and the trial it belongs to is run again"
-            ) from error
 
     def names(self, folder: str = "") -> list[str]:
         """The names of the files and folders in a folder, sorted; none where it is missing.
@@ -110,13 +155,18 @@ class Storage:
         try:
             found = self.files.get_file_info(FileSelector(self._path(folder), allow_not_found=True))
         except (ArrowException, OSError) as error:
-            raise CheckpointError(f"cannot read the folder {self._path(folder)!r}: {error}") from error
+            raise CheckpointError(f"cannot read the folder {self.address(folder)!r}: {reason(error)}") from error
         return sorted(PurePosixPath(entry.path).name for entry in found if entry.type != FileType.NotFound)
 
     def remove(self, folder: str) -> None:
-        """Remove a folder and all in it, if it is there."""
-        if self.files.get_file_info(self._path(folder)).type == FileType.Directory:
-            self.files.delete_dir(self._path(folder))
+        """Remove a folder and all in it, if it is there.
+
+        Raises:
+            CheckpointError: it cannot be removed.
+        """
+        with self._writing(folder):
+            if self.files.get_file_info(self._path(folder)).type == FileType.Directory:
+                self.files.delete_dir(self._path(folder))
 
     def relative(self, path: str) -> str:
         """A path of the file system, seen from this folder."""

@@ -1,7 +1,6 @@
 """What a sweep is: an experiment, a space around it, how many trials, and by what they are compared."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import SpecError, did_you_mean, quote
+from sma.errors import SpecError, did_you_mean
 from sma.paths import parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
 from sma.recipes.shipped import shipped
@@ -67,7 +66,7 @@ class SweepSpec(Spec):
 
     experiment: ExperimentSpec = Field(description="trial 0, and what the others differ from")
     space: FrozenMapping[DistributionSpec] = Field(description="which fields differ between trials: a distribution by field path")
-    samples: int = Field(default=16, ge=1, le=100_000, description="trials, trial 0 among them")
+    samples: int = Field(default=16, ge=1, description="trials, trial 0 among them")
     objectives: tuple[Objective, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
@@ -78,6 +77,11 @@ class SweepSpec(Spec):
         default=StoppingSpec(), description="stops the weak by the objectives; null trains all to the end"
     )
     restarts: int = Field(default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint")
+    silence: float = Field(
+        default=1800.0,
+        gt=0.0,
+        description="seconds without a batch of training or evaluation after which the process of a trial counts as dead",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the search; that of the trials is the experiment's")
 
     @model_validator(mode="after")
@@ -152,18 +156,18 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
         data = read_fields(files("sma.tune").joinpath("presets", f"{source}.yaml").read_bytes(), str(source))
         if experiment is not None:
             data.pop("settings", None)
-    elif os.path.exists(path) and not os.path.isdir(path):
+    elif path.is_file():
         data = read_spec_file(path)
         own = data.get("experiment")
         if isinstance(own, str) and own not in shipped("presets"):
             data["experiment"] = str(path.parent / own)
     else:
         hint = did_you_mean(str(source), names, "shipped sweeps")
-        raise SpecError(f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes one of your own")
+        raise SpecError(f"there is no file and no shipped sweep {str(source)!r}{hint}; --space FILE takes one of your own")
     known = [*SweepSpec.model_fields, "settings"]
     for name in data:
         if name not in known:
-            raise SpecError(f"{source}: unknown field {quote(name)}{did_you_mean(str(name), known, 'fields')}")
+            raise SpecError(f"{source}: unknown field {name!r}{did_you_mean(str(name), known, 'fields')}")
     return data if experiment is None else {**data, "experiment": str(experiment)}
 
 
@@ -192,7 +196,7 @@ def make_sweep(
         data = read_sweep(source, experiment)
     own, base = data.pop("settings", None) or {}, data.get("experiment")
     if not isinstance(own, Mapping):
-        raise SpecError(f"settings={quote(own)} must map field paths to values, such as settings: {{training.updates: 1200}}")
+        raise SpecError(f"settings={own!r} must map field paths to values, such as settings: {{training.updates: 1200}}")
     if base is None:
         raise SpecError("a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE")
     if not isinstance(base, ExperimentSpec):
@@ -223,8 +227,8 @@ def _settle(space: Mapping[str, Any], settings: Sequence[str], experiment: Exper
         kind = space[name].get("kind") if isinstance(space[name], Mapping) else getattr(space[name], "kind", None)
         if kind != "fixed" or steps != parse_path(full_path(str(name))):
             raise SpecError(
-                f"--set {quote(setting)[1:-1]}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {quote(name)}, "
-                "which would replace this value in all trials but trial 0; leave it out, or give a --space of your own without this field"
+                f"--set {setting}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {name!r}, which would replace this value in all "
+                "trials but trial 0; leave it out, or give a --space of your own without this field"
             )
         settled[name] = Fixed(value=value)
         # Trial 0 may have no such part: a schedule of a budget does not give it a budget.

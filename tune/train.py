@@ -81,12 +81,17 @@ def interrupted(options: CommandOptions, where: str, kept: Collection[str]) -> N
         where: the folder.
         kept: names of the options that must be given again.
     """
+    print(f"interrupted; go on with: {resuming(options, where, kept)}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def resuming(options: CommandOptions, where: str, kept: Collection[str]) -> str:
+    """The whole command that goes on; see `interrupted`."""
     words = [str(options.model_config.get("cli_prog_name")), "--resume", shell_word(where)]
     for name in sorted(options.model_fields_set & {*kept}):
         value, flag = getattr(options, name), name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shell_word(value)]
-    print(f"interrupted; go on with: {' '.join(words)}", file=sys.stderr)
-    raise SystemExit(130)
+    return " ".join(words)
 
 
 def _say(line: str) -> None:

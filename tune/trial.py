@@ -3,13 +3,14 @@
 A checkpoint of a trial is its run folder. A trial whose process died gets its folder back and goes on like any run that was interrupted.
 """
 
+import errno
 import json
 import math
 import os
 import socket
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
@@ -18,15 +19,18 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from ray import tune
 
-from sma.errors import SmaError
+from sma.errors import CheckpointError, SmaError, parsing, quote
+from sma.files import read_file
 from sma.recipes.experiment import ExperimentSpec, write_text
 from sma.recipes.language import run_language
 from sma.recipes.run import Stopwatch
 from sma.recipes.tasks import LanguageTask
 from sma.recipes.training import run_experiment
 from sma.stats import operation_count
+from sma.tune.pulse import Pulse
 from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import Packed, unpack
+from sma.tune.storage import LIMIT, Storage
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
 
 HISTORY = "history.json"
@@ -34,6 +38,13 @@ HISTORY = "history.json"
 
 class Stopped(Exception):
     """Halving stopped the trial."""
+
+
+class Unwritable(CheckpointError):
+    """The storage of the sweep, or the disk on which trials work, cannot be written: no trial can go on."""
+
+
+_NO_FAULT_OF_THE_TRIAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 class Reporter(Checkpoint):
@@ -51,8 +62,22 @@ class Reporter(Checkpoint):
 
     def __init__(self, spec: ExperimentSpec, out: Path, quality: str, length: int, began: float) -> None:
         self.spec, self.out, self.quality, self.length, self.began = spec, out, quality, length, began
-        kept = out / HISTORY
-        self.history: list[dict[str, float]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+        self.history: list[dict[str, float]] = []
+
+    def restore(self) -> None:
+        """Go on with the history that the run folder holds.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        kept = self.out / HISTORY
+        if not os.path.lexists(kept):
+            return
+        with parsing(repr(str(kept)), CheckpointError):
+            found = json.loads(read_file(kept, LIMIT, CheckpointError))
+        if not isinstance(found, list) or not all(_is_evaluation(entry) for entry in found):
+            raise CheckpointError(f"{str(kept)!r} is damaged: {quote(found)}; required are evaluations with their updates")
+        self.history = found
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was measured."""
@@ -70,11 +95,21 @@ class Reporter(Checkpoint):
         self.report("running", found)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Report the measures of the best checkpoint, and those of its test."""
-        best = next(entry for entry in reversed(self.history) if entry["update"] == summary["best_update"])
+        """Report the measures of the best checkpoint, and those of its test.
+
+        Raises:
+            CheckpointError: the history lacks the evaluation of the best checkpoint.
+            FloatingPointError: a measure is none.
+        """
+        best = next((entry for entry in reversed(self.history) if entry["update"] == summary["best_update"]), None)
+        if best is None:
+            raise CheckpointError(f"{str(self.out / HISTORY)!r} has no evaluation of update {summary['best_update']}, the best one")
         speed = self.history[-1].get(TIME.name)
         test = {f"test_{self.quality}": summary[f"test_{self.quality}" if f"test_{self.quality}" in summary else self.quality]}
         test["test_rate"] = sum(summary["activation_rate"]) / max(1, len(summary["activation_rate"]))
+        for name, value in test.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value}")
         self.report("finished", {**best, **test, **({TIME.name: speed} if speed is not None else {}), "parameters": summary["parameters"]})
 
     def report(self, status: str, metrics: Mapping[str, float], reason: str = "") -> None:
@@ -120,49 +155,82 @@ class Reporter(Checkpoint):
         return {TIME.name: 1e6 * seconds / tokens} if tokens else {}
 
 
+def _is_evaluation(entry: Any) -> bool:
+    return isinstance(entry, dict) and "update" in entry and all(_is_finite(value) for value in entry.values())
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus: int, accelerator: str) -> None:
     """Train one trial; what Tune calls in a process of Ray's.
 
     Args:
-        config: `number`, `values` by field path, and `checkpoint`: where an earlier driver left the trial, or None.
+        config: `number`, `values` by field path; `checkpoint`: where an earlier driver left the trial, or None; `pulse`: the key
+            under which it gives signs of life.
         sweep: the sweep.
         data: the prepared data of its task.
         cpus: threads of the training, where the experiment does not say.
         accelerator: Lightning's name for the device.
     """
     began = time.time()
+    pulse = Pulse(config["pulse"])
     torch.set_num_threads(cpus)
     with scratch_folder() as folder:
         try:
-            _restore(config, folder)
-            _run(config, sweep, unpack(data), folder, accelerator, began)
+            source = _restore(config, folder)
+            pulse.beat()
+            _run(config, sweep, unpack(data), folder, accelerator, began, pulse, source)
         except Stopped:
             raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
 
 
-def _restore(config: Mapping[str, Any], folder: Path) -> None:
-    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted."""
+def _restore(config: Mapping[str, Any], folder: Path) -> str:
+    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted; returns where it lies."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None and config["checkpoint"] is not None:
-        checkpoint = tune.Checkpoint(config["checkpoint"])
-    if checkpoint is not None:
-        checkpoint.to_directory(str(folder))
+        kept = Storage(config["checkpoint"])
+        if kept.names():  # one that was removed is trained again
+            checkpoint = tune.Checkpoint(kept.root, kept.files)
+    if checkpoint is None:
+        return str(folder)
+    checkpoint.to_directory(str(folder))
+    return str(PurePosixPath(checkpoint.path))
 
 
-def _run(config: Mapping[str, Any], sweep: SweepSpec, data: Any, folder: Path, accelerator: str, began: float) -> None:
+def _run(
+    config: Mapping[str, Any], sweep: SweepSpec, data: Any, folder: Path, accelerator: str, began: float, pulse: Pulse, source: str
+) -> None:
     """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
     quality = sweep.quality.name
     reporter = Reporter(sweep.experiment, folder, quality, 1, began)
     try:
+        reporter.restore()
         spec = sweep.trial(config["values"])
         run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
         reporter.spec, reporter.length = spec, _length(spec, data)
-        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[reporter])
+        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[pulse, reporter])
         reporter.finish(finished.summary)
     except Stopped:
         raise
     except Exception as error:
-        reporter.report("failed", reporter.history[-1] if reporter.history else {}, reason_of(error))
+        _refuse_unwritable(error)
+        reason = reason_of(error).replace(str(folder), source)  # the scratch folder is gone when somebody reads this
+        reporter.report("failed", reporter.history[-1] if reporter.history else {}, reason)
+
+
+def _refuse_unwritable(error: BaseException) -> None:
+    """Tell what no trial can help from failures of this one.
+
+    Raises:
+        Unwritable: nothing can be written any more.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_FAULT_OF_THE_TRIAL:
+            raise Unwritable(f"a trial on {socket.gethostname()} cannot write: {' '.join(str(cause).split())[:300]}") from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def reason_of(error: BaseException) -> str:

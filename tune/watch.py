@@ -1,13 +1,17 @@
 """What the driver does at every report: keep it, and show it."""
 
+import os
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 from rich import box
 from rich.console import Console
@@ -15,13 +19,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sma.tune.records import CLOCK, TrialRecord
+from sma.errors import SmaError
+from sma.tune.folder import SWEEP, check_same
+from sma.tune.pulse import Listener, forget_pulses
+from sma.tune.records import TrialRecord, load_clock, save_clock
 from sma.tune.storage import Storage
 from sma.tune.sweep import RATE, SweepSpec
+from sma.tune.trial import Unwritable
+
+IDLE = 300.0
+"""Seconds in which a process of a trial must come into being, at least."""
 
 
 class Recorder(tune.Callback):
-    """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken.
+    """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken; ends silent processes.
 
     Args:
         sweep: the sweep.
@@ -29,13 +40,57 @@ class Recorder(tune.Callback):
         records: of the trials that there were.
         began: when this driver started its cluster, by `time.time`.
         progress: show a table on a terminal, a line per trial elsewhere.
+        needs: what a trial gets, in words.
+
+    Attributes:
+        failure: why nothing more can be written or run; the sweep ends with it.
     """
 
-    def __init__(self, sweep: SweepSpec, storage: Storage, records: Sequence[TrialRecord], began: float, progress: bool) -> None:
-        self.sweep, self.storage, self.began, self.progress = sweep, storage, began, progress
+    def __init__(
+        self, sweep: SweepSpec, storage: Storage, records: Sequence[TrialRecord], began: float, progress: bool, needs: str = "CPUs"
+    ) -> None:
+        self.sweep, self.storage, self.began, self.progress, self.needs = sweep, storage, began, progress, needs
         self.records = {record.number: record for record in records}
-        self.clock: dict[str, float] = storage.read_json(CLOCK) or {}
+        self.clock: dict[str, float] = load_clock(storage)
         self.live: Live | None = None
+        self.failure: BaseException | None = None
+        self.listener = Listener(sweep.silence)
+        self._content = storage.read(SWEEP)
+        self._prefix = f"sma-pulse/{os.getpid()}-{began:.3f}"
+        self._silenced: set[int] = set()
+        self._ran = time.monotonic()
+        self._closed, self._lock = False, threading.RLock()
+
+    def pulse_key(self, number: int) -> str:
+        """Under which a trial leaves its signs of life."""
+        return f"{self._prefix}/{number}"
+
+    def look(self) -> None:
+        """Raise what ended the sweep, for the main thread."""
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """Write nothing more: the folder may soon be another process's."""
+        with self._lock:
+            self._closed = True
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Several times a second: look after the folder and the processes."""
+        if not self.listener.due:
+            return
+        self._guard(lambda: check_same(self.storage, self._content))
+        actors = {trial: actor for trial in trials if (actor := trial.temporary_state.ray_actor) is not None}
+        if actors or all(trial.is_finished() for trial in trials):
+            self._ran = time.monotonic()
+        elif time.monotonic() - self._ran > (limit := max(IDLE, self.sweep.silence)):
+            self._fail(SmaError(f"no machine of the cluster has taken up a trial for {limit:g} s; are there {self.needs} left on one?"))
+        for trial, actor in actors.items():
+            number = trial.config["number"]
+            if self.listener.silent(self.pulse_key(number), actor._actor_id):
+                self._silenced.add(number)
+                self.listener.restart(self.pulse_key(number))
+                ray.kill(actor)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial runs."""
@@ -44,9 +99,12 @@ class Recorder(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
         """An evaluation, the end, or a failure of its own."""
         record = self._record(trial)
+        self._silenced.discard(record.number)
         record.status, record.reason = result["status"], result["reason"]
         record.metrics, record.history, record.node = result["metrics"], result["history"], result["host"]
         record.busy[f"{result['began']:.3f} {result['process']}"] = round(result["busy"], 3)
+        if record.status == "running" and result.get("done"):
+            record.status = "stopped"  # by halving, which has decided already
         self._keep(record)
 
     def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
@@ -58,6 +116,7 @@ class Recorder(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Its process died, and it gets another."""
         record = self._record(trial)
+        self._check_cause(trial)
         record.restarts += 1
         self._keep(record)
 
@@ -72,7 +131,8 @@ class Recorder(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Its process died too often."""
         record = self._record(trial)
-        record.status, record.reason = "failed", _last_words(trial, self.sweep.restarts)
+        cause = self._check_cause(trial)
+        record.status, record.reason = "failed", self._last_words(record, cause)
         self._keep(record)
         self._say(record)
 
@@ -84,15 +144,20 @@ class Recorder(tune.Callback):
             self.live.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Leave the table as it is."""
-        self._tick()
+        with suppress(SmaError):  # where it cannot be written, that is known
+            self._tick()
+        self.close()
+        if kind is None:  # otherwise the cluster may be lost, and would be waited for
+            forget_pulses(map(self.pulse_key, self.records))
         if self.live is not None:
             self.live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray keeps a copy of its callbacks; the terminal cannot be a part of it."""
-        return {**self.__dict__, "live": None}
+        own = {"live": None, "_lock": None, "listener": None, "failure": None}
+        return {**self.__dict__, **own}
 
     def _record(self, trial: Trial) -> TrialRecord:
         number = trial.config["number"]
@@ -101,14 +166,54 @@ class Recorder(tune.Callback):
         return self.records[number]
 
     def _keep(self, record: TrialRecord) -> None:
-        record.save(self.storage)
+        def write() -> None:
+            # What was removed must not come into being again, with this record alone.
+            check_same(self.storage, self._content)
+            record.save(self.storage)
+
+        self._guard(write)
         self._tick()
         if self.live is not None:
             self.live.update(self._table(self.live.console))
 
     def _tick(self) -> None:
         self.clock[f"{self.began:.3f}"] = round(time.time() - self.began, 3)
-        self.storage.write_json(CLOCK, self.clock)
+        self._guard(lambda: save_clock(self.storage, self.clock))
+
+    def _guard(self, write: Callable[[], object]) -> None:
+        """Do something with the folder, if it is this driver's still; what goes wrong ends the sweep."""
+        with self._lock:
+            if self._closed or self.failure is not None:
+                return
+            try:
+                write()
+            except Exception as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        raise error
+
+    def _check_cause(self, trial: Trial) -> BaseException | str | None:
+        """Why a process died; storage that nobody can write is no fault of the trial, which the sweep would only try again.
+
+        Raises:
+            Unwritable: that is why.
+        """
+        cause = cause_of(trial)
+        if isinstance(cause, Unwritable):
+            self._fail(cause)
+        return cause
+
+    def _last_words(self, record: TrialRecord, cause: BaseException | str | None) -> str:
+        """Why a trial was given up, in one line."""
+        times = f"its process died {record.restarts + 1} times" if record.restarts else "its process died"
+        if record.number in self._silenced:
+            return f"{times}, the last time because it gave no sign of life for {self.sweep.silence:g} s (--silence)"
+        if cause is None:
+            return f"{times}, and Ray kept no reason"
+        words = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        return f"{times}: {' '.join(words.split())[:500]}"
 
     def _say(self, record: TrialRecord) -> None:
         if self.progress and self.live is None:
@@ -187,10 +292,18 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _last_words(trial: Trial, restarts: int) -> str:
-    """Why Ray gave a trial up, in one line."""
-    error = trial.get_error()
-    times = f"its process died {restarts + 1} times" if restarts else "its process died"
-    if isinstance(error, ray.exceptions.RayActorError) or error is None:
-        return f"{times}: {' '.join(str(error or 'no reason known').split())[:500]}"
-    return " ".join(f"{times}: {type(error).__name__}: {error}".split())[:500]
+def cause_of(trial: Trial) -> BaseException | str | None:
+    """Why the process of a trial died the last time, from the files in which Ray keeps it on this machine; None where there are none."""
+    with suppress(Exception):
+        error = cloudpickle.loads(Path(trial.pickled_error_file or "").read_bytes())
+        if isinstance(error, ray.exceptions.RayTaskError):
+            return error.cause if isinstance(error.cause, BaseException) else str(error.cause)
+        if isinstance(error, ray.exceptions.RayActorError):
+            text = str(error)
+            return text[max(0, text.find("The actor is dead because")) :]
+        if isinstance(error, BaseException):
+            return error
+    with suppress(Exception):
+        lines = Path(trial.error_file or "").read_text(encoding="utf-8").split("\n")
+        return next(line for line in reversed(lines) if line.strip())
+    return None

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
+from sma.tune.records import TrialRecord
 from sma.tune.search import Halving, Search
 from sma.tune.space import Dice, searched
 from sma.tune.storage import Storage
@@ -35,7 +37,7 @@ def test_trial_0_is_the_experiment_and_the_others_fit_it(tmp_path: Path) -> None
     sweep = small_sweep(samples=12)
     search = Search(sweep, Storage(tmp_path))
     suggested = run(search, 12)
-    assert suggested[0] == {"number": 0, "values": {}, "checkpoint": None}
+    assert suggested[0] == {"number": 0, "values": {}, "checkpoint": None, "pulse": "0"}
     assert [config["number"] for config in suggested] == list(range(12))
     for config in suggested[1:]:
         assert list(config["values"]) == searched(sweep.space)
@@ -54,7 +56,7 @@ def test_trial_0_teaches_the_search_where_the_space_has_it(tmp_path: Path, known
     space = {path: SPACE[path] for path in (RATE, WINDOW)} if known else {RATE: {"kind": "uniform", "low": 0.1, "high": 0.2}}
     search = Search(small_sweep(space=space), Storage(tmp_path))
     run(search, 1)
-    assert [trial.params for trial in search.study.trials] == ([{RATE: 0.003, WINDOW: 1}] if known else [])
+    assert [trial.params for trial in search.study(1).trials] == ([{RATE: 0.003, WINDOW: 1}] if known else [])
 
 
 def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
@@ -65,8 +67,7 @@ def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
         run(search, 1, start=2 * place)
         search.suggest(f"t{2 * place + 1}")
         search.on_trial_complete(f"t{2 * place + 1}", result, error=result is None)
-    assert {trial.state.name for trial in search.study.trials if trial.values is None} == {"FAIL"}
-    assert len(search.study.best_trials) <= 2
+    assert [trial.state.name for trial in search.study(9).trials] == ["COMPLETE"] * 2  # trial 0 lies outside of the space
 
 
 def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
@@ -76,16 +77,60 @@ def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
     left = done_trial(2, 0.4, 0.3, status="running", **values)
     left.checkpoint = "trials/driver-0/0002/checkpoint_000001"
     search = Search(sweep, Storage(tmp_path), [*done, left])
-    assert [(trial.state.name, trial.values) for trial in search.study.trials] == [
+    assert [(trial.state.name, trial.values) for trial in search.study(4).trials] == [
         ("COMPLETE", [0.6, 0.4]),
-        ("PRUNED", None),
         ("RUNNING", None),
+        ("PRUNED", None),
     ]
     again = search.suggest("a")
-    assert again == {"number": 2, "values": values, "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001"}
+    assert again == {"number": 2, "values": values, "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001", "pulse": "2"}
     finish(search, "a", 0.7, 0.1)
     assert [config["number"] for config in run(search, 2)] == [4, 5]
     assert search.suggest("b") == Searcher.FINISHED
+
+
+def simulate(sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: int | None, slots: int = 2) -> dict[int, dict[str, Any]]:
+    """The values of all trials of a sweep of several slots, in which trials end in a given order of the slots.
+
+    At one end the driver dies, and another one goes on from the records.
+    """
+    search, records, running, values = Search(sweep, Storage(folder)), {}, {}, {}
+    for end in range(2 * sweep.samples):
+        if end == interrupted_at:
+            search = Search(sweep, Storage(folder), [replace(record) for _, record in sorted(records.items())])
+            running = {}
+        while len(running) < slots and isinstance(config := search.suggest(f"{end}-{len(running)}-{len(values)}"), dict):
+            number = config["number"]
+            assert values.setdefault(number, config["values"]) == config["values"]
+            records.setdefault(number, TrialRecord(number, config["values"], 0))
+            running[number] = next(name for name, known in search.numbers.items() if known == number)
+        if not running:
+            return values
+        ended = sorted(running)[order[end % len(order)] % len(running)]
+        record, found = records[ended], {"accuracy": values[ended].get(RATE, 0.003), "rate": 0.1 * (ended % 7)}
+        record.status = "stopped" if ended % 5 == 4 else "failed" if ended % 7 == 6 else "finished"
+        record.metrics = found
+        reported = {"status": "running" if record.status == "stopped" else record.status}
+        search.on_trial_complete(running.pop(ended), {**reported, **{f"metrics/{name}": value for name, value in found.items()}})
+    raise AssertionError("the sweep does not end")
+
+
+SEARCHED = small_sweep(samples=14)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 1), min_size=14, max_size=14), st.integers(0, 13))
+def test_an_interrupted_sweep_draws_what_an_uninterrupted_one_draws(order: list[int], interrupted_at: int) -> None:
+    folder = Path("nowhere")
+    assert simulate(SEARCHED, folder, order, interrupted_at) == simulate(SEARCHED, folder, order, None)
+
+
+def test_the_first_trials_are_drawn_by_seed_and_number_alone() -> None:
+    one, other = (simulate(SEARCHED, Path("nowhere"), [0], None, slots) for slots in (1, 3))
+    # A third of 14, and four at least.
+    assert [one[number] == other[number] for number in range(4)] == [True] * 4
+    assert any(one[number] != other[number] for number in range(5, 14))
+    assert len({str(values) for values in one.values()}) == 14
 
 
 def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
@@ -98,17 +143,17 @@ def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
 
 
 def test_stopped_trials_teach_the_search_that_they_are_worse(tmp_path: Path) -> None:
-    search = Search(small_sweep(samples=16), Storage(tmp_path))
-    for place in range(15):
+    search = Search(small_sweep(samples=32), Storage(tmp_path))
+    for place in range(31):
         config = search.suggest(f"t{place}")
         assert config is not None
         weak = place > 0 and config["values"][RATE] < 0.006
         found = {"metrics/accuracy": 0.99 if weak else 0.5, "metrics/rate": 0.01 if weak else 0.5}
         search.on_trial_complete(f"t{place}", {"status": "running" if weak else "finished", **found})
-    states = [trial.state.name for trial in search.study.trials]
-    assert {"COMPLETE", "PRUNED"} == set(states)
-    assert all(trial.values == [0.5, 0.5] for trial in search.study.best_trials)
-    late = search.study.trials[8:]
+    study = search.study(31)
+    assert {"COMPLETE", "PRUNED"} == {trial.state.name for trial in study.trials}
+    assert all(trial.values == [0.5, 0.5] for trial in study.best_trials)
+    late = study.trials[search.startup :]
     assert sum(trial.params[RATE] >= 0.006 for trial in late) > len(late) / 2
 
 
