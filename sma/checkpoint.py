@@ -1,94 +1,246 @@
 """Saving and loading a model, its spec and its weights; and where its streams stand."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-from sma.errors import CheckpointError, SpecError
+from sma.devices import usable_device
+from sma.errors import CheckpointError, SmaError, parsing, quote, reason
 from sma.files import write_atomically
-from sma.model import SequenceModel, build
+from sma.model import ModelSpec, SequenceModel, build
 from sma.pytree import named_tensors, with_tensors
 from sma.spec import dump_spec, dump_yaml, load_spec
 from sma.submodule import State, StateKind
+from sma.tensor_file import TensorFile, open_tensors, write_tensors
+from sma.weights import (
+    build_without_memory,
+    check_parts,
+    check_weights,
+    plain_weights,
+    shared_names,
+    unwrapped,
+    warn_of_copies,
+    whole_tensor,
+)
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
 
+SPEC_BYTES = 4 << 20
+"""Bytes of a spec in a weights file at most."""
 
-def save(model: SequenceModel, folder: str | Path) -> Path:
+
+def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a model into a folder, replacing what an earlier save left there.
 
     The weights file carries the spec too, and each file is replaced in one step, so an interrupted save leaves the old model or
-    the new one. `spec.yaml` is there to be read and to be run by the recipes.
+    the new one. `spec.yaml` is there to be read and to be run by the recipes. The same model gives the same bytes.
+
+    What was put around the model or its parts is left out: torch.compile, data parallelism, activation checkpointing, averaged weights
+    (these are what is saved). Parametrised weights are saved as what they come to. Whatever `load` would demand is checked before
+    anything is replaced. Where weights are sharded (FSDP), every rank calls this, and rank 0 writes.
+
+    Args:
+        model: one that was built from a spec, wrapped or not.
+        folder: made where it is missing.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or `load` could not build this model again: it has no spec, its parts or weights
+            are no longer those of its spec, or they are no plain numbers.
     """
     folder = Path(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "sparse-modular-activation", "spec": json.dumps(dump_spec(model.spec))}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-        write_atomically(folder / SPEC, lambda path: path.write_text(dump_yaml(model.spec), encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save the model in {str(folder)!r}: {error}; the folder must be writable and have space") from error
+    core = unwrapped(model)
+    if not isinstance(getattr(core, "spec", None), ModelSpec):
+        raise CheckpointError(
+            f"cannot save a {type(model).__name__}, which has no spec of a model; give one that sma.build made, wrapped or not, or save "
+            "its state_dict() with torch.save"
+        )
+    spec, text = _spec_to_save(core)
+    reference = build_without_memory(spec)
+    check_parts(core, reference)
+    given = plain_weights(model)
+    check_weights(
+        f"cannot save this {type(core).__name__}, because it", reference, given, "; merge, convert or undo what was changed in its parts"
+    )
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in given.values())
+    tensors = {}
+    for name in sorted(given):  # in one order on all ranks, which gather together
+        tensor = whole_tensor(name, given[name])
+        if not sharded or torch.distributed.get_rank() == 0:
+            tensors[name] = tensor
+    if not sharded:
+        warn_of_copies(tensors, shared_names(reference))
+    metadata = {"format": "sparse-modular-activation", "spec": text}
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / WEIGHTS, lambda path: write_tensors(path, tensors, metadata))
+            write_atomically(folder / SPEC, lambda path: path.write_text(dump_yaml(spec), encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot save the model in {quote(str(folder))}: {reason(error)}; the folder must be writable and have space"
+            ) from error
+
+    _on_first_rank(write) if sharded else write()
     return folder
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> SequenceModel:
+def _spec_to_save(core: nn.Module) -> tuple[ModelSpec, str]:
+    """The spec of a model as it is read back, and its text."""
+    what = f"cannot save this {type(core).__name__}: its spec"
+    try:
+        text = json.dumps(dump_spec(core.spec))  # type: ignore[arg-type]
+        spec = load_spec(json.loads(text))
+    except Exception as error:  # specs of others have methods of their own
+        raise CheckpointError(f"{what} cannot be read back: {error if isinstance(error, SmaError) else reason(error)}") from error
+    if spec != core.spec:
+        raise CheckpointError(f"{what} is read back as another one; its fields must survive JSON, as strings and numbers do")
+    if len(text) > SPEC_BYTES:
+        raise CheckpointError(f"{what} has {len(text):,} bytes; at most {SPEC_BYTES:,} can be read back: repeat alike layers by 'repeat'")
+    return spec, text
+
+
+def _on_first_rank(write: Any) -> None:
+    """Write on rank 0 only; the others wait, and fail where it fails."""
+    failed: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            write()
+        except CheckpointError as error:
+            failed = [str(error)]
+    torch.distributed.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise CheckpointError(failed[0])
+
+
+def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> SequenceModel:
     """Build the model that `save` wrote into a folder, in evaluation mode.
 
+    Before anything is allocated, the names, shapes and dtypes in the file are compared with those that its spec builds. The file is
+    opened once: while another process saves, this is the old model or the new one.
+
+    Args:
+        folder: one that `save` wrote, or a run of the recipes, which has it in `model/`.
+        device: where to put the model; on `meta` it has sizes and no weights. None: where torch makes tensors now.
+
     Raises:
-        CheckpointError: there is no saved model, it is damaged, or its weights do not fit its spec.
+        CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or there is no such device.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"there is no saved model in {str(folder)!r}: {WEIGHTS} is missing; give a folder that sma.save wrote")
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if "spec" not in metadata:
-        raise CheckpointError(f"{path} holds weights without a spec; load the model with the code that wrote it")
-    try:
-        # With a seed, so that the weights that are replaced at once leave the caller's random state alone.
-        model = build(load_spec(json.loads(metadata["spec"])), seed=0).to(device)
-    except (SpecError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"the spec saved in {path} cannot be built here: {error}") from error
-    missing, unknown = _difference(model.state_dict(), tensors)
-    if missing or unknown:
-        raise CheckpointError(f"{path} does not fit its spec: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    place = usable_device(device, CheckpointError)
+    with open_tensors(_weights_file(Path(folder))) as file:
+        spec = _saved_spec(file)
+        reference = _reference(file, spec)
+        if place.type == "meta":
+            model = reference.to(place)
+        else:
+            with parsing(f"the spec saved in {file.path}", CheckpointError):
+                # With a seed, so that the weights that are replaced at once leave the caller's random state alone.
+                model = build(spec, seed=0).to(place)
+        tensors = {name: file.read(name, place) for name in file.entries}
+    shared = shared_names(model)
     model.load_state_dict(tensors, assign=True)
+    for first, *others in shared:
+        for name in others:  # which were given a copy each
+            _replace(model, name, _at(model, first))
     return model.eval()
 
 
-def _difference(wanted: dict[str, Any], given: dict[str, Any]) -> tuple[list[str], list[str]]:
-    missing = [name for name, tensor in wanted.items() if name not in given or given[name].shape != tensor.shape]
-    return missing, [name for name in given if name not in wanted]
+def _weights_file(folder: Path) -> Path:
+    """The weights in a folder, or in the folder `model` of a run."""
+    found = next((path for path in (folder / WEIGHTS, folder / "model" / WEIGHTS) if _exists(path)), None)
+    if found is None:
+        raise CheckpointError(f"there is no saved model in {quote(str(folder))}: {WEIGHTS} is missing; give a folder that sma.save wrote")
+    return found
+
+
+def _exists(path: Path) -> bool:
+    """Whether something stands at a path; what cannot be looked at is said by its reader."""
+    try:
+        return path.exists()
+    except OSError:
+        return True
+
+
+def _saved_spec(file: TensorFile) -> ModelSpec:
+    text = file.metadata.get("spec")
+    if text is None:
+        raise CheckpointError(f"{file.path} holds weights without a spec; load the model with the code that wrote it")
+    what = f"the spec saved in {file.path} cannot be built here"
+    if len(text) > SPEC_BYTES:
+        raise CheckpointError(f"{what}: it has {len(text):,} characters; at most {SPEC_BYTES:,} are read")
+    try:
+        given = json.loads(text)
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"{what}: it is {quote(given)}; required is a mapping of fields")
+        spec: ModelSpec = load_spec(given)
+    except CheckpointError:
+        raise
+    except Exception as error:  # JSON, and the validators of others' kinds
+        raise CheckpointError(f"{what}: {error if isinstance(error, SmaError) else reason(error)}") from error
+    return spec
+
+
+def _reference(file: TensorFile, spec: ModelSpec) -> SequenceModel:
+    """What the spec builds, without its memory, and known to fit the file."""
+    held = sum(entry.numel for entry in file.entries.values())
+    with parsing(f"the spec saved in {file.path}", CheckpointError):
+        try:
+            predicted = spec.num_parameters()
+        except TypeError:  # a kind of others that predicts nothing
+            predicted = 0
+        if predicted > held:  # before thousands of layers are made of a few bytes
+            raise CheckpointError(
+                f"{file.path} does not fit its spec: it holds {held:,} numbers, and the spec has {_count(predicted)} parameters; "
+                "save the model again"
+            )
+        try:
+            reference = build_without_memory(spec)
+        except SmaError as error:
+            raise CheckpointError(f"the spec saved in {file.path} cannot be built here: {error}") from error
+    check_weights(str(file.path), reference, file.entries, "")
+    return reference
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 10**18 else "10^18 or more"
+
+
+def _at(model: nn.Module, name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    found: Tensor | None = getattr(model.get_submodule(path), leaf)
+    return found
+
+
+def _replace(model: nn.Module, name: str, tensor: Tensor | None) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
 
 
 def save_state(state: State, path: str | Path) -> None:
     """Write where the streams of a model, a layer or a sub-module stand into one safetensors file, in one step.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or there is no state, as in the output of a model that was given none.
     """
     path = Path(path)
-    # One copy each, because safetensors refuses tensors that share memory.
-    parts = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in named_tensors(state).items()}
+    parts = {name: whole_tensor(name, tensor) for name, tensor in named_tensors(state).items()}
+    if not parts:
+        raise CheckpointError(f"there is no state to save, but {quote(state)}; give model.init_state(…) or the state of an output")
+    metadata = {"format": "sparse-modular-activation-state"}
     try:
-        write_atomically(path, lambda temporary: save_file(parts, temporary, metadata={"format": "sparse-modular-activation-state"}))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save the state in {str(path)!r}: {error}; the folder must be writable and have space") from error
+        write_atomically(path, lambda temporary: write_tensors(temporary, parts, metadata))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot save the state in {quote(str(path))}: {reason(error)}; the folder must be writable and have space"
+        ) from error
 
 
 def load_state(path: str | Path, like: StateKind) -> StateKind:
@@ -101,17 +253,40 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is the state of something else.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"there is no saved state in {str(path)!r}: {error}") from error
-    wanted = named_tensors(like)
-    if set(found) != set(wanted):
-        odd = sorted(set(found) ^ set(wanted))[0]
-        raise CheckpointError(f"{str(path)!r} is the state of another model: it {'lacks' if odd in wanted else 'has'} {odd!r}")
+    path, wanted = Path(path), named_tensors(like)
+    if not wanted:
+        raise CheckpointError(f"the state to be like is {quote(like)}; give one of the same model, such as model.init_state(1)")
+    if not _exists(path):
+        raise CheckpointError(f"there is no saved state in {quote(str(path))}; give a file that sma.save_state wrote")
+    with open_tensors(path) as file:
+        _check_state(file, like)
+        return with_tensors(like, {name: file.read(name, tensor.device) for name, tensor in wanted.items()})
+
+
+def _check_state(file: TensorFile, like: State) -> None:
+    """Check names, dtypes and sizes; the batch may have any size, and what grows with its stream any length, but one each."""
+    wanted, growing = named_tensors(like), _growing(like)
+    other = f"{quote(str(file.path))} is the state of another model"
+    if set(file.entries) != set(wanted):
+        odd = sorted(set(file.entries) ^ set(wanted))[0]
+        raise CheckpointError(f"{other}: it {'lacks' if odd in wanted else 'has'} {quote(odd)}")
+    rows: int | None = None
+    lengths: dict[str, int] = {}
     for name, tensor in wanted.items():
-        here, there = (tensor.dtype, tensor.shape[2:]), (found[name].dtype, found[name].shape[2:])
-        if here != there:
-            raise CheckpointError(f"{str(path)!r} is the state of another model: {name!r} has {there}; required is {here}")
-    return with_tensors(like, {name: found[name].to(tensor.device) for name, tensor in wanted.items()})
+        found = file.entries[name]
+        shape = [rows, *tensor.shape[1:]]
+        if rows is None:
+            shape[0] = rows = found.shape[0] if found.shape else None
+        if name in growing and len(shape) > 1 and len(found.shape) > 1:
+            shape[1] = lengths.setdefault(growing[name], found.shape[1])
+        if tensor.dtype != found.dtype or list(found.shape) != shape:
+            raise CheckpointError(
+                f"{other}: {quote(name)} is {found}; required is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(shape)}"
+            )
+
+
+def _growing(like: State) -> dict[str, str]:
+    """The tensors whose axis 1 grows with the stream, with the state that they belong to."""
+    parts, _ = _pytree.tree_flatten_with_path(like, is_leaf=lambda part: isinstance(part, State) and getattr(part, "grows", False))
+    owners = [(_pytree.keystr(path), part) for path, part in parts if isinstance(part, State)]
+    return {f"{place}{name}": place for place, part in owners for name in named_tensors(part)}

@@ -1,14 +1,19 @@
 """Files: read with bounds, written whole or not at all."""
 
+import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from sma.errors import DataError, SmaError, reason
+
+if sys.platform != "win32":
+    import fcntl
 
 DRAFT = ".draft"
 """How the name of a file ends that is being written, and of one whose writer was killed."""
@@ -22,7 +27,7 @@ _KINDS = {
 }
 
 
-def open_file(path: str | Path, error: type[SmaError] = DataError) -> BinaryIO:
+def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedReader:
     """Open a plain file for reading; its handle has a size (`os.fstat`), which a pipe or a device has not.
 
     Raises:
@@ -79,27 +84,94 @@ def read_file(path: str | Path, limit: int, error: type[SmaError] = DataError) -
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step.
 
-    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone, unless the process is
-    killed: see `remove_drafts`. A new file has the mode that the process gives its files (umask), one that is replaced keeps its own.
+    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone. A process that is killed
+    leaves its own behind, without the lock that it had on it: the next call for the same path, by whichever process, removes it. A new
+    file has the mode that the process gives its files (umask), one that is replaced keeps its own.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
-    # Not tempfile: its files are private, and what the umask would have made of them is not known.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    _remove_abandoned(path.parent, f".{path.name}.")
+    temporary, handle = _locked_draft(path)
     try:
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-        write(temporary)  # which may put a file of its own there, as safetensors does
-        with suppress(OSError):  # some file systems have no modes
-            if stat.S_IMODE(temporary.stat().st_mode) != mode:
-                temporary.chmod(mode)
+        write(temporary)  # which may put a file of its own there, as some libraries do
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        with suppress(OSError):  # some file systems have no modes; last, because the file may be for reading only
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+        if sys.platform == "win32":
+            os.close(handle)  # an open file cannot be renamed there
+            handle = -1
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _locked_draft(path: Path) -> tuple[Path, int]:
+    """A new draft beside `path`, and its open file, which holds the lock that says that it is being written."""
+    while True:
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
+        # Not tempfile: its files are private, and what the umask would have made of them is not known.
+        handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            # Between these two steps another process may have taken it for abandoned.
+            if lock_file(handle) is False or not _stands_at(draft, handle):
+                os.close(handle)
+                continue
+        except BaseException:
+            os.close(handle)
+            draft.unlink(missing_ok=True)
+            raise
+        return draft, handle
+
+
+def lock_file(handle: int) -> bool | None:
+    """Lock an open file without waiting, until it is closed or its process ends, however that ends.
+
+    Returns:
+        whether it is locked now; None where the system or the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+def _stands_at(path: Path, handle: int) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+    return False
+
+
+def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
+    """Delete the drafts whose names begin like this and that nobody writes any more; where that cannot be known, none unless alone."""
+    with suppress(OSError):
+        found = [path for path in folder.iterdir() if path.name.startswith(prefix) and path.name.endswith(DRAFT)]
+        for draft in found:
+            with suppress(OSError):
+                if sys.platform == "win32":
+                    if alone:
+                        draft.unlink()
+                elif stat.S_ISREG(draft.lstat().st_mode):
+                    # For writing, without which network file systems lock nothing.
+                    handle = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    try:
+                        locked = lock_file(handle)
+                        if (locked or (alone and locked is None)) and _stands_at(draft, handle):
+                            draft.unlink()
+                    finally:
+                        os.close(handle)
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder into which no other process is writing."""
-    for draft in folder.glob(f".*{DRAFT}"):
-        draft.unlink(missing_ok=True)
+    """Delete what killed processes left half-written in a folder; what another process is writing stays.
+
+    Where files cannot be locked, no other process may be writing into the folder.
+    """
+    _remove_abandoned(folder, ".", alone=True)

@@ -40,6 +40,7 @@ class State:
     """What a causal part carries from one chunk of a stream to the next: a frozen dataclass of tensors, batch first.
 
     Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. A stream that has seen nothing is all zeros.
+    One that keeps every token has an attribute `grows` that is True, and axis 1 of its tensors is as long as the stream.
     States are values: `forward` returns a new one and leaves the old one as it was, so a stream can be continued from it twice.
     """
 

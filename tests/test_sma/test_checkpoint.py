@@ -124,8 +124,8 @@ def _no_space(*args: Any, **kwargs: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def _half_written(tensors: Any, path: Path, **kwargs: Any) -> None:
-    Path(path).write_bytes(b"half")
+def _half_written(path: Path, *args: Any) -> None:
+    path.write_bytes(b"half")
     raise OSError(28, "No space left on device")
 
 
@@ -137,8 +137,8 @@ class TestInterrupted:
     @pytest.mark.parametrize(
         ("place", "failure"),
         [
-            pytest.param("sma.checkpoint.save_file", _no_space, id="before writing"),
-            pytest.param("sma.checkpoint.save_file", _half_written, id="while writing"),
+            pytest.param("sma.checkpoint.write_tensors", _no_space, id="before writing"),
+            pytest.param("sma.checkpoint.write_tensors", _half_written, id="while writing"),
             pytest.param("sma.files.os.fsync", _no_space, id="while flushing"),
             pytest.param("pathlib.Path.replace", _no_space, id="while replacing"),
         ],
@@ -157,7 +157,7 @@ class TestInterrupted:
         if saved_before:
             assert _same(load(tmp_path), _model(0))
 
-    @pytest.mark.parametrize("place", ["sma.checkpoint.save_file", "sma.files.os.fsync", "pathlib.Path.replace"])
+    @pytest.mark.parametrize("place", ["sma.checkpoint.write_tensors", "sma.files.os.fsync", "pathlib.Path.replace"])
     def test_an_interrupt_passes_and_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place):
         save(_model(0), tmp_path)
         monkeypatch.setattr(place, _interrupt)
@@ -251,8 +251,32 @@ class TestDamaged:
             pytest.param(
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 3)}),
                 METADATA,
-                r"does not fit its spec: missing \['encoder\.weight'\]",
+                r"does not fit its spec: 'encoder\.weight' is float32 of shape \(5, 3\); required is float32 of shape \(5, 4\)$",
                 id="a tensor of another shape",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4, dtype=torch.int32)}),
+                METADATA,
+                r"does not fit its spec: 'encoder\.weight' is int32 of shape \(5, 4\); required is float32 of shape",
+                id="integers",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4).to(torch.float8_e4m3fn)}),
+                METADATA,
+                r"'encoder\.weight' is float8_e4m3fn of shape \(5, 4\); required is float32 of shape",
+                id="8 bits",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4, dtype=torch.complex64)}),
+                METADATA,
+                r"'encoder\.weight' is complex64 of shape \(5, 4\); required is float32 of shape",
+                id="complex numbers",
+            ),
+            pytest.param(
+                lambda tensors: tensors.update({"layers.0.routed.router.offset": torch.zeros(2, dtype=torch.bool)}),
+                METADATA,
+                r"'layers\.0\.routed\.router\.offset' is bool of shape \(2,\); required is float32 of shape",
+                id="a buffer of another dtype",
             ),
             pytest.param(
                 lambda tensors: None,
@@ -265,6 +289,30 @@ class TestDamaged:
                 {"spec": json.dumps({**SPEC, "width": 0})},
                 r"the spec saved in .*model\.safetensors cannot be built here: SequenceClassifierSpec: width=0 must be at least 1",
                 id="an impossible spec",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                {"spec": '"/etc/hostname"'},
+                r"the spec saved in .* cannot be built here: it is '/etc/hostname'; required is a mapping of fields$",
+                id="a spec that is a path",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                {"spec": "[" * 100_000},
+                r"the spec saved in .* cannot be built here: (RecursionError|Expecting value)",
+                id="a deep spec",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                {"spec": json.dumps({**SPEC, "head": "x" * 5_000_000})},
+                r"the spec saved in .* cannot be built here: it has 5,\d\d\d,\d\d\d characters; at most 4,194,304 are read$",
+                id="an enormous spec",
+            ),
+            pytest.param(
+                lambda tensors: None,
+                {"spec": json.dumps({**SPEC, "width": 25000, "layers": {**SPEC["layers"], "repeat": 9999}})},
+                r"model\.safetensors does not fit its spec: it holds [\d,]+ numbers, and the spec has [\d,]+ parameters; save the",
+                id="a spec of a larger model",
             ),
             pytest.param(
                 lambda tensors: None, {"spec": '{"kind": '}, r"the spec saved in .* cannot be built here: Expecting value", id="half a spec"

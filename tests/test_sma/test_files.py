@@ -1,5 +1,6 @@
 """Files: nothing waits, nothing grows without a bound, modes are those of the user."""
 
+import errno
 import os
 import stat
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import sma.files
 from sma.errors import CheckpointError, DataError
-from sma.files import check_file, open_file, read_file, write_atomically
+from sma.files import check_file, open_file, read_file, remove_drafts, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,77 @@ def test_a_file_system_without_modes_can_be_written(tmp_path, monkeypatch, write
     monkeypatch.setattr(Path, "chmod", refuse)
     write_atomically(tmp_path / "file", write)
     assert (tmp_path / "file").exists()
+
+
+def _drafts(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.name.endswith(".draft")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks of this kind")
+class TestDrafts:
+    @pytest.mark.parametrize(
+        "clean", [remove_drafts, lambda folder: write_atomically(folder / "file", lambda path: path.write_text("new"))]
+    )
+    def test_what_nobody_writes_is_removed_and_what_is_written_stays(self, tmp_path, clean):
+        (tmp_path / ".file.0.draft").write_text("left by a killed process")
+        seen = []
+
+        def write(path: Path) -> None:
+            clean(tmp_path)
+            seen.append(_drafts(tmp_path))
+            path.write_text("mine")
+
+        write_atomically(tmp_path / "file", write)
+        assert [len(drafts) for drafts in seen] == [1]
+        assert (tmp_path / "file").read_text() == "mine"
+        assert _drafts(tmp_path) == set()
+
+    def test_drafts_of_other_files_and_what_is_none_stay(self, tmp_path):
+        (tmp_path / ".other.0.draft").touch()
+        (tmp_path / ".file.link.draft").symlink_to("/dev/zero")
+        (tmp_path / ".file.folder.draft").mkdir()
+        os.mkfifo(tmp_path / ".file.pipe.draft")
+        (tmp_path / ".file").touch()
+        before = {path.name for path in tmp_path.iterdir()}
+        write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
+        assert {path.name for path in tmp_path.iterdir()} == before | {"file"}
+
+    def test_without_locks_files_are_written_and_drafts_stay(self, tmp_path, monkeypatch):
+        def refuse(*args: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("sma.files.fcntl.flock", refuse)
+        (tmp_path / ".file.0.draft").touch()
+        write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
+        assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.0.draft"}
+        remove_drafts(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+    def test_a_draft_that_was_taken_for_abandoned_before_it_was_locked_is_made_anew(self, tmp_path, monkeypatch):
+        lock, stolen = sma.files.lock_file, []
+
+        def late(handle: int) -> bool | None:
+            if not stolen:
+                stolen.extend(tmp_path.glob(".*.draft"))
+                stolen[0].unlink()
+            return lock(handle)
+
+        monkeypatch.setattr("sma.files.lock_file", late)
+        write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
+        assert len(stolen) == 1
+        assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+    def test_a_file_that_may_only_be_read_is_replaced_and_stays_so(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        (tmp_path / "file").chmod(0o440)
+        opened = Path.open
+
+        def as_users(path: Path, *args: object, **options: object) -> object:
+            assert path.stat().st_mode & 0o200, "a user cannot write this"
+            return opened(path, *args, **options)  # type: ignore[call-overload]
+
+        monkeypatch.setattr(Path, "open", as_users)
+        write_atomically(tmp_path / "file", lambda path: path.write_bytes(b"new"))
+        monkeypatch.undo()
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o440
+        assert (tmp_path / "file").read_text() == "new"

@@ -1,0 +1,247 @@
+"""The weights of a model as its spec describes it: without what was put around it or its parts, and compared with what the spec builds."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+
+from sma.errors import CheckpointError, SmaError, quote, reason
+from sma.model import ModelSpec, SequenceModel, build
+from sma.spec import Spec
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+# Under these names torch.compile, activation checkpointing and FSDP keep what they are put around.
+_HIDDEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that has a spec, inside whatever was put around it: torch.compile, data parallelism, averaged weights."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        inner = _bare(inner)
+        if isinstance(getattr(inner, "spec", None), ModelSpec):
+            return cast(nn.Module, inner)
+        inner = getattr(inner, "module", None)  # where wrappers that are not known here keep it too
+    return model
+
+
+def plain_weights(model: nn.Module) -> dict[str, Any]:
+    """The entries of a model's `state_dict` by the names that its spec gives them.
+
+    What was put around the model or a part of it leaves no trace in them, and parametrised weights are what they come to in evaluation.
+    Neither the model nor its parametrisations change.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+    """
+    try:
+        found = dict(model.state_dict())
+        for path, part in list(model.named_modules(remove_duplicate=False)):
+            prefix = f"{path}." if path else ""
+            if isinstance(part, AveragedModel):
+                found.pop(f"{prefix}n_averaged", None)
+            for name, value, owned in _computed(part):
+                for key in [key for key in found if key.startswith(f"{prefix}parametrizations.{name}.")]:
+                    del found[key]
+                for own in owned:
+                    found.pop(f"{prefix}{own}", None)
+                found[f"{prefix}{name}"] = value
+        # From the inside out, so that the names that are left are still those of the module tree.
+        for path, part in reversed(list(model.named_modules(remove_duplicate=False))):
+            kept, prefix = _wrapped(part), f"{path}." if path else ""
+            if kept is not None:
+                inside = f"{prefix}{kept}."
+                found = {f"{prefix}{key[len(inside) :]}" if key.startswith(inside) else key: value for key, value in found.items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # the methods of modules that are not ours
+        raise CheckpointError(f"cannot save this {type(model).__name__}: its weights cannot be read: {reason(error)}") from error
+    return found
+
+
+def _wrapped(part: nn.Module) -> str | None:
+    """Under which name a module that only stands around another keeps it."""
+    if isinstance(part, DistributedDataParallel | DataParallel | AveragedModel):
+        return "module"
+    return next((name for name in _HIDDEN if name in part._modules), None)
+
+
+@torch.no_grad()
+def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
+    """The weights that a module computes from others: name, value, and the names that these others have beside parametrisations."""
+    if parametrize.is_parametrized(part):
+        for name, steps in cast(nn.ModuleDict, part.parametrizations).items():
+            with _evaluating(steps):
+                yield name, getattr(part, name).detach(), []
+    for hook in list(part._forward_pre_hooks.values()):
+        # These leave the value of the last forward on the module, from before the last update.
+        if isinstance(hook, WeightNorm):
+            yield hook.name, hook.compute_weight(part).detach(), [f"{hook.name}_g", f"{hook.name}_v"]
+        elif isinstance(hook, SpectralNorm):
+            value = hook.compute_weight(part, do_power_iteration=False)
+            yield hook.name, value.detach(), [f"{hook.name}_orig", f"{hook.name}_u", f"{hook.name}_v"]
+        elif isinstance(hook, prune.BasePruningMethod):
+            name = str(hook._tensor_name)
+            yield name, hook.apply_mask(part).detach(), [f"{name}_orig", f"{name}_mask"]
+
+
+@contextmanager
+def _evaluating(part: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation, in which spectral norms take no step of their iteration, and then back."""
+    training = [child for child in part.modules() if child.training]
+    for child in training:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Draws nothing for tensors without memory: torch imports its whole compiler for a normal distribution there, which takes seconds."""
+
+    _draws = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._draws and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def build_without_memory(spec: ModelSpec) -> SequenceModel:
+    """Build a model on the meta device, where tensors have sizes and no memory; for real where a part of it cannot be built so."""
+    try:
+        with torch.device("meta"), _WithoutValues():
+            return build(spec, seed=0)
+    except SmaError:
+        raise
+    except Exception:  # a part that is not ours looks at values, which are not there, in whatever way
+        return build(spec, seed=0)
+
+
+def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hint: str) -> None:
+    """Check that weights fit the model that a spec builds: names, shapes and dtypes. Their values may be anything, NaN included.
+
+    Floating-point weights may be of any precision, as after `model.to(dtype)`; those that torch computes with, not of 8 bits.
+
+    Args:
+        what: begins the sentence.
+        reference: the model, on whatever device.
+        given: things with `shape` and `dtype`, by name.
+        hint: ends the sentence.
+
+    Raises:
+        CheckpointError: they do not fit; names the first few.
+    """
+    wanted = reference.state_dict()
+    missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
+    if missing or unknown:
+        listed = [f"{word} {quote(names)}" for word, names in (("missing", missing or "nothing"), ("unknown", unknown or "nothing"))]
+        listed = [text.replace("'nothing'", "nothing") for text in listed]
+        raise CheckpointError(f"{what} does not fit its spec: {', '.join(listed)}{hint}")
+    for name, tensor in wanted.items():
+        found = given[name]
+        if not (isinstance(tensor, Tensor) and hasattr(found, "shape") and hasattr(found, "dtype")):
+            raise CheckpointError(f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; required is a tensor{hint}")
+        if tuple(found.shape) != tuple(tensor.shape) or not _suits(tensor.dtype, found.dtype):
+            raise CheckpointError(f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; required is {_kind(tensor)}{hint}")
+
+
+def _suits(wanted: torch.dtype, given: torch.dtype) -> bool:
+    return given == wanted or any(wanted in alike and given in alike for alike in (_FLOATING, _COMPLEX))
+
+
+def _kind(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {quote(tuple(tensor.shape))}"
+
+
+def check_parts(model: nn.Module, reference: nn.Module) -> None:
+    """Check that the parts of a model are those that its spec builds: another part can have weights of the same names and sizes.
+
+    Raises:
+        CheckpointError: a part is of another class, or has another spec.
+    """
+    what, hint = f"cannot save this {type(model).__name__}", "undo that, or save model.state_dict() with torch.save"
+    for path, wanted in reversed(list(reference.named_modules())):  # the innermost that differs says it best
+        part = _part_at(model, path)
+        if part is None:  # its weights are missing too, if it has any
+            continue
+        where = f"its part {path!r}" if path else "it"
+        if not isinstance(part, type(wanted)):
+            found, built = (f"{type(one).__module__}.{type(one).__name__}" for one in (part, wanted))
+            raise CheckpointError(f"{what}: {where} is a {found}, and its spec builds a {built}; {hint}")
+        given, spec = getattr(part, "spec", None), getattr(wanted, "spec", None)
+        if isinstance(spec, Spec) and given != spec:
+            fields = [name for name in type(spec).model_fields if getattr(given, name, None) != getattr(spec, name)]
+            found, built = (", ".join(f"{name}={quote(getattr(one, name, None))}" for name in fields[:4]) for one in (given, spec))
+            raise CheckpointError(f"{what}: {where} was built with {found}, and the spec of the model says {built}; {hint}")
+
+
+def _part_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The part at a path of the spec's names, what was put around it or its owners left out."""
+    part: nn.Module | None = model
+    for name in path.split(".") if path else []:
+        part = None if part is None else _bare(part)._modules.get(name)
+    return None if part is None else _bare(part)
+
+
+def _bare(part: nn.Module) -> nn.Module:
+    while (name := _wrapped(part)) is not None:
+        part = cast(nn.Module, part._modules[name])
+    return part
+
+
+def shared_names(model: nn.Module) -> list[list[str]]:
+    """The names under which a model has the same parameter or buffer more than once."""
+    found: dict[int, list[str]] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        found.setdefault(id(tensor), []).append(name)
+    return [names for names in found.values() if len(names) > 1]
+
+
+def whole_tensor(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that can be written: gathered from all ranks where it is sharded, cut off from the graph.
+
+    Raises:
+        CheckpointError: it has no values, or they are not simply numbers in memory: quantised, sparse, on the meta device.
+    """
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if nn.parameter.is_lazy(tensor):
+        raise CheckpointError(f"cannot save {name!r}: it is not initialised; run the model on a batch first")
+    plain = tensor.detach()
+    if plain.is_meta:
+        raise CheckpointError(f"cannot save {name!r}: it is on the meta device and has no values; load or initialise the model first")
+    if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized:
+        kind = type(plain).__name__ if type(plain) is not Tensor else f"{plain.layout} tensor of {plain.dtype}"
+        raise CheckpointError(f"cannot save {name!r}: it is a {kind}, and not plain numbers; convert it back first, such as by dequantize")
+    return plain
+
+
+def warn_of_copies(tensors: Mapping[str, Tensor], shared: Sequence[Sequence[str]]) -> None:
+    """Warn of weights that are one tensor in the model and will be several when it is loaded, because its spec does not share them."""
+    known = {name: names[0] for names in shared for name in names}
+    found: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            found.setdefault((tensor.data_ptr(), tensor.shape), []).append(name)
+    several = [names for names in found.values() if len({known.get(name, name) for name in names}) > 1]
+    if several:
+        warnings.warn(
+            f"{quote(several[0])} are one tensor in this model, and its spec has one for each: loaded, each has a copy of its own"
+            f"{f' ({len(several)} such groups)' if len(several) > 1 else ''}",
+            stacklevel=4,
+        )
