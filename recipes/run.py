@@ -19,7 +19,7 @@ import lightning
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from sma.checkpoint import save
@@ -39,6 +39,7 @@ from sma.recipes.callbacks import (
 from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
 from sma.recipes.figures import attempt
 from sma.recipes.learner import Learner
+from sma.recipes.metrics import MetricsLogger
 from sma.recipes.team import ALONE, Team
 from sma.spec import dump_yaml
 
@@ -264,7 +265,7 @@ def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner
         val_check_interval=min(training.evaluate_every, training.updates),
         gradient_clip_val=training.clip_norm,
         callbacks=[best, last, RandomStates(), FinalEvaluation(), *callbacks],
-        logger=[CSVLogger(out, name="metrics", flush_logs_every_n_steps=1), TensorBoardLogger(out, name="tensorboard", version="")],
+        logger=[MetricsLogger(out, name="metrics", flush_logs_every_n_steps=1), TensorBoardLogger(out, name="tensorboard", version="")],
         log_every_n_steps=training.log_every,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),

@@ -14,7 +14,7 @@ import torch
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.checkpoint import SPEC
 from sma.describe import describe
-from sma.errors import SmaError, SpecError, did_you_mean, quote, reason
+from sma.errors import QUOTED, SmaError, SpecError, did_you_mean, quote, reason
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.shipped import read_shipped, shipped
 from sma.spec import json_schema, load_spec, parse_setting
@@ -33,7 +33,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are sentences like all others: no usage, no exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise SpecError(f"{message}; see {self.prog} --help")
+        shown = message if len(message) <= 3 * QUOTED else f"{message[: 3 * QUOTED - 3]}..."
+        raise SpecError(f"{shown}; see {self.prog} --help")
 
 
 Command = Callable[[argparse.Namespace], Iterator[str]]
@@ -179,7 +180,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the arguments; a word that nothing expects is answered with the nearest one that exists."""
     parser, commands = _parser()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
-        raise SpecError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], commands, 'commands')}")
+        raise SpecError(f"unknown command {quote(argv[0])}{did_you_mean(argv[0], commands, 'commands')}")
     args, unknown = parser.parse_known_args(argv)
     if not unknown:
         return args
@@ -187,9 +188,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if word.startswith("-"):
         options = [option for action in commands[args.command]._actions for option in action.option_strings if option.startswith("--")]
         name = word.partition("=")[0]
-        raise SpecError(f"{args.command} has no option {name!r}{did_you_mean(name, options, 'options')}")
+        raise SpecError(f"{args.command} has no option {quote(name)}{did_you_mean(name, options, 'options')}")
     hint = "; write --set before each path=value" if "=" in word else f"; see sma {args.command} --help"
-    raise SpecError(f"{args.command} takes no further argument {word!r}{hint}")
+    raise SpecError(f"{args.command} takes no further argument {quote(word)}{hint}")
 
 
 def _warn(

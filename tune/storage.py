@@ -14,7 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from sma.errors import CheckpointError, SmaError, parsing, reason
 from sma.files import read_file, write_atomically
 from sma.recipes.claims import run_lock
-from sma.recipes.folders import expand
+from sma.recipes.folders import check_run_folder, expand
 
 PATIENCE = 30.0
 """Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""
@@ -37,6 +37,7 @@ class Storage:
         self.location = str(location)
         self.is_local = "://" not in self.location
         folder = expand(Path(location)) if self.is_local else Path()
+        check_run_folder(folder)
         try:
             if self.is_local:
                 self.location = str(folder.absolute())

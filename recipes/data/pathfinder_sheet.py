@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import DataError
+from sma.errors import DataError, quote, reason
 from sma.files import write_atomically
 from sma.recipes.command import CommandOptions, exit_code, parse
 from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings
@@ -61,8 +61,8 @@ def run(options: SheetOptions) -> Path:
         content = io.BytesIO()
         imsave(content, np.kron(sheet, np.ones((scale, scale), dtype=np.uint8)), cmap="gray", vmin=0, vmax=255, format="png")
         write_atomically(options.out, lambda temporary: temporary.write_bytes(content.getvalue()))
-    except OSError as error:
-        raise DataError(f"cannot write {options.out}: {error.strerror or error}; choose another --out") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that the system cannot have
+        raise DataError(f"cannot write {quote(str(options.out))}: {reason(error)}; choose another --out") from error
     count = options.rows * options.columns
     print(f"{count} images with both discs on one contour (left) and as many with discs on two (right): {plain(options.out)}")
     return options.out

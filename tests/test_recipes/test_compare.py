@@ -328,3 +328,8 @@ def test_random_rows_fit_the_model(preset):
     model = load_experiment(preset, ["layers.repeat=1"]).model.build()
     rows = random_rows(model, 1, 32)
     assert model(rows).logits.shape[0] == 1
+
+
+def test_model_that_routes_nothing_has_no_rates_to_set():
+    model = tiny(layers__layer__modules="{}").model.build().eval()
+    _set_rates(model, random_rows(model, 1, 16), [])

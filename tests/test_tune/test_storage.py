@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, DataError
 from sma.tune.folder import load_sweep, start_sweep
 from sma.tune.records import TrialRecord, load_records
 from sma.tune.storage import Storage
@@ -97,3 +97,9 @@ def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
     record = TrialRecord(0, {}, 0, busy={"1.0 7": 2.5, "9.0 8": 4.0})
     assert record.seconds == 6.5
     assert record.update == 0
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "x::y", "~no-such-user/x"])
+def test_folder_that_cannot_be_the_storage_is_a_sentence(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the path of the run folder .* (is not valid Unicode|has '::')|begins with the home folder"):
+        Storage(name if name.startswith("~") else tmp_path / name)

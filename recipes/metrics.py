@@ -1,0 +1,33 @@
+"""The metrics of a run as comma-separated values, whatever the names of sub-modules and the locale."""
+
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's logger, with files in UTF-8: in the locale's encoding, a name that it lacks would end the training."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the file."""
+        writer = super().experiment
+        # The process that writes gets one, others a stand-in without files.
+        if not isinstance(files := getattr(writer, "_fs", None), _InUTF8 | None):
+            writer._fs = _InUTF8(files)
+        return writer
+
+
+class _InUTF8:
+    """A file system of fsspec whose texts are UTF-8."""
+
+    def __init__(self, files: Any) -> None:
+        self._files = files
+
+    def open(self, path: str, mode: str = "r", **options: Any) -> Any:
+        return self._files.open(path, mode, encoding="utf-8", **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
