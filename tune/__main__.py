@@ -21,6 +21,7 @@ from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.claims import claim_folder
 from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
 from sma.recipes.folders import lend_home
+from sma.recipes.names import plain
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
 from sma.tune.train import TrainOptions, interrupted, resuming, train
 
@@ -142,7 +143,9 @@ def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", opt
     from sma.tune.driver import run_sweep
     from sma.tune.lifeline import ClusterLost
 
-    print(f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {storage.address('')}", flush=True)
+    print(
+        f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {plain(storage.address(''))}", flush=True
+    )
     try:
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     except KeyboardInterrupt:
@@ -202,7 +205,7 @@ def _sweep(options: Options) -> SweepSpec:
     )
     changed = [*(f"{path}={value}" for path, value in (source.get("settings") or {}).items()), *settings]
     if changed:
-        print(f"in all trials: {', '.join(changed)}")
+        print(f"in all trials: {plain(', '.join(changed))}")
     return sweep if options.stop else sweep.replace(stopping=None)
 
 
@@ -215,17 +218,17 @@ def _describe(summary: dict[str, Any], storage: Any) -> None:
     for failure in summary["failures"]:
         reasons[failure["reason"]].append(str(failure["trial"]))
     for reason, trials in reasons.items():
-        print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {reason}")
+        print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {plain(reason)}")
     quality = next((name for name in ("accuracy", "bits_per_character") if name in (summary["best"] or {})), None)
     if quality is not None:
         for title, key in (("trial 0", "baseline"), ("best", "best"), ("sparsest as good", "sparsest_as_good_as_baseline")):
             point = summary[key]
             if point is not None and quality in point:
                 where = f"trial {point['trial']}, {storage.address(point['spec'])}" if key != "baseline" else "the experiment as it is"
-                print(f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}: {where}")
+                print(f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}: {plain(where)}")
     if summary["idle_share"] is not None:
         print(f"{summary['seconds']:,.0f} s in {summary['slots']} slots, {summary['idle_share']:.0%} of them idle")
-    print(f"results           {storage.address('')}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")
+    print(f"results           {plain(storage.address(''))}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")
 
 
 if __name__ == "__main__":

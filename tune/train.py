@@ -16,7 +16,7 @@ from pydantic_settings import SettingsConfigDict
 from sma.errors import CheckpointError, SpecError
 from sma.recipes.command import CommandOptions, cache_folder
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment
-from sma.recipes.names import shell_word
+from sma.recipes.names import plain, shell_word
 from sma.yaml_text import read_fields
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     workers.check_experiment(spec)
     print(
         f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of {spec.training.batch_size} "
-        f"samples, {workers.number} workers -> {storage.address('')}",
+        f"samples, {workers.number} workers -> {plain(storage.address(''))}",
         flush=True,
     )
     try:
