@@ -18,7 +18,7 @@ from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack, rectangular, unpack
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, may_skip, placement
 
 
 @register
@@ -248,27 +248,36 @@ class ChunkedGAU(SubModule):
         return values.reshape(rows, filled, values.shape[1])[:, :length].flatten(0, 1), None
 
     def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
-        """Chunk after chunk, the rows side by side: each goes on in its chunk, or begins the next."""
-        size = self.spec.window
-        inner, seen = state.unit, state.seen
-        slot = seen[tokens.rows] + tokens.slots
-        turn = torch.div(slot, size, rounding_mode="floor") - torch.div(seen, size, rounding_mode="floor")[tokens.rows]
-        values = tokens.values
-        for number in range(int(turn.max()) + 1 if turn.numel() else 0):
-            chosen = (turn == number).nonzero().squeeze(1)
-            counts = torch.bincount(tokens.rows[chosen], minlength=tokens.num_rows)
-            # A row that has filled its chunk starts afresh with its next token, and only then.
-            inner = inner.reset((counts > 0) & (seen % size == 0))
-            part = replace(
-                tokens,
-                **{name: getattr(tokens, name).index_select(0, chosen) for name in ("values", "index", "positions", "rows")},
-                offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-                lengths=counts,
-            )
-            found, after = self.unit(part, inner)
-            inner, seen = after, seen + counts
-            values = values.index_copy(0, chosen, found)
-        return values, ChunkedState(inner, seen)
+        """Every row ends its chunk, reads the chunks that it has whole, and begins its last one: three calls, whatever the tokens are."""
+        size, seen = self.spec.window, state.seen
+        first = torch.div(seen, size, rounding_mode="floor")
+        last = torch.div(seen + tokens.lengths - 1, size, rounding_mode="floor") - first
+        turn = torch.div(seen[tokens.rows] + tokens.slots, size, rounding_mode="floor") - first[tokens.rows]
+        begins, ends = turn == 0, (turn > 0) & (turn == last[tokens.rows])
+        # A row that has filled its chunk starts afresh with its next token, and only then; whole chunks need no state.
+        steps = ((begins, seen % size == 0), (~(begins | ends), None), (ends, torch.ones_like(seen, dtype=torch.bool)))
+        inner, found = state.unit, []
+        for chosen, afresh in steps:
+            places = chosen.nonzero().squeeze(1)
+            if places.shape[0] == 0 and may_skip(self.unit):
+                continue
+            part = _part(tokens, places)
+            if afresh is None:
+                values, _ = self.unit(cut_packed(part, size))
+            else:
+                values, inner = self.unit(part, inner.reset(afresh & (part.lengths > 0)))
+            found.append((places, values))
+        if not found:
+            return tokens.values, state
+        order, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return torch.empty_like(values).index_copy(0, order, values), ChunkedState(inner, seen + tokens.lengths)
+
+
+def _part(tokens: Ragged, places: Int[Tensor, "P"]) -> Ragged:
+    """Some of packed tokens, in their order, as packed tokens of the same rows."""
+    values, index, positions, rows = (part.index_select(0, places) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows))
+    lengths = torch.bincount(rows, minlength=tokens.num_rows)
+    return Ragged(values, index, positions, rows, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths, holes=False)
 
 
 def chunks_of(length: int, size: int) -> int:

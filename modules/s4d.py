@@ -167,8 +167,8 @@ class S4D(SubModule):
         values = tokens.values
         if not torch.compiler.is_compiling() and values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.
-            nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
-            return values + torch.as_tensor(nothing).to(values.dtype), state
+            nothing = sum(parameter.sum() for parameter in self.parameters(recurse=False)) * 0
+            return self._mixed(values + torch.as_tensor(nothing).to(values.dtype)), state
         wide = torch.promote_types(values.dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
             x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sma.capacity import Capacity, check_capacity, earliest, slots_per_row
 from sma.checks import check_batch, check_control, check_decision, check_dtype, check_parts, counted
@@ -20,7 +21,7 @@ from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.routers import Router
 from sma.routers.contract import keep_valid
-from sma.submodule import State, SubModule, check_state, placement
+from sma.submodule import State, SubModule, check_state, may_skip, placement
 
 
 @register_output
@@ -45,7 +46,8 @@ class RoutedOutput:
     """What `SparseModularActivation` returns.
 
     Attributes:
-        values: sum over the sub-modules of activity times confidence times result; zeros where nothing was active.
+        values: sum over the sub-modules of activity times confidence times result; zeros where nothing was active. Inside a layer,
+            whose bypass, residual and activation are computed in the same call, what `Around.after` makes of all of it.
         decision: who ran where.
         state: where the stream stands; None unless one was given.
     """
@@ -78,8 +80,29 @@ def _is_gathered(frame: Ragged) -> bool:
     return frame.stride is None or frame.holes
 
 
-# Makes of all tokens what the results are added to, a tensor of its own, and gathers the routed ones.
-Bypass = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+class Around(NamedTuple):
+    """What a layer puts around its routed sub-modules. It is computed in the same call, because passes over the batch are what costs.
+
+    Attributes:
+        before: makes of all tokens `(B L, D)` what the results are added to, in place, and gathers the tokens at the indices given.
+        after: makes of the sum, now `(B, L, D)`, what is returned.
+        recompute: keep no activations between the decision and the result for backward, and compute them again there.
+    """
+
+    before: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    after: Callable[[Tensor], Tensor]
+    recompute: bool = False
+
+
+def _nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
+
+
+def _as_it_is(sum_BLD: Tensor) -> Tensor:
+    return sum_BLD
+
+
+_ALONE = Around(_nothing, _as_it_is)
 
 
 class SparseModularActivation(nn.Module):
@@ -170,6 +193,7 @@ class SparseModularActivation(nn.Module):
         positions: Int[Tensor, "B L"] | None = None,
         state: RoutedState | None = None,
         capacity: Capacity | None = None,
+        around: Around | None = None,
     ) -> RoutedOutput:
         """Route every token.
 
@@ -182,44 +206,55 @@ class SparseModularActivation(nn.Module):
             state: where the streams stand; None at their beginning.
             capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
                 is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
+            around: of a layer, which has checked and aligned the batch and counts the tokens of its streams; None without one.
 
         Raises:
             InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision is none of these tokens.
             StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a state.
         """
-        check_batch(x_BLD, valid)
-        check_dtype(self, x_BLD)
-        check_control(self.router, x_BLD, control_BLD, positions)
-        check_capacity(capacity, self.router.names, state)
-        seen = None
-        if state is not None:
-            self.refuse_unless_causal()
-            state = check_state(self, state, RoutedState, x_BLD.shape[0])
-            self.check(state)
-            seen = counted(self, state.seen)
-        if positions is None and (valid is not None or seen is not None):
-            rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
-            positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
         control_BLD = x_BLD if control_BLD is None else control_BLD
-        if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
-            control_BLD = control_BLD.where(valid[..., None], 0)
-
-        def nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
-
-        routing = self.route(control_BLD, valid, positions, state, capacity)
-        out_TD, after = self.combine(nothing, x_BLD.flatten(0, 1), routing, state)
+        seen = None
+        if around is None:
+            seen = self._check_inputs(x_BLD, control_BLD, valid, positions, state, capacity)
+            if positions is None and (valid is not None or seen is not None):
+                rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
+                positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
+            if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
+                control_BLD = control_BLD.where(valid[..., None], 0)
+            around = _ALONE
+        routing = self._route(control_BLD, valid, positions, state, capacity)
+        values, after = keeping_nothing(around.recompute, self._combine, x_BLD, routing, state, around)
         if after is not None and seen is not None:
             after = replace(after, seen=seen + (x_BLD.shape[1] if valid is None else valid.sum(1)))
-        return RoutedOutput(out_TD.unflatten(0, x_BLD.shape[:2]), routing.decision, after)
+        return RoutedOutput(values, routing.decision, after)
 
-    def route(
+    def _check_inputs(
+        self,
+        x_BLD: Tensor,
+        control_BLD: Tensor,
+        valid: Tensor | None,
+        positions: Tensor | None,
+        state: RoutedState | None,
+        capacity: Capacity | None,
+    ) -> Tensor | None:
+        """Check what a call without a layer was given; return the tokens of each row that were seen before, where there is a state."""
+        check_batch(x_BLD, valid)
+        check_dtype(self, x_BLD)
+        check_control(self.router, x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
+        check_capacity(capacity, self.router.names, state)
+        if state is None:
+            return None
+        self.refuse_unless_causal()
+        self.check(check_state(self, state, RoutedState, x_BLD.shape[0]))
+        return counted(self, state.seen)
+
+    def _route(
         self,
         control_BLD: Float[Tensor, "B L E"],
         valid: Bool[Tensor, "B L"] | None,
         positions: Int[Tensor, "B L"] | None,
-        state: RoutedState | None = None,
-        capacity: Capacity | None = None,
+        state: RoutedState | None,
+        capacity: Capacity | None,
     ) -> Routing:
         """Decide for every token, and find who runs what; of the inputs only the router's decision is checked."""
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
@@ -233,39 +268,47 @@ class SparseModularActivation(nn.Module):
         frames = [locate_static(kept_BL, count, positions) for kept_BL, count in zip(kept.unbind(-1), slots, strict=True)]
         return Routing(replace(decision, active=kept, overflow=active.sum(1) - kept.sum(1)), frames, after)
 
-    def combine(
-        self, bypass: Bypass, x_TD: Float[Tensor, "T D"], routing: Routing, state: RoutedState | None = None
-    ) -> tuple[Float[Tensor, "T D"], RoutedState | None]:
+    def _combine(
+        self, x_BLD: Float[Tensor, "B L D"], routing: Routing, state: RoutedState | None, around: Around
+    ) -> tuple[Float[Tensor, "B L D"], RoutedState | None]:
         """Run the sub-modules on their tokens, and add the results, in place, to what passes them by."""
-        decision, index = routing.decision, routing.gathered
-        out_TD, gathered = bypass(x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))]))
+        x_TD = x_BLD.flatten(0, 1)
+        decision, index, submodules = routing.decision, routing.gathered, self.submodules
+        out_TD, gathered = around.before(
+            x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))])
+        )
         chosen = iter(gathered.split([part.shape[0] for part in index]))
         states: dict[str, State] = {}
         for place, frame in enumerate(routing.frames):
             # Where all tokens run, the values are the batch itself.
             name, tokens = decision.names[place], frame.with_values(fill_holes(next(chosen), frame) if _is_gathered(frame) else x_TD)
             before = None if state is None else state.modules[name]
-            if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and tokens.index.shape[0] == 0:
-                after = before  # nobody asks for it, and no gradient either
+            if tokens.index.shape[0] == 0 and may_skip(submodules[name]):
+                after = before
             else:
-                values, after = self._results(place, tokens, decision, before)
-                out_TD = extract_add_(values, tokens, out_TD)
+                result_TD, after = submodules[name](tokens, before)
+                out_TD = extract_add_(self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD)
             if after is not None:
                 states[name] = after
             elif state is not None:
                 raise StateError(
                     f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; see SubModule.forward"
                 )
+        values = around.after(out_TD.reshape(x_BLD.shape))
         if state is None or routing.state is None:
-            return out_TD, None
-        return out_TD, RoutedState(routing.state, states, state.seen)
+            return values, None
+        return values, RoutedState(routing.state, states, state.seen)
 
-    def _results(self, place: int, tokens: Ragged, decision: Decision, state: State | None) -> tuple[Tensor, State | None]:
-        values, state = self.submodules[decision.names[place]](tokens, state)
+    def _weighted(self, values: Tensor, confidence_BL: Tensor, tokens: Ragged) -> Tensor:
         # Of a hole it is that of another token, and a gradient of 0 times what is not finite would be NaN.
-        confidence = fill_holes(decision.confidence[..., place].reshape(-1).index_select(0, tokens.index), tokens)
-        values = nn.functional.dropout(values, self.dropout, self.training)
-        return values * confidence.to(values.dtype)[:, None], state
+        confidence = fill_holes(confidence_BL.reshape(-1).index_select(0, tokens.index), tokens)
+        values = nn.functional.dropout(values, self.dropout) if self.training else values
+        return values * confidence.to(values.dtype)[:, None]
+
+
+def keeping_nothing(recompute: bool, part: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a part, with `recompute` so that its activations are not kept for backward but computed again there."""
+    return checkpoint(part, *inputs, use_reentrant=False) if recompute and torch.is_grad_enabled() else part(*inputs)
 
 
 def refuse_unless_causal(name: str, part: nn.Module) -> None:

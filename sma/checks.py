@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.inputs import check_mask, check_positions, check_tensor, what_came
+from sma.ragged import Ragged
 from sma.routers import Router, ScoredRouter
 
 
@@ -23,6 +24,20 @@ def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -
     if not x_BLD.is_floating_point():
         raise InputError(f"the tokens have dtype {x_BLD.dtype}; required is a floating-point dtype, such as torch.float32")
     check_valid(x_BLD, valid)
+
+
+def check_frame(x_BLD: Tensor, frame: Ragged) -> None:
+    """Check that ragged tokens are the layout of a batch.
+
+    Raises:
+        InputError: they are packed, or those of a batch of another shape.
+    """
+    if frame.stride is None or (frame.num_rows, frame.stride) != tuple(x_BLD.shape[:2]):
+        found = "packed" if frame.stride is None else f"{frame.num_rows} rows of {frame.stride}"
+        raise InputError(
+            f"valid is a Ragged ({found}) that is not the layout of tokens of shape {tuple(x_BLD.shape)}; give the mask (B, L), or "
+            "what sma.layer.align returned of the batch"
+        )
 
 
 def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:

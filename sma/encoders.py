@@ -1,6 +1,6 @@
 """Encoders: from token ids or real numbers to vectors."""
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, cast
 
 import torch
 from jaxtyping import Float, Integer
@@ -121,8 +121,16 @@ class TokenEmbedding(Encoder):
         """Draw ids uniformly; see `Encoder.random_inputs`."""
         return torch.randint(self.spec.vocabulary, (rows, length), device=self.weight.device)
 
-    def forward(self, inputs: Integer[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Look the vectors up."""
+    def forward(self, inputs: Integer[Tensor, "B L"] | Float[Tensor, "*N D"], *, scores: bool = False) -> Float[Tensor, "*N E"]:
+        """Look the vectors up; or, with `scores`, score every id.
+
+        Args:
+            inputs: ids; with `scores` hidden states.
+            scores: return the inner products with every id's vector, the tied output of a language model. A call of the module, so that
+                its hooks run and weights that are sharded are there.
+        """
+        if scores:
+            return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
         ids = _signed(inputs)
         if ids.dtype is not torch.int64:
             ids = ids.int()  # torch looks up no narrower integers
@@ -130,8 +138,8 @@ class TokenEmbedding(Encoder):
         return vectors * self.weight.shape[1] ** 0.5 if self.spec.scaled else vectors
 
     def scores(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
-        """The inner product with every id's vector: the tied output of a language model."""
-        return nn.functional.linear(hidden, self.weight.to(hidden.dtype))
+        """The inner product with every id's vector: `self(hidden, scores=True)`."""
+        return cast(Tensor, self(hidden, scores=True))
 
 
 def _signed(ids: Tensor) -> Tensor:

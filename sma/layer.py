@@ -1,6 +1,5 @@
 """A routed layer: norm, backbone, routed sub-modules, bypass, residual."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
@@ -9,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sma.activation import RoutedState, Routing, SparseModularActivation, name_is_taken, refuse_unless_causal
+from sma.activation import Around, RoutedState, SparseModularActivation, keeping_nothing, name_is_taken, refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
-from sma.checks import check_batch, check_dtype, check_parts, counted
+from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
 from sma.decision import Decision
 from sma.initial import truncated_normal_
 from sma.inputs import check_count
@@ -200,7 +198,7 @@ class RoutedLayer(nn.Module):
     def forward(
         self,
         x_BLD: Float[Tensor, "B L D"],
-        valid: Bool[Tensor, "B L"] | None = None,
+        valid: Bool[Tensor, "B L"] | Ragged | None = None,
         state: LayerState | None = None,
         capacity: Capacity | None = None,
     ) -> LayerOutput:
@@ -208,15 +206,19 @@ class RoutedLayer(nn.Module):
 
         Args:
             x_BLD: tokens.
-            valid: False at padding, on whichever side; None where there is none.
+            valid: False at padding, on whichever side; None where there is none. A model, which has moved the padding to the right,
+                zeroed it and counts the tokens of its streams, gives what `align` returned of the batch instead.
             state: where the streams stand; None at their beginning.
             capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
                 is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, or the capacity is impossible.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or torch's own norm stands in the place of ours.
             StateError: the state does not fit, the layer cannot continue a stream, or a capacity comes with a state.
         """
+        if isinstance(valid, Ragged):
+            check_frame(x_BLD, valid)
+            return self._run(x_BLD, valid, state, capacity)
         check_batch(x_BLD, valid, self.width)
         check_dtype(self, x_BLD)
         check_capacity(capacity, self.routed_names, state)
@@ -226,25 +228,26 @@ class RoutedLayer(nn.Module):
             self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
             seen = counted(self, state.seen)
         x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)
-        output = self.run(x_BLD, frame, state, capacity)
+        output = self._run(x_BLD, frame, state, capacity)
         if output.state is not None and seen is not None:
             output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
         return restore(output, places)
 
-    def run(
-        self, x_BLD: Float[Tensor, "B L D"], frame: Ragged, state: LayerState | None = None, capacity: Capacity | None = None
-    ) -> LayerOutput:
-        """Run the layer on a batch that is padded on the right; `frame` is `rectangular` of it."""
-        valid = frame.mask.unflatten(0, x_BLD.shape[:2]) if frame.holes else None
-        before, after = (self.norm, None) if self._norm_first else (None, self.norm)
-        mixed, backbone_state = self._run_part(self._backbone, x_BLD if before is None else before(x_BLD, valid), frame, state)
-        routing = None
-        if self.routed is not None:
-            positions = frame.positions.unflatten(0, x_BLD.shape[:2])
-            routing = self.routed.route(mixed, valid, positions, None if state is None else state.routed, capacity)
-        out, routed_state = self._run_part(self._combine, x_BLD, mixed, routing, state)
+    def _run(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None, capacity: Capacity | None) -> LayerOutput:
+        valid = frame.mask.reshape(x_BLD.shape[:2]) if frame.holes else None
+        norm, routed = self.norm, self.routed
+        before, after = (norm, None) if self._norm_first else (None, norm)
+        normal = x_BLD if before is None else before(x_BLD, valid)
+        mixed, backbone_state = keeping_nothing(self.recompute, self._backbone, normal, frame, state)
+        around = Around(partial(self._before, x_BLD.flatten(0, 1)), partial(self._after, x_BLD), self.recompute)
+        if routed is None:
+            out, decision, routed_state = keeping_nothing(self.recompute, self._pass_all, mixed, around), None, None
+        else:
+            positions, stood = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
+            result = routed(mixed, valid=valid, positions=positions, state=stood, capacity=capacity, around=around)
+            out, decision, routed_state = result.values, result.decision, result.state
         new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
-        return LayerOutput(out if after is None else after(out, valid), None if routing is None else routing.decision, new)
+        return LayerOutput(out if after is None else after(out, valid), decision, new)
 
     @property
     def routed_names(self) -> tuple[str, ...]:
@@ -255,47 +258,50 @@ class RoutedLayer(nn.Module):
     def _norm_first(self) -> bool:
         return self.spec.norm is not None and self.spec.norm.place == "pre"
 
-    def _run_part(self, part: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, Any]:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return part(*inputs)
-        result: tuple[Tensor, Any] = checkpoint(part, *inputs, use_reentrant=False)
-        return result
-
-    def _combine(
-        self, x_BLD: Tensor, mixed: Tensor, routing: Routing | None, state: LayerState | None
-    ) -> tuple[Tensor, RoutedState | None]:
-        mixed_TD, after = mixed.flatten(0, 1), None
-        if self.routed is None or routing is None:
-            sum_TD = self._pass_by(mixed_TD, torch.zeros(0, dtype=torch.int64, device=x_BLD.device), x_BLD.dtype)[0]
-        else:
-            bypass = partial(self._pass_by, dtype=x_BLD.dtype)
-            sum_TD, after = self.routed.combine(bypass, mixed_TD, routing, None if state is None else state.routed)
-        if self.spec.dropout_on == "sum":
-            sum_TD = nn.functional.dropout(sum_TD, self.spec.dropout, self.training)
-        # In place, as the sub-modules' results were: a fresh tensor of this size costs more than the sum.
-        out = sum_TD.add_(x_BLD.flatten(0, 1)).unflatten(0, x_BLD.shape[:2])
-        if self.spec.activation == "silu":
-            out = nn.functional.silu(out)
-        return out, after
-
     def _backbone(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None) -> tuple[Tensor, State | None]:
-        if self.backbone is None:
+        backbone = self.backbone
+        if backbone is None:
             return x_BLD, None
-        values, after = self.backbone(frame.with_values(x_BLD.flatten(0, 1)), None if state is None else state.backbone)
-        mixed = values.unflatten(0, x_BLD.shape[:2])
+        values, after = backbone(frame.with_values(x_BLD.flatten(0, 1)), None if state is None else state.backbone)
+        mixed = values.reshape(x_BLD.shape)
         if self.spec.backbone_activation == "silu":
             mixed = nn.functional.silu(mixed)
-        return nn.functional.dropout(mixed, self.spec.dropout, self.training), after
+        return nn.functional.dropout(mixed, self.spec.dropout) if self.training else mixed, after
 
-    def _pass_by(self, mixed_TD: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What passes the sub-modules by, in a contiguous tensor of its own and the residual stream's dtype; and the routed tokens."""
-        if self.bypass is not None:
-            out, routed = self.bypass(mixed_TD, index)
-            return out.to(dtype), routed
-        routed = mixed_TD.index_select(0, index)
-        if self.spec.bypass == "identity":
-            return mixed_TD.to(dtype, memory_format=torch.contiguous_format, copy=True), routed
-        return torch.zeros_like(mixed_TD, dtype=dtype, memory_format=torch.contiguous_format), routed
+    @property
+    def _drops_sum(self) -> bool:
+        return self.training and self.spec.dropout_on == "sum" and self.spec.dropout > 0
+
+    def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the routed results are added to, the bypass and the residual, and the routed tokens.
+
+        The sum has the residual stream's dtype. It is a contiguous tensor that nobody else holds: what the bypass returned is left as a
+        hook may have seen it.
+        """
+        passed: Tensor | None = None
+        bypass = self.bypass
+        if bypass is not None:
+            passed, routed = bypass(mixed_TD, index)
+        else:
+            routed = mixed_TD.index_select(0, index)
+            passed = mixed_TD.contiguous() if self.spec.bypass == "identity" else None
+        if self._drops_sum:  # the residual follows the dropout
+            passed = torch.zeros_like(mixed_TD) if passed is None else passed
+            return passed.to(x_TD.dtype, memory_format=torch.contiguous_format, copy=True), routed
+        if passed is None:
+            return x_TD.clone(memory_format=torch.contiguous_format), routed
+        return passed.to(x_TD.dtype) + x_TD, routed
+
+    def _after(self, x_BLD: Tensor, sum_BLD: Tensor) -> Tensor:
+        if self._drops_sum:
+            sum_BLD = nn.functional.dropout(sum_BLD, self.spec.dropout).add_(x_BLD)
+        return nn.functional.silu(sum_BLD) if self.spec.activation == "silu" else sum_BLD
+
+    @staticmethod
+    def _pass_all(mixed: Tensor, around: Around) -> Tensor:
+        """The layer without routed sub-modules."""
+        nobody = torch.zeros(0, dtype=torch.int64, device=mixed.device)
+        return around.after(around.before(mixed.flatten(0, 1), nobody)[0].reshape(mixed.shape))
 
 
 class LinearBypass(nn.Module):
@@ -343,11 +349,11 @@ def align(
     With `static` it is moved without looking where it is.
 
     Returns:
-        the batch, the same as rectangular tokens, and where `restore` finds each place; None where nothing was moved.
+        the batch, its layout as rectangular tokens without values, and where `restore` finds each place; None where nothing was moved.
     """
     positions = None if seen is None else seen[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device)
     if valid is None:
-        return x_BLD, rectangular(x_BLD, None, positions), None
+        return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), None, positions), None
     # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would survive.
     x_BLD = x_BLD.where(valid[..., None], 0)
     lengths, order = right_padding(valid, static)
@@ -356,7 +362,7 @@ def align(
         x_BLD = move(x_BLD, order)
         # The inverse of the order, without sorting again.
         places = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return x_BLD, rectangular(x_BLD, lengths, positions), places
+    return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), lengths, positions), places
 
 
 def restore(output: LayerOutput, places: Int[Tensor, "B L"] | None) -> LayerOutput:

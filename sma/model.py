@@ -14,7 +14,7 @@ from sma.activation import refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_dtype, check_valid
 from sma.decision import Decision
-from sma.encoders import EncoderSpec, TokenEmbedding, TokenEmbeddingSpec
+from sma.encoders import EncoderSpec, TokenEmbeddingSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
 from sma.inputs import check_count, check_tensor
@@ -227,8 +227,8 @@ class SequenceModel(nn.Module):
 
     @property
     def routed_layers(self) -> list[RoutedLayer]:
-        """The layers, typed."""
-        return [cast(RoutedLayer, layer) for layer in self.layers]
+        """The layers, without what may have been put around one, such as a checkpoint wrapper: for their attributes, not to be called."""
+        return [layer if isinstance(layer, RoutedLayer) else _inside(layer) for layer in self.layers]
 
     def extra_repr(self) -> str:
         return settings(self)
@@ -315,12 +315,12 @@ class SequenceModel(nn.Module):
         mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
         if self.sinusoid is not None:
             hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
-        hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout, self.training)
+        hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout) if self.training else hidden
         decisions, states = [], []
-        for place, layer in enumerate(self.routed_layers):
+        for place, layer in enumerate(self.layers):
             # Layers may leave anything at padding; the next one must not see it.
             hidden = hidden if mask is None else hidden.where(mask, 0)
-            output = layer.run(hidden, frame, None if state is None else state.layers[place], capacity)
+            output = layer(hidden, frame, None if state is None else state.layers[place], capacity)
             hidden = output.hidden
             if output.decision is not None:
                 decisions.append(output.decision if places is None else output.decision.move(places))
@@ -351,6 +351,10 @@ class SequenceModel(nn.Module):
             raise StateError(f"the state is on {state.seen.device} and the inputs on {inputs.device}; use state.to({str(inputs.device)!r})")
 
 
+def _inside(wrapper: nn.Module) -> RoutedLayer:
+    return next(part for part in wrapper.modules() if isinstance(part, RoutedLayer))
+
+
 class LanguageModel(SequenceModel):
     """A `SequenceModel` whose logits `(B, L, V)` score the token that follows each position.
 
@@ -366,7 +370,7 @@ class LanguageModel(SequenceModel):
             raise SpecError(f"LanguageModelSpec: a language model must not look ahead, but {error}") from None
 
     def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B L V"]:
-        return cast(TokenEmbedding, self.encoder).scores(hidden)
+        return cast(Tensor, self.encoder(hidden, scores=True))
 
 
 def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = None) -> SequenceModel:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules import module as every_module
 from torch.utils import _pytree
 
 from sma.errors import InputError, StateError, quote
@@ -48,7 +49,7 @@ class State:
     def batch_size(self) -> int:
         """Streams, B."""
         # Every step asks; a walk through the whole tree would take a tenth of its time.
-        own = (getattr(self, field.name) for field in fields(self))
+        own = (getattr(self, name) for name in self.__dataclass_fields__)
         return next((part.shape[0] for part in own if isinstance(part, Tensor)), None) or int(tensors(self)[0].shape[0])
 
     @property
@@ -200,6 +201,23 @@ class SubModule(nn.Module):
                 f"{type(self).__name__} ({what}) cannot continue from a state; "
                 "build the model with bidirectional=false, or causal=true, to stream it"
             )
+
+
+def may_skip(part: nn.Module) -> bool:
+    """Whether nobody notices that a part is not called on tokens of which there are none.
+
+    A gradient, a hook of the part or of all modules would be missing. A compiler cannot ask how many tokens there are. And where there is
+    a process group, what the part holds may be sharded (`fully_shard`): the ranks that have tokens would wait for the one that skips it.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or (distributed.is_available() and distributed.is_initialized())
+        or part._forward_hooks
+        or part._forward_pre_hooks
+        or every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+    )
 
 
 def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int) -> StateKind:

@@ -307,3 +307,13 @@ class TestRefusals:
 def test_no_state_is_returned_where_none_was_given() -> None:
     for name in STREAMS:
         assert make(name)(lay(tokens(), first([3, 0, 2], LENGTH), "packed"))[1] is None
+
+
+@every_stream
+def test_a_chunk_without_tokens_gives_every_parameter_a_gradient_of_zeros(name: str) -> None:
+    module, x = make(name), tokens(3, 2)
+    nobody = torch.zeros(3, 2, dtype=torch.bool)
+    out, _ = module(lay(x, nobody, "packed"), module.init_state(3))
+    for parameter in module.parameters():
+        (gradient,) = torch.autograd.grad(out.sum(), parameter, retain_graph=True)  # raises where it takes no part
+        assert not gradient.any()

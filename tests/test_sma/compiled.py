@@ -156,8 +156,27 @@ def step() -> None:
             one, other = found.state, wanted.state
 
 
+def parts() -> None:
+    """A layer, and what is in it, compiled by itself inside of an eager model: `compile()` of a part that the model calls."""
+    for name in ("layers.0", "layers.0.routed", "layers.0.routed.submodules.mlp", "layers.0.backbone", "encoder", "head"):
+        torch._dynamo.reset()
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        model = model_of(MIXED)
+        for inputs, valid in batches():
+            model.get_submodule(name)._compiled_call_impl = None
+            wanted = logits_and_gradients(model, inputs, valid, capacity=9)
+            model.get_submodule(name).compile(backend=backend, fullgraph=True)
+            torch.testing.assert_close(logits_and_gradients(model, inputs, valid, capacity=9), wanted, rtol=1e-4, atol=1e-5)
+        assert graphs, f"{name} was never compiled"
+
+
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step)
+    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step, parts)
 }
 
 if __name__ == "__main__":

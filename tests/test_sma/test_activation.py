@@ -9,6 +9,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from sma import Decision, Ragged, RoutedOutput, Router, SparseModularActivation, State, SubModule, compress
+from sma.activation import Around
 from sma.errors import InputError
 from sma.modules.conv import ConvSpec
 from sma.modules.gau import GAUSpec
@@ -250,8 +251,8 @@ def test_no_input_is_changed(spec):
 def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradient(spec):
     routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(10, WIDTH, seed=1).requires_grad_()
     out = base.clone()
-    summed, state = routed.combine(lambda x_TD, index: (out, x_TD.index_select(0, index)), x.flatten(0, 1), routed.route(x, None, None))
-    assert state is None
+    around = Around(lambda x_TD, index: (out, x_TD.index_select(0, index)), lambda sum_BLD: sum_BLD)
+    summed = routed(x, around=around).values.flatten(0, 1)
     assert summed.data_ptr() == out.data_ptr()
     torch.testing.assert_close(summed, base + routed(x).values.flatten(0, 1))
     assert torch.equal(gradients(summed, [base])[0], normal(10, WIDTH, seed=7))

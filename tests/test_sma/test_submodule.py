@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from sma.errors import StateError
 from sma.pytree import register_output, tensors
 from sma.ragged import Ragged
-from sma.submodule import NoState, Operations, State, SubModule, no_state
+from sma.submodule import NoState, Operations, State, SubModule, may_skip, no_state
 from tests.streams import copied, exactly, same_bits
 
 
@@ -171,3 +172,22 @@ def test_a_sub_module_without_a_spec_that_looks_ahead_is_named_by_its_class() ->
 def test_operations_add_up() -> None:
     assert Operations(1, 2).plus(Operations(10, 20), times=3) == Operations(31, 62)
     assert Operations(1, 2).total == 3
+
+
+def test_a_part_may_be_left_out_only_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = TokenWise()
+    assert not may_skip(part)  # its parameters need a gradient of zeros
+    with torch.no_grad():
+        assert may_skip(part)
+        for watch in (
+            lambda: part.register_forward_hook(lambda *_: None),
+            lambda: part.register_forward_pre_hook(lambda *_: None),
+            lambda: register_module_forward_hook(lambda *_: None),
+            lambda: register_module_forward_pre_hook(lambda *_: None),
+        ):
+            handle = watch()
+            assert not may_skip(part)
+            handle.remove()
+            assert may_skip(part)
+        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+        assert not may_skip(part)  # its parameters may be sharded over the ranks
