@@ -32,6 +32,7 @@ _SPARE = 1 << 26  # and more, for small archives
 _MEMBERS = 20_000_000  # the release of the Long Range Arena has a few million
 _FILES = 2_000_000
 _HEADER = 1 << 16  # bytes of a name or of a list of attributes
+_ATTRIBUTES = 1_000
 _NAME, _PART = 1_000, 255  # bytes of a path, and of a name in it; the latter is the limit of most file systems
 
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
@@ -224,6 +225,8 @@ def _untar(file: BinaryIO, target: _Target) -> None:
     with tarfile.open(fileobj=tape, mode="r:") as tar:  # type: ignore[call-overload]  # it asks for no more than is there
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep them all
+            if len(tar.pax_headers) > _ATTRIBUTES:  # which hold for all members that follow
+                target.refuse_size(f"has more than {_ATTRIBUTES:,} attributes")
             place = target.place_of(member.name)
             if member.isdir() or place is None:
                 continue

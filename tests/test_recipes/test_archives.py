@@ -232,6 +232,16 @@ def test_attributes_that_are_no_numbers_are_a_sentence(records, tmp_path):
         unpack(archive, tmp_path / "out")
 
 
+def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
+    records = [pax(**{f"key{number}": "x" for number in range(start, start + 100)}) for start in range(0, 1100, 100)]
+    headers = [
+        raw_header(b"pax", int(record[124:135], 8), b"g") + record[512:] + raw_header(b"a%d" % n) for n, record in enumerate(records)
+    ]
+    archive = written(tmp_path / "archive", *headers, bytes(10_240))
+    with pytest.raises(DataError, match=r"archive has more than 1,000 attributes, which no data set here does; nothing was unpacked"):
+        unpack(archive, tmp_path / "out")
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_path, monkeypatch):
