@@ -58,8 +58,9 @@ def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], 
             written.
     """
     archive, folder = Path(archive), Path(folder)
-    if folder.is_dir():
-        return folder
+    with _disk_errors(archive, folder):
+        if folder.is_dir():
+            return folder
     with open_file(archive) as file, _disk_errors(archive, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(folder.parent, folder.name) as draft:

@@ -140,7 +140,7 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
 def _missing(folder: Path) -> str:
     missing = f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) nor {ARCHIVE} in {folder}"
     for name in _PICKLED:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):  # which is false for names that cannot be
             missing += f" but {name}, which is not read: it is pickled, and unpickling would run whatever it says"
     return missing
 

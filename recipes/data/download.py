@@ -69,8 +69,9 @@ def fetch(
     """
     path = Path(path)
     wanted = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
-    if _is_there(path, url, wanted):
-        return path
+    with _disk_errors(path):
+        if _is_there(path, url, wanted):
+            return path
     if not url.startswith(("http://", "https://")):
         raise DataError(f"cannot download {quote(url)}: the address must begin with http:// or https://")
     part = path.with_name(path.name + ".part")

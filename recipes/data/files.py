@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sma.errors import DataError, parsing, quote
+from sma.errors import DataError, parsing, quote, reason
 from sma.files import open_file, read_file
 from sma.memory import format_bytes
 from sma.recipes.data.drafts import draft_folder, locked, remove_abandoned
@@ -128,22 +128,31 @@ def cached_files(
         DataError: `folder` holds data made by another recipe, files that were not made here, or a file that changed since it was
             made; or it cannot be written, or has no room for them.
     """
-    if not (folder / MANIFEST).exists():
-        check_disk(folder, needed, what)
     try:
+        if not (folder / MANIFEST).exists():
+            check_disk(folder, needed, what)
         folder.mkdir(parents=True, exist_ok=True)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # the latter for a name that no folder can have
+        raise _unkept(folder, error) from error
+    try:
         with locked(folder):
             remove_abandoned(folder, _DRAFT)
             complete = _is_complete(folder, recipe, names)
         if not complete:
             _generate(folder, recipe, names, write)
     except OSError as error:
-        raise DataError(f"cannot keep data in {folder}: {error.strerror or error}; make room there or choose another folder") from error
+        raise _unkept(folder, error) from error
     hashes = {name: str(_read_manifest(folder)["files"].get(name)) for name in names}
     for name, expected in hashes.items():
         if sha256_of(folder / name) != expected:
             raise DataError(f"{folder / name} was changed since it was generated; delete it to generate it again")
     return hashes
+
+
+def _unkept(folder: Path, error: Exception) -> DataError:
+    return DataError(f"cannot keep data in {quote(str(folder), 300)}: {reason(error)}; make room there or choose another folder")
 
 
 def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) -> bool:

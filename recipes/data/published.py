@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sma.errors import DataError
+from sma.errors import DataError, quote, reason
 from sma.recipes.data.archives import unpack
 from sma.recipes.data.download import fetch
 
@@ -53,10 +53,14 @@ def published_folder(
     Raises:
         DataError: there is nothing; or the archive is another one, damaged, or holds no such folder.
     """
-    if found := _first(places):
-        return found
-    archive = next((path for path in archives if path.exists()), archives[0])
-    if not download and not archive.exists():
+    try:
+        if found := _first(places):
+            return found
+        archive = next((path for path in archives if path.exists()), archives[0])
+        there = archive.exists()
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        raise DataError(f"cannot look for data in {quote(str(places[0].parent), 300)}: {reason(error)}; choose another folder") from error
+    if not download and not there:
         raise DataError(f"{missing}; put {url} there, or set {option}=true{instead}")
     fetch(url, archive, sha256=sha256, md5=md5, most=archive_most, progress=progress)
     unpack(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from sma.memory import check_memory
 from sma.model import LanguageModelSpec, ModelSpec
 from sma.recipes.data.text import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
 from sma.recipes.tasks.contract import TaskSpec
@@ -44,4 +45,6 @@ class LanguageTask(TaskSpec):
             raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte")
 
     def prepare(self, folder: Path, *, progress: bool = True) -> Corpus:
+        # The positions and the bytes of one row, eight bytes each.
+        check_memory(16 * self.segment, f"a row of task.segment={self.segment:,}", hint="lower task.segment")
         return load_text(self.data, folder, progress=progress)

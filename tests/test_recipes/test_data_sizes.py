@@ -14,6 +14,7 @@ from sma.recipes.data.listops_trees import ListOpsSettings, generate_lines
 from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings, prepare_pathfinder
 from sma.recipes.data.recall import RecallSettings, make_recall
 from sma.recipes.data.speech import SpeechSettings, load_speech
+from sma.recipes.tasks import LanguageTask
 
 MANY = 10**12
 
@@ -40,6 +41,11 @@ def test_more_samples_than_there_is_room_for_are_refused_and_leave_nothing(setti
 def test_samples_of_recall_longer_than_the_memory_are_refused(changes):
     with pytest.raises(DataError, match=r"the task recall needs .* bytes.*; lower train, validation, test or length of task\.data"):
         make_recall(RecallSettings(**changes))
+
+
+def test_segments_longer_than_the_memory_are_refused(tmp_path):
+    with pytest.raises(SpecError, match=r"a row of task\.segment=1,[0,]+ needs .* bytes.*; lower task\.segment"):
+        LanguageTask(segment=MANY).prepare(tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("clips", [MANY, 10**18])

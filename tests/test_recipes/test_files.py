@@ -157,7 +157,7 @@ def test_limit_of_the_system_on_file_sizes_is_a_data_error_and_leaves_nothing(tm
 
 def test_folder_that_is_a_file_is_a_data_error(tmp_path):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(DataError, match=r"cannot keep data in .*taken: File exists"):
+    with pytest.raises(DataError, match=r"cannot keep data in .*taken': File exists"):
         prepare(tmp_path / "taken")
 
 
@@ -269,3 +269,10 @@ def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default
     assert caplog.messages == []
     (tmp_path / "data" / "copy").mkdir()
     assert copy_folder(tmp_path / "data", "copy") == tmp_path / "data" / "copy"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "zero\0byte"], ids=["long", "zero byte"])
+def test_folder_that_cannot_be_is_a_data_error(tmp_path, name):
+    with pytest.raises(DataError, match=r"cannot keep data in '.*': (File name too long|embedded null byte); make room there") as caught:
+        prepare(tmp_path / name)
+    assert len(str(caught.value)) < 600

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import lines, listops, pathfinder_folder
-from sma.recipes.data.aan import read_pairs
-from sma.recipes.data.cifar import read_batch
+from sma.recipes.data import lines, listops, pathfinder_folder, published
+from sma.recipes.data.aan import AANSettings, load_aan, read_pairs
+from sma.recipes.data.cifar import CifarSettings, load_cifar, read_batch
 from sma.recipes.data.files import MANIFEST, cached_files, sha256_of
 from sma.recipes.data.grey import read_array
 from sma.recipes.data.imdb import ImdbSettings, load_imdb
@@ -265,3 +265,18 @@ def test_recording_whose_name_no_list_can_hold_is_refused(tmp_path):
     (root / "no" / "04_nohash_0.wav").rename(root / "no" / "a\nyes.wav")
     with pytest.raises(DataError, match=r"the recording 'no/a\\nyes\.wav' has a name that no list can hold; rename it"):
         load_clips(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("load", [load_imdb, load_cifar, load_aan], ids=lambda load: load.__name__)
+def test_folder_that_cannot_be_looked_into_is_a_sentence(load, tmp_path, monkeypatch):
+    settings = {load_imdb: ImdbSettings(), load_cifar: CifarSettings(), load_aan: AANSettings()}[load]
+    with pytest.raises(DataError, match=r"cannot look for data in '.*xxx.*': File name too long; choose another folder") as caught:
+        load(settings, tmp_path / ("x" * 5000), progress=False)
+    assert len(str(caught.value)) < 600
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")  # root may look everywhere
+
+    monkeypatch.setattr(published.Path, "is_dir", denied)
+    with pytest.raises(DataError, match=r"cannot look for data in '.*': Permission denied; choose another folder"):
+        load(settings, tmp_path, progress=False)
