@@ -121,12 +121,9 @@ def test_every_command_is_run_that_way(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_help_of_every_command_ends_without_a_reader_and_fits_ascii(name, gone):
+def test_help_of_every_command_fits_ascii_and_ends_without_a_reader(name, gone):
     module = name if name.startswith(("sma", "benchmarks")) else f"sma.{name}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-W", "ignore", "-m", module, "--help"]
-    result = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, cwd=ROOT, timeout=120)
+    result = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, cwd=ROOT, env=environment, timeout=120)
     assert (result.returncode, result.stderr) == (141, b"")
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, capture_output=True, cwd=ROOT, env=ascii_only, timeout=120)
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert b"usage:" in result.stdout
