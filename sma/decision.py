@@ -25,6 +25,7 @@ class Decision:
         names: the sub-modules, in the order of the last axis.
         overflow: tokens of each row that the router activated and a static capacity left out; they are False in `active`.
             None where there is no capacity.
+        skip_score: score of running nothing, where that is one choice among those of a router; else None.
     """
 
     active: Bool[Tensor, "B L M"]
@@ -33,6 +34,7 @@ class Decision:
     p_on: Float[Tensor, "B L M"]
     names: tuple[str, ...] = field(metadata={"static": True})
     overflow: Int[Tensor, "B M"] | None = None
+    skip_score: Float[Tensor, "B L"] | None = None
 
     def rate(self, valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "M"]:
         """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid.
@@ -71,4 +73,5 @@ class Decision:
             confidence=move(self.confidence, places),
             logits=move(self.logits, places),
             p_on=move(self.p_on, places),
+            skip_score=None if self.skip_score is None else move(self.skip_score, places),
         )

@@ -1,25 +1,26 @@
 """How far tokens are from being decided otherwise: their histograms, and the shifts of the scores that follow from them."""
 
-import math
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Log-odds from the decision, in bins that are fine near 0, because those of a new router spread over some hundredths, and coarse far
-# off: 0.001 (e^k - 1) of a grid, up to 10^4 on either side.
-BINS, _SCALE = 1024, 0.001
-_RANGE = math.log1p(1e4 / _SCALE)
-ZERO = BINS // 2
-EDGES = [math.copysign(_SCALE * math.expm1(_RANGE * abs(place / ZERO - 1)), place - ZERO) for place in range(BINS + 1)]
+# Log-odds from the decision, in bins whose width is a share of their distance from 0: those of a router may spread over a millionth, at
+# a high temperature, or over thousands, and are resolved alike. 20 bins for each doubling, between 2^-64 and 2^64, on either side.
+_OCTAVES, _PER_OCTAVE = 64, 20
+ZERO = 2 * _OCTAVES * _PER_OCTAVE + 1
+BINS = 2 * ZERO
+_ABOVE = [2.0 ** (place / _PER_OCTAVE - _OCTAVES) for place in range(ZERO)]
+EDGES = [*(-edge for edge in reversed(_ABOVE)), 0.0, *_ABOVE]
 
 
 def histograms(margins: Float[Tensor, "B L S"], valid: Bool[Tensor, "B L"] | None) -> Int[Tensor, "S N"]:
     """Count the valid tokens by their margins; those that are not finite are left out."""
     counted = margins.isfinite() if valid is None else margins.isfinite() & valid[..., None]
-    # A tie is inactive, so it belongs below 0: bins are closed on the right. Computed, because looking edges up takes ten times as long.
-    grid = margins.abs().div_(_SCALE).log1p_().mul_(ZERO / _RANGE).copysign_(margins)
-    bins = grid.ceil_().add_(ZERO - 1).clamp_(0, BINS - 1)
+    wide = margins.to(torch.promote_types(margins.dtype, torch.float32))
+    # Computed, because looking edges up takes ten times as long. What is nearer to 0 than the first edge has a number below 0.
+    grid = wide.abs().log2_().add_(_OCTAVES).mul_(_PER_OCTAVE).clamp_(-1, ZERO - 1)
+    # A tie is inactive, so it belongs below 0: bins are closed on the right.
+    bins = torch.where(wide > 0, ZERO + grid.ceil().clamp_(min=0), ZERO - 2 - grid.floor()).clamp_(0, BINS - 1)
     rows = margins.shape[-1]
     places = bins.where(counted, BINS).long() + torch.arange(rows, device=margins.device) * (BINS + 1)
     # Not bincount, which waits for a GPU to say how many bins there are.

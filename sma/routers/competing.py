@@ -52,26 +52,40 @@ class ExclusiveRouter(TemperedRouter):
         super().__init__(spec, width, names, len(names) + 1)
         self.most, self.competing = 1.0, True
 
-    def idle_margins(self, decision: Decision) -> Tensor:
-        return _margins_over_the_rest(decision.p_on)
+    def idle_margins(self, decision: Decision) -> Tensor | None:
+        return _margins_over_skip(decision, self.unit)
 
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (1, 0))
 
     def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+        scores = _finite(scores)
         probability = self._softmax(scores)[..., 1:].clamp(min=torch.finfo(scores.dtype).tiny)
         best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
         own = scores[..., 1:]
         # The best of the others: the second of all for the one that is the best, else the best.
         others = best[..., -1:].where(own == best[..., :1], best[..., :1])
         active = keep_valid(own > others, valid)
-        return Decision(active, probability, torch.stack([others.expand_as(own), own], dim=-1), probability, self.names)
+        logits = torch.stack([others.expand_as(own), own], dim=-1)
+        return Decision(active, probability, logits, probability, self.names, skip_score=scores[..., 0])
 
 
-def _margins_over_the_rest(p_BLM: Tensor) -> Tensor:
-    """Log-odds of the largest probability over what all of them leave to 1."""
-    tiny = torch.finfo(p_BLM.dtype).tiny
-    return p_BLM.amax(-1).clamp(min=tiny).log() - (1 - p_BLM.sum(-1)).clamp(min=tiny).log()
+def _finite(scores: Tensor) -> Tensor:
+    """Scores whose differences are finite too; NaN stays NaN."""
+    most = torch.finfo(scores.dtype).max / 4
+    return scores.clamp(-most, most)
+
+
+def _below(scores: Tensor) -> Tensor:
+    """Numbers below some scores, by one or, where that would be rounded off, by a little more than the rounding."""
+    return scores - (1.0 + 2 * torch.finfo(scores.dtype).eps * scores.detach().abs())
+
+
+def _margins_over_skip(decision: Decision, unit: float | Tensor) -> Tensor | None:
+    """Log-odds by which the best sub-module beats running nothing."""
+    if decision.skip_score is None:
+        return None
+    return (decision.logits[..., 1].amax(-1) - decision.skip_score) / unit
 
 
 @register
@@ -128,23 +142,24 @@ class TopKRouter(TemperedRouter):
         self.competing = spec.skips == 0 or (spec.k == 1 and spec.skips == 1)
 
     def idle_margins(self, decision: Decision) -> Tensor | None:
-        return _margins_over_the_rest(decision.p_on) if self.competing and self.spec.skips else None
+        return _margins_over_skip(decision, self.unit) if self.competing else None
 
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (0, self.spec.skips))
 
     def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
-        modules, k = len(self.names), self.spec.k
+        modules, k, scores = len(self.names), self.spec.k, _finite(scores)
         probability = self._softmax(scores)[..., :modules].clamp(min=torch.finfo(scores.dtype).tiny)
         own = scores[..., :modules]
         # Sorted once, ties in the order of the names: topk does not say which of equal scores it takes.
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True)[..., :modules]
-        after = ordered[..., k : k + 1] if k < scores.shape[-1] else ordered[..., -1:] - 1.0
+        after = ordered[..., k : k + 1] if k < scores.shape[-1] else _below(ordered[..., -1:])
         others = after.where(chosen, ordered[..., k - 1 : k]) if modules else own
         # Of scores that are no numbers the sort makes the best.
         active = keep_valid(chosen & probability.isfinite(), valid)
-        return Decision(active, probability, torch.stack([others, own], dim=-1), probability, self.names)
+        skip = scores[..., modules] if self.competing and self.spec.skips else None
+        return Decision(active, probability, torch.stack([others, own], dim=-1), probability, self.names, skip_score=skip)
 
 
 @register
@@ -207,9 +222,12 @@ class ExpertChoiceRouter(ScoredRouter):
         return Decision(active, confidence, logits, torch.sigmoid(scores - middle), self.names)
 
     def _middle(self, ordered: Tensor, taken: Tensor, lengths: Tensor) -> Tensor:
-        """Half way between the last score that is taken and the next; one below the last where all are taken."""
+        """Half way between the last score that is taken and the next, and below the last; one below it where all are taken."""
         if ordered.shape[1] == 0:
             return ordered.sum(1, keepdim=True)
         last = ordered.take_along_dim((taken - 1).clamp(min=0), dim=1)
         following = ordered.take_along_dim(taken.clamp(max=ordered.shape[1] - 1), dim=1)
-        return ((last + following.where(taken < lengths, last - 2.0)) / 2).where(lengths > 0, 0.0)
+        middle = last / 2 + following / 2
+        # Between neighbouring numbers there is none, and the half of the sum may round to the upper one.
+        middle = middle.where(middle < last, following)
+        return middle.where(taken < lengths, _below(last)).where(lengths > 0, 0.0)

@@ -275,4 +275,6 @@ class TemperedRouter(ScoredRouter):
         return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).exp()
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        return torch.softmax(scores / self.log_temperature.to(scores.dtype).exp(), dim=-1)
+        """The softmax over the last axis: from differences, which the temperature makes infinite sooner than wrong."""
+        shifted = scores - scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores
+        return torch.softmax(shifted / self.log_temperature.to(scores.dtype).exp(), dim=-1)

@@ -61,9 +61,10 @@ class SMARouter(TemperedRouter):
 
     def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         scores = scores.unflatten(-1, (len(self.names), 2))
-        off, on = self._softmax(scores).unbind(-1)
-        active = keep_valid(on > off, valid)
-        return Decision(active, torch.maximum(on, off), scores, on, self.names)
+        off, on = scores.unbind(-1)
+        # The softmax over two is the sigmoid of their difference. The scores decide: at a high temperature it rounds to a tie.
+        p_on = torch.sigmoid((on - off) / self.log_temperature.to(scores.dtype).exp())
+        return Decision(keep_valid(on > off, valid), torch.maximum(p_on, 1 - p_on), scores, p_on, self.names)
 
 
 @register

@@ -63,6 +63,11 @@ class SampledRouter(DrawingRouter, ScoredRouter):
         return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
 
 
+def p_of(scores: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """The softmax of scores `(…, 2)` for on, as the sigmoid of their difference: finite whatever the scores are."""
+    return torch.sigmoid((scores[..., 1] - scores[..., 0]) / temperature)
+
+
 @register
 class GumbelRouterSpec(SampledSpec):
     """Spec of `GumbelRouter`."""
@@ -106,10 +111,10 @@ class GumbelRouter(SampledRouter):
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
         noisy = scores + noise
-        relaxed = torch.softmax(noisy / self._temperature.to(scores.dtype), dim=-1)[..., 1]
+        relaxed = p_of(noisy, self._temperature.to(scores.dtype))
         confidence = 1 + (relaxed - relaxed.detach())
         active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
-        return Decision(active, confidence, scores, torch.softmax(scores, dim=-1)[..., 1], self.names)
+        return Decision(active, confidence, scores, p_of(scores), self.names)
 
     @property
     def _temperature(self) -> Tensor:
@@ -155,6 +160,6 @@ class BernoulliRouter(SampledRouter):
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
         noisy = scores + noise
-        p_on = torch.softmax(scores, dim=-1)[..., 1]
+        p_on = p_of(scores)
         confidence = 1 + 0 * p_on  # zero gradients and never None, whatever losses there are
         return Decision(keep_valid(noisy[..., 1] > noisy[..., 0], valid), confidence, scores, p_on, self.names)
