@@ -12,12 +12,13 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.products import median_milliseconds, products_milliseconds
+from sma.decision import Decision
 from sma.layer import LayerSpec, RoutedLayer
 from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
@@ -66,7 +67,7 @@ def set_rate(layer: RoutedLayer, x_BLD: Tensor, rate: float) -> None:
     if layer.routed is None or not isinstance(layer.routed.router, SMARouter):
         raise SystemExit("the layer has no SMA router")
     with torch.no_grad():
-        decision = layer(x_BLD).decision
+        decision = cast(Decision, layer(x_BLD).decision)
         margin = (decision.logits[..., 1] - decision.logits[..., 0]).flatten().sort(descending=True).values
         active = round(rate * len(margin))
         edges = torch.cat([margin[:1] + 1, margin, margin[-1:] - 1])
@@ -86,7 +87,7 @@ def make(model: str, batch: int, length: int, rate: float, device: str) -> tuple
         module = DenseLayer(layer) if model == "dense" else layer
         if model == "seqboat":
             set_rate(layer, x, rate)
-            real = float(layer(x.detach()).decision.rate()[0])
+            real = float(cast(Decision, layer(x.detach()).decision).rate()[0])
     module = module.to(device).train()
     weight = torch.randn_like(x)
 

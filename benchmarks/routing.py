@@ -20,13 +20,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.layer import set_rate
 from benchmarks.stream import take_turns
+from sma.decision import Decision
 from sma.layer import LayerSpec, RoutedLayer
 from sma.modules.conv import ConvSpec
 from sma.modules.mlp import GatedMLPSpec
@@ -112,7 +113,7 @@ def steps(model: str, size: Size, device: str) -> tuple[dict[tuple[str, float], 
     for rate in RATES:
         routed = block_spec(model, size.width).build(size.width).to(device)
         set_rate(routed, x, rate)
-        mask = routed(x).decision.active[..., 0]
+        mask = cast(Decision, routed(x).decision).active[..., 0]
         active[rate] = int(mask.sum())
         calls["routed", rate] = step(partial(hidden_of, routed), routed, x)
         tokens = compress(x, mask)

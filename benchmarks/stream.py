@@ -28,12 +28,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.products import stopwatch
+from sma.decision import Decision
 from sma.model import LanguageModel, ModelState, SequenceModel, build
 from sma.positions import Sinusoid
 from sma.pytree import map_tensors, tensors
@@ -80,7 +81,7 @@ def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2
     for layer in model.routed_layers:
         if layer.routed is None or not isinstance(layer.routed.router, SMARouter):
             raise SystemExit("the layer has no SMA router")
-        scores = torch.cat([layer(part).decision.logits.flatten(0, 2) for part in hidden])
+        scores = torch.cat([cast(Decision, layer(part).decision).logits.flatten(0, 2) for part in hidden])
         margin = (scores[:, 1] - scores[:, 0]).sort(descending=True).values
         active = round(rate * len(margin))
         edges = torch.cat([margin[:1] + 1, margin, margin[-1:] - 1])

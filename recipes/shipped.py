@@ -21,6 +21,8 @@ def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:
     Raises:
         SpecError: there is no such name or file, or it holds no mapping.
     """
+    if not isinstance(source, str | Path):
+        raise SpecError(f"{quote(source)} must be a mapping, or a word: the name of one of the shipped {folder} or the path of a file")
     names, path = shipped(folder), Path(source)
     if str(source) in names:
         return read_fields(files("sma.recipes").joinpath(folder, f"{source}.yaml").read_bytes(), str(source))

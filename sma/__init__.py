@@ -1,7 +1,12 @@
 """Sparse modular activation: every token decides, at every layer, which sub-modules it needs, and only those run on it."""
 
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+
 from sma.activation import RoutedOutput as RoutedOutput
 from sma.activation import SparseModularActivation as SparseModularActivation
+from sma.budget import BudgetController as BudgetController
+from sma.budget import calibrate as calibrate
 from sma.checkpoint import load as load
 from sma.checkpoint import load_state as load_state
 from sma.checkpoint import save as save
@@ -23,7 +28,13 @@ from sma.submodule import State as State
 from sma.submodule import SubModule as SubModule
 from sma.submodule import SubModuleSpec as SubModuleSpec
 
+try:
+    __version__ = _version("sparse-modular-activation")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"
+
 __all__ = [
+    "BudgetController",
     "Decision",
     "LayerSpec",
     "ModelOutput",
@@ -37,7 +48,9 @@ __all__ = [
     "State",
     "SubModule",
     "SubModuleSpec",
+    "__version__",
     "build",
+    "calibrate",
     "compress",
     "extract",
     "load",

@@ -2,25 +2,35 @@
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 import torch
 
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.checkpoint import SPEC
-from sma.describe import describe
+from sma.describe import describe, layer_key
 from sma.errors import QUOTED, SmaError, SpecError, did_you_mean, quote, reason
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.shipped import read_shipped, shipped
 from sma.spec import json_schema, load_spec, parse_setting
 from sma.streams import run_command, write_out
 
+if TYPE_CHECKING:
+    from sma.recipes.experiment import ExperimentSpec
+    from sma.tune.sweep import SweepSpec
+
 DISTRIBUTION = "sparse-modular-activation"
+EXPERIMENT = "experiment.yaml"
+
+MANY = 64
+"""Layers beyond which `validate` builds each different one once."""
 EXAMPLES = """examples:
   python -m sma describe seqboat_listops --length 2000 --rate 0.1
   python -m sma describe my_model.yaml --set layers.layer.modules.attention.window=64
@@ -86,24 +96,72 @@ def _version() -> str:
 
 
 def read_model_spec(source: str) -> dict[str, Any]:
-    """Read the plain data of a model spec: a shipped one by its name, a file, or the folder of a saved model.
+    """Read the plain data of a model spec, an experiment or a sweep.
+
+    Args:
+        source: the name of a shipped spec or experiment, a file, or the folder of a saved model or of a run.
 
     Raises:
         SpecError: there is no such spec or file, or it is not a mapping.
     """
-    path = Path(source)
-    if path.is_dir() and not (path / SPEC).is_file():
-        raise SpecError(f"the folder {source!r} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote")
-    return read_shipped(path / SPEC if path.is_dir() else source, "specs")
+    if os.path.isdir(source):
+        found = [path for path in (Path(source) / SPEC, Path(source) / EXPERIMENT) if path.is_file()]
+        if not found:
+            raise SpecError(
+                f"the folder {quote(source)} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote or a run"
+            )
+        return read_shipped(found[0], "specs")
+    return read_shipped(source, "presets" if source in shipped("presets") and source not in shipped("specs") else "specs")
+
+
+def _sort(data: dict[str, Any]) -> Literal["model", "experiment", "sweep"]:
+    """What a mapping describes, by the fields that only one of them has."""
+    if "kind" not in data and ("space" in data or "experiment" in data):
+        return "sweep"
+    return "experiment" if "kind" not in data and ("task" in data or "training" in data) else "model"
+
+
+@contextmanager
+def _recipes(source: str, what: str) -> Iterator[None]:
+    """Let what an experiment needs beyond the core be missing with a sentence."""
+    try:
+        yield
+    except ImportError as error:
+        extra = "tune" if what == "sweep" else "recipes"
+        raise SpecError(
+            f"{quote(source)} is {_article(what)}, which takes the extra {extra!r} ({reason(error)}); "
+            f"run: python -m pip install '{DISTRIBUTION}[{extra}]'"
+        ) from error
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _load(args: argparse.Namespace) -> ModelSpec:
-    spec: ModelSpec = load_spec(read_model_spec(args.spec), overrides=dict(map(parse_setting, args.set)))
-    return spec
+    """The model spec that was asked for; of an experiment or a sweep its model."""
+    data = read_model_spec(args.spec)
+    sort = _sort(data)
+    if sort == "model":
+        return load_spec(data, overrides=dict(map(parse_setting, args.set)))
+    return (_load_experiment(args, data) if sort == "experiment" else _load_sweep(args, data).experiment).model
+
+
+def _load_experiment(args: argparse.Namespace, data: dict[str, Any]) -> "ExperimentSpec":
+    with _recipes(args.spec, "experiment"):
+        from sma.recipes.experiment import load_experiment  # the core works without the extras that it needs
+    return load_experiment(data, args.set)
+
+
+def _load_sweep(args: argparse.Namespace, data: dict[str, Any]) -> "SweepSpec":
+    with _recipes(args.spec, "sweep"):
+        from sma.tune.sweep import make_sweep
+    # By its path, from which the path of its experiment is counted.
+    return make_sweep(args.spec if os.path.isfile(args.spec) else data, settings=args.set)
 
 
 def _name(source: str) -> str:
-    return Path(source).stem if Path(source).suffix in (".yaml", ".yml", ".json") else source
+    return quote(Path(source).stem if Path(source).suffix in (".yaml", ".yml", ".json") else source)[1:-1]
 
 
 def _describe(args: argparse.Namespace) -> Iterator[str]:
@@ -130,8 +188,7 @@ def _build(spec: ModelSpec, device: str) -> SequenceModel:
         with torch.device(device):
             model = spec.build()
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise SpecError(f"the model of {spec.num_parameters():,} parameters cannot be built: {reason}") from error
+        raise SpecError(f"the model of {spec.num_parameters():,} parameters cannot be built: {reason(error) or 'out of memory'}") from error
     if _count(model) != spec.num_parameters():
         predicted = f"{spec.num_parameters():,}"
         raise SpecError(f"the model has {_count(model):,} parameters, but its spec predicts {predicted}: a num_parameters is wrong")
@@ -147,12 +204,38 @@ def _bytes(model: SequenceModel) -> int:
 
 
 def _validate(args: argparse.Namespace) -> Iterator[str]:
-    spec = _load(args)
-    layers = len(spec.layer_specs)
+    data = read_model_spec(args.spec)
+    sort = _sort(data)
+    if sort == "model":
+        spec, what = load_spec(data, overrides=dict(map(parse_setting, args.set))), ""
+    elif sort == "experiment":
+        experiment = _load_experiment(args, data)
+        spec, what = experiment.model, f"an experiment of {_updates(experiment)}; its model is "
+    else:
+        sweep = _load_sweep(args, data)
+        spec = sweep.experiment.model
+        what = f"a sweep of {sweep.samples:,} trials of {_updates(sweep.experiment)}; the model of trial 0 is "
+    count, layers = spec.num_parameters(), len(spec.layer_specs)
+    _build(_with_layers_once(spec), "meta")
     yield (
-        f"ok: {_name(args.spec)} is a {spec.kind} of width {spec.width} with {layers} layer{'' if layers == 1 else 's'} "
-        f"and {_count(_build(spec, 'meta')):,} parameters"
+        f"ok: {_name(args.spec)} is {what}a {spec.kind} of width {spec.width} with {layers:,} layer{'' if layers == 1 else 's'} "
+        f"and {count:,} parameters"
     )
+
+
+def _updates(experiment: "ExperimentSpec") -> str:
+    return f"{experiment.training.updates:,} updates on {experiment.task.kind}"
+
+
+def _with_layers_once(spec: ModelSpec) -> ModelSpec:
+    """The same model with each of many layers once: what one of them says of its spec, all that are like it say."""
+    layers = spec.layer_specs
+    if len(layers) <= MANY:
+        return spec
+    different = {id(layer): layer for layer in layers}
+    once = {layer_key(layer): layer for layer in [*different.values(), layers[-1]]}
+    last = once.pop(layer_key(layers[-1]))  # the final norm may be one like its
+    return spec.replace(layers=(*once.values(), last))
 
 
 def _kinds(args: argparse.Namespace) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -123,6 +123,9 @@ class SparseModularActivation(nn.Module):
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., RoutedOutput]  # of what torch calls, which editors see as Any
 
     def __init__(self, router: Router, modules: Mapping[str, nn.Module], dropout: float = 0.0) -> None:
         super().__init__()

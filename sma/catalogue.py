@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from sma.describe import align
 from sma.errors import SpecError, did_you_mean, quote
 from sma.layer import LayerSpec
-from sma.model import RepeatSpec
+from sma.repeat import RepeatSpec
 from sma.spec import Spec, families, find_kind, kinds
 
 COLUMNS = 100

@@ -1,14 +1,16 @@
 """A model in numbers: what each part costs in parameters and operations, predicted from its spec alone."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sma.errors import SpecError
+from sma.errors import SpecError, quote
 from sma.layer import LayerSpec
 from sma.model import ModelSpec
 from sma.norms import NormSpec
 from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
+from sma.spec import dump_spec
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,10 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     Raises:
         SpecError: the length is less than 1, or the rate is not in [0, 1].
     """
-    if length < 1:
-        raise SpecError(f"length={length} must be at least 1 token")
+    if not 1 <= length < 2**63:
+        raise SpecError(f"length={quote(length)} must be at least 1 token, and below 2^63")
     if not 0 <= rate <= 1:
-        raise SpecError(f"rate={rate} must lie between 0 and 1: the share of the tokens that run a routed sub-module")
+        raise SpecError(f"rate={quote(rate)} must lie between 0 and 1: the share of the tokens that run a routed sub-module")
     width = spec.width
     before = [Part("encoder", spec.encoder.kind, spec.encoder.num_parameters(width))]
     if spec.sinusoid:
@@ -176,15 +178,17 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
         after.append(Part("final norm", spec.final_norm_spec.kind, spec.final_norm_spec.num_parameters(width)))
     if spec.head_spec is not None:
         after.append(Part("head", spec.head_spec.kind, spec.head_spec.num_parameters(spec.head_width)))
-    alike: list[tuple[LayerSpec, list[int]]] = []  # not a dictionary: the specs of others need not be hashable
+    keys = {id(layer): layer_key(layer) for layer in {id(layer): layer for layer in spec.layer_specs}.values()}
+    alike: dict[str, tuple[LayerSpec, list[int]]] = {}
     for place, layer in enumerate(spec.layer_specs):
-        known = next((places for other, places in alike if other == layer), None)
-        if known is None:
-            alike.append((layer, [place]))
-        else:
-            known.append(place)
-    groups = [Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike]
+        alike.setdefault(keys[id(layer)], (layer, []))[1].append(place)
+    groups = [Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike.values()]
     return Description(name, spec, length, rate, tuple(before), tuple(groups), tuple(after))
+
+
+def layer_key(layer: LayerSpec) -> str:
+    """What is equal for equal layers; the specs of others need not be hashable."""
+    return json.dumps(dump_spec(layer), sort_keys=True)
 
 
 def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iterator[Part]:

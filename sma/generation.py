@@ -84,7 +84,7 @@ def _generate(
         yield token
         if place + 1 < tokens:
             output = model(token[:, None], state=state)
-            logits, state = output.logits[:, 0], output.state
+            logits, state = cast(Tensor, output.logits)[:, 0], cast(ModelState, output.state)
 
 
 def read(model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None = None) -> tuple[Tensor, ModelState]:
@@ -99,15 +99,15 @@ def read(model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "
         part = slice(start, start + CHUNK)
         mask = None if valid is None else valid[:, part]
         output = model(prompt[:, part], mask, state)
-        state = output.state
-        if output.logits is None or output.logits.ndim != 3:
+        state, scores = cast(ModelState, output.state), output.logits
+        if scores is None or scores.ndim != 3:
             raise InputError(_unsuitable(model))
         if mask is None:
-            logits = output.logits[:, -1]
+            logits = scores[:, -1]
             continue
         places = torch.arange(mask.shape[1], device=mask.device)
         last = places.where(mask, -1).amax(1)
-        found = output.logits[torch.arange(mask.shape[0], device=mask.device), last.clamp(min=0)]
+        found = scores[torch.arange(mask.shape[0], device=mask.device), last.clamp(min=0)]
         logits = found if logits is None else found.where((last >= 0)[:, None], logits)
     if logits is None:
         raise InputError("the prompt is empty; give at least one token per row")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from sma.activation import Around, RoutedState, SparseModularActivation, keeping
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
 from sma.decision import Decision
+from sma.errors import quote
 from sma.initial import truncated_normal_
 from sma.inputs import check_count
 from sma.memory import zeros
@@ -46,10 +47,12 @@ class LayerSpec(Spec):
             raise ValueError("a layer without modules needs bypass='linear' or 'identity'; otherwise it passes its input on unchanged")
         bad = [name for name in self.modules if not name.isidentifier()]
         if bad:
-            raise ValueError(f"the module name {bad[0]!r} must be a word of letters, digits and '_'; field paths are made of them")
+            raise ValueError(f"the module name {quote(bad[0])} must be a word of letters, digits and '_'; field paths are made of them")
         taken = [name for name in self.modules if name_is_taken(name)]
         if taken:
-            raise ValueError(f"the module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}")
+            raise ValueError(
+                f"the module name {quote(taken[0])} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}"
+            )
         return self
 
     def build(self, width: int) -> "RoutedLayer":
@@ -130,6 +133,9 @@ class RoutedLayer(nn.Module):
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., LayerOutput]  # of what torch calls, which editors see as Any
 
     def __init__(self, spec: LayerSpec, width: int) -> None:
         super().__init__()

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from sma.activation import refuse_unless_causal
@@ -24,33 +24,16 @@ from sma.norms import NormSpec
 from sma.positions import Sinusoid
 from sma.pytree import register_output
 from sma.ragged import move
+from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
 from sma.submodule import Operations, State, check_state, placement
 from sma.summary import settings
-
-_LAYERS = TypeAdapter(tuple[LayerSpec, ...])
-
-
-def _one_or_many(value: Any) -> Any:
-    """Choose between the forms of a field before validation, so that an error speaks of the form that was written."""
-    if isinstance(value, list | tuple):
-        return _LAYERS.validate_python(tuple(value))
-    return value if isinstance(value, Spec) else LayerSpec.__pydantic_validator__.validate_python(value)
-
-
-class RepeatSpec(Spec):
-    """The same layer, or the same few layers, several times, each with parameters of its own."""
-
-    repeat: int = Field(ge=1, le=10000, description="how often")
-    layer: Annotated[LayerSpec | tuple[LayerSpec, ...], BeforeValidator(_one_or_many)] = Field(
-        description="what to repeat: a layer, or a list of layers"
-    )
 
 
 def _repeated_or_listed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return RepeatSpec.__pydantic_validator__.validate_python(value)
-    return _one_or_many(value)
+    return one_or_many(value)
 
 
 class ModelSpec(Spec):
@@ -207,6 +190,9 @@ class SequenceModel(nn.Module):
     Shape:
         inputs `(B, L)` or `(B, L, F)`, as the encoder takes them, in; a `ModelOutput` out.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., ModelOutput]  # of what torch calls, which editors see as Any
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -383,7 +369,7 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
     Raises:
         SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64 bits.
     """
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+    if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64):
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
     if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
         raise SpecError(f"a model is built from a model spec, and {type(spec).__name__} is none; its own build(width) makes that part")
@@ -391,5 +377,5 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
     if seed is None:
         return spec.build()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         return spec.build()

@@ -1,7 +1,8 @@
 """The contract of a sub-module: what a token may activate."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -142,6 +143,9 @@ class SubModule(nn.Module):
     Attributes:
         causal: whether the result at a token depends on no later token of its row.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., tuple[Tensor, State | None]]  # of what torch calls, which editors see as Any
 
     causal: bool = False
 

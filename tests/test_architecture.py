@@ -21,6 +21,7 @@ CHAIN = [
     ["ragged", "decision", "submodule", "norms", "positions"],
     ["routers", "activation"],
     ["layer", "encoders", "heads"],
+    ["repeat"],
     ["model"],
 ]
 # These may import everything, so nothing else of the core may import them.

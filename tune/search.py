@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from sma.tune.pareto import beats
 from sma.tune.records import TrialRecord
-from sma.tune.space import value_at
+from sma.tune.space import starting_code
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
@@ -64,6 +64,7 @@ class Search(Searcher):
             "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
         ]
         self._distributions = self._ask_for_distributions()
+        self._start = {path: starting_code(sweep.experiment, path, sweep.space[path]) for path in self._distributions}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The values of the next trial, which Ray calls `trial_id`; Ray asks as often as it needs a trial."""
@@ -121,8 +122,7 @@ class Search(Searcher):
         """A trial as Optuna knows it; None where it has nothing to teach."""
         codes: dict[str, Any] = {}
         for path in self._distributions:
-            value = value_at(self.sweep.experiment, path) if record.number == 0 else record.values.get(path)
-            codes[path] = self.sweep.space[path].encode(value)
+            codes[path] = self._start[path] if record.number == 0 else self.sweep.space[path].encode(record.values.get(path))
         # A measure that is missing is none.
         values = [float(math.nan if (value := record.metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
         finished = record.status == "finished"

@@ -9,18 +9,24 @@ A space maps field paths to distributions, in YAML or in Python:
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import SpecError
+from sma.errors import SpecError, quote
+from sma.mistakes import SENTENCES
 from sma.paths import override, parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path
 from sma.spec import Spec, dump_spec, register
 
 DRAWS = 50
 """Combinations drawn at random that are tried on the experiment before a sweep starts."""
+
+CHOICES = 1000
+"""Values of a choice at most: every one is tried on the experiment."""
+PATHS = 100
+"""Fields of a space at most."""
 
 _INSIDE = 0.381966
 """Where between its ends a range is probed: at no whole number where the ends are whole ones."""
@@ -69,6 +75,8 @@ class _Range(DistributionSpec):
     def _is_not_empty(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low={self.low} must be below high={self.high}; for one value use {{kind: fixed, value: {self.low}}}")
+        if not math.isfinite(float(self.high) - float(self.low)):
+            raise ValueError(f"low={self.low} and high={self.high} are too far apart for their difference to be a number")
         return self
 
     @property
@@ -118,7 +126,7 @@ class LogUniform(_Range):
 
     @property
     def _inside(self) -> float:
-        return float(self.low * (self.high / self.low) ** _INSIDE)
+        return math.exp(math.log(self.low) + _INSIDE * (math.log(self.high) - math.log(self.low)))
 
     def draw(self, ask: Ask, name: str) -> float:
         return ask.suggest_float(name, self.low, self.high, log=True)
@@ -135,7 +143,7 @@ class QUniform(_Range):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if not _multiple(self.high - self.low, self.step):
+        if not math.isfinite((self.high - self.low) / self.step) or not _multiple(self.high - self.low, self.step):
             raise ValueError(f"high={self.high} must be a whole number of steps of {self.step} above low={self.low}")
         return self
 
@@ -177,20 +185,33 @@ class Int(_Range):
         return value == int(value)
 
 
+def _same(value: Any) -> Any:
+    """What is equal for equal values: 0 and 0.0 are, 1 and true are not."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _same(each)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_same, value))
+    return isinstance(value, bool), value if isinstance(value, Hashable) else id(value)
+
+
 @register
 class Choice(DistributionSpec):
     """One of some values: numbers, words, null, or whole parts of a spec."""
 
     kind: Literal["choice"] = "choice"
-    values: tuple[Any, ...] = Field(min_length=1, description="which; two at least, and different")
+    values: tuple[Any, ...] = Field(min_length=1, max_length=CHOICES, description="which; two at least, and different")
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
         if len(self.values) == 1:
-            raise ValueError(f"values={list(self.values)} leave no choice; for one value use {{kind: fixed, value: {self.values[0]!r}}}")
-        for one, other in itertools.combinations(self.values, 2):
-            if one == other and type(one) is type(other):
-                raise ValueError(f"{one!r} stands twice in values={list(self.values)}")
+            one = quote(self.values[0])
+            raise ValueError(f"values=[{one}] leave no choice; for one value use {{kind: fixed, value: {one}}}")
+        seen = set()
+        for value in self.values:
+            same = _same(value)
+            if same in seen:
+                raise ValueError(f"{quote(value)} stands twice in values={quote(list(self.values))}")
+            seen.add(same)
         return self
 
     @property
@@ -201,7 +222,7 @@ class Choice(DistributionSpec):
         return self.values[ask.suggest_categorical(name, list(range(len(self.values))))]
 
     def encode(self, value: Any) -> int | None:
-        return next((place for place, known in enumerate(self.values) if known == value and type(known) is type(value)), None)
+        return next((place for place, known in enumerate(self.values) if _same(known) == _same(value)), None)
 
 
 @register
@@ -248,6 +269,22 @@ def value_at(experiment: ExperimentSpec, path: str) -> Any:
     return node
 
 
+def starting_code(experiment: ExperimentSpec, path: str, distribution: DistributionSpec) -> int | float | None:
+    """The number under which the search knows the experiment's own value at a path; None where the distribution never draws it.
+
+    A choice is compared as the experiment would hold it: `{kind: sma}` is the router that stands there with its defaults written out.
+    """
+    value = value_at(experiment, path)
+    if isinstance(distribution, Choice):
+        for place, choice in enumerate(distribution.values):
+            try:
+                if _same(value_at(with_values(experiment, {path: choice}), path)) == _same(value):
+                    return place
+            except SpecError:  # a value that fits other values of the space, and not the experiment as it is
+                continue
+    return distribution.encode(value)
+
+
 class Dice:
     """Draws at random, without an estimator; see `Ask`."""
 
@@ -291,6 +328,8 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
             "the search space is empty: no field differs between trials; write path: distribution, such as "
             "training.learning_rate: {kind: loguniform, low: 0.001, high: 0.01}"
         )
+    if len(space) > PATHS:
+        raise SpecError(f"the search space has {len(space):,} fields, and {PATHS} are the most; leave some out")
     _check_comparable(space)
     _check_apart(space)
     for path in space:
@@ -319,17 +358,17 @@ def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
 def _words(values: Mapping[str, Any], changed: str) -> str:
     """What was tried: the one value that differs from the first ones, or all of them."""
     if changed in values:
-        return f"a value of the search space, {changed}={values[changed]!r}"
-    return f"{changed} ({', '.join(f'{path}={value!r}' for path, value in values.items())})"
+        return f"a value of the search space, {changed}={quote(values[changed])}"
+    return f"{changed} ({', '.join(f'{path}={quote(value)}' for path, value in itertools.islice(values.items(), SENTENCES))})"
 
 
 def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], changed: str) -> str:
     """What would help: whole numbers, or other values of the fixed fields."""
     if changed not in values:
-        fixed = [path for path, distribution in space.items() if isinstance(distribution, Fixed)]
+        fixed = [path for path, distribution in space.items() if isinstance(distribution, Fixed)][:SENTENCES]
         return f"; the fixed values can be changed: {' '.join(f'--set {path}=VALUE' for path in fixed)}" if fixed else ""
     value = values[changed]
-    if not isinstance(value, float) or value.is_integer():
+    if not isinstance(value, float) or value.is_integer() or not math.isfinite(value):
         return ""
     try:
         with_values(experiment, {**values, changed: round(value)})
@@ -342,9 +381,9 @@ def _check_apart(space: Space) -> None:
     """Refuse paths of which one sets what the other sets."""
     for (one, steps), (other, others) in itertools.combinations(((path, parse_path(full_path(path))) for path in space), 2):
         if steps == others:
-            raise SpecError(f"{one!r} and {other!r} are the same field; leave one of them out of the space")
+            raise SpecError(f"{quote(one)} and {quote(other)} are the same field; leave one of them out of the space")
         if steps[: len(others)] == others or others[: len(steps)] == steps:
-            raise SpecError(f"{one!r} and {other!r} set the same part, one as a whole; leave one of them out of the space")
+            raise SpecError(f"{quote(one)} and {quote(other)} set the same part, one as a whole; leave one of them out of the space")
 
 
 def _check_comparable(space: Space) -> None:
@@ -356,5 +395,5 @@ def _check_comparable(space: Space) -> None:
             )
         if parse_path(full)[0] == "task":
             raise SpecError(
-                f"{path!r} cannot be searched: all trials learn from the same data; set it for all of them with --set {path}=VALUE"
+                f"{quote(path)} cannot be searched: all trials learn from the same data; set it for all of them with --set PATH=VALUE"
             )

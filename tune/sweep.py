@@ -1,6 +1,7 @@
 """What a sweep is: an experiment, a space around it, how many trials, and by what they are compared."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import SpecError, did_you_mean
+from sma.errors import SpecError, did_you_mean, quote
 from sma.paths import parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
 from sma.recipes.shipped import shipped
@@ -58,7 +59,7 @@ class StoppingSpec(Spec):
         ge=1,
         description="updates before which no trial is stopped; null: a quarter of them, and no fewer than budgets take to their targets",
     )
-    reduction: float = Field(default=2.0, gt=1.0, description="one in so many trials goes on from one rung to the next")
+    reduction: float = Field(default=2.0, ge=1.1, description="one in so many trials goes on from one rung to the next")
 
 
 class SweepSpec(Spec):
@@ -66,7 +67,7 @@ class SweepSpec(Spec):
 
     experiment: ExperimentSpec = Field(description="trial 0, and what the others differ from")
     space: FrozenMapping[DistributionSpec] = Field(description="which fields differ between trials: a distribution by field path")
-    samples: int = Field(default=16, ge=1, description="trials, trial 0 among them")
+    samples: int = Field(default=16, ge=1, le=100_000, description="trials, trial 0 among them")
     objectives: tuple[Objective, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
@@ -156,18 +157,18 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
         data = read_fields(files("sma.tune").joinpath("presets", f"{source}.yaml").read_bytes(), str(source))
         if experiment is not None:
             data.pop("settings", None)
-    elif path.is_file():
+    elif os.path.exists(path) and not os.path.isdir(path):
         data = read_spec_file(path)
         own = data.get("experiment")
         if isinstance(own, str) and own not in shipped("presets"):
             data["experiment"] = str(path.parent / own)
     else:
         hint = did_you_mean(str(source), names, "shipped sweeps")
-        raise SpecError(f"there is no file and no shipped sweep {str(source)!r}{hint}; --space FILE takes one of your own")
+        raise SpecError(f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes one of your own")
     known = [*SweepSpec.model_fields, "settings"]
     for name in data:
         if name not in known:
-            raise SpecError(f"{source}: unknown field {name!r}{did_you_mean(str(name), known, 'fields')}")
+            raise SpecError(f"{source}: unknown field {quote(name)}{did_you_mean(str(name), known, 'fields')}")
     return data if experiment is None else {**data, "experiment": str(experiment)}
 
 
@@ -196,7 +197,7 @@ def make_sweep(
         data = read_sweep(source, experiment)
     own, base = data.pop("settings", None) or {}, data.get("experiment")
     if not isinstance(own, Mapping):
-        raise SpecError(f"settings={own!r} must map field paths to values, such as settings: {{training.updates: 1200}}")
+        raise SpecError(f"settings={quote(own)} must map field paths to values, such as settings: {{training.updates: 1200}}")
     if base is None:
         raise SpecError("a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE")
     if not isinstance(base, ExperimentSpec):
@@ -227,8 +228,8 @@ def _settle(space: Mapping[str, Any], settings: Sequence[str], experiment: Exper
         kind = space[name].get("kind") if isinstance(space[name], Mapping) else getattr(space[name], "kind", None)
         if kind != "fixed" or steps != parse_path(full_path(str(name))):
             raise SpecError(
-                f"--set {setting}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {name!r}, which would replace this value in all "
-                "trials but trial 0; leave it out, or give a --space of your own without this field"
+                f"--set {quote(setting)[1:-1]}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {quote(name)}, "
+                "which would replace this value in all trials but trial 0; leave it out, or give a --space of your own without this field"
             )
         settled[name] = Fixed(value=value)
         # Trial 0 may have no such part: a schedule of a budget does not give it a budget.

@@ -15,12 +15,13 @@ from sma.encoders import EncoderSpec, LinearEncoder, LinearEncoderSpec, RealNumb
 from sma.errors import CheckpointError, did_you_mean, quote
 from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
 from sma.layer import LayerSpec, RoutedLayer
-from sma.model import RepeatSpec, SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
+from sma.model import SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
 from sma.modules.ema import EMA, EMASpec
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
 from sma.modules.windowed import Weighting
 from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, RMSNormSpec, ScaleNorm, ScaleNormSpec
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
+from sma.repeat import RepeatSpec
 from sma.routers import AlwaysRouterSpec, RouterSpec, SMARouter, SMARouterSpec
 from sma.spec import FrozenDict
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,9 @@ class Router(nn.Module):
         samples: whether decisions are drawn in training, with the probability `p_on`.
         competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where there is one.
     """
+
+    if TYPE_CHECKING:
+        __call__: Callable[..., tuple[Decision, State | None]]  # of what torch calls, which editors see as Any
 
     causal: bool = True
     state_kind: type[State] = NoState

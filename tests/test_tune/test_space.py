@@ -1,3 +1,4 @@
+import time
 from typing import Any
 
 import pytest
@@ -5,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import SpecError
-from sma.tune.space import Choice, DistributionSpec, Fixed, Int, LogUniform, QUniform, Uniform, value_at, with_values
+from sma.tune.space import Choice, DistributionSpec, Fixed, Int, LogUniform, QUniform, Uniform, starting_code, value_at, with_values
+from sma.yaml_text import read_yaml
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep
 
@@ -61,6 +63,28 @@ def test_a_value_that_is_never_drawn_has_no_code(distribution: DistributionSpec,
     assert distribution.encode(value) is None
 
 
+@pytest.mark.parametrize(
+    ("path", "values", "code"),
+    [
+        pytest.param("training.learning_rate", "[1e-2, 3e-3]", 1, id="exponents-without-a-point"),
+        pytest.param("training.weight_decay", "[0.1, 0]", 1, id="an-integer-for-a-float"),
+        pytest.param("layers.layer.modules.attention.window", "[16.0, 8.0]", 1, id="a-float-for-an-integer"),
+        pytest.param("layers.layer.router", "[{kind: always}, {kind: sma}]", 1, id="a-part-with-its-defaults-left-out"),
+        pytest.param("layers.layer.dropout", "[0.2, 0.3]", None, id="not-among-them"),
+        pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-among-parts"),
+    ],
+)
+def test_the_experiments_own_value_is_known_however_it_is_written(path: str, values: str, code: int | None) -> None:
+    experiment = tiny(training__weight_decay=0.0)
+    assert starting_code(experiment, path, Choice(values=read_yaml(values, "values"))) == code
+
+
+def test_large_choice_is_checked_in_bounded_time() -> None:
+    began = time.process_time()
+    Choice(values=range(1000))
+    assert time.process_time() - began < 1
+
+
 @given(st.integers(-20, 20), st.integers(1, 30), st.sampled_from([0.05, 0.1, 0.25, 1.0, 3.0]))
 def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) -> None:
     distribution = QUniform(low=first * step, high=first * step + steps * step, step=step)
@@ -77,6 +101,12 @@ def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) ->
         pytest.param(lambda: QUniform(low=0.0, high=1.0, step=0.3), r"whole number of steps of 0.3", id="steps"),
         pytest.param(lambda: Choice(values=(4,)), r"no choice; for one value use \{kind: fixed, value: 4\}", id="one-choice"),
         pytest.param(lambda: Choice(values=(4, 8, 4)), r"4 stands twice", id="twice"),
+        pytest.param(lambda: Choice(values=(0, 0.5, 0.0)), r"0\.0 stands twice in values=\[0, 0\.5, 0\.0\]", id="twice-as-numbers"),
+        pytest.param(lambda: Choice(values=([1], {"a": 1}, {"a": 1.0})), r"\{'a': 1\.0\} stands twice", id="twice-in-mappings"),
+        pytest.param(lambda: Choice(values=range(1001)), r"should have at most 1000 items", id="too-many"),
+        pytest.param(lambda: Uniform(low=-1e308, high=1e308), r"too far apart for their difference to be a number", id="too-far-apart"),
+        pytest.param(lambda: QUniform(low=0, high=1e308, step=1e-300), r"must be a whole number of steps", id="too-many-steps"),
+        pytest.param(lambda: Int(low=True, high=3), r"low=True: input should be a valid integer", id="true-for-an-integer"),
     ],
 )
 def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) -> None:
