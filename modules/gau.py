@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -265,7 +265,8 @@ class ChunkedGAU(SubModule):
             if afresh is None:
                 values, _ = self.unit(cut_packed(part, size))
             else:
-                values, inner = self.unit(part, inner.reset(afresh & (part.lengths > 0)))
+                values, after = self.unit(part, inner.reset(afresh & (part.lengths > 0)))
+                inner = cast(State, after)
             found.append((places, values))
         if not found:
             return tokens.values, state

@@ -10,7 +10,7 @@ from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
-from sma.errors import DataError, SmaError, reason
+from sma.errors import DataError, SmaError, quote, reason
 
 if sys.platform != "win32":
     import fcntl
@@ -37,7 +37,7 @@ def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedRe
         # Without blocking: opening a pipe waits for its writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as cause:
-        raise error(f"cannot read {str(path)!r}: {reason(cause)}") from cause
+        raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
     try:
         _check_plain(path, os.fstat(handle).st_mode, error)
         return os.fdopen(handle, "rb")
@@ -55,9 +55,14 @@ def check_file(path: str | Path, error: type[SmaError] = DataError) -> int:
     try:
         found = os.stat(path)
     except (OSError, ValueError) as cause:
-        raise error(f"cannot read {str(path)!r}: {reason(cause)}") from cause
+        raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
     _check_plain(path, found.st_mode, error)
     return found.st_size
+
+
+def _shown(path: str | Path) -> str:
+    """A path whole, if it can be one."""
+    return repr(str(path)) if len(str(path)) <= 4096 else quote(str(path))
 
 
 def _check_plain(path: str | Path, mode: int, error: type[SmaError]) -> None:

@@ -1,5 +1,6 @@
 """A routed layer: norm, backbone, routed sub-modules, bypass, residual."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,6 +26,9 @@ from sma.spec import FrozenDict, FrozenMapping, Spec
 from sma.submodule import Operations, State, SubModuleSpec, check_state, placement
 from sma.summary import settings
 
+NAME = 100
+"""Characters of the name of a sub-module at most."""
+
 
 class LayerSpec(Spec):
     """Spec of `RoutedLayer`."""
@@ -48,6 +52,9 @@ class LayerSpec(Spec):
         bad = [name for name in self.modules if not name.isidentifier()]
         if bad:
             raise ValueError(f"the module name {quote(bad[0])} must be a word of letters, digits and '_'; field paths are made of them")
+        long = [name for name in self.modules if len(name) > NAME]
+        if long:
+            raise ValueError(f"the module name {quote(long[0])} has {len(long[0]):,} characters; {NAME} are the most")
         taken = [name for name in self.modules if name_is_taken(name)]
         if taken:
             raise ValueError(

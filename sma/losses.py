@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sma.checks import check_decisions
 from sma.decision import Decision
-from sma.errors import InputError, did_you_mean
+from sma.errors import InputError, did_you_mean, quote
 from sma.inputs import check_number, check_tensor
 
 
@@ -173,7 +173,7 @@ def _targets(decisions: Sequence[Decision], target: float | Mapping[str, float])
     targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(names, target)
     for name, rate in targets.items():
         if name not in names:
-            raise InputError(f"no layer has a sub-module {name!r}{did_you_mean(name, names, 'sub-modules')}")
+            raise InputError(f"no layer has a sub-module {quote(name)}{did_you_mean(name, names, 'sub-modules')}")
         check_number(rate, f"the target rate of {name!r}")
         if not 0 <= rate <= 1:  # so written, it catches NaN too
             raise InputError(f"the target rate {rate} of {name!r} must lie between 0 and 1")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.errors import InputError
+from sma.errors import InputError, quote
 from sma.inputs import check_count, check_positions, check_tensor, what_came
 from sma.pytree import register_output
 from sma.summary import brief, summary
@@ -355,12 +355,12 @@ def segment_reduce(
     if offsets.ndim != 1 or not offsets.numel() or offsets.is_floating_point() or offsets.dtype is torch.bool:
         raise InputError(f"the offsets have shape {tuple(offsets.shape)} and dtype {offsets.dtype}; required are B + 1 integers")
     if reduce not in ("sum", "mean", "max", "min"):
-        raise InputError(f"reduce={reduce!r} must be 'sum', 'mean', 'max' or 'min'")
+        raise InputError(f"reduce={quote(reduce)} must be 'sum', 'mean', 'max' or 'min'")
     scatter = _torch_scatter()
     if backend == "scatter" and scatter is None:
         raise InputError("backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scatter")
     if backend not in ("auto", "torch", "scatter"):
-        raise InputError(f"backend={backend!r} must be 'auto', 'torch' or 'scatter'")
+        raise InputError(f"backend={quote(backend)} must be 'auto', 'torch' or 'scatter'")
     if scatter is not None and (backend == "scatter" or (backend == "auto" and reduce in ("max", "min"))):
         reduced: Tensor = scatter.segment_csr(values.contiguous(), offsets, reduce=reduce)
         return reduced

@@ -240,7 +240,7 @@ def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], place: i
     given = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(names, rate)
     for name in given:
         if name not in names:
-            raise InputError(f"layer {place} has no sub-module {name!r}{did_you_mean(name, names, 'sub-modules')}")
+            raise InputError(f"layer {place} has no sub-module {quote(name)}{did_you_mean(name, names, 'sub-modules')}")
     for name in names:
         if name not in given:
             raise InputError(f"there is no rate for {name!r} of layer {place}; give one for each of {', '.join(names)}")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import InputError, did_you_mean
+from sma.errors import InputError, did_you_mean, quote
 from sma.routers import Router
 from sma.spec import FrozenMapping, Spec
 
@@ -161,6 +161,6 @@ def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> 
     for name in target:
         if name not in names:
             raise InputError(
-                f"no layer has a sub-module {name!r}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
+                f"no layer has a sub-module {quote(name)}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
             )
     return target

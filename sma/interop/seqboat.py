@@ -57,7 +57,8 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
     wanted = {entry.name for entry in entries}
     if wanted != set(given):
         missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)
-        raise CheckpointError(f"the tensors do not fit {kind!r}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+        missing_names, unknown_names = (quote(names) if names else "nothing" for names in (missing, unknown))
+        raise CheckpointError(f"the tensors do not fit {quote(kind)}: missing {missing_names}, unknown {unknown_names}")
     with torch.no_grad():
         for entry in entries:
             theirs = given[entry.name] if entry.rows is None else given[entry.name][entry.rows]
@@ -165,11 +166,11 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
         "lra_encoder": _lra_encoder,
     }
     if kind not in makers:
-        raise CheckpointError(f"unknown kind {kind!r} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
+        raise CheckpointError(f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
     try:
         module = makers[kind](config)
     except KeyError as error:
-        raise CheckpointError(f"the config of {kind!r} lacks {error}; give every argument of the authors' constructor") from None
+        raise CheckpointError(f"the config of {quote(kind)} lacks {error}; give every argument of the authors' constructor") from None
     setattr(module, _MARK, kind)
     return module
 

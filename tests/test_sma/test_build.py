@@ -41,12 +41,19 @@ def test_a_model_is_built_from_a_path_a_mapping_or_a_spec(mine):
         ),
         pytest.param(".", r"'\.' is a folder; a plain file is required", id="folder"),
         pytest.param("a\0b", r"cannot read 'a\\x00b': embedded null byte", id="NUL"),
+        pytest.param("x" * 100_000, "cannot read 'xxx.*xxx': File name too long; give the path of", id="long"),
+        pytest.param(
+            {**FIELDS, "layers": [{"modules": {"x" * 5000: {"kind": "conv"}}}]},
+            "the module name 'xxx.*xxx' has 5,000 characters; 100 are the most",
+            id="long name",
+        ),
         pytest.param({}, "a model needs a 'kind'; known kinds: ", id="empty"),
     ],
 )
 def test_what_no_model_is_built_from_is_named(source, complaint):
-    with pytest.raises(SpecError, match=complaint):
+    with pytest.raises(SpecError, match=complaint) as caught:
         build(source)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**400, True])

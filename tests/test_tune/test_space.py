@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -212,3 +214,18 @@ def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
     assert budget is not None
     assert budget.hold == 5
     assert sweep.trial({}) == sweep.experiment
+
+
+def test_values_that_are_no_numbers_are_refused_by_the_experiment() -> None:
+    for value in (".inf", "-.inf", ".nan"):
+        space = {"layers.layer.modules.attention.window": {"kind": "choice", "values": read_yaml(f"[8, {value}]", "values")}}
+        with pytest.raises(SpecError, match=r"the experiment refuses a value of the search space, .*: input should be a finite number"):
+            small_sweep(space=space)
+
+
+def test_an_experiment_that_is_no_word_is_refused() -> None:
+    program = (
+        "from sma.tune.sweep import make_sweep\ntry: make_sweep({'experiment': 3, 'space': {}})\nexcept ValueError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # without a checker of types
+    assert result.stdout == "3 must be a mapping, or a word: the name of one of the shipped presets or the path of a file\n"
