@@ -1,4 +1,9 @@
 """Sweeps on Ray Tune, and training by several workers on Ray Train. The only folder that imports ray."""
 
+import os
+
+# Ray reads it as it is imported; the other value is that of an interface for which this package was not written.
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+
 if __name__ == "tune":
     raise ImportError("this folder is a part of sma: write 'from sma.tune… import …' instead of 'tune'")

@@ -23,7 +23,7 @@ from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
 from sma.recipes.folders import lend_home
 from sma.recipes.names import plain
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
-from sma.tune.train import TrainOptions, interrupted, resuming, train
+from sma.tune.train import TrainOptions, resumable, train
 
 if TYPE_CHECKING:
     from sma.tune.cluster import ResourceSpec
@@ -141,17 +141,12 @@ def search(options: Options) -> dict[str, Any]:
 
 def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", options: Options) -> dict[str, Any]:
     from sma.tune.driver import run_sweep
-    from sma.tune.lifeline import ClusterLost
 
     print(
         f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {plain(storage.address(''))}", flush=True
     )
-    try:
+    with resumable(options, storage.address(""), _OF_THE_MACHINE):
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
-    except KeyboardInterrupt:
-        interrupted(options, storage.address(""), _OF_THE_MACHINE)
-    except ClusterLost as error:
-        raise SmaError(f"{error}; go on with: {resuming(options, storage.address(''), _OF_THE_MACHINE)}") from error
     _describe(summary, storage)
     if summary["failed"] == summary["trials"]:
         raise SmaError(f"all trials failed, see why above; start a new sweep when that is mended: {storage.address('')} keeps the records")

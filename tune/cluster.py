@@ -190,6 +190,8 @@ def start_ray(**options: Any) -> None:
     for attempt in (1, 2):
         try:
             # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with --address.
+            # Ray prints the end of the log of a raylet that dies; one sentence says it.
+            ray._private.worker.print_to_stdstream = lambda *given, **options: None
             with signals_kept():
                 ray.init(address="local", **options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return

@@ -1,6 +1,5 @@
 """Runs a sweep: prepares the data, starts the trials, keeps what they report, and goes on with a sweep that was interrupted."""
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from sma.errors import SmaError, reason
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
+from sma.tune.environment import TUNE, ray_settings
 from sma.tune.folder import add_driver, driver_folder
 from sma.tune.lifeline import follow
 from sma.tune.records import load_records
@@ -21,19 +21,6 @@ from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from sma.tune.trial import run_trial
 from sma.tune.watch import Recorder
-
-# Tune's own files of results and its words about them are left out: the records say more, and stand in the sweep's folder at once.
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "60",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",
-    "TUNE_GLOBAL_CHECKPOINT_S": "600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 def run_sweep(
@@ -57,12 +44,11 @@ def run_sweep(
         SmaError: a sentence for the user.
     """
     resources = resources or ResourceSpec()
-    with storage.locked():
+    with storage.locked(), ray_settings(TUNE):
         return _run(sweep, storage, resources, data_folder, progress)
 
 
 def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folder: Path, progress: bool) -> dict[str, Any]:
-    os.environ.update(_SETTINGS)
     records = load_records(storage, sweep)
     if len(records) == sweep.samples and all(record.status != "running" for record in records):
         return write_results(sweep, storage)

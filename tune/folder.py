@@ -95,4 +95,4 @@ def load_drivers(storage: Storage) -> list[dict[str, Any]]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10**6

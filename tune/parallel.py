@@ -6,10 +6,8 @@ again, and they go on from the last checkpoint of the run folder.
 
 import os
 import socket
-import threading
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,12 +30,18 @@ from sma.recipes.team import Team
 from sma.recipes.training import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
+from sma.tune.environment import ray_settings
+from sma.tune.lifeline import follow
 from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import Packed, pack, unpack
 from sma.tune.storage import Storage
 
 RAY = "ray"
 """Ray's own folder in the run folder while it trains; behind a URI the checkpoints lie there."""
+
+
+_PATIENCE = 5.0
+"""Seconds in which the actor to which the workers talk must answer; then the cluster is looked at, and it is asked again."""
 
 
 class Workers(NamedTuple):
@@ -177,15 +181,14 @@ def train_parallel(
     """
     workers.check_experiment(spec)
     workers.check_room()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     data = spec.task.prepare(data_folder, progress=progress)
     workers.check_data(spec, data)
     packed = pack(data)
     storage.check_writable()
     storage.write(EXPERIMENT, dump_yaml(spec))
-    if storage.is_local:
+    if storage.folder is not None:
         storage.remove(RAY)
-    with cluster(workers.resources, workers.number, packed.num_bytes) as slots:
+    with ray_settings({}), cluster(workers.resources, workers.number, packed.num_bytes) as slots:
         board = Board.remote()  # type: ignore[attr-defined]
         task = {"spec": spec, "location": storage.location, "data": ray.put(packed), "board": board, "cpus": slots.cpus}
         trainer = TorchTrainer(
@@ -212,35 +215,30 @@ def train_parallel(
 
 
 def _follow(trainer: TorchTrainer, board: Any, workers: Workers, say: Callable[[str], None]) -> None:
-    """Wait for the end and pass on what the workers say.
+    """Wait for the end and pass on what the workers say."""
+    count, failure = 0, None
 
-    In a thread of its own Ray does not take Ctrl-C for itself: here it is a `KeyboardInterrupt`, and the cluster is left with it.
-    """
-    errors: list[BaseException] = []
+    def look() -> None:
+        nonlocal count, failure
+        with suppress(ray.exceptions.RayError):  # of a cluster that is lost, which is found out elsewhere
+            lines, failure = ray.get(board.read.remote(count), timeout=_PATIENCE)
+            count += len(lines)
+            for line in lines:
+                say(line)
 
-    def run() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # of every kind: it is raised below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    count, failure, alive = 0, None, True
-    while alive:
-        time.sleep(0.2)
-        alive = thread.is_alive()
-        lines, failure = ray.get(board.read.remote(count))
-        count += len(lines)
-        for line in lines:
-            say(line)
+    try:
+        follow(trainer.fit, look)
+    except SmaError:
+        raise
+    except Exception as error:
+        if failure is None:
+            reason = " ".join(str(error).split())[-600:]
+            raise SmaError(
+                f"the training failed after {workers.restarts} restarts: {reason}; what is in the run folder is good up to its last "
+                "checkpoint"
+            ) from error
     if failure is not None:
         raise SmaError(failure)
-    if errors:
-        reason = " ".join(str(errors[0]).split())[-600:]
-        raise SmaError(
-            f"the training failed after {workers.restarts} restarts: {reason}; what is in the run folder is good up to its last checkpoint"
-        ) from errors[0]
 
 
 def _work(task: dict[str, Any]) -> None:

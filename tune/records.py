@@ -3,9 +3,9 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sma.errors import CheckpointError, quote
 from sma.tune.storage import Storage
@@ -16,7 +16,9 @@ CLOCK = "clock.json"
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
-Number = int | float
+_LARGEST = 10**15
+
+Number = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | Annotated[float, Field(ge=-1e300, le=1e300)]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The folder of a sweep, on this machine or behind a URI."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ class Storage:
         """
         content = self.read(name)
         with parsing(repr(self.address(name)), CheckpointError, hint):
-            return None if content is None else json.loads(content)
+            return None if content is None else json.loads(content, parse_constant=_finite, parse_float=_finite)
 
     def names(self, folder: str = "") -> list[str]:
         """The names of the files and folders in a folder, sorted; none where it is missing.
@@ -179,6 +180,14 @@ class Storage:
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+
+def _finite(text: str) -> float:
+    """A number, as JSON knows them: NaN and infinity, which Python reads and writes, are none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 _ASK = "import sys; from pyarrow.fs import FileSystem; files, root = FileSystem.from_uri(sys.argv[1]); files.get_file_info(root)"

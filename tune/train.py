@@ -5,7 +5,8 @@ python -m sma.tune train --resume FOLDER --workers 2
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import CheckpointError, SpecError
+from sma.errors import CheckpointError, SmaError, SpecError
+from sma.recipes.claims import claim_folder
 from sma.recipes.command import CommandOptions, cache_folder
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment
 from sma.recipes.names import plain, shell_word
+from sma.recipes.signals import PREEMPTED, Preempted, on_preemption
+from sma.spec import dump_yaml
 from sma.yaml_text import read_fields
 
 if TYPE_CHECKING:
@@ -55,43 +59,92 @@ def train(options: TrainOptions) -> dict[str, Any]:
     from sma.tune.storage import Storage
 
     workers = Workers(options.workers, options.cpus, options.address, options.accelerator, options.restarts)
-    storage = Storage(options.resume or options.out or f"runs/{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     if spec is None:
+        storage = Storage(str(options.resume))
         spec = _resumed(options, storage)
-    elif storage.names():
-        where = storage.address("")
-        raise CheckpointError(f"the folder {where!r} is not empty; give another --out, or --resume {where} to go on with the run in it")
-    workers.check_experiment(spec)
+        workers.check_experiment(spec)
+        with storage.locked():  # which the first worker will do; whether another one has the folder is known now
+            pass
+    else:
+        workers.check_experiment(spec)
+        workers.check_room()
+        storage = _claim(options, spec)
     print(
         f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of {spec.training.batch_size} "
         f"samples, {workers.number} workers -> {plain(storage.address(''))}",
         flush=True,
     )
-    try:
+    with resumable(options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}):
         return train_parallel(spec, storage, workers, data_folder=options.data, progress=options.progress, say=_say)
-    except KeyboardInterrupt:
-        interrupted(options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"})
 
 
-def interrupted(options: CommandOptions, where: str, kept: Collection[str]) -> NoReturn:
-    """Leave after Ctrl-C, with the whole command that goes on.
+@contextmanager
+def resumable(options: CommandOptions, where: str, kept: Collection[str]) -> Iterator[None]:
+    """Where the block is ended from outside, say the whole command that goes on: by Ctrl-C, SIGTERM, SIGUSR1, or the end of the cluster.
 
     Args:
         options: what was given.
         where: the folder.
         kept: names of the options that must be given again.
+
+    Raises:
+        SystemExit: a signal ended it; with status 130 for Ctrl-C, `PREEMPTED` for others.
+        SmaError: the cluster is lost.
     """
-    print(f"interrupted; go on with: {resuming(options, where, kept)}", file=sys.stderr)
-    raise SystemExit(130)
+    from sma.tune.lifeline import ClusterLost
+
+    try:
+        with on_preemption(_end_once()):
+            yield
+    except KeyboardInterrupt:
+        interrupted("interrupted", 130, resuming(options, where, kept))
+    except Preempted as end:
+        interrupted(str(end), PREEMPTED, resuming(options, where, kept))
+    except ClusterLost as error:
+        raise SmaError(f"{error}; go on with: {resuming(options, where, kept)}") from error
+
+
+def _end_once() -> Callable[[int], None]:
+    """What ends the work at the first signal; further ones do not disturb the end."""
+    numbers: list[int] = []
+
+    def act(number: int) -> None:
+        numbers.append(number)
+        if len(numbers) == 1:
+            raise Preempted(number, "what is done is kept")
+
+    return act
+
+
+def interrupted(why: str, status: int, command: str) -> NoReturn:
+    """Leave with a status, and the command that goes on."""
+    print(f"{why}; go on with: {command}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def resuming(options: CommandOptions, where: str, kept: Collection[str]) -> str:
-    """The whole command that goes on; see `interrupted`."""
+    """The whole command that goes on; see `resumable`."""
     words = [str(options.model_config.get("cli_prog_name")), "--resume", shell_word(where)]
     for name in sorted(options.model_fields_set & {*kept}):
         value, flag = getattr(options, name), name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shell_word(value)]
     return " ".join(words)
+
+
+def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
+    """The folder of a new run, which no other process can take once the experiment stands in it."""
+    from sma.tune.storage import Storage
+
+    storage = Storage(options.out or f"runs/{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    if storage.folder is None:
+        if storage.names():
+            where = storage.address("")
+            raise CheckpointError(f"the folder {where!r} is not empty; give another --out, or --resume {where} to go on with the run in it")
+        return storage
+    with claim_folder(storage.folder, numbered=options.out is None) as folder:
+        claimed = storage if folder == storage.folder else Storage(folder)
+        claimed.write(EXPERIMENT, dump_yaml(spec))
+    return claimed
 
 
 def _say(line: str) -> None:

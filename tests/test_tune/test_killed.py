@@ -1,7 +1,9 @@
 """Processes that are killed while a sweep runs."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from sma.recipes.signals import PREEMPTED
 from tests.test_tune.sweeps import wait_for, write_sweep
 
 pytestmark = pytest.mark.slow
@@ -107,14 +110,26 @@ def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Pa
     assert (summary["trials"], summary["failed"]) == (4, 0)
 
 
-def test_control_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        pytest.param(signal.SIGINT, 130, "interrupted", id="control-c"),
+        pytest.param(signal.SIGUSR1, PREEMPTED, "preempted by SIGUSR1: what is done is kept", id="usr1"),
+    ],
+)
+def test_a_signal_leaves_a_sweep_that_goes_on(number: signal.Signals, status: int, words: str, tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     with driver(*start(tmp_path, 1, LONG), log=log) as process:
         wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130, log.read_text()
-    command = f"interrupted; go on with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
-    assert log.read_text().count("interrupted") == log.read_text().count(command) == 1
+        second = subprocess.run([sys.executable, "-m", "sma.tune", "--resume", str(folder)], cwd=ROOT, capture_output=True, text=True)
+        process.send_signal(number)
+        if number != signal.SIGINT:
+            process.send_signal(signal.SIGTERM)  # as schedulers do, which wait a while in between
+        assert process.wait(PATIENCE) == status, log.read_text()
+    assert second.returncode == 2
+    assert f"'{folder}' is being written by process {process.pid} on " in second.stderr
+    command = f"{words}; go on with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
+    assert log.read_text().count("go on with") == log.read_text().count(command) == 1
     assert "Traceback" not in log.read_text()
     left = process_of(records(folder)[0])
     wait_for(lambda: not alive(left), 200, "the end of the trial's process")
@@ -123,3 +138,50 @@ def test_control_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
     after = records(folder)[0]
     assert (after["status"], len(after["busy"])) == ("finished", 2)
     assert updates(after) == list(range(20, 601, 20))
+
+
+def test_a_stopped_worker_is_replaced_after_a_silence(tmp_path: Path) -> None:
+    folder, log = tmp_path / "s", tmp_path / "log"
+    with driver(*start(tmp_path, 1, {**LONG, "training.updates": 200}), "--silence=20", log=log) as process:
+        before = wait_for(lambda: evaluated(folder, 0, 2), PATIENCE, "an evaluation")
+        os.kill(process_of(before), signal.SIGSTOP)
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    after = records(folder)[0]
+    assert (after["status"], after["restarts"]) == ("finished", 1)
+    assert updates(after) == list(range(20, 201, 20))
+    assert not alive(process_of(before))
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        pytest.param("storage", "was removed or moved while the sweep ran: sweep.yaml is missing", id="storage-removed"),
+        pytest.param("raylet", "the Ray cluster is lost: the raylet of this machine has ended; go on with: python -m", id="raylet-killed"),
+        pytest.param(
+            "gcs_server", "the Ray cluster is lost: its GCS server, on the head node has ended; go on with: python -m", id="gcs-killed"
+        ),
+    ],
+)
+def test_a_sweep_that_loses_what_it_needs_ends_with_a_sentence(end: str, words: str, tmp_path: Path) -> None:
+    folder, log = tmp_path / "s", tmp_path / "log"
+    with driver(*start(tmp_path, 1, LONG), log=log) as process:
+        wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
+        if end == "storage":
+            shutil.rmtree(folder)
+        else:
+            os.kill(child(process.pid, end), signal.SIGKILL)
+        assert process.wait(PATIENCE) == 2, log.read_text()
+    assert log.read_text().count("error: ") == log.read_text().count(words) == 1
+    assert "Traceback" not in log.read_text()
+    assert end == "storage" or [record["status"] for record in records(folder).values()] == ["running"]
+
+
+def child(parent: int, name: str) -> int:
+    """The process of that name that a process started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            # The name may hold spaces and parentheses; after it come state and parent.
+            text, _, rest = (folder / "stat").read_text().rpartition(")")
+            if int(rest.split()[1]) == parent and text.endswith(f"({name}"):
+                return int(folder.name)
+    raise AssertionError(f"{parent} has no {name}")

@@ -1,0 +1,20 @@
+import os
+
+import pytest
+
+from sma.tune.environment import TUNE, ray_settings
+
+
+def test_variables_of_ray_that_nobody_asked_for_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"TUNE_RESULT_DELIM": ".", "RAY_TRAIN_V2_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "1", "RAY_ADDRESS": "127.0.0.1:1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with ray_settings(TUNE):
+        assert "TUNE_RESULT_DELIM" not in os.environ
+        assert {name: os.environ[name] for name in ("RAY_TRAIN_V2_ENABLED", "RAY_AIR_NEW_OUTPUT")} == {
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_AIR_NEW_OUTPUT": "0",
+        }
+        assert os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] == "1"
+    assert {name: os.environ[name] for name in given} == given
+    assert "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS" not in os.environ

@@ -1,0 +1,48 @@
+"""Silence, by a clock of the test's own."""
+
+import pytest
+
+from sma.tune.pulse import Listener
+
+
+class World:
+    """A clock and the signs of life at its time."""
+
+    def __init__(self, limit: float = 10.0) -> None:
+        self.now, self.signs = 0.0, {"a": b"0"}
+        self.listener = Listener(limit, self.signs.get, lambda: self.now)
+
+    def silent(self, now: float, sign: bytes | None = None, process: str = "one") -> bool:
+        self.now = now
+        if sign is not None:
+            self.signs["a"] = sign
+        return self.listener.silent("a", process)
+
+
+def test_a_process_is_silent_when_its_sign_does_not_change_for_longer_than_the_limit() -> None:
+    world = World()
+    assert [world.silent(now) for now in (0.0, 9.0, 10.0, 10.5)] == [False, False, False, True]
+    assert [world.silent(11.0, b"1"), world.silent(20.0), world.silent(21.5)] == [False, False, True]
+
+
+def test_the_time_begins_again_with_another_process_and_after_something_was_done() -> None:
+    world = World()
+    assert [world.silent(0.0), world.silent(50.0, process="other"), world.silent(55.0, process="other")] == [False] * 3
+    assert world.silent(61.0, process="other")
+    world.listener.restart("a")
+    assert not world.silent(62.0, process="other")
+
+
+def test_one_that_never_gave_a_sign_is_silent_too() -> None:
+    world = World()
+    world.signs.clear()
+    assert [world.silent(0.0), world.silent(11.0)] == [False, True]
+
+
+@pytest.mark.parametrize(("limit", "times"), [(1800.0, [0.0, 1.9, 2.1]), (2.0, [0.0, 0.4, 0.6])])
+def test_signs_are_asked_for_now_and_then(limit: float, times: list[float]) -> None:
+    world = World(limit)
+    asked = []
+    for world.now in times:
+        asked.append(world.listener.due)
+    assert asked == [True, False, True]
