@@ -35,8 +35,8 @@ _HEADER = 1 << 16  # bytes of a name or of a list of attributes
 _ATTRIBUTES = 1_000
 _NAME, _PART = 1_000, 255  # bytes of a path, and of a name in it; the latter is the limit of most file systems
 
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
-"""Names that are devices on Windows, whatever their suffix."""
+_UNWRITABLE = re.compile(r"[\x00-\x1f]|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)
+"""Control characters, and names that are devices on Windows, whatever their suffix."""
 
 
 def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], bool] | None = None, most: int | None = None) -> Path:
@@ -147,8 +147,7 @@ class _Target:
             lengths = [len(os.fsencode(part)) for part in place.parts]
         except UnicodeError:
             lengths = [_NAME]
-        odd = any(ord(character) < 32 or _DEVICE.fullmatch(part) for part in place.parts for character in part)
-        if odd or sum(lengths) + len(lengths) > _NAME or max(lengths, default=0) > _PART:
+        if any(map(_UNWRITABLE.search, place.parts)) or sum(lengths) + len(lengths) > _NAME or max(lengths, default=0) > _PART:
             raise DataError(
                 f"{self.archive}: member {quote(name)} has a name that not every system can write; no data set here has such a one: get "
                 "the archive again"

@@ -16,14 +16,10 @@ def lines_of(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, by
     Raises:
         DataError: the file cannot be read or is none, or a line is longer than `longest` bytes.
     """
-    with open_file(path) as file:
+    with open_file(path) as file, parsing(path):
         number = 0
-        while True:
+        while line := file.readline(longest + 1):
             number += 1
-            with parsing(path):
-                line = file.readline(longest + 1)
             if len(line) > longest:
                 raise DataError(f"{path}, line {number} has more than {longest:,} bytes, which no line here has; the file is damaged")
-            if not line:
-                return
             yield number, line
