@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sma.devices import usable_device
 from sma.errors import CheckpointError, SmaError, parsing, quote, reason
 from sma.files import write_atomically
 from sma.model import ModelSpec, SequenceModel, build
-from sma.pytree import named_tensors, with_tensors
+from sma.pytree import named_tensors, tensors, with_tensors
 from sma.spec import dump_spec, dump_yaml, load_spec
 from sma.submodule import State, StateKind
 from sma.tensor_file import TensorFile, open_tensors, write_tensors
@@ -29,6 +30,9 @@ from sma.weights import (
 )
 
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
+
+_LONGEST = 1 << 48
+"""Tokens that a stream can have seen at most, which leaves room for all arithmetic with them."""
 
 SPEC_BYTES = 4 << 20
 """Bytes of a spec in a weights file at most."""
@@ -260,7 +264,9 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
         raise CheckpointError(f"there is no saved state in {quote(str(path))}; give a file that sma.save_state wrote")
     with open_tensors(path) as file:
         _check_state(file, like)
-        return with_tensors(like, {name: file.read(name, tensor.device) for name, tensor in wanted.items()})
+        state: StateKind = with_tensors(like, {name: file.read(name, tensor.device) for name, tensor in wanted.items()})
+    _check_counts(path, state)
+    return state
 
 
 def _check_state(file: TensorFile, like: State) -> None:
@@ -283,6 +289,24 @@ def _check_state(file: TensorFile, like: State) -> None:
             raise CheckpointError(
                 f"{other}: {quote(name)} is {found}; required is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(shape)}"
             )
+
+
+def _check_counts(path: Path, state: State) -> None:
+    """Check the numbers of tokens that streams have seen: memory and time are taken by them."""
+
+    def check(part: Any) -> None:
+        for field in fields(part):
+            inner = getattr(part, field.name)
+            if field.name == "seen" and isinstance(inner, Tensor) and inner.numel() and not inner.is_meta:
+                least, most = (int(bound) for bound in inner.aminmax())
+                held = min((t.shape[1] for t in tensors(part) if t.ndim > 1), default=0) if getattr(part, "grows", False) else _LONGEST
+                if least < 0 or most > held:
+                    raise CheckpointError(f"{path} is damaged: {type(part).__name__} has seen {least if least < 0 else most} tokens")
+            _pytree.tree_map(
+                lambda leaf: check(leaf) if isinstance(leaf, State) else None, inner, is_leaf=lambda leaf: isinstance(leaf, State)
+            )
+
+    check(state)
 
 
 def _growing(like: State) -> dict[str, str]:

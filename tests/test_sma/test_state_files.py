@@ -168,3 +168,18 @@ def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
     for made, name in ((model(), "a"), (model(), "b")):
         sma.save_state(made.init_state(1), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [(ALL + ".seen", 10**12), (ALL + ".seen", -1), (WINDOW + ".seen", -(2**63)), (WINDOW + ".seen", 2**62), (".seen", 2**62), (".seen", -1)],
+)
+def test_a_state_that_cannot_have_seen_its_tokens_is_refused(tmp_path: Path, name: str, count: int) -> None:
+    made, path = unbounded(), tmp_path / "stream.safetensors"
+    sma.save_state(state_of(made), path)
+    tensors = load_file(path)
+    (found,) = [key for key in tensors if key in (name, f".layers[0]{name}")]
+    tensors[found][1] = count
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"is damaged: (Cache|ModelState) has seen {count} tokens"):
+        sma.load_state(path, made.init_state(1))
