@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 
 from sma.activation import RoutedOutput as RoutedOutput
 from sma.activation import SparseModularActivation as SparseModularActivation
+from sma.averaging import update_statistics as update_statistics
 from sma.budget import BudgetController as BudgetController
 from sma.budget import calibrate as calibrate
 from sma.checkpoint import load as load
@@ -59,4 +60,5 @@ __all__ = [
     "register",
     "save",
     "save_state",
+    "update_statistics",
 ]

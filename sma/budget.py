@@ -149,7 +149,7 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
         InputError: the model takes no mask, or returns none or too few.
     """
     name = type(model).__name__
-    if valid is not None and not _takes(model, inputs, valid):
+    if valid is not None and not takes(model, inputs, valid):
         raise InputError(f"the forward of {name} takes no valid mask beside its inputs; give it one, or calibrate with inputs alone")
     output = model(inputs) if valid is None else model(inputs, valid)
     decisions = getattr(output, "decisions", None)
@@ -163,10 +163,10 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     )
 
 
-def _takes(model: nn.Module, *inputs: Tensor) -> bool:
+def takes(model: nn.Module, *inputs: Tensor, **named: Any) -> bool:
     """Whether the forward of a module can be called so; also where that is not known."""
     try:
-        inspect.signature(model.forward).bind(*inputs)
+        inspect.signature(model.forward).bind(*inputs, **named)
     except TypeError:
         return False
     except ValueError:  # of a scripted or builtin one
@@ -199,7 +199,7 @@ def _numbers(rate: Any) -> Any:
     return float(rate)
 
 
-def batch_of(item: Any) -> Batches:
+def batch_of(item: Any, user: str = "calibrate") -> Batches:
     """Read one batch: inputs, a pair of inputs and mask, or an object with these attributes.
 
     Raises:
@@ -213,10 +213,10 @@ def batch_of(item: Any) -> Batches:
         inputs, valid = item, None
     else:
         raise InputError(
-            f"a batch of calibrate is a {type(item).__name__}; required are inputs, a pair (inputs, valid), or an object with "
+            f"a batch of {user} is a {type(item).__name__}; required are inputs, a pair (inputs, valid), or an object with "
             "the attributes inputs and valid"
         )
-    inputs = check_tensor(inputs, "the inputs of a batch of calibrate are")
+    inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")
     if valid is None:
         return Batches(inputs)
     valid = check_tensor(valid, "the second of a pair is the mask of valid tokens; here it is", torch.bool)

@@ -18,7 +18,7 @@ from sma.errors import quote
 from sma.initial import truncated_normal_
 from sma.inputs import check_count
 from sma.memory import zeros
-from sma.norms import NormSpec
+from sma.norms import NormSpec, check_norm
 from sma.pytree import register_output
 from sma.ragged import Ragged, move, rectangular, right_padding
 from sma.routers import RouterSpec, SMARouterSpec
@@ -191,6 +191,7 @@ class RoutedLayer(nn.Module):
         Raises:
             StateError: a part is not causal, or a batch norm is in training mode; names it.
         """
+        check_norm("norm", self.norm)
         for name, part in (("norm", self.norm), ("backbone", self.backbone)):
             if part is not None:
                 refuse_unless_causal(name, part)
@@ -249,6 +250,7 @@ class RoutedLayer(nn.Module):
     def _run(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None, capacity: Capacity | None) -> LayerOutput:
         valid = frame.mask.reshape(x_BLD.shape[:2]) if frame.holes else None
         norm, routed = self.norm, self.routed
+        check_norm("norm", norm)
         before, after = (norm, None) if self._norm_first else (None, norm)
         normal = x_BLD if before is None else before(x_BLD, valid)
         mixed, backbone_state = keeping_nothing(self.recompute, self._backbone, normal, frame, state)

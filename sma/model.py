@@ -20,7 +20,7 @@ from sma.heads import HeadSpec
 from sma.inputs import check_count, check_tensor
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
-from sma.norms import NormSpec
+from sma.norms import NormSpec, check_norm
 from sma.positions import Sinusoid
 from sma.pytree import register_output
 from sma.ragged import move
@@ -244,6 +244,7 @@ class SequenceModel(nn.Module):
 
     def _refuse_unless_causal(self) -> None:
         self._each_layer(lambda layer, place: layer.refuse_unless_causal())
+        check_norm("final_norm", self.final_norm)
         if self.final_norm is not None:
             refuse_unless_causal("final_norm", self.final_norm)
 
@@ -312,6 +313,7 @@ class SequenceModel(nn.Module):
                 decisions.append(output.decision if places is None else output.decision.move(places))
             if output.state is not None:
                 states.append(output.state)
+        check_norm("final_norm", self.final_norm)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, None if mask is None else mask.squeeze(-1))
         hidden = hidden if mask is None else hidden.where(mask, 0)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, distributed, nn
 
+from sma.errors import InputError
 from sma.spec import Spec, register
 from sma.summary import settings
 
@@ -171,7 +172,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.forward(ctx, grad_outputs[0])
 
 
-class BatchNorm(Norm):
+class BatchNorm(Norm, nn.BatchNorm1d):
     r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the batch.
 
     In training the statistics are the batch's and the running ones are updated (their variance unbiased, as in
@@ -180,30 +181,36 @@ class BatchNorm(Norm):
 
     With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process with the
     whole batch would. Every one of them then has to call the norm in training, as under DistributedDataParallel they do.
-    """
 
-    running_mean: Tensor
-    running_var: Tensor
+    A `BatchNorm1d` for torch's own tools: `torch.optim.swa_utils.update_bn` and Lightning's averaging find it. update_bn passes the
+    inputs alone, so padding would count: use `sma.update_statistics` there. `convert_sync_batchnorm` puts torch's `SyncBatchNorm` in its
+    place, which takes no mask, so the layer refuses it and names `synchronized`.
+    """
 
     @property
     def causal(self) -> bool:
         """Only in evaluation: in training a token's result depends on the whole batch."""
-        return not self.training
+        return not self._of_the_batch
 
     def __init__(self, spec: BatchNormSpec, width: int) -> None:
-        super().__init__()
+        super().__init__(width, spec.epsilon, spec.momentum, spec.affine)
         self.spec = spec
-        self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if spec.affine else None
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
+        # Counts for `momentum = None` alone, by which the tools above ask for the mean of all batches. No checkpoint holds it.
+        self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
+
+    @property
+    def _of_the_batch(self) -> bool:
+        # torch.func.replace_all_batch_norm_modules_ takes the running statistics away.
+        return self.training or self.running_mean is None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
         """Normalise every token; see `Norm.forward`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
-        if not self.training:
-            normal = self._normalise(wide, self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype))
-            return normal.reshape(x.shape).to(x.dtype)
+        before = (wide.new_zeros(()), wide.new_ones(()))
+        if self.running_mean is not None and self.running_var is not None:
+            before = (self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype))
+        if not self._of_the_batch:
+            return self._normalise(wide, *before).reshape(x.shape).to(x.dtype)
         keep = torch.ones_like(wide[:, :1], dtype=torch.bool) if valid is None else valid.reshape(-1, 1)
         count = self._over_processes(keep.sum())
         present = wide.where(keep, 0)
@@ -211,9 +218,7 @@ class BatchNorm(Norm):
         var = self._over_processes((present - mean).where(keep, 0).square().sum(0)) / count.clamp(min=1)
         enough = count >= 2
         self._update(mean, var * count / (count - 1).clamp(min=1), enough)
-        normal = self._normalise(
-            wide, mean.where(enough, self.running_mean.to(mean.dtype)), var.where(enough, self.running_var.to(var.dtype))
-        )
+        normal = self._normalise(wide, mean.where(enough, before[0]), var.where(enough, before[1]))
         return normal.reshape(x.shape).to(x.dtype)
 
     def _over_processes(self, total: Tensor) -> Tensor:
@@ -230,9 +235,34 @@ class BatchNorm(Norm):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, enough: Tensor) -> None:
-        weight = enough * self.spec.momentum * _first_pass(mean)
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        weight = enough * _first_pass(mean)
+        self.num_batches_tracked += weight.long()
+        weight = weight / self.num_batches_tracked.clamp(min=1) if self.momentum is None else weight * self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load as any module: `BatchNorm1d` would ask for the counter."""
+        nn.Module._load_from_state_dict(self, *args)
+
+
+def check_norm(name: str, norm: nn.Module | None) -> None:
+    """Check that torch did not put a module of its own into the place of a norm.
+
+    Raises:
+        InputError: says what to use instead.
+    """
+    if norm is None or isinstance(norm, Norm) or not type(norm).__module__.startswith("torch.nn.modules."):
+        return
+    what = f"{name!r} is torch's {type(norm).__name__}, which takes no mask of the valid tokens"
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise InputError(
+            f"{what}; build the model with norm: {{kind: batch_norm, synchronized: true}} for statistics over all processes, without "
+            "convert_sync_batchnorm"
+        )
+    raise InputError(f"{what}; use one of sma.norms, a subclass of sma.norms.Norm, or None")
 
 
 # An operator, because a compiler cannot ask: it would keep the answer that it got when it compiled.
