@@ -3,13 +3,13 @@
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sma.controller import BudgetController as BudgetController
@@ -22,7 +22,7 @@ from sma.inputs import check_count, check_number, check_tensor, what_came
 from sma.margins import BINS
 from sma.model import SequenceModel
 from sma.stats import RateCount, count_rates
-from sma.submodule import placement
+from sma.submodule import is_sharded, placement
 from sma.targets import BudgetSpec as BudgetSpec
 
 ONCE = "batches can be gone through only once: give a list of them"
@@ -118,10 +118,13 @@ def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController
         (len(controller.steered) + len(controller.idling), BINS),
     )
     sizes, active, counts = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
-    for item in data:
+    for item, fresh in _together(data, model, device):
         inputs, valid = batch_of(item)
         decisions = _decisions(model, inputs, valid, len(controller.routers))
-        counts += controller.count(decisions, valid).to(device)
+        found = controller.count(decisions, valid).to(device)
+        if not fresh:
+            continue
+        counts += found
         active += count_rates(decisions, valid).active.to(device)
         tokens = inputs.shape[0] * inputs.shape[1] if valid is None else int(valid.sum())
         sizes += sizes.new_tensor([1, inputs.shape[0], tokens, 0])
@@ -140,6 +143,30 @@ def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController
     if not tokens:
         raise InputError("calibrate got no valid token, so there are no rates; give it data with some")
     return RateCount(active, sizes[2], layers), counts, max(1, round(tokens / rows)), own
+
+
+def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """The batches of this rank, and whether each is a new one.
+
+    Where the model is sharded, every rank has to run as often as the others: one that has no more batches repeats its last.
+    """
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    sharded |= any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
+    if not (sharded and distributed.is_available() and distributed.is_initialized()):
+        yield from ((item, True) for item in data)
+        return
+    source, last = iter(data), None
+    while True:
+        item = next(source, None)
+        having, beginning = over_all_ranks(
+            torch.tensor([item is not None, item is None and last is None], dtype=torch.int64, device=device)
+        )
+        if not having:
+            return
+        if beginning:
+            raise InputError("calibrate got no batch on some of the ranks, and the model is sharded over all: give every rank at least one")
+        last = last if item is None else item
+        yield last, item is not None
 
 
 def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: int) -> Sequence[Decision]:

@@ -10,6 +10,7 @@ from sma.errors import InputError, StateError
 from sma.inputs import check_mask, check_positions, check_tensor, what_came
 from sma.ragged import Ragged
 from sma.routers import Router, ScoredRouter
+from sma.submodule import is_sharded
 
 
 def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
@@ -49,7 +50,8 @@ def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return
     # Mostly the first one says so: all are looked at only where an error is to be told.
-    if any(parameter.dtype is x.dtype for parameter in part.parameters()):
+    # Sharded parameters are gathered, in the dtype of their mixed precision, when their module is called.
+    if any(parameter.dtype is x.dtype or is_sharded(parameter) for parameter in part.parameters()):
         return
     dtypes = sorted({str(parameter.dtype) for parameter in part.parameters() if parameter.is_floating_point()})
     if dtypes:

@@ -224,6 +224,11 @@ def may_skip(part: nn.Module) -> bool:
     )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package
+
+
 def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int) -> StateKind:
     """Check the class of a state and the number of its rows.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,7 @@ from sma.errors import InputError, StateError, quote
 from sma.initial import truncated_normal_
 from sma.inputs import check_mask, check_tensor
 from sma.spec import Spec
-from sma.submodule import NoState, State, StateKind, check_state, no_state, placement
+from sma.submodule import NoState, State, StateKind, check_state, is_sharded, no_state, placement
 from sma.summary import listed, settings
 
 
@@ -257,6 +257,12 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over the ranks (`fully_shard`), whole; every rank has to ask for it. Any other as it is."""
+    whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    return whole
+
+
 class TemperedSpec(RouterSpec):
     """What the specs of routers with a learned temperature have in common."""
 
@@ -274,7 +280,7 @@ class TemperedRouter(ScoredRouter):
 
     @property
     def unit(self) -> Tensor:
-        exponent = self.log_temperature.detach()[0]
+        exponent = gathered(self.log_temperature.detach())[0]
         return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).exp()
 
     def _softmax(self, scores: Tensor) -> Tensor:

@@ -82,41 +82,56 @@ def _evaluate(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
     return sum(int(decision.active.sum()) for decision in output.decisions)
 
 
-def _run(rank: int, folder: str, training: bool, names: list[str]) -> None:
+def _steer(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
+    """Budgets read the temperatures of routers that are sharded; the second rank has a batch less."""
+    from sma.budget import BudgetController, BudgetSpec, calibrate
+
+    for each in (model, whole):
+        controller = BudgetController.of(each, BudgetSpec(target=0.4))
+        controller.update(each(ids, valid).decisions, valid)
+        calibrate(each, [(ids, valid)] * (2 - dist.get_rank()), 0.6, passes=2, tolerance=1.0)
+    for layer, other in zip(model.layers, whole.layers, strict=True):
+        _equal(layer.routed.router.offset, other.routed.router.offset)
+        assert layer.routed.router.offset.any()
+    return sum(int(decision.active.sum()) for decision in model(ids, valid).decisions)
+
+
+WORK = {"training": _train, "evaluation": _evaluate, "budgets": _steer}
+
+
+def _run(rank: int, folder: str, work: str, names: list[str]) -> None:
     from sma import build  # here, because the suite's shape checker must come first in the process that runs the tests
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{training}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS))
     for name in names:
-        model = build(SPEC, seed=0).train(training)
+        model = build(SPEC, seed=0).train(work == "training")
         whole = copy.deepcopy(model)
         for part in SHARDED[name](model):
             fully_shard(part)
         ids = torch.randint(9, (3, 12), generator=generator(rank))
         # A row without a valid token activates nothing, whatever the routers say.
-        active = (_train if training else _evaluate)(model, whole, ids, torch.full((3, 12), rank == 0))
+        active = WORK[work](model, whole, ids, torch.full((3, 12), rank == 0))
         assert (active > 0) == (rank == 0), active
         dist.barrier()
     dist.destroy_process_group()
 
 
-def main(folder: str, training: bool, names: list[str]) -> None:
+def main(folder: str, work: str, names: list[str]) -> None:
     """Run both ranks; each raises what is wrong."""
-    torch.multiprocessing.spawn(_run, (folder, training, names), nprocs=RANKS)
+    torch.multiprocessing.spawn(_run, (folder, work, names), nprocs=RANKS)
     print("equal")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_rank_without_active_tokens_calls_what_is_sharded(tmp_path, training):
+@pytest.mark.parametrize("work", list(WORK))
+def test_a_rank_without_active_tokens_calls_what_is_sharded(tmp_path, work):
     folder = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "tests.test_sma.test_sharded", str(tmp_path), str(int(training)), *SHARDED]
+    command = [sys.executable, "-m", "tests.test_sma.test_sharded", str(tmp_path), work, *SHARDED]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=580)
     assert done.stdout.strip() == "equal", done.stderr
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], bool(int(sys.argv[2])), sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
