@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sma.describe import align
-from sma.errors import CheckpointError, SpecError, did_you_mean
+from sma.errors import SpecError, did_you_mean
 from sma.model import ModelSpec
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, may_sample, write_text
 from sma.recipes.figures import attempt, drawing, label, save_figure
 from sma.recipes.names import plain
+from sma.recipes.run_files import read_summary, refuse_another
 from sma.recipes.tasks import TaskData, TaskSpec
 from sma.routers import BernoulliRouterSpec, RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
@@ -30,6 +31,7 @@ FIGURE = "comparison.png"
 FIXED_RATE = ("always", "never", "random", "expert_choice")
 """Routers whose rate is not for a budget to change."""
 
+_NEEDED = ("test_accuracy", "activation_rate", "activation_rates", "tokens_per_second", "seconds", "parameters")
 _SHARED = ("task", "chance", "majority", "seed", "updates", "data", "commit", "hardware", "date")
 
 
@@ -89,15 +91,18 @@ def run_arms(
         if not done and name not in wanted:
             continue
         spec = arm if isinstance(arm, ExperimentSpec) else load_experiment(folder / EXPERIMENT) if done else arm(models)
-        _refuse_another(folder, spec)
+        if (folder / EXPERIMENT).exists():
+            refuse_another(
+                load_experiment(folder / EXPERIMENT), spec, folder / EXPERIMENT, "give another folder, or delete it to run this arm again"
+            )
         task = task or spec.task
         if spec.task != task:
             raise SpecError(f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task")
         if not done:
             print(f"{name}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {plain(folder)}", flush=True)
             draw = None if figures is None else partial(figures, name)
-            run_experiment(spec, folder, data, accelerator=accelerator, progress=progress, figures=draw)
-        run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, figures=draw)
+        run = read_summary(folder, *_SHARED, *_NEEDED)
         models[name] = _result(spec.model, run, length)
         summary = {key: run[key] for key in _SHARED} | {"test_samples": len(data.test), "length": length, "models": models}
         write_text(out / SUMMARY, json.dumps(summary, indent=1))
@@ -204,12 +209,6 @@ def _wanted(arms: Mapping[str, Arm], only: Sequence[str] | None) -> set[str]:
     if not wanted:
         raise SpecError(f"there is no arm to train; choose some of {', '.join(arms)}")
     return wanted
-
-
-def _refuse_another(folder: Path, spec: ExperimentSpec) -> None:
-    path = folder / EXPERIMENT
-    if path.is_file() and load_experiment(path) != spec:
-        raise CheckpointError(f"{str(folder)!r} holds a run of another experiment; give another folder, or delete it to run this arm again")
 
 
 def _result(model: ModelSpec, run: Mapping[str, Any], length: int) -> Result:

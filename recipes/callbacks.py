@@ -1,8 +1,8 @@
 """What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never half-written."""
 
 import logging
-import pickle
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,20 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
-from sma.errors import CheckpointError
-from sma.files import write_atomically
+from sma.errors import CheckpointError, parsing, reason
+from sma.files import check_file, write_atomically
+from sma.recipes.team import of_all, together
 from sma.stats import router_health
 
 log = logging.getLogger("sma.recipes")
+
+_PARTS = {"global_step": int, "state_dict": dict, "callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+"""What every checkpoint has, among other things."""
+
+_HINT = (
+    "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, or delete the folder of both to begin the "
+    "run anew"
+)
 
 # What their rate is does not depend on what they learned, if they learn at all.
 FIXED_ROUTERS = ("always", "never", "random", "expert_choice")
@@ -30,7 +39,7 @@ class RandomStates(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
         own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-        return {"ranks": of_all(own)} if _together() else own
+        return {"ranks": of_all(own)} if together() else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the training starts: building and evaluating must not use them up."""
@@ -40,26 +49,12 @@ class RandomStates(Callback):
         """Put the states of the checkpoint back."""
         states = self._loaded.get("ranks", [self._loaded])
         # Where more processes go on than there were, the others keep the states that their seeds gave them.
-        rank = torch.distributed.get_rank() if _together() else 0
+        rank = torch.distributed.get_rank() if together() else 0
         found = states[rank] if rank < len(states) else {}
         if found:
             torch.set_rng_state(found["cpu"].cpu())
             if found["cuda"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all([state.cpu() for state in found["cuda"]])
-
-
-def _together() -> bool:
-    """Whether this is one of several processes that train one model."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def of_all(value: Any) -> list[Any]:
-    """What every process that trains the model has."""
-    if not _together():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 class FinalEvaluation(Callback):
@@ -126,12 +121,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best score."""
-
-        def here(path: str) -> str:
-            return str(Path(str(self.dirpath), Path(path).name)) if path else path
-
-        paths = {name: here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        # There is one file of this kind, whatever else a checkpoint says.
+        own = str(Path(str(self.dirpath), f"{self.filename}.ckpt"))
+        paths = {name: own if state_dict[name] else "" for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        best = dict.fromkeys([own][: len(state_dict["best_k_models"])], next(iter(state_dict["best_k_models"].values()), None))
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
 
@@ -144,21 +137,29 @@ class BestCheckpoint(LastCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of a run without running any code in it.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run without running any code in it, and look whether it has the parts of one.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing or damaged, or something else than a checkpoint.
     """
-    try:
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"cannot read the checkpoint {str(path)!r}: {reason}; put a whole one in its place, such as a copy of the other one of "
-            "best.ckpt and last.ckpt, or delete the folder of both to begin the run anew"
-        ) from error
-    return loaded
+    loaded: Any = _load(path)
+    for part, kind in _PARTS.items():
+        if not isinstance(loaded, dict) or not isinstance(loaded.get(part), kind) or isinstance(loaded[part], bool):
+            raise CheckpointError(f"the checkpoint {str(path)!r} is none of a run: it has no {part}; {_HINT}")
+    checkpoint: dict[str, Any] = loaded
+    return checkpoint
+
+
+def _load(path: Path, map_location: Any = "cpu") -> Any:
+    size = check_file(path, CheckpointError)
+    with parsing(f"the checkpoint {str(path)!r}", CheckpointError, _HINT):
+        with zipfile.ZipFile(path) as parts:
+            if (
+                sum(part.file_size for part in parts.infolist()) > size
+            ):  # torch writes them as they are: what is packed could be of any size
+                raise CheckpointError(f"the checkpoint {str(path)!r} is packed, which those of a run are not; {_HINT}")
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -170,8 +171,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
         except (OSError, RuntimeError) as error:  # a full disk is either, depending on where torch notices it
-            raise CheckpointError(f"cannot write {str(path)!r}: {error}; the run folder must be writable and have space") from error
+            raise CheckpointError(f"cannot write {str(path)!r}: {reason(error)}; the run folder must be writable and have space") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint."""
-        return read_checkpoint(Path(path), map_location or "cpu")
+        loaded: dict[str, Any] = _load(Path(path), map_location or "cpu")
+        return loaded

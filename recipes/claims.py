@@ -95,7 +95,7 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     """Take a folder that is empty or not there for something new, and hold its lock; yields the folder.
 
     Of several processes that ask for the same one at once, one gets it. A folder that was made here and is still empty in the end is
-    removed.
+    removed, with the folders above it that were made.
 
     Args:
         path: the folder.
@@ -104,18 +104,19 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     Raises:
         CheckpointError: it is not empty, another process has it, or it cannot be made.
     """
-    folder, made = _make(path, numbered)
+    made = [parent for parent in path.parents if not parent.exists()]
+    folder, new = _make(path, numbered)
     try:
         with run_lock(folder):
             if not is_empty(folder):
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is not empty; give another --out, or --resume to go on with what is in it"
+                    f"the folder {str(folder)!r} is not empty; give another --out, or --resume {folder} to go on with the run in it"
                 )
             yield folder
     finally:
-        if made:
-            with suppress(OSError):
-                folder.rmdir()  # refuses a folder that holds anything
+        with suppress(OSError):  # a folder that holds anything is not removed
+            for each in [folder, *made] if new else ():
+                each.rmdir()
 
 
 def is_empty(folder: Path) -> bool:
@@ -203,5 +204,5 @@ def _holder(handle: int) -> str:
     try:
         found = json.loads(os.pread(handle, 1000, 0))
         return f"process {int(found['process'])} on {quote(str(found['host']))} since {quote(str(found['since']))}"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except Exception:  # whatever stands there
         return "another process"

@@ -3,19 +3,26 @@
 import argparse
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from sma.errors import CheckpointError, SmaError, SpecError, quote, reason
+from sma.recipes.claims import claim_folder, run_lock
+from sma.recipes.devices import check_device
+from sma.recipes.estimates import check_data_fits, check_update_fits
 from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec, load_experiment
 from sma.recipes.folders import cache_folder as cache_folder
 from sma.recipes.folders import check_run_folder, expand
+from sma.recipes.isolation import hidden_variables
 from sma.recipes.names import plain
+from sma.recipes.run_files import read_summary, refuse_another
+from sma.recipes.signals import PREEMPTED, Preempted, end_at_once, on_preemption
 from sma.streams import run_command
 
 
@@ -42,6 +49,9 @@ class RunOptions(CommandOptions):
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
     out: Path | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
     resume: Path | None = Field(default=None, description="go on with the run in this folder")
+    auto_resume: bool = Field(
+        default=False, description="go on with what is in the folder --out, where it began: a command that a job scheduler may repeat"
+    )
     data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show a progress bar")
@@ -73,13 +83,22 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away (`sma.streams`)."""
+    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away (`sma.streams`).
+
+    | exit code | |
+    |---|---|
+    | 0 | done |
+    | 2 | an error, in one sentence |
+    | 75 | ended by SIGTERM or SIGUSR1 (`sma.recipes.signals.PREEMPTED`): what is done is kept |
+    | 130 | ended by Ctrl-C |
+    """
     return run_command(lambda: _exit_code(command))
 
 
 def _exit_code(command: Callable[[], object]) -> int:
     try:
-        command()
+        with hidden_variables(), on_preemption(end_at_once):
+            command()
     except ValidationError as error:
         for item in error.errors():
             name = "-".join(str(part) for part in item["loc"]).replace("_", "-")
@@ -96,6 +115,9 @@ def _exit_code(command: Callable[[], object]) -> int:
         where = f" ({quote(str(error.filename))})" if error.filename else ""
         _say(f"error: {reason(error)}{where}" + ("; make room, and go on with --resume and the run folder" if full else ""))
         return 2
+    except Preempted as end:
+        _say(str(end))
+        return PREEMPTED
     except KeyboardInterrupt:
         _say("interrupted; go on with --resume and the run folder")
         return 130
@@ -107,35 +129,107 @@ def _say(sentences: str) -> None:
     print("\n".join(plain(line) for line in sentences.split("\n")), file=sys.stderr)
 
 
-def experiment(options: RunOptions) -> tuple[ExperimentSpec, Path]:
-    """The experiment and the run folder that the options ask for.
+class Start(NamedTuple):
+    """What a recipe that trains one model is to do.
+
+    Attributes:
+        spec: the experiment.
+        out: the run folder, whose lock is held.
+        resume: whether to go on with what is in it.
+        summary: of a run that is finished, with which nothing is to be done; None: it is not.
+    """
+
+    spec: ExperimentSpec
+    out: Path
+    resume: bool
+    summary: dict[str, Any] | None = None
+
+
+@contextmanager
+def experiment(options: RunOptions) -> Iterator[Start]:
+    """Yield the experiment and the run folder that the options ask for; the folder is locked as long.
 
     Raises:
         SmaError: a sentence for the user.
     """
-    spec, out = _resumed(options) if options.resume is not None else _fresh(options)
-    check_run_folder(out)
-    return spec, out
+    asked = None
+    if options.resume is None:
+        asked = asked_experiment(options)
+    elif options.set or options.seed is not None or options.spec is not None:
+        raise SpecError("--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run")
+    with folder_of(options, EXPERIMENT, "run") as (out, began):
+        if not began:
+            yield Start(cast(ExperimentSpec, asked), out, False)
+            return
+        kept = load_experiment(out / EXPERIMENT)
+        refuse_another(kept, asked or kept, out / EXPERIMENT)
+        if (out / SUMMARY).exists():
+            if asked is None:
+                raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
+            print(f"the run in {plain(out)} is finished; its results stand in {plain(out / SUMMARY)}")
+            yield Start(kept, out, True, read_summary(out))
+            return
+        check_fits(kept, options)
+        if not (out / LAST).exists():
+            print(f"no checkpoint yet in {plain(out)}: starting from the beginning")
+        yield Start(kept, out, True)
 
 
-def _fresh(options: RunOptions) -> tuple[ExperimentSpec, Path]:
+def asked_experiment(options: RunOptions) -> ExperimentSpec:
+    """The experiment that the options describe, on a device that there is.
+
+    Raises:
+        SpecError: it is not valid, or there is no such device.
+    """
     source = options.spec if options.spec is not None else options.name
     seed = [f"seed={options.seed}"] if options.seed is not None else []
     spec = load_experiment(source, [*options.set, *seed])
-    out = options.out or Path("runs") / f"{options.name.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-    if out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(f"the folder {str(out)!r} is not empty; give another --out, or --resume {out} to go on with the run in it")
-    return spec, out
+    check_fits(spec, options)
+    return spec
 
 
-def _resumed(options: RunOptions) -> tuple[ExperimentSpec, Path]:
-    out = options.resume
-    if out is None or not (out / EXPERIMENT).is_file():
-        raise CheckpointError(f"there is no run in {str(out)!r}: {EXPERIMENT} is missing; give the folder of an earlier --out")
-    if options.set or options.seed is not None or options.spec is not None:
-        raise SpecError("--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run")
-    if (out / SUMMARY).is_file():
-        raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
-    if not (out / LAST).is_file():
-        print(f"no checkpoint yet in {plain(out)}: starting from the beginning")
-    return load_experiment(out / EXPERIMENT), out
+def check_fits(spec: ExperimentSpec, options: RunOptions) -> None:
+    """Check that an experiment can be run with these options: that there is the device, and that data and model can fit.
+
+    Raises:
+        SpecError: what is missing.
+    """
+    check_update_fits(spec, check_device(options.accelerator, spec.precision))
+    check_data_fits(spec, options.data)
+
+
+@contextmanager
+def folder_of(options: RunOptions, began_by: str, what: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folder that the options name, locked, and whether there is something in it to go on with.
+
+    Args:
+        options: the command line.
+        began_by: the file in it by which that is known.
+        what: is in it, in a word.
+
+    Raises:
+        SmaError: there is nothing to go on with, something else is in it, or another process writes it.
+    """
+    if options.resume is not None:
+        if options.auto_resume:
+            raise SpecError("--resume goes on in any case; leave --auto-resume out, or give --out instead of --resume")
+        if not (options.resume / began_by).is_file():
+            raise CheckpointError(
+                f"there is no {what} in {str(options.resume)!r}: {began_by} is missing; give the folder of an earlier --out"
+            )
+        check_run_folder(options.resume)
+        with run_lock(options.resume):
+            yield options.resume, True
+        return
+    if options.auto_resume:
+        if options.out is None:
+            raise SpecError("--auto-resume needs --out: without it the folder has another name every time")
+        if (options.out / began_by).is_file():
+            with run_lock(options.out):
+                yield options.out, True
+            return
+    if options.out is not None:
+        check_run_folder(options.out)
+    default = Path("runs") / f"{options.name.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
+    with claim_folder(options.out or default, numbered=options.out is None) as out:
+        yield out, False

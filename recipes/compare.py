@@ -14,28 +14,32 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
+from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean, parsing
 from sma.recipes.baselines import BASELINES, baseline
-from sma.recipes.command import RunOptions, exit_code, experiment, parse
+from sma.recipes.command import RunOptions, asked_experiment, check_fits, exit_code, folder_of, parse
 from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
-from sma.recipes.efficiency import efficiency
+from sma.recipes.efficiency import WORKS, efficiency
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
 from sma.recipes.names import plain
+from sma.recipes.run_files import difference, is_list_of, read_checked, read_json, read_summary, refuse_another
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
 CHOSEN, EFFICIENCY, SEVERAL = "compared.json", "efficiency.json", "tasks.json"
 TABLE, VALUES = "table.md", "table.csv"
+MEASURES = ("milliseconds", "megabytes")
+AGAIN = "start a new comparison"
+NEEDED = ("task", "chance", "majority", "data", "parameters", "updates", "test_accuracy", "activation_rate", "tokens_per_second", "seconds")
+"""What a comparison reads from the summaries of its runs."""
 
 
 class Options(RunOptions):
@@ -76,22 +80,27 @@ def run(options: Options) -> dict[str, Any]:
         _refuse_changes(options)
         if not (options.resume / SEVERAL).is_file():
             return compare(options)
-        out, tasks = options.resume, json.loads((options.resume / SEVERAL).read_text(encoding="utf-8"))
-    else:
-        tasks = _tasks(options.task)
-        if len(tasks) == 1:
-            return compare(options)
-        out = options.out or Path("runs") / f"compare-{'-'.join(tasks)}-{datetime.now():%Y%m%d-%H%M%S}"
-        # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what was asked for.
-        for begun in [_asked(options.model_copy(update={"task": task, "out": out / task})) for task in tasks]:
-            _write_down(*begun)
-        write_text(out / SEVERAL, json.dumps(tasks))
-    summaries: dict[str, Any] = {}
-    for task in tasks:
-        summaries[task] = compare(options.model_copy(update={"resume": out / task}))
-        write_text(out / TABLE, markdown_of_several(summaries))
-        write_text(out / SUMMARY, json.dumps(summaries, indent=1))
-    print(f"\n{markdown_of_several(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
+    elif len(_tasks(options.task)) == 1:
+        return compare(options)
+    named = options.model_copy(update={"task": f"compare-{options.task.replace(',', '-').replace(' ', '')}"})
+    with folder_of(named, SEVERAL, "comparison of several tasks") as (out, began):
+        if began:
+            tasks = read_checked(out / SEVERAL, lambda found: is_list_of(found, TASKS), "a list of tasks", AGAIN)
+            if options.resume is None and tasks != _tasks(options.task):
+                raise CheckpointError(f"{str(out)!r} holds a comparison of other tasks: {', '.join(tasks)}; give another --out")
+        else:
+            tasks = _tasks(options.task)
+            # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what was asked for.
+            for task, asked in [(task, _asked(options.model_copy(update={"task": task}))) for task in tasks]:
+                _write_down(*asked, out / task)
+            write_text(out / SEVERAL, json.dumps(tasks))
+        summaries: dict[str, Any] = {}
+        for task in tasks:
+            how = {"task": task, "out": out / task} if options.auto_resume else {"resume": out / task}
+            summaries[task] = compare(options.model_copy(update=how))
+            write_text(out / TABLE, markdown_of_several(summaries))
+            write_text(out / SUMMARY, json.dumps(summaries, indent=1))
+        print(f"\n{markdown_of_several(summaries)}\ntable    {out / TABLE}\nsummary  {out / SUMMARY}")
     return summaries
 
 
@@ -121,9 +130,20 @@ def compare(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
-    spec, chosen, out = _asked(options) if options.resume is None else _begun(options.resume)
-    if options.resume is None:
-        _write_down(spec, chosen, out)
+    asked = _asked(options) if options.resume is None else None
+    with folder_of(options, CHOSEN, "comparison") as (out, began):
+        if not began and asked is not None:
+            _write_down(*asked, out)
+        spec, chosen = _begun(out)
+        if asked is not None:
+            refuse_another(spec, asked[0], out / EXPERIMENT)
+            if chosen != asked[1]:
+                raise CheckpointError(f"{str(out)!r} holds another comparison: {difference(chosen, asked[1])}; give another --out")
+        return _compare(spec, chosen, out, options)
+
+
+def _compare(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path, options: Options) -> dict[str, Any]:
+    check_fits(spec, options)
     data = spec.task.prepare(options.data, progress=options.progress)
     specs = _experiments(spec, chosen, data, out)
     left = unfinished(specs, out)
@@ -135,7 +155,7 @@ def compare(options: Options) -> dict[str, Any]:
         folders = [out / name for name in specs if name.rsplit("-", 1)[0] == model]
         first = next((folder for folder in folders if (folder / SUMMARY).is_file()), None)
         if first is not None and not any((folder / EFFICIENCY).is_file() for folder in folders):
-            device = "cuda" if json.loads((first / SUMMARY).read_text(encoding="utf-8")).get("device") == "cuda" else "cpu"
+            device = "cuda" if read_summary(first).get("device") == "cuda" else "cpu"
             print(f"measuring {model} at {chosen['length']:,} tokens on {device}", flush=True)
             write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], device=device, threads=spec.threads)))
     summary = _write(specs, chosen, data, out)
@@ -148,13 +168,13 @@ def compare(options: Options) -> dict[str, Any]:
     return summary
 
 
-def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any], Path]:
-    """The SeqBoat experiment, what else was chosen, and the folder."""
+def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any]]:
+    """The SeqBoat experiment, and what else was chosen."""
     models = list(BASELINES) if options.models is None else [name.strip() for name in options.models.split(",")]
-    spec, out = experiment(options)
+    spec = asked_experiment(options)
     for name in models:
         baseline(name, spec)  # says what is wrong before anything is made
-    return spec, {"models": models, "seeds": options.seeds, "minutes": options.minutes, "length": options.length}, out
+    return spec, {"models": models, "seeds": options.seeds, "minutes": options.minutes, "length": options.length}
 
 
 def _write_down(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path) -> None:
@@ -162,11 +182,23 @@ def _write_down(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path) -> N
     write_text(out / CHOSEN, json.dumps(chosen))
 
 
-def _begun(out: Path) -> tuple[ExperimentSpec, dict[str, Any], Path]:
+class _Chosen(BaseModel):
+    """What `_write_down` wrote besides the experiment."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    models: list[str]
+    seeds: int = Field(ge=1, le=100)
+    minutes: float | None = Field(gt=0.0)
+    length: int = Field(ge=1)
+
+
+def _begun(out: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
     """What `_write_down` wrote."""
-    if not (out / CHOSEN).is_file():
-        raise CheckpointError(f"there is no comparison in {str(out)!r}: {CHOSEN} is missing; give the folder of an earlier --out")
-    return load_experiment(out / EXPERIMENT), json.loads((out / CHOSEN).read_text(encoding="utf-8")), out
+    found = read_json(out / CHOSEN, AGAIN)
+    with parsing(repr(str(out / CHOSEN)), CheckpointError, AGAIN):
+        _Chosen.model_validate(found)
+    return load_experiment(out / EXPERIMENT), found
 
 
 def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, ExperimentSpec]:
@@ -249,7 +281,7 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
             failed.append({"model": model, "seed": int(seed), "error": reason})
         if not (out / name / SUMMARY).is_file():
             continue
-        run = json.loads((out / name / SUMMARY).read_text(encoding="utf-8"))
+        run = read_summary(out / name, *NEEDED)
         read.append(run)
         row = models.setdefault(model, {"parameters": run["parameters"], "updates": run["updates"], "seeds": [], **_lists()})
         row["seeds"].append(int(seed))
@@ -258,19 +290,25 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
         row["tokens_per_second"].append(run["tokens_per_second"])
         row["seconds"].append(run["seconds"])
         if (out / name / EFFICIENCY).is_file():
-            measured = json.loads((out / name / EFFICIENCY).read_text(encoding="utf-8"))
+            measured = read_checked(out / name / EFFICIENCY, _is_efficiency, "what was measured", "delete it to measure again")
             row["measured_on"] = measured.pop("hardware", "the CPU")  # of older versions, which knew no other
             measured.pop("device", None)
             row.update(measured)
     return {
         **({key: read[0][key] for key in ("task", "chance", "majority", "data")} if read else {}),
-        **{key: ", ".join(sorted({str(run[key]) for run in read})) for key in ("commit", "hardware", "date")},
+        **{key: ", ".join(sorted({str(run.get(key)) for run in read})) for key in ("commit", "hardware", "date")},
         "test_samples": len(data.test),
         "length": chosen["length"],
         "minutes": chosen["minutes"],
         "models": models,
         "failed": failed,
     }
+
+
+def _is_efficiency(value: Any) -> bool:
+    """Whether a value is what `efficiency` gives."""
+    measured = [value.get(name) for name in WORKS] if isinstance(value, dict) else [None]
+    return all(isinstance(each, dict) and all(isinstance(each.get(name), int | float) for name in MEASURES) for each in measured)
 
 
 def _lists() -> dict[str, list[float]]:

@@ -6,21 +6,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from sma.checkpoint import load
 from sma.errors import CheckpointError, SpecError
 from sma.model import LanguageModel
+from sma.recipes.claims import run_lock
 from sma.recipes.command import RunOptions
 from sma.recipes.confusion import Confusion, draw_confusion
+from sma.recipes.devices import check_device
 from sma.recipes.experiment import EVALUATION, EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.figures import attempt, label
 from sma.recipes.language import LanguageLearner, evaluation_loader
 from sma.recipes.learner import Learner
 from sma.recipes.names import plain
-from sma.recipes.run import changed, commit, hardware, interruptible, prepare
+from sma.recipes.resuming import changed
+from sma.recipes.run import commit, hardware, prepare
+from sma.recipes.run_files import read_summary, refuse_another
 from sma.recipes.tasks import ClassificationTask, LanguageTask
+from sma.recipes.trainer import make_trainer, run_test
 from sma.recipes.training import Classifier
 from sma.recipes.training import evaluation_loader as classifying_loader
 
@@ -57,23 +61,28 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
     Raises:
         SmaError: there is no finished run in the folder, or its data cannot be had.
     """
-    spec, recorded = _finished(folder)
     if options.set or options.seed is not None or options.spec is not None or options.resume is not None or options.out is not None:
         raise SpecError("--evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out")
+    _check_finished(folder)
+    with run_lock(folder):
+        return _evaluate(folder, options)
+
+
+def _evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
+    spec, recorded = _finished(folder)
+    check_device(options.accelerator, spec.precision)
     data = spec.task.prepare(options.data, progress=options.progress)
     prepare(spec)
     test = _again(spec, folder, data)
-    trainer = Trainer(
+    trainer = make_trainer(
         accelerator=options.accelerator,
-        devices=1,
         precision=spec.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=options.progress,
         enable_model_summary=False,
     )
-    with interruptible():
-        measured = trainer.test(test.learner, test.loader, verbose=False)[0]
+    measured = run_test(trainer, test.learner, test.loader)
     figures = {name: measured[logged] for name, logged in test.figures.items()}
     before = {name: recorded.get(name) for name in figures}
     confusion, answers = None, f"{len(data.test):,} held-out bytes"
@@ -105,6 +114,7 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
 
 def _again(spec: ExperimentSpec, folder: Path, data: Any) -> Again:
     model, task = load(folder / "model"), spec.task
+    refuse_another(model.spec, spec.model, folder / "model")
     if isinstance(task, ClassificationTask):
         classifier = Classifier(model, spec.training, task.classes)
         names = ("test_accuracy", "test_loss")
@@ -150,15 +160,16 @@ def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any
     return "\n".join(lines)
 
 
-def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
+def _check_finished(folder: Path) -> None:
     for name in (EXPERIMENT, SUMMARY):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a run that came to its end"
             )
+
+
+def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
+    _check_finished(folder)
     spec = load_experiment(folder / EXPERIMENT)
-    try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / SUMMARY} is damaged: {error}; the run must be repeated") from error
-    return spec, summary
+    measured = ("bits_per_character",) if isinstance(spec.task, LanguageTask) else ("test_accuracy", "test_loss")
+    return spec, read_summary(folder, *(measured if isinstance(spec.task, LanguageTask | ClassificationTask) else ()))

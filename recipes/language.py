@@ -14,14 +14,16 @@ from torchmetrics import MeanMetric
 
 from sma.model import LanguageModel, ModelOutput, ModelState, build
 from sma.pytree import named_tensors, with_tensors
-from sma.recipes.callbacks import of_all
 from sma.recipes.data.marks import marks
 from sma.recipes.data.text import Corpus
+from sma.recipes.devices import check_device
+from sma.recipes.estimates import check_update_fits
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.learner import Learner, RateMetric
-from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer
+from sma.recipes.run import finish, fit, prepare, rates_by_layer, writing
 from sma.recipes.tasks import LanguageTask
-from sma.recipes.team import ALONE, Team, whole
+from sma.recipes.team import ALONE, Team, of_all, whole
+from sma.recipes.trainer import run_test
 
 
 class Segment(NamedTuple):
@@ -204,11 +206,13 @@ class LanguageLearner(Learner):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep where the streams of the training stand, those of all processes: all of them must call it."""
+        super().on_save_checkpoint(checkpoint)
         parts = of_all(None if self.carried is None else named_tensors(self.carried.to("cpu")))
         checkpoint["carried"] = None if parts[0] is None else {name: whole([part[name] for part in parts]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
+        super().on_load_checkpoint(checkpoint)
         found = checkpoint.get("carried")
         self.carried = None if found is None else self._own(with_tensors(self.model.init_state(1), found))
 
@@ -275,6 +279,7 @@ def run_language(
     out: Path,
     corpus: Corpus,
     *,
+    resume: bool = False,
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
@@ -285,6 +290,14 @@ def run_language(
 
     `figures` is called at the end, before the summary is written, with which a run counts as finished.
     """
+    check_update_fits(spec, check_device(accelerator, spec.precision), processes=team.size)
+    with writing(out, team):
+        return _run(spec, out, corpus, figures, team, resume=resume, accelerator=accelerator, progress=progress, callbacks=callbacks)
+
+
+def _run(
+    spec: ExperimentSpec, out: Path, corpus: Corpus, figures: Callable[[Finished], object] | None, team: Team, **options: Any
+) -> Finished:
     prepare(spec, team)
     task = cast(LanguageTask, spec.task)
     learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state, team)
@@ -294,11 +307,8 @@ def run_language(
         return DataLoader(segments, batch_size=None, sampler=Updates(spec.training.updates, done))
 
     validation, hashes = evaluation_loader(corpus.validation, task), corpus.hashes
-    fitted = fit(
-        learner, spec, out, batches, validation, hashes, accelerator=accelerator, progress=progress, callbacks=callbacks, team=team
-    )
-    with interruptible():
-        measured = fitted.trainer.test(learner, evaluation_loader(corpus.test, task), verbose=False)[0]
+    fitted = fit(learner, spec, out, batches, validation, hashes, team=team, **options)
+    measured = run_test(fitted.trainer, learner, evaluation_loader(corpus.test, task), team)
     results = {
         "bits_per_character": measured["test_bits_per_character"],
         "marks": marks(corpus.before_test, corpus.test),

@@ -1,6 +1,6 @@
 """What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning
@@ -14,6 +14,7 @@ from sma.errors import DataError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
+from sma.recipes.team import first_of_all, of_all
 from sma.stats import RateCount, count_rates
 
 
@@ -70,8 +71,11 @@ class Learner(lightning.LightningModule):
         monitor_mode: whether more of it is better.
         module_names: the sub-modules of every routed layer.
         tokens_seen: in updates.
+        fit_scores: what is measured between two lines of the metrics; subclasses set it.
+        between_updates: called before every update but the first, when everything about the one before is complete.
     """
 
+    fit_scores: Any
     monitor: ClassVar[str]
     monitor_mode: ClassVar[Literal["min", "max"]]
 
@@ -82,6 +86,7 @@ class Learner(lightning.LightningModule):
         self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
         self.controller = None if training.budget is None else BudgetController.of(model, training.budget)
         self.tokens_seen = 0
+        self.between_updates: Callable[[], None] = lambda: None
 
     @property
     def settled(self) -> bool:
@@ -118,6 +123,34 @@ class Learner(lightning.LightningModule):
                 losses = losses.repeat_interleave(rows // losses.shape[0])
             total = total + weights.policy * policy_gradient_loss(drawn, losses, valid, rates_are_held=self.controller is not None)
         return total
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch, as it is: of all that Lightning calls, only this comes between two updates."""
+        if self.trainer.training and self.global_step:
+            self.between_updates()
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next line of the metrics is made of, from all processes: all of them must call it."""
+        parts = of_all({name: value.cpu() for name, value in self._counts().items()})
+        checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; of several processes the first one has it all."""
+        found = checkpoint.get("fit_scores", {})  # older versions have none
+        for name, value in self._counts().items():
+            if name in found and first_of_all():
+                value.copy_(found[name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """The states of the metrics of the training, which are sums."""
+        return {
+            f"{name}.{state}": value
+            for name, metric in self.fit_scores.named_modules()
+            if isinstance(metric, Metric)
+            for state, value in metric.metric_state.items()
+            if isinstance(value, Tensor)
+        }
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Tell routers that anneal or draw how far the training is."""

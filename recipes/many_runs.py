@@ -1,6 +1,5 @@
 """Many runs, one at a time or side by side; one that fails does not stop the others."""
 
-import json
 import os
 import signal
 import traceback
@@ -8,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from sma.errors import CheckpointError
+from sma.files import read_file
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
+from sma.recipes.run_files import LIMIT, read_summary, refuse_another
 from sma.recipes.side_by_side import side_by_side
 from sma.recipes.tasks import TaskData
 from sma.streams import make_tolerant
@@ -25,10 +26,8 @@ def unfinished(specs: Mapping[str, ExperimentSpec], out: Path) -> dict[str, Expe
     """
     for name, spec in specs.items():
         path = out / name / EXPERIMENT
-        if path.is_file() and load_experiment(path) != spec:
-            raise CheckpointError(
-                f"{str(path.parent)!r} holds a run of another experiment; give another --out, or delete it to run it again"
-            )
+        if path.exists():
+            refuse_another(load_experiment(path), spec, path, "give another --out, or delete it to run it again")
     return {name: spec for name, spec in specs.items() if not (out / name / SUMMARY).is_file()}
 
 
@@ -61,14 +60,14 @@ def train_all(
 
 def failure(folder: Path) -> str | None:
     """Why a run failed, in a line; None if it did not."""
-    return (folder / ERROR).read_text(encoding="utf-8") if (folder / ERROR).is_file() else None
+    return read_file(folder / ERROR, LIMIT, CheckpointError).decode(errors="replace") if (folder / ERROR).is_file() else None
 
 
 def in_words(folder: Path) -> str:
     """How a run ended."""
     if (reason := failure(folder)) is not None:
         return f"failed: {reason}"
-    run = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    run = read_summary(folder, "test_accuracy", "seconds")
     return f"accuracy {run['test_accuracy']:.1%} after {run['seconds']:.0f} s"
 
 
@@ -86,7 +85,7 @@ def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], acc
     try:
         from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help need not wait for it
 
-        run_experiment(spec, folder, data(), accelerator=accelerator, progress=False)
+        run_experiment(spec, folder, data(), resume=True, accelerator=accelerator, progress=False)
     except Exception as error:  # whatever it is: the other runs go on
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:

@@ -85,33 +85,33 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    spec, chosen, out = comparison(options, ARMS)
-    data = spec.task.prepare(options.data, progress=options.progress)
-    title = f"Associative recall, seed {spec.seed}"
-    summary = run_arms(
-        recall_arms(spec),
-        out,
-        data,
-        only=chosen,
-        title=title,
-        accelerator=options.accelerator,
-        progress=options.progress,
-    )
-    # Of what the folder holds, so that a comparison that is resumed shows the same.
-    reports = {name: measure(load(out / name / "model"), data.test, data) for name in summary["models"]}
-    for name, report in reports.items():
-        print(f"{name}: which tokens run attention\n{_roles_in_words(report)}")
-    if "seqboat" in summary["models"]:
-        summary["calibrated"] = dial(load(out / "seqboat" / "model"), data)
-        write_text(out / SUMMARY, json.dumps(summary, indent=1))
-        print("seqboat turned to other rates, without training")
-        for point in summary["calibrated"]:
-            print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
-    shown = "seqboat" if "seqboat" in reports else next(iter(reports))
-    if attempt(f"the figure of the comparison in {out}", lambda: draw(reports[shown], shown, summary, out, title)):
-        print(f"figure   {plain(out / FIGURE)}")
-    print(f"summary  {plain(out / SUMMARY)}")
-    return summary
+    with comparison(options, ARMS) as (spec, chosen, out):
+        data = spec.task.prepare(options.data, progress=options.progress)
+        title = f"Associative recall, seed {spec.seed}"
+        summary = run_arms(
+            recall_arms(spec),
+            out,
+            data,
+            only=chosen,
+            title=title,
+            accelerator=options.accelerator,
+            progress=options.progress,
+        )
+        # Of what the folder holds, so that a comparison that is resumed shows the same.
+        reports = {name: measure(load(out / name / "model"), data.test, data) for name in summary["models"]}
+        for name, report in reports.items():
+            print(f"{name}: which tokens run attention\n{_roles_in_words(report)}")
+        if "seqboat" in summary["models"]:
+            summary["calibrated"] = dial(load(out / "seqboat" / "model"), data)
+            write_text(out / SUMMARY, json.dumps(summary, indent=1))
+            print("seqboat turned to other rates, without training")
+            for point in summary["calibrated"]:
+                print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
+        shown = "seqboat" if "seqboat" in reports else next(iter(reports))
+        if attempt(f"the figure of the comparison in {out}", lambda: draw(reports[shown], shown, summary, out, title)):
+            print(f"figure   {plain(out / FIGURE)}")
+        print(f"summary  {plain(out / SUMMARY)}")
+        return summary
 
 
 def dial(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:

@@ -1,17 +1,19 @@
 """What the recipes of routed modules share: one model with five routers, side by side."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from sma.errors import CheckpointError, SpecError
+from sma.errors import SpecError
 from sma.recipes.arms import FIGURE, Arm, Result, at_random, check_arms, layer_rates, run_arms, with_routers
-from sma.recipes.command import RunOptions, experiment
+from sma.recipes.command import RunOptions, asked_experiment, check_fits, folder_of
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.names import plain
+from sma.recipes.run_files import is_list_of, read_checked, refuse_another
 from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RouterSpec
 from sma.spec import dump_yaml, load_spec
 from sma.yaml_text import read_yaml
@@ -37,8 +39,9 @@ class RoutedOptions(ArmsOptions):
     arms: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(ARMS)}")
 
 
-def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = None) -> tuple[ExperimentSpec, list[str], Path]:
-    """The experiment that the arms are made of, the arms to train, and the folder of the comparison that the options ask for.
+@contextmanager
+def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = None) -> Iterator[tuple[ExperimentSpec, list[str], Path]]:
+    """Yield the experiment that the arms are made of, the arms to train, and the folder of the comparison; the folder is locked as long.
 
     The first two are kept in the folder, so that `--resume FOLDER` goes on with the same; with `--arms` it trains others.
 
@@ -52,20 +55,22 @@ def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = 
     """
     chosen = None if options.arms is None else [name.strip() for name in options.arms.split(",")]
     check_arms(chosen or (), known)
+    asked = None
     if options.resume is None:
-        spec, out = experiment(options)
+        asked = asked_experiment(options)
         if router is not None:
-            spec = with_routers(spec, _router(router))
-        chosen = chosen or list(known)
-        write_text(out / EXPERIMENT, dump_yaml(spec))
-        write_text(out / _CHOSEN, json.dumps(chosen))
-        return spec, chosen, out
-    out = options.resume
-    if not (out / _CHOSEN).is_file():
-        raise CheckpointError(f"there is no comparison in {str(out)!r}: {_CHOSEN} is missing; give the folder of an earlier --out")
-    if options.set or options.seed is not None or options.spec is not None or router is not None:
+            asked = with_routers(asked, _router(router))
+    elif options.set or options.seed is not None or options.spec is not None or router is not None:
         raise SpecError("--resume goes on with the comparison as it was; leave --set, --seed, --spec and --router out, or start a new one")
-    return load_experiment(out / EXPERIMENT), chosen or json.loads((out / _CHOSEN).read_text(encoding="utf-8")), out
+    with folder_of(options, _CHOSEN, "comparison") as (out, began):
+        if not began and asked is not None:
+            write_text(out / EXPERIMENT, dump_yaml(asked))
+            write_text(out / _CHOSEN, json.dumps(chosen or list(known)))
+        spec = load_experiment(out / EXPERIMENT)
+        refuse_another(spec, asked or spec, out / EXPERIMENT)
+        check_fits(spec, options)
+        kept = read_checked(out / _CHOSEN, lambda found: is_list_of(found, known), "a list of arms", "start a new comparison")
+        yield spec, chosen or kept, out
 
 
 def routed_arms(spec: ExperimentSpec) -> dict[str, Arm]:
@@ -107,25 +112,25 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    spec, chosen, out = comparison(options, ARMS, options.router)
     from sma.recipes.report import draw  # it and the training import what takes seconds; --help and a wrong --set need not wait for it
 
-    data = spec.task.prepare(options.data, progress=options.progress)
-    title = f"{what} on {spec.task.kind}, seed {spec.seed}"
-    summary = run_arms(
-        routed_arms(spec),
-        out,
-        data,
-        only=chosen,
-        title=title,
-        accelerator=options.accelerator,
-        progress=options.progress,
-        figures=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
-    )
-    print(f"summary  {plain(out / SUMMARY)}")
-    if (out / FIGURE).is_file():
-        print(f"figure   {plain(out / FIGURE)}")
-    return summary
+    with comparison(options, ARMS, options.router) as (spec, chosen, out):
+        data = spec.task.prepare(options.data, progress=options.progress)
+        title = f"{what} on {spec.task.kind}, seed {spec.seed}"
+        summary = run_arms(
+            routed_arms(spec),
+            out,
+            data,
+            only=chosen,
+            title=title,
+            accelerator=options.accelerator,
+            progress=options.progress,
+            figures=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
+        )
+        print(f"summary  {plain(out / SUMMARY)}")
+        if (out / FIGURE).is_file():
+            print(f"figure   {plain(out / FIGURE)}")
+        return summary
 
 
 def _router(given: str) -> RouterSpec:

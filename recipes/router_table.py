@@ -11,26 +11,32 @@ if not __package__:  # a script: its Python may not have the package
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean
-from sma.recipes.command import RunOptions, exit_code, experiment, parse
+from sma.errors import SmaError, SpecError, did_you_mean
+from sma.recipes.command import RunOptions, asked_experiment, check_fits, exit_code, folder_of, parse
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
 from sma.recipes.names import plain
 from sma.recipes.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
 from sma.recipes.router_report import comma_separated, markdown, repeated
+from sma.recipes.run_files import is_list_of, read_checked, read_summary, refuse_another
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
 from sma.stats import operation_count
 
 CHOSEN = "chosen.json"
 TABLE, VALUES = "table.md", "table.csv"
+
+
+NEEDED = ("task", "chance", "majority", "updates", "data", "test_accuracy", "activation_rates", "tokens_per_second", "seconds")
+"""What the table reads from the summaries of its runs."""
 
 
 class Options(RunOptions):
@@ -68,7 +74,13 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
     """
-    spec, specs, chosen, out = _asked(options)
+    with _table(options) as (spec, specs, chosen, out):
+        return _train(options, spec, specs, chosen, out)
+
+
+def _train(
+    options: Options, spec: ExperimentSpec, specs: Mapping[Cell, ExperimentSpec], chosen: Sequence[Cell], out: Path
+) -> dict[str, Any]:
     left = unfinished({cell.name: each for cell, each in specs.items()}, out)
     left = {cell.name: left[cell.name] for cell in chosen if cell.name in left}
     data = spec.task.prepare(options.data, progress=options.progress)
@@ -76,7 +88,9 @@ def run(options: Options) -> dict[str, Any]:
         f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True
     )
     started = time.perf_counter()
-    earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8")) if (out / SUMMARY).is_file() else {"seconds": 0.0, "jobs": 1}
+    earlier = {"seconds": 0.0, "jobs": 1}
+    if (out / SUMMARY).exists():
+        earlier = read_checked(out / SUMMARY, _is_summary, "the summary of a table", "delete it to count the time anew")
     jobs = max(earlier["jobs"], min(options.jobs, len(left)))
 
     def write() -> dict[str, Any]:
@@ -100,32 +114,40 @@ def run(options: Options) -> dict[str, Any]:
     return summary
 
 
-def _asked(options: Options) -> tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]:
-    """The experiment that the table is made of, those of the whole grid, the runs to train, and the folder."""
-    if options.resume is not None:
-        return _resumed(options, options.resume)
-    spec, out = experiment(options)
-    known = columns(spec)
-    if not known:
-        raise SpecError("the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules")
-    chosen = {"routers": _names(options.only, ROUTERS, "router"), "modules": _names(options.modules, known, "column")}
-    specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
-    write_text(out / EXPERIMENT, dump_yaml(spec))
-    write_text(out / CHOSEN, json.dumps(chosen))
-    return spec, specs, _among(specs, **chosen), out
-
-
-def _resumed(options: Options, out: Path) -> tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]:
-    if not (out / CHOSEN).is_file():
-        raise CheckpointError(f"there is no table in {str(out)!r}: {CHOSEN} is missing; give the folder of an earlier --out")
-    if options.set or options.seed is not None or options.spec is not None:
+@contextmanager
+def _table(options: Options) -> Iterator[tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]]:
+    """Yield the experiment that the table is made of, those of the whole grid, the runs to train, and the folder, locked."""
+    asked = None
+    if options.resume is None:
+        asked = asked_experiment(options)
+        if not columns(asked):
+            raise SpecError("the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules")
+        chosen = {"routers": _names(options.only, ROUTERS, "router"), "modules": _names(options.modules, columns(asked), "column")}
+        for cell in grid(asked):
+            cell_experiment(asked, cell)  # says what is wrong before anything is made
+    elif options.set or options.seed is not None or options.spec is not None:
         raise SpecError("--resume goes on with the table as it was; leave --set, --seed and --spec out, or start a new one")
-    spec = load_experiment(out / EXPERIMENT)
-    before = json.loads((out / CHOSEN).read_text(encoding="utf-8"))
-    routers = before["routers"] if options.only is None else _names(options.only, ROUTERS, "router")
-    modules = before["modules"] if options.modules is None else _names(options.modules, columns(spec), "column")
-    specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
-    return spec, specs, _among(specs, routers, modules), out
+    with folder_of(options, CHOSEN, "table") as (out, began):
+        if not began and asked is not None:
+            write_text(out / EXPERIMENT, dump_yaml(asked))
+            write_text(out / CHOSEN, json.dumps(chosen))
+        spec = load_experiment(out / EXPERIMENT)
+        refuse_another(spec, asked or spec, out / EXPERIMENT)
+        check_fits(spec, options)
+        known = columns(spec)
+        before = read_checked(out / CHOSEN, lambda found: _is_chosen(found, known), "the rows and columns of a table", "start a new one")
+        routers = before["routers"] if options.only is None else _names(options.only, ROUTERS, "router")
+        modules = before["modules"] if options.modules is None else _names(options.modules, known, "column")
+        specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
+        yield spec, specs, _among(specs, routers, modules), out
+
+
+def _is_chosen(value: Any, known: Sequence[str]) -> bool:
+    return isinstance(value, dict) and is_list_of(value.get("routers"), ROUTERS) and is_list_of(value.get("modules"), known)
+
+
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("seconds"), int | float) and type(value.get("jobs")) is int
 
 
 def _among(cells: Iterable[Cell], routers: Sequence[str], modules: Sequence[str]) -> list[Cell]:
@@ -150,7 +172,7 @@ def _summary(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData) ->
         folder = out / cell.name
         named = {"modules": cell.column, "router": cell.router, "seed": cell.seed}
         if (folder / SUMMARY).is_file():
-            read.append(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+            read.append(read_summary(folder, *NEEDED))
             runs.append(named | _result(spec, read[-1], length))
         elif (reason := failure(folder)) is not None:
             failed.append(named | {"error": reason})
@@ -158,7 +180,7 @@ def _summary(specs: Mapping[Cell, ExperimentSpec], out: Path, data: TaskData) ->
     return {
         **({key: read[0][key] for key in ("task", "chance", "majority", "updates", "data")} if read else {}),
         # A table that was resumed later can have several.
-        **{key: ", ".join(sorted({str(run[key]) for run in read})) for key in ("commit", "hardware", "date")},
+        **{key: ", ".join(sorted({str(run.get(key)) for run in read})) for key in ("commit", "hardware", "date")},
         "test_samples": len(data.test),
         "length": length,
         "seeds": list(dict.fromkeys([first.seed, *(run["seed"] for run in runs)])),

@@ -3,19 +3,19 @@
 import json
 import logging
 import platform
-import signal
+import random
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from sma.checkpoint import save
-from sma.errors import DataError
+from sma.errors import CheckpointError, SmaError, reason
 from sma.files import remove_drafts
 from sma.recipes.callbacks import (
     AtomicCheckpointIO,
@@ -33,14 +33,20 @@ from sma.recipes.callbacks import (
     LastCheckpoint,
     RandomStates,
     RouterHealth,
-    of_all,
     read_checkpoint,
 )
+from sma.recipes.claims import run_lock
+from sma.recipes.devices import check_device
 from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIONS, ExperimentSpec, write_text
 from sma.recipes.figures import attempt
 from sma.recipes.learner import Learner
 from sma.recipes.metrics import MetricsLogger
-from sma.recipes.team import ALONE, Team
+from sma.recipes.preemption import Preemption, owes_evaluation
+from sma.recipes.resuming import REPLACE, Origin, check_weights, checkpoint_to_resume
+from sma.recipes.run_files import is_parts, read_checked
+from sma.recipes.signals import Preempted, on_preemption
+from sma.recipes.team import ALONE, Team, of_all
+from sma.recipes.trainer import interruptible, isolated, make_trainer
 from sma.spec import dump_yaml
 
 
@@ -109,6 +115,18 @@ class Fitted(NamedTuple):
     stopwatch: Stopwatch
 
 
+@contextmanager
+def writing(out: Path, team: Team = ALONE) -> Iterator[None]:
+    """Hold the lock of a run folder while a run is made in it; of a team the first process does.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    # The process of a team that was started again may be there before the one whose place it takes has ended.
+    with run_lock(out, wait=60.0 if team.size > 1 else 0.0) if team.writes else nullcontext():
+        yield
+
+
 def fit(
     learner: Learner,
     spec: ExperimentSpec,
@@ -117,12 +135,16 @@ def fit(
     validation: DataLoader[Any],
     hashes: Mapping[str, str],
     *,
+    resume: bool = False,
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     team: Team = ALONE,
 ) -> Fitted:
-    """Train a learner and load its best checkpoint; a folder with a checkpoint of the same experiment goes on from there.
+    """Train a learner and load its best checkpoint.
+
+    SIGTERM and SIGUSR1 end the training after the update that is being made, or in an evaluation, with a checkpoint from which it goes on
+    to the same results; in one process only, and in its main thread.
 
     Args:
         learner: what is trained.
@@ -131,6 +153,7 @@ def fit(
         training: makes the batches that are left after so many updates.
         validation: batches of the validation split.
         hashes: of the data, by split or file; those of the first update are kept, and a run goes on with the same only.
+        resume: go on from the last checkpoint of the folder, where it has one; False refuses a folder that has.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
         callbacks: of Lightning, that watch the training.
@@ -138,57 +161,64 @@ def fit(
 
     Raises:
         DataError: a batch or a loss that is not finite, or other data than the run began with.
-        CheckpointError: the folder cannot be written, or a checkpoint in it cannot be read.
+        CheckpointError: the folder cannot be written, holds a run that is not to be resumed or another one, or a damaged checkpoint.
+        SpecError: there is no such device.
+        Preempted: a signal ended the training.
     """
-    stopwatch = Stopwatch()
-    checkpoint = out / LAST
-    done = int(read_checkpoint(checkpoint)["global_step"]) if checkpoint.is_file() else 0
-    if done:
-        _refuse_other_data(out, hashes)
+    check_device(accelerator, spec.precision)
+    stopwatch, origin, states = Stopwatch(), Origin(spec), RandomStates()
+    preemption = Preemption(out, spec.training, states)
+    found = checkpoint_to_resume(spec, out, hashes, resume)
+    done = int(found["global_step"]) if found is not None else 0
     if team.writes:
         _begin_part(spec, out, hashes, done)
     kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
-    trainer = _trainer(spec, out, accelerator, learner, [stopwatch, RouterHealth(kinds), *bars, *callbacks], team)
+    watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(kinds), *bars, *callbacks]
+    # After the last update Lightning has nothing to do, and does not see that an evaluation is owed.
+    more = 1 if found is not None and owes_evaluation(found) else 0
+    trainer = _trainer(spec, out, accelerator, learner, watching, team, more)
     if spec.precision == "64-true":
         # Lightning converts the model only after it has put back the weights of a checkpoint, which would lose half of their digits.
         learner.double()
-    with interruptible():
-        trainer.fit(learner, training(done), validation, ckpt_path=str(checkpoint) if done else None)
+    if found is not None:
+        check_weights(learner, found, out / LAST)
+    del found
+    learner.between_updates = lambda: preemption.between_updates(trainer)
+    with isolated(team), interruptible(), ExitStack() as watched:
+        if team.size == 1:
+            preemption.install = watched.enter_context(on_preemption(preemption.note))
+        try:
+            trainer.fit(learner, training(done), validation, ckpt_path=str(out / LAST) if done else None)
+        except SmaError as error:
+            if done and not origin.started:
+                raise CheckpointError(f"cannot go on from {str(out / LAST)!r}: {error}; {REPLACE}") from error
+            raise
+        except Exception as error:
+            if done and not origin.started:
+                raise CheckpointError(f"cannot go on from {str(out / LAST)!r}: {reason(error)}; {REPLACE}") from error
+            raise
+    if preemption.number is not None:  # it came too late for an update
+        raise Preempted(preemption.number, preemption.words(trainer.global_step))
     # Only the first process is sure to see the file that it wrote.
     best: Any = trainer.strategy.broadcast(read_checkpoint(out / BEST) if team.writes else None)
+    check_weights(learner, best, out / BEST)
     learner.load_state_dict(best["state_dict"])
     return Fitted(trainer, int(best["global_step"]), stopwatch)
-
-
-def _refuse_other_data(out: Path, hashes: Mapping[str, str]) -> None:
-    if not (out / DATA).is_file():  # runs of older versions have none
-        return
-    names = changed(json.loads((out / DATA).read_text(encoding="utf-8")), hashes)
-    if names:
-        raise DataError(
-            f"the data is not that with which the run in {str(out)!r} began: {', '.join(names)} {'has' if len(names) == 1 else 'have'} "
-            "another hash; put the data of then back or name its folder (--data), or start a new run"
-        )
-
-
-def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The splits or files whose hash is not the recorded one, or that there were not."""
-    return sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
 
 
 def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done: int) -> None:
     """Write down what a run is made of; its versions are a list, because a run that is resumed can have several."""
     for folder in (out, *(out / path for path in ("checkpoints", "model"))):
         remove_drafts(folder)
-    parts = _parts(out / VERSIONS) if done else []
+    parts = _parts(out / VERSIONS) if done and (out / VERSIONS).exists() else []
     write_text(out / EXPERIMENT, dump_yaml(spec))
     write_text(out / DATA, json.dumps(dict(hashes), indent=1))
     write_text(out / VERSIONS, json.dumps([*parts, {"update": done, **versions()}], indent=1))
 
 
 def _parts(path: Path) -> list[dict[str, Any]]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    found = read_checked(path, is_parts, "the versions of a run", "delete it to go on without those of the parts before")
     return found if isinstance(found, list) else [{"update": 0, **found}]  # as older versions wrote it
 
 
@@ -198,7 +228,10 @@ def prepare(spec: ExperimentSpec, team: Team = ALONE) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     # The weights have a seed of their own; this one is for dropout, which must not fall on the same places everywhere.
-    lightning.seed_everything((spec.seed + 1_000_003 * team.rank) % 2**32, verbose=False)
+    seed = (spec.seed + 1_000_003 * team.rank) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def finish(
@@ -248,43 +281,33 @@ def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[floa
     return [sum(rates.values()) / len(rates) for rates in rates_by_module(measured, learner)]
 
 
-def _trainer(spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback], team: Team) -> Trainer:
+def _trainer(
+    spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback], team: Team, more: int
+) -> Trainer:
     training = spec.training
     # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
     best, last = (
         kind(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
         for kind, name, monitor in ((BestCheckpoint, BEST, learner.monitor), (LastCheckpoint, LAST, None))
     )
-    return Trainer(
+    return make_trainer(
+        team,
+        plugins=(AtomicCheckpointIO(),),
         accelerator=accelerator,
-        strategy=team.strategy,
-        devices=1,
         precision=spec.precision,
-        max_steps=training.updates,
+        max_steps=training.updates + more,
         max_epochs=1,
         val_check_interval=min(training.evaluate_every, training.updates),
         gradient_clip_val=training.clip_norm,
-        callbacks=[best, last, RandomStates(), FinalEvaluation(), *callbacks],
+        callbacks=[best, last, *callbacks],
         logger=[MetricsLogger(out, name="metrics", flush_logs_every_n_steps=1), TensorBoardLogger(out, name="tensorboard", version="")],
         log_every_n_steps=training.log_every,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
         enable_model_summary=False,
         default_root_dir=out,
-        plugins=[AtomicCheckpointIO(), *team.plugins],
         use_distributed_sampler=False,
     )
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
 
 
 def _quiet() -> None:

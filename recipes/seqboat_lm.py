@@ -21,7 +21,7 @@ from sma.checkpoint import load
 from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
-from sma.recipes.command import CommandOptions, OneRunOptions, exit_code, experiment, parse
+from sma.recipes.command import CommandOptions, OneRunOptions, Start, exit_code, experiment, parse
 from sma.recipes.figures import label
 from sma.recipes.names import plain
 
@@ -71,11 +71,14 @@ def run(options: Options) -> dict[str, Any]:
         from sma.recipes.evaluate import evaluate
 
         return evaluate(options.evaluate, options)
-    spec, out = experiment(options)
-    from sma.recipes.language import (
-        Finished,
-        run_language,
-    )  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
+    with experiment(options) as start:
+        return _train(start, options) if start.summary is None else start.summary
+
+
+def _train(start: Start, options: Options) -> dict[str, Any]:
+    spec, out = start.spec, start.out
+    # Lightning takes seconds to import; --help and a wrong --set need not wait for it.
+    from sma.recipes.language import Finished, run_language
     from sma.recipes.language_report import describe_language, draw_language
 
     corpus = spec.task.prepare(options.data, progress=options.progress)
@@ -90,6 +93,7 @@ def run(options: Options) -> dict[str, Any]:
         spec,
         out,
         corpus,
+        resume=start.resume,
         accelerator=options.accelerator,
         progress=options.progress,
         figures=draw,

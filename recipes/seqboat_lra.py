@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import OneRunOptions, exit_code, experiment, parse
+from sma.recipes.command import OneRunOptions, Start, exit_code, experiment, parse
 from sma.recipes.names import plain
 from sma.recipes.report import describe_run, draw
 
@@ -49,7 +49,12 @@ def run(options: OneRunOptions) -> dict[str, Any]:
         from sma.recipes.evaluate import evaluate
 
         return evaluate(options.evaluate, options)
-    spec, out = experiment(options)
+    with experiment(options) as start:
+        return _train(start, options) if start.summary is None else start.summary
+
+
+def _train(start: Start, options: OneRunOptions) -> dict[str, Any]:
+    spec, out = start.spec, start.out
     from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
 
     data = spec.task.prepare(options.data, progress=options.progress)
@@ -60,6 +65,7 @@ def run(options: OneRunOptions) -> dict[str, Any]:
         spec,
         out,
         data,
+        resume=start.resume,
         accelerator=options.accelerator,
         progress=options.progress,
         figures=lambda done: draw(done.report, out, f"{title}: test accuracy {done.summary['test_accuracy']:.1%}, seed {spec.seed}"),

@@ -2,11 +2,18 @@
 
 import multiprocessing
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from sma.recipes.signals import PREEMPTED, Preempted
+
+PATIENCE = 60.0
+"""Seconds for processes to end by themselves: a training first completes its update, and saves it."""
 
 
 def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...]]], jobs: int) -> Iterator[tuple[str, int]]:
@@ -41,8 +48,12 @@ def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...
     finally:
         for _, left in running.values():
             left.terminate()
+        until = time.monotonic() + PATIENCE
         for _, left in running.values():
-            left.join()
+            left.join(max(0.0, until - time.monotonic()))
+            if left.is_alive():
+                left.kill()
+                left.join()
 
 
 def end_with_parent() -> None:
@@ -59,4 +70,8 @@ def _exit_after(parent: BaseProcess) -> None:
 
 def _call(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     end_with_parent()
-    function(*arguments)
+    try:
+        function(*arguments)
+    except Preempted as end:
+        print(end, file=sys.stderr)
+        sys.exit(PREEMPTED)

@@ -67,3 +67,22 @@ def whole(parts: Sequence[Tensor]) -> Tensor:
     for room, part in zip(filled, parts, strict=True):
         room[tuple(map(slice, part.shape))] = part
     return torch.stack(filled, 1).flatten(0, 1)
+
+
+def together() -> bool:
+    """Whether this is one of several processes that train one model."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def first_of_all() -> bool:
+    """Whether this process is alone, or the first one of those that train the model."""
+    return not together() or torch.distributed.get_rank() == 0
+
+
+def of_all(value: Any) -> list[Any]:
+    """What every process that trains the model has."""
+    if not together():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

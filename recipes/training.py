@@ -17,13 +17,16 @@ from sma.errors import DataError
 from sma.model import ModelOutput, SequenceModel, build
 from sma.recipes.confusion import Confusion, check_names
 from sma.recipes.data.batch import UNSCORED, Batch, asked, where_asked
+from sma.recipes.devices import check_device
+from sma.recipes.estimates import check_update_fits
 from sma.recipes.experiment import EVALUATION, ExperimentSpec, TrainingSpec, write_text
 from sma.recipes.learner import Learner, RateMetric
 from sma.recipes.report import Report, measure
-from sma.recipes.run import finish, fit, interruptible, prepare, rates_by_layer, rates_by_module
+from sma.recipes.run import finish, fit, prepare, rates_by_layer, rates_by_module, writing
 from sma.recipes.sampling import UpdateSampler
 from sma.recipes.tasks import ClassificationTask, Samples, TaskData
 from sma.recipes.team import ALONE, Team
+from sma.recipes.trainer import run_test
 
 EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
@@ -169,6 +172,7 @@ def run_experiment(
     out: Path,
     data: TaskData,
     *,
+    resume: bool = False,
     accelerator: str = "auto",
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
@@ -179,26 +183,23 @@ def run_experiment(
 
     `figures` is called at the end, before the summary is written, with which a run counts as finished.
     """
+    device = check_device(accelerator, spec.precision)
+    check_update_fits(spec, device, length=int(data.train.lengths.max()), processes=team.size)
+    with writing(out, team):
+        return _run(spec, out, data, figures, team, resume=resume, accelerator=accelerator, progress=progress, callbacks=callbacks)
+
+
+def _run(
+    spec: ExperimentSpec, out: Path, data: TaskData, figures: Callable[[Finished], object] | None, team: Team, **options: Any
+) -> Finished:
     prepare(spec, team)
     task = cast(ClassificationTask, spec.task)
     check_names(data.class_names, task.classes)
     classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
     batches = partial(training_loader, data, spec.training, spec.seed, team=team)
     validation = evaluation_loader(data.validation, data, team)
-    fitted = fit(
-        classifier,
-        spec,
-        out,
-        batches,
-        validation,
-        data.hashes,
-        accelerator=accelerator,
-        progress=progress,
-        callbacks=callbacks,
-        team=team,
-    )
-    with interruptible():
-        measured = fitted.trainer.test(classifier, evaluation_loader(data.test, data, team), verbose=False)[0]
+    fitted = fit(classifier, spec, out, batches, validation, data.hashes, team=team, **options)
+    measured = run_test(fitted.trainer, classifier, evaluation_loader(data.test, data, team), team)
     confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
     report = measure(classifier.model, data.test, data)._replace(confusion=confusion)
     results = {

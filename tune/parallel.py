@@ -273,7 +273,7 @@ def _train(spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team
     if team.writes and (folder / LAST).is_file():
         board.say.remote("going on from the last checkpoint")
     reporter = Reporter(board, None if storage.is_local else folder)
-    options: dict[str, Any] = {"accelerator": accelerator, "progress": False, "callbacks": [reporter], "team": team}
+    options: dict[str, Any] = {"resume": True, "accelerator": accelerator, "progress": False, "callbacks": [reporter], "team": team}
 
     def title(reached: str) -> str:
         return f"{spec.task.kind}, {team.size} workers: {reached}, seed {spec.seed}"

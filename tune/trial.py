@@ -210,7 +210,7 @@ def _run(
         spec = sweep.trial(config["values"])
         run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
         reporter.spec, reporter.length = spec, _length(spec, data)
-        finished = run(spec, folder, data, accelerator=accelerator, progress=False, callbacks=[pulse, reporter])
+        finished = run(spec, folder, data, resume=True, accelerator=accelerator, progress=False, callbacks=[pulse, reporter])
         reporter.finish(finished.summary)
     except Stopped:
         raise

@@ -61,6 +61,26 @@ class TaskSpec(Spec):
             ValueError: what the model lacks.
         """
 
+    @property
+    def training_samples(self) -> int | None:
+        """Number of training samples, where the spec says it."""
+        return None
+
+    @property
+    def least_length(self) -> int:
+        """Positions of the inputs of a batch, at least."""
+        return 1
+
+    @property
+    def least_memory(self) -> int:
+        """Bytes of the prepared data in memory, at least, as far as the spec says."""
+        return 0
+
+    @property
+    def least_disk(self) -> int:
+        """Bytes of the prepared data in its folder, at least, as far as the spec says."""
+        return 0
+
     def prepare(self, folder: Path, *, progress: bool = True) -> Any:
         """Load or generate the data; `folder` keeps what is generated or downloaded."""
         raise TypeError(f"{type(self).__name__} must define prepare(self, folder, progress)")

@@ -35,6 +35,10 @@ class ImageTask(ClassificationTask):
         super().check_model(model)
         check_reads_numbers(model, "grey values")
 
+    @property
+    def least_length(self) -> int:
+        return SIDE * SIDE
+
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_cifar(self.data, folder, progress=progress)
         return TaskData(*made[:3], made.hashes, collate, made.show, class_names=self.class_names, image_shape=(SIDE, SIDE))

@@ -44,6 +44,10 @@ class LanguageTask(TaskSpec):
         if vocabulary < VOCABULARY_SIZE:
             raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte")
 
+    @property
+    def least_length(self) -> int:
+        return self.segment
+
     def prepare(self, folder: Path, *, progress: bool = True) -> Corpus:
         # The positions and the bytes of one row, eight bytes each.
         check_memory(16 * self.segment, f"a row of task.segment={self.segment:,}", hint="lower task.segment")

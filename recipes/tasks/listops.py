@@ -32,6 +32,20 @@ class ListOpsTask(ClassificationTask):
     def classes(self) -> int:
         return 10
 
+    @property
+    def training_samples(self) -> int | None:
+        return self.data.train if self.source == "generated" else None
+
+    @property
+    def least_length(self) -> int:
+        return self.data.min_length + 1 if self.source == "generated" else 1
+
+    @property
+    def least_memory(self) -> int:
+        # A byte per token, and an offset and a target of 8 bytes per expression.
+        data = self.data
+        return (data.train + data.validation + data.test) * (self.least_length + 16) if self.source == "generated" else 0
+
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         if self.source == "released":
             files = list(FILES.values())

@@ -25,6 +25,19 @@ class _ContourTask(ClassificationTask):
         super().check_model(model)
         check_reads_numbers(model, "grey values")
 
+    @property
+    def training_samples(self) -> int | None:
+        return self.data.train if self.data.source == "generated" else None
+
+    @property
+    def least_length(self) -> int:
+        return self.data.size**2
+
+    @property
+    def least_disk(self) -> int:
+        data = self.data
+        return (data.train + data.validation + data.test) * data.size**2 if data.source == "generated" else 0
+
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = prepare_pathfinder(self.data, folder, progress=progress)
         side = self.data.size

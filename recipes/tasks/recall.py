@@ -34,6 +34,19 @@ class RecallTask(ClassificationTask):
         if vocabulary != self.classes:
             raise ValueError(f"model.encoder.vocabulary={vocabulary} must be {self.classes}: values, keys and distractors of the task")
 
+    @property
+    def training_samples(self) -> int | None:
+        return self.data.train
+
+    @property
+    def least_length(self) -> int:
+        return self.data.length
+
+    @property
+    def least_memory(self) -> int:
+        # A split is drawn at once, in numbers of 8 bytes.
+        return 8 * max(self.data.train, self.data.validation, self.data.test) * self.data.length
+
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = make_recall(self.data)
         return TaskData(made.train, made.validation, made.test, made.hashes, collate, partial(show, self.data))

@@ -8,6 +8,7 @@ from pydantic import Field
 from sma.model import ModelSpec
 from sma.recipes.data.batch import collate
 from sma.recipes.data.speech import NUM_CLASSES, SpeechSettings, load_speech
+from sma.recipes.data.speech_commands import SAMPLES
 from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
 from sma.spec import register
 
@@ -26,6 +27,15 @@ class SpeechTask(ClassificationTask):
     def check_model(self, model: ModelSpec) -> None:
         super().check_model(model)
         check_reads_numbers(model, "samples of a sound")
+
+    @property
+    def least_length(self) -> int:
+        return SAMPLES // self.data.downsample
+
+    @property
+    def least_memory(self) -> int:
+        # Two bytes per sample.
+        return (self.data.clips or 0) * SAMPLES * 2 if self.data.source == "synthetic" else 0
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_speech(self.data, folder, progress=progress)

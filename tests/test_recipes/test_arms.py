@@ -134,7 +134,8 @@ def test_arm_that_needs_another_says_so(data, tmp_path):
 
 
 def test_folder_of_another_experiment_is_refused(done, data):
-    with pytest.raises(CheckpointError, match="routed' holds a run of another experiment; give another folder, or delete it"):
+    complaint = r"routed/experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give another folder, or"
+    with pytest.raises(CheckpointError, match=complaint):
         _run(_arms(seed=1), done[0], data)
 
 

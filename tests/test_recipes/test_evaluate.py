@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sma.checkpoint import load
 from sma.errors import CheckpointError
 from sma.recipes.evaluate import evaluate
-from sma.recipes.run import changed
+from sma.recipes.resuming import changed
 from sma.recipes.seqboat_lra import Options, main
 from sma.recipes.tasks.listops import ListOpsTask
 from sma.recipes.training import evaluation_loader
@@ -96,7 +96,7 @@ def test_run_that_is_not_finished_is_refused(run, name):
 
 def test_damaged_summary_is_a_sentence(run):
     (run / "summary.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"summary\.json is damaged: .*; the run must be repeated"):
+    with pytest.raises(CheckpointError, match=r"summary\.json' cannot be read: .*; the run must be repeated"):
         evaluate(run, _options())
 
 

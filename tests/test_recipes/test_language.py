@@ -48,8 +48,8 @@ def experiment(text: Path, *settings: str) -> ExperimentSpec:
     return load_experiment({"task": task, "model": MODEL, "training": TRAINING}, settings)
 
 
-def train(spec: ExperimentSpec, out: Path) -> Finished:
-    return run_language(spec, out, spec.task.prepare(out), accelerator="cpu", progress=False)
+def train(spec: ExperimentSpec, out: Path, resume: bool = False) -> Finished:
+    return run_language(spec, out, spec.task.prepare(out), accelerator="cpu", progress=False, resume=resume)
 
 
 @given(length=st.integers(2, 60), window=st.integers(1, 30), context=st.none() | st.integers(0, 29))
@@ -213,9 +213,9 @@ def test_a_run_goes_on_with_the_text_that_it_began_with_alone(text: Path, tmp_pa
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())
     mine.write_bytes(text.read_bytes().replace(b"fox", b"cat"))
     with pytest.raises(DataError, match=r"the data is not that with which the run in '.*run' began: .* another hash; put the data of then"):
-        train(experiment(mine), tmp_path / "run")
+        train(experiment(mine), tmp_path / "run", resume=True)
     mine.write_bytes(text.read_bytes())
-    assert train(experiment(mine), tmp_path / "run").summary["data"] == recorded
+    assert train(experiment(mine), tmp_path / "run", resume=True).summary["data"] == recorded
 
 
 @pytest.mark.parametrize("update", [7, 14, 25])
@@ -234,7 +234,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, upda
         with pytest.raises(KeyboardInterrupt):
             train(spec, tmp_path / "parts")
     assert (tmp_path / "parts" / LAST).is_file()
-    parts = train(spec, tmp_path / "parts")
+    parts = train(spec, tmp_path / "parts", resume=True)
     ours, theirs = parts.learner.model.state_dict(), whole.learner.model.state_dict()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert parts.summary["bits_per_character"] == whole.summary["bits_per_character"]

@@ -17,7 +17,7 @@ def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(precision: s
         before_update(patch, 15, fail)
         with pytest.raises(RuntimeError, match="the power went out"):
             train(spec, tmp_path / "parts", data)
-    train(spec, tmp_path / "parts", data)
+    train(spec, tmp_path / "parts", data, resume=True)
     whole, parts = (checkpoint(tmp_path / folder, LAST) for folder in ("whole", "parts"))
     for part in ("state_dict", "optimizer_states"):
         assert same(parts[part], whole[part]), part

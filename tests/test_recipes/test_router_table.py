@@ -240,7 +240,8 @@ def test_run_of_another_experiment_is_refused(done, spec, cache, capsys):
     path.write_text(text.replace("updates: 4", "updates: 5"))
     assert _main("--resume", out, "--data", cache) == 2
     path.write_text(text)
-    assert "never-0' holds a run of another experiment; give another --out, or delete it" in capsys.readouterr().err
+    complaint = capsys.readouterr().err
+    assert "never-0/experiment.yaml' belongs to another experiment: training.updates is 5 there, and 4 is asked for; give" in complaint
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """A run: what its folder holds, that one seed gives one result, and that a resumed run is the uninterrupted one."""
 
-import csv
 import json
 import os
 import re
@@ -19,23 +18,11 @@ from sma.recipes.callbacks import RandomStates
 from sma.recipes.experiment import BEST, LAST, load_experiment
 from sma.recipes.run import commit, hardware, versions
 from sma.recipes.training import Classifier, run_experiment
-from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
+from tests.test_recipes.tiny import assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
 
 
 def _weights(out, name=LAST):
     return checkpoint(out, name)["state_dict"]
-
-
-def _metrics(out):
-    """The logged lines of all parts of a run, by update: the later part counts."""
-    lines = {}
-    for path in sorted((out / "metrics").glob("version_*/metrics.csv")):
-        for row in csv.DictReader(path.open(encoding="utf-8")):
-            kind = "val" if row.get("val_accuracy") else "test" if row.get("test_accuracy") else "fit"
-            step = int(row.pop("step")) + 1
-            # Lightning counts a test as one more update, unless it comes without a training.
-            lines[30 if kind == "test" else step, kind] = {name: value for name, value in row.items() if value and name != "epoch"}
-    return lines
 
 
 def test_folder_holds_what_is_worth_keeping(finished):
@@ -114,14 +101,14 @@ def test_saved_model_is_the_best_checkpoint(finished):
     best = _weights(out, BEST)
     assert same({f"model.{name}": tensor for name, tensor in sma.load(out / "model").state_dict().items()}, best)
     assert checkpoint(out, BEST)["global_step"] == done.summary["best_update"]
-    scores = {step: float(line["val_accuracy"]) for (step, kind), line in _metrics(out).items() if kind == "val"}
+    scores = {step: float(line["val_accuracy"]) for (step, kind), line in metrics_of(out).items() if kind == "val"}
     assert sorted(scores) == [10, 20, 30]
     assert scores[done.summary["best_update"]] == max(scores.values())
 
 
 def test_metrics_are_in_the_csv_file(finished):
     out, done = finished
-    lines = _metrics(out)
+    lines = metrics_of(out)
     assert set(lines) == {(step, kind) for step in (10, 20, 30) for kind in ("fit", "val")} | {(30, "test")}
     assert {"loss", "fit_accuracy", "fit_rate", "fit_rate/layer0/attention", "fit_rate/layer1/attention"} <= set(lines[10, "fit"])
     assert {"val_loss", "val_accuracy", "val_rate", "val_rate/layer0/attention", "val_rate/layer1/attention"} <= set(lines[10, "val"])
@@ -133,7 +120,7 @@ def test_metrics_are_in_tensorboard_too(finished):
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("val_accuracy")] == [9, 19, 29]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(
-        [float(line["loss"]) for (_, kind), line in sorted(_metrics(out).items()) if kind == "fit"]
+        [float(line["loss"]) for (_, kind), line in sorted(metrics_of(out).items()) if kind == "fit"]
     )
 
 
@@ -147,7 +134,7 @@ def test_one_seed_gives_one_result(finished, data, tmp_path):
     assert {name: value for name, value in again.summary.items() if name not in varying} == {
         name: value for name, value in done.summary.items() if name not in varying
     }
-    assert _metrics(tmp_path) == _metrics(out)
+    assert metrics_of(tmp_path) == metrics_of(out)
 
 
 def test_another_seed_gives_another_result(finished, data, tmp_path):
@@ -161,20 +148,7 @@ def _interrupted(out, data, update, monkeypatch, spec=None):
     with monkeypatch.context() as patch:
         before_update(patch, update, fail)
         with pytest.raises(RuntimeError, match="the power went out"):
-            train(spec or tiny(), out, data)
-
-
-def _assert_same_run(out, reference):
-    for name in (LAST, BEST):
-        mine, theirs = checkpoint(out, name), checkpoint(reference, name)
-        assert mine["global_step"] == theirs["global_step"]
-        for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-            assert same(mine[part], theirs[part]), f"{part} of {name}"
-        assert same(mine["callbacks"]["RandomStates"], theirs["callbacks"]["RandomStates"])
-    assert _metrics(out) == _metrics(reference)
-    read = [json.loads((folder / "summary.json").read_text()) for folder in (out, reference)]
-    for name in ("test_accuracy", "test_loss", "activation_rate", "best_update", "seed", "data"):
-        assert read[0][name] == read[1][name], name
+            train(spec or tiny(), out, data, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +166,15 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tm
         _interrupted(tmp_path, data, update, monkeypatch)
         assert not (tmp_path / "summary.json").exists()
         torch.rand(7)  # another process has other random states
-    train(tiny(), tmp_path, data)
-    _assert_same_run(tmp_path, finished[0])
+    train(tiny(), tmp_path, data, resume=True)
+    assert_same_run(tmp_path, finished[0])
 
 
 def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(data, tmp_path, monkeypatch):
     spec = tiny(training__updates=11, training__evaluate_every=4)
     train(spec, tmp_path / "whole", data)
     _interrupted(tmp_path / "parts", data, 9, monkeypatch, spec)
-    train(spec, tmp_path / "parts", data)
+    train(spec, tmp_path / "parts", data, resume=True)
     assert checkpoint(tmp_path / "parts")["global_step"] == 11
     assert same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
 
@@ -209,7 +183,7 @@ def test_dropout_needs_the_random_states(finished, data, tmp_path, monkeypatch):
     # Without them the test above must fail: it would prove nothing of a model that draws no numbers.
     _interrupted(tmp_path, data, 13, monkeypatch)
     monkeypatch.setattr(RandomStates, "on_train_start", lambda *_: None)
-    train(tiny(), tmp_path, data)
+    train(tiny(), tmp_path, data, resume=True)
     assert not same(_weights(tmp_path), _weights(finished[0]))
 
 
@@ -219,10 +193,10 @@ def test_run_that_was_trained_and_not_yet_tested_is_only_tested(finished, data, 
         with pytest.raises(RuntimeError, match="the power went out"):
             train(tiny(), tmp_path, data)
     before_update(monkeypatch, 30, fail)  # there is no update to be done
-    summary = train(tiny(), tmp_path, data).summary
+    summary = train(tiny(), tmp_path, data, resume=True).summary
     spent = checkpoint(tmp_path)["callbacks"]["Stopwatch"]
     assert summary["tokens_per_second"] == round(spent["tokens"] / spent["updating"])
-    _assert_same_run(tmp_path, finished[0])
+    assert_same_run(tmp_path, finished[0])
 
 
 def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path, monkeypatch):
@@ -231,7 +205,7 @@ def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path, monkey
     assert 0 < state["callbacks"]["Stopwatch"]["updating"] < state["callbacks"]["Stopwatch"]["elapsed"]
     state["callbacks"]["Stopwatch"]["elapsed"] += 1000
     torch.save(state, tmp_path / LAST)
-    assert 1000 < train(tiny(), tmp_path, data).summary["seconds"] < 1300
+    assert 1000 < train(tiny(), tmp_path, data, resume=True).summary["seconds"] < 1300
     mine, theirs = (checkpoint(folder)["callbacks"]["Stopwatch"] for folder in (tmp_path, finished[0]))
     assert mine["tokens"] == theirs["tokens"] > 0
 
@@ -245,7 +219,7 @@ def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, mo
     monkeypatch.setattr(Classifier, "on_validation_epoch_end", scored)
     _interrupted(tmp_path / "here", data, 13, monkeypatch)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert train(tiny(), tmp_path / "there", data).summary["best_update"] == 10
+    assert train(tiny(), tmp_path / "there", data, resume=True).summary["best_update"] == 10
     assert checkpoint(tmp_path / "there", BEST)["global_step"] == 10
     assert [str(warning.message) for warning in recwarn] == []
     assert not (tmp_path / "here").exists()
@@ -257,9 +231,9 @@ def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_
     _interrupted(tmp_path, data, 13, monkeypatch)
     other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
     with pytest.raises(DataError, match=rf"the data is not that with which the run in '.*' began: {next(iter(data.hashes))} has another"):
-        train(tiny(), tmp_path, other)
-    train(tiny(), tmp_path, data)
-    _assert_same_run(tmp_path, finished[0])
+        train(tiny(), tmp_path, other, resume=True)
+    train(tiny(), tmp_path, data, resume=True)
+    assert_same_run(tmp_path, finished[0])
 
 
 def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, tmp_path, monkeypatch):
@@ -274,7 +248,7 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run, "versions", lambda: first)
         _interrupted(tmp_path, data, 13, monkeypatch)
-    train(tiny(), tmp_path, data)
+    train(tiny(), tmp_path, data, resume=True)
     assert json.loads((tmp_path / "versions.json").read_text()) == [{"update": 0, **first}, {"update": 10, **versions()}]
 
 
@@ -283,9 +257,9 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_a_sentence(finished, data, tmp_path, name, left):
     shutil.copytree(finished[0], tmp_path / "run")
     os.truncate(tmp_path / "run" / name, left)
-    complaint = rf"cannot read the checkpoint '.*{name}': .*; put a whole one in its place, such as a copy of the other one"
+    complaint = rf"the checkpoint '.*{name}' cannot be read: .*; put a whole one in its place, such as a copy of the other one"
     with pytest.raises(CheckpointError, match=complaint):
-        train(tiny(), tmp_path / "run", data)
+        train(tiny(), tmp_path / "run", data, resume=True)
 
 
 def test_what_killed_writes_left_is_removed(data, tmp_path):
@@ -307,13 +281,13 @@ def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, figures=full)
     assert not (tmp_path / "summary.json").exists()
-    run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, figures=drawn.append)
+    run_experiment(spec, tmp_path, data, resume=True, accelerator="cpu", progress=False, figures=drawn.append)
     assert drawn[0].summary == json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_resuming_says_nothing_on_its_own(data, tmp_path, monkeypatch, recwarn, capfd):
     _interrupted(tmp_path, data, 13, monkeypatch)
-    train(tiny(), tmp_path, data)
+    train(tiny(), tmp_path, data, resume=True)
     assert [str(warning.message) for warning in recwarn] == []
     assert not [line for line in capfd.readouterr().err.splitlines() if "router of" not in line]
 
@@ -353,7 +327,7 @@ def test_hardware_is_named_in_words():
 
 def test_folder_that_cannot_be_written_is_a_sentence(data, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(CheckpointError, match=r"cannot write '.*experiment\.yaml': .*; the run folder must be writable and have space"):
+    with pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory; the folder must be writable"):
         train(tiny(), tmp_path / "file" / "run", data)
 
 
@@ -367,4 +341,4 @@ def test_interrupted_summary_leaves_no_half_of_it(data, tmp_path, monkeypatch):
             train(tiny(training__updates=6), tmp_path, data)
     assert not (tmp_path / "summary.json").exists()
     assert [path.name for path in tmp_path.rglob(".*")] == []
-    assert train(tiny(training__updates=6), tmp_path, data).summary["updates"] == 6
+    assert train(tiny(training__updates=6), tmp_path, data, resume=True).summary["updates"] == 6

@@ -191,7 +191,7 @@ def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
 def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "file"), "--no-progress"]) == 2
-    assert re.search(r"error: cannot write '.*experiment\.yaml': .*; the run folder must be writable", _said(capsys)[1])
+    assert re.search(r"error: '.*file' is no folder; give another --out", _said(capsys)[1])
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -32,7 +32,7 @@ def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, 
         before_update(patch, 17, fail)
         with pytest.raises(RuntimeError, match="the power went out"):
             train(spec, tmp_path / "parts", data)
-    train(spec, tmp_path / "parts", data)
+    train(spec, tmp_path / "parts", data, resume=True)
     whole, parts = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
     assert same(whole, parts)
     assert int(whole["controller.updates"]) == 30

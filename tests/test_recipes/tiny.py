@@ -1,5 +1,7 @@
 """An experiment that takes a second: short expressions, two layers of width 8, dropout in every place; and ways to stop it midway."""
 
+import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from sma.recipes.data.batch import Batch, collate
 from sma.recipes.data.listops import decode, prepare_listops
-from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
+from sma.recipes.experiment import BEST, LAST, ExperimentSpec, load_experiment
 from sma.recipes.tasks import TaskData
 from sma.recipes.training import Classifier, Finished, run_experiment
 
@@ -55,9 +57,9 @@ def tiny_data(folder: Path) -> TaskData:
     return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
 
 
-def train(spec: ExperimentSpec, out: Path, data: TaskData, accelerator: str = "cpu") -> Finished:
+def train(spec: ExperimentSpec, out: Path, data: TaskData, accelerator: str = "cpu", resume: bool = False) -> Finished:
     """Run the experiment without a bar."""
-    return run_experiment(spec, out, data, accelerator=accelerator, progress=False)
+    return run_experiment(spec, out, data, accelerator=accelerator, progress=False, resume=resume)
 
 
 def before_update(patch: pytest.MonkeyPatch, update: int, act: Callable[[Classifier], None]) -> None:
@@ -92,3 +94,29 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+def metrics_of(out: Path) -> dict[tuple[int, str], dict[str, str]]:
+    """The logged lines of all parts of a run, by update: the later part counts."""
+    lines: dict[tuple[int, str], dict[str, str]] = {}
+    for path in sorted((out / "metrics").glob("version_*/metrics.csv")):
+        for row in csv.DictReader(path.open(encoding="utf-8")):
+            kind = "val" if row.get("val_accuracy") else "test" if row.get("test_accuracy") else "fit"
+            step = int(row.pop("step")) + 1
+            # Lightning counts a test as one more update, unless it comes without a training.
+            lines[30 if kind == "test" else step, kind] = {name: value for name, value in row.items() if value and name != "epoch"}
+    return lines
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    """Whether a run that was interrupted came to what the uninterrupted one came to, to the last bit."""
+    for name in (LAST, BEST):
+        mine, theirs = checkpoint(out, name), checkpoint(reference, name)
+        assert mine["global_step"] == theirs["global_step"]
+        for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+            assert same(mine[part], theirs[part]), f"{part} of {name}"
+        assert same(mine["callbacks"]["RandomStates"], theirs["callbacks"]["RandomStates"])
+    assert metrics_of(out) == metrics_of(reference)
+    read = [json.loads((folder / "summary.json").read_text()) for folder in (out, reference)]
+    for name in ("test_accuracy", "test_loss", "activation_rate", "best_update", "seed", "data"):
+        assert read[0][name] == read[1][name], name

@@ -1,0 +1,41 @@
+"""Variables of the environment by which libraries would take a training for something else than what was asked for.
+
+Lightning looks for a job scheduler or a launcher in the environment, and then changes ranks, waits for other processes, resumes from
+files of its own, and requeues the job; `PL_TRAINER_…` changes arguments that nobody gave. A run is told all of this explicitly, so that
+these variables are hidden while it works, and are back where they were afterwards.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SCHEDULERS = ("SLURM_", "TORCHELASTIC_", "JSM_", "LSB_", "PL_", "LT_")
+"""How the names begin that schedulers set, and Lightning's own settings."""
+
+RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT")
+"""By which processes that train together find each other; Ray sets them for its own."""
+
+BARS = ("COLAB_GPU", "TQDM_MINITERS")
+"""Which Lightning reads for its progress bar, and stumbles over where they are no numbers."""
+
+
+def is_hidden(name: str, ranks: bool = True) -> bool:
+    """Whether a variable is hidden from a run; `ranks` also hides those of processes that train together."""
+    return name.startswith(SCHEDULERS) or name in BARS or (ranks and name in RANKS)
+
+
+@contextmanager
+def hidden_variables(*, ranks: bool = True) -> Iterator[None]:
+    """Take the variables out of the environment for as long as the block runs.
+
+    Args:
+        ranks: also those by which processes find each other; False for one of several that train together.
+    """
+    before = {name: os.environ.pop(name) for name in list(os.environ) if is_hidden(name, ranks)}
+    try:
+        yield
+    finally:
+        for name in list(os.environ):
+            if is_hidden(name, ranks):
+                del os.environ[name]
+        os.environ.update(before)

@@ -1,0 +1,220 @@
+"""A signal of a job scheduler ends a training cleanly, whenever it comes, and the run goes on from there to the last bit."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from sma.errors import SmaError
+from sma.recipes.command import exit_code
+from sma.recipes.experiment import LAST, load_experiment
+from sma.recipes.language import LanguageLearner, run_language
+from sma.recipes.signals import PREEMPTED, Preempted, on_preemption
+from sma.recipes.training import Classifier
+from tests.test_recipes.test_steering import BUDGET
+from tests.test_recipes.tiny import MODEL, assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
+
+SLURM = {
+    "SLURM_NTASKS": "1",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NAME": "t",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+def _send(number=signal.SIGUSR1):
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1):
+    """Send a signal in an update, which is counted from 0; returns what was said."""
+    with monkeypatch.context() as patch:
+        before_update(patch, update, _send(number))
+        with pytest.raises(
+            Preempted, match=rf"preempted by {signal.Signals(number).name}: update .* is saved; go on with --resume "
+        ) as end:
+            train(spec or tiny(), out, data, resume=True)
+    assert not (out / "summary.json").exists()
+    return str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("update", "saved", "number"),
+    [
+        pytest.param(0, 1, signal.SIGUSR1, id="first-update"),
+        pytest.param(6, 7, signal.SIGUSR1, id="before-the-first-evaluation"),
+        pytest.param(9, 10, signal.SIGTERM, id="evaluation-follows"),
+        pytest.param(10, 11, signal.SIGUSR1, id="evaluation-precedes"),
+        pytest.param(17, 18, signal.SIGTERM, id="between-evaluations"),
+        pytest.param(29, 30, signal.SIGUSR1, id="last-update"),
+    ],
+)
+def test_run_goes_on_from_the_update_in_which_the_signal_came(finished, data, tmp_path, monkeypatch, update, saved, number):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert f"update {saved} of 30 is saved" in _preempted(tmp_path, data, update, monkeypatch, number=number)
+    assert checkpoint(tmp_path)["global_step"] == saved
+    assert list(tmp_path.rglob("hpc_ckpt*")) == []
+    train(tiny(), tmp_path, data, resume=True)
+    assert_same_run(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3])
+def test_evaluation_in_which_the_signal_came_is_made_again(finished, data, tmp_path, monkeypatch, evaluation):
+    original, count = Classifier.validation_step, [0]
+
+    def step(self, batch, batch_idx):
+        count[0] += 1
+        if count[0] == evaluation:
+            _send()()
+        original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "validation_step", step)
+        with pytest.raises(Preempted, match=f"update {10 * evaluation} of 30 is saved"):
+            train(tiny(), tmp_path, data)
+    train(tiny(), tmp_path, data, resume=True)
+    assert_same_run(tmp_path, finished[0])
+
+
+def test_many_signals_and_a_crash_between(finished, data, tmp_path, monkeypatch):
+    for update in (2, 3, 9, 10, 28):
+        _preempted(tmp_path, data, update, monkeypatch)
+    with monkeypatch.context() as patch:
+        before_update(patch, 29, fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(tiny(), tmp_path, data, resume=True)
+    _preempted(tmp_path, data, 29, monkeypatch)
+    train(tiny(), tmp_path, data, resume=True)
+    assert_same_run(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}", "{kind: bernoulli}"])
+def test_routers_that_draw_and_budgets_go_on_too(data, tmp_path, monkeypatch, router):
+    more = {"training__losses__policy": 1.0} if "bernoulli" in router else {}
+    spec = tiny(training__budget=BUDGET, model__layers__layer__router=router, **more)
+    train(spec, tmp_path / "whole", data)
+    _preempted(tmp_path / "parts", data, 13, monkeypatch, spec)
+    train(spec, tmp_path / "parts", data, resume=True)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monkeypatch):
+    # The lines of the metrics and the evaluations do not fall together: a line is made of updates before and after a checkpoint.
+    spec = tiny(training__updates=120, training__evaluate_every=70)
+    train(spec, tmp_path / "whole", data)
+    for update in (33, 72):
+        _preempted(tmp_path / "parts", data, update, monkeypatch, spec)
+    train(spec, tmp_path / "parts", data, resume=True)
+    whole, parts = (
+        {step: line for (step, kind), line in metrics_of(tmp_path / name).items() if kind == "fit"} for name in ("whole", "parts")
+    )
+    assert {50, 100} <= {*whole}
+    assert parts == whole
+
+
+def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
+    task = {"kind": "language", "data": {"file": str(tmp_path / "text.txt")}, "segment": 16, "window": 50, "carry_state": True}
+    parts = {name: part for name, part in MODEL.items() if name not in ("head", "kind", "encoder")}
+    model = {**parts, "kind": "language_model", "encoder": {"kind": "token_embedding", "vocabulary": 256}}
+    causal = [f"model.layers.layer.{part}.bidirectional=false" for part in ("backbone", "modules.attention")]
+    training = {"updates": 20, "batch_size": 4, "learning_rate": 0.003, "evaluate_every": 10}
+    spec = load_experiment({"task": task, "model": model, "training": training}, causal)
+    corpus = spec.task.prepare(tmp_path)
+
+    def run(out, resume=False):
+        run_language(spec, out, corpus, accelerator="cpu", progress=False, resume=resume)
+
+    run(tmp_path / "whole")
+    original = LanguageLearner.training_step
+
+    def step(self, batch, batch_idx):
+        if self.global_step == 13:
+            _send()()
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageLearner, "training_step", step)
+        with pytest.raises(Preempted, match="update 14 of 20 is saved"):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts", resume=True)
+    for part in ("state_dict", "optimizer_states", "carried"):
+        assert same(checkpoint(tmp_path / "parts")[part], checkpoint(tmp_path / "whole")[part]), part
+
+
+def test_handlers_are_those_of_before_afterwards(data, tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
+    _preempted(tmp_path, data, 3, monkeypatch)
+    train(tiny(), tmp_path, data, resume=True)
+    assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_handler_of_another_stays_in_force(data, tmp_path, monkeypatch):
+    got = []
+    signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
+    try:
+        with monkeypatch.context() as patch:
+            before_update(patch, 3, _send())
+            train(tiny(training__updates=6), tmp_path, data)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert got == [signal.SIGUSR1]
+
+
+def test_thread_trains_without_handlers(data, tmp_path):
+    failed = []
+
+    def run():
+        try:
+            train(tiny(training__updates=6), tmp_path, data)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failed == []
+
+
+def test_handlers_nest_and_let_go():
+    got = []
+    before = signal.getsignal(signal.SIGUSR1)
+    with on_preemption(lambda _: got.append("outer")):
+        with on_preemption(lambda _: got.append("inner")) as install:
+            _send()()
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            install()
+            _send()()
+        _send()()
+    assert got == ["inner", "inner", "outer"]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_command_ends_with_a_status_of_its_own(capsys, number):
+    def work():
+        _send(number)()
+        time.sleep(5)
+        pytest.fail("the signal was ignored")
+
+    assert exit_code(work) == PREEMPTED == 75
+    name = signal.Signals(number).name
+    expected = f"preempted by {name}: repeat the command; a run that began goes on with --resume and its folder\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_no_loop_over_failed_runs_takes_it_for_a_failure():
+    assert not issubclass(Preempted, Exception)
+    assert not issubclass(Preempted, SmaError)
+
+
+def test_what_was_written_is_whole(data, tmp_path, monkeypatch):
+    _preempted(tmp_path, data, 6, monkeypatch)
+    assert {path.name for path in (tmp_path / Path(LAST).parent).iterdir()} == {"last.ckpt"}
+    assert not list(tmp_path.rglob(".*"))

@@ -1,0 +1,163 @@
+"""The page about Slurm: its script is valid, and does with a run what it says; Slurm is played by its signals and variables."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sma.recipes.experiment import LAST
+from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, tiny, train
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+SCRIPT = re.search(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL).group(1)  # type: ignore[union-attr]
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NAME": "t",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+# 300 updates take seconds: a signal falls between the first and the last of them.
+UPDATES = 300
+
+
+def test_script_is_valid(tmp_path):
+    (tmp_path / "job.sh").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(["bash", "-n", str(tmp_path / "job.sh")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def _program(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def job(tmp_path, data):
+    """Starts the script of the page as Slurm does, with a small experiment; `srun` and `scontrol` are small programs."""
+    experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    programs = tmp_path / "bin"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    programs.mkdir()
+    # Slurm sends the signal to the tasks, not to the script: the task says who it is.
+    _program(programs, "srun", f'shift; echo $$ > "{tmp_path}/task"; exec "$@"')
+    _program(programs, "scontrol", f'echo "$@" >> "{tmp_path}/requeued"')
+    _program(programs, "python", f'exec "{sys.executable}" "$@"')
+    script = SCRIPT.replace("--task listops --preset paper", f'--spec "{tmp_path}/spec.yaml" --data "{tmp_path}/data" --accelerator cpu')
+    assert script != SCRIPT
+    (tmp_path / "job.sh").write_text(script, encoding="utf-8")
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, **SLURM, "PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def start(output):
+        (tmp_path / "task").unlink(missing_ok=True)
+        return subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=environment, stdout=output, stderr=output)
+
+    return start
+
+
+def _whole(tmp_path):
+    spec = tiny(training__updates=UPDATES, training__evaluate_every=150)
+    train(spec, tmp_path / "whole", spec.task.prepare(tmp_path / "data", progress=False))
+    return tmp_path / "whole"
+
+
+def _updates_seen(out):
+    """Whether the training has begun: its metrics have a line, which they have after 50 updates."""
+    return any(len(path.read_text().splitlines()) > 1 for path in out.glob("metrics/version_*/metrics.csv"))
+
+
+def _wait(process, ready):
+    until = time.monotonic() + 200
+    while process.poll() is None and not ready() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None, "it was over before the signal"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job, tmp_path):
+    out, said = tmp_path / "runs" / "listops", tmp_path / "said.txt"
+    sent = []
+    with said.open("w") as output:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            process = job(output)
+            _wait(process, lambda: _updates_seen(out) if not sent else (tmp_path / "task").exists())
+            task = int((tmp_path / "task").read_text())
+            if sent:
+                time.sleep(1)  # wherever it is now: importing, preparing, or training
+            os.kill(task, number)
+            sent.append(number)
+            assert process.wait(timeout=200) == (75 if number == signal.SIGUSR1 else process.returncode)
+        assert (tmp_path / "requeued").read_text().splitlines()[0] == "requeue 7"
+        assert 0 < checkpoint(out)["global_step"] < UPDATES
+        assert job(output).wait(timeout=400) == 0  # the same command
+        assert job(output).wait(timeout=200) == 0  # once more: there is nothing to do
+    assert "preempted by SIGUSR1: update " in said.read_text()
+    assert f"the run in {Path('runs') / 'listops'} is finished" in said.read_text()
+    assert list(out.rglob("hpc_ckpt*")) == []
+    assert_same_run(out, _whole(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_signal_and_then_the_kill_lose_nothing(job, tmp_path):
+    out = tmp_path / "runs" / "listops"
+    process = job(subprocess.DEVNULL)
+    _wait(process, lambda: _updates_seen(out))
+    task = int((tmp_path / "task").read_text())
+    os.kill(task, signal.SIGUSR1)
+    process.wait(timeout=100)
+    assert (out / LAST).is_file()
+    saved = checkpoint(out)["global_step"]
+    process = job(subprocess.DEVNULL)
+    _wait(process, lambda: (tmp_path / "task").exists() and len([*out.glob("metrics/version_*")]) > 1)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGUSR1)
+    os.kill(int((tmp_path / "task").read_text()), signal.SIGKILL)
+    process.wait(timeout=100)
+    assert checkpoint(out)["global_step"] >= saved
+    assert job(subprocess.DEVNULL).wait(timeout=400) == 0
+    assert_same_run(out, _whole(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_two_starts_at_once_one_trains_and_the_other_says_who(tmp_path, data):
+    experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    common = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
+    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", *common]
+    environment = {**os.environ, **SLURM, "SLURM_NTASKS": "2", "PYTHONPATH": str(ROOT)}
+
+    def start(*options):
+        return subprocess.Popen(
+            [*command, *options], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    pair = [start("--spec", "spec.yaml", "--out", "run", "--auto-resume") for _ in range(2)]
+    said = [process.communicate(timeout=400) for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2]
+    first, second = sorted(zip(pair, said, strict=True), key=lambda each: each[0].returncode)
+    assert f"'run' is being written by process {first[0].pid} on" in second[1][1]
+    # Without a name each gets a folder of its own, and trains its own seed.
+    pair = [start("--spec", "spec.yaml", "--seed", str(seed)) for seed in (0, 1)]
+    assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert sorted(yaml.safe_load((folder / "experiment.yaml").read_text())["seed"] for folder in folders) == [0, 1]
+    for folder in folders:
+        seed = yaml.safe_load((folder / "experiment.yaml").read_text())["seed"]
+        assert checkpoint(folder)["callbacks"]["Origin"]["experiment"]["seed"] == seed
