@@ -96,6 +96,10 @@ def _check_counts(state: Mapping[str, Any], updates: int, path: Path) -> None:
         found = {*(count for each in counts for kind in ("total", "current") for count in each[kind].values())}
         epochs = {*(tuple(sorted(loops["epoch_progress"][kind].items())) for kind in ("total", "current"))}
         logged = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
+        (optimizer,), (schedule,) = state["optimizer_states"], state["lr_schedulers"]  # Lightning takes none for nothing to put back
+        found.add(schedule["last_epoch"])
+        if not optimizer["state"]:
+            raise ValueError("the states of the optimiser are missing")
     one = tuple(sorted({"ready": 1, "started": 1, "processed": 0, "completed": 0}.items()))
     if not 0 < done <= updates or found != {done} or logged not in (done - 1, done) or epochs != {one}:
         raise CheckpointError(f"the checkpoint {str(path)!r} does not agree with itself about the updates that were made; {REPLACE}")

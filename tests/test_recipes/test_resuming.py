@@ -1,0 +1,186 @@
+"""A run resumes when it is asked to, from a whole checkpoint of the same experiment; everything else is refused in one sentence."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+import yaml
+
+from sma.errors import CheckpointError
+from sma.recipes.callbacks import BestCheckpoint
+from sma.recipes.claims import run_lock
+from sma.recipes.experiment import BEST, LAST
+from sma.recipes.seqboat_lra import main
+from sma.recipes.signals import Preempted, end_at_once
+from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, tiny, train
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """A run that stopped after update 13, with a checkpoint of update 10."""
+    out = tmp_path_factory.mktemp("resuming") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        before_update(patch, 13, fail)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            train(tiny(), out, data)
+    return out
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+def test_folder_with_a_run_is_not_resumed_unless_asked(run, data):
+    with pytest.raises(CheckpointError, match=r"run' holds a run already \(checkpoints/last\.ckpt\); resume it"):
+        train(tiny(), run, data)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        pytest.param({"seed": 1}, r"experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give", id="seed"),
+        pytest.param({"model__width": 16}, r"belongs to another experiment: model\.width is 8 there, and 16 is asked for", id="width"),
+    ],
+)
+def test_another_experiment_is_refused_before_it_trains(run, data, setting, complaint):
+    before = (run / LAST).read_bytes()
+    with pytest.raises(CheckpointError, match=complaint):
+        train(tiny(**setting), run, data, resume=True)
+    # The file says the same as what is asked for, and the checkpoint does not.
+    text = yaml.safe_load((run / "experiment.yaml").read_text())
+    (run / "experiment.yaml").write_text(yaml.safe_dump({**text, "seed": 1}))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt' belongs to another experiment: seed is 0 there, and 1 is asked for"):
+        train(tiny(seed=1), run, data, resume=True)
+    assert (run / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        pytest.param({}, "is none of a run: it has no global_step", id="empty"),
+        pytest.param(torch.zeros(3), "is none of a run: it has no global_step", id="tensor"),
+        pytest.param([1], "is none of a run: it has no global_step", id="list"),
+        pytest.param(None, "cannot be read: ", id="bytes"),
+    ],
+)
+@pytest.mark.parametrize("name", [LAST, BEST])
+def test_something_else_in_the_place_of_a_checkpoint_is_a_sentence(run, data, monkeypatch, name, content, complaint):
+    monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)  # the best one is read at the end, and is not to be replaced
+    (run / name).write_bytes(b"\x00" * 5000) if content is None else torch.save(content, run / name)
+    with pytest.raises(CheckpointError, match=rf"the checkpoint '.*{name}' {complaint}.*; put a whole one in its place"):
+        train(tiny(), run, data, resume=True)
+
+
+def _change(path, *keys, value):
+    state = torch.load(path, weights_only=True)
+    place = state
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "complaint"),
+    [
+        pytest.param(("state_dict", "model.more"), torch.zeros(3), "has in excess 'model", id="excess"),
+        pytest.param(("global_step",), 11, "does not agree with itself about the updates that were made", id="updates"),
+        pytest.param(("loops", "fit_loop"), {}, "cannot be read: KeyError", id="loops"),
+        pytest.param(("optimizer_states",), [], "cannot be read: ", id="optimizers"),
+        pytest.param(("optimizer_states", 0, "state"), {}, "the states of the optimiser are missing", id="optimizer"),
+        pytest.param(("lr_schedulers", 0, "last_epoch"), 3, "does not agree with itself", id="schedule"),
+        pytest.param(("callbacks", "RandomStates"), {"cpu": torch.zeros(2), "cuda": []}, "cannot go on from", id="random-states"),
+        pytest.param(("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(1).expand(1 << 40), "another shape than its", id="huge"),
+    ],
+)
+def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, complaint):
+    _change(run / LAST, *keys, value=value)
+    with pytest.raises(CheckpointError, match=complaint):
+        train(tiny(), run, data, resume=True)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without those of the parts")])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
+def test_damaged_json_is_a_sentence(run, data, name, hint, content):
+    (run / name).write_text(content)
+    if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to go on {hint}"):
+        train(tiny(), run, data, resume=True)
+
+
+def test_run_that_is_being_written_is_refused(run, data):
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with run_lock(run):
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        with pytest.raises(CheckpointError, match=r"run' is being written by process \d+ on '.*'; wait for it or end it"):
+            train(tiny(), run, data, resume=True)
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the command line on a small experiment; returns its exit code and what it said."""
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+
+    def call(*options, spec=True):
+        common = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
+        code = main([*(["--spec", str(tmp_path / "spec.yaml")] if spec else []), *map(str, options), *common])
+        return code, capsys.readouterr()
+
+    return call
+
+
+def test_one_command_starts_goes_on_and_does_nothing_when_it_is_finished(command, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_update(patch, 13, lambda _: end_at_once(15))
+        assert command("--out", out, "--auto-resume")[0] == 75
+    assert checkpoint(out)["global_step"] == 10
+    code, said = command("--out", out, "--auto-resume", "--seed", "1")
+    assert code == 2
+    assert "belongs to another experiment: seed is 0 there, and 1 is asked for" in said.err
+    assert command("--out", out, "--auto-resume")[0] == 0
+    assert checkpoint(out)["global_step"] == 30
+    code, said = command("--out", out, "--auto-resume")
+    assert (code, said.err) == (0, "")
+    assert f"the run in {out} is finished" in said.out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        pytest.param(["--auto-resume"], "--auto-resume needs --out: without it the folder has another name every time", id="out"),
+        pytest.param(["--auto-resume", "--resume", "x"], "leave --auto-resume out", id="resume"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(command, options, complaint):
+    code, said = command(*options, spec="--resume" not in options)
+    assert code == 2
+    assert complaint in said.err
+
+
+def test_folder_of_something_else_is_not_taken(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    code, said = command("--out", tmp_path / "run", "--auto-resume")
+    assert code == 2
+    assert "run' is not empty; give another --out" in said.err
+
+
+def test_preempted_is_told_from_a_failure():
+    with pytest.raises(Preempted, match="preempted by SIGTERM: repeat the command"):
+        end_at_once(15)
