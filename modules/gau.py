@@ -259,7 +259,7 @@ class ChunkedGAU(SubModule):
         inner, found = state.unit, []
         for chosen, afresh in steps:
             places = chosen.nonzero().squeeze(1)
-            if places.shape[0] == 0 and may_skip(self.unit):
+            if may_skip(self.unit) and places.shape[0] == 0:
                 continue
             part = _part(tokens, places)
             if afresh is None:

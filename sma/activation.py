@@ -286,7 +286,7 @@ class SparseModularActivation(nn.Module):
             # Where all tokens run, the values are the batch itself.
             name, tokens = decision.names[place], frame.with_values(fill_holes(next(chosen), frame) if _is_gathered(frame) else x_TD)
             before = None if state is None else state.modules[name]
-            if tokens.index.shape[0] == 0 and may_skip(submodules[name]):
+            if may_skip(submodules[name]) and tokens.index.shape[0] == 0:  # in this order: a compiler cannot ask for T
                 after = before
             else:
                 result_TD, after = submodules[name](tokens, before)

@@ -172,7 +172,14 @@ def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [(ALL + ".seen", 10**12), (ALL + ".seen", -1), (WINDOW + ".seen", -(2**63)), (WINDOW + ".seen", 2**62), (".seen", 2**62), (".seen", -1)],
+    [
+        (ALL + ".seen", 10**12),
+        (ALL + ".seen", -1),
+        (WINDOW + ".seen", -(2**63)),
+        (WINDOW + ".seen", 2**62),
+        (".seen", 2**62),
+        (".seen", -1),
+    ],
 )
 def test_a_state_that_cannot_have_seen_its_tokens_is_refused(tmp_path: Path, name: str, count: int) -> None:
     made, path = unbounded(), tmp_path / "stream.safetensors"
