@@ -1,9 +1,11 @@
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sma.tune.__main__ import main
+from sma.tune.__main__ import Options, _claimed, main
 from sma.tune.folder import load_sweep, start_sweep
 from sma.tune.records import TrialRecord
 from sma.tune.storage import Storage
@@ -121,3 +123,15 @@ def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.Ca
     assert main(["--resume", storage.location]) == 0
     assert "2 trials finished" in capsys.readouterr().out
     assert load_sweep(storage).samples == 2
+
+
+def test_sweeps_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sma.tune.__main__.datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5)))
+    with _claimed(Options()) as one, _claimed(Options()) as other:
+        start_sweep(small_sweep(), one)
+        start_sweep(small_sweep(), other)
+    assert [Path(storage.location).name for storage in (one, other)] == [
+        "sweep-listops-tiny-20260102-030405",
+        "sweep-listops-tiny-20260102-030405-2",
+    ]

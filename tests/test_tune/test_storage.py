@@ -1,12 +1,18 @@
+import json
 import os
 import socket
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sma.errors import CheckpointError, DataError
-from sma.tune.folder import load_sweep, start_sweep
-from sma.tune.records import TrialRecord, load_records
+from sma.tune.cluster import Slots
+from sma.tune.folder import add_driver, check_same, load_sweep, start_sweep
+from sma.tune.records import TrialRecord, load_clock, load_records
 from sma.tune.storage import Storage
 from tests.test_tune.sweeps import done_trial, small_sweep
 
@@ -103,3 +109,67 @@ def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
 def test_folder_that_cannot_be_the_storage_is_a_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the path of the run folder .* (is not valid Unicode|has '::')|begins with the home folder"):
         Storage(name if name.startswith("~") else tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a b", "a$x_$", "100%41", "[1]", "ü ☃", "#a?b", "{draft}", "-x"])
+def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / name)
+    start_sweep(small_sweep(), storage)
+    done_trial(0, 0.5, 0.5).save(storage)
+    assert (tmp_path / name / "records" / "0000.json").is_file()
+    assert [record.number for record in load_records(storage, load_sweep(storage))] == [0]
+
+
+def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
+    storage, code = Storage(tmp_path), "import sys; from sma.tune.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    start_sweep(small_sweep(), storage)
+    done_trial(0, 0.5, 0.5).save(storage)
+    with storage.locked():
+        done = subprocess.run([sys.executable, "-c", code, "report", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"number": 2}, r"0001.json is no record of a trial of this sweep: number=2, and its name says another", id="name"),
+        pytest.param({"values": {"colour": 1}}, r"values has 'colour', which the sweep does not search", id="values"),
+        pytest.param({"metrics": {"accuracy": 0.5}}, r"the trial is finished, and metrics has no rate", id="measure"),
+        pytest.param({"history": [{"accuracy": 0.5}]}, r"an evaluation in history has no update", id="update"),
+        pytest.param({"number": True}, r"'number': input should be a valid integer", id="type"),
+        pytest.param({"metrics": {"accuracy": 10**400}}, r"metrics.accuracy", id="huge"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    storage.write("records/0001.json", json.dumps({**asdict(done_trial(1, 0.5, 0.5)), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        load_records(storage, small_sweep())
+
+
+def test_a_number_that_is_none_is_no_json(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    for text in ("NaN", "-Infinity", "1e999"):
+        storage.write("clock.json", f'{{"1.0": {text}}}')
+        with pytest.raises(CheckpointError, match=rf"clock.json.*cannot be read: {text} is no finite number; remove it"):
+            load_clock(storage)
+
+
+def test_a_folder_that_was_replaced_is_not_written(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    start_sweep(small_sweep(), storage)
+    content = storage.read("sweep.yaml")
+    check_same(storage, content)
+    storage.write("sweep.yaml", "samples: 3")
+    with pytest.raises(CheckpointError, match=r"holds another sweep now"):
+        check_same(storage, content)
+    (tmp_path / "sweep.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"was removed or moved while the sweep ran"):
+        check_same(storage, content)
+
+
+def test_a_driver_takes_no_folder_of_another_even_where_the_list_is_lost(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    storage.write("trials/driver-4/0000/x", "")
+    assert add_driver(storage, Slots(1, 1, 0.0)) == 5
