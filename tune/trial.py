@@ -229,7 +229,10 @@ def _refuse_unwritable(error: BaseException) -> None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _NO_FAULT_OF_THE_TRIAL:
-            raise Unwritable(f"a trial on {socket.gethostname()} cannot write: {' '.join(str(cause).split())[:300]}") from error
+            raise Unwritable(
+                f"a trial on {socket.gethostname()} cannot write: {' '.join(str(cause).split())[:300]}; "
+                "make room, or make the storage writable, and go on with --resume and the folder of the sweep"
+            ) from error
         cause = cause.__cause__ or cause.__context__
 
 

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -5,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sma.tune.trial import Reporter
+from sma.errors import CheckpointError
+from sma.tune.trial import HISTORY, Reporter, Unwritable, _refuse_unwritable
 from tests.test_recipes.tiny import tiny
 
 
@@ -30,3 +32,23 @@ def test_a_measure_that_is_no_number_fails_the_trial(name: str, tmp_path: Path, 
     measured = {"val_accuracy": 0.5, "val_loss": 0.5, f"val_{name}": float("nan")}
     with pytest.raises(FloatingPointError, match=f"the {name} at update 10 is nan"):
         evaluated(tmp_path, monkeypatch, "accuracy", **measured)
+
+
+def test_a_full_disk_is_no_fault_of_the_trial(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "last.ckpt")
+    for error in (full, chained(CheckpointError("cannot write"), full)):
+        with pytest.raises(Unwritable, match=r"cannot write: .*No space left on device.*; make room.*--resume"):
+            _refuse_unwritable(error)
+    _refuse_unwritable(chained(ValueError("of the trial's own"), FileNotFoundError(errno.ENOENT, "no such file")))
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"rate": 1}]', '[{"update": null}]', '{"update": 1}'])
+def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / HISTORY).write_text(content)
+    with pytest.raises(CheckpointError, match=r"history.json' (cannot be read|is damaged)"):
+        Reporter(tiny(), tmp_path, "accuracy", 8, 0.0).restore()
