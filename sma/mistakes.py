@@ -1,5 +1,6 @@
 """Mistakes in specs as sentences: what pydantic found, in the words of all other errors."""
 
+from types import UnionType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -20,11 +21,13 @@ def custom(head: str, tail: str) -> PydanticCustomError:
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
-_TYPE_HINTS = {
-    "int_type": ", and no text and no true or false",
-    "float_type": ", and no text and no true or false",
-    "bool_type": ", true or false",
+_TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
+    "int_type": (str | bool, ", and no text and no true or false"),
+    "float_type": (str | bool, ", and no text and no true or false"),
+    "bool_type": (str | int | float, ", true or false"),
+    "string_type": (int | float, "; put it in quotes"),
 }
+"""What is added to what pydantic says of a value of these types."""
 
 
 def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
@@ -53,7 +56,8 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
         # Without the key, which need not be one that a path can be made of.
         sentence, loc = f"the name {quote(given)} must be a text{meaning}", (*loc[:-2], "")
     else:
-        hint = _TYPE_HINTS.get(item["type"], "") if isinstance(given, str | bool) else ""
+        types, words = _TYPE_HINTS.get(item["type"], (object, ""))
+        hint = words if isinstance(given, types) else ""
         sentence = f"{f'{name}=' if name else ''}{quote(given)}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}{meaning}"
     # The sentence names the field; the path then says only in which part of the spec it stands.
     return InitErrorDetails(type=custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)

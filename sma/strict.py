@@ -7,7 +7,9 @@ from typing import Any, Literal, cast
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 _LARGE = 2**63
-_PARTS = ("schema", "choices", "items_schema", "keys_schema", "values_schema")
+_PARTS = ("schema", "items_schema", "keys_schema", "values_schema")
+_NAMED = ("fields", "choices")
+"""Parts of a schema that are a list, or a mapping by name: the fields of a model, the choices of a union with a discriminator."""
 
 
 def strict(schema: Any) -> Any:
@@ -19,8 +21,13 @@ def strict(schema: Any) -> Any:
     check = _CHECKS.get(schema["type"])
     if check is not None:
         return core_schema.no_info_before_validator_function(check, cast(CoreSchema, schema))
-    fields = {"fields": {name: strict(field) for name, field in schema["fields"].items()}} if schema["type"] == "model-fields" else {}
-    return {**schema, **{key: strict(schema[key]) for key in _PARTS if key in schema}, **fields}
+    parts = {key: strict(schema[key]) for key in _PARTS if key in schema}
+    named = {key: _each(schema[key]) for key in _NAMED if key in schema}
+    return {**schema, **parts, **named}
+
+
+def _each(parts: Any) -> Any:
+    return {name: strict(part) for name, part in parts.items()} if isinstance(parts, dict) else strict(parts)
 
 
 def _number(value: Any) -> Any:

@@ -1,13 +1,15 @@
 """Strict fields: nothing but a number is a number, and nothing but true and false is a switch."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+from pydantic import BaseModel, Field
 
 from sma import LayerSpec, load_spec
 from sma.errors import SpecError
+from sma.recipes.data.text import TextSettings
 from sma.spec import FrozenMapping, Spec
 from tests.specs import KINDS
 
@@ -108,3 +110,30 @@ def test_large_float_is_no_integer(value):
 def test_name_that_is_no_text_is_named(modules: Mapping[Any, Any]):
     with pytest.raises(SpecError, match=r"LayerSpec in modules: the name (True|1|None) must be a text; modules: the routed sub-modules"):
         LayerSpec(modules=modules)
+
+
+class _One(BaseModel):
+    sort: Literal["one"] = "one"
+    number: int = 1
+
+
+class _Other(BaseModel):
+    sort: Literal["other"] = "other"
+
+
+class _Union(Spec):
+    kind: ClassVar[str] = "union"
+    part: Annotated[_One | _Other, Field(discriminator="sort")] = _One()
+    choice: int | Literal["auto"] = "auto"
+
+
+def test_a_spec_may_have_a_union_with_a_discriminator():
+    assert _Union(part={"sort": "one", "number": 3}, choice=2).part == _One(number=3)
+    with pytest.raises(SpecError, match=r"choice='2': input should be a valid integer, and no text and no true or false"):
+        _Union(choice="2")
+
+
+@pytest.mark.parametrize("value", [2024, 1e-3, True])
+def test_a_number_that_stands_for_a_text_is_to_be_quoted(value):
+    with pytest.raises(SpecError, match=rf"^TextSettings: file={value!r}: input should be a valid string; put it in quotes; file: "):
+        TextSettings(file=value)
