@@ -25,7 +25,7 @@ _TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
     "int_type": (str | bool, ", and no text and no true or false"),
     "float_type": (str | bool, ", and no text and no true or false"),
     "bool_type": (str | int | float, ", true or false"),
-    "string_type": (int | float, "; put it in quotes"),
+    "string_type": (int | float, "; put it in quotes, which in a shell are two: '\"…\"'"),
 }
 """What is added to what pydantic says of a value of these types."""
 

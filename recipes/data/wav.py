@@ -80,12 +80,10 @@ def read_wav(path: str | Path, rate: int = 16_000, *, only: int | None = None) -
                 f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; required are 1 channel, 16 bits, {rate:,} Hz "
                 "(8, 24 and 32 bits are read too): convert it"
             )
-        there = min(header.size, length - header.start) // header.width
-        if header.start + header.size > length:
-            raise DataError(
-                f"{path} is truncated: it has {there:,} of the {header.size // header.width:,} samples that its header promises; get it "
-                "again"
-            )
+        promised = header.size // header.width
+        there = min(promised, (length - header.start) // header.width)
+        if there < promised:
+            raise DataError(f"{path} is truncated: it has {there:,} of the {promised:,} samples that its header promises; get it again")
         if only is not None and there != only:
             return None
         file.seek(header.start)

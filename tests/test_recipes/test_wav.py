@@ -186,3 +186,7 @@ def test_pipes_and_folders_are_refused_at_once(tmp_path):
         read_wav(tmp_path / "pipe.wav")
     with pytest.raises(DataError, match=re.escape(f"{str(tmp_path)!r} is a folder; a plain file is required")):
         read_wav(tmp_path)
+
+
+def test_half_a_sample_that_is_missing_is_no_truncation(tmp_path):
+    assert np.array_equal(read(tmp_path, wav(size=len(CONTENT) + 1)), SAMPLES)
