@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from sma.files import read_file
 from sma.recipes.data.grey import SPLITS
 from sma.recipes.data.lra import in_release
 from sma.recipes.data.published import is_visible
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 LEVEL = "curv_contour_length_14"
 """The folder of Long Range Arena's level, the hardest of three."""
@@ -130,14 +133,12 @@ def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.nd
     Raises:
         DataError: a file is damaged or is no grey image of `size` pixels; names it.
     """
-    from PIL import Image  # whoever generates the images needs no Pillow
-
     images = np.empty((len(records), size * size), dtype=np.uint8)
     for row, record in enumerate(records):
         path = root / record.path
         content = read_file(path, _IMAGE + 4 * size * size)
         damaged = parsing(path, hint="it is truncated or damaged: get it again, or make it an empty file to leave it out")
-        with damaged, Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+        with damaged, _open_png(content) as picture:
             if picture.size != (size, size) or picture.mode != "L":
                 width, height = picture.size
                 raise DataError(
@@ -146,3 +147,12 @@ def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.nd
             picture.load()
             images[row] = np.asarray(picture).reshape(-1)
     return images
+
+
+def _open_png(content: bytes) -> "ImageFile":
+    from PIL import Image, UnidentifiedImageError  # whoever generates the images needs no Pillow
+
+    try:
+        return Image.open(io.BytesIO(content), formats=("PNG",))
+    except UnidentifiedImageError:  # its sentence names an object in memory
+        raise ValueError("it is no PNG image") from None

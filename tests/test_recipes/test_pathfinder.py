@@ -274,7 +274,9 @@ GREY = np.zeros((32, 32), dtype=np.uint8)
             r"sample_2.png cannot be read: .*; it is truncated or damaged: get it again, or make it an empty file",
             id="truncated",
         ),
-        pytest.param(b"not an image", r"sample_2.png cannot be read: .*; it is truncated or damaged: get it again", id="no-image"),
+        pytest.param(
+            b"not an image", r"sample_2.png cannot be read: it is no PNG image; it is truncated or damaged: get it again", id="no-image"
+        ),
         pytest.param(
             png(np.zeros((32, 31), dtype=np.uint8)), r"sample_2.png is an image of 31 x 32 pixels, mode L; 32 x 32 grey", id="size"
         ),
