@@ -238,7 +238,7 @@ class BatchNorm(Norm, nn.BatchNorm1d):
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         weight = enough * _first_pass(mean)
-        self.num_batches_tracked += weight.long()
+        self.num_batches_tracked.add_(weight.long())
         weight = weight / self.num_batches_tracked.clamp(min=1) if self.momentum is None else weight * self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
