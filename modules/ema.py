@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from sma.devices import without_autocast
 from sma.initial import truncated_normal_
 from sma.inputs import check_count
 from sma.memory import zeros
@@ -138,7 +139,7 @@ class EMA(SubModule):
             nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
             return values + torch.as_tensor(nothing).to(values.dtype), state
         wide = torch.promote_types(values.dtype, torch.float32)
-        with torch.autocast(values.device.type, enabled=False):
+        with without_autocast(values.device):
             x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
             if before is None:
                 out, after = self._whole(x_BSD), None

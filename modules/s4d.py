@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.devices import without_autocast
 from sma.initial import reset_linear_
 from sma.inputs import check_count
 from sma.memory import zeros
@@ -170,7 +171,7 @@ class S4D(SubModule):
             nothing = sum(parameter.sum() for parameter in self.parameters(recurse=False)) * 0
             return self._mixed(values + torch.as_tensor(nothing).to(values.dtype)), state
         wide = torch.promote_types(values.dtype, torch.float32)
-        with torch.autocast(values.device.type, enabled=False):
+        with without_autocast(values.device):
             x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
             if before is None:
                 out, after = self._whole(x_BSD), None

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sma.devices import without_autocast
 from sma.modules.finite import all_finite
 from sma.modules.windowed import Bias, Weighting, narrowed, weigh
 from sma.ragged import Ragged
@@ -37,7 +38,7 @@ def attend_all(
         q, k, v, tokens, causal, weighting, bias, dropout: as there; the bias counts original positions.
     """
     longest, compiling = tokens.longest, torch.compiler.is_compiling()
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
         places = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
         # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.

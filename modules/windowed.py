@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.autograd import first_derivative
+from sma.devices import without_autocast
 from sma.modules.cache import Cache
 from sma.modules.finite import all_finite
 from sma.ragged import Ragged
@@ -239,7 +240,7 @@ def attend_one(
     keys, values, positions, slots, seen = (
         part if everyone else part.index_select(0, tokens.rows) for part in (*cache.entries, cache.slots, cache.seen)
     )
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k = q.to(v.dtype), k.to(v.dtype)
         scores = torch.bmm(q[:, None], keys.to(v.dtype).transpose(1, 2)).squeeze(1).to(wide)
@@ -294,7 +295,7 @@ class _BlockAttention(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         allowed = blocks.allowed
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             wide = torch.promote_types(v.dtype, torch.float32)
             q, k = q.to(v.dtype), k.to(v.dtype)
             # A weight of 0 times NaN is NaN: a value that is not finite would reach tokens that do not attend to it.
@@ -359,7 +360,7 @@ def _attend_compiled(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None, blocks: Blocks, weighting: Weighting, dropout: float
 ) -> Tensor:
     """`_BlockAttention` as a chain of operators: a compiler differentiates and fuses it, and chooses itself what to keep."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         wide = torch.promote_types(v.dtype, torch.float32)
         broken = ~v.isfinite().all(-1, keepdim=True)
         filled_q, filled_k, filled_v = (blocks.fill(x.to(v.dtype)) for x in (q, k, v.masked_fill(broken, 0)))

@@ -243,7 +243,7 @@ class SparseModularActivation(nn.Module):
         """Check what a call without a layer was given; return the tokens of each row that were seen before, where there is a state."""
         check_batch(x_BLD, valid)
         check_dtype(self, x_BLD)
-        check_control(self.router, x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
+        check_control(x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
         check_capacity(capacity, self.router.names, state)
         if state is None:
             return None
@@ -265,6 +265,8 @@ class SparseModularActivation(nn.Module):
         if valid is not None:  # whatever a router of somebody else does with padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
+            if decision.active.is_meta:
+                raise InputError("how many tokens are active is not known on the meta device; give a capacity, or load the model elsewhere")
             return Routing(decision, locate(decision.active, positions), after)
         active, slots = decision.active, slots_per_row(capacity, decision.names, decision.active.shape[1])
         kept = earliest(active, capacity, decision.names, valid)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from sma.decision import Decision
+from sma.devices import autocasts
 from sma.errors import InputError, StateError
 from sma.inputs import check_mask, check_positions, check_tensor, what_came
 from sma.ragged import Ragged
-from sma.routers import Router, ScoredRouter
+from sma.routers import Router
 from sma.submodule import is_sharded
 
 
@@ -47,7 +48,7 @@ def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
     Raises:
         InputError: what was given and what is required.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or autocasts(x.device):
         return
     # Mostly the first one says so: all are looked at only where an error is to be told.
     # Sharded parameters are gathered, in the dtype of their mixed precision, when their module is called.
@@ -60,7 +61,7 @@ def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
         )
 
 
-def check_control(router: Router, x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
+def check_control(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
     """Check what comes beside the tokens of a batch: shapes that broadcast or index would give results on the wrong ones."""
     shape = tuple(x_BLD.shape[:2])
     if control_BLD is not None:
@@ -71,10 +72,6 @@ def check_control(router: Router, x_BLD: Tensor, control_BLD: Tensor | None, pos
             )
         if not control_BLD.is_floating_point():
             raise InputError(f"control_BLD has dtype {control_BLD.dtype}; required is a floating-point dtype, such as torch.float32")
-    if isinstance(router, ScoredRouter):
-        what, given = ("the tokens have", x_BLD) if control_BLD is None else ("control_BLD has", control_BLD)
-        if given.shape[2] != router.weight.shape[1]:
-            raise InputError(f"{what} {given.shape[2]} channels; the router {type(router).__name__} reads {router.weight.shape[1]}")
     if positions is not None:
         check_positions(positions, shape)
 

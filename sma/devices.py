@@ -1,4 +1,7 @@
-"""Devices: what the user named, checked before anything is put there."""
+"""Devices: what the user named, checked before anything is put there; and whether autocast is on there."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -17,6 +20,17 @@ def usable_device(device: torch.device | str | int | None, error: type[SmaError]
     except Exception as cause:  # every kind of device refuses in its own way
         raise error(f"the device {quote(device)} cannot be used: {reason(cause)}; there are {', '.join(devices())}") from cause
     return found
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast converts what is computed on a device now; on `meta`, about which torch cannot be asked, it converts nothing."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtypes that stand there, whatever autocast says."""
+    # Entering the context costs a step of a stream more than a router's scores do.
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def devices() -> list[str]:

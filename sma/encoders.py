@@ -7,6 +7,7 @@ from jaxtyping import Float, Integer
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.devices import autocasts
 from sma.errors import InputError
 from sma.inputs import check_tensor
 from sma.spec import Spec, register
@@ -235,7 +236,7 @@ class LinearEncoder(Encoder):
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
         """Encode every position."""
         out: Tensor = self.linear(inputs)
-        if torch.is_autocast_enabled(inputs.device.type):
+        if autocasts(inputs.device):
             # The residual stream starts here and is not narrowed by autocast. The weight of a map that was replaced may be packed.
             return out.to(floating_dtype(self.linear) or out.dtype)
         return out

@@ -14,6 +14,7 @@ from sma.activation import Around, RoutedState, SparseModularActivation, keeping
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
 from sma.decision import Decision
+from sma.devices import autocasts
 from sma.errors import quote
 from sma.initial import truncated_normal_
 from sma.inputs import check_count
@@ -337,7 +338,7 @@ class LinearBypass(nn.Module):
 
     def forward(self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
         """Return the mapped tokens and the tokens at `index`, none of which comes twice."""
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x_TD.device.type) or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
             return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
         results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)
         return results
@@ -371,7 +372,7 @@ def align(
         return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), None, positions), None
     # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would survive.
     x_BLD = x_BLD.where(valid[..., None], 0)
-    lengths, order = right_padding(valid, static)
+    lengths, order = right_padding(valid, static or valid.is_meta)
     places = None
     if order is not None:
         x_BLD = move(x_BLD, order)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
@@ -11,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.decision import Decision
+from sma.devices import without_autocast
 from sma.errors import InputError, StateError, quote
 from sma.initial import truncated_normal_
 from sma.inputs import check_mask, check_tensor
@@ -214,6 +214,7 @@ class ScoredRouter(Router):
     def __init__(self, spec: Any, width: int, names: Sequence[str], choices: int, *, steerable: bool = True) -> None:
         super().__init__(names)
         self.spec = spec
+        self.width = width
         self.weight = nn.Parameter(torch.empty(choices, width))
         self.bias = nn.Parameter(torch.zeros(choices))
         if steerable:
@@ -229,8 +230,10 @@ class ScoredRouter(Router):
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
         check_routed(control_BLD, valid)
+        if control_BLD.shape[2] != self.width:
+            raise InputError(f"control_BLD has {control_BLD.shape[2]} channels; the router {type(self).__name__} reads {self.width}")
         streams = self._continue(state, self.state_kind, control_BLD)
-        with without_autocast(control_BLD.device.type):
+        with without_autocast(control_BLD.device):
             return self._decide(self._scores(control_BLD), valid, positions, streams), state
 
     def _scores(self, control_BLD: Tensor) -> Tensor:
@@ -249,12 +252,6 @@ class ScoredRouter(Router):
     def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
         """Decide by the scores `(B, L, choices)`, in float32 or wider; positions and state are those of `forward`."""
         raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid, positions, streams)")
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Compute in the dtypes that stand there, whatever autocast says."""
-    # Entering the context costs a step of a stream more than its scores do.
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class TestBesideTheTokens:
             routed()(normal(2, 4, WIDTH), **options)
 
     def test_tokens_of_another_width_than_the_router_reads(self):
-        with pytest.raises(InputError, match=exactly("the tokens have 5 channels; the router SMARouter reads 4")):
+        with pytest.raises(InputError, match=exactly("control_BLD has 5 channels; the router SMARouter reads 4")):
             routed()(normal(2, 4, 5))
 
 

@@ -271,3 +271,11 @@ class TestSpecs:
         before = part(control)[0]
         part.advance(7)
         same(part(control)[0], before)
+
+
+@routers(is_learned)
+@pytest.mark.parametrize("channels", [3, 9])
+def test_a_control_state_of_another_width_is_named(spec, channels, as_users_run):
+    part = spec.build(8, NAMES)
+    with pytest.raises(InputError, match=exactly(f"control_BLD has {channels} channels; the router {type(part).__name__} reads 8")):
+        part(normal(2, 5, channels))
