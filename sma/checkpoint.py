@@ -60,7 +60,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             are no longer those of its spec, or they are no plain numbers.
     """
     folder = Path(folder)
-    core = unwrapped(model)
+    model, core = unwrapped(model)
     if not isinstance(getattr(core, "spec", None), ModelSpec):
         raise CheckpointError(
             f"cannot save a {type(model).__name__}, which has no spec of a model; give one that sma.build made, wrapped or not, or save "
@@ -145,8 +145,8 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
         if place.type == "meta":
             model = reference.to(place)
         else:
-            with parsing(f"the spec saved in {file.path}", CheckpointError):
-                # With a seed, so that the weights that are replaced at once leave the caller's random state alone.
+            # With a seed and on the CPU, so that the weights that are replaced at once leave the caller's random states alone.
+            with parsing(f"the spec saved in {file.path}", CheckpointError), torch.device("cpu"):
                 model = build(spec, seed=0).to(place)
         tensors = {name: file.read(name, place) for name in file.entries}
     shared = shared_names(model)
@@ -160,6 +160,8 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
 def _weights_file(folder: Path) -> Path:
     """The weights in a folder, or in the folder `model` of a run."""
     found = next((path for path in (folder / WEIGHTS, folder / "model" / WEIGHTS) if _exists(path)), None)
+    if found is None and folder.is_file():
+        raise CheckpointError(f"{quote(str(folder))} is a file; give the folder in which sma.save wrote {WEIGHTS}")
     if found is None:
         raise CheckpointError(f"there is no saved model in {quote(str(folder))}: {WEIGHTS} is missing; give a folder that sma.save wrote")
     return found

@@ -15,6 +15,7 @@ from sma.margins import BINS, ZERO, histograms, shares_above, shift_to
 from sma.model import ModelSpec
 from sma.routers import Router
 from sma.targets import BudgetSpec, Steered, steered_by
+from sma.weights import unwrapped
 
 SURE = 4.0
 """Log-odds at which a router that samples counts as running everything: 98 % of the draws."""
@@ -66,7 +67,7 @@ class BudgetController(nn.Module):
         """
         costs = None
         if spec.over == "total":
-            model_spec = getattr(unwrapped(model), "spec", None)
+            model_spec = getattr(unwrapped(model)[1], "spec", None)
             if not isinstance(model_spec, ModelSpec):
                 raise InputError(
                     f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget is weighted; "
@@ -215,13 +216,3 @@ def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
     """Multiply-adds per token of every sub-module of every routed layer, on rows of `length` tokens."""
     layers = [layer for layer in spec.layer_specs if layer.modules]
     return [[part.operations(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """What DistributedDataParallel, torch.compile and their like were put around."""
-    while not hasattr(model, "spec"):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model

@@ -17,6 +17,7 @@ from sma.decision import Decision
 from sma.encoders import EncoderSpec, TokenEmbeddingSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
+from sma.initial import seeded
 from sma.inputs import check_count, check_tensor
 from sma.layer import LayerSpec, LayerState, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
@@ -362,7 +363,7 @@ class LanguageModel(SequenceModel):
 
 
 def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = None) -> SequenceModel:
-    """Build a model; with a seed, always with the same weights and without touching the global random state.
+    """Build a model; with a seed, always with the same weights and without touching the global random states.
 
     Args:
         spec: a spec, a mapping of its fields, or the path of a YAML or JSON file.
@@ -378,6 +379,5 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
     spec = load_spec(spec)
     if seed is None:
         return spec.build()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
+    with seeded(int(seed)):
         return spec.build()

@@ -25,15 +25,18 @@ _COMPLEX = (torch.complex64, torch.complex128)
 _HIDDEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that has a spec, inside whatever was put around it: torch.compile, data parallelism, averaged weights."""
-    inner: Any = model
-    while isinstance(inner, nn.Module):
-        inner = _bare(inner)
+def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model that has a spec: with what `plain_weights` takes off it (torch.compile, data parallelism, averaged weights), and bare.
+
+    Wrappers that are not known there keep a model in `module` too. Both are the module given where no model is inside of it.
+    """
+    outer: Any = model
+    while isinstance(outer, nn.Module):
+        inner = _bare(outer)
         if isinstance(getattr(inner, "spec", None), ModelSpec):
-            return cast(nn.Module, inner)
-        inner = getattr(inner, "module", None)  # where wrappers that are not known here keep it too
-    return model
+            return outer, inner
+        outer = getattr(inner, "module", None)
+    return model, model
 
 
 def plain_weights(model: nn.Module) -> dict[str, Any]:

@@ -217,6 +217,11 @@ class TestDamaged:
         ):
             load(tmp_path / folder)
 
+    def test_a_file_in_the_place_of_its_folder_is_named(self, tmp_path):
+        save(_model(), tmp_path)
+        with pytest.raises(CheckpointError, match=r"^'.*model\.safetensors' is a file; give the folder in which sma\.save wrote"):
+            load(tmp_path / "model.safetensors")
+
     @pytest.mark.parametrize(
         "damage",
         [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sma.initial import reset_linear_, truncated_normal_
+from sma.initial import reset_linear_, seeded, truncated_normal_
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])
@@ -23,3 +23,17 @@ def test_a_linear_map_starts_with_small_weights_and_no_bias(bias):
     assert linear.weight.requires_grad
     assert linear.weight.std().item() == pytest.approx(0.0176, rel=0.03)
     assert linear.bias is None or not linear.bias.any()
+
+
+def test_a_seed_draws_the_same_and_leaves_every_random_state_alone(monkeypatch):
+    def fail(seed):
+        raise AssertionError("the generators of accelerators are not touched")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", fail)
+    torch.default_generator.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.default_generator.manual_seed(5)
+    before = torch.get_rng_state()
+    with seeded(7):
+        assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.get_rng_state(), before)

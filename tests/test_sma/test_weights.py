@@ -72,6 +72,17 @@ def _stale_norm(model: Any) -> None:
         model.head.linear.weight_g.mul_(3)
 
 
+class Wrapper(nn.Module):
+    """Of a user, who keeps the model where torch's wrappers keep it, and something else beside it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.more = module, nn.Linear(2, 2)
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+
 WRAPPED: dict[str, Callable[[SequenceModel], nn.Module]] = {
     "nothing": lambda model: model,
     "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
@@ -79,6 +90,8 @@ WRAPPED: dict[str, Callable[[SequenceModel], nn.Module]] = {
     "data parallel": nn.DataParallel,
     "averaged": _averaged,
     "averaged and compiled": lambda model: AveragedModel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
+    "wrapped by a user": Wrapper,
+    "compiled, wrapped by a user, averaged": lambda model: AveragedModel(Wrapper(torch.compile(model, backend="eager"))),  # type: ignore[arg-type]
     "weight norm": _then(lambda model: parametrizations.weight_norm(_attention(model).fused)),
     "spectral norm": _then(lambda model: parametrizations.spectral_norm(_attention(model).fused)),
     "orthogonal": _then(lambda model: parametrizations.orthogonal(model.layers[0].bypass)),
@@ -112,7 +125,7 @@ def test_a_wrapped_model_is_saved_as_what_it_computes(tmp_path, wrap, training):
     loaded = sma.load(tmp_path)
     assert type(loaded) is SequenceModel
     with torch.no_grad():
-        torch.testing.assert_close(loaded(INPUTS).logits, unwrapped(wrapped.eval()).forward(INPUTS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded(INPUTS).logits, unwrapped(wrapped.eval())[1].forward(INPUTS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [pytest.param(wrap, id=name) for name, wrap in IN_PART.items()])
