@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules import module as every_module
 from torch.utils import _pytree
 
+from sma.devices import usable_device
 from sma.errors import InputError, StateError, quote
 from sma.inputs import check_count, check_tensor, what_came
 from sma.memory import zeros
@@ -60,7 +61,7 @@ class State:
 
     def select(self, rows: Int[Tensor, "R"]) -> Self:
         """The state of some rows, in the order given; a row may be taken twice."""
-        check_tensor(rows, "rows are", torch.int64)
+        rows = check_rows(rows, self.batch_size)
         return map_tensors(lambda tensor: tensor.index_select(0, rows), self)
 
     def reorder(self, rows: Int[Tensor, "B"]) -> Self:
@@ -69,15 +70,17 @@ class State:
         Raises:
             StateError: another number of rows than the state has; use `select` for that.
         """
-        check_tensor(rows, "rows are", torch.int64)
-        if rows.shape != (self.batch_size,):
+        if check_tensor(rows, "rows are", torch.int64).shape != (self.batch_size,):
             raise StateError(f"reorder got rows of shape {tuple(rows.shape)} for {self.batch_size} streams; select(rows) takes any number")
         return self.select(rows)
 
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
         """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
-        check_tensor(rows, "rows are", torch.bool)
-        if rows.dtype is not torch.bool:
+        if check_tensor(rows, "rows are", torch.bool).dtype is torch.bool:
+            if rows.shape != (self.batch_size,):
+                raise InputError(f"the mask of rows has shape {tuple(rows.shape)}; required is ({self.batch_size},), one for each stream")
+        else:
+            rows = check_rows(rows, self.batch_size)
             rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
 
         def begin(part: Any) -> Any:
@@ -95,8 +98,40 @@ class State:
     def to(self, target: torch.device | str | torch.dtype) -> Self:
         """The same state on another device, or with its floating-point numbers in another dtype."""
         if not isinstance(target, torch.dtype):
-            return map_tensors(lambda tensor: tensor.to(target), self)
+            device = usable_device(target)
+            return map_tensors(lambda tensor: tensor.to(device), self)
+        check_floating(target)
         return map_tensors(lambda tensor: tensor.to(target) if tensor.is_floating_point() else tensor, self)
+
+
+def check_rows(rows: Tensor, count: int) -> Int[Tensor, "R"]:
+    """Check the numbers of some rows, and return them as indices.
+
+    Raises:
+        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that is not looked at.
+    """
+    check_tensor(rows, "rows are", torch.int64)
+    if rows.ndim != 1 or rows.dtype is torch.bool or rows.is_floating_point() or rows.is_complex():
+        given = f"rows have shape {tuple(rows.shape)} and dtype {rows.dtype}"
+        cure = ": write rows.nonzero().squeeze(1)" if rows.dtype is torch.bool else ""
+        raise InputError(f"{given}; required are integers of shape (R,), the numbers of rows{cure}")
+    rows = rows.long()
+    if not torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.numel():
+        wrong = [bound for bound in (int(rows.min()), int(rows.max())) if not 0 <= bound < count]
+        if wrong:
+            raise InputError(f"row {wrong[0]} is out of range; the state has {count} streams, numbered from 0")
+    return rows
+
+
+def check_floating(dtype: object) -> torch.dtype:
+    """Check the dtype of what a state keeps of the tokens.
+
+    Raises:
+        InputError: it is none of floating-point numbers that torch computes with.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
+    return dtype
 
 
 def _is_state(part: object) -> bool:
@@ -271,16 +306,10 @@ def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.d
     Raises:
         InputError: there is no such device, or the dtype is none of floating-point numbers.
     """
-    if dtype is None:
-        dtype = floating_dtype(part) or torch.get_default_dtype()
-    elif not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
+    dtype = floating_dtype(part) or torch.get_default_dtype() if dtype is None else check_floating(dtype)
     if device is None:
         return next((tensor.device for tensor in (*part.parameters(), *part.buffers())), torch.empty(0).device), dtype
-    try:
-        return torch.device(device), dtype
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"there is no device {quote(device)}; give one such as 'cpu' or 'cuda:0'") from error
+    return usable_device(device), dtype
 
 
 def floating_dtype(part: nn.Module) -> torch.dtype | None:

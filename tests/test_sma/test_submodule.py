@@ -1,5 +1,6 @@
 """States as values: their rows, their size, and what they refuse; the defaults of a sub-module."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from sma.errors import StateError
+from sma.errors import InputError, StateError
 from sma.pytree import register_output, tensors
 from sma.ragged import Ragged
 from sma.submodule import NoState, Operations, State, SubModule, may_skip, no_state
@@ -90,6 +91,37 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
         assert found.flags.tolist() == [not reset for reset in mask]
         assert [tensor.dtype for tensor in tensors(found)] == [tensor.dtype for tensor in tensors(whole)]
     assert same_bits(whole, state())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: s.select(torch.tensor([0, 4])), "row 4 is out of range; the state has 4 streams, numbered from 0"),
+        (lambda s: s.reorder(torch.tensor([0, -1, 2, 3])), "row -1 is out of range; the state has 4 streams, numbered from 0"),
+        (lambda s: s.reset(torch.tensor([7])), "row 7 is out of range; the state has 4 streams, numbered from 0"),
+        (lambda s: s.select(torch.tensor([0.5])), "rows have shape (1,) and dtype torch.float32; required are integers of shape (R,)"),
+        (lambda s: s.select(torch.tensor([[0]])), "rows have shape (1, 1) and dtype torch.int64; required are integers of shape (R,)"),
+        (
+            lambda s: s.select(torch.ones(4, dtype=torch.bool)),
+            "rows have shape (4,) and dtype torch.bool; required are integers of shape (R,), the numbers of rows: write rows.nonzero()",
+        ),
+        (lambda s: s.reset(torch.tensor([True])), "the mask of rows has shape (1,); required is (4,), one for each stream"),
+        (lambda s: s.reset(torch.tensor([[True]] * 4)), "the mask of rows has shape (4, 1); required is (4,), one for each stream"),
+        (lambda s: s.to("gpu"), "the device 'gpu' cannot be used"),
+        (lambda s: s.to(torch.int32), "the dtype torch.int32 is none of floating-point numbers; give one such as torch.float32"),
+        (lambda s: s.to(torch.float8_e4m3fn), "the dtype torch.float8_e4m3fn is none of floating-point numbers; give one such as"),
+    ],
+)
+def test_rows_devices_and_dtypes_that_a_state_cannot_have_are_named(change: Any, complaint: str, as_users_run: None) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(complaint)}"):
+        change(state())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_rows_may_be_integers_of_any_dtype(dtype: torch.dtype, as_users_run: None) -> None:
+    rows = torch.tensor([2, 0], dtype=dtype)
+    assert same_bits(state().select(rows), state().select(rows.long()))
+    assert same_bits(state().reset(rows), state().reset(rows.long()))
 
 
 def test_reset_forgets_what_is_not_finite() -> None:
