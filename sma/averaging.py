@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sma.budget import batch_of, takes
+from sma.budget import batch_of, batches_of, takes
 from sma.controller import over_all_ranks
 from sma.errors import InputError
 from sma.pytree import map_tensors
@@ -76,9 +76,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 
 def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """The batches, as long as all ranks have one: synchronized norms and sharded parts wait for every rank."""
-    if isinstance(batches, Tensor | Mapping | str):
-        raise InputError(f"the batches are a {type(batches).__name__}; required is an iterable of batches: give a list of them")
-    source = iter(batches)
+    source = batches_of(batches, "update_statistics")
     while True:
         item = next(source, _END)
         if distributed.is_available() and distributed.is_initialized():

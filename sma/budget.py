@@ -17,7 +17,7 @@ from sma.controller import module_costs as module_costs
 from sma.controller import over_all_ranks
 from sma.controller import routers_of as routers_of
 from sma.decision import Decision
-from sma.errors import InputError
+from sma.errors import InputError, quote
 from sma.inputs import check_count, check_number, check_tensor, what_came
 from sma.margins import BINS
 from sma.model import SequenceModel
@@ -56,7 +56,7 @@ def calibrate(
         model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an object with the
             attribute `decisions`; its routers' offsets are changed, nothing else.
         data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid mask, or
-            objects with these attributes.
+            objects with the attributes (mappings with the keys) `inputs` and `valid`.
         rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed layer.
         over: `each` sub-module of each layer, or the `total`, weighted by operations on rows of the mean length.
         passes: through the data, at most.
@@ -69,9 +69,12 @@ def calibrate(
         InputError: the data has no valid token, is of another form or can be gone through only once; the model returns no decisions; or
             a router cannot be steered to the rate.
     """
-    _check_data(data)
+    if batches_of(data, "calibrate") is data:
+        raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
     check_count(passes, "passes", 0, ": how often calibrate goes through the data to move the offsets")
     check_number(tolerance, "tolerance")
+    if not tolerance >= 0:
+        raise InputError(f"tolerance={tolerance} must be at least 0: how far from the target the rates may be")
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forward does not wait for ranks that have fewer batches
     spec = BudgetSpec(target=_numbers(rate), over=over, floor=0.0)
@@ -201,15 +204,18 @@ def takes(model: nn.Module, *inputs: Tensor, **named: Any) -> bool:
     return True
 
 
-def _check_data(data: Any) -> None:
+def batches_of(data: Any, user: str) -> Iterator[Any]:
+    """Begin to go through batches.
+
+    Raises:
+        InputError: these are none, such as a single batch.
+    """
     if isinstance(data, Tensor | np.ndarray | str | bytes | Mapping):
-        raise InputError(f"the data of calibrate is {what_came(data)}; required are batches, such as a list of them or a DataLoader: [x]")
+        raise InputError(f"the data of {user} is {what_came(data)}; required are batches, such as a list of them or a DataLoader: [x]")
     try:
-        again = iter(data) is data
+        return iter(data)
     except TypeError:
-        raise InputError(f"the data of calibrate is {what_came(data)}; required are batches, such as a list or a DataLoader") from None
-    if again:
-        raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
+        raise InputError(f"the data of {user} is {what_came(data)}; required are batches, such as a list or a DataLoader") from None
 
 
 def _numbers(rate: Any) -> Any:
@@ -220,28 +226,33 @@ def _numbers(rate: Any) -> Any:
         return tuple(map(_numbers, rate))
     if isinstance(rate, bool) or not isinstance(rate, Real):
         raise InputError(
-            f"the rate {rate!r} is a {type(rate).__name__}; required is a number such as 0.3, one for every name, or a list of these for "
+            f"the rate {quote(rate)} is {what_came(rate)}; required is a number such as 0.3, one for every name, or a list of these for "
             "the routed layers"
         )
-    return float(rate)
+    try:
+        return float(rate)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf
 
 
 def batch_of(item: Any, user: str = "calibrate") -> Batches:
-    """Read one batch: inputs, a pair of inputs and mask, or an object with these attributes.
+    """Read one batch: inputs, a pair of inputs and mask, or an object or a mapping that names them.
 
     Raises:
         InputError: it is of another form; also where the second of a pair is no mask, such as the targets of a training set.
     """
     if isinstance(item, tuple | list) and item:
         inputs, valid = item[0], item[1] if len(item) > 1 else None
+    elif isinstance(item, Mapping) and "inputs" in item:
+        inputs, valid = item["inputs"], item.get("valid")
     elif hasattr(item, "inputs"):
         inputs, valid = item.inputs, getattr(item, "valid", None)
     elif isinstance(item, Tensor) or hasattr(item, "__array__"):
         inputs, valid = item, None
     else:
         raise InputError(
-            f"a batch of {user} is a {type(item).__name__}; required are inputs, a pair (inputs, valid), or an object with "
-            "the attributes inputs and valid"
+            f"a batch of {user} is {_form(item)}; required are inputs, a pair (inputs, valid), or an object with "
+            "the attributes, or a mapping with the keys, inputs and valid"
         )
     inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")
     if valid is None:
@@ -254,6 +265,10 @@ def batch_of(item: Any, user: str = "calibrate") -> Batches:
             f"{valid.dtype} and shape {tuple(valid.shape)}{cure}. Targets are not needed: give [inputs for inputs, targets in data]"
         )
     return Batches(inputs, valid)
+
+
+def _form(item: Any) -> str:
+    return f"a mapping of {quote(list(item))}" if isinstance(item, Mapping) else what_came(item)
 
 
 def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, str]:

@@ -19,7 +19,8 @@ def what_came(value: object) -> str:
     shape, dtype = (getattr(value, part, None) for part in ("shape", "dtype"))
     told = [f"shape {quote(tuple(shape))}"] if isinstance(shape, Sequence) and not isinstance(shape, str) else []
     told += [] if dtype is None else [f"dtype {quote(str(dtype))[1:-1]}"]
-    return f"a {name}{' of ' if told else ''}{' and '.join(told)}"
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}{' of ' if told else ''}{' and '.join(told)}"
 
 
 def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -125,7 +125,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "none": ([], "update_statistics got no batch"),
     "targets": ([(NAN, torch.zeros(2))], "the second of a pair is the mask of valid tokens"),
     "words": (["abc"], "a batch of update_statistics is a str"),
-    "tensor": (NAN, "the batches are a Tensor; required is an iterable of batches"),
+    "tensor": (NAN, "the data of update_statistics is a torch.Tensor of shape .*; required are batches"),
     "other names": ([{"inputs": NAN, "labels": NAN}], r"the forward of SequenceModel cannot be called with \['inputs', 'labels'\]"),
     "too few tokens": ([(normal(2, 5, 2), ONE)], "the batch norm 'layers.0.norm' got no batch with at least two valid tokens"),
     "not finite": ([normal(2, 5, 2), NAN], "the batch norm 'layers.0.norm' got values that are not finite"),

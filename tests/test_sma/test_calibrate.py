@@ -131,24 +131,28 @@ class TestCalibrate:
         ("rate", "what"),
         [
             (True, "the rate True is a bool"),
-            (torch.tensor(0.5), r"the rate tensor\(0.5000\) is a Tensor"),
+            (torch.tensor(0.5), r"the rate tensor\(0.5000\) is a torch\.Tensor of shape \(\) and dtype torch\.float32"),
             ({"mlp": "0.5"}, "the rate '0.5' is a str"),
-            ([0.5, None], "the rate None is a NoneType"),
+            ([0.5, None], "the rate None is None"),
         ],
     )
     def test_a_rate_that_is_no_number_is_refused(self, rate, what, as_users_run):
         with pytest.raises(InputError, match=f"^{what}; required is a number such as 0.3, one for every name, or a list of these for"):
             calibrate(_model({"kind": "sma"}), [normal(1, 4, 3)], rate)
 
-    @pytest.mark.parametrize("batch", [{"inputs": normal(1, 4, 3)}, (), "text"])
-    def test_a_batch_of_another_form_is_refused(self, batch):
-        wanted = "required are inputs, a pair (inputs, valid), or an object with the attributes inputs and valid"
-        with pytest.raises(InputError, match=exactly(f"a batch of calibrate is a {type(batch).__name__}; {wanted}")):
+    @pytest.mark.parametrize(
+        ("batch", "told"),
+        [({"x": normal(1, 4, 3), "valid": None}, "a mapping of ['x', 'valid']"), ((), "a tuple"), ("text", "a str"), (3, "an int")],
+    )
+    def test_a_batch_of_another_form_is_refused(self, batch, told):
+        wanted = "inputs, a pair (inputs, valid), or an object with the attributes, or a mapping with the keys, inputs and valid"
+        with pytest.raises(InputError, match=exactly(f"a batch of calibrate is {told}; required are {wanted}")):
             calibrate(_model({"kind": "sma"}), [batch], 0.5)
 
     def test_every_form_of_a_batch_gives_the_same(self):
         inputs, valid = normal(2, 40, 3), torch.arange(40).expand(2, 40) < 30
         forms = [(inputs, valid), [inputs, valid, "labels"], SimpleNamespace(inputs=inputs, valid=valid), inputs[:, :30], (inputs[:, :30],)]
+        forms += [{"inputs": inputs, "valid": valid, "labels": "any"}, {"inputs": inputs[:, :30]}]
         rates = [calibrate(_model({"kind": "sma"}), [form], 0.5).by_layer() for form in forms]
         assert all(rate == rates[0] for rate in rates)
 
@@ -218,7 +222,7 @@ class Once:
         pytest.param(normal(2, 9, 3), "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches", id="tensor"),
         pytest.param(normal(2, 9, 3).numpy(), "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; required are batches", id="array"),
         pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
-        pytest.param(3, "is a int; required are batches, such as a list or a DataLoader", id="number"),
+        pytest.param(3, "is an int; required are batches, such as a list or a DataLoader", id="number"),
         pytest.param([], "got no batch; give it some of the data that the model is to run on", id="nothing"),
     ],
 )
