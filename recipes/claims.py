@@ -5,13 +5,11 @@ The file `.lock` that carries it names the holder for the refusal of others, and
 can stand for several machines. Windows and some network file systems cannot lock; there a warning stands in for the lock.
 """
 
-import errno
 import json
 import logging
 import os
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,15 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sma.errors import CheckpointError, quote, reason
-from sma.files import DRAFT
-
-if sys.platform != "win32":
-    import fcntl
+from sma.files import DRAFT, lock_file, stands_at
+from sma.recipes.names import shell_word
 
 log = logging.getLogger("sma.recipes")
 
 LOCK = ".lock"
 """The file by which a folder is locked; it is there while a process has the lock, and after one was killed."""
+
+_FLAGS = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
 
 _POLL = 0.1
 """Seconds between two looks at a lock that is waited for."""
@@ -72,7 +70,7 @@ def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         _held.pop(key, None)
         if handle in _handles:  # it is not in a process that was forked meanwhile
             with suppress(OSError):
-                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                if stands_at(folder / LOCK, handle):
                     (folder / LOCK).unlink()
             _handles.remove(handle)
             os.close(handle)
@@ -86,7 +84,7 @@ def _forget() -> None:
     _held.clear()
 
 
-if sys.platform != "win32":
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
@@ -109,8 +107,9 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     try:
         with run_lock(folder):
             if not is_empty(folder):
+                again = f"--resume {shell_word(folder)}"
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is not empty; give another --out, or --resume {folder} to go on with the run in it"
+                    f"the folder {str(folder)!r} is not empty; give another --out, or {again} to go on with the run in it"
                 )
             yield folder
     finally:
@@ -130,7 +129,7 @@ def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot make the folder {str(path)!r}: {reason(error)}; give another --out") from error
+        raise CheckpointError(f"cannot make the folder {str(path)!r}: {_reason(error)}; give another folder") from error
     while True:
         try:
             folder.mkdir()
@@ -143,50 +142,54 @@ def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
             number += 1
             folder = path.with_name(f"{path.name}-{number}")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot make the folder {str(folder)!r}: {reason(error)}; give another --out") from error
+            raise CheckpointError(f"cannot make the folder {str(folder)!r}: {reason(error)}; give another folder") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a folder cannot be made; a file in the place of the folder above it is named."""
+    if isinstance(error, FileExistsError) and error.filename is not None:
+        return f"{str(error.filename)!r} is no folder"
+    return reason(error)
 
 
 def _acquire(folder: Path, until: float) -> int | None:
     """An open and locked `.lock`; None where there are no locks."""
-    if sys.platform == "win32":
-        return None
     path = folder / LOCK
     while True:
         handle = _open(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):  # the one who had the lock has removed it: another file is, or will be, in its place
-                if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    _sign(handle)
-                    _handles.add(handle)
-                    return handle
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # the second is what NFS says
-                os.close(handle)
-                path.unlink(missing_ok=True)
-                log.warning(
-                    f"warning: {str(folder)!r} cannot be locked ({reason(error)}); make sure that no other process writes this folder"
-                )
-                return None
-            if time.monotonic() >= until:
-                holder = _holder(handle)
-                os.close(handle)
+            locked = lock_file(handle)
+            if locked and stands_at(path, handle):  # otherwise the one who had the lock has removed it: another file is in its place
+                _sign(handle)
+                _handles.add(handle)
+                return handle
+            if locked is False and time.monotonic() >= until:
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is being written by {holder}; wait for it or end it, or give another folder"
-                ) from None
-            time.sleep(_POLL)
+                    f"the folder {str(folder)!r} is being written by {_holder(handle)}; wait for it or end it, or give another folder"
+                )
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+        if locked is None:
+            path.unlink(missing_ok=True)
+            what = f"{str(folder)!r} cannot be locked, its file system has no locks"
+            log.warning(f"warning: {what}; make sure that no other process writes this folder")
+            return None
+        if locked is False:
+            time.sleep(_POLL)
 
 
 def _open(path: Path) -> int:
+    """An open `.lock`. It is written to, so that a link must not lead to a file of another name."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if path.is_symlink():
+            raise CheckpointError(f"{str(path)!r} is no plain file; delete it")
+        handle = os.open(path, _FLAGS, 0o666)
     except OSError as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {reason(error)}; the folder must be writable") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(handle)
         raise CheckpointError(f"{str(path)!r} is no plain file; delete it")
     return handle

@@ -123,7 +123,7 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             # Between these two steps another process may have taken it for abandoned.
-            if lock_file(handle) is False or not _stands_at(draft, handle):
+            if lock_file(handle) is False or not stands_at(draft, handle):
                 os.close(handle)
                 continue
         except BaseException:
@@ -133,8 +133,12 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
         return draft, handle
 
 
-def lock_file(handle: int) -> bool | None:
-    """Lock an open file without waiting, until it is closed or its process ends, however that ends.
+def lock_file(handle: int, *, wait: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed or its process ends, however that ends.
+
+    Args:
+        handle: of the file or folder.
+        wait: until no other process has it locked.
 
     Returns:
         whether it is locked now; None where the system or the file system has no locks.
@@ -142,13 +146,14 @@ def lock_file(handle: int) -> bool | None:
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of an error of those two NFS says the second
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
 
 
-def _stands_at(path: Path, handle: int) -> bool:
+def stands_at(path: Path, handle: int) -> bool:
+    """Whether a path still names the file that is open, and is no link to it."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
     return False
@@ -168,7 +173,7 @@ def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
                     handle = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                     try:
                         locked = lock_file(handle)
-                        if (locked or (alone and locked is None)) and _stands_at(draft, handle):
+                        if (locked or (alone and locked is None)) and stands_at(draft, handle):
                             draft.unlink()
                     finally:
                         os.close(handle)

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-if sys.platform != "win32":
-    import fcntl
+from sma.files import lock_file
 
 
 @contextmanager
@@ -24,8 +23,7 @@ def locked(folder: Path) -> Iterator[int | None]:
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        lock_file(handle, wait=True)
         yield handle
     finally:
         os.close(handle)
@@ -82,13 +80,12 @@ def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
 
 def _is_at(path: Path, handle: int, waiting: str) -> bool:
     """Lock an open file, and say whether it still stands at `path`."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    locked = lock_file(handle)
+    if locked is False:
         if waiting:
             print(waiting, flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:
+        locked = lock_file(handle, wait=True)
+    if locked is None:
         return True
     return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
@@ -100,8 +97,7 @@ def _is_abandoned(path: Path) -> bool:
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return lock_file(handle) is True
         finally:
             os.close(handle)
     return False

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from sma.errors import CheckpointError
-from sma.recipes import claims
 from sma.recipes.claims import LOCK, claim_folder, is_empty, run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,11 +111,11 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, c
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+    monkeypatch.setattr("sma.files.fcntl.flock", refuse)
     with claim_folder(tmp_path / "run") as folder:
         (folder / "file").touch()
     assert [record.getMessage().startswith("warning: '") for record in caplog.records] == [True]
-    assert f"cannot be locked ({os.strerror(code)}); make sure that no other process writes this folder" in caplog.text
+    assert "cannot be locked, its file system has no locks; make sure that no other process writes this folder" in caplog.text
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
@@ -127,7 +126,7 @@ def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypa
         raise OSError(code, os.strerror(code))
 
     (tmp_path / LOCK).write_bytes(text)
-    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+    monkeypatch.setattr("sma.files.fcntl.flock", refuse)
     with pytest.raises(CheckpointError, match="is being written by another process; wait"), run_lock(tmp_path):
         pytest.fail("two have the lock")
 
@@ -142,12 +141,27 @@ def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
         pytest.fail("locked")
 
 
+@pytest.mark.parametrize("link", ["to-a-file", "to-nothing", "hard"])
+def test_link_in_the_place_of_the_lock_leads_nowhere(tmp_path, link):
+    (tmp_path / "run").mkdir()
+    victim = tmp_path / "victim"
+    if link != "to-nothing":
+        victim.write_text("precious", encoding="utf-8")
+    os.link(victim, tmp_path / "run" / LOCK) if link == "hard" else (tmp_path / "run" / LOCK).symlink_to(victim)
+    with pytest.raises(CheckpointError, match=r"\.lock' is no plain file; delete it"), run_lock(tmp_path / "run"):
+        pytest.fail("locked")
+    assert not victim.exists() if link == "to-nothing" else victim.read_text(encoding="utf-8") == "precious"
+
+
 def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory"), run_lock(tmp_path / "file" / "run"):
         pytest.fail("locked")
     with (
-        pytest.raises(CheckpointError, match=r"cannot make the folder '.*run': (Not a directory|File exists)"),
+        pytest.raises(
+            CheckpointError,
+            match=r"cannot make the folder '.*run': Not a directory|cannot make the folder '.*run': '.*file' is no folder; give",
+        ),
         claim_folder(tmp_path / "file" / "run"),
     ):
         pytest.fail("claimed")
