@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from sma.recipes.callbacks import RandomStates
 from sma.recipes.experiment import LAST, TrainingSpec
+from sma.recipes.names import shell_word
 from sma.recipes.signals import Preempted
 
 
@@ -52,6 +53,8 @@ class Preemption(Callback):
         """Make the evaluation that is owed."""
         if self.install is not None:
             self.install()
+            # A signal that came before this was noted here too; what Lightning does about it saves nothing.
+            trainer._signal_connector.received_sigterm = False
         loop = trainer.fit_loop.epoch_loop
         loop.max_steps = self.training.updates
         if self._owes_evaluation:
@@ -112,7 +115,7 @@ class Preemption(Callback):
 
     def words(self, done: int) -> str:
         """What is saved, and how to go on."""
-        return f"update {done:,} of {self.training.updates:,} is saved; go on with --resume {self.out}"
+        return f"update {done:,} of {self.training.updates:,} is saved; go on with --resume {shell_word(self.out)}"
 
 
 def owes_evaluation(checkpoint: dict[str, Any]) -> bool:

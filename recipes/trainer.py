@@ -1,6 +1,7 @@
 """The trainer of a run: Lightning's, told everything that it would guess from the environment."""
 
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,18 @@ def isolated(team: Team = ALONE) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`."""
+    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`.
+
+    An exit that something else asked for, such as a callback, stays one.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
-        signal.signal(signal.SIGINT, handler)
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
 
 

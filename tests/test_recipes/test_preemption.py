@@ -2,17 +2,20 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from lightning import Trainer
 
 from sma.errors import SmaError
 from sma.recipes.command import exit_code
 from sma.recipes.experiment import LAST, load_experiment
 from sma.recipes.language import LanguageLearner, run_language
 from sma.recipes.signals import PREEMPTED, Preempted, on_preemption
+from sma.recipes.trainer import interruptible
 from sma.recipes.training import Classifier
 from tests.test_recipes.test_steering import BUDGET
 from tests.test_recipes.tiny import MODEL, assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
@@ -92,6 +95,21 @@ def test_many_signals_and_a_crash_between(finished, data, tmp_path, monkeypatch)
     _preempted(tmp_path, data, 29, monkeypatch)
     train(tiny(), tmp_path, data, resume=True)
     assert_same_run(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_that_comes_while_lightning_prepares_the_training_ends_it_too(data, tmp_path, monkeypatch, number):
+    original = Trainer._run_stage
+
+    def run_stage(self):
+        _send(number)()
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_run_stage", run_stage)
+        with pytest.raises(Preempted, match="update 1 of 6 is saved"):
+            train(tiny(training__updates=6), tmp_path, data)
+    assert checkpoint(tmp_path)["global_step"] == 1
 
 
 @pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}", "{kind: bernoulli}"])
@@ -180,6 +198,31 @@ def test_thread_trains_without_handlers(data, tmp_path):
     thread.start()
     thread.join()
     assert failed == []
+
+
+def test_exit_that_somebody_asks_for_is_not_taken_for_ctrl_c(data, tmp_path, monkeypatch):
+    before_update(monkeypatch, 3, lambda _: sys.exit(3))
+    with pytest.raises(SystemExit, match="3"):
+        train(tiny(training__updates=6), tmp_path, data)
+
+
+def test_ctrl_c_that_lightning_turned_into_an_exit_is_one_in_a_thread_too():
+    ended = []
+
+    def run():
+        try:
+            with interruptible():
+                try:
+                    raise KeyboardInterrupt
+                except KeyboardInterrupt:
+                    sys.exit(1)
+        except BaseException as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ended == [KeyboardInterrupt]
 
 
 def test_handlers_nest_and_let_go():
