@@ -28,7 +28,7 @@ from sma.recipes.compare_report import comma_separated, markdown, markdown_of_se
 from sma.recipes.efficiency import WORKS, efficiency
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
 from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
-from sma.recipes.names import plain
+from sma.recipes.names import plain, shell_word
 from sma.recipes.run_files import difference, is_list_of, read_checked, read_json, read_summary, refuse_another
 from sma.recipes.tasks import TaskData
 from sma.spec import dump_yaml
@@ -91,16 +91,17 @@ def run(options: Options) -> dict[str, Any]:
         else:
             tasks = _tasks(options.task)
             # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what was asked for.
-            for task, asked in [(task, _asked(options.model_copy(update={"task": task}))) for task in tasks]:
-                _write_down(*asked, out / task)
+            wanted = [(task, _asked(options.model_copy(update={"task": task}))) for task in tasks]
             write_text(out / SEVERAL, json.dumps(tasks))
+            for task, asked in wanted:
+                _write_down(*asked, out / task)
         summaries: dict[str, Any] = {}
         for task in tasks:
             how = {"task": task, "out": out / task} if options.auto_resume else {"resume": out / task}
             summaries[task] = compare(options.model_copy(update=how))
             write_text(out / TABLE, markdown_of_several(summaries))
             write_text(out / SUMMARY, json.dumps(summaries, indent=1))
-        print(f"\n{markdown_of_several(summaries)}\ntable    {out / TABLE}\nsummary  {out / SUMMARY}")
+        print(f"\n{markdown_of_several(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
     return summaries
 
 
@@ -132,7 +133,7 @@ def compare(options: Options) -> dict[str, Any]:
     """
     asked = _asked(options) if options.resume is None else None
     with folder_of(options, CHOSEN, "comparison") as (out, began):
-        if not began and asked is not None:
+        if asked is not None and not (began and (out / EXPERIMENT).exists()):
             _write_down(*asked, out)
         spec, chosen = _begun(out)
         if asked is not None:
@@ -162,9 +163,8 @@ def _compare(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path, options
     print(f"\n{markdown(summary)}\ntable    {plain(out / TABLE)}\nvalues   {plain(out / VALUES)}\nsummary  {plain(out / SUMMARY)}")
     failed = [name for name in left if failure(out / name) is not None]
     if failed:
-        raise SmaError(
-            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; {LOG} of each says why, and --resume {out} tries again"
-        )
+        count, again = f"{len(failed)} of {len(left)} runs failed", f"--resume {shell_word(out)} tries again"
+        raise SmaError(f"{count}: {', '.join(failed)}; {LOG} of each says why, and {again}")
     return summary
 
 
@@ -178,8 +178,9 @@ def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any]]:
 
 
 def _write_down(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path) -> None:
-    write_text(out / EXPERIMENT, dump_yaml(spec))
+    # In this order: a folder is one of a comparison by the first, and --auto-resume writes the second where a start was killed.
     write_text(out / CHOSEN, json.dumps(chosen))
+    write_text(out / EXPERIMENT, dump_yaml(spec))
 
 
 class _Chosen(BaseModel):

@@ -246,6 +246,26 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_p
     )
 
 
+@pytest.mark.parametrize("killed", range(5))
+def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(tmp_path, without_training, monkeypatch, killed):
+    command = ["--task", "digits,listops", "--models", "seqboat", "--no-progress", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    original, written = compare.write_text, []
+
+    def write(path, text):
+        if len(written) == killed:
+            raise KeyboardInterrupt
+        written.append(path)
+        original(path, text)
+
+    for task in ("DigitsTask", "ListOpsTask"):
+        monkeypatch.setattr(getattr(tasks, task), "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_text", write)
+        assert main([*command, "--auto-resume"]) == 130
+    assert main([*command, "--auto-resume"]) == 0
+    assert {folder for folder, *_ in without_training.began} == {"digits", "listops"}
+
+
 def test_comparison_of_several_tasks_says_what_is_wrong_with_any_before_the_first_begins(tmp_path, capsys):
     assert main(["--task", "digits,text", "--set", "task.data.length=64", "--out", str(tmp_path / "out")]) == 2
     assert "task.data.length" in capsys.readouterr().err
