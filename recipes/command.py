@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ def experiment(options: RunOptions) -> Iterator[Start]:
             yield Start(kept, out, True, read_summary(out))
             return
         check_fits(kept, options)
-        if not (out / LAST).exists():
+        if not os.path.lexists(out / LAST):
             print(f"no checkpoint yet in {plain(out)}: starting from the beginning")
         yield Start(kept, out, True)
 

@@ -1,5 +1,6 @@
 """What a run goes on from: the checkpoint in its folder, if it is one of the same experiment and whole."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def checkpoint_to_resume(spec: ExperimentSpec, out: Path, hashes: Mapping[str, s
             if (out / name).exists():
                 raise CheckpointError(f"the folder {str(out)!r} holds a run already ({name}); resume it (--resume), or give another folder")
         return None
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads to nothing is no beginning
         return None
     if (out / EXPERIMENT).exists():
         refuse_another(load_experiment(out / EXPERIMENT), spec, out / EXPERIMENT)

@@ -173,6 +173,18 @@ def test_options_that_do_not_go_together_are_refused(command, options, complaint
     assert complaint in said.err
 
 
+def test_link_to_a_lost_checkpoint_is_no_beginning(command, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        before_update(patch, 13, lambda _: end_at_once(15))
+        command("--out", out)
+    (out / LAST).unlink()
+    (out / LAST).symlink_to("moved.ckpt")
+    code, said = command("--resume", out, spec=False)
+    assert code == 2
+    assert "last.ckpt': No such file" in said.err
+
+
 def test_folder_of_something_else_is_not_taken(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
