@@ -69,6 +69,13 @@ def job(tmp_path, data):
     return start
 
 
+@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (130, False), (138, True), (143, True)])
+def test_job_is_requeued_where_the_run_was_told_to_end(job, tmp_path, status, again):
+    _program(tmp_path / "bin", "srun", f"exit {status}")
+    assert job(subprocess.DEVNULL).wait() == status
+    assert (tmp_path / "requeued").exists() == again
+
+
 def _whole(tmp_path):
     spec = tiny(training__updates=UPDATES, training__evaluate_every=150)
     train(spec, tmp_path / "whole", spec.task.prepare(tmp_path / "data", progress=False))
