@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.encoders import EncoderSpec, LinearEncoder, LinearEncoderSpec, RealNumber, RealNumberSpec, TokenEmbedding, TokenEmbeddingSpec
-from sma.errors import CheckpointError, did_you_mean, quote
+from sma.errors import CheckpointError, did_you_mean, parsing, quote
 from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
 from sma.layer import LayerSpec, RoutedLayer
 from sma.model import SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
@@ -165,12 +165,14 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
         "standalone_model": _standalone_model,
         "lra_encoder": _lra_encoder,
     }
-    if kind not in makers:
-        raise CheckpointError(f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(kind, makers, 'known kinds')}")
-    try:
-        module = makers[kind](config)
-    except KeyError as error:
-        raise CheckpointError(f"the config of {quote(kind)} lacks {error}; give every argument of the authors' constructor") from None
+    if not isinstance(kind, str) or kind not in makers:
+        raise CheckpointError(f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(str(kind), makers, 'known kinds')}")
+    # Their arguments reach torch and arithmetic with whatever types they have.
+    with parsing(f"the config of {quote(kind)}", CheckpointError, "give the arguments of the authors' constructor"):
+        try:
+            module = makers[kind](config)
+        except KeyError as error:
+            raise CheckpointError(f"the config of {quote(kind)} lacks {error}; give every argument of the authors' constructor") from None
     setattr(module, _MARK, kind)
     return module
 

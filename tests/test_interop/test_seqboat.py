@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, SpecError
 from sma.interop.seqboat import from_reference, to_reference
 from sma.layer import LayerSpec, RoutedLayer
 from sma.model import SequenceModel
@@ -263,6 +263,24 @@ def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, An
     case = recorded("causal_softmax_rotary")
     with pytest.raises(CheckpointError, match=complaint):
         from_reference(case.info["kind"], {**case.info["config"], **changes}, case.weights())
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [(argument, wrong) for argument in ("embed_dim", "zdim", "chunk_size") for wrong in (None, "wide", [1])] + [("embed_dim", -1)],
+)
+def test_an_argument_of_another_type_is_named(argument: str, wrong: Any) -> None:
+    case = recorded("always_active")
+    with pytest.raises((CheckpointError, SpecError), match=r"; give the arguments of the authors|zdim|query_size"):
+        from_reference(case.info["kind"], {**case.info["config"], argument: wrong}, case.weights())
+
+
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("kind", [None, 3, ["unit"]])
+def test_a_kind_of_another_type_is_refused(kind: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"^unknown kind .* of the authors' modules; .*known kinds: standalone_layer, unit"):
+        from_reference(kind, {}, {})
 
 
 @pytest.mark.parametrize("name", ["causal_softmax_rotary", "classifier_two_layers", "lra_text_encoder", "always_active"])
