@@ -18,10 +18,13 @@ RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_W
 BARS = ("COLAB_GPU", "TQDM_MINITERS")
 """Which Lightning reads for its progress bar, and stumbles over where they are no numbers."""
 
+DISPLAYS = ("MPLBACKEND",)
+"""By which a notebook has matplotlib draw into it: a program that it starts may not have that backend, and shows nothing."""
+
 
 def is_hidden(name: str, ranks: bool = True) -> bool:
     """Whether a variable is hidden from a run; `ranks` also hides those of processes that train together."""
-    return name.startswith(SCHEDULERS) or name in BARS or (ranks and name in RANKS)
+    return name.startswith(SCHEDULERS) or name in (*BARS, *DISPLAYS) or (ranks and name in RANKS)
 
 
 @contextmanager

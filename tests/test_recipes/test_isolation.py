@@ -118,6 +118,14 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
     assert sorted(name for name in found if not is_hidden(name) and name not in HARMLESS) == []
 
 
+def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
+    # torchmetrics imports matplotlib, which refuses a backend that is not there.
+    command = "import sys; from sma.recipes.command import exit_code; sys.exit(exit_code(lambda: __import__('torchmetrics')))"
+    environment = {**os.environ, "MPLBACKEND": "backend_of_a_notebook"}
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_hidden_variables_come_back_and_new_ones_go(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("RANK", "1")
