@@ -286,11 +286,13 @@ class SparseModularActivation(nn.Module):
         states: dict[str, State] = {}
         for place, frame in enumerate(routing.frames):
             # Where all tokens run, the values are the batch itself.
-            name, tokens = decision.names[place], frame.with_values(fill_holes(next(chosen), frame) if _is_gathered(frame) else x_TD)
+            name, values_TD = decision.names[place], next(chosen) if _is_gathered(frame) else x_TD
             before = None if state is None else state.modules[name]
-            if may_skip(submodules[name]) and tokens.index.shape[0] == 0:  # in this order: a compiler cannot ask for T
+            # A compiler cannot ask how many tokens there are, so it is asked first.
+            if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
             else:
+                tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = submodules[name](tokens, before)
                 out_TD = extract_add_(self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD)
             if after is not None:
