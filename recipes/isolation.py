@@ -6,8 +6,8 @@ these variables are hidden while it works, and are back where they were afterwar
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 SCHEDULERS = ("SLURM_", "TORCHELASTIC_", "JSM_", "LSB_", "PL_", "LT_")
 """How the names begin that schedulers set, and Lightning's own settings."""
@@ -28,17 +28,29 @@ def is_hidden(name: str, ranks: bool = True) -> bool:
 
 
 @contextmanager
-def hidden_variables(*, ranks: bool = True) -> Iterator[None]:
+def changed_environment(is_hidden: Callable[[str], bool], settings: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Take variables out of the environment and set others for as long as the block runs; all of them are as before afterwards.
+
+    Args:
+        is_hidden: which are taken out, by their names.
+        settings: the variables that are set.
+    """
+    given = settings or {}
+    before = {name: os.environ.pop(name) for name in list(os.environ) if is_hidden(name) or name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in list(os.environ):
+            if is_hidden(name) or name in given:
+                del os.environ[name]
+        os.environ.update(before)
+
+
+def hidden_variables(*, ranks: bool = True) -> AbstractContextManager[None]:
     """Take the variables out of the environment for as long as the block runs.
 
     Args:
         ranks: also those by which processes find each other; False for one of several that train together.
     """
-    before = {name: os.environ.pop(name) for name in list(os.environ) if is_hidden(name, ranks)}
-    try:
-        yield
-    finally:
-        for name in list(os.environ):
-            if is_hidden(name, ranks):
-                del os.environ[name]
-        os.environ.update(before)
+    return changed_environment(lambda name: is_hidden(name, ranks))

@@ -12,12 +12,17 @@ import torch
 from pydantic import Field, model_validator
 
 from sma.errors import SmaError, SpecError, quote, reason
+from sma.recipes.isolation import changed_environment
 from sma.spec import Spec
 from sma.tune.lifeline import ClusterLost, leave_cluster, signals_kept
 from sma.tune.scratch import remove_abandoned
 
 LEAST_STORE = 200 * 2**20
 """Bytes of the object store where the data needs less."""
+
+
+_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+"""Whether Ray hides the GPUs from a process that has none of them."""
 
 
 class ResourceSpec(Spec):
@@ -141,15 +146,15 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
             leave_cluster(lost=True)
             raise
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Inherited by the processes of the trials; more threads than cores would make all of them slow.
-    os.environ["OMP_NUM_THREADS"] = str(resources.cpus)
     node = local_node()
-    start_ray(
-        num_cpus=int(node["CPU"]),
-        num_gpus=int(node["GPU"]),
-        object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
-    )
+    # Inherited by the processes of the trials; more threads than cores would make all of them slow.
+    inherited = {"OMP_NUM_THREADS": str(resources.cpus), _DEVICES: os.environ.get(_DEVICES, "0")}
+    with changed_environment(lambda name: False, inherited):
+        start_ray(
+            num_cpus=int(node["CPU"]),
+            num_gpus=int(node["GPU"]),
+            object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
+        )
     lost = False
     try:
         yield plan_slots(resources, _nodes(), samples)

@@ -1,8 +1,10 @@
 """The environment in which Ray works: settings of its own that nobody asked for do not change a sweep or a training."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from sma.recipes.isolation import changed_environment
 
 HIDDEN = ("TUNE_", "RAY_TUNE_", "RAY_TRAIN_", "RAY_AIR_")
 """How the names of variables begin by which Tune and Train change what they do: buffers, delimiters, callbacks, interfaces."""
@@ -23,19 +25,10 @@ V2 = {"RAY_TRAIN_V2_ENABLED": "1"}
 """The interface of Ray Train for which this package is written; see `sma.tune`, which sets it before Ray is imported."""
 
 
-@contextmanager
-def ray_settings(settings: Mapping[str, str]) -> Iterator[None]:
+def ray_settings(settings: Mapping[str, str]) -> AbstractContextManager[None]:
     """Hide Ray's variables but for these, for as long as the block runs; they are back where they were afterwards.
 
     Usage statistics are not sent, unless the user asks for it. `RAY_ADDRESS` needs nothing: every command names its cluster.
     """
-    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(HIDDEN)}
-    os.environ.update({**V2, **settings})
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        yield
-    finally:
-        for name in list(os.environ):
-            if name.startswith(HIDDEN):
-                del os.environ[name]
-        os.environ.update(before)
+    usage = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}
+    return changed_environment(lambda name: name.startswith(HIDDEN), {**V2, **settings, **usage})

@@ -1,9 +1,10 @@
+import os
 from typing import Any
 
 import pytest
 
 from sma.errors import SpecError
-from sma.tune.cluster import ResourceSpec, Slots, check_resources, local_node, plan_slots, start_ray
+from sma.tune.cluster import ResourceSpec, Slots, check_resources, cluster, local_node, plan_slots, start_ray
 
 TWO = [{"CPU": 2.0}]
 GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
@@ -67,6 +68,18 @@ def test_a_cluster_of_its_own_is_started_whatever_runs_already(monkeypatch: pyte
     monkeypatch.setattr("ray.init", lambda **options: started.append(options))
     start_ray(num_cpus=1)
     assert [options["address"] for options in started] == ["local"]
+
+
+def test_what_the_processes_of_ray_inherit_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr("sma.tune.cluster.ray.is_initialized", lambda: False)
+    monkeypatch.setattr("sma.tune.cluster.start_ray", lambda **_: started.append(dict(os.environ)))
+    monkeypatch.setattr("sma.tune.cluster._nodes", lambda: TWO)
+    monkeypatch.setattr("sma.tune.cluster.leave_cluster", lambda lost: None)
+    before = dict(os.environ)
+    with cluster(ResourceSpec(accelerator="cpu"), 1, 0):
+        assert started[0]["OMP_NUM_THREADS"] == "1"
+        assert dict(os.environ) == before
 
 
 def test_this_machine_has_a_core() -> None:
