@@ -26,25 +26,29 @@ log = logging.getLogger("sma.recipes")
 LOCK = ".lock"
 """The file by which a folder is locked; it is there while a process has the lock, and after one was killed."""
 
+DRIVER = ".driver.lock"
+"""The same of a process that has others write the folder: they hold the lock of the folder itself."""
+
 _FLAGS = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
 
 _POLL = 0.1
 """Seconds between two looks at a lock that is waited for."""
 
-_held: dict[tuple[int, int, int], int] = {}
-"""How often the locks of this process are held, by thread, and device and inode of the folder."""
+_held: dict[tuple[int, int, int, str], int] = {}
+"""How often the locks of this process are held, by thread, device and inode of the folder, and name."""
 
 _handles: set[int] = set()
 """The open files by which they are held."""
 
 
 @contextmanager
-def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[None]:
     """Hold the lock of a folder, which is made where it is missing. The thread that holds it may take it again.
 
     Args:
         folder: what is going to be written.
         wait: seconds to wait for another process that ends.
+        name: of the lock, `LOCK` or `DRIVER`.
 
     Raises:
         CheckpointError: another process or thread holds it, named by host and process id, or the folder cannot be written.
@@ -54,7 +58,7 @@ def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         found = folder.stat()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot write {str(folder)!r}: {reason(error)}; the folder must be writable") from error
-    key = threading.get_ident(), found.st_dev, found.st_ino
+    key = threading.get_ident(), found.st_dev, found.st_ino, name
     if _held.get(key, 0):
         _held[key] += 1
         try:
@@ -62,7 +66,7 @@ def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         finally:
             _held[key] -= 1
         return
-    handle = _acquire(folder, time.monotonic() + wait)
+    handle = _acquire(folder, name, time.monotonic() + wait)
     _held[key] = 1
     try:
         yield
@@ -70,8 +74,8 @@ def run_lock(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         _held.pop(key, None)
         if handle in _handles:  # it is not in a process that was forked meanwhile
             with suppress(OSError):
-                if stands_at(folder / LOCK, handle):
-                    (folder / LOCK).unlink()
+                if stands_at(folder / name, handle):
+                    (folder / name).unlink()
             _handles.remove(handle)
             os.close(handle)
 
@@ -120,7 +124,7 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
 
 def is_empty(folder: Path) -> bool:
     """Whether there is nothing in a folder but locks and drafts that killed processes left."""
-    return all(path.name == LOCK or path.name.endswith(DRAFT) for path in folder.iterdir())
+    return all(path.name in (LOCK, DRIVER) or path.name.endswith(DRAFT) for path in folder.iterdir())
 
 
 def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
@@ -152,9 +156,9 @@ def _reason(error: Exception) -> str:
     return reason(error)
 
 
-def _acquire(folder: Path, until: float) -> int | None:
-    """An open and locked `.lock`; None where there are no locks."""
-    path = folder / LOCK
+def _acquire(folder: Path, name: str, until: float) -> int | None:
+    """An open and locked file of this name; None where there are no locks."""
+    path = folder / name
     while True:
         handle = _open(path)
         try:
@@ -181,7 +185,7 @@ def _acquire(folder: Path, until: float) -> int | None:
 
 
 def _open(path: Path) -> int:
-    """An open `.lock`. It is written to, so that a link must not lead to a file of another name."""
+    """The open file of a lock. It is written to, so that a link must not lead to a file of another name."""
     try:
         if path.is_symlink():
             raise CheckpointError(f"{str(path)!r} is no plain file; delete it")

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from sma.errors import CheckpointError, SmaError, parsing, reason
 from sma.files import read_file, write_atomically
-from sma.recipes.claims import run_lock
+from sma.recipes.claims import LOCK, run_lock
 from sma.recipes.folders import check_run_folder, expand
 
 PATIENCE = 30.0
@@ -58,8 +58,11 @@ class Storage:
         return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, name: str = LOCK) -> Iterator[None]:
         """Be the only process that writes the folder; behind a URI nobody can promise that.
+
+        Args:
+            name: `DRIVER` for a process that has others write it.
 
         Raises:
             CheckpointError: another process writes it, named by host and process id, or it cannot be written.
@@ -67,7 +70,7 @@ class Storage:
         if self.folder is None:
             yield
             return
-        with run_lock(self.folder):
+        with run_lock(self.folder, name=name):
             yield
 
     def check_writable(self) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.errors import CheckpointError, SmaError, SpecError
-from sma.recipes.claims import claim_folder
+from sma.recipes.claims import DRIVER, claim_folder
 from sma.recipes.command import CommandOptions, cache_folder
 from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment
 from sma.recipes.names import plain, shell_word
@@ -24,6 +24,7 @@ from sma.spec import dump_yaml
 from sma.yaml_text import read_fields
 
 if TYPE_CHECKING:
+    from sma.tune.parallel import Workers
     from sma.tune.storage import Storage
 
 
@@ -55,7 +56,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         SmaError: a sentence for the user.
     """
     spec = None if options.resume is not None else _fresh(options)  # a wrong --set need not wait for Ray, which takes seconds to import
-    from sma.tune.parallel import Workers, train_parallel
+    from sma.tune.parallel import Workers
     from sma.tune.storage import Storage
 
     workers = Workers(options.workers, options.cpus, options.address, options.accelerator, options.restarts)
@@ -69,6 +70,14 @@ def train(options: TrainOptions) -> dict[str, Any]:
         workers.check_experiment(spec)
         workers.check_room()
         storage = _claim(options, spec)
+    # The workers begin after seconds, and this process writes, too.
+    with storage.locked(DRIVER):
+        return _train(spec, storage, workers, options)
+
+
+def _train(spec: ExperimentSpec, storage: "Storage", workers: "Workers", options: TrainOptions) -> dict[str, Any]:
+    from sma.tune.parallel import train_parallel
+
     print(
         f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of {spec.training.batch_size} "
         f"samples, {workers.number} workers -> {plain(storage.address(''))}",

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sma.errors import SmaError, SpecError
+from sma.recipes.claims import run_lock
 from sma.recipes.experiment import BEST, LAST, SUMMARY, ExperimentSpec
 from sma.recipes.language import LanguageLearner, run_language
 from sma.recipes.tasks import LanguageTask
@@ -269,6 +271,27 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "something").write_text("")
     assert main(["train", "--out", str(tmp_path)]) == 2
     assert "is not empty; give another --out, or --resume" in capsys.readouterr().err
+
+
+def test_a_run_has_one_driver_also_before_its_workers_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, codes = tmp_path / "run", []
+
+    def train_it(spec: ExperimentSpec, storage: Storage, *_: Any, **__: Any) -> None:
+        with run_lock(out):  # as the first worker does
+            pass
+        again = threading.Thread(target=lambda: codes.append(main(["train", "--resume", str(out), "--accelerator", "cpu"])))
+        again.start()
+        again.join()
+
+    monkeypatch.setattr("sma.tune.parallel.train_parallel", train_it)
+    monkeypatch.setattr(Workers, "check_room", lambda _: None)
+    for command in (["--out", str(out)], ["--resume", str(out)]):
+        assert main(["train", *command, "--accelerator", "cpu"]) == 0
+        assert f"the folder '{out}' is being written by process {os.getpid()} on" in capsys.readouterr().err
+    assert codes == [2, 2]
+    assert [path.name for path in out.iterdir()] == ["experiment.yaml"]
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
