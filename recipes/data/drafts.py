@@ -8,22 +8,36 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sma.files import lock_file
+from sma.recipes.names import plain
+
+PATIENCE = 2.0
+"""Seconds that a lock is waited for in silence."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int | None]:
-    """Keep other processes out of `folder`, and yield its handle, or None where folders have none."""
+    """Keep other processes out of `folder`, and yield its handle, or None where folders have none.
+
+    Others hold the lock for moments. Who waits longer is told for what: a process that is stopped keeps its locks.
+    """
     if sys.platform == "win32":
         yield None
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        lock_file(handle, wait=True)
+        deadline = time.monotonic() + PATIENCE
+        while lock_file(handle) is False:
+            if time.monotonic() > deadline:
+                print(f"another process is writing in {plain(folder)}; waiting for it", file=sys.stderr, flush=True)
+                lock_file(handle, wait=True)
+                break
+            time.sleep(0.05)
         yield handle
     finally:
         os.close(handle)
