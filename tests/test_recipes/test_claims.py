@@ -1,57 +1,60 @@
 """Locks and claims of folders: one process at a time, whoever is killed lets go, and of many at once everyone gets a folder of its own."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 
 import pytest
 
 from sma.errors import CheckpointError
 from sma.recipes.claims import LOCK, claim_folder, is_empty, run_lock
 
-ROOT = Path(__file__).resolve().parents[2]
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from sma.recipes.claims import run_lock
-with run_lock(Path(sys.argv[1])):
-    {inside}
-    print("held", flush=True)
-    input()
-"""
+# Forked, because a new process would first import torch, which the locks have nothing to do with.
+CONTEXT = multiprocessing.get_context("fork")
 
 
-def _hold(folder, inside="pass"):
-    """A process that holds the lock of a folder until it gets a line."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(inside=inside), str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    return process
+def _hold(folder, inside=lambda: None):
+    """A process that holds the lock of a folder until it is told to go, and what tells it."""
+    ours, theirs = CONTEXT.Pipe()
+
+    def work():
+        with run_lock(folder):
+            inside()
+            theirs.send("held")
+            theirs.recv()
+
+    process = CONTEXT.Process(target=work, daemon=True)
+    process.start()
+    assert ours.poll(60), "the lock was not taken"
+    assert ours.recv() == "held"
+    return process, ours
+
+
+def _kill(process):
+    process.kill()
+    process.join()
 
 
 def test_refusal_names_host_and_process_of_the_holder(tmp_path):
-    holder = _hold(tmp_path / "run")
+    holder, pipe = _hold(tmp_path / "run")
     try:
         complaint = rf"'.*run' is being written by process {holder.pid} on '{socket.gethostname()}' since '\d{{4}}-.* UTC'; wait for it or"
         with pytest.raises(CheckpointError, match=complaint), run_lock(tmp_path / "run"):
             pytest.fail("two have the lock")
     finally:
-        holder.communicate("\n")
+        pipe.send("go")
+        holder.join()
     with run_lock(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_killed_holder_lets_go(tmp_path):
-    holder = _hold(tmp_path)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    _kill(_hold(tmp_path)[0])
     assert (tmp_path / LOCK).is_file()
     with run_lock(tmp_path):
         pass
@@ -59,9 +62,13 @@ def test_killed_holder_lets_go(tmp_path):
 
 
 def test_children_of_a_killed_holder_do_not_keep_the_lock(tmp_path):
-    holder = _hold(tmp_path, "if not (child := os.fork()): time.sleep(60)\n    (Path(sys.argv[1]) / 'child').write_text(str(child))")
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    def fork():
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        (tmp_path / "child").write_text(str(child), encoding="utf-8")
+
+    _kill(_hold(tmp_path, fork)[0])
     try:
         with run_lock(tmp_path):
             pass
@@ -70,10 +77,11 @@ def test_children_of_a_killed_holder_do_not_keep_the_lock(tmp_path):
 
 
 def test_lock_of_one_who_ends_soon_is_waited_for(tmp_path):
-    holder = _hold(tmp_path)
-    threading.Timer(0.3, holder.communicate, ["\n"]).start()
-    with run_lock(tmp_path, wait=20):
-        assert holder.wait() == 0
+    holder, pipe = _hold(tmp_path)
+    threading.Timer(0.3, pipe.send, ["go"]).start()
+    with run_lock(tmp_path, wait=60):
+        holder.join()
+    assert holder.exitcode == 0
 
 
 def test_who_holds_a_lock_may_take_it_again_and_another_thread_may_not(tmp_path):
@@ -101,9 +109,10 @@ def test_who_holds_a_lock_may_take_it_again_and_another_thread_may_not(tmp_path)
 def test_lock_is_let_go_when_the_work_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
-    holder = _hold(tmp_path)
-    holder.communicate("\n")
-    assert holder.returncode == 0
+    holder, pipe = _hold(tmp_path)
+    pipe.send("go")
+    holder.join()
+    assert holder.exitcode == 0
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
@@ -196,34 +205,31 @@ def test_folder_that_stays_empty_is_removed_only_where_it_was_made_here(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-CLAIM = """
-import sys
-from pathlib import Path
-from sma.errors import CheckpointError
-from sma.recipes.claims import claim_folder
-print("ready", flush=True)
-input()
-try:
-    with claim_folder(Path(sys.argv[1]), numbered=sys.argv[2] == "numbered") as folder:
-        (folder / "file").open("x").close()
-        print(folder, flush=True)
-        input()
-except CheckpointError as error:
-    print(f"refused: {error}", flush=True)
-"""
+def _claim(path, numbered, pipe):
+    pipe.recv()
+    try:
+        with claim_folder(path, numbered=numbered) as folder:
+            (folder / "file").open("x").close()
+            pipe.send(str(folder))
+            pipe.recv()
+    except CheckpointError as error:
+        pipe.send(f"refused: {error}")
 
 
 @pytest.mark.parametrize("way", ["numbered", "named"])
 def test_of_many_starts_at_once_one_gets_a_folder(tmp_path, way):
-    command = [sys.executable, "-c", CLAIM, str(tmp_path / "run"), way]
-    starts = [subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [start.stdout.readline() for start in starts] == ["ready\n"] * 4
+    pipes = [CONTEXT.Pipe() for _ in range(4)]
+    starts = [CONTEXT.Process(target=_claim, args=(tmp_path / "run", way == "numbered", theirs), daemon=True) for _, theirs in pipes]
     for start in starts:
-        start.stdin.write("\n")
-        start.stdin.flush()
-    said = [start.stdout.readline().strip() for start in starts]
+        start.start()
+    for ours, _ in pipes:
+        ours.send("start")
+    said = [ours.recv() for ours, _ in pipes if ours.poll(60)]
+    assert len(said) == 4
+    for ours, _ in pipes:
+        ours.send("go")
     for start in starts:
-        start.communicate("\n")
+        start.join()
     taken = [line for line in said if not line.startswith("refused: ")]
     if way == "numbered":
         assert sorted(taken) == sorted([str(tmp_path / "run"), *(str(tmp_path / f"run-{number}") for number in range(2, 5))])
