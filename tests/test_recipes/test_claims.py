@@ -78,8 +78,10 @@ def test_children_of_a_killed_holder_do_not_keep_the_lock(tmp_path):
 
 def test_lock_of_one_who_ends_soon_is_waited_for(tmp_path):
     holder, pipe = _hold(tmp_path)
+    began = time.monotonic()
     threading.Timer(0.3, pipe.send, ["go"]).start()
     with run_lock(tmp_path, wait=60):
+        assert time.monotonic() - began >= 0.3
         holder.join()
     assert holder.exitcode == 0
 
