@@ -135,7 +135,7 @@ def test_paper_trees_keep_the_bounds_and_have_the_value_the_evaluator_gives():
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(ListOpsSettings(min_length=0, max_length=10**9, max_depth=6, max_arity=4), id="unbounded"),
+        pytest.param(ListOpsSettings(min_length=0, max_length=10**6, max_depth=6, max_arity=4), id="unbounded"),
         pytest.param(TINY, id="tiny"),
         pytest.param(ListOpsSettings(min_length=50, max_length=400, max_depth=8), id="mid"),
     ],
@@ -153,7 +153,7 @@ def test_sizes_are_distributed_as_those_of_a_naive_recursive_generator(chosen):
 
 def test_leaves_operators_arities_and_digits_have_their_probabilities():
     # Without bounds on the size, every node above the greatest depth is an independent draw.
-    free = ListOpsSettings(min_length=0, max_length=10**9, max_depth=4, max_arity=10)
+    free = ListOpsSettings(min_length=0, max_length=10**6, max_depth=4, max_arity=10)
     trees = [parsed(tokens_of(source)) for number in range(2) for source, _ in samples(draw_chunk(free, number))]
     assert len(trees) == 2 * listops_trees.DRAWS_PER_CHUNK
     level = trees

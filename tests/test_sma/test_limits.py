@@ -37,7 +37,7 @@ TRANSFORMS: dict[str, Callable[[torch.nn.Module, dict[str, torch.Tensor]], objec
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_does_not_work_raises(transform: str, as_users_run: None) -> None:
     model = sma.build(SPEC, seed=0)
-    with pytest.raises((RuntimeError, torch.fx.proxy.TraceError)):
+    with pytest.raises((RuntimeError, torch.fx.proxy.TraceError, sma.SmaError)):
         TRANSFORMS[transform](model, dict(model.named_parameters()))
 
 
