@@ -43,10 +43,10 @@ def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
     return test_language.experiment(book, *(f"{path.replace('__', '.')}={value}" for path, value in changed.items()))
 
 
-def alone(spec: ExperimentSpec, out: Path, data_folder: Path) -> dict[str, Any]:
+def alone(spec: ExperimentSpec, out: Path, data_folder: Path, resume: bool = False) -> dict[str, Any]:
     """What one process makes of it."""
     run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
-    return run(spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False).summary
+    return run(spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False, resume=resume).summary
 
 
 def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str = LAST) -> None:
@@ -221,8 +221,8 @@ def test_one_process_goes_on_with_what_two_workers_left(task: str, two_slots: No
     with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*good up to its last checkpoint"):
         team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
     assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
-    for folder in ("out", "alone"):
-        alone(spec, tmp_path / folder, data_folder)
+    alone(spec, tmp_path / "out", data_folder, resume=True)
+    alone(spec, tmp_path / "alone", data_folder)
     assert_equal_weights(tmp_path / "out", tmp_path / "alone", 1e-9)
 
 
