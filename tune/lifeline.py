@@ -4,6 +4,7 @@ A process that loses its cluster is ended by Ray's own code after a while, witho
 a sentence, an exit status and the command that resumes come first.
 """
 
+import atexit
 import logging
 import signal
 import socket
@@ -26,6 +27,9 @@ GRACE = 20.0
 """Seconds that Ray gets to leave a cluster."""
 
 _POLL = 0.2
+
+_left: list[threading.Thread] = []
+"""Threads of work that was interrupted: they may still call Ray."""
 
 
 class ClusterLost(SmaError, RuntimeError):
@@ -74,6 +78,7 @@ def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
     except BaseException:
         # The thread is left to itself, and must not start a cluster of its own where this one is left.
         auto_init_hook.enable_auto_connect = False
+        _left.append(thread)
         raise
     look()
     if errors:
@@ -141,17 +146,24 @@ class Lifeline:
 def leave_cluster(lost: bool) -> None:
     """Disconnect from Ray, and end what this process started of it.
 
+    Where interrupted work may still call Ray, the end of this process is what disconnects it: after `ray.shutdown` such a call ends the
+    process in Ray's own code, without the sentence and the status that were to come.
+
     Args:
         lost: the cluster does not answer: its processes are not asked.
     """
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    if not lost:
+    interrupted = any(thread.is_alive() for thread in _left)
+    if not lost and not interrupted:
         ray.shutdown()
         return
     node: Any = getattr(ray._private.worker, "_global_node", None)
     with suppress(Exception):  # those that are left, stopped ones too, which would be waited for
         if node is not None and node.head:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
+    if interrupted and not lost:
+        atexit.unregister(ray._private.worker.shutdown)
+        return
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
     leaving.join(GRACE)

@@ -31,7 +31,13 @@ def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "127.0.0.1:1"}
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sma.tune", *arguments, "--accelerator", "cpu"], cwd=ROOT, env=environment, stdout=file, stderr=file
+            [sys.executable, "-m", "sma.tune", *arguments, "--accelerator", "cpu"],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            # Where the tests run in the background of a shell, it has them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         yield process
