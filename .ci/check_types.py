@@ -23,7 +23,10 @@ def main() -> int:
         return result.returncode
     seen = re.search(r"in (\d+) source files?", result.stdout)
     if seen is None or int(seen.group(1)) != expected:
-        print(f"there are {expected} Python files, and mypy saw another number: are the links sma/modules, sma/recipes, sma/tune in place?")
+        print(
+            f"there are {expected} Python files, and mypy saw another number: "
+            "are the links sma/modules, sma/recipes, sma/tune in place?"
+        )
         return 1
     return 0
 

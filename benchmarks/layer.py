@@ -1,4 +1,5 @@
-"""One layer, forward + backward: SeqBoat at several activation rates beside its dense twin, its backbone, and a transformer.
+"""One layer, forward + backward: SeqBoat at several activation rates beside its dense twin, its backbone, and a
+transformer.
 
     python -m benchmarks.layer --json
 
@@ -81,7 +82,9 @@ def make(model: str, batch: int, length: int, rate: float, device: str) -> tuple
     module: nn.Module
     real = rate
     if model == "transformer":
-        module = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        module = nn.TransformerEncoderLayer(
+            WIDTH, 4, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
     else:
         layer = layer_spec(length, routed=model != "without").build(WIDTH).to(device)
         module = DenseLayer(layer) if model == "dense" else layer
@@ -126,10 +129,16 @@ def measure(model: str, batch: int, length: int, rate: float, device: str) -> di
 def add_skip_efficiency(points: list[dict[str, Any]]) -> None:
     """Fill in the skip efficiency of the SeqBoat points from the dense twin and the backbone alone of the same size."""
     for point in points:
-        same = {other["model"]: other for other in points if (other["batch"], other["length"]) == (point["batch"], point["length"])}
+        same = {
+            other["model"]: other
+            for other in points
+            if (other["batch"], other["length"]) == (point["batch"], point["length"])
+        }
         if point["model"] == "seqboat" and point["rate"] < 1 and {"dense", "without"} <= set(same):
             dense, without = same["dense"]["milliseconds"], same["without"]["milliseconds"]
-            point["skip_efficiency"] = round((dense - point["milliseconds"]) / ((1 - point["rate"]) * (dense - without)), 3)
+            point["skip_efficiency"] = round(
+                (dense - point["milliseconds"]) / ((1 - point["rate"]) * (dense - without)), 3
+            )
 
 
 def main() -> None:
@@ -138,7 +147,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--length", type=int, action="append", help="only the size of this length; may be repeated")
-    parser.add_argument("--point", nargs=4, metavar=("MODEL", "BATCH", "LENGTH", "RATE"), help="measure one point in this process")
+    parser.add_argument(
+        "--point", nargs=4, metavar=("MODEL", "BATCH", "LENGTH", "RATE"), help="measure one point in this process"
+    )
     options = parser.parse_args()
     if options.point:
         model, batch, length, rate = options.point
@@ -148,13 +159,25 @@ def main() -> None:
     for batch, length in SIZES:
         if options.length and length not in options.length:
             continue
-        for model, rate in [("without", 0.0), *(("seqboat", rate) for rate in RATES), ("dense", 1.0), ("transformer", 1.0)]:
+        for model, rate in [
+            ("without", 0.0),
+            *(("seqboat", rate) for rate in RATES),
+            ("dense", 1.0),
+            ("transformer", 1.0),
+        ]:
             command = [sys.executable, "-m", "benchmarks.layer", "--device", options.device, "--point"]
-            done = subprocess.run([*command, model, str(batch), str(length), str(rate)], capture_output=True, encoding="utf-8", check=False)
+            done = subprocess.run(
+                [*command, model, str(batch), str(length), str(rate)],
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            )
             if done.returncode:
                 raise SystemExit(f"{model} at {batch} x {length} failed:\n{done.stderr}")
             points.append(json.loads(done.stdout))
-            print(f"{model:12} {batch:2} x {length:5}  {points[-1]['milliseconds']:9.1f} ms", file=sys.stderr, flush=True)
+            print(
+                f"{model:12} {batch:2} x {length:5}  {points[-1]['milliseconds']:9.1f} ms", file=sys.stderr, flush=True
+            )
     add_skip_efficiency(points)
     if options.json:
         print(json.dumps(points, indent=1))
@@ -163,7 +186,9 @@ def main() -> None:
     for point in points:
         skip = "" if point["skip_efficiency"] is None else f"{point['skip_efficiency']:.2f}"
         size = f"{point['batch']} x {point['length']}"
-        figures = f"{point['milliseconds']:9.1f} {point['peak_gigabytes']:6.2f} {skip:>9} {point['times_products']:10.2f}"
+        figures = (
+            f"{point['milliseconds']:9.1f} {point['peak_gigabytes']:6.2f} {skip:>9} {point['times_products']:10.2f}"
+        )
         print(f"{point['model']:12} {size:>10} {point['rate']:6.2f} {figures}")
 
 

@@ -22,7 +22,11 @@ class Layout:
 
     def fill(self) -> Tensor:
         """A tensor of this layout with random numbers; overlapping views stay overlapping."""
-        extent = 1 + sum((size - 1) * step for size, step in zip(self.size, self.stride, strict=True)) if 0 not in self.size else 0
+        extent = (
+            1 + sum((size - 1) * step for size, step in zip(self.size, self.stride, strict=True))
+            if 0 not in self.size
+            else 0
+        )
         real = torch.randn if self.dtype.is_floating_point or self.dtype.is_complex else torch.ones
         return real(extent, dtype=self.dtype, device=self.device).as_strided(self.size, self.stride)
 
@@ -37,11 +41,15 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the call and run it."""
         if function.overloadpacket.__name__ in COUNTED:
-            self.calls.append((function, tree_map_only(Tensor, Layout, args), tree_map_only(Tensor, Layout, kwargs or {})))
+            self.calls.append(
+                (function, tree_map_only(Tensor, Layout, args), tree_map_only(Tensor, Layout, kwargs or {}))
+            )
         return function(*args, **(kwargs or {}))
 
 
-def median_milliseconds(step: Callable[[], object], device: str, seconds: float = 3.0, least: int = 7, most: int = 200) -> float:
+def median_milliseconds(
+    step: Callable[[], object], device: str, seconds: float = 3.0, least: int = 7, most: int = 200
+) -> float:
     """Median time of a step, after three steps that warm up."""
     times = list(_timed(step, device, 3))[3:]
     until = time.perf_counter() + seconds
@@ -71,7 +79,9 @@ def stopwatch(device: str) -> Iterator[list[float]]:
 
 
 def products_milliseconds(step: Callable[[], object], device: str) -> float:
-    """Median time of the matrix products and Fourier transforms that a step does, on operands of the same shapes and layouts."""
+    """Median time of the matrix products and Fourier transforms that a step does, on operands of the same shapes and
+    layouts.
+    """
     with Recorder() as recorder:
         step()
     calls = [

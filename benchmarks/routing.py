@@ -1,16 +1,19 @@
-"""What routing costs: router, compaction, extraction and combination of a routed MLP and a routed convolution, forward + backward.
+"""What routing costs: router, compaction, extraction and combination of a routed MLP and a routed convolution,
+forward + backward.
 
     python -m benchmarks.routing --json
 
-A pre-norm block out = x + f(norm(x)), in which f is routed, at several activation rates. Beside it run, on the same tokens:
+A pre-norm block out = x + f(norm(x)), in which f is routed, at several activation rates. Beside it run, on the same
+tokens:
 
 - dense: the same block with f on every token: no router, no compaction, no confidence.
 - without: what no token can skip, norm and residual: out = x + norm(x).
 - gathered, one for each rate: f alone on as many tokens of the same rows as that rate activates, already gathered.
 
 `skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)): 1 means that skipping costs nothing.
-`overhead_milliseconds` is T(rate) - T_gathered(rate) - T_without: all that a token's way to f and back costs. All points of a model
-take turns in one process, so that what else runs on the machine slows all of them; the figures are medians over the rounds.
+`overhead_milliseconds` is T(rate) - T_gathered(rate) - T_without: all that a token's way to f and back costs. All
+points of a model take turns in one process, so that what else runs on the machine slows all of them; the figures are
+medians over the rounds.
 """
 
 import argparse
@@ -51,7 +54,9 @@ class Size:
 
 
 def block_spec(model: str, width: int) -> LayerSpec:
-    """A pre-norm block whose only part is routed: a gated MLP as large as an ungated one of hidden size 4 D, or a convolution."""
+    """A pre-norm block whose only part is routed: a gated MLP as large as an ungated one of hidden size 4 D, or a
+    convolution.
+    """
     part: SubModuleSpec = GatedMLPSpec(hidden_size=8 * round(width / 3)) if model == "mlp" else ConvSpec(kernel_size=4)
     return LayerSpec(modules=FrozenDict(part=part), bypass="none", activation="none", norm=LayerNormSpec(place="pre"))
 
@@ -130,14 +135,20 @@ def measure(model: str, size: Size, device: str, rounds: int) -> list[dict[str, 
     dense, without = median["dense", 1.0], median["without", 0.0]
     points = []
     for rate in RATES:
-        routed, gathered, share = median["routed", rate], median["gathered", rate], active[rate] / (size.rows * size.length)
+        routed, gathered, share = (
+            median["routed", rate],
+            median["gathered", rate],
+            active[rate] / (size.rows * size.length),
+        )
         points.append(
             {
                 "model": model,
                 "rate": rate,
                 "milliseconds": round(routed, 3),
                 "overhead_milliseconds": round(routed - gathered - without, 3),
-                "skip_efficiency": round((dense - routed) / ((1 - share) * (dense - without)), 3) if share < 1 else None,
+                "skip_efficiency": round((dense - routed) / ((1 - share) * (dense - without)), 3)
+                if share < 1
+                else None,
                 "active_tokens": active[rate],
                 "dense_milliseconds": round(dense, 3),
                 "without_milliseconds": round(without, 3),
@@ -166,7 +177,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(points, indent=1))
         return
-    columns = ("milliseconds", "overhead_milliseconds", "dense_milliseconds", "without_milliseconds", "gathered_milliseconds")
+    columns = (
+        "milliseconds",
+        "overhead_milliseconds",
+        "dense_milliseconds",
+        "without_milliseconds",
+        "gathered_milliseconds",
+    )
     heads = ("ms", "overhead", "dense", "without", "gathered")
     print(f"{'model':6} {'rate':>5} {'tokens':>7} {' '.join(f'{head:>9}' for head in heads)} {'skip eff.':>9}")
     for point in points:

@@ -4,18 +4,21 @@
 
 - seqboat: a language model with a state: 4 layers of width 128, a causal EMA (N 16) and a routed gated attention unit
   (Z 64, H 256, window 128, softmax, rotary). The router's bias gives every layer the asked rate on random tokens.
-- recompute: the same model without states: every token computes the last 2,048 again, so later positions all cost the same.
-- kv_cache_transformer: a pre-norm transformer of the same width and depth, 4 heads, feed-forward 4 x, preallocated keys and
-  values. The cache is filled with random numbers instead of a prefill. It has no router, so it is measured once, at rate 1.
+- recompute: the same model without states: every token computes the last 2,048 again, so later positions all cost the
+  same.
+- kv_cache_transformer: a pre-norm transformer of the same width and depth, 4 heads, feed-forward 4 x, preallocated keys
+  and values. The cache is filled with random numbers instead of a prefill. It has no router, so it is measured once, at
+  rate 1.
   Positions whose caches hold more than 200,000 tokens of the batch (cuda: 4,000,000) are out of its reach and left out.
 
-microseconds_per_token is the median time of one step of the whole batch divided by the batch size. seqboat takes every step that
-is asked for, the others as many as 10 seconds allow, but 5. The steps of a mark start from the state at that mark, and the marks
-take turns, so that whatever disturbs the machine disturbs all alike. At rate 0.1 and batch 1 most steps activate nothing in most
-layers; the mean says what a long stream costs. peak_megabytes is the peak of the process when the mark was reached and one step
-was taken: resident memory, on cuda allocated memory. Every model, batch and rate (kv_cache_transformer: also position) runs in a
-process of its own. prefill_tokens_per_second is the speed in chunks with a state, forward_tokens_per_second that of one stateless
-call on the same tokens, 65,536 of the batch but at most 16,384 a row.
+microseconds_per_token is the median time of one step of the whole batch divided by the batch size. seqboat takes every
+step that is asked for, the others as many as 10 seconds allow, but 5. The steps of a mark start from the state at that
+mark, and the marks take turns, so that whatever disturbs the machine disturbs all alike. At rate 0.1 and batch 1 most
+steps activate nothing in most layers; the mean says what a long stream costs. peak_megabytes is the peak of the process
+when the mark was reached and one step was taken: resident memory, on cuda allocated memory. Every model, batch and rate
+(kv_cache_transformer: also position) runs in a process of its own. prefill_tokens_per_second is the speed in chunks
+with a state, forward_tokens_per_second that of one stateless call on the same tokens, 65,536 of the batch but at most
+16,384 a row.
 """
 
 import argparse
@@ -48,8 +51,8 @@ POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
 WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 # Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
-# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed of a prefill
-# is measured they are large.
+# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed
+# of a prefill is measured they are large.
 SMALL, LARGE, WARM_UP, GIVE_BACK = 4_000, 16_384, 800, 20
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
@@ -59,7 +62,14 @@ Step = Callable[[Tensor], Tensor]
 
 def language_model() -> LanguageModel:
     """The model that is streamed, without a rate."""
-    attention = {"kind": "gau", "query_size": 64, "hidden_size": 256, "window": 128, "bidirectional": False, "position": {"kind": "rotary"}}
+    attention = {
+        "kind": "gau",
+        "query_size": 64,
+        "hidden_size": 256,
+        "window": 128,
+        "bidirectional": False,
+        "position": {"kind": "rotary"},
+    }
     layer = {
         "backbone": {"kind": "ema", "state_size": 16, "bidirectional": False},
         "modules": {"attention": attention},
@@ -75,7 +85,9 @@ def language_model() -> LanguageModel:
 
 @torch.inference_mode()
 def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2048) -> None:
-    """Move the bias of every router, first layer first, to the quantile of its scores on random rows that gives this rate."""
+    """Move the bias of every router, first layer first, to the quantile of its scores on random rows that gives this
+    rate.
+    """
     inputs = model.encoder.random_inputs(rows, length)
     hidden = [model.encoder(part) for part in inputs.split(2)]  # a few rows at a time, for the sake of the peak memory
     for layer in model.routed_layers:
@@ -85,7 +97,9 @@ def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2
         margin = (scores[:, 1] - scores[:, 0]).sort(descending=True).values
         active = round(rate * len(margin))
         edges = torch.cat([margin[:1] + 1, margin, margin[-1:] - 1])
-        layer.routed.router.bias[1] -= (edges[active] + edges[active + 1]) / 2 if 0 < active < len(margin) else edges[active and -1]
+        layer.routed.router.bias[1] -= (
+            (edges[active] + edges[active + 1]) / 2 if 0 < active < len(margin) else edges[active and -1]
+        )
         hidden = [layer(part).hidden for part in hidden]
 
 
@@ -151,7 +165,9 @@ class CachedTransformer(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.to(device).eval()
         heads = 4
-        self.caches = [torch.empty(2, batch, heads, position + room, WIDTH // heads, device=device) for _ in range(DEPTH)]
+        self.caches = [
+            torch.empty(2, batch, heads, position + room, WIDTH // heads, device=device) for _ in range(DEPTH)
+        ]
         for cache in self.caches:
             cache.normal_()
         self.position = position
@@ -174,10 +190,17 @@ def compiled(model: SequenceModel) -> Callable[..., Any]:
 
 
 class Marks:
-    """Makes the steps at every mark, of a model that has seen that many tokens, and takes one of them for the peak memory."""
+    """Makes the steps at every mark, of a model that has seen that many tokens, and takes one of them for the peak
+    memory.
+    """
 
     def __init__(self, options: argparse.Namespace, batch: int, rate: float) -> None:
-        self.device, self.batch, self.positions, self.steps = options.device, batch, sorted(options.position), options.steps
+        self.device, self.batch, self.positions, self.steps = (
+            options.device,
+            batch,
+            sorted(options.position),
+            options.steps,
+        )
         self.compiled, self.rate = options.compile, rate
         self.active = [0.0] * DEPTH
         self.seen = 0
@@ -194,7 +217,9 @@ class Marks:
         return torch.randint(VOCABULARY, (self.batch, length), device=self.device)
 
     def seqboat(self) -> Iterator[tuple[Step, int]]:
-        """Advance in chunks; the steps go on from a copy of the state, in memory that is taken before the first mark."""
+        """Advance in chunks; the steps go on from a copy of the state, in memory that is taken before the first
+        mark.
+        """
         chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]
@@ -259,8 +284,12 @@ class Marks:
         return prefilled, forwarded
 
 
-def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, seconds: float | None = None) -> list[list[float]]:
-    """Seconds of each call, round after round; each round begins with another call. At least 5 rounds, then until the time is up."""
+def take_turns(
+    calls: Sequence[Callable[[], object]], device: str, rounds: int, seconds: float | None = None
+) -> list[list[float]]:
+    """Seconds of each call, round after round; each round begins with another call. At least 5 rounds, then until the
+    time is up.
+    """
     times: list[list[float]] = [[] for _ in calls]
     until = None if seconds is None else time.perf_counter() + seconds
     for turn in range(rounds):
@@ -275,7 +304,9 @@ def take_turns(calls: Sequence[Callable[[], object]], device: str, rounds: int, 
 
 
 def give_back_memory() -> None:
-    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream needs at once."""
+    """Return what the C library's allocator holds free to the system, where it can: the peak then is what the stream
+    needs at once.
+    """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
@@ -296,7 +327,13 @@ def measure(model: str, batch: int, rate: float, options: argparse.Namespace) ->
     points: list[dict[str, Any]] = []
     for position, (step, state_bytes) in zip(marks.positions, getattr(marks, model)(), strict=True):
         steps.append(step)
-        points.append({"position": position, "state_bytes": state_bytes, "peak_megabytes": round(peak_megabytes(options.device), 1)})
+        points.append(
+            {
+                "position": position,
+                "state_bytes": state_bytes,
+                "peak_megabytes": round(peak_megabytes(options.device), 1),
+            }
+        )
     ids = marks.ids(options.steps + 20).split(1, 1)
     queues = [iter(ids) for _ in steps]
     calls = [lambda step=step, queue=queue: step(next(queue)) for step, queue in zip(steps, queues, strict=True)]
@@ -332,7 +369,13 @@ def processes(options: argparse.Namespace) -> Iterator[list[str]]:
                 reached = [options.position]
             for rate in (1.0,) if model == "kv_cache_transformer" else options.rate:
                 for positions in reached:
-                    yield ["--point", model, str(batch), str(rate), *(word for place in positions for word in ("--position", str(place)))]
+                    yield [
+                        "--point",
+                        model,
+                        str(batch),
+                        str(rate),
+                        *(word for place in positions for word in ("--position", str(place))),
+                    ]
 
 
 def parse() -> argparse.Namespace:
@@ -340,15 +383,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--model", action="append", choices=MODELS, help="only this model; may be repeated, as the next three")
+    parser.add_argument(
+        "--model", action="append", choices=MODELS, help="only this model; may be repeated, as the next three"
+    )
     parser.add_argument("--batch", action="append", type=int, help=f"only this batch size; default {BATCHES}")
     parser.add_argument("--rate", action="append", type=float, help=f"only this activation rate; default {RATES}")
     parser.add_argument("--position", action="append", type=int, help=f"only this mark, in tokens; default {POSITIONS}")
     parser.add_argument("--steps", type=int, default=2000, help="single steps per mark; default 2000")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the single step of seqboat; the peak memory is then that of the compiler"
+        "--compile",
+        action="store_true",
+        help="compile the single step of seqboat; the peak memory is then that of the compiler",
     )
-    parser.add_argument("--point", nargs=3, metavar=("MODEL", "BATCH", "RATE"), help="measure one model in this process")
+    parser.add_argument(
+        "--point", nargs=3, metavar=("MODEL", "BATCH", "RATE"), help="measure one model in this process"
+    )
     options = parser.parse_args()
     for name, default in (("model", MODELS), ("batch", BATCHES), ("rate", RATES), ("position", POSITIONS)):
         setattr(options, name, getattr(options, name) or list(default))
@@ -365,7 +414,9 @@ def main() -> None:
     command = [sys.executable, "-m", "benchmarks.stream", "--device", options.device, "--steps", str(options.steps)]
     points = []
     for words in processes(options):
-        done = subprocess.run([*command, *words, *["--compile"] * options.compile], capture_output=True, encoding="utf-8", check=False)
+        done = subprocess.run(
+            [*command, *words, *["--compile"] * options.compile], capture_output=True, encoding="utf-8", check=False
+        )
         if done.returncode:
             raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
         points.extend(json.loads(done.stdout))
@@ -373,7 +424,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(points, indent=1))
         return
-    print(f"{'model':20} {'batch':>5} {'rate':>6} {'position':>9} {'us/token':>10} {'mean':>10} {'state bytes':>12} {'peak MB':>8}")
+    print(
+        f"{'model':20} {'batch':>5} {'rate':>6} {'position':>9} {'us/token':>10} {'mean':>10} {'state bytes':>12} "
+        f"{'peak MB':>8}"
+    )
     for point in points:
         speed = f"{point['microseconds_per_token']:10.1f} {point['mean_microseconds_per_token']:10.1f}"
         size = f"{point['batch']:5} {point['rate']:6.2f} {point['position']:9}"
@@ -382,7 +436,10 @@ def main() -> None:
         if point["forward_tokens_per_second"] and point["position"] == max(options.position):
             share = point["prefill_tokens_per_second"] / point["forward_tokens_per_second"]
             what = f"batch {point['batch']}, rate {point['rate']} (really {point['real_rate']})"
-            print(f"prefill at {what}: {point['prefill_tokens_per_second']} tokens/s, {100 * share:.0f} % of the stateless forward")
+            print(
+                f"prefill at {what}: {point['prefill_tokens_per_second']} tokens/s, "
+                f"{100 * share:.0f} % of the stateless forward"
+            )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ class AttentionSpec(MultiHeadSpec):
 
 
 class Attention(MultiHead):
-    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over all tokens of the row, by PyTorch's fused kernels.
+    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over all tokens of the row, by PyTorch's
+    fused kernels.
 
-    Streaming it keeps every key and value, so memory and the cost of a step grow. On a GPU it runs by flash attention if causal, or if
-    the rows have equally many tokens; otherwise their ends are masked, and the memory-efficient kernel runs.
+    Streaming it keeps every key and value, so memory and the cost of a step grow. On a GPU it runs by flash attention
+    if causal, or if the rows have equally many tokens; otherwise their ends are masked, and the memory-efficient kernel
+    runs.
 
     Args:
         spec: heads, direction, positions.
@@ -70,8 +72,11 @@ class Attention(MultiHead):
 
     def _mask(self, mask_BS: Tensor, tokens: Ragged) -> Tensor | None:
         # Without a mask the flash kernel can run. Rows that are all as long as the longest need none.
-        if not tokens.holes and (tokens.stride is not None or (tokens.bound is None and tokens.rows.shape[0] == mask_BS.numel())):
+        if not tokens.holes and (
+            tokens.stride is not None or (tokens.bound is None and tokens.rows.shape[0] == mask_BS.numel())
+        ):
             return None
-        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.
+        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the
+        # result.
         first = torch.arange(mask_BS.shape[1], device=mask_BS.device) == 0
         return (mask_BS | first)[:, None, :]

@@ -65,11 +65,15 @@ class Cache(State):
         entries, size = self.entries, self.size
         if self.grows:
             more = max(int(seen.max()) - size, 0)
-            entries, size = tuple(torch.nn.functional.pad(entry, (0, 0) * (entry.ndim - 2) + (0, more)) for entry in entries), size + more
+            entries, size = (
+                tuple(torch.nn.functional.pad(entry, (0, 0) * (entry.ndim - 2) + (0, more)) for entry in entries),
+                size + more,
+            )
         if size == 0:
             return type(self)(entries, seen, self.grows)
         slot = self.seen[tokens.rows] + tokens.slots
-        if not self.grows and tokens.rows.shape[0] > size:  # where a row brings more tokens than fit, its last ones stay
+        # Where a row brings more tokens than fit, its last ones stay.
+        if not self.grows and tokens.rows.shape[0] > size:
             kept = (slot >= seen[tokens.rows] - size).nonzero().squeeze(1)
             values = tuple(value.index_select(0, kept) for value in values)
             slot, rows = slot[kept], tokens.rows[kept]
@@ -86,7 +90,9 @@ class Cache(State):
         """
         held, size = self.held, self.size
         rank = torch.arange(size, device=held.device)
-        source = torch.arange(held.shape[0], device=held.device)[:, None] * size + ((self.seen - held)[:, None] + rank) % max(size, 1)
+        source = torch.arange(held.shape[0], device=held.device)[:, None] * size + (
+            (self.seen - held)[:, None] + rank
+        ) % max(size, 1)
         keep = (rank < held[:, None]).reshape(-1).nonzero().squeeze(1)
         row = torch.div(keep, max(size, 1), rounding_mode="floor")
         lengths = held + tokens.lengths
@@ -127,14 +133,23 @@ class Joined(NamedTuple):
 
 
 def empty_cache(
-    batch_size: int, size: int | None, shapes: tuple[tuple[int, ...], ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
+    batch_size: int,
+    size: int | None,
+    shapes: tuple[tuple[int, ...], ...],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
 ) -> Cache:
     """Make the cache of streams that have seen nothing; size None grows."""
     check_count(batch_size, "batch_size")
     seen = zeros((batch_size,), "a cache", device=device, dtype=torch.int64)
-    needed = sum(batch_size * (size or 0) * prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    needed = sum(
+        batch_size * (size or 0) * prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
     check_memory(needed, "a cache", device=device, error=InputError, hint=FEWER)
-    entries = (torch.zeros(batch_size, size or 0, *shape, device=device, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    entries = (
+        torch.zeros(batch_size, size or 0, *shape, device=device, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
     return Cache(tuple(entries), seen, grows=size is None)
 
 

@@ -1,4 +1,5 @@
-"""Linear recurrences with constant complex decay and real inputs and outputs, for `scan.causal_scan`, and their kernels.
+"""Linear recurrences with constant complex decay and real inputs and outputs, for `scan.causal_scan`, and their
+kernels.
 
 All products are real: a state is kept as [Re s | Im s], N = 2P real numbers for P complex ones.
 """
@@ -15,13 +16,15 @@ from sma.modules.scan import ChunkWeights, along
 
 
 class ComplexRecurrence(NamedTuple):
-    r"""$s_t = q s_{t-1} + x_t$, $y_t = 2\,\mathrm{Re} \sum_p w_p s_{t,p}$ with $q = e^{a + i\theta}$, for every channel.
+    r"""$s_t = q s_{t-1} + x_t$, $y_t = 2\,\mathrm{Re} \sum_p w_p s_{t,p}$ with $q = e^{a + i\theta}$, for every
+    channel.
 
     The factor 2 Re stands for the conjugate of every state, which is never computed.
 
     Attributes:
         log_decay: a, at most 0, in float64.
-        angle: theta, turned per token, in radians, in float64: its multiple after a thousand tokens must still be an angle.
+        angle: theta, turned per token, in radians, in float64: its multiple after a thousand tokens must still be an
+            angle.
         outward: [2 Re w | -2 Im w], in the dtype of the inputs.
     """
 
@@ -52,7 +55,8 @@ class ComplexRecurrence(NamedTuple):
 def kernels(recurrence: ComplexRecurrence, outward_SDN: Float[Tensor, "S D N"], taps: int) -> Float[Tensor, "S D K"]:
     r"""$k_l = 2\,\mathrm{Re} \sum_p w_p q_p^l$ for l = 0 … taps - 1, for several sets of outward factors.
 
-    $q^{iC + j} = q^{iC} q^j$ with $C \approx \sqrt{taps}$ makes it one batched real product, without a (D, P, taps) tensor.
+    $q^{iC + j} = q^{iC} q^j$ with $C \approx \sqrt{taps}$ makes it one batched real product, without a (D, P, taps)
+    tensor.
     """
     inner = max(1, math.isqrt(taps))
     outer = -(-taps // inner)
@@ -80,8 +84,12 @@ def _turned_weights(outward_DN: Tensor, cosine_DPC: Tensor, sine_DPC: Tensor) ->
     return torch.cat([real * cosine_DPC + imaginary * sine_DPC, imaginary * cosine_DPC - real * sine_DPC], dim=1)
 
 
-def minus_one(log_decay: Float[Tensor, "..."], angle: Float[Tensor, "..."]) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Real and imaginary parts of exp(log_decay + i angle) - 1, exact to rounding near 0, with gradients that fade as the decay does."""
+def minus_one(
+    log_decay: Float[Tensor, "..."], angle: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Real and imaginary parts of exp(log_decay + i angle) - 1, exact to rounding near 0, with gradients that fade as
+    the decay does.
+    """
     radius = torch.exp(log_decay)
     return torch.expm1(log_decay) - 2 * radius * torch.sin(angle / 2) ** 2, radius * torch.sin(angle)
 
@@ -91,6 +99,9 @@ def _turned(parts: Sequence[Tensor], log_decay: Tensor, angle: Tensor) -> tuple[
 
     Added up as a difference: a factor near 1 would round alike in every step of a long stream.
     """
-    (real, imaginary), (by_real, by_imaginary) = parts, (part.to(parts[0].dtype) for part in minus_one(log_decay, angle))
+    (real, imaginary), (by_real, by_imaginary) = (
+        parts,
+        (part.to(parts[0].dtype) for part in minus_one(log_decay, angle)),
+    )
     turned_real = torch.addcmul(torch.addcmul(real, real, by_real), imaginary, by_imaginary, value=-1)
     return turned_real, torch.addcmul(torch.addcmul(imaginary, imaginary, by_real), real, by_imaginary)

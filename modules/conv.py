@@ -25,7 +25,9 @@ class ConvSpec(SubModuleSpec):
     @model_validator(mode="after")
     def _centred(self) -> Self:
         if self.bidirectional and self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size} must be odd when bidirectional=true, so that it has a middle")
+            raise ValueError(
+                f"kernel_size={self.kernel_size} must be odd when bidirectional=true, so that it has a middle"
+            )
         return self
 
     def build(self, width: int) -> "Conv":
@@ -40,7 +42,8 @@ class ConvSpec(SubModuleSpec):
 
 
 class Conv(SubModule):
-    r"""$y_t = \mathrm{silu}(\sum_j w_j \odot x_{t+j} + b)$ over slots: routed, it convolves neighbouring *active* tokens.
+    r"""$y_t = \mathrm{silu}(\sum_j w_j \odot x_{t+j} + b)$ over slots: routed, it convolves neighbouring *active*
+    tokens.
 
     Args:
         spec: kernel size and direction.
@@ -68,8 +71,12 @@ class Conv(SubModule):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """Make the state of streams that have seen nothing: the last K - 1 tokens of each row; see `SubModule.init_state`."""
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        """Make the state of streams that have seen nothing: the last K - 1 tokens of each row; see
+        `SubModule.init_state`.
+        """
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
         return empty_cache(batch_size, self.spec.kernel_size - 1, ((self.weight.shape[0],),), device, (dtype,))

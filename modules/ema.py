@@ -29,7 +29,9 @@ class EMASpec(SubModuleSpec):
     kind: Literal["ema"] = "ema"
     state_size: int = Field(default=16, ge=1, le=1024, description="states per channel and direction, N")
     bidirectional: bool = Field(default=True, description="run a second recurrence from the right; false is causal")
-    truncation: int | None = Field(default=None, ge=1, description="length of the kernel, in tokens; null for the whole sequence")
+    truncation: int | None = Field(
+        default=None, ge=1, description="length of the kernel, in tokens; null for the whole sequence"
+    )
 
     def build(self, width: int) -> "EMA":
         return EMA(self, width)
@@ -66,17 +68,17 @@ def _scan_operations(spec: EMASpec, width: int, tokens: int) -> Operations:
 class EMA(SubModule):
     r"""A bank of damped exponential moving averages per channel.
 
-    $p = \sigma(\delta)$, $q = 1 - p\,\sigma(\alpha)$, $s_t = q s_{t-1} + p \beta x_t$,
-    $y_t = \sum_n \gamma_n s_{t,n} / \sqrt N + \omega x_t$. Bidirectional adds a second recurrence, with parameters of its own, that
-    runs from the right; both include the token itself.
+    $p = \sigma(\delta)$, $q = 1 - p\,\sigma(\alpha)$, $s_t = q s_{t-1} + p \beta x_t$, $y_t = \sum_n \gamma_n s_{t,n} /
+    \sqrt N + \omega x_t$. Bidirectional adds a second recurrence, with parameters of its own, that runs from the right;
+    both include the token itself.
 
     Args:
         spec: states per channel, direction and truncation.
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `delta`, `alpha`, `beta` are `(D or 2D, N, 1)`, `gamma` `(D or 2D, N)`, the forward set
-        first; `omega` `(D,)`. Computed in float32 or wider, returned in the dtype of the tokens.
+        tokens `(T, D)` in, `(T, D)` out. `delta`, `alpha`, `beta` are `(D or 2D, N, 1)`, `gamma` `(D or 2D, N)`, the
+        forward set first; `omega` `(D,)`. Computed in float32 or wider, returned in the dtype of the tokens.
 
     Reference:
         Ma et al., "Mega: Moving Average Equipped Gated Attention", arXiv 2209.10655.
@@ -109,7 +111,8 @@ class EMA(SubModule):
     def recurrences(self, dtype: torch.dtype) -> list[Recurrence]:
         """The recurrence of each direction, forward first."""
         step = torch.sigmoid(self.delta.to(dtype).squeeze(-1))
-        # A decay that rounds to 0 has no logarithm, and the gradient there would be 0 / 0: keep it at the rounding error instead.
+        # A decay that rounds to 0 has no logarithm, and the gradient there would be 0 / 0: keep it at the rounding
+        # error instead.
         damping = (step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
         log_decay = torch.log1p(-damping)
         inward = step * self.beta.to(dtype).squeeze(-1)
@@ -117,7 +120,9 @@ class EMA(SubModule):
         parts = zip(log_decay.split(self.width), inward.split(self.width), outward.split(self.width), strict=True)
         return [Recurrence(*part) for part in parts]
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "EMAState":
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "EMAState":
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
@@ -125,14 +130,18 @@ class EMA(SubModule):
         wide = torch.promote_types(dtype, torch.float32)
         hidden = zeros((batch_size, self.width, self.spec.state_size), "the state of EMA", device=device, dtype=wide)
         taps = self.spec.truncation
-        return EMAState(hidden, None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,)))
+        return EMAState(
+            hidden, None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,))
+        )
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Average along every row; see `SubModule.forward`."""
         before = self._continue(state, EMAState, tokens)
         if before is not None:
             kept = None if before.recent is None else before.recent.size
-            check_sizes(self, (*before.hidden.shape[1:], kept), (self.width, self.spec.state_size, self.spec.truncation))
+            check_sizes(
+                self, (*before.hidden.shape[1:], kept), (self.width, self.spec.state_size, self.spec.truncation)
+            )
         values = tokens.values
         if not torch.compiler.is_compiling() and values.shape[0] == 0:
             # Every parameter takes part, with zero gradients, so that no rank waits for another.

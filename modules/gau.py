@@ -28,17 +28,30 @@ class GAUSpec(SubModuleSpec):
     kind: Literal["gau"] = "gau"
     query_size: int = Field(ge=1, description="channels of a query and a key, Z")
     hidden_size: int = Field(ge=1, description="channels of a value and of the gate, H")
-    window: int | None = Field(default=None, ge=1, description="active tokens in reach on each side, W; use window=null to attend to all")
+    window: int | None = Field(
+        default=None, ge=1, description="active tokens in reach on each side, W; use window=null to attend to all"
+    )
     bidirectional: bool = Field(default=True, description="attend to later tokens too; false is causal")
     attention: Weighting = Field(default="softmax", description="what turns scores into weights")
     position: PositionSpec = Field(default=RelativeBiasSpec(), description="how attention knows positions")
-    value_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel of a value")
-    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping an attention weight")
+    value_dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel of a value"
+    )
+    attention_dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="probability of dropping an attention weight"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if isinstance(self.position, RelativeBiasSpec) and self.position.distance == "slot_distance" and self.window is None:
-            raise ValueError("distance='slot_distance' needs a window, which sizes its table; set window, or use distance='true_distance'")
+        if (
+            isinstance(self.position, RelativeBiasSpec)
+            and self.position.distance == "slot_distance"
+            and self.window is None
+        ):
+            raise ValueError(
+                "distance='slot_distance' needs a window, which sizes its table; "
+                "set window, or use distance='true_distance'"
+            )
         if isinstance(self.position, RotarySpec) and self.query_size % 2:
             raise ValueError(f"query_size={self.query_size} must be even: rotary positions turn pairs of channels")
         return self
@@ -61,9 +74,9 @@ class GAUSpec(SubModuleSpec):
 class GatedAttentionUnit(SubModule):
     r"""One-head attention with a gate, over the tokens it is given.
 
-    $(z, r, v) = \mathrm{silu}(W x + b)$; $q = g_0 z + b_0$, $k = g_1 z + b_1$; $y = W_o (\mathrm{attend}(q, k, v) \odot r) + b_o$.
-    Scores: `softmax` $q \cdot k / \sqrt Z$ plus bias; `relu2` and `laplace` $q \cdot k / n$ plus bias, n = 2W (causal: W), without
-    a window the row's number of tokens (causal: so far).
+    $(z, r, v) = \mathrm{silu}(W x + b)$; $q = g_0 z + b_0$, $k = g_1 z + b_1$; $y = W_o (\mathrm{attend}(q, k, v) \odot
+    r) + b_o$. Scores: `softmax` $q \cdot k / \sqrt Z$ plus bias; `relu2` and `laplace` $q \cdot k / n$ plus bias, n =
+    2W (causal: W), without a window the row's number of tokens (causal: so far).
 
     Args:
         spec: sizes, window, weighting, positions.
@@ -98,8 +111,11 @@ class GatedAttentionUnit(SubModule):
         if self.bias_table is not None:
             truncated_normal_(self.bias_table)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """Make the state of streams that have seen nothing: the keys, values and positions of the last W tokens of each row.
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        """Make the state of streams that have seen nothing: the keys, values and positions of the last W tokens of each
+        row.
 
         Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
         """
@@ -127,7 +143,9 @@ class GatedAttentionUnit(SubModule):
         attended, after = self._attend(q, k, v, tokens, cache)
         return unpack(self.out(attended * gate), real, given), after
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
         spec, bias = self.spec, self._bias()
         dropout = spec.attention_dropout if self.training else 0.0
         if cache is not None and tokens.longest <= 1:
@@ -171,7 +189,10 @@ class ChunkedGAUSpec(GAUSpec):
     """Spec of `ChunkedGAU`."""
 
     kind: Literal["chunked_gau"] = "chunked_gau"  # type: ignore[assignment]
-    window: int = Field(ge=1, description="active tokens of a chunk: each attends to those of its own chunk, W at most, and to no others")
+    window: int = Field(
+        ge=1,
+        description="active tokens of a chunk: each attends to those of its own chunk, W at most, and to no others",
+    )
 
     def build(self, width: int) -> "ChunkedGAU":  # type: ignore[override]
         return ChunkedGAU(self, width)
@@ -198,10 +219,11 @@ class ChunkedState(State):
 
 
 class ChunkedGAU(SubModule):
-    r"""$y_t = f(x_{cW}, \dots, x_{cW + W - 1})_{t - cW}$, $c = \lfloor t / W \rfloor$: chunks of W tokens that know nothing of each other.
+    r"""$y_t = f(x_{cW}, \dots, x_{cW + W - 1})_{t - cW}$, $c = \lfloor t / W \rfloor$: chunks of W tokens that know
+    nothing of each other.
 
-    f is the gated attention unit. Chunks count the tokens that it is given, so routed ones hold W active tokens, wherever those stand.
-    Positions stay those of the row.
+    f is the gated attention unit. Chunks count the tokens that it is given, so routed ones hold W active tokens,
+    wherever those stand. Positions stay those of the row.
 
     Args:
         spec: as of the unit; its window is W.
@@ -220,7 +242,9 @@ class ChunkedGAU(SubModule):
         self.unit = GatedAttentionUnit(spec, width)
         self.causal = self.unit.causal
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ChunkedState:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ChunkedState:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
@@ -248,7 +272,9 @@ class ChunkedGAU(SubModule):
         return values.reshape(rows, filled, values.shape[1])[:, :length].flatten(0, 1), None
 
     def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
-        """Every row ends its chunk, reads the chunks that it has whole, and begins its last one: three calls, whatever the tokens are."""
+        """Every row ends its chunk, reads the chunks that it has whole, and begins its last one: three calls, whatever
+        the tokens are.
+        """
         size, seen = self.spec.window, state.seen
         first = torch.div(seen, size, rounding_mode="floor")
         last = torch.div(seen + tokens.lengths - 1, size, rounding_mode="floor") - first
@@ -276,9 +302,13 @@ class ChunkedGAU(SubModule):
 
 def _part(tokens: Ragged, places: Int[Tensor, "P"]) -> Ragged:
     """Some of packed tokens, in their order, as packed tokens of the same rows."""
-    values, index, positions, rows = (part.index_select(0, places) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows))
+    values, index, positions, rows = (
+        part.index_select(0, places) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
+    )
     lengths = torch.bincount(rows, minlength=tokens.num_rows)
-    return Ragged(values, index, positions, rows, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths, holes=False)
+    return Ragged(
+        values, index, positions, rows, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths, holes=False
+    )
 
 
 def chunks_of(length: int, size: int) -> int:
@@ -289,10 +319,14 @@ def chunks_of(length: int, size: int) -> int:
 def cut_packed(tokens: Ragged, size: int) -> Ragged:
     """Make rows of at most `size` tokens of packed ones; a row gives as many as the longest, empty ones too."""
     each = chunks_of(tokens.longest, size)
-    lengths = (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)
+    lengths = (
+        (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)
+    )
     rows = tokens.rows * each + torch.div(tokens.slots, size, rounding_mode="floor")
     bound = None if tokens.bound is None else min(size, tokens.bound)
-    return replace(tokens, rows=rows, offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths=lengths, bound=bound)
+    return replace(
+        tokens, rows=rows, offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths=lengths, bound=bound
+    )
 
 
 def cut_rectangular(tokens: Ragged, size: int) -> Ragged:
@@ -305,7 +339,9 @@ def cut_rectangular(tokens: Ragged, size: int) -> Ragged:
 
     def cut(part: Tensor) -> Tensor:
         part = part.unflatten(0, (rows, length))
-        return torch.nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, more)).reshape(rows * each, size, *part.shape[2:])
+        return torch.nn.functional.pad(part, (0, 0) * (part.ndim - 2) + (0, more)).reshape(
+            rows * each, size, *part.shape[2:]
+        )
 
     lengths = (tokens.lengths[:, None] - starts).clamp(0, size).reshape(-1) if tokens.holes or more else None
     return rectangular(cut(tokens.values), lengths, cut(tokens.positions))

@@ -30,13 +30,14 @@ class LocalAttentionSpec(MultiHeadSpec):
 
 
 class LocalAttention(MultiHead):
-    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over the tokens within W slots, by PyTorch's fused kernels.
+    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over the tokens within W slots, by PyTorch's
+    fused kernels.
 
-    Token i attends to tokens j of its row with $|i - j| \le W$, causal $0 \le i - j \le W$, where i and j count the tokens that
-    it is given: routed, it reaches the last W *active* tokens, however far back they stand. With W of at least the row's length it is
-    `Attention`. Rows are cut into blocks of half a window, so cost and memory grow as T W. The blocks are masked, so on a GPU the
-    memory-efficient kernel runs, not flash attention. Streaming it keeps the keys and values
-    of the last W tokens of each row.
+    Token i attends to tokens j of its row with $|i - j| \le W$, causal $0 \le i - j \le W$, where i and j count the
+    tokens that it is given: routed, it reaches the last W *active* tokens, however far back they stand. With W of at
+    least the row's length it is `Attention`. Rows are cut into blocks of half a window, so cost and memory grow as T W.
+    The blocks are masked, so on a GPU the memory-efficient kernel runs, not flash attention. Streaming it keeps the
+    keys and values of the last W tokens of each row.
 
     Args:
         spec: heads, window, direction, positions.
@@ -49,7 +50,8 @@ class LocalAttention(MultiHead):
         SpecError: the width is no multiple of the heads, or a head has an odd width under rotary positions.
 
     Reference:
-        Child et al., "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al., arXiv 2004.05150.
+        Child et al., "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509; Beltagy et al., arXiv
+        2004.05150.
     """
 
     spec: LocalAttentionSpec

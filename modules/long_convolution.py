@@ -26,7 +26,8 @@ def circular_kernel(
 ) -> Float[Tensor, "D F"]:
     """Lay out the kernels of both directions for one circular convolution over sequences of `length`.
 
-    Lag l of the forward kernel stands at place l, lag -l of the reverse kernel at place F - l, and `skip_D` is added at lag 0.
+    Lag l of the forward kernel stands at place l, lag -l of the reverse kernel at place F - l, and `skip_D` is added at
+    lag 0.
     F is at least length + K - 1, so nothing wraps around onto a place that is read.
     """
     channels, taps = ahead_DK.shape
@@ -46,7 +47,8 @@ def long_convolution(
     reverse_DK: Float[Tensor, "D K"] | None,
     skip_D: Float[Tensor, "D"],
 ) -> Float[Tensor, "B L D"]:
-    r"""$y_t = \sum_{l<K} a_l x_{t-l} + \sum_{l<K} r_l x_{t+l} + s x_t$ for every channel; beyond its ends a sequence is 0.
+    r"""$y_t = \sum_{l<K} a_l x_{t-l} + \sum_{l<K} r_l x_{t+l} + s x_t$ for every channel; beyond its ends a sequence
+    is 0.
 
     Args:
         x_BLD: sequences, in float32 or float64.
@@ -66,14 +68,17 @@ def long_convolution(
 def _channel_slices(channels: int, device: torch.device) -> list[slice]:
     """Groups of channels whose transforms stay in a CPU's cache; an accelerator takes all channels at once.
 
-    On two cores and 160 channels, groups of 32 took 17 / 22 / 60 ms for 8x1024 / 2x4096 / 1x16384 tokens, all at once 18 / 23 / 66.
+    On two cores and 160 channels, groups of 32 took 17 / 22 / 60 ms for 8x1024 / 2x4096 / 1x16384 tokens, all at once
+    18 / 23 / 66.
     """
     group = min(channels, 32) if device.type == "cpu" else channels
     return [slice(start, start + group) for start in range(0, channels, group)]
 
 
 def _put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
-    """Copy rows into columns; rows a power of two apart would share one set of the cache, so they are spread first (2.5 times faster)."""
+    """Copy rows into columns; rows a power of two apart would share one set of the cache, so they are spread first (2.5
+    times faster).
+    """
     if rows_BCL.device.type == "cpu":
         spread = rows_BCL.new_empty(*rows_BCL.shape[:2], rows_BCL.shape[2] + 16)[..., : rows_BCL.shape[2]]
         rows_BCL = spread.copy_(rows_BCL)

@@ -39,7 +39,8 @@ class GatedMLP(SubModule):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `fused` holds W_1 above W_2. Weights start truncated normal, standard deviation 0.02.
+        tokens `(T, D)` in, `(T, D)` out. `fused` holds W_1 above W_2. Weights start truncated normal, standard
+            deviation 0.02.
 
     Reference:
         Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202.

@@ -22,12 +22,16 @@ class MultiHeadSpec(SubModuleSpec):
     heads: int = Field(default=4, ge=1, description="attention heads; they share the channels equally")
     bidirectional: bool = Field(default=True, description="attend to later tokens too; false is causal")
     position: PositionSpec = Field(default=NoPositionSpec(), description="rotary or none")
-    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping an attention weight")
+    attention_dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="probability of dropping an attention weight"
+    )
 
     @model_validator(mode="after")
     def _has_no_table(self) -> Self:
         if isinstance(self.position, RelativeBiasSpec):
-            raise ValueError("position kind 'relative_bias' needs the gau sub-module; use {kind: rotary} or {kind: none}")
+            raise ValueError(
+                "position kind 'relative_bias' needs the gau sub-module; use {kind: rotary} or {kind: none}"
+            )
         return self
 
     def num_parameters(self, width: int) -> int:
@@ -68,7 +72,9 @@ class MultiHead(SubModule):
         """The shape of a key and of a value."""
         return self.spec.heads, self.width // self.spec.heads
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
         """Make the state of streams that have seen nothing: the keys and values of the last W tokens of each row.
 
         Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
@@ -116,16 +122,28 @@ class MultiHead(SubModule):
         dropout = self.spec.attention_dropout if self.training else 0.0
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = None if allowed is None else allowed[:, None]
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        attended = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+        )
         return attended.transpose(1, 2).flatten(2)
 
     def _contained(
-        self, q: Float[Tensor, "N Q H d"], k: Float[Tensor, "N K H d"], v: Float[Tensor, "N K H d"], allowed: Bool[Tensor, "N Q K"]
+        self,
+        q: Float[Tensor, "N Q H d"],
+        k: Float[Tensor, "N K H d"],
+        v: Float[Tensor, "N K H d"],
+        allowed: Bool[Tensor, "N Q K"],
     ) -> Float[Tensor, "N Q D"]:
-        """Attend so that a key or value that is not finite makes NaN of the queries that are allowed it, and of no others."""
+        """Attend so that a key or value that is not finite makes NaN of the queries that are allowed it, and of no
+        others.
+        """
         k, v, broken = finite(k, v)
         attended = self._product(q, k, v, allowed)
-        return attended if broken is None else attended.masked_fill((allowed & broken[:, None]).any(-1, keepdim=True), torch.nan)
+        return (
+            attended
+            if broken is None
+            else attended.masked_fill((allowed & broken[:, None]).any(-1, keepdim=True), torch.nan)
+        )
 
 
 def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -145,4 +163,6 @@ def _check_heads(spec: MultiHeadSpec, width: int) -> None:
     if width % spec.heads:
         raise SpecError(f"{name}: heads={spec.heads} must divide the width {width} of the tokens")
     if isinstance(spec.position, RotarySpec) and width // spec.heads % 2:
-        raise SpecError(f"{name}: heads={spec.heads} give {width // spec.heads} channels each; rotary positions need an even number")
+        raise SpecError(
+            f"{name}: heads={spec.heads} give {width // spec.heads} channels each; rotary positions need an even number"
+        )

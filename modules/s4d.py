@@ -24,18 +24,26 @@ from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_siz
 
 @register
 class S4DSpec(SubModuleSpec):
-    """Spec of `S4D`; `activation: none, mixing: none` leaves the linear core, the counterpart of `ema` as a backbone."""
+    """Spec of `S4D`; `activation: none, mixing: none` leaves the linear core, the counterpart of `ema` as a
+    backbone.
+    """
 
     kind: Literal["s4d"] = "s4d"
     state_size: int = Field(
         default=64, ge=2, le=1024, description="real states per channel, N, even: N/2 complex ones and their conjugates"
     )
-    bidirectional: bool = Field(default=True, description="read the same oscillators from the right too; false is causal")
+    bidirectional: bool = Field(
+        default=True, description="read the same oscillators from the right too; false is causal"
+    )
     initial: Literal["lin", "inv"] = Field(default="lin", description="frequencies at the start: S4D-Lin or S4D-Inv")
     dt_min: float = Field(default=1e-3, gt=0.0, description="shortest initial step of a channel, per token")
-    dt_max: float = Field(default=1e-1, gt=0.0, description="longest initial step of a channel; steps are drawn log-uniformly")
+    dt_max: float = Field(
+        default=1e-1, gt=0.0, description="longest initial step of a channel; steps are drawn log-uniformly"
+    )
     activation: Literal["gelu", "none"] = Field(default="gelu", description="applied to the result of the oscillators")
-    mixing: Literal["glu", "linear", "none"] = Field(default="glu", description="map from channels to channels after the activation")
+    mixing: Literal["glu", "linear", "none"] = Field(
+        default="glu", description="map from channels to channels after the activation"
+    )
 
     @model_validator(mode="after")
     def _even_and_ordered(self) -> Self:
@@ -86,11 +94,11 @@ class S4DSpec(SubModuleSpec):
 class S4D(SubModule):
     r"""A diagonal state-space model per channel, then an activation and a map over the channels.
 
-    $s' = A s + x$, $y = 2\,\mathrm{Re} \sum_p C_p s_p + D x$ with $A_p = -e^{\alpha_p} + i \omega_p$, held constant for a step
-    $\Delta$ (zero-order hold): $q = e^{\Delta A}$, $s_t = q s_{t-1} + x_t$,
-    $y_t = 2\,\mathrm{Re} \sum_p C_p \frac{q_p - 1}{A_p} s_{t,p} + D x_t$. B is part of C. Bidirectional adds a second readout C of the same
-    oscillators run from the right; both include the token itself. The result is $\mathrm{mix}(\mathrm{gelu}(y))$, where the gated linear
-    unit is $(W_1 y + b_1) \odot \sigma(W_2 y + b_2)$.
+    $s' = A s + x$, $y = 2\,\mathrm{Re} \sum_p C_p s_p + D x$ with $A_p = -e^{\alpha_p} + i \omega_p$, held constant for
+    a step $\Delta$ (zero-order hold): $q = e^{\Delta A}$, $s_t = q s_{t-1} + x_t$, $y_t = 2\,\mathrm{Re} \sum_p C_p
+    \frac{q_p - 1}{A_p} s_{t,p} + D x_t$. B is part of C. Bidirectional adds a second readout C of the same oscillators
+    run from the right; both include the token itself. The result is $\mathrm{mix}(\mathrm{gelu}(y))$, where the gated
+    linear unit is $(W_1 y + b_1) \odot \sigma(W_2 y + b_2)$.
 
     Routed, it runs over the slots: a step $\Delta$ passes per *active* token.
 
@@ -99,12 +107,13 @@ class S4D(SubModule):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. With P = N / 2: `log_dt` is `(D,)`, `log_a_re` ($\alpha$) and `a_im` ($\omega$) `(D, P)`, `c`
-        `(D or 2D, P, 2)`, real and imaginary part, the forward set first; `skip` (D above) `(D,)`; `mix` holds W_1 above W_2. The
-        oscillators are discretised in float64 and run in float32 or wider; results have the dtype of the tokens.
+        tokens `(T, D)` in, `(T, D)` out. With P = N / 2: `log_dt` is `(D,)`, `log_a_re` ($\alpha$) and `a_im`
+        ($\omega$) `(D, P)`, `c` `(D or 2D, P, 2)`, real and imaginary part, the forward set first; `skip` (D above)
+        `(D,)`; `mix` holds W_1 above W_2. The oscillators are discretised in float64 and run in float32 or wider;
+        results have the dtype of the tokens.
 
-    Initial values are the authors': $\Delta$ log-uniform, $A_p = -\frac12 + i \pi p$ (`lin`) or
-    $-\frac12 + i \frac{N}{\pi}(\frac{N}{2p + 1} - 1)$ (`inv`), C and D standard normal; those of `mix` are truncated normal, standard
+    Initial values are the authors': $\Delta$ log-uniform, $A_p = -\frac12 + i \pi p$ (`lin`) or $-\frac12 + i
+    \frac{N}{\pi}(\frac{N}{2p + 1} - 1)$ (`inv`), C and D standard normal; those of `mix` are truncated normal, standard
     deviation 0.02. The authors train $\Delta$ and A at a smaller learning rate and without weight decay.
 
     Reference:
@@ -152,13 +161,17 @@ class S4D(SubModule):
         outward = [torch.cat([2 * part.real, -2 * part.imag], dim=-1).to(dtype) for part in readout]
         return [ComplexRecurrence(log_decay, angle, part) for part in outward]
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "S4DState":
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "S4DState":
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
         device, dtype = placement(self, device, dtype)
         check_count(batch_size, "batch_size")
         wide = torch.promote_types(dtype, torch.float32)
-        return S4DState(zeros((batch_size, self.width, 2, self.spec.pairs), "the state of S4D", device=device, dtype=wide))
+        return S4DState(
+            zeros((batch_size, self.width, 2, self.spec.pairs), "the state of S4D", device=device, dtype=wide)
+        )
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Run along every row; see `SubModule.forward`."""

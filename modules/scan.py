@@ -35,7 +35,9 @@ class LinearRecurrence(Protocol):
         """The weights of a chunk of so many tokens."""
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
-        """The states so many tokens later, without inputs; a tensor of tokens is broadcast against all axes but the first."""
+        """The states so many tokens later, without inputs; a tensor of tokens is broadcast against all axes but the
+        first.
+        """
 
 
 class Recurrence(NamedTuple):
@@ -54,7 +56,8 @@ class Recurrence(NamedTuple):
     def kernel(self, taps: int) -> Float[Tensor, "D K"]:
         r"""The impulse response $k_l = \sum_n g b q^l$ for l = 0 … taps - 1.
 
-        $q^{iC + j} = q^{iC} q^j$ with $C \approx \sqrt{taps}$ makes it one batched product, without a (D, N, taps) tensor.
+        $q^{iC + j} = q^{iC} q^j$ with $C \approx \sqrt{taps}$ makes it one batched product, without a (D, N, taps)
+        tensor.
         """
         inner = _near_root(taps)
         outer = -(-taps // inner)
@@ -69,7 +72,9 @@ class Recurrence(NamedTuple):
         return ChunkWeights(kernel, arriving, decays[..., 1:] * self.outward[..., None])
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
-        """See `LinearRecurrence`. As a difference: a factor just below 1 would round alike in every step of a long stream, and add up."""
+        """See `LinearRecurrence`. As a difference: a factor just below 1 would round alike in every step of a long
+        stream, and add up.
+        """
         return torch.addcmul(states, states, torch.expm1(along(self.log_decay, states) * tokens))
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
@@ -109,7 +114,8 @@ def causal_scan(
 ) -> Float[Tensor, "B L D"]:
     """Run the recurrence: products inside chunks, states passed between them.
 
-    No later input touches an earlier output, not even by rounding or by a NaN; a Fourier transform could not promise that.
+    No later input touches an earlier output, not even by rounding or by a NaN; a Fourier transform could not promise
+    that.
 
     Args:
         x_BLD: inputs in the dtype of the recurrence.
@@ -120,7 +126,10 @@ def causal_scan(
 
 
 def causal_scan_with_state(
-    x_BLD: Float[Tensor, "B L D"], lengths_B: Int[Tensor, "B"], recurrence: LinearRecurrence, initial_BDN: Float[Tensor, "B D N"] | None
+    x_BLD: Float[Tensor, "B L D"],
+    lengths_B: Int[Tensor, "B"],
+    recurrence: LinearRecurrence,
+    initial_BDN: Float[Tensor, "B D N"] | None,
 ) -> Scanned:
     """`causal_scan`, and the states after the first `lengths_B[b]` inputs of every row; the inputs after them are 0."""
     if initial_BDN is None:
@@ -140,7 +149,9 @@ def causal_scan_with_state(
 
 
 class _Scan(NamedTuple):
-    """Inputs and outputs in chunks of C, the states before every chunk and after the last, and the weights of a chunk."""
+    """Inputs and outputs in chunks of C, the states before every chunk and after the last, and the weights of a
+    chunk.
+    """
 
     inputs: Float[Tensor, "D B J C"]
     out: Float[Tensor, "D B J C"]
@@ -162,7 +173,8 @@ def _scan(x_BLD: Tensor, recurrence: LinearRecurrence, initial_BDN: Tensor | Non
     finite = flat.where(flat.isfinite(), 0)
     weights = recurrence.over(chunk)
     out = finite @ _toeplitz(weights.kernel)
-    # 0 x NaN is NaN, so a product would carry a NaN to earlier places too; it is cleared above and marks its own and later ones here.
+    # 0 x NaN is NaN, so a product would carry a NaN to earlier places too; it is cleared above and marks its own and
+    # later ones here.
     out = out + (flat - finite).cumsum(-1)
     if initial_BDN is None:
         initial = inputs.new_zeros(channels, rows, 1, recurrence.outward.shape[1])
@@ -178,7 +190,9 @@ def _scan(x_BLD: Tensor, recurrence: LinearRecurrence, initial_BDN: Tensor | Non
 
 
 class _GradientInRows(torch.autograd.Function):
-    """The same tensor; its gradient, which arrives with channels innermost, is laid out once for the products that follow."""
+    """The same tensor; its gradient, which arrives with channels innermost, is laid out once for the products that
+    follow.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -202,8 +216,8 @@ def _states(added_DBJN: Tensor, recurrence: LinearRecurrence, chunk: int) -> Flo
 def _toeplitz(kernel_DC: Float[Tensor, "D C"]) -> Float[Tensor, "D C C"]:
     """Upper triangular matrices whose entry (j, i) is kernel[i - j]: what input j of a chunk adds to its output i.
 
-    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1: each begins one place
-    later in its turn. Views and one copy, forward and backward, where indexing would gather and scatter.
+    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1: each begins one
+    place later in its turn. Views and one copy, forward and backward, where indexing would gather and scatter.
     """
     channels, taps = kernel_DC.shape
     turns = torch.nn.functional.pad(kernel_DC, (0, taps))[:, None].expand(channels, taps, 2 * taps).flatten(1)

@@ -1,4 +1,6 @@
-"""Attention of ragged tokens along their whole rows, a slice of queries at a time: every pair of a row, but memory T C."""
+"""Attention of ragged tokens along their whole rows, a slice of queries at a time: every pair of a row, but memory T
+C.
+"""
 
 from functools import partial
 
@@ -12,12 +14,15 @@ from sma.modules.finite import all_finite
 from sma.modules.windowed import Bias, Weighting, narrowed, weigh
 from sma.ragged import Ragged
 
-# Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were slower.
+# Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were
+# slower.
 SLICE = 512
 
 
 def pairs(tokens: int, causal: bool) -> int:
-    """Pairs that are multiplied for a row of `tokens` tokens: all, or causal those with the keys up to the end of a slice."""
+    """Pairs that are multiplied for a row of `tokens` tokens: all, or causal those with the keys up to the end of a
+    slice.
+    """
     return sum((stop - start) * (stop if causal else tokens) for start, stop in _slices(tokens, SLICE))
 
 
@@ -41,7 +46,8 @@ def attend_all(
     with without_autocast(q.device):
         (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
         places = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
-        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the result.
+        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the
+        # result.
         seen = real | (torch.arange(longest, device=real.device) == 0)
         broken = None if all_finite(v) else ~v.isfinite().all(-1)
         if broken is not None:  # a weight of 0 times NaN is NaN

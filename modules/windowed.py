@@ -20,7 +20,9 @@ LAPLACE_MEAN, LAPLACE_STD = 0.707107, 0.282095
 
 
 class BlockShape(NamedTuple):
-    """How rows are cut: a block of `queries` slots sees `before` slots ahead of it, itself, and `after` slots behind it."""
+    """How rows are cut: a block of `queries` slots sees `before` slots ahead of it, itself, and `after` slots behind
+    it.
+    """
 
     queries: int
     before: int
@@ -39,8 +41,8 @@ class BlockShape(NamedTuple):
 def block_shape(longest: int, window: int, causal: bool) -> BlockShape:
     """Choose the blocks for rows of up to `longest` tokens.
 
-    A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window: they see
-    2.5 windows, against 3 for blocks of a whole one; the products of still smaller blocks are less efficient.
+    A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window:
+    they see 2.5 windows, against 3 for blocks of a whole one; the products of still smaller blocks are less efficient.
     """
     longest = max(longest, 1)
     if longest <= max(window, 32):
@@ -79,7 +81,9 @@ class Blocks:
     def queries_of(self, filled: Tensor) -> Shaped[Tensor, "n C ..."]:
         """The slots of every block."""
         shape = self.shape
-        return filled[shape.before : shape.before + self.count * shape.queries].unflatten(0, (self.count, shape.queries))
+        return filled[shape.before : shape.before + self.count * shape.queries].unflatten(
+            0, (self.count, shape.queries)
+        )
 
     def keys_of(self, filled: Tensor) -> Shaped[Tensor, "n K ..."]:
         """The slots that every block sees; an overlapping view, unless compiled."""
@@ -91,7 +95,9 @@ class Blocks:
         return filled.as_strided(size, (self.shape.queries * step, step, *filled.stride()[1:]), filled.storage_offset())
 
     def seen_by(self, values: Float[Tensor, "T *E"]) -> Float[Tensor, "n K *E"]:
-        """The values that every block sees, for operators that PyTorch differentiates: gradients are added up by `fold`."""
+        """The values that every block sees, for operators that PyTorch differentiates: gradients are added up by
+        `fold`.
+        """
         if torch.compiler.is_compiling():
             return self.keys_of(self.fill(values))
         seen: Tensor = _Seen.apply(values, self)
@@ -127,7 +133,11 @@ def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
         per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
         starts = per_row_B.cumsum(0) - per_row_B
         # As many blocks as there can be where the rows cannot be looked at.
-        count = sum(-(-each // size) for each in counts) if tokens.bound is None else tokens.rows.shape[0] // size + tokens.num_rows
+        count = (
+            sum(-(-each // size) for each in counts)
+            if tokens.bound is None
+            else tokens.rows.shape[0] // size + tokens.num_rows
+        )
     places = starts[tokens.rows] * size + slots
 
     def lay(values: Tensor, empty: int) -> Tensor:
@@ -135,7 +145,9 @@ def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
         return line.index_copy_(0, places + shape.before, values)
 
     row_of = tokens.rows.where(tokens.mask, -1) if tokens.holes else tokens.rows
-    blocks = Blocks(shape, count, places, torch.empty(0, 0, 0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0))
+    blocks = Blocks(
+        shape, count, places, torch.empty(0, 0, 0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0)
+    )
     rows = lay(row_of, -1)
     allowed = blocks.queries_of(rows)[:, :, None] == blocks.keys_of(rows)[:, None, :]
     # Slots of one block run on, so the distance of a pair depends on its places in the block alone.
@@ -161,7 +173,9 @@ class _Seen(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         nothing = places[:0]  # the rest of the layout is for the scores alone
         blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
-        return blocks.fold(grad.flatten(2)).index_select(0, places + blocks.shape.before).unflatten(1, grad.shape[2:]), None
+        return blocks.fold(grad.flatten(2)).index_select(0, places + blocks.shape.before).unflatten(
+            1, grad.shape[2:]
+        ), None
 
 
 def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: bool) -> Bool[Tensor, "T"]:
@@ -198,7 +212,8 @@ def attend(
     bias: Bias | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H"]:
-    r"""Windowed attention of one head: $o_i = \sum_j w(q_i \cdot k_j + b_{ij}) v_j$ over the tokens j of the row in reach of i.
+    r"""Windowed attention of one head: $o_i = \sum_j w(q_i \cdot k_j + b_{ij}) v_j$ over the tokens j of the row in
+    reach of i.
 
     Args:
         q, k, v: queries, already scaled, keys and values of the tokens.
@@ -270,8 +285,9 @@ def _bias_index(blocks: Blocks, bias: Bias, given: Int[Tensor, "T"]) -> Int[Tens
 def narrowed(positions: Int[Tensor, "*S"], given: Int[Tensor, "T"]) -> Int[Tensor, "*S"]:
     """Positions as 32-bit numbers where all differences of the given ones fit into 30 bits; else as they are.
 
-    Differences of every pair are the largest tensor of an attention with a bias, so half of their size counts. On an accelerator the
-    program would wait for the answer, and a compiler writes no differences to memory: there they stay wide.
+    Differences of every pair are the largest tensor of an attention with a bias, so half of their size counts. On an
+    accelerator the program would wait for the answer, and a compiler writes no differences to memory: there they stay
+    wide.
     """
     if torch.compiler.is_compiling() or given.device.type != "cpu" or given.numel() == 0:
         return positions
@@ -313,7 +329,10 @@ class _BlockAttention(torch.autograd.Function):
             used = weights if keep is None else weights * keep / (1 - dropout)
             out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v))
             if broken is not None:  # the tokens that reach a value which is not finite, and no others
-                out = out.masked_fill((blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & allowed).any(-1, keepdim=True), torch.nan)
+                out = out.masked_fill(
+                    (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & allowed).any(-1, keepdim=True),
+                    torch.nan,
+                )
             out = out.flatten(0, 1).index_select(0, blocks.places)
         kept = weights if weighting == "softmax" else scores
         # What is kept beside save_for_backward stays there even if activations are to be computed again: sizes only.
@@ -357,9 +376,18 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _attend_compiled(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, index: Tensor | None, blocks: Blocks, weighting: Weighting, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    blocks: Blocks,
+    weighting: Weighting,
+    dropout: float,
 ) -> Tensor:
-    """`_BlockAttention` as a chain of operators: a compiler differentiates and fuses it, and chooses itself what to keep."""
+    """`_BlockAttention` as a chain of operators: a compiler differentiates and fuses it, and chooses itself what to
+    keep.
+    """
     with without_autocast(q.device):
         wide = torch.promote_types(v.dtype, torch.float32)
         broken = ~v.isfinite().all(-1, keepdim=True)
@@ -367,7 +395,9 @@ def _attend_compiled(
         scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
         if table is not None and index is not None:
             scores = scores + table.to(wide)[index]
-        weights = torch.nn.functional.dropout(weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout)
+        weights = torch.nn.functional.dropout(
+            weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout
+        )
         out = torch.bmm(weights.to(v.dtype), blocks.keys_of(filled_v))
         reached = (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & blocks.allowed).any(-1, keepdim=True)
         return out.masked_fill(reached, torch.nan).flatten(0, 1).index_select(0, blocks.places)

@@ -1,4 +1,6 @@
-"""Arms: experiments that differ in one thing only, such as the router, trained one after another and laid side by side."""
+"""Arms: experiments that differ in one thing only, such as the router, trained one after another and laid side by
+side.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from sma.describe import align
 from sma.errors import SpecError, did_you_mean
 from sma.model import ModelSpec
-from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, RoutingLosses, load_experiment, may_sample, write_text
+from sma.recipes.experiment import (
+    EXPERIMENT,
+    SUMMARY,
+    ExperimentSpec,
+    RoutingLosses,
+    load_experiment,
+    may_sample,
+    write_text,
+)
 from sma.recipes.figures import attempt, drawing, label, save_figure
 from sma.recipes.names import plain
 from sma.recipes.run_files import read_summary, refuse_another
@@ -46,10 +56,11 @@ def run_arms(
     progress: bool = True,
     figures: "Callable[[str, Finished], object] | None" = None,
 ) -> dict[str, Any]:
-    """Train and test every arm in its folder below `out`, print their table, and write `summary.json` and `comparison.png`.
+    """Train and test every arm in its folder below `out`, print their table, and write `summary.json` and
+    `comparison.png`.
 
-    An arm whose run is finished is not run again, and one that was interrupted goes on, so a second call with the same folder
-    completes the first. Everything is written after every arm.
+    An arm whose run is finished is not run again, and one that was interrupted goes on, so a second call with the same
+    folder completes the first. Everything is written after every arm.
 
     Args:
         arms: by name, in the order of training.
@@ -59,7 +70,8 @@ def run_arms(
         title: of the figure and the table.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
-        figures: called with the name and the run of every arm that was trained, to draw what it did, before it counts as finished.
+        figures: called with the name and the run of every arm that was trained, to draw what it did, before it counts
+            as finished.
 
     Returns:
         the summary: `models` maps the name of an arm to
@@ -69,16 +81,17 @@ def run_arms(
         | `accuracy` | on the test split |
         | `activation_rate` | on the test split, of the layer whose sub-modules run most |
         | `rates` | the rate of every sub-module of every routed layer |
-        | `operations_per_token` | multiply-adds of the layers at these rates, in a row of the test split's mean length |
+        | `operations_per_token` | multiply-adds of layers at these rates, in a row of the test split's mean length |
         | `tokens_per_second` | in training, without evaluation |
         | `seconds` | of the whole run |
 
     Raises:
-        SpecError: `only` names an arm that is not there, an arm needs results of one that was not trained, or the arms have
-            different tasks.
+        SpecError: `only` names an arm that is not there, an arm needs results of one that was not trained, or the arms
+            have different tasks.
         CheckpointError: a folder below `out` holds a run of another experiment.
     """
-    from sma.recipes.training import run_experiment  # Lightning takes seconds to import, and most of this file does without
+    # Lightning takes seconds to import, and most of this file does without.
+    from sma.recipes.training import run_experiment
 
     wanted = _wanted(arms, only)
     length = max(1, round(float(data.test.lengths.double().mean())))
@@ -93,18 +106,31 @@ def run_arms(
         spec = arm if isinstance(arm, ExperimentSpec) else load_experiment(folder / EXPERIMENT) if done else arm(models)
         if (folder / EXPERIMENT).exists():
             refuse_another(
-                load_experiment(folder / EXPERIMENT), spec, folder / EXPERIMENT, "give another folder, or delete it to run this arm again"
+                load_experiment(folder / EXPERIMENT),
+                spec,
+                folder / EXPERIMENT,
+                "give another folder, or delete it to run this arm again",
             )
         task = task or spec.task
         if spec.task != task:
-            raise SpecError(f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task")
+            raise SpecError(
+                f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task"
+            )
         if not done:
-            print(f"{name}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates -> {plain(folder)}", flush=True)
+            print(
+                f"{name}: {spec.model.num_parameters():,} parameters, "
+                f"{spec.training.updates:,} updates -> {plain(folder)}",
+                flush=True,
+            )
             draw = None if figures is None else partial(figures, name)
             run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, figures=draw)
         run = read_summary(folder, *_SHARED, *_NEEDED)
         models[name] = _result(spec.model, run, length)
-        summary = {key: run[key] for key in _SHARED} | {"test_samples": len(data.test), "length": length, "models": models}
+        summary = {key: run[key] for key in _SHARED} | {
+            "test_samples": len(data.test),
+            "length": length,
+            "models": models,
+        }
         write_text(out / SUMMARY, json.dumps(summary, indent=1))
     print(f"\n{title}\n\n{table(summary)}\n")
     attempt(f"the figure of the comparison in {out}", lambda: draw_arms(summary, out, title))
@@ -112,10 +138,11 @@ def run_arms(
 
 
 def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec]) -> ExperimentSpec:
-    """Return the same experiment with other routers, and with the budget and the losses of decisions that they can learn from.
+    """Return the same experiment with other routers, and with the budget and the losses of decisions that they can
+    learn from.
 
-    Where none of them learns a rate there is no budget and no such loss; where none samples, no policy gradient; and `bernoulli`
-    routers, which learn from it alone, get one of the weight 1 if there is none.
+    Where none of them learns a rate there is no budget and no such loss; where none samples, no policy gradient; and
+    `bernoulli` routers, which learn from it alone, get one of the weight 1 if there is none.
 
     Args:
         spec: the experiment.
@@ -127,7 +154,10 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     places = [place for place, layer in enumerate(spec.model.layer_specs) if layer.modules]
     each = [routers] * len(places) if isinstance(routers, RouterSpec) else list(routers)
     if len(each) != len(places):
-        raise SpecError(f"there are {len(each)} routers for {len(places)} layers that route; give one for each of them, or one for all")
+        raise SpecError(
+            f"there are {len(each)} routers for {len(places)} layers that route; "
+            "give one for each of them, or one for all"
+        )
     layers = list(spec.model.layer_specs)
     for place, router in zip(places, each, strict=True):
         layers[place] = layers[place].replace(router=router)
@@ -142,13 +172,16 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
 
 
 def layer_rates(results: Mapping[str, Result], name: str) -> list[float]:
-    """The activation rate of every routed layer of an arm, for arms that shall run as often; of several sub-modules the mean.
+    """The activation rate of every routed layer of an arm, for arms that shall run as often; of several sub-modules the
+    mean.
 
     Raises:
         SpecError: the arm was not trained.
     """
     if name not in results:
-        raise SpecError(f"an arm is to run at the rates of {name!r}, which was not trained; train {name!r} too, before it")
+        raise SpecError(
+            f"an arm is to run at the rates of {name!r}, which was not trained; train {name!r} too, before it"
+        )
     return [sum(rates.values()) / len(rates) for rates in results[name]["rates"]]
 
 
@@ -167,7 +200,13 @@ def table(summary: Mapping[str, Any]) -> str:
     for name, result in summary["models"].items():
         rates = " / ".join(f"{100 * rate:.0f}" for rate in layer_rates(summary["models"], name)) or "-"
         speed = f"{result['tokens_per_second']:,}" if result["tokens_per_second"] else "-"
-        cells = [f"{result['accuracy']:.1%}", rates, f"{result['operations_per_token']:,.0f}", speed, f"{result['seconds']:.0f}"]
+        cells = [
+            f"{result['accuracy']:.1%}",
+            rates,
+            f"{result['operations_per_token']:,.0f}",
+            speed,
+            f"{result['seconds']:.0f}",
+        ]
         rows.append([name, *cells])
     samples = summary["test_samples"]
     marks = f"chance {summary['chance']:.1%}, always the commonest answer {summary['majority']:.1%}"
@@ -183,7 +222,11 @@ def draw_arms(summary: Mapping[str, Any], out: Path, title: str = "") -> Path:
             point = result["operations_per_token"] / 1000, 100 * result["accuracy"]
             axis.plot(*point, "o", markersize=8)
             axis.annotate(
-                f"{label(name, 40)} ({result['activation_rate']:.0%})", point, xytext=(7, 5), textcoords="offset points", fontsize=9
+                f"{label(name, 40)} ({result['activation_rate']:.0%})",
+                point,
+                xytext=(7, 5),
+                textcoords="offset points",
+                fontsize=9,
             )
         axis.margins(x=0.25, y=0.15)
         axis.set(xlabel="thousand multiply-adds per token, layers only", ylabel="test accuracy, %", title=title)

@@ -1,4 +1,6 @@
-"""Baselines: the models that SeqBoat is compared with, made of its experiment by the same parts, and trained by the same trainer."""
+"""Baselines: the models that SeqBoat is compared with, made of its experiment by the same parts, and trained by the
+same trainer.
+"""
 
 from collections.abc import Callable
 from typing import cast
@@ -18,7 +20,9 @@ from sma.spec import FrozenDict
 from sma.submodule import SubModuleSpec
 
 ATTENTION_ONLY_RATE = 0.001
-"""Learning rate of models without a backbone, where the experiment's own is larger: transformers do not learn at the rates of SeqBoat."""
+"""Learning rate of models without a backbone, where the experiment's own is larger: transformers do not learn at the
+rates of SeqBoat.
+"""
 
 S4D_STATES = 64
 """States per channel of S4D, as its authors have them."""
@@ -46,7 +50,10 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
         raise SpecError(f"unknown model {name!r}{did_you_mean(name, BASELINES, 'models')}")
     for place, layer in enumerate(spec.model.layer_specs):
         if layer.backbone is None or [part.kind for part in layer.modules.values()] != ["gau"]:
-            raise SpecError(f"layer {place} of the experiment must be a SeqBoat layer: a backbone and one routed sub-module of kind 'gau'")
+            raise SpecError(
+                f"layer {place} of the experiment must be a SeqBoat layer: "
+                "a backbone and one routed sub-module of kind 'gau'"
+            )
     return BASELINES[name](spec)
 
 
@@ -129,7 +136,9 @@ def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
         both_ways = _gau(layer)[1].bidirectional
         attention: SubModuleSpec = AttentionSpec(heads=heads, bidirectional=both_ways, position=RotarySpec())
         if local:
-            attention = LocalAttentionSpec(heads=heads, bidirectional=both_ways, position=RotarySpec(), window=_window(layer))
+            attention = LocalAttentionSpec(
+                heads=heads, bidirectional=both_ways, position=RotarySpec(), window=_window(layer)
+            )
         return [block(attention, layer), block(GatedMLPSpec(hidden_size=2 * width), layer)]
 
     training = _unrouted(spec)

@@ -1,4 +1,6 @@
-"""What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never half-written."""
+"""What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never
+half-written.
+"""
 
 import logging
 import sys
@@ -18,12 +20,19 @@ from sma.stats import router_health
 
 log = logging.getLogger("sma.recipes")
 
-_PARTS = {"global_step": int, "state_dict": dict, "callbacks": dict, "loops": dict, "optimizer_states": list, "lr_schedulers": list}
+_PARTS = {
+    "global_step": int,
+    "state_dict": dict,
+    "callbacks": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 """What every checkpoint has, among other things."""
 
 _HINT = (
-    "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, or delete the folder of both to begin the "
-    "run anew"
+    "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, "
+    "or delete the folder of both to begin the run anew"
 )
 
 # What their rate is does not depend on what they learned, if they learn at all.
@@ -38,7 +47,10 @@ class RandomStates(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
-        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        own = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
         return {"ranks": of_all(own)} if together() else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,9 +70,13 @@ class RandomStates(Callback):
 
 
 class FinalEvaluation(Callback):
-    """Evaluates and checkpoints after the last update too, where the interval between evaluations does not divide the updates."""
+    """Evaluates and checkpoints after the last update too, where the interval between evaluations does not divide the
+    updates.
+    """
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Tell Lightning that this was the last update, which makes it evaluate."""
         trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
 
@@ -95,9 +111,15 @@ class RouterHealth(Callback):
     def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
         if condition == "dead":
-            return f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; set training.budget.target"
+            return (
+                f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; "
+                "set training.budget.target"
+            )
         if condition == "saturated":
-            return f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; set training.budget.target"
+            return (
+                f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; "
+                "set training.budget.target"
+            )
         return f"{where} is alive again at update {step}: rate {rate:.4f}"
 
 
@@ -120,16 +142,25 @@ class LastCheckpoint(ModelCheckpoint):
     """The newest checkpoint, in a run folder that may be moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best score."""
+        """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best
+        score.
+        """
         # There is one file of this kind, whatever else a checkpoint says.
         own = str(Path(str(self.dirpath), f"{self.filename}.ckpt"))
-        paths = {name: own if state_dict[name] else "" for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        best = dict.fromkeys([own][: len(state_dict["best_k_models"])], next(iter(state_dict["best_k_models"].values()), None))
+        paths = {
+            name: own if state_dict[name] else ""
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        best = dict.fromkeys(
+            [own][: len(state_dict["best_k_models"])], next(iter(state_dict["best_k_models"].values()), None)
+        )
         super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
 
 
 class BestCheckpoint(LastCheckpoint):
-    """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it does more."""
+    """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it
+    does more.
+    """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, once the rates have settled."""
@@ -171,7 +202,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
         except (OSError, RuntimeError) as error:  # a full disk is either, depending on where torch notices it
-            raise CheckpointError(f"cannot write {str(path)!r}: {reason(error)}; the run folder must be writable and have space") from error
+            raise CheckpointError(
+                f"cannot write {str(path)!r}: {reason(error)}; the run folder must be writable and have space"
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint."""

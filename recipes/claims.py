@@ -1,8 +1,9 @@
 """Folders that one process at a time may write.
 
-The lock is the kernel's (`flock`, as for data in the making): it ends with its process, however that ends, so that no lock is ever stale.
-The file `.lock` that carries it names the holder for the refusal of others, and nothing is decided by what it says: the same host name
-can stand for several machines. Windows and some network file systems cannot lock; there a warning stands in for the lock.
+The lock is the kernel's (`flock`, as for data in the making): it ends with its process, however that ends, so that no
+lock is ever stale. The file `.lock` that carries it names the holder for the refusal of others, and nothing is decided
+by what it says: the same host name can stand for several machines. Windows and some network file systems cannot lock;
+there a warning stands in for the lock.
 """
 
 import json
@@ -51,7 +52,8 @@ def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[N
         name: of the lock, `LOCK` or `DRIVER`.
 
     Raises:
-        CheckpointError: another process or thread holds it, named by host and process id, or the folder cannot be written.
+        CheckpointError: another process or thread holds it, named by host and process id, or the folder cannot be
+            written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,8 +98,8 @@ if hasattr(os, "register_at_fork"):
 def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
     """Take a folder that is empty or not there for something new, and hold its lock; yields the folder.
 
-    Of several processes that ask for the same one at once, one gets it. A folder that was made here and is still empty in the end is
-    removed, with the folders above it that were made.
+    Of several processes that ask for the same one at once, one gets it. A folder that was made here and is still empty
+    in the end is removed, with the folders above it that were made.
 
     Args:
         path: the folder.
@@ -113,7 +115,8 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
             if not is_empty(folder):
                 again = f"--resume {shell_word(folder)}"
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is not empty; give another --out, or {again} to go on with the run in it"
+                    f"the folder {str(folder)!r} is not empty; "
+                    f"give another --out, or {again} to go on with the run in it"
                 )
             yield folder
     finally:
@@ -146,7 +149,9 @@ def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
             number += 1
             folder = path.with_name(f"{path.name}-{number}")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot make the folder {str(folder)!r}: {reason(error)}; give another folder") from error
+            raise CheckpointError(
+                f"cannot make the folder {str(folder)!r}: {reason(error)}; give another folder"
+            ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -163,13 +168,15 @@ def _acquire(folder: Path, name: str, until: float) -> int | None:
         handle = _open(path)
         try:
             locked = lock_file(handle)
-            if locked and stands_at(path, handle):  # otherwise the one who had the lock has removed it: another file is in its place
+            # Otherwise the one who had the lock has removed it: another file is in its place.
+            if locked and stands_at(path, handle):
                 _sign(handle)
                 _handles.add(handle)
                 return handle
             if locked is False and time.monotonic() >= until:
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is being written by {_holder(handle)}; wait for it or end it, or give another folder"
+                    f"the folder {str(folder)!r} is being written by {_holder(handle)}; "
+                    "wait for it or end it, or give another folder"
                 )
         except BaseException:
             os.close(handle)

@@ -30,7 +30,9 @@ from sma.streams import run_command
 class CommandOptions(BaseSettings):
     """Settings from the command line, or from variables whose names begin with SMA_."""
 
-    model_config = SettingsConfigDict(env_prefix="SMA_", cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SMA_", cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, extra="forbid"
+    )
 
     @field_validator("*", mode="after")
     @classmethod
@@ -45,13 +47,15 @@ class RunOptions(CommandOptions):
     spec: Path | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
     set: list[str] = Field(
         default=[],
-        description="path=value: change a field before validation, such as layers.layer.router.temperature_scale=0.5; may be repeated",
+        description="path=value: change a field before validation, "
+        "such as layers.layer.router.temperature_scale=0.5; may be repeated",
     )
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
     out: Path | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
     resume: Path | None = Field(default=None, description="go on with the run in this folder")
     auto_resume: bool = Field(
-        default=False, description="go on with what is in the folder --out, where it began: a command that a job scheduler may repeat"
+        default=False,
+        description="go on with what is in the folder --out, where it began: a command that a job scheduler may repeat",
     )
     data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
@@ -66,7 +70,9 @@ class RunOptions(CommandOptions):
 class OneRunOptions(RunOptions):
     """The options of the recipes that train one model."""
 
-    evaluate: Path | None = Field(default=None, description="test the model of the finished run in this folder again, instead of training")
+    evaluate: Path | None = Field(
+        default=None, description="test the model of the finished run in this folder again, instead of training"
+    )
 
 
 Options = TypeVar("Options", bound=CommandOptions)
@@ -76,7 +82,8 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
     """Read a command line."""
     if "set" not in options.model_fields:
         return CliApp.run(options, cli_args=arguments)
-    # By itself, because pydantic-settings cuts the values of a list at commas: {kind: sma, temperature_scale: 0.5} has one.
+    # By itself, because pydantic-settings cuts the values of a list at commas: {kind: sma, temperature_scale: 0.5} has
+    # one.
     parser = argparse.ArgumentParser(prog=options.model_config.get("cli_prog_name"), add_help=False, allow_abbrev=False)
     parser.add_argument("--set", action="append", metavar="path=value")
     known, others = parser.parse_known_args(arguments)
@@ -84,7 +91,8 @@ def parse(options: type[Options], arguments: list[str]) -> Options:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away (`sma.streams`).
+    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away
+    (`sma.streams`).
 
     | exit code | |
     |---|---|
@@ -114,7 +122,10 @@ def _exit_code(command: Callable[[], object]) -> int:
         if not full and error.filename is None:
             raise
         where = f" ({quote(str(error.filename))})" if error.filename else ""
-        _say(f"error: {reason(error)}{where}" + ("; make room, and go on with --resume and the run folder" if full else ""))
+        _say(
+            f"error: {reason(error)}{where}"
+            + ("; make room, and go on with --resume and the run folder" if full else "")
+        )
         return 2
     except Preempted as end:
         _say(str(end))
@@ -157,7 +168,9 @@ def experiment(options: RunOptions) -> Iterator[Start]:
     if options.resume is None:
         asked = asked_experiment(options)
     elif options.set or options.seed is not None or options.spec is not None:
-        raise SpecError("--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run")
+        raise SpecError(
+            "--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run"
+        )
     with folder_of(options, EXPERIMENT, "run") as (out, began):
         if not began:
             yield Start(cast(ExperimentSpec, asked), out, False)
@@ -190,7 +203,8 @@ def asked_experiment(options: RunOptions) -> ExperimentSpec:
 
 
 def check_fits(spec: ExperimentSpec, options: RunOptions) -> None:
-    """Check that an experiment can be run with these options: that there is the device, and that data and model can fit.
+    """Check that an experiment can be run with these options: that there is the device, and that data and model can
+    fit.
 
     Raises:
         SpecError: what is missing.
@@ -216,7 +230,8 @@ def folder_of(options: RunOptions, began_by: str, what: str) -> Iterator[tuple[P
             raise SpecError("--resume goes on in any case; leave --auto-resume out, or give --out instead of --resume")
         if not (options.resume / began_by).is_file():
             raise CheckpointError(
-                f"there is no {what} in {str(options.resume)!r}: {began_by} is missing; give the folder of an earlier --out"
+                f"there is no {what} in {str(options.resume)!r}: {began_by} is missing; "
+                "give the folder of an earlier --out"
             )
         check_run_folder(options.resume)
         with run_lock(options.resume):

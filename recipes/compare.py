@@ -38,7 +38,18 @@ CHOSEN, EFFICIENCY, SEVERAL = "compared.json", "efficiency.json", "tasks.json"
 TABLE, VALUES = "table.md", "table.csv"
 MEASURES = ("milliseconds", "megabytes")
 AGAIN = "start a new comparison"
-NEEDED = ("task", "chance", "majority", "data", "parameters", "updates", "test_accuracy", "activation_rate", "tokens_per_second", "seconds")
+NEEDED = (
+    "task",
+    "chance",
+    "majority",
+    "data",
+    "parameters",
+    "updates",
+    "test_accuracy",
+    "activation_rate",
+    "tokens_per_second",
+    "seconds",
+)
 """What a comparison reads from the summaries of its runs."""
 
 
@@ -47,14 +58,26 @@ class Options(RunOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="compare")
 
-    task: str = Field(default="listops", description=f"what to learn: {', '.join(TASKS)}, or several with commas between")
-    preset: Literal["tiny", "paper"] = Field(default="tiny", description="the SeqBoat experiment that the others are made of")
-    models: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(BASELINES)}")
-    seeds: int = Field(default=1, ge=1, le=100, description="runs of every model, with the seeds from the experiment's own on")
-    minutes: float | None = Field(
-        default=None, gt=0.0, description="train each model so long, in as many updates as its speed allows, instead of equal updates"
+    task: str = Field(
+        default="listops", description=f"what to learn: {', '.join(TASKS)}, or several with commas between"
     )
-    jobs: int = Field(default=1, ge=1, description="runs side by side; the speeds of training are then not to be compared")
+    preset: Literal["tiny", "paper"] = Field(
+        default="tiny", description="the SeqBoat experiment that the others are made of"
+    )
+    models: str | None = Field(
+        default=None, description=f"which to train, with commas between; default {','.join(BASELINES)}"
+    )
+    seeds: int = Field(
+        default=1, ge=1, le=100, description="runs of every model, with the seeds from the experiment's own on"
+    )
+    minutes: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="train each model so long, in as many updates as its speed allows, instead of equal updates",
+    )
+    jobs: int = Field(
+        default=1, ge=1, description="runs side by side; the speeds of training are then not to be compared"
+    )
     length: int = Field(default=4096, ge=1, description="tokens of the rows on which speed and memory are measured")
 
     @property
@@ -68,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Compare on one task, or on several, each in a folder of its own below that of the comparison, with one table of all.
+    """Compare on one task, or on several, each in a folder of its own below that of the comparison, with one table of
+    all.
 
     Returns:
         the summary of the task, see `summarise`; of several, theirs by task.
@@ -87,10 +111,13 @@ def run(options: Options) -> dict[str, Any]:
         if began:
             tasks = read_checked(out / SEVERAL, lambda found: is_list_of(found, TASKS), "a list of tasks", AGAIN)
             if options.resume is None and tasks != _tasks(options.task):
-                raise CheckpointError(f"{str(out)!r} holds a comparison of other tasks: {', '.join(tasks)}; give another --out")
+                raise CheckpointError(
+                    f"{str(out)!r} holds a comparison of other tasks: {', '.join(tasks)}; give another --out"
+                )
         else:
             tasks = _tasks(options.task)
-            # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what was asked for.
+            # All before the first is trained: what is wrong with one of them is said at once, and --resume knows what
+            # was asked for.
             wanted = [(task, _asked(options.model_copy(update={"task": task}))) for task in tasks]
             write_text(out / SEVERAL, json.dumps(tasks))
             for task, asked in wanted:
@@ -106,7 +133,10 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _refuse_changes(options: Options) -> None:
-    given = sorted(options.model_fields_set & {"task", "preset", "models", "seeds", "minutes", "length", "set", "seed", "spec", "out"})
+    given = sorted(
+        options.model_fields_set
+        & {"task", "preset", "models", "seeds", "minutes", "length", "set", "seed", "spec", "out"}
+    )
     if given:
         names = ", ".join(f"--{name}" for name in given)
         raise SpecError(f"--resume goes on with the comparison as it was; leave {names} out, or start a new one")
@@ -139,7 +169,9 @@ def compare(options: Options) -> dict[str, Any]:
         if asked is not None:
             refuse_another(spec, asked[0], out / EXPERIMENT)
             if chosen != asked[1]:
-                raise CheckpointError(f"{str(out)!r} holds another comparison: {difference(chosen, asked[1])}; give another --out")
+                raise CheckpointError(
+                    f"{str(out)!r} holds another comparison: {difference(chosen, asked[1])}; give another --out"
+                )
         return _compare(spec, chosen, out, options)
 
 
@@ -148,8 +180,12 @@ def _compare(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path, options
     data = spec.task.prepare(options.data, progress=options.progress)
     specs = _experiments(spec, chosen, data, out)
     left = unfinished(specs, out)
-    print(f"{spec.task.kind}: {len(specs)} runs, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
-    for number, name in enumerate(train_all(left, out, data, cache=options.data, accelerator=options.accelerator, jobs=options.jobs), 1):
+    print(
+        f"{spec.task.kind}: {len(specs)} runs, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True
+    )
+    for number, name in enumerate(
+        train_all(left, out, data, cache=options.data, accelerator=options.accelerator, jobs=options.jobs), 1
+    ):
         print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         _write(specs, chosen, data, out)
     for model in chosen["models"]:
@@ -158,9 +194,17 @@ def _compare(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path, options
         if first is not None and not any((folder / EFFICIENCY).is_file() for folder in folders):
             device = "cuda" if read_summary(first).get("device") == "cuda" else "cpu"
             print(f"measuring {model} at {chosen['length']:,} tokens on {device}", flush=True)
-            write_text(first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], device=device, threads=spec.threads)))
+            write_text(
+                first / EFFICIENCY, json.dumps(efficiency(first, chosen["length"], device=device, threads=spec.threads))
+            )
     summary = _write(specs, chosen, data, out)
-    print(f"\n{markdown(summary)}\ntable    {plain(out / TABLE)}\nvalues   {plain(out / VALUES)}\nsummary  {plain(out / SUMMARY)}")
+    print(
+        "\n"
+        f"{markdown(summary)}\n"
+        f"table    {plain(out / TABLE)}\n"
+        f"values   {plain(out / VALUES)}\n"
+        f"summary  {plain(out / SUMMARY)}"
+    )
     failed = [name for name in left if failure(out / name) is not None]
     if failed:
         count, again = f"{len(failed)} of {len(left)} runs failed", f"--resume {shell_word(out)} tries again"
@@ -178,7 +222,8 @@ def _asked(options: Options) -> tuple[ExperimentSpec, dict[str, Any]]:
 
 
 def _write_down(spec: ExperimentSpec, chosen: Mapping[str, Any], out: Path) -> None:
-    # In this order: a folder is one of a comparison by the first, and --auto-resume writes the second where a start was killed.
+    # In this order: a folder is one of a comparison by the first, and --auto-resume writes the second where a start was
+    # killed.
     write_text(out / CHOSEN, json.dumps(chosen))
     write_text(out / EXPERIMENT, dump_yaml(spec))
 
@@ -202,7 +247,9 @@ def _begun(out: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
     return load_experiment(out / EXPERIMENT), found
 
 
-def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, ExperimentSpec]:
+def _experiments(
+    spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData, out: Path
+) -> dict[str, ExperimentSpec]:
     """Every run by the name of its folder."""
     specs = {}
     for model in chosen["models"]:
@@ -210,7 +257,11 @@ def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData
         if chosen["minutes"] is not None:
             first = out / f"{model}-{spec.seed}" / EXPERIMENT
             # A run that began goes on with as many updates as it was given.
-            updates = load_experiment(first).training.updates if first.is_file() else updates_in(60 * chosen["minutes"], mine, data)
+            updates = (
+                load_experiment(first).training.updates
+                if first.is_file()
+                else updates_in(60 * chosen["minutes"], mine, data)
+            )
             mine = with_updates(mine, updates)
         for seed in range(spec.seed, spec.seed + chosen["seeds"]):
             specs[f"{model}-{seed}"] = mine.replace(seed=seed)
@@ -218,7 +269,9 @@ def _experiments(spec: ExperimentSpec, chosen: Mapping[str, Any], data: TaskData
 
 
 def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
-    """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole schedule."""
+    """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole
+    schedule.
+    """
     from sma.recipes.training import Classifier, training_loader
 
     if spec.threads is not None:
@@ -227,7 +280,9 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
     learner = Classifier(spec.model.build(), training, spec.task.classes)  # type: ignore[attr-defined]
     optimizer = torch.optim.AdamW(learner.parameters())
     times = []
-    for number, batch in enumerate(training_loader(data, training.replace(updates=max(tried + 1, training.updates)), spec.seed, 0)):
+    for number, batch in enumerate(
+        training_loader(data, training.replace(updates=max(tried + 1, training.updates)), spec.seed, 0)
+    ):
         if learner.controller is not None:
             learner.controller.updates.fill_(number * training.updates // tried)
             with torch.no_grad():
@@ -260,18 +315,24 @@ def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
 
 def _write(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, Any]:
     summary = summarise(specs, chosen, data, out)
-    for name, text in ((TABLE, markdown(summary)), (VALUES, comma_separated(summary)), (SUMMARY, json.dumps(summary, indent=1))):
+    for name, text in (
+        (TABLE, markdown(summary)),
+        (VALUES, comma_separated(summary)),
+        (SUMMARY, json.dumps(summary, indent=1)),
+    ):
         write_text(out / name, text)
     return summary
 
 
-def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], data: TaskData, out: Path) -> dict[str, Any]:
+def summarise(
+    specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], data: TaskData, out: Path
+) -> dict[str, Any]:
     """What stands in the folders of all runs that there are.
 
     Returns:
-        `models`: by name `accuracy`, `activation_rate` and `tokens_per_second` (a list each, one entry per seed), `seeds`, `parameters`,
-        `updates`, and `inference` and `training` (`milliseconds`, `megabytes`) and `measured_on` where they were measured; and what all
-        have in common.
+        `models`: by name `accuracy`, `activation_rate` and `tokens_per_second` (a list each, one entry per seed),
+        `seeds`, `parameters`, `updates`, and `inference` and `training` (`milliseconds`, `megabytes`) and `measured_on`
+        where they were measured; and what all have in common.
     """
     models: dict[str, Any] = {}
     read: list[Mapping[str, Any]] = []
@@ -284,14 +345,18 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
             continue
         run = read_summary(out / name, *NEEDED)
         read.append(run)
-        row = models.setdefault(model, {"parameters": run["parameters"], "updates": run["updates"], "seeds": [], **_lists()})
+        row = models.setdefault(
+            model, {"parameters": run["parameters"], "updates": run["updates"], "seeds": [], **_lists()}
+        )
         row["seeds"].append(int(seed))
         row["accuracy"].append(run["test_accuracy"])
         row["activation_rate"].append(_mean(run["activation_rate"]))
         row["tokens_per_second"].append(run["tokens_per_second"])
         row["seconds"].append(run["seconds"])
         if (out / name / EFFICIENCY).is_file():
-            measured = read_checked(out / name / EFFICIENCY, _is_efficiency, "what was measured", "delete it to measure again")
+            measured = read_checked(
+                out / name / EFFICIENCY, _is_efficiency, "what was measured", "delete it to measure again"
+            )
             row["measured_on"] = measured.pop("hardware", "the CPU")  # of older versions, which knew no other
             measured.pop("device", None)
             row.update(measured)
@@ -309,7 +374,10 @@ def summarise(specs: Mapping[str, ExperimentSpec], chosen: Mapping[str, Any], da
 def _is_efficiency(value: Any) -> bool:
     """Whether a value is what `efficiency` gives."""
     measured = [value.get(name) for name in WORKS] if isinstance(value, dict) else [None]
-    return all(isinstance(each, dict) and all(isinstance(each.get(name), int | float) for name in MEASURES) for each in measured)
+    return all(
+        isinstance(each, dict) and all(isinstance(each.get(name), int | float) for name in MEASURES)
+        for each in measured
+    )
 
 
 def _lists() -> dict[str, list[float]]:

@@ -13,11 +13,22 @@ REFERENCE = "transformer"
 
 WORKS = ("inference", "training")
 
-_HEAD = ["model", "accuracy", "parameters", "activation rate", "inference: speed", "memory", "training: speed", "memory"]
+_HEAD = [
+    "model",
+    "accuracy",
+    "parameters",
+    "activation rate",
+    "inference: speed",
+    "memory",
+    "training: speed",
+    "memory",
+]
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The table: accuracy with its spread over seeds, parameters, activation rate, and speed and memory beside the transformer's."""
+    """The table: accuracy with its spread over seeds, parameters, activation rate, and speed and memory beside the
+    transformer's.
+    """
     models = summary["models"]
     table = markdown_table(_HEAD, [[name, *_cells(row, models)] for name, row in models.items()])
     failed = "\n".join(f"- {run['model']}-{run['seed']}: {plain(run['error'])}" for run in summary["failed"])
@@ -30,9 +41,14 @@ def markdown_of_several(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name in models:
         found = [summary["models"].get(name) for summary in summaries.values()]
-        rows.append([name, *("-" if row is None else _spread([100 * value for value in row["accuracy"]], "%") for row in found)])
+        rows.append(
+            [name, *("-" if row is None else _spread([100 * value for value in row["accuracy"]], "%") for row in found)]
+        )
     table = markdown_table(["accuracy", *summaries], rows)
-    return "\n\n".join([table, *(f"**{task}**\n\n{markdown(summary).rstrip()}" for task, summary in summaries.items())]) + "\n"
+    return (
+        "\n\n".join([table, *(f"**{task}**\n\n{markdown(summary).rstrip()}" for task, summary in summaries.items())])
+        + "\n"
+    )
 
 
 def caption(summary: Mapping[str, Any]) -> str:
@@ -70,7 +86,10 @@ def _what_speed_is(summary: Mapping[str, Any]) -> str:
         unit = f"{why}, so they are in milliseconds and megabytes"
     # A comparison that was resumed on another machine can have several.
     where = " and ".join(sorted({row["measured_on"] for row in models.values() if "measured_on" in row}))
-    return f"Speed and peak memory of one row of {summary['length']:,} random tokens{f' on {where}' if where else ''}: {unit}."
+    return (
+        f"Speed and peak memory of one row of {summary['length']:,} random tokens{f' on {where}' if where else ''}: "
+        f"{unit}."
+    )
 
 
 def comma_separated(summary: Mapping[str, Any]) -> str:
@@ -87,10 +106,21 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
         once["measured_on"] = row.get("measured_on", "")
         for place, seed in enumerate(row["seeds"]):
             each = {what: row[what][place] for what in ("accuracy", "activation_rate", "tokens_per_second", "seconds")}
-            rows.append({"model": name, "seed": seed, **each, "parameters": row["parameters"], "updates": row["updates"], **once})
+            rows.append(
+                {
+                    "model": name,
+                    "seed": seed,
+                    **each,
+                    "parameters": row["parameters"],
+                    "updates": row["updates"],
+                    **once,
+                }
+            )
     rows += [dict(run) for run in summary["failed"]]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -109,7 +139,9 @@ def _cells(row: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
 
 
 def _relative(row: Mapping[str, Any], models: Mapping[str, Any], work: str) -> tuple[float | None, float | None]:
-    """How many times as fast as the reference a model is, and how many times its memory it takes; None where that is not known."""
+    """How many times as fast as the reference a model is, and how many times its memory it takes; None where that is
+    not known.
+    """
     mine, reference = row.get(work), models.get(REFERENCE, {}).get(work)
     if mine is None or reference is None:
         return None, None

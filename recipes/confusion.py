@@ -1,4 +1,6 @@
-"""Which classes a classifier takes for which: accuracy per class and the confusion matrix, as a table, as JSON and as a figure."""
+"""Which classes a classifier takes for which: accuracy per class and the confusion matrix, as a table, as JSON and as a
+figure.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +52,9 @@ class Confusion(NamedTuple):
         return {"per_class": self.per_class, "classes": list(self.names), "confusion": self.counts.tolist()}
 
     def table(self) -> str:
-        """The matrix with the accuracy of every class; of more than 20 classes the least accurate, with what they were taken for."""
+        """The matrix with the accuracy of every class; of more than 20 classes the least accurate, with what they were
+        taken for.
+        """
         return self._matrix() if len(self.names) <= _MOST else self._worst()
 
     def _matrix(self) -> str:
@@ -86,7 +90,9 @@ def check_names(names: Sequence[str], classes: int) -> None:
         DataError: they are not as many as the classes, or two are the same.
     """
     if names and len(names) != classes:
-        raise DataError(f"the data names {len(names)} classes and the task has {classes}; give every class a name, or none")
+        raise DataError(
+            f"the data names {len(names)} classes and the task has {classes}; give every class a name, or none"
+        )
     if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
         raise DataError(f"the data gives the name {quote(twice)} to two classes; every class needs a name of its own")
 
@@ -112,7 +118,15 @@ def draw_confusion(confusion: Confusion, path: Path, title: str) -> Path:
                 for column in range(classes):
                     if int(confusion.counts[row, column]):
                         colour = "white" if float(shares[row, column]) > 0.6 else "black"
-                        axis.text(column, row, str(int(confusion.counts[row, column])), ha="center", va="center", fontsize=8, color=colour)
+                        axis.text(
+                            column,
+                            row,
+                            str(int(confusion.counts[row, column])),
+                            ha="center",
+                            va="center",
+                            fontsize=8,
+                            color=colour,
+                        )
         axis.set(xlabel="answer", ylabel="class", title=title)
         figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
         return save_figure(figure, path)

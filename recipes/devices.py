@@ -20,7 +20,11 @@ def device_of(accelerator: str) -> str:
         raise SpecError(f"unknown accelerator {quote(accelerator)}; give one of {', '.join(ACCELERATORS)}")
     if not there[accelerator]:
         others = ", ".join(kind for kind, found in there.items() if found)
-        built = "" if accelerator != "cuda" or torch.version.cuda or torch.version.hip else "; this torch was built without CUDA"
+        built = (
+            ""
+            if accelerator != "cuda" or torch.version.cuda or torch.version.hip
+            else "; this torch was built without CUDA"
+        )
         raise SpecError(f"--accelerator {accelerator}: torch sees no such device here{built}; there is: {others}")
     return accelerator
 
@@ -33,7 +37,9 @@ def check_device(accelerator: str, precision: str = "32-true") -> str:
     """
     device = device_of(accelerator)
     if precision == "16-mixed" and device == "cpu":
-        raise SpecError("precision=16-mixed needs a GPU, and the run is on the CPU; set precision=bf16-mixed or precision=32-true")
+        raise SpecError(
+            "precision=16-mixed needs a GPU, and the run is on the CPU; set precision=bf16-mixed or precision=32-true"
+        )
     if precision == "64-true" and device == "mps":
         raise SpecError("precision=64-true does not exist on mps; give --accelerator cpu, or set precision=32-true")
     return device

@@ -31,12 +31,14 @@ Work = Literal["inference", "training"]
 WORKS: tuple[Work, ...] = ("inference", "training")
 
 
-def efficiency(run: Path, length: int, *, batch: int = 1, device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
+def efficiency(
+    run: Path, length: int, *, batch: int = 1, device: str = "cpu", threads: int | None = None
+) -> dict[str, Any]:
     """Measure the model of a finished run on random rows, its layers as active as in the run's test.
 
     Returns:
-        for `inference` and `training`: `milliseconds`, the median of a pass, and `megabytes`, the peak of memory beyond what the process
-        held before its first pass; and `device` and `hardware`, on which it was measured.
+        for `inference` and `training`: `milliseconds`, the median of a pass, and `megabytes`, the peak of memory beyond
+        what the process held before its first pass; and `device` and `hardware`, on which it was measured.
 
     Raises:
         CheckpointError: there is no finished run, or a measurement failed; says what it said.
@@ -44,16 +46,33 @@ def efficiency(run: Path, length: int, *, batch: int = 1, device: str = "cpu", t
     from sma.recipes.run import hardware  # Lightning takes seconds to import, and the processes that measure do without
 
     if not (run / SUMMARY).is_file():
-        raise CheckpointError(f"there is no finished run in {str(run)!r}: {SUMMARY} is missing; give the folder of a run")
+        raise CheckpointError(
+            f"there is no finished run in {str(run)!r}: {SUMMARY} is missing; give the folder of a run"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError(f"{str(run)!r} is to be measured on cuda, and torch sees no GPU here; measure it where there is one")
+        raise CheckpointError(
+            f"{str(run)!r} is to be measured on cuda, and torch sees no GPU here; measure it where there is one"
+        )
     found: dict[str, Any] = {"device": device, "hardware": hardware(device, threads)}
     for work in WORKS:
-        command = [sys.executable, "-W", "ignore", "-m", "sma.recipes.efficiency", str(run), "--length", str(length), "--batch", str(batch)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "sma.recipes.efficiency",
+            str(run),
+            "--length",
+            str(length),
+            "--batch",
+            str(batch),
+        ]
         more = ["--device", device, "--work", work, *(["--threads", str(threads)] if threads else [])]
         done = subprocess.run([*command, *more], capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
-            raise CheckpointError(f"measuring the {work} of {str(run)!r} failed: {done.stderr.strip().splitlines()[-1:]}")
+            raise CheckpointError(
+                f"measuring the {work} of {str(run)!r} failed: {done.stderr.strip().splitlines()[-1:]}"
+            )
         found[work] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -82,7 +101,10 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - since)
-    return {"milliseconds": round(1e3 * statistics.median(times[1:]), 3), "megabytes": round((_peak(device) - before) / 1e6, 1)}
+    return {
+        "milliseconds": round(1e3 * statistics.median(times[1:]), 3),
+        "megabytes": round((_peak(device) - before) / 1e6, 1),
+    }
 
 
 def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
@@ -96,7 +118,9 @@ def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
 
 
 def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:
-    """Random rows would activate who knows how many tokens: set every sub-module of every layer to its rate in the run's test."""
+    """Random rows would activate who knows how many tokens: set every sub-module of every layer to its rate in the
+    run's test.
+    """
     tokens = inputs.shape[0] * inputs.shape[1]
     routers = routers_of(model)
     if not routers:  # a transformer has none to set
@@ -104,13 +128,18 @@ def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str,
     calibrate(
         model,
         [inputs],
-        [_targets(layer, tokens) if router.offset is not None else {} for layer, router in zip(rates, routers, strict=True)],
+        [
+            _targets(layer, tokens) if router.offset is not None else {}
+            for layer, router in zip(rates, routers, strict=True)
+        ],
         passes=32,  # sub-modules that compete need more than others
     )
 
 
 def _targets(rates: dict[str, float], tokens: int) -> dict[str, float]:
-    """Rates that a router can be set to: 0 is no target, one token of all of them instead; those that compete cannot sum to more."""
+    """Rates that a router can be set to: 0 is no target, one token of all of them instead; those that compete cannot
+    sum to more.
+    """
     wanted = {name: max(rate, 1 / tokens) for name, rate in rates.items()}
     share = sum(rates.values()) / sum(wanted.values()) or 1.0
     return {name: share * rate for name, rate in wanted.items()}
@@ -119,15 +148,16 @@ def _targets(rates: dict[str, float], tokens: int) -> dict[str, float]:
 def _forget_peak(device: str) -> float:
     """Start the peak afresh, where the system can; gives the bytes that are held now.
 
-    Loading a model takes more than a small one's passes do, so its peak must not count. Linux alone can forget it for a process; elsewhere
-    the peak so far is what a pass has to exceed.
+    Loading a model takes more than a small one's passes do, so its peak must not count. Linux alone can forget it for a
+    process; elsewhere the peak so far is what a pass has to exceed.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())
     if sys.platform == "linux":
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed, and a pass would be served from that
+        # Glibc keeps what is freed, and a pass would be served from that.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -156,7 +186,9 @@ def _main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="rows, or pairs of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--work", choices=WORKS, help="measure one in this process; default both, each in one of its own")
+    parser.add_argument(
+        "--work", choices=WORKS, help="measure one in this process; default both, each in one of its own"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -164,7 +196,9 @@ def _main() -> int:
         if options.work:
             found: dict[str, Any] = measure(options.run, options.length, options.batch, options.device, options.work)
         else:
-            found = efficiency(options.run, options.length, batch=options.batch, device=options.device, threads=options.threads)
+            found = efficiency(
+                options.run, options.length, batch=options.batch, device=options.device, threads=options.threads
+            )
     except SmaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
-"""Checks the Python that runs a recipe as a script, `python recipes/seqboat_lra.py`, before anything of the project is imported.
+"""Checks the Python that runs a recipe as a script, `python recipes/seqboat_lra.py`, before anything of the project is
+imported.
 
-Importing this file ends the program with one message where the package, or what the recipes need, is not installed. It uses the standard
-library alone, and syntax that older versions of Python read too.
+Importing this file ends the program with one message where the package, or what the recipes need, is not installed. It
+uses the standard library alone, and syntax that older versions of Python read too.
 """
 
 import importlib.util
@@ -23,7 +24,10 @@ def complaint() -> str:
         return f"{here} does not have the package sma; activate its environment first: {advice}"
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{here} has no {missing[0]}, which recipes need; install it with: python -m pip install -e '{ROOT}[recipes]'"
+        return (
+            f"{here} has no {missing[0]}, which recipes need; install it with: "
+            f"python -m pip install -e '{ROOT}[recipes]'"
+        )
     return ""
 
 

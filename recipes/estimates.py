@@ -1,4 +1,6 @@
-"""What a training takes at least, known from its experiment, so that one that cannot fit is refused before anything is made."""
+"""What a training takes at least, known from its experiment, so that one that cannot fit is refused before anything is
+made.
+"""
 
 import shutil
 from pathlib import Path
@@ -40,8 +42,8 @@ def check_data_fits(spec: ExperimentSpec, folder: Path) -> None:
 def check_update_fits(spec: ExperimentSpec, device: str = "cpu", *, length: int = 0, processes: int = 1) -> None:
     """Check that one update of the model can be made on its device.
 
-    Only what is sure to be needed counts: the weights with gradients and the optimiser's states; and the output of every layer for one
-    batch, which the backward pass needs, also where activations are computed again.
+    Only what is sure to be needed counts: the weights with gradients and the optimiser's states; and the output of
+    every layer for one batch, which the backward pass needs, also where activations are computed again.
 
     Args:
         spec: the experiment.
@@ -55,7 +57,9 @@ def check_update_fits(spec: ExperimentSpec, device: str = "cpu", *, length: int 
     task, training, model = spec.task, spec.training, spec.model
     weight, handed_on = _BYTES[spec.precision]
     states = COPIES * weight * model.num_parameters()
-    check_memory(states, "the model with its optimiser", device=device, hint="lower model.width or the number of layers")
+    check_memory(
+        states, "the model with its optimiser", device=device, hint="lower model.width or the number of layers"
+    )
     samples = training.batch_size if task.training_samples is None else min(training.batch_size, task.training_samples)
     rows = max(1, samples // processes) * model.rows_per_sample
     outputs = rows * max(length, task.least_length) * model.width * handed_on * (1 + len(model.layer_specs))

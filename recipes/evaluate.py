@@ -1,4 +1,6 @@
-"""Evaluate a finished run again: its model, its data, its test split, and the figure that was recorded beside the one that comes out."""
+"""Evaluate a finished run again: its model, its data, its test split, and the figure that was recorded beside the one
+that comes out.
+"""
 
 import json
 from collections.abc import Mapping
@@ -46,22 +48,30 @@ class Again(NamedTuple):
 
 
 def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
-    """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a classifier, into its folder.
+    """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a
+    classifier, into its folder.
 
-    On the machine that trained it, the recorded figures come out to the last bit; on another, rounding may flip a decision of a router.
+    On the machine that trained it, the recorded figures come out to the last bit; on another, rounding may flip a
+    decision of a router.
 
     Args:
         folder: of the run.
         options: where data is kept, the device, whether to show progress.
 
     Returns:
-        what stands in `evaluation.json`: accuracy, loss, the accuracy of every class and the confusion matrix, or bits per character;
-        what was recorded, and whether both are the same.
+        what stands in `evaluation.json`: accuracy, loss, the accuracy of every class and the confusion matrix, or bits
+        per character; what was recorded, and whether both are the same.
 
     Raises:
         SmaError: there is no finished run in the folder, or its data cannot be had.
     """
-    if options.set or options.seed is not None or options.spec is not None or options.resume is not None or options.out is not None:
+    if (
+        options.set
+        or options.seed is not None
+        or options.spec is not None
+        or options.resume is not None
+        or options.out is not None
+    ):
         raise SpecError("--evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out")
     _check_finished(folder)
     with run_lock(folder):
@@ -106,7 +116,10 @@ def _evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
         print(f"\n{confusion.table()}")
     print(f"\nevaluation        {plain(folder / EVALUATION)}")
     if confusion is not None:
-        title, path = f"{label(folder.name)}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}", folder / "confusion.png"
+        title, path = (
+            f"{label(folder.name)}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}",
+            folder / "confusion.png",
+        )
         if attempt(f"the figure {path}", lambda: draw_confusion(confusion, path, title)):
             print(f"figure            {plain(path)}")
     return result
@@ -123,7 +136,9 @@ def _again(spec: ExperimentSpec, folder: Path, data: Any) -> Again:
         learner = LanguageLearner(cast(LanguageModel, model), spec.training, task.carry_state)
         figures = {"bits_per_character": "test_bits_per_character"}
         return Again(learner, evaluation_loader(data.test, task), figures, data.hashes)
-    raise SpecError(f"the run in {str(folder)!r} learned {task.kind!r}; --evaluate tests classifiers and language models")
+    raise SpecError(
+        f"the run in {str(folder)!r} learned {task.kind!r}; --evaluate tests classifiers and language models"
+    )
 
 
 def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any]) -> str:
@@ -148,9 +163,8 @@ def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any
         for name in ("hardware", "commit"):
             if recorded.get(name) != result[name]:
                 reasons.append(f"the {name} is {result[name]} now and was {recorded.get(name)}")
-        why = (
-            "; ".join(reasons)
-            or "data, hardware and commit are those of the run: versions of torch, or the model in the folder, may differ"
+        why = "; ".join(reasons) or (
+            "data, hardware and commit are those of the run: versions of torch, or the model in the folder, may differ"
         )
         difference = result[first] - before[first]
         by = f"{100 * difference:+.4f} points" if first == "test_accuracy" else f"{difference:+.6f}"
@@ -164,7 +178,8 @@ def _check_finished(folder: Path) -> None:
     for name in (EXPERIMENT, SUMMARY):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a run that came to its end"
+                f"there is no finished run in {str(folder)!r}: {name} is missing; "
+                "give the folder of a run that came to its end"
             )
 
 

@@ -18,21 +18,32 @@ from sma.routers.sampled import SampledSpec
 from sma.spec import Spec, parse_setting
 
 # The files of a run folder.
-EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = "experiment.yaml", "data.json", "versions.json", "summary.json", "evaluation.json"
+EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = (
+    "experiment.yaml",
+    "data.json",
+    "versions.json",
+    "summary.json",
+    "evaluation.json",
+)
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 
 class RoutingLosses(Spec):
     """Losses of the decisions that are added to that of the task; see `sma.losses`."""
 
-    budget: float = Field(default=0.0, ge=0.0, description="weight of the squared distance of the activation rates from `target`")
+    budget: float = Field(
+        default=0.0, ge=0.0, description="weight of the squared distance of the activation rates from `target`"
+    )
     target: float | None = Field(default=None, ge=0.0, le=1.0, description="the rate that the budget loss pulls to")
-    load_balance: float = Field(default=0.0, ge=0.0, description="weight of the load balance, for routers under which sub-modules compete")
+    load_balance: float = Field(
+        default=0.0, ge=0.0, description="weight of the load balance, for routers under which sub-modules compete"
+    )
     z: float = Field(default=0.0, ge=0.0, description="weight of the z-loss, which keeps scores small")
     policy: float = Field(
         default=0.0,
         ge=0.0,
-        description="weight of the policy gradient of routers that sample; with a budget it begins when the first rate is no longer held",
+        description="weight of the policy gradient of routers that sample; "
+        "with a budget it begins when the first rate is no longer held",
     )
 
     @model_validator(mode="after")
@@ -50,20 +61,32 @@ class TrainingSpec(Spec):
     batch_size: int = Field(ge=1, description="samples per update")
     learning_rate: float = Field(gt=0.0, description="at the end of the warm-up")
     router_learning_rate: float | None = Field(
-        default=None, gt=0.0, description="learning rate of the routers' own parameters, on the same schedule; null: that of all others"
+        default=None,
+        gt=0.0,
+        description="learning rate of the routers' own parameters, on the same schedule; null: that of all others",
     )
     weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled, times the learning rate")
     warmup: int = Field(default=0, ge=0, description="updates until the full learning rate")
     warmup_from: float = Field(default=1e-7, ge=0.0, description="learning rate of the first update of the warm-up")
-    decay_power: float = Field(default=1.0, gt=0.0, description="the learning rate falls as (updates left)^power; 1 is linear")
+    decay_power: float = Field(
+        default=1.0, gt=0.0, description="the learning rate falls as (updates left)^power; 1 is linear"
+    )
     clip_norm: float | None = Field(default=1.0, gt=0.0, description="largest norm of the gradient; null does not clip")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay of Adam's two averages")
     epsilon: float = Field(default=1e-8, gt=0.0, description="added to Adam's denominator")
     evaluate_every: int = Field(default=500, ge=1, description="updates from one validation and checkpoint to the next")
-    budget: BudgetSpec | None = Field(default=None, description="keeps the activation rates at a target; null lets the routers choose")
-    losses: RoutingLosses = Field(default=RoutingLosses(), description="of the routers' decisions, beside that of the task")
-    recompute: bool = Field(default=False, description="activation checkpointing: layers are computed again in backward, for less memory")
-    bucket: int = Field(default=50, ge=1, description="batches that are sorted by length together, so that there is less padding")
+    budget: BudgetSpec | None = Field(
+        default=None, description="keeps the activation rates at a target; null lets the routers choose"
+    )
+    losses: RoutingLosses = Field(
+        default=RoutingLosses(), description="of the routers' decisions, beside that of the task"
+    )
+    recompute: bool = Field(
+        default=False, description="activation checkpointing: layers are computed again in backward, for less memory"
+    )
+    bucket: int = Field(
+        default=50, ge=1, description="batches that are sorted by length together, so that there is less padding"
+    )
 
     @property
     def log_every(self) -> int:
@@ -73,11 +96,13 @@ class TrainingSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.warmup >= self.updates:
-            raise ValueError(f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with")
+            raise ValueError(
+                f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with"
+            )
         if self.budget is not None and self.budget.settled >= self.updates:
             raise ValueError(
-                f"the budget comes to its target after {self.budget.settled} updates; that must be below updates={self.updates}: "
-                "lower budget.hold and budget.anneal, or set budget=null"
+                f"the budget comes to its target after {self.budget.settled} updates; that must be below "
+                f"updates={self.updates}: lower budget.hold and budget.anneal, or set budget=null"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
@@ -98,8 +123,12 @@ class ExperimentSpec(Spec):
     task: TaskSpec = Field(description="what to learn")
     model: ModelSpec = Field(description="what learns it")
     training: TrainingSpec = Field(description="how")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(default="32-true", description="of the training arithmetic")
-    threads: int | None = Field(default=None, ge=1, description="of the CPU; null: one per core. A small model is as fast on one")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
+        default="32-true", description="of the training arithmetic"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="of the CPU; null: one per core. A small model is as fast on one"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the order of the samples and the dropout")
 
     @model_validator(mode="after")
@@ -126,7 +155,9 @@ class ExperimentSpec(Spec):
 
 
 def may_sample(router: RouterSpec) -> bool:
-    """Whether a router draws its decisions in training; of one of another package that is not known before it is built."""
+    """Whether a router draws its decisions in training; of one of another package that is not known before it is
+    built.
+    """
     return isinstance(router, SampledSpec) or not type(router).__module__.startswith("sma.")
 
 
@@ -134,8 +165,8 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     """Validate an experiment.
 
     Args:
-        source: a mapping, a YAML file, or the name of a preset, such as `listops_tiny`. Its `model` may be the name of a shipped
-            spec or a file.
+        source: a mapping, a YAML file, or the name of a preset, such as `listops_tiny`. Its `model` may be the name of
+            a shipped spec or a file.
         settings: `path=value`, applied before validation; a path may leave out a leading `model.`.
 
     Raises:
@@ -157,7 +188,9 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
     except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space") from error
+        raise CheckpointError(
+            f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space"
+        ) from error
 
 
 def full_path(path: str) -> str:

@@ -45,8 +45,9 @@ class Segment(NamedTuple):
 class TrainingSegments(Dataset[Segment]):
     """The segments of a whole training, a function of the seed and the number of the update.
 
-    Fresh ones stand anywhere. Carried ones walk through the text: it is cut into as many stretches as the batch has rows, which
-    are read side by side; at the end of the stretches the cuts are moved and everything starts afresh. The text is taken as a ring.
+    Fresh ones stand anywhere. Carried ones walk through the text: it is cut into as many stretches as the batch has
+    rows, which are read side by side; at the end of the stretches the cuts are moved and everything starts afresh. The
+    text is taken as a ring.
 
     Args:
         text: the training split.
@@ -70,7 +71,11 @@ class TrainingSegments(Dataset[Segment]):
         number, place = divmod(update, self.per_pass) if self.task.carry_state else (update, 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         if self.task.carry_state:
-            start = torch.randint(length, (1,), generator=generator) + torch.arange(self.rows) * (length // self.rows) + place * size
+            start = (
+                torch.randint(length, (1,), generator=generator)
+                + torch.arange(self.rows) * (length // self.rows)
+                + place * size
+            )
         else:
             start = torch.randint(length, (self.rows,), generator=generator)
         found = self.text[(self.team.part(start)[:, None] + torch.arange(size + 1)) % length].long()
@@ -95,8 +100,9 @@ class Updates(Sampler[int]):
 class EvaluationSegments(Dataset[Segment]):
     """A text from its second byte to its last, each scored once.
 
-    Without a context the windows follow one another and the state goes from one to the next, so every byte is predicted from all
-    before it. With one, every window starts afresh and its first `context` bytes are only read (those of the first are scored too).
+    Without a context the windows follow one another and the state goes from one to the next, so every byte is predicted
+    from all before it. With one, every window starts afresh and its first `context` bytes are only read (those of the
+    first are scored too).
     """
 
     def __init__(self, text: Tensor, task: LanguageTask) -> None:
@@ -142,10 +148,12 @@ class LanguageScores(nn.Module):
 class LanguageLearner(Learner):
     """Cross-entropy of the next byte, bits per character and activation rates of a `LanguageModel`.
 
-    With `carry_state` a segment goes on from the state in which the last one ended, cut off from its gradient (truncated
-    backpropagation through time); the state of all rows is part of a checkpoint, in the same order however many processes share them.
+    With `carry_state` a segment goes on from the state in which the last one ended, cut off from its gradient
+    (truncated backpropagation through time); the state of all rows is part of a checkpoint, in the same order however
+    many processes share them.
 
-    Every process of a team evaluates the whole of a text, which is one stream; the measures are means, and stay the same.
+    Every process of a team evaluates the whole of a text, which is one stream; the measures are means, and stay the
+    same.
 
     Args:
         model: what is trained.
@@ -208,7 +216,9 @@ class LanguageLearner(Learner):
         """Keep where the streams of the training stand, those of all processes: all of them must call it."""
         super().on_save_checkpoint(checkpoint)
         parts = of_all(None if self.carried is None else named_tensors(self.carried.to("cpu")))
-        checkpoint["carried"] = None if parts[0] is None else {name: whole([part[name] for part in parts]) for name in parts[0]}
+        checkpoint["carried"] = (
+            None if parts[0] is None else {name: whole([part[name] for part in parts]) for name in parts[0]}
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there."""
@@ -229,7 +239,9 @@ class LanguageLearner(Learner):
     def _run(self, batch: Segment, state: ModelState | None) -> tuple[ModelOutput, Tensor]:
         output: ModelOutput = self.model(batch.inputs, state=state)
         logits = cast(Tensor, output.logits)
-        losses = nn.functional.cross_entropy(logits[batch.scored].float(), batch.targets[batch.scored], reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits[batch.scored].float(), batch.targets[batch.scored], reduction="none"
+        )
         self.check_loss(losses.sum())
         return output, losses
 
@@ -292,15 +304,32 @@ def run_language(
     """
     check_update_fits(spec, check_device(accelerator, spec.precision), processes=team.size)
     with writing(out, team):
-        return _run(spec, out, corpus, figures, team, resume=resume, accelerator=accelerator, progress=progress, callbacks=callbacks)
+        return _run(
+            spec,
+            out,
+            corpus,
+            figures,
+            team,
+            resume=resume,
+            accelerator=accelerator,
+            progress=progress,
+            callbacks=callbacks,
+        )
 
 
 def _run(
-    spec: ExperimentSpec, out: Path, corpus: Corpus, figures: Callable[[Finished], object] | None, team: Team, **options: Any
+    spec: ExperimentSpec,
+    out: Path,
+    corpus: Corpus,
+    figures: Callable[[Finished], object] | None,
+    team: Team,
+    **options: Any,
 ) -> Finished:
     prepare(spec, team)
     task = cast(LanguageTask, spec.task)
-    learner = LanguageLearner(cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state, team)
+    learner = LanguageLearner(
+        cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state, team
+    )
     segments = TrainingSegments(corpus.train, task, spec.training, spec.seed, team)
 
     def batches(done: int) -> DataLoader[Any]:

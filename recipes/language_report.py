@@ -21,13 +21,20 @@ _MARKS = {
 def describe_language(summary: dict[str, Any], out: Path) -> str:
     """The end of a run in words: what was reached beside which marks, who used attention, and what to try next."""
     rates, speed = summary["activation_rate"], summary["tokens_per_second"]
-    lines = ["", f"bits per character   {summary['bits_per_character']:.3f}   on {summary['bytes']['test']:,} held-out bytes"]
+    lines = [
+        "",
+        f"bits per character   {summary['bits_per_character']:.3f}   on {summary['bytes']['test']:,} held-out bytes",
+    ]
     for name, value in summary["marks"].items():
-        known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")  # a limit may stand behind the key
+        # A limit may stand behind the key.
+        known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")
         label = _MARKS[known] + name.removeprefix(known) if known else name
         lines.append(f"                     {value:.3f}   {label}")
     lines += [
-        f"activation rate      {'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}",
+        (
+            "activation rate      "
+            f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
+        ),
         f"time                 {summary['seconds']:.0f} s{f', {speed:,} bytes/s in training' if speed else ''}, "
         f"{summary['parameters']:,} parameters, seed {summary['seed']}",
         "",
@@ -56,15 +63,34 @@ def draw_language(reading: Reading, out: Path, title: str) -> Path:
             row, column = divmod(place, LINE)
             for layer in range(layers):
                 if reading.active[layer, place]:
-                    bar = Rectangle((column, row + 0.62 + 0.34 * layer / layers), 1, 0.34 / layers, color=colours[layer], linewidth=0)
+                    bar = Rectangle(
+                        (column, row + 0.62 + 0.34 * layer / layers),
+                        1,
+                        0.34 / layers,
+                        color=colours[layer],
+                        linewidth=0,
+                    )
                     page.add_patch(bar)
             # A byte that was not foreseen stands out.
             surprise = min(1.0, float(reading.bits[place]) / 8)
             character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
-            page.text(column + 0.5, row + 0.35, character, fontsize=8, family="monospace", ha="center", va="center", color=(surprise, 0, 0))
+            page.text(
+                column + 0.5,
+                row + 0.35,
+                character,
+                fontsize=8,
+                family="monospace",
+                ha="center",
+                va="center",
+                color=(surprise, 0, 0),
+            )
         page.set(xlim=(0, LINE), ylim=(lines, 0))
         page.axis("off")
-        page.set_title("held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen", fontsize=10, loc="left")
+        page.set_title(
+            "held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen",
+            fontsize=10,
+            loc="left",
+        )
         for layer in range(layers):
             page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
         if layers:

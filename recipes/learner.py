@@ -1,4 +1,6 @@
-"""What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no numbers."""
+"""What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no
+numbers.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -119,9 +121,12 @@ class Learner(lightning.LightningModule):
             routers = routers_of(self.model)
             drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.samples]
             rows = decisions[0].active.shape[0] if decisions else 0
-            if losses.ndim == 1 and losses.shape[0] < rows:  # a sample of several rows, such as a pair of documents: each owes its loss
+            # A sample of several rows, such as a pair of documents: each owes its loss.
+            if losses.ndim == 1 and losses.shape[0] < rows:
                 losses = losses.repeat_interleave(rows // losses.shape[0])
-            total = total + weights.policy * policy_gradient_loss(drawn, losses, valid, rates_are_held=self.controller is not None)
+            total = total + weights.policy * policy_gradient_loss(
+                drawn, losses, valid, rates_are_held=self.controller is not None
+            )
         return total
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -160,13 +165,20 @@ class Learner(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam or rectified Adam with decoupled decay, and the schedule, per update."""
         spec = self.training_spec
-        settings: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.betas, "eps": spec.epsilon, "weight_decay": spec.weight_decay}
+        settings: dict[str, Any] = {
+            "lr": spec.learning_rate,
+            "betas": spec.betas,
+            "eps": spec.epsilon,
+            "weight_decay": spec.weight_decay,
+        }
         optimizer: torch.optim.Optimizer
         if spec.optimizer == "radam":
             optimizer = torch.optim.RAdam(self._groups(), **settings, decoupled_weight_decay=True)
         else:  # a fused optimiser scales by itself, which Lightning's clipping refuses
             optimizer = torch.optim.AdamW(self._groups(), **settings, fused=self.trainer.precision.endswith("true"))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -180,7 +192,8 @@ class Learner(lightning.LightningModule):
         return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]
 
     def check_loss(self, loss: Tensor) -> None:
-        """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good checkpoint.
+        """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good
+        checkpoint.
 
         Raises:
             DataError: what to do about it.

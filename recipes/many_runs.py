@@ -32,7 +32,13 @@ def unfinished(specs: Mapping[str, ExperimentSpec], out: Path) -> dict[str, Expe
 
 
 def train_all(
-    specs: Mapping[str, ExperimentSpec], out: Path, data: TaskData, *, cache: Path, accelerator: str = "auto", jobs: int = 1
+    specs: Mapping[str, ExperimentSpec],
+    out: Path,
+    data: TaskData,
+    *,
+    cache: Path,
+    accelerator: str = "auto",
+    jobs: int = 1,
 ) -> Iterator[str]:
     """Train runs; gives the name of each as it ends, finished or failed. An interrupted run goes on where it was.
 
@@ -54,13 +60,20 @@ def train_all(
     calls = {name: (_train_alone, (spec, out / name, cache, accelerator)) for name, spec in specs.items()}
     for name, code in side_by_side(calls, jobs):
         if code and not (out / name / ERROR).is_file():
-            write_text(out / name / ERROR, f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}")
+            write_text(
+                out / name / ERROR,
+                f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}",
+            )
         yield name
 
 
 def failure(folder: Path) -> str | None:
     """Why a run failed, in a line; None if it did not."""
-    return read_file(folder / ERROR, LIMIT, CheckpointError).decode(errors="replace") if (folder / ERROR).is_file() else None
+    return (
+        read_file(folder / ERROR, LIMIT, CheckpointError).decode(errors="replace")
+        if (folder / ERROR).is_file()
+        else None
+    )
 
 
 def in_words(folder: Path) -> str:
@@ -72,7 +85,9 @@ def in_words(folder: Path) -> str:
 
 
 def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str) -> None:
-    """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be mixed."""
+    """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be
+    mixed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -83,7 +98,8 @@ def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: s
 
 def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], accelerator: str) -> None:
     try:
-        from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help need not wait for it
+        # Lightning takes seconds to import; --help need not wait for it.
+        from sma.recipes.training import run_experiment
 
         run_experiment(spec, folder, data(), resume=True, accelerator=accelerator, progress=False)
     except Exception as error:  # whatever it is: the other runs go on

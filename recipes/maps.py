@@ -1,4 +1,6 @@
-"""Activation maps: which positions of a sample ran sub-modules, drawn over what the sample is: a text, an image or a sound."""
+"""Activation maps: which positions of a sample ran sub-modules, drawn over what the sample is: a text, an image or a
+sound.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -151,7 +153,9 @@ def _draw_short_text(figure: Any, example: Example, title: str) -> None:
 
 
 def _draw_long_text(figure: Any, example: Example, title: str) -> None:
-    """The whole sample as a strip per layer, and its beginning as a text whose tokens are as dark as many layers ran on them."""
+    """The whole sample as a strip per layer, and its beginning as a text whose tokens are as dark as many layers ran on
+    them.
+    """
     layers, positions = example.active.shape
     lines = wrapped(example.texts)
     strip, page = figure.subplots(2, 1, height_ratios=[0.3 + 0.14 * layers, 0.17 * len(lines)])
@@ -166,14 +170,18 @@ def _draw_long_text(figure: Any, example: Example, title: str) -> None:
             ground[row, column : column + max(1, len(text))] = share[number]
             # Each by itself: a line of text would be wider or narrower than the columns of the ground.
             middle = column + (len(text) - 1) / 2
-            sign = page.text(middle, row, text, fontsize=7, family="monospace", ha="center", va="center", parse_math=False)
+            sign = page.text(
+                middle, row, text, fontsize=7, family="monospace", ha="center", va="center", parse_math=False
+            )
             sign.set_in_layout(False)  # a thousand of them would be measured again and again
     page.imshow(ground.numpy(), aspect="auto", cmap="Oranges", vmin=0, vmax=1.5, interpolation="nearest")
     page.set_yticks(range(len(lines)), [str(line.first) for line in lines], fontsize=7)
     page.set_xticks([])
     page.tick_params(length=0)
     shown = lines[-1].first + len(lines[-1].columns)
-    page.set_xlabel(f"positions 0 to {shown - 1:,} of {positions:,}; the darker, the more of the {layers} layers ran", fontsize=8)
+    page.set_xlabel(
+        f"positions 0 to {shown - 1:,} of {positions:,}; the darker, the more of the {layers} layers ran", fontsize=8
+    )
 
 
 def _draw_strip(axis: Any, active: Bool[Tensor, "N L"], extent: tuple[float, float]) -> None:

@@ -7,7 +7,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 
 class MetricsLogger(CSVLogger):
-    """Lightning's logger, with files in UTF-8: in the locale's encoding, a name that it lacks would end the training."""
+    """Lightning's logger, with files in UTF-8: in the locale's encoding, a name that it lacks would end the
+    training.
+    """
 
     @property
     @rank_zero_experiment

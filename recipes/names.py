@@ -1,4 +1,6 @@
-"""Names that users gave, to files, folders and classes, made fit for where they are shown: lines, commands and Markdown."""
+"""Names that users gave, to files, folders and classes, made fit for where they are shown: lines, commands and
+Markdown.
+"""
 
 import os
 import shlex
@@ -9,7 +11,8 @@ SHOWN = 100
 
 
 def plain(text: object, limit: int | None = None) -> str:
-    r"""Return a text on one line without control characters: those, lone surrogates and signs without width become escapes such as `\n`.
+    r"""Return a text on one line without control characters: those, lone surrogates and signs without width become
+    escapes such as `\n`.
 
     Args:
         text: what is shown, such as a path.
@@ -23,7 +26,9 @@ def plain(text: object, limit: int | None = None) -> str:
 
 
 def shell_word(text: object) -> str:
-    r"""Return a text as one word of a command that can be copied from a terminal: as `shlex.quote`, or as `$'...'` with escapes."""
+    r"""Return a text as one word of a command that can be copied from a terminal: as `shlex.quote`, or as `$'...'` with
+    escapes.
+    """
     if (word := str(text)).isprintable():
         return shlex.quote(word)
     signs = {"\\": r"\\", "'": r"\'"}
@@ -35,7 +40,9 @@ def _bytes_in_words(sign: str) -> str:
 
 
 def markdown_table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table in Markdown, its first column to the left and the others to the right; nothing in a cell can end it."""
+    """Return a table in Markdown, its first column to the left and the others to the right; nothing in a cell can end
+    it.
+    """
     lines = [head, *rows]
     first, *others = (f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
     return "\n".join([first, f"| {' | '.join(['---'] + ['---:'] * (len(head) - 1))} |", *others])

@@ -1,4 +1,6 @@
-"""A training that ends on a signal: it stops between two updates, or in an evaluation, and goes on from there to the same results."""
+"""A training that ends on a signal: it stops between two updates, or in an evaluation, and goes on from there to the
+same results.
+"""
 
 import copy
 from collections.abc import Callable
@@ -17,8 +19,8 @@ from sma.recipes.signals import Preempted
 class Preemption(Callback):
     """Saves the last checkpoint and ends the training after a signal.
 
-    A checkpoint of an evaluation that was left says so: whoever goes on from it evaluates first. It holds the random states from before
-    that evaluation.
+    A checkpoint of an evaluation that was left says so: whoever goes on from it evaluates first. It holds the random
+    states from before that evaluation.
 
     Args:
         out: the run folder.
@@ -27,7 +29,8 @@ class Preemption(Callback):
 
     Attributes:
         number: of the signal that came; None: none did.
-        install: puts the handlers of the signals back in force, which Lightning replaces; None where signals are not watched.
+        install: puts the handlers of the signals back in force, which Lightning replaces; None where signals are not
+            watched.
     """
 
     def __init__(self, out: Path, training: TrainingSpec, states: RandomStates) -> None:
@@ -68,14 +71,17 @@ class Preemption(Callback):
             trainer.training = True
             trainer._logger_connector._first_loop_iter = first
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Remember what an evaluation changes."""
         done, training = trainer.global_step, self.training
         if done % training.evaluate_every == 0 or done >= training.updates:
             self._remember(trainer)
 
     def between_updates(self, trainer: Trainer) -> None:
-        """End the training here if a signal has come: everything about the update before is complete, and nothing of the next has begun.
+        """End the training here if a signal has come: everything about the update before is complete, and nothing of
+        the next has begun.
 
         Raises:
             Preempted: it has.

@@ -4,9 +4,9 @@ python recipes/recall.py
 python recipes/recall.py --arms seqboat,never --out runs/recall
 python recipes/recall.py --resume runs/recall
 
-Five models that differ in their router alone: `seqboat` (sampled decisions under a budget, learned from what they led to), `sma` (the
-paper's router, by itself), `always`, `never`, and `random` at the rates that seqboat reached. Then the dial: the trained seqboat at other
-rates, without training.
+Five models that differ in their router alone: `seqboat` (sampled decisions under a budget, learned from what they led
+to), `sma` (the paper's router, by itself), `always`, `never`, and `random` at the rates that seqboat reached. Then the
+dial: the trained seqboat at other rates, without training.
 """
 
 if not __package__:  # a script: its Python may not have the package
@@ -48,7 +48,9 @@ ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
 
 
 class Options(ArmsOptions):
-    """Train five models on associative recall that differ in their router alone, and show which tokens SeqBoat chose."""
+    """Train five models on associative recall that differ in their router alone, and show which tokens SeqBoat
+    chose.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="recall")
 
@@ -68,7 +70,9 @@ def recall_arms(spec: ExperimentSpec) -> dict[str, Arm]:
     """The five experiments: width, depth, updates, learning rate, data and seed are the same."""
 
     def free(changed: ExperimentSpec) -> ExperimentSpec:
-        return changed.replace(training=changed.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
+        return changed.replace(
+            training=changed.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None)
+        )
 
     return {
         "seqboat": spec,
@@ -106,7 +110,10 @@ def run(options: Options) -> dict[str, Any]:
             write_text(out / SUMMARY, json.dumps(summary, indent=1))
             print("seqboat turned to other rates, without training")
             for point in summary["calibrated"]:
-                print(f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy {point['accuracy']:6.1%}")
+                print(
+                    f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
+                    f"{point['accuracy']:6.1%}"
+                )
         shown = "seqboat" if "seqboat" in reports else next(iter(reports))
         if attempt(f"the figure of the comparison in {out}", lambda: draw(reports[shown], shown, summary, out, title)):
             print(f"figure   {plain(out / FIGURE)}")
@@ -130,7 +137,13 @@ def dial(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
             scores, targets = asked(cast(Tensor, output.logits), batch.targets)
             right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
             counts.append(count_rates(output.decisions, batch.valid))
-        points.append({"asked": asked_rate, "activation_rate": float(reduce(add, counts).rates.max()), "accuracy": right / asked_for})
+        points.append(
+            {
+                "asked": asked_rate,
+                "activation_rate": float(reduce(add, counts).rates.max()),
+                "accuracy": right / asked_for,
+            }
+        )
     return points
 
 
@@ -148,7 +161,10 @@ def rates_by_role(report: Report) -> dict[str, list[float]]:
 
 def _roles_in_words(report: Report) -> str:
     rows = rates_by_role(report)
-    return "\n".join(f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role])) for role in rows)
+    return "\n".join(
+        f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role]))
+        for role in rows
+    )
 
 
 def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
@@ -168,20 +184,29 @@ def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, titl
                 label.set_color(colours[ROLES[text[0]]])
             axis.tick_params(which="both", length=0)
             axis.set_title(
-                f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for", fontsize=9, loc="left"
+                f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for",
+                fontsize=9,
+                loc="left",
             )
         curves, dialled = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
         for name, model in summary["models"].items():
             points = rates_over_training(out / name).get("val_accuracy", [])
             (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
-            dialled.plot(model["activation_rate"], model["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
+            dialled.plot(
+                model["activation_rate"], model["accuracy"], "o", markersize=8, color=line.get_color(), label=name
+            )
         if "calibrated" in summary:
             points = summary["calibrated"]
             dialled.plot(
-                [point["activation_rate"] for point in points], [point["accuracy"] for point in points], "k--.", label="seqboat, dialled"
+                [point["activation_rate"] for point in points],
+                [point["accuracy"] for point in points],
+                "k--.",
+                label="seqboat, dialled",
             )
         curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
-        dialled.set(xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02))
+        dialled.set(
+            xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02)
+        )
         # Where no curve and no point is: accuracies go together near the top and near what chance gives.
         curves.legend(fontsize=8, loc="center", ncols=5)
         dialled.legend(fontsize=8, loc="lower right")

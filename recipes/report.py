@@ -33,7 +33,8 @@ class Report(NamedTuple):
     Attributes:
         majority: share of the commonest class: what guessing it always would score.
         samples: how many samples were looked at.
-        by_text: activation rate per layer of every text that stands at a position, and how often it stands there; none for a sound.
+        by_text: activation rate per layer of every text that stands at a position, and how often it stands there; none
+            for a sound.
         examples: samples for the figure.
         modules: the routed sub-modules of all layers.
         medium: what the positions are.
@@ -107,7 +108,9 @@ def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tu
 
 
 def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[int]]:
-    """The model's answers and the right ones; where positions are asked, how many were answered right and how many were asked."""
+    """The model's answers and the right ones; where positions are asked, how many were answered right and how many were
+    asked.
+    """
     if logits is None:
         return [], targets.tolist()
     guesses = logits.argmax(-1)
@@ -130,9 +133,18 @@ def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
     speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
     lines = [
         "",
-        f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, always the commonest answer {report.majority:.1%})",
-        f"activation rate   {'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}",
-        f"time              {summary['seconds']:.0f} s{speed}, {summary['parameters']:,} parameters, seed {summary['seed']}",
+        (
+            f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, "
+            f"always the commonest answer {report.majority:.1%})"
+        ),
+        (
+            "activation rate   "
+            f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
+        ),
+        (
+            f"time              {summary['seconds']:.0f} s{speed}, "
+            f"{summary['parameters']:,} parameters, seed {summary['seed']}"
+        ),
     ]
     if report.by_text and any(rates):
         busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
@@ -142,7 +154,11 @@ def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
         lines.append(f"what layer {busiest} runs  {shares}")
     if report.confusion is not None:
         lines += ["", report.confusion.table()]
-    lines += ["", f"figure            {where_figure(out)}", f"model             {plain(out / 'model')}   (sma.load reads it)"]
+    lines += [
+        "",
+        f"figure            {where_figure(out)}",
+        f"model             {plain(out / 'model')}   (sma.load reads it)",
+    ]
     lines += [
         f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
         f"summary           {plain(out / 'summary.json')}",
@@ -159,22 +175,33 @@ def where_figure(out: Path) -> str:
 def _hints(rates: Sequence[float], updates: int) -> list[str]:
     hints = ["--set layers.layer.router='{kind: never}' shows what the backbone does without attention"]
     if rates and max(rates) > 0.9:
-        hints.append("a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply")
+        hints.append(
+            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply"
+        )
     if rates and min(rates) < 0.001:
-        hints.append("a router is dead: its layer is the backbone alone; --set training.budget.target=0.3 keeps routers alive")
+        hints.append(
+            "a router is dead: its layer is the backbone alone; --set training.budget.target=0.3 keeps routers alive"
+        )
     hints.append(f"--set training.updates={2 * updates} trains twice as long")
     return hints
 
 
 def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update, rate).
+    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update,
+    rate).
 
     Lines that a killed process left half-written are skipped.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted((out / "metrics").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
+    for path in sorted(
+        (out / "metrics").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])
+    ):
         for row in csv.DictReader(_whole_lines(path), restkey=""):
-            wanted = {name: value for name, value in row.items() if value and (name.startswith("fit_rate/") or name == "val_accuracy")}
+            wanted = {
+                name: value
+                for name, value in row.items()
+                if value and (name.startswith("fit_rate/") or name == "val_accuracy")
+            }
             try:
                 update, points = int(row["step"]) + 1, {name: float(value) for name, value in wanted.items()}
             except (KeyError, TypeError, ValueError):
@@ -185,7 +212,9 @@ def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file that came to their end; where the machine went down, some systems fill the rest up with zeros."""
+    """The lines of a file that came to their end; where the machine went down, some systems fill the rest up with
+    zeros.
+    """
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and "\0" not in line]
 
@@ -193,8 +222,8 @@ def _whole_lines(path: Path) -> list[str]:
 def draw(report: Report, out: Path, title: str) -> Path:
     """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
 
-    Pixels are drawn as images, sounds as waves, everything else as text; see `sma.recipes.maps`. Where the confusion of the classes was
-    counted, it is drawn into `confusion.png`.
+    Pixels are drawn as images, sounds as waves, everything else as text; see `sma.recipes.maps`. Where the confusion of
+    the classes was counted, it is drawn into `confusion.png`.
     """
     heights = [*(height_of(example, report.medium) for example in report.examples), 2.9]
     with drawing(14, sum(heights) + 0.6) as figure:
@@ -218,13 +247,17 @@ def _caption(report: Report, example: Example) -> str:
 
 
 def draw_rates(axis: Any, out: Path) -> None:
-    """Draw the activation rates of a run over its training, and the validation accuracy where there is one, into an axis."""
+    """Draw the activation rates of a run over its training, and the validation accuracy where there is one, into an
+    axis.
+    """
     for name, points in rates_over_training(out).items():
         updates, values = zip(*points, strict=True)
         if name == "val_accuracy":
             axis.plot(updates, values, "k--o", markersize=3, label="validation accuracy")
         else:
-            axis.plot(updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": "))
+            axis.plot(
+                updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": ")
+            )
     axis.set(xlabel="update", ylabel="activation rate", ylim=(-0.02, 1.02))
     if axis.lines:
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -27,7 +27,8 @@ class Origin(Callback):
         spec: the experiment.
 
     Attributes:
-        started: whether an update has been made: until then errors are taken for those of the checkpoint that a run goes on from.
+        started: whether an update has been made: until then errors are taken for those of the checkpoint that a run
+            goes on from.
     """
 
     def __init__(self, spec: ExperimentSpec) -> None:
@@ -51,7 +52,9 @@ class Origin(Callback):
         self.started = True
 
 
-def checkpoint_to_resume(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], resume: bool) -> dict[str, Any] | None:
+def checkpoint_to_resume(
+    spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], resume: bool
+) -> dict[str, Any] | None:
     """The last checkpoint of a run, for it to go on from; None: the run begins.
 
     Args:
@@ -61,14 +64,18 @@ def checkpoint_to_resume(spec: ExperimentSpec, out: Path, hashes: Mapping[str, s
         resume: go on from the checkpoint, where the folder has one.
 
     Raises:
-        CheckpointError: the folder holds a run and nobody asked to resume, or that of another experiment, or the checkpoint is damaged.
+        CheckpointError: the folder holds a run and nobody asked to resume, or that of another experiment, or the
+            checkpoint is damaged.
         DataError: the run began with other data.
     """
     path = out / LAST
     if not resume:
         for name in (SUMMARY, LAST):
             if (out / name).exists():
-                raise CheckpointError(f"the folder {str(out)!r} holds a run already ({name}); resume it (--resume), or give another folder")
+                raise CheckpointError(
+                    f"the folder {str(out)!r} holds a run already ({name}); "
+                    "resume it (--resume), or give another folder"
+                )
         return None
     if not os.path.lexists(path):  # a link that leads to nothing is no beginning
         return None
@@ -88,7 +95,9 @@ def checkpoint_to_resume(spec: ExperimentSpec, out: Path, hashes: Mapping[str, s
 
 
 def _check_counts(state: Mapping[str, Any], updates: int, path: Path) -> None:
-    """Check that all that counts in a checkpoint has counted the same updates, by which Lightning knows what is to be done next."""
+    """Check that all that counts in a checkpoint has counted the same updates, by which Lightning knows what is to be
+    done next.
+    """
     done = state["global_step"]
     with parsing(f"the checkpoint {str(path)!r}", CheckpointError, REPLACE):
         loops = state["loops"]["fit_loop"]
@@ -97,13 +106,16 @@ def _check_counts(state: Mapping[str, Any], updates: int, path: Path) -> None:
         found = {*(count for each in counts for kind in ("total", "current") for count in each[kind].values())}
         epochs = {*(tuple(sorted(loops["epoch_progress"][kind].items())) for kind in ("total", "current"))}
         logged = loops["epoch_loop.state_dict"]["_batches_that_stepped"]
-        (optimizer,), (schedule,) = state["optimizer_states"], state["lr_schedulers"]  # Lightning takes none for nothing to put back
+        # Lightning takes none for nothing to put back.
+        (optimizer,), (schedule,) = state["optimizer_states"], state["lr_schedulers"]
         found.add(schedule["last_epoch"])
         if not optimizer["state"]:
             raise ValueError("the states of the optimiser are missing")
     one = tuple(sorted({"ready": 1, "started": 1, "processed": 0, "completed": 0}.items()))
     if not 0 < done <= updates or found != {done} or logged not in (done - 1, done) or epochs != {one}:
-        raise CheckpointError(f"the checkpoint {str(path)!r} does not agree with itself about the updates that were made; {REPLACE}")
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} does not agree with itself about the updates that were made; {REPLACE}"
+        )
 
 
 def check_weights(learner: Learner, state: Mapping[str, Any], path: Path) -> None:
@@ -118,10 +130,17 @@ def check_weights(learner: Learner, state: Mapping[str, Any], path: Path) -> Non
         raise CheckpointError(f"the checkpoint {str(path)!r} {what} {quote(name)}, it is of another model; {REPLACE}")
     for name, tensor in own.items():
         given = found[name]
-        if not isinstance(given, Tensor) or given.shape != tensor.shape or given.dtype != tensor.dtype or given.layout != tensor.layout:
+        if (
+            not isinstance(given, Tensor)
+            or given.shape != tensor.shape
+            or given.dtype != tensor.dtype
+            or given.layout != tensor.layout
+        ):
             there = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else quote(given)
             here = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise CheckpointError(f"the checkpoint {str(path)!r} is of another model: {name} is {there} there, and {here} here; {REPLACE}")
+            raise CheckpointError(
+                f"the checkpoint {str(path)!r} is of another model: {name} is {there} there, and {here} here; {REPLACE}"
+            )
 
 
 def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -134,6 +153,7 @@ def _refuse_other_data(recorded: Mapping[str, str], hashes: Mapping[str, str], o
     if names:
         listed = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
         raise DataError(
-            f"the data is not that with which the run in {str(out)!r} began: {listed} {'has' if len(names) == 1 else 'have'} "
-            "another hash; put the data of then back or name its folder (--data), or start a new run"
+            f"the data is not that with which the run in {str(out)!r} began: {listed} "
+            f"{'has' if len(names) == 1 else 'have'} another hash; "
+            "put the data of then back or name its folder (--data), or start a new run"
         )

@@ -34,16 +34,22 @@ class RoutedOptions(ArmsOptions):
 
     task: Literal["listops", "digits"] = Field(default="listops", description="what to learn")
     router: str | None = Field(
-        default=None, description="of the routed arm: a kind, or YAML such as '{kind: sma, temperature_scale: 0.5}'; default the preset's"
+        default=None,
+        description="of the routed arm: a kind, or YAML such as '{kind: sma, temperature_scale: 0.5}'; "
+        "default the preset's",
     )
     arms: str | None = Field(default=None, description=f"which to train, with commas between; default {','.join(ARMS)}")
 
 
 @contextmanager
-def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = None) -> Iterator[tuple[ExperimentSpec, list[str], Path]]:
-    """Yield the experiment that the arms are made of, the arms to train, and the folder of the comparison; the folder is locked as long.
+def comparison(
+    options: ArmsOptions, known: Sequence[str], router: str | None = None
+) -> Iterator[tuple[ExperimentSpec, list[str], Path]]:
+    """Yield the experiment that the arms are made of, the arms to train, and the folder of the comparison; the folder
+    is locked as long.
 
-    The first two are kept in the folder, so that `--resume FOLDER` goes on with the same; with `--arms` it trains others.
+    The first two are kept in the folder, so that `--resume FOLDER` goes on with the same; with `--arms` it trains
+    others.
 
     Args:
         options: the command line.
@@ -61,7 +67,10 @@ def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = 
         if router is not None:
             asked = with_routers(asked, _router(router))
     elif options.set or options.seed is not None or options.spec is not None or router is not None:
-        raise SpecError("--resume goes on with the comparison as it was; leave --set, --seed, --spec and --router out, or start a new one")
+        raise SpecError(
+            "--resume goes on with the comparison as it was; "
+            "leave --set, --seed, --spec and --router out, or start a new one"
+        )
     with folder_of(options, _CHOSEN, "comparison") as (out, began):
         if not began and asked is not None:
             write_text(out / EXPERIMENT, dump_yaml(asked))
@@ -69,7 +78,9 @@ def comparison(options: ArmsOptions, known: Sequence[str], router: str | None = 
         spec = load_experiment(out / EXPERIMENT)
         refuse_another(spec, asked or spec, out / EXPERIMENT)
         check_fits(spec, options)
-        kept = read_checked(out / _CHOSEN, lambda found: is_list_of(found, known), "a list of arms", "start a new comparison")
+        kept = read_checked(
+            out / _CHOSEN, lambda found: is_list_of(found, known), "a list of arms", "start a new comparison"
+        )
         yield spec, chosen or kept, out
 
 
@@ -79,13 +90,14 @@ def routed_arms(spec: ExperimentSpec) -> dict[str, Arm]:
     | arm | router |
     |---|---|
     | `routed` | the experiment's own |
-    | `expert_choice` | each layer runs the tokens that score highest, as many as ran there in `routed`: Mixture of Depths |
+    | `expert_choice` | each layer runs its best-scoring tokens, as many as ran there in `routed`: Mixture of Depths |
     | `always` | every token: the dense twin |
     | `never` | no token: what the rest of the model does alone |
-    | `random` | tokens drawn at random, as many as ran in `routed`: the control for every claim that routing learned something |
+    | `random` | tokens drawn at random, as many as in `routed`: the control for claims that routing learned something |
 
     Reference:
-        Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv 2404.02258.
+        Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv
+        2404.02258.
     """
 
     def expert_choice(results: Mapping[str, Result]) -> ExperimentSpec:
@@ -112,7 +124,8 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    from sma.recipes.report import draw  # it and the training import what takes seconds; --help and a wrong --set need not wait for it
+    # It and the training import what takes seconds; --help and a wrong --set need not wait for it.
+    from sma.recipes.report import draw
 
     with comparison(options, ARMS, options.router) as (spec, chosen, out):
         data = spec.task.prepare(options.data, progress=options.progress)
@@ -125,7 +138,9 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
             title=title,
             accelerator=options.accelerator,
             progress=options.progress,
-            figures=lambda name, run: draw(run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"),
+            figures=lambda name, run: draw(
+                run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"
+            ),
         )
         print(f"summary  {plain(out / SUMMARY)}")
         if (out / FIGURE).is_file():

@@ -28,7 +28,11 @@ class Options(RoutedOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: run_routed(parse(Options, sys.argv[1:] if arguments is None else arguments), "Routed feed-forward layers"))
+    return exit_code(
+        lambda: run_routed(
+            parse(Options, sys.argv[1:] if arguments is None else arguments), "Routed feed-forward layers"
+        )
+    )
 
 
 if __name__ == "__main__":

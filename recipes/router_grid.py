@@ -64,10 +64,14 @@ def columns(spec: ExperimentSpec) -> list[str]:
 
 
 def grid(spec: ExperimentSpec) -> list[Cell]:
-    """All runs of the table: every router in every column once, then the `REPEATED` ones with two more seeds in the first column."""
+    """All runs of the table: every router in every column once, then the `REPEATED` ones with two more seeds in the
+    first column.
+    """
     known = columns(spec)
     cells = [Cell(column, router, spec.seed) for column in known for router in ROUTERS]
-    return cells + [Cell(known[0], router, spec.seed + more) for more in range(1, SEEDS) for router in REPEATED if known]
+    return cells + [
+        Cell(known[0], router, spec.seed + more) for more in range(1, SEEDS) for router in REPEATED if known
+    ]
 
 
 def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
@@ -88,7 +92,9 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
     layers = tuple(_with_modules(layer, cell.column) for layer in spec.model.layer_specs)
     kind, steered = cell.router.removesuffix(BUDGET), cell.router.endswith(BUDGET)
     spec = spec.replace(
-        model=spec.model.replace(layers=layers), training=spec.training.replace(budget=budget if steered else None), seed=cell.seed
+        model=spec.model.replace(layers=layers),
+        training=spec.training.replace(budget=budget if steered else None),
+        seed=cell.seed,
     )
     if kind == "bernoulli":  # which learns from its policy gradient alone, and slowly, because that is noisy
         training = spec.training
@@ -96,7 +102,10 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
         spec = spec.replace(training=training.replace(router_learning_rate=slow))
     own = [layer.router for layer in layers if layer.modules]
     seeds = [(cell.seed * len(own) + place) % 2**31 for place in range(len(own))]
-    made = [_router(kind, router, budget.target, spec.training.updates, seed) for router, seed in zip(own, seeds, strict=True)]
+    made = [
+        _router(kind, router, budget.target, spec.training.updates, seed)
+        for router, seed in zip(own, seeds, strict=True)
+    ]
     return with_routers(spec, made)
 
 
@@ -106,7 +115,10 @@ def _with_modules(layer: LayerSpec, column: str) -> LayerSpec:
 
 def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
     if not isinstance(own, SMARouterSpec):
-        raise SpecError(f"the table is made of an experiment whose routers are of the kind 'sma', not {own.kind!r}; the rows replace them")
+        raise SpecError(
+            f"the table is made of an experiment whose routers are of the kind 'sma', not {own.kind!r}; "
+            "the rows replace them"
+        )
     scale = own.temperature_scale
     made: dict[str, Callable[[], RouterSpec]] = {
         "sma": lambda: own,

@@ -20,8 +20,8 @@ def repeated(runs: Sequence[Run]) -> list[dict[str, Any]]:
         runs: finished runs, as `sma.recipes.router_table.run` lists them.
 
     Returns:
-        one entry for each router and column with several seeds: `modules`, `router`, `seeds`, and (mean, least, greatest) of
-        `accuracy`, `rate` (over layers and sub-modules) and `operations_per_token`.
+        one entry for each router and column with several seeds: `modules`, `router`, `seeds`, and (mean, least,
+        greatest) of `accuracy`, `rate` (over layers and sub-modules) and `operations_per_token`.
     """
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
@@ -39,7 +39,9 @@ def repeated(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The whole table: a block for every column, one of the repeated runs, the failed ones, and what all of it was measured with."""
+    """The whole table: a block for every column, one of the repeated runs, the failed ones, and what all of it was
+    measured with.
+    """
     blocks = []
     first = [run for run in summary["runs"] if run["seed"] == summary["seeds"][0]]
     for column in dict.fromkeys(run["modules"] for run in first):
@@ -56,14 +58,20 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def comma_separated(summary: Mapping[str, Any]) -> str:
-    """A row for every run; the rates have columns `rate/layer0/NAME`, and those of sub-modules that a run does not have are empty."""
+    """A row for every run; the rates have columns `rate/layer0/NAME`, and those of sub-modules that a run does not have
+    are empty.
+    """
     rows = []
     for run in summary["runs"]:
-        rates = {f"rate/layer{layer}/{name}": rate for layer, each in enumerate(run["rates"]) for name, rate in each.items()}
+        rates = {
+            f"rate/layer{layer}/{name}": rate for layer, each in enumerate(run["rates"]) for name, rate in each.items()
+        }
         rows.append({name: value for name, value in run.items() if name != "rates"} | rates)
     rows += [dict(run) for run in summary["failed"]]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -71,7 +79,9 @@ def comma_separated(summary: Mapping[str, Any]) -> str:
 
 def _cells(run: Run) -> list[str]:
     names = list(dict.fromkeys(name for rates in run["rates"] for name in rates))
-    by_name = {name: " / ".join(f"{100 * rates[name]:.0f}" for rates in run["rates"] if name in rates) for name in names}
+    by_name = {
+        name: " / ".join(f"{100 * rates[name]:.0f}" for rates in run["rates"] if name in rates) for name in names
+    }
     rates = ", ".join(f"{name} {cell}" if len(names) > 1 else cell for name, cell in by_name.items())
     speed = f"{run['tokens_per_second']:,}" if run["tokens_per_second"] else "-"
     return [run["router"], f"{run['accuracy']:.1%}", rates, f"{run['operations_per_token']:,.0f}", speed]
@@ -90,7 +100,11 @@ def _caption(summary: Mapping[str, Any]) -> str:
     if not summary["runs"]:
         return "No run is finished."
     jobs, samples = summary["jobs"], summary["test_samples"]
-    speed = "one run at a time" if jobs == 1 else f"each run beside {jobs - 1} other{'s' if jobs > 2 else ''}, so not to be compared"
+    speed = (
+        "one run at a time"
+        if jobs == 1
+        else f"each run beside {jobs - 1} other{'s' if jobs > 2 else ''}, so not to be compared"
+    )
     sentences = [
         f"{summary['task']}, {summary['updates']:,} updates for every run.",
         f"{samples:,} test samples: one standard error is at most {50 / samples**0.5:.1f} points.",

@@ -35,7 +35,17 @@ CHOSEN = "chosen.json"
 TABLE, VALUES = "table.md", "table.csv"
 
 
-NEEDED = ("task", "chance", "majority", "updates", "data", "test_accuracy", "activation_rates", "tokens_per_second", "seconds")
+NEEDED = (
+    "task",
+    "chance",
+    "majority",
+    "updates",
+    "data",
+    "test_accuracy",
+    "activation_rates",
+    "tokens_per_second",
+    "seconds",
+)
 """What the table reads from the summaries of its runs."""
 
 
@@ -45,11 +55,15 @@ class Options(RunOptions):
     model_config = SettingsConfigDict(cli_prog_name="router_table")
 
     preset: Literal["tiny"] = Field(default="tiny", description="52 runs of less than a minute on one core each")
-    only: str | None = Field(default=None, description=f"routers to train, with commas between; default {','.join(ROUTERS)}")
+    only: str | None = Field(
+        default=None, description=f"routers to train, with commas between; default {','.join(ROUTERS)}"
+    )
     modules: str | None = Field(
         default=None, description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one"
     )
-    jobs: int = Field(default=2, ge=1, description="runs side by side, each in a process of its own; 1 trains in this one")
+    jobs: int = Field(
+        default=2, ge=1, description="runs side by side, each in a process of its own; 1 trains in this one"
+    )
 
     @property
     def name(self) -> str:
@@ -67,9 +81,9 @@ def run(options: Options) -> dict[str, Any]:
     A run that fails does not stop the others; its traceback stands in `log.txt` of its folder.
 
     Returns:
-        the summary: `runs` holds of every finished run its `modules` (the column), `router`, `seed`, `accuracy` on the test split,
-        `rates` (of every sub-module of every layer), `operations_per_token`, `tokens_per_second` and `seconds`; `failed` the reason
-        of every other that was tried; `repeated` the spread over seeds.
+        the summary: `runs` holds of every finished run its `modules` (the column), `router`, `seed`, `accuracy` on the
+        test split, `rates` (of every sub-module of every layer), `operations_per_token`, `tokens_per_second` and
+        `seconds`; `failed` the reason of every other that was tried; `repeated` the spread over seeds.
 
     Raises:
         SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
@@ -85,7 +99,9 @@ def _train(
     left = {cell.name: left[cell.name] for cell in chosen if cell.name in left}
     data = spec.task.prepare(options.data, progress=options.progress)
     print(
-        f"{len(chosen)} runs of {spec.training.updates:,} updates, {len(left)} to do, {options.jobs} at a time -> {plain(out)}", flush=True
+        f"{len(chosen)} runs of {spec.training.updates:,} updates, "
+        f"{len(left)} to do, {options.jobs} at a time -> {plain(out)}",
+        flush=True,
     )
     started = time.perf_counter()
     earlier = {"seconds": 0.0, "jobs": 1}
@@ -96,7 +112,11 @@ def _train(
     def write() -> dict[str, Any]:
         seconds = round(earlier["seconds"] + time.perf_counter() - started, 1)
         summary = _summary(specs, out, data) | {"jobs": jobs, "seconds": seconds}
-        for name, text in ((TABLE, markdown(summary)), (VALUES, comma_separated(summary)), (SUMMARY, json.dumps(summary, indent=1))):
+        for name, text in (
+            (TABLE, markdown(summary)),
+            (VALUES, comma_separated(summary)),
+            (SUMMARY, json.dumps(summary, indent=1)),
+        ):
             write_text(out / name, text)
         return summary
 
@@ -105,28 +125,44 @@ def _train(
         print(f"[{number}/{len(left)}] {name}: {in_words(out / name)}", flush=True)
         write()
     summary = write()
-    print(f"\n{markdown(summary)}\ntable    {plain(out / TABLE)}\nvalues   {plain(out / VALUES)}\nsummary  {plain(out / SUMMARY)}")
+    print(
+        "\n"
+        f"{markdown(summary)}\n"
+        f"table    {plain(out / TABLE)}\n"
+        f"values   {plain(out / VALUES)}\n"
+        f"summary  {plain(out / SUMMARY)}"
+    )
     failed = [name for name in left if failure(out / name) is not None]
     if failed:
         raise SmaError(
-            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; {LOG} of each says why, and --resume {out} tries again"
+            f"{len(failed)} of {len(left)} runs failed: {', '.join(failed)}; "
+            f"{LOG} of each says why, and --resume {out} tries again"
         )
     return summary
 
 
 @contextmanager
 def _table(options: Options) -> Iterator[tuple[ExperimentSpec, dict[Cell, ExperimentSpec], list[Cell], Path]]:
-    """Yield the experiment that the table is made of, those of the whole grid, the runs to train, and the folder, locked."""
+    """Yield the experiment that the table is made of, those of the whole grid, the runs to train, and the folder,
+    locked.
+    """
     asked = None
     if options.resume is None:
         asked = asked_experiment(options)
         if not columns(asked):
-            raise SpecError("the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules")
-        chosen = {"routers": _names(options.only, ROUTERS, "router"), "modules": _names(options.modules, columns(asked), "column")}
+            raise SpecError(
+                "the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules"
+            )
+        chosen = {
+            "routers": _names(options.only, ROUTERS, "router"),
+            "modules": _names(options.modules, columns(asked), "column"),
+        }
         for cell in grid(asked):
             cell_experiment(asked, cell)  # says what is wrong before anything is made
     elif options.set or options.seed is not None or options.spec is not None:
-        raise SpecError("--resume goes on with the table as it was; leave --set, --seed and --spec out, or start a new one")
+        raise SpecError(
+            "--resume goes on with the table as it was; leave --set, --seed and --spec out, or start a new one"
+        )
     with folder_of(options, CHOSEN, "table") as (out, began):
         if not began and asked is not None:
             write_text(out / EXPERIMENT, dump_yaml(asked))
@@ -135,7 +171,9 @@ def _table(options: Options) -> Iterator[tuple[ExperimentSpec, dict[Cell, Experi
         refuse_another(spec, asked or spec, out / EXPERIMENT)
         check_fits(spec, options)
         known = columns(spec)
-        before = read_checked(out / CHOSEN, lambda found: _is_chosen(found, known), "the rows and columns of a table", "start a new one")
+        before = read_checked(
+            out / CHOSEN, lambda found: _is_chosen(found, known), "the rows and columns of a table", "start a new one"
+        )
         routers = before["routers"] if options.only is None else _names(options.only, ROUTERS, "router")
         modules = before["modules"] if options.modules is None else _names(options.modules, known, "column")
         specs = {cell: cell_experiment(spec, cell) for cell in grid(spec)}
@@ -143,7 +181,11 @@ def _table(options: Options) -> Iterator[tuple[ExperimentSpec, dict[Cell, Experi
 
 
 def _is_chosen(value: Any, known: Sequence[str]) -> bool:
-    return isinstance(value, dict) and is_list_of(value.get("routers"), ROUTERS) and is_list_of(value.get("modules"), known)
+    return (
+        isinstance(value, dict)
+        and is_list_of(value.get("routers"), ROUTERS)
+        and is_list_of(value.get("modules"), known)
+    )
 
 
 def _is_summary(value: Any) -> bool:

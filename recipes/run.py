@@ -82,7 +82,9 @@ class Stopwatch(Callback):
         """Start."""
         self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stop."""
         self.seconds += time.perf_counter() - self._since
         self._tokens = int(getattr(pl_module, "tokens_seen", 0))
@@ -90,7 +92,9 @@ class Stopwatch(Callback):
     def spent(self) -> Spent:
         """By all parts so far; of several processes all must ask."""
         elapsed, updating, tokens = self.earlier
-        return Spent(elapsed + time.perf_counter() - self._began, updating + self.seconds, tokens + sum(of_all(self._tokens)))
+        return Spent(
+            elapsed + time.perf_counter() - self._began, updating + self.seconds, tokens + sum(of_all(self._tokens))
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What all parts took."""
@@ -143,8 +147,8 @@ def fit(
 ) -> Fitted:
     """Train a learner and load its best checkpoint.
 
-    SIGTERM and SIGUSR1 end the training after the update that is being made, or in an evaluation, with a checkpoint from which it goes on
-    to the same results; in one process only, and in its main thread.
+    SIGTERM and SIGUSR1 end the training after the update that is being made, or in an evaluation, with a checkpoint
+    from which it goes on to the same results; in one process only, and in its main thread.
 
     Args:
         learner: what is trained.
@@ -157,11 +161,13 @@ def fit(
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
         callbacks: of Lightning, that watch the training.
-        team: the processes that train it together; all of them read the checkpoint they go on from, the first one writes the folder.
+        team: the processes that train it together; all of them read the checkpoint they go on from, the first one
+            writes the folder.
 
     Raises:
         DataError: a batch or a loss that is not finite, or other data than the run began with.
-        CheckpointError: the folder cannot be written, holds a run that is not to be resumed or another one, or a damaged checkpoint.
+        CheckpointError: the folder cannot be written, holds a run that is not to be resumed or another one, or a
+            damaged checkpoint.
         SpecError: there is no such device.
         Preempted: a signal ended the training.
     """
@@ -179,7 +185,8 @@ def fit(
     more = 1 if found is not None and owes_evaluation(found) else 0
     trainer = _trainer(spec, out, accelerator, learner, watching, team, more)
     if spec.precision == "64-true":
-        # Lightning converts the model only after it has put back the weights of a checkpoint, which would lose half of their digits.
+        # Lightning converts the model only after it has put back the weights of a checkpoint, which would lose half of
+        # their digits.
         learner.double()
     if found is not None:
         check_weights(learner, found, out / LAST)
@@ -218,7 +225,9 @@ def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done
 
 
 def _parts(path: Path) -> list[dict[str, Any]]:
-    found = read_checked(path, is_parts, "the versions of a run", "delete it to go on without those of the parts before")
+    found = read_checked(
+        path, is_parts, "the versions of a run", "delete it to go on without those of the parts before"
+    )
     return found if isinstance(found, list) else [{"update": 0, **found}]  # as older versions wrote it
 
 
@@ -245,8 +254,8 @@ def finish(
 ) -> dict[str, Any]:
     """Save the model and write the summary: what was measured, and what it was measured with; returns the summary.
 
-    `figures` is called with the summary before it is written: a run that has one is finished, and nothing of it is made again. What it
-    raises becomes a warning.
+    `figures` is called with the summary before it is written: a run that has one is finished, and nothing of it is made
+    again. What it raises becomes a warning.
     """
     spent, device = fitted.stopwatch.spent(), fitted.trainer.strategy.root_device.type
     summary = {
@@ -273,7 +282,10 @@ def finish(
 
 def rates_by_module(measured: Mapping[str, float], learner: Learner) -> list[dict[str, float]]:
     """The activation rate of every sub-module of every routed layer in the test."""
-    return [{name: measured[f"test_rate/layer{layer}/{name}"] for name in names} for layer, names in enumerate(learner.module_names)]
+    return [
+        {name: measured[f"test_rate/layer{layer}/{name}"] for name in names}
+        for layer, names in enumerate(learner.module_names)
+    ]
 
 
 def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[float]:
@@ -282,12 +294,25 @@ def rates_by_layer(measured: Mapping[str, float], learner: Learner) -> list[floa
 
 
 def _trainer(
-    spec: ExperimentSpec, out: Path, accelerator: str, learner: Learner, callbacks: list[Callback], team: Team, more: int
+    spec: ExperimentSpec,
+    out: Path,
+    accelerator: str,
+    learner: Learner,
+    callbacks: list[Callback],
+    team: Team,
+    more: int,
 ) -> Trainer:
     training = spec.training
-    # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far (Lightning 2.6).
+    # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far
+    # (Lightning 2.6).
     best, last = (
-        kind(out / "checkpoints", Path(name).stem, monitor=monitor, mode=learner.monitor_mode, enable_version_counter=False)
+        kind(
+            out / "checkpoints",
+            Path(name).stem,
+            monitor=monitor,
+            mode=learner.monitor_mode,
+            enable_version_counter=False,
+        )
         for kind, name, monitor in ((BestCheckpoint, BEST, learner.monitor), (LastCheckpoint, LAST, None))
     )
     return make_trainer(
@@ -300,7 +325,10 @@ def _trainer(
         val_check_interval=min(training.evaluate_every, training.updates),
         gradient_clip_val=training.clip_norm,
         callbacks=[best, last, *callbacks],
-        logger=[MetricsLogger(out, name="metrics", flush_logs_every_n_steps=1), TensorBoardLogger(out, name="tensorboard", version="")],
+        logger=[
+            MetricsLogger(out, name="metrics", flush_logs_every_n_steps=1),
+            TensorBoardLogger(out, name="tensorboard", version=""),
+        ],
         log_every_n_steps=training.log_every,
         num_sanity_val_steps=0,
         enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
@@ -327,7 +355,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that is running, with `-dirty` after it where files differ; None outside a checkout."""
+    """The commit of the checkout that is running, with `-dirty` after it where files differ; None outside a
+    checkout.
+    """
     folder = Path(__file__).resolve().parent
     try:
         described = subprocess.run(

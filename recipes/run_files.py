@@ -94,7 +94,8 @@ def read_summary(folder: Path, *needed: str) -> dict[str, Any]:
     missing = [name for name in needed if name not in found]
     if missing:
         raise CheckpointError(
-            f"{str(path)!r} has no {', '.join(missing)}: it is damaged, or that of another task; the run must be repeated"
+            f"{str(path)!r} has no {', '.join(missing)}: it is damaged, or that of another task; "
+            "the run must be repeated"
         )
     return found
 
@@ -110,7 +111,9 @@ def is_list_of(value: Any, known: Collection[str]) -> bool:
 
 
 def is_parts(value: Any) -> bool:
-    """Whether a value is what `versions.json` holds: an object, as older versions wrote it, or one for every part of a run."""
+    """Whether a value is what `versions.json` holds: an object, as older versions wrote it, or one for every part of a
+    run.
+    """
     return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(part, dict) for part in value))
 
 
@@ -127,7 +130,9 @@ def difference(one: Any, other: Any, path: str = "") -> str:
     return f"{path} is {quote(one)} there, and {quote(other)} is asked for"
 
 
-def refuse_another(there: Spec, asked: Spec, path: Path, hint: str = "give another folder, or resume it as it was") -> None:
+def refuse_another(
+    there: Spec, asked: Spec, path: Path, hint: str = "give another folder, or resume it as it was"
+) -> None:
     """Refuse to go on with another experiment than the one that is asked for.
 
     Args:

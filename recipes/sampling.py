@@ -1,4 +1,6 @@
-"""The order of the samples: a function of the seed and the number of the update, so that a run can start again anywhere."""
+"""The order of the samples: a function of the seed and the number of the update, so that a run can start again
+anywhere.
+"""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,8 +16,8 @@ from sma.recipes.team import ALONE, Team
 class UpdateSampler(Sampler[list[int]]):
     """The batches of a whole training, one per update, from update `start` on.
 
-    Every epoch is a new permutation. `bucket` batches at a time are sorted by length, so that a batch needs little padding, and
-    the batches of an epoch come in random order. What is left over at the end of an epoch sits it out.
+    Every epoch is a new permutation. `bucket` batches at a time are sorted by length, so that a batch needs little
+    padding, and the batches of an epoch come in random order. What is left over at the end of an epoch sits it out.
 
     Args:
         lengths: length of every sample.
@@ -40,7 +42,14 @@ class UpdateSampler(Sampler[list[int]]):
         bucket: int = 50,
         team: Team = ALONE,
     ) -> None:
-        self.lengths, self.updates, self.seed, self.start, self.bucket, self.team = lengths, updates, seed, start, bucket, team
+        self.lengths, self.updates, self.seed, self.start, self.bucket, self.team = (
+            lengths,
+            updates,
+            seed,
+            start,
+            bucket,
+            team,
+        )
         self.batch_size = min(batch_size, len(lengths))
         team.check_batch(self.batch_size)
         self.per_epoch = len(lengths) // self.batch_size

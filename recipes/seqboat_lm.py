@@ -27,11 +27,15 @@ from sma.recipes.names import plain
 
 
 class Options(OneRunOptions):
-    """Train a byte-level language model and evaluate it in bits per character; `seqboat_lm generate --help` writes text."""
+    """Train a byte-level language model and evaluate it in bits per character; `seqboat_lm generate --help` writes
+    text.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lm")
 
-    preset: Literal["tiny", "paper"] = Field(default="tiny", description="minutes on two cores, or enwik8 in the paper's setting")
+    preset: Literal["tiny", "paper"] = Field(
+        default="tiny", description="minutes on two cores, or enwik8 in the paper's setting"
+    )
 
     @property
     def name(self) -> str:
@@ -46,11 +50,17 @@ class GenerateOptions(CommandOptions):
     run: Path = Field(description="the folder of a run, or of a model that sma.save wrote")
     prompt: str = Field(default="\n", description="the beginning of the text")
     tokens: int = Field(default=500, ge=0, description="bytes to write")
-    temperature: float = Field(default=0.8, ge=0.0, description="below 1 is more cautious; 0 takes the most probable byte")
+    temperature: float = Field(
+        default=0.8, ge=0.0, description="below 1 is more cautious; 0 takes the most probable byte"
+    )
     top_k: int | None = Field(default=None, ge=1, description="draw from the k most probable bytes only")
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0, description="draw from the most probable bytes that add up to p")
+    top_p: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="draw from the most probable bytes that add up to p"
+    )
     seed: int = Field(default=0, description="of the draws")
-    samples: int = Field(default=1, ge=1, description="texts to write at once; several are printed one after another at the end")
+    samples: int = Field(
+        default=1, ge=1, description="texts to write at once; several are printed one after another at the end"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in `evaluation.json`.
+    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in
+    `evaluation.json`.
 
     Raises:
         SmaError: a sentence for the user.
@@ -82,12 +93,16 @@ def _train(start: Start, options: Options) -> dict[str, Any]:
     from sma.recipes.language_report import describe_language, draw_language
 
     corpus = spec.task.prepare(options.data, progress=options.progress)
-    sizes = f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    sizes = (
+        f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    )
     print(f"SeqBoat on {plain(corpus.name)}: {sizes} -> {plain(out)}", flush=True)
 
     def draw(done: Finished) -> Path:
         bits = done.summary["bits_per_character"]
-        return draw_language(done.reading, out, f"SeqBoat on {label(corpus.name)}: {bits:.3f} bits per character, seed {spec.seed}")
+        return draw_language(
+            done.reading, out, f"SeqBoat on {label(corpus.name)}: {bits:.3f} bits per character, seed {spec.seed}"
+        )
 
     finished = run_language(
         spec,
@@ -111,8 +126,11 @@ def write(options: GenerateOptions) -> None:
     folder = options.run / "model" if (options.run / "model").is_dir() else options.run
     model = load(folder)
     if not isinstance(model, LanguageModel):
-        raise CheckpointError(f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can write text")
-    prompt = options.prompt.encode(errors="surrogateescape")  # of a prompt that is not UTF-8, its bytes as they were given
+        raise CheckpointError(
+            f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can write text"
+        )
+    # Of a prompt that is not UTF-8, its bytes as they were given.
+    prompt = options.prompt.encode(errors="surrogateescape")
     if not prompt:
         raise InputError("--prompt is empty; give at least one character")
     ids = torch.tensor([list(prompt)])

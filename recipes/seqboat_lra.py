@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: OneRunOptions) -> dict[str, Any]:
-    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in `evaluation.json`.
+    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in
+    `evaluation.json`.
 
     Raises:
         SmaError: a sentence for the user.
@@ -55,11 +56,14 @@ def run(options: OneRunOptions) -> dict[str, Any]:
 
 def _train(start: Start, options: OneRunOptions) -> dict[str, Any]:
     spec, out = start.spec, start.out
-    from sma.recipes.training import run_experiment  # Lightning takes seconds to import; --help and a wrong --set need not wait for it
+    # Lightning takes seconds to import; --help and a wrong --set need not wait for it.
+    from sma.recipes.training import run_experiment
 
     data = spec.task.prepare(options.data, progress=options.progress)
     title = f"SeqBoat on {spec.task.kind}"
-    sizes = f"{len(data.train):,} samples, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    sizes = (
+        f"{len(data.train):,} samples, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+    )
     print(f"{title}: {sizes} -> {plain(out)}", flush=True)
     finished = run_experiment(
         spec,
@@ -68,7 +72,9 @@ def _train(start: Start, options: OneRunOptions) -> dict[str, Any]:
         resume=start.resume,
         accelerator=options.accelerator,
         progress=options.progress,
-        figures=lambda done: draw(done.report, out, f"{title}: test accuracy {done.summary['test_accuracy']:.1%}, seed {spec.seed}"),
+        figures=lambda done: draw(
+            done.report, out, f"{title}: test accuracy {done.summary['test_accuracy']:.1%}, seed {spec.seed}"
+        ),
     )
     print(describe_run(finished.summary, finished.report, out))
     return finished.summary

@@ -22,13 +22,17 @@ def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:
         SpecError: there is no such name or file, or it holds no mapping.
     """
     if not isinstance(source, str | Path):
-        raise SpecError(f"{quote(source)} must be a mapping, or a word: the name of one of the shipped {folder} or the path of a file")
+        raise SpecError(
+            f"{quote(source)} must be a mapping, or a word: "
+            f"the name of one of the shipped {folder} or the path of a file"
+        )
     names, path = shipped(folder), Path(source)
     if str(source) in names:
         return read_fields(files("sma.recipes").joinpath(folder, f"{source}.yaml").read_bytes(), str(source))
     if os.path.isdir(path) or not os.path.exists(path):
         what = folder.removesuffix("s")
         raise SpecError(
-            f"there is no file and no shipped {what} {quote(str(source))}{did_you_mean(str(source), names, f'shipped {folder}')}"
+            f"there is no file and no shipped {what} "
+            f"{quote(str(source))}{did_you_mean(str(source), names, f'shipped {folder}')}"
         )
     return read_spec_file(path)

@@ -16,20 +16,22 @@ PATIENCE = 60.0
 """Seconds for processes to end by themselves: a training first completes its update, and saves it."""
 
 
-def side_by_side(calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...]]], jobs: int) -> Iterator[tuple[str, int]]:
+def side_by_side(
+    calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...]]], jobs: int
+) -> Iterator[tuple[str, int]]:
     """Call functions in new processes, at most `jobs` at a time; gives the name and the exit code of each as it ends.
 
-    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Whoever stops asking,
-    by an error or Ctrl-C, ends those that still run; so does its own end, even by SIGKILL: nothing must go on writing to a folder that
-    a new process may go on with.
+    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Whoever
+    stops asking, by an error or Ctrl-C, ends those that still run; so does its own end, even by SIGKILL: nothing must
+    go on writing to a folder that a new process may go on with.
 
     Args:
         calls: by name, in the order of starting: a function that can be imported, and its arguments.
         jobs: at most so many at a time.
 
     Returns:
-        an iterator of names and exit codes: 0 for a function that returned, 1 for one that raised, -n for a process that signal
-        number n ended.
+        an iterator of names and exit codes: 0 for a function that returned, 1 for one that raised, -n for a process
+        that signal number n ended.
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(calls.items())[::-1]

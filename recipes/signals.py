@@ -1,4 +1,6 @@
-"""Signals by which job schedulers announce that they will end a process: SIGTERM, and SIGUSR1, which `sbatch --signal` asks for."""
+"""Signals by which job schedulers announce that they will end a process: SIGTERM, and SIGUSR1, which `sbatch --signal`
+asks for.
+"""
 
 import signal
 import threading
@@ -7,13 +9,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 PREEMPTED = 75
-"""Exit status of a command that such a signal ended: what it did is kept, and it can be repeated (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a command that such a signal ended: what it did is kept, and it can be repeated (EX_TEMPFAIL of
+sysexits.h).
+"""
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has one of them
+# Windows has one of them.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(BaseException):
-    """The process was told to end. Like `KeyboardInterrupt` no `Exception`, for what goes on after a failure is to end too.
+    """The process was told to end. Like `KeyboardInterrupt` no `Exception`, for what goes on after a failure is to end
+    too.
 
     Args:
         number: of the signal.
@@ -38,11 +44,17 @@ class _Handler:
 def on_preemption(act: Callable[[int], object]) -> Iterator[Callable[[], None]]:
     """Call `act` with the number of every such signal for as long as the block runs.
 
-    Only the main thread can; in another nothing happens, and handlers of others stay in force. Yields a function that puts the handlers
-    back in force where something has replaced them meanwhile.
+    Only the main thread can; in another nothing happens, and handlers of others stay in force. Yields a function that
+    puts the handlers back in force where something has replaced them meanwhile.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS} if threading.current_thread() is threading.main_thread() else {}
-    before = {number: found for number, found in before.items() if found == signal.SIG_DFL or isinstance(found, _Handler)}
+    before = (
+        {number: signal.getsignal(number) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread()
+        else {}
+    )
+    before = {
+        number: found for number, found in before.items() if found == signal.SIG_DFL or isinstance(found, _Handler)
+    }
     handler = _Handler(act)
 
     def install() -> None:

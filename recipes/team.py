@@ -12,7 +12,8 @@ Items = TypeVar("Items", list[Any], Tensor)
 
 
 class Team(NamedTuple):
-    """The processes that train one model, as one of them sees it. All of them compute; the first one writes the run folder.
+    """The processes that train one model, as one of them sees it. All of them compute; the first one writes the run
+    folder.
 
     Attributes:
         rank: number of this process, from 0.
@@ -36,7 +37,8 @@ class Team(NamedTuple):
         return items[self.rank :: self.size]
 
     def check_batch(self, batch_size: int) -> None:
-        """Refuse batches of which some would get more than others: the mean of their means would not be the mean of the batch.
+        """Refuse batches of which some would get more than others: the mean of their means would not be the mean of the
+        batch.
 
         Args:
             batch_size: samples of an update, over all processes.
@@ -47,8 +49,9 @@ class Team(NamedTuple):
         if batch_size % self.size:
             nearest = -(-batch_size // self.size) * self.size
             raise SpecError(
-                f"a batch of {batch_size} samples cannot be shared evenly by {self.size} workers; set training.batch_size to a multiple of "
-                f"{self.size}, such as {nearest}, or take another number of workers"
+                f"a batch of {batch_size} samples cannot be shared evenly by {self.size} workers; set "
+                f"training.batch_size to a multiple of {self.size}, "
+                f"such as {nearest}, or take another number of workers"
             )
 
 
@@ -59,8 +62,8 @@ def whole(parts: Sequence[Tensor]) -> Tensor:
     """The rows that the processes took by `Team.part`, in the order in which they were.
 
     Args:
-        parts: of every process, in the order of the ranks, with as many rows each. Where one has grown longer than the others, as the
-            caches of streams do, zeros fill the others up.
+        parts: of every process, in the order of the ranks, with as many rows each. Where one has grown longer than the
+            others, as the caches of streams do, zeros fill the others up.
     """
     sizes = [max(size) for size in zip(*(part.shape for part in parts), strict=True)]
     filled = [parts[0].new_zeros(sizes) for _ in parts]

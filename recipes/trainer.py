@@ -20,7 +20,8 @@ from sma.recipes.team import ALONE, Team
 def isolated(team: Team = ALONE) -> Iterator[None]:
     """Hide from Lightning what the environment says about schedulers, ranks and settings; the team says who takes part.
 
-    As it is imported Lightning also decides by the environment which process may write and print, and may have done so before.
+    As it is imported Lightning also decides by the environment which process may write and print, and may have done so
+    before.
     """
     speakers: list[Any] = [rank_zero_only, prints.rank_zero_only]
     before = [speaker.rank for speaker in speakers]
@@ -36,7 +37,8 @@ def isolated(team: Team = ALONE) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a `KeyboardInterrupt`.
+    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a
+    `KeyboardInterrupt`.
 
     An exit that something else asked for, such as a callback, stays one.
     """
@@ -64,7 +66,9 @@ def make_trainer(team: Team = ALONE, *, plugins: tuple[Any, ...] = (), **options
         return Trainer(devices=1, strategy=team.strategy, plugins=[*plugins, *team.plugins, *environment], **options)
 
 
-def run_test(trainer: Trainer, learner: LightningModule, batches: DataLoader[Any], team: Team = ALONE) -> Mapping[str, float]:
+def run_test(
+    trainer: Trainer, learner: LightningModule, batches: DataLoader[Any], team: Team = ALONE
+) -> Mapping[str, float]:
     """What the model measures on the test split, by the logged names."""
     with isolated(team), interruptible():
         return trainer.test(learner, batches, verbose=False)[0]

@@ -124,7 +124,8 @@ class Classifier(Learner):
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
-        logits, targets = asked(cast(Tensor, output.logits), batch.targets)  # an experiment's model has logits, or its spec is not valid
+        # An experiment's model has logits, or its spec is not valid.
+        logits, targets = asked(cast(Tensor, output.logits), batch.targets)
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         self.check_loss(losses.mean())
         return output, logits, losses
@@ -142,17 +143,23 @@ def check_finite(batch: Batch, update: int) -> None:
     if bool(bad.any()):
         place = tuple(bad.nonzero()[0].tolist())
         where = f"sample {place[0]} at position {place[1]}"
-        raise DataError(f"the batch of update {update} has {batch.inputs[place].item()} in {where}; inputs must be finite numbers")
+        raise DataError(
+            f"the batch of update {update} has {batch.inputs[place].item()} in {where}; inputs must be finite numbers"
+        )
 
 
 def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int, team: Team = ALONE) -> DataLoader[Any]:
-    """The batches of a whole training, of which `done` have been trained on; of each what this process of a team takes."""
+    """The batches of a whole training, of which `done` have been trained on; of each what this process of a team
+    takes.
+    """
     sampler = UpdateSampler(data.train.lengths, spec.batch_size, spec.updates, seed, done, spec.bucket, team)
     return DataLoader(data.train, batch_sampler=sampler, collate_fn=data.collate)  # type: ignore[arg-type]
 
 
 def evaluation_loader(samples: Samples, data: TaskData, team: Team = ALONE) -> DataLoader[Any]:
-    """All samples of a split once, sorted by length; every process of a team takes as many batches as the others, none of them empty."""
+    """All samples of a split once, sorted by length; every process of a team takes as many batches as the others, none
+    of them empty.
+    """
     size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
     parts = team.size * math.ceil(len(samples) / (team.size * size))
     batches = team.part([part.tolist() for part in samples.lengths.argsort(stable=True).tensor_split(parts)])
@@ -186,11 +193,26 @@ def run_experiment(
     device = check_device(accelerator, spec.precision)
     check_update_fits(spec, device, length=int(data.train.lengths.max()), processes=team.size)
     with writing(out, team):
-        return _run(spec, out, data, figures, team, resume=resume, accelerator=accelerator, progress=progress, callbacks=callbacks)
+        return _run(
+            spec,
+            out,
+            data,
+            figures,
+            team,
+            resume=resume,
+            accelerator=accelerator,
+            progress=progress,
+            callbacks=callbacks,
+        )
 
 
 def _run(
-    spec: ExperimentSpec, out: Path, data: TaskData, figures: Callable[[Finished], object] | None, team: Team, **options: Any
+    spec: ExperimentSpec,
+    out: Path,
+    data: TaskData,
+    figures: Callable[[Finished], object] | None,
+    team: Team,
+    **options: Any,
 ) -> Finished:
     prepare(spec, team)
     task = cast(ClassificationTask, spec.task)

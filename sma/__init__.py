@@ -1,4 +1,6 @@
-"""Sparse modular activation: every token decides, at every layer, which sub-modules it needs, and only those run on it."""
+"""Sparse modular activation: every token decides, at every layer, which sub-modules it needs, and only those run on
+it.
+"""
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version

@@ -67,21 +67,35 @@ def _parser() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         return made
 
     described = command("describe", _describe, "print the parts of a model with their parameters and operations")
-    validated = command("validate", _validate, "check a spec; exit status 2 and one sentence per mistake where it is wrong")
+    validated = command(
+        "validate", _validate, "check a spec; exit status 2 and one sentence per mistake where it is wrong"
+    )
     for each in (described, validated):
-        each.add_argument("spec", metavar="SPEC", help=f"YAML or JSON file, or a shipped spec: {', '.join(shipped('specs'))}")
         each.add_argument(
-            "--set", metavar="PATH=VALUE", action="append", default=[], help="set a field first; the value is YAML; may be repeated"
+            "spec", metavar="SPEC", help=f"YAML or JSON file, or a shipped spec: {', '.join(shipped('specs'))}"
         )
-    described.add_argument("--length", type=int, default=2000, metavar="N", help="tokens of the row to count for (default: 2000)")
-    described.add_argument("--rate", type=float, default=0.25, metavar="R", help="activation rate, 0 to 1 (default: 0.25)")
+        each.add_argument(
+            "--set",
+            metavar="PATH=VALUE",
+            action="append",
+            default=[],
+            help="set a field first; the value is YAML; may be repeated",
+        )
+    described.add_argument(
+        "--length", type=int, default=2000, metavar="N", help="tokens of the row to count for (default: 2000)"
+    )
+    described.add_argument(
+        "--rate", type=float, default=0.25, metavar="R", help="activation rate, 0 to 1 (default: 0.25)"
+    )
     described.add_argument("--json", action="store_true", help="print JSON instead of the table")
     described.add_argument("--build", action="store_true", help="build the model too and count its parameters")
 
     listed = command("kinds", _kinds, "list the registered kinds, of all families or of one")
     listed.add_argument("family", metavar="FAMILY", nargs="?", help="such as sub-module, router, norm")
     listed.add_argument("kind", metavar="KIND", nargs="?", help="print the fields of this kind")
-    explained = command("kind", _kind, "print the fields of a kind; also of 'layer' and 'repeat', which models are made of")
+    explained = command(
+        "kind", _kind, "print the fields of a kind; also of 'layer' and 'repeat', which models are made of"
+    )
     explained.add_argument("kind", metavar="KIND", help="such as gau, sma, layer_norm")
     schema = command("schema", _schema, "print the JSON schema of a family, for editors")
     schema.add_argument("family", metavar="FAMILY", nargs="?", default="model", help="default: model")
@@ -108,10 +122,13 @@ def read_model_spec(source: str) -> dict[str, Any]:
         found = [path for path in (Path(source) / SPEC, Path(source) / EXPERIMENT) if path.is_file()]
         if not found:
             raise SpecError(
-                f"the folder {quote(source)} holds no {SPEC}; give a spec file, a shipped spec or a folder that sma.save wrote or a run"
+                f"the folder {quote(source)} holds no {SPEC}; "
+                "give a spec file, a shipped spec or a folder that sma.save wrote or a run"
             )
         return read_shipped(found[0], "specs")
-    return read_shipped(source, "presets" if source in shipped("presets") and source not in shipped("specs") else "specs")
+    return read_shipped(
+        source, "presets" if source in shipped("presets") and source not in shipped("specs") else "specs"
+    )
 
 
 def _sort(data: dict[str, Any]) -> Literal["model", "experiment", "sweep"]:
@@ -169,13 +186,20 @@ def _describe(args: argparse.Namespace) -> Iterator[str]:
     description = describe(spec, name=_name(args.spec), length=args.length, rate=args.rate)
     built = _build(spec, "cpu") if args.build else None
     if args.json:
-        facts = {} if built is None else {"built": {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}}
+        facts = (
+            {}
+            if built is None
+            else {"built": {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}}
+        )
         yield json.dumps(description.as_dict() | facts, indent=2)
         return
     yield description.as_text()
     if built is not None:
         reach = "causal" if built.causal else "not causal: a token may see later ones"
-        yield f"\nBuilt with {_count(built):,} parameters, as predicted; {_bytes(built) / 1e6:,.1f} MB in float32; {reach}."
+        yield (
+            "\n"
+            f"Built with {_count(built):,} parameters, as predicted; {_bytes(built) / 1e6:,.1f} MB in float32; {reach}."
+        )
 
 
 def _build(spec: ModelSpec, device: str) -> SequenceModel:
@@ -188,10 +212,14 @@ def _build(spec: ModelSpec, device: str) -> SequenceModel:
         with torch.device(device):
             model = spec.build()
     except (RuntimeError, MemoryError) as error:
-        raise SpecError(f"the model of {spec.num_parameters():,} parameters cannot be built: {reason(error) or 'out of memory'}") from error
+        raise SpecError(
+            f"the model of {spec.num_parameters():,} parameters cannot be built: {reason(error) or 'out of memory'}"
+        ) from error
     if _count(model) != spec.num_parameters():
         predicted = f"{spec.num_parameters():,}"
-        raise SpecError(f"the model has {_count(model):,} parameters, but its spec predicts {predicted}: a num_parameters is wrong")
+        raise SpecError(
+            f"the model has {_count(model):,} parameters, but its spec predicts {predicted}: a num_parameters is wrong"
+        )
     return model
 
 
@@ -218,8 +246,8 @@ def _validate(args: argparse.Namespace) -> Iterator[str]:
     count, layers = spec.num_parameters(), len(spec.layer_specs)
     _build(_with_layers_once(spec), "meta")
     yield (
-        f"ok: {_name(args.spec)} is {what}a {spec.kind} of width {spec.width} with {layers:,} layer{'' if layers == 1 else 's'} "
-        f"and {count:,} parameters"
+        f"ok: {_name(args.spec)} is {what}a {spec.kind} of width {spec.width} with {layers:,} "
+        f"layer{'' if layers == 1 else 's'} and {count:,} parameters"
     )
 
 
@@ -269,7 +297,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         return args
     word = unknown[0]
     if word.startswith("-"):
-        options = [option for action in commands[args.command]._actions for option in action.option_strings if option.startswith("--")]
+        options = [
+            option
+            for action in commands[args.command]._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        ]
         name = word.partition("=")[0]
         raise SpecError(f"{args.command} has no option {quote(name)}{did_you_mean(name, options, 'options')}")
     hint = "; write --set before each path=value" if "=" in word else f"; see sma {args.command} --help"
@@ -277,7 +310,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _warn(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
 ) -> None:
     print(f"sma: warning: {message}", file=sys.stderr)
 
@@ -289,8 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; default those it was called with.
 
     Returns:
-        the exit status: 0; 2 where something is wrong with what was asked, after a sentence on stderr; 1 where the output cannot
-        be written; 130 after Ctrl-C and 141 where the reader of the output went away, as the shell has it.
+        the exit status: 0; 2 where something is wrong with what was asked, after a sentence on stderr; 1 where the
+        output cannot be written; 130 after Ctrl-C and 141 where the reader of the output went away, as the shell has
+        it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     return run_command(lambda: _main(words), name="sma")

@@ -46,8 +46,9 @@ class RoutedOutput:
     """What `SparseModularActivation` returns.
 
     Attributes:
-        values: sum over the sub-modules of activity times confidence times result; zeros where nothing was active. Inside a layer,
-            whose bypass, residual and activation are computed in the same call, what `Around.after` makes of all of it.
+        values: sum over the sub-modules of activity times confidence times result; zeros where nothing was active.
+            Inside a layer, whose bypass, residual and activation are computed in the same call, what `Around.after`
+            makes of all of it.
         decision: who ran where.
         state: where the stream stands; None unless one was given.
     """
@@ -62,7 +63,8 @@ class Routing(NamedTuple):
 
     Attributes:
         decision: who runs where.
-        frames: for each sub-module its tokens, without values; rectangular without holes where they are all of the batch.
+        frames: for each sub-module its tokens, without values; rectangular without holes where they are all of the
+            batch.
         state: of the router.
     """
 
@@ -81,10 +83,12 @@ def _is_gathered(frame: Ragged) -> bool:
 
 
 class Around(NamedTuple):
-    """What a layer puts around its routed sub-modules. It is computed in the same call, because passes over the batch are what costs.
+    """What a layer puts around its routed sub-modules. It is computed in the same call, because passes over the batch
+    are what costs.
 
     Attributes:
-        before: makes of all tokens `(B L, D)` what the results are added to, in place, and gathers the tokens at the indices given.
+        before: makes of all tokens `(B L, D)` what the results are added to, in place, and gathers the tokens at the
+            indices given.
         after: makes of the sum, now `(B, L, D)`, what is returned.
         recompute: keep no activations between the decision and the result for backward, and compute them again there.
     """
@@ -106,7 +110,8 @@ _ALONE = Around(_nothing, _as_it_is)
 
 
 class SparseModularActivation(nn.Module):
-    r"""$y_t = \sum_m a_t^m c_t^m f_m(\mathrm{compress}(x))_t$: every token runs the sub-modules its router chose, and only those.
+    r"""$y_t = \sum_m a_t^m c_t^m f_m(\mathrm{compress}(x))_t$: every token runs the sub-modules its router chose, and
+    only those.
 
     Args:
         router: decides; its `names` are the keys of `modules`.
@@ -117,8 +122,8 @@ class SparseModularActivation(nn.Module):
         x `(B, L, D)` in, values `(B, L, D)` out.
 
     Raises:
-        InputError: the router decides about other names than there are sub-modules, there are none, or a name is one that torch uses
-            or refuses.
+        InputError: the router decides about other names than there are sub-modules, there are none, or a name is one
+            that torch uses or refuses.
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
@@ -130,16 +135,22 @@ class SparseModularActivation(nn.Module):
     def __init__(self, router: Router, modules: Mapping[str, nn.Module], dropout: float = 0.0) -> None:
         super().__init__()
         if set(router.names) != set(modules):
-            raise InputError(f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; use the same names")
+            raise InputError(
+                f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; "
+                "use the same names"
+            )
         if not modules:
             raise InputError("there are no sub-modules to choose from; give at least one")
         dotted = [name for name in router.names if "." in name or not name]
         if dotted:
-            raise InputError(f"the sub-module name {dotted[0]!r} must be a word without dots, by which torch finds its parameters")
+            raise InputError(
+                f"the sub-module name {dotted[0]!r} must be a word without dots, by which torch finds its parameters"
+            )
         taken = [name for name in router.names if name_is_taken(name)]
         if taken:
             raise InputError(
-                f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}"
+                f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; "
+                f"choose another, such as {taken[0] + '_'!r}"
             )
         self.router = router
         self.submodules = nn.ModuleDict({name: modules[name] for name in router.names})
@@ -153,7 +164,9 @@ class SparseModularActivation(nn.Module):
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoutedState:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RoutedState:
         """Make the state of `batch_size` streams that have seen nothing.
 
         Raises:
@@ -204,16 +217,20 @@ class SparseModularActivation(nn.Module):
             x_BLD: tokens.
             control_BLD: what the router reads; default the tokens themselves.
             valid: False at padding, on whichever side; None where there is none.
-            positions: position of each token in its row's stream; default the tokens of the row seen before, plus its rank among
-                the valid ones of this chunk.
+            positions: position of each token in its row's stream; default the tokens of the row seen before, plus its
+                rank among the valid ones of this chunk.
             state: where the streams stand; None at their beginning.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
-            around: of a layer, which has checked and aligned the batch and counts the tokens of its streams; None without one.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
+                in (0, 1] is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on
+                the data. None takes all.
+            around: of a layer, which has checked and aligned the batch and counts the tokens of its streams; None
+                without one.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision is none of these tokens.
-            StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a state.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision is none of
+                these tokens.
+            StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a
+                state.
         """
         control_BLD = x_BLD if control_BLD is None else control_BLD
         seen = None
@@ -222,7 +239,8 @@ class SparseModularActivation(nn.Module):
             if positions is None and (valid is not None or seen is not None):
                 rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
                 positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
-            if valid is not None:  # the gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN
+            # The gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
+            if valid is not None:
                 control_BLD = control_BLD.where(valid[..., None], 0)
             around = _ALONE
         routing = self._route(control_BLD, valid, positions, state, capacity)
@@ -240,7 +258,9 @@ class SparseModularActivation(nn.Module):
         state: RoutedState | None,
         capacity: Capacity | None,
     ) -> Tensor | None:
-        """Check what a call without a layer was given; return the tokens of each row that were seen before, where there is a state."""
+        """Check what a call without a layer was given; return the tokens of each row that were seen before, where there
+        is a state.
+        """
         check_batch(x_BLD, valid)
         check_dtype(self, x_BLD)
         check_control(x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
@@ -266,11 +286,16 @@ class SparseModularActivation(nn.Module):
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
             if decision.active.is_meta:
-                raise InputError("how many tokens are active is not known on the meta device; give a capacity, or load the model elsewhere")
+                raise InputError(
+                    "how many tokens are active is not known on the meta device; "
+                    "give a capacity, or load the model elsewhere"
+                )
             return Routing(decision, locate(decision.active, positions), after)
         active, slots = decision.active, slots_per_row(capacity, decision.names, decision.active.shape[1])
         kept = earliest(active, capacity, decision.names, valid)
-        frames = [locate_static(kept_BL, count, positions) for kept_BL, count in zip(kept.unbind(-1), slots, strict=True)]
+        frames = [
+            locate_static(kept_BL, count, positions) for kept_BL, count in zip(kept.unbind(-1), slots, strict=True)
+        ]
         return Routing(replace(decision, active=kept, overflow=active.sum(1) - kept.sum(1)), frames, after)
 
     def _combine(
@@ -294,12 +319,15 @@ class SparseModularActivation(nn.Module):
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = submodules[name](tokens, before)
-                out_TD = extract_add_(self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD)
+                out_TD = extract_add_(
+                    self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD
+                )
             if after is not None:
                 states[name] = after
             elif state is not None:
                 raise StateError(
-                    f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; see SubModule.forward"
+                    f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; "
+                    "see SubModule.forward"
                 )
         values = around.after(out_TD.reshape(x_BLD.shape))
         if state is None or routing.state is None:

@@ -12,8 +12,8 @@ from sma.errors import InputError
 def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for the `backward` of an `autograd.Function` whose saved tensors carry no graph of their own.
 
-    PyTorch's `once_differentiable` raises in `backward()` alone: `autograd.grad(…, inputs)` never reaches its error, and returns second
-    derivatives that lack this function's part.
+    PyTorch's `once_differentiable` raises in `backward()` alone: `autograd.grad(…, inputs)` never reaches its error,
+    and returns second derivatives that lack this function's part.
 
     Args:
         what: the operator, as the error names it.
@@ -26,7 +26,10 @@ def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
         @functools.wraps(backward)
         def checked(ctx: Any, *gradients: Any) -> Any:
             if torch.is_grad_enabled():  # within backward: create_graph
-                raise InputError(f"{what} has no second derivatives; differentiate without create_graph=True, or use finite differences")
+                raise InputError(
+                    f"{what} has no second derivatives; "
+                    "differentiate without create_graph=True, or use finite differences"
+                )
             return backward(ctx, *gradients)
 
         return checked

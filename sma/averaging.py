@@ -19,28 +19,32 @@ _END = object()
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Measure the running statistics of every batch norm anew: the mean over the batches of theirs, over valid tokens only.
+    """Measure the running statistics of every batch norm anew: the mean over the batches of theirs, over valid tokens
+    only.
 
-    Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it: their batch norms still hold what other
-    weights gave. `torch.optim.swa_utils.update_bn` does the same without masks, so that padding counts. Nothing else is trained: only
-    batch norms are in training mode, and nothing is dropped or drawn.
+    Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it: their batch norms still
+    hold what other weights gave. `torch.optim.swa_utils.update_bn` does the same without masks, so that padding counts.
+    Nothing else is trained: only batch norms are in training mode, and nothing is dropped or drawn.
 
-    In a distributed process group every rank calls it with batches of its own, as many on every rank; all come to the same statistics.
+    In a distributed process group every rank calls it with batches of its own, as many on every rank; all come to the
+    same statistics.
 
     Args:
         model: a model or any module with batch norms, ours or torch's, wrapped or not. Its modes stay as they were.
-        batches: gone through once: inputs, pairs of inputs and valid mask, objects with these attributes, or mappings of the keyword
-            arguments that the model is called with. Tensors are moved to the device of the model.
+        batches: gone through once: inputs, pairs of inputs and valid mask, objects with these attributes, or mappings
+            of the keyword arguments that the model is called with. Tensors are moved to the device of the model.
 
     Returns:
         the number of batch norms; 0 where there is none and nothing was run.
 
     Raises:
-        InputError: a batch is of another form, there is none, the ranks have different numbers of them, or a norm got no batch with two
-            valid tokens or values that are not finite. The statistics are then as they were before.
+        InputError: a batch is of another form, there is none, the ranks have different numbers of them, or a norm got
+            no batch with two valid tokens or values that are not finite. The statistics are then as they were before.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    norms = {name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats}
+    norms = {
+        name: part for name, part in model.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats
+    }
     if not norms:
         return 0
     device, training = placement(model, None, None)[0], [part for part in model.modules() if part.training]
@@ -82,7 +86,9 @@ def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         if distributed.is_available() and distributed.is_initialized():
             having = int(over_all_ranks(torch.tensor([item is not _END], dtype=torch.int64, device=device)))
             if 0 < having < distributed.get_world_size():
-                raise InputError("update_statistics got different numbers of batches on the ranks; give every rank as many")
+                raise InputError(
+                    "update_statistics got different numbers of batches on the ranks; give every rank as many"
+                )
         if item is _END:
             return
         yield item
@@ -93,12 +99,17 @@ def _call(model: nn.Module, item: Any, device: torch.device) -> None:
     if isinstance(item, Mapping):
         named = {str(key): map_tensors(lambda tensor: tensor.to(device), value) for key, value in item.items()}
         if not takes(model, **named):
-            raise InputError(f"the forward of {name} cannot be called with {sorted(named)}, the keys of a batch; rename or drop some")
+            raise InputError(
+                f"the forward of {name} cannot be called with {sorted(named)}, the keys of a batch; rename or drop some"
+            )
         model(**named)
         return
     given = [tensor.to(device) for tensor in batch_of(item, "update_statistics") if tensor is not None]
     if not takes(model, *given):
-        raise InputError(f"the forward of {name} takes no valid mask beside its inputs; give inputs alone, or a mapping of its arguments")
+        raise InputError(
+            f"the forward of {name} takes no valid mask beside its inputs; "
+            "give inputs alone, or a mapping of its arguments"
+        )
     model(*given)
 
 
@@ -110,9 +121,13 @@ def _settle(name: str, norm: _BatchNorm) -> None:
     total = over_all_ranks(torch.cat([mean.double() * count, var.double() * count, count.double()[None]]))
     if not total[-1] > 0:
         raise InputError(
-            f"the batch norm {name!r} got no batch with at least two valid tokens, so it has no statistics; give it larger ones"
+            f"the batch norm {name!r} got no batch with at least two valid tokens, so it has no statistics; "
+            "give it larger ones"
         )
     if not total.isfinite().all():
-        raise InputError(f"the batch norm {name!r} got values that are not finite; look for NaN and infinity in the batches and weights")
+        raise InputError(
+            f"the batch norm {name!r} got values that are not finite; "
+            "look for NaN and infinity in the batches and weights"
+        )
     mean.copy_(total[: mean.shape[0]] / total[-1])
     var.copy_(total[mean.shape[0] : -1] / total[-1])

@@ -47,17 +47,20 @@ def calibrate(
 ) -> RateCount:
     """Turn the activation rates of a trained model up or down, by moving the offsets of its routers.
 
-    Nothing is trained. The rates are measured on the data in evaluation mode, and pass by pass the offsets are set to what reaches
-    the target; several passes, because later layers see what earlier ones then do. A target that is missed after all passes is a warning.
+    Nothing is trained. The rates are measured on the data in evaluation mode, and pass by pass the offsets are set to
+    what reaches the target; several passes, because later layers see what earlier ones then do. A target that is missed
+    after all passes is a warning.
 
-    In a distributed process group every rank calls it with data of its own, of any number of batches; all come to the same offsets.
+    In a distributed process group every rank calls it with data of its own, of any number of batches; all come to the
+    same offsets.
 
     Args:
-        model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an object with the
-            attribute `decisions`; its routers' offsets are changed, nothing else.
-        data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid mask, or
-            objects with the attributes (mappings with the keys) `inputs` and `valid`.
-        rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed layer.
+        model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an
+            object with the attribute `decisions`; its routers' offsets are changed, nothing else.
+        data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid
+            mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
+        rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed
+            layer.
         over: `each` sub-module of each layer, or the `total`, weighted by operations on rows of the mean length.
         passes: through the data, at most.
         tolerance: largest distance from the target at which it stops early.
@@ -66,11 +69,14 @@ def calibrate(
         the rates that were reached, measured in the last pass, over all ranks.
 
     Raises:
-        InputError: the data has no valid token, is of another form or can be gone through only once; the model returns no decisions; or
-            a router cannot be steered to the rate.
+        InputError: the data has no valid token, is of another form or can be gone through only once; the model returns
+            no decisions; or a router cannot be steered to the rate.
     """
     if batches_of(data, "calibrate") is data:
-        raise InputError("calibrate goes through the data several times, and this can be gone through only once: give a list of batches")
+        raise InputError(
+            "calibrate goes through the data several times, and this can be gone through only once: "
+            "give a list of batches"
+        )
     check_count(passes, "passes", 0, ": how often calibrate goes through the data to move the offsets")
     check_number(tolerance, "tolerance")
     if not tolerance >= 0:
@@ -95,8 +101,8 @@ def calibrate(
                 controller.move(counts, speed=1.0)
         else:
             warnings.warn(
-                f"calibrate did not come within {tolerance:g} of the target in {passes} passes: {reached}; give it more data or passes, "
-                "or a rate that the scores allow (equal ones are decided alike)",
+                f"calibrate did not come within {tolerance:g} of the target in {passes} passes: {reached}; give it "
+                "more data or passes, or a rate that the scores allow (equal ones are decided alike)",
                 stacklevel=3,  # past the decorator
             )
     finally:
@@ -105,8 +111,11 @@ def calibrate(
     return rates
 
 
-def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController, before: int) -> tuple[RateCount, Tensor, int, int]:
-    """The rates and the counts of the data of all ranks, the mean number of tokens of a row, and the batches of this rank.
+def _measure(
+    model: nn.Module, data: Iterable[Any], controller: BudgetController, before: int
+) -> tuple[RateCount, Tensor, int, int]:
+    """The rates and the counts of the data of all ranks, the mean number of tokens of a row, and the batches of this
+    rank.
 
     Args:
         model: in evaluation mode.
@@ -136,7 +145,8 @@ def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController
     # Once in a pass and in one piece, so that the ranks meet however many batches each of them has.
     total = over_all_ranks(torch.cat([sizes, active.flatten(), counts.flatten()]))
     sizes, active, counts = (
-        part.view(shape) for part, shape in zip(total.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
+        part.view(shape)
+        for part, shape in zip(total.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
     )
     batches, rows, tokens, exhausted = sizes.tolist()
     if exhausted:
@@ -151,7 +161,8 @@ def _measure(model: nn.Module, data: Iterable[Any], controller: BudgetController
 def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """The batches of this rank, and whether each is a new one.
 
-    Where the model is sharded, every rank has to run as often as the others: one that has no more batches repeats its last.
+    Where the model is sharded, every rank has to run as often as the others: one that has no more batches repeats its
+    last.
     """
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     sharded |= any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
@@ -167,7 +178,10 @@ def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> It
         if not having:
             return
         if beginning:
-            raise InputError("calibrate got no batch on some of the ranks, and the model is sharded over all: give every rank at least one")
+            raise InputError(
+                "calibrate got no batch on some of the ranks, and the model is sharded over all: "
+                "give every rank at least one"
+            )
         last = last if item is None else item
         yield last, item is not None
 
@@ -180,7 +194,9 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     """
     name = type(model).__name__
     if valid is not None and not takes(model, inputs, valid):
-        raise InputError(f"the forward of {name} takes no valid mask beside its inputs; give it one, or calibrate with inputs alone")
+        raise InputError(
+            f"the forward of {name} takes no valid mask beside its inputs; give it one, or calibrate with inputs alone"
+        )
     output = model(inputs) if valid is None else model(inputs, valid)
     decisions = getattr(output, "decisions", None)
     if isinstance(decisions, Sequence) and not isinstance(decisions, str):
@@ -188,8 +204,9 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     inner = [path for path, part in model.named_modules() if path and isinstance(part, SequenceModel)]
     cure = f", or calibrate the part model.{inner[0]} alone, with what that takes" if inner else ""
     raise InputError(
-        f"{name} returned {what_came(output)}, which tells no decisions; required is an output with the attribute decisions, one for each "
-        f"of its {layers} routed layers, as sma.ModelOutput has it: let forward return that{cure}"
+        f"{name} returned {what_came(output)}, which tells no decisions; required is an output with the attribute "
+        f"decisions, one for each of its {layers} routed layers, as sma.ModelOutput has it: "
+        f"let forward return that{cure}"
     )
 
 
@@ -211,11 +228,16 @@ def batches_of(data: Any, user: str) -> Iterator[Any]:
         InputError: these are none, such as a single batch.
     """
     if isinstance(data, Tensor | np.ndarray | str | bytes | Mapping):
-        raise InputError(f"the data of {user} is {what_came(data)}; required are batches, such as a list of them or a DataLoader: [x]")
+        raise InputError(
+            f"the data of {user} is {what_came(data)}; required are batches, "
+            "such as a list of them or a DataLoader: [x]"
+        )
     try:
         return iter(data)
     except TypeError:
-        raise InputError(f"the data of {user} is {what_came(data)}; required are batches, such as a list or a DataLoader") from None
+        raise InputError(
+            f"the data of {user} is {what_came(data)}; required are batches, such as a list or a DataLoader"
+        ) from None
 
 
 def _numbers(rate: Any) -> Any:
@@ -226,8 +248,8 @@ def _numbers(rate: Any) -> Any:
         return tuple(map(_numbers, rate))
     if isinstance(rate, bool) or not isinstance(rate, Real):
         raise InputError(
-            f"the rate {quote(rate)} is {what_came(rate)}; required is a number such as 0.3, one for every name, or a list of these for "
-            "the routed layers"
+            f"the rate {quote(rate)} is {what_came(rate)}; required is a number such as 0.3, one for every name, or a "
+            "list of these for the routed layers"
         )
     try:
         return float(rate)
@@ -239,7 +261,8 @@ def batch_of(item: Any, user: str = "calibrate") -> Batches:
     """Read one batch: inputs, a pair of inputs and mask, or an object or a mapping that names them.
 
     Raises:
-        InputError: it is of another form; also where the second of a pair is no mask, such as the targets of a training set.
+        InputError: it is of another form; also where the second of a pair is no mask, such as the targets of a training
+            set.
     """
     if isinstance(item, tuple | list) and item:
         inputs, valid = item[0], item[1] if len(item) > 1 else None
@@ -261,8 +284,9 @@ def batch_of(item: Any, user: str = "calibrate") -> Batches:
     if valid.dtype is not torch.bool or valid.shape != inputs.shape[:2]:
         cure = ": write valid.bool() if it is one" if valid.shape == inputs.shape[:2] else ""
         raise InputError(
-            f"the second of a pair is the mask of valid tokens, torch.bool of shape (B, L) = {tuple(inputs.shape[:2])}; here it has dtype "
-            f"{valid.dtype} and shape {tuple(valid.shape)}{cure}. Targets are not needed: give [inputs for inputs, targets in data]"
+            "the second of a pair is the mask of valid tokens, torch.bool of shape (B, L) = "
+            f"{tuple(inputs.shape[:2])}; here it has dtype {valid.dtype} and shape {tuple(valid.shape)}{cure}. Targets "
+            "are not needed: give [inputs for inputs, targets in data]"
         )
     return Batches(inputs, valid)
 
@@ -278,7 +302,10 @@ def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, st
         name = controller.routers[steered.layer].names[steered.place]
         reached = found[steered.layer][rates.names.index(name)]
         spent.append(reached * steered.cost)
-        told = f"{name!r} of routed layer {steered.layer} runs at a rate of {reached:.4f}, and {steered.target:g} was asked"
+        told = (
+            f"{name!r} of routed layer {steered.layer} runs at a rate of {reached:.4f}, "
+            f"and {steered.target:g} was asked"
+        )
         gaps.append((abs(reached - steered.target), told))
     if controller.spec.over == "each" or not spent:
         return max(gaps)

@@ -1,4 +1,6 @@
-"""Static capacity: how many tokens of a row each sub-module can take, so that no shape depends on what a router decides."""
+"""Static capacity: how many tokens of a row each sub-module can take, so that no shape depends on what a router
+decides.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,8 @@ from torch import Tensor
 from sma.errors import InputError, StateError, did_you_mean, quote
 from sma.inputs import what_came
 
-# An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each sub-module.
+# An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each
+# sub-module.
 Capacity = int | float | Mapping[str, int | float]
 
 
@@ -30,17 +33,22 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
         return
     if state is not None:
         raise StateError(
-            f"capacity={quote(capacity)} cannot go with a state, because a stream keeps every active token; leave capacity out"
+            f"capacity={quote(capacity)} cannot go with a state, because a stream keeps every active token; "
+            "leave capacity out"
         )
     if not isinstance(capacity, Mapping):
         return _check_value(capacity, f"capacity={quote(capacity)}")
     for name, value in capacity.items():
         if name not in names:
-            raise InputError(f"capacity names {quote(name)}, which is no sub-module{did_you_mean(str(name), names, 'sub-modules')}")
+            raise InputError(
+                f"capacity names {quote(name)}, which is no sub-module{did_you_mean(str(name), names, 'sub-modules')}"
+            )
         _check_value(value, f"capacity[{quote(name)}]={quote(value)}")
     missing = [name for name in names if name not in capacity]
     if missing:
-        raise InputError(f"capacity says nothing about {missing[0]!r}; give every sub-module one, or one number for all")
+        raise InputError(
+            f"capacity says nothing about {missing[0]!r}; give every sub-module one, or one number for all"
+        )
 
 
 def _check_value(value: object, what: str) -> None:
@@ -51,7 +59,9 @@ def _check_value(value: object, what: str) -> None:
     if not fits:
         plain = isinstance(value, int | float | str) and type(value).__module__ == "builtins"
         cure = "" if plain else f"; it is {what_came(value)}: write int(x) or float(x)"
-        raise InputError(f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row{cure}")
+        raise InputError(
+            f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row{cure}"
+        )
 
 
 def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
@@ -64,7 +74,9 @@ def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list
 def earliest(
     active_BLM: Bool[Tensor, "B L M"], capacity: Capacity, names: Sequence[str], valid_BL: Bool[Tensor, "B L"] | None
 ) -> Bool[Tensor, "B L M"]:
-    """The active tokens of every row that a capacity keeps; a share is of its valid tokens, however long the batch is padded."""
+    """The active tokens of every row that a capacity keeps; a share is of its valid tokens, however long the batch is
+    padded.
+    """
     whole = active_BLM.new_full(active_BLM.shape[:1], active_BLM.shape[1], dtype=torch.int64)
     lengths_B = whole if valid_BL is None else valid_BL.sum(1)
     kept = []

@@ -78,7 +78,9 @@ def describe_kind(spec_class: type[Spec]) -> str:
 
 
 def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
-    title, *lines = align([["field", "type", "default", "allowed"], *(_row(name, field) for name, field in fields.items())])
+    title, *lines = align(
+        [["field", "type", "default", "allowed"], *(_row(name, field) for name, field in fields.items())]
+    )
     yield title
     allowed = " " * title.index("allowed")
     for line, field in zip(lines, fields.values(), strict=True):
@@ -87,7 +89,9 @@ def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
 
 
 def summary(spec_class: type[Spec]) -> str:
-    """The first sentence on what a spec describes: of the class it builds where its own docstring is only "Spec of `Class`."."""
+    """The first sentence on what a spec describes: of the class it builds where its own docstring is only "Spec of
+    `Class`.".
+    """
     text = inspect.cleandoc(spec_class.__doc__ or "")
     built = re.match(r"Spec of `(\w+)`", text)
     if built:
@@ -101,7 +105,14 @@ def _plain(text: str) -> str:
     """Formulas of docstrings as a terminal can show them."""
     text = re.sub(r"\\math\w+\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text)
-    for word, plain in {r"\top": "T", r"\odot": "*", r"\cdot": "*", r"\epsilon": "eps", r"\,": "", r"\sqrt": "sqrt"}.items():
+    for word, plain in {
+        r"\top": "T",
+        r"\odot": "*",
+        r"\cdot": "*",
+        r"\epsilon": "eps",
+        r"\,": "",
+        r"\sqrt": "sqrt",
+    }.items():
         text = text.replace(word, plain)
     text = re.sub(r"_\{([^{}]*)\}", r"_(\1)", text)
     return re.sub(r" +", " ", re.sub(r"[$`\\]", "", text))
@@ -155,7 +166,12 @@ def _number(value: Any) -> str:
 
 def _allowed(field: FieldInfo) -> str:
     """Bounds in the words of the error messages, the choices of a word, the kinds of a family."""
-    bounds = [f"{words} {_number(getattr(item, key))}" for item in field.metadata for key, words in _BOUNDS.items() if hasattr(item, key)]
+    bounds = [
+        f"{words} {_number(getattr(item, key))}"
+        for item in field.metadata
+        for key, words in _BOUNDS.items()
+        if hasattr(item, key)
+    ]
     return ", ".join([*bounds, *dict.fromkeys(_choices(field.annotation))])
 
 

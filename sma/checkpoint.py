@@ -41,12 +41,14 @@ SPEC_BYTES = 4 << 20
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write a model into a folder, replacing what an earlier save left there.
 
-    The weights file carries the spec too, and each file is replaced in one step, so an interrupted save leaves the old model or
-    the new one. `spec.yaml` is there to be read and to be run by the recipes. The same model gives the same bytes.
+    The weights file carries the spec too, and each file is replaced in one step, so an interrupted save leaves the old
+    model or the new one. `spec.yaml` is there to be read and to be run by the recipes. The same model gives the same
+    bytes.
 
-    What was put around the model or its parts is left out: torch.compile, data parallelism, activation checkpointing, averaged weights
-    (these are what is saved). Parametrised weights are saved as what they come to. Whatever `load` would demand is checked before
-    anything is replaced. Where weights are sharded (FSDP), every rank calls this, and rank 0 writes.
+    What was put around the model or its parts is left out: torch.compile, data parallelism, activation checkpointing,
+    averaged weights (these are what is saved). Parametrised weights are saved as what they come to. Whatever `load`
+    would demand is checked before anything is replaced. Where weights are sharded (FSDP), every rank calls this, and
+    rank 0 writes.
 
     Args:
         model: one that was built from a spec, wrapped or not.
@@ -56,22 +58,25 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         the folder.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `load` could not build this model again: it has no spec, its parts or weights
-            are no longer those of its spec, or they are no plain numbers.
+        CheckpointError: the folder cannot be written, or `load` could not build this model again: it has no spec, its
+            parts or weights are no longer those of its spec, or they are no plain numbers.
     """
     folder = Path(folder)
     model, core = unwrapped(model)
     if not isinstance(getattr(core, "spec", None), ModelSpec):
         raise CheckpointError(
-            f"cannot save a {type(model).__name__}, which has no spec of a model; give one that sma.build made, wrapped or not, or save "
-            "its state_dict() with torch.save"
+            f"cannot save a {type(model).__name__}, which has no spec of a model; give one that sma.build made, "
+            "wrapped or not, or save its state_dict() with torch.save"
         )
     spec, text = _spec_to_save(core)
     reference = build_without_memory(spec)
     check_parts(core, reference)
     given = plain_weights(model)
     check_weights(
-        f"cannot save this {type(core).__name__}, because it", reference, given, "; merge, convert or undo what was changed in its parts"
+        f"cannot save this {type(core).__name__}, because it",
+        reference,
+        given,
+        "; merge, convert or undo what was changed in its parts",
     )
     sharded = any(hasattr(tensor, "full_tensor") for tensor in given.values())
     tensors = {}
@@ -90,7 +95,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             write_atomically(folder / SPEC, lambda path: path.write_text(dump_yaml(spec), encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot save the model in {quote(str(folder))}: {reason(error)}; the folder must be writable and have space"
+                f"cannot save the model in {quote(str(folder))}: {reason(error)}; "
+                "the folder must be writable and have space"
             ) from error
 
     _on_first_rank(write) if sharded else write()
@@ -104,11 +110,17 @@ def _spec_to_save(core: nn.Module) -> tuple[ModelSpec, str]:
         text = json.dumps(dump_spec(core.spec))  # type: ignore[arg-type]
         spec = load_spec(json.loads(text))
     except Exception as error:  # specs of others have methods of their own
-        raise CheckpointError(f"{what} cannot be read back: {error if isinstance(error, SmaError) else reason(error)}") from error
+        raise CheckpointError(
+            f"{what} cannot be read back: {error if isinstance(error, SmaError) else reason(error)}"
+        ) from error
     if spec != core.spec:
-        raise CheckpointError(f"{what} is read back as another one; its fields must survive JSON, as strings and numbers do")
+        raise CheckpointError(
+            f"{what} is read back as another one; its fields must survive JSON, as strings and numbers do"
+        )
     if len(text) > SPEC_BYTES:
-        raise CheckpointError(f"{what} has {len(text):,} bytes; at most {SPEC_BYTES:,} can be read back: repeat alike layers by 'repeat'")
+        raise CheckpointError(
+            f"{what} has {len(text):,} bytes; at most {SPEC_BYTES:,} can be read back: repeat alike layers by 'repeat'"
+        )
     return spec, text
 
 
@@ -128,15 +140,16 @@ def _on_first_rank(write: Any) -> None:
 def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> SequenceModel:
     """Build the model that `save` wrote into a folder, in evaluation mode.
 
-    Before anything is allocated, the names, shapes and dtypes in the file are compared with those that its spec builds. The file is
-    opened once: while another process saves, this is the old model or the new one.
+    Before anything is allocated, the names, shapes and dtypes in the file are compared with those that its spec builds.
+    The file is opened once: while another process saves, this is the old model or the new one.
 
     Args:
         folder: one that `save` wrote, or a run of the recipes, which has it in `model/`.
         device: where to put the model; on `meta` it has sizes and no weights. None: where torch makes tensors now.
 
     Raises:
-        CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or there is no such device.
+        CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or there is no such
+            device.
     """
     place = usable_device(device, CheckpointError)
     with open_tensors(_weights_file(Path(folder))) as file:
@@ -145,7 +158,8 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
         if place.type == "meta":
             model = reference.to(place)
         else:
-            # With a seed and on the CPU, so that the weights that are replaced at once leave the caller's random states alone.
+            # With a seed and on the CPU, so that the weights that are replaced at once leave the caller's random states
+            # alone.
             with parsing(f"the spec saved in {file.path}", CheckpointError), torch.device("cpu"):
                 model = build(spec, seed=0).to(place)
         tensors = {name: file.read(name, place) for name in file.entries}
@@ -163,7 +177,9 @@ def _weights_file(folder: Path) -> Path:
     if found is None and folder.is_file():
         raise CheckpointError(f"{quote(str(folder))} is a file; give the folder in which sma.save wrote {WEIGHTS}")
     if found is None:
-        raise CheckpointError(f"there is no saved model in {quote(str(folder))}: {WEIGHTS} is missing; give a folder that sma.save wrote")
+        raise CheckpointError(
+            f"there is no saved model in {quote(str(folder))}: {WEIGHTS} is missing; give a folder that sma.save wrote"
+        )
     return found
 
 
@@ -204,8 +220,8 @@ def _reference(file: TensorFile, spec: ModelSpec) -> SequenceModel:
             predicted = 0
         if predicted > held:  # before thousands of layers are made of a few bytes
             raise CheckpointError(
-                f"{file.path} does not fit its spec: it holds {held:,} numbers, and the spec has {_count(predicted)} parameters; "
-                "save the model again"
+                f"{file.path} does not fit its spec: it holds {held:,} numbers, "
+                f"and the spec has {_count(predicted)} parameters; save the model again"
             )
         try:
             reference = build_without_memory(spec)
@@ -234,12 +250,15 @@ def save_state(state: State, path: str | Path) -> None:
     """Write where the streams of a model, a layer or a sub-module stand into one safetensors file, in one step.
 
     Raises:
-        CheckpointError: the file cannot be written, or there is no state, as in the output of a model that was given none.
+        CheckpointError: the file cannot be written, or there is no state, as in the output of a model that was given
+            none.
     """
     path = Path(path)
     parts = {name: whole_tensor(name, tensor) for name, tensor in named_tensors(state).items()}
     if not parts:
-        raise CheckpointError(f"there is no state to save, but {quote(state)}; give model.init_state(…) or the state of an output")
+        raise CheckpointError(
+            f"there is no state to save, but {quote(state)}; give model.init_state(…) or the state of an output"
+        )
     metadata = {"format": "sparse-modular-activation-state"}
     try:
         write_atomically(path, lambda temporary: write_tensors(temporary, parts, metadata))
@@ -254,14 +273,17 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
 
     Args:
         path: the file.
-        like: a state of the same model for any number of streams, such as `model.init_state(1)`; gives the structure and the device.
+        like: a state of the same model for any number of streams, such as `model.init_state(1)`; gives the structure
+            and the device.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is the state of something else.
     """
     path, wanted = Path(path), named_tensors(like)
     if not wanted:
-        raise CheckpointError(f"the state to be like is {quote(like)}; give one of the same model, such as model.init_state(1)")
+        raise CheckpointError(
+            f"the state to be like is {quote(like)}; give one of the same model, such as model.init_state(1)"
+        )
     if not _exists(path):
         raise CheckpointError(f"there is no saved state in {quote(str(path))}; give a file that sma.save_state wrote")
     with open_tensors(path) as file:
@@ -272,7 +294,9 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
 
 
 def _check_state(file: TensorFile, like: State) -> None:
-    """Check names, dtypes and sizes; the batch may have any size, and what grows with its stream any length, but one each."""
+    """Check names, dtypes and sizes; the batch may have any size, and what grows with its stream any length, but one
+    each.
+    """
     wanted, growing = named_tensors(like), _growing(like)
     other = f"{quote(str(file.path))} is the state of another model"
     if set(file.entries) != set(wanted):
@@ -289,7 +313,8 @@ def _check_state(file: TensorFile, like: State) -> None:
             shape[1] = lengths.setdefault(growing[name], found.shape[1])
         if tensor.dtype != found.dtype or list(found.shape) != shape:
             raise CheckpointError(
-                f"{other}: {quote(name)} is {found}; required is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(shape)}"
+                f"{other}: {quote(name)} is {found}; required is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(shape)}"
             )
 
 
@@ -301,11 +326,19 @@ def _check_counts(path: Path, state: State) -> None:
             inner = getattr(part, field.name)
             if field.name == "seen" and isinstance(inner, Tensor) and inner.numel() and not inner.is_meta:
                 least, most = (int(bound) for bound in inner.aminmax())
-                held = min((t.shape[1] for t in tensors(part) if t.ndim > 1), default=0) if getattr(part, "grows", False) else _LONGEST
+                held = (
+                    min((t.shape[1] for t in tensors(part) if t.ndim > 1), default=0)
+                    if getattr(part, "grows", False)
+                    else _LONGEST
+                )
                 if least < 0 or most > held:
-                    raise CheckpointError(f"{path} is damaged: {type(part).__name__} has seen {least if least < 0 else most} tokens")
+                    raise CheckpointError(
+                        f"{path} is damaged: {type(part).__name__} has seen {least if least < 0 else most} tokens"
+                    )
             _pytree.tree_map(
-                lambda leaf: check(leaf) if isinstance(leaf, State) else None, inner, is_leaf=lambda leaf: isinstance(leaf, State)
+                lambda leaf: check(leaf) if isinstance(leaf, State) else None,
+                inner,
+                is_leaf=lambda leaf: isinstance(leaf, State),
             )
 
     check(state)
@@ -313,6 +346,8 @@ def _check_counts(path: Path, state: State) -> None:
 
 def _growing(like: State) -> dict[str, str]:
     """The tensors whose axis 1 grows with the stream, with the state that they belong to."""
-    parts, _ = _pytree.tree_flatten_with_path(like, is_leaf=lambda part: isinstance(part, State) and getattr(part, "grows", False))
+    parts, _ = _pytree.tree_flatten_with_path(
+        like, is_leaf=lambda part: isinstance(part, State) and getattr(part, "grows", False)
+    )
     owners = [(_pytree.keystr(path), part) for path, part in parts if isinstance(part, State)]
     return {f"{place}{name}": place for place, part in owners for name in named_tensors(part)}

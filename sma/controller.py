@@ -24,10 +24,11 @@ SURE = 4.0
 class BudgetController(nn.Module):
     r"""Keeps the activation rates of routers at a target by moving their offsets.
 
-    After every update it counts, over all ranks, how many tokens would be active at any offset, finds the one that gives the
-    scheduled rate, and moves the router's offset a share `speed` of the way; an update of many tokens counts more than one of few.
-    The offset is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and its gradient are
-    untouched; a router that has died or saturated is moved until tokens reach it again.
+    After every update it counts, over all ranks, how many tokens would be active at any offset, finds the one that
+    gives the scheduled rate, and moves the router's offset a share `speed` of the way; an update of many tokens counts
+    more than one of few.
+    The offset is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and its
+    gradient are untouched; a router that has died or saturated is moved until tokens reach it again.
 
     Args:
         spec: target and schedule.
@@ -45,7 +46,9 @@ class BudgetController(nn.Module):
     updates: Tensor
     usual_tokens: Tensor
 
-    def __init__(self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None) -> None:
+    def __init__(
+        self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         # In a tuple, so that the routers' parameters are not counted as the controller's own.
@@ -60,18 +63,20 @@ class BudgetController(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
-        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of `length` tokens.
+        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of
+        `length` tokens.
 
         Raises:
-            InputError: as of the class; or the budget is a total, and the model has no spec that says what its sub-modules cost.
+            InputError: as of the class; or the budget is a total, and the model has no spec that says what its
+                sub-modules cost.
         """
         costs = None
         if spec.over == "total":
             model_spec = getattr(unwrapped(model)[1], "spec", None)
             if not isinstance(model_spec, ModelSpec):
                 raise InputError(
-                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget is weighted; "
-                    "give the costs: BudgetController(spec, routers_of(model), costs)"
+                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget "
+                    "is weighted; give the costs: BudgetController(spec, routers_of(model), costs)"
                 )
             costs = module_costs(model_spec, length)
         return cls(spec, routers_of(model), costs)
@@ -95,8 +100,8 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module, and then by how far
-        they are from running nothing at all, for every layer in which sub-modules compete.
+        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module,
+        and then by how far they are from running nothing at all, for every layer in which sub-modules compete.
         """
         self._check(decisions, valid)
         update = int(self.updates)
@@ -120,12 +125,14 @@ class BudgetController(nn.Module):
     def _check(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
         check_decisions(decisions, type(self).__name__, valid)
         if len(decisions) != len(self.routers):
-            raise InputError(f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers")
+            raise InputError(
+                f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers"
+            )
         for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
             if decision.names != router.names:
                 raise InputError(
-                    f"decision {layer} is about {list(decision.names)}, and the router of that layer about {list(router.names)}; "
-                    "give the decisions of the same model, in the order of its layers"
+                    f"decision {layer} is about {list(decision.names)}, and the router of that layer about "
+                    f"{list(router.names)}; give the decisions of the same model, in the order of its layers"
                 )
 
     def _more(self, steered: Steered, update: int) -> float:
@@ -134,7 +141,9 @@ class BudgetController(nn.Module):
         return SURE if everyone and self.routers[steered.layer].samples else 0.0
 
     def _weight(self, counts: Tensor) -> float:
-        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count too much."""
+        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count
+        too much.
+        """
         tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
         if not tokens:
             return 1.0
@@ -161,9 +170,13 @@ class BudgetController(nn.Module):
                 router.offset.add_(change.where(change.isfinite(), 0))
 
     def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
-        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow it further."""
+        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow
+        it further.
+        """
         wanted = [0.0] * len(self.steered)
-        weights = torch.tensor([steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64)
+        weights = torch.tensor(
+            [steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64
+        )
         if not weights.any():
             return wanted
         mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
@@ -178,7 +191,9 @@ class BudgetController(nn.Module):
         return wanted
 
     def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
-        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each against the others."""
+        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each
+        against the others.
+        """
         targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
         wanted = [0.0] * len(targets)
         for layer, numbers in self._by_layer.items():
@@ -192,7 +207,8 @@ class BudgetController(nn.Module):
                 idle = len(targets) + self.idling.index(layer)
                 together = shift_to(scale * total, shares[idle]) if seen[idle] else 0.0
                 for number in numbers:
-                    # A shift against the others is theirs against this one too: all of them move, so each a part of the way.
+                    # A shift against the others is theirs against this one too: all of them move, so each a part of the
+                    # way.
                     wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
         return wanted
 

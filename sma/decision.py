@@ -23,7 +23,8 @@ class Decision:
         logits: scores for off and on.
         p_on: probability of being active, in [0, 1], for losses and reports.
         names: the sub-modules, in the order of the last axis.
-        overflow: tokens of each row that the router activated and a static capacity left out; they are False in `active`.
+        overflow: tokens of each row that the router activated and a static capacity left out; they are False in
+            `active`.
             None where there is no capacity.
         skip_score: score of running nothing, where that is one choice among those of a router; else None.
     """
@@ -56,13 +57,16 @@ class Decision:
         if rates is None:
             what = f"names=[{listed(map(quote, self.names))}]"
         else:
-            what = f"rates={{{listed(f'{quote(name)}: {rate:.3g}' for name, rate in zip(self.names, rates, strict=False))}}}"
+            known = (f"{quote(name)}: {rate:.3g}" for name, rate in zip(self.names, rates, strict=False))
+            what = f"rates={{{listed(known)}}}"
         rows, length = self.active.shape[:2]
         dtype = brief(self.confidence).partition("[")[0]
         return f"Decision(B={rows}, L={length}, {what}, dtype={dtype}, device={str(self.active.device)!r})"
 
     def _known_rates(self) -> list[float] | None:
-        """The rates as plain numbers; None where there are none yet: on meta, while a program is traced, compiled or captured."""
+        """The rates as plain numbers; None where there are none yet: on meta, while a program is traced, compiled or
+        captured.
+        """
         return [float(rate) for rate in self.rate().tolist()] if is_known(self.active) else None
 
     def move(self, places: Int[Tensor, "B L"]) -> "Decision":

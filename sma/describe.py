@@ -57,9 +57,9 @@ class Layers:
     def all(self) -> Part:
         """All of them together."""
         count = len(self.places)
-        return _sum(f"layer{'s' if count > 1 else ''} {_ranges(self.places)}", f"{count} alike" if count > 1 else "", self.parts).times(
-            count
-        )
+        return _sum(
+            f"layer{'s' if count > 1 else ''} {_ranges(self.places)}", f"{count} alike" if count > 1 else "", self.parts
+        ).times(count)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,15 @@ class Description:
         return _sum("total", "", (*self.before, *(group.all for group in self.layers), *self.after))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; operations are exact multiply-adds of a whole row, and a layer's numbers are those of one layer."""
+        """Plain data for JSON; operations are exact multiply-adds of a whole row, and a layer's numbers are those of
+        one layer.
+        """
         groups = [
-            {"layers": list(group.places), **_numbers(group.one), "parts": [_part_numbers(part) for part in group.parts]}
+            {
+                "layers": list(group.places),
+                **_numbers(group.one),
+                "parts": [_part_numbers(part) for part in group.parts],
+            }
             for group in self.layers
         ]
         return {
@@ -123,7 +129,10 @@ class Description:
         ]
         return "\n".join(
             [
-                f"{self.name}: {spec.kind}, width {spec.width}, {count} layer{'' if count == 1 else 's'}, rows of {self.length:,} tokens",
+                (
+                    f"{self.name}: {spec.kind}, width {spec.width}, "
+                    f"{count} layer{'' if count == 1 else 's'}, rows of {self.length:,} tokens"
+                ),
                 "",
                 *align(rows, right=(2, 3, 4, 5, 6)),
                 "",
@@ -168,7 +177,9 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     if not 1 <= length < 2**63:
         raise SpecError(f"length={quote(length)} must be at least 1 token, and below 2^63")
     if not 0 <= rate <= 1:
-        raise SpecError(f"rate={quote(rate)} must lie between 0 and 1: the share of the tokens that run a routed sub-module")
+        raise SpecError(
+            f"rate={quote(rate)} must lie between 0 and 1: the share of the tokens that run a routed sub-module"
+        )
     width = spec.width
     before = [Part("encoder", spec.encoder.kind, spec.encoder.num_parameters(width))]
     if spec.sinusoid:
@@ -182,7 +193,9 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     alike: dict[str, tuple[LayerSpec, list[int]]] = {}
     for place, layer in enumerate(spec.layer_specs):
         alike.setdefault(keys[id(layer)], (layer, []))[1].append(place)
-    groups = [Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike.values()]
+    groups = [
+        Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike.values()
+    ]
     return Description(name, spec, length, rate, tuple(before), tuple(groups), tuple(after))
 
 
@@ -265,7 +278,8 @@ def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]

@@ -9,7 +9,8 @@ from sma.errors import InputError, SmaError, quote, reason
 
 
 def usable_device(device: torch.device | str | int | None, error: type[SmaError] = InputError) -> torch.device:
-    """Return the device of a name, with which a tensor can be made here; None is the one on which torch makes tensors now.
+    """Return the device of a name, with which a tensor can be made here; None is the one on which torch makes tensors
+    now.
 
     Raises:
         SmaError: `error`: torch has none of this name, or not here; says which there are.
@@ -18,12 +19,16 @@ def usable_device(device: torch.device | str | int | None, error: type[SmaError]
         found = torch.get_default_device() if device is None else torch.device(device)
         torch.empty(1, device=found)
     except Exception as cause:  # every kind of device refuses in its own way
-        raise error(f"the device {quote(device)} cannot be used: {reason(cause)}; there are {', '.join(devices())}") from cause
+        raise error(
+            f"the device {quote(device)} cannot be used: {reason(cause)}; there are {', '.join(devices())}"
+        ) from cause
     return found
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast converts what is computed on a device now; on `meta`, about which torch cannot be asked, it converts nothing."""
+    """Whether autocast converts what is computed on a device now; on `meta`, about which torch cannot be asked, it
+    converts nothing.
+    """
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -38,5 +43,9 @@ def devices() -> list[str]:
     found = ["'cpu'"]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
-        found += [f"'{kind.type}:{number}'" for number in range(torch.accelerator.device_count())] if kind is not None else []
+        found += (
+            [f"'{kind.type}:{number}'" for number in range(torch.accelerator.device_count())]
+            if kind is not None
+            else []
+        )
     return [*found, "'meta' (sizes without values)"]

@@ -65,12 +65,16 @@ class TokenEmbeddingSpec(EncoderSpec):
     kind: Literal["token_embedding"] = "token_embedding"
     vocabulary: int = Field(ge=1, description="number of different token ids, padding included")
     padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
-    scaled: bool = Field(default=False, description="multiply the vectors by sqrt(width), as language models with a tied output do")
+    scaled: bool = Field(
+        default=False, description="multiply the vectors by sqrt(width), as language models with a tied output do"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.padding is not None and self.padding >= self.vocabulary:
-            raise ValueError(f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}")
+            raise ValueError(
+                f"padding={self.padding} must be one of the {self.vocabulary} ids, 0 … {self.vocabulary - 1}"
+            )
         return self
 
     def build(self, width: int) -> "TokenEmbedding":
@@ -85,7 +89,8 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSI
 
 
 class TokenEmbedding(Encoder):
-    """A learned vector per token id, from a normal distribution of standard deviation D^-1/2; scaled, of standard deviation 1.
+    """A learned vector per token id, from a normal distribution of standard deviation D^-1/2; scaled, of standard
+    deviation 1.
 
     Shape:
         ids `(B, L)`, integers of any dtype from 0 to vocabulary - 1, in; `(B, L, D)` out.
@@ -108,27 +113,31 @@ class TokenEmbedding(Encoder):
             cure = "" if inputs.dtype in _WHOLE else ": convert them with ids.long()"
             given = f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
             raise InputError(f"{given}; required are integers of shape (B, L){cure}")
-        # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the embedding itself
-        # reports ids out of range.
+        # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the
+        # embedding itself reports ids out of range.
         if not torch.compiler.is_compiling() and inputs.device.type == "cpu" and inputs.numel():
             low, high = (int(bound) for bound in _signed(inputs).aminmax())
             if low < 0 or high >= self.spec.vocabulary:
                 wrong = low if low < 0 else high
                 if low < 0 and inputs.dtype is torch.uint64:
                     wrong = low + 2**64
-                raise InputError(f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}")
+                raise InputError(
+                    f"token id {wrong} is out of range; the vocabulary has ids 0 … {self.spec.vocabulary - 1}"
+                )
 
     def random_inputs(self, rows: int, length: int) -> Integer[Tensor, "B L"]:
         """Draw ids uniformly; see `Encoder.random_inputs`."""
         return torch.randint(self.spec.vocabulary, (rows, length), device=self.weight.device)
 
-    def forward(self, inputs: Integer[Tensor, "B L"] | Float[Tensor, "*N D"], *, scores: bool = False) -> Float[Tensor, "*N E"]:
+    def forward(
+        self, inputs: Integer[Tensor, "B L"] | Float[Tensor, "*N D"], *, scores: bool = False
+    ) -> Float[Tensor, "*N E"]:
         """Look the vectors up; or, with `scores`, score every id.
 
         Args:
             inputs: ids; with `scores` hidden states.
-            scores: return the inner products with every id's vector, the tied output of a language model. A call of the module, so that
-                its hooks run and weights that are sharded are there.
+            scores: return the inner products with every id's vector, the tied output of a language model. A call of the
+                module, so that its hooks run and weights that are sharded are there.
         """
         if scores:
             return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
@@ -226,7 +235,9 @@ class LinearEncoder(Encoder):
         check_tensor(inputs, "features are", torch.float32)
         wanted = f"floats of shape (B, L, {self.spec.features}){_to_float(inputs)}"
         if inputs.ndim != 3 or inputs.shape[2] != self.spec.features or not inputs.is_floating_point():
-            raise InputError(f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}")
+            raise InputError(
+                f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}"
+            )
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""
@@ -237,6 +248,7 @@ class LinearEncoder(Encoder):
         """Encode every position."""
         out: Tensor = self.linear(inputs)
         if autocasts(inputs.device):
-            # The residual stream starts here and is not narrowed by autocast. The weight of a map that was replaced may be packed.
+            # The residual stream starts here and is not narrowed by autocast. The weight of a map that was replaced may
+            # be packed.
             return out.to(floating_dtype(self.linear) or out.dtype)
         return out

@@ -50,7 +50,9 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
     words = list(known)
     # The time that the search for a near word takes grows with the lengths of both.
     near = (
-        difflib.get_close_matches(word, [other for other in words if len(other) <= QUOTED], n=1, cutoff=0.6) if len(word) <= QUOTED else []
+        difflib.get_close_matches(word, [other for other in words if len(other) <= QUOTED], n=1, cutoff=0.6)
+        if len(word) <= QUOTED
+        else []
     )
     question = f"; did you mean {near[0]!r}?" if near else ""
     if not listed:
@@ -66,7 +68,9 @@ class _Quotes(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel = 4
-        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxarray = 8
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = (
+            self.maxarray
+        ) = 8
         self.maxstring = self.maxlong = self.maxother = QUOTED
 
     def repr1(self, x: object, level: int) -> str:
@@ -128,4 +132,8 @@ def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else ""
     text = text if len(text) <= 2 * QUOTED else f"{text[: 2 * QUOTED - 3]}..."
-    return text if text and not isinstance(error, KeyError | RecursionError) else f"{type(error).__name__}{f': {text}' if text else ''}"
+    return (
+        text
+        if text and not isinstance(error, KeyError | RecursionError)
+        else f"{type(error).__name__}{f': {text}' if text else ''}"
+    )

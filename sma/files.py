@@ -31,11 +31,14 @@ def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedRe
     """Open a plain file for reading; its handle has a size (`os.fstat`), which a pipe or a device has not.
 
     Raises:
-        SmaError: `error`: there is none, it cannot be read, or it is a pipe, a device or a folder. Nothing is waited for.
+        SmaError: `error`: there is none, it cannot be read, or it is a pipe, a device or a folder. Nothing is waited
+            for.
     """
     try:
         # Without blocking: opening a pipe waits for its writer.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        )
     except (OSError, ValueError) as cause:
         raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
     try:
@@ -82,16 +85,19 @@ def read_file(path: str | Path, limit: int, error: type[SmaError] = DataError) -
         except OSError as cause:
             raise error(f"cannot read {str(path)!r}: {reason(cause)}") from cause
     if len(content) > limit:
-        raise error(f"{str(path)!r} is longer than {limit:,} bytes, which no file of this kind is; is it the right one?")
+        raise error(
+            f"{str(path)!r} is longer than {limit:,} bytes, which no file of this kind is; is it the right one?"
+        )
     return content
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step.
 
-    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone. A process that is killed
-    leaves its own behind, without the lock that it had on it: the next call for the same path, by whichever process, removes it. A new
-    file has the mode that the process gives its files (umask), one that is replaced keeps its own.
+    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone. A process
+    that is killed leaves its own behind, without the lock that it had on it: the next call for the same path, by
+    whichever process, removes it. A new file has the mode that the process gives its files (umask), one that is
+    replaced keeps its own.
     """
     _remove_abandoned(path.parent, f".{path.name}.")
     temporary, handle = _locked_draft(path)
@@ -160,7 +166,9 @@ def stands_at(path: Path, handle: int) -> bool:
 
 
 def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
-    """Delete the drafts whose names begin like this and that nobody writes any more; where that cannot be known, none unless alone."""
+    """Delete the drafts whose names begin like this and that nobody writes any more; where that cannot be known, none
+    unless alone.
+    """
     with suppress(OSError):
         found = [path for path in folder.iterdir() if path.name.startswith(prefix) and path.name.endswith(DRAFT)]
         for draft in found:

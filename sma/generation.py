@@ -13,7 +13,8 @@ from sma.inputs import check_count, check_mask, check_number, check_tensor
 from sma.memory import check_memory
 from sma.model import LanguageModel, ModelState
 
-# Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt is.
+# Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt
+# is.
 CHUNK = 4096
 
 _FEWER = "draw fewer samples at once, or give fewer prompts"
@@ -33,8 +34,8 @@ def generate(
 ) -> Iterator[Int[Tensor, "R"]]:
     """Continue prompts, one token at a time, each as soon as it is drawn.
 
-    The prompt is read once, in chunks; from then on every token costs the same, however long the text has become, in a model whose
-    sub-modules look back over a window. The model should be in evaluation mode.
+    The prompt is read once, in chunks; from then on every token costs the same, however long the text has become, in a
+    model whose sub-modules look back over a window. The model should be in evaluation mode.
 
     Args:
         model: a causal language model.
@@ -59,7 +60,17 @@ def generate(
         raise InputError(f"seed={quote(seed)} must have at most 64 bits")
     _check_rows(model, prompt, samples)
     # A generator function would raise only when the first token is asked for.
-    return _generate(model, prompt, valid, tokens, samples, torch.Generator(prompt.device).manual_seed(seed), temperature, top_k, top_p)
+    return _generate(
+        model,
+        prompt,
+        valid,
+        tokens,
+        samples,
+        torch.Generator(prompt.device).manual_seed(seed),
+        temperature,
+        top_k,
+        top_p,
+    )
 
 
 @torch.no_grad()
@@ -76,7 +87,13 @@ def _generate(
 ) -> Iterator[Tensor]:
     logits, state = read(model, prompt, valid)
     # Where attention has no window, the state has grown with the prompt.
-    check_memory(state.num_bytes * samples, f"the state for samples={samples}", device=prompt.device, error=InputError, hint=_FEWER)
+    check_memory(
+        state.num_bytes * samples,
+        f"the state for samples={samples}",
+        device=prompt.device,
+        error=InputError,
+        hint=_FEWER,
+    )
     rows = torch.arange(prompt.shape[0], device=prompt.device).repeat_interleave(samples)
     logits, state = logits.index_select(0, rows), state.select(rows)
     for place in range(tokens):
@@ -87,7 +104,9 @@ def _generate(
             logits, state = cast(Tensor, output.logits)[:, 0], cast(ModelState, output.state)
 
 
-def read(model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None = None) -> tuple[Tensor, ModelState]:
+def read(
+    model: LanguageModel, prompt: Int[Tensor, "B L"], valid: Bool[Tensor, "B L"] | None = None
+) -> tuple[Tensor, ModelState]:
     """Read prompts in chunks.
 
     Returns:
@@ -122,7 +141,9 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Int[Tensor, "R"]:
-    """Draw one token per row from softmax(logits / temperature), cut to the `top_k` or `top_p` most probable; see `generate`."""
+    """Draw one token per row from softmax(logits / temperature), cut to the `top_k` or `top_p` most probable; see
+    `generate`.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     scores = logits.double() / temperature
@@ -165,7 +186,9 @@ def _check(
         raise InputError(_unsuitable(model))
     check_tensor(prompt, "the prompt is", torch.int64)
     if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise InputError(f"the prompt has shape {tuple(prompt.shape)}; required is (B, L) with at least one token per row")
+        raise InputError(
+            f"the prompt has shape {tuple(prompt.shape)}; required is (B, L) with at least one token per row"
+        )
     if valid is not None:
         check_mask(valid, prompt.shape, "as the prompt has", prompt.device)
         if not bool(valid.any(1).all()):

@@ -22,7 +22,9 @@ def reset_linear_(linear: nn.Linear, std: float = 0.02) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the random state that a seed gives, on the device on which torch makes tensors now; then put the old states back."""
+    """Draw from the random state that a seed gives, on the device on which torch makes tensors now; then put the old
+    states back.
+    """
     place = torch.get_default_device().type
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if place == "cuda" else []):
         if place in ("cpu", "meta"):

@@ -46,7 +46,9 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
     raise InputError(f"{what} {what_came(value)}; required is a torch.Tensor: write torch.as_tensor(x{target})")
 
 
-def check_mask(valid: object, shape: Sequence[int], whose: str = "as the input has", device: torch.device | None = None) -> None:
+def check_mask(
+    valid: object, shape: Sequence[int], whose: str = "as the input has", device: torch.device | None = None
+) -> None:
     """Check the mask of valid positions.
 
     Raises:
@@ -54,11 +56,15 @@ def check_mask(valid: object, shape: Sequence[int], whose: str = "as the input h
     """
     valid = check_tensor(valid, "valid is", torch.bool)
     if valid.dtype is not torch.bool:
-        raise InputError(f"valid has dtype {valid.dtype}; required is torch.bool, True at real tokens: write valid.bool()")
+        raise InputError(
+            f"valid has dtype {valid.dtype}; required is torch.bool, True at real tokens: write valid.bool()"
+        )
     if tuple(valid.shape) != tuple(shape):
         raise InputError(f"valid has shape {tuple(valid.shape)}; required is (B, L) = {tuple(shape)}, {whose}")
     if device is not None and valid.device != device:
-        raise InputError(f"valid is on {valid.device} and the input on {device}; move it with valid.to({str(device)!r})")
+        raise InputError(
+            f"valid is on {valid.device} and the input on {device}; move it with valid.to({str(device)!r})"
+        )
 
 
 def check_positions(positions: object, shape: Sequence[int]) -> None:
@@ -69,7 +75,9 @@ def check_positions(positions: object, shape: Sequence[int]) -> None:
     """
     positions = check_tensor(positions, "positions are", torch.int64)
     if tuple(positions.shape) != tuple(shape):
-        raise InputError(f"positions have shape {tuple(positions.shape)}; required is (B, L) = {tuple(shape)}, as of the tokens")
+        raise InputError(
+            f"positions have shape {tuple(positions.shape)}; required is (B, L) = {tuple(shape)}, as of the tokens"
+        )
     if positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
         raise InputError(f"positions have dtype {positions.dtype}; required are integers, such as torch.int64")
 
@@ -82,7 +90,9 @@ def check_count(value: Any, what: str, least: int = 0, unit: str = "") -> None:
     """
     # Plain integers first: a compiler knows these alone.
     if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
-        raise InputError(f"{what}={quote(value)} is {what_came(value)}; required is an integer of at least {least}{unit}")
+        raise InputError(
+            f"{what}={quote(value)} is {what_came(value)}; required is an integer of at least {least}{unit}"
+        )
     if value < least:
         raise InputError(f"{what}={quote(value)} must be at least {least}{unit}")
 

@@ -10,7 +10,14 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import Around, RoutedState, SparseModularActivation, keeping_nothing, name_is_taken, refuse_unless_causal
+from sma.activation import (
+    Around,
+    RoutedState,
+    SparseModularActivation,
+    keeping_nothing,
+    name_is_taken,
+    refuse_unless_causal,
+)
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
 from sma.decision import Decision
@@ -34,13 +41,21 @@ NAME = 100
 class LayerSpec(Spec):
     """Spec of `RoutedLayer`."""
 
-    backbone: SubModuleSpec | None = Field(default=None, description="sub-module that every token goes through first; null for none")
+    backbone: SubModuleSpec | None = Field(
+        default=None, description="sub-module that every token goes through first; null for none"
+    )
     backbone_activation: Literal["silu", "none"] = Field(default="silu", description="applied to the backbone's result")
     router: RouterSpec = Field(default=SMARouterSpec(), description="decides which tokens run which sub-modules")
-    modules: FrozenMapping[SubModuleSpec] = Field(default_factory=FrozenDict, description="the routed sub-modules, by names of your choice")
-    bypass: Literal["none", "linear", "identity"] = Field(default="linear", description="what reaches the residual past the sub-modules")
+    modules: FrozenMapping[SubModuleSpec] = Field(
+        default_factory=FrozenDict, description="the routed sub-modules, by names of your choice"
+    )
+    bypass: Literal["none", "linear", "identity"] = Field(
+        default="linear", description="what reaches the residual past the sub-modules"
+    )
     activation: Literal["silu", "none"] = Field(default="silu", description="applied after the residual")
-    norm: NormSpec | None = Field(default=None, description="normalises before the layer or after its residual; null for none")
+    norm: NormSpec | None = Field(
+        default=None, description="normalises before the layer or after its residual; null for none"
+    )
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel")
     dropout_on: Literal["modules", "sum"] = Field(
         default="modules", description="drop channels of the sub-modules' results, or of their sum with the bypass"
@@ -49,17 +64,24 @@ class LayerSpec(Spec):
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if not self.modules and self.bypass == "none":
-            raise ValueError("a layer without modules needs bypass='linear' or 'identity'; otherwise it passes its input on unchanged")
+            raise ValueError(
+                "a layer without modules needs bypass='linear' or 'identity'; "
+                "otherwise it passes its input on unchanged"
+            )
         bad = [name for name in self.modules if not name.isidentifier()]
         if bad:
-            raise ValueError(f"the module name {quote(bad[0])} must be a word of letters, digits and '_'; field paths are made of them")
+            raise ValueError(
+                f"the module name {quote(bad[0])} must be a word of letters, digits and '_'; "
+                "field paths are made of them"
+            )
         long = [name for name in self.modules if len(name) > NAME]
         if long:
             raise ValueError(f"the module name {quote(long[0])} has {len(long[0]):,} characters; {NAME} are the most")
         taken = [name for name in self.modules if name_is_taken(name)]
         if taken:
             raise ValueError(
-                f"the module name {quote(taken[0])} is taken by torch.nn.ModuleDict; choose another, such as {taken[0] + '_'!r}"
+                f"the module name {quote(taken[0])} is taken by torch.nn.ModuleDict; "
+                f"choose another, such as {taken[0] + '_'!r}"
             )
         return self
 
@@ -69,7 +91,11 @@ class LayerSpec(Spec):
 
     def num_parameters(self, width: int) -> int:
         """Predict the number of parameters of the layer."""
-        parts = [spec.num_parameters(width) for spec in (self.backbone, self.norm, *self.modules.values()) if spec is not None]
+        parts = [
+            spec.num_parameters(width)
+            for spec in (self.backbone, self.norm, *self.modules.values())
+            if spec is not None
+        ]
         router = self.router.num_parameters(width, len(self.modules)) if self.modules else 0
         return sum(parts) + router + (width * (width + 1) if self.bypass == "linear" else 0)
 
@@ -124,16 +150,17 @@ class RoutedLayer(nn.Module):
     r"""$n = \mathrm{norm}(x)$, $m = \mathrm{drop}(\mathrm{silu}(\mathrm{backbone}(n)))$,
     $y = \sum_m a c f(m) + \mathrm{bypass}(m)$, $\mathrm{out} = \mathrm{silu}(x + y)$.
 
-    With a norm of place `post`, n = x and the norm follows the residual. Without a backbone m = n. The router reads m. With
-    every token active at confidence 1 it is the dense layer; with none active the bypass alone.
+    With a norm of place `post`, n = x and the norm follows the residual. Without a backbone m = n. The router reads m.
+    With every token active at confidence 1 it is the dense layer; with none active the bypass alone.
 
     Args:
         spec: the parts.
         width: channels of every token, D.
 
     Attributes:
-        recompute: keep no activations of the backbone and the sub-modules for backward, and compute them again there. Norm,
-            router and decision are kept, so whatever the router does, gradients are those of the decision that was taken.
+        recompute: keep no activations of the backbone and the sub-modules for backward, and compute them again there.
+            Norm, router and decision are kept, so whatever the router does, gradients are those of the decision that
+            was taken.
 
     Shape:
         x `(B, L, D)` in, hidden `(B, L, D)` out.
@@ -167,7 +194,9 @@ class RoutedLayer(nn.Module):
     def extra_repr(self) -> str:
         return settings(self)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerState:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LayerState:
         """Make the state of `batch_size` streams that have seen nothing.
 
         Args:
@@ -203,9 +232,12 @@ class RoutedLayer(nn.Module):
         """Check that a state is one of these parts.
 
         Raises:
-            StateError: it is that of a layer of others, which would silently begin anew in the parts that it does not know.
+            StateError: it is that of a layer of others, which would silently begin anew in the parts that it does not
+                know.
         """
-        has, wanted = ([name for name in ("backbone", "routed") if getattr(part, name) is not None] for part in (state, self))
+        has, wanted = (
+            [name for name in ("backbone", "routed") if getattr(part, name) is not None] for part in (state, self)
+        )
         check_parts(self, has, wanted)
         if self.routed is not None and state.routed is not None:
             self.routed.check(state.routed)
@@ -221,14 +253,17 @@ class RoutedLayer(nn.Module):
 
         Args:
             x_BLD: tokens.
-            valid: False at padding, on whichever side; None where there is none. A model, which has moved the padding to the right,
-                zeroed it and counts the tokens of its streams, gives what `align` returned of the batch instead.
+            valid: False at padding, on whichever side; None where there is none. A model, which has moved the padding
+                to the right, zeroed it and counts the tokens of its streams, gives what `align` returned of the batch
+                instead.
             state: where the streams stand; None at their beginning.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on the data. None takes all.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
+                in (0, 1] is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on
+                the data. None takes all.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, the capacity is impossible, or torch's own norm stands in the place of ours.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or torch's own norm stands in the
+                place of ours.
             StateError: the state does not fit, the layer cannot continue a stream, or a capacity comes with a state.
         """
         if isinstance(valid, Ragged):
@@ -291,8 +326,8 @@ class RoutedLayer(nn.Module):
     def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """What the routed results are added to, the bypass and the residual, and the routed tokens.
 
-        The sum has the residual stream's dtype. It is a contiguous tensor that nobody else holds: what the bypass returned is left as a
-        hook may have seen it.
+        The sum has the residual stream's dtype. It is a contiguous tensor that nobody else holds: what the bypass
+        returned is left as a hook may have seen it.
         """
         passed: Tensor | None = None
         bypass = self.bypass
@@ -323,8 +358,8 @@ class RoutedLayer(nn.Module):
 class LinearBypass(nn.Module):
     """W x + b of every token, and the tokens that are routed.
 
-    Both in one place, because backward can then add the routed tokens' gradient in place: separately it would be laid out in a
-    tensor of zeros as large as the batch, which is added in another pass.
+    Both in one place, because backward can then add the routed tokens' gradient in place: separately it would be laid
+    out in a tensor of zeros as large as the batch, which is added in another pass.
     """
 
     def __init__(self, width: int) -> None:
@@ -336,7 +371,9 @@ class LinearBypass(nn.Module):
     def extra_repr(self) -> str:
         return f"width={self.bias.shape[0]}"
 
-    def forward(self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
+    def forward(
+        self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
         """Return the mapped tokens and the tokens at `index`, none of which comes twice."""
         if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
             return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
@@ -360,24 +397,29 @@ class _LinearAndGather(torch.autograd.Function):
 def align(
     x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None, static: bool = False
 ) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
-    """Zero the padding of a batch and move it to the right; positions start at the tokens of each row that were seen before.
+    """Zero the padding of a batch and move it to the right; positions start at the tokens of each row that were seen
+    before.
 
     With `static` it is moved without looking where it is.
 
     Returns:
-        the batch, its layout as rectangular tokens without values, and where `restore` finds each place; None where nothing was moved.
+        the batch, its layout as rectangular tokens without values, and where `restore` finds each place; None where
+        nothing was moved.
     """
     positions = None if seen is None else seen[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device)
     if valid is None:
         return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), None, positions), None
-    # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would survive.
+    # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would
+    # survive.
     x_BLD = x_BLD.where(valid[..., None], 0)
     lengths, order = right_padding(valid, static or valid.is_meta)
     places = None
     if order is not None:
         x_BLD = move(x_BLD, order)
         # The inverse of the order, without sorting again.
-        places = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        places = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
     return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), lengths, positions), places
 
 

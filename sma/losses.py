@@ -1,7 +1,7 @@
 """Losses of routing, as functions of decisions: nothing is stored on a module, so recomputation cannot count one twice.
 
-Each takes the decisions of one forward pass, one per routed layer as `ModelOutput.decisions`, and gives one number that is added to
-the loss of the task with a weight.
+Each takes the decisions of one forward pass, one per routed layer as `ModelOutput.decisions`, and gives one number that
+is added to the loss of the task with a weight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ def budget_loss(
 ) -> Float[Tensor, ""]:
     r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
 
-    The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. It is 0, and
-    its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A gentle alternative to
-    `sma.budget.BudgetController`, which does not change the loss.
+    The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too.
+    It is 0, and its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A
+    gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
 
     Args:
         decisions: one per routed layer.
@@ -47,10 +47,12 @@ def budget_loss(
 
 
 def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
-    r"""How unevenly the sub-modules of a layer are used: $M \sum_m f_m P_m$, meant over the layers; 1 where they are used alike.
+    r"""How unevenly the sub-modules of a layer are used: $M \sum_m f_m P_m$, meant over the layers; 1 where they are
+    used alike.
 
-    f is each sub-module's share of the layer's activations and P its share of the mean probability `p_on`; the gradient goes
-    through P. For routers under which sub-modules compete (`top_k`, `exclusive`); a layer of one sub-module gives 1.
+    f is each sub-module's share of the layer's activations and P its share of the mean probability `p_on`; the gradient
+    goes through P. For routers under which sub-modules compete (`top_k`, `exclusive`); a layer of one sub-module
+    gives 1.
 
     Args:
         decisions: one per routed layer.
@@ -73,13 +75,14 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
 def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
     r"""How large the scores are: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
 
-    u are the two scores of the decision, offset included, before the temperature. Keeps scores small, where half precision and the
-    softmax still tell them apart.
+    u are the two scores of the decision, offset included, before the temperature. Keeps scores small, where half
+    precision and the softmax still tell them apart.
 
-    The paper's sum runs over the scores of all experts of a token, once per token. Here it runs over the pair of each sub-module: for
-    `sma`, `gumbel` and `bernoulli`, which have a softmax for each, that is the same equation; under `threshold` and `expert_choice`
-    $u_0$ is the threshold; where sub-modules compete (`exclusive`, `top_k`) $u_0$ is the best score against which the sub-module
-    stands, so that of n scores that are all 0 it gives $(\log 2)^2$ and not $(\log n)^2$.
+    The paper's sum runs over the scores of all experts of a token, once per token. Here it runs over the pair of each
+    sub-module: for `sma`, `gumbel` and `bernoulli`, which have a softmax for each, that is the same equation; under
+    `threshold` and `expert_choice` $u_0$ is the threshold; where sub-modules compete (`exclusive`, `top_k`) $u_0$ is
+    the best score against which the sub-module stands, so that of n scores that are all 0 it gives $(\log 2)^2$ and not
+    $(\log n)^2$.
 
     Args:
         decisions: one per routed layer.
@@ -102,18 +105,21 @@ def policy_gradient_loss(
 ) -> Float[Tensor, ""]:
     r"""The score function of sampled decisions: minus the mean of $A_{bt} (a_{bt} - p_{bt}) (u_1 - u_0)_{bt}$.
 
-    a is the draw, p its probability and u are the scores, so that the gradient is that of $A \log P(a)$: an unbiased estimate of that
-    of the expected loss over the draws, up to the positive factors by which the advantages A are standardised. Its value means
-    nothing. The advantage says how much less a row lost than the other rows of the batch, in standard deviations. Where losses are
-    given at positions, it counts those from the token's own position on: a causal model owes a token nothing that came before it, and
-    the variance is less. The mean is over valid tokens, sub-modules and layers.
+    a is the draw, p its probability and u are the scores, so that the gradient is that of $A \log P(a)$: an unbiased
+    estimate of that of the expected loss over the draws, up to the positive factors by which the advantages A are
+    standardised. Its value means nothing. The advantage says how much less a row lost than the other rows of the batch,
+    in standard deviations. Where losses are given at positions, it counts those from the token's own position on: a
+    causal model owes a token nothing that came before it, and the variance is less. The mean is over valid tokens,
+    sub-modules and layers.
 
     Args:
         decisions: those of routers that sample, whose `p_on` is the probability of having been active.
-        losses: of every row; or, of a causal model, of every position, 0 where nothing is asked. Their gradient is not used.
+        losses: of every row; or, of a causal model, of every position, 0 where nothing is asked. Their gradient is not
+            used.
         valid: False at padding; None where there is none.
-        rates_are_held: a budget holds the rates, so that only the differences between tokens count: the gradient then has a mean of 0
-            over the tokens. Without this, what all tokens have in common and the budget work against each other without end.
+        rates_are_held: a budget holds the rates, so that only the differences between tokens count: the gradient then
+            has a mean of 0 over the tokens. Without this, what all tokens have in common and the budget work against
+            each other without end.
 
     Raises:
         InputError: the losses or the mask do not fit.
@@ -127,7 +133,9 @@ def policy_gradient_loss(
         return _zero(decisions)
     rows, length = decisions[0].active.shape[:2]
     if losses.shape not in ((rows,), (rows, length)):
-        raise InputError(f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})")
+        raise InputError(
+            f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})"
+        )
     valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
     advantage_BL = _advantage(losses.detach(), valid)
     total = []

@@ -14,7 +14,9 @@ from torch import Tensor
 from sma.errors import InputError, SmaError, SpecError
 
 ALWAYS_FITS = 1 << 26
-"""Bytes that are allocated without asking whether they are free, so that small models and states pay nothing for the check."""
+"""Bytes that are allocated without asking whether they are free, so that small models and states pay nothing for the
+check.
+"""
 
 ADDRESSABLE = (1 << 63) - 1
 """Bytes that a tensor can have at most, wherever it lies."""
@@ -27,9 +29,9 @@ FEWER = "take fewer streams or a shorter window"
 def free_memory(device: torch.device | str | None = None) -> int | None:
     """Return the bytes that can still be allocated on a device; None where the system does not say.
 
-    Of the main memory this is the least of what the system has available (page cache that it would give up and swap included), what
-    the control groups of the process leave (containers, batch schedulers) and what its resource limits leave. Of an accelerator it is
-    what the driver has, and what torch's allocator keeps for reuse.
+    Of the main memory this is the least of what the system has available (page cache that it would give up and swap
+    included), what the control groups of the process leave (containers, batch schedulers) and what its resource limits
+    leave. Of an accelerator it is what the driver has, and what torch's allocator keeps for reuse.
 
     Args:
         device: default the device on which torch makes tensors now.
@@ -45,9 +47,15 @@ def free_memory(device: torch.device | str | None = None) -> int | None:
 
 
 def check_memory(
-    needed: int, what: str, *, device: torch.device | str | None = None, error: type[SmaError] = SpecError, hint: str = "make it smaller"
+    needed: int,
+    what: str,
+    *,
+    device: torch.device | str | None = None,
+    error: type[SmaError] = SpecError,
+    hint: str = "make it smaller",
 ) -> None:
-    """Check that `needed` bytes can be allocated; on the meta device, where nothing is, only that a tensor can be that large.
+    """Check that `needed` bytes can be allocated; on the meta device, where nothing is, only that a tensor can be that
+    large.
 
     Args:
         needed: bytes, an estimate from below.
@@ -84,7 +92,9 @@ def format_bytes(count: int) -> str:
     return f"{count:,} bytes ({count / 2**30:,.1f} GiB)" if count >= 1 << 28 else f"{count:,} bytes"
 
 
-def zeros(shape: Sequence[int], what: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def zeros(
+    shape: Sequence[int], what: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Make a tensor of zeros for a state, where it fits.
 
     Raises:
@@ -100,8 +110,8 @@ def zeros(shape: Sequence[int], what: str, *, device: torch.device | str | None 
 def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator for the method `build` of a spec: refuse parameters that cannot fit before any of them is made.
 
-    They are what the spec predicts: `num_parameters` of the same arguments, of a list its length. A spec that predicts nothing, or
-    fails to, is built unchecked.
+    They are what the spec predicts: `num_parameters` of the same arguments, of a list its length. A spec that predicts
+    nothing, or fails to, is built unchecked.
 
     Raises:
         SpecError: the parameters do not fit into what is free where torch makes tensors now.
@@ -114,7 +124,11 @@ def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
             needed = int(self.num_parameters(*sizes)) * torch.get_default_dtype().itemsize
         except Exception:  # no method, or no arithmetic for these arguments: `build` says what is wrong with them
             needed = 0
-        check_memory(needed, type(self).__name__, hint="reduce its sizes, such as the width or the vocabulary, or build it on 'meta'")
+        check_memory(
+            needed,
+            type(self).__name__,
+            hint="reduce its sizes, such as the width or the vocabulary, or build it on 'meta'",
+        )
         return build(self, *args, **options)
 
     return checked

@@ -31,7 +31,9 @@ _TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
 
 
 def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
-    """One pydantic error as one of ours: the class, the field, what was given, what is required, what the field means."""
+    """One pydantic error as one of ours: the class, the field, what was given, what is required, what the field
+    means.
+    """
     loc, given = item["loc"], item["input"]
     if item["type"] == "sma":
         problem = custom(item["ctx"]["head"], item["ctx"]["tail"])
@@ -49,7 +51,8 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
         sentence = f"{name}={quote(given)} {bound}{meaning}"
     elif item["type"] == "literal_error":
         near = did_you_mean(
-            given if isinstance(given, str) else "", [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
+            given if isinstance(given, str) else "",
+            [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")],
         )
         sentence = f"{name}={quote(given)} must be {context['expected']}{near}{meaning}"
     elif loc and loc[-1] == "[key]":
@@ -58,13 +61,19 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
     else:
         types, words = _TYPE_HINTS.get(item["type"], (object, ""))
         hint = words if isinstance(given, types) else ""
-        sentence = f"{f'{name}=' if name else ''}{quote(given)}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}{meaning}"
+        sentence = (
+            f"{f'{name}=' if name else ''}{quote(given)}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}{meaning}"
+        )
     # The sentence names the field; the path then says only in which part of the spec it stands.
-    return InitErrorDetails(type=custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given)
+    return InitErrorDetails(
+        type=custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given
+    )
 
 
 def spec_error(error: ValidationError | RecursionError) -> SpecError:
-    """All mistakes that a validation found as one error, one sentence each, with the path of the part; the first ones if there are many."""
+    """All mistakes that a validation found as one error, one sentence each, with the path of the part; the first ones
+    if there are many.
+    """
     if isinstance(error, RecursionError):
         return SpecError("the spec holds itself, or parts inside each other too deep; write it flat")
     sentences: list[str] = []

@@ -47,19 +47,27 @@ class ModelSpec(Spec):
     kind: str
     width: int = Field(ge=1, description="channels of every token, D")
     encoder: EncoderSpec = Field(description="from inputs to vectors")
-    sinusoid: bool = Field(default=False, description="add a learned multiple of sinusoids of the position after the encoder")
-    embedding_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel after the encoder")
+    sinusoid: bool = Field(
+        default=False, description="add a learned multiple of sinusoids of the position after the encoder"
+    )
+    embedding_dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel after the encoder"
+    )
     layers: Annotated[RepeatSpec | tuple[LayerSpec, ...], BeforeValidator(_repeated_or_listed)] = Field(
         description="a list of layers, or {repeat: …, layer: …}"
     )
     final_norm: NormSpec | None = Field(
-        default=None, description="norm after the last layer; null: a norm like the last layer's own if that is of place 'pre', else none"
+        default=None,
+        description="norm after the last layer; null: a norm like the last layer's own if that is of place 'pre', "
+        "else none",
     )
 
     @model_validator(mode="after")
     def _sinusoid_fits(self) -> Self:
         if self.sinusoid and self.width % 2:
-            raise ValueError(f"width={self.width} must be even with sinusoid=true: half of the channels are sines, half cosines")
+            raise ValueError(
+                f"width={self.width} must be even with sinusoid=true: half of the channels are sines, half cosines"
+            )
         return self
 
     def build(self) -> "SequenceModel":
@@ -96,7 +104,9 @@ class ModelSpec(Spec):
         """Predict the number of parameters of the model."""
         ends = [spec.num_parameters(self.width) for spec in (self.encoder, self.final_norm_spec) if spec is not None]
         head = self.head_spec.num_parameters(self.head_width) if self.head_spec is not None else 0
-        return sum(ends) + head + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
+        return (
+            sum(ends) + head + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
+        )
 
     def operations(self, length: int, rates: float | dict[str, float] = 1.0) -> Operations:
         """Predict the multiply-adds of the layers on one row of `length` tokens, at these activation rates."""
@@ -134,11 +144,15 @@ class LanguageModelSpec(ModelSpec):
     @model_validator(mode="after")
     def _predicts(self) -> Self:
         if not isinstance(self.encoder, TokenEmbeddingSpec):
-            raise ValueError(f"encoder kind {self.encoder.kind!r} must be 'token_embedding', whose vectors score the next token")
+            raise ValueError(
+                f"encoder kind {self.encoder.kind!r} must be 'token_embedding', whose vectors score the next token"
+            )
         for place, layer in enumerate(self.layer_specs):
             for name, part in {"backbone": layer.backbone, **layer.modules}.items():
                 if getattr(part, "bidirectional", False):
-                    raise ValueError(f"layer {place} {name!r} sees the token that is to be predicted; set its bidirectional=false")
+                    raise ValueError(
+                        f"layer {place} {name!r} sees the token that is to be predicted; set its bidirectional=false"
+                    )
         return self
 
     def build(self) -> "LanguageModel":
@@ -169,8 +183,8 @@ class ModelOutput:
     Attributes:
         hidden: the tokens after the last layer and the final norm; zeros at padding.
         pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
-        logits: scores: of every row, of every pair of rows, or in a language model of the next token at every position; None in a
-            model without a head.
+        logits: scores: of every row, of every pair of rows, or in a language model of the next token at every position;
+            None in a model without a head.
         decisions: one per layer that routes, in order.
         state: where the stream stands; None unless one was given.
     """
@@ -214,19 +228,24 @@ class SequenceModel(nn.Module):
 
     @property
     def routed_layers(self) -> list[RoutedLayer]:
-        """The layers, without what may have been put around one, such as a checkpoint wrapper: for their attributes, not to be called."""
+        """The layers, without what may have been put around one, such as a checkpoint wrapper: for their attributes,
+        not to be called.
+        """
         return [layer if isinstance(layer, RoutedLayer) else _inside(layer) for layer in self.layers]
 
     def extra_repr(self) -> str:
         return settings(self)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ModelState:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ModelState:
         """Make the state of `batch_size` streams that have seen nothing.
 
         Args:
             batch_size: streams, B.
             device: default the device of the parameters.
-            dtype: of what the state keeps of the tokens; default the dtype of the parameters. Recurrent states are never below float32.
+            dtype: of what the state keeps of the tokens; default the dtype of the parameters. Recurrent states are
+                never below float32.
 
         Raises:
             StateError: a part is not causal, or a batch norm is in training mode; names the layer and the part.
@@ -257,9 +276,11 @@ class SequenceModel(nn.Module):
                 raise StateError(f"layer {place} {error}") from None
 
     def recompute_activations(self, enabled: bool = True) -> Self:
-        """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in backward.
+        """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in
+        backward.
 
-        Gradients are the same, and no router runs twice; see `RoutedLayer.recompute`. Not a part of the spec, and not saved.
+        Gradients are the same, and no router runs twice; see `RoutedLayer.recompute`. Not a part of the spec, and not
+        saved.
         """
         for layer in self.routed_layers:
             layer.recompute = enabled
@@ -278,9 +299,10 @@ class SequenceModel(nn.Module):
             inputs: token ids or numbers.
             valid: False at padding, on whichever side; None where there is none.
             state: where the streams stand; None where each row is a whole one.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float in (0, 1]
-                is a share of the valid ones, a mapping has one for each name of a sub-module, in all layers alike. No shape then
-                depends on the data; `Decision.overflow` counts the active tokens that are left out. None takes all.
+            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
+                in (0, 1] is a share of the valid ones, a mapping has one for each name of a sub-module, in all layers
+                alike. No shape then depends on the data; `Decision.overflow` counts the active tokens that are left
+                out. None takes all.
 
         Raises:
             InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
@@ -292,7 +314,11 @@ class SequenceModel(nn.Module):
         if inputs.is_floating_point():
             check_dtype(self.encoder, inputs, "the inputs")
         if capacity is not None:
-            check_capacity(capacity, list(dict.fromkeys(name for layer in self.routed_layers for name in layer.routed_names)), state)
+            check_capacity(
+                capacity,
+                list(dict.fromkeys(name for layer in self.routed_layers for name in layer.routed_names)),
+                state,
+            )
         if state is not None:
             self._check(state, inputs)
         if valid is not None and inputs.is_floating_point():
@@ -334,10 +360,16 @@ class SequenceModel(nn.Module):
         self._refuse_unless_causal()
         check_state(self, state, ModelState, inputs.shape[0])
         if len(state.layers) != len(self.layers):
-            raise StateError(f"the state has {len(state.layers)} layers and the model {len(self.layers)}; use the model's own init_state")
+            raise StateError(
+                f"the state has {len(state.layers)} layers and the model {len(self.layers)}; "
+                "use the model's own init_state"
+            )
         self._each_layer(lambda layer, place: layer.check(state.layers[place]))
         if state.seen.device != inputs.device:
-            raise StateError(f"the state is on {state.seen.device} and the inputs on {inputs.device}; use state.to({str(inputs.device)!r})")
+            raise StateError(
+                f"the state is on {state.seen.device} and the inputs on {inputs.device}; "
+                f"use state.to({str(inputs.device)!r})"
+            )
 
 
 def _inside(wrapper: nn.Module) -> RoutedLayer:
@@ -370,12 +402,16 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
         seed: of the weights; None: the global random state.
 
     Raises:
-        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64 bits.
+        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64
+            bits.
     """
     if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64):
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
     if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
-        raise SpecError(f"a model is built from a model spec, and {type(spec).__name__} is none; its own build(width) makes that part")
+        raise SpecError(
+            f"a model is built from a model spec, and {type(spec).__name__} is none; "
+            "its own build(width) makes that part"
+        )
     spec = load_spec(spec)
     if seed is None:
         return spec.build()

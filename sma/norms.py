@@ -128,7 +128,8 @@ class ScaleNorm(Norm):
     r"""$g \, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$ with one learned number g.
 
     Reference:
-        Nguyen and Salazar, "Transformers without Tears", arXiv 1910.05895; the mean instead of the sum is the SeqBoat authors'.
+        Nguyen and Salazar, "Transformers without Tears", arXiv 1910.05895; the mean instead of the sum is the SeqBoat
+        authors'.
     """
 
     def __init__(self, spec: ScaleNormSpec, width: int) -> None:
@@ -147,9 +148,13 @@ class BatchNormSpec(NormSpec):
     """Spec of `BatchNorm`."""
 
     kind: Literal["batch_norm"] = "batch_norm"
-    momentum: float = Field(default=0.1, gt=0.0, le=1.0, description="weight of the newest batch in the running statistics")
+    momentum: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="weight of the newest batch in the running statistics"
+    )
     affine: bool = Field(default=True, description="learn a scale and an offset per channel")
-    synchronized: bool = Field(default=False, description="in training, take the statistics over the batches of all processes together")
+    synchronized: bool = Field(
+        default=False, description="in training, take the statistics over the batches of all processes together"
+    )
 
     def build(self, width: int) -> "BatchNorm":
         return BatchNorm(self, width)
@@ -173,18 +178,21 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class BatchNorm(Norm, nn.BatchNorm1d):
-    r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the batch.
+    r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the
+    batch.
 
     In training the statistics are the batch's and the running ones are updated (their variance unbiased, as in
-    `torch.nn.BatchNorm1d`); in evaluation the running ones are used. A batch of fewer than two valid tokens has no variance: the
-    running statistics then serve in training too, and are left alone.
+    `torch.nn.BatchNorm1d`); in evaluation the running ones are used. A batch of fewer than two valid tokens has no
+    variance: the running statistics then serve in training too, and are left alone.
 
-    With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process with the
-    whole batch would. Every one of them then has to call the norm in training, as under DistributedDataParallel they do.
+    With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process
+    with the whole batch would. Every one of them then has to call the norm in training, as under
+    DistributedDataParallel they do.
 
-    A `BatchNorm1d` for torch's own tools: `torch.optim.swa_utils.update_bn` and Lightning's averaging find it. update_bn passes the
-    inputs alone, so padding would count: use `sma.update_statistics` there. `convert_sync_batchnorm` puts torch's `SyncBatchNorm` in its
-    place, which takes no mask, so the layer refuses it and names `synchronized`.
+    A `BatchNorm1d` for torch's own tools: `torch.optim.swa_utils.update_bn` and Lightning's averaging find it.
+    update_bn passes the inputs alone, so padding would count: use `sma.update_statistics` there.
+    `convert_sync_batchnorm` puts torch's `SyncBatchNorm` in its place, which takes no mask, so the layer refuses it and
+    names `synchronized`.
     """
 
     @property
@@ -195,7 +203,8 @@ class BatchNorm(Norm, nn.BatchNorm1d):
     def __init__(self, spec: BatchNormSpec, width: int) -> None:
         super().__init__(width, spec.epsilon, spec.momentum, spec.affine)
         self.spec = spec
-        # Counts for `momentum = None` alone, by which the tools above ask for the mean of all batches. No checkpoint holds it.
+        # Counts for `momentum = None` alone, by which the tools above ask for the mean of all batches. No checkpoint
+        # holds it.
         self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
 
     @property
@@ -259,8 +268,8 @@ def check_norm(name: str, norm: nn.Module | None) -> None:
     what = f"{name!r} is torch's {type(norm).__name__}, which takes no mask of the valid tokens"
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         raise InputError(
-            f"{what}; build the model with norm: {{kind: batch_norm, synchronized: true}} for statistics over all processes, without "
-            "convert_sync_batchnorm"
+            f"{what}; build the model with norm: {{kind: batch_norm, synchronized: true}} for statistics over all "
+            "processes, without convert_sync_batchnorm"
         )
     raise InputError(f"{what}; use one of sma.norms, a subclass of sma.norms.Norm, or None")
 
@@ -268,7 +277,9 @@ def check_norm(name: str, norm: nn.Module | None) -> None:
 # An operator, because a compiler cannot ask: it would keep the answer that it got when it compiled.
 @torch.library.custom_op("sma::first_pass", mutates_args=())
 def _first_pass(like: Tensor) -> Tensor:
-    """1, but 0 where activation checkpointing runs the forward pass again, inside backward: that batch has been counted."""
+    """1, but 0 where activation checkpointing runs the forward pass again, inside backward: that batch has been
+    counted.
+    """
     return like.new_ones(()) if torch._C._current_graph_task_id() == -1 else like.new_zeros(())
 
 

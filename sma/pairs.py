@@ -41,14 +41,15 @@ class PairClassifierSpec(ModelSpec):
 class PairClassifier(SequenceModel):
     r"""A `SequenceModel` that reads rows 2i and 2i + 1 of its inputs as the two documents of sample i.
 
-    One encoder reads both, each for itself. With a and b the means of their tokens, the head scores $[b, a, a \odot b, a - b]$.
+    One encoder reads both, each for itself. With a and b the means of their tokens, the head scores
+    $[b, a, a \odot b, a - b]$.
 
     Shape:
         inputs `(2 B, L)` in; a `ModelOutput` with hidden `(2 B, L, D)`, pooled `(2 B, D)` and logits `(B, C)` out.
 
     Reference:
-        Mou et al., "Natural Language Inference by Tree-Based Convolution and Heuristic Matching", arXiv 1512.08422; the order is that of
-        SeqBoat's authors.
+        Mou et al., "Natural Language Inference by Tree-Based Convolution and Heuristic Matching", arXiv 1512.08422; the
+        order is that of SeqBoat's authors.
     """
 
     def forward(
@@ -66,8 +67,8 @@ class PairClassifier(SequenceModel):
         check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
         if inputs.ndim and inputs.shape[0] % 2:
             raise InputError(
-                f"inputs have {inputs.shape[0]} rows, which are no pairs; a pair_classifier takes an even number: rows 2i and 2i + 1 are "
-                "the documents of sample i"
+                f"inputs have {inputs.shape[0]} rows, which are no pairs; a pair_classifier takes an even number: rows "
+                "2i and 2i + 1 are the documents of sample i"
             )
         return super().forward(inputs, valid, state, capacity)
 

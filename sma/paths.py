@@ -1,6 +1,7 @@
 """Field paths: `layers.layer.modules.attention.window` names one value of a spec, for `--set` and for sweeps.
 
-Values are set in the plain data before anything is validated, so a value may complete a spec that is invalid without it.
+Values are set in the plain data before anything is validated, so a value may complete a spec that is invalid without
+it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def parse_path(path: str) -> tuple[str | int, ...]:
         steps.append(int(step) if _INDEX.fullmatch(step) else step)
         end = match.end()
     if not steps or end != len(path):
-        raise SpecError(f"{quote(path)} is not a field path; write names joined by dots, such as layers.layer.router.temperature_scale")
+        raise SpecError(
+            f"{quote(path)} is not a field path; write names joined by dots, such as "
+            "layers.layer.router.temperature_scale"
+        )
     return tuple(steps)
 
 
@@ -85,13 +89,19 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
             raise _nowhere(path, key, [name for name in spec_class.model_fields if name != "kind"])
         inner = spec_class.model_fields[key].annotation if spec_class is not None else _item_type(annotation)
         if rest and node.get(key) is None:
-            default = spec_class.model_fields[key].get_default(call_default_factory=True) if spec_class is not None else None
+            default = (
+                spec_class.model_fields[key].get_default(call_default_factory=True) if spec_class is not None else None
+            )
             if isinstance(default, BaseModel | Mapping | tuple):
                 node[key] = _plain(default)
             elif any(_spec_types(inner)) and (spec_class is not None or rest == ("kind",)):
                 node[key] = {}  # a part that is null or missing; validation says what else it needs
             else:
-                known = node if spec_class is None else [name for name, child in node.items() if isinstance(child, dict | list)]
+                known = (
+                    node
+                    if spec_class is None
+                    else [name for name, child in node.items() if isinstance(child, dict | list)]
+                )
                 raise _nowhere(path, key, list(known))
     else:
         raise SpecError(f"{quote(path)} leads into {quote(node)}, which has no fields")
@@ -105,14 +115,18 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
 
 def _drop_foreign_fields(annotation: Any, node: dict[str, Any]) -> None:
     """Another kind was chosen: it starts from its own defaults where the old kind's fields mean nothing to it."""
-    fields = [set(spec.model_fields) for spec in (root.concrete(node) for root in _spec_types(annotation)) if spec is not None]
+    fields = [
+        set(spec.model_fields) for spec in (root.concrete(node) for root in _spec_types(annotation)) if spec is not None
+    ]
     for name in list(node):
         if fields and name not in fields[0]:
             del node[name]
 
 
 def _nowhere(path: str, key: str, known: list[str]) -> SpecError:
-    return SpecError(f"unknown field path {quote(path)}: there is no {quote(key)} here{did_you_mean(key, known, 'fields')}")
+    return SpecError(
+        f"unknown field path {quote(path)}: there is no {quote(key)} here{did_you_mean(key, known, 'fields')}"
+    )
 
 
 def _spec_class(annotation: Any, node: dict[str, Any]) -> type[Spec] | None:

@@ -25,15 +25,18 @@ class PositionSpec(Spec):
 class RelativeBiasSpec(PositionSpec):
     """A learned number per distance, added to the attention scores.
 
-    Over true distance the table holds 2 P - 1 entries, index clamp(key - query, ±(P - 1)) + P - 1. Over slot distance it holds
-    6 W - 1 entries, index (key slot - query slot) + 4 W - 1: the authors' layout, kept so that their weights load.
+    Over true distance the table holds 2 P - 1 entries, index clamp(key - query, ±(P - 1)) + P - 1. Over slot distance
+    it holds 6 W - 1 entries, index (key slot - query slot) + 4 W - 1: the authors' layout, kept so that their weights
+    load.
     """
 
     kind: Literal["relative_bias"] = "relative_bias"
     distance: Literal["true_distance", "slot_distance"] = Field(
         default="true_distance", description="count original positions, or active tokens only"
     )
-    max_positions: int = Field(default=1024, ge=1, le=2**24, description="P: true distances from here on share one entry")
+    max_positions: int = Field(
+        default=1024, ge=1, le=2**24, description="P: true distances from here on share one entry"
+    )
 
     def table_size(self, window: int | None) -> int:
         if self.distance == "true_distance":
@@ -74,7 +77,9 @@ def rotate(x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"], base: float)
 
 
 class Sinusoid(nn.Module):
-    r"""Additive position: $[\sin | \cos]$ of position times $10000^{-2i/D}$, times one learned number that starts at $D^{-1/2}$."""
+    r"""Additive position: $[\sin | \cos]$ of position times $10000^{-2i/D}$, times one learned number that starts at
+    $D^{-1/2}$.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

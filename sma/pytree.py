@@ -1,4 +1,6 @@
-"""Registers the dataclasses that forward returns as pytrees, so that torch.export, compile and vmap see through them."""
+"""Registers the dataclasses that forward returns as pytrees, so that torch.export, compile and vmap see through
+them.
+"""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -12,9 +14,11 @@ Class = TypeVar("Class", bound=type[Any])
 
 
 def register_output(cls: Class) -> Class:
-    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are children.
+    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are
+    children.
 
-    A child that is None is no leaf: vmap would ask it for an axis. The repr is one line, unless the class defines its own.
+    A child that is None is no leaf: vmap would ask it for an axis. The repr is one line, unless the class defines its
+    own.
     """
     written = getattr(vars(cls).get("__repr__"), "__globals__", {}).get("__name__")
     if written in ("dataclasses", "reprlib"):  # made by the decorator, not by the author: it would print every number
@@ -74,4 +78,6 @@ def named_tensors(value: Any) -> dict[str, Tensor]:
 
 def with_tensors(value: Any, named: dict[str, Tensor]) -> Any:
     """The same value with other tensors at the paths of `named_tensors`."""
-    return _pytree.tree_map_with_path(lambda path, leaf: named[_pytree.keystr(path)] if isinstance(leaf, Tensor) else leaf, value)
+    return _pytree.tree_map_with_path(
+        lambda path, leaf: named[_pytree.keystr(path)] if isinstance(leaf, Tensor) else leaf, value
+    )

@@ -22,8 +22,9 @@ Reduce = Literal["sum", "mean", "max", "min"]
 class Ragged:
     """Tokens of all rows one after another.
 
-    Two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row is a prefix of
-    real tokens and a tail of holes. A hole holds finite numbers that mean nothing and must change no real token.
+    Two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row is a
+    prefix of real tokens and a tail of holes. A hole holds finite numbers that mean nothing and must change no real
+    token.
 
     Attributes:
         values: `(T, D)`.
@@ -76,17 +77,31 @@ class Ragged:
             return summary(self)
         layout = "packed" if self.stride is None else f"rectangular, stride={self.stride}"
         holes = ", holes=True" if self.holes else ""
-        return f"Ragged(values={brief(self.values)}, rows={self.num_rows}, {layout}{holes}, device={str(self.values.device)!r})"
+        return (
+            f"Ragged(values={brief(self.values)}, rows={self.num_rows}, {layout}{holes}, "
+            f"device={str(self.values.device)!r})"
+        )
 
     def with_values(self, values: Float[Tensor, "T *E"]) -> "Ragged":
         """The same tokens with other values."""
         # A single step feels the time that `dataclasses.replace` takes.
-        return Ragged(values, self.index, self.positions, self.rows, self.offsets, self.lengths, self.stride, self.holes, self.bound)
+        return Ragged(
+            values,
+            self.index,
+            self.positions,
+            self.rows,
+            self.offsets,
+            self.lengths,
+            self.stride,
+            self.holes,
+            self.bound,
+        )
 
     def to_padded(self, longest: int | None = None) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
         """Return `(B, S, D)` with every row from the left and zeros after it, and the mask of the real tokens.
 
-        S is the longest row, or the packed tokens' `longest` where it is given; a rectangular layout without holes costs no copy.
+        S is the longest row, or the packed tokens' `longest` where it is given; a rectangular layout without holes
+        costs no copy.
         """
         rows, longest = self.num_rows, self.longest if longest is None or self.stride is not None else longest
         mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
@@ -153,8 +168,8 @@ def compress(
         x_BLD: the batch.
         active_BL: which tokens to take.
         positions_BL: position of each token in its row's stream; default `0 … L - 1`.
-        capacity: None packs all active tokens; a number gives the rectangular layout with that many slots per row, which
-            keep the earliest active tokens: shapes then do not depend on the data.
+        capacity: None packs all active tokens; a number gives the rectangular layout with that many slots per row,
+            which keep the earliest active tokens: shapes then do not depend on the data.
 
     Raises:
         InputError: the mask is not boolean or has another shape than the batch, or positions or capacity do not fit.
@@ -173,7 +188,8 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
     """Find the active tokens of each of M masks, with one search for all of them.
 
     Returns:
-        ragged tokens without values, M of them; rectangular where every token is active, so that nothing has to be gathered.
+        ragged tokens without values, M of them; rectangular where every token is active, so that nothing has to be
+        gathered.
     """
     rows, length, modules = active_BLM.shape
     if torch.compiler.is_compiling():
@@ -196,7 +212,9 @@ def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
     """One search per mask: how many tokens each has stays unknown to the compiler, and nothing may be decided by it."""
     index = active_BL.reshape(-1).nonzero().squeeze(1)
     nothing = index.new_zeros((index.shape[0], 0), dtype=torch.float32)
-    return replace(_packed(index, active_BL.sum(1), active_BL.shape[1], positions_BL, nothing), bound=active_BL.shape[1])
+    return replace(
+        _packed(index, active_BL.sum(1), active_BL.shape[1], positions_BL, nothing), bound=active_BL.shape[1]
+    )
 
 
 def _packed(index: Tensor, counts_B: Tensor, length: int, positions_BL: Tensor | None, nothing: Tensor) -> Ragged:
@@ -206,11 +224,14 @@ def _packed(index: Tensor, counts_B: Tensor, length: int, positions_BL: Tensor |
     return Ragged(nothing, index, positions, row, offsets, counts_B, holes=False)
 
 
-def locate_static(active_BL: Bool[Tensor, "B L"], capacity: int, positions_BL: Int[Tensor, "B L"] | None = None) -> Ragged:
+def locate_static(
+    active_BL: Bool[Tensor, "B L"], capacity: int, positions_BL: Int[Tensor, "B L"] | None = None
+) -> Ragged:
     """Find the earliest `capacity` active tokens of every row; a row that has fewer is filled up with holes.
 
     Returns:
-        rectangular tokens without values, whose shapes do not depend on the mask. A hole stands at the first place of its row.
+        rectangular tokens without values, whose shapes do not depend on the mask. A hole stands at the first place of
+        its row.
     """
     rows, length = active_BL.shape
     capacity = capacity if length else 0  # a hole points to a place of its row, and here there is none
@@ -242,7 +263,9 @@ def pack(tokens: Ragged) -> tuple[Ragged, Int[Tensor, "P"] | None]:
     if not tokens.holes:
         return tokens, None
     real = tokens.mask.nonzero().squeeze(1)
-    values, index, positions, rows = (part.index_select(0, real) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows))
+    values, index, positions, rows = (
+        part.index_select(0, real) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
+    )
     offsets = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0))
     return Ragged(values, index, positions, rows, offsets, tokens.lengths, holes=False), real
 
@@ -254,7 +277,9 @@ def unpack(values: Float[Tensor, "P *D"], real: Int[Tensor, "P"] | None, tokens:
     return values.new_zeros(tokens.rows.shape[0], *values.shape[1:]).index_copy(0, real, values)
 
 
-def extract(values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]) -> Float[Tensor, "B L *D"]:
+def extract(
+    values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]
+) -> Float[Tensor, "B L *D"]:
     """Put values back to the places of their tokens: the paper's operator *extract*; zeros where no token was active.
 
     Args:
@@ -275,7 +300,9 @@ def _check_values(values: Tensor, tokens: Ragged) -> None:
         raise InputError(f"the tokens are {what_came(tokens)}; required is the Ragged that compress returned")
 
 
-def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]) -> Float[Tensor, "B L *D"]:
+def extract_add(
+    values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]
+) -> Float[Tensor, "B L *D"]:
     """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
     check_tensor(into_BLD, "into_BLD is")
     _check_values(values, tokens)
@@ -283,10 +310,13 @@ def extract_add(values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[T
     return extract_add_(values, tokens, flat).unflatten(0, into_BLD.shape[:2])
 
 
-def extract_add_(values: Float[Tensor, "T *D"], tokens: Ragged, into_TD: Float[Tensor, "U *D"]) -> Float[Tensor, "U *D"]:
+def extract_add_(
+    values: Float[Tensor, "T *D"], tokens: Ragged, into_TD: Float[Tensor, "U *D"]
+) -> Float[Tensor, "U *D"]:
     """Add the values to a flattened batch, in place, at the places of their tokens.
 
-    Where gradients are needed, `into_TD` should be a tensor of its own and no view: the gradient of a change made through a view is copied.
+    Where gradients are needed, `into_TD` should be a tensor of its own and no view: the gradient of a change made
+    through a view is copied.
     """
     values = values.to(into_TD.dtype)
     if not tokens.holes and tokens.stride is not None and tokens.index.shape[0] == into_TD.shape[0]:
@@ -304,12 +334,16 @@ def _check_mask(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None) -
     if active_BL.dtype is not torch.bool:
         raise InputError(f"the mask has dtype {active_BL.dtype}; it must be torch.bool: write mask.bool() or mask > 0")
     if x_BLD.ndim < 2 or x_BLD.shape[:2] != active_BL.shape:
-        raise InputError(f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}")
+        raise InputError(
+            f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}"
+        )
     if positions_BL is not None:
         check_positions(positions_BL, active_BL.shape)
 
 
-def right_padding(valid_BL: Bool[Tensor, "B L"], static: bool = False) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
+def right_padding(
+    valid_BL: Bool[Tensor, "B L"], static: bool = False
+) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
     """Find how to move padding to the right.
 
     Args:
@@ -317,8 +351,8 @@ def right_padding(valid_BL: Bool[Tensor, "B L"], static: bool = False) -> tuple[
         static: give places in any case, without looking at the mask, as what is compiled or captured needs it.
 
     Returns:
-        the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first, in
-        their order); None instead of places where the padding is on the right already.
+        the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first,
+        in their order); None instead of places where the padding is on the right already.
     """
     lengths = valid_BL.sum(1)
     if not (static or torch.compiler.is_compiling()) and bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
@@ -344,8 +378,8 @@ def segment_reduce(
         values: tokens of all rows, packed.
         offsets: tokens of row b are `offsets[b] … offsets[b + 1]`.
         reduce: `sum`, `mean`, `max` or `min`.
-        backend: `auto` takes torch-scatter for `max` and `min` where it is installed (about 4 times faster there; for sums
-            torch itself is as fast); `torch` and `scatter` force one.
+        backend: `auto` takes torch-scatter for `max` and `min` where it is installed (about 4 times faster there; for
+            sums torch itself is as fast); `torch` and `scatter` force one.
 
     Raises:
         InputError: no tensors, an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
@@ -353,19 +387,25 @@ def segment_reduce(
     check_tensor(values, "the values are")
     check_tensor(offsets, "the offsets are", torch.int64)
     if offsets.ndim != 1 or not offsets.numel() or offsets.is_floating_point() or offsets.dtype is torch.bool:
-        raise InputError(f"the offsets have shape {tuple(offsets.shape)} and dtype {offsets.dtype}; required are B + 1 integers")
+        raise InputError(
+            f"the offsets have shape {tuple(offsets.shape)} and dtype {offsets.dtype}; required are B + 1 integers"
+        )
     if reduce not in ("sum", "mean", "max", "min"):
         raise InputError(f"reduce={quote(reduce)} must be 'sum', 'mean', 'max' or 'min'")
     scatter = _torch_scatter()
     if backend == "scatter" and scatter is None:
-        raise InputError("backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scatter")
+        raise InputError(
+            "backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scatter"
+        )
     if backend not in ("auto", "torch", "scatter"):
         raise InputError(f"backend={quote(backend)} must be 'auto', 'torch' or 'scatter'")
     if scatter is not None and (backend == "scatter" or (backend == "auto" and reduce in ("max", "min"))):
         reduced: Tensor = scatter.segment_csr(values.contiguous(), offsets, reduce=reduce)
         return reduced
     counts = offsets[1:] - offsets[:-1]
-    rows = torch.repeat_interleave(torch.arange(counts.shape[0], device=values.device), counts, output_size=values.shape[0])
+    rows = torch.repeat_interleave(
+        torch.arange(counts.shape[0], device=values.device), counts, output_size=values.shape[0]
+    )
     out = values.new_zeros((counts.shape[0], *values.shape[1:]))
     if reduce == "sum":
         return out.index_add(0, rows, values)

@@ -14,7 +14,9 @@ _LAYERS = TypeAdapter(tuple[LayerSpec, ...])
 
 
 def one_or_many(value: Any) -> Any:
-    """Validate a layer or a list of layers; the form is chosen before validation, so that an error speaks of the one that was written."""
+    """Validate a layer or a list of layers; the form is chosen before validation, so that an error speaks of the one
+    that was written.
+    """
     if isinstance(value, list | tuple):
         return _LAYERS.validate_python(tuple(value))
     return value if isinstance(value, Spec) else LayerSpec.__pydantic_validator__.validate_python(value)
@@ -32,5 +34,8 @@ class RepeatSpec(Spec):
     def _are_not_too_many(self) -> Self:
         block = len(self.layer) if isinstance(self.layer, tuple) else 1
         if self.repeat * block > LAYERS:
-            raise ValueError(f"repeat={self.repeat} of {block:,} layers makes {self.repeat * block:,}; a model has {LAYERS:,} at most")
+            raise ValueError(
+                f"repeat={self.repeat} of {block:,} layers makes {self.repeat * block:,}; "
+                f"a model has {LAYERS:,} at most"
+            )
         return self

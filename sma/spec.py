@@ -20,7 +20,17 @@ from sma.paths import override
 from sma.strict import strict
 from sma.yaml_text import LIMIT, read_fields, read_yaml, write_yaml
 
-__all__ = ["FrozenDict", "Spec", "dump_spec", "find_kind", "json_schema", "kinds", "load_spec", "read_spec_file", "register"]
+__all__ = [
+    "FrozenDict",
+    "Spec",
+    "dump_spec",
+    "find_kind",
+    "json_schema",
+    "kinds",
+    "load_spec",
+    "read_spec_file",
+    "register",
+]
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -69,16 +79,20 @@ class _SpecMeta(ModelMetaclass):
 
 
 class Spec(BaseModel, metaclass=_SpecMeta):
-    """Base of every spec: frozen, without unknown keys, without infinities or NaN. No text and no true or false stands for a number.
+    """Base of every spec: frozen, without unknown keys, without infinities or NaN. No text and no true or false stands
+    for a number.
 
-    A class that names a `family` is the root of a family of kinds (sub-modules, routers, norms …). A field annotated with
-    the root accepts every registered kind of the family: an instance, or a mapping whose `kind` says which class it is.
+    A class that names a `family` is the root of a family of kinds (sub-modules, routers, norms …). A field annotated
+    with the root accepts every registered kind of the family: an instance, or a mapping whose `kind` says which class
+    it is.
 
     Raises:
         SpecError: one sentence per wrong field, with its path in the spec.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, ser_json_inf_nan="constants"
+    )
 
     family: ClassVar[str]
     default_kind: ClassVar[str | None] = None
@@ -114,7 +128,9 @@ class Spec(BaseModel, metaclass=_SpecMeta):
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):
-            raise custom(f"a {cls.family} must be a mapping with a 'kind'", f", not {quote(data)}; write for example {{kind: …}}")
+            raise custom(
+                f"a {cls.family} must be a mapping with a 'kind'", f", not {quote(data)}; write for example {{kind: …}}"
+            )
         kind = data.get("kind", cls.default_kind)
         if kind is None:
             raise custom(f"a {cls.family} needs a 'kind'", f"; known kinds: {', '.join(kinds(cls.family))}")
@@ -125,7 +141,9 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     @classmethod
     def _explain(cls, data: Any, handler: Any) -> Any:
-        """Say what is wrong with the fields of this class in sentences of its own; errors of nested specs pass through."""
+        """Say what is wrong with the fields of this class in sentences of its own; errors of nested specs pass
+        through.
+        """
         if isinstance(data, Mapping):
             fields = [name for name in cls.model_fields if name != "kind"]
             unknown = [key for key in data if key not in cls.model_fields]
@@ -136,7 +154,9 @@ class Spec(BaseModel, metaclass=_SpecMeta):
         try:
             return handler(data)
         except ValidationError as error:
-            raise ValidationError.from_exception_data(cls.__name__, [explained(cls, item) for item in error.errors()]) from None
+            raise ValidationError.from_exception_data(
+                cls.__name__, [explained(cls, item) for item in error.errors()]
+            ) from None
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
@@ -167,9 +187,13 @@ def register(spec_class: type[Registered]) -> type[Registered]:
         SpecError: the kind is taken by another class of the family; both places are named.
     """
     if not hasattr(spec_class, "family"):
-        raise SpecError(f"{spec_class.__name__} belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …")
+        raise SpecError(
+            f"{spec_class.__name__} belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"
+        )
     if "family" in spec_class.__dict__:
-        raise SpecError(f"{spec_class.__name__} is the root of the family {spec_class.family!r}; register a class derived from it")
+        raise SpecError(
+            f"{spec_class.__name__} is the root of the family {spec_class.family!r}; register a class derived from it"
+        )
     kind = spec_class.model_fields["kind"].default if "kind" in spec_class.model_fields else None
     if not isinstance(kind, str):
         raise SpecError(f'{spec_class.__name__} names no kind; add the field  kind: Literal["my_kind"] = "my_kind"')
@@ -177,7 +201,8 @@ def register(spec_class: type[Registered]) -> type[Registered]:
     other = family.get(kind)
     if other is not None and _place(other) != _place(spec_class):
         raise SpecError(
-            f"the {spec_class.family} kind {kind!r} is registered by {_place(other)} and again by {_place(spec_class)}; rename one of them"
+            f"the {spec_class.family} kind {kind!r} is registered by {_place(other)} and again by "
+            f"{_place(spec_class)}; rename one of them"
         )
     family[kind] = spec_class
     if "build" in dir(spec_class):
@@ -195,7 +220,9 @@ def _load_plugins() -> None:
     for plugin in entry_points(group=PLUGINS):
         _load_plugin(plugin)
     if not _registry:
-        raise SpecError("no kinds are registered, because the package is not installed; run: python -m pip install -e .")
+        raise SpecError(
+            "no kinds are registered, because the package is not installed; run: python -m pip install -e ."
+        )
 
 
 def _load_plugin(plugin: EntryPoint) -> None:
@@ -205,7 +232,10 @@ def _load_plugin(plugin: EntryPoint) -> None:
         raise
     except Exception as error:  # a broken plugin of somebody else must not take the whole framework down
         owner = plugin.dist.name if plugin.dist is not None else "an unknown distribution"
-        warnings.warn(f"the plugin {plugin.name!r} of {owner} could not be imported: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(
+            f"the plugin {plugin.name!r} of {owner} could not be imported: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
 
 
 def kinds(family: str) -> dict[str, type[Spec]]:
@@ -272,15 +302,21 @@ Settings = Mapping[str, Any] | None
 
 
 @overload
-def load_spec(source: "Source | ModelSpec", family: Literal["model"] = "model", overrides: Settings = None) -> "ModelSpec": ...
+def load_spec(
+    source: "Source | ModelSpec", family: Literal["model"] = "model", overrides: Settings = None
+) -> "ModelSpec": ...
 @overload
-def load_spec(source: "Source | SubModuleSpec", family: Literal["sub-module"], overrides: Settings = None) -> "SubModuleSpec": ...
+def load_spec(
+    source: "Source | SubModuleSpec", family: Literal["sub-module"], overrides: Settings = None
+) -> "SubModuleSpec": ...
 @overload
 def load_spec(source: "Source | RouterSpec", family: Literal["router"], overrides: Settings = None) -> "RouterSpec": ...
 @overload
 def load_spec(source: "Source | NormSpec", family: Literal["norm"], overrides: Settings = None) -> "NormSpec": ...
 @overload
-def load_spec(source: "Source | EncoderSpec", family: Literal["encoder"], overrides: Settings = None) -> "EncoderSpec": ...
+def load_spec(
+    source: "Source | EncoderSpec", family: Literal["encoder"], overrides: Settings = None
+) -> "EncoderSpec": ...
 @overload
 def load_spec(source: "Source | HeadSpec", family: Literal["head"], overrides: Settings = None) -> "HeadSpec": ...
 @overload
@@ -340,7 +376,11 @@ def json_schema(family: str = "model") -> dict[str, Any]:
         definitions[name] = {"oneOf": [{"$ref": f"#/$defs/{name}:{kind}"} for kind in kinds(name)]}
     if family not in definitions:
         raise SpecError(f"unknown family {quote(family)}{did_you_mean(family, families(), 'families')}")
-    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$ref": f"#/$defs/{family}", "$defs": definitions}
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$ref": f"#/$defs/{family}",
+        "$defs": definitions,
+    }
     return cast(dict[str, Any], json.loads(json.dumps(document), object_hook=_link_family))
 
 

@@ -26,13 +26,14 @@ Health = Literal["ok", "dead", "saturated"]
 @register_output
 @dataclass(frozen=True)
 class RateCount:
-    """Counts from which activation rates over many batches follow; counts of batches, chunks or ranks are added with `+`.
+    """Counts from which activation rates over many batches follow; counts of batches, chunks or ranks are added with
+    `+`.
 
     Attributes:
         active: `(K, M)` active valid tokens of each routing layer and sub-module.
         valid: `()` valid tokens, the same for every layer.
-        layers: the sub-modules of each of the K layers. M counts the different names in all of them; a sub-module that a layer
-            does not have counts 0 there and has no rate.
+        layers: the sub-modules of each of the K layers. M counts the different names in all of them; a sub-module that
+            a layer does not have counts 0 there and has no rate.
     """
 
     active: Int[Tensor, "K M"]
@@ -46,7 +47,9 @@ class RateCount:
 
     @property
     def rates(self) -> Float[Tensor, "K M"]:
-        """Active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid, NaN where a layer lacks the sub-module."""
+        """Active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid, NaN where a layer lacks the
+        sub-module.
+        """
         present = [[name in layer for name in self.names] for layer in self.layers]
         mask = torch.tensor(present, dtype=torch.bool, device=self.active.device).reshape(self.active.shape)
         return (self.active.double() / self.valid.clamp(min=1)).where(mask, torch.nan)
@@ -54,17 +57,23 @@ class RateCount:
     def by_layer(self) -> list[dict[str, float]]:
         """The rate of every sub-module of every routing layer, as plain numbers for logs and `operation_count`."""
         rows = self.rates.tolist()
-        return [{name: row[self.names.index(name)] for name in layer} for layer, row in zip(self.layers, rows, strict=True)]
+        return [
+            {name: row[self.names.index(name)] for name in layer} for layer, row in zip(self.layers, rows, strict=True)
+        ]
 
     def __repr__(self) -> str:
         if not (is_known(self.active) and is_known(self.valid)):
             return summary(self)
-        rates = (f"{{{listed(f'{quote(name)}: {rate:.3g}' for name, rate in layer.items())}}}" for layer in self.by_layer())
+        rates = (
+            f"{{{listed(f'{quote(name)}: {rate:.3g}' for name, rate in layer.items())}}}" for layer in self.by_layer()
+        )
         return f"RateCount(rates=({listed(rates)}), valid={int(self.valid)})"
 
     def __add__(self, other: Self) -> "RateCount":
         if self.layers != other.layers:
-            raise InputError(f"counts of different models cannot be added: layers with {list(self.layers)} and {list(other.layers)}")
+            raise InputError(
+                f"counts of different models cannot be added: layers with {list(self.layers)} and {list(other.layers)}"
+            )
         return RateCount(self.active + other.active, self.valid + other.valid, self.layers)
 
     def __radd__(self, other: int) -> "RateCount":
@@ -111,14 +120,16 @@ def activation_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] |
         valid: False at padding; None where there is none.
 
     Returns:
-        `(K, M)` in float64, in [0, 1]: K layers, and the sub-modules in the order of `module_names`. 0 where no token is valid,
-        NaN where a layer lacks the sub-module.
+        `(K, M)` in float64, in [0, 1]: K layers, and the sub-modules in the order of `module_names`. 0 where no token
+        is valid, NaN where a layer lacks the sub-module.
     """
     return count_rates(decisions, valid).rates
 
 
 def module_names(decisions: Sequence[Decision]) -> tuple[str, ...]:
-    """The sub-modules of all layers, each once, in the order in which they first appear: the last axis of `activation_rates`."""
+    """The sub-modules of all layers, each once, in the order in which they first appear: the last axis of
+    `activation_rates`.
+    """
     check_decisions(decisions, "module_names")
     return _union(decision.names for decision in decisions)
 
@@ -127,8 +138,8 @@ def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999)
     """Judge the activation rate of one sub-module, measured over enough tokens for rates of 0.1 % to show.
 
     A dead one runs on (almost) no token, and a router that learns only from active tokens cannot come back by itself. A
-    saturated one runs on (almost) every token: nothing is saved and nothing was decided. `always` and `never` routers are so
-    on purpose.
+    saturated one runs on (almost) every token: nothing is saved and nothing was decided. `always` and `never` routers
+    are so on purpose.
 
     Args:
         rate: in [0, 1].
@@ -158,9 +169,10 @@ def attention_span(
 ) -> Float[Tensor, "M"]:
     r"""Mean true distance back to the earliest token that a windowed attention over the active tokens still sees.
 
-    $\mathrm{span} = \frac{1}{T} \sum_i (p_i - p_{\max(0, i - W)})$ per row, over its active tokens i at positions $p_i$, T of them in the
-    batch. With every token active it is at most W; the sparser the activation, the further the same window reaches, up to the
-    whole row. A bidirectional attention reaches ahead in the same way, which is not counted here.
+    $\mathrm{span} = \frac{1}{T} \sum_i (p_i - p_{\max(0, i - W)})$ per row, over its active tokens i at positions
+    $p_i$, T of them in the batch. With every token active it is at most W; the sparser the activation, the further the
+    same window reaches, up to the whole row. A bidirectional attention reaches ahead in the same way, which is not
+    counted here.
 
     Args:
         decision: which tokens are active.
@@ -207,19 +219,23 @@ class OperationCount(NamedTuple):
         return 1 - self.per_token / self.all_active if self.all_active else 0.0
 
 
-def operation_count(spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]) -> OperationCount:
+def operation_count(
+    spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]
+) -> OperationCount:
     """Predict the operations of a model at measured activation rates.
 
-    The prediction is the specs' own: matrix products and Fourier transforms of the layers. Encoder, norms, activations and head
-    are not counted.
+    The prediction is the specs' own: matrix products and Fourier transforms of the layers. Encoder, norms, activations
+    and head are not counted.
 
     Args:
         spec: the model, as `model.spec`.
         length: tokens of one row.
-        rates: one entry per layer that routes, a number or one per sub-module, as `RateCount.by_layer` gives; or one number for all.
+        rates: one entry per layer that routes, a number or one per sub-module, as `RateCount.by_layer` gives; or one
+            number for all.
 
     Raises:
-        InputError: the number of layers or their sub-modules do not fit, a rate is not in [0, 1], or the length is less than 1.
+        InputError: the number of layers or their sub-modules do not fit, a rate is not in [0, 1], or the length is less
+            than 1.
     """
     check_count(length, "length", 1, " token")
     routing = [layer for layer in spec.layer_specs if layer.modules]

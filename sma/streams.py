@@ -1,4 +1,6 @@
-"""Standard streams of commands: text that the terminal's encoding lacks, streams that are closed, and readers that go away."""
+"""Standard streams of commands: text that the terminal's encoding lacks, streams that are closed, and readers that go
+away.
+"""
 
 import io
 import os
@@ -20,8 +22,8 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
         name: what a sentence on stderr begins with.
 
     Returns:
-        the exit status of the command; 141 where the reader of stdout or stderr went away; 1, after a sentence on stderr, where the
-        output cannot be written.
+        the exit status of the command; 141 where the reader of stdout or stderr went away; 1, after a sentence on
+        stderr, where the output cannot be written.
     """
     make_tolerant()
     try:
@@ -49,8 +51,11 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
 
 
 def make_tolerant() -> None:
-    """Let this process print whatever it wants: what an encoding lacks becomes `?`, or an escape on stderr; what is closed is nowhere."""
-    # The lowest numbers are the standard streams: where one is closed, the next file to be opened would get what is printed.
+    """Let this process print whatever it wants: what an encoding lacks becomes `?`, or an escape on stderr; what is
+    closed is nowhere.
+    """
+    # The lowest numbers are the standard streams: where one is closed, the next file to be opened would get what is
+    # printed.
     with suppress(OSError):
         while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -75,7 +80,9 @@ def write_out(text: str) -> None:
 
 
 def _flush() -> None:
-    """Write what is buffered now: when the interpreter does it at its end, an error is a message and an exit status of its own."""
+    """Write what is buffered now: when the interpreter does it at its end, an error is a message and an exit status of
+    its own.
+    """
     for stream in (sys.stdout, sys.stderr):
         with _writing(), suppress(ValueError):  # the command may have closed it
             stream.flush()

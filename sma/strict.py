@@ -1,4 +1,6 @@
-"""Strict numbers and switches: pydantic by itself takes `true` and `"1"` for the number 1, and `"yes"` and 1 for `true`."""
+"""Strict numbers and switches: pydantic by itself takes `true` and `"1"` for the number 1, and `"yes"` and 1 for
+`true`.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,11 +11,15 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 _LARGE = 2**63
 _PARTS = ("schema", "items_schema", "keys_schema", "values_schema")
 _NAMED = ("fields", "choices")
-"""Parts of a schema that are a list, or a mapping by name: the fields of a model, the choices of a union with a discriminator."""
+"""Parts of a schema that are a list, or a mapping by name: the fields of a model, the choices of a union with a
+discriminator.
+"""
 
 
 def strict(schema: Any) -> Any:
-    """A schema of pydantic whose numbers take nothing but numbers, of 64 bits, and whose switches nothing but true and false."""
+    """A schema of pydantic whose numbers take nothing but numbers, of 64 bits, and whose switches nothing but true and
+    false.
+    """
     if isinstance(schema, list | tuple):
         return type(schema)(map(strict, schema))
     if not isinstance(schema, dict) or schema.get("function") in _CHECKED:

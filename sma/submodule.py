@@ -23,7 +23,9 @@ StateKind = TypeVar("StateKind", bound="State")
 
 
 class Operations(NamedTuple):
-    """Multiply-adds that a part executes: exact for matrix products, estimated for Fourier transforms (1.25 n log2 n each)."""
+    """Multiply-adds that a part executes: exact for matrix products, estimated for Fourier transforms (1.25 n log2 n
+    each).
+    """
 
     products: int = 0
     transforms: int = 0
@@ -42,9 +44,12 @@ class Operations(NamedTuple):
 class State:
     """What a causal part carries from one chunk of a stream to the next: a frozen dataclass of tensors, batch first.
 
-    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. A stream that has seen nothing is all zeros.
-    One that keeps every token has an attribute `grows` that is True, and axis 1 of its tensors is as long as the stream.
-    States are values: `forward` returns a new one and leaves the old one as it was, so a stream can be continued from it twice.
+    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. A stream that has seen nothing is all
+    zeros.
+    One that keeps every token has an attribute `grows` that is True, and axis 1 of its tensors is as long as the
+    stream.
+    States are values: `forward` returns a new one and leaves the old one as it was, so a stream can be continued from
+    it twice.
     """
 
     @property
@@ -71,14 +76,20 @@ class State:
             StateError: another number of rows than the state has; use `select` for that.
         """
         if check_tensor(rows, "rows are", torch.int64).shape != (self.batch_size,):
-            raise StateError(f"reorder got rows of shape {tuple(rows.shape)} for {self.batch_size} streams; select(rows) takes any number")
+            raise StateError(
+                f"reorder got rows of shape {tuple(rows.shape)} for {self.batch_size} streams; "
+                "select(rows) takes any number"
+            )
         return self.select(rows)
 
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
         """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
         if check_tensor(rows, "rows are", torch.bool).dtype is torch.bool:
             if rows.shape != (self.batch_size,):
-                raise InputError(f"the mask of rows has shape {tuple(rows.shape)}; required is ({self.batch_size},), one for each stream")
+                raise InputError(
+                    f"the mask of rows has shape {tuple(rows.shape)}; "
+                    f"required is ({self.batch_size},), one for each stream"
+                )
         else:
             rows = check_rows(rows, self.batch_size)
             rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
@@ -108,7 +119,8 @@ def check_rows(rows: Tensor, count: int) -> Int[Tensor, "R"]:
     """Check the numbers of some rows, and return them as indices.
 
     Raises:
-        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that is not looked at.
+        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that
+            is not looked at.
     """
     check_tensor(rows, "rows are", torch.int64)
     if rows.ndim != 1 or rows.dtype is torch.bool or rows.is_floating_point() or rows.is_complex():
@@ -199,10 +211,13 @@ class SubModule(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(self, tokens, state=None)")
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
         """Make the state of `batch_size` streams that have seen nothing; recurrent states are never below float32.
 
-        A causal sub-module that looks at one token at a time needs no state and inherits this; any other must override it.
+        A causal sub-module that looks at one token at a time needs no state and inherits this; any other must override
+        it.
 
         Args:
             batch_size: streams, B.
@@ -224,8 +239,8 @@ class SubModule(nn.Module):
         """
         if not isinstance(tokens, Ragged):
             raise InputError(
-                f"{type(self).__name__} got {what_came(tokens)}; required are Ragged tokens: write sma.ragged.rectangular(x) for all "
-                "tokens of a batch, or sma.ragged.compress(x, active)"
+                f"{type(self).__name__} got {what_came(tokens)}; required are Ragged tokens: write "
+                "sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)"
             )
         if state is None:
             return None
@@ -245,8 +260,9 @@ class SubModule(nn.Module):
 def may_skip(part: nn.Module) -> bool:
     """Whether nobody notices that a part is not called on tokens of which there are none.
 
-    A gradient, a hook of the part or of all modules would be missing. A compiler cannot ask how many tokens there are. And where there is
-    a process group, what the part holds may be sharded (`fully_shard`): the ranks that have tokens would wait for the one that skips it.
+    A gradient, a hook of the part or of all modules would be missing. A compiler cannot ask how many tokens there are.
+    And where there is a process group, what the part holds may be sharded (`fully_shard`): the ranks that have tokens
+    would wait for the one that skips it.
     """
     return not (
         torch.is_grad_enabled()
@@ -271,7 +287,10 @@ def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int)
         StateError: what was given and what is required.
     """
     if not isinstance(state, kind):
-        raise StateError(f"{type(part).__name__} got a state of class {type(state).__name__}; it needs {kind.__name__}: see init_state")
+        raise StateError(
+            f"{type(part).__name__} got a state of class {type(state).__name__}; it needs {kind.__name__}: "
+            "see init_state"
+        )
     if state.batch_size != rows:
         raise StateError(
             f"{type(part).__name__} got a state of {state.batch_size} streams for a batch of {rows} rows; "
@@ -288,7 +307,8 @@ def check_sizes(part: nn.Module, found: tuple[object, ...], wanted: tuple[object
     """
     if found != wanted:
         raise StateError(
-            f"{type(part).__name__} got the state of another model: its sizes are {found}; required are {wanted}: use init_state"
+            f"{type(part).__name__} got the state of another model: its sizes are {found}; required are {wanted}: "
+            "use init_state"
         )
 
 
@@ -298,7 +318,9 @@ def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.d
     return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 
 
-def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def placement(
+    part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults.
 
     Parameters that are quantised or packed hold no floating-point numbers, and a part may have buffers only.
@@ -313,5 +335,7 @@ def placement(part: nn.Module, device: torch.device | str | None, dtype: torch.d
 
 
 def floating_dtype(part: nn.Module) -> torch.dtype | None:
-    """The dtype in which a part computes: that of its first floating-point parameter or else buffer; None where it has none."""
+    """The dtype in which a part computes: that of its first floating-point parameter or else buffer; None where it has
+    none.
+    """
     return next((tensor.dtype for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()), None)

@@ -27,7 +27,9 @@ def summary(value: Any, *, depth: int = 1) -> str:
 
 
 def brief(value: Any, *, depth: int = 0) -> str:
-    """Return one line about a value: a tensor as `float32[2, 5]`, a dataclass by its repr or, below `depth`, by its class."""
+    """Return one line about a value: a tensor as `float32[2, 5]`, a dataclass by its repr or, below `depth`, by its
+    class.
+    """
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -49,7 +51,9 @@ def listed(items: Iterable[str]) -> str:
 
 
 def is_known(tensor: Any) -> bool:
-    """Whether the numbers of a tensor can be read now: not on meta, and not while a program is traced, compiled or captured."""
+    """Whether the numbers of a tensor can be read now: not on meta, and not while a program is traced, compiled or
+    captured.
+    """
     if type(tensor) is not Tensor or tensor.is_meta or torch.compiler.is_compiling():
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -58,7 +62,8 @@ def is_known(tensor: Any) -> bool:
 
 
 def settings(part: nn.Module) -> str:
-    """Return the settings of a module as `extra_repr` shows them: its width and the fields of the spec it was built from.
+    """Return the settings of a module as `extra_repr` shows them: its width and the fields of the spec it was built
+    from.
 
     Fields that describe modules inside of it are left out: those show theirs.
     """
@@ -68,14 +73,18 @@ def settings(part: nn.Module) -> str:
     if isinstance(spec, Spec):
         fields = {name: getattr(spec, name) for name in type(spec).model_fields if name not in ("kind", "width")}
         inner = {name for name, _ in part.named_children()}
-        shown += [f"{name}={_setting(value)}" for name, value in fields.items() if name not in inner and not _builds(value)]
+        shown += [
+            f"{name}={_setting(value)}" for name, value in fields.items() if name not in inner and not _builds(value)
+        ]
     return ", ".join(shown)
 
 
 def _setting(value: Any) -> str:
     if not isinstance(value, Spec):
         return quote(value)
-    fields = ", ".join(f"{name}={_setting(getattr(value, name))}" for name in type(value).model_fields if name != "kind")
+    fields = ", ".join(
+        f"{name}={_setting(getattr(value, name))}" for name in type(value).model_fields if name != "kind"
+    )
     return f"{getattr(value, 'kind', type(value).__name__)}({fields})"
 
 

@@ -15,16 +15,19 @@ class BudgetSpec(Spec):
     """Spec of `BudgetController`: which rates to keep, and how to come there."""
 
     target: float | FrozenMapping[float] | tuple[float | FrozenMapping[float], ...] = Field(
-        description="activation rate to keep, above 0 and at most 1: one for all sub-modules, one per name (others are left alone), or a "
-        "list with such a thing for every routed layer"
+        description="activation rate to keep, above 0 and at most 1: one for all sub-modules, one per name (others are "
+        "left alone), or a list with such a thing for every routed layer"
     )
     over: Literal["each", "total"] = Field(
         default="each",
-        description="each: every sub-module of every layer keeps the target; total: the mean over all, weighted by their cost, does, "
-        "and the routers divide it among themselves",
+        description="each: every sub-module of every layer keeps the target; total: the mean over all, weighted by "
+        "their cost, does, and the routers divide it among themselves",
     )
     start: float = Field(
-        default=1.0, gt=0.0, le=1.0, description="rate of the first update, so that routers learn from many tokens at first"
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="rate of the first update, so that routers learn from many tokens at first",
     )
     hold: int = Field(default=0, ge=0, description="updates at the rate `start`")
     anneal: int = Field(default=0, ge=0, description="updates in which the rate then falls, or rises, to the target")
@@ -32,14 +35,21 @@ class BudgetSpec(Spec):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="swing of the rate above its target, as a share of the target, so that tokens near the threshold are tried now and "
-        "then; fades out with the training",
+        description="swing of the rate above its target, as a share of the target, so that tokens near the threshold "
+        "are tried now and then; fades out with the training",
     )
     period: int = Field(default=100, ge=2, description="updates of one swing")
-    until: int | None = Field(default=None, ge=1, description="update at which exploration has faded out; null: it never fades")
-    speed: float = Field(default=0.1, gt=0.0, le=1.0, description="share of the gap to the right offset that one update closes")
+    until: int | None = Field(
+        default=None, ge=1, description="update at which exploration has faded out; null: it never fades"
+    )
+    speed: float = Field(
+        default=0.1, gt=0.0, le=1.0, description="share of the gap to the right offset that one update closes"
+    )
     floor: float = Field(
-        default=0.01, ge=0.0, lt=1.0, description="rate below which a router counts as dying and is revived at once; at most the target"
+        default=0.01,
+        ge=0.0,
+        lt=1.0,
+        description="rate below which a router counts as dying and is revived at once; at most the target",
     )
 
     @model_validator(mode="after")
@@ -48,7 +58,9 @@ class BudgetSpec(Spec):
         rates = [rate for layer in layers for rate in (layer.values() if isinstance(layer, Mapping) else [layer])]
         bad = [rate for rate in rates if not 0 < rate <= 1]
         if bad:
-            raise ValueError(f"target={bad[0]} must be above 0 and at most 1; for no activity at all use the router {{kind: never}}")
+            raise ValueError(
+                f"target={bad[0]} must be above 0 and at most 1; for no activity at all use the router {{kind: never}}"
+            )
         if self.over == "total" and not isinstance(self.target, float):
             raise ValueError("over='total' keeps one rate, so target must be one number")
         if any(self.floor > rate for rate in rates):
@@ -65,7 +77,8 @@ class BudgetSpec(Spec):
         done = min(1.0, max(0.0, (update - self.hold) / self.anneal)) if self.anneal else float(update >= self.hold)
         if self.hold == self.anneal == 0:
             done = 1.0
-        # In the logarithm, because what a router learns depends on the ratio of the tokens it keeps to those it gives up.
+        # In the logarithm, because what a router learns depends on the ratio of the tokens it keeps to those it gives
+        # up.
         rate = self.start * (target / self.start) ** done
         fading = 1.0 if self.until is None else max(0.0, 1 - update / self.until)
         swing = self.exploration * fading * 0.5 * (1 - math.cos(2 * math.pi * update / self.period))
@@ -100,7 +113,8 @@ def steered_by(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequ
     if isinstance(spec.target, tuple):
         if len(spec.target) != len(routers):
             raise InputError(
-                f"the budget has targets for {len(spec.target)} layers, and {len(routers)} are routed; give one for each of those"
+                f"the budget has targets for {len(spec.target)} layers, and {len(routers)} are routed; "
+                "give one for each of those"
             )
         by_layer = [_by_name(target, [router]) for target, router in zip(spec.target, routers, strict=True)]
     else:
@@ -126,26 +140,30 @@ def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) ->
         raise InputError(f"there are costs for {given} sub-modules, by layer; required is one for each of {wanted}")
     bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # so written, it catches NaN too
     if bad:
-        raise InputError(f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its operations per token")
+        raise InputError(
+            f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its operations per token"
+        )
 
 
 def _check_total(target: float, routers: Sequence[Router], costs: Sequence[Sequence[float]]) -> None:
     """Check that one shift of all scores can bring the mean rate, weighted by cost, to the target."""
     everything = math.fsum(cost for layer in costs for cost in layer)
     if not everything:
-        raise InputError("a total budget weights rates by cost, and all sub-modules cost 0; give costs, or use over='each'")
+        raise InputError(
+            "a total budget weights rates by cost, and all sub-modules cost 0; give costs, or use over='each'"
+        )
     pairs = list(zip(routers, costs, strict=True))
     low = math.fsum(_first(router.least, sorted(layer)) for router, layer in pairs) / everything
     high = math.fsum(_first(router.most, sorted(layer, reverse=True)) for router, layer in pairs) / everything
     if not low - 1e-6 <= target <= high + 1e-6:
         raise InputError(
-            f"weighted by cost the rates of these routers come to between {low:.4g} and {high:.4g} in total, and the target is {target:g}; "
-            "ask for one in between"
+            f"weighted by cost the rates of these routers come to between {low:.4g} and {high:.4g} in total, and the "
+            f"target is {target:g}; ask for one in between"
         )
     if high - low > 1e-6 and all(router.least >= min(router.most, len(router.names)) for router in routers):
         raise InputError(
-            "each of these routers runs the same number of sub-modules on every token, and a shift of all scores changes no total; "
-            "use over='each', or give them empty choices, such as the skips of top_k"
+            "each of these routers runs the same number of sub-modules on every token, and a shift of all scores "
+            "changes no total; use over='each', or give them empty choices, such as the skips of top_k"
         )
 
 
@@ -161,6 +179,7 @@ def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> 
     for name in target:
         if name not in names:
             raise InputError(
-                f"no layer has a sub-module {quote(name)}, for which the budget has a target{did_you_mean(name, names, 'sub-modules')}"
+                f"no layer has a sub-module {quote(name)}, for which the budget has a "
+                f"target{did_you_mean(name, names, 'sub-modules')}"
             )
     return target

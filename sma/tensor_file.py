@@ -1,7 +1,8 @@
-"""Files of tensors in the safetensors format: read by one open file, within bounds, and written with the same bytes each time.
+"""Files of tensors in the safetensors format: read by one open file, within bounds, and written with the same bytes
+each time.
 
-The library of that name opens a file twice, for its header and for its tensors, so that a reader can see two files where another process
-replaces one; and the order of its metadata changes from run to run.
+The library of that name opens a file twice, for its header and for its tensors, so that a reader can see two files
+where another process replaces one; and the order of its metadata changes from run to run.
 """
 
 import json
@@ -98,7 +99,9 @@ class TensorFile:
         entry = self.entries[name]
         if torch.device(device).type == "meta":
             return torch.empty(entry.shape, dtype=entry.dtype, device=device)
-        check_memory(entry.size, f"{quote(name)} of {self.path}", device="cpu", error=CheckpointError, hint="free some memory")
+        check_memory(
+            entry.size, f"{quote(name)} of {self.path}", device="cpu", error=CheckpointError, hint="free some memory"
+        )
         content = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
         left = content.numpy().data
         with parsing(self.path, CheckpointError):
@@ -125,7 +128,9 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= min(size - 8, HEADER):
-                raise _damaged(path, f"of its {size:,} bytes, {length:,} would be its header, which has at most {HEADER:,}")
+                raise _damaged(
+                    path, f"of its {size:,} bytes, {length:,} would be its header, which has at most {HEADER:,}"
+                )
             text = file.read(length)
         try:
             header = json.loads(text)
@@ -148,18 +153,27 @@ def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, s
     entries, ends = {}, {}
     for name, given in header.items():
         described = isinstance(given, dict) and set(given) == {"dtype", "shape", "data_offsets"}
-        if not described or not _counts(given["shape"]) or not _counts(given["data_offsets"]) or len(given["data_offsets"]) != 2:
+        if (
+            not described
+            or not _counts(given["shape"])
+            or not _counts(given["data_offsets"])
+            or len(given["data_offsets"]) != 2
+        ):
             raise _damaged(path, f"it describes {quote(name)} by {quote(given)}")
         dtype = _CODES.get(given["dtype"]) if isinstance(given["dtype"], str) else None
         if dtype is None:
-            raise CheckpointError(f"{path}: {quote(name)} has the dtype {quote(given['dtype'])}, which is not known; save it in another")
+            raise CheckpointError(
+                f"{path}: {quote(name)} has the dtype {quote(given['dtype'])}, which is not known; save it in another"
+            )
         begin, end = given["data_offsets"]
         entries[name] = Entry(dtype, tuple(given["shape"]), start + begin)
         ends[name] = start + end
     place = start
     for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].start, ends[pair[0]])):
         if entry.start != place or ends[name] != place + entry.size:
-            raise _damaged(path, f"{quote(name)}, {entry}, stands at bytes {entry.start:,} to {ends[name]:,} of the file")
+            raise _damaged(
+                path, f"{quote(name)}, {entry}, stands at bytes {entry.start:,} to {ends[name]:,} of the file"
+            )
         place = ends[name]
     if place != size:
         raise _damaged(path, f"it has {size:,} bytes, and its tensors end at {place:,}")
@@ -168,11 +182,16 @@ def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, s
 
 def _counts(value: Any) -> bool:
     """Whether this is a short list of sizes that a tensor can have."""
-    return isinstance(value, list) and len(value) <= 64 and all(type(number) is int and 0 <= number <= ADDRESSABLE for number in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(number) is int and 0 <= number <= ADDRESSABLE for number in value)
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors: the same bytes for the same content, whatever the order of the mappings. Nothing is synchronised.
+    """Write a file of tensors: the same bytes for the same content, whatever the order of the mappings. Nothing is
+    synchronised.
 
     Raises:
         CheckpointError: the format has no name for a dtype, or there are too many tensors.
@@ -185,14 +204,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{name!r} has the dtype {tensor.dtype}, which safetensors has not; convert it, such as by model.float()")
+            raise CheckpointError(
+                f"{name!r} has the dtype {tensor.dtype}, which safetensors has not; "
+                "convert it, such as by model.float()"
+            )
         end = place + tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER:
-        raise CheckpointError(f"{len(tensors):,} tensors have a header of {len(text):,} bytes; at most {HEADER:,} can be read back")
+        raise CheckpointError(
+            f"{len(tensors):,} tensors have a header of {len(text):,} bytes; at most {HEADER:,} can be read back"
+        )
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:

@@ -1,4 +1,6 @@
-"""The weights of a model as its spec describes it: without what was put around it or its parts, and compared with what the spec builds."""
+"""The weights of a model as its spec describes it: without what was put around it or its parts, and compared with what
+the spec builds.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +28,11 @@ _HIDDEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model that has a spec: with what `plain_weights` takes off it (torch.compile, data parallelism, averaged weights), and bare.
+    """The model that has a spec: with what `plain_weights` takes off it (torch.compile, data parallelism, averaged
+    weights), and bare.
 
-    Wrappers that are not known there keep a model in `module` too. Both are the module given where no model is inside of it.
+    Wrappers that are not known there keep a model in `module` too. Both are the module given where no model is inside
+    of it.
     """
     outer: Any = model
     while isinstance(outer, nn.Module):
@@ -42,8 +46,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def plain_weights(model: nn.Module) -> dict[str, Any]:
     """The entries of a model's `state_dict` by the names that its spec gives them.
 
-    What was put around the model or a part of it leaves no trace in them, and parametrised weights are what they come to in evaluation.
-    Neither the model nor its parametrisations change.
+    What was put around the model or a part of it leaves no trace in them, and parametrised weights are what they come
+    to in evaluation. Neither the model nor its parametrisations change.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -65,11 +69,16 @@ def plain_weights(model: nn.Module) -> dict[str, Any]:
             kept, prefix = _wrapped(part), f"{path}." if path else ""
             if kept is not None:
                 inside = f"{prefix}{kept}."
-                found = {f"{prefix}{key[len(inside) :]}" if key.startswith(inside) else key: value for key, value in found.items()}
+                found = {
+                    f"{prefix}{key[len(inside) :]}" if key.startswith(inside) else key: value
+                    for key, value in found.items()
+                }
     except CheckpointError:
         raise
     except Exception as error:  # the methods of modules that are not ours
-        raise CheckpointError(f"cannot save this {type(model).__name__}: its weights cannot be read: {reason(error)}") from error
+        raise CheckpointError(
+            f"cannot save this {type(model).__name__}: its weights cannot be read: {reason(error)}"
+        ) from error
     return found
 
 
@@ -82,7 +91,9 @@ def _wrapped(part: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
-    """The weights that a module computes from others: name, value, and the names that these others have beside parametrisations."""
+    """The weights that a module computes from others: name, value, and the names that these others have beside
+    parametrisations.
+    """
     if parametrize.is_parametrized(part):
         for name, steps in cast(nn.ModuleDict, part.parametrizations).items():
             with _evaluating(steps):
@@ -113,7 +124,9 @@ def _evaluating(part: nn.Module) -> Iterator[None]:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Draws nothing for tensors without memory: torch imports its whole compiler for a normal distribution there, which takes seconds."""
+    """Draws nothing for tensors without memory: torch imports its whole compiler for a normal distribution there, which
+    takes seconds.
+    """
 
     _draws = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
 
@@ -124,7 +137,9 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def build_without_memory(spec: ModelSpec) -> SequenceModel:
-    """Build a model on the meta device, where tensors have sizes and no memory; for real where a part of it cannot be built so."""
+    """Build a model on the meta device, where tensors have sizes and no memory; for real where a part of it cannot be
+    built so.
+    """
     try:
         with torch.device("meta"), _WithoutValues():
             return build(spec, seed=0)
@@ -135,9 +150,11 @@ def build_without_memory(spec: ModelSpec) -> SequenceModel:
 
 
 def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hint: str) -> None:
-    """Check that weights fit the model that a spec builds: names, shapes and dtypes. Their values may be anything, NaN included.
+    """Check that weights fit the model that a spec builds: names, shapes and dtypes. Their values may be anything, NaN
+    included.
 
-    Floating-point weights may be of any precision, as after `model.to(dtype)`; those that torch computes with, not of 8 bits.
+    Floating-point weights may be of any precision, as after `model.to(dtype)`; those that torch computes with, not of 8
+    bits.
 
     Args:
         what: begins the sentence.
@@ -151,15 +168,22 @@ def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hin
     wanted = reference.state_dict()
     missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     if missing or unknown:
-        listed = [f"{word} {quote(names)}" for word, names in (("missing", missing or "nothing"), ("unknown", unknown or "nothing"))]
+        listed = [
+            f"{word} {quote(names)}"
+            for word, names in (("missing", missing or "nothing"), ("unknown", unknown or "nothing"))
+        ]
         listed = [text.replace("'nothing'", "nothing") for text in listed]
         raise CheckpointError(f"{what} does not fit its spec: {', '.join(listed)}{hint}")
     for name, tensor in wanted.items():
         found = given[name]
         if not (isinstance(tensor, Tensor) and hasattr(found, "shape") and hasattr(found, "dtype")):
-            raise CheckpointError(f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; required is a tensor{hint}")
+            raise CheckpointError(
+                f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; required is a tensor{hint}"
+            )
         if tuple(found.shape) != tuple(tensor.shape) or not _suits(tensor.dtype, found.dtype):
-            raise CheckpointError(f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; required is {_kind(tensor)}{hint}")
+            raise CheckpointError(
+                f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; required is {_kind(tensor)}{hint}"
+            )
 
 
 def _suits(wanted: torch.dtype, given: torch.dtype) -> bool:
@@ -171,7 +195,8 @@ def _kind(tensor: Any) -> str:
 
 
 def check_parts(model: nn.Module, reference: nn.Module) -> None:
-    """Check that the parts of a model are those that its spec builds: another part can have weights of the same names and sizes.
+    """Check that the parts of a model are those that its spec builds: another part can have weights of the same names
+    and sizes.
 
     Raises:
         CheckpointError: a part is of another class, or has another spec.
@@ -188,8 +213,12 @@ def check_parts(model: nn.Module, reference: nn.Module) -> None:
         given, spec = getattr(part, "spec", None), getattr(wanted, "spec", None)
         if isinstance(spec, Spec) and given != spec:
             fields = [name for name in type(spec).model_fields if getattr(given, name, None) != getattr(spec, name)]
-            found, built = (", ".join(f"{name}={quote(getattr(one, name, None))}" for name in fields[:4]) for one in (given, spec))
-            raise CheckpointError(f"{what}: {where} was built with {found}, and the spec of the model says {built}; {hint}")
+            found, built = (
+                ", ".join(f"{name}={quote(getattr(one, name, None))}" for name in fields[:4]) for one in (given, spec)
+            )
+            raise CheckpointError(
+                f"{what}: {where} was built with {found}, and the spec of the model says {built}; {hint}"
+            )
 
 
 def _part_at(model: nn.Module, path: str) -> nn.Module | None:
@@ -219,7 +248,8 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
     """A tensor that can be written: gathered from all ranks where it is sharded, cut off from the graph.
 
     Raises:
-        CheckpointError: it has no values, or they are not simply numbers in memory: quantised, sparse, on the meta device.
+        CheckpointError: it has no values, or they are not simply numbers in memory: quantised, sparse, on the meta
+            device.
     """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -227,15 +257,21 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
         raise CheckpointError(f"cannot save {name!r}: it is not initialised; run the model on a batch first")
     plain = tensor.detach()
     if plain.is_meta:
-        raise CheckpointError(f"cannot save {name!r}: it is on the meta device and has no values; load or initialise the model first")
+        raise CheckpointError(
+            f"cannot save {name!r}: it is on the meta device and has no values; load or initialise the model first"
+        )
     if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized:
         kind = type(plain).__name__ if type(plain) is not Tensor else f"{plain.layout} tensor of {plain.dtype}"
-        raise CheckpointError(f"cannot save {name!r}: it is a {kind}, and not plain numbers; convert it back first, such as by dequantize")
+        raise CheckpointError(
+            f"cannot save {name!r}: it is a {kind}, and not plain numbers; convert it back first, such as by dequantize"
+        )
     return plain
 
 
 def warn_of_copies(tensors: Mapping[str, Tensor], shared: Sequence[Sequence[str]]) -> None:
-    """Warn of weights that are one tensor in the model and will be several when it is loaded, because its spec does not share them."""
+    """Warn of weights that are one tensor in the model and will be several when it is loaded, because its spec does not
+    share them.
+    """
     known = {name: names[0] for names in shared for name in names}
     found: dict[tuple[int, torch.Size], list[str]] = {}
     for name, tensor in tensors.items():
@@ -244,7 +280,8 @@ def warn_of_copies(tensors: Mapping[str, Tensor], shared: Sequence[Sequence[str]
     several = [names for names in found.values() if len({known.get(name, name) for name in names}) > 1]
     if several:
         warnings.warn(
-            f"{quote(several[0])} are one tensor in this model, and its spec has one for each: loaded, each has a copy of its own"
+            f"{quote(several[0])} are one tensor in this model, and its spec has one for each: "
+            "loaded, each has a copy of its own"
             f"{f' ({len(several)} such groups)' if len(several) > 1 else ''}",
             stacklevel=4,
         )

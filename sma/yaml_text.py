@@ -1,7 +1,7 @@
 """YAML text: read by the core schema of YAML 1.2 within bounds, and written so that every reader reads the same values.
 
-JSON is a part of it. Merge keys (`<<`), which YAML 1.2 leaves out, are read too. Every other rule of YAML 1.1 is not: `yes`, `on`,
-`1_000`, `12:30` and `2001-01-01` are words, and `1e-3` is a number.
+JSON is a part of it. Merge keys (`<<`), which YAML 1.2 leaves out, are read too. Every other rule of YAML 1.1 is not:
+`yes`, `on`, `1_000`, `12:30` and `2001-01-01` are words, and `1e-3` is a number.
 """
 
 import re
@@ -49,7 +49,9 @@ class _Problem(yaml.MarkedYAMLError):
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """Makes plain data of a text. Nodes are counted while they are composed, so that nothing is made that is too large."""
+    """Makes plain data of a text. Nodes are counted while they are composed, so that nothing is made that is too
+    large.
+    """
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -86,7 +88,9 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         if count > NODES or self.composed > NODES:
             raise _Problem(f"there are more than {NODES:,} values, aliases written out", event)
         if depth > DEPTH:
-            raise _Problem(f"with aliases written out, lists and mappings stand inside each other more than {DEPTH} deep", event)
+            raise _Problem(
+                f"with aliases written out, lists and mappings stand inside each other more than {DEPTH} deep", event
+            )
         self.extents[id(node)] = count, depth
         return node
 
@@ -187,7 +191,8 @@ def read_yaml(content: str | bytes, where: str) -> Any:
         where: names the source in the error.
 
     Raises:
-        SpecError: it is not valid, a key stands twice in a mapping or is no text, or it passes the bounds of this file. Names the line.
+        SpecError: it is not valid, a key stands twice in a mapping or is no text, or it passes the bounds of this file.
+            Names the line.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -211,7 +216,9 @@ def read_fields(content: str | bytes, where: str) -> dict[str, Any]:
     """
     data = read_yaml(content, where)
     if not isinstance(data, dict):
-        raise SpecError(f"{where} must hold a mapping of fields, not {type(data).__name__}; its first line is usually 'kind: …'")
+        raise SpecError(
+            f"{where} must hold a mapping of fields, not {type(data).__name__}; its first line is usually 'kind: …'"
+        )
     return data
 
 

@@ -24,7 +24,9 @@ sides = pytest.mark.parametrize("side", [pytest.param(name, id=name) for name in
 def masks(draw: st.DrawFn, rows: int = 4, length: int = 9) -> Tensor:
     """`(B, L)` masks: of no row, of no place, all False, all True, or mixed."""
     shape = draw(st.integers(0, rows)), draw(st.integers(0, length))
-    return torch.rand(shape, generator=generator(draw(st.integers(0, 999)))) < draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
+    return torch.rand(shape, generator=generator(draw(st.integers(0, 999)))) < draw(
+        st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])
+    )
 
 
 def generator(seed: int) -> torch.Generator:
@@ -44,7 +46,9 @@ def strided(x: Tensor) -> list[Tensor]:
 
 
 def pad(rows: Sequence[Tensor], side: str, *, extra: int = 2, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Stack rows `(L_b, ...)` of different lengths into a batch with at least `extra` places of padding, and its mask."""
+    """Stack rows `(L_b, ...)` of different lengths into a batch with at least `extra` places of padding, and its
+    mask.
+    """
     length = max((row.shape[0] for row in rows), default=0) + extra
     batch = torch.full((len(rows), length, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     valid = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -57,7 +61,11 @@ def pad(rows: Sequence[Tensor], side: str, *, extra: int = 2, fill: float = 0.0)
 
 def gradients(output: Tensor, inputs: Iterable[Tensor], seed: int = 7) -> list[Tensor]:
     """Gradients of a random projection of the output; an input without one is an error."""
-    return list(torch.autograd.grad((output * normal(*output.shape, seed=seed, dtype=output.dtype)).sum(), list(inputs), retain_graph=True))
+    return list(
+        torch.autograd.grad(
+            (output * normal(*output.shape, seed=seed, dtype=output.dtype)).sum(), list(inputs), retain_graph=True
+        )
+    )
 
 
 def spread(module: nn.Module, scale: float = 0.7, seed: int = 3) -> nn.Module:

@@ -18,13 +18,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 if "sma" in sys.modules:
     raise RuntimeError("sma was imported before its shape annotations could be checked; import it in test files only")
-# Not the recipes: their generators call small functions millions of times, and what they do with tensors is done by the rest.
-_CHECKED = [f"sma.{part.name}" for part in pkgutil.iter_modules([str(ROOT / "sma")]) if part.name not in ("recipes", "tune")]
+# Not the recipes: their generators call small functions millions of times, and what they do with tensors is done by the
+# rest.
+_CHECKED = [
+    f"sma.{part.name}" for part in pkgutil.iter_modules([str(ROOT / "sma")]) if part.name not in ("recipes", "tune")
+]
 jaxtyping.install_import_hook(_CHECKED, f"{tests.shapes.__name__}.check")
 
 # The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
 _ALL = hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.register_profile("same", _ALL, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", _ALL, max_examples=300)
@@ -34,8 +38,11 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The shape checker looks at random items of lists, inside strategies that build specs too; nothing depends on which.
-    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning")
+    # The shape checker looks at random items of lists, inside strategies that build specs too; nothing depends on
+    # which.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,9 @@ class Token:
     value: Tensor
 
 
-def compress(x: Tensor, active: Tensor, positions: Tensor | None = None, capacity: int | None = None) -> list[list[Token]]:
+def compress(
+    x: Tensor, active: Tensor, positions: Tensor | None = None, capacity: int | None = None
+) -> list[list[Token]]:
     """The active tokens of every row, in order; the earliest `capacity` of them."""
     rows = []
     for b in range(x.shape[0]):
@@ -64,7 +66,9 @@ def one_row(values: Tensor, positions: list[int] | None = None) -> Ragged:
     count = values.shape[0]
     where = torch.arange(count) if positions is None else torch.tensor(positions, dtype=torch.long)
     rows = torch.zeros(count, dtype=torch.long)
-    return Ragged(values, torch.arange(count), where, rows, torch.tensor([0, count]), torch.tensor([count]), holes=False)
+    return Ragged(
+        values, torch.arange(count), where, rows, torch.tensor([0, count]), torch.tensor([count]), holes=False
+    )
 
 
 def segment_reduce(values: Tensor, offsets: list[int], reduce: str) -> Tensor:
@@ -117,8 +121,8 @@ def normalise(norm: Norm | None, token: Tensor) -> Tensor:
 def layer(part: RoutedLayer, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Run a layer row by row and token by token, on the valid tokens alone.
 
-    Backbone and sub-modules are called on the tokens of one row at a time. Returns the hidden states, zeros at padding, and the
-    active mask `(B, L, M)`.
+    Backbone and sub-modules are called on the tokens of one row at a time. Returns the hidden states, zeros at padding,
+    and the active mask `(B, L, M)`.
     """
     spec = part.spec
     names = [] if part.routed is None else part.routed.router.names
@@ -180,7 +184,8 @@ def model(part: SequenceModel, inputs: Tensor, valid: Tensor) -> tuple[Tensor, T
 
 
 class Reach(nn.Module):
-    """A sub-module that is no `SubModule` and has no spec: the tokens of a row before and at each token, weighted and added up.
+    """A sub-module that is no `SubModule` and has no spec: the tokens of a row before and at each token, weighted and
+    added up.
 
     Its result depends on order, positions and rows, so that a mistake in any of them shows.
     """
@@ -195,7 +200,12 @@ class Reach(nn.Module):
         out = []
         for i in range(tokens.values.shape[0]):
             reached = [j for j in range(i + 1) if tokens.rows[j] == tokens.rows[i]]
-            out.append(sum((tokens.values[j] / (1 + tokens.positions[i] - tokens.positions[j]) for j in reached), torch.zeros(())))
+            out.append(
+                sum(
+                    (tokens.values[j] / (1 + tokens.positions[i] - tokens.positions[j]) for j in reached),
+                    torch.zeros(()),
+                )
+            )
         values = torch.stack(out) if out else tokens.values
         return values @ self.weight.to(values.dtype), None
 
@@ -210,9 +220,14 @@ class Choice:
 
 
 def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]:
-    """What a learned router decides about the tokens `(L, D)` of one row without padding, for each of them and each sub-module."""
+    """What a learned router decides about the tokens `(L, D)` of one row without padding, for each of them and each
+    sub-module.
+    """
     assert isinstance(router, ScoredRouter)
-    scores = [[(weight * token).sum() + bias for weight, bias in zip(router.weight, router.bias, strict=True)] for token in control]
+    scores = [
+        [(weight * token).sum() + bias for weight, bias in zip(router.weight, router.bias, strict=True)]
+        for token in control
+    ]
     shift = [0.0] * len(router.names) if router.offset is None else router.offset.tolist()
     if isinstance(router, ExpertChoiceRouter):
         columns = [taken_by_an_expert([row[m] for row in scores], router.spec.share) for m in range(len(router.names))]
@@ -222,15 +237,20 @@ def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]
     if isinstance(router, TopKRouter):
         count = len(shift)
         return [
-            the_first(plus(token[:count], shift) + token[count:], router.spec.k, count, router.log_temperature.exp()[0]) for token in scores
+            the_first(plus(token[:count], shift) + token[count:], router.spec.k, count, router.log_temperature.exp()[0])
+            for token in scores
         ]
     if isinstance(router, ThresholdRouter):
         return [[above(score, router.spec.threshold) for score in plus(token, shift)] for token in scores]
     pairs = [list(zip(token[0::2], plus(token[1::2], shift), strict=True)) for token in scores]
     if isinstance(router, GumbelRouter):
-        return [[sampled(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)]
+        return [
+            [sampled(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)
+        ]
     if isinstance(router, BernoulliRouter):
-        return [[tossed(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)]
+        return [
+            [tossed(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)
+        ]
     assert isinstance(router, SMARouter)
     temperature = router.log_temperature.exp()[0]
     return [[switched(off / temperature, on / temperature) for off, on in token] for token in pairs]
@@ -264,7 +284,11 @@ def the_best(scores: list[Tensor], temperature: Tensor) -> list[Choice]:
     """Of skip and the sub-modules, the one that is better than all others."""
     shares = shares_of(scores, temperature)
     return [
-        Choice(all(bool(score > other) for rival, other in enumerate(scores) if rival != place), shares[place], shares[place])
+        Choice(
+            all(bool(score > other) for rival, other in enumerate(scores) if rival != place),
+            shares[place],
+            shares[place],
+        )
         for place, score in enumerate(scores)
     ][1:]
 
@@ -304,11 +328,15 @@ def taken_by_an_expert(scores: list[Tensor], share: float) -> list[Choice]:
 
 
 def sampled(router: GumbelRouter, off: Tensor, on: Tensor, row: int, position: int, place: int) -> Choice:
-    """A sample of off or on in training, the better of the two in evaluation; 1 with the gradient of the relaxed sample."""
+    """A sample of off or on in training, the better of the two in evaluation; 1 with the gradient of the relaxed
+    sample.
+    """
     spec, update = router.spec, int(router.updates)
     p_on = 1 / (1 + torch.exp(off - on))
     if router.training:
-        off, on = (score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True))
+        off, on = (
+            score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True)
+        )
     done = 1.0 if update >= spec.anneal else update / spec.anneal
     temperature = math.exp(math.log(spec.temperature) + done * math.log(spec.final_temperature / spec.temperature))
     relaxed = 1 / (1 + torch.exp((off - on) / temperature))
@@ -319,7 +347,9 @@ def tossed(router: BernoulliRouter, off: Tensor, on: Tensor, row: int, position:
     """The same sample, with a confidence of 1 that has no gradient."""
     p_on = 1 / (1 + torch.exp(off - on))
     if router.training:
-        off, on = (score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True))
+        off, on = (
+            score + more for score, more in zip((off, on), gumbel_draws(router, row, position, place), strict=True)
+        )
     return Choice(bool(on > off), torch.ones_like(p_on), p_on)
 
 
@@ -332,7 +362,10 @@ def gumbel_draws(router: GumbelRouter | BernoulliRouter, row: int, position: int
 def gumbel_noise(router: GumbelRouter | BernoulliRouter, rows: int, length: int) -> Tensor:
     """The same for a batch without padding, `(B, L, M, 2)`."""
     places = range(len(router.names))
-    noise = [[[gumbel_draws(router, row, position, place) for place in places] for position in range(length)] for row in range(rows)]
+    noise = [
+        [[gumbel_draws(router, row, position, place) for place in places] for position in range(length)]
+        for row in range(rows)
+    ]
     return torch.tensor(noise, dtype=torch.float64)
 
 

@@ -8,7 +8,9 @@ from beartype.roar import BeartypeDecorHintException
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check arguments and results by their annotations, or nothing where beartype cannot read one, such as `Self` outside a class."""
+    """Check arguments and results by their annotations, or nothing where beartype cannot read one, such as `Self`
+    outside a class.
+    """
     try:
         return beartype(function)
     except BeartypeDecorHintException:

@@ -13,14 +13,17 @@ from sma.spec import Spec, families, kinds
 
 NAMES = ("attention", "mlp", "conv_2")
 
-# Every registered kind of models; those of recipes are there only once a test has imported them, and a kind that a test registers is none.
+# Every registered kind of models; those of recipes are there only once a test has imported them, and a kind that a test
+# registers is none.
 KINDS = [
     (family, kind, spec_class)
     for family in families()
     for kind, spec_class in kinds(family).items()
     if spec_class.__module__.startswith("sma.") and not spec_class.__module__.startswith(("sma.recipes.", "sma.tune."))
 ]
-every_kind = pytest.mark.parametrize(("family", "kind"), [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS])
+every_kind = pytest.mark.parametrize(
+    ("family", "kind"), [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS]
+)
 
 
 def of_family(family: str, most: float = 1e4) -> st.SearchStrategy[Any]:
@@ -90,4 +93,6 @@ def _numbers(kind: type, metadata: list[Any], most: float) -> st.SearchStrategy[
 
 def constraint(field: FieldInfo, kind: type) -> float | None:
     """The bound of one kind on a field, if it has one."""
-    return next((float(getattr(bound, kind.__name__.lower())) for bound in field.metadata if isinstance(bound, kind)), None)
+    return next(
+        (float(getattr(bound, kind.__name__.lower())) for bound in field.metadata if isinstance(bound, kind)), None
+    )

@@ -104,7 +104,11 @@ def flow(call: Call, inputs: Tensor, plan: Plan, state: Any, fill: float = 0.0) 
     """
     found: list[list[list[Tensor]]] = []
     for parts in zip(*plan.chunks, strict=True):
-        batch, valid = pad([row[part] for row, part in zip(inputs, parts, strict=True)], plan.side, extra=plan.extra, fill=fill)
+        batch, valid = pad(
+            [row[part] for row, part in zip(inputs, parts, strict=True)], plan.side, extra=plan.extra, fill=fill
+        )
         outputs, state = call(batch, None if valid.all() and not plan.extra else valid, state)
         found.append([[output[row][valid[row]] for row in range(len(inputs))] for output in outputs])
-    return [torch.stack([torch.cat(chunks) for chunks in zip(*rows, strict=True)]) for rows in zip(*found, strict=True)], state
+    return [
+        torch.stack([torch.cat(chunks) for chunks in zip(*rows, strict=True)]) for rows in zip(*found, strict=True)
+    ], state

@@ -27,8 +27,26 @@ CHAIN = [
 # These may import everything, so nothing else of the core may import them.
 TOP = ("sma.testing", "sma.interop", "sma.__main__")
 
-THIRD_PARTY = {"torch", "einops", "pydantic", "pydantic_core", "yaml", "safetensors", "jaxtyping", "numpy", "torch_scatter"}
-EXPERIMENTS_ONLY = {"lightning", "pytorch_lightning", "torchmetrics", "matplotlib", "tensorboard", "pydantic_settings", "rich"}
+THIRD_PARTY = {
+    "torch",
+    "einops",
+    "pydantic",
+    "pydantic_core",
+    "yaml",
+    "safetensors",
+    "jaxtyping",
+    "numpy",
+    "torch_scatter",
+}
+EXPERIMENTS_ONLY = {
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "matplotlib",
+    "tensorboard",
+    "pydantic_settings",
+    "rich",
+}
 
 
 def _files(*folders: str) -> list[Path]:
@@ -114,7 +132,9 @@ def test_core_imports_only_its_few_dependencies_and_itself(path: Path) -> None:
 
 @pytest.mark.parametrize("path", _ids(CORE))
 def test_core_never_imports_what_is_built_on_it(path: Path) -> None:
-    assert {name for name in GRAPH[_module(path)] if _within(name, "sma.modules", "sma.recipes", "sma.tune", *TOP)} == set()
+    assert {
+        name for name in GRAPH[_module(path)] if _within(name, "sma.modules", "sma.recipes", "sma.tune", *TOP)
+    } == set()
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=",".join(names)) for row, names in enumerate(CHAIN[:-1])])
@@ -186,7 +206,9 @@ def test_public_names_have_docstrings(path: Path) -> None:
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
-@pytest.mark.parametrize("path", _ids(_files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci")))
+@pytest.mark.parametrize(
+    "path", _ids(_files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci"))
+)
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 

@@ -1,4 +1,6 @@
-"""The benchmark of routing: what it prints, that its figures follow from its times, and that its dense twin is the routed block."""
+"""The benchmark of routing: what it prints, that its figures follow from its times, and that its dense twin is the
+routed block.
+"""
 
 import json
 import subprocess
@@ -21,7 +23,9 @@ def test_a_small_run_prints_every_point_as_json() -> None:
     small = ["--rows", "2", "--length", "40", "--width", "8", "--rounds", "1"]
     command = [sys.executable, "-m", "benchmarks.routing", "--json", *small]
     points = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert [(point["model"], point["rate"]) for point in points] == [(model, rate) for model in MODELS for rate in RATES]
+    assert [(point["model"], point["rate"]) for point in points] == [
+        (model, rate) for model in MODELS for rate in RATES
+    ]
     assert all(set(point) == KEYS | MORE for point in points)
 
 
@@ -33,12 +37,16 @@ def test_the_figures_follow_from_the_times_and_the_rates_are_exact(model: str) -
         time, dense, without = (point[key] for key in ("milliseconds", "dense_milliseconds", "without_milliseconds"))
         assert min(time, dense, without, point["gathered_milliseconds"]) > 0
         # Every time is rounded to a microsecond.
-        assert point["overhead_milliseconds"] == pytest.approx(time - point["gathered_milliseconds"] - without, abs=0.003)
+        assert point["overhead_milliseconds"] == pytest.approx(
+            time - point["gathered_milliseconds"] - without, abs=0.003
+        )
         if point["rate"] == 1:
             assert point["skip_efficiency"] is None
         else:
             saved = point["skip_efficiency"] * (1 - point["active_tokens"] / 80) * (dense - without)
-            assert saved == pytest.approx(dense - time, abs=0.003 + 0.003 * abs(point["skip_efficiency"]) + 0.001 * abs(dense - without))
+            assert saved == pytest.approx(
+                dense - time, abs=0.003 + 0.003 * abs(point["skip_efficiency"]) + 0.001 * abs(dense - without)
+            )
 
 
 @pytest.mark.parametrize("model", MODELS)

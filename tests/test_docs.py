@@ -1,7 +1,8 @@
 """Every example of the pages is run, and what it prints is compared with what stands beside it.
 
-In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a `text` block
-right after it is its output; in a `console` block, lines after `$ command` are its output. Blocks of other languages are not run.
+In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a
+`text` block right after it is its output; in a `console` block, lines after `$ command` are its output. Blocks of other
+languages are not run.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ from pathlib import Path
 import pytest
 
 import sma.spec
-import sma.tune.sweep  # what it registers must be there before the first page, which forgets what is registered meanwhile
+
+# What it registers must be there before the first page, which forgets what is registered meanwhile.
+import sma.tune.sweep
 from sma.testing.model_laws import MODEL_LAWS
 from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS
@@ -38,13 +41,17 @@ def console_steps(text: str) -> list[tuple[str, str]]:
 
 def run_command(command: str, folder: Path) -> str:
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users_run: None) -> None:
+def test_every_example_prints_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_users_run: None
+) -> None:
     monkeypatch.chdir(tmp_path)
     # What a page registers is forgotten after it.
     monkeypatch.setattr(sma.spec, "_registry", {family: sma.spec.kinds(family) for family in sma.spec.families()})
@@ -72,7 +79,12 @@ def test_every_example_prints_what_the_page_says(page: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    "laws", [pytest.param(SUBMODULE_LAWS, id="submodule"), pytest.param(ROUTER_LAWS, id="router"), pytest.param(MODEL_LAWS, id="model")]
+    "laws",
+    [
+        pytest.param(SUBMODULE_LAWS, id="submodule"),
+        pytest.param(ROUTER_LAWS, id="router"),
+        pytest.param(MODEL_LAWS, id="model"),
+    ],
 )
 def test_the_page_of_the_conformance_kit_names_every_law(laws: Sequence[Callable[..., None]]) -> None:
     page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")

@@ -29,7 +29,9 @@ build(load_spec("model.yaml"))
 
 def run(words: list[str], folder: Path, search_path: Path | str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(search_path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def command(line: str, folder: Path, search_path: Path | str = "") -> subprocess.CompletedProcess[str]:
@@ -44,7 +46,9 @@ def test_its_parts_conform_before_they_are_installed(folder: Path):
 def test_every_file_that_registers_a_kind_is_an_entry_point():
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     files = (EXAMPLE / "src").rglob("*.py")
-    registering = {f"sma_shift.{path.stem}" for path in files if "@register" in path.read_text(encoding="utf-8").splitlines()}
+    registering = {
+        f"sma_shift.{path.stem}" for path in files if "@register" in path.read_text(encoding="utf-8").splitlines()
+    }
     assert project["entry-points"]["sma.plugins"] == {name: name for name in registering}
 
 
@@ -69,7 +73,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the example is installed; built from a copy, because setuptools writes beside its source."""
     copy, target = tmp_path_factory.mktemp("source") / "sma_shift", tmp_path_factory.mktemp("site")
     shutil.copytree(EXAMPLE, copy, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
-    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target), str(copy)]
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+        str(copy),
+    ]
     done = run(install, copy, "")
     assert done.returncode == 0, done.stderr
     return target
@@ -84,7 +99,11 @@ def test_its_own_tests_pass_once_it_is_installed(folder: Path, site: Path):
 
 @pytest.mark.slow
 def test_its_readme_prints_what_it_says(folder: Path, site: Path):
-    blocks = [text for language, text in BLOCK.findall((folder / "README.md").read_text(encoding="utf-8")) if language == "console"]
+    blocks = [
+        text
+        for language, text in BLOCK.findall((folder / "README.md").read_text(encoding="utf-8"))
+        if language == "console"
+    ]
     steps = [step for text in blocks for step in console_steps(text)]
     assert len(steps) >= 3
     for line, expected in steps:
@@ -109,7 +128,10 @@ def test_a_misspelt_kind_is_answered_with_the_one_of_the_third_party(folder: Pat
     settings = "--set layers.layer.modules.shift.kind=token_shfit --set layers.layer.router.kind=novlety"
     done = command(f"validate model.yaml {settings}", folder, site)
     assert done.returncode == 2
-    assert "unknown sub-module kind 'token_shfit' in layers.layer.modules.shift; did you mean 'token_shift'? known kinds:" in done.stderr
+    assert (
+        "unknown sub-module kind 'token_shfit' in layers.layer.modules.shift; did you mean 'token_shift'? known kinds:"
+        in done.stderr
+    )
     assert "unknown router kind 'novlety' in layers.layer.router; did you mean 'novelty'? known kinds:" in done.stderr
 
 
@@ -119,6 +141,8 @@ def test_a_broken_plugin_is_a_warning_and_leaves_the_other_one(folder: Path, sit
     (broken / "sma_shift" / "novelty.py").write_text("raise OSError('no driver')\n")
     done = command("kinds", folder, broken)
     assert done.returncode == 0
-    assert done.stderr.strip() == ("sma: warning: the plugin 'sma_shift.novelty' of sma-shift could not be imported: OSError: no driver")
+    assert done.stderr.strip() == (
+        "sma: warning: the plugin 'sma_shift.novelty' of sma-shift could not be imported: OSError: no driver"
+    )
     assert "token_shift" in done.stdout.split()
     assert "novelty" not in done.stdout.split()

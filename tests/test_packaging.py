@@ -28,13 +28,17 @@ def _tree() -> set[str]:
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not any(parent.is_symlink() for parent in path.parents)
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and not any(parent.is_symlink() for parent in path.parents)
     }
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: an old build/ folder would put deleted files into it. The copy has no links, as on Windows."""
+    """The wheel, built from a copy: an old build/ folder would put deleted files into it. The copy has no links, as on
+    Windows.
+    """
     copy = tmp_path_factory.mktemp("copy")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=_links_and_caches)
@@ -69,7 +73,18 @@ def test_wheel_holds_the_licence_and_the_command(wheel: Path) -> None:
 @pytest.mark.slow
 def test_wheel_works_where_there_is_no_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, capture_output=True, text=True)
     program = f"""{IMPORT_ALL}
 from importlib.metadata import entry_points
@@ -92,7 +107,9 @@ def test_folders_of_the_user_never_shadow_ours(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("mine = True\n")
     (tmp_path / "tune.py").write_text("mine = True\n")
-    result = _python(f"{IMPORT_ALL}\nimport modules, recipes, tune; print(modules.mine, recipes.mine, tune.mine)", tmp_path)
+    result = _python(
+        f"{IMPORT_ALL}\nimport modules, recipes, tune; print(modules.mine, recipes.mine, tune.mine)", tmp_path
+    )
     assert result.stdout.strip() == "True True True", result.stderr
 
 

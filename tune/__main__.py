@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 
 COMMANDS = ("report", "train")
 
-_OF_THE_SWEEP = ("task", "preset", "space", "spec", "set", "seed", "search_seed", "samples", "objectives", "stop", "grace", "reduction")
+_OF_THE_SWEEP = (
+    "task",
+    "preset",
+    "space",
+    "spec",
+    "set",
+    "seed",
+    "search_seed",
+    "samples",
+    "objectives",
+    "stop",
+    "grace",
+    "reduction",
+)
 
 _OF_THE_MACHINE = {"cpus", "gpus", "accelerator", "concurrent", "address", "data", "silence", "progress"}
 """Options that a sweep does not keep, and that are given again where it goes on."""
@@ -40,37 +53,55 @@ _OF_THE_MACHINE = {"cpus", "gpus", "accelerator", "concurrent", "address", "data
 class Options(CommandOptions):
     """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune.
 
-    Two commands besides: `python -m sma.tune report` makes the results of a sweep again, `python -m sma.tune train` trains one model with
-    several workers.
+    Two commands besides: `python -m sma.tune report` makes the results of a sweep again, `python -m sma.tune train`
+    trains one model with several workers.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
 
-    task: str = Field(default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny")
+    task: str = Field(
+        default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny"
+    )
     preset: str = Field(default="tiny", description="which sweep of the task")
     space: Path | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
     spec: Path | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
     set: list[str] = Field(
-        default=[], description="path=value: change a field in all trials, such as training.updates=2000; may be repeated"
+        default=[],
+        description="path=value: change a field in all trials, such as training.updates=2000; may be repeated",
     )
     seed: int | None = Field(default=None, description="of the trainings; default the experiment's")
     search_seed: int | None = Field(default=None, description="of the search; default 0")
-    samples: int | None = Field(default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16")
-    objectives: str | None = Field(default=None, description="of quality, rate, time, operations, with commas; default quality,rate")
+    samples: int | None = Field(
+        default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16"
+    )
+    objectives: str | None = Field(
+        default=None, description="of quality, rate, time, operations, with commas; default quality,rate"
+    )
     stop: bool = Field(default=True, description="stop the weak by their quality")
-    grace: int | None = Field(default=None, description="updates before which no trial is stopped; default a quarter of them")
-    reduction: float | None = Field(default=None, description="one in so many trials goes on from one rung to the next; default 2")
+    grace: int | None = Field(
+        default=None, description="updates before which no trial is stopped; default a quarter of them"
+    )
+    reduction: float | None = Field(
+        default=None, description="one in so many trials goes on from one rung to the next; default 2"
+    )
     silence: float | None = Field(
         default=None,
         gt=0.0,
-        description="seconds without a batch trained or evaluated after which the process of a trial is replaced; default 1800",
+        description="seconds without a batch trained or evaluated after which the process of a trial is replaced; "
+        "default 1800",
     )
-    storage: str | None = Field(default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME")
+    storage: str | None = Field(
+        default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME"
+    )
     resume: str | None = Field(default=None, description="go on with the sweep in this folder")
     cpus: int = Field(default=1, ge=1, description="cores of a trial")
-    gpus: float | None = Field(default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if there are any")
+    gpus: float | None = Field(
+        default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if there are any"
+    )
     concurrent: int | None = Field(default=None, ge=1, description="trials at once; default as many as fit")
-    address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine")
+    address: str | None = Field(
+        default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
+    )
     data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show bars, and a table of the trials")
@@ -104,7 +135,9 @@ def _run(name: str, given: list[str]) -> None:
     elif name == "train":
         train(parse(TrainOptions, given))
     elif given and not given[0].startswith("-"):
-        raise SpecError(f"unknown command {given[0]!r}{did_you_mean(given[0], COMMANDS, 'commands')}; without one a sweep is run")
+        raise SpecError(
+            f"unknown command {given[0]!r}{did_you_mean(given[0], COMMANDS, 'commands')}; without one a sweep is run"
+        )
     else:
         search(parse(Options, given))
 
@@ -115,7 +148,8 @@ def search(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    from sma.tune.cluster import ResourceSpec, check_resources  # Ray takes seconds to import; --help and a wrong --set need not wait for it
+    # Ray takes seconds to import; --help and a wrong --set need not wait for it.
+    from sma.tune.cluster import ResourceSpec, check_resources
     from sma.tune.folder import load_sweep, start_sweep
     from sma.tune.storage import Storage
 
@@ -143,13 +177,18 @@ def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", opt
     from sma.tune.driver import run_sweep
 
     print(
-        f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> {plain(storage.address(''))}", flush=True
+        f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> "
+        f"{plain(storage.address(''))}",
+        flush=True,
     )
     with resumable(options, storage.address(""), _OF_THE_MACHINE):
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     _describe(summary, storage)
     if summary["failed"] == summary["trials"]:
-        raise SmaError(f"all trials failed, see why above; start a new sweep when that is mended: {storage.address('')} keeps the records")
+        raise SmaError(
+            "all trials failed, see why above; start a new sweep when that is mended: "
+            f"{storage.address('')} keeps the records"
+        )
     return summary
 
 
@@ -187,14 +226,18 @@ def report(options: ReportOptions) -> dict[str, Any]:
 
 
 def _sweep(options: Options) -> SweepSpec:
-    stopping: dict[str, Any] = {name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None}
+    stopping: dict[str, Any] = {
+        name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None
+    }
     source = read_sweep(options.space or f"{options.task}_{options.preset}", options.spec)
     settings = [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])]
     sweep = make_sweep(
         source,
         settings=settings,
         samples=options.samples,
-        objectives=None if options.objectives is None else tuple(name.strip() for name in options.objectives.split(",")),
+        objectives=None
+        if options.objectives is None
+        else tuple(name.strip() for name in options.objectives.split(",")),
         seed=options.search_seed,
         stopping=stopping or None,
     )
@@ -216,11 +259,22 @@ def _describe(summary: dict[str, Any], storage: Any) -> None:
         print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {plain(reason)}")
     quality = next((name for name in ("accuracy", "bits_per_character") if name in (summary["best"] or {})), None)
     if quality is not None:
-        for title, key in (("trial 0", "baseline"), ("best", "best"), ("sparsest as good", "sparsest_as_good_as_baseline")):
+        for title, key in (
+            ("trial 0", "baseline"),
+            ("best", "best"),
+            ("sparsest as good", "sparsest_as_good_as_baseline"),
+        ):
             point = summary[key]
             if point is not None and quality in point:
-                where = f"trial {point['trial']}, {storage.address(point['spec'])}" if key != "baseline" else "the experiment as it is"
-                print(f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}: {plain(where)}")
+                where = (
+                    f"trial {point['trial']}, {storage.address(point['spec'])}"
+                    if key != "baseline"
+                    else "the experiment as it is"
+                )
+                print(
+                    f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, "
+                    f"rate {point['rate']:.3f}: {plain(where)}"
+                )
     if summary["idle_share"] is not None:
         print(f"{summary['seconds']:,.0f} s in {summary['slots']} slots, {summary['idle_share']:.0%} of them idle")
     print(f"results           {plain(storage.address(''))}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")

@@ -28,22 +28,31 @@ _DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
 class ResourceSpec(Spec):
     """What a trial gets, and how many run at once."""
 
-    cpus: int = Field(default=1, ge=1, description="cores of a trial, and threads of its training where the experiment does not say")
+    cpus: int = Field(
+        default=1, ge=1, description="cores of a trial, and threads of its training where the experiment does not say"
+    )
     gpus: float | None = Field(
-        default=None, ge=0.0, description="GPUs of a trial, such as 0.25 for four trials on one; null: one if there are any, else none"
+        default=None,
+        ge=0.0,
+        description="GPUs of a trial, such as 0.25 for four trials on one; null: one if there are any, else none",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="the device: cpu takes no GPU, cuda one where `gpus` does not say, auto what the machines have"
+        default="auto",
+        description="the device: cpu takes no GPU, cuda one where `gpus` does not say, auto what the machines have",
     )
     concurrent: int | None = Field(default=None, ge=1, description="trials at once; null: as many as the machines hold")
-    address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; null starts one on this machine")
+    address: str | None = Field(
+        default=None, description="a running Ray cluster: auto or HOST:PORT; null starts one on this machine"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.accelerator == "cpu" and self.gpus:
             raise ValueError(f"accelerator=cpu takes no GPU, and gpus={self.gpus:g}; leave one of them out")
         if self.accelerator == "cuda" and self.gpus == 0:
-            raise ValueError("accelerator=cuda needs a GPU, and gpus=0; leave one of them out, or give a share such as gpus=0.25")
+            raise ValueError(
+                "accelerator=cuda needs a GPU, and gpus=0; leave one of them out, or give a share such as gpus=0.25"
+            )
         return self
 
     def gpus_of(self, nodes: Iterable[Mapping[str, float]]) -> float:
@@ -87,7 +96,8 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
         what: what they are called.
 
     Raises:
-        SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a word.
+        SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a
+            word.
     """
     gpus = resources.gpus_of(nodes)
     if gpus > 1 and gpus != int(gpus):
@@ -103,19 +113,20 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
     there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "nothing"
     if not room:
         raise SpecError(
-            f"no machine has {resources.cpus} CPUs and {gpus:g} GPUs for a {what}; there is {there}: lower --cpus or --gpus, or give the "
-            "--address of a larger cluster"
+            f"no machine has {resources.cpus} CPUs and {gpus:g} GPUs for a {what}; there is {there}: lower --cpus or "
+            "--gpus, or give the --address of a larger cluster"
         )
     if resources.concurrent is not None and resources.concurrent > room:
         raise SpecError(
-            f"--concurrent {resources.concurrent} trials of {resources.cpus} CPUs and {gpus:g} GPUs do not fit; there is room for {room}: "
-            f"{there}; lower --concurrent, --cpus or --gpus"
+            f"--concurrent {resources.concurrent} trials of {resources.cpus} CPUs and {gpus:g} GPUs do not fit; there "
+            f"is room for {room}: {there}; lower --concurrent, --cpus or --gpus"
         )
     return Slots(min(resources.concurrent or room, samples), resources.cpus, gpus)
 
 
 def check_resources(resources: ResourceSpec, samples: int, what: str = "trial") -> Slots:
-    """Refuse what does not fit before anything is written or prepared; joins the cluster at the address, if one is given.
+    """Refuse what does not fit before anything is written or prepared; joins the cluster at the address, if one is
+    given.
 
     Raises:
         SpecError: the trials do not fit, or there is no cluster at the address.
@@ -169,7 +180,10 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
 def _join(address: str) -> None:
     """Connect to a running cluster."""
     if address.startswith("ray://"):
-        raise SpecError(f"--address {address}: start the sweep on a node of the cluster, with --address auto; not through Ray's client")
+        raise SpecError(
+            f"--address {address}: start the sweep on a node of the cluster, with --address auto; "
+            "not through Ray's client"
+        )
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")
@@ -179,7 +193,8 @@ def _join(address: str) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # each way of not being there has an exception of its own
         raise SpecError(
-            f"there is no Ray cluster at {quote(address)}: {reason(error)}; start one with: ray start --head --port 6379"
+            f"there is no Ray cluster at {quote(address)}: {reason(error)}; start one with: "
+            "ray start --head --port 6379"
         ) from error
 
 
@@ -194,17 +209,26 @@ def start_ray(**options: Any) -> None:
     """
     for attempt in (1, 2):
         try:
-            # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with --address.
+            # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with
+            # --address.
             # Ray prints the end of the log of a raylet that dies; one sentence says it.
             ray._private.worker.print_to_stdstream = lambda *given, **options: None
             with signals_kept():
-                ray.init(address="local", **options, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(
+                    address="local",
+                    **options,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             return
-        except Exception as error:  # a machine with much else to do exceeds one of several time limits, each with an exception of its own
+        # A machine with much else to do exceeds one of several time limits, each with an exception of its own.
+        except Exception as error:
             ray.shutdown()
             if attempt == 2:
                 raise SmaError(
-                    f"Ray did not start on this machine: {reason(error)}; is it busy with something else? Try again then"
+                    f"Ray did not start on this machine: {reason(error)}; "
+                    "is it busy with something else? Try again then"
                 ) from error
 
 

@@ -1,4 +1,6 @@
-"""Runs a sweep: prepares the data, starts the trials, keeps what they report, and goes on with a sweep that was interrupted."""
+"""Runs a sweep: prepares the data, starts the trials, keeps what they report, and goes on with a sweep that was
+interrupted.
+"""
 
 import time
 from pathlib import Path
@@ -48,7 +50,9 @@ def run_sweep(
         return _run(sweep, storage, resources, data_folder, progress)
 
 
-def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folder: Path, progress: bool) -> dict[str, Any]:
+def _run(
+    sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folder: Path, progress: bool
+) -> dict[str, Any]:
     records = load_records(storage, sweep)
     if len(records) == sweep.samples and all(record.status != "running" for record in records):
         return write_results(sweep, storage)
@@ -58,8 +62,12 @@ def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folde
     with cluster(resources, sweep.samples, data.num_bytes) as slots:
         quiet()
         number = add_driver(storage, slots)
-        trainable = tune.with_parameters(run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator)
-        with Recorder(sweep, storage, records, began, progress, f"{slots.cpus} CPUs and {slots.gpus:g} GPUs") as recorder:
+        trainable = tune.with_parameters(
+            run_trial, sweep=sweep, data=data, cpus=slots.cpus, accelerator=slots.accelerator
+        )
+        with Recorder(
+            sweep, storage, records, began, progress, f"{slots.cpus} CPUs and {slots.gpus:g} GPUs"
+        ) as recorder:
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": slots.cpus, "gpu": slots.gpus}),
                 tune_config=tune.TuneConfig(
@@ -72,7 +80,8 @@ def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folde
                     trial_dirname_creator=_name,
                 ),
                 run_config=tune.RunConfig(
-                    # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not be those of before.
+                    # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not
+                    # be those of before.
                     name=driver_folder(number),
                     # Not its URI, which would have to be escaped.
                     storage_path=storage.root,
@@ -89,7 +98,8 @@ def _run(sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folde
                 raise
             except Exception as error:  # of Tune's own, of which there are many
                 raise SmaError(
-                    f"the sweep ended: {type(error).__name__}: {reason(error)}; its records are kept, and --resume goes on with them"
+                    f"the sweep ended: {type(error).__name__}: {reason(error)}; "
+                    "its records are kept, and --resume goes on with them"
                 ) from error
     return write_results(sweep, storage)
 

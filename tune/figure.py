@@ -21,7 +21,11 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
         sweep: the sweep.
     """
     quality = sweep.quality
-    shown = [record for record in records if quality.name in record.metrics and RATE.name in record.metrics and record.status != "failed"]
+    shown = [
+        record
+        for record in records
+        if quality.name in record.metrics and RATE.name in record.metrics and record.status != "failed"
+    ]
     path = next((path for path in searched(sweep.space) if path.endswith("window")), None)
     colours = _colours([_window(record, sweep, path) for record in shown])
     with drawing(8, 5) as figure:
@@ -48,13 +52,23 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
         baseline = next((record for record in shown if record.number == 0), None)
         if baseline is not None:
             axis.scatter(
-                baseline.metrics[RATE.name], baseline.metrics[quality.name], s=170, facecolors="none", edgecolors="black", zorder=2
+                baseline.metrics[RATE.name],
+                baseline.metrics[quality.name],
+                s=170,
+                facecolors="none",
+                edgecolors="black",
+                zorder=2,
             )
             axis.axhline(baseline.metrics[quality.name], color="black", linewidth=0.6, linestyle=":")
             axis.axvline(baseline.metrics[RATE.name] / 2, color="black", linewidth=0.6, linestyle=":")
-        axis.set(xlabel="activation rate (validation)", ylabel=f"{quality.name.replace('_', ' ')} (validation)", xlim=(-0.02, 1.02))
+        axis.set(
+            xlabel="activation rate (validation)",
+            ylabel=f"{quality.name.replace('_', ' ')} (validation)",
+            xlim=(-0.02, 1.02),
+        )
         axis.set_title(
-            f"{len(records)} trials on {sweep.experiment.task.kind}, {sweep.updates:,} updates; ring: trial 0; cross: stopped early;\n"
+            f"{len(records)} trials on {sweep.experiment.task.kind}, {sweep.updates:,} updates; ring: trial 0; "
+            "cross: stopped early;\n"
             "grey: the Pareto front; dotted: trial 0's quality and half its rate",
             fontsize=10,
         )
@@ -68,19 +82,28 @@ def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecor
     from sma.tune.pareto import front
 
     sign = -1 if sweep.quality.mode == "max" else 1
-    return [chosen[place] for place in front([(sign * record.metrics[sweep.quality.name], record.metrics[RATE.name]) for record in chosen])]
+    return [
+        chosen[place]
+        for place in front(
+            [(sign * record.metrics[sweep.quality.name], record.metrics[RATE.name]) for record in chosen]
+        )
+    ]
 
 
 def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
     window = None if path is None else sweep.value(record.values, path)
-    return window if isinstance(window, int | float | None) else plain(window, 40)  # a field of the user's own may hold anything
+    # A field of the user's own may hold anything.
+    return window if isinstance(window, int | float | None) else plain(window, 40)
 
 
 def _colours(windows: Sequence[Any]) -> dict[Any, Any]:
     """One colour of a scale per window, the widest the darkest; null, which sees all, comes last."""
     import matplotlib as mpl
 
-    order = sorted(set(windows), key=lambda window: (window is None, (window, "") if isinstance(window, int | float) else (0, str(window))))
+    order = sorted(
+        set(windows),
+        key=lambda window: (window is None, (window, "") if isinstance(window, int | float) else (0, str(window))),
+    )
     scale = mpl.colormaps["viridis_r"]
     return {window: scale(0.15 + 0.85 * place / max(1, len(order) - 1)) for place, window in enumerate(order)}
 

@@ -26,7 +26,8 @@ def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
     where = storage.address("")
     if storage.read(SWEEP) is not None:
         raise CheckpointError(
-            f"the storage {where!r} belongs to another sweep; give another --storage, or --resume {where} to go on with it"
+            f"the storage {where!r} belongs to another sweep; "
+            f"give another --storage, or --resume {where} to go on with it"
         )
     if [name for name in storage.names() if name != LOCK]:
         raise CheckpointError(f"the storage {where!r} is not empty and holds no sweep; give another --storage")
@@ -43,12 +44,15 @@ def load_sweep(storage: Storage) -> SweepSpec:
     """
     content, where = storage.read(SWEEP), storage.address(SWEEP)
     if content is None:
-        raise CheckpointError(f"there is no sweep in {storage.address('')!r}: {SWEEP} is missing; give the folder of an earlier --storage")
+        raise CheckpointError(
+            f"there is no sweep in {storage.address('')!r}: {SWEEP} is missing; give the folder of an earlier --storage"
+        )
     return SweepSpec.model_validate(read_fields(content, where))
 
 
 def check_same(storage: Storage, content: bytes | None) -> None:
-    """Check that a folder is that of the sweep still: it may be removed, moved or made anew by others while the sweep runs.
+    """Check that a folder is that of the sweep still: it may be removed, moved or made anew by others while the sweep
+    runs.
 
     Args:
         storage: the folder.
@@ -59,18 +63,30 @@ def check_same(storage: Storage, content: bytes | None) -> None:
     """
     found = storage.read(SWEEP)
     if found is None:
-        raise CheckpointError(f"the storage {storage.address('')!r} was removed or moved while the sweep ran: {SWEEP} is missing")
+        raise CheckpointError(
+            f"the storage {storage.address('')!r} was removed or moved while the sweep ran: {SWEEP} is missing"
+        )
     if found != content:
-        raise CheckpointError(f"the storage {storage.address('')!r} holds another sweep now: {SWEEP} was replaced while the sweep ran")
+        raise CheckpointError(
+            f"the storage {storage.address('')!r} holds another sweep now: {SWEEP} was replaced while the sweep ran"
+        )
 
 
 def add_driver(storage: Storage, slots: Slots) -> int:
-    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns a number of its own."""
+    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns a number of
+    its own.
+    """
     drivers = load_drivers(storage)
-    made = {"commit": commit(), "hardware": hardware(slots.accelerator, slots.cpus), "date": datetime.now(UTC).date().isoformat()}
+    made = {
+        "commit": commit(),
+        "hardware": hardware(slots.accelerator, slots.cpus),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     # Not of the file alone, which may be lost: a folder of trials belongs to one driver.
     found = [name.removeprefix(_OF_A_DRIVER) for name in storage.names(TRIALS) if name.startswith(_OF_A_DRIVER)]
-    number = max([len(drivers), *(int(name) + 1 for name in found if name.isdecimal() and name.isascii() and len(name) < 10)])
+    number = max(
+        [len(drivers), *(int(name) + 1 for name in found if name.isdecimal() and name.isascii() and len(name) < 10)]
+    )
     storage.write_json(DRIVERS, [*drivers, {**slots._asdict(), **made}])
     return number
 
@@ -89,8 +105,12 @@ def load_drivers(storage: Storage) -> list[dict[str, Any]]:
     found = storage.read_json(DRIVERS)
     if found is None:
         return []
-    if not isinstance(found, list) or not all(isinstance(driver, dict) and _is_count(driver.get("concurrent")) for driver in found):
-        raise CheckpointError(f"{storage.address(DRIVERS)!r} is damaged: {quote(found)}; required is a list of drivers with their slots")
+    if not isinstance(found, list) or not all(
+        isinstance(driver, dict) and _is_count(driver.get("concurrent")) for driver in found
+    ):
+        raise CheckpointError(
+            f"{storage.address(DRIVERS)!r} is damaged: {quote(found)}; required is a list of drivers with their slots"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Work of Ray's in a thread of its own, while the main thread watches for signals and for the end of the cluster.
 
-A process that loses its cluster is ended by Ray's own code after a while, without an exception. So the cluster is looked at from here:
-a sentence, an exit status and the command that resumes come first.
+A process that loses its cluster is ended by Ray's own code after a while, without an exception. So the cluster is
+looked at from here: a sentence, an exit status and the command that resumes come first.
 """
 
 import atexit
@@ -50,7 +50,8 @@ def signals_kept() -> Iterator[None]:
 def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
     """Do the work in a thread, and return at its end.
 
-    Ray does not take Ctrl-C for itself there: in this thread it is a `KeyboardInterrupt`, and the cluster is left with it.
+    Ray does not take Ctrl-C for itself there: in this thread it is a `KeyboardInterrupt`, and the cluster is left with
+    it.
 
     Args:
         work: what uses the cluster; its exception is raised here.
@@ -146,8 +147,8 @@ class Lifeline:
 def leave_cluster(lost: bool) -> None:
     """Disconnect from Ray, and end what this process started of it.
 
-    Where interrupted work may still call Ray, the end of this process is what disconnects it: after `ray.shutdown` such a call ends the
-    process in Ray's own code, without the sentence and the status that were to come.
+    Where interrupted work may still call Ray, the end of this process is what disconnects it: after `ray.shutdown` such
+    a call ends the process in Ray's own code, without the sentence and the status that were to come.
 
     Args:
         lost: the cluster does not answer: its processes are not asked.

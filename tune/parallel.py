@@ -1,7 +1,7 @@
 """One model trained by several processes at once, each on its part of every batch, through Ray Train.
 
-All of them run the recipe as one process would; Lightning averages their gradients. Where a process dies, Ray starts all of them
-again, and they go on from the last checkpoint of the run folder.
+All of them run the recipe as one process would; Lightning averages their gradients. Where a process dies, Ray starts
+all of them again, and they go on from the last checkpoint of the run folder.
 """
 
 import os
@@ -41,7 +41,9 @@ RAY = "ray"
 
 
 _PATIENCE = 5.0
-"""Seconds in which the actor to which the workers talk must answer; then the cluster is looked at, and it is asked again."""
+"""Seconds in which the actor to which the workers talk must answer; then the cluster is looked at, and it is asked
+again.
+"""
 
 
 class Workers(NamedTuple):
@@ -67,7 +69,8 @@ class Workers(NamedTuple):
         return ResourceSpec(cpus=self.cpus, accelerator=self.accelerator, address=self.address)
 
     def check_room(self) -> None:
-        """Refuse what the machines cannot hold, for which Ray would wait without a word; joins the cluster at the address.
+        """Refuse what the machines cannot hold, for which Ray would wait without a word; joins the cluster at the
+        address.
 
         Raises:
             SpecError: there are fewer cores or GPUs, or no cluster.
@@ -75,8 +78,8 @@ class Workers(NamedTuple):
         room = check_resources(self.resources, self.number, "worker").concurrent
         if room < self.number:
             raise SpecError(
-                f"{self.number} workers of {self.cpus} CPUs do not fit, there is room for {room}; lower --workers or --cpus, or give the "
-                "--address of a larger cluster"
+                f"{self.number} workers of {self.cpus} CPUs do not fit, there is room for {room}; lower --workers or "
+                "--cpus, or give the --address of a larger cluster"
             )
 
     def check_experiment(self, spec: ExperimentSpec) -> None:
@@ -87,7 +90,8 @@ class Workers(NamedTuple):
         """
         if not isinstance(spec.task, ClassificationTask | LanguageTask):
             raise SpecError(
-                f"several workers train classifiers and language models; train {spec.task.kind!r} with its own recipe, in one process"
+                "several workers train classifiers and language models; "
+                f"train {spec.task.kind!r} with its own recipe, in one process"
             )
         Team(size=self.number).check_batch(spec.training.batch_size)
 
@@ -129,7 +133,8 @@ class Board:
 class Reporter(Checkpoint):
     """Says how every evaluation went; behind a URI it sends the run folder there.
 
-    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation are in it.
+    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
+    are in it.
 
     Args:
         board: where it says so.
@@ -143,11 +148,15 @@ class Reporter(Checkpoint):
         """Report what was measured."""
         if self.folder is not None:
             # All of them must call it, and it waits for all.
-            train.report({}, checkpoint=train.Checkpoint.from_directory(str(self.folder)) if trainer.is_global_zero else None)
+            train.report(
+                {}, checkpoint=train.Checkpoint.from_directory(str(self.folder)) if trainer.is_global_zero else None
+            )
         if trainer.is_global_zero:
             names = ("val_accuracy", "val_bits_per_character", "val_loss", "val_rate")
             found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-            measures = ", ".join(f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items())
+            measures = ", ".join(
+                f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items()
+            )
             self.board.say.remote(f"update {trainer.global_step:,} of {trainer.max_steps:,}: {measures}")
 
 
@@ -160,13 +169,14 @@ def train_parallel(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train one model with several processes, and leave the run folder that one process would leave; returns the summary.
+    """Train one model with several processes, and leave the run folder that one process would leave; returns the
+    summary.
 
-    The batch of an update is that of one process, `training.batch_size` samples or stretches of a text, of which every worker takes its
-    part; the mean of their gradients is the gradient of the batch, so that the number of workers changes nothing but rounding. What looks
-    at a whole batch by other means sees a worker's part of it: batch norm that is not synchronised, the draws of dropout and of routers
-    that sample, and the losses in `training.losses`. A folder with a checkpoint of the same experiment goes on from there, whatever number
-    of workers wrote it.
+    The batch of an update is that of one process, `training.batch_size` samples or stretches of a text, of which every
+    worker takes its part; the mean of their gradients is the gradient of the batch, so that the number of workers
+    changes nothing but rounding. What looks at a whole batch by other means sees a worker's part of it: batch norm that
+    is not synchronised, the draws of dropout and of routers that sample, and the losses in `training.losses`. A folder
+    with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
 
     Args:
         spec: the experiment; its task is a classification, or the modelling of a text.
@@ -209,7 +219,9 @@ def train_parallel(
         _follow(trainer, board, workers, say)
     summary: dict[str, Any] | None = storage.read_json(SUMMARY)
     if summary is None:
-        raise CheckpointError(f"the training is over, and there is no {storage.address(SUMMARY)}; all machines must see this folder")
+        raise CheckpointError(
+            f"the training is over, and there is no {storage.address(SUMMARY)}; all machines must see this folder"
+        )
     storage.remove(RAY)
     return summary
 
@@ -234,8 +246,8 @@ def _follow(trainer: TorchTrainer, board: Any, workers: Workers, say: Callable[[
         if failure is None:
             reason = " ".join(str(error).split())[-600:]
             raise SmaError(
-                f"the training failed after {workers.restarts} restarts: {reason}; what is in the run folder is good up to its last "
-                "checkpoint"
+                f"the training failed after {workers.restarts} restarts: {reason}; "
+                "what is in the run folder is good up to its last checkpoint"
             ) from error
     if failure is not None:
         raise SmaError(failure)
@@ -263,17 +275,28 @@ def _packed(reference: Any) -> Packed:
     return packed
 
 
-def _train(spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team: Team, board: Any, accelerator: str) -> None:
+def _train(
+    spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team: Team, board: Any, accelerator: str
+) -> None:
     """Run the recipe in a folder that holds what there is to go on from."""
     if storage.is_local and not (folder / EXPERIMENT).is_file():
-        raise CheckpointError(f"{socket.gethostname()} does not see the run folder {str(folder)!r}; give a shared folder or a URI as --out")
+        raise CheckpointError(
+            f"{socket.gethostname()} does not see the run folder {str(folder)!r}; "
+            "give a shared folder or a URI as --out"
+        )
     checkpoint = None if storage.is_local else train.get_checkpoint()
     if checkpoint is not None:
         checkpoint.to_directory(str(folder))
     if team.writes and (folder / LAST).is_file():
         board.say.remote("going on from the last checkpoint")
     reporter = Reporter(board, None if storage.is_local else folder)
-    options: dict[str, Any] = {"resume": True, "accelerator": accelerator, "progress": False, "callbacks": [reporter], "team": team}
+    options: dict[str, Any] = {
+        "resume": True,
+        "accelerator": accelerator,
+        "progress": False,
+        "callbacks": [reporter],
+        "team": team,
+    }
 
     def title(reached: str) -> str:
         return f"{spec.task.kind}, {team.size} workers: {reached}, seed {spec.seed}"
@@ -283,7 +306,9 @@ def _train(spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team
             spec,
             folder,
             data,
-            figures=lambda done: draw_language(done.reading, folder, title(f"{done.summary['bits_per_character']:.3f} bits per character")),
+            figures=lambda done: draw_language(
+                done.reading, folder, title(f"{done.summary['bits_per_character']:.3f} bits per character")
+            ),
             **options,
         )
         words = describe_language(read.summary, folder)

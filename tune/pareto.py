@@ -11,8 +11,8 @@ def beats(one: Sequence[float], other: Sequence[float]) -> bool:
 def front(points: Sequence[Sequence[float]]) -> list[int]:
     """The places of the points that no other point beats, in their order: the Pareto front.
 
-    Points that are equal do not beat each other. One pass over the points sorted by their coordinates: what beats a point comes before it,
-    and if anything does, something on the front does.
+    Points that are equal do not beat each other. One pass over the points sorted by their coordinates: what beats a
+    point comes before it, and if anything does, something on the front does.
 
     Args:
         points: of equal length, less is better, no NaN.

@@ -1,7 +1,8 @@
-"""Signs of life of trials: a process that is stopped, or that waits for something that never comes, is told from one that works.
+"""Signs of life of trials: a process that is stopped, or that waits for something that never comes, is told from one
+that works.
 
-A trial leaves a number in the cluster's own table now and then, and the driver looks whether it changes. No clock of another machine
-is read.
+A trial leaves a number in the cluster's own table now and then, and the driver looks whether it changes. No clock of
+another machine is read.
 """
 
 import contextlib
@@ -71,7 +72,12 @@ class Listener:
         clock: of this process, in seconds.
     """
 
-    def __init__(self, limit: float, read: Callable[[str], bytes | None] = read_pulse, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limit: float,
+        read: Callable[[str], bytes | None] = read_pulse,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limit, self._read, self._clock = limit, read, clock
         self._seen: dict[str, tuple[object, bytes | None, float]] = {}
         self._looked = -limit

@@ -1,4 +1,6 @@
-"""What is kept of every trial: one JSON file each, written by the driver after every report, read by reports and by resumed sweeps."""
+"""What is kept of every trial: one JSON file each, written by the driver after every report, read by reports and by
+resumed sweeps.
+"""
 
 import dataclasses
 import json
@@ -80,13 +82,15 @@ class TrialRecord:
             CheckpointError: it holds something else.
         """
         try:
-            record: Self = TypeAdapter(cls).validate_json(json.dumps(data))  # strict as to types, which Python objects cannot be
+            # Strict as to types, which Python objects cannot be.
+            record: Self = TypeAdapter(cls).validate_json(json.dumps(data))
             return record
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             at = quote(".".join(map(str, first["loc"]))) if first["loc"] else "the whole"
             raise CheckpointError(
-                f"{where} is no record of a trial of this version: {at}: {first['msg'].lower()}; remove it, and the trial is run again"
+                f"{where} is no record of a trial of this version: {at}: {first['msg'].lower()}; "
+                "remove it, and the trial is run again"
             ) from error
 
 
@@ -143,7 +147,9 @@ def load_clock(storage: Storage) -> dict[str, float]:
     found = storage.read_json(CLOCK, "remove it, and the seconds of earlier drivers are not counted")
     if found is None:
         return {}
-    if not isinstance(found, dict) or not all(isinstance(value, int | float) and 0 <= value < 1e12 for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, int | float) and 0 <= value < 1e12 for value in found.values()
+    ):
         raise CheckpointError(
             f"{storage.address(CLOCK)!r} is damaged: {quote(found)}; required are the seconds of every driver: "
             "remove it, and those of earlier drivers are not counted"

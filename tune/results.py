@@ -1,4 +1,6 @@
-"""What a sweep leaves: a table of all trials, the Pareto front, its specs, a figure and a summary. All of it is made from the records."""
+"""What a sweep leaves: a table of all trials, the Pareto front, its specs, a figure and a summary. All of it is made
+from the records.
+"""
 
 import csv
 import io
@@ -46,7 +48,9 @@ def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
 
 
 def pareto_front(records: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
-    """The finished trials that no finished trial beats, the best quality first: all of them were trained equally long."""
+    """The finished trials that no finished trial beats, the best quality first: all of them were trained equally
+    long.
+    """
     done = [record for record in records if record.status == "finished"]
     points = [[measure.oriented(record.metrics) for measure in sweep.measures] for record in done]
     chosen = [done[place] for place in front(points)]
@@ -56,11 +60,17 @@ def pareto_front(records: Sequence[TrialRecord], sweep: SweepSpec) -> list[Trial
 def best_trial(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
     """The finished trial of the best quality, of equals the sparsest."""
     done = [record for record in records if record.status == "finished"]
-    return min(done, key=lambda record: (sweep.quality.oriented(record.metrics), record.metrics[RATE.name], record.number), default=None)
+    return min(
+        done,
+        key=lambda record: (sweep.quality.oriented(record.metrics), record.metrics[RATE.name], record.number),
+        default=None,
+    )
 
 
 def sparsest_as_good(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
-    """The finished trial of the lowest activation rate that is at least as good as trial 0; None without such, or without trial 0."""
+    """The finished trial of the lowest activation rate that is at least as good as trial 0; None without such, or
+    without trial 0.
+    """
     done = {record.number: record for record in records if record.status == "finished"}
     if 0 not in done:
         return None
@@ -77,11 +87,15 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     """
     records = load_records(storage, sweep)
     if not records:
-        raise CheckpointError(f"the sweep in {storage.address('')!r} has no records yet; go on with it: --resume {storage.address('')}")
+        raise CheckpointError(
+            f"the sweep in {storage.address('')!r} has no records yet; go on with it: --resume {storage.address('')}"
+        )
     rows = [trial_row(record, sweep) for record in records]
     _write_tables(rows, storage)
     chosen = pareto_front(records, sweep)
-    extremes = [record for record in (best_trial(records, sweep), sparsest_as_good(records, sweep)) if record is not None]
+    extremes = [
+        record for record in (best_trial(records, sweep), sparsest_as_good(records, sweep)) if record is not None
+    ]
     storage.remove(BEST)
     for record in {record.number: record for record in [*chosen, *extremes]}.values():
         storage.write(_spec_name(record), _with_origin(record, sweep))
@@ -97,7 +111,10 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
 
 def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     """The summary of a sweep, as plain data."""
-    counts = {status: sum(record.status == status for record in records) for status in ("finished", "stopped", "failed", "running")}
+    counts = {
+        status: sum(record.status == status for record in records)
+        for status in ("finished", "stopped", "failed", "running")
+    }
     seconds = sum(load_clock(storage).values())
     driver = (load_drivers(storage) or [{}])[-1]
     slots = driver.get("concurrent", 1)
@@ -109,7 +126,9 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
         "trials": len(records),
         "samples": sweep.samples,
         **counts,
-        "failures": [{"trial": record.number, "reason": record.reason} for record in records if record.status == "failed"],
+        "failures": [
+            {"trial": record.number, "reason": record.reason} for record in records if record.status == "failed"
+        ],
         "updates": sweep.updates,
         "objectives": {measure.name: measure.mode for measure in sweep.measures},
         "baseline": _point(baseline, sweep) if baseline is not None else None,
@@ -168,7 +187,10 @@ def _spec_name(record: TrialRecord) -> str:
 
 def _with_origin(record: TrialRecord, sweep: SweepSpec) -> str:
     quality, metrics = sweep.quality.name, record.metrics
-    head = f"# Trial {record.number} of a sweep: {quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in validation.\n"
+    head = (
+        f"# Trial {record.number} of a sweep: {quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in "
+        "validation.\n"
+    )
     try:
         return head + dump_yaml(sweep.trial(record.values))
     except SpecError as error:

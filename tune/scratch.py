@@ -1,4 +1,6 @@
-"""Folders on a machine's own disk in which processes work; those of processes that were killed are found again and removed."""
+"""Folders on a machine's own disk in which processes work; those of processes that were killed are found again and
+removed.
+"""
 
 import os
 import shutil

@@ -22,17 +22,21 @@ from sma.tune.sweep import SweepSpec
 
 
 class Search(Searcher):
-    """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all objectives.
+    """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all
+    objectives.
 
-    The values of a trial are a function of the search seed, its number, the results that are known when it is drawn, and the values of the
-    trials that then run: of nothing else that this process has done before. The first ones, a third of all and four at least, are drawn at
-    random, by seed and number alone. So a sweep that was interrupted draws what it would have drawn.
+    The values of a trial are a function of the search seed, its number, the results that are known when it is drawn,
+    and the values of the trials that then run: of nothing else that this process has done before. The first ones, a
+    third of all and four at least, are drawn at random, by seed and number alone. So a sweep that was interrupted draws
+    what it would have drawn.
 
-    What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials are told to
-    the estimator, unfinished ones are handed out again with the values they had, before any number without a record is drawn.
+    What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials
+    are told to the estimator, unfinished ones are handed out again with the values they had, before any number without
+    a record is drawn.
 
-    A trial that halving stopped is told as one that was pruned: worse than all finished ones. What it measured is not told, because at
-    another update it means something else. A failed trial is not told, nor is trial 0 where it lies outside of the space.
+    A trial that halving stopped is told as one that was pruned: worse than all finished ones. What it measured is not
+    told, because at another update it means something else. A failed trial is not told, nor is trial 0 where it lies
+    outside of the space.
 
     Args:
         sweep: the sweep.
@@ -78,7 +82,12 @@ class Search(Searcher):
         self.known.setdefault(record.number, replace(record))
         self.numbers[trial_id] = record.number
         checkpoint = None if record.checkpoint is None else self.storage.address(record.checkpoint)
-        return {"number": record.number, "values": record.values, "checkpoint": checkpoint, "pulse": self.pulse_key(record.number)}
+        return {
+            "number": record.number,
+            "values": record.values,
+            "checkpoint": checkpoint,
+            "pulse": self.pulse_key(record.number),
+        }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Learn what came out."""
@@ -104,7 +113,9 @@ class Search(Searcher):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
             if number >= self.startup:
-                sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.startup, multivariate=True, constant_liar=True)
+                sampler = optuna.samplers.TPESampler(
+                    seed=seed, n_startup_trials=self.startup, multivariate=True, constant_liar=True
+                )
         study = optuna.create_study(directions=self._directions, sampler=sampler)
         for _, record in sorted(self.known.items()):
             trial = self._told(record)
@@ -115,25 +126,39 @@ class Search(Searcher):
     def _new(self, number: int) -> TrialRecord:
         """Values for a trial that there never was, or none for trial 0."""
         trial = self.study(number).ask() if number else None
-        values = {} if trial is None else {path: distribution.draw(trial, path) for path, distribution in self.sweep.space.items()}
+        values = (
+            {}
+            if trial is None
+            else {path: distribution.draw(trial, path) for path, distribution in self.sweep.space.items()}
+        )
         return TrialRecord(number, values, self.sweep.experiment.seed)
 
     def _told(self, record: TrialRecord) -> optuna.trial.FrozenTrial | None:
         """A trial as Optuna knows it; None where it has nothing to teach."""
         codes: dict[str, Any] = {}
         for path in self._distributions:
-            codes[path] = self._start[path] if record.number == 0 else self.sweep.space[path].encode(record.values.get(path))
+            codes[path] = (
+                self._start[path] if record.number == 0 else self.sweep.space[path].encode(record.values.get(path))
+            )
         # A measure that is missing is none.
-        values = [float(math.nan if (value := record.metrics.get(measure.name)) is None else value) for measure in self.sweep.measures]
+        values = [
+            float(math.nan if (value := record.metrics.get(measure.name)) is None else value)
+            for measure in self.sweep.measures
+        ]
         finished = record.status == "finished"
         if None in codes.values() or record.status == "failed" or (finished and not all(map(math.isfinite, values))):
             return None
         return optuna.trial.create_trial(
-            state=_STATES[record.status], params=codes, distributions=self._distributions, values=values if finished else None
+            state=_STATES[record.status],
+            params=codes,
+            distributions=self._distributions,
+            values=values if finished else None,
         )
 
     def _ask_for_distributions(self) -> dict[str, Any]:
-        """Optuna's own distributions of the paths that are searched: a space asks for numbers and does not say from what."""
+        """Optuna's own distributions of the paths that are searched: a space asks for numbers and does not say from
+        what.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = optuna.create_study(directions=self._directions, sampler=optuna.samplers.RandomSampler(0)).ask()
@@ -150,15 +175,18 @@ _STATES = {
 
 
 def measured_in(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a report as searchers and schedulers get it: Ray joins the keys of nested dictionaries with slashes."""
+    """The metrics of a report as searchers and schedulers get it: Ray joins the keys of nested dictionaries with
+    slashes.
+    """
     return {name.removeprefix("metrics/"): value for name, value in result.items() if name.startswith("metrics/")}
 
 
 class Halving(FIFOScheduler):
     """Successive halving by the objectives at equal updates; never stops trial 0, which the others are compared with.
 
-    At every rung a trial is as good as few trials of this rung beat it, by which a trial is beaten that is nowhere better and somewhere
-    worse. It goes on if no more than one in `reduction` of the others are better; so does any that none beats.
+    At every rung a trial is as good as few trials of this rung beat it, by which a trial is beaten that is nowhere
+    better and somewhere worse. It goes on if no more than one in `reduction` of the others are better; so does any that
+    none beats.
 
     Args:
         sweep: the sweep.
@@ -201,4 +229,5 @@ class Halving(FIFOScheduler):
 def quiet() -> None:
     """Ray's own words about trials are left out: the table says them."""
     for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # its errors are tracebacks of trials, whose reasons stand in the records
+        # Its errors are tracebacks of trials, whose reasons stand in the records.
+        logging.getLogger(name).setLevel(logging.CRITICAL)

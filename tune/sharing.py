@@ -52,7 +52,9 @@ def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
         return None if value.dtype.hasobject or value.dtype.names else np.ascontiguousarray(value)
     if type(value) is not Tensor or value.device.type != "cpu" or value.layout != torch.strided or value.requires_grad:
         return None
-    return None if value.dtype == torch.bfloat16 or value.is_quantized or value.is_conj() else value.contiguous().numpy()
+    return (
+        None if value.dtype == torch.bfloat16 or value.is_quantized or value.is_conj() else value.contiguous().numpy()
+    )
 
 
 class _Unpickler(pickle.Unpickler):

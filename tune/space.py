@@ -35,7 +35,9 @@ _INSIDE = 0.381966
 class Ask(Protocol):
     """What draws numbers: a trial of Optuna."""
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """Draw a number."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
@@ -53,7 +55,9 @@ class DistributionSpec(Spec):
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """Values that are tried on the experiment before a sweep starts: the ends of a range and one inside, every choice."""
+        """Values that are tried on the experiment before a sweep starts: the ends of a range and one inside, every
+        choice.
+        """
         raise TypeError(f"{type(self).__name__} must define probes")
 
     def draw(self, ask: Ask, name: str) -> Any:
@@ -74,9 +78,13 @@ class _Range(DistributionSpec):
     @model_validator(mode="after")
     def _is_not_empty(self) -> Self:
         if not self.low < self.high:
-            raise ValueError(f"low={self.low} must be below high={self.high}; for one value use {{kind: fixed, value: {self.low}}}")
+            raise ValueError(
+                f"low={self.low} must be below high={self.high}; for one value use {{kind: fixed, value: {self.low}}}"
+            )
         if not math.isfinite(float(self.high) - float(self.low)):
-            raise ValueError(f"low={self.low} and high={self.high} are too far apart for their difference to be a number")
+            raise ValueError(
+                f"low={self.low} and high={self.high} are too far apart for their difference to be a number"
+            )
         return self
 
     @property
@@ -166,7 +174,9 @@ class Int(_Range):
     kind: Literal["int"] = "int"
     low: int = Field(description="the smallest value")
     high: int = Field(description="the largest value")
-    log: bool = Field(default=False, description="draw the logarithms alike: 1 to 2 as often as 512 to 1,024; low must be 1 or more")
+    log: bool = Field(
+        default=False, description="draw the logarithms alike: 1 to 2 as often as 512 to 1,024; low must be 1 or more"
+    )
 
     @model_validator(mode="after")
     def _has_a_logarithm(self) -> Self:
@@ -227,7 +237,9 @@ class Choice(DistributionSpec):
 
 @register
 class Fixed(DistributionSpec):
-    """One value, set in every trial but the first, which is the experiment as it is: what the other fields of the space rest on."""
+    """One value, set in every trial but the first, which is the experiment as it is: what the other fields of the space
+    rest on.
+    """
 
     kind: Literal["fixed"] = "fixed"
     value: Any = Field(description="which")
@@ -270,9 +282,11 @@ def value_at(experiment: ExperimentSpec, path: str) -> Any:
 
 
 def starting_code(experiment: ExperimentSpec, path: str, distribution: DistributionSpec) -> int | float | None:
-    """The number under which the search knows the experiment's own value at a path; None where the distribution never draws it.
+    """The number under which the search knows the experiment's own value at a path; None where the distribution never
+    draws it.
 
-    A choice is compared as the experiment would hold it: `{kind: sma}` is the router that stands there with its defaults written out.
+    A choice is compared as the experiment would hold it: `{kind: sma}` is the router that stands there with its
+    defaults written out.
     """
     value = value_at(experiment, path)
     if isinstance(distribution, Choice):
@@ -291,11 +305,17 @@ class Dice:
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         """Draw a number."""
         if step is not None:
             return low + step * self.random.randint(0, round((high - low) / step))
-        return min(high, math.exp(self.random.uniform(math.log(low), math.log(high)))) if log else self.random.uniform(low, high)
+        return (
+            min(high, math.exp(self.random.uniform(math.log(low), math.log(high))))
+            if log
+            else self.random.uniform(low, high)
+        )
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
         """Draw a whole number."""
@@ -320,8 +340,8 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
     """Try the ends and the inside of every range, every choice, and some random combinations on an experiment.
 
     Raises:
-        SpecError: the space is empty, a path leads nowhere, stands there twice or changes what trials are compared by, or the experiment
-            refuses a value.
+        SpecError: the space is empty, a path leads nowhere, stands there twice or changes what trials are compared by,
+            or the experiment refuses a value.
     """
     if not searched(space):
         raise SpecError(
@@ -343,7 +363,9 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
 
 
 def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
-    """All first probes together, then every probe of every path with the others at their first, all last ones, and random draws."""
+    """All first probes together, then every probe of every path with the others at their first, all last ones, and
+    random draws.
+    """
     first = {path: distribution.probes[0] for path, distribution in space.items()}
     yield first, next(iter(space)) if len(space) == 1 else "the fixed and first values together"
     for path, distribution in space.items():
@@ -352,21 +374,29 @@ def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
     yield largest(space), "all largest values together"
     dice = Dice()
     for number in range(DRAWS):
-        yield {path: distribution.draw(dice, path) for path, distribution in space.items()}, f"the values of random draw {number}"
+        yield (
+            {path: distribution.draw(dice, path) for path, distribution in space.items()},
+            f"the values of random draw {number}",
+        )
 
 
 def _words(values: Mapping[str, Any], changed: str) -> str:
     """What was tried: the one value that differs from the first ones, or all of them."""
     if changed in values:
         return f"a value of the search space, {changed}={quote(values[changed])}"
-    return f"{changed} ({', '.join(f'{path}={quote(value)}' for path, value in itertools.islice(values.items(), SENTENCES))})"
+    return (
+        f"{changed} "
+        f"({', '.join(f'{path}={quote(value)}' for path, value in itertools.islice(values.items(), SENTENCES))})"
+    )
 
 
 def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], changed: str) -> str:
     """What would help: whole numbers, or other values of the fixed fields."""
     if changed not in values:
         fixed = [path for path, distribution in space.items() if isinstance(distribution, Fixed)][:SENTENCES]
-        return f"; the fixed values can be changed: {' '.join(f'--set {path}=VALUE' for path in fixed)}" if fixed else ""
+        return (
+            f"; the fixed values can be changed: {' '.join(f'--set {path}=VALUE' for path in fixed)}" if fixed else ""
+        )
     value = values[changed]
     if not isinstance(value, float) or value.is_integer() or not math.isfinite(value):
         return ""
@@ -379,11 +409,15 @@ def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], c
 
 def _check_apart(space: Space) -> None:
     """Refuse paths of which one sets what the other sets."""
-    for (one, steps), (other, others) in itertools.combinations(((path, parse_path(full_path(path))) for path in space), 2):
+    for (one, steps), (other, others) in itertools.combinations(
+        ((path, parse_path(full_path(path))) for path in space), 2
+    ):
         if steps == others:
             raise SpecError(f"{quote(one)} and {quote(other)} are the same field; leave one of them out of the space")
         if steps[: len(others)] == others or others[: len(steps)] == steps:
-            raise SpecError(f"{quote(one)} and {quote(other)} set the same part, one as a whole; leave one of them out of the space")
+            raise SpecError(
+                f"{quote(one)} and {quote(other)} set the same part, one as a whole; leave one of them out of the space"
+            )
 
 
 def _check_comparable(space: Space) -> None:
@@ -391,9 +425,11 @@ def _check_comparable(space: Space) -> None:
         full = full_path(path)
         if full == "training.updates":
             raise SpecError(
-                f"{path!r} cannot be searched: all trials train equally long; set it for all of them with --set training.updates=N"
+                f"{path!r} cannot be searched: all trials train equally long; "
+                "set it for all of them with --set training.updates=N"
             )
         if parse_path(full)[0] == "task":
             raise SpecError(
-                f"{quote(path)} cannot be searched: all trials learn from the same data; set it for all of them with --set PATH=VALUE"
+                f"{quote(path)} cannot be searched: all trials learn from the same data; "
+                "set it for all of them with --set PATH=VALUE"
             )

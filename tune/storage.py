@@ -134,7 +134,9 @@ class Storage:
         except (ArrowException, OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {self.address(name)!r}: {reason(error)}") from error
         if len(content) > LIMIT:
-            raise CheckpointError(f"{self.address(name)!r} is longer than {LIMIT:,} bytes, which no file of this kind is")
+            raise CheckpointError(
+                f"{self.address(name)!r} is longer than {LIMIT:,} bytes, which no file of this kind is"
+            )
         return content
 
     def read_json(self, name: str, hint: str = "") -> Any:
@@ -193,7 +195,10 @@ def _finite(text: str) -> float:
     return value
 
 
-_ASK = "import sys; from pyarrow.fs import FileSystem; files, root = FileSystem.from_uri(sys.argv[1]); files.get_file_info(root)"
+_ASK = (
+    "import sys; from pyarrow.fs import FileSystem; "
+    "files, root = FileSystem.from_uri(sys.argv[1]); files.get_file_info(root)"
+)
 
 
 def _check_answer(location: str) -> None:
@@ -206,5 +211,6 @@ def _check_answer(location: str) -> None:
         subprocess.run([sys.executable, "-c", _ASK, location], timeout=PATIENCE, capture_output=True, check=False)
     except subprocess.TimeoutExpired:
         raise CheckpointError(
-            f"the storage {location!r} has not answered for {PATIENCE:g} s; check the address, the network and the credentials"
+            f"the storage {location!r} has not answered for {PATIENCE:g} s; "
+            "check the address, the network and the credentials"
         ) from None

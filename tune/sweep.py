@@ -46,42 +46,50 @@ OPERATIONS = Measure("operations_per_token", "min")
 class StoppingSpec(Spec):
     """Asynchronous successive halving: at `grace`, `grace * reduction`, … updates only the best trials go on.
 
-    With several objectives a trial is as good as the number of trials at this rung that beat it in all of them is small; one that none
-    beats goes on.
+    With several objectives a trial is as good as the number of trials at this rung that beat it in all of them is
+    small; one that none beats goes on.
 
     Reference:
-        Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934; Schmucker et al., "Multi-objective
-        asynchronous successive halving", arXiv 2106.12639.
+        Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934; Schmucker et al.,
+        "Multi-objective asynchronous successive halving", arXiv 2106.12639.
     """
 
     grace: int | None = Field(
         default=None,
         ge=1,
-        description="updates before which no trial is stopped; null: a quarter of them, and no fewer than budgets take to their targets",
+        description="updates before which no trial is stopped; null: "
+        "a quarter of them, and no fewer than budgets take to their targets",
     )
     reduction: float = Field(default=2.0, ge=1.1, description="one in so many trials goes on from one rung to the next")
 
 
 class SweepSpec(Spec):
-    """Everything that decides a sweep. Trial 0 is the experiment as it is; the others are drawn from the space around it."""
+    """Everything that decides a sweep. Trial 0 is the experiment as it is; the others are drawn from the space around
+    it.
+    """
 
     experiment: ExperimentSpec = Field(description="trial 0, and what the others differ from")
-    space: FrozenMapping[DistributionSpec] = Field(description="which fields differ between trials: a distribution by field path")
+    space: FrozenMapping[DistributionSpec] = Field(
+        description="which fields differ between trials: a distribution by field path"
+    )
     samples: int = Field(default=16, ge=1, le=100_000, description="trials, trial 0 among them")
     objectives: tuple[Objective, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
-        description="what the search improves: quality (accuracy, or bits per character of a text), activation rate, time per token, "
-        "operations per token",
+        description="what the search improves: quality (accuracy, or bits per character of a text), activation rate, "
+        "time per token, operations per token",
     )
     stopping: StoppingSpec | None = Field(
         default=StoppingSpec(), description="stops the weak by the objectives; null trains all to the end"
     )
-    restarts: int = Field(default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint")
+    restarts: int = Field(
+        default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint"
+    )
     silence: float = Field(
         default=1800.0,
         gt=0.0,
-        description="seconds without a batch of training or evaluation after which the process of a trial counts as dead",
+        description="seconds without a batch of training or evaluation after which the process of a trial counts as "
+        "dead",
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the search; that of the trials is the experiment's")
 
@@ -91,7 +99,8 @@ class SweepSpec(Spec):
             raise ValueError(f"objectives={list(self.objectives)} name one twice")
         if not isinstance(self.experiment.task, ClassificationTask | LanguageTask):
             raise ValueError(
-                f"the task {self.experiment.task.kind!r} is neither a classification nor language modelling; sweeps know no other"
+                f"the task {self.experiment.task.kind!r} is neither a classification nor language modelling; "
+                "sweeps know no other"
             )
         check_space(self.space, self.experiment)
         if self.grace > self.updates:
@@ -116,7 +125,11 @@ class SweepSpec(Spec):
     @property
     def quality(self) -> Measure:
         """How good a trial is."""
-        return Measure("bits_per_character", "min") if isinstance(self.experiment.task, LanguageTask) else Measure("accuracy", "max")
+        return (
+            Measure("bits_per_character", "min")
+            if isinstance(self.experiment.task, LanguageTask)
+            else Measure("accuracy", "max")
+        )
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -147,7 +160,8 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
 
     Args:
         source: the file or the name. A file may name the file of its experiment as seen from its own folder.
-        experiment: replaces that of the source. The settings of a shipped sweep are then left out: they fit its own experiment.
+        experiment: replaces that of the source. The settings of a shipped sweep are then left out: they fit its own
+            experiment.
 
     Raises:
         SpecError: there is no such name or file, or it has fields that are not of a sweep.
@@ -164,7 +178,9 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
             data["experiment"] = str(path.parent / own)
     else:
         hint = did_you_mean(str(source), names, "shipped sweeps")
-        raise SpecError(f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes one of your own")
+        raise SpecError(
+            f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes one of your own"
+        )
     known = [*SweepSpec.model_fields, "settings"]
     for name in data:
         if name not in known:
@@ -182,10 +198,12 @@ def make_sweep(
     """Validate a sweep.
 
     Args:
-        source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its `experiment` may be
-            the name of a preset of the recipes or a file; its `settings`, values by field path, are set in all trials.
+        source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its
+            `experiment` may be the name of a preset of the recipes or a file; its `settings`, values by field path, are
+            set in all trials.
         experiment: replaces that of the source, see `read_sweep`: a preset or a file.
-        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces that value too.
+        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces
+            that value too.
         fields: of `SweepSpec`, instead of the source's; those that are None are left alone.
 
     Raises:
@@ -197,9 +215,13 @@ def make_sweep(
         data = read_sweep(source, experiment)
     own, base = data.pop("settings", None) or {}, data.get("experiment")
     if not isinstance(own, Mapping):
-        raise SpecError(f"settings={quote(own)} must map field paths to values, such as settings: {{training.updates: 1200}}")
+        raise SpecError(
+            f"settings={quote(own)} must map field paths to values, such as settings: {{training.updates: 1200}}"
+        )
     if base is None:
-        raise SpecError("a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE")
+        raise SpecError(
+            "a sweep needs an experiment; write experiment: NAME, a preset of the recipes, or experiment: FILE"
+        )
     if not isinstance(base, ExperimentSpec):
         base = load_experiment(base)
     if own:
@@ -207,11 +229,16 @@ def make_sweep(
     space = {} if data.get("space") is None else data["space"]
     if isinstance(space, Mapping):
         space, settings = _settle(space, settings, base)
-    data |= {"space": space, "experiment": load_experiment(base.model_dump(mode="json"), settings) if settings else base}
+    data |= {
+        "space": space,
+        "experiment": load_experiment(base.model_dump(mode="json"), settings) if settings else base,
+    }
     return SweepSpec.model_validate({**data, **{name: value for name, value in fields.items() if value is not None}})
 
 
-def _settle(space: Mapping[str, Any], settings: Sequence[str], experiment: ExperimentSpec) -> tuple[dict[str, Any], list[str]]:
+def _settle(
+    space: Mapping[str, Any], settings: Sequence[str], experiment: ExperimentSpec
+) -> tuple[dict[str, Any], list[str]]:
     """The space with the fixed values that the settings replace, and the settings of the experiment itself.
 
     Raises:
@@ -229,7 +256,8 @@ def _settle(space: Mapping[str, Any], settings: Sequence[str], experiment: Exper
         if kind != "fixed" or steps != parse_path(full_path(str(name))):
             raise SpecError(
                 f"--set {quote(setting)[1:-1]}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {quote(name)}, "
-                "which would replace this value in all trials but trial 0; leave it out, or give a --space of your own without this field"
+                "which would replace this value in all trials but trial 0; "
+                "leave it out, or give a --space of your own without this field"
             )
         settled[name] = Fixed(value=value)
         # Trial 0 may have no such part: a schedule of a budget does not give it a budget.

@@ -29,23 +29,41 @@ if TYPE_CHECKING:
 
 
 class TrainOptions(CommandOptions):
-    """Train one model data-parallel on Ray Train: the recipe's experiment and run folder, several processes, one machine or a cluster."""
+    """Train one model data-parallel on Ray Train: the recipe's experiment and run folder, several processes, one
+    machine or a cluster.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune train")
 
-    task: str = Field(default="listops", description="what to learn; with --preset the name of a preset, such as listops_tiny")
+    task: str = Field(
+        default="listops", description="what to learn; with --preset the name of a preset, such as listops_tiny"
+    )
     preset: str = Field(default="tiny", description="which experiment of the task")
     spec: Path | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
-    set: list[str] = Field(default=[], description="path=value: change a field, such as training.updates=2000; may be repeated")
+    set: list[str] = Field(
+        default=[], description="path=value: change a field, such as training.updates=2000; may be repeated"
+    )
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
-    workers: int = Field(default=2, ge=1, description="processes; each takes an equal part of every batch of training.batch_size samples")
+    workers: int = Field(
+        default=2, ge=1, description="processes; each takes an equal part of every batch of training.batch_size samples"
+    )
     cpus: int = Field(default=1, ge=1, description="cores of a worker")
-    restarts: int = Field(default=3, ge=0, description="how often all go on from the last checkpoint after one has died")
-    address: str | None = Field(default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine")
-    out: str | None = Field(default=None, description="the run folder, which all machines see, or a URI; default runs/TASK-PRESET-TIME")
-    resume: str | None = Field(default=None, description="go on with the run in this folder or URI, with any number of workers")
+    restarts: int = Field(
+        default=3, ge=0, description="how often all go on from the last checkpoint after one has died"
+    )
+    address: str | None = Field(
+        default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
+    )
+    out: str | None = Field(
+        default=None, description="the run folder, which all machines see, or a URI; default runs/TASK-PRESET-TIME"
+    )
+    resume: str | None = Field(
+        default=None, description="go on with the run in this folder or URI, with any number of workers"
+    )
     data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
-    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device; with GPUs each worker gets one")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="the device; with GPUs each worker gets one"
+    )
     progress: bool = Field(default=True, description="show bars while data is prepared, and every evaluation")
 
 
@@ -55,7 +73,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    spec = None if options.resume is not None else _fresh(options)  # a wrong --set need not wait for Ray, which takes seconds to import
+    # A wrong --set need not wait for Ray, which takes seconds to import.
+    spec = None if options.resume is not None else _fresh(options)
     from sma.tune.parallel import Workers
     from sma.tune.storage import Storage
 
@@ -79,17 +98,20 @@ def _train(spec: ExperimentSpec, storage: "Storage", workers: "Workers", options
     from sma.tune.parallel import train_parallel
 
     print(
-        f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of {spec.training.batch_size} "
-        f"samples, {workers.number} workers -> {plain(storage.address(''))}",
+        f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of "
+        f"{spec.training.batch_size} samples, {workers.number} workers -> {plain(storage.address(''))}",
         flush=True,
     )
-    with resumable(options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}):
+    with resumable(
+        options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}
+    ):
         return train_parallel(spec, storage, workers, data_folder=options.data, progress=options.progress, say=_say)
 
 
 @contextmanager
 def resumable(options: CommandOptions, where: str, kept: Collection[str]) -> Iterator[None]:
-    """Where the block is ended from outside, say the whole command that goes on: by Ctrl-C, SIGTERM, SIGUSR1, or the end of the cluster.
+    """Where the block is ended from outside, say the whole command that goes on: by Ctrl-C, SIGTERM, SIGUSR1, or the
+    end of the cluster.
 
     Args:
         options: what was given.
@@ -148,7 +170,10 @@ def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
     if storage.folder is None:
         if storage.names():
             where = storage.address("")
-            raise CheckpointError(f"the folder {where!r} is not empty; give another --out, or --resume {where} to go on with the run in it")
+            raise CheckpointError(
+                f"the folder {where!r} is not empty; give another --out, "
+                f"or --resume {where} to go on with the run in it"
+            )
         return storage
     with claim_folder(storage.folder, numbered=options.out is None) as folder:
         claimed = storage if folder == storage.folder else Storage(folder)
@@ -172,7 +197,11 @@ def _resumed(options: TrainOptions, storage: "Storage") -> ExperimentSpec:
         raise SpecError(f"--resume goes on with the experiment as it was; leave {names} out, or start a new run")
     content = storage.read(EXPERIMENT)
     if content is None:
-        raise CheckpointError(f"there is no run in {storage.address('')!r}: {EXPERIMENT} is missing; give the folder of an earlier --out")
+        raise CheckpointError(
+            f"there is no run in {storage.address('')!r}: {EXPERIMENT} is missing; give the folder of an earlier --out"
+        )
     if storage.read(SUMMARY) is not None:
-        raise CheckpointError(f"the run in {storage.address('')!r} is finished; its results stand in {storage.address(SUMMARY)}")
+        raise CheckpointError(
+            f"the run in {storage.address('')!r} is finished; its results stand in {storage.address(SUMMARY)}"
+        )
     return load_experiment(read_fields(content, storage.address(EXPERIMENT)))

@@ -1,6 +1,7 @@
 """One trial: the recipes' own training in a process of Ray's, with a callback that reports to Tune.
 
-A checkpoint of a trial is its run folder. A trial whose process died gets its folder back and goes on like any run that was interrupted.
+A checkpoint of a trial is its run folder. A trial whose process died gets its folder back and goes on like any run that
+was interrupted.
 """
 
 import errno
@@ -50,7 +51,8 @@ _NO_FAULT_OF_THE_TRIAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, er
 class Reporter(Checkpoint):
     """Reports every evaluation, with the run folder as checkpoint.
 
-    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation are in it.
+    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
+    are in it.
 
     Args:
         spec: the experiment of the trial.
@@ -76,7 +78,9 @@ class Reporter(Checkpoint):
         with parsing(repr(str(kept)), CheckpointError):
             found = json.loads(read_file(kept, LIMIT, CheckpointError))
         if not isinstance(found, list) or not all(_is_evaluation(entry) for entry in found):
-            raise CheckpointError(f"{str(kept)!r} is damaged: {quote(found)}; required are evaluations with their updates")
+            raise CheckpointError(
+                f"{str(kept)!r} is damaged: {quote(found)}; required are evaluations with their updates"
+            )
         self.history = found
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,14 +107,23 @@ class Reporter(Checkpoint):
         """
         best = next((entry for entry in reversed(self.history) if entry["update"] == summary["best_update"]), None)
         if best is None:
-            raise CheckpointError(f"{str(self.out / HISTORY)!r} has no evaluation of update {summary['best_update']}, the best one")
+            raise CheckpointError(
+                f"{str(self.out / HISTORY)!r} has no evaluation of update {summary['best_update']}, the best one"
+            )
         speed = self.history[-1].get(TIME.name)
-        test = {f"test_{self.quality}": summary[f"test_{self.quality}" if f"test_{self.quality}" in summary else self.quality]}
+        test = {
+            f"test_{self.quality}": summary[
+                f"test_{self.quality}" if f"test_{self.quality}" in summary else self.quality
+            ]
+        }
         test["test_rate"] = sum(summary["activation_rate"]) / max(1, len(summary["activation_rate"]))
         for name, value in test.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}")
-        self.report("finished", {**best, **test, **({TIME.name: speed} if speed is not None else {}), "parameters": summary["parameters"]})
+        self.report(
+            "finished",
+            {**best, **test, **({TIME.name: speed} if speed is not None else {}), "parameters": summary["parameters"]},
+        )
 
     def report(self, status: str, metrics: Mapping[str, float], reason: str = "") -> None:
         """Tell the driver.
@@ -167,8 +180,8 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus
     """Train one trial; what Tune calls in a process of Ray's.
 
     Args:
-        config: `number`, `values` by field path; `checkpoint`: where an earlier driver left the trial, or None; `pulse`: the key
-            under which it gives signs of life.
+        config: `number`, `values` by field path; `checkpoint`: where an earlier driver left the trial, or None;
+            `pulse`: the key under which it gives signs of life.
         sweep: the sweep.
         data: the prepared data of its task.
         cpus: threads of the training, where the experiment does not say.
@@ -187,7 +200,9 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus
 
 
 def _restore(config: Mapping[str, Any], folder: Path) -> str:
-    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted; returns where it lies."""
+    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted; returns
+    where it lies.
+    """
     checkpoint = tune.get_checkpoint()
     if checkpoint is None and config["checkpoint"] is not None:
         kept = Storage(config["checkpoint"])
@@ -200,7 +215,14 @@ def _restore(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def _run(
-    config: Mapping[str, Any], sweep: SweepSpec, data: Any, folder: Path, accelerator: str, began: float, pulse: Pulse, source: str
+    config: Mapping[str, Any],
+    sweep: SweepSpec,
+    data: Any,
+    folder: Path,
+    accelerator: str,
+    began: float,
+    pulse: Pulse,
+    source: str,
 ) -> None:
     """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
     quality = sweep.quality.name
@@ -210,7 +232,9 @@ def _run(
         spec = sweep.trial(config["values"])
         run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
         reporter.spec, reporter.length = spec, _length(spec, data)
-        finished = run(spec, folder, data, resume=True, accelerator=accelerator, progress=False, callbacks=[pulse, reporter])
+        finished = run(
+            spec, folder, data, resume=True, accelerator=accelerator, progress=False, callbacks=[pulse, reporter]
+        )
         reporter.finish(finished.summary)
     except Stopped:
         raise
@@ -240,7 +264,10 @@ def reason_of(error: BaseException) -> str:
     """Why a trial failed, in one line."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return f"out of memory: {text or type(error).__name__}; a lower training.batch_size or training.recompute=true needs less"
+        return (
+            f"out of memory: {text or type(error).__name__}; "
+            "a lower training.batch_size or training.recompute=true needs less"
+        )
     return text if isinstance(error, SmaError) else f"{type(error).__name__}: {text}"
 
 

@@ -32,7 +32,8 @@ IDLE = 300.0
 
 
 class Recorder(tune.Callback):
-    """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken; ends silent processes.
+    """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken; ends
+    silent processes.
 
     Args:
         sweep: the sweep.
@@ -47,7 +48,13 @@ class Recorder(tune.Callback):
     """
 
     def __init__(
-        self, sweep: SweepSpec, storage: Storage, records: Sequence[TrialRecord], began: float, progress: bool, needs: str = "CPUs"
+        self,
+        sweep: SweepSpec,
+        storage: Storage,
+        records: Sequence[TrialRecord],
+        began: float,
+        progress: bool,
+        needs: str = "CPUs",
     ) -> None:
         self.sweep, self.storage, self.began, self.progress, self.needs = sweep, storage, began, progress, needs
         self.records = {record.number: record for record in records}
@@ -84,7 +91,12 @@ class Recorder(tune.Callback):
         if actors or all(trial.is_finished() for trial in trials):
             self._ran = time.monotonic()
         elif time.monotonic() - self._ran > (limit := max(IDLE, self.sweep.silence)):
-            self._fail(SmaError(f"no machine of the cluster has taken up a trial for {limit:g} s; are there {self.needs} left on one?"))
+            self._fail(
+                SmaError(
+                    f"no machine of the cluster has taken up a trial for {limit:g} s; "
+                    f"are there {self.needs} left on one?"
+                )
+            )
         for trial, actor in actors.items():
             number = trial.config["number"]
             if self.listener.silent(self.pulse_key(number), actor._actor_id):
@@ -96,7 +108,9 @@ class Recorder(tune.Callback):
         """A trial runs."""
         self._keep(self._record(trial))
 
-    def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
         """An evaluation, the end, or a failure of its own."""
         record = self._record(trial)
         self._silenced.discard(record.number)
@@ -195,7 +209,8 @@ class Recorder(tune.Callback):
         raise error
 
     def _check_cause(self, trial: Trial) -> BaseException | str | None:
-        """Why a process died; storage that nobody can write is no fault of the trial, which the sweep would only try again.
+        """Why a process died; storage that nobody can write is no fault of the trial, which the sweep would only try
+        again.
 
         Raises:
             Unwritable: that is why.
@@ -239,7 +254,10 @@ def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> 
     """
     known = sorted(records, key=lambda record: record.number)
     shown = _most_telling(known, sweep, rows)
-    counts = {status: sum(record.status == status for record in known) for status in ("running", "finished", "stopped", "failed")}
+    counts = {
+        status: sum(record.status == status for record in known)
+        for status in ("running", "finished", "stopped", "failed")
+    }
     words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     title = f"{sweep.samples} trials of {sweep.updates:,} updates: {words or 'none yet'}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
@@ -265,8 +283,14 @@ def _most_telling(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -
         return [*running, *others]
     room = max(1, rows - 1)  # a line says that there are more
     finished = [record for record in others if record.status == "finished"]
-    best = sorted(finished, key=lambda record: sweep.quality.oriented(record.metrics))[: max(0, room - len(running) + 1) // 2]
-    latest = sorted((record for record in others if record not in best), key=lambda record: max(record.busy, default=""), reverse=True)
+    best = sorted(finished, key=lambda record: sweep.quality.oriented(record.metrics))[
+        : max(0, room - len(running) + 1) // 2
+    ]
+    latest = sorted(
+        (record for record in others if record not in best),
+        key=lambda record: max(record.busy, default=""),
+        reverse=True,
+    )
     return [*running, *best, *latest][:room]
 
 
@@ -274,7 +298,10 @@ def describe_values(record: TrialRecord) -> str:
     """What a trial changes, with the ends of the paths."""
     ends = Counter(_end(path, 1) for path in record.values)
     names = {path: _end(path, 1 if ends[_end(path, 1)] == 1 else 2) for path in record.values}
-    return ", ".join(f"{names[path]}={_number(value)}" for path, value in record.values.items()) or "the experiment as it is"
+    return (
+        ", ".join(f"{names[path]}={_number(value)}" for path, value in record.values.items())
+        or "the experiment as it is"
+    )
 
 
 def _end(path: str, steps: int) -> str:
@@ -293,7 +320,9 @@ def _number(value: Any) -> str:
 
 
 def cause_of(trial: Trial) -> BaseException | str | None:
-    """Why the process of a trial died the last time, from the files in which Ray keeps it on this machine; None where there are none."""
+    """Why the process of a trial died the last time, from the files in which Ray keeps it on this machine; None where
+    there are none.
+    """
     with suppress(Exception):
         error = cloudpickle.loads(Path(trial.pickled_error_file or "").read_bytes())
         if isinstance(error, ray.exceptions.RayTaskError):

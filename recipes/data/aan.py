@@ -1,8 +1,9 @@
 """AAN: does one paper cite the other? Pairs of papers as bytes: the retrieval task of the Long Range Arena.
 
-Files are the release's, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`: no header, no quoting, five columns separated by tabs: label (0.0
-or 1.0), name of the first paper, of the second, text of the first, of the second. 147,086 / 18,090 / 17,437 pairs, 1.5 GB: a file is read
-once for its hash and the places of its texts, and from then on only the texts that are asked for come into memory.
+Files are the release's, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`: no header, no quoting, five columns separated
+by tabs: label (0.0 or 1.0), name of the first paper, of the second, text of the first, of the second. 147,086 /
+18,090 / 17,437 pairs, 1.5 GB: a file is read once for its hash and the places of its texts, and from then on only the
+texts that are asked for come into memory.
 
 Reference:
     Radev et al., "The ACL Anthology Network Corpus", Language Resources and Evaluation 47, 2013.
@@ -46,19 +47,23 @@ class AANSettings(Spec):
 
     source: Literal["release", "python"] = Field(
         default="release",
-        description="the release of the Long Range Arena; or, for trying the pipeline, no papers but passages of Python's standard "
-        "library: does the second go on where the first ends, or is it of another module?",
+        description="the release of the Long Range Arena; or, for trying the pipeline, no papers but passages of "
+        "Python's standard library: does the second go on where the first ends, or is it of another module?",
     )
     download: bool = Field(
-        default=False, description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it"
+        default=False,
+        description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it",
     )
     length: int = Field(default=4000, ge=1, description="bytes that a document is cut to, or that a passage has")
-    validation: float = Field(default=0.1, gt=0.0, lt=1.0, description="with source=python: share of the modules that is held out")
+    validation: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="with source=python: share of the modules that is held out"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: of the splits and the pairs")
 
 
 class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the other.
+    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the
+    other.
 
     Args:
         content: the bytes of all documents, such as a file mapped into memory.
@@ -66,7 +71,9 @@ class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
         targets: the labels.
     """
 
-    def __init__(self, content: UInt8[np.ndarray, " T"], places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]) -> None:
+    def __init__(
+        self, content: UInt8[np.ndarray, " T"], places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
+    ) -> None:
         self.content, self.places, self.targets = content, places, targets
 
     def __len__(self) -> int:
@@ -84,7 +91,9 @@ class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
 
 
 class AANData(NamedTuple):
-    """The three splits, the SHA-256 of every file they are read from or of every split, by name, and the names of the classes."""
+    """The three splits, the SHA-256 of every file they are read from or of every split, by name, and the names of the
+    classes.
+    """
 
     train: PairDataset
     validation: PairDataset
@@ -104,7 +113,9 @@ def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True
     if settings.source == "python":
         made = python_pairs(settings.length, settings.validation, settings.seed)
         parts = {split: PairDataset(*pairs) for split, pairs in made.items()}
-        return AANData(**parts, hashes={split: pairs.sha256 for split, pairs in made.items()}, class_names=PYTHON_CLASSES)
+        return AANData(
+            **parts, hashes={split: pairs.sha256 for split, pairs in made.items()}, class_names=PYTHON_CLASSES
+        )
     found = release_folder(folder, FOLDER, list(FILES.values()), download=settings.download, progress=progress)
     splits, hashes = {}, {}
     for split, name in FILES.items():

@@ -39,12 +39,15 @@ _UNWRITABLE = re.compile(r"[\x00-\x1f]|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9�
 """Control characters, and names that are devices on Windows, whatever their suffix."""
 
 
-def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], bool] | None = None, most: int | None = None) -> Path:
+def unpack(
+    archive: str | Path, folder: str | Path, *, members: Callable[[str], bool] | None = None, most: int | None = None
+) -> Path:
     """Unpack a tar (plain, gzip, bzip2, xz) or a zip into `folder`, and return it.
 
-    The files are written to a new folder beside it, which gets its name when all of them are there: a folder that exists is whole, and is
-    returned as it is. Modes and owners are not taken over. Links among the wanted files are refused, those that stay inside too: no data
-    set here has any. What an archive says of itself is not believed: neither it nor what comes out of it may be larger than is plausible.
+    The files are written to a new folder beside it, which gets its name when all of them are there: a folder that
+    exists is whole, and is returned as it is. Modes and owners are not taken over. Links among the wanted files are
+    refused, those that stay inside too: no data set here has any. What an archive says of itself is not believed:
+    neither it nor what comes out of it may be larger than is plausible.
 
     Args:
         archive: the file; its content, not its name, says what it is.
@@ -53,9 +56,9 @@ def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], 
         most: bytes that the wanted files may have together; None: what the disk and the size of the archive allow.
 
     Raises:
-        DataError: the archive cannot be read, is truncated or damaged, holds none of the files, has one twice, or becomes too large; one
-            of them is no plain file or has a name that cannot be written, or any member leaves the folder; or the folder cannot be
-            written.
+        DataError: the archive cannot be read, is truncated or damaged, holds none of the files, has one twice, or
+            becomes too large; one of them is no plain file or has a name that cannot be written, or any member leaves
+            the folder; or the folder cannot be written.
     """
     archive, folder = Path(archive), Path(folder)
     with _disk_errors(archive, folder):
@@ -64,7 +67,9 @@ def unpack(archive: str | Path, folder: str | Path, *, members: Callable[[str], 
     with open_file(archive) as file, _disk_errors(archive, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with draft_folder(folder.parent, folder.name) as draft:
-            target = _Target(archive, folder, draft, members or (lambda name: True), os.fstat(file.fileno()).st_size, most)
+            target = _Target(
+                archive, folder, draft, members or (lambda name: True), os.fstat(file.fileno()).st_size, most
+            )
             with parsing(archive, hint=_HINT):
                 zipped = file.read(2) == b"PK"  # the directory of a zip stands at its end, which a truncated one lacks
                 file.seek(0)
@@ -84,13 +89,17 @@ def _disk_errors(archive: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"cannot unpack {archive} into {folder}: {error.strerror or error}; make room there or choose another") from error
+        raise DataError(
+            f"cannot unpack {archive} into {folder}: {error.strerror or error}; make room there or choose another"
+        ) from error
 
 
 class _Target:
     """Where the wanted files go, how many there are, and how large they may be."""
 
-    def __init__(self, archive: Path, folder: Path, draft: Path, wanted: Callable[[str], bool], packed: int, most: int | None) -> None:
+    def __init__(
+        self, archive: Path, folder: Path, draft: Path, wanted: Callable[[str], bool], packed: int, most: int | None
+    ) -> None:
         self.folder = folder
         self.archive, self.draft, self.wanted, self.most = archive, draft, wanted, most
         self.allowed = _SPARE + _RATIO * packed
@@ -100,13 +109,17 @@ class _Target:
             self.free = shutil.disk_usage(draft).free
 
     def place_of(self, name: str) -> PurePosixPath | None:
-        """The place of a member below the folder; None where it is not wanted. Refuses one that leaves it, on any system."""
+        """The place of a member below the folder; None where it is not wanted. Refuses one that leaves it, on any
+        system.
+        """
         self.members += 1
         if self.members > _MEMBERS:
             self.refuse_size(f"has more than {_MEMBERS:,} members")
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or PureWindowsPath(name).drive or "\0" in name:
-            raise DataError(f"{self.archive}: member {quote(name)} would be written outside of the folder; nothing was unpacked")
+            raise DataError(
+                f"{self.archive}: member {quote(name)} would be written outside of the folder; nothing was unpacked"
+            )
         return path if self.wanted(path.as_posix()) else None
 
     def copy(self, source: IO[bytes], place: PurePosixPath, size: int, name: str) -> None:
@@ -122,8 +135,8 @@ class _Target:
             self.refuse_size(f"unpacks to more than {self.allowed:,} bytes")
         if self.free is not None and self.bytes > self.free:
             raise DataError(
-                f"cannot unpack {self.archive}: {format_bytes(self.bytes)} and more are needed, {format_bytes(self.free)} are free; make "
-                "room there or choose another folder"
+                f"cannot unpack {self.archive}: {format_bytes(self.bytes)} and more are needed, "
+                f"{format_bytes(self.free)} are free; make room there or choose another folder"
             )
         with _disk_errors(self.archive, self.folder):
             self._write(source, self.draft / place, size, name)
@@ -131,26 +144,35 @@ class _Target:
     def _write(self, source: IO[bytes], target: Path, size: int, name: str) -> None:
         if target.exists():
             raise DataError(
-                f"{self.archive}: member {quote(name)} is there twice, and which is meant cannot be known; get the archive again"
+                f"{self.archive}: member {quote(name)} is there twice, and which is meant cannot be known; "
+                "get the archive again"
             )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise DataError(f"{self.archive}: member {quote(name)} lies in a folder that is a file there; {_HINT}") from error
+            raise DataError(
+                f"{self.archive}: member {quote(name)} lies in a folder that is a file there; {_HINT}"
+            ) from error
         with target.open("xb") as file:
             shutil.copyfileobj(_Named(source, self.archive), file, _BLOCK)
             if file.tell() != size:
-                raise DataError(f"{self.archive} cannot be read: {quote(name)} has {file.tell():,} of {size:,} bytes; {_HINT}")
+                raise DataError(
+                    f"{self.archive} cannot be read: {quote(name)} has {file.tell():,} of {size:,} bytes; {_HINT}"
+                )
 
     def _check_name(self, place: PurePosixPath, name: str) -> None:
         try:
             lengths = [len(os.fsencode(part)) for part in place.parts]
         except UnicodeError:
             lengths = [_NAME]
-        if any(map(_UNWRITABLE.search, place.parts)) or sum(lengths) + len(lengths) > _NAME or max(lengths, default=0) > _PART:
+        if (
+            any(map(_UNWRITABLE.search, place.parts))
+            or sum(lengths) + len(lengths) > _NAME
+            or max(lengths, default=0) > _PART
+        ):
             raise DataError(
-                f"{self.archive}: member {quote(name)} has a name that not every system can write; no data set here has such a one: get "
-                "the archive again"
+                f"{self.archive}: member {quote(name)} has a name that not every system can write; no data set here "
+                "has such a one: get the archive again"
             )
 
     def refuse_size(self, what: str) -> NoReturn:
@@ -160,7 +182,9 @@ class _Target:
     def refuse_kind(self, name: str, link: bool) -> NoReturn:
         """Refuse a member that is no plain file."""
         what = "a link" if link else "a device or something else that is no file"
-        raise DataError(f"{self.archive}: member {quote(name)} is {what}; only plain files are unpacked, so nothing was")
+        raise DataError(
+            f"{self.archive}: member {quote(name)} is {what}; only plain files are unpacked, so nothing was"
+        )
 
 
 class _Named:
@@ -175,7 +199,8 @@ class _Named:
 
 
 class _Tape:
-    """The unpacked bytes of a tar, read from the beginning to the end, with bounds on all of them and on what is read at once.
+    """The unpacked bytes of a tar, read from the beginning to the end, with bounds on all of them and on what is read
+    at once.
 
     Attributes:
         at_once: bytes that may be read at once: tarfile reads names whole, however long a header says that they are.
@@ -222,7 +247,8 @@ class _Tape:
 
 def _untar(file: BinaryIO, target: _Target) -> None:
     tape = _Tape(file, target)
-    with tarfile.open(fileobj=tape, mode="r:") as tar:  # type: ignore[call-overload]  # it asks for no more than is there
+    # It asks for no more than is there.
+    with tarfile.open(fileobj=tape, mode="r:") as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep them all
             if len(tar.pax_headers) > _ATTRIBUTES:  # which hold for all members that follow

@@ -18,9 +18,9 @@ class Batch(NamedTuple):
     """What a classifier is trained on.
 
     Shape:
-        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real tokens; targets `(B,)`,
-        or `(B, L)` with `UNSCORED` where no answer is asked for. Where a sample is a pair of documents, inputs and valid are `(2B, L)`:
-        rows 2i and 2i + 1 are the documents of sample i.
+        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real
+        tokens; targets `(B,)`, or `(B, L)` with `UNSCORED` where no answer is asked for. Where a sample is a pair of
+        documents, inputs and valid are `(2B, L)`: rows 2i and 2i + 1 are the documents of sample i.
     """
 
     inputs: Shaped[Tensor, "B L"]
@@ -45,7 +45,9 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
         raise DataError("a batch of no samples; give collate at least one")
     for number, (sequence, _) in enumerate(items):
         if sequence.ndim != 1:
-            raise DataError(f"sample {number} of the batch has shape {tuple(sequence.shape)}; collate takes 1-D sequences")
+            raise DataError(
+                f"sample {number} of the batch has shape {tuple(sequence.shape)}; collate takes 1-D sequences"
+            )
     lengths = torch.tensor([len(sequence) for sequence, _ in items])
     inputs = pad_sequence([sequence for sequence, _ in items], batch_first=True)
     valid = torch.arange(inputs.shape[1]) < lengths[:, None]
@@ -53,7 +55,8 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
 
 
 def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
-    """Pad `((first, second), target)` samples as `collate` does, all documents to the longest; rows 2i and 2i + 1 are those of sample i.
+    """Pad `((first, second), target)` samples as `collate` does, all documents to the longest; rows 2i and 2i + 1 are
+    those of sample i.
 
     Raises:
         DataError: there is no sample, or a document is not 1-D.
@@ -63,11 +66,15 @@ def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
 
 
 def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
-    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not `UNSCORED`."""
+    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not
+    `UNSCORED`.
+    """
     scored = targets != UNSCORED
     return logits[scored], targets[scored]
 
 
 def where_asked(values: Float[Tensor, " N"], targets: Tensor) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
-    """Undo `asked` for one value per answer: those of every row, or of every position, with 0 where nothing is asked."""
+    """Undo `asked` for one value per answer: those of every row, or of every position, with 0 where nothing is
+    asked.
+    """
     return values.detach().new_zeros(targets.shape).masked_scatter(targets != UNSCORED, values.detach())

@@ -1,10 +1,12 @@
-"""CIFAR-10 in grey, the task Image of Long Range Arena: 60,000 photographs of 32 x 32 pixels in 10 classes, read row after row.
+"""CIFAR-10 in grey, the task Image of Long Range Arena: 60,000 photographs of 32 x 32 pixels in 10 classes, read row
+after row.
 
-The binary version is read, six files of 10,000 records: a byte for the class, then 1,024 bytes each of red, green and blue. The Python
-version is pickled, and unpickling runs whatever a file says, so it is not read.
+The binary version is read, six files of 10,000 records: a byte for the class, then 1,024 bytes each of red, green and
+blue. The Python version is pickled, and unpickling runs whatever a file says, so it is not read.
 
 Reference:
-    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; https://www.cs.toronto.edu/~kriz/cifar.html.
+    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
+    https://www.cs.toronto.edu/~kriz/cifar.html.
     Grey as Tay et al., "Long Range Arena", arXiv 2011.04006: ITU-R 601-2 luma.
 """
 
@@ -53,21 +55,25 @@ class CifarSettings(Spec):
 
     source: Literal["binary", "hub", "digits"] = Field(
         default="binary",
-        description="the files of the binary version; or the Hugging Face Hub, through the package `datasets`; or, for trying the "
-        "pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: 1,438 to train "
-        "on and 359 to test on",
+        description="the files of the binary version; or the Hugging Face Hub, through the package `datasets`; or, for "
+        "trying the pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: "
+        "1,438 to train on and 359 to test on",
     )
     download: bool = Field(default=False, description="get the binary version (170 MB) if it is not there")
-    validation: int = Field(default=5_000, ge=1, lt=5 * RECORDS, description="of the training images, how many to validate on")
+    validation: int = Field(
+        default=5_000, ge=1, lt=5 * RECORDS, description="of the training images, how many to validate on"
+    )
     seed: int = Field(default=42, ge=0, lt=2**31, description="of the choice")
 
 
 def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = True) -> GreyData:
-    """Return the images in grey: 45,000 to train on, 5,000 to validate on, and the 10,000 of the test; pixels are (x / 255 - 0.48) / 0.24.
+    """Return the images in grey: 45,000 to train on, 5,000 to validate on, and the 10,000 of the test; pixels are (x /
+    255 - 0.48) / 0.24.
 
     Args:
         settings: source and split.
-        folder: where data is kept between runs. It holds `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`, which is then unpacked.
+        folder: where data is kept between runs. It holds `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`, which is
+            then unpacked.
         progress: whether to show a bar while downloading.
 
     Raises:
@@ -80,12 +86,20 @@ def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = 
     else:
         train, test = _from_files(settings, Path(folder), progress)
     if settings.validation >= len(train[1]):
-        raise DataError(f"validation={settings.validation} leaves none of the {len(train[1])} training images to train on; lower it")
+        raise DataError(
+            f"validation={settings.validation} leaves none of the {len(train[1])} training images to train on; lower it"
+        )
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(settings.seed)).numpy()
     kept = len(order) - settings.validation
     parts = [tuple(part[numbers] for part in train) for numbers in (order[:kept], order[kept:])]
-    splits = {name: GreyDataset(pixels, targets, _MEAN, _STD) for name, (pixels, targets) in zip(SPLITS, [*parts, test], strict=True)}
-    hashes = {name: hashlib.sha256(split.pixels.tobytes() + split.targets.tobytes()).hexdigest() for name, split in splits.items()}
+    splits = {
+        name: GreyDataset(pixels, targets, _MEAN, _STD)
+        for name, (pixels, targets) in zip(SPLITS, [*parts, test], strict=True)
+    }
+    hashes = {
+        name: hashlib.sha256(split.pixels.tobytes() + split.targets.tobytes()).hexdigest()
+        for name, split in splits.items()
+    }
     return GreyData(**splits, hashes=hashes)
 
 
@@ -99,8 +113,8 @@ def read_batch(path: Path) -> Images:
         size = os.fstat(file.fileno()).st_size
         if size != RECORDS * _RECORD:
             raise DataError(
-                f"{path} has {size:,} bytes; {RECORDS * _RECORD:,} are required, {RECORDS:,} records of {_RECORD:,}: it is truncated or no "
-                f"file of the binary version; delete it and unpack {ARCHIVE} again"
+                f"{path} has {size:,} bytes; {RECORDS * _RECORD:,} are required, {RECORDS:,} records of {_RECORD:,}: "
+                f"it is truncated or no file of the binary version; delete it and unpack {ARCHIVE} again"
             )
         records = np.frombuffer(file.read(size), dtype=np.uint8).reshape(RECORDS, _RECORD)
     _check_classes(records[:, 0], str(path))
@@ -108,7 +122,8 @@ def read_batch(path: Path) -> Images:
 
 
 def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
-    """Return the grey values of red, green and blue ones: 0.299 R + 0.587 G + 0.114 B in 16 binary places, rounded, as Pillow's mode L.
+    """Return the grey values of red, green and blue ones: 0.299 R + 0.587 G + 0.114 B in 16 binary places, rounded, as
+    Pillow's mode L.
 
     Shape:
         `(N, 3, L)` in, `(N, L)` out.
@@ -138,7 +153,10 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
 
 
 def _missing(folder: Path) -> str:
-    missing = f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) nor {ARCHIVE} in {folder}"
+    missing = (
+        f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) "
+        f"nor {ARCHIVE} in {folder}"
+    )
     for name in _PICKLED:
         if os.path.exists(folder / name):  # which is false for names that cannot be
             missing += f" but {name}, which is not read: it is pickled, and unpickling would run whatever it says"
@@ -171,8 +189,8 @@ def _decoded(found: Any, split: str) -> Images:
         picture = np.asarray(row["img"])
         if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
             raise DataError(
-                f"image {number} of the split {split!r} of {HUB} has shape {picture.shape} and dtype {picture.dtype}; ({SIDE}, {SIDE}, 3) "
-                "and uint8 are required"
+                f"image {number} of the split {split!r} of {HUB} has shape {picture.shape} and dtype {picture.dtype}; "
+                f"({SIDE}, {SIDE}, 3) and uint8 are required"
             )
         colours[number] = picture.reshape(_PIXELS, 3).T
         targets[number] = row["label"]
@@ -183,4 +201,7 @@ def _decoded(found: Any, split: str) -> Images:
 def _check_classes(targets: Integer[np.ndarray, " N"], where: str) -> None:
     bad = np.flatnonzero((targets < 0) | (targets >= len(CLASSES)))
     if len(bad):
-        raise DataError(f"{where}: record {bad[0]} has the class {targets[bad[0]]}; classes are 0 to {len(CLASSES) - 1}, so it is damaged")
+        raise DataError(
+            f"{where}: record {bad[0]} has the class {targets[bad[0]]}; "
+            f"classes are 0 to {len(CLASSES) - 1}, so it is damaged"
+        )

@@ -1,11 +1,11 @@
 """Digits: the 8x8 images of handwritten digits that scikit-learn ships, as sequences of 64 grey values, row after row.
 
-1,797 images of 10 classes; a grey value is a whole number, 0 (white) to 16 (black). The small real data set for whatever reads pixels:
-nothing is downloaded.
+1,797 images of 10 classes; a grey value is a whole number, 0 (white) to 16 (black). The small real data set for
+whatever reads pixels: nothing is downloaded.
 
 Reference:
-    Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi 10.24432/C50P49; its
-    test part.
+    Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi
+    10.24432/C50P49; its test part.
 """
 
 import hashlib
@@ -28,14 +28,19 @@ SIDE = 8
 class DigitsSettings(Spec):
     """How the images are split. The same settings give the same images in the same splits."""
 
-    validation: float = Field(default=0.1, gt=0.0, lt=1.0, description="share of the images of every class to validate on")
+    validation: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="share of the images of every class to validate on"
+    )
     test: float = Field(default=0.2, gt=0.0, lt=1.0, description="share of the images of every class to test on")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice")
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
         if self.validation + self.test > 0.99:
-            raise ValueError(f"validation={self.validation} and test={self.test} leave nothing to train on; their sum must be at most 0.99")
+            raise ValueError(
+                f"validation={self.validation} and test={self.test} leave nothing to train on; "
+                "their sum must be at most 0.99"
+            )
         return self
 
 
@@ -51,7 +56,12 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, pixels: UInt8[Tensor, "N 64"], targets: Int64[Tensor, " N"], numbers: Int64[Tensor, " N"], mean: float, std: float
+        self,
+        pixels: UInt8[Tensor, "N 64"],
+        targets: Int64[Tensor, " N"],
+        numbers: Int64[Tensor, " N"],
+        mean: float,
+        std: float,
     ) -> None:
         self.pixels, self.targets, self.numbers, self.mean, self.std = pixels, targets, numbers, mean, std
 
@@ -70,7 +80,9 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
     @property
     def sha256(self) -> str:
         """Of the grey values, a byte each, image after image, and then the digits, a byte each."""
-        return hashlib.sha256(self.pixels.numpy().tobytes() + self.targets.to(torch.uint8).numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            self.pixels.numpy().tobytes() + self.targets.to(torch.uint8).numpy().tobytes()
+        ).hexdigest()
 
 
 class DigitsData(NamedTuple):
@@ -109,8 +121,8 @@ def load_digits(settings: DigitsSettings | None = None) -> DigitsData:
             part.append(numbers)
             if not len(numbers):
                 raise DataError(
-                    f"a split has no image of digit {digit}: validation={settings.validation} or test={settings.test} is too small or too "
-                    f"large for its {len(mine)} images; each split needs at least one"
+                    f"a split has no image of digit {digit}: validation={settings.validation} or test={settings.test} "
+                    f"is too small or too large for its {len(mine)} images; each split needs at least one"
                 )
     train, validation, test = (torch.cat(part).sort().values for part in parts)
     grey = pixels[train].double()
@@ -127,8 +139,8 @@ def _images() -> tuple[UInt8[Tensor, "N 64"], Int64[Tensor, " N"]]:
         from sklearn.datasets import load_digits as load  # a second, and nobody else needs it
     except ImportError as error:
         raise DataError(
-            "the digits come with scikit-learn, which is not installed; install it: pip install scikit-learn, or all that the recipes "
-            "need: pip install 'sparse-modular-activation[recipes]'"
+            "the digits come with scikit-learn, which is not installed; install it: pip install scikit-learn, or all "
+            "that the recipes need: pip install 'sparse-modular-activation[recipes]'"
         ) from error
     bunch = load()
     return torch.from_numpy(bunch.data).to(torch.uint8), torch.from_numpy(bunch.target).long()

@@ -26,7 +26,9 @@ def check_vocabulary(model: ModelSpec) -> None:
     """
     vocabulary = getattr(model.encoder, "vocabulary", 0)
     if vocabulary < VOCABULARY_SIZE:
-        raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}: padding, and one for every byte")
+        raise ValueError(
+            f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}: padding, and one for every byte"
+        )
 
 
 def ids_of(content: UInt8[np.ndarray, " L"]) -> Int64[Tensor, " L"]:
@@ -53,7 +55,9 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
         targets: the classes.
     """
 
-    def __init__(self, content: UInt8[np.ndarray, " T"], offsets: Int64[Tensor, " N_plus_1"], targets: Int64[Tensor, " N"]) -> None:
+    def __init__(
+        self, content: UInt8[np.ndarray, " T"], offsets: Int64[Tensor, " N_plus_1"], targets: Int64[Tensor, " N"]
+    ) -> None:
         self.content, self.offsets, self.targets = content, offsets, targets
 
     @classmethod
@@ -64,7 +68,11 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
             content += document
             lengths.append(len(document))
             targets.append(target)
-        return cls(np.frombuffer(content, dtype=np.uint8), torch.tensor(lengths).cumsum(0), torch.tensor(targets, dtype=torch.int64))
+        return cls(
+            np.frombuffer(content, dtype=np.uint8),
+            torch.tensor(lengths).cumsum(0),
+            torch.tensor(targets, dtype=torch.int64),
+        )
 
     def select(self, numbers: Int64[Tensor, " M"]) -> "DocumentDataset":
         """Some of the documents, in the order of their numbers."""
@@ -90,7 +98,9 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of all documents, then their lengths (8 bytes each, little-endian), then their classes (a byte each)."""
+        """Of the bytes of all documents, then their lengths (8 bytes each, little-endian), then their classes (a byte
+        each).
+        """
         total = hashlib.sha256(self.content.tobytes())
         total.update(self.lengths.numpy().astype("<i8").tobytes())
         total.update(self.targets.numpy().astype(np.uint8).tobytes())

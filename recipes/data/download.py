@@ -1,8 +1,8 @@
 """Downloads: resumed where they stopped, checked against a hash, and written whole or not at all.
 
-Bytes go to `NAME.part` beside the final place, and what the server said about the file (length, ETag, date) to `NAME.part.json`. The next
-call asks for the rest alone, on condition that the file is still the same one; a server that knows no ranges, or has another file by
-now, sends all of it. `NAME` appears when every byte is there and the hash fits.
+Bytes go to `NAME.part` beside the final place, and what the server said about the file (length, ETag, date) to
+`NAME.part.json`. The next call asks for the rest alone, on condition that the file is still the same one; a server that
+knows no ranges, or has another file by now, sends all of it. `NAME` appears when every byte is there and the hash fits.
 """
 
 import hashlib
@@ -34,7 +34,9 @@ _ATTEMPTS = 5
 
 _SLOW = 1 << 16
 _SLOW_SECONDS = 60.0
-"""A server that sends fewer bytes in so many seconds is given up: `_SECONDS` alone would wait for one byte after the other."""
+"""A server that sends fewer bytes in so many seconds is given up: `_SECONDS` alone would wait for one byte after the
+other.
+"""
 
 _NOTES = 1 << 16
 """Bytes of the notes at most."""
@@ -48,11 +50,18 @@ class _Again(Exception):
 
 
 def fetch(
-    url: str, path: str | Path, *, sha256: str | None = None, md5: str | None = None, most: int | None = None, progress: bool = True
+    url: str,
+    path: str | Path,
+    *,
+    sha256: str | None = None,
+    md5: str | None = None,
+    most: int | None = None,
+    progress: bool = True,
 ) -> Path:
     """Return `path`, downloading it from `url` first unless it is there.
 
-    A file that is there already is hashed too, if a hash is given. One process at a time downloads to one path; the others wait for it.
+    A file that is there already is hashed too, if a hash is given. One process at a time downloads to one path; the
+    others wait for it.
 
     Args:
         url: http or https.
@@ -63,9 +72,9 @@ def fetch(
         progress: whether to show a bar.
 
     Raises:
-        DataError: the server cannot be reached, does not give the file or gives more than that, the disk is full, or the hash is another
-            one. What was downloaded so far stays, so that the next call goes on from there; only a file that is too long or has a wrong
-            hash does not.
+        DataError: the server cannot be reached, does not give the file or gives more than that, the disk is full, or
+            the hash is another one. What was downloaded so far stays, so that the next call goes on from there; only a
+            file that is too long or has a wrong hash does not.
     """
     path = Path(path)
     wanted = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
@@ -88,7 +97,10 @@ def fetch(
             _Download(url, part, notes, most).run(progress)
             try:
                 _check(
-                    part, wanted, f"{url} gave another file than expected, so {path} was not written; try again, or get the file elsewhere"
+                    part,
+                    wanted,
+                    f"{url} gave another file than expected, so {path} was not written; "
+                    "try again, or get the file elsewhere",
                 )
             except DataError:
                 _forget(part, notes)
@@ -111,8 +123,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}; make room there or choose another folder (the next call goes on from what "
-            "was downloaded)"
+            f"cannot write {path}: {error.strerror or error}; "
+            "make room there or choose another folder (the next call goes on from what was downloaded)"
         ) from error
 
 
@@ -125,7 +137,13 @@ class _Download:
 
     def run(self, progress: bool) -> None:
         """Bring the file to its full length."""
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         failures = 0
         with Progress(*columns, disable=not progress) as bar:
             task = bar.add_task(self.part.name.removesuffix(".part"), total=None)
@@ -138,8 +156,8 @@ class _Download:
                     failures = failures + 1 if _size(self.part) < before + _SLOW else 1
                     if failures >= _ATTEMPTS:
                         raise DataError(
-                            f"cannot download {self.url}: {error} (after {failures} attempts, with {_size(self.part):,} bytes "
-                            f"here); check the network and call again, or {self.yourself}"
+                            f"cannot download {self.url}: {error} (after {failures} attempts, with "
+                            f"{_size(self.part):,} bytes here); check the network and call again, or {self.yourself}"
                         ) from error
                     time.sleep(_PAUSE * 2 ** (failures - 1))
 
@@ -180,7 +198,9 @@ class _Download:
                 _forget(self.part, self.notes)
             if error.code in (408, 416, 429) or error.code >= 500:
                 raise _Again(says) from error
-            raise DataError(f"cannot download {self.url}: {says}; look for a newer address, or {self.yourself}") from error
+            raise DataError(
+                f"cannot download {self.url}: {says}; look for a newer address, or {self.yourself}"
+            ) from error
         except Exception as error:  # of the network, of the answer, or of an address that is none
             inner = getattr(error, "reason", error)
             raise _Again(reason(inner) if isinstance(inner, Exception) else str(inner)) from error
@@ -196,8 +216,8 @@ class _Download:
         if self.most is not None and length > self.most:
             _forget(self.part, self.notes)
             raise DataError(
-                f"cannot download {self.url}: the server gives more than the {self.most:,} bytes that the file can have; look for a newer "
-                f"address, or {self.yourself}"
+                f"cannot download {self.url}: the server gives more than the {self.most:,} bytes that the file can "
+                f"have; look for a newer address, or {self.yourself}"
             )
 
     def _append(self, reply: Any, bar: Progress, task: Any) -> None:
@@ -224,9 +244,13 @@ class _Download:
 
 
 def _place(reply: Any, here: int, length: int | None) -> tuple[int | None, int | None]:
-    """Where in the file the answer begins, and how long the file is; None in the first place if it does not fit what is here."""
+    """Where in the file the answer begins, and how long the file is; None in the first place if it does not fit what is
+    here.
+    """
     if reply.status == 206:
-        found = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", ""))
+        found = re.fullmatch(
+            r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", "")
+        )
         if found is None or int(found[1]) != here:
             return None, None
         total = length if found[2] == "*" else int(found[2])
@@ -246,7 +270,9 @@ def _forget(part: Path, notes: Path) -> None:
 
 
 def _write_notes(notes: Path, url: str, headers: Any, total: int | None) -> None:
-    """Note what identifies the file; without that, a later call could not know that the rest belongs to it, and starts again."""
+    """Note what identifies the file; without that, a later call could not know that the rest belongs to it, and starts
+    again.
+    """
     etag = headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
     if _is_validator(validator):

@@ -1,7 +1,8 @@
 """Locks between processes, and folders for what is not finished yet.
 
-A lock ends with the process that holds it, however that process ends, and leaves no file. Windows cannot lock a folder, and some network
-file systems cannot lock at all: there nobody waits for another, and what killed processes leave is not removed.
+A lock ends with the process that holds it, however that process ends, and leaves no file. Windows cannot lock a folder,
+and some network file systems cannot lock at all: there nobody waits for another, and what killed processes leave is not
+removed.
 """
 
 import os
@@ -70,7 +71,8 @@ def draft_folder(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
-    """Keep other processes from `path`, which is made where it is missing, and removed in the end where it is still empty.
+    """Keep other processes from `path`, which is made where it is missing, and removed in the end where it is still
+    empty.
 
     Whoever has the lock may move or delete the file: those who waited lock the one that stands there then.
 

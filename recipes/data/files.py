@@ -1,9 +1,10 @@
 """Generated data sets on disk: whole or not used, hashed, and checked each time they are used.
 
-A folder holds the files of one data set and `manifest.json`: what made them (generator, version, settings) and the SHA-256 of each.
-Files are written in a draft folder inside, one for every process, so that processes which generate the same data at the same time do not
-meet; then they are moved into place under a lock, the manifest first. A manifest without all its files is a data set that is not complete:
-whoever asks for it makes it again, so a process may be killed at any moment.
+A folder holds the files of one data set and `manifest.json`: what made them (generator, version, settings) and the
+SHA-256 of each. Files are written in a draft folder inside, one for every process, so that processes which generate the
+same data at the same time do not meet; then they are moved into place under a lock, the manifest first. A manifest
+without all its files is a data set that is not complete: whoever asks for it makes it again, so a process may be killed
+at any moment.
 """
 
 import hashlib
@@ -90,13 +91,14 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
     with suppress(OSError):
         if there is not None and needed > (free := shutil.disk_usage(there).free):
             raise DataError(
-                f"{what} needs {format_bytes(needed)} in {folder}, and {format_bytes(free)} are free; make room there or choose another "
-                "folder"
+                f"{what} needs {format_bytes(needed)} in {folder}, and {format_bytes(free)} are free; "
+                "make room there or choose another folder"
             )
 
 
 def copy_folder(data: Path, name: str) -> Path:
-    """Return the folder for what is made of the files in a data folder: in it, or, where it cannot be written, in the default one.
+    """Return the folder for what is made of the files in a data folder: in it, or, where it cannot be written, in the
+    default one.
 
     Args:
         data: the data folder.
@@ -112,21 +114,29 @@ def copy_folder(data: Path, name: str) -> Path:
 
 
 def cached_files(
-    folder: Path, recipe: Mapping[str, Any], names: Sequence[str], write: Writer, *, needed: int = 0, what: str = "the data set"
+    folder: Path,
+    recipe: Mapping[str, Any],
+    names: Sequence[str],
+    write: Writer,
+    *,
+    needed: int = 0,
+    what: str = "the data set",
 ) -> dict[str, str]:
-    """Return the SHA-256 of every file of a generated data set, making the files first where `folder` does not hold them.
+    """Return the SHA-256 of every file of a generated data set, making the files first where `folder` does not hold
+    them.
 
     Args:
         folder: where the files are or shall be; made if missing.
-        recipe: all that decides what the files contain, as JSON values: generator, version, settings. Kept in the manifest.
+        recipe: all that decides what the files contain, as JSON values: generator, version, settings. Kept in the
+            manifest.
         names: the files of the data set.
         write: fills the open files it is given, by name.
         needed: bytes that the files will have, an estimate from below.
         what: they are, for the sentence where there is no room for them.
 
     Raises:
-        DataError: `folder` holds data made by another recipe, files that were not made here, or a file that changed since it was
-            made; or it cannot be written, or has no room for them.
+        DataError: `folder` holds data made by another recipe, files that were not made here, or a file that changed
+            since it was made; or it cannot be written, or has no room for them.
     """
     try:
         if not (folder / MANIFEST).exists():
@@ -152,23 +162,31 @@ def cached_files(
 
 
 def _unkept(folder: Path, error: Exception) -> DataError:
-    return DataError(f"cannot keep data in {quote(str(folder), 300)}: {reason(error)}; make room there or choose another folder")
+    return DataError(
+        f"cannot keep data in {quote(str(folder), 300)}: {reason(error)}; make room there or choose another folder"
+    )
 
 
 def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether `folder` holds all that `recipe` makes; raise where it holds something else that generating would overwrite."""
+    """Whether `folder` holds all that `recipe` makes; raise where it holds something else that generating would
+    overwrite.
+    """
     present = [name for name in names if (folder / name).exists()]
     if not (folder / MANIFEST).exists():
         if present:
             raise DataError(
-                f"{folder} holds {present[0]} but no {MANIFEST}: it was not generated here; read it as it is, or choose another folder"
+                f"{folder} holds {present[0]} but no {MANIFEST}: it was not generated here; "
+                "read it as it is, or choose another folder"
             )
         return False
     made_by = {key: value for key, value in _read_manifest(folder).items() if key != "files"}
     asked = json.loads(json.dumps(recipe))
     if made_by != asked:
         changes = ", ".join(itertools.islice(_differences(made_by, asked), 8))
-        raise DataError(f"{folder} holds data generated otherwise ({changes}); choose another folder, or delete it to generate it again")
+        raise DataError(
+            f"{folder} holds data generated otherwise ({changes}); "
+            "choose another folder, or delete it to generate it again"
+        )
     return len(present) == len(names)
 
 

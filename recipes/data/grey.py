@@ -1,7 +1,7 @@
 """Grey images read pixel by pixel: one array of bytes per split on the disk, looked into where a sample is asked for.
 
-Every split is two `.npy` files, `NAME_images.npy` (N, pixels) and `NAME_labels.npy` (N,), both uint8. They are mapped into memory, so that
-a data set may be larger than it, and read without pickle.
+Every split is two `.npy` files, `NAME_images.npy` (N, pixels) and `NAME_labels.npy` (N,), both uint8. They are mapped
+into memory, so that a data set may be larger than it, and read without pickle.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -28,7 +28,8 @@ GREYS = 255
 
 
 class GreyDataset(Dataset[tuple[Tensor, int]]):
-    """Images as `(pixels, target)`: standardised numbers (x / 255 - mean) / std of shape `(L,)`, row after row, and the class.
+    """Images as `(pixels, target)`: standardised numbers (x / 255 - mean) / std of shape `(L,)`, row after row, and the
+    class.
 
     Args:
         pixels: grey values.
@@ -37,7 +38,9 @@ class GreyDataset(Dataset[tuple[Tensor, int]]):
         std: what they are then divided by.
     """
 
-    def __init__(self, pixels: UInt8[np.ndarray, "N L"], targets: UInt8[np.ndarray, " N"], mean: float, std: float) -> None:
+    def __init__(
+        self, pixels: UInt8[np.ndarray, "N L"], targets: UInt8[np.ndarray, " N"], mean: float, std: float
+    ) -> None:
         self.pixels, self.targets, self.mean, self.std = pixels, targets, mean, std
 
     def __len__(self) -> int:
@@ -101,10 +104,12 @@ def cached_grey(
         progress: whether to show it.
 
     Raises:
-        DataError: the folder holds other data or a changed file, has no room for it, or cannot be written; or the memory has none.
+        DataError: the folder holds other data or a changed file, has no room for it, or cannot be written; or the
+            memory has none.
     """
     total = sum(sizes.values())
-    check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="ask for fewer images")  # labels and lengths
+    # Labels and lengths.
+    check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="ask for fewer images")
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
 
     def write(files: Mapping[str, HashedFile]) -> None:
@@ -122,7 +127,9 @@ def cached_grey(
                         labels.write(targets.tobytes())
                         bar.update(task, advance=len(targets), refresh=True)
 
-    hashes = cached_files(folder, recipe, names, write, needed=total * (pixels + 1), what=f"{title} of {total:,} images")
+    hashes = cached_files(
+        folder, recipe, names, write, needed=total * (pixels + 1), what=f"{title} of {total:,} images"
+    )
     datasets = []
     for split in SPLITS:
         images = read_array(folder / f"{split}_images.npy", (sizes[split], pixels))
@@ -151,7 +158,8 @@ def read_array(path: Path, shape: tuple[int, ...]) -> Mapped:
         offset = file.tell()
     if found != shape or by_columns or dtype != np.uint8:
         raise DataError(
-            f"{path} holds an array of the shape {quote(found)} and the dtype {quote(dtype)}; {shape} and uint8 are required: {again}"
+            f"{path} holds an array of the shape {quote(found)} and the dtype {quote(dtype)}; "
+            f"{shape} and uint8 are required: {again}"
         )
     return map_file(path, "u1", shape, offset)
 

@@ -22,10 +22,12 @@ def from_hub(name: str, data: Path, *, otherwise: str) -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"task.data.source=hub reads {name} through the package datasets, which is not installed; pip install datasets, or set "
-            f"{instead}"
+            f"task.data.source=hub reads {name} through the package datasets, which is not installed; "
+            f"pip install datasets, or set {instead}"
         ) from error
     try:
         return datasets.load_dataset(name, cache_dir=str(data / "huggingface"))
     except Exception as error:  # whatever the network or the Hub has to say
-        raise DataError(f"cannot get {name} from the Hub: {reason(error)}; check the network and try again, or set {instead}") from error
+        raise DataError(
+            f"cannot get {name} from the Hub: {reason(error)}; check the network and try again, or set {instead}"
+        ) from error

@@ -7,7 +7,8 @@ A data folder holds one of
 | folder | `imdb/aclImdb/{train,test}/{neg,pos}/*.txt` |
 | archive | `imdb/aclImdb_v1.tar.gz`, 84 MB, which is unpacked into `imdb/unpacked/` |
 
-25,000 reviews to train on and 25,000 to test on, half of each positive. Nothing is cleaned: a line break is `<br />`, as it is published.
+25,000 reviews to train on and 25,000 to test on, half of each positive. Nothing is cleaned: a line break is `<br />`,
+as it is published.
 
 Reference:
     Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011.
@@ -53,18 +54,23 @@ class ImdbSettings(Spec):
 
     source: Literal["files", "hub", "python"] = Field(
         default="files",
-        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, which keeps "
-        "them in that folder too; or, for trying the pipeline, no reviews but passages of Python's standard library: is the "
-        "module about the internet?",
+        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, "
+        "which keeps them in that folder too; or, for trying the pipeline, no reviews but passages of Python's "
+        "standard library: is the module about the internet?",
     )
-    download: bool = Field(default=False, description="get the published archive where the data folder does not hold it")
+    download: bool = Field(
+        default=False, description="get the published archive where the data folder does not hold it"
+    )
     split: Literal["held_out", "lra"] = Field(
         default="held_out",
-        description="validate on a share of the training reviews, or, as the Long Range Arena, on the test reviews: then the best "
-        "checkpoint is chosen on what it is tested on, and the test accuracy is too good",
+        description="validate on a share of the training reviews, or, as the Long Range Arena, on the test reviews: "
+        "then the best checkpoint is chosen on what it is tested on, and the test accuracy is too good",
     )
     validation: float = Field(
-        default=0.1, gt=0.0, lt=1.0, description="share of the training reviews of each class, or of Python's modules, that is held out"
+        default=0.1,
+        gt=0.0,
+        lt=1.0,
+        description="share of the training reviews of each class, or of Python's modules, that is held out",
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice of the held-out reviews")
     length: int = Field(default=4000, ge=1, description="bytes that a review is cut to, or that a passage has")
@@ -95,8 +101,8 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         progress: show a bar while downloading.
 
     Raises:
-        DataError: the reviews (or Python's sources) are not there; what was looked for, and where they come from. Or a file is
-            empty or cannot be read; or a share so small that no review of some class is held out.
+        DataError: the reviews (or Python's sources) are not there; what was looked for, and where they come from. Or a
+            file is empty or cannot be read; or a share so small that no review of some class is held out.
     """
     if settings.source == "python":
         made = python_documents(settings.length, settings.validation, settings.seed)
@@ -128,7 +134,8 @@ def _find(folder: Path, download: bool, progress: bool) -> Path:
         md5=MD5,
         archive_most=1 << 27,  # it has 84 MB, and the reviews 66 MB
         files_most=1 << 28,
-        missing=f"there are no IMDB reviews in {home}: neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
+        missing=f"there are no IMDB reviews in {home}: "
+        f"neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
         members=_is_review,
         download=download,
         progress=progress,
@@ -137,13 +144,23 @@ def _find(folder: Path, download: bool, progress: bool) -> Path:
 
 def _is_review(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) == 4 and parts[0] == _FOLDER and parts[1] in ("train", "test") and parts[2] in CLASSES and name.endswith(".txt")
+    return (
+        len(parts) == 4
+        and parts[0] == _FOLDER
+        and parts[1] in ("train", "test")
+        and parts[2] in CLASSES
+        and name.endswith(".txt")
+    )
 
 
 def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
     for target, name in enumerate(CLASSES):
         try:
-            paths = sorted(entry.name for entry in os.scandir(folder / name) if entry.name.endswith(".txt") and is_visible(entry.name))
+            paths = sorted(
+                entry.name
+                for entry in os.scandir(folder / name)
+                if entry.name.endswith(".txt") and is_visible(entry.name)
+            )
             if not paths:
                 raise DataError(f"{folder / name} holds no *.txt; the reviews of {URL} are required there")
             if len(paths) != REVIEWS:
@@ -158,7 +175,9 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
                 with open_file(folder / name / path) as file:
                     content = file.read(min(length, os.fstat(file.fileno()).st_size))
                 if not content:
-                    raise DataError(f"{folder / name / path} is empty; the archive was not unpacked well: get the reviews again")
+                    raise DataError(
+                        f"{folder / name / path} is empty; the archive was not unpacked well: get the reviews again"
+                    )
                 yield content, target
         except OSError as error:
             raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
@@ -167,7 +186,8 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
 def _of_rows(rows: Iterable[Mapping[str, Any]], length: int) -> DocumentDataset:
     # In the order of the text, because that of the Hub is its own business.
     return DocumentDataset.of(
-        (document, target) for target, document in sorted((int(row["label"]), row["text"].encode()[:length]) for row in rows)
+        (document, target)
+        for target, document in sorted((int(row["label"]), row["text"].encode()[:length]) for row in rows)
     )
 
 
@@ -180,7 +200,8 @@ def _held_out(targets: Int64[Tensor, " N"], settings: ImdbSettings) -> Tensor:
         count = round(settings.validation * len(mine))
         if not 0 < count < len(mine):
             raise DataError(
-                f"validation={settings.validation} holds out {count} of {len(mine)} {name} reviews; at least one is required on each side"
+                f"validation={settings.validation} holds out {count} of {len(mine)} {name} reviews; "
+                "at least one is required on each side"
             )
         chosen[mine[torch.randperm(len(mine), generator=generator)[:count]]] = True
     return chosen

@@ -21,5 +21,8 @@ def lines_of(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, by
         while line := file.readline(longest + 1):
             number += 1
             if len(line) > longest:
-                raise DataError(f"{path}, line {number} has more than {longest:,} bytes, which no line here has; the file is damaged")
+                raise DataError(
+                    f"{path}, line {number} has more than {longest:,} bytes, which no line here has; "
+                    "the file is damaged"
+                )
             yield number, line

@@ -1,8 +1,9 @@
-r"""ListOps, the reasoning task of Long Range Arena: nested MIN, MAX, MED and SM (sum modulo 10) over digits; the value is the class.
+r"""ListOps, the reasoning task of Long Range Arena: nested MIN, MAX, MED and SM (sum modulo 10) over digits; the value
+is the class.
 
-Files are Long Range Arena's: `basic_{train,val,test}.tsv`, a header, and one expression per line as a nested binary application,
-`( ( ( [MAX 2 ) 9 ) ] )\t9`. Parentheses say nothing that the brackets do not say, and are dropped. Generated and released files are
-read alike.
+Files are Long Range Arena's: `basic_{train,val,test}.tsv`, a header, and one expression per line as a nested binary
+application, `( ( ( [MAX 2 ) 9 ) ] )\t9`. Parentheses say nothing that the brackets do not say, and are dropped.
+Generated and released files are read alike.
 
 Reference:
     Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", arXiv 1804.06028.
@@ -86,7 +87,8 @@ class ListOpsSplit:
     """All expressions of one file, one after another.
 
     Shape:
-        ids `(T,)`, one byte per token; offsets `(N+1,)`: expression i is `ids[offsets[i]:offsets[i + 1]]`; targets `(N,)`.
+        ids `(T,)`, one byte per token; offsets `(N+1,)`: expression i is `ids[offsets[i]:offsets[i + 1]]`; targets
+            `(N,)`.
     """
 
     ids: UInt8[Tensor, " T"]
@@ -128,21 +130,27 @@ class ListOpsData(NamedTuple):
 
 
 def prepare_listops(
-    settings: ListOpsSettings, folder: str | Path, *, workers: int | None = None, progress: bool | Callable[[int, int], None] = True
+    settings: ListOpsSettings,
+    folder: str | Path,
+    *,
+    workers: int | None = None,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> ListOpsData:
     """Return the data of `settings`, generated into `folder` unless it is there already.
 
-    The files depend on the settings alone, not on the number of processes. They appear in `folder` when all of them are whole.
+    The files depend on the settings alone, not on the number of processes. They appear in `folder` when all of them are
+    whole.
 
     Args:
         settings: `PAPER`, `TINY` or your own.
         folder: a folder for this data alone; made if missing.
         workers: processes that generate; None: one per core that this process may use.
-        progress: whether to show a bar while generating; or a function to call with the numbers of expressions found and wanted.
+        progress: whether to show a bar while generating; or a function to call with the numbers of expressions found
+            and wanted.
 
     Raises:
-        DataError: the folder holds other data or a changed file, has no room for the files, or cannot be written; the memory has no
-            room for the expressions; or there are too few different trees.
+        DataError: the folder holds other data or a changed file, has no room for the files, or cannot be written; the
+            memory has no room for the expressions; or there are too few different trees.
         SpecError: `workers` is below 1.
     """
     recipe = {"generator": "listops", "version": GENERATOR_VERSION, "settings": settings.model_dump(mode="json")}
@@ -160,7 +168,10 @@ def prepare_listops(
 
     what = f"a data set of {settings.total:,} expressions"
     check_memory(
-        settings.total * settings.memory_each, what, error=DataError, hint="lower train, validation, test or min_length of task.data"
+        settings.total * settings.memory_each,
+        what,
+        error=DataError,
+        hint="lower train, validation, test or min_length of task.data",
     )
     needed = settings.total * settings.bytes_each
     hashes = cached_files(Path(folder), recipe, list(FILES.values()), write, needed=needed, what=what)
@@ -228,7 +239,9 @@ def _load(folder: Path, hashes: dict[str, str]) -> ListOpsData:
 
 
 def _refreshing(bar: Progress, total: int) -> Callable[[int, int], None]:
-    """Return a callback that redraws `bar` at every percent: no thread of the bar's own is alive when processes are forked."""
+    """Return a callback that redraws `bar` at every percent: no thread of the bar's own is alive when processes are
+    forked.
+    """
     task = bar.add_task("ListOps", total=total)
     shown = -1
 
@@ -249,7 +262,9 @@ def _check_header(line: bytes, path: str | Path) -> None:
 
 
 def _parse(source: bytes) -> bytes | None:
-    """Return the token ids of a correct expression with single blanks, by whole-line operations; None for anything else."""
+    """Return the token ids of a correct expression with single blanks, by whole-line operations; None for anything
+    else.
+    """
     if source.translate(None, _CHARACTERS):
         return None
     for operator, letter in _LETTERS.items():
@@ -269,7 +284,10 @@ def _flaw(ids: bytes) -> str | None:
             return f"operator {VOCABULARY[pair[0]]!r} has no arguments; at least one is required"
     depths = _STEPS[np.frombuffer(ids, dtype=np.uint8)].cumsum()
     if depths.min() < 0:
-        return f"symbol {int((depths < 0).argmax()) + 1} is a ']' that closes nothing; every ']' needs an operator before it"
+        return (
+            f"symbol {int((depths < 0).argmax()) + 1} is a ']' that closes nothing; "
+            "every ']' needs an operator before it"
+        )
     if depths[-1]:
         return f"{int(depths[-1])} operators are not closed; every operator needs its ']'"
     end = int((depths == 0).argmax()) + 1
@@ -279,14 +297,20 @@ def _flaw(ids: bytes) -> str | None:
 
 
 def _parse_slowly(line: bytes, where: str) -> bytes:
-    """Parse a line that the fast way refused: raise what is wrong with it, or return its ids if only its blanks are unusual."""
+    """Parse a line that the fast way refused: raise what is wrong with it, or return its ids if only its blanks are
+    unusual.
+    """
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8; the file is damaged") from error
+        raise DataError(
+            f"{where}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8; the file is damaged"
+        ) from error
     columns = text.split("\t")
     if len(columns) != 2:
-        raise DataError(f"{where}: columns separated by tabs: {len(columns)}; exactly 2 are required, the expression and its value")
+        raise DataError(
+            f"{where}: columns separated by tabs: {len(columns)}; exactly 2 are required, the expression and its value"
+        )
     ids = _check_expression(columns[0], where)
     if columns[1].encode() not in _TARGETS:
         raise DataError(f"{where}: target {quote(columns[1], 50)} is not a digit 0 to 9")
@@ -298,7 +322,10 @@ def _check_expression(source: str, where: str) -> bytes:
     for number, symbol in enumerate(symbols, start=1):
         if symbol not in _IDS:
             near = did_you_mean(symbol[:100], _IDS) or ";"
-            raise DataError(f"{where}: symbol {number} is {quote(symbol, 50)}, which is unknown{near} known symbols: {' '.join(_IDS)}")
+            raise DataError(
+                f"{where}: symbol {number} is {quote(symbol, 50)}, "
+                f"which is unknown{near} known symbols: {' '.join(_IDS)}"
+            )
     ids = bytes(_IDS[symbol] for symbol in symbols)
     if flaw := _flaw(ids):
         raise DataError(f"{where}: {flaw}")

@@ -1,10 +1,12 @@
 """The trees of ListOps: the distribution of Long Range Arena, drawn level by level.
 
-A node is a leaf with probability 0.75 and an operator otherwise; at the greatest depth all are leaves. So k leaves stand before the next
-operator of a level with probability 0.75^k 0.25, and one random number skips them all. The size of a tree follows from its operators
-alone; only trees of the wanted size get digits, which makes the nine of ten that are thrown away cheap.
+A node is a leaf with probability 0.75 and an operator otherwise; at the greatest depth all are leaves. So k leaves
+stand before the next operator of a level with probability 0.75^k 0.25, and one random number skips them all. The size
+of a tree follows from its operators alone; only trees of the wanted size get digits, which makes the nine of ten that
+are thrown away cheap.
 
-Trees are drawn in numbered chunks, each from a seed of its own, so what is generated does not depend on how many processes share the work.
+Trees are drawn in numbered chunks, each from a seed of its own, so what is generated does not depend on how many
+processes share the work.
 """
 
 import hashlib
@@ -40,12 +42,20 @@ Level = tuple[int, list[tuple[int, int]]]
 class ListOpsSettings(Spec):
     """Which ListOps data to generate. The same settings give the same bytes."""
 
-    min_length: int = Field(default=500, ge=0, description="every expression has more tokens than this; parentheses do not count")
+    min_length: int = Field(
+        default=500, ge=0, description="every expression has more tokens than this; parentheses do not count"
+    )
     max_length: int = Field(
-        default=2000, ge=2, le=1_000_000, description="every expression has fewer tokens than this; parentheses do not count"
+        default=2000,
+        ge=2,
+        le=1_000_000,
+        description="every expression has fewer tokens than this; parentheses do not count",
     )
     max_depth: int = Field(
-        default=10, ge=1, le=1_000_000, description="depth of the deepest digit; an expression that is a single digit has depth 1"
+        default=10,
+        ge=1,
+        le=1_000_000,
+        description="depth of the deepest digit; an expression that is a single digit has depth 1",
     )
     min_arity: int = Field(default=2, ge=1, description="fewest arguments of an operator")
     max_arity: int = Field(default=10, ge=1, le=1_000_000, description="most arguments of an operator")
@@ -82,28 +92,38 @@ class ListOpsSettings(Spec):
 
     @property
     def bytes_each(self) -> int:
-        """Bytes that an expression has in its file at least: six for a token, with the parentheses and blanks around it."""
+        """Bytes that an expression has in its file at least: six for a token, with the parentheses and blanks around
+        it.
+        """
         return max(4, 6 * self.min_length)
 
     @property
     def memory_each(self) -> int:
-        """Bytes of memory that an expression takes at least, while it is generated (its hash, its split) or later, as token ids."""
+        """Bytes of memory that an expression takes at least, while it is generated (its hash, its split) or later, as
+        token ids.
+        """
         return max(96, self.min_length + 25)
 
 
 PAPER = ListOpsSettings()
-"""Long Range Arena's data: 501 to 1,999 tokens, depth 10, 2 to 10 arguments, 96,000 / 2,000 / 2,000 expressions, about 660 MB."""
+"""Long Range Arena's data: 501 to 1,999 tokens, depth 10, 2 to 10 arguments, 96,000 / 2,000 / 2,000 expressions, about
+660 MB.
+"""
 
 TINY = ListOpsSettings(min_length=10, max_length=100, max_depth=5, max_arity=5, train=60_000)
-"""The same distribution cut to 11 to 99 tokens, depth 5, 2 to 5 arguments; 60,000 / 2,000 / 2,000 expressions, about 11 MB."""
+"""The same distribution cut to 11 to 99 tokens, depth 5, 2 to 5 arguments; 60,000 / 2,000 / 2,000 expressions, about 11
+MB.
+"""
 
 
 def generate_lines(
     settings: ListOpsSettings, *, workers: int | None = None, on_progress: Callable[[int, int], None] | None = None
 ) -> Generator[tuple[int, bytes], None, None]:
-    r"""Yield `settings.total` different expressions, each as its split (0 train, 1 validation, 2 test) and its line `source\ttarget\n`.
+    r"""Yield `settings.total` different expressions, each as its split (0 train, 1 validation, 2 test) and its line
+    `source\ttarget\n`.
 
-    The earliest trees found are the likelier ones, so the splits are dealt out at random: all three have the same distribution.
+    The earliest trees found are the likelier ones, so the splits are dealt out at random: all three have the same
+    distribution.
 
     Args:
         settings: what to generate.
@@ -142,7 +162,9 @@ def generate_lines(
 
 
 def draw_chunk(settings: ListOpsSettings, number: int) -> list[bytes]:
-    r"""Draw the trees of one chunk and return those of the wanted size, equal ones included, as lines `source\ttarget\n`."""
+    r"""Draw the trees of one chunk and return those of the wanted size, equal ones included, as lines
+    `source\ttarget\n`.
+    """
     rng = random.Random(f"listops {GENERATOR_VERSION} {settings.seed} {number}")
     lines = []
     for _ in range(DRAWS_PER_CHUNK):
@@ -176,7 +198,9 @@ def evaluate_expression(tokens: Sequence[str]) -> int:
             pending[-1][1].append(int(token))
         else:
             near = did_you_mean(token, OPERATORS)
-            raise DataError(f"unknown symbol {token!r}{near or ';'} known symbols: {' '.join(OPERATORS)} ] and the digits 0 to 9")
+            raise DataError(
+                f"unknown symbol {token!r}{near or ';'} known symbols: {' '.join(OPERATORS)} ] and the digits 0 to 9"
+            )
     if len(pending) > 1:
         raise DataError(f"{len(pending) - 1} operators are not closed; every operator needs its ']'")
     values = pending[0][1]
@@ -202,7 +226,9 @@ def _deal_splits(settings: ListOpsSettings) -> list[int]:
 
 
 def _draw_shape(rng: random.Random, settings: ListOpsSettings) -> list[Level] | None:
-    """Draw where a tree has operators: per level its number of nodes and the (position, arity) of its operators; None outside the size."""
+    """Draw where a tree has operators: per level its number of nodes and the (position, arity) of its operators; None
+    outside the size.
+    """
     uniform, log = rng.random, math.log
     limit, smallest, arities = settings.max_length, settings.min_arity, settings.max_arity - settings.min_arity + 1
     levels: list[Level] = []
@@ -229,7 +255,9 @@ def _draw_shape(rng: random.Random, settings: ListOpsSettings) -> list[Level] | 
 
 
 def _fill(rng: random.Random, levels: list[Level]) -> tuple[str, int]:
-    """Draw the digits and operators of a shape from the deepest level upwards; return the text and the value of the tree."""
+    """Draw the digits and operators of a shape from the deepest level upwards; return the text and the value of the
+    tree.
+    """
     uniform = rng.random
     texts: list[str] = []
     values: list[int] = []

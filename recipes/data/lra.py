@@ -1,8 +1,9 @@
 """The release of the Long Range Arena: where its folders are, and what to say where they are not.
 
-The release unpacks to `lra_release/lra_release/{listops-1000,tsv_data,pathfinder32,…}`. A folder of it is looked for in the data folder
-itself, in `lra_release` and in `lra_release/lra_release`. Where only `lra_release.gz` is there, a tar of 7.7 GB, what is needed of it is
-unpacked: all files of text (`*.tsv`) into `lra_release_text`, and the images of a task into a folder of their own.
+The release unpacks to `lra_release/lra_release/{listops-1000,tsv_data,pathfinder32,…}`. A folder of it is looked for in
+the data folder itself, in `lra_release` and in `lra_release/lra_release`. Where only `lra_release.gz` is there, a tar
+of 7.7 GB, what is needed of it is unpacked: all files of text (`*.tsv`) into `lra_release_text`, and the images of a
+task into a folder of their own.
 
 Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006.
@@ -57,7 +58,8 @@ def in_release(
         data / unpacked,
         url=URL,
         archive_most=_ARCHIVE_BYTES,
-        missing=f"there is no {what} in {data}, nor in its lra_release/ or lra_release/lra_release/, nor a {_ARCHIVES[0]} to unpack",
+        missing=f"there is no {what} in {data}, "
+        f"nor in its lra_release/ or lra_release/lra_release/, nor a {_ARCHIVES[0]} to unpack",
         members=members,
         download=download,
         progress=progress,
@@ -67,7 +69,13 @@ def in_release(
 
 
 def release_folder(
-    data: str | Path, name: str, files: Sequence[str], *, download: bool = False, progress: bool = True, option: str = "task.data.download"
+    data: str | Path,
+    name: str,
+    files: Sequence[str],
+    *,
+    download: bool = False,
+    progress: bool = True,
+    option: str = "task.data.download",
 ) -> Path:
     """Return the folder of the release that holds some files of text.
 

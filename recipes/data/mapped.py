@@ -11,7 +11,9 @@ from sma.files import check_file
 
 
 class Mapped(np.memmap[Any, Any]):
-    """An array on the disk. Pickled, it is the path of its file, which is opened again; a part of it is pickled as what is in it."""
+    """An array on the disk. Pickled, it is the path of its file, which is opened again; a part of it is pickled as what
+    is in it.
+    """
 
     _file: tuple[Any, ...] | None = None  # of the whole array alone: what is made of it is made without this
 
@@ -44,7 +46,8 @@ def map_file(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) ->
     needed = offset + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=object))
     if size != needed:
         raise DataError(
-            f"{path} has {size:,} bytes, and {needed:,} are required for numbers of the shape {shape}; delete it and get it again"
+            f"{path} has {size:,} bytes, and {needed:,} are required for numbers of the shape {shape}; "
+            "delete it and get it again"
         )
     with parsing(path):
         # Copy on write, because torch wants memory that it might write to; nothing does.

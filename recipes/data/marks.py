@@ -1,12 +1,14 @@
 r"""Marks that a language model of bytes must beat: what needs no gradient, on the same held-out bytes.
 
-All are in bits per byte, $-\frac{1}{T} \log_2 P(\text{test})$, which is a model's loss in nats divided by ln 2. Of the text that comes with
-Python (3.11, 466 KB, the last 10 % held out): 2.00 by xz without the training text, 1.93 by counting, 1.41 by xz with the training text.
+All are in bits per byte, $-\frac{1}{T} \log_2 P(\text{test})$, which is a model's loss in nats divided by ln 2. Of the
+text that comes with Python (3.11, 466 KB, the last 10 % held out): 2.00 by xz without the training text, 1.93 by
+counting, 1.41 by xz with the training text.
 
 References:
-    Witten and Bell, "The Zero-Frequency Problem: Estimating the Probabilities of Novel Events in Adaptive Text Compression",
-    IEEE Transactions on Information Theory 37(4), 1991: their method C.
-    Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling", Computer Speech and Language 13(4), 1999:
+    Witten and Bell, "The Zero-Frequency Problem: Estimating the Probabilities of Novel Events in Adaptive Text
+    Compression", IEEE Transactions on Information Theory 37(4), 1991: their method C.
+    Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling", Computer Speech and Language
+    13(4), 1999:
     the interpolated recursive form.
 """
 
@@ -41,8 +43,8 @@ def marks(train: Text, test: Text) -> dict[str, float]:
         `xz`: the held-out bytes by `xz -9`, which sees nothing else (`xz_alone`);
         `witten_bell_5`: a byte model of order 5, counted on the training text (`witten_bell`);
         `xz_with_training_text`: what the held-out bytes add to the training text under `xz -9` (`xz_after`).
-        Of a training text longer than 100,000,000 bytes only the last 100,000,000 are looked at, and the last two keys then say so:
-        they end in `_last_100MB`. A second for 466 KB; some minutes and 1.5 GB of memory for 100 MB.
+        Of a training text longer than 100,000,000 bytes only the last 100,000,000 are looked at, and the last two keys
+        then say so: they end in `_last_100MB`. A second for 466 KB; some minutes and 1.5 GB of memory for 100 MB.
 
     Raises:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
@@ -70,10 +72,11 @@ def xz_alone(test: Text) -> float:
 
 
 def xz_after(train: Text, test: Text) -> float:
-    """Return the bits per byte that `test` adds to `train` under `xz -9`: 8 (|xz(train + test)| - |xz(train)|) / |test|.
+    """Return the bits per byte that `test` adds to `train` under `xz -9`: 8 (|xz(train + test)| - |xz(train)|) /
+    |test|.
 
-    It goes on learning from the held-out bytes that it has seen, and it can copy: where the held-out text repeats whole passages of the
-    training text, it beats any model that holds no copy of it. It remembers the last 64 MiB.
+    It goes on learning from the held-out bytes that it has seen, and it can copy: where the held-out text repeats whole
+    passages of the training text, it beats any model that holds no copy of it. It remembers the last 64 MiB.
 
     Raises:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
@@ -95,15 +98,17 @@ def witten_bell(train: Text, test: Text, order: int = 5) -> float:
 def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArray[np.float64]:
     r"""Return the probability of every byte of `test` given the `order` bytes before it, by counts of `train` alone.
 
-    Interpolated Witten-Bell smoothing. With h a context, h' the same without its oldest byte, n(h, c) how often c follows h in `train`,
-    N(h) the sum of n(h, c) over all c, and t(h) the number of different bytes that follow h,
+    Interpolated Witten-Bell smoothing. With h a context, h' the same without its oldest byte, n(h, c) how often c
+    follows h in `train`, N(h) the sum of n(h, c) over all c, and t(h) the number of different bytes that follow h,
 
     $$p(c \mid h) = \frac{n(h, c) + t(h)\, p(c \mid h')}{N(h) + t(h)}$$
 
-    where the empty context backs off to 1/256. A context that `train` does not contain changes nothing: $p(c \mid h) = p(c \mid h')$.
-    The first bytes of `test` have shorter contexts, down to none: nothing of `train` stands before them.
+    where the empty context backs off to 1/256. A context that `train` does not contain changes nothing:
+    $p(c \mid h) = p(c \mid h')$. The first bytes of `test` have shorter contexts, down to none: nothing of `train`
+    stands before them.
 
-    Memory and time: contexts are counted in groups of equal last byte, by sorting. 8 to 50 bytes per training byte of the largest group.
+    Memory and time: contexts are counted in groups of equal last byte, by sorting. 8 to 50 bytes per training byte of
+    the largest group.
 
     Args:
         train: text to count.
@@ -121,7 +126,9 @@ def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArra
         Witten and Bell 1991; Chen and Goodman 1999, section 2.5 (see the top of this file).
     """
     if not 0 <= order <= _MOST_ORDER:
-        raise SpecError(f"order={order} must be 0 to {_MOST_ORDER}: the number of bytes that the next one is predicted from")
+        raise SpecError(
+            f"order={order} must be 0 to {_MOST_ORDER}: the number of bytes that the next one is predicted from"
+        )
     before, held_out = _bytes_of(train, "training"), _bytes_of(test, "held-out")
     counts = np.bincount(before, minlength=256)
     types = np.count_nonzero(counts)
@@ -145,7 +152,9 @@ def _refine(
     asked: NDArray[np.int64],
     order: int,
 ) -> None:
-    """Go from the empty context to the longest, for the places `asked`, of which the last context byte is that of the places `counted`."""
+    """Go from the empty context to the longest, for the places `asked`, of which the last context byte is that of the
+    places `counted`.
+    """
     for length in range(1, order + 1):
         counted, asked = counted[counted >= length], asked[asked >= length]
         if not len(counted) or not len(asked):
@@ -166,7 +175,9 @@ def _refine(
 
 
 def _windows(text: NDArray[np.uint8], places: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
-    """The byte at every place and the `length` bytes before it, as one number: the byte itself is lowest, the oldest highest."""
+    """The byte at every place and the `length` bytes before it, as one number: the byte itself is lowest, the oldest
+    highest.
+    """
     windows = np.zeros(len(places), dtype=np.uint64)
     for back in range(length, -1, -1):
         windows = windows << _BYTE | text[places - back]
@@ -197,5 +208,7 @@ def _bytes_of(text: Text, which: str) -> NDArray[np.uint8]:
         text = text.numpy()
     array = text if isinstance(text, np.ndarray) else np.frombuffer(text, dtype=np.uint8)
     if array.dtype != np.uint8 or array.ndim != 1:
-        raise DataError(f"the {which} text is {array.dtype} of shape {array.shape}; give uint8 of one dimension, one byte per token")
+        raise DataError(
+            f"the {which} text is {array.dtype} of shape {array.shape}; give uint8 of one dimension, one byte per token"
+        )
     return array

@@ -17,11 +17,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None) -> Generator[Result, None, None]:
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None
+) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in their order, computed by `workers` processes.
 
-    Close the generator (`contextlib.closing`) to end the processes before the items are at their end. A daemon, which may not have
-    children, does the work itself.
+    Close the generator (`contextlib.closing`) to end the processes before the items are at their end. A daemon, which
+    may not have children, does the work itself.
 
     Args:
         function: can be pickled: one of a module, or a `functools.partial` of one.
@@ -43,14 +45,16 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], *, worke
     waiting: deque[Future[Result]] = deque()
     try:
         while True:
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(source, 2 * workers + 1 - len(waiting)))
+            waiting.extend(
+                pool.submit(function, item) for item in itertools.islice(source, 2 * workers + 1 - len(waiting))
+            )
             if not waiting:
                 return
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that generates data died; with too little memory give workers=1, and in a script keep the call under "
-            "'if __name__ == \"__main__\":'"
+            "a process that generates data died; with too little memory give workers=1, and in a script keep the call "
+            "under 'if __name__ == \"__main__\":'"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -3,8 +3,8 @@
     pathfinder32/curv_contour_length_14/imgs/BATCH/sample_NUMBER.png
     pathfinder32/curv_contour_length_14/metadata/BATCH.npy
 
-The `.npy` files are text, whatever their names say: a line per image, fields between blanks, of which 0 is the folder, 1 the file and 3
-the label. Some images of the release are empty files; these are left out, as everybody does.
+The `.npy` files are text, whatever their names say: a line per image, fields between blanks, of which 0 is the folder,
+1 the file and 3 the label. Some images of the release are empty files; these are left out, as everybody does.
 
 Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006; https://github.com/google-research/long-range-arena.
@@ -40,7 +40,9 @@ _IMAGE = 1 << 16  # bytes of an image at most, and 4 for each of its pixels
 
 
 class Record(NamedTuple):
-    """An image of the release: its path below the folder of the level, its class, its size on the disk and when it was written (ns)."""
+    """An image of the release: its path below the folder of the level, its class, its size on the disk and when it was
+    written (ns).
+    """
 
     path: str
     label: int
@@ -49,7 +51,8 @@ class Record(NamedTuple):
 
 
 def find_release(folder: Path, size: int, *, download: bool = False, progress: bool = True) -> Path:
-    """Return the folder of the level for images of `size` pixels, of which alone the images are unpacked where only the archive is there.
+    """Return the folder of the level for images of `size` pixels, of which alone the images are unpacked where only the
+    archive is there.
 
     Raises:
         DataError: it is not there.
@@ -91,7 +94,8 @@ def _read_list(path: Path, root: Path) -> list[Record]:
     content = read_file(path, _LIST)
     if not content.isascii() or b"\0" in content:
         raise DataError(
-            f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: get the file again"
+            f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: "
+            "get the file again"
         )
     found = []
     for number, line in enumerate(content.decode("ascii").splitlines(), start=1):
@@ -100,7 +104,8 @@ def _read_list(path: Path, root: Path) -> list[Record]:
             continue
         if len(fields) < 4 or fields[3] not in ("0", "1"):
             raise DataError(
-                f"{path}, line {number}: {quote(line, 62)} is not 'folder file number label …', with blanks between and a label of 0 or 1"
+                f"{path}, line {number}: {quote(line, 62)} is not 'folder file number label …', "
+                "with blanks between and a label of 0 or 1"
             )
         place = PurePosixPath(fields[0], fields[1])
         if place.is_absolute() or ".." in place.parts:
@@ -108,7 +113,9 @@ def _read_list(path: Path, root: Path) -> list[Record]:
         try:
             image = (root / place).stat()
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}, line {number} names {quote(str(place))}, which cannot be read: {reason(error)}") from error
+            raise DataError(
+                f"{path}, line {number} names {quote(str(place))}, which cannot be read: {reason(error)}"
+            ) from error
         if not stat.S_ISREG(image.st_mode):
             raise DataError(f"{path}, line {number} names {quote(str(place))}, which is no plain file; get it again")
         if image.st_size:
@@ -119,7 +126,8 @@ def _read_list(path: Path, root: Path) -> list[Record]:
 def split_records(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Deal the images out at random, 80 % to train on and 10 % each to validate and to test on, the same way each time.
 
-    That is what `torch.utils.data.random_split` does with seed 42 and the split which the published models were measured on.
+    That is what `torch.utils.data.random_split` does with seed 42 and the split which the published models were
+    measured on.
     """
     held_out = max(1, int(_HELD_OUT * len(records)))
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(_SPLIT_SEED))
@@ -137,12 +145,15 @@ def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.nd
     for row, record in enumerate(records):
         path = root / record.path
         content = read_file(path, _IMAGE + 4 * size * size)
-        damaged = parsing(path, hint="it is truncated or damaged: get it again, or make it an empty file to leave it out")
+        damaged = parsing(
+            path, hint="it is truncated or damaged: get it again, or make it an empty file to leave it out"
+        )
         with damaged, _open_png(content) as picture:
             if picture.size != (size, size) or picture.mode != "L":
                 width, height = picture.size
                 raise DataError(
-                    f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; {size} x {size} grey ones are required"
+                    f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; "
+                    f"{size} x {size} grey ones are required"
                 )
             picture.load()
             images[row] = np.asarray(picture).reshape(-1)

@@ -27,9 +27,12 @@ class SheetOptions(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="pathfinder")
 
-    size: int = Field(default=32, description="pixels of a side; from 128 on the stimulus is that of Path-X, below that of Pathfinder")
+    size: int = Field(
+        default=32, description="pixels of a side; from 128 on the stimulus is that of Path-X, below that of Pathfinder"
+    )
     set: list[str] = Field(
-        default=[], description="field=value: change another field of the stimulus, such as contour_length=6; may be repeated"
+        default=[],
+        description="field=value: change another field of the stimulus, such as contour_length=6; may be repeated",
     )
     rows: int = Field(default=4, ge=1, le=50, description="rows of images")
     columns: int = Field(default=4, ge=1, le=50, description="images of either class in a row")
@@ -55,16 +58,28 @@ def run(options: SheetOptions) -> Path:
 
     kind = PathXSettings if options.size >= 128 else PathfinderSettings
     changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
-    sheet = contact_sheet(kind.model_validate({**changes, "size": options.size}), options.rows, options.columns, options.seed)
+    sheet = contact_sheet(
+        kind.model_validate({**changes, "size": options.size}), options.rows, options.columns, options.seed
+    )
     scale = options.scale or max(1, -(-128 // options.size))
     try:
         content = io.BytesIO()
-        imsave(content, np.kron(sheet, np.ones((scale, scale), dtype=np.uint8)), cmap="gray", vmin=0, vmax=255, format="png")
+        imsave(
+            content,
+            np.kron(sheet, np.ones((scale, scale), dtype=np.uint8)),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            format="png",
+        )
         write_atomically(options.out, lambda temporary: temporary.write_bytes(content.getvalue()))
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot have
         raise DataError(f"cannot write {quote(str(options.out))}: {reason(error)}; choose another --out") from error
     count = options.rows * options.columns
-    print(f"{count} images with both discs on one contour (left) and as many with discs on two (right): {plain(options.out)}")
+    print(
+        f"{count} images with both discs on one contour (left) "
+        f"and as many with discs on two (right): {plain(options.out)}"
+    )
     return options.out
 
 

@@ -1,11 +1,13 @@
 """What one dash of a Pathfinder stimulus covers: its picture, and its footprint as the bits of one whole number.
 
-A board of pixels is a Python integer: the pixel in row y and column x is bit y * stride + x. Whether a dash fits is then a shift and an
-AND, where it fits anywhere is one OR per pixel of its footprint, and a board is copied by keeping it. The board has a rim around the image,
-as wide as a dash reaches, all of it occupied, so that nothing has to look where the image ends.
+A board of pixels is a Python integer: the pixel in row y and column x is bit y * stride + x. Whether a dash fits is
+then a shift and an AND, where it fits anywhere is one OR per pixel of its footprint, and a board is copied by keeping
+it. The board has a rim around the image, as wide as a dash reaches, all of it occupied, so that nothing has to look
+where the image ends.
 
-Dashes lie on the grid of pixels: a dash points from its *pivot*, the middle of the gap before it, to a far end on the circle of radius
-length + margin around the pivot; the near end is `margin` away from the pivot. The next pivot is length + 2 margin away.
+Dashes lie on the grid of pixels: a dash points from its *pivot*, the middle of the gap before it, to a far end on the
+circle of radius length + margin around the pivot; the near end is `margin` away from the pivot. The next pivot is
+length + 2 margin away.
 """
 
 import math
@@ -63,15 +65,29 @@ class Stencils(NamedTuple):
 
 @lru_cache(maxsize=32)
 def make_stencils(
-    *, size: int, padding: int, antialias: int, margin: int, length: int, thickness: float, continuity: float, radius: float
+    *,
+    size: int,
+    padding: int,
+    antialias: int,
+    margin: int,
+    length: int,
+    thickness: float,
+    continuity: float,
+    radius: float,
 ) -> Stencils:
-    """Draw the stencils once per process; the arguments are those of `StimulusSettings`, `radius` is that of the discs."""
+    """Draw the stencils once per process; the arguments are those of `StimulusSettings`, `radius` is that of the
+    discs.
+    """
     reach = max(length + 2 * margin + math.ceil(thickness) + 1, math.ceil(radius) + 1)
     stride = size + 2 * reach
     inside = np.zeros((stride, stride), dtype=bool)
     inside[reach + padding : stride - reach - padding, reach + padding : stride - reach - padding] = True
-    directions = tuple(_direction(far, reach, stride, antialias, margin, length, thickness) for far in _circle(length + margin))
-    turns = tuple(tuple(_straightness(one.angle - other.angle, continuity) for other in directions) for one in directions)
+    directions = tuple(
+        _direction(far, reach, stride, antialias, margin, length, thickness) for far in _circle(length + margin)
+    )
+    turns = tuple(
+        tuple(_straightness(one.angle - other.angle, continuity) for other in directions) for one in directions
+    )
     y, x = _fine_grid(reach, antialias)
     disc = _reduced(y**2 + x**2 <= radius**2, antialias)
     return Stencils(directions, turns, reach, stride, _bits(~inside, stride), disc)
@@ -99,7 +115,9 @@ def _straightness(turn: float, continuity: float) -> float:
     return math.cos(continuity * turn) ** 2 if continuity * turn < math.pi / 2 - 1e-9 else 0.0
 
 
-def _direction(far: Offset, reach: int, stride: int, antialias: int, margin: int, length: int, thickness: float) -> Direction:
+def _direction(
+    far: Offset, reach: int, stride: int, antialias: int, margin: int, length: int, thickness: float
+) -> Direction:
     distance = math.hypot(*far)
     unit_y, unit_x = far[0] / distance, far[1] / distance
     near = (round(far[0] - length * unit_y), round(far[1] - length * unit_x))
@@ -109,7 +127,9 @@ def _direction(far: Offset, reach: int, stride: int, antialias: int, margin: int
     y, x = _fine_grid(reach, antialias)
     line = _line(y - far[0], x - far[1], unit_y, unit_x, antialias, length, thickness)
     # Distances to the line from those to its pixels: the windows are small, and this runs once.
-    distances = np.hypot(y[..., None] - np.broadcast_to(y, line.shape)[line], x[..., None] - np.broadcast_to(x, line.shape)[line])
+    distances = np.hypot(
+        y[..., None] - np.broadcast_to(y, line.shape)[line], x[..., None] - np.broadcast_to(x, line.shape)[line]
+    )
     footprint = _reduced(distances.min(axis=-1) <= margin, antialias) >= 0.5
     whole_y, whole_x = _fine_grid(reach, 1)
     beyond = np.hypot(whole_y - far[0], whole_x - far[1]) <= margin
@@ -127,13 +147,17 @@ def _direction(far: Offset, reach: int, stride: int, antialias: int, margin: int
 def _line(
     y: np.ndarray, x: np.ndarray, unit_y: float, unit_x: float, antialias: int, length: int, thickness: float
 ) -> Bool[np.ndarray, "h w"]:
-    """The fine pixels of a line that ends in the origin: as many in each row, or column, whichever it crosses more of."""
+    """The fine pixels of a line that ends in the origin: as many in each row, or column, whichever it crosses more
+    of.
+    """
     if abs(unit_y) > abs(unit_x):
         y, x, unit_y, unit_x = x, y, unit_x, unit_y
     back = -x * math.copysign(1.0, unit_x)
     half = 0.5 / antialias
     across = y - x * (unit_y / unit_x) + 1e-9  # a fine pixel exactly on the edge belongs to one side only
-    return (back >= -half) & (back <= length * abs(unit_x) + half) & (across >= -thickness / 2) & (across < thickness / 2)
+    return (
+        (back >= -half) & (back <= length * abs(unit_x) + half) & (across >= -thickness / 2) & (across < thickness / 2)
+    )
 
 
 def _fine_grid(reach: int, antialias: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,17 @@
-"""The Pathfinder stimulus: two long dashed contours, short ones that distract, and two discs; do both discs sit on one contour?
+"""The Pathfinder stimulus: two long dashed contours, short ones that distract, and two discs; do both discs sit on one
+contour?
 
-Two contours start near each other and grow in turns, dash by dash; a dash goes straight on or turns, by cos^2 of the turn, and never comes
-closer to another dash than their margins allow. Then short contours go wherever there is room. The discs sit on the first tip of one long
-contour and on the last tip of the same (label 1) or of the other (label 0), so neither their places nor their surroundings tell the label:
-somebody has to follow the contour.
+Two contours start near each other and grow in turns, dash by dash; a dash goes straight on or turns, by cos^2 of the
+turn, and never comes closer to another dash than their margins allow. Then short contours go wherever there is room.
+The discs sit on the first tip of one long contour and on the last tip of the same (label 1) or of the other (label 0),
+so neither their places nor their surroundings tell the label: somebody has to follow the contour.
 
 Sample number i of a seed is the same whoever draws it, and whatever is drawn before it.
 
 Reference:
-    Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent units", arXiv 1805.08315; Houtkamp and
-    Roelfsema, "Parallel and serial grouping of image elements in visual perception", 2010. Parameters of Tay et al., "Long Range
-    Arena", arXiv 2011.04006.
+    Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent units", arXiv 1805.08315;
+    Houtkamp and Roelfsema, "Parallel and serial grouping of image elements in visual perception", 2010. Parameters of
+    Tay et al., "Long Range Arena", arXiv 2011.04006.
 """
 
 import math
@@ -43,17 +44,35 @@ class StimulusSettings(Spec):
     distractors: int = Field(default=5, ge=0, le=100, description="short contours, where there is room for them")
     distractor_length: int = Field(default=4, ge=1, le=100, description="dashes of each of them")
     dash_length: int = Field(default=2, ge=2, le=20, description="length of a dash")
-    dash_thickness: float = Field(default=0.5, gt=0.0, le=10.0, description="its thickness; times `antialias` a whole number")
-    margins: tuple[int, ...] = Field(default=(1,), min_length=1, description="free pixels around a dash; every image has one of these")
-    continuity: float = Field(default=1.0, ge=1.0, le=10.0, description="how straight contours are: the sharpest turn is 90 degrees / this")
-    seed_distance: float = Field(default=7.0, gt=0.0, description="from where the first contour begins to where the second does")
-    seed_frame: int = Field(default=14, ge=0, description="pixels at every side of the image in which the first contour does not begin")
+    dash_thickness: float = Field(
+        default=0.5, gt=0.0, le=10.0, description="its thickness; times `antialias` a whole number"
+    )
+    margins: tuple[int, ...] = Field(
+        default=(1,), min_length=1, description="free pixels around a dash; every image has one of these"
+    )
+    continuity: float = Field(
+        default=1.0, ge=1.0, le=10.0, description="how straight contours are: the sharpest turn is 90 degrees / this"
+    )
+    seed_distance: float = Field(
+        default=7.0, gt=0.0, description="from where the first contour begins to where the second does"
+    )
+    seed_frame: int = Field(
+        default=14, ge=0, description="pixels at every side of the image in which the first contour does not begin"
+    )
     marker_radius: float = Field(default=1.5, gt=0.0, le=20.0, description="radius of the discs")
-    contour_contrast: float = Field(default=1.5, gt=0.0, description="of the long contours, times the part of a pixel that is covered")
-    distractor_contrast: float = Field(default=2.0, gt=0.0, description="the same of the short ones; the discs have 1, the most there is")
-    padding: int = Field(default=1, ge=0, le=20, description="pixels at every side that stay free of dashes and their margins")
+    contour_contrast: float = Field(
+        default=1.5, gt=0.0, description="of the long contours, times the part of a pixel that is covered"
+    )
+    distractor_contrast: float = Field(
+        default=2.0, gt=0.0, description="the same of the short ones; the discs have 1, the most there is"
+    )
+    padding: int = Field(
+        default=1, ge=0, le=20, description="pixels at every side that stay free of dashes and their margins"
+    )
     antialias: int = Field(default=2, ge=1, le=8, description="dashes are drawn so many times larger, and reduced")
-    target_retries: int = Field(default=4, ge=0, le=1000, description="further places tried for the beginning of the second contour")
+    target_retries: int = Field(
+        default=4, ge=0, le=1000, description="further places tried for the beginning of the second contour"
+    )
     distractor_retries: int = Field(default=4, ge=0, le=1000, description="further attempts at each short contour")
     dash_retries: int = Field(default=2, ge=0, le=1000, description="further attempts at each dash")
 
@@ -61,19 +80,22 @@ class StimulusSettings(Spec):
     def _can_be_drawn(self) -> Self:
         if min(self.margins) < 1 or max(self.margins) > 20:
             raise ValueError(
-                f"margins={list(self.margins)} must all be from 1 to 20; without a margin the dashes of a contour would run together"
+                f"margins={list(self.margins)} must all be from 1 to 20; "
+                "without a margin the dashes of a contour would run together"
             )
         fine = self.dash_thickness * self.antialias
         if fine != round(fine) or fine < 1:
             raise ValueError(
-                f"dash_thickness={self.dash_thickness} times antialias={self.antialias} is {fine:g}; it must be a whole number, at least 1"
+                f"dash_thickness={self.dash_thickness} times antialias={self.antialias} is {fine:g}; "
+                "it must be a whole number, at least 1"
             )
         needed = self.dash_length + 2 * max(self.margins) + 2 * self.padding + 2
         if self.size < needed:
             raise ValueError(f"size={self.size} has no room for a dash with its margins; it must be at least {needed}")
         if 2 * self.seed_frame >= self.size:
             raise ValueError(
-                f"seed_frame={self.seed_frame} leaves no pixel of size={self.size} to begin in; it must be below {self.size / 2:g}"
+                f"seed_frame={self.seed_frame} leaves no pixel of size={self.size} to begin in; "
+                f"it must be below {self.size / 2:g}"
             )
         return self
 
@@ -130,7 +152,8 @@ def draw_stimulus(settings: StimulusSettings, seed: int, number: int) -> Stimulu
     """Draw sample `number` of a seed.
 
     Raises:
-        DataError: two contours of this length do not fit into an image, or so seldom that `STARTS` attempts were in vain.
+        DataError: two contours of this length do not fit into an image, or so seldom that `STARTS` attempts were in
+            vain.
     """
     # Of the generator, only random() promises the same numbers in every version of Python.
     uniform = random.Random(f"pathfinder {GENERATOR_VERSION} {seed} {number}").random
@@ -140,8 +163,9 @@ def draw_stimulus(settings: StimulusSettings, seed: int, number: int) -> Stimulu
     contours = next((found for _ in range(STARTS) if (found := garden.two_contours()) is not None), None)
     if contours is None:
         raise DataError(
-            f"two contours of {settings.contour_length} dashes did not fit into {settings.size} x {settings.size} pixels in {STARTS:,} "
-            f"attempts (margin {margin}); lower contour_length, dash_length or continuity, or raise size"
+            f"two contours of {settings.contour_length} dashes did not fit into {settings.size} x {settings.size} "
+            f"pixels in {STARTS:,} attempts (margin {margin}); "
+            "lower contour_length, dash_length or continuity, or raise size"
         )
     distractors = garden.distractors()
     first = int(uniform() * 2)
@@ -275,11 +299,13 @@ def _beginnings(settings: StimulusSettings, margin: int) -> tuple[list[Offset], 
         rows, columns = pixels_of(_fitting(stencils, number, stencils.border), stencils.stride)
         pivots = zip((rows - stencils.reach).tolist(), (columns - stencils.reach).tolist(), strict=True)
         allowed = range(frame, settings.size - frame)
-        found.append([(y, x) for y, x in pivots if y + direction.near[0] in allowed and x + direction.near[1] in allowed])
+        found.append(
+            [(y, x) for y, x in pivots if y + direction.near[0] in allowed and x + direction.near[1] in allowed]
+        )
     if not any(found):
         raise DataError(
-            f"no dash fits where the first contour may begin; lower seed_frame={frame}, dash_length={settings.dash_length} or "
-            f"margin {margin}"
+            f"no dash fits where the first contour may begin; lower seed_frame={frame}, "
+            f"dash_length={settings.dash_length} or margin {margin}"
         )
     return tuple(found)
 
@@ -290,14 +316,19 @@ def _fitting(stencils: Stencils, direction: int, occupied: int) -> int:
     blocked = 0
     for offset in (rows * stencils.stride + columns).tolist():
         blocked |= occupied >> offset
-    # `blocked` is by the first pixel of the window; a pivot is `reach` rows and columns after it. Outside of the image all is occupied.
+    # `blocked` is by the first pixel of the window; a pivot is `reach` rows and columns after it. Outside of the image
+    # all is occupied.
     corner = stencils.reach * (stencils.stride + 1)
     everywhere = (1 << (stencils.stride**2 - 2 * corner)) - 1
     return (everywhere & ~blocked) << corner & ~stencils.border
 
 
 def _draw(
-    settings: StimulusSettings, stencils: Stencils, contours: Sequence[Contour], distractors: Sequence[Contour], discs: Sequence[Offset]
+    settings: StimulusSettings,
+    stencils: Stencils,
+    contours: Sequence[Contour],
+    distractors: Sequence[Contour],
+    discs: Sequence[Offset],
 ) -> UInt8[np.ndarray, "S S"]:
     reach = stencils.reach
     canvas = np.zeros((stencils.stride, stencils.stride), dtype=np.float32)

@@ -1,4 +1,6 @@
-"""Published data sets: the folder where it is there, else its archive, else a download of that, else a sentence that says all this."""
+"""Published data sets: the folder where it is there, else its archive, else a download of that, else a sentence that
+says all this.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ from sma.recipes.data.download import fetch
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file is one of a data set, by its name or its path with `/`: systems leave `._NAME` and `.DS_Store` among them."""
+    """Whether a file is one of a data set, by its name or its path with `/`: systems leave `._NAME` and `.DS_Store`
+    among them.
+    """
     return not name.rpartition("/")[2].startswith(".")
 
 
@@ -59,14 +63,19 @@ def published_folder(
         archive = next((path for path in archives if path.exists()), archives[0])
         there = archive.exists()
     except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
-        raise DataError(f"cannot look for data in {quote(str(places[0].parent), 300)}: {reason(error)}; choose another folder") from error
+        raise DataError(
+            f"cannot look for data in {quote(str(places[0].parent), 300)}: {reason(error)}; choose another folder"
+        ) from error
     if not download and not there:
         raise DataError(f"{missing}; put {url} there, or set {option}=true{instead}")
     fetch(url, archive, sha256=sha256, md5=md5, most=archive_most, progress=progress)
     unpack(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)
     if found := _first(places):
         return found
-    raise DataError(f"{unpacked}, unpacked from {archive}, has no {places[0].name} where it should be; delete both and get {url} again")
+    raise DataError(
+        f"{unpacked}, unpacked from {archive}, has no {places[0].name} where it should be; "
+        f"delete both and get {url} again"
+    )
 
 
 def _first(places: Sequence[Path]) -> Path | None:

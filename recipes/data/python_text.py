@@ -1,7 +1,8 @@
 """Passages of Python's standard library: small real text that everybody has, for trying the tasks that read documents.
 
-A document is the source of a module, code and comments as they stand. Modules are dealt to the splits, so what is tested on comes from
-modules that nobody has learned from. The text differs between versions of Python: compare results by its SHA-256.
+A document is the source of a module, code and comments as they stand. Modules are dealt to the splits, so what is
+tested on comes from modules that nobody has learned from. The text differs between versions of Python: compare results
+by its SHA-256.
 
 These stand in for reviews and for papers, and an accuracy on them says nothing about those.
 """
@@ -32,15 +33,30 @@ LIMITS = {"train": 20_000, "validation": 1_000, "test": 2_000}
 
 # fmt: off
 INTERNET = frozenset({
-    "asynchat", "asyncio", "asyncore", "base64", "binhex", "cgi", "cgitb", "email", "ftplib", "html", "http", "imaplib", "ipaddress",
-    "json", "mailbox", "mailcap", "mimetypes", "netrc", "nntplib", "poplib", "quopri", "selectors", "smtpd", "smtplib", "socket",
-    "socketserver", "ssl", "telnetlib", "urllib", "uu", "uuid", "webbrowser", "wsgiref", "xml", "xmlrpc"
+    "asynchat", "asyncio", "asyncore", "base64", "binhex", "cgi", "cgitb", "email", "ftplib", "html", "http",
+    "imaplib", "ipaddress", "json", "mailbox", "mailcap", "mimetypes", "netrc", "nntplib", "poplib", "quopri",
+    "selectors", "smtpd", "smtplib", "socket", "socketserver", "ssl", "telnetlib", "urllib", "uu", "uuid",
+    "webbrowser", "wsgiref", "xml", "xmlrpc"
 })
 # fmt: on
-"""Modules and packages of the library reference's chapters on networking, internet data, markup and internet protocols."""
+"""Modules and packages of the library reference's chapters on networking, internet data, markup and internet
+protocols.
+"""
 
 _LEFT_OUT = frozenset(
-    {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "this", "tkinter", "turtle", "turtledemo"}
+    {
+        "antigravity",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "this",
+        "tkinter",
+        "turtle",
+        "turtledemo",
+    }
 )
 """Tables, jokes, and what many an installation lacks."""
 
@@ -57,19 +73,22 @@ def python_modules() -> dict[str, bytes]:
         paths += [root / f"{name}.py"] if (root / f"{name}.py").is_file() else sorted((root / name).rglob("*.py"))
     places = sorted(path.relative_to(root).as_posix() for path in paths)
     try:
-        found = {place: (root / place).read_bytes() for place in places if not {"test", "tests"} & set(place.split("/"))}
+        found = {
+            place: (root / place).read_bytes() for place in places if not {"test", "tests"} & set(place.split("/"))
+        }
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror or error}; use the published data") from error
     if not found:
         raise DataError(
-            f"Python {platform.python_version()} came without the sources of its standard library (looked for *.py in {root}); install "
-            "them, or use the published data"
+            f"Python {platform.python_version()} came without the sources of its standard library (looked for *.py in "
+            f"{root}); install them, or use the published data"
         )
     return found
 
 
 def deal_modules(names: Iterable[str], validation: float, seed: int) -> dict[str, list[str]]:
-    """Deal modules to the three splits: a share of `TEST` to test on, of the others a share of `validation` to validate on.
+    """Deal modules to the three splits: a share of `TEST` to test on, of the others a share of `validation` to validate
+    on.
 
     Raises:
         DataError: a split would have no module.
@@ -94,7 +113,9 @@ class PythonDocuments(NamedTuple):
     test: DocumentDataset
 
 
-def python_documents(length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None) -> PythonDocuments:
+def python_documents(
+    length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
+) -> PythonDocuments:
     """Cut modules into passages; class 1 is `INTERNET`.
 
     Args:
@@ -113,10 +134,15 @@ def python_documents(length: int, validation: float, seed: int, modules: Mapping
         classes: tuple[list[bytes], list[bytes]] = ([], [])
         for name in names:
             content, target = modules[name], name.split("/")[0].removesuffix(".py") in INTERNET
-            classes[target].extend(content[start : start + length] for start in range(0, len(content) - length + 1, length))
+            classes[target].extend(
+                content[start : start + length] for start in range(0, len(content) - length + 1, length)
+            )
         count = min(len(classes[0]), len(classes[1]), LIMITS[split] // 2)
         if not count:
-            raise DataError(f"the split {split!r} has no passage of {length} bytes of some class; lower the length, or change validation")
+            raise DataError(
+                f"the split {split!r} has no passage of {length} bytes of some class; "
+                "lower the length, or change validation"
+            )
         splits.append(
             DocumentDataset.of(
                 (passages[number], target)
@@ -147,10 +173,14 @@ class Pairs(NamedTuple):
         return total.hexdigest()
 
 
-def python_pairs(length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None) -> dict[str, Pairs]:
-    """Pair passages: every first one once with the one that follows it (1), and once with one of another module of the same split (0).
+def python_pairs(
+    length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
+) -> dict[str, Pairs]:
+    """Pair passages: every first one once with the one that follows it (1), and once with one of another module of the
+    same split (0).
 
-    Every second one comes once with either answer too, so no passage by itself tells it; and a module is in one split alone.
+    Every second one comes once with either answer too, so no passage by itself tells it; and a module is in one split
+    alone.
 
     Args:
         length: bytes of every passage.
@@ -164,7 +194,8 @@ def python_pairs(length: int, validation: float, seed: int, modules: Mapping[str
     modules = python_modules() if modules is None else modules
     long = {name: content for name, content in modules.items() if len(content) >= 2 * length}
     return {
-        split: _pairs([long[name] for name in names], length, seed, split) for split, names in deal_modules(long, validation, seed).items()
+        split: _pairs([long[name] for name in names], length, seed, split)
+        for split, names in deal_modules(long, validation, seed).items()
     }
 
 
@@ -177,7 +208,8 @@ def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> Pai
     most = int(owners.bincount().max())
     if 2 * most > len(firsts):
         raise DataError(
-            f"{most} of the {len(firsts)} passages of the split {split!r} are of one module, at most half may be; lower the length"
+            f"{most} of the {len(firsts)} passages of the split {split!r} are of one module, "
+            "at most half may be; lower the length"
         )
     # Sorted by module, whoever stands as far away as the largest module is long is of another one.
     order = owners.argsort(stable=True)

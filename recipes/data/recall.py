@@ -1,12 +1,13 @@
-"""Associative recall in noise: pairs of a key and a value are scattered among distractors, and later the keys are asked for.
+"""Associative recall in noise: pairs of a key and a value are scattered among distractors, and later the keys are asked
+for.
 
-A sample is a row of token ids. In its first part every key is followed by its value; in the rest the same keys stand among distractors
-again, in another order, and at each the model has to name the value. No key comes twice in the first part. Everything else is noise that
-nobody needs. Generated: the same settings give the same samples.
+A sample is a row of token ids. In its first part every key is followed by its value; in the rest the same keys stand
+among distractors again, in another order, and at each the model has to name the value. No key comes twice in the first
+part. Everything else is noise that nobody needs. Generated: the same settings give the same samples.
 
 References:
-    Ba et al., "Using Fast Weights to Attend to the Recent Past", arXiv 1610.06258; Arora et al., "Zoology: Measuring and Improving
-    Recall in Efficient Language Models", arXiv 2312.04927.
+    Ba et al., "Using Fast Weights to Attend to the Recent Past", arXiv 1610.06258; Arora et al., "Zoology: Measuring
+    and Improving Recall in Efficient Language Models", arXiv 2312.04927.
 """
 
 import hashlib
@@ -45,8 +46,9 @@ class RecallSettings(Spec):
             raise ValueError(f"pairs={self.pairs} must be at most keys={self.keys}; no key comes twice")
         if 2 * self.pairs > self.queries_from or self.pairs > self.length - self.queries_from:
             raise ValueError(
-                f"pairs={self.pairs} do not fit: they take {2 * self.pairs} of the first queries_from={self.queries_from} tokens, and "
-                f"their queries {self.pairs} of the other {self.length - self.queries_from}"
+                f"pairs={self.pairs} do not fit: they take {2 * self.pairs} of the first "
+                f"queries_from={self.queries_from} tokens, "
+                f"and their queries {self.pairs} of the other {self.length - self.queries_from}"
             )
         return self
 
@@ -57,7 +59,8 @@ class RecallSettings(Spec):
 
 
 class RecallDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Samples as `(ids, targets)`, both `(L,)`: the target of a query is the id of its value, every other position is `UNSCORED`.
+    """Samples as `(ids, targets)`, both `(L,)`: the target of a query is the id of its value, every other position is
+    `UNSCORED`.
 
     Args:
         ids: the samples.
@@ -65,7 +68,9 @@ class RecallDataset(Dataset[tuple[Tensor, Tensor]]):
         answers: their values.
     """
 
-    def __init__(self, ids: UInt8[Tensor, "N L"], queries: Integer[Tensor, "N P"], answers: UInt8[Tensor, "N P"]) -> None:
+    def __init__(
+        self, ids: UInt8[Tensor, "N L"], queries: Integer[Tensor, "N P"], answers: UInt8[Tensor, "N P"]
+    ) -> None:
         self.ids, self.queries, self.answers = ids, queries, answers
 
     def __len__(self) -> int:
@@ -82,8 +87,12 @@ class RecallDataset(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def sha256(self) -> str:
-        """Of the ids, the positions of the queries and the answers, a byte each; above 256 positions four bytes for each of these."""
-        return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in (self.ids, self.queries, self.answers))).hexdigest()
+        """Of the ids, the positions of the queries and the answers, a byte each; above 256 positions four bytes for
+        each of these.
+        """
+        return hashlib.sha256(
+            b"".join(part.contiguous().numpy().tobytes() for part in (self.ids, self.queries, self.answers))
+        ).hexdigest()
 
 
 class RecallData(NamedTuple):
@@ -105,7 +114,9 @@ def make_recall(settings: RecallSettings) -> RecallData:
     drawn = max(settings.keys, settings.queries_from - settings.pairs, settings.length - settings.queries_from)
     # Of every split what is kept, and of the largest what it is drawn with.
     needed = settings.length * sum(sizes.values()) + (8 * settings.length + 12 * drawn) * max(sizes.values())
-    check_memory(needed, "the task recall", error=DataError, hint="lower train, validation, test or length of task.data")
+    check_memory(
+        needed, "the task recall", error=DataError, hint="lower train, validation, test or length of task.data"
+    )
     splits = {}
     for number, (name, size) in enumerate(sizes.items()):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
@@ -119,7 +130,8 @@ def _draw(settings: RecallSettings, size: int, generator: torch.Generator) -> Re
     ids = torch.randint(first, first + settings.distractors, (size, settings.length), generator=generator)
     keys = settings.values + _some(settings.keys, pairs, size, generator)
     values = torch.randint(settings.values, (size, pairs), generator=generator)
-    # Choosing P of S - P places and making each two wide spreads pairs that do not touch each other over S places, all ways alike.
+    # Choosing P of S - P places and making each two wide spreads pairs that do not touch each other over S places, all
+    # ways alike.
     places = _some(start - pairs, pairs, size, generator).sort(1).values + torch.arange(pairs)
     ids.scatter_(1, places, keys).scatter_(1, places + 1, values)
     queries = start + _some(settings.length - start, pairs, size, generator).sort(1).values

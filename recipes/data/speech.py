@@ -1,16 +1,16 @@
 """Raw speech: one-second clips at 16 kHz as sequences of real numbers, Speech Commands or synthetic.
 
-Samples are numbers from -1 to 1 (16-bit numbers / 32,768). Each is standardised by the mean and the deviation, over the training clips,
-of the samples at its own place of the clip: (x - mean) / (deviation + 1e-5).
+Samples are numbers from -1 to 1 (16-bit numbers / 32,768). Each is standardised by the mean and the deviation, over the
+training clips, of the samples at its own place of the clip: (x - mean) / (deviation + 1e-5).
 
 | split | training, validation, test | of |
 |---|---|---|
-| `stratified` | 70 / 15 / 15 %, each with its share of every word: 24,482 / 5,246 / 5,247 | the clips sorted by word and name |
-| `hash` | what the publisher's two lists leave, `validation_list.txt`, `testing_list.txt` | a speaker is in one split only |
+| `stratified` | 70 / 15 / 15 % of every word: 24,482 / 5,246 / 5,247 | the clips sorted by word and name |
+| `hash` | what the lists leave, `validation_list.txt`, `testing_list.txt` | a speaker is in one split only |
 
-`stratified` is how the paper's authors and those before them split: scikit-learn's draw, twice, with the seeds 0 and 1. They drew from the
-clips in the order in which their file system listed the files, which nobody else has. Sorted names give everybody the same clips in the
-same splits, and the same number as theirs, but not the same clips as theirs.
+`stratified` is how the paper's authors and those before them split: scikit-learn's draw, twice, with the seeds 0 and 1.
+They drew from the clips in the order in which their file system listed the files, which nobody else has. Sorted names
+give everybody the same clips in the same splits, and the same number as theirs, but not the same clips as theirs.
 """
 
 import hashlib
@@ -41,24 +41,37 @@ class SpeechSettings(Spec):
     """Which clips, and how they are split. The same files and settings give the same clips in the same splits."""
 
     source: Literal["speech_commands", "synthetic"] = Field(
-        default="speech_commands", description="recordings of ten words, or ten sounds made by a formula, which need no data"
+        default="speech_commands",
+        description="recordings of ten words, or ten sounds made by a formula, which need no data",
     )
     split: Literal["stratified", "hash"] = Field(
-        default="stratified", description="70/15/15 %, each with its share of every word, or by the lists of the publisher, by speaker"
+        default="stratified",
+        description="70/15/15 %, each with its share of every word, or by the lists of the publisher, by speaker",
     )
-    downsample: int = Field(default=1, ge=1, le=SAMPLES, description="samples that are averaged into one; must divide 16,000")
+    downsample: int = Field(
+        default=1, ge=1, le=SAMPLES, description="samples that are averaged into one; must divide 16,000"
+    )
     clips: int | None = Field(default=None, ge=100, description=f"synthetic clips in all; null: {SYNTHETIC_CLIPS:,}")
-    download: bool = Field(default=False, description="get the archive of Speech Commands (2.3 GiB) where it is missing")
+    download: bool = Field(
+        default=False, description="get the archive of Speech Commands (2.3 GiB) where it is missing"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the stratified split and the synthetic clips")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if SAMPLES % self.downsample:
-            raise ValueError(f"downsample={self.downsample} must divide the {SAMPLES:,} samples of a clip, as 1, 2, 4, 5, 8, 10, 16 do")
+            raise ValueError(
+                f"downsample={self.downsample} must divide the {SAMPLES:,} samples of a clip, "
+                "as 1, 2, 4, 5, 8, 10, 16 do"
+            )
         if self.source == "synthetic" and (self.split == "hash" or self.download):
-            raise ValueError("source='synthetic' has no lists and needs no download; leave split='hash' and download=true out")
+            raise ValueError(
+                "source='synthetic' has no lists and needs no download; leave split='hash' and download=true out"
+            )
         if self.source == "speech_commands" and self.clips is not None:
-            raise ValueError(f"clips={self.clips} is for source='synthetic'; Speech Commands has the clips it has, so leave it out")
+            raise ValueError(
+                f"clips={self.clips} is for source='synthetic'; Speech Commands has the clips it has, so leave it out"
+            )
         return self
 
 
@@ -103,7 +116,9 @@ class SpeechDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def sha256(self) -> str:
-        """Of the clips as they are recorded, 16-bit little-endian numbers, clip after clip, and then the classes, a byte each."""
+        """Of the clips as they are recorded, 16-bit little-endian numbers, clip after clip, and then the classes, a
+        byte each.
+        """
         total = hashlib.sha256()
         for part in self.numbers.split(_BLOCK):
             total.update(self.clips[part.numpy()].tobytes())
@@ -118,7 +133,9 @@ class SpeechDataset(Dataset[tuple[Tensor, int]]):
         return sums / (_SCALE * self.downsample)
 
     def _moments(self) -> tuple[Float64[Tensor, " L"], Float64[Tensor, " L"]]:
-        """Mean and standard deviation (of a sample: N - 1) at every place; from whole numbers, so in whatever order they are added."""
+        """Mean and standard deviation (of a sample: N - 1) at every place; from whole numbers, so in whatever order
+        they are added.
+        """
         count = len(self)
         first = torch.zeros(SAMPLES // self.downsample, dtype=torch.int64)
         second = torch.zeros(SAMPLES // self.downsample, dtype=torch.float64)
@@ -171,7 +188,9 @@ def load_speech(settings: SpeechSettings, folder: Path, *, progress: bool = True
         else:
             parts = _stratified(targets, settings.seed)
     train = SpeechDataset(clips, parts[0], targets[parts[0]], settings.downsample)
-    others = [SpeechDataset(clips, part, targets[part], settings.downsample, train.mean, train.std) for part in parts[1:]]
+    others = [
+        SpeechDataset(clips, part, targets[part], settings.downsample, train.mean, train.std) for part in parts[1:]
+    ]
     splits = dict(zip(("train", "validation", "test"), (train, *others), strict=True))
     hashes = {name: split.sha256 for name, split in splits.items()}
     return SpeechData(**splits, hashes=hashes, class_names=names, sample_rate=round(SAMPLE_RATE / settings.downsample))
@@ -200,8 +219,8 @@ def _listed(clips: speech_commands.Clips, folder: Path) -> list[Int64[Tensor, " 
     parts = [(places == place).nonzero().flatten() for place in range(3)]
     if not all(map(len, parts)):
         raise DataError(
-            f"split='hash' needs {LISTS[0]} and {LISTS[1]} in {folder / speech_commands.NAME}, with the names of some of the clips there; "
-            f"they give {', '.join(str(len(part)) for part in parts)} clips to train on, validate on and test on: get the lists from the "
-            "archive, or use split='stratified'"
+            f"split='hash' needs {LISTS[0]} and {LISTS[1]} in {folder / speech_commands.NAME}, with the names of some "
+            f"of the clips there; they give {', '.join(str(len(part)) for part in parts)} clips to train on, validate "
+            "on and test on: get the lists from the archive, or use split='stratified'"
         )
     return parts

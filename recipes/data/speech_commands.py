@@ -8,9 +8,10 @@ A data folder holds one of the two, as they are published:
 | archive | `speech_commands_v0.02.tar.gz`, 2.3 GiB, from which the ten words are unpacked into that folder |
 
 Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
-`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes into memory, and
-`names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another selection of files is another
-copy, as are files that were replaced. `sma.recipes.data.wav` says which WAV files are read.
+`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes
+into memory, and `names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another
+selection of files is another copy, as are files that were replaced. `sma.recipes.data.wav` says which WAV files are
+read.
 
 Reference:
     Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
@@ -66,14 +67,14 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     """Return the clips of the ten words that have exactly 16,000 samples.
 
     Args:
-        folder: holds the folder or the archive; and then the copy, which is kept in the default data folder where `folder` cannot be
-            written.
+        folder: holds the folder or the archive; and then the copy, which is kept in the default data folder where
+            `folder` cannot be written.
         download: get the archive where neither is there.
         progress: show bars.
 
     Raises:
-        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not of one channel at 16 kHz, named by file; or
-            the copy cannot be written.
+        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not of one channel at 16 kHz,
+            named by file; or the copy cannot be written.
     """
     source = _source(folder, download, progress)
     files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
@@ -95,10 +96,15 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     names = _lines_of(copy / _FILES[1])
     found = {name.split("/")[0] for name in names}
     if found - {*CLASSES, ""}:
-        raise DataError(f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to have it made again")
+        raise DataError(
+            f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to have it made again"
+        )
     for word in CLASSES:
         if word not in found:
-            raise DataError(f"no clip of the word {word!r} in {source / word} has exactly {SAMPLES:,} samples; every word needs some")
+            raise DataError(
+                f"no clip of the word {word!r} in {source / word} has exactly {SAMPLES:,} samples; "
+                "every word needs some"
+            )
     clips = map_file(copy / _FILES[0], "<i2", (len(names), SAMPLES))
     return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
 
@@ -113,8 +119,8 @@ def _source(folder: Path, download: bool, progress: bool) -> Path:
         sha256=SHA256,
         archive_most=3 << 30,  # it has 2.3 GiB, and the ten words 1.2 GB
         files_most=2 << 30,
-        missing=f"there is no Speech Commands data: looked for the folder {source}, with {CLASSES[0]}/*.wav and so on, and the archive "
-        f"{archive}",
+        missing=f"there is no Speech Commands data: looked for the folder {source}, "
+        f"with {CLASSES[0]}/*.wav and so on, and the archive {archive}",
         members=_is_wanted,
         download=download,
         progress=progress,
@@ -132,7 +138,9 @@ def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
     found = (source / word).glob("*.wav")
     paths: Sequence[Path] = sorted((path for path in found if is_visible(path.name)), key=lambda path: path.name)
     if not paths:
-        raise DataError(f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}")
+        raise DataError(
+            f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}"
+        )
     return ((f"{word}/{path.name}", path) for path in paths)
 
 

@@ -1,7 +1,9 @@
-"""Synthetic words: ten sounds made by a formula, in the format of Speech Commands, for trying the pipeline without its data.
+"""Synthetic words: ten sounds made by a formula, in the format of Speech Commands, for trying the pipeline without its
+data.
 
-A word is a melody, sung once or twice: five melodies times two are the ten words. Speaker, loudness, tempo, beginning and noise are drawn
-for every clip, so that no single sample tells the word: the melody must be followed over a tenth of a second to half a second.
+A word is a melody, sung once or twice: five melodies times two are the ten words. Speaker, loudness, tempo, beginning
+and noise are drawn for every clip, so that no single sample tells the word: the melody must be followed over a tenth of
+a second to half a second.
 These are no recordings, and an accuracy on them says nothing about speech.
 """
 

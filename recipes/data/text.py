@@ -1,6 +1,7 @@
 """Text as bytes, for causal language modelling: the text that comes with Python, enwik8, or any local file.
 
-A corpus is one run of bytes, cut in order and without gaps: training text, validation text, and the held-out tail, which is the test.
+A corpus is one run of bytes, cut in order and without gaps: training text, validation text, and the held-out tail,
+which is the test.
 
 | corpus | training | validation | test |
 |---|---|---|---|
@@ -9,8 +10,8 @@ A corpus is one run of bytes, cut in order and without gaps: training text, vali
 
 Nothing is decoded or cleaned: a token is a byte, 0 to 255.
 
-enwik8 is `enwik8.zip`, 36,445,475 bytes, as it is published, or the file in it. Both hashes stand below; they are those that several
-public repositories have, for its page gives none but an MD5 of the file, with which they agree.
+enwik8 is `enwik8.zip`, 36,445,475 bytes, as it is published, or the file in it. Both hashes stand below; they are those
+that several public repositories have, for its page gives none but an MD5 of the file, with which they agree.
 
 Reference:
     Mahoney, "Large Text Compression Benchmark", http://mattmahoney.net/dc/text.html.
@@ -49,8 +50,8 @@ _HELD_OUT = 0.1
 _BLOCK = 1 << 20
 _FEWEST = 2  # bytes of a split: one to read, one to predict
 _WANTED = (
-    f"a text file, {ENWIK8} or {ENWIK8_ZIP} ({ENWIK8_URL}; task.data.download=true gets it into the data folder); leave file out to use "
-    "the text that comes with Python"
+    f"a text file, {ENWIK8} or {ENWIK8_ZIP} ({ENWIK8_URL}; task.data.download=true gets it into the data folder); "
+    "leave file out to use the text that comes with Python"
 )
 
 
@@ -60,19 +61,26 @@ class TextSettings(Spec):
     file: str | None = Field(
         default=None,
         min_length=1,
-        description="a local text file, enwik8 or enwik8.zip, read as bytes; a relative path is looked for in the working folder, then in "
-        "the data folder; null is the text that comes with Python (pydoc_data.topics)",
+        description="a local text file, enwik8 or enwik8.zip, read as bytes; a relative path is looked for in the "
+        "working folder, then in the data folder; null is the text that comes with Python (pydoc_data.topics)",
     )
-    download: bool = Field(default=False, description="with file=enwik8 or enwik8.zip: get the zip, 36 MB, where neither is there")
+    download: bool = Field(
+        default=False, description="with file=enwik8 or enwik8.zip: get the zip, 36 MB, where neither is there"
+    )
     held_out: float | None = Field(
-        default=None, gt=0.0, lt=1.0, description="share of the bytes, at the end, to test on; null is 0.05 for enwik8 and 0.1 otherwise"
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="share of the bytes, at the end, to test on; null is 0.05 for enwik8 and 0.1 otherwise",
     )
-    validation: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of the bytes, just before the held-out ones, to validate on")
+    validation: float = Field(
+        default=0.05, gt=0.0, lt=1.0, description="share of the bytes, just before the held-out ones, to validate on"
+    )
     sha256: str | None = Field(
         default=None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 that the bytes must have, 64 lower-case hexadecimal digits (of enwik8 inside a zip, not of the zip); "
-        "null takes any",
+        description="SHA-256 that the bytes must have, 64 lower-case hexadecimal digits (of enwik8 inside a zip, "
+        "not of the zip); null takes any",
     )
 
     @model_validator(mode="after")
@@ -80,10 +88,14 @@ class TextSettings(Spec):
         held_out = _HELD_OUT if self.held_out is None else self.held_out
         if held_out + self.validation >= 1.0:
             raise ValueError(
-                f"held_out={held_out} and validation={self.validation} leave nothing to train on; their sum must be less than 1"
+                f"held_out={held_out} and validation={self.validation} leave nothing to train on; "
+                "their sum must be less than 1"
             )
         if self.download and Path(self.file or "").name not in (ENWIK8, ENWIK8_ZIP):
-            raise ValueError(f"download=true gets enwik8 alone, and file is {self.file!r}; set file={ENWIK8_ZIP}, or leave download out")
+            raise ValueError(
+                f"download=true gets enwik8 alone, and file is {self.file!r}; "
+                f"set file={ENWIK8_ZIP}, or leave download out"
+            )
         return self
 
 
@@ -95,7 +107,8 @@ class Corpus(NamedTuple):
     """The three splits of a text in their order, its SHA-256 in hexadecimal digits, and its name for reports.
 
     Shape:
-        train, validation, test: `(T,)` each, one byte per token, all of one memory; written one after another they are the text.
+        train, validation, test: `(T,)` each, one byte per token, all of one memory; written one after another they are
+            the text.
     """
 
     train: UInt8[Tensor, " T_train"]
@@ -107,18 +120,24 @@ class Corpus(NamedTuple):
     @property
     def hashes(self) -> dict[str, str]:
         """The SHA-256 of every split."""
-        return {split: hashlib.sha256(getattr(self, split).numpy()).hexdigest() for split in ("train", "validation", "test")}
+        return {
+            split: hashlib.sha256(getattr(self, split).numpy()).hexdigest() for split in ("train", "validation", "test")
+        }
 
     @property
     def before_test(self) -> UInt8[Tensor, " T"]:
-        """Everything before the held-out tail, training and validation: what the marks of `marks.py` are given to learn from."""
+        """Everything before the held-out tail, training and validation: what the marks of `marks.py` are given to learn
+        from.
+        """
         return torch.cat((self.train, self.validation))
 
 
 def python_text() -> bytes:
-    r"""Return the text that comes with Python: the help pages of `pydoc_data.topics` by title, one `\n` between, as UTF-8.
+    r"""Return the text that comes with Python: the help pages of `pydoc_data.topics` by title, one `\n` between, as
+    UTF-8.
 
-    It is the same for everybody who has the same version of Python, and differs between versions: compare results by its SHA-256.
+    It is the same for everybody who has the same version of Python, and differs between versions: compare results by
+    its SHA-256.
 
     Raises:
         DataError: this Python came without its help pages.
@@ -136,17 +155,19 @@ def python_text() -> bytes:
 def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, *, progress: bool = True) -> Corpus:
     """Return the text of `settings` as bytes, in its splits.
 
-    A file or a member of a zip of which the name, without its suffix, is `enwik8` must be enwik8. Nothing but a download is written.
+    A file or a member of a zip of which the name, without its suffix, is `enwik8` must be enwik8. Nothing but a
+    download is written.
 
     Args:
-        settings: which text, cut how, and optionally the hash that it must have. A relative path starts at the working folder, or else
-            at `folder`; where `enwik8` or `enwik8.zip` is asked for, either is taken.
+        settings: which text, cut how, and optionally the hash that it must have. A relative path starts at the working
+            folder, or else at `folder`; where `enwik8` or `enwik8.zip` is asked for, either is taken.
         folder: the data folder, which a download goes to; None: the working folder.
         progress: show a bar while downloading.
 
     Raises:
-        DataError: the file is missing, cannot be read, is too small to be cut, or has another hash than the one required; a zip holds
-            no enwik8 or is damaged; what is named enwik8 has not its 100,000,000 bytes, or other ones; the download fails.
+        DataError: the file is missing, cannot be read, is too small to be cut, or has another hash than the one
+            required; a zip holds no enwik8 or is damaged; what is named enwik8 has not its 100,000,000 bytes, or other
+            ones; the download fails.
     """
     if settings.file is None:
         content = bytearray(python_text())
@@ -159,26 +180,34 @@ def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, 
     sha256 = hashlib.sha256(content).hexdigest()
     if is_enwik8 and sha256 != ENWIK8_SHA256:
         raise DataError(
-            f"{ENWIK8} in {path} has the SHA-256 {sha256}; that of {ENWIK8} is {ENWIK8_SHA256}: download it again, or give a text of your "
-            "own another name"
+            f"{ENWIK8} in {path} has the SHA-256 {sha256}; that of {ENWIK8} is {ENWIK8_SHA256}: download it again, or "
+            "give a text of your own another name"
         )
     if settings.sha256 not in (None, sha256):
-        hint = "another version of Python comes with another text" if settings.file is None else "the file was changed or is another one"
-        raise DataError(f"{name} has the SHA-256 {sha256}, and {settings.sha256} is required: {hint}; sha256=null takes any text")
+        hint = (
+            "another version of Python comes with another text"
+            if settings.file is None
+            else "the file was changed or is another one"
+        )
+        raise DataError(
+            f"{name} has the SHA-256 {sha256}, and {settings.sha256} is required: {hint}; sha256=null takes any text"
+        )
     held_out = settings.held_out or (_ENWIK8_HELD_OUT if is_enwik8 else _HELD_OUT)
     test, validation = round(held_out * len(content)), round(settings.validation * len(content))
     sizes = [len(content) - validation - test, validation, test]
     if min(sizes) < _FEWEST:
         raise DataError(
-            f"{name} has {len(content):,} bytes, which gives {sizes[0]} to train on, {validation} to validate on and {test} to test on; "
-            f"at least {_FEWEST} each are required: take a longer text"
+            f"{name} has {len(content):,} bytes, which gives {sizes[0]} to train on, {validation} to validate on and "
+            f"{test} to test on; at least {_FEWEST} each are required: take a longer text"
         )
     train, held_back, tail = torch.frombuffer(content, dtype=torch.uint8).split(sizes)
     return Corpus(train, held_back, tail, sha256, name)
 
 
 def _find(given: str, folder: Path, download: bool, progress: bool) -> Path:
-    """The place of a file, absolute or below the working folder or the data folder; or that of enwik8 once it is downloaded."""
+    """The place of a file, absolute or below the working folder or the data folder; or that of enwik8 once it is
+    downloaded.
+    """
     try:
         if "\0" in given:  # which is only asked for where the file is opened
             raise ValueError("it has a zero byte")
@@ -191,7 +220,9 @@ def _find(given: str, folder: Path, download: bool, progress: bool) -> Path:
     if found is not None:
         return found
     if download:
-        return fetch(ENWIK8_URL, folder / ENWIK8_ZIP, sha256=ENWIK8_ZIP_SHA256, most=2 * ENWIK8_ZIP_BYTES, progress=progress)
+        return fetch(
+            ENWIK8_URL, folder / ENWIK8_ZIP, sha256=ENWIK8_ZIP_SHA256, most=2 * ENWIK8_ZIP_BYTES, progress=progress
+        )
     looked = ", ".join(str(place.absolute()) for place in places)
     raise DataError(f"there is no file {given!r} (looked for {looked}); give {_WANTED}")
 
@@ -208,7 +239,10 @@ def _read(path: Path, size: int | None) -> bytearray:
 
 
 def _read_zip(path: Path, file: BinaryIO, size: int | None) -> bytearray:
-    with parsing(f"{ENWIK8} in {path}", hint="the zip is damaged or of another sort: download it again"), zipfile.ZipFile(file) as archive:
+    with (
+        parsing(f"{ENWIK8} in {path}", hint="the zip is damaged or of another sort: download it again"),
+        zipfile.ZipFile(file) as archive,
+    ):
         names = archive.namelist()
         if ENWIK8 not in names:
             held = ", ".join(map(quote, names[:5])) or "nothing"
@@ -223,8 +257,8 @@ def _check_size(path: Path, length: int, size: int | None) -> None:
     """Refuse what is too long, or no enwik8, before any of it is read."""
     if size is not None and length != size:
         raise DataError(
-            f"{ENWIK8} in {path} has {length:,} bytes; it must have exactly {size:,}: download it again, or give a text of your own "
-            "another name"
+            f"{ENWIK8} in {path} has {length:,} bytes; it must have exactly {size:,}: "
+            "download it again, or give a text of your own another name"
         )
     check_memory(length, f"the text {path}", error=DataError, hint="give a shorter one")
 

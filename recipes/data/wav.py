@@ -1,10 +1,12 @@
 """WAV files: the samples of one channel as 16-bit numbers, whichever program wrote the file.
 
-RIFF, RF64 and BW64 are read, with whole numbers of 8, 16, 24 or 32 bits or floating-point numbers of 32 or 64, in the plain form or in
-the extensible one, and with any other chunks around them. 8 and 16 bits are exact, longer numbers are rounded to 16 bits.
+RIFF, RF64 and BW64 are read, with whole numbers of 8, 16, 24 or 32 bits or floating-point numbers of 32 or 64, in the
+plain form or in the extensible one, and with any other chunks around them. 8 and 16 bits are exact, longer numbers are
+rounded to 16 bits.
 
-A program that writes to a pipe cannot go back and write how much it wrote. Its header holds 0 or a number near 2 or 4 GiB instead: there
-the samples go on to the end of the file. Any other size is believed, and a file that is shorter is truncated.
+A program that writes to a pipe cannot go back and write how much it wrote. Its header holds 0 or a number near 2 or 4
+GiB instead: there the samples go on to the end of the file. Any other size is believed, and a file that is shorter is
+truncated.
 
 Reference:
     Microsoft, "Multiple Channel Audio Data and WAVE Files", 2007; EBU Tech 3306, "MBWF / RF64", 2009; ITU-R BS.2088.
@@ -39,14 +41,18 @@ _SUBFORMAT = bytes.fromhex("000000001000800000aa00389b71")
 
 _IN_DS64 = 0xFFFFFFFF
 _STREAMED = (range(0x7FFF0000, 0x80010000), range(0xFFFF0000, 1 << 32), range((1 << 63) - (1 << 16), 1 << 64))
-"""Sizes that stand for one that was not known when the header was written: sox writes 0x7FFFF000, ffmpeg 0xFFFFFFFF, Python 0."""
+"""Sizes that stand for one that was not known when the header was written: sox writes 0x7FFFF000, ffmpeg 0xFFFFFFFF,
+Python 0.
+"""
 
 _CHUNKS = 10_000
 """Chunks before the samples at most."""
 
 
 class _Header(NamedTuple):
-    """What a file says of its samples: codec, channels, samples per second, bits and bytes of one, and where they begin and end."""
+    """What a file says of its samples: codec, channels, samples per second, bits and bytes of one, and where they begin
+    and end.
+    """
 
     codec: int
     channels: int
@@ -77,13 +83,16 @@ def read_wav(path: str | Path, rate: int = 16_000, *, only: int | None = None) -
         what, known = _describe(header)
         if not known or header.channels != 1 or header.rate != rate:
             raise DataError(
-                f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; required are 1 channel, 16 bits, {rate:,} Hz "
-                "(8, 24 and 32 bits are read too): convert it"
+                f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; required are 1 channel, 16 "
+                f"bits, {rate:,} Hz (8, 24 and 32 bits are read too): convert it"
             )
         promised = header.size // header.width
         there = min(promised, (length - header.start) // header.width)
         if there < promised:
-            raise DataError(f"{path} is truncated: it has {there:,} of the {promised:,} samples that its header promises; get it again")
+            raise DataError(
+                f"{path} is truncated: it has {there:,} of the {promised:,} samples that its header promises; "
+                "get it again"
+            )
         if only is not None and there != only:
             return None
         file.seek(header.start)
@@ -153,7 +162,10 @@ def _read_form(content: bytes, path: str | Path) -> tuple[int, int, int, int, in
         if len(content) < 40:
             _refuse(path, f"its chunk 'fmt ' has {len(content)} bytes, fewer than the 40 of the extensible form")
         if content[26:] != _SUBFORMAT:
-            raise DataError(f"{path} has the sub-format {content[24:].hex()}, which is not known; convert it to plain numbers of 16 bits")
+            raise DataError(
+                f"{path} has the sub-format {content[24:].hex()}, which is not known; "
+                "convert it to plain numbers of 16 bits"
+            )
         codec = struct.unpack("<H", content[24:26])[0]
     width = (bits + 7) // 8
     if codec in (_INTEGER, _FLOAT) and channels * width != block:

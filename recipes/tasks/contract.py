@@ -33,7 +33,8 @@ class TaskData(NamedTuple):
         collate: makes a batch of samples.
         show: the text of every position of a sample, for reports and figures.
         class_names: of the classes, in their order; empty: they are called by their numbers.
-        image_shape: height and width of the images whose pixels, row after row, are the positions; None: they are no pixels.
+        image_shape: height and width of the images whose pixels, row after row, are the positions; None: they are no
+            pixels.
         sample_rate: of the sound whose samples are the positions, in Hz; None: they are no sound.
     """
 
@@ -105,9 +106,13 @@ class ClassificationTask(TaskSpec):
     def check_model(self, model: ModelSpec) -> None:
         classes = getattr(model.head_spec, "classes", None)
         if classes is None:
-            raise ValueError(f"the model kind {model.kind!r} has no head that scores classes; use kind 'sequence_classifier'")
+            raise ValueError(
+                f"the model kind {model.kind!r} has no head that scores classes; use kind 'sequence_classifier'"
+            )
         if classes != self.classes:
-            raise ValueError(f"model.head.classes={classes} must be {self.classes}, the classes of the task {self.kind!r}")
+            raise ValueError(
+                f"model.head.classes={classes} must be {self.classes}, the classes of the task {self.kind!r}"
+            )
         if model.rows_per_sample != self.rows_per_sample:
             fitting = "pair_classifier" if self.rows_per_sample == 2 else "sequence_classifier"
             raise ValueError(f"the model kind {model.kind!r} does not fit the task {self.kind!r}; use kind {fitting!r}")

@@ -20,7 +20,9 @@ class ImageTask(ClassificationTask):
     """
 
     kind: Literal["image"] = "image"
-    data: CifarSettings = Field(default=CifarSettings(), description="where the images come from, and how they are split")
+    data: CifarSettings = Field(
+        default=CifarSettings(), description="where the images come from, and how they are split"
+    )
 
     @property
     def classes(self) -> int:
@@ -41,4 +43,6 @@ class ImageTask(ClassificationTask):
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         made = load_cifar(self.data, folder, progress=progress)
-        return TaskData(*made[:3], made.hashes, collate, made.show, class_names=self.class_names, image_shape=(SIDE, SIDE))
+        return TaskData(
+            *made[:3], made.hashes, collate, made.show, class_names=self.class_names, image_shape=(SIDE, SIDE)
+        )

@@ -21,14 +21,15 @@ class LanguageTask(TaskSpec):
     segment: int = Field(default=512, ge=1, description="bytes of each row of a batch")
     carry_state: bool = Field(
         default=False,
-        description="go on from one segment to the next with the state, without its gradient; false starts every segment afresh",
+        description="go on from one segment to the next with the state, without its gradient; "
+        "false starts every segment afresh",
     )
     window: int = Field(default=8192, ge=1, description="bytes that are evaluated at once")
     context: int | None = Field(
         default=None,
         ge=0,
-        description="bytes of each window that are only read, so that the others have at least so much before them; null streams the "
-        "whole split through the state, so that every byte has all before it",
+        description="bytes of each window that are only read, so that the others have at least so much before them; "
+        "null streams the whole split through the state, so that every byte has all before it",
     )
 
     @model_validator(mode="after")
@@ -42,7 +43,9 @@ class LanguageTask(TaskSpec):
             raise ValueError(f"the model kind {model.kind!r} does not score the next token; use kind 'language_model'")
         vocabulary = getattr(model.encoder, "vocabulary", 0)
         if vocabulary < VOCABULARY_SIZE:
-            raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte")
+            raise ValueError(
+                f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte"
+            )
 
     @property
     def least_length(self) -> int:

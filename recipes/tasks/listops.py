@@ -21,11 +21,12 @@ class ListOpsTask(ClassificationTask):
     data: ListOpsSettings = Field(default=ListOpsSettings(), description="which expressions to generate")
     source: Literal["generated", "released"] = Field(
         default="generated",
-        description="generate the expressions of `data`, or read the Long Range Arena's listops-1000/basic_{train,val,test}.tsv in the "
-        "data folder, whatever `data` says",
+        description="generate the expressions of `data`, or read the Long Range Arena's "
+        "listops-1000/basic_{train,val,test}.tsv in the data folder, whatever `data` says",
     )
     download: bool = Field(
-        default=False, description="with source=released: get the release, 7.7 GB, where the data folder does not hold it"
+        default=False,
+        description="with source=released: get the release, 7.7 GB, where the data folder does not hold it",
     )
 
     @property
@@ -44,13 +45,17 @@ class ListOpsTask(ClassificationTask):
     def least_memory(self) -> int:
         # A byte per token, and an offset and a target of 8 bytes per expression.
         data = self.data
-        return (data.train + data.validation + data.test) * (self.least_length + 16) if self.source == "generated" else 0
+        return (
+            (data.train + data.validation + data.test) * (self.least_length + 16) if self.source == "generated" else 0
+        )
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
         if self.source == "released":
             files = list(FILES.values())
             made = load_listops(
-                release_folder(folder, "listops-1000", files, download=self.download, progress=progress, option="task.download")
+                release_folder(
+                    folder, "listops-1000", files, download=self.download, progress=progress, option="task.download"
+                )
             )
         else:
             made = self._generated(folder, progress)

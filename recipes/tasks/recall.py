@@ -29,10 +29,15 @@ class RecallTask(ClassificationTask):
 
     def check_model(self, model: ModelSpec) -> None:
         if not isinstance(model, LanguageModelSpec):
-            raise ValueError(f"the model kind {model.kind!r} has no answer at every position; use kind 'language_model'")
+            raise ValueError(
+                f"the model kind {model.kind!r} has no answer at every position; use kind 'language_model'"
+            )
         vocabulary = getattr(model.encoder, "vocabulary", 0)
         if vocabulary != self.classes:
-            raise ValueError(f"model.encoder.vocabulary={vocabulary} must be {self.classes}: values, keys and distractors of the task")
+            raise ValueError(
+                f"model.encoder.vocabulary={vocabulary} must be {self.classes}: "
+                "values, keys and distractors of the task"
+            )
 
     @property
     def training_samples(self) -> int | None:

@@ -21,7 +21,9 @@ class TextTask(ClassificationTask):
     """
 
     kind: Literal["text"] = "text"
-    data: ImdbSettings = Field(default=ImdbSettings(), description="where the reviews come from, and how they are split")
+    data: ImdbSettings = Field(
+        default=ImdbSettings(), description="where the reviews come from, and how they are split"
+    )
 
     @property
     def classes(self) -> int:

@@ -1,7 +1,7 @@
 """Weights of the SeqBoat authors' implementation (renll/SeqBoat), both ways.
 
-Their layers, models and encoders become ours, and ours give the tensors back under their names. Two versions of their code exist:
-`standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
+Their layers, models and encoders become ours, and ours give the tensors back under their names. Two versions of their
+code exist: `standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,15 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from sma.encoders import EncoderSpec, LinearEncoder, LinearEncoderSpec, RealNumber, RealNumberSpec, TokenEmbedding, TokenEmbeddingSpec
+from sma.encoders import (
+    EncoderSpec,
+    LinearEncoder,
+    LinearEncoderSpec,
+    RealNumber,
+    RealNumberSpec,
+    TokenEmbedding,
+    TokenEmbeddingSpec,
+)
 from sma.errors import CheckpointError, did_you_mean, parsing, quote
 from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
 from sma.layer import LayerSpec, RoutedLayer
@@ -47,8 +55,8 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
         tensors: parameters and buffers by the authors' names.
 
     Raises:
-        CheckpointError: an unknown kind, an argument that is missing or has no equal here, a tensor too few or too many, or one of
-            another shape.
+        CheckpointError: an unknown kind, an argument that is missing or has no equal here, a tensor too few or too
+            many, or one of another shape.
     """
     module = _empty(kind, config)
     entries = list(_entries(module))
@@ -64,13 +72,16 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
             theirs = given[entry.name] if entry.rows is None else given[entry.name][entry.rows]
             if theirs.shape != entry.ours.shape:
                 shape = tuple(entry.ours.shape)
-                raise CheckpointError(f"{entry.name!r} has shape {tuple(given[entry.name].shape)}, which does not fit {shape} here")
+                raise CheckpointError(
+                    f"{entry.name!r} has shape {tuple(given[entry.name].shape)}, which does not fit {shape} here"
+                )
             entry.ours.copy_(theirs)
     return module
 
 
 def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Return the weights of a module that `from_reference` made, or their gradients, by the authors' names and in their shapes.
+    """Return the weights of a module that `from_reference` made, or their gradients, by the authors' names and in their
+    shapes.
 
     Raises:
         CheckpointError: a part has no counterpart in the authors' code, or a gradient is asked for and there is none.
@@ -85,7 +96,9 @@ def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False
         if ours is None:
             raise CheckpointError(f"{entry.name!r} has no gradient; call backward() first")
         if not isinstance(ours, Tensor) or ours.is_quantized:
-            raise CheckpointError(f"the part of {entry.name!r} was replaced by one that packs its weights, such as a quantised one")
+            raise CheckpointError(
+                f"the part of {entry.name!r} was replaced by one that packs its weights, such as a quantised one"
+            )
         parts.setdefault(entry.name, []).append(ours.detach().clone())
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
@@ -93,7 +106,9 @@ def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False
 def _entries(module: RoutedLayer | SequenceModel) -> Iterator[Entry]:
     version = getattr(module, _MARK, None)
     if version is None:
-        raise CheckpointError("this module was not made by sma.interop.seqboat.from_reference, so the authors' names are not known")
+        raise CheckpointError(
+            "this module was not made by sma.interop.seqboat.from_reference, so the authors' names are not known"
+        )
     if isinstance(module, RoutedLayer):
         yield from _layer_entries(module, "", "ssm" if version == "standalone_layer" else "move")
     elif version == "standalone_model":
@@ -135,7 +150,10 @@ def _layer_entries(layer: RoutedLayer, prefix: str, ema_name: str) -> Iterator[E
     if isinstance(router, SMARouter):
         # The authors keep router and bypass in one matrix.
         first = 2
-        yield from (Entry(f"{prefix}hx_proj.weight", router.weight, slice(0, 2)), Entry(f"{prefix}hx_proj.bias", router.bias, slice(0, 2)))
+        yield from (
+            Entry(f"{prefix}hx_proj.weight", router.weight, slice(0, 2)),
+            Entry(f"{prefix}hx_proj.bias", router.bias, slice(0, 2)),
+        )
         yield Entry(f"{prefix}q_router.temp", router.log_temperature)
     yield Entry(f"{prefix}hx_proj.weight", layer.bypass.weight, slice(first, None))
     yield Entry(f"{prefix}hx_proj.bias", layer.bypass.bias, slice(first, None))
@@ -166,13 +184,17 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
         "lra_encoder": _lra_encoder,
     }
     if not isinstance(kind, str) or kind not in makers:
-        raise CheckpointError(f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(str(kind), makers, 'known kinds')}")
+        raise CheckpointError(
+            f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(str(kind), makers, 'known kinds')}"
+        )
     # Their arguments reach torch and arithmetic with whatever types they have.
     with parsing(f"the config of {quote(kind)}", CheckpointError, "give the arguments of the authors' constructor"):
         try:
             module = makers[kind](config)
         except KeyError as error:
-            raise CheckpointError(f"the config of {quote(kind)} lacks {error}; give every argument of the authors' constructor") from None
+            raise CheckpointError(
+                f"the config of {quote(kind)} lacks {error}; give every argument of the authors' constructor"
+            ) from None
     setattr(module, _MARK, kind)
     return module
 
@@ -214,7 +236,9 @@ def _position(config: Mapping[str, Any]) -> PositionSpec:
     name = _one_of(config, "rel_pos_bias", ("simple", "rotary"), "simple")
     if name == "rotary":
         return RotarySpec()
-    distance: Literal["slot_distance", "true_distance"] = "slot_distance" if config.get("local_pos") else "true_distance"
+    distance: Literal["slot_distance", "true_distance"] = (
+        "slot_distance" if config.get("local_pos") else "true_distance"
+    )
     return RelativeBiasSpec(distance=distance, max_positions=config.get("max_positions", 1024))
 
 
@@ -287,7 +311,14 @@ def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
             "bidirectional": True,
             **{
                 name: config[name]
-                for name in (*_PASSED_ON, "truncation", "local_pos", "always_act", "attention_dropout", "hidden_dropout")
+                for name in (
+                    *_PASSED_ON,
+                    "truncation",
+                    "local_pos",
+                    "always_act",
+                    "attention_dropout",
+                    "hidden_dropout",
+                )
                 if name in config
             },
             "attention_activation": config.get("attention_activation", "softmax"),
@@ -297,7 +328,9 @@ def _lra_encoder(config: Mapping[str, Any]) -> SequenceModel:
     _one_of(config, "sen_rep_type", ("mp",), "mp")
     sparse = _one_of(config, "embedding_type", ("sparse", "linear"), "sparse") == "sparse"
     encoder: EncoderSpec = (
-        TokenEmbeddingSpec(vocabulary=config["vocab_size"], padding=config["padding_idx"]) if sparse else RealNumberSpec()
+        TokenEmbeddingSpec(vocabulary=config["vocab_size"], padding=config["padding_idx"])
+        if sparse
+        else RealNumberSpec()
     )
     return SequenceEncoderSpec(
         width=width,

@@ -32,12 +32,14 @@ class ExclusiveRouterSpec(TemperedSpec):
 
 
 class ExclusiveRouter(TemperedRouter):
-    r"""At most one sub-module per token: $p = \mathrm{softmax}((W h + b) / \tau)$ over skip and the sub-modules, the largest one runs.
+    r"""At most one sub-module per token: $p = \mathrm{softmax}((W h + b) / \tau)$ over skip and the sub-modules, the
+    largest one runs.
 
     Active iff a sub-module's score is above every other and above skip's; a tie runs nothing. Confidence $c_m = p_m$.
 
-    Causal. The gradient of a token's choice reaches all M + 1 scores through the softmax; a token that skips carries none. Use it
-    where the sub-modules are alternatives, such as sizes of one MLP, and a token should pay for one at most.
+    Causal. The gradient of a token's choice reaches all M + 1 scores through the softmax; a token that skips carries
+    none. Use it where the sub-modules are alternatives, such as sizes of one MLP, and a token should pay for one at
+    most.
 
     Args:
         spec: the initial temperature.
@@ -45,7 +47,8 @@ class ExclusiveRouter(TemperedRouter):
         names: the sub-modules, M of them.
 
     Shape:
-        control `(B, L, D)`; row 0 of `weight` `(M + 1, D)` is skip. The logits are (the best of the other scores, the own).
+        control `(B, L, D)`; row 0 of `weight` `(M + 1, D)` is skip. The logits are (the best of the other scores, the
+            own).
     """
 
     def __init__(self, spec: ExclusiveRouterSpec, width: int, names: Sequence[str]) -> None:
@@ -58,7 +61,9 @@ class ExclusiveRouter(TemperedRouter):
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (1, 0))
 
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
         scores = _finite(scores)
         probability = self._softmax(scores)[..., 1:].clamp(min=torch.finfo(scores.dtype).tiny)
         best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
@@ -94,12 +99,15 @@ class TopKRouterSpec(TemperedSpec):
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=1, ge=1, description="choices that every token makes")
-    skips: int = Field(default=0, ge=0, le=64, description="empty choices that compete too, with which a token runs fewer than k")
+    skips: int = Field(
+        default=0, ge=0, le=64, description="empty choices that compete too, with which a token runs fewer than k"
+    )
 
     def build(self, width: int, names: Sequence[str]) -> "TopKRouter":
         if names and self.k > len(names) + self.skips:
             raise SpecError(
-                f"TopKRouterSpec: k={self.k} is more than the {len(names)} sub-modules and skips={self.skips} to choose from; lower k"
+                f"TopKRouterSpec: k={self.k} is more than the {len(names)} sub-modules and skips={self.skips} to "
+                "choose from; lower k"
             )
         return TopKRouter(self, width, names)
 
@@ -111,13 +119,15 @@ class TopKRouterSpec(TemperedSpec):
 
 
 class TopKRouter(TemperedRouter):
-    r"""Token choice: every token runs the k sub-modules with the highest scores, $p = \mathrm{softmax}((W h + b) / \tau)$, $c_m = p_m$.
+    r"""Token choice: every token runs the k sub-modules with the highest scores,
+    $p = \mathrm{softmax}((W h + b) / \tau)$, $c_m = p_m$.
 
-    Always k choices: of equal scores the first in the order of the names wins. With `skips`, empty choices compete that run nothing.
-    Scores that are no numbers choose nothing.
+    Always k choices: of equal scores the first in the order of the names wins. With `skips`, empty choices compete that
+    run nothing. Scores that are no numbers choose nothing.
 
-    Causal. The gradient of a token's choices reaches all scores through the softmax. Without skips the rates sum to k, and what can
-    go wrong is balance, not death of all: add `losses.load_balance_loss`. The choice of mixture-of-experts models.
+    Causal. The gradient of a token's choices reaches all scores through the softmax. Without skips the rates sum to k,
+    and what can go wrong is balance, not death of all: add `losses.load_balance_loss`. The choice of mixture-of-experts
+    models.
 
     Args:
         spec: k, the empty choices, the initial temperature.
@@ -125,8 +135,8 @@ class TopKRouter(TemperedRouter):
         names: the sub-modules, M of them.
 
     Shape:
-        control `(B, L, D)`; rows of `weight` `(M + skips, D)` are the sub-modules, then the skips. The logits are (the k-th best of
-        the other scores, the own).
+        control `(B, L, D)`; rows of `weight` `(M + skips, D)` are the sub-modules, then the skips. The logits are (the
+        k-th best of the other scores, the own).
 
     Raises:
         SpecError: k is more than there is to choose from.
@@ -147,7 +157,9 @@ class TopKRouter(TemperedRouter):
     def _spread(self, offset: Tensor) -> Tensor:
         return torch.nn.functional.pad(offset, (0, self.spec.skips))
 
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
         modules, k, scores = len(self.names), self.spec.k, _finite(scores)
         probability = self._softmax(scores)[..., :modules].clamp(min=torch.finfo(scores.dtype).tiny)
         own = scores[..., :modules]
@@ -159,7 +171,9 @@ class TopKRouter(TemperedRouter):
         # Of scores that are no numbers the sort makes the best.
         active = keep_valid(chosen & probability.isfinite(), valid)
         skip = scores[..., modules] if self.competing and self.spec.skips else None
-        return Decision(active, probability, torch.stack([others, own], dim=-1), probability, self.names, skip_score=skip)
+        return Decision(
+            active, probability, torch.stack([others, own], dim=-1), probability, self.names, skip_score=skip
+        )
 
 
 @register
@@ -180,14 +194,16 @@ class ExpertChoiceRouterSpec(RouterSpec):
 
 
 class ExpertChoiceRouter(ScoredRouter):
-    r"""Every sub-module takes its share of the tokens of each row, those with the highest scores; $c = \sigma(w h + b)$.
+    r"""Every sub-module takes its share of the tokens of each row, those with the highest scores;
+    $c = \sigma(w h + b)$.
 
-    It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins. A token whose score is
-    no number counts as padding.
+    It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins. A
+    token whose score is no number counts as padding.
 
-    Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no honest use. The
-    gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and no router can die. Use it for
-    classification and encoders; it is the rule of Mixture-of-Depths. Its rate is its `share` and cannot be steered.
+    Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no
+    honest use. The gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and
+    no router can die. Use it for classification and encoders; it is the rule of Mixture-of-Depths. Its rate is its
+    `share` and cannot be steered.
 
     Args:
         spec: the share.
@@ -195,34 +211,41 @@ class ExpertChoiceRouter(ScoredRouter):
         names: the sub-modules, M of them.
 
     Shape:
-        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are (half way between the last score that was
-        taken and the first that was not, the own), and `p_on` is their softmax.
+        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are (half way between the last
+        score that was taken and the first that was not, the own), and `p_on` is their softmax.
 
     Reference:
-        Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368; Raposo et al., "Mixture-of-Depths",
-        arXiv 2404.02258.
+        Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368; Raposo et al.,
+        "Mixture-of-Depths", arXiv 2404.02258.
     """
 
     causal = False
 
     def __init__(self, spec: ExpertChoiceRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, len(names), steerable=False)  # the share is exact whatever is added to the scores
+        # The share is exact whatever is added to the scores.
+        super().__init__(spec, width, names, len(names), steerable=False)
 
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         real = keep_valid(~scores.isnan(), valid)
         lengths = real.sum(1, keepdim=True)
         # 0.07 * 100 is a little more than 7 in floating point, and must not give 8.
         taken = (lengths.double() * self.spec.share - 1e-9).ceil().long().clamp(min=1).minimum(lengths)
         ordered, order = scores.detach().masked_fill(~real, -math.inf).sort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter(1, order, torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(order))
+        rank = torch.empty_like(order).scatter(
+            1, order, torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(order)
+        )
         active = (rank < taken) & real
         middle = self._middle(ordered, taken, lengths)
         logits = torch.stack([middle.expand_as(scores), scores], dim=-1)
         return Decision(active, confidence, logits, torch.sigmoid(scores - middle), self.names)
 
     def _middle(self, ordered: Tensor, taken: Tensor, lengths: Tensor) -> Tensor:
-        """Half way between the last score that is taken and the next, and below the last; one below it where all are taken."""
+        """Half way between the last score that is taken and the next, and below the last; one below it where all are
+        taken.
+        """
         if ordered.shape[1] == 0:
             return ordered.sum(1, keepdim=True)
         last = ordered.take_along_dim((taken - 1).clamp(min=0), dim=1)

@@ -41,9 +41,10 @@ class RouterSpec(Spec):
 class Router(nn.Module):
     """Reads the control state of each token and decides which sub-modules run on it.
 
-    A router whose rates can be steered (`sma.budget`) has a buffer `offset` `(M,)`, which it adds to the scores for on, and decides
-    by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself and draws excepted. The
-    offset stays in float32 or wider whatever the model is converted to: in half precision the steps of a budget would round to nothing.
+    A router whose rates can be steered (`sma.budget`) has a buffer `offset` `(M,)`, which it adds to the scores for on,
+    and decides by its logits: a valid token is active iff `logits[..., 1] > logits[..., 0]`, ties that it breaks itself
+    and draws excepted. The offset stays in float32 or wider whatever the model is converted to: in half precision the
+    steps of a budget would round to nothing.
 
     Attributes:
         causal: whether a decision depends on no later token of its row.
@@ -54,7 +55,8 @@ class Router(nn.Module):
         most: the largest sum of the activation rates.
         place: number of its layer among those of its model, which sets it.
         samples: whether decisions are drawn in training, with the probability `p_on`.
-        competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where there is one.
+        competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where
+            there is one.
     """
 
     if TYPE_CHECKING:
@@ -97,8 +99,11 @@ class Router(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(self, control_BLD, valid, positions, state=None)")
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        """Make the state of `batch_size` streams that have seen nothing; a router that looks at one token at a time inherits this.
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Make the state of `batch_size` streams that have seen nothing; a router that looks at one token at a time
+        inherits this.
 
         Raises:
             StateError: the router is not causal.
@@ -115,7 +120,9 @@ class Router(nn.Module):
         return 1.0
 
     def idle_margins(self, decision: Decision) -> Float[Tensor, "B L"] | None:
-        """Log-odds by which the best sub-module of a competing router beats running nothing; None where that is no choice of its own."""
+        """Log-odds by which the best sub-module of a competing router beats running nothing; None where that is no
+        choice of its own.
+        """
         return None
 
     def advance(self, updates: int) -> None:
@@ -134,7 +141,8 @@ class Router(nn.Module):
             )
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
-        """Check that activation rates, by sub-module, can be reached together; sub-modules that are not named may have any.
+        """Check that activation rates, by sub-module, can be reached together; sub-modules that are not named may have
+        any.
 
         Raises:
             InputError: they cannot; says why.
@@ -145,14 +153,18 @@ class Router(nn.Module):
             return
         sums = f"to {self.least:g}" if self.least == self.most else f"between {self.least:g} and {self.most:g}"
         others = f", to which the {free} without a target add {free} at most" if free and total < self.least else ""
-        raise InputError(f"the rates of this {self._kind} router sum {sums}, but the targets {dict(targets)} to {total:g}{others}")
+        raise InputError(
+            f"the rates of this {self._kind} router sum {sums}, but the targets {dict(targets)} to {total:g}{others}"
+        )
 
     @property
     def _kind(self) -> str:
         return getattr(getattr(self, "spec", None), "kind", type(self).__name__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert or move the tensors, which `to`, `half` and their like do by this method, and keep the offset wide."""
+        """Convert or move the tensors, which `to`, `half` and their like do by this method, and keep the offset
+        wide.
+        """
         before = self.offset
         super()._apply(fn, recurse)
         if before is not None and self.offset is not None and self.offset.dtype in (torch.bfloat16, torch.float16):
@@ -173,7 +185,9 @@ class Router(nn.Module):
 
     def _refuse_unless_causal(self) -> None:
         if not self.causal:
-            raise StateError(f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state")
+            raise StateError(
+                f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state"
+            )
 
 
 def check_routed(control_BLD: Tensor, valid: Tensor | None) -> None:
@@ -231,7 +245,9 @@ class ScoredRouter(Router):
         """Decide for every token; see `Router.forward`."""
         check_routed(control_BLD, valid)
         if control_BLD.shape[2] != self.width:
-            raise InputError(f"control_BLD has {control_BLD.shape[2]} channels; the router {type(self).__name__} reads {self.width}")
+            raise InputError(
+                f"control_BLD has {control_BLD.shape[2]} channels; the router {type(self).__name__} reads {self.width}"
+            )
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device):
             return self._decide(self._scores(control_BLD), valid, positions, streams), state
@@ -249,13 +265,17 @@ class ScoredRouter(Router):
         """Give every choice its offset: `(M,)` to `(choices,)`; by default the choices are the sub-modules."""
         return offset
 
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
         """Decide by the scores `(B, L, choices)`, in float32 or wider; positions and state are those of `forward`."""
         raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid, positions, streams)")
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over the ranks (`fully_shard`), whole; every rank has to ask for it. Any other as it is."""
+    """A tensor that is sharded over the ranks (`fully_shard`), whole; every rank has to ask for it. Any other as it
+    is.
+    """
     whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
     return whole
 
@@ -264,12 +284,17 @@ class TemperedSpec(RouterSpec):
     """What the specs of routers with a learned temperature have in common."""
 
     temperature_scale: float = Field(
-        default=1.0, ge=1e-4, le=1e4, description="initial temperature, in units of sqrt(width); smaller decides more sharply"
+        default=1.0,
+        ge=1e-4,
+        le=1e4,
+        description="initial temperature, in units of sqrt(width); smaller decides more sharply",
     )
 
 
 class TemperedRouter(ScoredRouter):
-    r"""A router with scores and a learned temperature $\tau = e^s$, one for all sub-modules, $s_0 = \ln(\text{scale} \sqrt{D})$."""
+    r"""A router with scores and a learned temperature $\tau = e^s$, one for all sub-modules,
+    $s_0 = \ln(\text{scale} \sqrt{D})$.
+    """
 
     def __init__(self, spec: TemperedSpec, width: int, names: Sequence[str], choices: int) -> None:
         super().__init__(spec, width, names, choices)

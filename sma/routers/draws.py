@@ -37,22 +37,30 @@ class DrawingRouter(Router):
 
     @property
     def draws(self) -> int:
-        """The seed of this router's draws: that of its spec, moved on by its place, so that no layer draws as another does."""
+        """The seed of this router's draws: that of its spec, moved on by its place, so that no layer draws as another
+        does.
+        """
         spec: Any = self.spec
         return int(spec.seed) + 2**31 * self.place
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RandomState:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> RandomState:
         """Make the state of `batch_size` streams; see `Router.init_state`."""
         check_count(batch_size, "batch_size")
         place = placement(self, device, dtype)[0]
         # Zeros first, which are refused where they do not fit.
-        return RandomState(torch.arange(batch_size, out=zeros((batch_size,), "the state of a router", device=place, dtype=torch.int64)))
+        return RandomState(
+            torch.arange(batch_size, out=zeros((batch_size,), "the state of a router", device=place, dtype=torch.int64))
+        )
 
 
 def draw_for_tokens(
     like_BLM: Tensor, positions: Int[Tensor, "B L"] | None, streams: State | None, seed: int, *keys: Tensor
 ) -> Float[Tensor, "B L M"]:
-    """Draw a number in [0, 1) for every row, position and place of a tensor's last axis, keyed by these, the seed and other keys."""
+    """Draw a number in [0, 1) for every row, position and place of a tensor's last axis, keyed by these, the seed and
+    other keys.
+    """
     rows, length, places = like_BLM.shape
     device = like_BLM.device
     if positions is None:
@@ -62,7 +70,9 @@ def draw_for_tokens(
 
 
 def keyed_uniform(seed: int, *keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Draw numbers in [0, 1) that depend on the seed and the integer keys alone, not on the order or number of draws."""
+    """Draw numbers in [0, 1) that depend on the seed and the integer keys alone, not on the order or number of
+    draws.
+    """
     mixed = torch.full((), (seed + 1) * _ODD % 2**62, device=keys[0].device)
     for key in keys:
         mixed = _scramble(mixed ^ (key.long() + 1) * _ODD)

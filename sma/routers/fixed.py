@@ -64,7 +64,8 @@ class AlwaysRouterSpec(_FixedRouterSpec):
 class AlwaysRouter(_FixedRouter):
     """Every valid token runs every sub-module, with confidence exactly 1: the dense layer.
 
-    Causal. Nothing to learn, so no gradient. Use it as the twin against which a routed layer is compared, in accuracy and in time.
+    Causal. Nothing to learn, so no gradient. Use it as the twin against which a routed layer is compared, in accuracy
+    and in time.
     """
 
     p_on = 1.0
@@ -83,8 +84,8 @@ class NeverRouterSpec(_FixedRouterSpec):
 class NeverRouter(_FixedRouter):
     """No token runs any sub-module.
 
-    Causal. Nothing to learn, so no gradient; the sub-modules' parameters get gradients of zeros. Use it as the control that shows what the
-    backbone does alone.
+    Causal. Nothing to learn, so no gradient; the sub-modules' parameters get gradients of zeros. Use it as the control
+    that shows what the backbone does alone.
     """
 
     p_on = 0.0
@@ -105,11 +106,13 @@ class RandomRouterSpec(_FixedRouterSpec):
 class RandomRouter(DrawingRouter, _FixedRouter):
     """Tokens run sub-modules at random: the control for every claim that a router learned something.
 
-    A draw depends on the seed, the layer, the sub-module's place, the row and the position only, so a stream cut into chunks is decided
-    as the whole is, and training as evaluation. It is therefore one fixed pattern: row b of every batch, of every update and of every
-    rank of a distributed training runs the same positions; another `seed` gives another pattern.
+    A draw depends on the seed, the layer, the sub-module's place, the row and the position only, so a stream cut into
+    chunks is decided as the whole is, and training as evaluation. It is therefore one fixed pattern: row b of every
+    batch, of every update and of every rank of a distributed training runs the same positions; another `seed` gives
+    another pattern.
 
-    Causal, with confidence exactly 1. Nothing to learn, so no gradient. Use it with the rate that the learned router came to.
+    Causal, with confidence exactly 1. Nothing to learn, so no gradient. Use it with the rate that the learned router
+    came to.
     """
 
     def __init__(self, spec: RandomRouterSpec, width: int, names: Sequence[str]) -> None:

@@ -27,13 +27,14 @@ class SampledSpec(RouterSpec):
 
 
 class SampledRouter(DrawingRouter, ScoredRouter):
-    r"""In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$, which happens with
-    probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn.
+    r"""In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$,
+    which happens with probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn.
 
-    The draws depend on the seed, the number of updates, the row, the position and the sub-module alone, so that chunks agree with the
-    whole. The recipes tell the router the number of updates; a training loop of your own calls `advance`, or the noise stays the same.
-    Ranks of a distributed training number the rows of their own parts, so rows at the same place of two parts meet the same draws: a
-    rank is no key, because ranks that share a row (tensor or context parallelism) must draw alike for it.
+    The draws depend on the seed, the number of updates, the row, the position and the sub-module alone, so that chunks
+    agree with the whole. The recipes tell the router the number of updates; a training loop of your own calls
+    `advance`, or the noise stays the same. Ranks of a distributed training number the rows of their own parts, so rows
+    at the same place of two parts meet the same draws: a rank is no key, because ranks that share a row (tensor or
+    context parallelism) must draw alike for it.
     """
 
     samples = True
@@ -46,7 +47,9 @@ class SampledRouter(DrawingRouter, ScoredRouter):
     def advance(self, updates: int) -> None:
         self.updates.fill_(updates)
 
-    def _decide(self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None) -> Decision:
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
         noise = self._noise(scores, positions, streams) if self.training else torch.zeros_like(scores)
         return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid)
 
@@ -74,13 +77,20 @@ class GumbelRouterSpec(SampledSpec):
 
     kind: Literal["gumbel"] = "gumbel"
     temperature: float = Field(default=1.0, ge=1e-4, le=1e4, description="of the relaxation, at the first update")
-    final_temperature: float = Field(default=0.3, ge=1e-4, le=1e4, description="of the relaxation, from update `anneal` on")
-    anneal: int = Field(default=2000, ge=0, description="updates from the first temperature to the final one, geometrically")
+    final_temperature: float = Field(
+        default=0.3, ge=1e-4, le=1e4, description="of the relaxation, from update `anneal` on"
+    )
+    anneal: int = Field(
+        default=2000, ge=0, description="updates from the first temperature to the final one, geometrically"
+    )
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
         if self.final_temperature > self.temperature:
-            raise ValueError(f"final_temperature={self.final_temperature} must be at most temperature={self.temperature}; annealing cools")
+            raise ValueError(
+                f"final_temperature={self.final_temperature} must be at most temperature={self.temperature}; "
+                "annealing cools"
+            )
         return self
 
     def build(self, width: int, names: Sequence[str]) -> "GumbelRouter":
@@ -90,12 +100,12 @@ class GumbelRouterSpec(SampledSpec):
 class GumbelRouter(SampledRouter):
     r"""Samples in training, and learns through the relaxed sample: straight-through Gumbel-softmax.
 
-    Samples as every `SampledRouter`. The confidence is exactly 1; its gradient is that of $\mathrm{softmax}(v / \tau)_1$, $\tau$
-    falling from `temperature` to `final_temperature`.
+    Samples as every `SampledRouter`. The confidence is exactly 1; its gradient is that of
+    $\mathrm{softmax}(v / \tau)_1$, $\tau$ falling from `temperature` to `final_temperature`.
 
-    Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare sub-module is
-    tried again. Use it where `sma` settles too early. The logits are those without noise, so a budget holds the rate of the
-    evaluation; in training it is the mean of `p_on`.
+    Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare
+    sub-module is tried again. Use it where `sma` settles too early. The logits are those without noise, so a budget
+    holds the rate of the evaluation; in training it is the mean of `p_on`.
 
     Args:
         spec: temperatures and seed.
@@ -136,14 +146,15 @@ class BernoulliRouterSpec(SampledSpec):
 class BernoulliRouter(SampledRouter):
     r"""Samples in training, and learns from what the samples led to: a stochastic policy.
 
-    Samples as every `SampledRouter`: $a \sim \mathrm{Bernoulli}(\sigma(u_1 - u_0))$. The confidence is exactly 1 and its gradient 0: the
-    router is trained by `sma.losses.policy_gradient_loss` alone, which asks whether rows in which a token was active came to a smaller
-    loss than rows in which it was not.
+    Samples as every `SampledRouter`: $a \sim \mathrm{Bernoulli}(\sigma(u_1 - u_0))$. The confidence is exactly 1 and
+    its gradient 0: the router is trained by `sma.losses.policy_gradient_loss` alone, which asks whether rows in which a
+    token was active came to a smaller loss than rows in which it was not.
 
-    Causal. Use it where a token is worth something to *others*, as a key and value that they attend to, say. The gradient through a
-    confidence does not see that: it scales the token's own result. Nor would one that scales the token's keys and values, for it tells
-    what a little less of the token does, and not what its absence does. The score function is unbiased for both, and its variance
-    is the price: it needs many rows, and `reward to go` where the answers stand at positions.
+    Causal. Use it where a token is worth something to *others*, as a key and value that they attend to, say. The
+    gradient through a confidence does not see that: it scales the token's own result. Nor would one that scales the
+    token's keys and values, for it tells what a little less of the token does, and not what its absence does. The score
+    function is unbiased for both, and its variance is the price: it needs many rows, and `reward to go` where the
+    answers stand at positions.
 
     Args:
         spec: seed of the draws.
@@ -154,8 +165,8 @@ class BernoulliRouter(SampledRouter):
         control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
 
     Reference:
-        Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992; Bengio et al.,
-        "Conditional Computation in Neural Networks for faster models", arXiv 1511.06297.
+        Williams, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", 1992;
+        Bengio et al., "Conditional Computation in Neural Networks for faster models", arXiv 1511.06297.
     """
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:

@@ -26,7 +26,10 @@ class ConformanceError(SmaError, AssertionError):
 
     def __init__(self, subject: str, total: int, broken: Mapping[str, str]) -> None:
         self.broken = tuple(broken)
-        lines = [f"{subject} breaks {len(broken)} of {total} laws:", *(f"  {name}: {why}" for name, why in broken.items())]
+        lines = [
+            f"{subject} breaks {len(broken)} of {total} laws:",
+            *(f"  {name}: {why}" for name, why in broken.items()),
+        ]
         super().__init__("\n".join(lines))
 
 
@@ -56,12 +59,14 @@ def check_router(
     """Check a router against its contract: every law of `sma.testing.router_laws`.
 
     Args:
-        spec: the spec, or a function from the width and the names of the sub-modules to a new router, for a router that has none.
+        spec: the spec, or a function from the width and the names of the sub-modules to a new router, for a router that
+            has none.
         width: channels of the control states it is tried on.
         modules: sub-modules that it decides about.
         effort: examples per law.
         exempt: laws that this router breaks on purpose: `training_decides_as_evaluation` where it samples in training,
-            `gradients_are_right` where its gradient is straight-through, `ties_are_inactive` where it chooses among equal scores.
+            `gradients_are_right` where its gradient is straight-through, `ties_are_inactive` where it chooses among
+            equal scores.
 
     Raises:
         ConformanceError: a law is broken; lists all that are.
@@ -72,7 +77,9 @@ def check_router(
     if unknown:
         raise InputError(f"there is no law {unknown[0]!r} to be exempt from{did_you_mean(unknown[0], known, 'laws')}")
     subject = f"the router {spec.kind!r}" if isinstance(spec, RouterSpec) else f"the router {spec!r}"
-    _check(subject, [law for law in ROUTER_LAWS if law.__name__ not in exempt], RouterCase(spec, width, modules), effort)
+    _check(
+        subject, [law for law in ROUTER_LAWS if law.__name__ not in exempt], RouterCase(spec, width, modules), effort
+    )
 
 
 def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
@@ -88,7 +95,9 @@ def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
     _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort, spec.rows_per_sample)
 
 
-def _check(subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int, rows_per_sample: int = 1) -> None:
+def _check(
+    subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int, rows_per_sample: int = 1
+) -> None:
     broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort, rows_per_sample)) is not None}
     if broken:
         raise ConformanceError(subject, len(laws), broken)

@@ -78,7 +78,9 @@ def examples(copies: int = 1) -> st.SearchStrategy[Example]:
     )
 
 
-def lay(x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 0.0) -> Ragged:
+def lay(
+    x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 0.0
+) -> Ragged:
     """The active tokens of a batch in one layout, with random numbers of the size of `garbage` in the holes."""
     if layout == "packed" or active_BL.shape[1] == 0:
         return compress(x_BLD, active_BL, positions_BL=positions_BL)
@@ -88,8 +90,19 @@ def lay(x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor |
     if layout == "rectangular":
         # As a backbone is given a padded batch: places and positions run on through the holes.
         counts = active_BL.sum(1)
-        frame = rectangular(tokens.values.unflatten(0, active_BL.shape), counts, tokens.positions.unflatten(0, active_BL.shape))
-        tokens = Ragged(frame.values, tokens.index, frame.positions, frame.rows, frame.offsets, frame.lengths, frame.stride, frame.holes)
+        frame = rectangular(
+            tokens.values.unflatten(0, active_BL.shape), counts, tokens.positions.unflatten(0, active_BL.shape)
+        )
+        tokens = Ragged(
+            frame.values,
+            tokens.index,
+            frame.positions,
+            frame.rows,
+            frame.offsets,
+            frame.lengths,
+            frame.stride,
+            frame.holes,
+        )
     noise = torch.randn_like(tokens.values) * garbage
     return tokens.with_values(tokens.values.where(tokens.mask[:, None], noise))
 
@@ -103,7 +116,9 @@ def place(values: Tensor, tokens: Ragged, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def spread_parameters(module: nn.Module) -> nn.Module:
-    """Move every parameter far from its initial value, where a wrong decay, bias or gain would pass; routers most of all."""
+    """Move every parameter far from its initial value, where a wrong decay, bias or gain would pass; routers most of
+    all.
+    """
     for parameter in module.parameters():
         if parameter.is_floating_point():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4

@@ -43,14 +43,18 @@ def inputs_of(model: SequenceModel, example: Example) -> tuple[Tensor, Tensor]:
 
 
 def meaningful(output: ModelOutput, valid: Tensor) -> dict[str, Tensor]:
-    """The results that a user reads, by name: hidden states and scores of the valid positions, and those of whole rows."""
+    """The results that a user reads, by name: hidden states and scores of the valid positions, and those of whole
+    rows.
+    """
     found = {"hidden": output.hidden[valid], "pooled": output.pooled}
     if output.logits is not None:
         found["logits"] = output.logits[valid] if output.logits.ndim == 3 else output.logits
     return found
 
 
-def require_same(found: ModelOutput, wanted: ModelOutput, valid: tuple[Tensor, Tensor], what: str, tolerance: float = 1e-9) -> None:
+def require_same(
+    found: ModelOutput, wanted: ModelOutput, valid: tuple[Tensor, Tensor], what: str, tolerance: float = 1e-9
+) -> None:
     """Compare results and decisions at the valid positions; examples in which a decision is a tie are left out."""
     for one, other in zip(found.decisions, wanted.decisions, strict=True):
         _require_same_decisions(one, other, valid, what)
@@ -64,7 +68,9 @@ def _require_same_decisions(found: Decision, wanted: Decision, valid: tuple[Tens
     require(torch.equal(found.active[valid[0]], wanted.active[valid[1]]), f"{what}: decisions differ")
 
 
-def stream(model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable[slice], state: ModelState | None = None) -> ModelOutput:
+def stream(
+    model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable[slice], state: ModelState | None = None
+) -> ModelOutput:
     """The output of a whole batch, chunk by chunk, put together again."""
     state = model.init_state(inputs.shape[0]) if state is None else state
     outputs = []
@@ -83,7 +89,9 @@ def stream(model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable
     last, scores = outputs[-1], outputs[-1].logits
     if scores is not None and scores.ndim == 3:
         scores = torch.cat([output.logits for output in outputs if output.logits is not None], 1)
-    return ModelOutput(torch.cat([output.hidden for output in outputs], 1), last.pooled, scores, tuple(decisions), last.state)
+    return ModelOutput(
+        torch.cat([output.hidden for output in outputs], 1), last.pooled, scores, tuple(decisions), last.state
+    )
 
 
 def scattered(example: Example) -> Tensor:
@@ -127,7 +135,10 @@ def rows_are_independent(case: ModelCase, example: Example) -> None:
             output.hidden[first],
             output.pooled[first],
             None if output.logits is None else output.logits[:1],
-            tuple(Decision(d.active[first], d.confidence[first], d.logits[first], d.p_on[first], d.names) for d in output.decisions),
+            tuple(
+                Decision(d.active[first], d.confidence[first], d.logits[first], d.p_on[first], d.names)
+                for d in output.decisions
+            ),
         )
         require_same(found, alone, (valid[first], valid[first]), "the first row in a batch against the row alone")
 
@@ -139,7 +150,9 @@ def rows_may_be_empty(case: ModelCase, example: Example) -> None:
     for batch, mask in ((inputs, valid & False), (inputs[:, :0], valid[:, :0])):
         output = model(batch, mask)
         require(not bool(output.pooled.any()), "pooled is not 0 for rows without a valid position")
-        require(all(bool(tensor.isfinite().all()) for tensor in meaningful(output, mask).values()), "results are not finite")
+        require(
+            all(bool(tensor.isfinite().all()) for tensor in meaningful(output, mask).values()), "results are not finite"
+        )
 
 
 def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
@@ -151,7 +164,9 @@ def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(("head.", "final_norm.")) or output.logits is not None:
             require(parameter.grad is not None, f"the gradient of {name!r} is None")
-        require(parameter.grad is None or bool(parameter.grad.isfinite().all()), f"the gradient of {name!r} is not finite")
+        require(
+            parameter.grad is None or bool(parameter.grad.isfinite().all()), f"the gradient of {name!r} is not finite"
+        )
 
 
 def never_looks_ahead(case: ModelCase, example: Example) -> None:
@@ -239,9 +254,14 @@ def survives_saving(case: ModelCase, example: Example) -> None:
     changed = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, weights[name])]
     require(not changed, f"the saved and loaded model differs in {changed}")
     # Loaded weights lie elsewhere in memory, and products may sum in another order there.
-    require_near(loaded(inputs, valid).pooled, model(inputs, valid).pooled, "the saved and loaded model against the model", 1e-5)
+    require_near(
+        loaded(inputs, valid).pooled, model(inputs, valid).pooled, "the saved and loaded model against the model", 1e-5
+    )
     counted = sum(parameter.numel() for parameter in model.parameters())
-    require(counted == case.spec.num_parameters(), f"num_parameters predicts {case.spec.num_parameters()}, and the model has {counted}")
+    require(
+        counted == case.spec.num_parameters(),
+        f"num_parameters predicts {case.spec.num_parameters()}, and the model has {counted}",
+    )
     require(load_spec(dump_spec(case.spec)) == case.spec, "the spec changed on the way through dump and load")
 
 

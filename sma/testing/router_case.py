@@ -54,7 +54,12 @@ def decide(router: Router, control: Tensor, valid: Tensor) -> Decision:
 
 
 def stream(
-    router: Router, control: Tensor, valid: Tensor, chunks: Iterable[slice], state: State | None = None, seen: int | Tensor = 0
+    router: Router,
+    control: Tensor,
+    valid: Tensor,
+    chunks: Iterable[slice],
+    state: State | None = None,
+    seen: int | Tensor = 0,
 ) -> tuple[Decision, State]:
     """The same, chunk by chunk, and the last state."""
     state = router.init_state(control.shape[0], dtype=control.dtype) if state is None else state
@@ -69,7 +74,9 @@ def stream(
     return Decision(**joined, names=parts[0].names), state
 
 
-def require_same(found: Decision, wanted: Decision, valid: Tensor, what: str, wanted_valid: Tensor | None = None) -> None:
+def require_same(
+    found: Decision, wanted: Decision, valid: Tensor, what: str, wanted_valid: Tensor | None = None
+) -> None:
     """Compare two decisions at the valid positions."""
     other = valid if wanted_valid is None else wanted_valid
     require(torch.equal(found.active[valid], wanted.active[other]), f"{what}: other tokens are active")

@@ -30,7 +30,9 @@ def returns_a_decision(case: RouterCase, example: Example) -> None:
             tensor = getattr(decision, name)
             require(tensor.shape == wanted, f"{name} has shape {tuple(tensor.shape)}; required is {wanted}")
             kind = torch.bool if name == "active" else wide
-            require(tensor.dtype is kind, f"{name} has dtype {tensor.dtype} for a router in {dtype}; required is {kind}")
+            require(
+                tensor.dtype is kind, f"{name} has dtype {tensor.dtype} for a router in {dtype}; required is {kind}"
+            )
             require(bool(tensor[valid].isfinite().all()), f"{name} is not finite at a valid position")
         sure, p_on = decision.confidence[valid], decision.p_on[valid]
         require(bool(((sure > 0) & (sure <= 1)).all()), "confidence is not in (0, 1]")
@@ -38,12 +40,15 @@ def returns_a_decision(case: RouterCase, example: Example) -> None:
 
 
 def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
-    """Forward leaves parameters, buffers, control state and torch's random numbers alone, and decides the same again, in training too."""
+    """Forward changes no parameter, buffer, control or random state, and decides the same again, in training too."""
     control, valid = case.control(example), example.active()
     for router in (case.make(), case.make().train()):
         before, given, drawn = copy.deepcopy(router.state_dict()), control.clone(), torch.get_rng_state()
         first, again = decide(router, control, valid), decide(router, control, valid)
-        require(torch.equal(torch.get_rng_state(), drawn), "forward drew from torch's generator; key draws by seed, row and position")
+        require(
+            torch.equal(torch.get_rng_state(), drawn),
+            "forward drew from torch's generator; key draws by seed, row and position",
+        )
         require(torch.equal(control, given), "forward changed the control state it was given")
         changed = [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, before[name])]
         require(not changed, f"forward changed {changed}")
@@ -51,7 +56,7 @@ def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
 
 
 def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
-    """A router that can be steered activates a valid token where its score for on is the greater, and nowhere where it is the smaller.
+    """A router that can be steered activates valid tokens where on scores higher than off, none where it scores lower.
 
     Nor where a control state is no number.
     """
@@ -61,14 +66,17 @@ def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
         if offset_of(router) is not None:
             decision = decide(router, control, valid)
             off, on = decision.logits.unbind(-1)
-            require(bool(decision.active[(on > off) & valid[..., None]].all()), "a token whose score for on is the greater is inactive")
+            require(
+                bool(decision.active[(on > off) & valid[..., None]].all()),
+                "a token whose score for on is the greater is inactive",
+            )
             require(not bool(decision.active[on < off].any()), "a token whose score for on is the smaller is active")
             active = decide(router, broken, valid).active[:, 1::3]
             require(not bool(active.any()), "a token whose control state is NaN is active")
 
 
 def ties_are_inactive(case: RouterCase, example: Example) -> None:
-    """Where all parameters are 0 and the scores for on and off are equal, a router that can be steered activates nothing."""
+    """Where all parameters are 0 and on scores the same as off, a router that can be steered activates nothing."""
     router = case.make()
     if offset_of(router) is None:
         return
@@ -81,15 +89,20 @@ def ties_are_inactive(case: RouterCase, example: Example) -> None:
 
 
 def an_offset_steers_the_rate(case: RouterCase, example: Example) -> None:
-    """What is added to `offset` switches tokens of that sub-module on, never off; enough of it, all of them. It is saved."""
+    """What is added to `offset` switches tokens of that sub-module on, never off; enough, all of them. It is saved."""
     control, valid = case.control(example), example.active()
     for place in range(case.modules):
         router = case.make()
         offset = offset_of(router)
         if offset is None:
             return
-        require(offset.shape == (case.modules,), f"offset has shape {tuple(offset.shape)}; required is {(case.modules,)}")
-        require("offset" in router.state_dict(), "offset is not in the state_dict; use register_buffer('offset', torch.zeros(M))")
+        require(
+            offset.shape == (case.modules,), f"offset has shape {tuple(offset.shape)}; required is {(case.modules,)}"
+        )
+        require(
+            "offset" in router.state_dict(),
+            "offset is not in the state_dict; use register_buffer('offset', torch.zeros(M))",
+        )
         before = decide(router, control, valid).active[..., place]
         for more in (0.3, 1e6):
             offset[place] += more
@@ -108,14 +121,25 @@ def padding_changes_nothing(case: RouterCase, example: Example) -> None:
     for garbage in (1.0, 1e4, torch.nan):
         decision = decide(router, control.where(valid[..., None], torch.randn_like(control) * garbage), valid)
         require(not bool(decision.active[~valid].any()), "padding is active")
-        require_same(decision, wanted, valid, f"padding of random numbers times {garbage} anywhere against padding on the right", packed)
+        require_same(
+            decision,
+            wanted,
+            valid,
+            f"padding of random numbers times {garbage} anywhere against padding on the right",
+            packed,
+        )
 
 
 def without_padding_nothing_need_be_given(case: RouterCase, example: Example) -> None:
     """`valid=None` is all valid, and `positions=None` counts from 0."""
     router, control = case.make(), case.control(example)
     everywhere = torch.ones(control.shape[:2], dtype=torch.bool)
-    require_same(router(control)[0], decide(router, control, everywhere), everywhere, "without valid and positions against all valid")
+    require_same(
+        router(control)[0],
+        decide(router, control, everywhere),
+        everywhere,
+        "without valid and positions against all valid",
+    )
 
 
 def rows_are_independent(case: RouterCase, example: Example) -> None:
@@ -158,13 +182,16 @@ def takes_no_tokens(case: RouterCase, example: Example) -> None:
 
 
 def every_parameter_gets_a_gradient(case: RouterCase, example: Example) -> None:
-    """Confidence carries a gradient to every parameter, and from a router with parameters to the control state; finite, never None."""
+    """Confidence carries a finite gradient to every parameter and, where there are parameters, to the control state."""
     for router in (case.make(), case.make().train()):
         control = case.control(example).requires_grad_()
         _require_gradients(router, decide(router, control, example.active()), zero=False)
         if any(True for _ in router.parameters()):
             require(control.grad is not None, "confidence has no gradient to the control state: was it detached?")
-            require(control.grad is None or bool(control.grad.isfinite().all()), "the gradient of the control state is not finite")
+            require(
+                control.grad is None or bool(control.grad.isfinite().all()),
+                "the gradient of the control state is not finite",
+            )
 
 
 def _require_gradients(router: Router, decision: Decision, zero: bool) -> None:
@@ -178,7 +205,9 @@ def _require_gradients(router: Router, decision: Decision, zero: bool) -> None:
     for name, parameter in parameters.items():
         gradient = parameter.grad
         if gradient is None:
-            raise AssertionError(f"the gradient of {name!r} is None; another rank of a distributed training would wait for it")
+            raise AssertionError(
+                f"the gradient of {name!r} is None; another rank of a distributed training would wait for it"
+            )
         require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
         require(not (zero and bool(gradient.any())), f"without active tokens the gradient of {name!r} is not 0")
 
@@ -211,7 +240,12 @@ def gradients_are_right(case: RouterCase, example: Example) -> None:
 def training_decides_as_evaluation(case: RouterCase, example: Example) -> None:
     """A decision is the same in training and in evaluation."""
     control, valid = case.control(example), example.active()
-    require_same(decide(case.make().train(), control, valid), decide(case.make(), control, valid), valid, "training against evaluation")
+    require_same(
+        decide(case.make().train(), control, valid),
+        decide(case.make(), control, valid),
+        valid,
+        "training against evaluation",
+    )
 
 
 def extreme_tokens_are_decided(case: RouterCase, example: Example) -> None:
@@ -221,15 +255,21 @@ def extreme_tokens_are_decided(case: RouterCase, example: Example) -> None:
         control = (case.control(example, torch.float32) * size).requires_grad_()
         decision = decide(router, control, valid)
         for name in FIELDS:
-            require(bool(getattr(decision, name)[valid].isfinite().all()), f"{name} is not finite for a control state of {size:g}")
+            require(
+                bool(getattr(decision, name)[valid].isfinite().all()),
+                f"{name} is not finite for a control state of {size:g}",
+            )
         sure = decision.confidence[valid]
         require(bool(((sure > 0) & (sure <= 1)).all()), f"confidence is not in (0, 1] for a control state of {size:g}")
         _require_gradients(router, decision, zero=False)
-        require(control.grad is None or bool(control.grad.isfinite().all()), f"a gradient is not finite for a control state of {size:g}")
+        require(
+            control.grad is None or bool(control.grad.isfinite().all()),
+            f"a gradient is not finite for a control state of {size:g}",
+        )
 
 
 def half_precision_decides_as_float32(case: RouterCase, example: Example) -> None:
-    """Autocast is off inside: a float32 router decides about bfloat16 tokens as about the same numbers in float32, to the last bit."""
+    """Autocast is off inside: a float32 router decides about bfloat16 tokens exactly as about their float32 values."""
     router, control, valid = case.make(torch.float32), case.control(example, torch.bfloat16), example.active()
     wanted = decide(router, control.float(), valid)
     for enabled in (False, True):
@@ -237,11 +277,15 @@ def half_precision_decides_as_float32(case: RouterCase, example: Example) -> Non
             found = decide(router, control, valid)
         for name in ("active", *FIELDS):
             same = torch.equal(getattr(found, name)[valid], getattr(wanted, name)[valid])
-            require(same, f"{name} of bfloat16 tokens differs from that of the same float32 tokens{' under autocast' if enabled else ''}")
+            require(
+                same,
+                f"{name} of bfloat16 tokens differs from that of the same float32 "
+                f"tokens{' under autocast' if enabled else ''}",
+            )
 
 
 def never_looks_ahead(case: RouterCase, example: Example) -> None:
-    """A causal router's earlier decisions do not move when later tokens do, not even by 1e4 or to NaN, nor when they end."""
+    """A causal router's earlier decisions do not move when later tokens do, even by 1e4 or to NaN, or when they end."""
     router, control, valid = case.make(), case.control(example), example.active()
     if not router.causal:
         return
@@ -250,7 +294,9 @@ def never_looks_ahead(case: RouterCase, example: Example) -> None:
     for stranger in (1.0, 1e4, torch.nan):
         changed = control.clone()
         changed[:, cut:] = torch.randn_like(changed[:, cut:]) * stranger
-        require_same(decide(router, changed, valid), wanted, earlier, f"decisions before random numbers times {stranger}")
+        require_same(
+            decide(router, changed, valid), wanted, earlier, f"decisions before random numbers times {stranger}"
+        )
     require_same(decide(router, control, earlier), wanted, earlier, "decisions before the end of a row")
 
 
@@ -277,7 +323,9 @@ def gradients_cross_chunks(case: RouterCase, example: Example) -> None:
     one, other = control.clone().requires_grad_(), control.clone().requires_grad_()
     (decide(whole, one, valid).confidence * weight).sum().backward()
     (stream(parts, other, valid, example.chunks())[0].confidence * weight).sum().backward()
-    found, wanted = ({"control state": leaf, **dict(router.named_parameters())} for leaf, router in ((other, parts), (one, whole)))
+    found, wanted = (
+        {"control state": leaf, **dict(router.named_parameters())} for leaf, router in ((other, parts), (one, whole))
+    )
     for name, a in found.items():
         b = wanted[name]
         if a.grad is None or b.grad is None:
@@ -315,7 +363,9 @@ def states_can_be_moved(case: RouterCase, example: Example) -> None:
         path = Path(folder) / "state.safetensors"
         save_state(state, path)
         loaded = load_state(path, router.init_state(1, dtype=control.dtype))
-    require_same(stream(router, control, valid, chunks, loaded, seen)[0], wanted, valid, "a stream that was saved and loaded")
+    require_same(
+        stream(router, control, valid, chunks, loaded, seen)[0], wanted, valid, "a stream that was saved and loaded"
+    )
     reset = torch.arange(rows) % 2 == 0
     found, _ = stream(router, control, valid, chunks, state.reset(reset), seen.masked_fill(reset[:, None], 0))
     fresh, _ = stream(router, control, valid, chunks)
@@ -343,7 +393,12 @@ def works_in_float32(case: RouterCase, example: Example) -> None:
     clear = valid[..., None] & ((on - off).abs() > 1e-3 * (1 + off.abs() + on.abs()))
     require(torch.equal(found.active[clear], wanted.active[clear]), "float32 decides unlike float64")
     for name in ("confidence", "p_on"):
-        require_near(getattr(found, name)[clear].double(), getattr(wanted, name)[clear], f"{name} in float32 against float64", 1e-3)
+        require_near(
+            getattr(found, name)[clear].double(),
+            getattr(wanted, name)[clear],
+            f"{name} in float32 against float64",
+            1e-3,
+        )
 
 
 def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
@@ -351,7 +406,9 @@ def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
     control, valid = case.control(example), example.active()
     router, other = case.make(), case.make(seed=1)
     other.load_state_dict(router.state_dict())
-    require_same(decide(other, control, valid), decide(router, control, valid), valid, "a router with the weights of another")
+    require_same(
+        decide(other, control, valid), decide(router, control, valid), valid, "a router with the weights of another"
+    )
 
 
 def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
@@ -362,7 +419,10 @@ def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
     predicted = case.spec.num_parameters(case.width, case.modules)
     require(counted == predicted, f"num_parameters predicts {predicted}, and the router has {counted}")
     require(case.spec.operations(case.width, case.modules) >= 0, "operations are negative")
-    require(load_spec(dump_spec(case.spec), family="router") == case.spec, "the spec changed on the way through dump and load")
+    require(
+        load_spec(dump_spec(case.spec), family="router") == case.spec,
+        "the spec changed on the way through dump and load",
+    )
 
 
 ROUTER_LAWS: tuple[Callable[[RouterCase, Example], None], ...] = (

@@ -66,7 +66,10 @@ def returns_one_result_per_token(case: SubModuleCase, example: Example) -> None:
     for dtype in (torch.float64, torch.float32):
         tokens = lay(case.tokens(example, dtype), example.active(), example.layout)
         values, state = case.make(dtype)(tokens)
-        require(values.shape == tokens.values.shape, f"results of shape {tuple(values.shape)} for tokens {tuple(tokens.values.shape)}")
+        require(
+            values.shape == tokens.values.shape,
+            f"results of shape {tuple(values.shape)} for tokens {tuple(tokens.values.shape)}",
+        )
         require(values.dtype is dtype, f"results in {values.dtype} for tokens in {dtype}")
         require(bool(values.isfinite().all()), "a result of finite tokens is not finite")
         require(state is None, f"no state was given, and {type(state).__name__} was returned")
@@ -107,7 +110,9 @@ def rows_are_independent(case: SubModuleCase, example: Example) -> None:
     for stranger in (1.0, 1e4, torch.nan):
         if len(example.lengths) > 1:
             x = torch.cat([x[:1], x[1:] * stranger])
-        require_near(run(module, x, active, example)[:1], wanted, f"a row beside rows times {stranger} against the row alone")
+        require_near(
+            run(module, x, active, example)[:1], wanted, f"a row beside rows times {stranger} against the row alone"
+        )
 
 
 def takes_no_tokens(case: SubModuleCase, example: Example) -> None:
@@ -132,7 +137,9 @@ def _require_gradients(module: SubModule, zero: bool) -> None:
     for name, parameter in module.named_parameters():
         gradient = parameter.grad
         if gradient is None:
-            raise AssertionError(f"the gradient of {name!r} is None; another rank of a distributed training would wait for it")
+            raise AssertionError(
+                f"the gradient of {name!r} is None; another rank of a distributed training would wait for it"
+            )
         require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
         require(not (zero and bool(gradient.any())), f"without tokens the gradient of {name!r} is not 0")
 
@@ -174,7 +181,11 @@ def never_looks_ahead(case: SubModuleCase, example: Example) -> None:
         changed = x.clone()
         changed[:, cut:] = torch.randn_like(changed[:, cut:]) * stranger
         found = run(module, changed, active, example)
-        require_near(found[:, :cut], wanted[:, :cut], f"results before tokens that were changed to random numbers times {stranger}")
+        require_near(
+            found[:, :cut],
+            wanted[:, :cut],
+            f"results before tokens that were changed to random numbers times {stranger}",
+        )
 
 
 def chunks_equal_the_whole(case: SubModuleCase, example: Example) -> None:
@@ -216,7 +227,10 @@ def states_are_values(case: SubModuleCase, example: Example) -> None:
     first = stream(module, x, active, example, example.chunks(), state)[0]
     changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
     require(not changed, f"forward changed the state it was given: {changed}")
-    require(torch.equal(stream(module, x, active, example, example.chunks(), state)[0], first), "one state was continued to two results")
+    require(
+        torch.equal(stream(module, x, active, example, example.chunks(), state)[0], first),
+        "one state was continued to two results",
+    )
 
 
 def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) -> None:
@@ -256,7 +270,9 @@ def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
         path = Path(folder) / "state.safetensors"
         save_state(state, path)
         loaded = load_state(path, module.init_state(1, dtype=x.dtype))
-    require(torch.equal(stream(module, x, active, example, chunks, loaded)[0], wanted), "a stream that was saved and loaded")
+    require(
+        torch.equal(stream(module, x, active, example, chunks, loaded)[0], wanted), "a stream that was saved and loaded"
+    )
 
 
 def refuses_a_state_unless_causal(case: SubModuleCase, example: Example) -> None:
@@ -278,7 +294,10 @@ def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
     found = run(case.make(torch.float32), x.float(), active, example)
     require_near(found.double(), wanted, "float32 against float64", 1e-3)
     rough = run(case.make(torch.bfloat16), x.bfloat16(), active, example)
-    require(rough.dtype is torch.bfloat16 and bool(rough.isfinite().all()), "bfloat16 tokens gave another dtype or numbers not finite")
+    require(
+        rough.dtype is torch.bfloat16 and bool(rough.isfinite().all()),
+        "bfloat16 tokens gave another dtype or numbers not finite",
+    )
 
 
 def spec_predicts_and_survives(case: SubModuleCase, example: Example) -> None:
@@ -290,7 +309,10 @@ def spec_predicts_and_survives(case: SubModuleCase, example: Example) -> None:
     require(counted == predicted, f"num_parameters predicts {predicted}, and the module has {counted}")
     require(case.spec.operations(case.width, 0).total == 0, "operations of no token are not 0")
     require(case.spec.operations(case.width, example.length).total >= 0, "operations are negative")
-    require(load_spec(dump_spec(case.spec), family="sub-module") == case.spec, "the spec changed on the way through dump and load")
+    require(
+        load_spec(dump_spec(case.spec), family="sub-module") == case.spec,
+        "the spec changed on the way through dump and load",
+    )
 
 
 SUBMODULE_LAWS: tuple[Callable[[SubModuleCase, Example], None], ...] = (

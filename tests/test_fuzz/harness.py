@@ -1,4 +1,5 @@
-"""Runs a reader on malformed inputs in a process of its own, with bounds on memory and time, and counts what it did with them.
+"""Runs a reader on malformed inputs in a process of its own, with bounds on memory and time, and counts what it did
+with them.
 
 `python -m tests.test_fuzz.harness tests.test_fuzz.test_archives:TAR 500 0` prints the counts of one target as JSON.
 """
@@ -91,7 +92,9 @@ def mutate(rng: random.Random, content: bytes) -> bytes:
             data[at % len(data)] ^= 1 << rng.randrange(8)
         else:
             width, sign = rng.choice(((2, "<H"), (4, "<I"), (8, "<Q"), (4, ">I")))
-            data[at : at + width] = struct.pack(sign, rng.choice((0, 1, 0x7F, 1 << (8 * width - 1), (1 << 8 * width) - 1)))
+            data[at : at + width] = struct.pack(
+                sign, rng.choice((0, 1, 0x7F, 1 << (8 * width - 1), (1 << 8 * width) - 1))
+            )
     return bytes(data)
 
 

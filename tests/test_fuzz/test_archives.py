@@ -50,14 +50,21 @@ def _zip(method: int) -> bytes:
 
 _TARS = [_tar(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT)]
 _ZIPS = [_zip(method) for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)]
-_PACKERS: list[Callable[[bytes], bytes]] = [bytes, partial(gzip.compress, compresslevel=1), bz2.compress, partial(lzma.compress, preset=0)]
+_PACKERS: list[Callable[[bytes], bytes]] = [
+    bytes,
+    partial(gzip.compress, compresslevel=1),
+    bz2.compress,
+    partial(lzma.compress, preset=0),
+]
 
 
 def _forge_header(rng: random.Random, tar: bytearray) -> None:
     """Change a field of a header, and make its checksum right again, so that what it says is taken seriously."""
     heads = [at for at in range(0, len(tar), 512) if tar[at + 257 : at + 262] == b"ustar"]
     at = rng.choice(heads)
-    field, length = rng.choice(((0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155), (386, 96), (482, 30)))
+    field, length = rng.choice(
+        ((0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155), (386, 96), (482, 30))
+    )
     size = rng.choice((0, 1, 512, 1 << 20, 1 << 33, 1 << 60))
     tar[at + field : at + field + length] = rng.choice(
         (
@@ -74,9 +81,18 @@ def _forge_header(rng: random.Random, tar: bytearray) -> None:
 
 def _forge_attributes(rng: random.Random) -> bytes:
     """A tar whose member has attributes as no program writes them."""
-    keys = ("GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.realsize", "GNU.sparse.name")
+    keys = (
+        "GNU.sparse.map",
+        "GNU.sparse.size",
+        "GNU.sparse.major",
+        "GNU.sparse.minor",
+        "GNU.sparse.realsize",
+        "GNU.sparse.name",
+    )
     lines = b""
-    for key in rng.sample((*keys, "size", "path", "linkpath", "hdrcharset", "mtime", "GNU.sparse.numblocks", "GNU.sparse.offset"), 4):
+    for key in rng.sample(
+        (*keys, "size", "path", "linkpath", "hdrcharset", "mtime", "GNU.sparse.numblocks", "GNU.sparse.offset"), 4
+    ):
         value = rng.choice((*_NUMBERS, b"1", b"set/x\0y", b"\n" * 9, b"BINARY", b"x" * 5000))
         line = b" %s=%s\n" % (key.encode(), value)
         lines += b"%d%s" % (rng.choice((len(line) + 2, len(line) + 3, 0, 10**9)), line)
@@ -109,11 +125,18 @@ def _make_tar(rng: random.Random, folder: Path) -> Path:
 def _make_zip(rng: random.Random, folder: Path) -> Path:
     content = bytearray(rng.choice(_ZIPS))
     if rng.random() < 0.7:  # a field of a header, of the directory or of its end
-        marks = [at for mark in (b"PK\1\2", b"PK\3\4", b"PK\5\6") for at in range(len(content)) if content[at : at + 4] == mark]
+        marks = [
+            at
+            for mark in (b"PK\1\2", b"PK\3\4", b"PK\5\6")
+            for at in range(len(content))
+            if content[at : at + 4] == mark
+        ]
         for _ in range(rng.randint(1, 3)):
             at = rng.choice(marks) + rng.randrange(4, 46)
             width, sign = rng.choice(((1, "B"), (2, "<H"), (4, "<I")))
-            content[at : at + width] = struct.pack(sign, rng.choice((0, 1, rng.getrandbits(8 * width), (1 << 8 * width) - 1)))
+            content[at : at + width] = struct.pack(
+                sign, rng.choice((0, 1, rng.getrandbits(8 * width), (1 << 8 * width) - 1))
+            )
     else:
         content[:] = mutate(rng, bytes(content))
     (folder / "enwik8.zip").write_bytes(content)

@@ -27,7 +27,12 @@ def _make(rng: random.Random, folder: Path) -> Path:
         content = mutate(rng, content)
     if rng.random() < 0.2:
         at = rng.randrange(min(60, len(content) + 1))
-        content = content[:at] + rng.choice((b"data", b"fmt ", b"ds64", b"RIFX")) + struct.pack("<I", rng.getrandbits(32)) + content[at:]
+        content = (
+            content[:at]
+            + rng.choice((b"data", b"fmt ", b"ds64", b"RIFX"))
+            + struct.pack("<I", rng.getrandbits(32))
+            + content[at:]
+        )
     (folder / "some.wav").write_bytes(content)
     return folder / "some.wav"
 

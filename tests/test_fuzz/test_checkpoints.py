@@ -1,4 +1,6 @@
-"""Saved models and states that are damaged or forged: refused in a sentence, or read as another model or state that is whole."""
+"""Saved models and states that are damaged or forged: refused in a sentence, or read as another model or state that is
+whole.
+"""
 
 import json
 import random
@@ -31,10 +33,9 @@ STREAM: dict[str, Any] = {
 }
 
 JUNK: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 7, 1 << 31, 1 << 62, 1 << 64, 10**30, 10**4000, 0.5, 1e300, float("nan"), float("inf"), "", "F32", "C64",
-    "F8_E4M3",
-    "I8", "x" * 10_000, "/etc/passwd", "kind", "é\ud800", [], {}, [0], [0, 8], [[[[]]]], {"kind": "gau"}, {"a": {"a": {"a": {}}}},
-    [1 << 40] * 60, list(range(3000)),
+    None, True, -1, 0, 1, 7, 1 << 31, 1 << 62, 1 << 64, 10**30, 10**4000, 0.5, 1e300, float("nan"), float("inf"),
+    "", "F32", "C64", "F8_E4M3", "I8", "x" * 10_000, "/etc/passwd", "kind", "é\ud800",
+    [], {}, [0], [0, 8], [[[[]]]], {"kind": "gau"}, {"a": {"a": {"a": {}}}}, [1 << 40] * 60, list(range(3000)),
 )  # fmt: skip
 
 
@@ -127,7 +128,11 @@ def _state(rng: random.Random, folder: Path) -> Path:
     content = _damaged(rng, STATE_FILE)
     if rng.random() < 0.3:  # counts and positions, which say how much is looked at
         at = STATE_FILE.index(b"}}") + 2 + 8 * rng.randrange(10)
-        content = STATE_FILE[:at] + struct.pack("<q", rng.choice((-(1 << 63), -1, 1, 9, 10**6, 1 << 40, 1 << 62))) + STATE_FILE[at + 8 :]
+        content = (
+            STATE_FILE[:at]
+            + struct.pack("<q", rng.choice((-(1 << 63), -1, 1, 9, 10**6, 1 << 40, 1 << 62)))
+            + STATE_FILE[at + 8 :]
+        )
     (folder / "state").write_bytes(content)
     return folder / "state"
 

@@ -62,7 +62,9 @@ def _make_png(rng: random.Random, folder: Path) -> Path:
             b"ruBY",
             b"cHRM",
         )
-        inner = rng.choice((rng.randbytes(rng.randrange(60)), b"a\0\0" + zlib.compress(bytes(1 << 22)), b"a\0\1\0\0\0" + bytes(9), b""))
+        inner = rng.choice(
+            (rng.randbytes(rng.randrange(60)), b"a\0\0" + zlib.compress(bytes(1 << 22)), b"a\0\1\0\0\0" + bytes(9), b"")
+        )
         content = content[:33] + _chunk(rng.choice(kinds), inner) + content[33:]
     (folder / "x.png").write_bytes(content)
     return folder / "x.png"
@@ -75,18 +77,39 @@ def _read_png(path: Path) -> None:
 def _make_npy(rng: random.Random, folder: Path) -> Path:
     made = io.BytesIO()
     array = np.arange(12).astype(rng.choice((np.uint8, np.uint8, np.int64, np.float32, np.bool_)))
-    np.lib.format.write_array(made, array.reshape(rng.choice(((3, 4), (12,), (4, 3)))), version=rng.choice(((1, 0), (2, 0), None)))
+    np.lib.format.write_array(
+        made, array.reshape(rng.choice(((3, 4), (12,), (4, 3)))), version=rng.choice(((1, 0), (2, 0), None))
+    )
     content = made.getvalue()
     if rng.random() < 0.5:
         content = mutate(rng, content)
     else:
         shape = rng.choice(
-            (b"(3, 4)", b"(10**9,)", b"(%d, 4)" % 10**15, b"(-3, -4)", b"(3.0, 4)", b"[3, 4]", b"((3,), 4)", b"(" * 200, b"x")
+            (
+                b"(3, 4)",
+                b"(10**9,)",
+                b"(%d, 4)" % 10**15,
+                b"(-3, -4)",
+                b"(3.0, 4)",
+                b"[3, 4]",
+                b"((3,), 4)",
+                b"(" * 200,
+                b"x",
+            )
         )
         kind = rng.choice((b"|u1", b"|O", b"<f8", b"|V4", b"<U9", b"|u1" * 9, b"[('a', 'u1')]", b"\xff"))
-        head = b"{'descr': '%s', 'fortran_order': %s, 'shape': %s, }" % (kind, rng.choice((b"False", b"True", b"None", b"2")), shape)
+        head = b"{'descr': '%s', 'fortran_order': %s, 'shape': %s, }" % (
+            kind,
+            rng.choice((b"False", b"True", b"None", b"2")),
+            shape,
+        )
         head = head.ljust(117) + b"\n"
-        content = b"\x93NUMPY\1\0" + struct.pack("<H", rng.choice((len(head), len(head), 0, 65_535))) + head + bytes(range(12))
+        content = (
+            b"\x93NUMPY\1\0"
+            + struct.pack("<H", rng.choice((len(head), len(head), 0, 65_535)))
+            + head
+            + bytes(range(12))
+        )
     (folder / "x.npy").write_bytes(content)
     return folder / "x.npy"
 

@@ -1,4 +1,6 @@
-"""Run folders with damaged and forged files: whoever reads them names the file, and never runs, allocates or waits for what it says."""
+"""Run folders with damaged and forged files: whoever reads them names the file, and never runs, allocates or waits for
+what it says.
+"""
 
 import functools
 import json
@@ -24,7 +26,22 @@ from tests.test_fuzz.harness import Target, fuzz, mutate
 from tests.test_recipes.tiny import fail, tiny, tiny_data, train
 
 SPEC = tiny(training__updates=6, training__evaluate_every=3, training__warmup=1)
-VALUES: tuple[Any, ...] = (None, -1, 0, 10**30, 0.5, float("nan"), True, "x", "x" * 10_000, [], {}, [[]], {"x": 1}, [None] * 3)
+VALUES: tuple[Any, ...] = (
+    None,
+    -1,
+    0,
+    10**30,
+    0.5,
+    float("nan"),
+    True,
+    "x",
+    "x" * 10_000,
+    [],
+    {},
+    [[]],
+    {"x": 1},
+    [None] * 3,
+)
 TENSORS: tuple[Callable[[], torch.Tensor], ...] = (
     lambda: torch.zeros(0),
     lambda: torch.zeros(3, dtype=torch.int64),
@@ -42,7 +59,11 @@ def _sources() -> tuple[Any, Path, Path]:
     data = tiny_data(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         original = Classifier.training_step
-        patch.setattr(Classifier, "training_step", lambda self, *rest: fail(self) if self.global_step == 4 else original(self, *rest))
+        patch.setattr(
+            Classifier,
+            "training_step",
+            lambda self, *rest: fail(self) if self.global_step == 4 else original(self, *rest),
+        )
         with pytest.raises(RuntimeError, match="the power went out"):
             train(SPEC, folder / "stopped", data)
     train(SPEC, folder / "finished", data)
@@ -81,7 +102,14 @@ def _replace(rng: random.Random, path: Path) -> None:
         path.write_text(json.dumps(_forge(rng, json.loads(content))))
     else:
         path.write_bytes(
-            rng.choice((b"[" * 5000, b"width: 1e20", content.replace(b"width: 8", b"width: 16"), content.replace(b"seed: 0", b"seed: 1")))
+            rng.choice(
+                (
+                    b"[" * 5000,
+                    b"width: 1e20",
+                    content.replace(b"width: 8", b"width: 16"),
+                    content.replace(b"seed: 0", b"seed: 1"),
+                )
+            )
         )
 
 
@@ -115,10 +143,16 @@ def _ended(rng: random.Random, folder: Path) -> Path:
     (run / "compared.json").write_text(json.dumps({"models": ["seqboat"], "seeds": 1, "minutes": None, "length": 64}))
     (run / "arms.json").write_text(json.dumps(["routed", "always"]))
     work = {"milliseconds": 1.5, "megabytes": 2}
-    (run / "efficiency.json").write_text(json.dumps({"inference": work, "training": work, "device": "cpu", "hardware": "x"}))
+    (run / "efficiency.json").write_text(
+        json.dumps({"inference": work, "training": work, "device": "cpu", "hardware": "x"})
+    )
     (run / "error.txt").write_text("a reason")
     _replace(
-        rng, run / rng.choice((SUMMARY, SUMMARY, SUMMARY, DATA, EXPERIMENT, "compared.json", "arms.json", "efficiency.json", "error.txt"))
+        rng,
+        run
+        / rng.choice(
+            (SUMMARY, SUMMARY, SUMMARY, DATA, EXPERIMENT, "compared.json", "arms.json", "efficiency.json", "error.txt")
+        ),
     )
     return run
 

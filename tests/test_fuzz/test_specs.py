@@ -22,21 +22,46 @@ from tests.test_fuzz.harness import Target, fuzz, mutate
 
 def _texts(package: str, folder: str) -> dict[str, str]:
     entries = files(package).joinpath(folder).iterdir()
-    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in sorted(entries, key=lambda entry: entry.name)}
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(entries, key=lambda entry: entry.name)
+    }
 
 
-SPECS, EXPERIMENTS, SWEEPS = _texts("sma.recipes", "specs"), _texts("sma.recipes", "presets"), _texts("sma.tune", "presets")
+SPECS, EXPERIMENTS, SWEEPS = (
+    _texts("sma.recipes", "specs"),
+    _texts("sma.recipes", "presets"),
+    _texts("sma.tune", "presets"),
+)
 
 # Values as YAML text, with % for blanks.
 SCALARS = [
     word.replace("%", " ")
     for line in (
-        "0 -1 1 2 3 1e-3 1e20 1e400 -1e308 0.5 .5 1. 5e-324 9223372036854775807 9223372036854775808 -9223372036854775809 10001 1e4",
-        "0x10 0o17 01750 0x_ 1_000 12:30 true false yes on null ~ .inf -.inf .nan 2001-99-99 2001-01-01 '' '1' 'a%b' gau sma conv",
-        "!!int%x !!int%5 !!float%1 !!binary%aa !!python/object:os.system%{} !!set%{a} !!str%1 !!timestamp%2001-01-01 *a &a%[*a] [] {}",
-        "[[]] {a:%1} {kind:%sma} {kind:%[a]} {kind:%gau,%query_size:%4,%hidden_size:%4} {repeat:%3,%layer:%{}} {<<:%{a:%1}} {1:%2}",
-        "{kind:%rms_norm} {kind:%choice,%values:%[1e-3,%4e-3]} {kind:%choice,%values:%[1]} {kind:%int,%low:%1,%high:%4} {kind:%attention}",
-        "{kind:%uniform,%low:%-1e308,%high:%1e308} {kind:%loguniform,%low:%1e-320,%high:%1e308} {kind:%fixed,%value:%{}} <<:%1 %YAML%1.1",
+        (
+            "0 -1 1 2 3 1e-3 1e20 1e400 -1e308 0.5 .5 1. "
+            "5e-324 9223372036854775807 9223372036854775808 -9223372036854775809 10001 1e4"
+        ),
+        (
+            "0x10 0o17 01750 0x_ 1_000 12:30 true false yes on null ~ .inf -.inf .nan 2001-99-99 2001-01-01 '' '1' "
+            "'a%b' gau sma conv"
+        ),
+        (
+            "!!int%x !!int%5 !!float%1 !!binary%aa !!python/object:os.system%{} !!set%{a} !!str%1 "
+            "!!timestamp%2001-01-01 *a &a%[*a] [] {}"
+        ),
+        (
+            "[[]] {a:%1} {kind:%sma} {kind:%[a]} {kind:%gau,%query_size:%4,%hidden_size:%4} {repeat:%3,%layer:%{}} "
+            "{<<:%{a:%1}} {1:%2}"
+        ),
+        (
+            "{kind:%rms_norm} {kind:%choice,%values:%[1e-3,%4e-3]} {kind:%choice,%values:%[1]} "
+            "{kind:%int,%low:%1,%high:%4} {kind:%attention}"
+        ),
+        (
+            "{kind:%uniform,%low:%-1e308,%high:%1e308} {kind:%loguniform,%low:%1e-320,%high:%1e308} "
+            "{kind:%fixed,%value:%{}} <<:%1 %YAML%1.1"
+        ),
         '{kind:%quniform,%low:%0,%high:%1e300,%step:%1e-300} "\\ud800" "\\ud83d\\ude00" "\\0" \0 \t \ufeff \udcff',
     )
     for word in line.split(" ")
@@ -49,7 +74,11 @@ LONG: tuple[Callable[[random.Random], str], ...] = (
     lambda rng: "[" * 60 + "]" * 60,
     lambda rng: f"[{'1, ' * rng.choice((2000, 20_000))}]",
     lambda rng: f"{{{', '.join(f'a{number}: {number}' for number in range(rng.choice((200, 5000))))}}}",
-    lambda rng: "[&a0 [1], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, rng.choice((3, 8, 30)))) + "]",
+    lambda rng: (
+        "[&a0 [1], "
+        + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, rng.choice((3, 8, 30))))
+        + "]"
+    ),
 )
 
 
@@ -85,7 +114,9 @@ def _structural(rng: random.Random, text: str) -> str:
             other, at = rng.choice(places)
             node[key] = copy.deepcopy(other[at])
         elif way == 2 and isinstance(node, dict):
-            node[rng.choice(["kind", "on", "x" * 300, "modules", "layer", "repeat", str(key) + "x", ""])] = node.pop(key)
+            node[rng.choice(["kind", "on", "x" * 300, "modules", "layer", "repeat", str(key) + "x", ""])] = node.pop(
+                key
+            )
         elif way == 3 and isinstance(node, list):
             node.extend([copy.deepcopy(node[key]) for _ in range(rng.choice((1, 50)))])
         else:
@@ -102,7 +133,11 @@ def _malformed(rng: random.Random, texts: dict[str, str]) -> bytes:
     content = text.encode("utf-8", "surrogatepass")
     if rng.random() < 0.4:
         content = mutate(rng, content)
-    return content.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-8-sig"))) if rng.random() < 0.03 else content
+    return (
+        content.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-8-sig")))
+        if rng.random() < 0.03
+        else content
+    )
 
 
 def _file(texts: dict[str, str]) -> Callable[[random.Random, Path], Path]:
@@ -135,7 +170,12 @@ PATHS = [
         "layers.layer.modules.x.kind",
         "layers.layer.norm.epsilon",
     ),
-    *("layers.layer.modules.attention.window", "layers.layer.modules.attention.position.max_positions", "layers[99999999999]", "samples"),
+    *(
+        "layers.layer.modules.attention.window",
+        "layers.layer.modules.attention.position.max_positions",
+        "layers[99999999999]",
+        "samples",
+    ),
     *(
         "encoder.kind",
         "encoder.vocabulary",
@@ -146,11 +186,30 @@ PATHS = [
         "training.updates",
         "training.learning_rate",
     ),
-    *("training.budget.anneal", "training.losses.target", "task.kind", "task.data.train", "a..b", "[", "]", ".", "a[", "a[-1]", "width.x"),
+    *(
+        "training.budget.anneal",
+        "training.losses.target",
+        "task.kind",
+        "task.data.train",
+        "a..b",
+        "[",
+        "]",
+        ".",
+        "a[",
+        "a[-1]",
+        "width.x",
+    ),
 ]
 
 
-GOOD = ["seed=7", "training.batch_size=4", "training.weight_decay=1e-4", "training.clip_norm=null", "model.width=32", "precision=64-true"]
+GOOD = [
+    "seed=7",
+    "training.batch_size=4",
+    "training.weight_decay=1e-4",
+    "training.clip_norm=null",
+    "model.width=32",
+    "precision=64-true",
+]
 
 
 def _setting(rng: random.Random) -> str:
@@ -197,7 +256,14 @@ COMMANDS = Target(_command, _run)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "cases"),
-    [("SPEC_FILES", 300), ("EXPERIMENT_FILES", 200), ("SWEEP_FILES", 40), ("SETTINGS", 200), ("SWEEP_SETTINGS", 20), ("COMMANDS", 80)],
+    [
+        ("SPEC_FILES", 300),
+        ("EXPERIMENT_FILES", 200),
+        ("SWEEP_FILES", 40),
+        ("SETTINGS", 200),
+        ("SWEEP_SETTINGS", 20),
+        ("COMMANDS", 80),
+    ],
 )
 def test_malformed_input_is_read_or_named(target: str, cases: int) -> None:
     counts = fuzz(f"{__name__}:{target}", cases)

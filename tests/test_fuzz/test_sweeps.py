@@ -1,4 +1,6 @@
-"""The files that a sweep reads again, damaged: records, clock, drivers, the sweep itself and the histories of its trials."""
+"""The files that a sweep reads again, damaged: records, clock, drivers, the sweep itself and the histories of its
+trials.
+"""
 
 import json
 import os
@@ -24,13 +26,31 @@ WINDOW = "layers.layer.modules.attention.window"
 PLAIN = small_sweep(samples=8)
 FILES: dict[str, Any] = {
     **{
-        f"records/{number:04d}.json": asdict(done_trial(number, 0.5, 0.1 * number + 0.1, **({WINDOW: 4} if number else {})))
+        f"records/{number:04d}.json": asdict(
+            done_trial(number, 0.5, 0.1 * number + 0.1, **({WINDOW: 4} if number else {}))
+        )
         for number in range(3)
     },
     "clock.json": {"1.0": 20.0, "100.0": 20.0},
-    "drivers.json": [{"concurrent": 2, "cpus": 1, "gpus": 0.0, "commit": "abc", "hardware": "a machine", "date": "2001-02-03"}],
+    "drivers.json": [
+        {"concurrent": 2, "cpus": 1, "gpus": 0.0, "commit": "abc", "hardware": "a machine", "date": "2001-02-03"}
+    ],
 }
-STRANGE: tuple[Any, ...] = (None, True, -1, 3, 10**400, 1e308, float("nan"), "x" * 5000, "\ud800", [], {}, [[]] * 50, {"update": 1})
+STRANGE: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    3,
+    10**400,
+    1e308,
+    float("nan"),
+    "x" * 5000,
+    "\ud800",
+    [],
+    {},
+    [[]] * 50,
+    {"update": 1},
+)
 
 
 def change(rng: random.Random, value: Any) -> Any:
@@ -38,7 +58,10 @@ def change(rng: random.Random, value: Any) -> Any:
     if isinstance(value, dict) and value and rng.random() < 0.8:
         key = rng.choice(sorted(value))
         if rng.random() < 0.1:
-            return {**{name: each for name, each in value.items() if name != key}, **({"strange": 1} if rng.random() < 0.5 else {})}
+            return {
+                **{name: each for name, each in value.items() if name != key},
+                **({"strange": 1} if rng.random() < 0.5 else {}),
+            }
         return {**value, key: change(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))

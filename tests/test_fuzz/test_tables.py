@@ -16,9 +16,12 @@ from sma.recipes.data.speech_commands import _lines_of, _read_list
 from tests.test_fuzz.harness import Target, fuzz, mutate
 
 _LISTOPS = b"Source\tTarget\n" + b"".join(
-    b"( ( ( [MAX 2 ) 9 ) ] )\t9\n" + b"( ( ( [SM ( ( ( [MIN 4 ) 7 ) ] ) ) 3 ) ] )\t7\n" + b"[MED 1 2 3 ]\t2\n" for _ in range(4)
+    b"( ( ( [MAX 2 ) 9 ) ] )\t9\n" + b"( ( ( [SM ( ( ( [MIN 4 ) 7 ) ] ) ) 3 ) ] )\t7\n" + b"[MED 1 2 3 ]\t2\n"
+    for _ in range(4)
 )
-_AAN = b"".join(b"%d.0\tA%d\tB%d\tsome text of the first\tand \xc3\xa9 of the second\n" % (n % 2, n, n) for n in range(8))
+_AAN = b"".join(
+    b"%d.0\tA%d\tB%d\tsome text of the first\tand \xc3\xa9 of the second\n" % (n % 2, n, n) for n in range(8)
+)
 _LIST = b"".join(b"imgs/0 sample_%d.png %d %d 14 0.5\n" % (n, n, n % 2) for n in range(8))
 _WORDS = (
     b"\t",
@@ -100,7 +103,9 @@ def _make_manifest(rng: random.Random, folder: Path) -> Path:
     for key in rng.sample(("version", "files", "more"), rng.choice((0, 1, 1, 2))):
         made[key] = rng.choice(odd)
     content = json.dumps(rng.choice((made, made, made, rng.choice(odd)))).encode()
-    content = rng.choice((content, content, content, mutate(rng, content), b"[" * 50_000, b'{"files":' * 5000, b"9" * 5000, b"NaN"))
+    content = rng.choice(
+        (content, content, content, mutate(rng, content), b"[" * 50_000, b'{"files":' * 5000, b"9" * 5000, b"NaN")
+    )
     (folder / MANIFEST).write_bytes(content)
     (folder / "a").write_bytes(rng.choice((b"x", b"x", b"y")))
     return folder

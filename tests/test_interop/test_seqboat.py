@@ -72,7 +72,9 @@ class Played(NamedTuple):
 
 @cache
 def recorded(name: str) -> Case:
-    return Case(json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")), load_file(DATA / f"{name}.safetensors"))
+    return Case(
+        json.loads((DATA / f"{name}.json").read_text(encoding="utf-8")), load_file(DATA / f"{name}.safetensors")
+    )
 
 
 @cache
@@ -119,7 +121,9 @@ def test_output_is_the_authors(name: str) -> None:
 @every_case
 def test_the_same_tokens_are_active(name: str) -> None:
     case, ours = recorded(name), played(name)
-    wanted = [case.tensors[f"layer{place}/active"].bool() for place in range(len(case.info["activation_rate_per_layer"]))]
+    wanted = [
+        case.tensors[f"layer{place}/active"].bool() for place in range(len(case.info["activation_rate_per_layer"]))
+    ]
     if case.info["config"].get("always_act"):
         wanted = [case.valid]
     assert len(ours.decisions) == len(wanted)
@@ -168,7 +172,9 @@ def test_weights_come_back_as_they_came(name: str) -> None:
     wanted = {key: tensor for key, tensor in case.weights().items() if not key.endswith("inv_freq")}
     found = to_reference(case.build())
     assert set(found) == set(wanted)
-    assert [key for key, tensor in wanted.items() if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor)] == []
+    assert [
+        key for key, tensor in wanted.items() if found[key].dtype != tensor.dtype or not torch.equal(found[key], tensor)
+    ] == []
 
 
 @every_case
@@ -183,7 +189,9 @@ def test_a_second_trip_changes_nothing(name: str) -> None:
 def test_every_parameter_of_ours_is_one_of_theirs(name: str) -> None:
     case = recorded(name)
     module = case.build()
-    assert sum(tensor.numel() for tensor in module.parameters()) == sum(tensor.numel() for tensor in case.under("param/").values())
+    assert sum(tensor.numel() for tensor in module.parameters()) == sum(
+        tensor.numel() for tensor in case.under("param/").values()
+    )
 
 
 def test_what_is_given_back_is_a_copy() -> None:
@@ -218,21 +226,41 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        pytest.param({"ssm__omega": None}, r"do not fit 'standalone_layer': missing \['ssm.omega'\], unknown nothing", id="missing"),
-        pytest.param({"extra": torch.ones(1)}, r"do not fit 'standalone_layer': missing nothing, unknown \['extra'\]", id="unknown"),
+        pytest.param(
+            {"ssm__omega": None},
+            r"do not fit 'standalone_layer': missing \['ssm.omega'\], unknown nothing",
+            id="missing",
+        ),
+        pytest.param(
+            {"extra": torch.ones(1)},
+            r"do not fit 'standalone_layer': missing nothing, unknown \['extra'\]",
+            id="unknown",
+        ),
         pytest.param(
             {"ssm__omega": None, "move__omega": torch.ones(16)},
             r"missing \['ssm.omega'\], unknown \['move.omega'\]",
             id="the-other-version",
         ),
-        pytest.param({"ssm__omega": torch.ones(17)}, r"'ssm.omega' has shape \(17,\), which does not fit \(16,\) here", id="longer"),
         pytest.param(
-            {"h_proj__weight": torch.ones(24, 16)}, r"'h_proj.weight' has shape \(24, 16\), which does not fit \(16, 24\)", id="turned"
+            {"ssm__omega": torch.ones(17)},
+            r"'ssm.omega' has shape \(17,\), which does not fit \(16,\) here",
+            id="longer",
         ),
         pytest.param(
-            {"hx_proj__weight": torch.ones(17, 16)}, r"'hx_proj.weight' has shape \(17, 16\), which does not fit", id="no-router-rows"
+            {"h_proj__weight": torch.ones(24, 16)},
+            r"'h_proj.weight' has shape \(24, 16\), which does not fit \(16, 24\)",
+            id="turned",
         ),
-        pytest.param({"hx_proj__bias": torch.ones(1)}, r"'hx_proj.bias' has shape \(1,\), which does not fit \(2,\) here", id="shorter"),
+        pytest.param(
+            {"hx_proj__weight": torch.ones(17, 16)},
+            r"'hx_proj.weight' has shape \(17, 16\), which does not fit",
+            id="no-router-rows",
+        ),
+        pytest.param(
+            {"hx_proj__bias": torch.ones(1)},
+            r"'hx_proj.bias' has shape \(1,\), which does not fit \(2,\) here",
+            id="shorter",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(changes: dict[str, Tensor | None], complaint: str) -> None:
@@ -243,7 +271,9 @@ def test_tensors_that_do_not_fit_are_refused(changes: dict[str, Tensor | None], 
 
 @pytest.mark.usefixtures("as_users_run")
 def test_an_unknown_kind_is_refused() -> None:
-    complaint = r"unknown kind 'standalone_layr' .*; did you mean 'standalone_layer'\? known kinds: standalone_layer, unit"
+    complaint = (
+        r"unknown kind 'standalone_layr' .*; did you mean 'standalone_layer'\? known kinds: standalone_layer, unit"
+    )
     with pytest.raises(CheckpointError, match=complaint):
         from_reference("standalone_layr", {}, {})  # type: ignore[arg-type]
 
@@ -251,7 +281,10 @@ def test_an_unknown_kind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"norm_type": "groupnorm"}, "norm_type='groupnorm' .* known: layernorm, rmsnorm, scalenorm, batchnorm, syncbatchnorm$"),
+        (
+            {"norm_type": "groupnorm"},
+            "norm_type='groupnorm' .* known: layernorm, rmsnorm, scalenorm, batchnorm, syncbatchnorm$",
+        ),
         ({"norm_type": "rms_norm"}, r"norm_type='rms_norm' .*; did you mean 'rmsnorm'\? known: layernorm, rmsnorm"),
         ({"norm_type": ["layernorm"]}, r"norm_type=\['layernorm'\] of the authors' modules has no equal here"),
         ({"attention_activation": "relu"}, "attention_activation='relu' .* known: softmax, relu2, laplace$"),
@@ -268,7 +301,8 @@ def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, An
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize(
     ("argument", "wrong"),
-    [(argument, wrong) for argument in ("embed_dim", "zdim", "chunk_size") for wrong in (None, "wide", [1])] + [("embed_dim", -1)],
+    [(argument, wrong) for argument in ("embed_dim", "zdim", "chunk_size") for wrong in (None, "wide", [1])]
+    + [("embed_dim", -1)],
 )
 def test_an_argument_of_another_type_is_named(argument: str, wrong: Any) -> None:
     case = recorded("always_active")
@@ -279,17 +313,23 @@ def test_an_argument_of_another_type_is_named(argument: str, wrong: Any) -> None
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("kind", [None, 3, ["unit"]])
 def test_a_kind_of_another_type_is_refused(kind: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"^unknown kind .* of the authors' modules; .*known kinds: standalone_layer, unit"):
+    with pytest.raises(
+        CheckpointError, match=r"^unknown kind .* of the authors' modules; .*known kinds: standalone_layer, unit"
+    ):
         from_reference(kind, {}, {})
 
 
-@pytest.mark.parametrize("name", ["causal_softmax_rotary", "classifier_two_layers", "lra_text_encoder", "always_active"])
+@pytest.mark.parametrize(
+    "name", ["causal_softmax_rotary", "classifier_two_layers", "lra_text_encoder", "always_active"]
+)
 def test_an_argument_that_is_missing_is_named(name: str) -> None:
     case = recorded(name)
     widths = {"embed_dim", "d_model", "embedding_dim", "zdim", "d_qk", "z_dim"}
     for argument in widths & set(case.info["config"]):
         config = {key: value for key, value in case.info["config"].items() if key != argument}
-        with pytest.raises(CheckpointError, match=f"^the config of '{case.info['kind']}' lacks '{argument}'; give every argument"):
+        with pytest.raises(
+            CheckpointError, match=f"^the config of '{case.info['kind']}' lacks '{argument}'; give every argument"
+        ):
             from_reference(case.info["kind"], config, case.weights())
 
 
@@ -307,13 +347,21 @@ def test_every_norm_of_the_authors_is_ours(name: str, affine: bool) -> None:
         if name not in ("rmsnorm", "scalenorm"):
             weights["norm.norm.bias"] = bias
     if "batch" in name:
-        weights |= {"norm.norm.running_mean": mean, "norm.norm.running_var": var, "norm.norm.num_batches_tracked": torch.tensor(3)}
-    module = from_reference(case.info["kind"], {**case.info["config"], "norm_type": name, "norm_affine": affine}, weights).eval()
+        weights |= {
+            "norm.norm.running_mean": mean,
+            "norm.norm.running_var": var,
+            "norm.norm.num_batches_tracked": torch.tensor(3),
+        }
+    module = from_reference(
+        case.info["kind"], {**case.info["config"], "norm_type": name, "norm_affine": affine}, weights
+    ).eval()
     x = 0.01 * torch.randn(2, 7, width)
     if name in ("rmsnorm", "scalenorm"):
         wanted = (x * gain if affine else x) * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
     else:
-        centre, spread = (mean, var) if "batch" in name else (x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True))
+        centre, spread = (
+            (mean, var) if "batch" in name else (x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True))
+        )
         wanted = (x - centre) * torch.rsqrt(spread + 1e-5)
         wanted = wanted * gain + bias if affine else wanted
     assert isinstance(module, RoutedLayer)
@@ -330,12 +378,16 @@ def test_gradients_before_backward_are_refused() -> None:
 
 
 def test_a_module_that_was_not_loaded_is_refused() -> None:
-    with pytest.raises(CheckpointError, match=r"was not made by sma\.interop\.seqboat\.from_reference, so the authors' names"):
+    with pytest.raises(
+        CheckpointError, match=r"was not made by sma\.interop\.seqboat\.from_reference, so the authors' names"
+    ):
         to_reference(LayerSpec().build(4))
 
 
 def test_a_part_that_the_authors_do_not_have_is_refused() -> None:
     module = recorded("causal_softmax_rotary").build()
     module.bypass = None
-    with pytest.raises(CheckpointError, match="a layer without a GAU or a linear bypass has no counterpart in the authors' code"):
+    with pytest.raises(
+        CheckpointError, match="a layer without a GAU or a linear bypass has no counterpart in the authors' code"
+    ):
         to_reference(module)

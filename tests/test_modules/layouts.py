@@ -22,11 +22,13 @@ def first(lengths: Sequence[int], length: int) -> Tensor:
     return torch.arange(length) < torch.tensor(lengths, dtype=torch.long)[:, None]
 
 
-def lay(x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 1e3) -> Ragged:
+def lay(
+    x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 1e3
+) -> Ragged:
     """Lay out the active tokens of a batch; every hole is filled with random numbers of the size of `garbage`.
 
-    `static` leaves two slots more than any row needs; `rectangular` asks for active tokens at the beginning of every row, and
-    promises that there are no holes where there are none.
+    `static` leaves two slots more than any row needs; `rectangular` asks for active tokens at the beginning of every
+    row, and promises that there are no holes where there are none.
     """
     if layout == "packed":
         # Where every token is active, compress returns rectangular tokens.
@@ -48,7 +50,9 @@ def spread(values: Tensor, tokens: Ragged, like_BLD: Tensor) -> Tensor:
     return out.index_add(0, tokens.index[real], values[real]).unflatten(0, like_BLD.shape[:2])
 
 
-def run(module: nn.Module, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None) -> Tensor:
+def run(
+    module: nn.Module, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None
+) -> Tensor:
     """Run a sub-module on the active tokens of a batch in one layout."""
     tokens = lay(x_BLD, active_BL, layout, positions_BL)
     return spread(module(tokens)[0], tokens, x_BLD)
@@ -104,9 +108,15 @@ def grad(tensor: Tensor) -> Tensor:
 
 
 def assert_same_program(
-    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x: Tensor, parameters: dict[str, Tensor], tolerance: float = 1e-9
+    ours: Callable[[Tensor], Tensor],
+    theirs: Callable[[Tensor], Tensor],
+    x: Tensor,
+    parameters: dict[str, Tensor],
+    tolerance: float = 1e-9,
 ) -> None:
-    """Compare two programs of x and of parameters in their output and in all gradients, from one random incoming gradient."""
+    """Compare two programs of x and of parameters in their output and in all gradients, from one random incoming
+    gradient.
+    """
     results = []
     for program in (ours, theirs):
         leaf = x.detach().clone().requires_grad_()
@@ -116,7 +126,10 @@ def assert_same_program(
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if out.requires_grad:
             found = torch.autograd.grad(out, inputs, incoming, allow_unused=True)
-        gradients = [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(inputs, found, strict=True)]
+        gradients = [
+            torch.zeros_like(tensor) if gradient is None else gradient
+            for tensor, gradient in zip(inputs, found, strict=True)
+        ]
         results.append(dict(zip(["output", "x", *parameters], [out.detach(), *gradients], strict=True)))
     for name, wanted in results[1].items():
         scale = 1 + float(wanted.abs().max()) if wanted.numel() else 1.0
@@ -129,7 +142,12 @@ def assert_near(name: str, found: Tensor, wanted: Tensor, tolerance: float) -> N
 
 
 def assert_matches_loop(
-    module: nn.Module, loop: RowLoop, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None
+    module: nn.Module,
+    loop: RowLoop,
+    x_BLD: Tensor,
+    active_BL: Tensor,
+    layout: Layout,
+    positions_BL: Tensor | None = None,
 ) -> None:
     """Compare a sub-module in one layout with a loop over its rows, in outputs and all gradients."""
     assert_same_program(
@@ -140,7 +158,9 @@ def assert_matches_loop(
     )
 
 
-def assert_near_under_autocast(module: nn.Module, program: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> None:
+def assert_near_under_autocast(
+    module: nn.Module, program: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype
+) -> None:
     """Compare a program of float32 with itself under autocast, in its output and in all gradients."""
     results = []
     for enabled in (False, True):

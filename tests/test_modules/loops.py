@@ -11,7 +11,9 @@ from sma.positions import RelativeBiasSpec
 
 
 def recurrence_loop(x: Tensor, decay: Tensor, inward: Tensor, outward: Tensor, truncation: int | None = None) -> Tensor:
-    """s_t = q s_{t-1} + b x_t, y_t = sum over n of g s_t, for x (L, D); truncated, a new s runs over the last K inputs of every t."""
+    """s_t = q s_{t-1} + b x_t, y_t = sum over n of g s_t, for x (L, D); truncated, a new s runs over the last K inputs
+    of every t.
+    """
     if truncation is not None:
         # All t at once: x_{t - K + 1} enters every s first, x_t last.
         late = torch.cat([x.new_zeros(truncation - 1, x.shape[1]), x])
@@ -64,10 +66,16 @@ def weigh_loop(scores: Tensor, weighting: str) -> Tensor:
 
 def reach(slot: int, count: int, window: int | None, causal: bool) -> list[int]:
     """The slots that a slot of a row of `count` tokens may see."""
-    return [other for other in range(count) if (window is None or abs(other - slot) <= window) and not (causal and other > slot)]
+    return [
+        other
+        for other in range(count)
+        if (window is None or abs(other - slot) <= window) and not (causal and other > slot)
+    ]
 
 
-def attend_loop(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, causal: bool, weighting: str, bias: Tensor | None = None) -> Tensor:
+def attend_loop(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, causal: bool, weighting: str, bias: Tensor | None = None
+) -> Tensor:
     """Attention of one row; `bias` (n, n) is added to the scores."""
     out = []
     for slot in range(q.shape[0]):
@@ -98,7 +106,11 @@ def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor
     """The gated attention unit on one row, by the formulas of DESIGN.md 6.3."""
     spec, count = module.spec, x.shape[0]
     hidden = nn.functional.silu(x @ module.fused.weight.T + module.fused.bias)
-    z, gate, v = hidden[:, : spec.query_size], hidden[:, spec.query_size : -spec.hidden_size], hidden[:, -spec.hidden_size :]
+    z, gate, v = (
+        hidden[:, : spec.query_size],
+        hidden[:, spec.query_size : -spec.hidden_size],
+        hidden[:, -spec.hidden_size :],
+    )
     q, k = (z * module.gain[part] + module.offset[part] for part in (0, 1))
     if spec.position.kind == "rotary":
         q, k = rotary_loop(q, positions), rotary_loop(k, positions)
@@ -113,7 +125,9 @@ def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor
         assert module.bias_table is not None
         bias = bias_loop(module.bias_table, positions, spec.position.distance, spec.window, spec.position.max_positions)
     q = q / torch.tensor(sizes, dtype=q.dtype)[:, None]
-    attended = attend_loop(q, k, v, window=spec.window, causal=not spec.bidirectional, weighting=spec.attention, bias=bias)
+    attended = attend_loop(
+        q, k, v, window=spec.window, causal=not spec.bidirectional, weighting=spec.attention, bias=bias
+    )
     return (attended * gate) @ module.out.weight.T + module.out.bias
 
 
@@ -127,12 +141,16 @@ def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (hidden[:, part * width + head * size : part * width + (head + 1) * size] for part in range(3))
         if spec.position.kind == "rotary":
             q, k = rotary_loop(q, positions), rotary_loop(k, positions)
-        heads.append(attend_loop(q / size**0.5, k, v, window=module.window, causal=not spec.bidirectional, weighting="softmax"))
+        heads.append(
+            attend_loop(q / size**0.5, k, v, window=module.window, causal=not spec.bidirectional, weighting="softmax")
+        )
     return torch.cat(heads, 1) @ module.out.weight.T + module.out.bias
 
 
 def conv_loop(module: Conv, x: Tensor) -> Tensor:
-    """The depthwise convolution of one row: its last tap, or its middle one if bidirectional, lies on the token itself."""
+    """The depthwise convolution of one row: its last tap, or its middle one if bidirectional, lies on the token
+    itself.
+    """
     taps = module.spec.kernel_size
     own = taps // 2 if module.spec.bidirectional else taps - 1
     out = []

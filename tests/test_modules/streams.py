@@ -40,7 +40,9 @@ def stream(
     state: State | None = None,
     positions_BL: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Run a sub-module chunk by chunk; returns the results at the places of their tokens, zeros elsewhere, and the last state."""
+    """Run a sub-module chunk by chunk; returns the results at the places of their tokens, zeros elsewhere, and the last
+    state.
+    """
     state = module.init_state(x_BLD.shape[0]) if state is None else state
     positions_BL = torch.arange(x_BLD.shape[1]).expand(x_BLD.shape[:2]) if positions_BL is None else positions_BL
     out = [x_BLD[:, :0]]

@@ -12,14 +12,25 @@ from sma.errors import SpecError
 from sma.modules.attention import Attention, AttentionSpec
 from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
-from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_near_under_autocast, draw, first, lay, run
+from tests.test_modules.layouts import (
+    LAYOUTS,
+    Layout,
+    assert_matches_loop,
+    assert_near_under_autocast,
+    draw,
+    first,
+    lay,
+    run,
+)
 from tests.test_modules.loops import attention_loop
 
 POSITIONS = {"rotary": RotarySpec(), "none": NoPositionSpec()}
 DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
 
 
-def make(position: str = "rotary", *, width: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> Attention:
+def make(
+    position: str = "rotary", *, width: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+) -> Attention:
     torch.manual_seed(seed)
     module = draw(AttentionSpec(**{"heads": 2, "position": POSITIONS[position], **fields}).build(width).to(dtype), 0.7)
     assert isinstance(module, Attention)
@@ -28,7 +39,9 @@ def make(position: str = "rotary", *, width: int = 8, seed: int = 0, dtype: torc
 
 def matches(module: Attention, active: Tensor, layout: Layout, positions: Tensor | None = None) -> None:
     x = torch.randn(*active.shape, module.out.in_features, dtype=torch.float64)
-    assert_matches_loop(module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions)
+    assert_matches_loop(
+        module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions
+    )
 
 
 def along(module: Attention, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
@@ -55,7 +68,15 @@ def test_attention_agrees_with_the_loop(bidirectional: bool, position: str, head
     seed=st.integers(0, 2**16),
 )
 def test_any_activity_agrees_with_the_loop(
-    position: str, heads: int, bidirectional: bool, layout: Layout, rows: int, length: int, rate: float, offset: int, seed: int
+    position: str,
+    heads: int,
+    bidirectional: bool,
+    layout: Layout,
+    rows: int,
+    length: int,
+    rate: float,
+    offset: int,
+    seed: int,
 ) -> None:
     module = make(position, width=4, seed=seed, heads=heads, bidirectional=bidirectional)
     positions = offset + torch.randint(1, 4, (rows, length)).cumsum(1)
@@ -112,7 +133,12 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
     ("fields", "width", "complaint"),
     [
         pytest.param({"heads": 3}, 8, "AttentionSpec: heads=3 must divide the width 8 of the tokens", id="heads"),
-        pytest.param({"heads": 4, "position": RotarySpec()}, 12, "heads=4 give 3 channels each; rotary positions need an even", id="odd"),
+        pytest.param(
+            {"heads": 4, "position": RotarySpec()},
+            12,
+            "heads=4 give 3 channels each; rotary positions need an even",
+            id="odd",
+        ),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, complaint: str) -> None:
@@ -121,7 +147,10 @@ def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, 
 
 
 def test_a_bias_table_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}"):
+    with pytest.raises(
+        SpecError,
+        match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}",
+    ):
         AttentionSpec(position=RelativeBiasSpec())
 
 

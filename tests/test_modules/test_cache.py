@@ -77,7 +77,9 @@ def fill(size: int | None, history: list[list[int]]) -> tuple[Cache, list[Row], 
 
 
 @given(size=sizes, history=histories)
-def test_a_cache_holds_the_newest_tokens_of_every_row_at_their_slots(size: int | None, history: list[list[int]]) -> None:
+def test_a_cache_holds_the_newest_tokens_of_every_row_at_their_slots(
+    size: int | None, history: list[list[int]]
+) -> None:
     cache, rows, _ = fill(size, history)
     assert cache.grows == (size is None)
     assert cache.size == (max((len(row.tokens) for row in rows), default=0) if size is None else size)
@@ -90,7 +92,9 @@ def test_a_cache_holds_the_newest_tokens_of_every_row_at_their_slots(size: int |
 
 
 @given(size=sizes, history=histories, counts=st.lists(st.integers(0, 8), min_size=3, max_size=3))
-def test_join_lays_new_tokens_behind_the_held_ones_of_their_row(size: int | None, history: list[list[int]], counts: list[int]) -> None:
+def test_join_lays_new_tokens_behind_the_held_ones_of_their_row(
+    size: int | None, history: list[list[int]], counts: list[int]
+) -> None:
     cache, rows, next_number = fill(size, history)
     tokens, new = chunk(counts, next_number)
     joined = cache.join(tokens)
@@ -138,7 +142,9 @@ def test_a_row_that_gets_no_token_keeps_its_places(size: int | None, history: li
     after = cache.append(tokens, *values_of(tokens))
     assert after.seen[idle] == cache.seen[idle]
     assert read(after, idle) == read(cache, idle)
-    assert all(torch.equal(new[idle, : cache.size], old[idle]) for new, old in zip(after.entries, cache.entries, strict=True))
+    assert all(
+        torch.equal(new[idle, : cache.size], old[idle]) for new, old in zip(after.entries, cache.entries, strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", [2, 7, None])
@@ -178,4 +184,6 @@ def test_a_row_that_is_reset_is_empty_and_fills_again(size: int | None, history:
     after = cache.append(tokens, *values_of(tokens))
     fresh = Row(new[1]).held(size)
     assert read(after, 1) == {4 - len(fresh) + rank: token for rank, token in enumerate(fresh)}
-    assert read(after, 2) == {len(rows[2].tokens) - len(rows[2].held(size)) + rank: token for rank, token in enumerate(rows[2].held(size))}
+    assert read(after, 2) == {
+        len(rows[2].tokens) - len(rows[2].held(size)) + rank: token for rank, token in enumerate(rows[2].held(size))
+    }

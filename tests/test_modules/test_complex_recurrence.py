@@ -29,7 +29,9 @@ def as_complex(halves: Tensor) -> Tensor:
     return torch.complex(*halves.chunk(2, dim=-1))
 
 
-def loop(x_BLD: Tensor, lengths: list[int], recurrence: ComplexRecurrence, initial_BDN: Tensor | None) -> tuple[Tensor, Tensor]:
+def loop(
+    x_BLD: Tensor, lengths: list[int], recurrence: ComplexRecurrence, initial_BDN: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Row by row and token by token; a row ends after its length, and its outputs there count no more."""
     decay = torch.exp(torch.complex(recurrence.log_decay, recurrence.angle))
     weight, out, finals = as_complex(recurrence.outward).conj() / 2, [], []
@@ -46,7 +48,9 @@ def loop(x_BLD: Tensor, lengths: list[int], recurrence: ComplexRecurrence, initi
     return torch.stack(out), torch.stack(finals)
 
 
-def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: ComplexRecurrence, initial: bool, seed: int) -> None:
+def assert_scan_is_the_loop(
+    lengths: list[int], longest: int, recurrence: ComplexRecurrence, initial: bool, seed: int
+) -> None:
     source = torch.Generator().manual_seed(seed)
     channels, size = recurrence.outward.shape
     x = torch.randn(len(lengths), longest, channels, dtype=torch.float64, generator=source)
@@ -58,7 +62,10 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: Comple
     scanned = causal_scan_with_state(x, torch.tensor(lengths), recurrence, before)
     results = []
     for out, final in (tuple(scanned), loop(x, lengths, recurrence, before)):
-        weights = [torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) for part in (out, final)]
+        weights = [
+            torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+            for part in (out, final)
+        ]
         total = (out * weights[0]).sum() + (final * weights[1]).sum()
         results.append([out, final, *torch.autograd.grad(total, inputs, materialize_grads=True)])
     for found, wanted in zip(*results, strict=True):
@@ -82,7 +89,9 @@ def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chun
     initial=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_the_loop_for_any_sizes(lengths: list[int], more: int, channels: int, pairs: int, initial: bool, seed: int) -> None:
+def test_scan_is_the_loop_for_any_sizes(
+    lengths: list[int], more: int, channels: int, pairs: int, initial: bool, seed: int
+) -> None:
     assert_scan_is_the_loop(lengths, max(lengths) + more, draw_recurrence(channels, pairs, seed), initial, seed)
 
 
@@ -110,7 +119,9 @@ def test_scan_passes_gradcheck() -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
 def test_nothing_leaves_the_states_as_they_are(shape: tuple[int, int, int]) -> None:
     before = torch.randn(shape[0], 2, 6, dtype=torch.float64)
-    scanned = causal_scan_with_state(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before)
+    scanned = causal_scan_with_state(
+        torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before
+    )
     assert scanned.out.shape == shape
     assert torch.equal(scanned.final, before)
 
@@ -159,12 +170,15 @@ def test_an_undamped_oscillator_keeps_its_phase_in_float32() -> None:
     outward = torch.tensor([[2.0, 0.0]])
     found = kernels(ComplexRecurrence(torch.zeros_like(angle), angle, outward), outward[None], 100_000)[0, 0]
     assert found.dtype is torch.float32
-    torch.testing.assert_close(found.double(), 2 * torch.cos(3.1 * torch.arange(100_000, dtype=torch.float64)), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        found.double(), 2 * torch.cos(3.1 * torch.arange(100_000, dtype=torch.float64)), rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.usefixtures("as_users_run")  # a thousand calls
 def test_slow_decay_and_turning_add_up_without_drift() -> None:
-    # In float32 q = e^(-1e-7 + 1e-6 i) rounds to the same number in every step; a thousand chunks decay by e^-0.0064 and turn by 0.064.
+    # In float32 q = e^(-1e-7 + 1e-6 i) rounds to the same number in every step; a thousand chunks decay by e^-0.0064
+    # and turn by 0.064.
     exponent = (torch.full((1, 1), value, dtype=torch.float64) for value in (-1e-7, 1e-6))
     recurrence = ComplexRecurrence(*exponent, torch.ones(1, 2))
     state = torch.tensor([[[1.0, 0.0]]])

@@ -30,9 +30,12 @@ def matches(module: Conv, active: Tensor, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["silu", "none"])
 @pytest.mark.parametrize(
-    ("kernel_size", "bidirectional"), [(1, False), (2, False), (4, False), (20, False), (1, True), (3, True), (5, True), (21, True)]
+    ("kernel_size", "bidirectional"),
+    [(1, False), (2, False), (4, False), (20, False), (1, True), (3, True), (5, True), (21, True)],
 )
-def test_convolution_agrees_with_the_loop(kernel_size: int, bidirectional: bool, activation: str, layout: Layout) -> None:
+def test_convolution_agrees_with_the_loop(
+    kernel_size: int, bidirectional: bool, activation: str, layout: Layout
+) -> None:
     module = make(kernel_size=kernel_size, bidirectional=bidirectional, activation=activation)
     matches(module, first([9, 0, 1, 4, 9], 9), layout)
 
@@ -85,8 +88,16 @@ def test_later_tokens_never_change_earlier_results_of_a_causal_convolution(place
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"kernel_size": 0}, "ConvSpec: kernel_size=0 must be at least 1; kernel_size: tokens that one result", id="empty"),
-        pytest.param({"kernel_size": 4, "bidirectional": True}, "kernel_size=4 must be odd when bidirectional=true", id="no-middle"),
+        pytest.param(
+            {"kernel_size": 0},
+            "ConvSpec: kernel_size=0 must be at least 1; kernel_size: tokens that one result",
+            id="empty",
+        ),
+        pytest.param(
+            {"kernel_size": 4, "bidirectional": True},
+            "kernel_size=4 must be odd when bidirectional=true",
+            id="no-middle",
+        ),
         pytest.param({"activation": "relu"}, "ConvSpec: activation='relu' must be 'silu' or 'none'", id="activation"),
     ],
 )

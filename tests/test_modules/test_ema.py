@@ -11,13 +11,25 @@ from torch import Tensor
 from sma.errors import SpecError
 from sma.modules.ema import EMA, EMASpec, EMAState
 from sma.ragged import rectangular
-from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, assert_truncated_normal, draw, first, grad, run, saved_bytes
+from tests.test_modules.layouts import (
+    LAYOUTS,
+    Layout,
+    assert_matches_loop,
+    assert_truncated_normal,
+    draw,
+    first,
+    grad,
+    run,
+    saved_bytes,
+)
 from tests.test_modules.loops import ema_loop
 
 DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
 
 
-def make(width: int = 2, *, spread: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> EMA:
+def make(
+    width: int = 2, *, spread: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+) -> EMA:
     """A module whose delta and alpha have the standard deviation `spread`: at 0.2 a wrong recurrence would pass."""
     torch.manual_seed(seed)
     module = draw(EMASpec(**{"state_size": 3, **fields}).build(width).to(dtype))
@@ -49,7 +61,9 @@ def test_kernel_form_is_the_recurrence(bidirectional: bool, spread: float, state
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("truncation", [1, 2, 3, 11, 12, 13, 40])
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_truncated_kernel_is_the_recurrence_over_the_last_inputs(bidirectional: bool, truncation: int, layout: Layout) -> None:
+def test_truncated_kernel_is_the_recurrence_over_the_last_inputs(
+    bidirectional: bool, truncation: int, layout: Layout
+) -> None:
     matches(make(truncation=truncation, bidirectional=bidirectional), [7, 0, 12, 1], layout)
 
 
@@ -76,9 +90,18 @@ def test_truncations_around_a_chunk_agree_with_the_recurrence(bidirectional: boo
     seed=st.integers(0, 2**16),
 )
 def test_any_sizes_agree_with_the_recurrence(
-    lengths: list[int], width: int, states: int, truncation: int | None, bidirectional: bool, spread: float, layout: Layout, seed: int
+    lengths: list[int],
+    width: int,
+    states: int,
+    truncation: int | None,
+    bidirectional: bool,
+    spread: float,
+    layout: Layout,
+    seed: int,
 ) -> None:
-    module = make(width, spread=spread, seed=seed, state_size=states, truncation=truncation, bidirectional=bidirectional)
+    module = make(
+        width, spread=spread, seed=seed, state_size=states, truncation=truncation, bidirectional=bidirectional
+    )
     matches(module, lengths, layout, length=max(1, *lengths))
 
 
@@ -93,7 +116,10 @@ def test_layouts_agree(bidirectional: bool, truncation: int | None, layout: Layo
 
 def test_routed_tokens_are_averaged_by_slots_and_not_by_positions() -> None:
     module = make(2, bidirectional=False)
-    x, active = torch.randn(1, 30, 2, dtype=torch.float64), torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4
+    x, active = (
+        torch.randn(1, 30, 2, dtype=torch.float64),
+        torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4,
+    )
     alone = along(module, x[active][None])
     torch.testing.assert_close(run(module, x, active, "packed")[active][None], alone, rtol=1e-12, atol=1e-12)
 
@@ -210,7 +236,9 @@ def test_truncation_longer_than_the_row_changes_nothing(bidirectional: bool) -> 
 @pytest.mark.parametrize("delta", [-200.0, 0.0, 200.0])
 @pytest.mark.parametrize("alpha", [-200.0, 0.0, 200.0])
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_extreme_decay_gives_no_nan(bidirectional: bool, alpha: float, delta: float, length: int, dtype: torch.dtype) -> None:
+def test_extreme_decay_gives_no_nan(
+    bidirectional: bool, alpha: float, delta: float, length: int, dtype: torch.dtype
+) -> None:
     # delta = alpha = 200 makes q = 0: nothing but the token itself is remembered, and log q does not exist.
     module = make(1, bidirectional=bidirectional, dtype=dtype, truncation=3 if length == 5 else None)
     with torch.no_grad():
@@ -220,7 +248,9 @@ def test_extreme_decay_gives_no_nan(bidirectional: bool, alpha: float, delta: fl
     out = along(module, x)
     out.sum().backward()
     torch.testing.assert_close(out[0], ema_loop(module, x[0]), rtol=1e-4, atol=1e-4 if dtype is torch.float32 else 1e-9)
-    assert {name for name, tensor in [("x", x), *module.named_parameters()] if not grad(tensor).isfinite().all()} == set()
+    assert {
+        name for name, tensor in [("x", x), *module.named_parameters()] if not grad(tensor).isfinite().all()
+    } == set()
 
 
 @pytest.mark.parametrize("truncation", [None, 1000])
@@ -293,8 +323,16 @@ def test_weights_start_where_the_authors_start() -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"state_size": 0}, r"EMASpec: state_size=0 must be at least 1; state_size: states per channel", id="no-state"),
-        pytest.param({"truncation": 0}, r"EMASpec: truncation=0 must be at least 1; truncation: length of the kernel", id="no-kernel"),
+        pytest.param(
+            {"state_size": 0},
+            r"EMASpec: state_size=0 must be at least 1; state_size: states per channel",
+            id="no-state",
+        ),
+        pytest.param(
+            {"truncation": 0},
+            r"EMASpec: truncation=0 must be at least 1; truncation: length of the kernel",
+            id="no-kernel",
+        ),
         pytest.param({"states": 3}, r"EMASpec: unknown field 'states'; did you mean 'state_size'\?", id="unknown"),
     ],
 )

@@ -28,7 +28,9 @@ def batch(lengths: list[int], length: int = 40, dtype: torch.dtype = torch.float
 
 
 def gradients(module: SubModule, *tensors: Tensor) -> dict[str, Tensor | None]:
-    return {f"{place}": tensor.grad for place, tensor in enumerate(tensors)} | {name: p.grad for name, p in module.named_parameters()}
+    return {f"{place}": tensor.grad for place, tensor in enumerate(tensors)} | {
+        name: p.grad for name, p in module.named_parameters()
+    }
 
 
 def test_every_kind_of_the_zoo_is_here_in_both_directions() -> None:
@@ -42,7 +44,9 @@ def test_every_kind_of_the_zoo_is_here_in_both_directions() -> None:
 @every_spec
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_result_per_token_and_no_state_where_none_was_given(spec: SubModuleSpec, dtype: torch.dtype, layout: Layout) -> None:
+def test_one_result_per_token_and_no_state_where_none_was_given(
+    spec: SubModuleSpec, dtype: torch.dtype, layout: Layout
+) -> None:
     module = make(spec, dtype)
     tokens = lay(*batch([40, 0, 3], dtype=dtype), layout)
     values, state = module(tokens)
@@ -62,7 +66,12 @@ def test_layouts_agree(spec: SubModuleSpec, lengths: list[int], layout: Layout) 
         module, leaf = make(spec), x.clone().requires_grad_()
         out = run(module, leaf, active, each)
         out.backward(incoming)
-        found.append({"output": out.detach(), **{name: tensor for name, tensor in gradients(module, leaf).items() if tensor is not None}})
+        found.append(
+            {
+                "output": out.detach(),
+                **{name: tensor for name, tensor in gradients(module, leaf).items() if tensor is not None},
+            }
+        )
     for name, wanted in found[0].items():
         assert_near(name, found[1][name], wanted, 1e-9 * (1 + float(wanted.abs().max())))
 
@@ -73,7 +82,9 @@ def test_layouts_agree(spec: SubModuleSpec, lengths: list[int], layout: Layout) 
     layout=st.sampled_from(LAYOUTS),
     data=st.data(),
 )
-def test_a_row_alone_equals_the_row_in_a_batch(spec: SubModuleSpec, lengths: list[int], layout: Layout, data: st.DataObject) -> None:
+def test_a_row_alone_equals_the_row_in_a_batch(
+    spec: SubModuleSpec, lengths: list[int], layout: Layout, data: st.DataObject
+) -> None:
     module = make(spec)
     x, active = batch(lengths)
     row = data.draw(st.integers(0, len(lengths) - 1))
@@ -96,7 +107,9 @@ def test_no_gradient_reaches_another_row(spec: SubModuleSpec, layout: Layout) ->
 @every_spec
 @pytest.mark.parametrize("layout", ["static", "rectangular"])
 @pytest.mark.parametrize(("dtype", "garbage"), [(torch.float32, 1e3), (torch.float64, 1e3), (torch.float64, 1e30)])
-def test_what_stands_in_a_hole_never_changes_a_token(spec: SubModuleSpec, garbage: float, dtype: torch.dtype, layout: Layout) -> None:
+def test_what_stands_in_a_hole_never_changes_a_token(
+    spec: SubModuleSpec, garbage: float, dtype: torch.dtype, layout: Layout
+) -> None:
     x, active = batch([40, 0, 17, 1], dtype=dtype)
     incoming = torch.randn_like(x)
     limit = 1e-5 if dtype is torch.float32 else 1e-9
@@ -108,7 +121,12 @@ def test_what_stands_in_a_hole_never_changes_a_token(spec: SubModuleSpec, garbag
         out = spread(module(tokens.with_values(values))[0], tokens, x)
         out.backward(incoming)
         assert not grad(values)[~tokens.mask].any()
-        found.append({"output": out.detach(), **{name: tensor for name, tensor in gradients(module, values).items() if tensor is not None}})
+        found.append(
+            {
+                "output": out.detach(),
+                **{name: tensor for name, tensor in gradients(module, values).items() if tensor is not None},
+            }
+        )
     for name, wanted in found[0].items():
         assert_near(name, found[1][name], wanted, limit * (1 + float(wanted.abs().max())))
 
@@ -132,7 +150,9 @@ def test_a_causal_kind_never_looks_ahead_and_another_does(spec: SubModuleSpec, p
 @every_spec
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("rows", "length"), [(3, 5), (1, 1), (0, 5)])
-def test_no_token_gives_zero_gradients_and_never_none(spec: SubModuleSpec, rows: int, length: int, layout: Layout) -> None:
+def test_no_token_gives_zero_gradients_and_never_none(
+    spec: SubModuleSpec, rows: int, length: int, layout: Layout
+) -> None:
     module = make(spec)
     x = torch.randn(rows, length, WIDTH, dtype=torch.float64, requires_grad=True)
     out = run(module, x, torch.zeros(rows, length, dtype=torch.bool), layout)
@@ -156,9 +176,13 @@ def test_every_parameter_gets_a_gradient(spec: SubModuleSpec, lengths: list[int]
     x, active = batch(lengths)
     x.requires_grad_()
     run(module, x, active, "packed").square().sum().backward()
-    assert [name for name, gradient in gradients(module, x).items() if gradient is None or not gradient.isfinite().all()] == []
+    assert [
+        name for name, gradient in gradients(module, x).items() if gradient is None or not gradient.isfinite().all()
+    ] == []
     if max(lengths) > 2:
-        assert [name for name, gradient in gradients(module, x).items() if gradient is not None and not gradient.any()] == []
+        assert [
+            name for name, gradient in gradients(module, x).items() if gradient is not None and not gradient.any()
+        ] == []
 
 
 @every_spec
@@ -223,7 +247,10 @@ def test_a_gpu_computes_the_same(spec: SubModuleSpec, layout: Layout) -> None:
     incoming = torch.randn(tokens.values.shape, dtype=torch.float64) * tokens.mask[:, None]
     found = []
     for device in ("cpu", "cuda"):
-        there, placed = copy.deepcopy(module).to(device), map_tensors(lambda tensor, device=device: tensor.to(device), tokens)
+        there, placed = (
+            copy.deepcopy(module).to(device),
+            map_tensors(lambda tensor, device=device: tensor.to(device), tokens),
+        )
         values = placed.values.detach().requires_grad_()
         out = there(placed.with_values(values))[0]
         results = torch.autograd.grad(out, [values, *there.parameters()], incoming.to(device))
@@ -280,7 +307,9 @@ def test_the_seed_decides_what_is_built(spec: SubModuleSpec) -> None:
     built = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        built.append(torch.cat([torch.zeros(0), *(parameter.flatten() for parameter in spec.build(WIDTH).parameters())]))
+        built.append(
+            torch.cat([torch.zeros(0), *(parameter.flatten() for parameter in spec.build(WIDTH).parameters())])
+        )
     assert torch.equal(built[0], built[1])
     assert built[0].numel() == 0 or not torch.equal(built[0], built[2])
 
@@ -310,4 +339,6 @@ def test_a_copy_computes_the_same_and_is_another_module(spec: SubModuleSpec, way
 def test_kinds_differ_in_what_they_compute() -> None:
     tokens = lay(*batch([40, 3]), "packed")
     results = {name: make(spec)(tokens)[0] for name, spec in SPECS.items()}
-    assert [pair for pair in itertools.combinations(results, 2) if torch.allclose(results[pair[0]], results[pair[1]])] == []
+    assert [
+        pair for pair in itertools.combinations(results, 2) if torch.allclose(results[pair[0]], results[pair[1]])
+    ] == []

@@ -32,12 +32,22 @@ STREAMS: dict[str, SubModuleSpec] = {
     "conv-causal-one-tap": ConvSpec(kernel_size=1),
     "ema-causal-truncated-at-1": EMASpec(state_size=2, bidirectional=False, truncation=1),
     "ema-causal-truncated-late": EMASpec(state_size=2, bidirectional=False, truncation=LENGTH + 3),
-    "gau-causal-true-distance": GAUSpec(query_size=4, hidden_size=3, window=2, bidirectional=False, attention="laplace", position=NEAR),
-    "gau-causal-rotary": GAUSpec(query_size=4, hidden_size=3, window=4, bidirectional=False, attention="relu2", position=RotarySpec()),
-    "gau-causal-window-1": GAUSpec(query_size=4, hidden_size=3, window=1, bidirectional=False, position=NoPositionSpec()),
-    "gau-causal-long-window": GAUSpec(query_size=4, hidden_size=3, window=40, bidirectional=False, attention="relu2", position=SLOTS),
+    "gau-causal-true-distance": GAUSpec(
+        query_size=4, hidden_size=3, window=2, bidirectional=False, attention="laplace", position=NEAR
+    ),
+    "gau-causal-rotary": GAUSpec(
+        query_size=4, hidden_size=3, window=4, bidirectional=False, attention="relu2", position=RotarySpec()
+    ),
+    "gau-causal-window-1": GAUSpec(
+        query_size=4, hidden_size=3, window=1, bidirectional=False, position=NoPositionSpec()
+    ),
+    "gau-causal-long-window": GAUSpec(
+        query_size=4, hidden_size=3, window=40, bidirectional=False, attention="relu2", position=SLOTS
+    ),
     "gau-causal-all-rotary": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, position=RotarySpec()),
-    "gau-causal-all-laplace": GAUSpec(query_size=4, hidden_size=3, bidirectional=False, attention="laplace", position=NEAR),
+    "gau-causal-all-laplace": GAUSpec(
+        query_size=4, hidden_size=3, bidirectional=False, attention="laplace", position=NEAR
+    ),
     "local-causal-window-1": LocalAttentionSpec(heads=1, window=1, bidirectional=False),
     "local-causal-long-window": LocalAttentionSpec(heads=2, window=40, bidirectional=False, position=RotarySpec()),
 }
@@ -74,7 +84,9 @@ def tokens(rows: int = 3, length: int = LENGTH) -> Tensor:
 @every_stream
 @few
 @given(active=activity(), chunks=cuts(LENGTH), layout=st.sampled_from(STREAM_LAYOUTS))
-def test_whole_equals_chunked_equals_step_by_step(name: str, active: Tensor, chunks: list[slice], layout: StreamLayout) -> None:
+def test_whole_equals_chunked_equals_step_by_step(
+    name: str, active: Tensor, chunks: list[slice], layout: StreamLayout
+) -> None:
     module, x = make(name), tokens()
     with torch.no_grad():
         whole = run(module, x, active, "packed")
@@ -91,7 +103,9 @@ def test_whole_equals_chunked_equals_step_by_step(name: str, active: Tensor, chu
 def test_a_long_stream_of_uneven_rows_equals_the_whole(name: str) -> None:
     length = 150
     module, x = make(name), tokens(4, length)
-    active = torch.rand(4, length, generator=torch.Generator().manual_seed(2)) < torch.tensor([1.0, 0.5, 0.03, 0.0])[:, None]
+    active = (
+        torch.rand(4, length, generator=torch.Generator().manual_seed(2)) < torch.tensor([1.0, 0.5, 0.03, 0.0])[:, None]
+    )
     chunks = [slice(0, 70), slice(70, 71), slice(71, 71), slice(71, 74), slice(74, 150)]
     with torch.no_grad():
         near(stream(module, x, active, chunks)[0], run(module, x, active, "packed"))
@@ -128,7 +142,9 @@ def test_a_state_is_a_value_that_can_be_continued_twice(name: str, length: int, 
 @every_stream
 @some_layouts
 @pytest.mark.parametrize("length", [0, 1, 6])
-def test_a_row_without_a_token_gets_its_state_back_to_the_last_bit(name: str, length: int, layout: StreamLayout) -> None:
+def test_a_row_without_a_token_gets_its_state_back_to_the_last_bit(
+    name: str, length: int, layout: StreamLayout
+) -> None:
     module, x, active = make(name), tokens(), first([4, 0, 9], LENGTH)
     _, state = stream(module, x, active, [slice(0, 9)])
     for rows in (first([0, 0, 9], length), first([0, 0, 0], length)):
@@ -284,8 +300,8 @@ class TestRefusals:
     def test_state_of_another_number_of_streams(self, name: str) -> None:
         module = make(name)
         sentence = (
-            f"{type(module).__name__} got a state of 3 streams for a batch of 2 rows; make one with init_state(2), or take rows with "
-            "state.select"
+            f"{type(module).__name__} got a state of 3 streams for a batch of 2 rows; "
+            "make one with init_state(2), or take rows with state.select"
         )
         for lengths in ([3, 2], [0, 0]):
             with pytest.raises(StateError, match=exactly(sentence)):
@@ -295,11 +311,14 @@ class TestRefusals:
     def test_part_that_looks_ahead(self, name: str) -> None:
         module = zoo.make(SPECS[name])
         sentence = (
-            f"{type(module).__name__} (kind {SPECS[name].kind}, causal=False) cannot continue from a state; build the model with "
-            "bidirectional=false, or causal=true, to stream it"
+            f"{type(module).__name__} (kind {SPECS[name].kind}, causal=False) cannot continue from a state; build the "
+            "model with bidirectional=false, or causal=true, to stream it"
         )
         nothing = NoState(torch.zeros(1, 0, dtype=torch.bool))
-        for call in (lambda: module(lay(tokens(1), first([3], LENGTH), "packed"), nothing), lambda: module.init_state(2)):
+        for call in (
+            lambda: module(lay(tokens(1), first([3], LENGTH), "packed"), nothing),
+            lambda: module.init_state(2),
+        ):
             with pytest.raises(StateError, match=exactly(sentence)):
                 call()
 

@@ -27,7 +27,9 @@ def test_one_bad_value_is_found_in_any_tensor(bad: float) -> None:
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [0.0, torch.nan])
-def test_attention_that_may_not_look_gives_the_same(monkeypatch: pytest.MonkeyPatch, name: str, layout: Layout, bad: float) -> None:
+def test_attention_that_may_not_look_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, layout: Layout, bad: float
+) -> None:
     torch.manual_seed(0)
     x, active = torch.randn(3, 14, WIDTH, dtype=torch.float64), first([14, 0, 5], 14)
     x[0, 6] += bad

@@ -41,7 +41,12 @@ DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="ca
 
 
 def make(
-    position: str = "true_distance", *, seed: int = 0, dtype: torch.dtype = torch.float64, std: float = 1.0, **fields: Any
+    position: str = "true_distance",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    std: float = 1.0,
+    **fields: Any,
 ) -> GatedAttentionUnit:
     torch.manual_seed(seed)
     spec = GAUSpec(**{"query_size": 4, "hidden_size": 3, "position": POSITIONS[position], **fields})
@@ -68,7 +73,9 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("attention", "position", "window", "layout"), COMBINATIONS)
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_unit_agrees_with_the_loop(bidirectional: bool, attention: str, position: str, window: int | None, layout: Layout) -> None:
+def test_unit_agrees_with_the_loop(
+    bidirectional: bool, attention: str, position: str, window: int | None, layout: Layout
+) -> None:
     module = make(position, attention=attention, window=window, bidirectional=bidirectional)
     # Longer than the window and than a block of 32; one token; none; shorter than the window. Routed rows have gaps.
     lengths = [35, 1, 0, 4]
@@ -93,7 +100,15 @@ def test_unit_agrees_with_the_loop(bidirectional: bool, attention: str, position
     seed=st.integers(0, 2**16),
 )
 def test_any_activity_agrees_with_the_loop(
-    attention: str, position: str, window: int | None, bidirectional: bool, layout: Layout, rows: int, length: int, rate: float, seed: int
+    attention: str,
+    position: str,
+    window: int | None,
+    bidirectional: bool,
+    layout: Layout,
+    rows: int,
+    length: int,
+    rate: float,
+    seed: int,
 ) -> None:
     if position == "slot_distance" and window is None:
         window = 7
@@ -138,7 +153,10 @@ def test_streams_with_gaps_beyond_32_bits_agree_with_the_whole(gap: int, positio
     torch.manual_seed(0)
     unit = draw(spec.build(5).double())
     routed = SparseModularActivation(AlwaysRouterSpec().build(5, ["unit"]), {"unit": unit})
-    x, positions = torch.randn(2, 12, 5, dtype=torch.float64), torch.arange(12) + gap * (torch.arange(12) >= 6) + torch.tensor([[0], [gap]])
+    x, positions = (
+        torch.randn(2, 12, 5, dtype=torch.float64),
+        torch.arange(12) + gap * (torch.arange(12) >= 6) + torch.tensor([[0], [gap]]),
+    )
     whole = routed(x, positions=positions).values
     for size in (1, 2, 5):
         state, parts = routed.init_state(2), []
@@ -181,7 +199,9 @@ def test_no_window_is_a_window_as_long_as_the_row(bidirectional: bool, position:
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("place", [1, 31, 32, 33, 69])
-def test_later_tokens_never_change_earlier_results_of_a_causal_unit(place: int, window: int | None, attention: str) -> None:
+def test_later_tokens_never_change_earlier_results_of_a_causal_unit(
+    place: int, window: int | None, attention: str
+) -> None:
     module = make("true_distance", attention=attention, window=window, bidirectional=False)
     x = torch.randn(2, 70, WIDTH, dtype=torch.float64)
     changed = x.clone()
@@ -230,9 +250,14 @@ def test_unit_passes_gradcheck(attention: str) -> None:
     names = list(dict(module.named_parameters()))
 
     def program(values: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (tokens.with_values(values),))[0]
+        return torch.func.functional_call(
+            module, dict(zip(names, parameters, strict=True)), (tokens.with_values(values),)
+        )[0]
 
-    inputs = (tokens.values.clone().requires_grad_(), *(parameter.detach().requires_grad_() for parameter in module.parameters()))
+    inputs = (
+        tokens.values.clone().requires_grad_(),
+        *(parameter.detach().requires_grad_() for parameter in module.parameters()),
+    )
     assert torch.autograd.gradcheck(program, inputs, fast_mode=True)
 
 
@@ -260,13 +285,23 @@ def test_weights_start_where_the_authors_start() -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"window": 0}, "GAUSpec: window=0 must be at least 1; window: .*use window=null to attend to all", id="window"),
-        pytest.param({"attention": "sofmax"}, r"GAUSpec: attention='sofmax' must be .*; did you mean 'softmax'\?", id="attention"),
         pytest.param(
-            {"position": POSITIONS["slot_distance"]}, "distance='slot_distance' needs a window, which sizes its table", id="slots"
+            {"window": 0},
+            "GAUSpec: window=0 must be at least 1; window: .*use window=null to attend to all",
+            id="window",
         ),
         pytest.param(
-            {"position": RotarySpec(), "query_size": 3}, "query_size=3 must be even: rotary positions turn pairs", id="odd-rotary"
+            {"attention": "sofmax"}, r"GAUSpec: attention='sofmax' must be .*; did you mean 'softmax'\?", id="attention"
+        ),
+        pytest.param(
+            {"position": POSITIONS["slot_distance"]},
+            "distance='slot_distance' needs a window, which sizes its table",
+            id="slots",
+        ),
+        pytest.param(
+            {"position": RotarySpec(), "query_size": 3},
+            "query_size=3 must be even: rotary positions turn pairs",
+            id="odd-rotary",
         ),
         pytest.param({"attention_dropout": 1.0}, "GAUSpec: attention_dropout=1.0 must be less than 1", id="dropout"),
     ],

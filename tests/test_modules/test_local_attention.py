@@ -32,11 +32,19 @@ from tests.test_modules.loops import attention_loop, reach
 from tests.test_modules.streams import stream
 
 POSITIONS = {"rotary": RotarySpec(), "none": NoPositionSpec()}
-DIRECTIONS = pytest.mark.parametrize("bidirectional", [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")])
+DIRECTIONS = pytest.mark.parametrize(
+    "bidirectional", [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
+)
 
 
 def make(
-    window: int = 5, *, position: str = "rotary", width: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+    window: int = 5,
+    *,
+    position: str = "rotary",
+    width: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **fields: Any,
 ) -> LocalAttention:
     torch.manual_seed(seed)
     spec = LocalAttentionSpec(**{"heads": 2, "window": window, "position": POSITIONS[position], **fields})
@@ -53,9 +61,13 @@ def twin(module: LocalAttention) -> MultiHead:
     return whole
 
 
-def matches(module: LocalAttention, active: Tensor, layout: Layout, positions: Tensor | None = None, scale: float = 1.0) -> None:
+def matches(
+    module: LocalAttention, active: Tensor, layout: Layout, positions: Tensor | None = None, scale: float = 1.0
+) -> None:
     x = scale * torch.randn(*active.shape, module.out.in_features, dtype=torch.float64)
-    assert_matches_loop(module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions)
+    assert_matches_loop(
+        module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions
+    )
 
 
 def along(module: MultiHead, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
@@ -66,9 +78,13 @@ def along(module: MultiHead, x_BLD: Tensor, positions_BL: Tensor | None = None) 
 @pytest.mark.parametrize(("heads", "position"), [(1, "none"), (4, "rotary")])
 @DIRECTIONS
 @pytest.mark.parametrize("window", [1, 5, 40, 70])
-def test_attention_agrees_with_the_loop(window: int, bidirectional: bool, heads: int, position: str, layout: Layout) -> None:
+def test_attention_agrees_with_the_loop(
+    window: int, bidirectional: bool, heads: int, position: str, layout: Layout
+) -> None:
     # A block has 32 slots or half a window: more than two of them, one and a token, one token, and none.
-    matches(make(window, position=position, heads=heads, bidirectional=bidirectional), first([65, 0, 33, 1], 65), layout)
+    matches(
+        make(window, position=position, heads=heads, bidirectional=bidirectional), first([65, 0, 33, 1], 65), layout
+    )
 
 
 @given(
@@ -84,7 +100,16 @@ def test_attention_agrees_with_the_loop(window: int, bidirectional: bool, heads:
     seed=st.integers(0, 2**16),
 )
 def test_any_activity_agrees_with_the_loop(
-    window: int, position: str, heads: int, bidirectional: bool, layout: Layout, rows: int, length: int, rate: float, offset: int, seed: int
+    window: int,
+    position: str,
+    heads: int,
+    bidirectional: bool,
+    layout: Layout,
+    rows: int,
+    length: int,
+    rate: float,
+    offset: int,
+    seed: int,
 ) -> None:
     module = make(window, position=position, width=4, seed=seed, heads=heads, bidirectional=bidirectional)
     positions = offset + torch.randint(1, 4, (rows, length)).cumsum(1)
@@ -124,7 +149,9 @@ def test_a_window_over_the_whole_row_is_attention_to_all(window: int, position: 
     rate=st.sampled_from([0.0, 0.1, 0.5]),
     seed=st.integers(0, 999),
 )
-def test_reach_is_what_the_loop_reaches(window: int, causal: bool, layout: Layout, lengths: list[int], rate: float, seed: int) -> None:
+def test_reach_is_what_the_loop_reaches(
+    window: int, causal: bool, layout: Layout, lengths: list[int], rate: float, seed: int
+) -> None:
     source = torch.Generator().manual_seed(seed)
     tokens = lay(torch.randn(len(lengths), 20, 1, generator=source), first(lengths, 20), layout)
     marked = (torch.rand(tokens.rows.shape[0], generator=source) < rate) & tokens.mask
@@ -138,7 +165,9 @@ def test_reach_is_what_the_loop_reaches(window: int, causal: bool, layout: Layou
 @DIRECTIONS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize(("window", "place"), [(5, 0), (5, 31), (5, 40), (40, 3), (40, 79), (100, 50)])
-def test_what_is_not_finite_reaches_its_window_and_nothing_else(window: int, place: int, bad: float, bidirectional: bool) -> None:
+def test_what_is_not_finite_reaches_its_window_and_nothing_else(
+    window: int, place: int, bad: float, bidirectional: bool
+) -> None:
     module = make(window, bidirectional=bidirectional)
     x = torch.randn(2, 80, 8, dtype=torch.float64)
     clean, x[0, place, 3] = along(module, x), bad
@@ -150,7 +179,9 @@ def test_what_is_not_finite_reaches_its_window_and_nothing_else(window: int, pla
     torch.testing.assert_close(found[1], clean[1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunks", [pytest.param(steps(30), id="steps"), pytest.param([slice(0, 9), slice(9, 30)], id="chunks")])
+@pytest.mark.parametrize(
+    "chunks", [pytest.param(steps(30), id="steps"), pytest.param([slice(0, 9), slice(9, 30)], id="chunks")]
+)
 def test_what_is_not_finite_leaves_a_stream_after_its_window(chunks: list[slice]) -> None:
     module = make(6, bidirectional=False)
     x = torch.randn(2, 30, 8, dtype=torch.float64)
@@ -164,7 +195,9 @@ def test_what_is_not_finite_leaves_a_stream_after_its_window(chunks: list[slice]
 
 @pytest.mark.parametrize("place", [1, 31, 32, 33, 69])
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e4), (torch.float32, 1e30)], ids=str)
-def test_later_tokens_never_change_earlier_results_of_causal_attention(place: int, dtype: torch.dtype, value: float) -> None:
+def test_later_tokens_never_change_earlier_results_of_causal_attention(
+    place: int, dtype: torch.dtype, value: float
+) -> None:
     module = make(bidirectional=False, dtype=dtype)
     x = torch.randn(2, 70, 8, dtype=dtype)
     changed = x.clone()
@@ -188,9 +221,14 @@ def test_attention_passes_gradcheck(bidirectional: bool) -> None:
     names = list(dict(module.named_parameters()))
 
     def program(values: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (tokens.with_values(values),))[0]
+        return torch.func.functional_call(
+            module, dict(zip(names, parameters, strict=True)), (tokens.with_values(values),)
+        )[0]
 
-    inputs = (tokens.values.clone().requires_grad_(), *(parameter.detach().requires_grad_() for parameter in module.parameters()))
+    inputs = (
+        tokens.values.clone().requires_grad_(),
+        *(parameter.detach().requires_grad_() for parameter in module.parameters()),
+    )
     assert torch.autograd.gradcheck(program, inputs, fast_mode=True)
 
 
@@ -226,15 +264,31 @@ def test_memory_grows_as_tokens_times_window(bidirectional: bool) -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({}, "LocalAttentionSpec: 'window' is required; window: active tokens in reach on each side, W", id="no-window"),
+        pytest.param(
+            {},
+            "LocalAttentionSpec: 'window' is required; window: active tokens in reach on each side, W",
+            id="no-window",
+        ),
         pytest.param(
             {"window": None},
             "LocalAttentionSpec: window=None: input should be a valid integer; .*; the kind 'attention' attends to all",
             id="null-window",
         ),
-        pytest.param({"window": 0}, "LocalAttentionSpec: window=0 must be at least 1; window: active tokens in reach", id="window"),
-        pytest.param({"window": 3, "position": RelativeBiasSpec()}, "position kind 'relative_bias' needs the gau sub-module", id="table"),
-        pytest.param({"window": 3, "attention_dropout": 1.0}, "LocalAttentionSpec: attention_dropout=1.0 must be less", id="dropout"),
+        pytest.param(
+            {"window": 0},
+            "LocalAttentionSpec: window=0 must be at least 1; window: active tokens in reach",
+            id="window",
+        ),
+        pytest.param(
+            {"window": 3, "position": RelativeBiasSpec()},
+            "position kind 'relative_bias' needs the gau sub-module",
+            id="table",
+        ),
+        pytest.param(
+            {"window": 3, "attention_dropout": 1.0},
+            "LocalAttentionSpec: attention_dropout=1.0 must be less",
+            id="dropout",
+        ),
     ],
 )
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
@@ -246,7 +300,12 @@ def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) ->
     ("fields", "width", "complaint"),
     [
         pytest.param({"heads": 3}, 8, "LocalAttentionSpec: heads=3 must divide the width 8 of the tokens", id="heads"),
-        pytest.param({"heads": 4, "position": RotarySpec()}, 12, "heads=4 give 3 channels each; rotary positions need an even", id="odd"),
+        pytest.param(
+            {"heads": 4, "position": RotarySpec()},
+            12,
+            "heads=4 give 3 channels each; rotary positions need an even",
+            id="odd",
+        ),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, complaint: str) -> None:

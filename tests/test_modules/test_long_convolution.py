@@ -42,7 +42,9 @@ BOTH = pytest.mark.parametrize("both", [pytest.param(True, id="both-directions")
 
 
 @BOTH
-@pytest.mark.parametrize(("length", "taps"), [(1, 1), (2, 2), (2, 1), (3, 3), (8, 8), (9, 5), (16, 1), (17, 17), (25, 24)])
+@pytest.mark.parametrize(
+    ("length", "taps"), [(1, 1), (2, 2), (2, 1), (3, 3), (8, 8), (9, 5), (16, 1), (17, 17), (25, 24)]
+)
 def test_convolution_is_the_sum_over_lags(length: int, taps: int, both: bool) -> None:
     assert_is_the_loop(2, length, 3, taps, both)
 
@@ -53,13 +55,23 @@ def test_channels_around_a_group_are_the_sum_over_lags(channels: int, both: bool
     assert_is_the_loop(3, 6, channels, 4, both)
 
 
-@given(rows=st.integers(1, 3), length=st.integers(1, 20), channels=st.integers(1, 3), share=st.floats(0, 1), both=st.booleans())
-def test_convolution_of_any_size_is_the_sum_over_lags(rows: int, length: int, channels: int, share: float, both: bool) -> None:
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 20),
+    channels=st.integers(1, 3),
+    share=st.floats(0, 1),
+    both=st.booleans(),
+)
+def test_convolution_of_any_size_is_the_sum_over_lags(
+    rows: int, length: int, channels: int, share: float, both: bool
+) -> None:
     assert_is_the_loop(rows, length, channels, 1 + round(share * (length - 1)), both)
 
 
 def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
-    ahead, reverse, skip = (torch.full(shape, fill, dtype=torch.float64) for shape, fill in (((1, 30), 1.0), ((1, 30), 0.0), ((1,), 0.0)))
+    ahead, reverse, skip = (
+        torch.full(shape, fill, dtype=torch.float64) for shape, fill in (((1, 30), 1.0), ((1, 30), 0.0), ((1,), 0.0))
+    )
     x = torch.zeros(1, 30, 1, dtype=torch.float64)
     x[0, -1] = 1
     torch.testing.assert_close(long_convolution(x, ahead, reverse, skip), x, rtol=0, atol=1e-14)
@@ -90,11 +102,17 @@ def test_convolution_passes_gradcheck(both: bool) -> None:
 def test_convolution_of_a_non_contiguous_batch_is_the_same() -> None:
     ahead, reverse, skip = torch.randn(4, 9), torch.randn(4, 9), torch.randn(4)
     x = torch.randn(9, 4, 3).permute(2, 0, 1)
-    torch.testing.assert_close(long_convolution(x, ahead, reverse, skip), long_convolution(x.contiguous(), ahead, reverse, skip))
+    torch.testing.assert_close(
+        long_convolution(x, ahead, reverse, skip), long_convolution(x.contiguous(), ahead, reverse, skip)
+    )
 
 
 def test_inputs_are_never_changed() -> None:
-    x, ahead, reverse = torch.randn(2, 9, 4, requires_grad=True), torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    x, ahead, reverse = (
+        torch.randn(2, 9, 4, requires_grad=True),
+        torch.randn(4, 9, requires_grad=True),
+        torch.randn(4, 9),
+    )
     skip, incoming = torch.ones(4), torch.randn(2, 9, 4)
     watched = (x, ahead, reverse, skip, incoming)
     copies = [tensor.detach().clone() for tensor in watched]

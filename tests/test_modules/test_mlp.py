@@ -21,7 +21,10 @@ def make(**fields: Any) -> GatedMLP:
 
 def mlp_loop(module: GatedMLP, x: Tensor) -> Tensor:
     """W_3 (silu(W_1 x) * W_2 x), token by token."""
-    first_weight, second_weight = module.fused.weight[: module.spec.hidden_size], module.fused.weight[module.spec.hidden_size :]
+    first_weight, second_weight = (
+        module.fused.weight[: module.spec.hidden_size],
+        module.fused.weight[module.spec.hidden_size :],
+    )
     out = []
     for token in x:
         gate = first_weight @ token
@@ -50,9 +53,17 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"hidden_size": 0}, "GatedMLPSpec: hidden_size=0 must be at least 1; hidden_size: channels of the hidden", id="size"),
-        pytest.param({"dropout": 1.0}, "GatedMLPSpec: dropout=1.0 must be less than 1.0; dropout: probability", id="dropout"),
-        pytest.param({"hidden_size": None}, "GatedMLPSpec: hidden_size=None: input should be a valid integer", id="none"),
+        pytest.param(
+            {"hidden_size": 0},
+            "GatedMLPSpec: hidden_size=0 must be at least 1; hidden_size: channels of the hidden",
+            id="size",
+        ),
+        pytest.param(
+            {"dropout": 1.0}, "GatedMLPSpec: dropout=1.0 must be less than 1.0; dropout: probability", id="dropout"
+        ),
+        pytest.param(
+            {"hidden_size": None}, "GatedMLPSpec: hidden_size=None: input should be a valid integer", id="none"
+        ),
     ],
 )
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:

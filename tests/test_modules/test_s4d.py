@@ -15,12 +15,18 @@ from sma.ragged import rectangular
 from sma.testing import check_submodule
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first, grad, run, saved_bytes
 
-DIRECTIONS = pytest.mark.parametrize("bidirectional", [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")])
+DIRECTIONS = pytest.mark.parametrize(
+    "bidirectional", [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
+)
 CORE = {"activation": "none", "mixing": "none"}
 
 
-def make(width: int = 2, *, spread: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> S4D:
-    """A module with random parameters: steps around `spread`, frequencies around 10 / `spread`, so that a token turns by some radians."""
+def make(
+    width: int = 2, *, spread: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any
+) -> S4D:
+    """A module with random parameters: steps around `spread`, frequencies around 10 / `spread`, so that a token turns
+    by some radians.
+    """
     torch.manual_seed(seed)
     module = draw(S4DSpec(**{"state_size": 6, **fields}).build(width).to(dtype))
     assert isinstance(module, S4D)
@@ -65,8 +71,14 @@ def matches(module: S4D, active: Tensor, layout: Layout) -> None:
 @pytest.mark.parametrize("state_size", [2, 6])
 @pytest.mark.parametrize("spread", [0.01, 1.0])
 @DIRECTIONS
-def test_outputs_and_gradients_are_those_of_the_recurrence(bidirectional: bool, spread: float, state_size: int, layout: Layout) -> None:
-    matches(make(spread=spread, state_size=state_size, bidirectional=bidirectional, **CORE), first([7, 0, 12, 1], 12), layout)
+def test_outputs_and_gradients_are_those_of_the_recurrence(
+    bidirectional: bool, spread: float, state_size: int, layout: Layout
+) -> None:
+    matches(
+        make(spread=spread, state_size=state_size, bidirectional=bidirectional, **CORE),
+        first([7, 0, 12, 1], 12),
+        layout,
+    )
 
 
 @pytest.mark.parametrize("mixing", ["glu", "linear", "none"])
@@ -198,7 +210,9 @@ def test_float32_stays_near_float64_over_thousands_of_tokens(bidirectional: bool
 @pytest.mark.parametrize("log_a_re", [-200.0, 0.0, 200.0])
 @pytest.mark.parametrize("log_dt", [-200.0, 0.0, 30.0])
 @DIRECTIONS
-def test_extreme_parameters_stay_finite(bidirectional: bool, log_dt: float, log_a_re: float, a_im: float, dtype: torch.dtype) -> None:
+def test_extreme_parameters_stay_finite(
+    bidirectional: bool, log_dt: float, log_a_re: float, a_im: float, dtype: torch.dtype
+) -> None:
     # Steps of no length, states that forget everything or nothing, and A near 0, where (q - 1) / A has no value.
     module = make(1, bidirectional=bidirectional, dtype=dtype, state_size=2, **CORE)
     with torch.no_grad():
@@ -207,7 +221,9 @@ def test_extreme_parameters_stay_finite(bidirectional: bool, log_dt: float, log_
     x = torch.randn(2, 70, 1, dtype=dtype, requires_grad=True)
     out = along(module, x)
     out.sum().backward()
-    assert {name for name, tensor in [("x", x), *module.named_parameters()] if not grad(tensor).isfinite().all()} == set()
+    assert {
+        name for name, tensor in [("x", x), *module.named_parameters()] if not grad(tensor).isfinite().all()
+    } == set()
     wanted = s4d_loop(module.double(), x[0].double())
     if log_dt <= 0 or log_a_re >= 0 or a_im == 0:
         assert (out[0].double() - wanted).norm() <= (1e-5 if dtype is torch.float32 else 1e-9) * wanted.norm()
@@ -246,7 +262,10 @@ def test_autocast_never_reaches_the_recurrence(bidirectional: bool, dtype: torch
 
 def test_routed_tokens_are_read_by_slots_and_not_by_positions() -> None:
     module = make(2, spread=0.1, bidirectional=False)
-    x, active = torch.randn(1, 30, 2, dtype=torch.float64), torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4
+    x, active = (
+        torch.randn(1, 30, 2, dtype=torch.float64),
+        torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4,
+    )
     alone = along(module, x[active][None])
     torch.testing.assert_close(run(module, x, active, "packed")[active][None], alone, rtol=1e-12, atol=1e-12)
 
@@ -291,17 +310,27 @@ def test_contract_is_kept(bidirectional: bool) -> None:
 
 def test_a_state_of_another_size_is_refused() -> None:
     tokens = rectangular(torch.randn(2, 3, 2, dtype=torch.float64))
-    with pytest.raises(StateError, match=r"S4D got the state of another model: its sizes are \(2, 2, 5\); required are \(2, 2, 3\)"):
+    with pytest.raises(
+        StateError, match=r"S4D got the state of another model: its sizes are \(2, 2, 5\); required are \(2, 2, 3\)"
+    ):
         make(bidirectional=False)(tokens, make(bidirectional=False, state_size=10).init_state(2))
 
 
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"state_size": 0}, r"S4DSpec: state_size=0 must be at least 2; state_size: real states per channel", id="no-state"),
-        pytest.param({"state_size": 7}, r"S4DSpec: state_size=7 must be even: complex states come in conjugate pairs", id="odd"),
+        pytest.param(
+            {"state_size": 0},
+            r"S4DSpec: state_size=0 must be at least 2; state_size: real states per channel",
+            id="no-state",
+        ),
+        pytest.param(
+            {"state_size": 7}, r"S4DSpec: state_size=7 must be even: complex states come in conjugate pairs", id="odd"
+        ),
         pytest.param({"dt_min": 0.5}, r"S4DSpec: dt_min=0.5 must be at most dt_max=0.1", id="crossed-steps"),
-        pytest.param({"dt_max": 0.0}, r"S4DSpec: dt_max=0.0 must be greater than 0.0; dt_max: longest initial step", id="no-step"),
+        pytest.param(
+            {"dt_max": 0.0}, r"S4DSpec: dt_max=0.0 must be greater than 0.0; dt_max: longest initial step", id="no-step"
+        ),
         pytest.param({"initial": "legs"}, r"S4DSpec: initial='legs' must be 'lin' or 'inv'", id="unknown-initial"),
     ],
 )

@@ -14,7 +14,9 @@ from tests.test_modules.loops import recurrence_loop
 def draw_recurrence(channels: int, states: int, seed: int = 0, fastest: float = 3.0) -> Recurrence:
     """Decays from almost 1 (log q = -0.001) to e^-fastest."""
     generator = torch.Generator().manual_seed(seed)
-    slow_to_fast = -(10 ** torch.empty(channels, states, dtype=torch.float64).uniform_(-3, 0, generator=generator)) * fastest
+    slow_to_fast = (
+        -(10 ** torch.empty(channels, states, dtype=torch.float64).uniform_(-3, 0, generator=generator)) * fastest
+    )
     inward, outward = (torch.randn(channels, states, dtype=torch.float64, generator=generator) for _ in range(2))
     return Recurrence(slow_to_fast.requires_grad_(), inward.requires_grad_(), outward.requires_grad_())
 
@@ -55,7 +57,9 @@ def test_scan_of_a_non_contiguous_batch_is_the_same() -> None:
 def test_scan_passes_gradcheck() -> None:
     recurrence = draw_recurrence(1, 2)
     x = torch.randn(1, CHUNK + 6, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *parts: causal_scan(x, Recurrence(*parts)), (x, *recurrence), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *parts: causal_scan(x, Recurrence(*parts)), (x, *recurrence), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
@@ -95,7 +99,9 @@ def test_kernel_is_the_impulse_response(taps: int, states: int, seed: int) -> No
     impulse[0] = 1
     assert_same_program(
         lambda scale: scale * recurrence.kernel(taps),
-        lambda scale: scale * recurrence_loop(impulse, recurrence.log_decay.exp(), recurrence.inward, recurrence.outward).T,
+        lambda scale: (
+            scale * recurrence_loop(impulse, recurrence.log_decay.exp(), recurrence.inward, recurrence.outward).T
+        ),
         torch.ones((), dtype=torch.float64),
         recurrence._asdict(),
     )

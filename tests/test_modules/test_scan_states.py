@@ -11,7 +11,9 @@ from tests.streams import near
 from tests.test_modules.test_scan import draw_recurrence
 
 
-def loop(x_BLD: Tensor, lengths: list[int], recurrence: Recurrence, initial_BDN: Tensor | None) -> tuple[Tensor, Tensor]:
+def loop(
+    x_BLD: Tensor, lengths: list[int], recurrence: Recurrence, initial_BDN: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Row by row and token by token; a row ends after its length, and its outputs there count no more."""
     decay, out, finals = recurrence.log_decay.exp(), [], []
     for row, length in enumerate(lengths):
@@ -33,12 +35,19 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: Recurr
     x = torch.randn(len(lengths), longest, channels, dtype=torch.float64, generator=source)
     # What lies behind a row's tokens enters as 0.
     x = x.where((torch.arange(longest) < torch.tensor(lengths)[:, None])[..., None], 0).requires_grad_()
-    before = torch.randn(len(lengths), channels, states, dtype=torch.float64, generator=source).requires_grad_() if initial else None
+    before = (
+        torch.randn(len(lengths), channels, states, dtype=torch.float64, generator=source).requires_grad_()
+        if initial
+        else None
+    )
     inputs = [x, *recurrence, *([before] if before is not None else [])]
     scanned = causal_scan_with_state(x, torch.tensor(lengths), recurrence, before)
     results = []
     for out, final in (tuple(scanned), loop(x, lengths, recurrence, before)):
-        weights = [torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) for part in (out, final)]
+        weights = [
+            torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+            for part in (out, final)
+        ]
         total = (out * weights[0]).sum() + (final * weights[1]).sum() + 0 * sum(part.sum() for part in inputs)
         results.append([out, final, *torch.autograd.grad(total, inputs, materialize_grads=True)])
     for found, wanted in zip(*results, strict=True):
@@ -60,7 +69,9 @@ def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chun
     initial=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_scan_is_the_loop_for_any_sizes(lengths: list[int], more: int, channels: int, states: int, initial: bool, seed: int) -> None:
+def test_scan_is_the_loop_for_any_sizes(
+    lengths: list[int], more: int, channels: int, states: int, initial: bool, seed: int
+) -> None:
     assert_scan_is_the_loop(lengths, max(lengths) + more, draw_recurrence(channels, states, seed), initial, seed)
 
 
@@ -101,7 +112,9 @@ def test_scan_with_states_passes_gradcheck() -> None:
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
 def test_nothing_leaves_the_states_as_they_are(shape: tuple[int, int, int]) -> None:
     before = torch.randn(shape[0], 2, 3, dtype=torch.float64)
-    scanned = causal_scan_with_state(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before)
+    scanned = causal_scan_with_state(
+        torch.zeros(shape, dtype=torch.float64), torch.zeros(shape[0]).long(), draw_recurrence(2, 3), before
+    )
     assert scanned.out.shape == shape
     assert torch.equal(scanned.final, before)
 

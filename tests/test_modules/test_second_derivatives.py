@@ -18,7 +18,9 @@ SLICED = "derivative for aten::_scaled_dot_product"
 
 
 def _refused(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> str:
-    """Hold the product of Hessian and a direction to differences of gradients; return the message where that is refused."""
+    """Hold the product of Hessian and a direction to differences of gradients; return the message where that is
+    refused.
+    """
     directions = [normal(*parameter.shape, seed=place) for place, parameter in enumerate(parameters)]
     try:
         gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
@@ -38,7 +40,9 @@ def _refused(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> str:
                 parameter.sub_(direction, alpha=side * step)
     for product, after, before in zip(found, *sides, strict=True):
         wanted = (after - before) / (2 * step)
-        torch.testing.assert_close(torch.zeros_like(wanted) if product is None else product, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            torch.zeros_like(wanted) if product is None else product, wanted, rtol=1e-5, atol=1e-5
+        )
     return ""
 
 
@@ -61,11 +65,20 @@ MLP = {"mlp": {"kind": "gated_mlp", "hidden_size": 4}}
         pytest.param({"backbone": {"kind": "ema", "bidirectional": False}, "modules": MLP}, "", id="causal"),
         pytest.param({"modules": MLP, "norm": {"kind": "layer_norm"}}, "", id="no backbone"),
         pytest.param({"backbone": {"kind": "ema"}}, WITHOUT[1], id="both ways"),
-        pytest.param({"modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 4, "window": 2}}}, WITHOUT[0], id="window"),
+        pytest.param(
+            {"modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 4, "window": 2}}},
+            WITHOUT[0],
+            id="window",
+        ),
     ],
 )
 def test_second_derivatives_of_a_model_are_right_or_refused(layer: dict[str, object], message: str) -> None:
-    spec = {"kind": "sequence_classifier", "width": 4, "encoder": {"kind": "token_embedding", "vocabulary": 9}, "layers": [layer]}
+    spec = {
+        "kind": "sequence_classifier",
+        "width": 4,
+        "encoder": {"kind": "token_embedding", "vocabulary": 9},
+        "layers": [layer],
+    }
     model = spread(sma.build({**spec, "head": {"kind": "mean_pool_mlp", "hidden": 4, "classes": 3}}, seed=0).double())
     ids = torch.arange(24).reshape(2, 12) % 9
     found = _refused(lambda: model(ids).logits.pow(2).sum(), list(model.parameters()))

@@ -11,7 +11,9 @@ from tests.test_modules.layouts import LAYOUTS, Layout, first, lay, saved_bytes,
 from tests.test_modules.test_windowed import WEIGHTINGS, H, P, Z, assert_is_the_loop
 
 LENGTHS = [29, 0, 8, 1, 17]
-directions = pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
+directions = pytest.mark.parametrize(
+    "causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")]
+)
 weightings = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
 
@@ -20,12 +22,17 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sma.modules.whole, "SLICE", 8)
 
 
-def results(causal: bool, weighting: Weighting, layout: Layout = "packed", dropout: float = 0.0, bad: float = 0.0) -> list[Tensor]:
+def results(
+    causal: bool, weighting: Weighting, layout: Layout = "packed", dropout: float = 0.0, bad: float = 0.0
+) -> list[Tensor]:
     """The result of every token, and the gradients of tokens and table."""
     torch.manual_seed(0)
     x = torch.randn(len(LENGTHS), max(LENGTHS), 2 * Z + H, dtype=torch.float64)
     x[0, 11, -1] += bad
-    table, incoming = torch.randn(2 * P - 1, dtype=torch.float64, requires_grad=True), torch.randn(*x.shape[:2], H, dtype=torch.float64)
+    table, incoming = (
+        torch.randn(2 * P - 1, dtype=torch.float64, requires_grad=True),
+        torch.randn(*x.shape[:2], H, dtype=torch.float64),
+    )
     x.requires_grad_()
     tokens = lay(x, first(LENGTHS, max(LENGTHS)), layout)
     q, k, v = tokens.values.split([Z, Z, H], -1)
@@ -89,7 +96,9 @@ def test_scores_are_not_kept_for_backward() -> None:
     assert kept(2000) <= 2.2 * kept(1000)
 
 
-@pytest.mark.parametrize(("tokens", "causal", "number"), [(0, True, 0), (7, True, 49), (20, False, 400), (20, True, 64 + 128 + 80)])
+@pytest.mark.parametrize(
+    ("tokens", "causal", "number"), [(0, True, 0), (7, True, 49), (20, False, 400), (20, True, 64 + 128 + 80)]
+)
 @pytest.mark.usefixtures("small_slices")
 def test_pairs_of_causal_slices_leave_out_the_keys_that_come_later(tokens: int, causal: bool, number: int) -> None:
     assert pairs(tokens, causal) == number

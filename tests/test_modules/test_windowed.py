@@ -69,7 +69,9 @@ def assert_is_the_loop(
 
     def theirs(x: Tensor) -> Tensor:
         # The loop returns H channels for tokens of 2 Z + H.
-        padded = run_rows(lambda v, p: torch.cat([row(v, p), v.new_zeros(v.shape[0], 2 * Z)], 1), x, active_BL, positions_BL)
+        padded = run_rows(
+            lambda v, p: torch.cat([row(v, p), v.new_zeros(v.shape[0], 2 * Z)], 1), x, active_BL, positions_BL
+        )
         return padded[..., :H]
 
     assert_same_program(ours, theirs, x, parameters)
@@ -103,7 +105,14 @@ def test_multiples_of_a_block_agree_with_the_loop(window: int, length: int) -> N
     seed=st.integers(0, 2**16),
 )
 def test_any_rows_agree_with_the_loop(
-    lengths: list[int], window: int | None, causal: bool, weighting: Weighting, distance: str, layout: Layout, offset: int, seed: int
+    lengths: list[int],
+    window: int | None,
+    causal: bool,
+    weighting: Weighting,
+    distance: str,
+    layout: Layout,
+    offset: int,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     active = first(lengths, max(1, *lengths))
@@ -116,7 +125,9 @@ def test_any_rows_agree_with_the_loop(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [3, 40, None])
 @pytest.mark.parametrize("gap", [2**30 - 2, 2**30, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**53 + 1, 2**60])
-def test_positions_however_far_apart_agree_with_the_loop(gap: int, window: int | None, layout: Layout, causal: bool) -> None:
+def test_positions_however_far_apart_agree_with_the_loop(
+    gap: int, window: int | None, layout: Layout, causal: bool
+) -> None:
     torch.manual_seed(0)
     lengths = [45, 0, 7]
     active = first(lengths, 45)
@@ -134,7 +145,9 @@ def test_a_pair_out_of_reach_weighs_exactly_nothing(causal: bool, weighting: Wei
     changed = x.clone()
     changed[0, place] = 1e4
     before, after = (
-        spread(attend_tokens(lay(v, active, "packed"), window, causal, weighting=weighting), lay(v, active, "packed"), v)
+        spread(
+            attend_tokens(lay(v, active, "packed"), window, causal, weighting=weighting), lay(v, active, "packed"), v
+        )
         for v in (x, changed)
     )
     touched = (before != after).any(-1)
@@ -151,7 +164,9 @@ def test_window_as_long_as_the_row_is_no_window(causal: bool, weighting: Weighti
     tokens = lay(torch.randn(3, 50, 2 * Z + H, dtype=torch.float64), first([50, 7, 0], 50), "packed")
     whole = attend_tokens(tokens, None, causal, weighting=weighting)
     for window in (49, 50, 1000):
-        torch.testing.assert_close(attend_tokens(tokens, window, causal, weighting=weighting), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            attend_tokens(tokens, window, causal, weighting=weighting), whole, rtol=1e-12, atol=1e-12
+        )
     assert not torch.allclose(attend_tokens(tokens, 48, causal, weighting=weighting), whole, rtol=1e-12, atol=1e-12)
 
 
@@ -222,7 +237,17 @@ def test_inputs_are_never_changed(weighting: Weighting, layout: Layout) -> None:
     table, incoming = torch.randn(2 * P - 1, requires_grad=True), torch.randn(v.shape)
     watched = (q, k, v, table, incoming, tokens.positions, tokens.rows, tokens.offsets, tokens.lengths)
     copies = [tensor.detach().clone() for tensor in watched]
-    out = attend(q, k, v, tokens, window=3, causal=False, weighting=weighting, bias=Bias(table, P - 1, over_slots=False), dropout=0.1)
+    out = attend(
+        q,
+        k,
+        v,
+        tokens,
+        window=3,
+        causal=False,
+        weighting=weighting,
+        bias=Bias(table, P - 1, over_slots=False),
+        dropout=0.1,
+    )
     result = out.detach().clone()
     out.backward(incoming)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(watched, copies, strict=True))

@@ -21,7 +21,9 @@ SPECS: dict[str, SubModuleSpec] = {
     "attention-bidirectional": AttentionSpec(heads=2),
     "attention-causal": AttentionSpec(heads=2, bidirectional=False, position=RotarySpec()),
     "chunked-gau": ChunkedGAUSpec(query_size=4, hidden_size=3, window=5, position=NEAR),
-    "chunked-gau-causal": ChunkedGAUSpec(query_size=4, hidden_size=3, window=4, bidirectional=False, position=RotarySpec()),
+    "chunked-gau-causal": ChunkedGAUSpec(
+        query_size=4, hidden_size=3, window=4, bidirectional=False, position=RotarySpec()
+    ),
     "conv-bidirectional": ConvSpec(kernel_size=5, bidirectional=True),
     "conv-causal": ConvSpec(kernel_size=4, activation="none"),
     "ema-bidirectional": EMASpec(state_size=3),

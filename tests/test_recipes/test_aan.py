@@ -1,4 +1,6 @@
-"""Pairs of papers from small made-up files in the release's format: the texts as they stand, cut; broken lines named; memory left alone."""
+"""Pairs of papers from small made-up files in the release's format: the texts as they stand, cut; broken lines named;
+memory left alone.
+"""
 
 import hashlib
 import io
@@ -55,7 +57,9 @@ def archive_of(path, files):
 
 
 def pairs_of(dataset):
-    return [(target, *map(bytes_of, documents)) for documents, target in (dataset[number] for number in range(len(dataset)))]
+    return [
+        (target, *map(bytes_of, documents)) for documents, target in (dataset[number] for number in range(len(dataset)))
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 31, 4000])
@@ -72,7 +76,10 @@ _texts = st.binary(max_size=60).map(lambda text: text.translate(None, b"\t\n\r")
 
 
 @settings(max_examples=15)
-@given(pairs=st.lists(st.tuples(st.sampled_from([b"0.0", b"1.0", b"0", b"1"]), _texts, _texts), min_size=1, max_size=8), crlf=st.booleans())
+@given(
+    pairs=st.lists(st.tuples(st.sampled_from([b"0.0", b"1.0", b"0", b"1"]), _texts, _texts), min_size=1, max_size=8),
+    crlf=st.booleans(),
+)
 def test_any_texts_without_tabs_and_line_ends_come_back(pairs, crlf, tmp_path_factory):
     path = tmp_path_factory.mktemp("aan") / "file.tsv"
     path.write_bytes(b"".join(line(*pair, ends=b"\r\n" if crlf else b"\n") for pair in pairs))
@@ -91,8 +98,14 @@ def test_texts_stay_on_the_disk(tmp_path):
 @pytest.mark.parametrize(
     ("broken", "complaint"),
     [
-        pytest.param(b"1.0\ta\tb\tc\n", r"file\.tsv, line 3: columns separated by tabs: 4; 5 are required: label", id="four columns"),
-        pytest.param(b"1.0\ta\tb\tc\td\te\n", r"line 3: columns separated by tabs: 6; 5 are required", id="six columns"),
+        pytest.param(
+            b"1.0\ta\tb\tc\n",
+            r"file\.tsv, line 3: columns separated by tabs: 4; 5 are required: label",
+            id="four columns",
+        ),
+        pytest.param(
+            b"1.0\ta\tb\tc\td\te\n", r"line 3: columns separated by tabs: 6; 5 are required", id="six columns"
+        ),
         pytest.param(b"2.0\ta\tb\tc\td\n", r"line 3: label b'2\.0' is neither 0\.0 nor 1\.0", id="label"),
         pytest.param(b"x" * 99 + b"\ta\tb\tc\td\n", r"line 3: label b'x+\.\.\.x*' is neither", id="long label"),
     ],
@@ -108,7 +121,9 @@ def test_broken_line_is_named(broken, complaint, tmp_path):
 def test_blank_lines_and_a_byte_order_mark_are_skipped(blank, tmp_path):
     lines = CONTENT.split(b"\n")
     (tmp_path / "file.tsv").write_bytes(b"\xef\xbb\xbf" + blank.join(line + b"\n" for line in lines) + blank)
-    assert pairs_of(read_pairs(tmp_path / "file.tsv", 31)[0]) == [(label, first[:31], second[:31]) for label, first, second in PAIRS]
+    assert pairs_of(read_pairs(tmp_path / "file.tsv", 31)[0]) == [
+        (label, first[:31], second[:31]) for label, first, second in PAIRS
+    ]
 
 
 def test_empty_and_missing_files_are_named(tmp_path):
@@ -147,7 +162,8 @@ def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
 
 def test_missing_release_is_a_sentence(tmp_path):
     with pytest.raises(
-        DataError, match=r"there is no tsv_data/ with new_aan_pairs\.train\.tsv.* put https.*, or set task\.data\.download=true"
+        DataError,
+        match=r"there is no tsv_data/ with new_aan_pairs\.train\.tsv.* put https.*, or set task\.data\.download=true",
     ):
         load_aan(AANSettings(), tmp_path)
 
@@ -155,7 +171,8 @@ def test_missing_release_is_a_sentence(tmp_path):
 def test_archive_that_lacks_the_folder_is_named(tmp_path):
     archive_of(tmp_path / "lra_release.gz", {"lra_release/lra_release/listops-1000/basic_train.tsv": HEAD})
     with pytest.raises(
-        DataError, match=r"lra_release_text, unpacked from .*lra_release\.gz, has no tsv_data where it should be; delete both"
+        DataError,
+        match=r"lra_release_text, unpacked from .*lra_release\.gz, has no tsv_data where it should be; delete both",
     ):
         load_aan(AANSettings(), tmp_path)
 
@@ -167,7 +184,10 @@ def test_release_without_one_file_names_it(tmp_path):
 
 
 def test_listops_is_read_from_the_release(tmp_path):
-    files = {f"lra_release/lra_release/listops-1000/{name}": HEAD + b"( ( ( [MAX 2 ) 9 ) ] )\t9\n" for name in LISTOPS_FILES.values()}
+    files = {
+        f"lra_release/lra_release/listops-1000/{name}": HEAD + b"( ( ( [MAX 2 ) 9 ) ] )\t9\n"
+        for name in LISTOPS_FILES.values()
+    }
     archive_of(tmp_path / "lra_release.gz", files)
     data = ListOpsTask(source="released").prepare(tmp_path, progress=False)
     ids, target = data.test[0]
@@ -176,12 +196,17 @@ def test_listops_is_read_from_the_release(tmp_path):
 
 
 def test_missing_listops_names_its_own_setting(tmp_path):
-    with pytest.raises(DataError, match=r"there is no listops-1000/ with basic_train\.tsv.*, or set task\.download=true"):
+    with pytest.raises(
+        DataError, match=r"there is no listops-1000/ with basic_train\.tsv.*, or set task\.download=true"
+    ):
         ListOpsTask(source="released").prepare(tmp_path, progress=False)
 
 
 def test_pairs_are_padded_to_one_length_and_lie_in_neighbouring_rows():
-    samples = [((torch.tensor([1, 2]), torch.tensor([3])), 1), ((torch.tensor([], dtype=torch.int64), torch.tensor([4, 5, 6])), 0)]
+    samples = [
+        ((torch.tensor([1, 2]), torch.tensor([3])), 1),
+        ((torch.tensor([], dtype=torch.int64), torch.tensor([4, 5, 6])), 0),
+    ]
     batch = collate_pairs(samples)
     assert batch.inputs.tolist() == [[1, 2, 0], [3, 0, 0], [0, 0, 0], [4, 5, 6]]
     assert batch.valid.sum(1).tolist() == [2, 1, 0, 3]
@@ -218,7 +243,9 @@ def test_from_the_files_to_a_trained_and_evaluated_model(tmp_path):
     assert kinds("task")["retrieval"] is RetrievalTask
     data = spec.task.prepare(tmp_path, progress=False)
     finished = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False)
-    assert finished.summary["test_accuracy"] * 5 == pytest.approx(round(finished.summary["test_accuracy"] * 5), abs=1e-5)
+    assert finished.summary["test_accuracy"] * 5 == pytest.approx(
+        round(finished.summary["test_accuracy"] * 5), abs=1e-5
+    )
     assert finished.summary["data"] == dict(data.hashes)
     # The figures show both documents of a pair, one after the other.
     shown = {"".join(example.texts) for example in finished.report.examples}
@@ -232,7 +259,10 @@ def test_from_the_files_to_a_trained_and_evaluated_model(tmp_path):
     [
         ("encoder.vocabulary=256", r"model\.encoder\.vocabulary=256 must be at least 257"),
         ("head.classes=3", r"model\.head\.classes=3 must be 2, the classes of the task 'retrieval'"),
-        ("model.kind=sequence_classifier", r"kind 'sequence_classifier' does not fit the task 'retrieval'; use kind 'pair_classifier'"),
+        (
+            "model.kind=sequence_classifier",
+            r"kind 'sequence_classifier' does not fit the task 'retrieval'; use kind 'pair_classifier'",
+        ),
     ],
 )
 def test_model_that_cannot_learn_the_task_is_refused(setting, complaint):

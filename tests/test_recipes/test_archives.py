@@ -87,7 +87,9 @@ def test_folder_that_exists_is_whole_and_stays(make, tmp_path):
 @pytest.mark.parametrize("name", ["../evil", "set/../../evil", "/evil", "set\\..\\..\\evil", "C:\\evil", "c:/evil"])
 def test_members_that_leave_the_folder_are_refused(make, name, tmp_path):
     archive = make(tmp_path / "archive", {**FILES, name: b"evil"})
-    with pytest.raises(DataError, match=r"archive: member '.*evil' would be written outside of the folder; nothing was unpacked"):
+    with pytest.raises(
+        DataError, match=r"archive: member '.*evil' would be written outside of the folder; nothing was unpacked"
+    ):
         unpack(archive, tmp_path / "deep" / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "deep"}
     assert list((tmp_path / "deep").iterdir()) == []
@@ -106,7 +108,9 @@ def test_members_that_leave_the_folder_are_refused(make, name, tmp_path):
 )
 def test_links_and_devices_in_a_tar_are_refused(member, what, tmp_path):
     archive = make_tar(tmp_path / "archive", extra=[member])
-    with pytest.raises(DataError, match=rf"member 'set/odd' is {what}.*; only plain files are unpacked, so nothing was"):
+    with pytest.raises(
+        DataError, match=rf"member 'set/odd' is {what}.*; only plain files are unpacked, so nothing was"
+    ):
         unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
@@ -132,7 +136,9 @@ def test_link_in_a_zip_among_what_is_not_wanted_does_not_matter(tmp_path):
         link = zipfile.ZipInfo("set/odd")
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         file.writestr(link, "../../evil")
-    assert content_of(unpack(tmp_path / "archive", tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+    assert (
+        content_of(unpack(tmp_path / "archive", tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+    )
 
 
 @pytest.mark.parametrize("again", ["set/train/a.txt", "./set/train/a.txt"])
@@ -143,7 +149,9 @@ def test_member_that_is_there_twice_is_named(again, tmp_path):
     with zipfile.ZipFile(make_zip(tmp_path / "zip"), "a") as file:
         file.writestr(again, b"")
     for archive in ("tar", "zip"):
-        with pytest.raises(DataError, match=rf"{archive}: member '{again}' is there twice, and which is meant cannot be known; get the"):
+        with pytest.raises(
+            DataError, match=rf"{archive}: member '{again}' is there twice, and which is meant cannot be known; get the"
+        ):
             unpack(tmp_path / archive, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tar", "zip"]
 
@@ -157,7 +165,8 @@ def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
     content = content.rstrip(b"\0") if content.endswith(bytes(1024)) else content
     archive.write_bytes(content[: int(share * len(content))])
     with pytest.raises(
-        DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip: delete it and get it again"
+        DataError,
+        match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip: delete it and get it again",
     ):
         unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
@@ -179,7 +188,16 @@ def test_file_that_is_no_archive_is_named(tmp_path):
 def raw_header(name=b"set/a", size=0, kind=b"0", prefix=b"", encoded=None):
     """A header of a tar, of which every field is given."""
     field = b"%011o\0" % size if encoded is None else encoded
-    head = name.ljust(100, b"\0")[:100] + b"0000644\0" * 3 + field + b"00000000000\0" + b" " * 8 + kind + bytes(100) + b"ustar\x0000"
+    head = (
+        name.ljust(100, b"\0")[:100]
+        + b"0000644\0" * 3
+        + field
+        + b"00000000000\0"
+        + b" " * 8
+        + kind
+        + bytes(100)
+        + b"ustar\x0000"
+    )
     head = head + bytes(80) + prefix.ljust(155, b"\0") + bytes(12)
     return head[:148] + b"%06o\0 " % sum(head) + head[156:]
 
@@ -206,7 +224,10 @@ def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
     with gzip.open(tmp_path / "archive", "wb", compresslevel=1) as file:
         file.write(raw_header(b"long", 3 << 30, kind))
         file.write(b"x" * (1 << 22))
-    with pytest.raises(DataError, match=r"archive cannot be read: a header of 3,221,225,472 bytes, where 65,536 are the most that is read"):
+    with pytest.raises(
+        DataError,
+        match=r"archive cannot be read: a header of 3,221,225,472 bytes, where 65,536 are the most that is read",
+    ):
         unpack(tmp_path / "archive", tmp_path / "out")
 
 
@@ -220,8 +241,12 @@ def test_size_below_zero_does_not_have_the_same_read_for_ever(tmp_path):
 @pytest.mark.parametrize("claimed", [10**15, 10])
 def test_sparse_members_are_refused(claimed, tmp_path):
     attributes = pax(GNU_sparse_major=1, GNU_sparse_minor=0, GNU_sparse_name="set/a", GNU_sparse_realsize=claimed)
-    archive = written(tmp_path / "archive", attributes, raw_header(b"set/a", 512), b"0\n".ljust(512, b"\0"), bytes(1024))
-    with pytest.raises(DataError, match=r"member 'set/a' is a device or something else that is no file; only plain files are unpacked"):
+    archive = written(
+        tmp_path / "archive", attributes, raw_header(b"set/a", 512), b"0\n".ljust(512, b"\0"), bytes(1024)
+    )
+    with pytest.raises(
+        DataError, match=r"member 'set/a' is a device or something else that is no file; only plain files are unpacked"
+    ):
         unpack(archive, tmp_path / "out")
 
 
@@ -235,10 +260,13 @@ def test_attributes_that_are_no_numbers_are_a_sentence(records, tmp_path):
 def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
     records = [pax(**{f"key{number}": "x" for number in range(start, start + 100)}) for start in range(0, 1100, 100)]
     headers = [
-        raw_header(b"pax", int(record[124:135], 8), b"g") + record[512:] + raw_header(b"a%d" % n) for n, record in enumerate(records)
+        raw_header(b"pax", int(record[124:135], 8), b"g") + record[512:] + raw_header(b"a%d" % n)
+        for n, record in enumerate(records)
     ]
     archive = written(tmp_path / "archive", *headers, bytes(10_240))
-    with pytest.raises(DataError, match=r"archive has more than 1,000 attributes, which no data set here does; nothing was unpacked"):
+    with pytest.raises(
+        DataError, match=r"archive has more than 1,000 attributes, which no data set here does; nothing was unpacked"
+    ):
         unpack(archive, tmp_path / "out")
 
 
@@ -247,7 +275,10 @@ def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
 def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     archive = written(tmp_path / "archive", pack(raw_header(b"set/a", 1 << 25) + bytes(1 << 25) + bytes(10_240)))
-    with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes, which no data set here does; nothing was unpacked"):
+    with pytest.raises(
+        DataError,
+        match=r"archive unpacks to more than [0-9,]+ bytes, which no data set here does; nothing was unpacked",
+    ):
         unpack(archive, tmp_path / "out", members=lambda name: wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
@@ -269,7 +300,10 @@ def test_zip_that_becomes_far_larger_than_it_is_is_refused(tmp_path, monkeypatch
 def test_more_than_the_data_set_has_is_refused(make, tmp_path):
     archive = make(tmp_path / "archive")
     size = sum(map(len, FILES.values()))
-    with pytest.raises(DataError, match=rf"archive has more than {size - 1:,} bytes of the files that are looked for, which no data set"):
+    with pytest.raises(
+        DataError,
+        match=rf"archive has more than {size - 1:,} bytes of the files that are looked for, which no data set",
+    ):
         unpack(archive, tmp_path / "out", most=size - 1)
     assert content_of(unpack(archive, tmp_path / "out", most=size)) == FILES
 
@@ -278,7 +312,9 @@ def test_more_than_the_data_set_has_is_refused(make, tmp_path):
 @pytest.mark.parametrize("limit", ["_MEMBERS", "_FILES"])
 def test_more_members_than_any_data_set_has_are_refused(make, limit, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, limit, 2)
-    with pytest.raises(DataError, match=r"archive has more than 2 (members|of the files that are looked for), which no data set here"):
+    with pytest.raises(
+        DataError, match=r"archive has more than 2 (members|of the files that are looked for), which no data set here"
+    ):
         unpack(make(tmp_path / "archive"), tmp_path / "out")
 
 
@@ -286,17 +322,28 @@ def test_more_members_than_any_data_set_has_are_refused(make, limit, tmp_path, m
 def test_more_than_the_disk_holds_is_refused_before_it_is_written(make, tmp_path, monkeypatch):
     archive = make(tmp_path / "archive")
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(DataError, match=r"cannot unpack .*archive: 768,005 bytes and more are needed, 1,000 bytes are free; make room"):
+    with pytest.raises(
+        DataError, match=r"cannot unpack .*archive: 768,005 bytes and more are needed, 1,000 bytes are free; make room"
+    ):
         unpack(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 600 + "b", "set/CON", "set/aux.txt", "com²", "line\nbreak"], ids=lambda name: name[:9])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "a/" * 600 + "b", "set/CON", "set/aux.txt", "com²", "line\nbreak"], ids=lambda name: name[:9]
+)
 def test_names_that_not_every_system_can_write_are_refused(make, name, tmp_path):
-    with pytest.raises(DataError, match=r"archive: member '.*' has a name that not every system can write; no data set here has") as caught:
+    with pytest.raises(
+        DataError, match=r"archive: member '.*' has a name that not every system can write; no data set here has"
+    ) as caught:
         unpack(make(tmp_path / "archive", {name: b"x"}), tmp_path / "out")
     assert len(str(caught.value)) < 500
-    assert content_of(unpack(make(tmp_path / "archive", {name: b"x", **FILES}), tmp_path / "out", members=FILES.__contains__)) == FILES
+    assert (
+        content_of(
+            unpack(make(tmp_path / "archive", {name: b"x", **FILES}), tmp_path / "out", members=FILES.__contains__)
+        )
+        == FILES
+    )
 
 
 def test_name_that_is_not_utf_8_comes_out_as_it_is(tmp_path):
@@ -307,7 +354,9 @@ def test_name_that_is_not_utf_8_comes_out_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_member_in_a_folder_that_is_a_file_is_named(make, tmp_path):
-    with pytest.raises(DataError, match=r"archive: member 'a/b' lies in a folder that is a file there; it is truncated, damaged"):
+    with pytest.raises(
+        DataError, match=r"archive: member 'a/b' lies in a folder that is a file there; it is truncated, damaged"
+    ):
         unpack(make(tmp_path / "archive", {"a": b"", "a/b": b""}), tmp_path / "out")
 
 
@@ -355,7 +404,9 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(archives.shutil, "copyfileobj", full)
-    with pytest.raises(DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"):
+    with pytest.raises(
+        DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"
+    ):
         unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 

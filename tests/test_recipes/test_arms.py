@@ -9,7 +9,14 @@ from sma.errors import CheckpointError, SpecError
 from sma.recipes import training
 from sma.recipes.arms import layer_rates, run_arms, table, with_routers
 from sma.recipes.experiment import EXPERIMENT, RoutingLosses, load_experiment
-from sma.routers import AlwaysRouterSpec, BernoulliRouterSpec, GumbelRouterSpec, NeverRouterSpec, RandomRouterSpec, SMARouterSpec
+from sma.routers import (
+    AlwaysRouterSpec,
+    BernoulliRouterSpec,
+    GumbelRouterSpec,
+    NeverRouterSpec,
+    RandomRouterSpec,
+    SMARouterSpec,
+)
 from tests.test_recipes.tiny import before_update, fail, tiny
 
 FIELDS = {"accuracy", "activation_rate", "rates", "operations_per_token", "tokens_per_second", "seconds", "parameters"}
@@ -34,7 +41,13 @@ def done(data, tmp_path_factory):
     """A finished comparison: its folder, its summary, and what `after` was called with."""
     out = tmp_path_factory.mktemp("arms")
     seen = []
-    summary = _run(_arms(), out, data, title="the title", figures=lambda name, run: seen.append((name, run.summary["test_accuracy"])))
+    summary = _run(
+        _arms(),
+        out,
+        data,
+        title="the title",
+        figures=lambda name, run: seen.append((name, run.summary["test_accuracy"])),
+    )
     return out, summary, seen
 
 
@@ -43,7 +56,12 @@ def test_summary_has_every_arm_and_is_what_stands_in_the_folder(done, data):
     assert list(summary["models"]) == ["routed", "always", "random"]
     assert all(set(result) == FIELDS for result in summary["models"].values())
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert (summary["task"], summary["seed"], summary["updates"], summary["test_samples"]) == ("listops", 0, 30, len(data.test))
+    assert (summary["task"], summary["seed"], summary["updates"], summary["test_samples"]) == (
+        "listops",
+        0,
+        30,
+        len(data.test),
+    )
     assert summary["data"] == dict(data.hashes)
 
 
@@ -109,7 +127,9 @@ def test_finished_arms_are_not_run_again(done, data, monkeypatch):
 
 def test_interrupted_comparison_goes_on_where_it_stopped(data, tmp_path, monkeypatch, done):
     with monkeypatch.context() as patch:
-        before_update(patch, 13, lambda classifier: fail(classifier) if (tmp_path / "routed" / "summary.json").exists() else None)
+        before_update(
+            patch, 13, lambda classifier: fail(classifier) if (tmp_path / "routed" / "summary.json").exists() else None
+        )
         with pytest.raises(RuntimeError, match="the power went out"):
             _run(_arms(), tmp_path, data)
     assert list(json.loads((tmp_path / "summary.json").read_text())["models"]) == ["routed"]
@@ -129,12 +149,17 @@ def test_unknown_arm_is_answered_with_a_near_one(data, tmp_path):
 
 
 def test_arm_that_needs_another_says_so(data, tmp_path):
-    with pytest.raises(SpecError, match="an arm is to run at the rates of 'routed', which was not trained; train 'routed' too"):
+    with pytest.raises(
+        SpecError, match="an arm is to run at the rates of 'routed', which was not trained; train 'routed' too"
+    ):
         _run(_arms(), tmp_path, data, only=["random"])
 
 
 def test_folder_of_another_experiment_is_refused(done, data):
-    complaint = r"routed/experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give another folder, or"
+    complaint = (
+        r"routed/experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; "
+        r"give another folder, or"
+    )
     with pytest.raises(CheckpointError, match=complaint):
         _run(_arms(seed=1), done[0], data)
 
@@ -150,7 +175,9 @@ def test_routers_are_given_once_or_for_every_layer_that_routes():
     each = with_routers(spec, [AlwaysRouterSpec(), NeverRouterSpec()])
     assert [layer.router.kind for layer in each.model.layer_specs] == ["always", "never"]
     assert with_routers(spec, [NeverRouterSpec()] * 2) == with_routers(spec, NeverRouterSpec())
-    with pytest.raises(SpecError, match="there are 3 routers for 2 layers that route; give one for each of them, or one for all"):
+    with pytest.raises(
+        SpecError, match="there are 3 routers for 2 layers that route; give one for each of them, or one for all"
+    ):
         with_routers(spec, [NeverRouterSpec()] * 3)
 
 

@@ -36,7 +36,11 @@ def test_batch_moves_to_a_device_whole():
     ("items", "complaint"),
     [
         pytest.param([], "a batch of no samples; give collate at least one", id="none"),
-        pytest.param([(torch.ones(2), 1), (torch.ones(2, 3), 0)], r"sample 1 of the batch has shape \(2, 3\); collate takes 1-D", id="2-d"),
+        pytest.param(
+            [(torch.ones(2), 1), (torch.ones(2, 3), 0)],
+            r"sample 1 of the batch has shape \(2, 3\); collate takes 1-D",
+            id="2-d",
+        ),
     ],
 )
 def test_impossible_batches_are_refused(items, complaint):

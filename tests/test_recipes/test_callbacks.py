@@ -16,8 +16,12 @@ from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
 
 def _watch(health, rates, step=10, module="attention"):
-    metrics = {f"val_rate/layer{layer}/{module}": torch.tensor(rate, dtype=torch.float64) for layer, rate in enumerate(rates)}
-    trainer = SimpleNamespace(callback_metrics={"val_rate": torch.tensor(0.5), "loss": torch.tensor(0.0), **metrics}, global_step=step)
+    metrics = {
+        f"val_rate/layer{layer}/{module}": torch.tensor(rate, dtype=torch.float64) for layer, rate in enumerate(rates)
+    }
+    trainer = SimpleNamespace(
+        callback_metrics={"val_rate": torch.tensor(0.5), "loss": torch.tensor(0.0), **metrics}, global_step=step
+    )
     health.on_validation_end(trainer, None)
 
 
@@ -48,11 +52,15 @@ def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
     _watch(health, [0.5, 0.5])
     assert said() == []
     _watch(health, [0.0004, 0.5], step=500)
-    dead = "the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; set training.budget.target"
+    dead = (
+        "the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; "
+        "set training.budget.target"
+    )
     assert said() == [f"warning: {dead}"]
     _watch(health, [0.0, 1.0], step=1000)
     saturated = (
-        "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; set training.budget.target"
+        "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; "
+        "set training.budget.target"
     )
     assert said() == [f"warning: {saturated}"]
     _watch(health, [0.0, 1.0], step=1500)
@@ -74,9 +82,15 @@ def test_routers_that_learn_nothing_are_not_watched(said, kind, rate):
 
 
 def test_routers_are_those_whose_rate_can_change_or_those_whose_rate_is_fixed():
-    known = {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.") and issubclass(spec, RouterSpec)}
+    known = {
+        kind
+        for kind, spec in kinds("router").items()
+        if spec.__module__.startswith("sma.") and issubclass(spec, RouterSpec)
+    }
     changing = {"sma", "threshold", "gumbel", "bernoulli", "exclusive", "top_k"}
-    assert known - set(FIXED_ROUTERS) == changing, "a new router: can its rate change? FIXED_ROUTERS lists those that fix it"
+    assert known - set(FIXED_ROUTERS) == changing, (
+        "a new router: can its rate change? FIXED_ROUTERS lists those that fix it"
+    )
 
 
 def test_layers_and_modules_are_told_apart(said):
@@ -118,7 +132,11 @@ def test_fresh_training_keeps_its_random_states():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-CONTENT = {"weights": torch.arange(1000.0), "global_step": 3, "nested": [{"a": torch.ones(2, dtype=torch.bool)}, None, 1.5, "text"]}
+CONTENT = {
+    "weights": torch.arange(1000.0),
+    "global_step": 3,
+    "nested": [{"a": torch.ones(2, dtype=torch.bool)}, None, 1.5, "text"],
+}
 
 
 def test_checkpoint_is_read_without_running_code_in_it(tmp_path):
@@ -141,10 +159,17 @@ def test_checkpoint_is_read_without_running_code_in_it(tmp_path):
             r"cannot write '.*last\.ckpt': .*No space left on device; the run folder must be writable and have space",
             id="full-disk",
         ),
-        pytest.param(RuntimeError("writing file failed"), CheckpointError, r"cannot write '.*last\.ckpt': writing file failed", id="torch"),
+        pytest.param(
+            RuntimeError("writing file failed"),
+            CheckpointError,
+            r"cannot write '.*last\.ckpt': writing file failed",
+            id="torch",
+        ),
     ],
 )
-def test_interrupted_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, first, raised, expected, complaint):
+def test_interrupted_write_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path, monkeypatch, first, raised, expected, complaint
+):
     path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     if not first:
         io.save_checkpoint(CONTENT, path)
@@ -175,7 +200,9 @@ def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(da
     # A score that only falls: the first evaluation stays the best.
     falling = iter([0.9, 0.5, 0.4])
     compute = "sma.recipes.training.Scores.compute"
-    monkeypatch.setattr(compute, lambda self, split: {f"{split}_accuracy": next(falling, 0.1) if split == "val" else 0.1})
+    monkeypatch.setattr(
+        compute, lambda self, split: {f"{split}_accuracy": next(falling, 0.1) if split == "val" else 0.1}
+    )
     spec = tiny(layers__layer__modules="{}", training__updates=6, training__evaluate_every=2)
     summary = train(spec, tmp_path, data).summary
     assert checkpoint(tmp_path, "checkpoints/best.ckpt")["global_step"] == summary["best_update"] == 2
@@ -183,11 +210,15 @@ def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(da
 
 
 @pytest.mark.parametrize(
-    ("updates", "evaluations"), [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])], ids=["something-left", "nothing-left", "fewer-than-one"]
+    ("updates", "evaluations"),
+    [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])],
+    ids=["something-left", "nothing-left", "fewer-than-one"],
 )
 def test_last_update_is_evaluated_whatever_is_left_over(data, tmp_path, updates, evaluations, monkeypatch):
     seen = []
-    monkeypatch.setattr(RouterHealth, "on_validation_end", lambda self, trainer, module: seen.append(trainer.global_step))
+    monkeypatch.setattr(
+        RouterHealth, "on_validation_end", lambda self, trainer, module: seen.append(trainer.global_step)
+    )
     spec = tiny(training__updates=updates, training__evaluate_every=3, training__warmup=1)
     train(spec, tmp_path, data)
     assert seen == evaluations
@@ -197,7 +228,8 @@ def test_last_update_is_evaluated_whatever_is_left_over(data, tmp_path, updates,
 def test_bar_shows_three_digits_and_no_version_number(monkeypatch):
     bar = Bar(4000)
     monkeypatch.setattr(
-        "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics", lambda *_: {"v_num": 3, "loss": 1.23456, "accuracy": 0.5, "x": "y"}
+        "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics",
+        lambda *_: {"v_num": 3, "loss": 1.23456, "accuracy": 0.5, "x": "y"},
     )
     assert bar.get_metrics(None, None) == {"loss": "1.235", "accuracy": "0.500", "x": "y"}
 

@@ -12,7 +12,17 @@ from PIL import Image
 
 from sma.errors import DataError, SpecError
 from sma.recipes.data import cifar, published
-from sma.recipes.data.cifar import ARCHIVE, CLASSES, FOLDER, TEST_FILE, TRAIN_FILES, CifarSettings, load_cifar, read_batch, to_grey
+from sma.recipes.data.cifar import (
+    ARCHIVE,
+    CLASSES,
+    FOLDER,
+    TEST_FILE,
+    TRAIN_FILES,
+    CifarSettings,
+    load_cifar,
+    read_batch,
+    to_grey,
+)
 from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks import ImageTask
 from sma.recipes.training import run_experiment
@@ -41,7 +51,10 @@ def make_files(folder):
     folder.mkdir(parents=True, exist_ok=True)
     made = {}
     for name in (*TRAIN_FILES, TEST_FILE):
-        labels, images = rng.integers(0, 10, COUNT, dtype=np.uint8), rng.integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+        labels, images = (
+            rng.integers(0, 10, COUNT, dtype=np.uint8),
+            rng.integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8),
+        )
         planes = images.transpose(0, 3, 1, 2).reshape(COUNT, -1)
         (folder / name).write_bytes(np.hstack([labels[:, None], planes]).tobytes())
         made[name] = images, labels
@@ -59,7 +72,11 @@ def make_hub(monkeypatch, made, **changes):
     """A stand-in for the package datasets; returns what it was asked for."""
 
     def rows(names):
-        return [{"img": Image.fromarray(image), "label": int(label)} for name in names for image, label in zip(*made[name], strict=True)]
+        return [
+            {"img": Image.fromarray(image), "label": int(label)}
+            for name in names
+            for image, label in zip(*made[name], strict=True)
+        ]
 
     asked = []
 
@@ -72,7 +89,9 @@ def make_hub(monkeypatch, made, **changes):
 
 
 def same(left, right):
-    return left.hashes == right.hashes and all(np.array_equal(a.pixels, b.pixels) for a, b in zip(left[:3], right[:3], strict=True))
+    return left.hashes == right.hashes and all(
+        np.array_equal(a.pixels, b.pixels) for a, b in zip(left[:3], right[:3], strict=True)
+    )
 
 
 def test_grey_is_pillows_to_the_last_bit():
@@ -91,7 +110,9 @@ def test_samples_are_standardised_rows_of_pillows_grey(tmp_path):
         grey = np.asarray(Image.fromarray(images[number]).convert("L"))
         pixels, target = data.test[number]
         assert pixels.dtype == torch.float32
-        assert torch.allclose(pixels.double(), (torch.from_numpy(grey.reshape(-1).astype(np.float64)) / 255 - 0.48) / 0.24, atol=1e-6)
+        assert torch.allclose(
+            pixels.double(), (torch.from_numpy(grey.reshape(-1).astype(np.float64)) / 255 - 0.48) / 0.24, atol=1e-6
+        )
         assert target == labels[number]
         assert data.show(pixels) == [str(value) for value in grey.reshape(-1)]
 
@@ -99,7 +120,9 @@ def test_samples_are_standardised_rows_of_pillows_grey(tmp_path):
 def test_training_files_are_split_as_torch_does_with_seed_42(tmp_path):
     made = make_files(tmp_path / FOLDER)
     data = load_cifar(SETTINGS, tmp_path)
-    grey = [np.asarray(Image.fromarray(image).convert("L")).reshape(-1) for name in TRAIN_FILES for image in made[name][0]]
+    grey = [
+        np.asarray(Image.fromarray(image).convert("L")).reshape(-1) for name in TRAIN_FILES for image in made[name][0]
+    ]
     labels = [int(label) for name in TRAIN_FILES for label in made[name][1]]
     generator = torch.Generator().manual_seed(42)
     parts = torch.utils.data.random_split(range(60), [50, 10], generator=generator)
@@ -136,7 +159,9 @@ def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, 
     make_archive(tmp_path)
     found = hashlib.md5((tmp_path / ARCHIVE).read_bytes()).hexdigest()
     monkeypatch.setattr(cifar, "MD5", "0" * 32)
-    with pytest.raises(DataError, match=rf"{ARCHIVE} is not the file that https.* should give; move it away.* is {found}, expected 0"):
+    with pytest.raises(
+        DataError, match=rf"{ARCHIVE} is not the file that https.* should give; move it away.* is {found}, expected 0"
+    ):
         load_cifar(SETTINGS, tmp_path)
     monkeypatch.setattr(cifar, "MD5", found)
     assert len(load_cifar(SETTINGS, tmp_path).test) == COUNT
@@ -147,7 +172,8 @@ def test_archive_with_another_layout_is_named(tmp_path):
     with tarfile.open(tmp_path / ARCHIVE, "w:gz") as archive:
         archive.add(tmp_path / "made", "data")
     with pytest.raises(
-        DataError, match=rf"cifar-10-binary, unpacked from .*{ARCHIVE}, has no {FOLDER} where it should be; delete both and"
+        DataError,
+        match=rf"cifar-10-binary, unpacked from .*{ARCHIVE}, has no {FOLDER} where it should be; delete both and",
     ):
         load_cifar(SETTINGS, tmp_path)
 
@@ -162,7 +188,9 @@ def test_download_is_asked_for_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "fetch", fetch)
     monkeypatch.setattr(cifar, "MD5", "published")
     data = load_cifar(CifarSettings(validation=10, download=True), tmp_path, progress=False)
-    assert asked == [(cifar.URL, tmp_path / ARCHIVE, {"sha256": None, "md5": "published", "most": 1 << 28, "progress": False})]
+    assert asked == [
+        (cifar.URL, tmp_path / ARCHIVE, {"sha256": None, "md5": "published", "most": 1 << 28, "progress": False})
+    ]
     assert same(data, load_cifar(SETTINGS, tmp_path))
     assert len(asked) == 1
 
@@ -177,9 +205,18 @@ def test_hub_gives_the_same_as_the_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"img": Image.new("L", (32, 32)), "label": 1}, r"image 0 of the split 'test' of uoft-cs/cifar10 has shape \(32, 32\)"),
-        ({"img": Image.new("RGB", (32, 31)), "label": 1}, r"has shape \(31, 32, 3\) and dtype uint8; \(32, 32, 3\) and uint8 are required"),
-        ({"img": Image.new("RGB", (32, 32)), "label": -1}, r"the split 'test' of uoft-cs/cifar10: record 0 has the class -1"),
+        (
+            {"img": Image.new("L", (32, 32)), "label": 1},
+            r"image 0 of the split 'test' of uoft-cs/cifar10 has shape \(32, 32\)",
+        ),
+        (
+            {"img": Image.new("RGB", (32, 31)), "label": 1},
+            r"has shape \(31, 32, 3\) and dtype uint8; \(32, 32, 3\) and uint8 are required",
+        ),
+        (
+            {"img": Image.new("RGB", (32, 32)), "label": -1},
+            r"the split 'test' of uoft-cs/cifar10: record 0 has the class -1",
+        ),
     ],
 )
 def test_other_images_of_the_hub_are_refused(tmp_path, monkeypatch, row, complaint):
@@ -193,16 +230,23 @@ def test_hub_without_its_package_or_a_network_is_a_sentence(tmp_path, monkeypatc
         raise ConnectionError("no route to the Hub")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"cannot get uoft-cs/cifar10 from the Hub: no route to the Hub; .* set task\.data\.source=binary"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot get uoft-cs/cifar10 from the Hub: no route to the Hub; .* set task\.data\.source=binary",
+    ):
         load_cifar(CifarSettings(source="hub"), tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"the package datasets, which is not installed; pip install datasets, or set task\.data\.source=b"):
+    with pytest.raises(
+        DataError,
+        match=r"the package datasets, which is not installed; pip install datasets, or set task\.data\.source=b",
+    ):
         load_cifar(CifarSettings(source="hub"), tmp_path)
 
 
 def test_missing_files_are_a_sentence_with_the_layout(tmp_path):
     with pytest.raises(
-        DataError, match=r"neither cifar-10-batches-bin \(with data_batch_1.bin to .*\) nor cifar-10-binary.tar.gz in .*download"
+        DataError,
+        match=r"neither cifar-10-batches-bin \(with data_batch_1.bin to .*\) nor cifar-10-binary.tar.gz in .*download",
     ):
         load_cifar(SETTINGS, tmp_path)
 
@@ -210,7 +254,10 @@ def test_missing_files_are_a_sentence_with_the_layout(tmp_path):
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py"])
 def test_pickled_version_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=rf"nor cifar-10-binary.* but {name}, which is not read: it is pickled, and .*; put https.*binary"):
+    with pytest.raises(
+        DataError,
+        match=rf"nor cifar-10-binary.* but {name}, which is not read: it is pickled, and .*; put https.*binary",
+    ):
         load_cifar(SETTINGS, tmp_path)
 
 
@@ -219,7 +266,10 @@ def test_file_of_another_size_is_refused_by_name(tmp_path, change):
     make_files(tmp_path / FOLDER)
     path = tmp_path / FOLDER / "data_batch_3.bin"
     path.write_bytes((path.read_bytes() + b"\0")[: COUNT * 3073 + change])
-    with pytest.raises(DataError, match=rf"data_batch_3.bin has {COUNT * 3073 + change:,} bytes; 36,876 are required, 12 records of 3,073"):
+    with pytest.raises(
+        DataError,
+        match=rf"data_batch_3.bin has {COUNT * 3073 + change:,} bytes; 36,876 are required, 12 records of 3,073",
+    ):
         load_cifar(SETTINGS, tmp_path)
 
 
@@ -229,7 +279,9 @@ def test_missing_file_and_wrong_class_are_refused_by_name(tmp_path):
     content = bytearray(path.read_bytes())
     content[5 * 3073] = 10
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"data_batch_2.bin: record 5 has the class 10; classes are 0 to 9, so it is damaged"):
+    with pytest.raises(
+        DataError, match=r"data_batch_2.bin: record 5 has the class 10; classes are 0 to 9, so it is damaged"
+    ):
         read_batch(path)
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read '.*data_batch_2.bin': No such file or directory"):
@@ -256,7 +308,9 @@ def test_training_and_evaluation_run_from_end_to_end(tmp_path):
     model = dump_spec(load_experiment("pathfinder_tiny").model)
     model["head"]["classes"] = 10
     training = {**settings, "learning_rate": 0.01}
-    spec = load_experiment({"task": {"kind": "image", "data": {"validation": 10}}, "model": model, "training": training, "threads": 1})
+    spec = load_experiment(
+        {"task": {"kind": "image", "data": {"validation": 10}}, "model": model, "training": training, "threads": 1}
+    )
     data = spec.task.prepare(tmp_path, progress=False)
     assert (data.class_names, data.image_shape) == (CLASSES, (32, 32))
     summary = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False).summary
@@ -270,5 +324,7 @@ def test_model_that_does_not_read_pixels_is_refused():
     model["head"]["classes"] = 10
     model["encoder"] = {"kind": "token_embedding", "vocabulary": 256}
     training = {"updates": 2, "batch_size": 4, "learning_rate": 0.01}
-    with pytest.raises(SpecError, match=r"encoder.kind='token_embedding' does not read grey values; use kind 'real_number'"):
+    with pytest.raises(
+        SpecError, match=r"encoder.kind='token_embedding' does not read grey values; use kind 'real_number'"
+    ):
         load_experiment({"task": {"kind": "image"}, "model": model, "training": training})

@@ -1,4 +1,6 @@
-"""Locks and claims of folders: one process at a time, whoever is killed lets go, and of many at once everyone gets a folder of its own."""
+"""Locks and claims of folders: one process at a time, whoever is killed lets go, and of many at once everyone gets a
+folder of its own.
+"""
 
 import errno
 import multiprocessing
@@ -42,7 +44,10 @@ def _kill(process):
 def test_refusal_names_host_and_process_of_the_holder(tmp_path):
     holder, pipe = _hold(tmp_path / "run")
     try:
-        complaint = rf"'.*run' is being written by process {holder.pid} on '{socket.gethostname()}' since '\d{{4}}-.* UTC'; wait for it or"
+        complaint = (
+            rf"'.*run' is being written by process {holder.pid} on '{socket.gethostname()}' since '\d{{4}}-.* UTC'; "
+            r"wait for it or"
+        )
         with pytest.raises(CheckpointError, match=complaint), run_lock(tmp_path / "run"):
             pytest.fail("two have the lock")
     finally:
@@ -126,7 +131,10 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, c
     with claim_folder(tmp_path / "run") as folder:
         (folder / "file").touch()
     assert [record.getMessage().startswith("warning: '") for record in caplog.records] == [True]
-    assert "cannot be locked, its file system has no locks; make sure that no other process writes this folder" in caplog.text
+    assert (
+        "cannot be locked, its file system has no locks; make sure that no other process writes this folder"
+        in caplog.text
+    )
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
@@ -146,7 +154,9 @@ def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypa
 def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
     os.mkfifo(tmp_path / LOCK) if kind == "pipe" else (tmp_path / LOCK).mkdir()
     with (
-        pytest.raises(CheckpointError, match=r"\.lock' is no plain file; delete it|cannot write '.*\.lock': Is a directory"),
+        pytest.raises(
+            CheckpointError, match=r"\.lock' is no plain file; delete it|cannot write '.*\.lock': Is a directory"
+        ),
         run_lock(tmp_path),
     ):
         pytest.fail("locked")
@@ -166,12 +176,16 @@ def test_link_in_the_place_of_the_lock_leads_nowhere(tmp_path, link):
 
 def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory"), run_lock(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory"),
+        run_lock(tmp_path / "file" / "run"),
+    ):
         pytest.fail("locked")
     with (
         pytest.raises(
             CheckpointError,
-            match=r"cannot make the folder '.*run': Not a directory|cannot make the folder '.*run': '.*file' is no folder; give",
+            match=r"cannot make the folder '.*run': Not a directory|cannot make the folder '.*run': "
+            r"'.*file' is no folder; give",
         ),
         claim_folder(tmp_path / "file" / "run"),
     ):
@@ -185,7 +199,10 @@ def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
 def test_claimed_folder_must_be_empty(tmp_path):
     with claim_folder(tmp_path / "run") as folder:
         (folder / "file").touch()
-    with pytest.raises(CheckpointError, match=r"run' is not empty; give another --out, or --resume"), claim_folder(tmp_path / "run"):
+    with (
+        pytest.raises(CheckpointError, match=r"run' is not empty; give another --out, or --resume"),
+        claim_folder(tmp_path / "run"),
+    ):
         pytest.fail("claimed")
     with claim_folder(tmp_path / "run", numbered=True) as other:
         assert other == tmp_path / "run-2"
@@ -221,7 +238,10 @@ def _claim(path, numbered, pipe):
 @pytest.mark.parametrize("way", ["numbered", "named"])
 def test_of_many_starts_at_once_one_gets_a_folder(tmp_path, way):
     pipes = [CONTEXT.Pipe() for _ in range(4)]
-    starts = [CONTEXT.Process(target=_claim, args=(tmp_path / "run", way == "numbered", theirs), daemon=True) for _, theirs in pipes]
+    starts = [
+        CONTEXT.Process(target=_claim, args=(tmp_path / "run", way == "numbered", theirs), daemon=True)
+        for _, theirs in pipes
+    ]
     for start in starts:
         start.start()
     for ours, _ in pipes:
@@ -234,7 +254,9 @@ def test_of_many_starts_at_once_one_gets_a_folder(tmp_path, way):
         start.join()
     taken = [line for line in said if not line.startswith("refused: ")]
     if way == "numbered":
-        assert sorted(taken) == sorted([str(tmp_path / "run"), *(str(tmp_path / f"run-{number}") for number in range(2, 5))])
+        assert sorted(taken) == sorted(
+            [str(tmp_path / "run"), *(str(tmp_path / f"run-{number}") for number in range(2, 5))]
+        )
     else:
         assert taken == [str(tmp_path / "run")]
         assert all("is being written by " in line or "is not empty" in line for line in said if line not in taken)

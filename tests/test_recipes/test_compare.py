@@ -37,7 +37,9 @@ def test_what_the_baselines_are():
     layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
     assert baseline("seqboat", spec) == spec
     assert [layer.modules["attention"].window for layer in layers["seqboat_full"]] == [None, None]
-    assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [("always", 8)] * 2
+    assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [
+        ("always", 8)
+    ] * 2
     assert {layer.modules["attention"].kind for layer in layers["mega_chunk"]} == {"chunked_gau"}
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["ema"]] == [("ema", {})] * 2
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
@@ -62,7 +64,11 @@ def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
     ("name", "settings", "complaint"),
     [
         ("transfomer", [], "unknown model 'transfomer'; did you mean 'transformer'"),
-        ("ema", ["layers.layer.modules={mlp: {kind: gated_mlp, hidden_size: 4}}"], "layer 0 of the experiment must be a SeqBoat layer"),
+        (
+            "ema",
+            ["layers.layer.modules={mlp: {kind: gated_mlp, hidden_size: 4}}"],
+            "layer 0 of the experiment must be a SeqBoat layer",
+        ),
         ("ema", ["layers.layer.backbone=null"], "layer 0 of the experiment must be a SeqBoat layer"),
     ],
 )
@@ -73,7 +79,10 @@ def test_what_cannot_be_made_is_refused(name, settings, complaint):
 
 def test_other_updates_keep_the_shares_of_warm_up_evaluation_and_budget():
     spec = tiny(
-        training__updates=100, training__warmup=10, training__evaluate_every=20, training__budget="{target: 0.3, hold: 20, anneal: 40}"
+        training__updates=100,
+        training__warmup=10,
+        training__evaluate_every=20,
+        training__budget="{target: 0.3, hold: 20, anneal: 40}",
     )
     training = with_updates(spec, 50).training
     assert (training.updates, training.warmup, training.evaluate_every) == (50, 5, 10)
@@ -89,7 +98,11 @@ def test_baselines_of_an_experiment_whose_routers_sample():
 @pytest.fixture(scope="module")
 def experiment_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("spec") / "tiny.json"
-    path.write_text(json.dumps({**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": 6, "evaluate_every": 3}, "threads": 1}))
+    path.write_text(
+        json.dumps(
+            {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": 6, "evaluate_every": 3}, "threads": 1}
+        )
+    )
     return path
 
 
@@ -97,8 +110,19 @@ def experiment_file(tmp_path_factory):
 def compared(tmp_path_factory, experiment_file):
     """A finished comparison of three models, one of them with two seeds' worth of runs."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    asked = ["--spec", str(experiment_file), "--models", "transformer,mega_chunk,seqboat", "--seeds", "2", "--length", "64"]
-    code = main([*asked, "--no-progress", "--out", str(out), "--data", str(out.parent / "data"), "--accelerator", "cpu"])
+    asked = [
+        "--spec",
+        str(experiment_file),
+        "--models",
+        "transformer,mega_chunk,seqboat",
+        "--seeds",
+        "2",
+        "--length",
+        "64",
+    ]
+    code = main(
+        [*asked, "--no-progress", "--out", str(out), "--data", str(out.parent / "data"), "--accelerator", "cpu"]
+    )
     assert code == 0
     return out
 
@@ -123,12 +147,20 @@ def test_table_says_what_the_runs_say(compared):
     assert table.splitlines()[2].count("1.00x") >= 2  # of so short rows the memory is nothing that could be compared
     rows = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
     assert (compared / "table.csv").read_text() == comma_separated(summary)
-    assert [(row["model"], row["seed"]) for row in rows] == [(name, seed) for name in summary["models"] for seed in "01"]
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        (name, seed) for name in summary["models"] for seed in "01"
+    ]
 
 
 def _row(seeds=(0,), **more):
     each = {"accuracy": 0.5, "activation_rate": 0.3, "tokens_per_second": 10, "seconds": 1.0}
-    return {"parameters": 1, "updates": 10, "seeds": list(seeds), **{name: [value] * len(seeds) for name, value in each.items()}, **more}
+    return {
+        "parameters": 1,
+        "updates": 10,
+        "seeds": list(seeds),
+        **{name: [value] * len(seeds) for name, value in each.items()},
+        **more,
+    }
 
 
 def _cost(milliseconds, megabytes):
@@ -142,7 +174,9 @@ def _summary(**models):
 
 def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption_says_which():
     mine, there = _cost(5.0, 3.0), {"measured_on": "a GPU"}
-    relative = markdown(_summary(transformer=_row([1], **_cost(10.0, 6.0), **there), seqboat=_row([0, 1], **mine, **there)))
+    relative = markdown(
+        _summary(transformer=_row([1], **_cost(10.0, 6.0), **there), seqboat=_row([0, 1], **mine, **there))
+    )
     assert "| seqboat | 50.0% (50.0 to 50.0) | 1 | 30% (30 to 30) | 2.00x | 0.50x | 2.00x | 0.50x |" in relative
     assert "Speed and peak memory of one row of 4,096 random tokens on a GPU: the transformer's is 1." in relative
     failed = markdown(_summary(transformer=_row(), seqboat=_row(**mine, **there)))
@@ -154,7 +188,11 @@ def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption
 
 def test_values_hold_what_is_relative_to_the_transformer():
     there = {"measured_on": "a GPU"}
-    models = {"transformer": _row(**_cost(10.0, 6.0), **there), "seqboat": _row([0, 1], **_cost(4.0, 0.0), **there), "ema": _row()}
+    models = {
+        "transformer": _row(**_cost(10.0, 6.0), **there),
+        "seqboat": _row([0, 1], **_cost(4.0, 0.0), **there),
+        "ema": _row(),
+    }
     text = comma_separated(_summary(**models))
     transformer, first, second, ema = csv.DictReader(text.splitlines())
     names = [f"{work}_relative_{what}" for work in ("inference", "training") for what in ("speed", "memory")]
@@ -176,9 +214,25 @@ def without_training(monkeypatch):
                 write_text(out / name / "error.txt", "broken")
             else:
                 (out / name / "error.txt").unlink(missing_ok=True)
-                run = {"parameters": 1, "updates": spec.training.updates, "test_accuracy": 0.5, "activation_rate": [0.3], "device": "cuda"}
-                common = {"task": "x", "chance": 0.1, "majority": 0.2, "data": {}, "commit": "c", "hardware": "a GPU", "date": "d"}
-                write_text(out / name / "summary.json", json.dumps({**run, **common, "tokens_per_second": 10, "seconds": 1.0}))
+                run = {
+                    "parameters": 1,
+                    "updates": spec.training.updates,
+                    "test_accuracy": 0.5,
+                    "activation_rate": [0.3],
+                    "device": "cuda",
+                }
+                common = {
+                    "task": "x",
+                    "chance": 0.1,
+                    "majority": 0.2,
+                    "data": {},
+                    "commit": "c",
+                    "hardware": "a GPU",
+                    "date": "d",
+                }
+                write_text(
+                    out / name / "summary.json", json.dumps({**run, **common, "tokens_per_second": 10, "seconds": 1.0})
+                )
             yield name
 
     def measured(folder, length, *, device, threads):
@@ -190,10 +244,27 @@ def without_training(monkeypatch):
     return seen
 
 
-def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finished(tmp_path, experiment_file, without_training):
+def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finished(
+    tmp_path, experiment_file, without_training
+):
     out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
     without_training.fails = ["transformer-0"]
-    assert main(["--spec", str(experiment_file), "--models", "transformer,seqboat", "--seeds", "2", "--out", str(out), *common]) == 2
+    assert (
+        main(
+            [
+                "--spec",
+                str(experiment_file),
+                "--models",
+                "transformer,seqboat",
+                "--seeds",
+                "2",
+                "--out",
+                str(out),
+                *common,
+            ]
+        )
+        == 2
+    )
     assert without_training.devices == [("transformer-1", "cuda"), ("seqboat-0", "cuda")]
     assert "on the cuda: the transformer's is 1." in (out / "table.md").read_text()
     without_training.fails = []
@@ -205,12 +276,18 @@ def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data,
     spec = tiny(training__updates=200, training__budget="{target: 0.1, hold: 60, anneal: 60, floor: 0.0}")
     rates = []
     monkeypatch.setattr(
-        Classifier, "loss_of", lambda self, batch: rates.append(rate(self.model, batch)) or self.model.head.outer.weight.sum()
+        Classifier,
+        "loss_of",
+        lambda self, batch: rates.append(rate(self.model, batch)) or self.model.head.outer.weight.sum(),
     )
 
     def rate(model, batch):
         with torch.no_grad():
-            return float(torch.stack([decision.rate(batch.valid) for decision in model(batch.inputs, batch.valid).decisions]).mean())
+            return float(
+                torch.stack(
+                    [decision.rate(batch.valid) for decision in model(batch.inputs, batch.valid).decisions]
+                ).mean()
+            )
 
     assert updates_in(1.0, spec, data) > 2
     assert rates[0] > 0.9
@@ -218,8 +295,21 @@ def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data,
     assert rates[3] > rates[6] > rates[-1]
 
 
-def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_path, without_training, monkeypatch, capsys):
-    asked = ["--task", "digits,listops", "--models", "transformer,seqboat", "--seeds", "3", "--minutes", "1", "--length", "99"]
+def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
+    tmp_path, without_training, monkeypatch, capsys
+):
+    asked = [
+        "--task",
+        "digits,listops",
+        "--models",
+        "transformer,seqboat",
+        "--seeds",
+        "3",
+        "--minutes",
+        "1",
+        "--length",
+        "99",
+    ]
     out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
     monkeypatch.setattr(compare, "updates_in", lambda *_: 600)
 
@@ -236,7 +326,9 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_p
     for task in ("digits", "listops"):
         began = {name: spec for folder, name, spec in without_training.began if folder == task}
         assert list(began) == [f"{model}-{seed}" for model in ("transformer", "seqboat") for seed in range(3)]
-        assert {(spec.training.batch_size, spec.training.updates, spec.task.kind) for spec in began.values()} == {(8, 600, task)}
+        assert {(spec.training.batch_size, spec.training.updates, spec.task.kind) for spec in began.values()} == {
+            (8, 600, task)
+        }
         summary = json.loads((out / task / "summary.json").read_text())
         assert (summary["length"], summary["minutes"]) == (99, 1.0)
     capsys.readouterr()
@@ -247,8 +339,20 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(tmp_p
 
 
 @pytest.mark.parametrize("killed", range(5))
-def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(tmp_path, without_training, monkeypatch, killed):
-    command = ["--task", "digits,listops", "--models", "seqboat", "--no-progress", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
+    tmp_path, without_training, monkeypatch, killed
+):
+    command = [
+        "--task",
+        "digits,listops",
+        "--models",
+        "seqboat",
+        "--no-progress",
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     original, written = compare.write_text, []
 
     def write(path, text):
@@ -288,7 +392,20 @@ def test_resumed_comparison_trains_what_is_missing_and_nothing_else(compared, ca
     before = (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns
     (compared / "seqboat-1" / "summary.json").unlink()
     accuracy = json.loads((compared / "summary.json").read_text())["models"]["seqboat"]["accuracy"]
-    assert main(["--resume", str(compared), "--no-progress", "--data", str(compared.parent / "data"), "--accelerator", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "--resume",
+                str(compared),
+                "--no-progress",
+                "--data",
+                str(compared.parent / "data"),
+                "--accelerator",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert "6 runs, 1 to do" in capsys.readouterr().out
     assert (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns == before
     assert json.loads((compared / "summary.json").read_text())["models"]["seqboat"]["accuracy"] == accuracy
@@ -312,7 +429,9 @@ def test_efficiency_of_what_is_no_run_is_refused(tmp_path):
 def test_gpu_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(CheckpointError, match="is to be measured on cuda, and torch sees no GPU here; measure it where there is one"):
+    with pytest.raises(
+        CheckpointError, match="is to be measured on cuda, and torch sees no GPU here; measure it where there is one"
+    ):
         efficiency(tmp_path, 16, device="cuda")
 
 

@@ -86,8 +86,12 @@ def test_figure_of_odd_names_is_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        pytest.param(["a", "b"], "the data names 2 classes and the task has 3; give every class a name, or none", id="too few"),
-        pytest.param(["", "b", ""], "the data gives the name '' to two classes; every class needs a name of its own", id="twice"),
+        pytest.param(
+            ["a", "b"], "the data names 2 classes and the task has 3; give every class a name, or none", id="too few"
+        ),
+        pytest.param(
+            ["", "b", ""], "the data gives the name '' to two classes; every class needs a name of its own", id="twice"
+        ),
     ],
 )
 def test_names_that_cannot_list_the_classes_are_refused(names, sentence):
@@ -106,5 +110,7 @@ def test_figure_is_an_image_with_something_on_it(tmp_path, classes):
     path = draw_confusion(Confusion.of(counts, ()), tmp_path / "confusion.png", "the title")
     image = matplotlib.image.imread(path)
     assert image[..., :3].std() > 0.1
-    other = matplotlib.image.imread(draw_confusion(Confusion.of(counts.flip(0), ()), tmp_path / "other.png", "the title"))
+    other = matplotlib.image.imread(
+        draw_confusion(Confusion.of(counts.flip(0), ()), tmp_path / "other.png", "the title")
+    )
     assert image.shape != other.shape or (image != other).any()

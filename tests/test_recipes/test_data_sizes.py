@@ -31,7 +31,8 @@ MANY = 10**12
 )
 def test_more_samples_than_there_is_room_for_are_refused_and_leave_nothing(settings, prepare, changes, tmp_path):
     with pytest.raises(
-        DataError, match=r"needs (about 10\^[0-9]+|[0-9,]+) bytes.*(are free|can address); .*(ask for fewer|lower|make room)"
+        DataError,
+        match=r"needs (about 10\^[0-9]+|[0-9,]+) bytes.*(are free|can address); .*(ask for fewer|lower|make room)",
     ):
         prepare(settings.replace(**changes), tmp_path / "data", workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -39,7 +40,9 @@ def test_more_samples_than_there_is_room_for_are_refused_and_leave_nothing(setti
 
 @pytest.mark.parametrize("changes", [{"length": MANY}, {"length": MANY, "queries_from": MANY - 100}], ids=str)
 def test_samples_of_recall_longer_than_the_memory_are_refused(changes):
-    with pytest.raises(DataError, match=r"the task recall needs .* bytes.*; lower train, validation, test or length of task\.data"):
+    with pytest.raises(
+        DataError, match=r"the task recall needs .* bytes.*; lower train, validation, test or length of task\.data"
+    ):
         make_recall(RecallSettings(**changes))
 
 
@@ -54,11 +57,16 @@ def test_more_synthetic_clips_than_there_is_room_for_are_refused(clips, tmp_path
         load_speech(SpeechSettings(source="synthetic", clips=clips), tmp_path)
 
 
-def test_room_on_the_disk_is_asked_for_before_the_folder_is_made_and_no_longer_where_the_data_is_there(tmp_path, monkeypatch):
+def test_room_on_the_disk_is_asked_for_before_the_folder_is_made_and_no_longer_where_the_data_is_there(
+    tmp_path, monkeypatch
+):
     settings = PathfinderSettings(train=3, validation=1, test=1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 1025 - 1))
-        complaint = r"Pathfinder of 5 images needs 5,125 bytes in .*data/pathfinder-.*, and 5,124 bytes are free; make room there or choose"
+        complaint = (
+            r"Pathfinder of 5 images needs 5,125 bytes in .*data/pathfinder-.*, and 5,124 bytes are free; "
+            r"make room there or choose"
+        )
         with pytest.raises(DataError, match=complaint):
             prepare_pathfinder(settings, tmp_path / "data", workers=1, progress=False)
         assert list(tmp_path.iterdir()) == []
@@ -72,8 +80,13 @@ def test_room_on_the_disk_is_asked_for_before_the_folder_is_made_and_no_longer_w
     "settings",
     [
         pytest.param(ListOpsSettings(train=20, validation=1, test=1), id="paper"),
-        pytest.param(ListOpsSettings(min_length=0, max_length=30, max_depth=4, train=20, validation=1, test=1), id="short"),
-        pytest.param(ListOpsSettings(min_length=2, max_length=9, min_arity=1, max_arity=1, train=9, validation=1, test=1), id="unary"),
+        pytest.param(
+            ListOpsSettings(min_length=0, max_length=30, max_depth=4, train=20, validation=1, test=1), id="short"
+        ),
+        pytest.param(
+            ListOpsSettings(min_length=2, max_length=9, min_arity=1, max_arity=1, train=9, validation=1, test=1),
+            id="unary",
+        ),
     ],
 )
 def test_estimate_is_never_more_than_what_is_written(settings):
@@ -102,12 +115,16 @@ def test_queries_stand_where_keys_do_in_samples_of_any_length(length, queries_fr
 def test_positions_of_short_samples_are_kept_and_hashed_as_bytes():
     data = make_recall(RecallSettings(train=2, validation=1, test=1))
     assert data.train.queries.dtype == torch.uint8
-    assert make_recall(RecallSettings(length=300, queries_from=200, train=2, validation=1, test=1)).train.queries.dtype == torch.int32
+    assert (
+        make_recall(RecallSettings(length=300, queries_from=200, train=2, validation=1, test=1)).train.queries.dtype
+        == torch.int32
+    )
 
 
 def test_folder_that_is_not_there_has_the_room_of_the_disk_it_would_be_on(tmp_path):
     check_disk(tmp_path / "a" / "b", 1, "something small")
     with pytest.raises(
-        DataError, match=r"something large needs about 10\^29 bytes in .*b, and [0-9,]+ bytes \(.* GiB\) are free; make room"
+        DataError,
+        match=r"something large needs about 10\^29 bytes in .*b, and [0-9,]+ bytes \(.* GiB\) are free; make room",
     ):
         check_disk(tmp_path / "a" / "b", 10**30, "something large")

@@ -38,11 +38,15 @@ def test_automatic_device_is_the_fastest_there_is(monkeypatch):
 
 
 def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
-    with pytest.raises(SpecError, match=r"precision=16-mixed needs a GPU, and the run is on the CPU; set precision=bf16-mixed or"):
+    with pytest.raises(
+        SpecError, match=r"precision=16-mixed needs a GPU, and the run is on the CPU; set precision=bf16-mixed or"
+    ):
         check_device("auto", "16-mixed")
     assert check_device("auto", "bf16-mixed") == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(SpecError, match=r"precision=64-true does not exist on mps; give --accelerator cpu, or set precision=32-true"):
+    with pytest.raises(
+        SpecError, match=r"precision=64-true does not exist on mps; give --accelerator cpu, or set precision=32-true"
+    ):
         check_device("auto", "64-true")
 
 
@@ -50,7 +54,9 @@ def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
     ("options", "complaint"),
     [
         pytest.param(["--accelerator", "cuda"], "error: --accelerator cuda: torch sees no such device here", id="cuda"),
-        pytest.param(["--accelerator", "mps"], "--accelerator='mps': input should be 'auto', 'cpu' or 'cuda'", id="mps"),
+        pytest.param(
+            ["--accelerator", "mps"], "--accelerator='mps': input should be 'auto', 'cpu' or 'cuda'", id="mps"
+        ),
         pytest.param(["--set", "precision=16-mixed"], "error: precision=16-mixed needs a GPU", id="precision"),
     ],
 )

@@ -80,7 +80,9 @@ def test_same_seed_same_splits_and_another_seed_others(digits):
 def test_hashes_are_those_of_the_grey_values_and_the_digits(digits, images):
     for name, split in zip(SPLITS, digits[:3], strict=True):
         numbers = split.numbers.tolist()
-        content = bytes(int(value) for number in numbers for value in images.data[number]) + bytes(int(images.target[n]) for n in numbers)
+        content = bytes(int(value) for number in numbers for value in images.data[number]) + bytes(
+            int(images.target[n]) for n in numbers
+        )
         assert digits.hashes[name] == hashlib.sha256(content).hexdigest()
 
 
@@ -91,18 +93,24 @@ def test_splits_do_not_touch_the_global_random_state():
 
 
 def test_shares_that_leave_nothing_are_refused():
-    with pytest.raises(SpecError, match=r"validation=0\.5 and test=0\.5 leave nothing to train on; their sum must be at most 0\.99"):
+    with pytest.raises(
+        SpecError, match=r"validation=0\.5 and test=0\.5 leave nothing to train on; their sum must be at most 0\.99"
+    ):
         DigitsSettings(validation=0.5, test=0.5)
 
 
 def test_split_without_an_image_of_some_class_is_refused():
-    with pytest.raises(DataError, match=r"a split has no image of digit 0: validation=0\.001 or test=0\.2 is too small"):
+    with pytest.raises(
+        DataError, match=r"a split has no image of digit 0: validation=0\.001 or test=0\.2 is too small"
+    ):
         load_digits(DigitsSettings(validation=0.001))
 
 
 def test_missing_scikit_learn_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"scikit-learn, which is not installed; install it: pip install scikit-learn.*\[recipes\]"):
+    with pytest.raises(
+        DataError, match=r"scikit-learn, which is not installed; install it: pip install scikit-learn.*\[recipes\]"
+    ):
         load_digits()
 
 
@@ -124,7 +132,10 @@ def test_task_gives_batches_of_real_numbers(tmp_path):
             "{kind: token_embedding, vocabulary: 17}",
             "model.encoder.kind='token_embedding' does not read grey values; use kind 'real_number'",
         ),
-        ("{kind: linear, features: 64}", "model.encoder.kind='linear' does not read grey values; use kind 'real_number'"),
+        (
+            "{kind: linear, features: 64}",
+            "model.encoder.kind='linear' does not read grey values; use kind 'real_number'",
+        ),
     ],
 )
 def test_model_that_does_not_read_pixels_is_refused(encoder, complaint):

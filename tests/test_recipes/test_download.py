@@ -1,4 +1,6 @@
-"""Downloads against a server of our own that does what servers do: knows ranges or not, breaks off, changes the file."""
+"""Downloads against a server of our own that does what servers do: knows ranges or not, breaks off, changes the
+file.
+"""
 
 import hashlib
 import http.server
@@ -134,7 +136,9 @@ def test_file_that_is_there_is_not_downloaded_again(server, tmp_path):
 def test_file_that_is_there_with_another_hash_is_named_and_kept(server, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     mine = hashlib.sha256(b"mine").hexdigest()
-    with pytest.raises(DataError, match=rf"file is not the file that http.*; move it away.*: its sha256 is {mine}, expected {SHA256}"):
+    with pytest.raises(
+        DataError, match=rf"file is not the file that http.*; move it away.*: its sha256 is {mine}, expected {SHA256}"
+    ):
         get(server, tmp_path / "file", sha256=SHA256)
     assert (tmp_path / "file").read_bytes() == b"mine"
     assert server.asked == []
@@ -200,7 +204,9 @@ def test_server_that_does_not_say_the_length_is_believed(server, tmp_path):
 
 def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(download.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            download.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         with pytest.raises(DataError, match="No space left on device"):
             get(server, tmp_path / "file")
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
@@ -208,33 +214,43 @@ def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatc
 
 
 def test_wrong_hash_is_said_with_both_and_leaves_nothing(server, tmp_path):
-    with pytest.raises(DataError, match=rf"gave another file than expected, so .*: its sha256 is {SHA256}, expected {'0' * 64}"):
+    with pytest.raises(
+        DataError, match=rf"gave another file than expected, so .*: its sha256 is {SHA256}, expected {'0' * 64}"
+    ):
         get(server, tmp_path / "file", sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_file_is_a_sentence_at_once(server, tmp_path):
     server.status = 404
-    with pytest.raises(DataError, match=r"cannot download http.*: the server answers 404 Not Found; .* put the file at .*file yourself"):
+    with pytest.raises(
+        DataError, match=r"cannot download http.*: the server answers 404 Not Found; .* put the file at .*file yourself"
+    ):
         get(server, tmp_path / "file")
     assert len(server.asked) == 1
 
 
 def test_busy_server_is_asked_again_a_few_times(server, tmp_path):
     server.status = 503
-    with pytest.raises(DataError, match=r"the server answers 503 Service Unavailable \(after 5 attempts, with 0 bytes here\)"):
+    with pytest.raises(
+        DataError, match=r"the server answers 503 Service Unavailable \(after 5 attempts, with 0 bytes here\)"
+    ):
         get(server, tmp_path / "file")
     assert len(server.asked) == 5
 
 
 def test_no_network_is_a_sentence(server, tmp_path, monkeypatch):
     # Port 1 is reserved, and nobody listens on it.
-    with pytest.raises(DataError, match=r"cannot download http://127\.0\.0\.1:1/file: .*refused.*; check the network and call again"):
+    with pytest.raises(
+        DataError, match=r"cannot download http://127\.0\.0\.1:1/file: .*refused.*; check the network and call again"
+    ):
         fetch("http://127.0.0.1:1/file", tmp_path / "file", progress=False)
 
 
 def test_other_kinds_of_addresses_are_refused(tmp_path):
-    with pytest.raises(DataError, match="cannot download 'file:///etc/passwd': the address must begin with http:// or https://"):
+    with pytest.raises(
+        DataError, match="cannot download 'file:///etc/passwd': the address must begin with http:// or https://"
+    ):
         fetch("file:///etc/passwd", tmp_path / "file")
 
 
@@ -244,7 +260,9 @@ def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(download.os, "fsync", full)
-        with pytest.raises(DataError, match=r"cannot write .*file: No space left on device; make room there .* goes on from what"):
+        with pytest.raises(
+            DataError, match=r"cannot write .*file: No space left on device; make room there .* goes on from what"
+        ):
             get(server, tmp_path / "file")
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
     assert server.asked == [None]
@@ -284,7 +302,10 @@ def test_file_that_cannot_be_hashed_is_named(server, tmp_path):
 
 
 def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, tmp_path):
-    with pytest.raises(DataError, match=r"the server gives more than the 1,000 bytes that the file can have; look for a newer address, or"):
+    with pytest.raises(
+        DataError,
+        match=r"the server gives more than the 1,000 bytes that the file can have; look for a newer address, or",
+    ):
         get(server, tmp_path / "file", most=1000)
     assert list(tmp_path.iterdir()) == []
 
@@ -302,7 +323,8 @@ def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long
 def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
-        DataError, match=r"http.*/file needs 512,000 bytes in .*, and 1,000 bytes are free; make room there or choose another"
+        DataError,
+        match=r"http.*/file needs 512,000 bytes in .*, and 1,000 bytes are free; make room there or choose another",
     ):
         get(server, tmp_path / "file")
 
@@ -310,13 +332,17 @@ def test_file_that_the_disk_does_not_hold_is_refused_before_it_comes(server, tmp
 def test_server_that_sends_byte_after_byte_is_given_up(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_SLOW_SECONDS", 0.02)
     server.drips = True
-    with pytest.raises(DataError, match=r"cannot download .*: the server sent only [0-9,]+ bytes in 0 seconds \(after 5 attempts"):
+    with pytest.raises(
+        DataError, match=r"cannot download .*: the server sent only [0-9,]+ bytes in 0 seconds \(after 5 attempts"
+    ):
         get(server, tmp_path / "file")
 
 
 def test_server_that_breaks_off_after_every_byte_is_given_up(server, tmp_path):
     server.breaks_after = [1] * 100
-    with pytest.raises(DataError, match=r"the connection ended before byte 512,000 \(after 5 attempts, with 5 bytes here\)"):
+    with pytest.raises(
+        DataError, match=r"the connection ended before byte 512,000 \(after 5 attempts, with 5 bytes here\)"
+    ):
         get(server, tmp_path / "file")
 
 
@@ -326,10 +352,14 @@ def test_length_that_is_no_number_is_none(server, tmp_path, length):
     assert get(server, tmp_path / "file", most=len(CONTENT)).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("answer", [b"", b"\0\xff" * 100 + b"\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x" * 100_000, b"HTTP/1.1 999 \xff\r\n\r\n"])
+@pytest.mark.parametrize(
+    "answer", [b"", b"\0\xff" * 100 + b"\r\n\r\n", b"HTTP/1.1 200\r\n" + b"x" * 100_000, b"HTTP/1.1 999 \xff\r\n\r\n"]
+)
 def test_answer_that_is_none_is_a_sentence(server, tmp_path, answer):
     server.answer = answer
-    with pytest.raises(DataError, match=r"cannot download http://127\.0\.0\.1.*; (check the network|look for a newer)") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot download http://127\.0\.0\.1.*; (check the network|look for a newer)"
+    ) as caught:
         get(server, tmp_path / "file")
     assert len(str(caught.value)) < 1000
 

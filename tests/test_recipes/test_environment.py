@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-NAMES = ("seqboat_lra", "seqboat_lm", "seqboat_speech", "routed_mlp", "routed_conv", "recall", "compare", "router_table")
+NAMES = (
+    "seqboat_lra",
+    "seqboat_lm",
+    "seqboat_speech",
+    "routed_mlp",
+    "routed_conv",
+    "recall",
+    "compare",
+    "router_table",
+)
 SCRIPTS = [f"{name}.py" for name in NAMES]
 
 
 def _run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -23,7 +34,8 @@ def test_a_python_without_the_package_is_told_what_to_activate(script, tmp_path)
     done = _run("-S", str(RECIPES / script), "--help", folder=tmp_path)  # without the folder of installed packages
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        r"error: this Python \(.+\) does not have the package sma; activate its environment first: .+activate\n", done.stderr
+        r"error: this Python \(.+\) does not have the package sma; activate its environment first: .+activate\n",
+        done.stderr,
     )
 
 

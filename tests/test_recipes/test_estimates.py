@@ -1,4 +1,6 @@
-"""Experiments that cannot fit are refused before anything is allocated, downloaded or generated; those that fit are not."""
+"""Experiments that cannot fit are refused before anything is allocated, downloaded or generated; those that fit are
+not.
+"""
 
 import shutil
 from types import SimpleNamespace
@@ -33,7 +35,9 @@ TASKS = ("digits", "image", "language", "listops", "pathfinder", "pathx", "recal
 )
 def test_data_that_cannot_fit_is_refused(task, field, tmp_path):
     spec = load_experiment(f"{task}_tiny", [f"{field}={HUGE}"])
-    with pytest.raises(SpecError, match=rf"the data of the task '{task}' needs .* bytes.*; lower the numbers in task\.data"):
+    with pytest.raises(
+        SpecError, match=rf"the data of the task '{task}' needs .* bytes.*; lower the numbers in task\.data"
+    ):
         check_data_fits(spec, tmp_path / "not" / "there")
 
 
@@ -41,7 +45,9 @@ def test_data_that_cannot_fit_is_refused(task, field, tmp_path):
 def test_batch_that_cannot_fit_is_refused(task):
     samples = [f"task.data.train={HUGE}"] if task in ("listops", "recall", "pathfinder", "pathx") else []
     spec = load_experiment(f"{task}_tiny", [f"training.batch_size={HUGE}", *samples])
-    with pytest.raises(SpecError, match=rf"one update needs .*; lower training\.batch_size={HUGE}, or the length of the samples"):
+    with pytest.raises(
+        SpecError, match=rf"one update needs .*; lower training\.batch_size={HUGE}, or the length of the samples"
+    ):
         check_update_fits(spec)
 
 
@@ -61,7 +67,9 @@ def test_long_samples_are_refused_when_the_data_is_known():
 
 def test_optimiser_of_a_large_model_is_refused():
     spec = load_experiment("listops_tiny", ["model.width=10000000", "model.head.hidden=10000000"])
-    with pytest.raises(SpecError, match=r"the model with its optimiser needs .*; lower model\.width or the number of layers"):
+    with pytest.raises(
+        SpecError, match=r"the model with its optimiser needs .*; lower model\.width or the number of layers"
+    ):
         check_update_fits(spec)
 
 
@@ -80,7 +88,9 @@ def test_every_preset_fits_here_or_says_so(tmp_path):
 def test_disk_counts_for_what_lies_on_it(tmp_path, monkeypatch):
     spec = load_experiment("pathfinder_tiny", ["task.data.train=10000"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1_000_000))
-    with pytest.raises(SpecError, match=r"needs .* bytes.*, and the disk of '.*' has 1,000,000 bytes; lower the numbers in task\.data"):
+    with pytest.raises(
+        SpecError, match=r"needs .* bytes.*, and the disk of '.*' has 1,000,000 bytes; lower the numbers in task\.data"
+    ):
         check_data_fits(spec, tmp_path)
 
 

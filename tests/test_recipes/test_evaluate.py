@@ -31,7 +31,9 @@ def _options(**settings):
 def test_recorded_figures_come_out_to_the_last_bit(run, finished, capsys):
     result = evaluate(run, _options())
     assert result["reproduced"]
-    assert (result["test_accuracy"], result["test_loss"]) == tuple(finished[1].summary[name] for name in ("test_accuracy", "test_loss"))
+    assert (result["test_accuracy"], result["test_loss"]) == tuple(
+        finished[1].summary[name] for name in ("test_accuracy", "test_loss")
+    )
     said = capsys.readouterr().out
     accuracy = f"{result['test_accuracy']:.4%}"
     assert f"test accuracy     {accuracy} of 60 answers, recorded {accuracy}\n" in said
@@ -45,7 +47,9 @@ def test_confusion_and_accuracy_per_class_equal_a_loop_over_the_answers(run, dat
     model, counts = load(run / "model"), [[0] * 10 for _ in range(10)]
     with torch.no_grad():
         for batch in evaluation_loader(data.test, data):
-            for target, guess in zip(batch.targets.tolist(), model(batch.inputs, batch.valid).logits.argmax(-1).tolist(), strict=True):
+            for target, guess in zip(
+                batch.targets.tolist(), model(batch.inputs, batch.valid).logits.argmax(-1).tolist(), strict=True
+            ):
                 counts[target][guess] += 1
     assert result["confusion"] == counts
     assert result["per_class"] == {str(k): counts[k][k] / sum(counts[k]) if any(counts[k]) else None for k in range(10)}
@@ -74,7 +78,9 @@ def test_model_that_is_not_that_of_the_run_is_said(run, capsys):
 
     with safe_open(weights, "pt") as file:
         metadata = file.metadata()
-    tensors = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()}
+    tensors = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
+    }
     save_file(tensors, weights, metadata=metadata)
     result = evaluate(run, _options())
     assert not result["reproduced"]
@@ -90,7 +96,9 @@ def test_hashes_are_compared_by_name():
 @pytest.mark.parametrize("name", ["experiment.yaml", "summary.json"])
 def test_run_that_is_not_finished_is_refused(run, name):
     (run / name).unlink()
-    with pytest.raises(CheckpointError, match=rf"there is no finished run in '.*run': {name} is missing; give the folder of a run"):
+    with pytest.raises(
+        CheckpointError, match=rf"there is no finished run in '.*run': {name} is missing; give the folder of a run"
+    ):
         evaluate(run, _options())
 
 
@@ -100,10 +108,15 @@ def test_damaged_summary_is_a_sentence(run):
         evaluate(run, _options())
 
 
-@pytest.mark.parametrize("arguments", [["--seed", "1"], ["--set", "width=4"], ["--out", "x"], ["--resume", "x"], ["--spec", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seed", "1"], ["--set", "width=4"], ["--out", "x"], ["--resume", "x"], ["--spec", "x"]]
+)
 def test_evaluation_takes_the_run_as_it_is(run, arguments, capsys):
     assert main(["--evaluate", str(run), *arguments]) == 2
-    assert capsys.readouterr().err == "error: --evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out\n"
+    )
 
 
 def test_command_line_evaluates(run, capsys):

@@ -37,7 +37,11 @@ PAPER = {
     f"{LAYER}.modules.attention.window": 128,
     f"{LAYER}.modules.attention.bidirectional": True,
     f"{LAYER}.modules.attention.attention": "softmax",
-    f"{LAYER}.modules.attention.position": {"kind": "relative_bias", "distance": "true_distance", "max_positions": 2002},
+    f"{LAYER}.modules.attention.position": {
+        "kind": "relative_bias",
+        "distance": "true_distance",
+        "max_positions": 2002,
+    },
     f"{LAYER}.bypass": "linear",
     f"{LAYER}.norm.kind": "layer_norm",
     f"{LAYER}.norm.place": "post",
@@ -102,7 +106,9 @@ def test_paper_schedule_warms_up_from_1e_7_and_falls_to_zero(step, rate):
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
 def test_schedule_falls_as_a_power_of_the_updates_left(power):
     spec = TrainingSpec(updates=1000, batch_size=1, learning_rate=0.01, warmup=200, decay_power=power)
-    assert [spec.learning_rate_at(step) for step in (200, 400, 800)] == pytest.approx([0.01, 0.01 * 0.75**power, 0.01 * 0.25**power])
+    assert [spec.learning_rate_at(step) for step in (200, 400, 800)] == pytest.approx(
+        [0.01, 0.01 * 0.75**power, 0.01 * 0.25**power]
+    )
 
 
 def test_schedule_without_warm_up_starts_at_the_full_rate():
@@ -120,18 +126,26 @@ def test_tiny_preset_is_what_the_demo_promises():
 
 
 @pytest.mark.parametrize(
-    ("updates", "evaluate_every", "every"), [(4000, 500, 50), (4000, 20, 20), (7, 500, 7)], ids=["usual", "evaluated-often", "short"]
+    ("updates", "evaluate_every", "every"),
+    [(4000, 500, 50), (4000, 20, 20), (7, 500, 7)],
+    ids=["usual", "evaluated-often", "short"],
 )
 def test_metrics_are_logged_before_every_evaluation(updates, evaluate_every, every):
-    assert TrainingSpec(updates=updates, batch_size=1, learning_rate=0.1, evaluate_every=evaluate_every).log_every == every
+    assert (
+        TrainingSpec(updates=updates, batch_size=1, learning_rate=0.1, evaluate_every=evaluate_every).log_every == every
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"warmup": 10}, "warmup=10 must be below updates=10; there is nothing left to train with", id="warm-up"),
+        pytest.param(
+            {"warmup": 10}, "warmup=10 must be below updates=10; there is nothing left to train with", id="warm-up"
+        ),
         pytest.param({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must both be at least 0 and below 1", id="beta-1"),
-        pytest.param({"betas": (-0.1, 0.9)}, r"betas=\(-0.1, 0.9\) must both be at least 0 and below 1", id="beta-negative"),
+        pytest.param(
+            {"betas": (-0.1, 0.9)}, r"betas=\(-0.1, 0.9\) must both be at least 0 and below 1", id="beta-negative"
+        ),
         pytest.param({"updates": 0}, "updates=0", id="no-updates"),
         pytest.param({"batch_size": 0}, "batch_size=0", id="no-batch"),
         pytest.param({"learning_rate": 0.0}, "learning_rate=0.0", id="no-learning"),
@@ -174,7 +188,9 @@ def test_settings_reach_everything_else():
 
 
 def test_setting_of_a_kind_replaces_the_part():
-    spec = load_experiment(EXPERIMENT, ["layers.layer.router={kind: never}", "layers.layer.modules.attention.position={kind: rotary}"])
+    spec = load_experiment(
+        EXPERIMENT, ["layers.layer.router={kind: never}", "layers.layer.modules.attention.position={kind: rotary}"]
+    )
     assert {layer.router.kind for layer in spec.model.layer_specs} == {"never"}
     assert spec.model.layer_specs[0].modules["attention"].position.kind == "rotary"
 
@@ -202,20 +218,32 @@ def test_loading_changes_neither_mapping_nor_spec():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        pytest.param(["width"], "--set 'width' has no '='; write --set path=value, such as --set width=32", id="no-equals"),
+        pytest.param(
+            ["width"], "--set 'width' has no '='; write --set path=value, such as --set width=32", id="no-equals"
+        ),
         pytest.param(["=3"], "'' is not a field path", id="no-path"),
         pytest.param(["layers..x=3"], "'layers..x' is not a field path", id="empty-step"),
         pytest.param(["width=[1"], "the value of --set width is not valid YAML", id="not-yaml"),
-        pytest.param(["widht=3"], "unknown field path 'widht': there is no 'widht' here; fields: task, model, training", id="top"),
-        pytest.param(["training.updats=3"], "unknown field path 'training.updats'.*did you mean 'updates'[?]", id="training"),
+        pytest.param(
+            ["widht=3"], "unknown field path 'widht': there is no 'widht' here; fields: task, model, training", id="top"
+        ),
+        pytest.param(
+            ["training.updats=3"], "unknown field path 'training.updats'.*did you mean 'updates'[?]", id="training"
+        ),
         pytest.param(
             ["layers.layer.modules.attention.windw=3"],
             "unknown field path 'model.layers.layer.modules.attention.windw'.*did you mean 'window'[?]",
             id="model",
         ),
-        pytest.param(["task.data.lenght=3"], "unknown field path 'task.data.lenght': there is no 'lenght' here", id="task"),
-        pytest.param(["task.kind=lisops"], "unknown task kind 'lisops' in task; did you mean 'listops'", id="task-kind"),
-        pytest.param(["head.classes=7"], "model.head.classes=7 must be 10, the classes of the task 'listops'", id="classes"),
+        pytest.param(
+            ["task.data.lenght=3"], "unknown field path 'task.data.lenght': there is no 'lenght' here", id="task"
+        ),
+        pytest.param(
+            ["task.kind=lisops"], "unknown task kind 'lisops' in task; did you mean 'listops'", id="task-kind"
+        ),
+        pytest.param(
+            ["head.classes=7"], "model.head.classes=7 must be 10, the classes of the task 'listops'", id="classes"
+        ),
         pytest.param(["seed=-1"], "seed=-1", id="seed"),
         pytest.param(["precision=8"], "precision=8", id="precision"),
         pytest.param(["width=0"], "in model: width=0 must be at least 1", id="value"),
@@ -244,7 +272,9 @@ def test_model_is_given_by_name_by_file_or_inline(tmp_path):
 
 
 def test_unknown_model_name_has_a_near_match():
-    with pytest.raises(SpecError, match="no file and no shipped spec 'seqboat_listop_tiny'; did you mean 'seqboat_listops_tiny'"):
+    with pytest.raises(
+        SpecError, match="no file and no shipped spec 'seqboat_listop_tiny'; did you mean 'seqboat_listops_tiny'"
+    ):
         load_experiment({**EXPERIMENT, "model": "seqboat_listop_tiny"})
 
 

@@ -76,7 +76,9 @@ def test_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["figure.png"]
 
 
-@pytest.mark.parametrize("error", [ValueError("x_\n  ^\nParseSyntaxException"), KeyError("draft"), MemoryError(), RuntimeError("a %s {b}")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x_\n  ^\nParseSyntaxException"), KeyError("draft"), MemoryError(), RuntimeError("a %s {b}")]
+)
 def test_failed_figure_is_one_line_of_warning(caplog, error):
     def fail():
         raise error

@@ -130,7 +130,10 @@ def test_another_process_killed_while_making_again_what_was_deleted_leaves_no_kn
 def test_moves_that_fail_are_made_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", raising_at_call(3, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.replace))
-        with pytest.raises(DataError, match=r"cannot keep data in .*: No space left on device; make room there or choose another folder"):
+        with pytest.raises(
+            DataError,
+            match=r"cannot keep data in .*: No space left on device; make room there or choose another folder",
+        ):
             prepare(tmp_path / "data")
     assert prepare(tmp_path / "data") == prepare(tmp_path / "elsewhere")
 
@@ -139,7 +142,9 @@ def test_moves_that_fail_are_made_again(tmp_path, monkeypatch):
 def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, owner, name, call):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(owner, name, raising_at_call(call, full, getattr(owner, name)))
-    with pytest.raises(DataError, match=r"cannot keep data in .*: No space left on device; make room there or choose another folder"):
+    with pytest.raises(
+        DataError, match=r"cannot keep data in .*: No space left on device; make room there or choose another folder"
+    ):
         prepare(tmp_path)
     assert content_of(tmp_path) == {}
 
@@ -171,7 +176,9 @@ def test_changed_file_is_refused_and_made_again_once_deleted(tmp_path):
     hashes = prepare(tmp_path)
     with (tmp_path / "second.txt").open("ab") as file:
         file.write(b"!")
-    with pytest.raises(DataError, match=r"second.txt was changed since it was generated; delete it to generate it again"):
+    with pytest.raises(
+        DataError, match=r"second.txt was changed since it was generated; delete it to generate it again"
+    ):
         prepare(tmp_path, during=must_not_run)
     (tmp_path / "second.txt").unlink()
     assert prepare(tmp_path) == hashes
@@ -183,21 +190,28 @@ def test_changed_file_is_refused_and_made_again_once_deleted(tmp_path):
         pytest.param(recipe(seed=9), "seed is 1 there, 9 asked", id="setting"),
         pytest.param(recipe(depth=3), "depth is None there, 3 asked", id="new-setting"),
         pytest.param(
-            {**recipe(), "version": 2, "generator": "top"}, "generator is 'toy' there, 'top' asked, version is 1 there, 2", id="two"
+            {**recipe(), "version": 2, "generator": "top"},
+            "generator is 'toy' there, 'top' asked, version is 1 there, 2",
+            id="two",
         ),
     ],
 )
 def test_folder_made_by_another_recipe_is_refused(tmp_path, other, change):
     prepare(tmp_path)
     before = content_of(tmp_path)
-    with pytest.raises(DataError, match=rf"holds data generated otherwise \({change}.*\); choose another folder, or delete it to generate"):
+    with pytest.raises(
+        DataError,
+        match=rf"holds data generated otherwise \({change}.*\); choose another folder, or delete it to generate",
+    ):
         prepare(tmp_path, other, during=must_not_run)
     assert content_of(tmp_path) == before
 
 
 def test_files_that_were_not_generated_are_never_overwritten(tmp_path):
     (tmp_path / "third.txt").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"holds third.txt but no manifest.json: it was not generated here; read it as it is"):
+    with pytest.raises(
+        DataError, match=r"holds third.txt but no manifest.json: it was not generated here; read it as it is"
+    ):
         prepare(tmp_path, during=must_not_run)
     assert content_of(tmp_path) == {"third.txt": b"mine"}
 
@@ -211,10 +225,22 @@ def test_unrelated_files_in_the_folder_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(b"{", r"manifest.json cannot be read: Expecting property name.*; delete .* to generate it again", id="not-json"),
-        pytest.param(b"\xff", r"manifest.json cannot be read: .*decode.*; delete .* to generate it again", id="not-utf-8"),
-        pytest.param(b"[]", r"manifest.json does not list the files of a data set; delete .* to generate it again", id="not-an-object"),
-        pytest.param(b"{}", r"manifest.json does not list the files of a data set; delete .* to generate it again", id="no-files"),
+        pytest.param(
+            b"{",
+            r"manifest.json cannot be read: Expecting property name.*; delete .* to generate it again",
+            id="not-json",
+        ),
+        pytest.param(
+            b"\xff", r"manifest.json cannot be read: .*decode.*; delete .* to generate it again", id="not-utf-8"
+        ),
+        pytest.param(
+            b"[]",
+            r"manifest.json does not list the files of a data set; delete .* to generate it again",
+            id="not-an-object",
+        ),
+        pytest.param(
+            b"{}", r"manifest.json does not list the files of a data set; delete .* to generate it again", id="no-files"
+        ),
     ],
 )
 def test_broken_manifest_is_a_data_error(tmp_path, content, complaint):
@@ -258,11 +284,14 @@ def test_copies_of_data_are_kept_beside_it(tmp_path):
 
 def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default_folder(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(files.os, "access", lambda path, mode: not (path == tmp_path / "data" and mode == os.W_OK))  # root may write all
+    # Root may write all.
+    monkeypatch.setattr(files.os, "access", lambda path, mode: not (path == tmp_path / "data" and mode == os.W_OK))
     (tmp_path / "data").mkdir()
     elsewhere = tmp_path / "cache" / "sparse-modular-activation" / "copy"
     assert copy_folder(tmp_path / "data", "copy") == elsewhere
-    assert caplog.messages == [f"{tmp_path / 'data'} cannot be written, so what is made of its files is kept in {elsewhere}"]
+    assert caplog.messages == [
+        f"{tmp_path / 'data'} cannot be written, so what is made of its files is kept in {elsewhere}"
+    ]
     elsewhere.mkdir(parents=True)
     caplog.clear()
     assert copy_folder(tmp_path / "data", "copy") == elsewhere
@@ -273,6 +302,8 @@ def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default
 
 @pytest.mark.parametrize("name", ["x" * 5000, "zero\0byte"], ids=["long", "zero byte"])
 def test_folder_that_cannot_be_is_a_data_error(tmp_path, name):
-    with pytest.raises(DataError, match=r"cannot keep data in '.*': (File name too long|embedded null byte); make room there") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot keep data in '.*': (File name too long|embedded null byte); make room there"
+    ) as caught:
         prepare(tmp_path / name)
     assert len(str(caught.value)) < 600

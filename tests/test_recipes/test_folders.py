@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def homeless(monkeypatch, tmp_path):
-    """A user without a home folder, as a user id in a container can be: no variable, and no line in the list of users."""
+    """A user without a home folder, as a user id in a container can be: no variable, and no line in the list of
+    users.
+    """
 
     def unknown(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -61,7 +63,9 @@ def test_home_of_nobody_is_a_sentence(path):
 
 
 def test_own_home_that_is_not_there_is_a_sentence(homeless):
-    with pytest.raises(DataError, match="'~/x' begins with the home folder '~', and there is none; give the whole path instead"):
+    with pytest.raises(
+        DataError, match="'~/x' begins with the home folder '~', and there is none; give the whole path instead"
+    ):
         expand(Path("~/x"))
 
 
@@ -69,17 +73,24 @@ def test_own_home_that_is_not_there_is_a_sentence(homeless):
 def test_every_option_that_is_a_path_says_so(option, capsys):
     assert main([f"{option}=~no-such-user/x"]) == 2
     err = capsys.readouterr().err
-    assert f"{option}='~no-such-user/x': '~no-such-user/x' begins with the home folder '~no-such-user', and there is none" in err
+    assert (
+        f"{option}='~no-such-user/x': '~no-such-user/x' begins with the home folder '~no-such-user', and there is none"
+        in err
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         pytest.param(
-            "caf\udce9", "the path of the run folder .* is not valid Unicode, which TensorBoard requires; choose another", id="bytes"
+            "caf\udce9",
+            "the path of the run folder .* is not valid Unicode, which TensorBoard requires; choose another",
+            id="bytes",
         ),
         pytest.param(
-            "x::y", "the path of the run folder .*x::y' has '::' in it, which is read as an address; choose another name", id="url"
+            "x::y",
+            "the path of the run folder .*x::y' has '::' in it, which is read as an address; choose another name",
+            id="url",
         ),
     ],
 )
@@ -117,12 +128,30 @@ def test_home_of_the_user_is_kept(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("home", [pytest.param({}, id="none"), pytest.param({"HOME": "/proc/none"}, id="that cannot be made")])
+@pytest.mark.parametrize(
+    "home", [pytest.param({}, id="none"), pytest.param({"HOME": "/proc/none"}, id="that cannot be made")]
+)
 def test_digits_train_without_a_home(tmp_path, home):
-    (tmp_path / "sitecustomize.py").write_text("import pwd\n\ndef nobody(uid):\n    raise KeyError(uid)\n\npwd.getpwuid = nobody\n")
-    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "MPLCONFIGDIR")}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pwd\n\ndef nobody(uid):\n    raise KeyError(uid)\n\npwd.getpwuid = nobody\n"
+    )
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "MPLCONFIGDIR")
+    }
     few = ["--set", "training.updates=2", "--set", "training.warmup=1"]
-    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", "--task", "digits", "--no-progress", "--out", "run", *few]
+    command = [
+        sys.executable,
+        "-m",
+        "sma.recipes.seqboat_lra",
+        "--task",
+        "digits",
+        "--no-progress",
+        "--out",
+        "run",
+        *few,
+    ]
     environment = {**kept, **home, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr

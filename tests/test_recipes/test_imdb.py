@@ -1,4 +1,6 @@
-"""IMDB from a small made-up copy of its folder, its archive and the Hub: every review in one split, its bytes as they stand, cut."""
+"""IMDB from a small made-up copy of its folder, its archive and the Hub: every review in one split, its bytes as they
+stand, cut.
+"""
 
 import hashlib
 import io
@@ -116,7 +118,8 @@ def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, 
     found = hashlib.md5((tmp_path / "imdb" / "aclImdb_v1.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(imdb, "MD5", "0" * 32)
     with pytest.raises(
-        DataError, match=rf"aclImdb_v1\.tar\.gz is not the file that https.* should give; move it away.* is {found}, expected 0"
+        DataError,
+        match=rf"aclImdb_v1\.tar\.gz is not the file that https.* should give; move it away.* is {found}, expected 0",
     ):
         load_imdb(SHORT, tmp_path)
     monkeypatch.setattr(imdb, "MD5", found)
@@ -145,7 +148,9 @@ def test_number_of_published_reviews():
 
 
 def test_seed_decides_what_is_held_out(tmp_path):
-    made, again, other = (load_imdb(SHORT.model_copy(update={"seed": seed}), make_folder(tmp_path)) for seed in (0, 0, 1))
+    made, again, other = (
+        load_imdb(SHORT.model_copy(update={"seed": seed}), make_folder(tmp_path)) for seed in (0, 0, 1)
+    )
     assert made.hashes == again.hashes
     assert made.hashes["train"] != other.hashes["train"]
     assert made.hashes["test"] == other.hashes["test"]
@@ -163,7 +168,9 @@ def test_hashes_are_those_of_bytes_lengths_and_classes(tmp_path):
     made = load_imdb(ImdbSettings(split="lra"), make_folder(tmp_path))
     documents = expected("test", 4000)
     content = b"".join(text for text, _ in documents)
-    content += b"".join(len(text).to_bytes(8, "little") for text, _ in documents) + bytes(target for _, target in documents)
+    content += b"".join(len(text).to_bytes(8, "little") for text, _ in documents) + bytes(
+        target for _, target in documents
+    )
     assert made.hashes["test"] == hashlib.sha256(content).hexdigest()
 
 
@@ -179,7 +186,8 @@ def test_texts_of_positions_are_readable():
 
 def test_missing_reviews_are_a_sentence(tmp_path):
     with pytest.raises(
-        DataError, match=r"there are no IMDB reviews in .*imdb: neither aclImdb/\{train,test\}.* nor aclImdb_v1\.tar\.gz; put"
+        DataError,
+        match=r"there are no IMDB reviews in .*imdb: neither aclImdb/\{train,test\}.* nor aclImdb_v1\.tar\.gz; put",
     ):
         load_imdb(SHORT, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +209,9 @@ def test_empty_review_is_named(tmp_path):
 
 
 def test_share_that_holds_out_nothing_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"validation=0\.01 holds out 0 of 12 neg reviews; at least one is required on each side"):
+    with pytest.raises(
+        DataError, match=r"validation=0\.01 holds out 0 of 12 neg reviews; at least one is required on each side"
+    ):
         load_imdb(ImdbSettings(validation=0.01), make_folder(tmp_path))
 
 
@@ -226,7 +236,10 @@ def test_download_gets_the_published_archive(tmp_path, monkeypatch):
 def test_hub_gives_the_same_reviews_in_any_order(tmp_path, monkeypatch):
     def load_dataset(name, cache_dir):
         assert (name, cache_dir) == ("stanfordnlp/imdb", str(tmp_path / "huggingface"))
-        return {split: [{"text": f"{split} {number}é", "label": number % 2} for number in order] for split in ("train", "test")}
+        return {
+            split: [{"text": f"{split} {number}é", "label": number % 2} for number in order]
+            for split in ("train", "test")
+        }
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     settings = ImdbSettings(source="hub", split="lra", length=9)
@@ -240,7 +253,8 @@ def test_hub_gives_the_same_reviews_in_any_order(tmp_path, monkeypatch):
 def test_missing_package_of_the_hub_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        DataError, match=r"task\.data\.source=hub reads stanfordnlp/imdb .* pip install datasets, or set task\.data\.source=files"
+        DataError,
+        match=r"task\.data\.source=hub reads stanfordnlp/imdb .* pip install datasets, or set task\.data\.source=files",
     ):
         load_imdb(ImdbSettings(source="hub"), tmp_path)
 
@@ -250,7 +264,10 @@ def test_hub_that_cannot_be_reached_is_a_sentence(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"cannot get stanfordnlp/imdb from the Hub: no route; check .*, or set task\.data\.source=files"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot get stanfordnlp/imdb from the Hub: no route; check .*, or set task\.data\.source=files",
+    ):
         load_imdb(ImdbSettings(source="hub"), tmp_path)
 
 
@@ -287,10 +304,16 @@ def test_from_the_archive_to_a_trained_and_evaluated_model(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
-        ("encoder.vocabulary=256", r"model\.encoder\.vocabulary=256 must be at least 257: padding, and one for every byte"),
+        (
+            "encoder.vocabulary=256",
+            r"model\.encoder\.vocabulary=256 must be at least 257: padding, and one for every byte",
+        ),
         ("encoder={kind: real_number}", r"model\.encoder\.vocabulary=0 must be at least 257"),
         ("head.classes=3", r"model\.head\.classes=3 must be 2, the classes of the task 'text'"),
-        ("model.kind=pair_classifier", r"the model kind 'pair_classifier' does not fit the task 'text'; use kind 'sequence_classifier'"),
+        (
+            "model.kind=pair_classifier",
+            r"the model kind 'pair_classifier' does not fit the task 'text'; use kind 'sequence_classifier'",
+        ),
     ],
 )
 def test_model_that_cannot_learn_the_task_is_refused(setting, complaint):

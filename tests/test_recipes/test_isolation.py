@@ -1,4 +1,6 @@
-"""Nothing that the environment says to other programs changes a run: schedulers, launchers, and the settings of libraries."""
+"""Nothing that the environment says to other programs changes a run: schedulers, launchers, and the settings of
+libraries.
+"""
 
 import inspect
 import json
@@ -22,22 +24,62 @@ from sma.recipes.training import run_experiment
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, metrics_of, same, tiny, train
 
 ROOT = Path(__file__).resolve().parents[2]
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "t", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NAME": "t",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "1",
+}
 PEERS = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}  # an address at which nobody answers
 
 ENVIRONMENTS = {
     "slurm": SLURM,
-    "slurm-second-task": {**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"},
+    "slurm-second-task": {
+        **SLURM,
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+    },
     "slurm-tasks-without-their-number-per-node": {**SLURM, "SLURM_NTASKS": "4"},
-    "slurm-nodes": {**SLURM, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_NODELIST": "node[1-2]"},
+    "slurm-nodes": {
+        **SLURM,
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_NODELIST": "node[1-2]",
+    },
     "slurm-interactive": {**SLURM, "SLURM_JOB_NAME": "bash"},
     "slurm-array": {**SLURM, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"},
     "slurm-without-numbers": {**SLURM, "SLURM_NTASKS": "many", "SLURM_PROCID": "first"},
-    "torchrun": {**PEERS, "TORCHELASTIC_RUN_ID": "none", "RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0", "WORLD_SIZE": "2"},
-    "torchrun-under-slurm": {**SLURM, **PEERS, "TORCHELASTIC_RUN_ID": "1", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+    "torchrun": {
+        **PEERS,
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+    },
+    "torchrun-under-slurm": {
+        **SLURM,
+        **PEERS,
+        "TORCHELASTIC_RUN_ID": "1",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+    },
     "kubeflow": {**PEERS, "KUBERNETES_PORT": "tcp://192.0.2.1:443", "RANK": "1", "WORLD_SIZE": "2"},
     "by-hand": {**PEERS, "LOCAL_RANK": "1", "NODE_RANK": "1", "WORLD_SIZE": "4"},
-    "no-numbers": {"RANK": "", "LOCAL_RANK": "x", "NODE_RANK": "x", "WORLD_SIZE": "x", "MASTER_PORT": "x", "STANDALONE_PORT": "x"},
+    "no-numbers": {
+        "RANK": "",
+        "LOCAL_RANK": "x",
+        "NODE_RANK": "x",
+        "WORLD_SIZE": "x",
+        "MASTER_PORT": "x",
+        "STANDALONE_PORT": "x",
+    },
     "lsf": {
         "LSB_JOBID": "7",
         "LSB_DJOB_RANKFILE": "/nowhere",
@@ -47,8 +89,16 @@ ENVIRONMENTS = {
     },
     "mpi": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_RANK": "1", "PMI_SIZE": "2"},
     "xla": {"PJRT_DEVICE": "TPU", "XLA_USE_BF16": "1", "TPU_NAME": "x"},
-    "trainer-stops": {"PL_TRAINER_FAST_DEV_RUN": "1", "PL_TRAINER_LIMIT_TRAIN_BATCHES": "1", "PL_TRAINER_MIN_EPOCHS": "3"},
-    "trainer-changes": {"PL_TRAINER_ACCUMULATE_GRAD_BATCHES": "2", "PL_TRAINER_OVERFIT_BATCHES": "1", "PL_TRAINER_DETERMINISTIC": "True"},
+    "trainer-stops": {
+        "PL_TRAINER_FAST_DEV_RUN": "1",
+        "PL_TRAINER_LIMIT_TRAIN_BATCHES": "1",
+        "PL_TRAINER_MIN_EPOCHS": "3",
+    },
+    "trainer-changes": {
+        "PL_TRAINER_ACCUMULATE_GRAD_BATCHES": "2",
+        "PL_TRAINER_OVERFIT_BATCHES": "1",
+        "PL_TRAINER_DETERMINISTIC": "True",
+    },
     "trainer-nodes": {"PL_TRAINER_NUM_NODES": "2", "PL_TRAINER_SYNC_BATCHNORM": "1", "PL_TRAINER_PROFILER": "simple"},
     "seeds": {"PL_GLOBAL_SEED": "7", "PL_SEED_WORKERS": "1", "PYTHONHASHSEED": "7"},
     "fabric": {
@@ -59,7 +109,12 @@ ENVIRONMENTS = {
         "LT_PRECISION": "64-true",
         "LT_NUM_NODES": "2",
     },
-    "debug": {"PL_DEV_DEBUG": "1", "PL_RUN_STANDALONE_TESTS": "1", "PL_USE_MOCKED_MNIST": "1", "TORCH_SHOW_CPP_STACKTRACES": "1"},
+    "debug": {
+        "PL_DEV_DEBUG": "1",
+        "PL_RUN_STANDALONE_TESTS": "1",
+        "PL_USE_MOCKED_MNIST": "1",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
+    },
     "checkpoints-that-run-code": {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"},
     "bars": {"TQDM_MINITERS": "often", "COLAB_GPU": "1"},
 }
@@ -79,7 +134,9 @@ HARMLESS = {
     "SKIP_SLOW_DOCTEST": "tests of torchmetrics",
     **dict.fromkeys(("XLA_USE_F16", "XLA_USE_BF16", "PT_XLA_DEBUG"), "set by plug-ins that runs do not use"),
     **dict.fromkeys(("BITSANDBYTES_NOWELCOME", "DEEPSPEED_ENV_VAR"), "plug-ins that runs do not use"),
-    **dict.fromkeys(("COMET_API_KEY", "COMET_WORKSPACE", "COMET_EXPERIMENT_KEY", "COMET_DISABLE_AUTO_LOGGING"), "a logger not used"),
+    **dict.fromkeys(
+        ("COMET_API_KEY", "COMET_WORKSPACE", "COMET_EXPERIMENT_KEY", "COMET_DISABLE_AUTO_LOGGING"), "a logger not used"
+    ),
     **dict.fromkeys(("WANDB_PROJECT", "WANDB_MODE", "MLFLOW_TRACKING_URI"), "loggers that runs do not use"),
 }
 
@@ -112,17 +169,25 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
     sources = [path for path in folder.rglob("*.py") if path.parts[len(folder.parts)] != "app"]
     # Examples in docstrings count too: one variable too many does no harm.
     word = r"""["'](\w+)["']"""
-    reads = re.compile(rf"(?:environ\.get|getenv|environ\.setdefault)\(\s*{word}|environ\[{word}\]|{word} (?:not )?in os\.environ")
-    found = {name for path in sources for match in reads.findall(path.read_text(encoding="utf-8")) for name in match if name}
+    reads = re.compile(
+        rf"(?:environ\.get|getenv|environ\.setdefault)\(\s*{word}|environ\[{word}\]|{word} (?:not )?in os\.environ"
+    )
+    found = {
+        name for path in sources for match in reads.findall(path.read_text(encoding="utf-8")) for name in match if name
+    }
     assert len(found) > 1
     assert sorted(name for name in found if not is_hidden(name) and name not in HARMLESS) == []
 
 
 def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
     # torchmetrics imports matplotlib, which refuses a backend that is not there.
-    command = "import sys; from sma.recipes.command import exit_code; sys.exit(exit_code(lambda: __import__('torchmetrics')))"
+    command = (
+        "import sys; from sma.recipes.command import exit_code; sys.exit(exit_code(lambda: __import__('torchmetrics')))"
+    )
     environment = {**os.environ, "MPLBACKEND": "backend_of_a_notebook"}
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

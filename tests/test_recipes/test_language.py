@@ -15,7 +15,14 @@ from sma.errors import DataError, SpecError
 from sma.pytree import named_tensors
 from sma.recipes.data.text import load_text
 from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
-from sma.recipes.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, read_along, run_language
+from sma.recipes.language import (
+    EvaluationSegments,
+    Finished,
+    LanguageLearner,
+    TrainingSegments,
+    read_along,
+    run_language,
+)
 from sma.recipes.tasks import LanguageTask
 from sma.recipes.team import Team, whole
 
@@ -27,7 +34,9 @@ MODEL = {
         "repeat": 2,
         "layer": {
             "backbone": {"kind": "ema", "state_size": 4, "bidirectional": False},
-            "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 8, "bidirectional": False}},
+            "modules": {
+                "attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 8, "bidirectional": False}
+            },
             "norm": {"kind": "layer_norm"},
             "dropout": 0.1,
         },
@@ -53,7 +62,9 @@ def train(spec: ExperimentSpec, out: Path, resume: bool = False) -> Finished:
 
 
 @given(length=st.integers(2, 60), window=st.integers(1, 30), context=st.none() | st.integers(0, 29))
-def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(length: int, window: int, context: int | None) -> None:
+def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(
+    length: int, window: int, context: int | None
+) -> None:
     if context is not None and context >= window:
         context = window - 1
     text = torch.randperm(250, generator=torch.Generator().manual_seed(length))[:length].to(torch.uint8)
@@ -89,7 +100,9 @@ def test_carried_segments_go_on_where_the_last_ones_ended(length: int, rows: int
 
 
 def experiment_training(rows: int) -> Any:
-    return load_experiment({"task": {"kind": "language"}, "model": MODEL, "training": {**TRAINING, "batch_size": rows}}).training
+    return load_experiment(
+        {"task": {"kind": "language"}, "model": MODEL, "training": {**TRAINING, "batch_size": rows}}
+    ).training
 
 
 def test_one_pass_of_carried_segments_reads_no_byte_twice() -> None:
@@ -103,7 +116,11 @@ def test_one_pass_of_carried_segments_reads_no_byte_twice() -> None:
 @pytest.mark.parametrize("carry", [True, False])
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_workers_read_the_rows_of_one_process(size: int, carry: bool) -> None:
-    text, task, training = torch.arange(90, dtype=torch.uint8), LanguageTask(segment=4, carry_state=carry), experiment_training(6)
+    text, task, training = (
+        torch.arange(90, dtype=torch.uint8),
+        LanguageTask(segment=4, carry_state=carry),
+        experiment_training(6),
+    )
     alone = TrainingSegments(text, task, training, seed=3)
     team = [TrainingSegments(text, task, training, 3, Team(rank, size)) for rank in range(size)]
     for update in range(alone.per_pass + 2):
@@ -196,7 +213,9 @@ def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None
     assert not torch.allclose(losses.mean(), carried.mean())
 
 
-def test_a_run_goes_on_with_the_text_that_it_began_with_alone(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_the_text_that_it_began_with_alone(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "book.txt"
     mine.write_bytes(text.read_bytes())
     step = LanguageLearner.training_step
@@ -212,14 +231,19 @@ def test_a_run_goes_on_with_the_text_that_it_began_with_alone(text: Path, tmp_pa
             train(experiment(mine), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())
     mine.write_bytes(text.read_bytes().replace(b"fox", b"cat"))
-    with pytest.raises(DataError, match=r"the data is not that with which the run in '.*run' began: .* another hash; put the data of then"):
+    with pytest.raises(
+        DataError,
+        match=r"the data is not that with which the run in '.*run' began: .* another hash; put the data of then",
+    ):
         train(experiment(mine), tmp_path / "run", resume=True)
     mine.write_bytes(text.read_bytes())
     assert train(experiment(mine), tmp_path / "run", resume=True).summary["data"] == recorded
 
 
 @pytest.mark.parametrize("update", [7, 14, 25])
-def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    text: Path, tmp_path: Path, update: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = experiment(text, "training.evaluate_every=5")
     whole = train(spec, tmp_path / "whole")
     step = LanguageLearner.training_step
@@ -255,7 +279,10 @@ def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: P
     [
         (["task.context=50"], r"context=50 must be below window=50; nothing would be scored"),
         (["model.encoder.vocabulary=99"], r"model.encoder.vocabulary=99 must be at least 256, one for every byte"),
-        (["model.layers.layer.backbone.bidirectional=true"], r"layer 0 'backbone' sees the token that is to be predicted"),
+        (
+            ["model.layers.layer.backbone.bidirectional=true"],
+            r"layer 0 'backbone' sees the token that is to be predicted",
+        ),
         (["task.segment=0"], r"segment"),
     ],
 )
@@ -266,5 +293,7 @@ def test_impossible_experiments_are_refused(text: Path, settings: list[str], com
 
 def test_another_kind_of_model_is_refused() -> None:
     model = {key: value for key, value in MODEL.items() if key != "kind"} | {"kind": "sequence_encoder"}
-    with pytest.raises(SpecError, match="the model kind 'sequence_encoder' does not score the next token; use kind 'language_model'"):
+    with pytest.raises(
+        SpecError, match="the model kind 'sequence_encoder' does not score the next token; use kind 'language_model'"
+    ):
         load_experiment({"task": {"kind": "language"}, "model": model, "training": TRAINING})

@@ -27,7 +27,9 @@ from sma.recipes.data.listops import (
     read_listops,
 )
 
-SMALL = ListOpsSettings(min_length=4, max_length=40, max_depth=4, max_arity=4, train=300, validation=40, test=60, seed=3)
+SMALL = ListOpsSettings(
+    min_length=4, max_length=40, max_depth=4, max_arity=4, train=300, validation=40, test=60, seed=3
+)
 HEADER = b"Source\tTarget\n"
 
 
@@ -45,7 +47,9 @@ def application(operator, arguments):
 
 EXPRESSIONS = st.recursive(
     st.sampled_from([(digit, digit) for digit in "0123456789"]),
-    lambda argument: st.builds(application, st.sampled_from(["[MIN", "[MAX", "[MED", "[SM"]), st.lists(argument, min_size=1, max_size=5)),
+    lambda argument: st.builds(
+        application, st.sampled_from(["[MIN", "[MAX", "[MED", "[SM"]), st.lists(argument, min_size=1, max_size=5)
+    ),
 )
 
 
@@ -97,13 +101,18 @@ def test_second_call_reads_what_the_first_generated(tmp_path, monkeypatch):
     assert torch.equal(second.train.split.ids, first.train.split.ids)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(listops, "generate_lines"), (listops_trees, "draw_chunk"), (files.HashedFile, "write")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(listops, "generate_lines"), (listops_trees, "draw_chunk"), (files.HashedFile, "write")]
+)
 @pytest.mark.parametrize(
     ("raised", "expected", "complaint"),
     [
         pytest.param(KeyboardInterrupt("stop"), KeyboardInterrupt, "stop", id="interrupt"),
         pytest.param(
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), DataError, "cannot keep data in .*: No space left on", id="full-disk"
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            DataError,
+            "cannot keep data in .*: No space left on",
+            id="full-disk",
         ),
     ],
 )
@@ -133,7 +142,9 @@ def test_changed_file_is_refused(tmp_path):
     prepare_listops(SMALL, tmp_path, workers=1, progress=False)
     with (tmp_path / "basic_val.tsv").open("ab") as file:
         file.write(b"5\t5\n")
-    with pytest.raises(DataError, match=r"basic_val.tsv was changed since it was generated; delete it to generate it again"):
+    with pytest.raises(
+        DataError, match=r"basic_val.tsv was changed since it was generated; delete it to generate it again"
+    ):
         prepare_listops(SMALL, tmp_path, progress=False)
 
 
@@ -141,11 +152,17 @@ def test_changed_file_is_refused(tmp_path):
     ("update", "change"),
     [
         pytest.param({"seed": 9}, "seed is 3 there, 9 asked", id="seed"),
-        pytest.param({"train": 10, "max_depth": 3}, "max_depth is 4 there, 3 asked, train is 300 there, 10 asked", id="two-fields"),
+        pytest.param(
+            {"train": 10, "max_depth": 3},
+            "max_depth is 4 there, 3 asked, train is 300 there, 10 asked",
+            id="two-fields",
+        ),
     ],
 )
 def test_folder_of_other_settings_is_refused(small_data, update, change):
-    with pytest.raises(DataError, match=rf"holds data generated otherwise \({change}\); choose another folder, or delete it"):
+    with pytest.raises(
+        DataError, match=rf"holds data generated otherwise \({change}\); choose another folder, or delete it"
+    ):
         prepare_listops(SMALL.model_copy(update=update), small_data[0], progress=False)
 
 
@@ -173,7 +190,9 @@ def test_decode_undoes_encode(expression):
 
 def test_symbols_have_ids_1_to_15_and_padding_is_0():
     assert len(VOCABULARY) == 16
-    assert encode("[SM " + " ".join("0123456789") + " [MIN 1 ] [MAX 1 ] [MED 1 ] ]").unique().tolist() == list(range(1, 16))
+    assert encode("[SM " + " ".join("0123456789") + " [MIN 1 ] [MAX 1 ] [MED 1 ] ]").unique().tolist() == list(
+        range(1, 16)
+    )
     assert decode([0, *encode("[MAX 2 9 ]").tolist(), 0, 0]) == "[MAX 2 9 ]"
 
 
@@ -233,15 +252,31 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(b"", "bad.tsv is empty; the header 'Source<TAB>Target' and one line per expression are required", id="empty-file"),
+        pytest.param(
+            b"",
+            "bad.tsv is empty; the header 'Source<TAB>Target' and one line per expression are required",
+            id="empty-file",
+        ),
         pytest.param(HEADER, "bad.tsv holds a header and no expressions; at least one line is required", id="no-lines"),
-        pytest.param(b"5\t5\n", r"bad.tsv, line 1: b'5\\t5\\n' where the header 'Source<TAB>Target' is required", id="no-header"),
+        pytest.param(
+            b"5\t5\n", r"bad.tsv, line 1: b'5\\t5\\n' where the header 'Source<TAB>Target' is required", id="no-header"
+        ),
         pytest.param(HEADER + b"5\n", "line 2: columns separated by tabs: 1; exactly 2 are required", id="one-column"),
-        pytest.param(HEADER + b"5\t5\n5\t5\t5\n", "line 3: columns separated by tabs: 3; exactly 2 are required", id="three-columns"),
-        pytest.param(HEADER + b"\n \r\n", "bad.tsv holds a header and no expressions; at least one line", id="blank-lines"),
-        pytest.param(HEADER + b"\n5\n", "line 3: columns separated by tabs: 1; exactly 2 are required", id="after-a-blank-line"),
+        pytest.param(
+            HEADER + b"5\t5\n5\t5\t5\n",
+            "line 3: columns separated by tabs: 3; exactly 2 are required",
+            id="three-columns",
+        ),
+        pytest.param(
+            HEADER + b"\n \r\n", "bad.tsv holds a header and no expressions; at least one line", id="blank-lines"
+        ),
+        pytest.param(
+            HEADER + b"\n5\n", "line 3: columns separated by tabs: 1; exactly 2 are required", id="after-a-blank-line"
+        ),
         pytest.param(HEADER + b"\t\n", "line 2: the expression is empty", id="tab-alone"),
-        pytest.param(HEADER + b"\t5\n", "line 2: the expression is empty; a digit or an operator is required", id="no-source"),
+        pytest.param(
+            HEADER + b"\t5\n", "line 2: the expression is empty; a digit or an operator is required", id="no-source"
+        ),
         pytest.param(HEADER + b"( )\t5\n", "line 2: the expression is empty", id="only-parentheses"),
         pytest.param(HEADER + b"5\t\n", "line 2: target '' is not a digit 0 to 9", id="no-target"),
         pytest.param(HEADER + b"5\t10\n", "line 2: target '10' is not a digit 0 to 9", id="target-too-large"),
@@ -254,18 +289,32 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         pytest.param(HEADER + b"a 1 2 ]\t2\n", "line 2: symbol 1 is 'a', which is unknown", id="letter"),
         pytest.param(HEADER + b"[MAX 1]2 ]\t2\n", r"line 2: symbol 2 is '1\]2', which is unknown", id="no-blanks"),
         pytest.param(HEADER + b"[MAX1 2 ]\t2\n", r"line 2: symbol 1 is '\[MAX1', which is unknown", id="glued"),
-        pytest.param(HEADER + b"[MAX " + b"7" * 50 + b" ]\t2\n", r"line 2: symbol 2 is '7+\.\.\.7*', which is unknown", id="long-symbol"),
         pytest.param(
-            HEADER + b"[MAX 1 [MIN 2 3 ]\t2\n", r"line 2: 1 operators are not closed; every operator needs its '\]'", id="not-closed"
+            HEADER + b"[MAX " + b"7" * 50 + b" ]\t2\n",
+            r"line 2: symbol 2 is '7+\.\.\.7*', which is unknown",
+            id="long-symbol",
+        ),
+        pytest.param(
+            HEADER + b"[MAX 1 [MIN 2 3 ]\t2\n",
+            r"line 2: 1 operators are not closed; every operator needs its '\]'",
+            id="not-closed",
         ),
         pytest.param(HEADER + b"[MAX 1 ] ]\t2\n", r"line 2: symbol 4 is a '\]' that closes nothing", id="closed-twice"),
         pytest.param(
-            HEADER + b"[MAX 1 ] 2\t2\n", "line 2: the expression ends at symbol 3 of 4; one expression per line", id="two-expressions"
+            HEADER + b"[MAX 1 ] 2\t2\n",
+            "line 2: the expression ends at symbol 3 of 4; one expression per line",
+            id="two-expressions",
         ),
         pytest.param(
-            HEADER + b"[MAX ( ] )\t2\n", r"line 2: operator '\[MAX' has no arguments; at least one is required", id="no-arguments"
+            HEADER + b"[MAX ( ] )\t2\n",
+            r"line 2: operator '\[MAX' has no arguments; at least one is required",
+            id="no-arguments",
         ),
-        pytest.param(HEADER + b"[MAX \xff 2 ]\t2\n", "line 2: byte 0xff at column 6 is not UTF-8; the file is damaged", id="not-utf-8"),
+        pytest.param(
+            HEADER + b"[MAX \xff 2 ]\t2\n",
+            "line 2: byte 0xff at column 6 is not UTF-8; the file is damaged",
+            id="not-utf-8",
+        ),
         pytest.param(HEADER + "[MAX ² 2 ]\t2\n".encode(), "line 2: symbol 2 is '²', which is unknown", id="not-ascii"),
     ],
 )

@@ -19,7 +19,9 @@ from sma.recipes.data import listops_trees
 from sma.recipes.data.listops_trees import PAPER, TINY, ListOpsSettings, draw_chunk, evaluate_expression, generate_lines
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]
-SMALL = ListOpsSettings(min_length=4, max_length=40, max_depth=4, max_arity=4, train=300, validation=40, test=60, seed=3)
+SMALL = ListOpsSettings(
+    min_length=4, max_length=40, max_depth=4, max_arity=4, train=300, validation=40, test=60, seed=3
+)
 
 
 # Oracles: the definition word for word, over nested lists [operator, argument, …].
@@ -61,7 +63,11 @@ def parsed(tokens):
     tokens = iter(tokens)
 
     def node(token):
-        return [token, *(node(child) for child in iter(lambda: next(tokens), "]"))] if token.startswith("[") else int(token)
+        return (
+            [token, *(node(child) for child in iter(lambda: next(tokens), "]"))]
+            if token.startswith("[")
+            else int(token)
+        )
 
     tree = node(next(tokens))
     assert next(tokens, None) is None
@@ -115,7 +121,9 @@ def test_every_tree_keeps_the_bounds_and_has_the_value_the_evaluator_gives(chose
         tree = parsed(tokens)
         assert chosen.min_length < size_of(tree) == len(tokens) < chosen.max_length
         assert depth_of(tree) <= chosen.max_depth
-        assert all(chosen.min_arity <= len(node) - 1 <= chosen.max_arity for node in nodes_of(tree) if isinstance(node, list))
+        assert all(
+            chosen.min_arity <= len(node) - 1 <= chosen.max_arity for node in nodes_of(tree) if isinstance(node, list)
+        )
         assert source == nested_binary(tree)
         assert value == evaluate_expression(tokens) == evaluate_expression(source.split())
 
@@ -167,7 +175,12 @@ def test_leaves_operators_arities_and_digits_have_their_probabilities():
     digits = [node for node in nodes if isinstance(node, int)]
     # Bounds: chi-square with 3, 8, 9 degrees of freedom, far beyond the 99.9th percentile.
     assert chi_square([sum(node[0] == name for node in operators) for name in OPERATORS], [len(operators) / 4] * 4) < 20
-    assert chi_square([sum(len(node) == arity + 1 for node in operators) for arity in range(2, 11)], [len(operators) / 9] * 9) < 30
+    assert (
+        chi_square(
+            [sum(len(node) == arity + 1 for node in operators) for arity in range(2, 11)], [len(operators) / 9] * 9
+        )
+        < 30
+    )
     assert chi_square([digits.count(digit) for digit in range(10)], [len(digits) / 10] * 10) < 32
 
 
@@ -218,7 +231,9 @@ def test_evaluator_refuses_what_is_no_expression(expression, complaint):
         pytest.param({"max_arity": 1}, "max_arity=1 must be at least min_arity=2", id="arity"),
         pytest.param({"max_length": 501}, "no length lies between min_length=500 and max_length=501", id="length"),
         pytest.param(
-            {"max_depth": 3}, "the largest tree of max_depth=3 and max_arity=10 has 122 tokens, not more than min_length=500", id="depth"
+            {"max_depth": 3},
+            "the largest tree of max_depth=3 and max_arity=10 has 122 tokens, not more than min_length=500",
+            id="depth",
         ),
         pytest.param({"train": 0}, "train", id="no-samples"),
         pytest.param({"max_len": 5}, "max_len", id="unknown-field"),
@@ -249,7 +264,9 @@ def test_splits_have_their_sizes_and_share_no_tree():
 
 def test_splits_keep_one_distribution_where_likely_trees_run_out():
     # 400 trees of size 4 are each ten times likelier than one of the 4,000 of size 5, so they are found first.
-    scarce = ListOpsSettings(min_length=3, max_length=6, max_depth=2, max_arity=3, train=1000, validation=1000, test=500)
+    scarce = ListOpsSettings(
+        min_length=3, max_length=6, max_depth=2, max_arity=3, train=1000, validation=1000, test=500
+    )
     sizes = {0: [], 1: [], 2: []}
     for split, line in generate_lines(scarce, workers=1):
         sizes[split].append(len(tokens_of(line.decode().split("\t")[0])))
@@ -265,14 +282,18 @@ def test_lines_do_not_depend_on_the_number_of_processes(method):
 
 
 def test_the_same_seed_gives_the_same_lines_and_another_seed_gives_others():
-    first, again, other = (list(generate_lines(SMALL.model_copy(update={"seed": seed}), workers=1)) for seed in (3, 3, 4))
+    first, again, other = (
+        list(generate_lines(SMALL.model_copy(update={"seed": seed}), workers=1)) for seed in (3, 3, 4)
+    )
     assert first == again
     assert not {line for _, line in first if len(line) > 60} & {line for _, line in other}
 
 
 def test_too_few_different_trees_are_an_error_that_says_how_many():
     only_digits = ListOpsSettings(min_length=0, max_length=5, max_depth=1, train=5, validation=5, test=5)
-    with pytest.raises(DataError, match=r"found only 10 different trees of the 15 asked for.*ask for fewer, or widen the bounds"):
+    with pytest.raises(
+        DataError, match=r"found only 10 different trees of the 15 asked for.*ask for fewer, or widen the bounds"
+    ):
         list(generate_lines(only_digits, workers=1))
 
 
@@ -282,7 +303,10 @@ def die(settings, number):
 
 def test_death_of_a_worker_is_a_data_error(monkeypatch):
     monkeypatch.setattr(listops_trees, "draw_chunk", die)
-    with processes_started_by("fork"), pytest.raises(DataError, match="a process that generates data died; with too little memory"):
+    with (
+        processes_started_by("fork"),
+        pytest.raises(DataError, match="a process that generates data died; with too little memory"),
+    ):
         list(generate_lines(SMALL, workers=2))
 
 

@@ -70,7 +70,9 @@ def test_file_that_was_written_anew_is_not_taken_for_the_old_one(mapped):
     with pytest.raises(DataError, match=r"numbers was written anew after another process had opened it; start again"):
         pickle.loads(pickled)
     os.truncate(mapped.filename, 100)
-    with pytest.raises(DataError, match=r"numbers has 100 bytes, and 6,000,004 are required for numbers of the shape \(3000, 1000\)"):
+    with pytest.raises(
+        DataError, match=r"numbers has 100 bytes, and 6,000,004 are required for numbers of the shape \(3000, 1000\)"
+    ):
         pickle.loads(pickled)
 
 
@@ -81,7 +83,9 @@ def test_file_of_another_size_is_refused_however_large_the_shape(tmp_path):
 
 
 def make_pathfinder(folder):
-    return prepare_pathfinder(PathfinderSettings(train=40, validation=1, test=1), folder, workers=1, progress=False).train
+    return prepare_pathfinder(
+        PathfinderSettings(train=40, validation=1, test=1), folder, workers=1, progress=False
+    ).train
 
 
 def make_speech(folder):

@@ -59,7 +59,9 @@ def test_short_text_has_a_name_under_every_position():
 
 @pytest.mark.parametrize("words", [False, True], ids=["characters", "words"])
 def test_long_text_is_shown_in_lines_over_marks_of_its_activity(words):
-    texts = [("[MED" if number % 3 == 0 else str(number % 10)) if words else chr(97 + number % 26) for number in range(4000)]
+    texts = [
+        ("[MED" if number % 3 == 0 else str(number % 10)) if words else chr(97 + number % 26) for number in range(4000)
+    ]
     example = _example(4000, texts=texts)
     strip, page = _drawn(example, Medium()).axes
     lines = wrapped(texts)
@@ -111,4 +113,6 @@ def test_longer_text_and_more_layers_need_more_room():
     short, long = _example(20, texts=["a"] * 20), _example(2000, texts=["a"] * 2000)
     assert height_of(short, Medium()) < height_of(long, Medium())
     for medium in (Medium(), Medium(sample_rate=10)):
-        assert height_of(_example(500, 2, texts=["a"] * 500), medium) < height_of(_example(500, 12, texts=["a"] * 500), medium)
+        assert height_of(_example(500, 2, texts=["a"] * 500), medium) < height_of(
+            _example(500, 12, texts=["a"] * 500), medium
+        )

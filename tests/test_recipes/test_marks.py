@@ -91,7 +91,9 @@ def test_longer_contexts_and_more_text_help_where_there_is_something_to_learn():
 def test_xz_costs_what_the_lzma_module_writes(text):
     train, test = text[:4_000], text[4_000:]
     assert xz_alone(test) == 8 * len(lzma.compress(test, preset=9)) / 1_000
-    assert xz_after(train, test) == 8 * (len(lzma.compress(text, preset=9)) - len(lzma.compress(train, preset=9))) / 1_000
+    assert (
+        xz_after(train, test) == 8 * (len(lzma.compress(text, preset=9)) - len(lzma.compress(train, preset=9))) / 1_000
+    )
 
 
 def test_xz_costs_the_same_in_blocks(monkeypatch):
@@ -117,7 +119,11 @@ def test_xz_is_no_help_with_noise_and_copies_what_it_has_seen():
 
 def test_marks_are_the_three_of_the_same_bytes_given_in_any_form():
     train, test = words(4_000, 1), words(1_000, 2)
-    expected = {"xz": xz_alone(test), "witten_bell_5": witten_bell(train, test, 5), "xz_with_training_text": xz_after(train, test)}
+    expected = {
+        "xz": xz_alone(test),
+        "witten_bell_5": witten_bell(train, test, 5),
+        "xz_with_training_text": xz_after(train, test),
+    }
     assert marks(train, test) == expected
     assert marks(*(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, test))) == expected
     assert marks(*(np.frombuffer(text, dtype=np.uint8) for text in (train, test))) == expected
@@ -148,7 +154,10 @@ def test_marks_that_saw_only_the_end_of_a_long_text_say_so(monkeypatch):
             id="tokens-of-8-bytes",
         ),
         pytest.param(
-            b"a", torch.zeros(2, 3, dtype=torch.uint8), r"the held-out text is uint8 of shape \(2, 3\); give uint8 of one", id="batch"
+            b"a",
+            torch.zeros(2, 3, dtype=torch.uint8),
+            r"the held-out text is uint8 of shape \(2, 3\); give uint8 of one",
+            id="batch",
         ),
     ],
 )

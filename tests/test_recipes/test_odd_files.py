@@ -1,4 +1,6 @@
-"""What may stand in the place of a file: a pipe, a device, a line or an image without an end. Nothing is waited for or read whole."""
+"""What may stand in the place of a file: a pipe, a device, a line or an image without an end. Nothing is waited for or
+read whole.
+"""
 
 import os
 import re
@@ -48,7 +50,9 @@ PLACES = [
 
 def imdb(folder):
     make_folder(folder)
-    return folder / "imdb" / "aclImdb" / "train" / "pos" / "3_3.txt", lambda: load_imdb(ImdbSettings(split="lra"), folder, progress=False)
+    return folder / "imdb" / "aclImdb" / "train" / "pos" / "3_3.txt", lambda: load_imdb(
+        ImdbSettings(split="lra"), folder, progress=False
+    )
 
 
 def recordings(folder):
@@ -96,7 +100,9 @@ def test_what_is_no_file_is_refused_at_once(reader, place, complaint, tmp_path):
         read()
 
 
-@pytest.mark.parametrize("reader", [pytest.param(lists_of_recordings, id="lists"), pytest.param(manifests, id="manifest")])
+@pytest.mark.parametrize(
+    "reader", [pytest.param(lists_of_recordings, id="lists"), pytest.param(manifests, id="manifest")]
+)
 @pytest.mark.parametrize(("place", "complaint"), PLACES[:2])
 def test_what_is_no_file_is_refused_at_once_where_there_need_not_be_one(reader, place, complaint, tmp_path):
     path, read = reader(tmp_path)
@@ -106,12 +112,17 @@ def test_what_is_no_file_is_refused_at_once_where_there_need_not_be_one(reader, 
 
 
 @pytest.mark.parametrize("read", [read_listops, lambda path: read_pairs(path, 9)], ids=["listops", "aan"])
-@pytest.mark.parametrize("start", [b"", b"Source\tTarget\n", b"1.0\ta\tb\tc\td\n"], ids=["first", "after a header", "after a pair"])
+@pytest.mark.parametrize(
+    "start", [b"", b"Source\tTarget\n", b"1.0\ta\tb\tc\td\n"], ids=["first", "after a header", "after a pair"]
+)
 def test_line_without_an_end_is_read_only_so_far(read, start, tmp_path, monkeypatch):
     with (tmp_path / "x.tsv").open("wb") as file:
         file.write(start)
         file.truncate(1 << 40)  # zeros that the disk does not keep
-    with pytest.raises(DataError, match=r"x\.tsv, line [12](:| has more than [0-9,]+ bytes, which no line here has; the file is damaged)"):
+    with pytest.raises(
+        DataError,
+        match=r"x\.tsv, line [12](:| has more than [0-9,]+ bytes, which no line here has; the file is damaged)",
+    ):
         read(tmp_path / "x.tsv")
 
 
@@ -135,7 +146,9 @@ def test_wrong_line_is_quoted_in_part(tmp_path):
 
 def test_length_to_which_documents_are_cut_takes_no_memory(tmp_path):
     make_folder(tmp_path)
-    cut, whole = (load_imdb(ImdbSettings(split="lra", length=length), tmp_path, progress=False) for length in (1_000_000, 10**18))
+    cut, whole = (
+        load_imdb(ImdbSettings(split="lra", length=length), tmp_path, progress=False) for length in (1_000_000, 10**18)
+    )
     assert cut.hashes == whole.hashes
 
 
@@ -152,7 +165,11 @@ def test_name_of_a_list_that_only_looks_like_a_number_is_refused(name, tmp_path,
     ("content", "complaint"),
     [
         pytest.param(b"imgs/9 sample_0.png\0 0 1\n", r"9\.npy is not text", id="zero byte"),
-        pytest.param(b"imgs/9 " + b"x" * 5000 + b" 0 1\n", r"line 1 names 'imgs/9/x+\.\.\.x*', which cannot be read: File name", id="long"),
+        pytest.param(
+            b"imgs/9 " + b"x" * 5000 + b" 0 1\n",
+            r"line 1 names 'imgs/9/x+\.\.\.x*', which cannot be read: File name",
+            id="long",
+        ),
         pytest.param(b"x" * 1_000_000, r"line 1: 'x+\.\.\.x*' is not 'folder file number label", id="line"),
         pytest.param(b"imgs 9 0 1\n", r"line 1 names 'imgs/9', which is no plain file", id="folder"),
     ],
@@ -170,25 +187,47 @@ def chunk(kind, content):
 
 def png(width, height, *chunks, depth=8, colour=0):
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(bytes(32 * 33))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(bytes(32 * 33)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(png(20_000, 20_000), r"png cannot be read: .*decompression bomb.*; it is truncated or damaged", id="400 megapixels"),
-        pytest.param(png(12_000, 9_000), r"png is an image of 12000 x 9000 pixels, mode L; 32 x 32 grey ones", id="108 megapixels"),
+        pytest.param(
+            png(20_000, 20_000),
+            r"png cannot be read: .*decompression bomb.*; it is truncated or damaged",
+            id="400 megapixels",
+        ),
+        pytest.param(
+            png(12_000, 9_000),
+            r"png is an image of 12000 x 9000 pixels, mode L; 32 x 32 grey ones",
+            id="108 megapixels",
+        ),
         pytest.param(png(2**31 - 1, 1), r"png (cannot be read|is an image of)", id="wide"),
         pytest.param(png(0, 32), r"png (cannot be read|is an image of)", id="no width"),
         pytest.param(png(32, 32, depth=1), r"png is an image of 32 x 32 pixels, mode 1;", id="black and white"),
         pytest.param(png(32, 32, depth=16), r"png is an image of 32 x 32 pixels, mode I;16;", id="16 bits"),
-        pytest.param(png(32, 32, colour=3), r"png (is an image of 32 x 32 pixels, mode P;|cannot be read)", id="palette"),
+        pytest.param(
+            png(32, 32, colour=3), r"png (is an image of 32 x 32 pixels, mode P;|cannot be read)", id="palette"
+        ),
         pytest.param(png(32, 32, colour=4), r"png is an image of 32 x 32 pixels, mode LA;", id="alpha"),
         pytest.param(png(32, 32, depth=200), r"png cannot be read", id="depth"),
         pytest.param(
-            png(32, 32, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))), r"png' is longer than 69,632 bytes|cannot be", id="text"
+            png(32, 32, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))),
+            r"png' is longer than 69,632 bytes|cannot be",
+            id="text",
         ),
-        pytest.param(png(32, 32, chunk(b"tEXt", b"a\0" + bytes(100_000))), r"png' is longer than 69,632 bytes, which no file", id="long"),
+        pytest.param(
+            png(32, 32, chunk(b"tEXt", b"a\0" + bytes(100_000))),
+            r"png' is longer than 69,632 bytes, which no file",
+            id="long",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -210,14 +249,22 @@ def npy(shape, dtype="|u1", order=False, content=b"abc", version=b"\x01\0"):
     ("content", "complaint"),
     [
         pytest.param(
-            npy((10**15,)), r"holds an array of the shape \(1000000000000000,\) and the dtype dtype\('uint8'\); \(3,\)", id="large"
+            npy((10**15,)),
+            r"holds an array of the shape \(1000000000000000,\) and the dtype dtype\('uint8'\); \(3,\)",
+            id="large",
         ),
         pytest.param(npy((3, 1)), r"holds an array of the shape \(3, 1\)", id="shape"),
-        pytest.param(npy((3,), "<f8"), r"and the dtype dtype\('float64'\); \(3,\) and uint8 are required: delete", id="dtype"),
+        pytest.param(
+            npy((3,), "<f8"), r"and the dtype dtype\('float64'\); \(3,\) and uint8 are required: delete", id="dtype"
+        ),
         pytest.param(npy((3,), "|O"), r"and the dtype dtype\('O'\)", id="objects"),
         pytest.param(npy((3,), order=True), r"holds an array of", id="by columns"),
-        pytest.param(npy((3,), content=b"ab"), r"bytes, and [0-9]+ are required for numbers of the shape \(3,\)", id="short"),
-        pytest.param(npy((3,), content=b"abcd"), r"bytes, and [0-9]+ are required for numbers of the shape \(3,\)", id="long"),
+        pytest.param(
+            npy((3,), content=b"ab"), r"bytes, and [0-9]+ are required for numbers of the shape \(3,\)", id="short"
+        ),
+        pytest.param(
+            npy((3,), content=b"abcd"), r"bytes, and [0-9]+ are required for numbers of the shape \(3,\)", id="long"
+        ),
         pytest.param(npy("x" * 500), r"x\.npy cannot be read: .*; delete .* to have it made again", id="no shape"),
         pytest.param(npy((3,), version=b"\x07\0"), r"x\.npy cannot be read: ", id="version"),
         pytest.param(npy((3,))[:9], r"x\.npy cannot be read: ", id="cut"),
@@ -241,14 +288,30 @@ def test_array_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(b"[" * 100_000, r"manifest\.json cannot be read: RecursionError.*; delete .* to generate it again", id="deep"),
+        pytest.param(
+            b"[" * 100_000,
+            r"manifest\.json cannot be read: RecursionError.*; delete .* to generate it again",
+            id="deep",
+        ),
         pytest.param(b"1" * 10_000, r"manifest\.json cannot be read: .*; delete", id="long number"),
         pytest.param(b" " * 2_000_000, r"manifest\.json' is longer than 1,048,576 bytes", id="long"),
         pytest.param(b"null", r"manifest\.json does not list the files of a data set", id="null"),
         pytest.param(b'{"files": []}', r"manifest\.json does not list the files of a data set", id="list"),
-        pytest.param(b'{"files": {}, "version": "' + b"x" * 500_000 + b'"}', r"version is 'x+\.\.\.x*' there, 1 asked", id="long text"),
-        pytest.param(b'{"files": {}, "' + b"x" * 500_000 + b'": 1, "version": 1}', r"\('x+\.\.\.x*' is 1 there, None asked", id="long key"),
-        pytest.param(b'{"files": {}, ' + b'"x%d": 1, ' * 9 % (*range(9),) + b'"version": 1}', r"'x7' is 1 there, None asked\)", id="many"),
+        pytest.param(
+            b'{"files": {}, "version": "' + b"x" * 500_000 + b'"}',
+            r"version is 'x+\.\.\.x*' there, 1 asked",
+            id="long text",
+        ),
+        pytest.param(
+            b'{"files": {}, "' + b"x" * 500_000 + b'": 1, "version": 1}',
+            r"\('x+\.\.\.x*' is 1 there, None asked",
+            id="long key",
+        ),
+        pytest.param(
+            b'{"files": {}, ' + b'"x%d": 1, ' * 9 % (*range(9),) + b'"version": 1}',
+            r"'x7' is 1 there, None asked\)",
+            id="many",
+        ),
         pytest.param(b'{"files": {"a": [[]]}, "version": 1}', r"a was changed since it was generated", id="hash"),
     ],
 )
@@ -270,7 +333,9 @@ def test_recording_whose_name_no_list_can_hold_is_refused(tmp_path):
 @pytest.mark.parametrize("load", [load_imdb, load_cifar, load_aan], ids=lambda load: load.__name__)
 def test_folder_that_cannot_be_looked_into_is_a_sentence(load, tmp_path, monkeypatch):
     settings = {load_imdb: ImdbSettings(), load_cifar: CifarSettings(), load_aan: AANSettings()}[load]
-    with pytest.raises(DataError, match=r"cannot look for data in '.*xxx.*': File name too long; choose another folder") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot look for data in '.*xxx.*': File name too long; choose another folder"
+    ) as caught:
         load(settings, tmp_path / ("x" * 5000), progress=False)
     assert len(str(caught.value)) < 600
 

@@ -1,4 +1,6 @@
-"""Pathfinder data: generated whatever the number of processes, read from Long Range Arena's folders, and what is said about broken ones."""
+"""Pathfinder data: generated whatever the number of processes, read from Long Range Arena's folders, and what is said
+about broken ones.
+"""
 
 import hashlib
 import io
@@ -47,7 +49,9 @@ def png(pixels):
 
 
 def make_release(folder, batches=(10, 9), images=16):
-    """Long Range Arena's layout with random images, by batch; one of them is an empty file. Returns pixels and label by (batch, number)."""
+    """Long Range Arena's layout with random images, by batch; one of them is an empty file. Returns pixels and label by
+    (batch, number).
+    """
     rng = np.random.default_rng(0)
     root = folder / "pathfinder32" / LEVEL
     (root / "metadata").mkdir(parents=True)
@@ -110,7 +114,9 @@ def test_hashes_are_those_of_the_files_and_the_settings_stand_beside_them(genera
     (place,) = folder.iterdir()
     assert set(data.hashes) == {f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")}
     assert data.hashes == {name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in data.hashes}
-    assert json.loads((place / "manifest.json").read_text())["settings"] == SETTINGS.model_dump(mode="json", exclude={"download"})
+    assert json.loads((place / "manifest.json").read_text())["settings"] == SETTINGS.model_dump(
+        mode="json", exclude={"download"}
+    )
 
 
 def test_images_are_looked_into_on_the_disk(generated):
@@ -124,7 +130,11 @@ def test_other_seed_gives_other_images_beside_them(generated, tmp_path):
 
 def test_path_x_differs_from_pathfinder_in_its_stimulus_alone():
     stimulus = set(StimulusSettings.model_fields)
-    changed = {name for name in PathfinderSettings.model_fields if getattr(PathXSettings(), name) != getattr(PathfinderSettings(), name)}
+    changed = {
+        name
+        for name in PathfinderSettings.model_fields
+        if getattr(PathXSettings(), name) != getattr(PathfinderSettings(), name)
+    }
     assert changed < stimulus
     assert {"size": 128, "margins": (2, 3), "continuity": 1.8}.items() <= PathXSettings().model_dump().items()
 
@@ -140,7 +150,9 @@ def test_release_is_split_as_torch_does_with_seed_42(release):
             pixels, label = ordered[number]
             assert np.array_equal(split.pixels[place], pixels.reshape(-1))
             assert int(split.targets[place]) == label
-    assert np.array_equal(np.sort(np.concatenate([split.targets for split in data[:3]])), sorted(label for _, label in ordered))
+    assert np.array_equal(
+        np.sort(np.concatenate([split.targets for split in data[:3]])), sorted(label for _, label in ordered)
+    )
 
 
 def test_release_is_decoded_once(release, monkeypatch):
@@ -229,8 +241,9 @@ def test_release_is_found_in_the_folder_of_its_archive_too(release, tmp_path):
 
 def test_missing_release_is_a_sentence_with_the_layout(tmp_path):
     complaint = (
-        r"there is no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*, nor a lra_release.gz to unpack; "
-        r"put https.* there, or set task\.data\.download=true, or generate the images: task\.data\.source=generated"
+        r"there is no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*, nor a lra_release.gz to "
+        r"unpack; put https.* there, "
+        r"or set task\.data\.download=true, or generate the images: task\.data\.source=generated"
     )
     with pytest.raises(DataError, match=complaint):
         prepare_pathfinder(RELEASE, tmp_path, progress=False)
@@ -239,12 +252,32 @@ def test_missing_release_is_a_sentence_with_the_layout(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}", r"metadata/9.npy is not text; the lists of the release are", id="pickle"),
-        pytest.param(b"imgs/9 sample_0.png 0\n", r"9.npy, line 1: 'imgs/9 sample_0.png 0' is not 'folder file number label", id="short"),
-        pytest.param(b"imgs/9 sample_0.png 0 1\n\nimgs/9 sample_1.png 1 2\n", r"9.npy, line 3: .* a label of 0 or 1", id="label"),
-        pytest.param(b"../imgs sample_0.png 0 1\n", r"line 1: '../imgs/sample_0.png' leads out of .*; the list is damaged", id="outside"),
-        pytest.param(b"/etc passwd 0 1\n", r"line 1: '/etc/passwd' leads out of .*; the list is damaged", id="absolute"),
-        pytest.param(b"imgs/9 none.png 0 1\n", r"line 1 names 'imgs/9/none.png', which cannot be read: No such file", id="missing"),
+        pytest.param(
+            b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}",
+            r"metadata/9.npy is not text; the lists of the release are",
+            id="pickle",
+        ),
+        pytest.param(
+            b"imgs/9 sample_0.png 0\n",
+            r"9.npy, line 1: 'imgs/9 sample_0.png 0' is not 'folder file number label",
+            id="short",
+        ),
+        pytest.param(
+            b"imgs/9 sample_0.png 0 1\n\nimgs/9 sample_1.png 1 2\n", r"9.npy, line 3: .* a label of 0 or 1", id="label"
+        ),
+        pytest.param(
+            b"../imgs sample_0.png 0 1\n",
+            r"line 1: '../imgs/sample_0.png' leads out of .*; the list is damaged",
+            id="outside",
+        ),
+        pytest.param(
+            b"/etc passwd 0 1\n", r"line 1: '/etc/passwd' leads out of .*; the list is damaged", id="absolute"
+        ),
+        pytest.param(
+            b"imgs/9 none.png 0 1\n",
+            r"line 1 names 'imgs/9/none.png', which cannot be read: No such file",
+            id="missing",
+        ),
     ],
 )
 def test_broken_list_is_an_error_that_names_file_and_line(tmp_path, content, complaint):
@@ -275,12 +308,20 @@ GREY = np.zeros((32, 32), dtype=np.uint8)
             id="truncated",
         ),
         pytest.param(
-            b"not an image", r"sample_2.png cannot be read: it is no PNG image; it is truncated or damaged: get it again", id="no-image"
+            b"not an image",
+            r"sample_2.png cannot be read: it is no PNG image; it is truncated or damaged: get it again",
+            id="no-image",
         ),
         pytest.param(
-            png(np.zeros((32, 31), dtype=np.uint8)), r"sample_2.png is an image of 31 x 32 pixels, mode L; 32 x 32 grey", id="size"
+            png(np.zeros((32, 31), dtype=np.uint8)),
+            r"sample_2.png is an image of 31 x 32 pixels, mode L; 32 x 32 grey",
+            id="size",
         ),
-        pytest.param(png(np.zeros((32, 32, 3), dtype=np.uint8)), r"sample_2.png is an image of 32 x 32 pixels, mode RGB", id="colour"),
+        pytest.param(
+            png(np.zeros((32, 32, 3), dtype=np.uint8)),
+            r"sample_2.png is an image of 32 x 32 pixels, mode RGB",
+            id="colour",
+        ),
     ],
 )
 def test_broken_image_is_an_error_that_names_the_file_and_leaves_nothing(tmp_path, content, complaint):
@@ -296,16 +337,22 @@ def test_size_that_was_never_released_is_refused():
         PathfinderSettings(source="release", **SMALL)
 
 
-@pytest.mark.parametrize("task", [PathfinderTask(data={**SMALL, **SIZES}), PathXTask(data={"distractors": 2})], ids=["pathfinder", "pathx"])
+@pytest.mark.parametrize(
+    "task", [PathfinderTask(data={**SMALL, **SIZES}), PathXTask(data={"distractors": 2})], ids=["pathfinder", "pathx"]
+)
 def test_tasks_are_kinds_that_survive_saving(task):
     assert kinds("task")[task.kind] is type(task)
     assert load_spec(dump_spec(task), family="task") == task
 
 
 def experiment(**data):
-    settings = [f"training.{key}={value}" for key, value in {"updates": 2, "batch_size": 4, "warmup": 1, "evaluate_every": 2}.items()]
+    settings = [
+        f"training.{key}={value}"
+        for key, value in {"updates": 2, "batch_size": 4, "warmup": 1, "evaluate_every": 2}.items()
+    ]
     return load_experiment(
-        "pathfinder_tiny", ["training.budget=null", *settings, *(f"task.data.{key}={value}" for key, value in data.items())]
+        "pathfinder_tiny",
+        ["training.budget=null", *settings, *(f"task.data.{key}={value}" for key, value in data.items())],
     )
 
 
@@ -332,12 +379,27 @@ def test_shown_pixels_are_the_grey_values(generated):
 
 
 def test_model_that_does_not_read_pixels_is_refused():
-    with pytest.raises(SpecError, match=r"encoder.kind='token_embedding' does not read grey values; use kind 'real_number'"):
+    with pytest.raises(
+        SpecError, match=r"encoder.kind='token_embedding' does not read grey values; use kind 'real_number'"
+    ):
         load_experiment("pathfinder_tiny", ["encoder={kind: token_embedding, vocabulary: 17}"])
 
 
 def test_contact_sheet_has_positives_on_the_left(tmp_path, capsys):
-    arguments = ["--size", "20", "--set", "contour_length=4", "--set", "seed_frame=6", "--rows", "2", "--columns", "3", "--scale", "2"]
+    arguments = [
+        "--size",
+        "20",
+        "--set",
+        "contour_length=4",
+        "--set",
+        "seed_frame=6",
+        "--rows",
+        "2",
+        "--columns",
+        "3",
+        "--scale",
+        "2",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "sheet.png")]) == 0
     assert "6 images with both discs on one contour (left)" in capsys.readouterr().out
     settings = PathfinderSettings(size=20, contour_length=4, seed_frame=6)

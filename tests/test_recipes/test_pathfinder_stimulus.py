@@ -1,4 +1,6 @@
-"""The Pathfinder stimulus: what makes the task, from the generator's own geometry, and the pictures against a slow drawing."""
+"""The Pathfinder stimulus: what makes the task, from the generator's own geometry, and the pictures against a slow
+drawing.
+"""
 
 import hashlib
 import itertools
@@ -18,7 +20,11 @@ LRA = StimulusSettings()
 PATHX = PathXSettings()
 SHORT = StimulusSettings(size=24, contour_length=5, distractors=3, distractor_length=2, seed_frame=6, margins=(1, 2))
 
-CASES = [pytest.param((LRA, 120), id="32-px"), pytest.param((PATHX, 8), id="128-px"), pytest.param((SHORT, 200), id="short")]
+CASES = [
+    pytest.param((LRA, 120), id="32-px"),
+    pytest.param((PATHX, 8), id="128-px"),
+    pytest.param((SHORT, 200), id="short"),
+]
 drawn = {}
 
 
@@ -45,11 +51,16 @@ def window(settings, stimulus, dash, bits_or_picture):
         rows, columns = bits_or_picture.nonzero()
         values = bits_or_picture[rows, columns].tolist()
     top, left = dash.pivot[0] - stencils.reach, dash.pivot[1] - stencils.reach
-    return {(top + row, left + column): value for row, column, value in zip(rows.tolist(), columns.tolist(), values, strict=True)}
+    return {
+        (top + row, left + column): value
+        for row, column, value in zip(rows.tolist(), columns.tolist(), values, strict=True)
+    }
 
 
 def footprint(settings, stimulus, dash):
-    return set(window(settings, stimulus, dash, stencils_of(settings, stimulus.margin).directions[dash.direction].footprint))
+    return set(
+        window(settings, stimulus, dash, stencils_of(settings, stimulus.margin).directions[dash.direction].footprint)
+    )
 
 
 def picture(settings, stimulus, dash):
@@ -64,9 +75,14 @@ def test_discs_are_on_one_contour_if_and_only_if_the_label_is_1(case):
         assert stimulus.label == int(begins == ends)
 
 
-@pytest.mark.parametrize("settings", [SHORT, SHORT.model_copy(update={"margins": (1,)})], ids=["two-margins", "one-margin"])
+@pytest.mark.parametrize(
+    "settings", [SHORT, SHORT.model_copy(update={"margins": (1,)})], ids=["two-margins", "one-margin"]
+)
 def test_labels_and_discs_are_balanced(settings):
-    found = Counter((stimulus.label, stimulus.marked[0]) for stimulus in (draw_stimulus(settings, 1, number) for number in range(600)))
+    found = Counter(
+        (stimulus.label, stimulus.marked[0])
+        for stimulus in (draw_stimulus(settings, 1, number) for number in range(600))
+    )
     assert sorted(found) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(abs(count - 150) < 4 * math.sqrt(600 * 0.25 * 0.75) for count in found.values())
 
@@ -92,7 +108,9 @@ def test_dashes_follow_one_another_and_never_turn_too_far(case):
         directions = stencils_of(settings, stimulus.margin).directions
         for contour in groups_of(stimulus):
             for dash in contour:
-                assert math.dist(dash.pivot, dash.far) == pytest.approx(settings.dash_length + stimulus.margin, abs=0.71)
+                assert math.dist(dash.pivot, dash.far) == pytest.approx(
+                    settings.dash_length + stimulus.margin, abs=0.71
+                )
                 assert math.dist(dash.near, dash.far) == pytest.approx(settings.dash_length, abs=0.71)
             for last, dash in itertools.pairwise(contour):
                 step = math.dist(last.pivot, dash.pivot)
@@ -112,7 +130,11 @@ def test_second_contour_begins_at_the_seed_distance_and_the_first_off_the_frame(
 def test_footprints_do_not_overlap_and_stay_off_the_padding(case):
     settings, stimuli = case
     for stimulus in stimuli[:60]:
-        dashes = [(group, place, dash) for group, contour in enumerate(groups_of(stimulus)) for place, dash in enumerate(contour)]
+        dashes = [
+            (group, place, dash)
+            for group, contour in enumerate(groups_of(stimulus))
+            for place, dash in enumerate(contour)
+        ]
         covered = [footprint(settings, stimulus, dash) for _, _, dash in dashes]
         for (one, first), (other, second) in itertools.combinations(zip(dashes, covered, strict=True), 2):
             neighbours = one[0] == other[0] and abs(one[1] - other[1]) == 1
@@ -124,7 +146,11 @@ def test_footprints_do_not_overlap_and_stay_off_the_padding(case):
 def test_drawn_pixels_of_dashes_that_are_no_neighbours_are_more_than_a_margin_apart(case):
     settings, stimuli = case
     for stimulus in stimuli[:6]:
-        dashes = [(group, place, dash) for group, contour in enumerate(groups_of(stimulus)) for place, dash in enumerate(contour)]
+        dashes = [
+            (group, place, dash)
+            for group, contour in enumerate(groups_of(stimulus))
+            for place, dash in enumerate(contour)
+        ]
         for one, other in itertools.combinations(dashes, 2):
             if one[0] == other[0] and abs(one[1] - other[1]) == 1:
                 continue
@@ -156,7 +182,11 @@ def test_image_is_the_pixelwise_maximum_of_dashes_and_discs(case):
         for disc in stimulus.discs:
             for row, column in itertools.product(range(settings.size), repeat=2):
                 fine = [(place + 0.5) / settings.antialias - 0.5 for place in range(settings.antialias)]
-                hits = [math.hypot(row + y - disc[0], column + x - disc[1]) <= settings.marker_radius for y in fine for x in fine]
+                hits = [
+                    math.hypot(row + y - disc[0], column + x - disc[1]) <= settings.marker_radius
+                    for y in fine
+                    for x in fine
+                ]
                 grey[row, column] = max(grey[row, column], sum(hits) / len(hits))
         assert np.abs(stimulus.image - 255 * grey / grey.max()).max() <= 0.51
 
@@ -173,7 +203,12 @@ def test_nothing_is_brighter_than_a_disc_and_contours_have_their_contrasts(setti
         if min(math.dist((row, column), disc) for disc in stimulus.discs) <= settings.marker_radius + 1
     }
     of_contours, of_distractors = (
-        max(int(stimulus.image[place]) for contour in group for dash in contour for place in set(picture(settings, stimulus, dash)) - discs)
+        max(
+            int(stimulus.image[place])
+            for contour in group
+            for dash in contour
+            for place in set(picture(settings, stimulus, dash)) - discs
+        )
         for group in (stimulus.contours, stimulus.distractors)
     )
     assert (int(stimulus.image[stimulus.discs[0]]), of_contours, of_distractors) == brightest
@@ -198,7 +233,14 @@ def test_fitting_places_are_those_where_no_pixel_of_the_footprint_is_occupied():
 @pytest.mark.parametrize("continuity", [1.0, 2.0])
 def test_turns_without_obstacles_follow_cosine_squared(continuity):
     free = StimulusSettings(
-        size=100, contour_length=2, distractors=0, seed_distance=30.0, seed_frame=45, dash_length=6, continuity=continuity, margins=(2,)
+        size=100,
+        contour_length=2,
+        distractors=0,
+        seed_distance=30.0,
+        seed_frame=45,
+        dash_length=6,
+        continuity=continuity,
+        margins=(2,),
     )
     directions = stencils_of(free, 2).directions
     turns = [
@@ -214,7 +256,9 @@ def test_turns_without_obstacles_follow_cosine_squared(continuity):
             angle = math.acos(max(-1.0, min(1.0, math.cos(first.angle - second.angle))))
             weights[angle] = weights.get(angle, 0.0) + math.cos(min(continuity * angle, math.pi / 2)) ** 2
         total = sum(weights.values())
-        expected.append((sum(w * a for a, w in weights.items()) / total, sum(w * a * a for a, w in weights.items()) / total))
+        expected.append(
+            (sum(w * a for a, w in weights.items()) / total, sum(w * a * a for a, w in weights.items()) / total)
+        )
     mean, square = (sum(values) / len(expected) for values in zip(*expected, strict=True))
     error = math.sqrt((square - mean**2) / len(turns))
     assert abs(sum(map(abs, turns)) / len(turns) - mean) < 4 * error
@@ -249,14 +293,20 @@ def test_contours_that_cannot_fit_end_with_a_sentence(monkeypatch):
     monkeypatch.setattr(pathfinder_stimulus, "STARTS", 50)
     crowded = SHORT.model_copy(update={"contour_length": 60})
     with pytest.raises(
-        DataError, match=r"two contours of 60 dashes did not fit into 24 x 24 pixels in 50 attempts \(margin [12]\); lower contour"
+        DataError,
+        match=r"two contours of 60 dashes did not fit into 24 x 24 pixels in 50 attempts \(margin [12]\); "
+        r"lower contour",
     ):
         draw_stimulus(crowded, 0, 0)
 
 
 def test_beginning_that_fits_nowhere_is_a_sentence():
-    long = StimulusSettings(size=28, dash_length=20, margins=(2,), seed_frame=13)  # from the middle, 20 pixels lead out of the image
-    with pytest.raises(DataError, match=r"no dash fits where the first contour may begin; lower seed_frame=13, dash_length=20 or margin 2"):
+    # From the middle, 20 pixels lead out of the image.
+    long = StimulusSettings(size=28, dash_length=20, margins=(2,), seed_frame=13)
+    with pytest.raises(
+        DataError,
+        match=r"no dash fits where the first contour may begin; lower seed_frame=13, dash_length=20 or margin 2",
+    ):
         draw_stimulus(long, 0, 0)
 
 

@@ -1,4 +1,6 @@
-"""A signal of a job scheduler ends a training cleanly, whenever it comes, and the run goes on from there to the last bit."""
+"""A signal of a job scheduler ends a training cleanly, whenever it comes, and the run goes on from there to the last
+bit.
+"""
 
 import os
 import signal
@@ -18,7 +20,17 @@ from sma.recipes.signals import PREEMPTED, Preempted, on_preemption
 from sma.recipes.trainer import interruptible
 from sma.recipes.training import Classifier
 from tests.test_recipes.test_steering import BUDGET
-from tests.test_recipes.tiny import MODEL, assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
+from tests.test_recipes.tiny import (
+    MODEL,
+    assert_same_run,
+    before_update,
+    checkpoint,
+    fail,
+    metrics_of,
+    same,
+    tiny,
+    train,
+)
 
 SLURM = {
     "SLURM_NTASKS": "1",
@@ -57,7 +69,9 @@ def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1)
         pytest.param(29, 30, signal.SIGUSR1, id="last-update"),
     ],
 )
-def test_run_goes_on_from_the_update_in_which_the_signal_came(finished, data, tmp_path, monkeypatch, update, saved, number):
+def test_run_goes_on_from_the_update_in_which_the_signal_came(
+    finished, data, tmp_path, monkeypatch, update, saved, number
+):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert f"update {saved} of 30 is saved" in _preempted(tmp_path, data, update, monkeypatch, number=number)
@@ -123,14 +137,16 @@ def test_routers_that_draw_and_budgets_go_on_too(data, tmp_path, monkeypatch, ro
 
 
 def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monkeypatch):
-    # The lines of the metrics and the evaluations do not fall together: a line is made of updates before and after a checkpoint.
+    # The lines of the metrics and the evaluations do not fall together: a line is made of updates before and after a
+    # checkpoint.
     spec = tiny(training__updates=120, training__evaluate_every=70)
     train(spec, tmp_path / "whole", data)
     for update in (33, 72):
         _preempted(tmp_path / "parts", data, update, monkeypatch, spec)
     train(spec, tmp_path / "parts", data, resume=True)
     whole, parts = (
-        {step: line for (step, kind), line in metrics_of(tmp_path / name).items() if kind == "fit"} for name in ("whole", "parts")
+        {step: line for (step, kind), line in metrics_of(tmp_path / name).items() if kind == "fit"}
+        for name in ("whole", "parts")
     )
     assert {50, 100} <= {*whole}
     assert parts == whole
@@ -138,7 +154,13 @@ def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monk
 
 def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
-    task = {"kind": "language", "data": {"file": str(tmp_path / "text.txt")}, "segment": 16, "window": 50, "carry_state": True}
+    task = {
+        "kind": "language",
+        "data": {"file": str(tmp_path / "text.txt")},
+        "segment": 16,
+        "window": 50,
+        "carry_state": True,
+    }
     parts = {name: part for name, part in MODEL.items() if name not in ("head", "kind", "encoder")}
     model = {**parts, "kind": "language_model", "encoder": {"kind": "token_embedding", "vocabulary": 256}}
     causal = [f"model.layers.layer.{part}.bidirectional=false" for part in ("backbone", "modules.attention")]

@@ -20,11 +20,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def made_up_modules(count=20, passages=6, length=8):
-    """Modules of which every byte tells the module, and every 8 bytes the place; every second one is about the internet."""
+    """Modules of which every byte tells the module, and every 8 bytes the place; every second one is about the
+    internet.
+    """
     internet = sorted(INTERNET)
     names = [f"{internet[number]}/a.py" if number % 2 else f"m{number}.py" for number in range(count)]
     return {
-        name: b"".join(bytes([65 + number, 65 + place] * (length // 2)) for place in range(passages)) for number, name in enumerate(names)
+        name: b"".join(bytes([65 + number, 65 + place] * (length // 2)) for place in range(passages))
+        for number, name in enumerate(names)
     }
 
 
@@ -40,7 +43,8 @@ def texts(split):
 def pairs_of(pairs):
     content = pairs.content.tobytes()
     return [
-        (content[a:b], content[c:d], target) for (a, b, c, d), target in zip(pairs.places.tolist(), pairs.targets.tolist(), strict=True)
+        (content[a:b], content[c:d], target)
+        for (a, b, c, d), target in zip(pairs.places.tolist(), pairs.targets.tolist(), strict=True)
     ]
 
 
@@ -56,7 +60,9 @@ def test_modules_are_the_sources_of_the_standard_library_without_tests_and_table
 
 def test_python_without_sources_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(python_text.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match=r"came without the sources of its standard library \(looked for \*\.py in .*\); install them"):
+    with pytest.raises(
+        DataError, match=r"came without the sources of its standard library \(looked for \*\.py in .*\); install them"
+    ):
         python_modules()
 
 
@@ -76,10 +82,14 @@ def test_seed_decides_who_goes_where():
     assert deal_modules(names, 0.2, 0) != deal_modules(names, 0.2, 1)
 
 
-@pytest.mark.parametrize(("count", "validation", "split"), [(2, 0.5, "test"), (20, 0.01, "validation"), (5, 0.9, "train")])
+@pytest.mark.parametrize(
+    ("count", "validation", "split"), [(2, 0.5, "test"), (20, 0.01, "validation"), (5, 0.9, "train")]
+)
 def test_split_without_a_module_is_refused(count, validation, split):
     names = [f"m{number}.py" for number in range(count)]
-    with pytest.raises(DataError, match=rf"validation={validation} leaves none of the {count} modules for the split '{split}'"):
+    with pytest.raises(
+        DataError, match=rf"validation={validation} leaves none of the {count} modules for the split '{split}'"
+    ):
         deal_modules(names, validation, 0)
 
 
@@ -100,12 +110,16 @@ def test_documents_are_whole_passages_half_of_each_class_and_no_module_is_in_two
 
 def test_rest_of_a_module_that_makes_no_passage_is_left_out():
     modules = {name: content + b"rest" for name, content in made_up_modules().items()}
-    for with_rest, without in zip(python_documents(8, 0.25, 0, modules), python_documents(8, 0.25, 0, made_up_modules()), strict=True):
+    for with_rest, without in zip(
+        python_documents(8, 0.25, 0, modules), python_documents(8, 0.25, 0, made_up_modules()), strict=True
+    ):
         assert with_rest.sha256 == without.sha256
 
 
 def test_split_without_a_passage_of_some_class_is_refused():
-    with pytest.raises(DataError, match=r"the split 'train' has no passage of 49 bytes of some class; lower the length"):
+    with pytest.raises(
+        DataError, match=r"the split 'train' has no passage of 49 bytes of some class; lower the length"
+    ):
         python_documents(49, 0.25, 0, made_up_modules())
 
 
@@ -150,7 +164,9 @@ def test_same_modules_in_another_order_give_the_same_hashes():
     modules = made_up_modules()
     backwards = dict(reversed(modules.items()))
     pairs, again = python_pairs(8, 0.25, 0, modules), python_pairs(8, 0.25, 0, backwards)
-    assert {split: part.sha256 for split, part in pairs.items()} == {split: part.sha256 for split, part in again.items()}
+    assert {split: part.sha256 for split, part in pairs.items()} == {
+        split: part.sha256 for split, part in again.items()
+    }
     assert len({part.sha256 for part in pairs.values()}) == 3
     documents, others = python_documents(8, 0.25, 0, modules), python_documents(8, 0.25, 0, backwards)
     assert [split.sha256 for split in documents] == [split.sha256 for split in others]
@@ -171,9 +187,14 @@ def test_loaders_of_reviews_and_papers_give_them_without_a_data_folder(tmp_path)
 
 def test_tasks_call_the_classes_what_they_are(tmp_path):
     assert TextTask(data={"source": "python", "length": 100}).prepare(tmp_path).class_names == ("other", "internet")
-    assert RetrievalTask(data={"source": "python", "length": 100}).prepare(tmp_path).class_names == ("elsewhere", "continued")
+    assert RetrievalTask(data={"source": "python", "length": 100}).prepare(tmp_path).class_names == (
+        "elsewhere",
+        "continued",
+    )
 
 
 def test_split_of_the_reviews_is_refused():
-    with pytest.raises(SpecError, match=r"split='lra' is that of the reviews; source='python' has none: use split='held_out'"):
+    with pytest.raises(
+        SpecError, match=r"split='lra' is that of the reviews; source='python' has none: use split='held_out'"
+    ):
         ImdbSettings(source="python", split="lra")

@@ -43,7 +43,9 @@ TINY = {
         "layers": [
             {
                 "backbone": {"kind": "ema", "state_size": 4, "bidirectional": False},
-                "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 8, "bidirectional": False}},
+                "modules": {
+                    "attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 8, "bidirectional": False}
+                },
             }
         ],
     },
@@ -97,7 +99,9 @@ def test_every_query_asks_for_the_value_that_followed_its_key(chosen):
 
 
 def test_places_of_the_pairs_are_drawn_alike():
-    chosen = RecallSettings(length=12, queries_from=8, pairs=2, keys=2, values=2, distractors=1, train=6000, validation=1, test=1)
+    chosen = RecallSettings(
+        length=12, queries_from=8, pairs=2, keys=2, values=2, distractors=1, train=6000, validation=1, test=1
+    )
     ids = make_recall(chosen).train.ids[:, :8].long()
     starts = (ids >= 2) & (ids < 4)
     ways, counts = starts.int().unique(dim=0, return_counts=True)
@@ -120,7 +124,8 @@ def test_splits_of_one_seed_are_fixed_and_those_of_another_differ():
         pytest.param({"pairs": 40}, "pairs=40 must be at most keys=32; no key comes twice", id="keys"),
         pytest.param(
             {"queries_from": 14},
-            "pairs=8 do not fit: they take 16 of the first queries_from=14 tokens, and their queries 8 of the other 114",
+            "pairs=8 do not fit: they take 16 of the first queries_from=14 tokens, "
+            "and their queries 8 of the other 114",
             id="pairs",
         ),
         pytest.param({"queries_from": 121}, "and their queries 8 of the other 7", id="queries"),
@@ -149,7 +154,9 @@ def test_one_answer_of_a_row_is_asked_for_as_it_stands():
     ("setting", "sentence"),
     [
         pytest.param(
-            "encoder.vocabulary=9", "model.encoder.vocabulary=9 must be 8: values, keys and distractors of the task", id="vocabulary"
+            "encoder.vocabulary=9",
+            "model.encoder.vocabulary=9 must be 8: values, keys and distractors of the task",
+            id="vocabulary",
         ),
         pytest.param(
             "model={kind: sequence_encoder, width: 8, encoder: {kind: token_embedding, vocabulary: 8}, layers: []}",
@@ -237,7 +244,8 @@ def test_command_trains_the_arms_that_are_asked_for(tmp_path, capsys):
 
 
 def test_the_dial_measures_what_the_model_does_at_each_rate():
-    spec = load_experiment(TINY, ["task.data.validation=40"])  # enough tokens that equal scores leave no gap in the rates
+    # Enough tokens that equal scores leave no gap in the rates.
+    spec = load_experiment(TINY, ["task.data.validation=40"])
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
     points = dial(model, data)
@@ -245,7 +253,9 @@ def test_the_dial_measures_what_the_model_does_at_each_rate():
     with torch.no_grad():  # the model is left at the last rate
         output = model(batch.inputs, batch.valid)
     scored = batch.targets != UNSCORED
-    assert points[-1]["accuracy"] == pytest.approx(float((output.logits.argmax(-1) == batch.targets)[scored].double().mean()))
+    assert points[-1]["accuracy"] == pytest.approx(
+        float((output.logits.argmax(-1) == batch.targets)[scored].double().mean())
+    )
     assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
     rates = [point["activation_rate"] for point in points]
     assert rates == sorted(rates)

@@ -77,7 +77,10 @@ def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data
     assert report.samples == half
     assert len({example.target for example in report.examples}) >= 3
     assert max(example.target for example in report.examples) > test[by_class[half]][1]
-    assert report.examples[0].texts == measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8).examples[0].texts
+    assert (
+        report.examples[0].texts
+        == measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8).examples[0].texts
+    )
 
 
 def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
@@ -97,7 +100,9 @@ def test_words_say_what_was_learned_and_where_things_are(tmp_path):
 
 
 def test_words_say_that_there_is_no_figure(tmp_path):
-    assert "figure            none: it could not be drawn, see the warning above" in describe_run(SUMMARY, REPORT, tmp_path)
+    assert "figure            none: it could not be drawn, see the warning above" in describe_run(
+        SUMMARY, REPORT, tmp_path
+    )
 
 
 def test_words_say_what_to_try_next(tmp_path):
@@ -111,7 +116,11 @@ def test_words_say_what_to_try_next(tmp_path):
 @pytest.mark.parametrize(
     ("rates", "hint"),
     [
-        pytest.param([0.95, 0.5], "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1", id="saturated"),
+        pytest.param(
+            [0.95, 0.5],
+            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1",
+            id="saturated",
+        ),
         pytest.param([0.0, 0.5], "a router is dead: its layer is the backbone alone", id="dead"),
     ],
 )
@@ -147,7 +156,11 @@ def test_figure_is_an_image_with_something_on_it(finished, tmp_path):
 
 def test_curves_of_a_resumed_run_are_joined(tmp_path):
     header = "step,loss,fit_rate/layer0/attention,val_accuracy\n"
-    for version, lines in {0: "9,1.0,0.5,\n9,,,0.1\n19,1.0,0.6,\n", 2: "19,1.0,0.7,\n", 10: "29,1.0,0.8,\n29,,,0.3\n"}.items():
+    for version, lines in {
+        0: "9,1.0,0.5,\n9,,,0.1\n19,1.0,0.6,\n",
+        2: "19,1.0,0.7,\n",
+        10: "29,1.0,0.8,\n29,,,0.3\n",
+    }.items():
         (tmp_path / "metrics" / f"version_{version}").mkdir(parents=True)
         (tmp_path / "metrics" / f"version_{version}" / "metrics.csv").write_text(header + lines)
     assert rates_over_training(tmp_path) == {

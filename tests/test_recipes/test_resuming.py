@@ -1,4 +1,6 @@
-"""A run resumes when it is asked to, from a whole checkpoint of the same experiment; everything else is refused in one sentence."""
+"""A run resumes when it is asked to, from a whole checkpoint of the same experiment; everything else is refused in one
+sentence.
+"""
 
 import shutil
 import threading
@@ -41,8 +43,16 @@ def test_folder_with_a_run_is_not_resumed_unless_asked(run, data):
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
-        pytest.param({"seed": 1}, r"experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give", id="seed"),
-        pytest.param({"model__width": 16}, r"belongs to another experiment: model\.width is 8 there, and 16 is asked for", id="width"),
+        pytest.param(
+            {"seed": 1},
+            r"experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give",
+            id="seed",
+        ),
+        pytest.param(
+            {"model__width": 16},
+            r"belongs to another experiment: model\.width is 8 there, and 16 is asked for",
+            id="width",
+        ),
     ],
 )
 def test_another_experiment_is_refused_before_it_trains(run, data, setting, complaint):
@@ -52,7 +62,9 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
     # The file says the same as what is asked for, and the checkpoint does not.
     text = yaml.safe_load((run / "experiment.yaml").read_text())
     (run / "experiment.yaml").write_text(yaml.safe_dump({**text, "seed": 1}))
-    with pytest.raises(CheckpointError, match=r"last\.ckpt' belongs to another experiment: seed is 0 there, and 1 is asked for"):
+    with pytest.raises(
+        CheckpointError, match=r"last\.ckpt' belongs to another experiment: seed is 0 there, and 1 is asked for"
+    ):
         train(tiny(seed=1), run, data, resume=True)
     assert (run / LAST).read_bytes() == before
 
@@ -68,9 +80,12 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
 )
 @pytest.mark.parametrize("name", [LAST, BEST])
 def test_something_else_in_the_place_of_a_checkpoint_is_a_sentence(run, data, monkeypatch, name, content, complaint):
-    monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)  # the best one is read at the end, and is not to be replaced
+    # The best one is read at the end, and is not to be replaced.
+    monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)
     (run / name).write_bytes(b"\x00" * 5000) if content is None else torch.save(content, run / name)
-    with pytest.raises(CheckpointError, match=rf"the checkpoint '.*{name}' {complaint}.*; put a whole one in its place"):
+    with pytest.raises(
+        CheckpointError, match=rf"the checkpoint '.*{name}' {complaint}.*; put a whole one in its place"
+    ):
         train(tiny(), run, data, resume=True)
 
 
@@ -92,8 +107,15 @@ def _change(path, *keys, value):
         pytest.param(("optimizer_states",), [], "cannot be read: ", id="optimizers"),
         pytest.param(("optimizer_states", 0, "state"), {}, "the states of the optimiser are missing", id="optimizer"),
         pytest.param(("lr_schedulers", 0, "last_epoch"), 3, "does not agree with itself", id="schedule"),
-        pytest.param(("callbacks", "RandomStates"), {"cpu": torch.zeros(2), "cuda": []}, "cannot go on from", id="random-states"),
-        pytest.param(("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(1).expand(1 << 40), "another shape than its", id="huge"),
+        pytest.param(
+            ("callbacks", "RandomStates"), {"cpu": torch.zeros(2), "cuda": []}, "cannot go on from", id="random-states"
+        ),
+        pytest.param(
+            ("optimizer_states", 0, "state", 0, "exp_avg"),
+            torch.zeros(1).expand(1 << 40),
+            "another shape than its",
+            id="huge",
+        ),
     ],
 )
 def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, complaint):
@@ -102,13 +124,17 @@ def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, com
         train(tiny(), run, data, resume=True)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without those of the parts")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without those of the parts")]
+)
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
 def test_damaged_json_is_a_sentence(run, data, name, hint, content):
     (run / name).write_text(content)
     if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
         return
-    with pytest.raises(CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to go on {hint}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to go on {hint}"
+    ):
         train(tiny(), run, data, resume=True)
 
 
@@ -124,7 +150,9 @@ def test_run_that_is_being_written_is_refused(run, data):
     thread.start()
     held.wait()
     try:
-        with pytest.raises(CheckpointError, match=r"run' is being written by process \d+ on '.*'; wait for it or end it"):
+        with pytest.raises(
+            CheckpointError, match=r"run' is being written by process \d+ on '.*'; wait for it or end it"
+        ):
             train(tiny(), run, data, resume=True)
     finally:
         done.set()
@@ -163,7 +191,9 @@ def test_one_command_starts_goes_on_and_does_nothing_when_it_is_finished(command
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        pytest.param(["--auto-resume"], "--auto-resume needs --out: without it the folder has another name every time", id="out"),
+        pytest.param(
+            ["--auto-resume"], "--auto-resume needs --out: without it the folder has another name every time", id="out"
+        ),
         pytest.param(["--auto-resume", "--resume", "x"], "leave --auto-resume out", id="resume"),
     ],
 )

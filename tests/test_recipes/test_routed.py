@@ -41,7 +41,10 @@ def test_help_imports_nothing_that_takes_seconds(name):
     command = [sys.executable, "-X", "importtime", f"recipes/{name}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0
-    assert all(f"--{option}" in done.stdout for option in ("task", "preset", "router", "arms", "set", "seed", "out", "resume", "data"))
+    assert all(
+        f"--{option}" in done.stdout
+        for option in ("task", "preset", "router", "arms", "set", "seed", "out", "resume", "data")
+    )
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard", "sklearn"} == set()
 
@@ -49,14 +52,26 @@ def test_help_imports_nothing_that_takes_seconds(name):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param(["--task", "digit"], "--task='digit': input should be 'listops' or 'digits'; see --help", id="task"),
         pytest.param(
-            ["--arms", "routed,alway"], "error: unknown arm 'alway'; did you mean 'always'? arms: routed, expert_choice", id="arm"
+            ["--task", "digit"], "--task='digit': input should be 'listops' or 'digits'; see --help", id="task"
         ),
-        pytest.param(["--router", "sna"], "error: unknown router kind 'sna'; did you mean 'sma'? known kinds: always, ", id="router"),
-        pytest.param(["--router", "{kind: sma, tau: 1}"], "error: SMARouterSpec: unknown field 'tau'", id="router-field"),
+        pytest.param(
+            ["--arms", "routed,alway"],
+            "error: unknown arm 'alway'; did you mean 'always'? arms: routed, expert_choice",
+            id="arm",
+        ),
+        pytest.param(
+            ["--router", "sna"],
+            "error: unknown router kind 'sna'; did you mean 'sma'? known kinds: always, ",
+            id="router",
+        ),
+        pytest.param(
+            ["--router", "{kind: sma, tau: 1}"], "error: SMARouterSpec: unknown field 'tau'", id="router-field"
+        ),
         pytest.param(["--router", "{kind: "], "error: the value of --router is not valid YAML", id="router-yaml"),
-        pytest.param(["--resume", "nowhere"], "error: there is no comparison in 'nowhere': arms.json is missing", id="resume"),
+        pytest.param(
+            ["--resume", "nowhere"], "error: there is no comparison in 'nowhere': arms.json is missing", id="resume"
+        ),
         pytest.param(["--set", "training.updats=3"], "error: unknown field path 'training.updats'", id="set"),
     ],
 )
@@ -76,7 +91,12 @@ def test_arms_have_equal_width_depth_training_and_task(preset):
     arms = {name: arm(results) if callable(arm) else arm for name, arm in routed_arms(spec).items()}
     assert tuple(arms) == ARMS
     for name, arm in arms.items():
-        assert (arm.task, arm.seed, arm.threads, arm.model.width) == (spec.task, spec.seed, spec.threads, spec.model.width)
+        assert (arm.task, arm.seed, arm.threads, arm.model.width) == (
+            spec.task,
+            spec.seed,
+            spec.threads,
+            spec.model.width,
+        )
         assert arm.training.replace(budget=None) == spec.training.replace(budget=None)
         for mine, own in zip(arm.model.layer_specs, spec.model.layer_specs, strict=True):
             assert mine.replace(router=own.router) == own

@@ -1,4 +1,6 @@
-"""The table of routers: which experiments it is made of, what stands in it, and tables that were interrupted or in which runs failed."""
+"""The table of routers: which experiments it is made of, what stands in it, and tables that were interrupted or in
+which runs failed.
+"""
 
 import csv
 import json
@@ -32,7 +34,8 @@ def spec(tmp_path_factory):
     training = {**tiny.TRAINING, "updates": 4, "warmup": 1, "budget": {"target": 0.4}}
     path = tmp_path_factory.mktemp("spec") / "spec.yaml"
     path.write_text(
-        yaml.safe_dump({**tiny.EXPERIMENT, "model": model, "training": training, "threads": 1}, sort_keys=False), encoding="utf-8"
+        yaml.safe_dump({**tiny.EXPERIMENT, "model": model, "training": training, "threads": 1}, sort_keys=False),
+        encoding="utf-8",
     )
     return path
 
@@ -67,7 +70,9 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
     assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
     assert len(ALL) == len(set(ALL)) == 52
     assert Counter(cell.seed for cell in ALL) == {0: 44, 1: 4, 2: 4}
-    assert {(cell.column, cell.router) for cell in ALL if not cell.seed} == {(column, row) for column in columns(spec) for row in ROUTERS}
+    assert {(cell.column, cell.router) for cell in ALL if not cell.seed} == {
+        (column, row) for column in columns(spec) for row in ROUTERS
+    }
     assert {(cell.column, cell.router) for cell in ALL if cell.seed} == {("gau", router) for router in REPEATED}
 
 
@@ -81,7 +86,10 @@ def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(cell
     names = {"gau", "gated_mlp", "conv"} if cell.column == "mixed" else {cell.column}
     assert [set(layer.modules) for layer in layers] == [names] * 3
     assert {layer.router.kind for layer in layers} == {cell.router.removesuffix("+budget")}
-    kept = tuple(mine.replace(router=own.router, modules=own.modules) for mine, own in zip(layers, base.model.layer_specs, strict=True))
+    kept = tuple(
+        mine.replace(router=own.router, modules=own.modules)
+        for mine, own in zip(layers, base.model.layer_specs, strict=True)
+    )
     assert spec.model.replace(layers=kept) == base.model.replace(layers=base.model.layer_specs)
     steered = base.training if cell.router.endswith("+budget") else base.training.replace(budget=None)
     if cell.router.startswith("bernoulli"):
@@ -98,7 +106,11 @@ def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(cell
 def test_rows_of_a_fixed_rate_have_that_of_the_budget():
     base = load_experiment(PRESET, ["training.budget.target=0.25"])
     layers = {router: cell_experiment(base, Cell("gau", router, 2)).model.layer_specs for router in ROUTERS}
-    assert [layer.router.share for layer in layers["expert_choice"]] == [layer.router.rate for layer in layers["random"]] == [0.25] * 3
+    assert (
+        [layer.router.share for layer in layers["expert_choice"]]
+        == [layer.router.rate for layer in layers["random"]]
+        == [0.25] * 3
+    )
     assert (layers["top_k+budget"][0].router.k, layers["top_k+budget"][0].router.skips) == (1, 1)
 
 
@@ -111,9 +123,15 @@ def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        pytest.param(["training.budget=null"], "the table needs one rate .* set training.budget.target to a number", id="no-budget"),
+        pytest.param(
+            ["training.budget=null"],
+            "the table needs one rate .* set training.budget.target to a number",
+            id="no-budget",
+        ),
         pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one rate", id="budget-by-name"),
-        pytest.param(["layers.layer.router={kind: always}"], "whose routers are of the kind 'sma', not 'always'", id="router"),
+        pytest.param(
+            ["layers.layer.router={kind: always}"], "whose routers are of the kind 'sma', not 'always'", id="router"
+        ),
     ],
 )
 def test_experiment_that_makes_no_table_is_refused(settings, complaint):
@@ -125,13 +143,25 @@ def test_experiment_that_makes_no_table_is_refused(settings, complaint):
     ("arguments", "complaint"),
     [
         pytest.param(
-            ["--only", "sma,alway"], "error: unknown router 'alway'; did you mean 'always'? routers: sma, sma+budget", id="router"
+            ["--only", "sma,alway"],
+            "error: unknown router 'alway'; did you mean 'always'? routers: sma, sma+budget",
+            id="router",
         ),
-        pytest.param(["--modules", "gau,con"], "error: unknown column 'con'; did you mean 'conv'? columns: gau, gated_mlp", id="column"),
+        pytest.param(
+            ["--modules", "gau,con"],
+            "error: unknown column 'con'; did you mean 'conv'? columns: gau, gated_mlp",
+            id="column",
+        ),
         pytest.param(["--jobs", "0"], "--jobs='0': input should be greater than or equal to 1", id="jobs"),
-        pytest.param(["--resume", "nowhere"], "error: there is no table in 'nowhere': chosen.json is missing", id="resume"),
+        pytest.param(
+            ["--resume", "nowhere"], "error: there is no table in 'nowhere': chosen.json is missing", id="resume"
+        ),
         pytest.param(["--set", "training.budget=null"], "error: the table needs one rate", id="budget"),
-        pytest.param(["--set", "layers.layer.modules={}"], "error: the table needs an experiment whose layers have sub-modules", id="none"),
+        pytest.param(
+            ["--set", "layers.layer.modules={}"],
+            "error: the table needs an experiment whose layers have sub-modules",
+            id="none",
+        ),
     ],
 )
 def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
@@ -154,7 +184,9 @@ def test_summary_holds_the_numbers_of_the_runs(done):
         own = json.loads((folder / SUMMARY).read_text())
         assert (run["accuracy"], run["rates"]) == (own["test_accuracy"], own["activation_rates"])
         assert (run["tokens_per_second"], run["seed"]) == (own["tokens_per_second"], own["seed"])
-        assert {key: summary[key] for key in ("commit", "hardware", "date")} == {k: str(own[k]) for k in ("commit", "hardware", "date")}
+        assert {key: summary[key] for key in ("commit", "hardware", "date")} == {
+            k: str(own[k]) for k in ("commit", "hardware", "date")
+        }
         model = load_experiment(folder / EXPERIMENT).model
         assert run["operations_per_token"] == operation_count(model, summary["length"], run["rates"]).per_token
 
@@ -163,10 +195,18 @@ def test_table_holds_the_numbers_of_the_summary(done):
     out, summary = done
     text = (out / "table.md").read_text()
     assert text == markdown(summary)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
     for run in summary["runs"]:
         rates = " / ".join(f"{100 * rates['mlp']:.0f}" for rates in run["rates"])
-        row = [run["router"], f"{run['accuracy']:.1%}", rates, f"{run['operations_per_token']:,.0f}", f"{run['tokens_per_second']:,}"]
+        row = [
+            run["router"],
+            f"{run['accuracy']:.1%}",
+            rates,
+            f"{run['operations_per_token']:,.0f}",
+            f"{run['tokens_per_second']:,}",
+        ]
         assert (row in rows) == (run["seed"] == 0)
     accuracies = [100 * run["accuracy"] for run in summary["runs"] if run["router"] == "sma+budget"]
     spread = f"{statistics.mean(accuracies):.1f}% ({min(accuracies):.1f} to {max(accuracies):.1f})"
@@ -214,7 +254,9 @@ def test_failed_run_is_named_and_tried_again(spec, cache, tmp_path, monkeypatch,
     out = tmp_path / "out"
     chosen = ["--only", "expert_choice,always", "--modules", "attention", "--jobs", 1]
     with monkeypatch.context() as patch:
-        tiny.before_update(patch, 2, lambda classifier: tiny.fail(classifier) if "Choice" in repr(classifier.model) else None)
+        tiny.before_update(
+            patch, 2, lambda classifier: tiny.fail(classifier) if "Choice" in repr(classifier.model) else None
+        )
         assert _main("--spec", spec, "--data", cache, "--out", out, *chosen) == 2
     said = capsys.readouterr()
     assert "[1/2] attention/expert_choice-0: failed: RuntimeError: the power went out\n" in said.out
@@ -241,14 +283,20 @@ def test_run_of_another_experiment_is_refused(done, spec, cache, capsys):
     assert _main("--resume", out, "--data", cache) == 2
     path.write_text(text)
     complaint = capsys.readouterr().err
-    assert "never-0/experiment.yaml' belongs to another experiment: training.updates is 5 there, and 4 is asked for; give" in complaint
+    assert (
+        "never-0/experiment.yaml' belongs to another experiment: training.updates is 5 there, and 4 is asked for; give"
+        in complaint
+    )
 
 
 @pytest.mark.slow
 def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, tmp_path, capfd):
     out = tmp_path / "out"
     broken = out / "mlp" / "never-0" / "checkpoints" / "last.ckpt"
-    assert _main("--spec", spec, "--data", cache, "--out", out, "--only", "never", "--modules", "attention", "--jobs", 1) == 0
+    assert (
+        _main("--spec", spec, "--data", cache, "--out", out, "--only", "never", "--modules", "attention", "--jobs", 1)
+        == 0
+    )
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no checkpoint")
     chosen = ["--only", "sma+budget,never", "--modules", "mlp"]
@@ -257,7 +305,11 @@ def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, 
     summary = json.loads((out / SUMMARY).read_text())
     timed = {"tokens_per_second", "seconds"}
     mine, own = (
-        [{key: value for key, value in run.items() if key not in timed} for run in runs if run["router"] == "sma+budget"]
+        [
+            {key: value for key, value in run.items() if key not in timed}
+            for run in runs
+            if run["router"] == "sma+budget"
+        ]
         for runs in (summary["runs"], done[1]["runs"])
     )
     assert mine == own

@@ -27,7 +27,9 @@ def _weights(out, name=LAST):
 
 def test_folder_holds_what_is_worth_keeping(finished):
     out, _ = finished
-    found = {re.sub(r"events\.out.*", "events", str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()}
+    found = {
+        re.sub(r"events\.out.*", "events", str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()
+    }
     assert found == {
         "experiment.yaml",
         "data.json",
@@ -54,7 +56,15 @@ def test_versions_name_the_software_and_the_commit(finished):
     recorded = json.loads((out / "versions.json").read_text())
     assert recorded == [{"update": 0, **versions()}]
     assert recorded[0]["torch"] == torch.__version__
-    assert set(versions()) == {"python", "sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy", "commit"}
+    assert set(versions()) == {
+        "python",
+        "sparse-modular-activation",
+        "torch",
+        "lightning",
+        "torchmetrics",
+        "numpy",
+        "commit",
+    }
 
 
 def test_hashes_of_the_data_are_there_before_the_first_update(data, tmp_path, monkeypatch):
@@ -110,8 +120,12 @@ def test_metrics_are_in_the_csv_file(finished):
     out, done = finished
     lines = metrics_of(out)
     assert set(lines) == {(step, kind) for step in (10, 20, 30) for kind in ("fit", "val")} | {(30, "test")}
-    assert {"loss", "fit_accuracy", "fit_rate", "fit_rate/layer0/attention", "fit_rate/layer1/attention"} <= set(lines[10, "fit"])
-    assert {"val_loss", "val_accuracy", "val_rate", "val_rate/layer0/attention", "val_rate/layer1/attention"} <= set(lines[10, "val"])
+    assert {"loss", "fit_accuracy", "fit_rate", "fit_rate/layer0/attention", "fit_rate/layer1/attention"} <= set(
+        lines[10, "fit"]
+    )
+    assert {"val_loss", "val_accuracy", "val_rate", "val_rate/layer0/attention", "val_rate/layer1/attention"} <= set(
+        lines[10, "val"]
+    )
     assert float(lines[30, "test"]["test_accuracy"]) == done.summary["test_accuracy"]
 
 
@@ -223,14 +237,21 @@ def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, mo
     assert checkpoint(tmp_path / "there", BEST)["global_step"] == 10
     assert [str(warning.message) for warning in recwarn] == []
     assert not (tmp_path / "here").exists()
-    best = next(state for name, state in checkpoint(tmp_path / "there")["callbacks"].items() if name.startswith("BestCheckpoint"))
+    best = next(
+        state
+        for name, state in checkpoint(tmp_path / "there")["callbacks"].items()
+        if name.startswith("BestCheckpoint")
+    )
     assert best["best_model_path"] == str(tmp_path / "there" / BEST)
 
 
 def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_path, monkeypatch):
     _interrupted(tmp_path, data, 13, monkeypatch)
     other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
-    with pytest.raises(DataError, match=rf"the data is not that with which the run in '.*' began: {next(iter(data.hashes))} has another"):
+    with pytest.raises(
+        DataError,
+        match=rf"the data is not that with which the run in '.*' began: {next(iter(data.hashes))} has another",
+    ):
         train(tiny(), tmp_path, other, resume=True)
     train(tiny(), tmp_path, data, resume=True)
     assert_same_run(tmp_path, finished[0])
@@ -249,7 +270,10 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
         patch.setattr(run, "versions", lambda: first)
         _interrupted(tmp_path, data, 13, monkeypatch)
     train(tiny(), tmp_path, data, resume=True)
-    assert json.loads((tmp_path / "versions.json").read_text()) == [{"update": 0, **first}, {"update": 10, **versions()}]
+    assert json.loads((tmp_path / "versions.json").read_text()) == [
+        {"update": 0, **first},
+        {"update": 10, **versions()},
+    ]
 
 
 @pytest.mark.parametrize("name", [LAST, BEST])
@@ -257,7 +281,9 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_a_sentence(finished, data, tmp_path, name, left):
     shutil.copytree(finished[0], tmp_path / "run")
     os.truncate(tmp_path / "run" / name, left)
-    complaint = rf"the checkpoint '.*{name}' cannot be read: .*; put a whole one in its place, such as a copy of the other one"
+    complaint = (
+        rf"the checkpoint '.*{name}' cannot be read: .*; put a whole one in its place, such as a copy of the other one"
+    )
     with pytest.raises(CheckpointError, match=complaint):
         train(tiny(), tmp_path / "run", data, resume=True)
 
@@ -310,7 +336,8 @@ def test_commit_is_that_of_the_checkout():
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError("no git"), subprocess.CalledProcessError(128, "git"), subprocess.TimeoutExpired("git", 10)]
+    "error",
+    [FileNotFoundError("no git"), subprocess.CalledProcessError(128, "git"), subprocess.TimeoutExpired("git", 10)],
 )
 def test_commit_is_unknown_outside_a_checkout(monkeypatch, error):
     def refuse(*_, **__):

@@ -29,13 +29,17 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("lm")
     spec = out / "experiment.yaml"
     task = {"kind": "language", "data": {"file": str(text)}, "segment": 16, "carry_state": True}
-    spec.write_text(yaml.safe_dump({"task": task, "model": MODEL, "training": {**TRAINING, "updates": 60}}), encoding="utf-8")
+    spec.write_text(
+        yaml.safe_dump({"task": task, "model": MODEL, "training": {**TRAINING, "updates": 60}}), encoding="utf-8"
+    )
     assert main(["--spec", str(spec), "--out", str(out / "run"), "--no-progress", "--accelerator", "cpu"]) == 0
     return out / "run"
 
 
 def test_run_folder_holds_summary_model_and_figure(finished: Path) -> None:
-    assert {"summary.json", "activation.png", "model", "experiment.yaml", "metrics"} <= {path.name for path in finished.iterdir()}
+    assert {"summary.json", "activation.png", "model", "experiment.yaml", "metrics"} <= {
+        path.name for path in finished.iterdir()
+    }
     assert isinstance(sma.load(finished / "model"), sma.SequenceModel)
     assert (finished / "activation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -52,7 +56,9 @@ def test_evaluation_gives_the_recorded_bits_per_character(finished: Path, capsys
     assert "reproduced        exactly" in said
 
 
-def test_evaluation_of_another_model_says_how_far_it_is(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_another_model_says_how_far_it_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished, tmp_path / "run")
     model = sma.load(finished / "model")
     with torch.no_grad():
@@ -121,7 +127,11 @@ def test_run_on_a_file_of_any_name_ends_with_summary_and_figure(
 
 
 def test_figure_that_fails_is_a_warning_and_the_run_has_its_summary(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*_: object) -> None:
         raise ValueError("x_\n  ^\nParseSyntaxException")
@@ -137,23 +147,40 @@ def test_figure_that_fails_is_a_warning_and_the_run_has_its_summary(
     assert "figure               none: it could not be drawn, see the warning above" in capsys.readouterr().out
 
 
-def test_generated_text_begins_with_the_prompt_and_repeats_with_the_seed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_text_begins_with_the_prompt_and_repeats_with_the_seed(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = []
     for seed in (1, 1, 2):
-        assert main(["generate", "--run", str(finished), "--prompt", "the quick ", "--tokens", "40", "--seed", str(seed)]) == 0
+        assert (
+            main(["generate", "--run", str(finished), "--prompt", "the quick ", "--tokens", "40", "--seed", str(seed)])
+            == 0
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("the quick ")
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_several_samples_are_printed_one_after_another(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--run", str(finished / "model"), "--prompt", "fox", "--tokens", "9", "--samples", "3"]) == 0
+    assert (
+        main(["generate", "--run", str(finished / "model"), "--prompt", "fox", "--tokens", "9", "--samples", "3"]) == 0
+    )
     said = capsys.readouterr().out
     assert [f"--- {number} of 3\nfox" in said for number in (1, 2, 3)] == [True] * 3
 
 
 def test_text_is_written_as_it_is_produced(finished: Path) -> None:
-    command = [sys.executable, "recipes/seqboat_lm.py", "generate", "--run", finished, "--prompt", "the ", "--tokens", "100000000"]
+    command = [
+        sys.executable,
+        "recipes/seqboat_lm.py",
+        "generate",
+        "--run",
+        finished,
+        "--prompt",
+        "the ",
+        "--tokens",
+        "100000000",
+    ]
     process = subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,

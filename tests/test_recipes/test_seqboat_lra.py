@@ -71,7 +71,10 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
     done = _run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
-    assert f"SeqBoat on listops: 120 samples, {tiny().model.num_parameters():,} parameters, 30 updates -> {out}" in done.stdout
+    assert (
+        f"SeqBoat on listops: 120 samples, {tiny().model.num_parameters():,} parameters, 30 updates -> {out}"
+        in done.stdout
+    )
     for shown in ("Epoch 0: 100%", "30/30", "loss=", "accuracy=", "rate=", "<00:00"):
         assert shown in done.stdout
     summary = json.loads((out / "summary.json").read_text())
@@ -85,12 +88,21 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
     [
         pytest.param(
             ["--task", "lisops"],
-            "--task='lisops': input should be 'listops', 'text', 'retrieval', 'image', 'pathfinder', 'pathx' or 'digits'; see --help",
+            "--task='lisops': input should be 'listops', "
+            "'text', 'retrieval', 'image', 'pathfinder', 'pathx' or 'digits'; see --help",
             id="task",
         ),
-        pytest.param(["--task", "digits", "--preset", "paper"], "no shipped preset 'digits_paper'; .*digits_tiny", id="no-paper"),
-        pytest.param(["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"),
-        pytest.param(["--accelerator", "gpu"], "--accelerator='gpu': input should be 'auto', 'cpu' or 'cuda'; see --help", id="device"),
+        pytest.param(
+            ["--task", "digits", "--preset", "paper"], "no shipped preset 'digits_paper'; .*digits_tiny", id="no-paper"
+        ),
+        pytest.param(
+            ["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"
+        ),
+        pytest.param(
+            ["--accelerator", "gpu"],
+            "--accelerator='gpu': input should be 'auto', 'cpu' or 'cuda'; see --help",
+            id="device",
+        ),
         pytest.param(["--seed", "x"], "--seed='x': input should be a valid integer", id="seed"),
         pytest.param(["--seed", "-1"], "error: ExperimentSpec: seed=-1", id="negative-seed"),
         pytest.param(
@@ -99,10 +111,18 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
             id="spec",
         ),
         pytest.param(["--set", "width"], "error: --set 'width' has no '='; write --set path=value", id="no-equals"),
-        pytest.param(["--set", "training.updats=3"], "error: unknown field path 'training.updats'.*did you mean 'updates'", id="path"),
-        pytest.param(["--set", "head.classes=3"], "error: ExperimentSpec: model.head.classes=3 must be 10", id="classes"),
         pytest.param(
-            ["--resume", "nowhere"], "error: there is no run in 'nowhere': experiment.yaml is missing; give the folder", id="resume"
+            ["--set", "training.updats=3"],
+            "error: unknown field path 'training.updats'.*did you mean 'updates'",
+            id="path",
+        ),
+        pytest.param(
+            ["--set", "head.classes=3"], "error: ExperimentSpec: model.head.classes=3 must be 10", id="classes"
+        ),
+        pytest.param(
+            ["--resume", "nowhere"],
+            "error: there is no run in 'nowhere': experiment.yaml is missing; give the folder",
+            id="resume",
         ),
     ],
 )
@@ -134,7 +154,9 @@ def test_unknown_flag_is_exit_code_2(arguments, complaint, capsys):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
-@pytest.mark.parametrize("task", [task for task in get_args(Options.model_fields["task"].annotation) if task != "digits"])
+@pytest.mark.parametrize(
+    "task", [task for task in get_args(Options.model_fields["task"].annotation) if task != "digits"]
+)
 def test_every_task_of_the_arena_has_both_presets(task, preset):
     assert load_experiment(Options(task=task, preset=preset).name).task.kind == task
 
@@ -148,7 +170,9 @@ def _experiment(monkeypatch, arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sma.recipes.tasks.listops.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
-    monkeypatch.setattr("sma.recipes.command.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1])
+    monkeypatch.setattr(
+        "sma.recipes.command.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1]
+    )
     assert main(list(map(str, arguments))) == 130
     return seen[0]
 
@@ -170,7 +194,12 @@ def test_settings_are_repeated_and_may_hold_commas_quotes_and_brackets(spec, mon
     arguments = [word for path, value in settings.items() for word in ("--set", f"{path}={value}")]
     chosen = _experiment(monkeypatch, ["--spec", spec, *arguments, "--set=width=16"])
     assert chosen.model.layer_specs[0].router.temperature_scale == 0.5
-    assert (chosen.training.betas, chosen.precision, chosen.training.clip_norm, chosen.model.width) == ((0.8, 0.9), "64-true", None, 16)
+    assert (chosen.training.betas, chosen.precision, chosen.training.clip_norm, chosen.model.width) == (
+        (0.8, 0.9),
+        "64-true",
+        None,
+        16,
+    )
 
 
 def test_variable_of_the_shell_that_is_called_set_is_of_no_account(spec, monkeypatch):
@@ -183,7 +212,9 @@ def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
     out.mkdir()
     (out / "thesis.tex").write_text("")
     assert main(["--spec", str(spec), "--out", str(out)]) == 2
-    complaint = f"error: the folder '{out}' is not empty; give another --out, or --resume {out} to go on with the run in it\n"
+    complaint = (
+        f"error: the folder '{out}' is not empty; give another --out, or --resume {out} to go on with the run in it\n"
+    )
     assert _said(capsys) == ("", complaint)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
@@ -195,10 +226,15 @@ def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsy
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("arguments", [["--set", "width=4"], ["--seed", "1"], ["--spec", "other.yaml"]], ids=["set", "seed", "spec"])
+@pytest.mark.parametrize(
+    "arguments", [["--set", "width=4"], ["--seed", "1"], ["--spec", "other.yaml"]], ids=["set", "seed", "spec"]
+)
 def test_resumed_experiment_cannot_be_changed(finished, arguments, capsys):
     assert main(["--resume", str(finished[0]), *arguments]) == 2
-    complaint = "error: --resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run\n"
+    complaint = (
+        "error: --resume goes on with the experiment as it was; "
+        "leave --set, --seed and --spec out, or start a new run\n"
+    )
     assert _said(capsys) == ("", complaint)
 
 
@@ -206,7 +242,10 @@ def test_finished_run_is_not_resumed(finished, capsys):
     out, _ = finished
     before = (out / "summary.json").stat().st_mtime_ns
     assert main(["--resume", str(out)]) == 2
-    assert _said(capsys) == ("", f"error: the run in '{out}' is finished; its results stand in {out / 'summary.json'}\n")
+    assert _said(capsys) == (
+        "",
+        f"error: the run in '{out}' is finished; its results stand in {out / 'summary.json'}\n",
+    )
     assert (out / "summary.json").stat().st_mtime_ns == before
 
 
@@ -246,7 +285,11 @@ def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypat
 
 
 def test_loss_that_is_no_number_is_a_sentence(spec, cache, tmp_path, monkeypatch, capsys):
-    before_update(monkeypatch, 13, lambda classifier: [parameter.data.fill_(float("nan")) for parameter in classifier.parameters()])
+    before_update(
+        monkeypatch,
+        13,
+        lambda classifier: [parameter.data.fill_(float("nan")) for parameter in classifier.parameters()],
+    )
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "run"), "--no-progress"]) == 2
     assert "error: the loss of update 13 is nan; the last checkpoint is still good: start a new run" in _said(capsys)[1]
 
@@ -297,7 +340,9 @@ def _assert_same_result(out, reference):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(uninterrupted, spec, cache, tmp_path):
+def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(
+    uninterrupted, spec, cache, tmp_path
+):
     reference, seconds = uninterrupted
     out, kills = tmp_path / "run", []
     command = [*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG]
@@ -333,7 +378,9 @@ def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, s
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert [line for line in err.splitlines() if "the router of" not in line] == ["interrupted; go on with --resume and the run folder"]
+    assert [line for line in err.splitlines() if "the router of" not in line] == [
+        "interrupted; go on with --resume and the run folder"
+    ]
     assert not (out / "summary.json").exists()
     done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)
     assert done.returncode == 0, done.stderr
@@ -345,7 +392,9 @@ def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, s
 def test_tiny_preset_learns_more_than_chance_in_400_updates(tmp_path):
     settings = ["training.updates=400", "training.warmup=50", "training.evaluate_every=200", "task.data.train=20000"]
     words = [word for setting in settings for word in ("--set", setting)]
-    done = _run([*MODULE, "--data", tmp_path / "data", "--out", tmp_path / "run", "--no-progress", *words], timeout=1400)
+    done = _run(
+        [*MODULE, "--data", tmp_path / "data", "--out", tmp_path / "run", "--no-progress", *words], timeout=1400
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # 2000 samples: a standard deviation of 0.9 points at 20 %.

@@ -1,4 +1,6 @@
-"""Raw speech by the command line: a made-up copy of the real data, one training, its evaluation, its figures; and synthetic words."""
+"""Raw speech by the command line: a made-up copy of the real data, one training, its evaluation, its figures; and
+synthetic words.
+"""
 
 import json
 import os
@@ -51,9 +53,17 @@ def test_preset_names_the_experiment():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param(["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"),
-        pytest.param(["--evaluate", "nowhere"], "error: there is no finished run in 'nowhere': experiment.yaml is missing", id="evaluate"),
-        pytest.param(["--preset", "paper", "--data", "nowhere"], "error: there is no Speech Commands data: looked for", id="data"),
+        pytest.param(
+            ["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"
+        ),
+        pytest.param(
+            ["--evaluate", "nowhere"],
+            "error: there is no finished run in 'nowhere': experiment.yaml is missing",
+            id="evaluate",
+        ),
+        pytest.param(
+            ["--preset", "paper", "--data", "nowhere"], "error: there is no Speech Commands data: looked for", id="data"
+        ),
     ],
 )
 def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys, tmp_path, monkeypatch):
@@ -66,7 +76,17 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_tiny_preset_learns_synthetic_words(tmp_path):
-    arguments = ["--preset", "tiny", "--data", tmp_path, "--out", tmp_path / "run", "--accelerator", "cpu", "--no-progress"]
+    arguments = [
+        "--preset",
+        "tiny",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "run",
+        "--accelerator",
+        "cpu",
+        "--no-progress",
+    ]
     assert main(list(map(str, arguments))) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_accuracy"] > 0.6  # 300 clips, chance 10 %: a standard deviation of 3 points

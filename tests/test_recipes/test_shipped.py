@@ -16,8 +16,12 @@ every_preset = pytest.mark.parametrize("name", shipped("presets"))
 
 
 def test_shipped_files_have_names():
-    assert {"listops_paper", "listops_tiny", "language_paper", "language_tiny", "digits_routed_mlp_tiny"} <= set(shipped("presets"))
-    assert {"seqboat_listops", "seqboat_listops_tiny", "seqboat_language", "routed_conv_digits_tiny"} <= set(shipped("specs"))
+    assert {"listops_paper", "listops_tiny", "language_paper", "language_tiny", "digits_routed_mlp_tiny"} <= set(
+        shipped("presets")
+    )
+    assert {"seqboat_listops", "seqboat_listops_tiny", "seqboat_language", "routed_conv_digits_tiny"} <= set(
+        shipped("specs")
+    )
     assert shipped("presets") == sorted(path.stem for path in (ROOT / "recipes" / "presets").iterdir())
     assert shipped("specs") == sorted(path.stem for path in (ROOT / "recipes" / "specs").iterdir())
 
@@ -34,7 +38,8 @@ def test_shipped_spec_loads_builds_and_loads_back(name, tmp_path):
 @every_preset
 def test_shipped_preset_loads_and_loads_back(name, tmp_path):
     experiment = load_experiment(name)
-    assert name.startswith(f"{experiment.task.kind}_")  # the command line puts the name together from --task and --preset
+    # The command line puts the name together from --task and --preset.
+    assert name.startswith(f"{experiment.task.kind}_")
     assert load_experiment(dump_spec(experiment)) == experiment
     (tmp_path / "copy.yaml").write_text(dump_yaml(experiment), encoding="utf-8")
     assert load_experiment(tmp_path / "copy.yaml") == experiment
@@ -43,14 +48,18 @@ def test_shipped_preset_loads_and_loads_back(name, tmp_path):
 @every_preset
 def test_shipped_preset_is_as_small_as_it_can_be(name):
     # What a preset says must change something: a field that repeats its default would be read as a decision.
-    assert {"task", "model", "training"} <= set(read_shipped(name, "presets")) <= {"task", "model", "training", "threads"}
+    assert (
+        {"task", "model", "training"} <= set(read_shipped(name, "presets")) <= {"task", "model", "training", "threads"}
+    )
 
 
 @pytest.mark.parametrize("name", ["listops_paper", "listops_tiny"])
 def test_positions_of_a_preset_reach_to_its_longest_expression(name):
     experiment = load_experiment(name)
     longest = experiment.task.data.max_length - 1
-    assert {layer.modules["attention"].position.max_positions >= longest for layer in experiment.model.layer_specs} == {True}
+    assert {layer.modules["attention"].position.max_positions >= longest for layer in experiment.model.layer_specs} == {
+        True
+    }
 
 
 def test_reading_changes_nothing_that_is_shipped():
@@ -61,7 +70,9 @@ def test_reading_changes_nothing_that_is_shipped():
 def test_file_is_read_by_its_path(tmp_path):
     (tmp_path / "mine.yaml").write_text("kind: mine\nwidth: 3\n", encoding="utf-8")
     assert (
-        read_shipped(tmp_path / "mine.yaml", "specs") == read_shipped(str(tmp_path / "mine.yaml"), "specs") == {"kind": "mine", "width": 3}
+        read_shipped(tmp_path / "mine.yaml", "specs")
+        == read_shipped(str(tmp_path / "mine.yaml"), "specs")
+        == {"kind": "mine", "width": 3}
     )
 
 
@@ -71,11 +82,22 @@ def test_file_is_read_by_its_path(tmp_path):
         pytest.param(
             "listops_tin",
             "presets",
-            "no file and no shipped preset 'listops_tin'; did you mean 'listops_tiny'[?] shipped presets: .*listops_paper, .*listops_tiny",
+            "no file and no shipped preset 'listops_tin'; "
+            "did you mean 'listops_tiny'[?] shipped presets: .*listops_paper, .*listops_tiny",
             id="near-preset",
         ),
-        pytest.param("nothing.yaml", "presets", "no shipped preset 'nothing.yaml'; shipped presets: .*listops_paper", id="far-preset"),
-        pytest.param("seqboat_listop", "specs", "no file and no shipped spec 'seqboat_listop'; did you mean 'seqboat_listops'", id="spec"),
+        pytest.param(
+            "nothing.yaml",
+            "presets",
+            "no shipped preset 'nothing.yaml'; shipped presets: .*listops_paper",
+            id="far-preset",
+        ),
+        pytest.param(
+            "seqboat_listop",
+            "specs",
+            "no file and no shipped spec 'seqboat_listop'; did you mean 'seqboat_listops'",
+            id="spec",
+        ),
         pytest.param(".", "presets", "there is no file and no shipped preset '.'", id="folder"),
         pytest.param("", "presets", "there is no file and no shipped preset ''", id="empty"),
     ],

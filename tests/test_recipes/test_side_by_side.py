@@ -49,7 +49,9 @@ def test_processes_end_with_the_one_that_asks() -> None:
 def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "holding.py"
     script.write_text(HOLDING.format(folder=str(tmp_path)))
-    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    parent = subprocess.Popen(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    )
     held = [tmp_path / "0", tmp_path / "1"]
     while not all(path.exists() for path in held):
         assert parent.poll() is None
@@ -58,4 +60,5 @@ def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
     parent.wait()
     for path in held:
         with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # waits for as long as somebody holds it, which is the timeout of a test otherwise
+            # Waits for as long as somebody holds it, which is the timeout of a test otherwise.
+            fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,6 @@
-"""The page about Slurm: its script is valid, and does with a run what it says; Slurm is played by its signals and variables."""
+"""The page about Slurm: its script is valid, and does with a run what it says; Slurm is played by its signals and
+variables.
+"""
 
 import os
 import re
@@ -45,7 +47,9 @@ def _program(folder, name, text):
 
 @pytest.fixture
 def job(tmp_path, data):
-    """Starts the script of the page as Slurm does, with a small experiment; `srun` and `scontrol` are small programs."""
+    """Starts the script of the page as Slurm does, with a small experiment; `srun` and `scontrol` are small
+    programs.
+    """
     experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     programs = tmp_path / "bin"
@@ -56,7 +60,9 @@ def job(tmp_path, data):
     _program(programs, "srun", f'shift; echo $$ > "{tmp_path}/task"; exec "$@"')
     _program(programs, "scontrol", f'echo "$@" >> "{tmp_path}/requeued"')
     _program(programs, "python", f'exec "{sys.executable}" "$@"')
-    script = SCRIPT.replace("--task listops --preset paper", f'--spec "{tmp_path}/spec.yaml" --data "{tmp_path}/data" --accelerator cpu')
+    script = SCRIPT.replace(
+        "--task listops --preset paper", f'--spec "{tmp_path}/spec.yaml" --data "{tmp_path}/data" --accelerator cpu'
+    )
     assert script != SCRIPT
     (tmp_path / "job.sh").write_text(script, encoding="utf-8")
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
@@ -69,7 +75,9 @@ def job(tmp_path, data):
     return start
 
 
-@pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (75, True), (130, False), (138, True), (143, True)])
+@pytest.mark.parametrize(
+    ("status", "again"), [(0, False), (2, False), (75, True), (130, False), (138, True), (143, True)]
+)
 def test_job_is_requeued_where_the_run_was_told_to_end(job, tmp_path, status, again):
     _program(tmp_path / "bin", "srun", f"exit {status}")
     assert job(subprocess.DEVNULL).wait() == status
@@ -152,7 +160,12 @@ def test_of_two_starts_at_once_one_trains_and_the_other_says_who(tmp_path, data)
 
     def start(*options):
         return subprocess.Popen(
-            [*command, *options], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, *options],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     pair = [start("--spec", "spec.yaml", "--out", "run", "--auto-resume") for _ in range(2)]

@@ -1,4 +1,6 @@
-"""Raw speech: the real format from folder and archive, splits, standardisation against a loop, broken files, and synthetic words."""
+"""Raw speech: the real format from folder and archive, splits, standardisation against a loop, broken files, and
+synthetic words.
+"""
 
 import hashlib
 import os
@@ -89,7 +91,9 @@ def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, 
     write_archive(tmp_path, corpus)
     found = hashlib.sha256((tmp_path / f"{NAME}.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(speech_commands, "SHA256", SHA256)
-    with pytest.raises(DataError, match=rf"gz is not the file that http.* should give; move it away.* is {found}, expected {SHA256}"):
+    with pytest.raises(
+        DataError, match=rf"gz is not the file that http.* should give; move it away.* is {found}, expected {SHA256}"
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
     monkeypatch.setattr(speech_commands, "SHA256", found)
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
@@ -136,7 +140,8 @@ def test_copy_of_a_folder_that_cannot_be_written_is_kept_in_the_default_one(tmp_
     assert load_speech(SpeechSettings(), tmp_path / "data", progress=False).hashes == loaded.hashes
     assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
     assert re.search(
-        r"data cannot be written, so what is made of its files is kept in .*cache/sparse-modular-activation/speech", caplog.text
+        r"data cannot be written, so what is made of its files is kept in .*cache/sparse-modular-activation/speech",
+        caplog.text,
     )
 
 
@@ -168,12 +173,18 @@ def test_another_seed_gives_other_splits(corpus, loaded):
 
 def test_hash_split_is_that_of_the_lists(corpus):
     made = load_speech(SpeechSettings(split="hash"), corpus, progress=False)
-    assert [sorted({number % 10 for number in part.numbers.tolist()}) for part in made[:3]] == [[0, 1, 2, 4, 6, 7, 9], [3], [5, 8]]
+    assert [sorted({number % 10 for number in part.numbers.tolist()}) for part in made[:3]] == [
+        [0, 1, 2, 4, 6, 7, 9],
+        [3],
+        [5, 8],
+    ]
 
 
 def test_hash_split_without_the_lists_is_refused(tmp_path):
     write_corpus(tmp_path, lists=False)
-    with pytest.raises(DataError, match=r"split='hash' needs validation_list\.txt and testing_list\.txt.*they give 100, 0, 0 clips"):
+    with pytest.raises(
+        DataError, match=r"split='hash' needs validation_list\.txt and testing_list\.txt.*they give 100, 0, 0 clips"
+    ):
         load_speech(SpeechSettings(split="hash"), tmp_path, progress=False)
 
 
@@ -181,14 +192,20 @@ def test_hash_split_without_the_lists_is_refused(tmp_path):
 def test_samples_are_standardised_at_every_place_over_the_training_clips(corpus, downsample):
     made = load_speech(SpeechSettings(downsample=downsample), corpus, progress=False)
     clips = load_clips(corpus, progress=False).samples.astype(np.float64) / 32_768
-    short = np.stack([[block.mean() for block in clip.reshape(-1, downsample)] for clip in clips]) if downsample > 1 else clips
+    short = (
+        np.stack([[block.mean() for block in clip.reshape(-1, downsample)] for clip in clips])
+        if downsample > 1
+        else clips
+    )
     train = short[made.train.numbers.numpy()]
     for part in made[:3]:
         assert part.lengths.tolist() == [16_000 // downsample] * len(part)
         for index in (0, len(part) - 1):
             samples, _ = part[index]
             clip = short[int(part.numbers[index])]
-            expected = [(clip[t] - train[:, t].mean()) / (train[:, t].std(ddof=1) + 1e-5) for t in range(0, len(clip), 7)]
+            expected = [
+                (clip[t] - train[:, t].mean()) / (train[:, t].std(ddof=1) + 1e-5) for t in range(0, len(clip), 7)
+            ]
             assert samples.dtype == torch.float32
             assert samples[::7].tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -205,7 +222,9 @@ def test_place_where_all_training_clips_are_silent_gives_finite_numbers(tmp_path
 def test_hashes_are_those_of_the_recorded_numbers_and_the_classes(loaded, corpus):
     clips = load_clips(corpus, progress=False).samples
     for name, part in zip(SPLITS, loaded[:3], strict=True):
-        content = b"".join(clips[number].tobytes() for number in part.numbers.tolist()) + bytes(n // 10 for n in part.numbers.tolist())
+        content = b"".join(clips[number].tobytes() for number in part.numbers.tolist()) + bytes(
+            n // 10 for n in part.numbers.tolist()
+        )
         assert loaded.hashes[name] == hashlib.sha256(content).hexdigest()
 
 
@@ -224,7 +243,11 @@ def load_speech_clip(part, index):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        pytest.param({"rate": 8_000}, r"has 1 channel\(s\) of 16 bits at 8,000 Hz; required are 1 channel, 16 bits, 16,000 Hz", id="rate"),
+        pytest.param(
+            {"rate": 8_000},
+            r"has 1 channel\(s\) of 16 bits at 8,000 Hz; required are 1 channel, 16 bits, 16,000 Hz",
+            id="rate",
+        ),
         pytest.param({"channels": 2}, r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required", id="channels"),
     ],
 )
@@ -253,16 +276,23 @@ def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
 
 
 def test_missing_data_says_where_it_was_looked_for_and_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=re.escape(f"looked for the folder {tmp_path / NAME}, with yes/*.wav and so on, and the archive")):
+    with pytest.raises(
+        DataError,
+        match=re.escape(f"looked for the folder {tmp_path / NAME}, with yes/*.wav and so on, and the archive"),
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
-    with pytest.raises(DataError, match=re.escape(URL) + ".*task.data.download=true, or try task.data.source=synthetic"):
+    with pytest.raises(
+        DataError, match=re.escape(URL) + ".*task.data.download=true, or try task.data.source=synthetic"
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
 def test_missing_word_is_named(tmp_path):
     root = write_corpus(tmp_path)
     shutil.rmtree(root / "stop")
-    with pytest.raises(DataError, match=r"there is no recording .*stop/\*\.wav; the folder must hold all of the words yes, no, up"):
+    with pytest.raises(
+        DataError, match=r"there is no recording .*stop/\*\.wav; the folder must hold all of the words yes, no, up"
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
@@ -270,7 +300,9 @@ def test_word_with_short_clips_only_is_named(tmp_path):
     root = write_corpus(tmp_path)
     for path in (root / "go").glob("0*.wav"):
         path.unlink()
-    with pytest.raises(DataError, match=r"no clip of the word 'go' in .*go has exactly 16,000 samples; every word needs some"):
+    with pytest.raises(
+        DataError, match=r"no clip of the word 'go' in .*go has exactly 16,000 samples; every word needs some"
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
@@ -278,7 +310,9 @@ def test_too_few_clips_to_split_are_refused(tmp_path):
     root = write_corpus(tmp_path)
     for path in (root / "up").glob("0[1-9]*.wav"):
         path.unlink()
-    with pytest.raises(DataError, match=r"cannot be split 70/15/15 with every class in each: there are \[10, 10, 1, 10"):
+    with pytest.raises(
+        DataError, match=r"cannot be split 70/15/15 with every class in each: there are \[10, 10, 1, 10"
+    ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
 
@@ -354,7 +388,10 @@ def test_task_gives_batches_of_real_numbers_and_says_what_they_are(corpus):
 
 
 def test_model_that_reads_no_real_numbers_or_has_other_classes_is_refused():
-    with pytest.raises(SpecError, match=r"model\.encoder\.kind='token_embedding' does not read samples of a sound; use kind 'real_number'"):
+    with pytest.raises(
+        SpecError,
+        match=r"model\.encoder\.kind='token_embedding' does not read samples of a sound; use kind 'real_number'",
+    ):
         load_experiment("speech_tiny", ["encoder={kind: token_embedding, vocabulary: 17}"])
     with pytest.raises(SpecError, match=r"head\.classes=9 must be 10, the classes of the task 'speech'"):
         load_experiment(dump_spec(load_experiment("speech_tiny")), ["head.classes=9"])
@@ -365,7 +402,11 @@ def test_paper_preset_is_the_papers():
     assert spec.model.num_parameters() == 298_841
     assert len(spec.model.layer_specs) == 8
     layer = spec.model.layer_specs[0]
-    assert (layer.backbone.truncation, layer.modules["attention"].window, layer.modules["attention"].attention) == (4000, 128, "relu2")
+    assert (layer.backbone.truncation, layer.modules["attention"].window, layer.modules["attention"].attention) == (
+        4000,
+        128,
+        "relu2",
+    )
     assert (spec.model.final_norm_spec.kind, layer.norm.place) == ("batch_norm", "pre")
     training = spec.training
     assert (training.learning_rate, training.weight_decay, training.batch_size) == (0.01, 0.01, 20)

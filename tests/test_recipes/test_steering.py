@@ -20,7 +20,9 @@ BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
 def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
     # Slowly, because a batch of eight expressions says little about the rate; and evaluated at the end alone.
     budget = "{target: 0.3, start: 0.5, anneal: 10, speed: 0.2}"
-    summary = train(tiny(training__budget=budget, training__updates=120, training__evaluate_every=120), tmp_path, data).summary
+    summary = train(
+        tiny(training__budget=budget, training__updates=120, training__evaluate_every=120), tmp_path, data
+    ).summary
     assert summary["activation_rate"] == pytest.approx([0.3, 0.3], abs=0.1)
 
 
@@ -66,7 +68,9 @@ def test_losses_of_the_decisions_are_added_with_their_weights(data):
 
 
 def test_activation_checkpointing_changes_no_weight(data, tmp_path):
-    one, other = (train(tiny(training__recompute=recompute), tmp_path / recompute, data) for recompute in ("true", "false"))
+    one, other = (
+        train(tiny(training__recompute=recompute), tmp_path / recompute, data) for recompute in ("true", "false")
+    )
     assert all(layer.recompute for layer in one.classifier.model.routed_layers)
     assert same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("true", "false")))
     assert not any(layer.recompute for layer in other.classifier.model.routed_layers)
@@ -77,15 +81,21 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
     [
         pytest.param(
             {"training__budget": "{target: 0.3, hold: 20, anneal: 10}"},
-            "the budget comes to its target after 30 updates; that must be below updates=30: lower budget.hold and budget.anneal",
+            "the budget comes to its target after 30 updates; that must be below updates=30: "
+            "lower budget.hold and budget.anneal",
             id="late",
         ),
-        pytest.param({"training__losses__budget": 1.0}, "a budget loss needs a target; set training.losses.target", id="target"),
+        pytest.param(
+            {"training__losses__budget": 1.0}, "a budget loss needs a target; set training.losses.target", id="target"
+        ),
         pytest.param({"training__budget": "{target: 0}"}, "target=0.0 must be above 0 and at most 1", id="nothing"),
-        pytest.param({"training__budget": "{target: 0.5, floor: 0.6}"}, "floor=0.6 must be at most the target", id="floor"),
+        pytest.param(
+            {"training__budget": "{target: 0.5, floor: 0.6}"}, "floor=0.6 must be at most the target", id="floor"
+        ),
         pytest.param(
             {"training__losses__policy": 0.5},
-            "training.losses.policy=0.5 needs a router that samples, and the model's are: 'sma'; use the router kind 'bernoulli'",
+            "training.losses.policy=0.5 needs a router that samples, and the model's are: 'sma'; "
+            "use the router kind 'bernoulli'",
             id="policy-without-draws",
         ),
         pytest.param(
@@ -95,7 +105,8 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         ),
         pytest.param(
             {"layers__layer__router": "{kind: bernoulli}"},
-            "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; set training.losses.policy=1.0",
+            "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; "
+            "set training.losses.policy=1.0",
             id="draws-without-policy",
         ),
     ],

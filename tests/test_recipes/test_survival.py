@@ -1,4 +1,6 @@
-"""A run survives: killed on any sort of task it goes on to the weights of the uninterrupted one, and a full disk is a sentence."""
+"""A run survives: killed on any sort of task it goes on to the weights of the uninterrupted one, and a full disk is a
+sentence.
+"""
 
 import errno
 import os
@@ -131,4 +133,13 @@ def test_other_trouble_of_the_system_is_not_hidden(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sma.recipes.training.run_experiment", broken)
     with pytest.raises(OSError, match="Input/output error"):
-        main(["--spec", str(_spec(tmp_path, EXPERIMENTS["digits"])), "--out", str(tmp_path / "run"), "--data", str(tmp_path)])
+        main(
+            [
+                "--spec",
+                str(_spec(tmp_path, EXPERIMENTS["digits"])),
+                "--out",
+                str(tmp_path / "run"),
+                "--data",
+                str(tmp_path),
+            ]
+        )

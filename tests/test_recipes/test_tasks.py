@@ -111,7 +111,9 @@ def test_photographs_keep_their_names():
 
 
 def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_path):
-    with pytest.raises(DataError, match="validation=5000 leaves none of the 1438 training images to train on; lower it"):
+    with pytest.raises(
+        DataError, match="validation=5000 leaves none of the 1438 training images to train on; lower it"
+    ):
         ImageTask(data={"source": "digits"}).prepare(tmp_path)
 
 
@@ -147,7 +149,9 @@ def test_advice_for_missing_data_can_be_followed(task, tmp_path, monkeypatch):
     asked, _ = what_is_missing(task, tmp_path, [*RELEASED[task], download])
     assert asked.removeprefix("asked for ") in said
     for setting in set(advice) - {download}:
-        before, after = (load_experiment(f"{task}_paper", settings) for settings in (RELEASED[task], [*RELEASED[task], setting]))
+        before, after = (
+            load_experiment(f"{task}_paper", settings) for settings in (RELEASED[task], [*RELEASED[task], setting])
+        )
         assert before.task != after.task
 
 
@@ -181,7 +185,13 @@ FEW = {
 @pytest.mark.parametrize("task", FEW)
 def test_tiny_preset_of_every_task_trains_and_is_evaluated(task, tmp_path, monkeypatch):
     monkeypatch.setattr(python_text, "LIMITS", {"train": 40, "validation": 40, "test": 40})
-    quick = ["training.updates=1", "training.warmup=0", "training.batch_size=4", "training.evaluate_every=1", "training.budget=null"]
+    quick = [
+        "training.updates=1",
+        "training.warmup=0",
+        "training.batch_size=4",
+        "training.evaluate_every=1",
+        "training.budget=null",
+    ]
     spec = load_experiment(f"{task}_tiny", [*quick, *FEW[task]])
     data = spec.task.prepare(tmp_path, progress=False)
     summary = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False).summary

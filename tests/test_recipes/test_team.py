@@ -33,7 +33,12 @@ def test_the_parts_of_a_tensor_make_the_whole(share: int, size: int, shape: list
 
 
 def test_where_a_part_is_longer_zeros_fill_up_the_others() -> None:
-    assert whole([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [[1, 0], [2, 5], [3, 0], [4, 6]]
+    assert whole([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [
+        [1, 0],
+        [2, 5],
+        [3, 0],
+        [4, 6],
+    ]
 
 
 def test_who_stands_alone_takes_all_and_writes() -> None:
@@ -57,7 +62,9 @@ def test_samples_of_an_update_are_those_of_one_process(size: int, start: int) ->
 @pytest.mark.parametrize(
     ("samples", "batch_size", "size", "message"),
     [
-        pytest.param(40, 8, 3, r"a batch of 8 samples cannot be shared evenly by 3 workers; .* such as 9", id="batch-size"),
+        pytest.param(
+            40, 8, 3, r"a batch of 8 samples cannot be shared evenly by 3 workers; .* such as 9", id="batch-size"
+        ),
         pytest.param(5, 8, 2, r"a batch of 5 samples cannot be shared evenly by 2 workers", id="all-there-is"),
     ],
 )
@@ -81,10 +88,14 @@ class Lengths:
 
 @pytest.mark.parametrize("samples", [4, 5, EVALUATION_BATCH, 2 * EVALUATION_BATCH + 1])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_evaluation_looks_at_every_sample_once_in_as_many_batches_everywhere(samples: int, size: int, data: TaskData) -> None:
+def test_evaluation_looks_at_every_sample_once_in_as_many_batches_everywhere(
+    samples: int, size: int, data: TaskData
+) -> None:
     split = Lengths(torch.randint(1, 9, (samples,), generator=torch.Generator().manual_seed(samples)))
     loaders = [evaluation_loader(split, data, Team(rank, size)) for rank in range(size)]
     batches = [list(loader) for loader in loaders]
     assert len({len(found) for found in batches}) == 1  # those who have fewer would leave the others waiting
-    assert sorted(int(target) for found in batches for batch in found for target in batch.targets) == list(range(samples))
+    assert sorted(int(target) for found in batches for batch in found for target in batch.targets) == list(
+        range(samples)
+    )
     assert all(1 <= len(batch.targets) <= EVALUATION_BATCH for found in batches for batch in found)

@@ -65,7 +65,10 @@ def test_splits_are_the_text_in_order(tmp_path, content, held_out, validation):
 
 @given(content=st.binary(min_size=40, max_size=80), other=st.binary(min_size=40, max_size=80))
 def test_same_bytes_have_the_same_hash_and_others_another(tmp_path, content, other):
-    hashes = [load_text(write(tmp_path / name, data)).sha256 for name, data in [("one", content), ("two", content), ("three", other)]]
+    hashes = [
+        load_text(write(tmp_path / name, data)).sha256
+        for name, data in [("one", content), ("two", content), ("three", other)]
+    ]
     assert hashes[0] == hashes[1] == hashlib.sha256(content).hexdigest()
     assert (hashes[2] == hashes[0]) == (other == content)
 
@@ -99,7 +102,8 @@ def test_bytes_of_the_text_of_a_python_never_change():
 def test_python_without_help_pages_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(
-        DataError, match=r"came without pydoc_data.topics, its help pages; install the whole standard library, or give a text"
+        DataError,
+        match=r"came without pydoc_data.topics, its help pages; install the whole standard library, or give a text",
     ):
         load_text()
 
@@ -140,9 +144,15 @@ def test_hash_that_is_asked_for_is_checked(tmp_path):
     settings = write(tmp_path / "mine.txt", WIKI)
     found, other = hashlib.sha256(WIKI).hexdigest(), "0" * 64
     assert load_text(settings.replace(sha256=found)).sha256 == found
-    with pytest.raises(DataError, match=f"mine.txt has the SHA-256 {found}, and {other} is required: the file was changed or is another"):
+    with pytest.raises(
+        DataError,
+        match=f"mine.txt has the SHA-256 {found}, and {other} is required: the file was changed or is another",
+    ):
         load_text(settings.replace(sha256=other))
-    with pytest.raises(DataError, match=f"and {other} is required: another version of Python comes with another text; sha256=null takes"):
+    with pytest.raises(
+        DataError,
+        match=f"and {other} is required: another version of Python comes with another text; sha256=null takes",
+    ):
         load_text(TextSettings(sha256=other))
 
 
@@ -158,7 +168,9 @@ def test_every_split_has_its_hash(tmp_path):
 def test_enwik8_is_found_in_the_data_folder_whether_it_is_packed_or_not(tmp_path, monkeypatch, kept, asked):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    write_zip(tmp_path / "data" / kept, {"enwik8": WIKI}) if kept.endswith("zip") else write(tmp_path / "data" / kept, WIKI)
+    write_zip(tmp_path / "data" / kept, {"enwik8": WIKI}) if kept.endswith("zip") else write(
+        tmp_path / "data" / kept, WIKI
+    )
     corpus = LanguageTask(data={"file": asked}).prepare(tmp_path / "data", progress=False)
     assert (joined(corpus), corpus.name) == (WIKI, "enwik8")
 
@@ -187,7 +199,9 @@ def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(text, "fetch", fetch)
     for _ in range(2):
-        assert joined(load_text(TextSettings(file="enwik8.zip", download=True), tmp_path / "data", progress=False)) == WIKI
+        assert (
+            joined(load_text(TextSettings(file="enwik8.zip", download=True), tmp_path / "data", progress=False)) == WIKI
+        )
     keywords = {"sha256": text.ENWIK8_ZIP_SHA256, "most": 72_890_950, "progress": False}
     assert calls == [("http://mattmahoney.net/dc/enwik8.zip", tmp_path / "data" / "enwik8.zip", keywords)]
 
@@ -195,7 +209,8 @@ def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [pytest.param(b"", id="empty"), pytest.param(b"short", id="short")])
 def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
     with pytest.raises(
-        DataError, match=f"mine.txt has {len(content)} bytes, which gives .* to test on; at least 2 each are required: take a"
+        DataError,
+        match=f"mine.txt has {len(content)} bytes, which gives .* to test on; at least 2 each are required: take a",
     ):
         load_text(write(tmp_path / "mine.txt", content))
 
@@ -204,10 +219,13 @@ def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         DataError,
-        match=r"no file 'enwik8' \(looked for .*enwik8, .*enwik8.zip\); give a text file, enwik8 or enwik8.zip .*; leave file out",
+        match=r"no file 'enwik8' \(looked for .*enwik8, .*enwik8.zip\); "
+        r"give a text file, enwik8 or enwik8.zip .*; leave file out",
     ):
         load_text(TextSettings(file="enwik8"))
-    with pytest.raises(DataError, match=r"no file 'enwik8.zip' \(looked for .*/enwik8, .*/data/enwik8.zip, .*data.download=true gets"):
+    with pytest.raises(
+        DataError, match=r"no file 'enwik8.zip' \(looked for .*/enwik8, .*/data/enwik8.zip, .*data.download=true gets"
+    ):
         load_text(TextSettings(file="enwik8.zip"), tmp_path / "data")
 
 
@@ -222,7 +240,8 @@ def test_folder_is_refused(tmp_path, name):
 def test_part_of_enwik8_is_refused(tmp_path, name):
     settings = write_zip(tmp_path / name, {"enwik8": WIKI}) if name.endswith("zip") else write(tmp_path / name, WIKI)
     with pytest.raises(
-        DataError, match=rf"enwik8 in .*{name} has 2,000 bytes; it must have exactly 100,000,000: download it again, or give"
+        DataError,
+        match=rf"enwik8 in .*{name} has 2,000 bytes; it must have exactly 100,000,000: download it again, or give",
     ):
         load_text(settings)
 
@@ -230,30 +249,40 @@ def test_part_of_enwik8_is_refused(tmp_path, name):
 @pytest.mark.usefixtures("small_enwik8")
 def test_other_bytes_under_the_name_of_enwik8_are_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"enwik8 in .* has the SHA-256 [0-9a-f]+; that of enwik8 is [0-9a-f]+: download it again, or give a"
+        DataError,
+        match=r"enwik8 in .* has the SHA-256 [0-9a-f]+; that of enwik8 is [0-9a-f]+: download it again, or give a",
     ):
         load_text(write_zip(tmp_path / "enwik8.zip", {"enwik8": WIKI[::-1]}))
 
 
 @pytest.mark.parametrize(
     ("members", "held"),
-    [pytest.param({}, "nothing", id="empty"), pytest.param({"enwik9": b"", "readme.txt": b""}, "'enwik9', 'readme.txt'", id="others")],
+    [
+        pytest.param({}, "nothing", id="empty"),
+        pytest.param({"enwik9": b"", "readme.txt": b""}, "'enwik9', 'readme.txt'", id="others"),
+    ],
 )
 def test_zip_without_enwik8_is_refused(tmp_path, members, held):
-    with pytest.raises(DataError, match=rf"mine.zip holds no 'enwik8' but {held}; give a text file, enwik8 or enwik8.zip"):
+    with pytest.raises(
+        DataError, match=rf"mine.zip holds no 'enwik8' but {held}; give a text file, enwik8 or enwik8.zip"
+    ):
         load_text(write_zip(tmp_path / "mine.zip", members))
 
 
 def test_file_that_is_no_zip_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another sort"
+        DataError,
+        match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another sort",
     ):
         load_text(write(tmp_path / "mine.zip", WIKI))
 
 
 def bomb(path, claimed=None):
     """A zip of a few kilobytes with an enwik8 of 500,000,000 zeros, or one that says that it has another size."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("enwik8", "w") as member:
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("enwik8", "w") as member,
+    ):
         for _ in range(500):
             member.write(bytes(1_000_000))
     content = path.read_bytes()
@@ -265,13 +294,17 @@ def bomb(path, claimed=None):
 def test_zip_that_holds_more_than_enwik8_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     settings = bomb(tmp_path / "enwik8.zip")
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
-    with pytest.raises(DataError, match=r"enwik8 in .*enwik8.zip has 500,000,000 bytes; it must have exactly 100,000,000"):
+    with pytest.raises(
+        DataError, match=r"enwik8 in .*enwik8.zip has 500,000,000 bytes; it must have exactly 100,000,000"
+    ):
         load_text(settings)
 
 
 @pytest.mark.usefixtures("small_enwik8")
 def test_zip_that_says_too_little_is_read_no_further_than_that(tmp_path):
-    with pytest.raises(DataError, match=r"enwik8 in .*enwik8.zip cannot be read: Bad CRC-32 for file 'enwik8'; the zip is damaged"):
+    with pytest.raises(
+        DataError, match=r"enwik8 in .*enwik8.zip cannot be read: Bad CRC-32 for file 'enwik8'; the zip is damaged"
+    ):
         load_text(bomb(tmp_path / "enwik8.zip", claimed=SMALL))
 
 
@@ -289,7 +322,9 @@ def test_devices_and_pipes_are_refused_at_once(tmp_path, name):
 def test_text_that_no_memory_holds_is_refused_before_it_is_read(tmp_path):
     with (tmp_path / "mine.txt").open("wb") as file:
         file.truncate(1 << 43)  # of which the disk keeps nothing
-    with pytest.raises(DataError, match=r"the text .*mine.txt needs 8,796,093,022,208 bytes .*, and .* are free; give a shorter one"):
+    with pytest.raises(
+        DataError, match=r"the text .*mine.txt needs 8,796,093,022,208 bytes .*, and .* are free; give a shorter one"
+    ):
         load_text(TextSettings(file=str(tmp_path / "mine.txt")))
     (tmp_path / "mine.txt").rename(tmp_path / "enwik8")
     with pytest.raises(DataError, match=r"enwik8 in .* has 8,796,093,022,208 bytes; it must have exactly 100,000,000"):
@@ -301,7 +336,9 @@ def test_text_that_no_memory_holds_is_refused_before_it_is_read(tmp_path):
     [
         pytest.param("a\0b", r"there can be no file 'a\\x00b': it has a zero byte; give a text file", id="zero byte"),
         pytest.param("x" * 5000, r"there can be no file 'xx.*xx': File name too long; give", id="long"),
-        pytest.param("~nobody-of-that-name/x", r"there can be no file '~nobody-of-that-name/x': .*home.*; give", id="home"),
+        pytest.param(
+            "~nobody-of-that-name/x", r"there can be no file '~nobody-of-that-name/x': .*home.*; give", id="home"
+        ),
     ],
 )
 def test_names_that_no_file_can_have_are_refused(name, complaint):
@@ -317,7 +354,8 @@ def test_damaged_zip_is_refused(tmp_path):
     damaged[SMALL // 2] ^= 0xFF
     (tmp_path / "enwik8.zip").write_bytes(damaged)
     with pytest.raises(
-        DataError, match=r"enwik8 in .*enwik8.zip cannot be read: .*; the zip is damaged or of another sort: download it again"
+        DataError,
+        match=r"enwik8 in .*enwik8.zip cannot be read: .*; the zip is damaged or of another sort: download it again",
     ):
         load_text(settings)
 
@@ -325,14 +363,32 @@ def test_damaged_zip_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        pytest.param({"held_out": 0.0}, "held_out=0.0 must be greater than 0.0; held_out: share of the bytes", id="nothing-held-out"),
-        pytest.param({"validation": 1.0}, "validation=1.0 must be less than 1.0; validation: share of the bytes", id="all-validation"),
         pytest.param(
-            {"held_out": 0.5, "validation": 0.5}, "held_out=0.5 and validation=0.5 leave nothing to train on; their sum", id="no-training"
+            {"held_out": 0.0},
+            "held_out=0.0 must be greater than 0.0; held_out: share of the bytes",
+            id="nothing-held-out",
         ),
-        pytest.param({"sha256": "abc"}, "sha256='abc': .*; sha256: SHA-256 that the bytes must have, 64 lower-case", id="no-hash"),
-        pytest.param({"download": True}, "download=true gets enwik8 alone, and file is None; set file=enwik8.zip", id="no-file"),
-        pytest.param({"download": True, "file": "a.txt"}, "download=true gets enwik8 alone, and file is 'a.txt'; set", id="other-file"),
+        pytest.param(
+            {"validation": 1.0},
+            "validation=1.0 must be less than 1.0; validation: share of the bytes",
+            id="all-validation",
+        ),
+        pytest.param(
+            {"held_out": 0.5, "validation": 0.5},
+            "held_out=0.5 and validation=0.5 leave nothing to train on; their sum",
+            id="no-training",
+        ),
+        pytest.param(
+            {"sha256": "abc"}, "sha256='abc': .*; sha256: SHA-256 that the bytes must have, 64 lower-case", id="no-hash"
+        ),
+        pytest.param(
+            {"download": True}, "download=true gets enwik8 alone, and file is None; set file=enwik8.zip", id="no-file"
+        ),
+        pytest.param(
+            {"download": True, "file": "a.txt"},
+            "download=true gets enwik8 alone, and file is 'a.txt'; set",
+            id="other-file",
+        ),
         pytest.param({"file": ""}, "file='': .*; file: a local text file, enwik8 or enwik8.zip", id="no-name"),
     ],
 )

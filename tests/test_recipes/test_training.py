@@ -87,7 +87,9 @@ def test_accuracy_is_the_share_of_right_answers():
     rates = [value for name, value in measures.items() if name.startswith("val_rate/")]
     assert len(rates) == 5
     assert measures["val_rate"] == pytest.approx(sum(rates) / 5)
-    scores.update(type("Output", (), {"decisions": next(_batches(LAYERS))[0]})(), torch.eye(10)[:3], _targets([0, 1, 9]))
+    scores.update(
+        type("Output", (), {"decisions": next(_batches(LAYERS))[0]})(), torch.eye(10)[:3], _targets([0, 1, 9])
+    )
     assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
 
 
@@ -144,7 +146,9 @@ def test_gradient_is_clipped_to_the_norm_asked_for(data, tmp_path, clip, changed
 
     def measure(optimizer, *_):
         gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        norms.append(float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))))
+        norms.append(
+            float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])))
+        )
 
     hook = register_optimizer_step_post_hook(measure)
     train(tiny(training__clip_norm=clip, training__updates=6), tmp_path, data)
@@ -158,7 +162,9 @@ def test_training_equals_a_plain_loop_over_the_formulas(data, tmp_path):
     settings = {"embedding_dropout": 0, "layers__layer__dropout": 0, "head__dropout": 0, "precision": "64-true"}
     spec = tiny(**settings, training__clip_norm=0.5, training__weight_decay=0.3)
     trained = train(spec, tmp_path, data).classifier.model
-    trained.load_state_dict({name.removeprefix("model."): tensor for name, tensor in checkpoint(tmp_path)["state_dict"].items()})
+    trained.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in checkpoint(tmp_path)["state_dict"].items()}
+    )
 
     model = build(spec.model, seed=spec.seed).double()
     parameters = list(model.parameters())
@@ -194,7 +200,10 @@ def test_every_precision_trains_with_clipping_on_a_gpu(data, tmp_path, precision
 def _check_precision(done, precision):
     before = build(tiny().model, seed=0).state_dict()
     assert all(tensor.isfinite().all() for tensor in done.classifier.state_dict().values())
-    assert any(not torch.equal(tensor.float().cpu(), before[name]) for name, tensor in done.classifier.model.state_dict().items())
+    assert any(
+        not torch.equal(tensor.float().cpu(), before[name])
+        for name, tensor in done.classifier.model.state_dict().items()
+    )
     weights = torch.float64 if precision == "64-true" else torch.float32
     assert {tensor.dtype for tensor in done.classifier.model.state_dict().values()} == {weights}
 
@@ -229,7 +238,9 @@ class _Numbers:
     """A split of real numbers, of which some are none."""
 
     def __init__(self, samples, bad=None):
-        self.items = [(torch.randn(6 + number % 3, generator=generator(number)), number % 10) for number in range(samples)]
+        self.items = [
+            (torch.randn(6 + number % 3, generator=generator(number)), number % 10) for number in range(samples)
+        ]
         self.lengths = torch.tensor([len(item[0]) for item in self.items])
         if bad is not None:
             self.items[bad][0][2] = float("nan")
@@ -246,8 +257,12 @@ def test_bad_number_in_the_data_stops_the_run(tmp_path, split):
     bad = {split: 5}
     splits = [_Numbers(16, bad.get(name)) for name in ("train", "validation", "test")]
     data = TaskData(*splits, {}, collate, lambda numbers: [f"{number:.1f}" for number in numbers.tolist()])
-    spec = load_experiment({**EXPERIMENT, "model": {**EXPERIMENT["model"], "encoder": {"kind": "real_number"}}}, ["training.updates=6"])
-    with pytest.raises(DataError, match=r"the batch of update \d has nan in sample \d+ at position 2; inputs must be finite numbers"):
+    spec = load_experiment(
+        {**EXPERIMENT, "model": {**EXPERIMENT["model"], "encoder": {"kind": "real_number"}}}, ["training.updates=6"]
+    )
+    with pytest.raises(
+        DataError, match=r"the batch of update \d has nan in sample \d+ at position 2; inputs must be finite numbers"
+    ):
         train(spec, tmp_path, data)
     assert not (tmp_path / "summary.json").exists()
 
@@ -259,7 +274,9 @@ def _break(classifier: Classifier) -> None:
 
 def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     before_update(monkeypatch, 23, _break)
-    with pytest.raises(DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"):
+    with pytest.raises(
+        DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"
+    ):
         train(tiny(), tmp_path, data)
     left = checkpoint(tmp_path)
     assert left["global_step"] == 20
@@ -268,7 +285,9 @@ def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(dat
 
 def test_weights_broken_just_before_an_evaluation_do_not_replace_the_checkpoint(data, tmp_path, monkeypatch):
     # Update 19 is the last before the evaluation, and its gradient is none: no later loss could tell in time.
-    before_update(monkeypatch, 19, lambda self: next(self.parameters()).register_hook(lambda gradient: gradient * float("nan")))
+    before_update(
+        monkeypatch, 19, lambda self: next(self.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    )
     with pytest.raises(DataError, match="the loss of update 20 is nan; the last checkpoint is still good"):
         train(tiny(), tmp_path, data)
     for name in ("checkpoints/last.ckpt", BEST):

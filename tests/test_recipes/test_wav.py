@@ -1,4 +1,6 @@
-"""WAV files as many programs write them: streamed, large, extensible, with other chunks; and what is refused, by what it is."""
+"""WAV files as many programs write them: streamed, large, extensible, with other chunks; and what is refused, by what
+it is.
+"""
 
 import os
 import re
@@ -81,13 +83,19 @@ def test_large_form_is_read_with_its_own_sizes(tmp_path, name, size):
 
 
 def test_large_form_that_says_more_than_there_is_is_truncated(tmp_path):
-    with pytest.raises(DataError, match=r"some\.wav is truncated: it has 1,000 of the 2,147,483,648,000 samples that its header promises"):
+    with pytest.raises(
+        DataError,
+        match=r"some\.wav is truncated: it has 1,000 of the 2,147,483,648,000 samples that its header promises",
+    ):
         read(tmp_path, rf64(2**32 * 1000))
 
 
 @pytest.mark.parametrize("missing", [1, 2, 999, 2_000])
 def test_fewer_bytes_than_a_believable_header_says_are_truncated(tmp_path, missing):
-    with pytest.raises(DataError, match=rf"is truncated: it has {(2000 - missing) // 2:,} of the 1,000 samples that its header promises"):
+    with pytest.raises(
+        DataError,
+        match=rf"is truncated: it has {(2000 - missing) // 2:,} of the 1,000 samples that its header promises",
+    ):
         read(tmp_path, wav()[: -missing or None])
 
 
@@ -97,7 +105,9 @@ def test_fewer_bytes_than_a_believable_header_says_are_truncated(tmp_path, missi
         pytest.param(chunk(b"JUNK", bytes(28)), id="JUNK"),
         pytest.param(chunk(b"bext", b"abc"), id="odd size and its padding"),
         pytest.param(chunk(b"note", b"abc")[:-1], id="odd size without padding"),
-        pytest.param(chunk(b"fact", struct.pack("<I", 1000)) + chunk(b"LIST", b"INFO") + chunk(b"JUNK", b""), id="several"),
+        pytest.param(
+            chunk(b"fact", struct.pack("<I", 1000)) + chunk(b"LIST", b"INFO") + chunk(b"JUNK", b""), id="several"
+        ),
     ],
 )
 def test_other_chunks_around_the_samples_do_not_matter(tmp_path, before):
@@ -140,29 +150,53 @@ def test_extensible_form_is_read_by_its_sub_format(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param(wav(header=form(channels=2)), r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required are 1 channel", id="stereo"),
+        pytest.param(
+            wav(header=form(channels=2)),
+            r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required are 1 channel",
+            id="stereo",
+        ),
         pytest.param(wav(header=form(rate=44_100)), r"has 1 channel\(s\) of 16 bits at 44,100 Hz; required", id="rate"),
-        pytest.param(wav(header=form(6, bits=8)), r"has 1 channel\(s\) of A-law samples at 16,000 Hz; required", id="A-law"),
+        pytest.param(
+            wav(header=form(6, bits=8)), r"has 1 channel\(s\) of A-law samples at 16,000 Hz; required", id="A-law"
+        ),
         pytest.param(wav(header=form(0x55, bits=0)), r"has 1 channel\(s\) of MP3 samples at", id="MP3"),
         pytest.param(wav(header=extensible(7, 8)), r"of mu-law samples at", id="extensible mu-law"),
         pytest.param(wav(header=form(0x1234)), r"of samples of the unknown codec 0x1234 at", id="unknown"),
         pytest.param(wav(header=form(bits=64)), r"of 64 bits at", id="64 bits"),
         pytest.param(wav(header=form(bits=0)), r"of 0 bits at", id="0 bits"),
         pytest.param(wav(header=form(3, bits=16)), r"of floating-point numbers of 16 bits at", id="float16"),
-        pytest.param(wav(header=extensible(subformat=bytes(14))), r"has the sub-format 0100(00)+, which is not known", id="sub-format"),
+        pytest.param(
+            wav(header=extensible(subformat=bytes(14))),
+            r"has the sub-format 0100(00)+, which is not known",
+            id="sub-format",
+        ),
         pytest.param(wav(name=b"RIFX"), r"is a big-endian WAV file \(RIFX\), which is not read; convert it", id="RIFX"),
         pytest.param(
-            wav(header=form(block=4)), r"1 channel\(s\) of 16 bits do not make the 4 bytes that its chunk 'fmt ' names", id="block"
+            wav(header=form(block=4)),
+            r"1 channel\(s\) of 16 bits do not make the 4 bytes that its chunk 'fmt ' names",
+            id="block",
         ),
-        pytest.param(wav(header=form()[:15]), r"or it is truncated \(its chunk 'fmt ' has 15 bytes, fewer than 16\)", id="short fmt"),
+        pytest.param(
+            wav(header=form()[:15]),
+            r"or it is truncated \(its chunk 'fmt ' has 15 bytes, fewer than 16\)",
+            id="short fmt",
+        ),
         pytest.param(wav(header=extensible()[:39]), r"fewer than the 40 of the extensible form", id="short extensible"),
         pytest.param(wav(before=chunk(b"data", b"")), r"its samples come before the chunk 'fmt '", id="samples first"),
         pytest.param(wav()[:36], r"it is truncated \(it ends before its samples\)", id="no samples"),
         pytest.param(
-            wav(before=chunk(b"LI\xffT", b"", 2**31)), r"its chunk b'LI\\xffT' of 2,147,483,648 bytes ends after the file", id="long chunk"
+            wav(before=chunk(b"LI\xffT", b"", 2**31)),
+            r"its chunk b'LI\\xffT' of 2,147,483,648 bytes ends after the file",
+            id="long chunk",
         ),
-        pytest.param(wav(before=chunk(b"JUNK", b"") * 20_000), r"it has no samples among its first 10,000 chunks", id="chunks"),
-        pytest.param(wav(np.float32([0, np.nan]).tobytes(), form(3, bits=32)), r"has samples that are no finite numbers", id="NaN"),
+        pytest.param(
+            wav(before=chunk(b"JUNK", b"") * 20_000), r"it has no samples among its first 10,000 chunks", id="chunks"
+        ),
+        pytest.param(
+            wav(np.float32([0, np.nan]).tobytes(), form(3, bits=32)),
+            r"has samples that are no finite numbers",
+            id="NaN",
+        ),
     ],
 )
 def test_what_is_not_read_is_said_by_what_it_is(tmp_path, content, complaint):

@@ -1,4 +1,6 @@
-"""An experiment that takes a second: short expressions, two layers of width 8, dropout in every place; and ways to stop it midway."""
+"""An experiment that takes a second: short expressions, two layers of width 8, dropout in every place; and ways to stop
+it midway.
+"""
 
 import csv
 import json
@@ -42,7 +44,15 @@ MODEL = {
     "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 10, "dropout": 0.1},
 }
 # 120 samples in batches of 8: the 30 updates are two epochs, and the interruptions below fall into both.
-TRAINING = {"updates": 30, "batch_size": 8, "learning_rate": 0.003, "weight_decay": 0.01, "warmup": 5, "evaluate_every": 10, "bucket": 3}
+TRAINING = {
+    "updates": 30,
+    "batch_size": 8,
+    "learning_rate": 0.003,
+    "weight_decay": 0.01,
+    "warmup": 5,
+    "evaluate_every": 10,
+    "bucket": 3,
+}
 EXPERIMENT = {"task": {"kind": "listops", "data": DATA}, "model": MODEL, "training": TRAINING}
 
 
@@ -90,7 +100,9 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
-        return isinstance(right, dict) and left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return (
+            isinstance(right, dict) and left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        )
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
@@ -104,7 +116,9 @@ def metrics_of(out: Path) -> dict[tuple[int, str], dict[str, str]]:
             kind = "val" if row.get("val_accuracy") else "test" if row.get("test_accuracy") else "fit"
             step = int(row.pop("step")) + 1
             # Lightning counts a test as one more update, unless it comes without a training.
-            lines[30 if kind == "test" else step, kind] = {name: value for name, value in row.items() if value and name != "epoch"}
+            lines[30 if kind == "test" else step, kind] = {
+                name: value for name, value in row.items() if value and name != "epoch"
+            }
     return lines
 
 

@@ -1,4 +1,6 @@
-"""A made-up copy of Speech Commands in its real format, ten clips of every word, and an experiment on it that takes a second."""
+"""A made-up copy of Speech Commands in its real format, ten clips of every word, and an experiment on it that takes a
+second.
+"""
 
 import wave
 from pathlib import Path
@@ -37,7 +39,12 @@ TRAINING = {"updates": 6, "batch_size": 8, "learning_rate": 0.003, "warmup": 2, 
 
 def speech_experiment(**data: Any) -> dict[str, Any]:
     """The experiment with these settings of the data, and 100 samples per clip."""
-    return {"task": {"kind": "speech", "data": {"downsample": 160, **data}}, "model": MODEL, "training": TRAINING, "threads": 1}
+    return {
+        "task": {"kind": "speech", "data": {"downsample": 160, **data}},
+        "model": MODEL,
+        "training": TRAINING,
+        "threads": 1,
+    }
 
 
 def write_wav(path: Path, samples: np.ndarray, *, rate: int = 16_000, width: int = 2, channels: int = 1) -> Path:
@@ -57,7 +64,9 @@ def clip_of(word: str, number: int) -> np.ndarray:
 
 
 def write_corpus(folder: Path, *, backwards: bool = False, lists: bool = True) -> Path:
-    """Write ten whole clips and one short one of every word, a word that is not asked for, and the lists; returns the folder itself."""
+    """Write ten whole clips and one short one of every word, a word that is not asked for, and the lists; returns the
+    folder itself.
+    """
     root = folder / NAME
     jobs = [(word, number) for word in CLASSES for number in range(10)]
     for word, number in reversed(jobs) if backwards else jobs:
@@ -67,5 +76,7 @@ def write_corpus(folder: Path, *, backwards: bool = False, lists: bool = True) -
     write_wav(root / "cat" / "00_nohash_0.wav", clip_of("yes", 50))
     if lists:
         (root / LISTS[0]).write_text("".join(f"{word}/03_nohash_0.wav\n" for word in CLASSES) + "cat/00_nohash_0.wav\n")
-        (root / LISTS[1]).write_text("".join(f"{word}/0{number}_nohash_0.wav\n" for word in CLASSES for number in (5, 8)))
+        (root / LISTS[1]).write_text(
+            "".join(f"{word}/0{number}_nohash_0.wav\n" for word in CLASSES for number in (5, 8))
+        )
     return root

@@ -1,4 +1,6 @@
-"""Causal models for the laws of streams: every causal kind of sub-module, router, norm and encoder is in one of them."""
+"""Causal models for the laws of streams: every causal kind of sub-module, router, norm and encoder is in one of
+them.
+"""
 
 import functools
 from typing import Any
@@ -19,14 +21,21 @@ GAU: dict[str, Any] = {"kind": "gau", "query_size": 2, "hidden_size": 3, "window
 EMA_BACKBONE: dict[str, Any] = {"kind": "ema", "state_size": 2, "bidirectional": False}
 SEQBOAT = {
     "backbone": {**EMA_BACKBONE, "truncation": 3},
-    "modules": {"attention": {**GAU, "attention": "relu2", "position": {"kind": "relative_bias", "distance": "slot_distance"}}},
+    "modules": {
+        "attention": {**GAU, "attention": "relu2", "position": {"kind": "relative_bias", "distance": "slot_distance"}}
+    },
     "norm": {"kind": "rms_norm"},
     "dropout_on": "sum",
 }
 EVERYTHING = {
     "backbone": EMA_BACKBONE,
     "modules": {
-        "all": {**GAU, "window": None, "attention": "laplace", "position": {"kind": "relative_bias", "max_positions": 4}},
+        "all": {
+            **GAU,
+            "window": None,
+            "attention": "laplace",
+            "position": {"kind": "relative_bias", "max_positions": 4},
+        },
         "heads": {"kind": "attention", "heads": 2, "bidirectional": False, "position": {"kind": "rotary"}},
         "conv": {"kind": "conv", "kernel_size": 3},
         "mlp": {"kind": "gated_mlp", "hidden_size": 3},
@@ -42,7 +51,11 @@ DRAWN = {
     "norm": {"kind": "scale_norm", "place": "post"},
     "bypass": "none",
 }
-PLAIN = {"backbone": {"kind": "attention", "heads": 1, "bidirectional": False}, "norm": {"kind": "layer_norm"}, "activation": "none"}
+PLAIN = {
+    "backbone": {"kind": "attention", "heads": 1, "bidirectional": False},
+    "norm": {"kind": "layer_norm"},
+    "activation": "none",
+}
 TOKENS = {"kind": "token_embedding", "vocabulary": VOCABULARY, "padding": 0}
 CAUSAL: dict[str, dict[str, Any]] = {
     "seqboat": {

@@ -23,7 +23,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gau": {**GAU, "window": 3},
     "gau of all tokens": GAU,
     "causal relu2": {**GAU, "window": 3, "attention": "relu2", "bidirectional": False, "position": {"kind": "rotary"}},
-    "laplace": {**GAU, "window": 3, "attention": "laplace", "position": {"kind": "relative_bias", "distance": "slot_distance"}},
+    "laplace": {
+        **GAU,
+        "window": 3,
+        "attention": "laplace",
+        "position": {"kind": "relative_bias", "distance": "slot_distance"},
+    },
     "gated_mlp": {"kind": "gated_mlp", "hidden_size": 8},
     "conv": {"kind": "conv", "kernel_size": 3, "bidirectional": True},
     "chunked_gau": {**GAU, "kind": "chunked_gau", "window": 6},
@@ -107,7 +112,9 @@ def every_kind_ragged() -> None:
 
 
 def batch_norm() -> None:
-    """In training the running statistics count a batch once, also where backward runs the pass again, inside of a graph or around it."""
+    """In training the running statistics count a batch once, also where backward runs the pass again, inside of a graph
+    or around it.
+    """
     x = torch.randn(3, 5, 8, generator=generator(0)).requires_grad_()
 
     def trained(wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Tensor]:
@@ -123,7 +130,9 @@ def batch_norm() -> None:
     for backend in ("aot_eager", "inductor"):
         compiled: Callable[..., Any] = partial(torch.compile, fullgraph=True, backend=backend)
         for steps in ([compiled], [compiled, again], [again, compiled]):
-            torch.testing.assert_close(trained(lambda norm, steps=steps: reduce(lambda part, step: step(part), steps, norm)), wanted)
+            torch.testing.assert_close(
+                trained(lambda norm, steps=steps: reduce(lambda part, step: step(part), steps, norm)), wanted
+            )
     model = model_of({"module": KINDS["gated_mlp"]}, "batch_norm").train()
     assert_compiles(model.recompute_activations(), "aot_eager", capacity=9)
 
@@ -142,23 +151,40 @@ def other_lengths() -> None:
 def step() -> None:
     """Single steps of a stream equal the eager ones, the state included."""
     gau = {**GAU, "window": 3, "bidirectional": False}
-    layer = {"backbone": {"kind": "ema", "state_size": 2, "bidirectional": False}, "modules": {"attention": gau, "conv": {"kind": "conv"}}}
+    layer = {
+        "backbone": {"kind": "ema", "state_size": 2, "bidirectional": False},
+        "modules": {"attention": gau, "conv": {"kind": "conv"}},
+    }
     encoder = {"kind": "token_embedding", "vocabulary": 9}
-    model = build(load_spec({"kind": "language_model", "width": 8, "encoder": encoder, "layers": [layer]}), seed=0).eval()
+    model = build(
+        load_spec({"kind": "language_model", "width": 8, "encoder": encoder, "layers": [layer]}), seed=0
+    ).eval()
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     compiled = torch.compile(model, dynamic=False, backend="aot_eager")
     inputs = torch.randint(0, 9, (2, 8), generator=generator(0))
     one = other = model.init_state(2)
     with torch.no_grad():
         for place in range(inputs.shape[1]):
-            found, wanted = compiled(inputs[:, place : place + 1], state=one), model(inputs[:, place : place + 1], state=other)
+            found, wanted = (
+                compiled(inputs[:, place : place + 1], state=one),
+                model(inputs[:, place : place + 1], state=other),
+            )
             torch.testing.assert_close(named_tensors(found), named_tensors(wanted), rtol=1e-4, atol=1e-5)
             one, other = found.state, wanted.state
 
 
 def parts() -> None:
-    """A layer, and what is in it, compiled by itself inside of an eager model: `compile()` of a part that the model calls."""
-    for name in ("layers.0", "layers.0.routed", "layers.0.routed.submodules.mlp", "layers.0.backbone", "encoder", "head"):
+    """A layer, and what is in it, compiled by itself inside of an eager model: `compile()` of a part that the model
+    calls.
+    """
+    for name in (
+        "layers.0",
+        "layers.0.routed",
+        "layers.0.routed.submodules.mlp",
+        "layers.0.backbone",
+        "encoder",
+        "head",
+    ):
         torch._dynamo.reset()
         graphs: list[torch.fx.GraphModule] = []
 
@@ -171,12 +197,15 @@ def parts() -> None:
             model.get_submodule(name)._compiled_call_impl = None
             wanted = logits_and_gradients(model, inputs, valid, capacity=9)
             model.get_submodule(name).compile(backend=backend, fullgraph=True)
-            torch.testing.assert_close(logits_and_gradients(model, inputs, valid, capacity=9), wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                logits_and_gradients(model, inputs, valid, capacity=9), wanted, rtol=1e-4, atol=1e-5
+            )
         assert graphs, f"{name} was never compiled"
 
 
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step, parts)
+    case.__name__: case
+    for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step, parts)
 }
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ GAU: dict[str, Any] = {
     "window": 2,
     "position": {"kind": "relative_bias", "max_positions": 4},
 }
-CAUSAL_GAU = {**GAU, "bidirectional": False, "attention": "relu2", "position": {"kind": "relative_bias", "distance": "slot_distance"}}
+CAUSAL_GAU = {
+    **GAU,
+    "bidirectional": False,
+    "attention": "relu2",
+    "position": {"kind": "relative_bias", "distance": "slot_distance"},
+}
 LAYERS: dict[str, dict[str, Any]] = {
     "seqboat": {
         "backbone": {"kind": "ema", "state_size": 2},
@@ -43,17 +48,25 @@ LAYERS: dict[str, dict[str, Any]] = {
     "no bypass": {
         "backbone": {"kind": "conv", "kernel_size": 3, "bidirectional": True},
         "backbone_activation": "none",
-        "modules": {"attention": {"kind": "attention", "heads": 2, "position": {"kind": "rotary"}}, "skip": {"kind": "identity"}},
+        "modules": {
+            "attention": {"kind": "attention", "heads": 2, "position": {"kind": "rotary"}},
+            "skip": {"kind": "identity"},
+        },
         "norm": {"kind": "scale_norm", "place": "post"},
         "bypass": "none",
     },
     "bare": {"modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 3}}, "bypass": "identity"},
     "always": {"router": {"kind": "always"}, "modules": {"attention": GAU}},
     "never": {"router": {"kind": "never"}, "modules": {"attention": GAU}, "norm": {"kind": "batch_norm"}},
-    "no modules": {"backbone": {"kind": "attention", "heads": 1, "bidirectional": False}, "norm": {"kind": "batch_norm", "place": "post"}},
+    "no modules": {
+        "backbone": {"kind": "attention", "heads": 1, "bidirectional": False},
+        "norm": {"kind": "batch_norm", "place": "post"},
+    },
 }
 layers = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in LAYERS])
-some_layers = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("seqboat", "causal seqboat", "several modules")])
+some_layers = pytest.mark.parametrize(
+    "name", [pytest.param(name, id=name) for name in ("seqboat", "causal seqboat", "several modules")]
+)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> RoutedLayer:

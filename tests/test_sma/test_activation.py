@@ -28,7 +28,9 @@ class Chosen(Router):
 
     def __init__(self, names: list[str], active: Tensor, confidence: Tensor) -> None:
         super().__init__(names)
-        self.decision = Decision(active, confidence, torch.zeros(*active.shape, 2), torch.zeros_like(confidence), self.names)
+        self.decision = Decision(
+            active, confidence, torch.zeros(*active.shape, 2), torch.zeros_like(confidence), self.names
+        )
 
     def forward(self, control_BLD, valid=None, positions=None, state=None):
         return self.decision, None
@@ -65,7 +67,9 @@ def _by_hand(routed: SparseModularActivation, x: Tensor, decision: Decision, val
         if places:
             results = routed.submodules[name](oracles.one_row(x[b, places], [int(rank[b, t]) for t in places]))[0]
             for slot, t in enumerate(places):
-                place = nn.functional.one_hot(torch.tensor(b * x.shape[1] + t), x.shape[0] * x.shape[1]).reshape(*x.shape[:2], 1)
+                place = nn.functional.one_hot(torch.tensor(b * x.shape[1] + t), x.shape[0] * x.shape[1]).reshape(
+                    *x.shape[:2], 1
+                )
                 out = out + place * decision.confidence[b, t, m] * results[slot]
     return out
 
@@ -123,7 +127,9 @@ def test_nothing_active_gives_zeros():
     assert torch.equal(_routed(NeverRouterSpec())(x).values, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("subset", [pytest.param(s, id="+".join(s) or "none") for n in range(4) for s in itertools.combinations("abc", n)])
+@pytest.mark.parametrize(
+    "subset", [pytest.param(s, id="+".join(s) or "none") for n in range(4) for s in itertools.combinations("abc", n)]
+)
 def test_every_subset_of_sub_modules_can_be_chosen_by_a_token(subset):
     router = SMARouterSpec().build(WIDTH, "abc")
     with torch.no_grad():
@@ -204,8 +210,14 @@ def _kinds_of_sub_modules() -> list[object]:
         "local_attention": [{"heads": 1, "window": 2}, {"heads": 1, "window": 2, "bidirectional": False}],
         "s4d": [{"state_size": 4}, {"state_size": 4, "bidirectional": False, "activation": "none", "mixing": "none"}],
     }
-    assert set(settings) == {kind for kind in kinds("sub-module") if kinds("sub-module")[kind].__module__.startswith("sma.")}
-    return [pytest.param(kind, fields, id=f"{kind}-{place}") for kind, cases in settings.items() for place, fields in enumerate(cases)]
+    assert set(settings) == {
+        kind for kind in kinds("sub-module") if kinds("sub-module")[kind].__module__.startswith("sma.")
+    }
+    return [
+        pytest.param(kind, fields, id=f"{kind}-{place}")
+        for kind, cases in settings.items()
+        for place, fields in enumerate(cases)
+    ]
 
 
 @pytest.mark.parametrize(("kind", "fields"), _kinds_of_sub_modules())
@@ -277,7 +289,9 @@ def test_padding_never_changes_a_valid_token_or_a_gradient(spec, side, fill):
     outputs = [routed(batch, valid=valid).values for batch in (x, clean)]
     assert torch.equal(outputs[0], outputs[1])
     if outputs[0].requires_grad:
-        found, expected = (gradients(output, [batch, *routed.parameters()]) for output, batch in zip(outputs, (x, clean), strict=True))
+        found, expected = (
+            gradients(output, [batch, *routed.parameters()]) for output, batch in zip(outputs, (x, clean), strict=True)
+        )
         for got, want in zip(found, expected, strict=True):
             assert torch.equal(got, want)
 
@@ -326,13 +340,16 @@ class TestWrongInput:
         return _routed()(normal(2, 4, WIDTH) if x is None else x, **options)
 
     def test_names_that_do_not_match(self):
-        with pytest.raises(InputError, match=r"the router decides about \['a'\], but the sub-modules are \['b'\]; use the same names"):
+        with pytest.raises(
+            InputError, match=r"the router decides about \['a'\], but the sub-modules are \['b'\]; use the same names"
+        ):
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, ["a"]), {"b": Double()})
 
     @pytest.mark.parametrize("name", ["double", "type", "items", "training", "forward"])
     def test_name_that_torch_uses(self, name):
         with pytest.raises(
-            InputError, match=f"the sub-module name '{name}' is taken by torch.nn.ModuleDict; choose another, such as '{name}_'"
+            InputError,
+            match=f"the sub-module name '{name}' is taken by torch.nn.ModuleDict; choose another, such as '{name}_'",
         ):
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Double()})
 
@@ -342,19 +359,23 @@ class TestWrongInput:
 
     def test_tokens_that_are_whole_numbers(self):
         with pytest.raises(
-            InputError, match=r"the tokens have dtype torch\.int64; required is a floating-point dtype, such as torch\.float32"
+            InputError,
+            match=r"the tokens have dtype torch\.int64; required is a floating-point dtype, such as torch\.float32",
         ):
             self._run(torch.ones(2, 4, WIDTH, dtype=torch.long))
 
     def test_mask_of_numbers(self):
         with pytest.raises(
-            InputError, match=r"valid has dtype torch\.float32; required is torch\.bool, True at real tokens: write valid\.bo"
+            InputError,
+            match=r"valid has dtype torch\.float32; required is torch\.bool, True at real tokens: write valid\.bo",
         ):
             self._run(valid=torch.ones(2, 4))
 
     @pytest.mark.parametrize("shape", [(2, 5), (1, 4), (4,), (2, 4, 1)])
     def test_mask_of_another_shape(self, shape):
-        with pytest.raises(InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 4\), as the input has"):
+        with pytest.raises(
+            InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 4\), as the input has"
+        ):
             self._run(valid=torch.ones(shape, dtype=torch.bool))
 
     def test_sub_module_without_a_forward(self):

@@ -24,7 +24,9 @@ from tests.test_sma.causal import far_from_the_start
 
 WIDTH, ROWS, LENGTH = 4, 3, 10
 PARTS = {
-    "gau": GAUSpec(query_size=2, hidden_size=3, window=2, bidirectional=False, position=RelativeBiasSpec(max_positions=4)),
+    "gau": GAUSpec(
+        query_size=2, hidden_size=3, window=2, bidirectional=False, position=RelativeBiasSpec(max_positions=4)
+    ),
     "all": AttentionSpec(heads=1, bidirectional=False, position=RotarySpec()),
     "average": EMASpec(state_size=2, bidirectional=False, truncation=2),
     "conv": ConvSpec(kernel_size=3),
@@ -32,7 +34,10 @@ PARTS = {
 }
 ROUTERS = pytest.mark.parametrize(
     "spec",
-    [pytest.param(spec, id=spec.kind) for spec in (SMARouterSpec(), AlwaysRouterSpec(), NeverRouterSpec(), RandomRouterSpec(rate=0.6))],
+    [
+        pytest.param(spec, id=spec.kind)
+        for spec in (SMARouterSpec(), AlwaysRouterSpec(), NeverRouterSpec(), RandomRouterSpec(rate=0.6))
+    ],
 )
 
 
@@ -45,7 +50,9 @@ def make(spec: RouterSpec) -> SparseModularActivation:
     return routed
 
 
-def run(routed: SparseModularActivation, x: Tensor, valid: Tensor | None, state: RoutedState | None) -> tuple[list[Tensor], Any]:
+def run(
+    routed: SparseModularActivation, x: Tensor, valid: Tensor | None, state: RoutedState | None
+) -> tuple[list[Tensor], Any]:
     output = routed(x, valid=valid, state=state)
     return [output.values, output.decision.active, output.decision.confidence], output.state
 
@@ -69,12 +76,18 @@ def test_whole_equals_chunked_equals_step_by_step(spec: RouterSpec, plan: Plan) 
 def test_gradients_through_the_states_are_those_of_the_whole(spec: RouterSpec) -> None:
     routed, x = make(spec), normal(ROWS, LENGTH, WIDTH).requires_grad_()
     plan = Plan(
-        [[slice(0, 4), slice(4, 5), slice(5, LENGTH)], [slice(0, 0), slice(0, 9), slice(9, LENGTH)], [slice(0, 10), *[slice(10, 10)] * 2]]
+        [
+            [slice(0, 4), slice(4, 5), slice(5, LENGTH)],
+            [slice(0, 0), slice(0, 9), slice(9, LENGTH)],
+            [slice(0, 10), *[slice(10, 10)] * 2],
+        ]
     )
     inputs, incoming = [x, *routed.parameters()], normal(ROWS, LENGTH, WIDTH, seed=8)
     wanted = torch.autograd.grad((routed(x).values * incoming).sum(), inputs, materialize_grads=True)
     (values, *_), _ = flow(lambda *chunk: run(routed, *chunk), x, plan, routed.init_state(ROWS))
-    for ours, theirs in zip(torch.autograd.grad((values * incoming).sum(), inputs, materialize_grads=True), wanted, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad((values * incoming).sum(), inputs, materialize_grads=True), wanted, strict=True
+    ):
         near(ours, theirs)
 
 
@@ -130,7 +143,8 @@ class TestRefusals:
         assert not routed.causal
         self._refuses(
             routed,
-            "'wide' (kind gau, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+            "'wide' (kind gau, causal=False) cannot continue from a state; "
+            "build the model with bidirectional=false to stream it",
         )
 
     def test_router_that_looks_ahead(self) -> None:
@@ -156,9 +170,13 @@ class TestRefusals:
             routed(normal(2, 3, WIDTH), state=routed.init_state(5))
 
     def test_state_of_sub_modules_of_other_names(self) -> None:
-        one, other = (SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Counting()}) for name in ("one", "other"))
+        one, other = (
+            SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Counting()})
+            for name in ("one", "other")
+        )
         sentence = (
-            "SparseModularActivation got the state of another model: it is of the parts ['other']; required are ['one']: use init_state"
+            "SparseModularActivation got the state of another model: it is of the parts ['other']; "
+            "required are ['one']: use init_state"
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             one(normal(2, 3, WIDTH), state=other.init_state(2))
@@ -166,8 +184,8 @@ class TestRefusals:
     def test_state_out_of_that_of_a_layer_which_counts_no_tokens(self) -> None:
         routed = make(SMARouterSpec())
         sentence = (
-            "SparseModularActivation got a state that counts no tokens, as inside of a layer or a model, which counts them; "
-            "use the init_state of what is called"
+            "SparseModularActivation got a state that counts no tokens, as inside of a layer or a model, which counts "
+            "them; use the init_state of what is called"
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             routed(normal(2, 3, WIDTH), state=replace(routed.init_state(2), seen=None))

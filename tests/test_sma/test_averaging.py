@@ -1,4 +1,6 @@
-"""Running statistics measured anew: means over batches, of valid tokens; torch's own tools; norms that torch put into the place of ours."""
+"""Running statistics measured anew: means over batches, of valid tokens; torch's own tools; norms that torch put into
+the place of ours.
+"""
 
 import copy
 from typing import Any, NamedTuple
@@ -115,7 +117,12 @@ def test_a_model_without_batch_norm_is_not_run():
 
 def test_checkpoints_hold_no_counter_and_older_ones_load():
     model = _model()
-    assert {name.rpartition(".")[2] for name in model.state_dict() if ".norm." in name} == {"weight", "bias", "running_mean", "running_var"}
+    assert {name.rpartition(".")[2] for name in model.state_dict() if ".norm." in name} == {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+    }
     assert not model.load_state_dict(dict(model.state_dict())).unexpected_keys
 
 
@@ -126,8 +133,14 @@ WRONG: dict[str, tuple[Any, str]] = {
     "targets": ([(NAN, torch.zeros(2))], "the second of a pair is the mask of valid tokens"),
     "words": (["abc"], "a batch of update_statistics is a str"),
     "tensor": (NAN, "the data of update_statistics is a torch.Tensor of shape .*; required are batches"),
-    "other names": ([{"inputs": NAN, "labels": NAN}], r"the forward of SequenceModel cannot be called with \['inputs', 'labels'\]"),
-    "too few tokens": ([(normal(2, 5, 2), ONE)], "the batch norm 'layers.0.norm' got no batch with at least two valid tokens"),
+    "other names": (
+        [{"inputs": NAN, "labels": NAN}],
+        r"the forward of SequenceModel cannot be called with \['inputs', 'labels'\]",
+    ),
+    "too few tokens": (
+        [(normal(2, 5, 2), ONE)],
+        "the batch norm 'layers.0.norm' got no batch with at least two valid tokens",
+    ),
     "not finite": ([normal(2, 5, 2), NAN], "the batch norm 'layers.0.norm' got values that are not finite"),
     "other shape": ([normal(2, 5, 2), normal(2, 5)], "features have shape"),
 }
@@ -148,7 +161,9 @@ def test_a_rank_with_fewer_batches_than_the_others_is_refused(monkeypatch):
     # Two ranks, of which the other has one batch more.
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(1) if tensor.dtype is torch.int64 else tensor.mul_(2))
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda tensor: tensor.add_(1) if tensor.dtype is torch.int64 else tensor.mul_(2)
+    )
     with pytest.raises(InputError, match="different numbers of batches on the ranks; give every rank as many"):
         sma.update_statistics(_model(), _batches())
 

@@ -1,4 +1,6 @@
-"""The controller of the rate: it comes to its target from anywhere, follows its schedule, and touches nothing but offsets."""
+"""The controller of the rate: it comes to its target from anywhere, follows its schedule, and touches nothing but
+offsets.
+"""
 
 import copy
 import math
@@ -44,9 +46,12 @@ def _router(spec, bias: float = 0.0, seed: int = 3) -> Router:
     router = spec.build(5, NAMES).double()
     spread(router, seed=seed)
     with torch.no_grad():
-        on = {"sma": slice(1, None, 2), "gumbel": slice(1, None, 2), "bernoulli": slice(1, None, 2), "exclusive": slice(1, None)}.get(
-            spec.kind, slice(None)
-        )
+        on = {
+            "sma": slice(1, None, 2),
+            "gumbel": slice(1, None, 2),
+            "bernoulli": slice(1, None, 2),
+            "exclusive": slice(1, None),
+        }.get(spec.kind, slice(None))
         router.bias[on] += bias
     return router
 
@@ -74,7 +79,9 @@ def _rate(router: Router, tokens: int = 20000) -> Tensor:
 
 class TestTarget:
     @STEERABLE
-    @pytest.mark.parametrize("bias", [pytest.param(0.0, id="alive"), pytest.param(-50.0, id="dead"), pytest.param(50.0, id="saturated")])
+    @pytest.mark.parametrize(
+        "bias", [pytest.param(0.0, id="alive"), pytest.param(-50.0, id="dead"), pytest.param(50.0, id="saturated")]
+    )
     def test_each_sub_module_comes_to_its_target_in_a_hundred_updates(self, spec, bias):
         targets = {"attention": 0.2, "mlp": 0.3, "conv": 0.3} if spec.kind == "exclusive" else RATES
         router = _router(spec, bias)
@@ -109,15 +116,21 @@ class TestTarget:
 
     @pytest.mark.parametrize("bias", [-50.0, 0.0, 50.0])
     def test_a_total_budget_keeps_the_mean_weighted_by_cost(self, bias):
-        routers, costs = [_router(SMARouterSpec(), bias), _router(ThresholdRouterSpec(), seed=4)], [[1.0, 2.0, 4.0], [8.0, 1.0, 1.0]]
+        routers, costs = (
+            [_router(SMARouterSpec(), bias), _router(ThresholdRouterSpec(), seed=4)],
+            [[1.0, 2.0, 4.0], [8.0, 1.0, 1.0]],
+        )
         controller = BudgetController(BudgetSpec(target=0.3, over="total"), routers, costs)
         _run(controller, 150)
         rates, weights = torch.stack([_rate(router) for router in routers]), torch.tensor(costs, dtype=torch.float64)
         assert float((rates * weights).sum() / weights.sum()) == pytest.approx(0.3, abs=0.03)
 
-    @pytest.mark.parametrize("spec", [ExclusiveRouterSpec(), TopKRouterSpec(k=1, skips=1), TopKRouterSpec(k=2, skips=1)])
+    @pytest.mark.parametrize(
+        "spec", [ExclusiveRouterSpec(), TopKRouterSpec(k=1, skips=1), TopKRouterSpec(k=2, skips=1)]
+    )
     def test_a_total_that_the_tokens_do_not_allow_lets_no_offset_drift(self, spec):
-        # The cheap sub-module takes every token from the dear one, and more of it does not make the total that was asked for.
+        # The cheap sub-module takes every token from the dear one, and more of it does not make the total that was
+        # asked for.
         router, costs = _router(spec), [[1.0, 1.0, 50.0]]
         with torch.no_grad():
             router.bias[-1 - getattr(spec, "skips", 0)] -= 5.0
@@ -217,14 +230,18 @@ class TestTarget:
         kept = copy.deepcopy(router.state_dict())
         controller = BudgetController(BudgetSpec(target=0.1), [router])
         _run(controller, 3)
-        assert [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, kept[name])] == ["offset"]
+        assert [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, kept[name])] == [
+            "offset"
+        ]
         assert list(controller.parameters()) == []
 
 
 class TestSchedule:
     def test_the_rate_holds_and_then_falls_in_the_logarithm(self):
         spec = BudgetSpec(target=0.25, start=1.0, hold=10, anneal=20)
-        assert [spec.scheduled(0.25, update) for update in (0, 10, 20, 30, 1000)] == pytest.approx([1.0, 1.0, 0.5, 0.25, 0.25])
+        assert [spec.scheduled(0.25, update) for update in (0, 10, 20, 30, 1000)] == pytest.approx(
+            [1.0, 1.0, 0.5, 0.25, 0.25]
+        )
 
     def test_without_a_schedule_the_target_counts_from_the_first_update(self):
         assert BudgetSpec(target=0.25).scheduled(0.25, 0) == 0.25
@@ -277,7 +294,10 @@ class TestRefused:
     def test_decisions_about_other_sub_modules(self, names, target):
         router, other = _router(SMARouterSpec()), SMARouterSpec().build(5, names).double()
         controller = BudgetController(BudgetSpec(target=[0.5, target]), [router, router])
-        sentence = f"decision 1 is about {list(names)}, and the router of that layer about {list(NAMES)}; give the decisions of the same"
+        sentence = (
+            f"decision 1 is about {list(names)}, and the router of that layer about {list(NAMES)}; "
+            "give the decisions of the same"
+        )
         with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
             controller.update([part(normal(1, 2, 5))[0] for part in (router, other)])
         assert not router.offset.any()
@@ -285,7 +305,9 @@ class TestRefused:
     def test_a_mask_that_does_not_fit(self, as_users_run):
         router = _router(SMARouterSpec())
         with pytest.raises(InputError, match=r"valid has shape \(1, 2\); required is \(B, L\) = \(3, 2\)"):
-            BudgetController(BudgetSpec(target={}), [router]).update([router(normal(3, 2, 5))[0]], torch.ones(1, 2, dtype=torch.bool))
+            BudgetController(BudgetSpec(target={}), [router]).update(
+                [router(normal(3, 2, 5))[0]], torch.ones(1, 2, dtype=torch.bool)
+            )
 
 
 def _without_a_target(rank: int, folder: str, ranks: int) -> None:

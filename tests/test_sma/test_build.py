@@ -15,7 +15,12 @@ from sma.errors import SpecError
 from sma.spec import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = {"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "real_number"}, "layers": [{"modules": {"a": {"kind": "conv"}}}]}
+FIELDS = {
+    "kind": "sequence_encoder",
+    "width": 4,
+    "encoder": {"kind": "real_number"},
+    "layers": [{"modules": {"a": {"kind": "conv"}}}],
+}
 
 
 @pytest.fixture
@@ -37,7 +42,9 @@ def test_a_model_is_built_from_a_path_a_mapping_or_a_spec(mine):
     ("source", "complaint"),
     [
         pytest.param(
-            "none.yaml", r"cannot read 'none\.yaml': No such file or directory; give the path of a YAML or JSON file", id="no file"
+            "none.yaml",
+            r"cannot read 'none\.yaml': No such file or directory; give the path of a YAML or JSON file",
+            id="no file",
         ),
         pytest.param(".", r"'\.' is a folder; a plain file is required", id="folder"),
         pytest.param("a\0b", r"cannot read 'a\\x00b': embedded null byte", id="NUL"),
@@ -81,7 +88,9 @@ for seed in (1.5, "1", None, numpy.int64(5)):
 
 def test_arguments_of_other_types_are_named():
     # In a process of its own, without the type checker of the tests.
-    result = subprocess.run([sys.executable, "-c", WRONG % FIELDS], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WRONG % FIELDS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = result.stdout.splitlines()
     assert lines[:2] == [f"a spec is read from a path or a mapping, not from {what}" for what in ("3", "None")]
     assert lines[2].startswith("a spec is read from a path or a mapping, not from [{'encoder'")
@@ -90,7 +99,9 @@ def test_arguments_of_other_types_are_named():
         f"a model is built from a model spec, and {name} is none; its own build(width) makes that part"
         for name in ("LayerSpec", "ConvSpec")
     ]
-    assert lines[6:8] == [f"seed={seed} must be an integer of at least 0 and below 2^64, or None" for seed in ("1.5", "'1'")]
+    assert lines[6:8] == [
+        f"seed={seed} must be an integer of at least 0 and below 2^64, or None" for seed in ("1.5", "'1'")
+    ]
     assert lines[8:] == ["SequenceModel", "SequenceModel"]
 
 
@@ -119,7 +130,14 @@ PROGRAM = """
 import torch, sma
 from sma import Ragged, RoutedLayer, Router, SparseModularActivation, SubModule, load_spec
 
-def show(layer: RoutedLayer, routed: SparseModularActivation, part: SubModule, router: Router, tokens: Ragged, x: torch.Tensor) -> None:
+def show(
+    layer: RoutedLayer,
+    routed: SparseModularActivation,
+    part: SubModule,
+    router: Router,
+    tokens: Ragged,
+    x: torch.Tensor,
+) -> None:
     reveal_type(load_spec("mine.yaml"))
     reveal_type(load_spec({}, "sub-module"))
     reveal_type(load_spec({}, family="router"))
@@ -148,7 +166,16 @@ TYPES = [
 @pytest.mark.slow
 def test_editors_know_what_is_returned(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "program.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        str(tmp_path / "program.py"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = [re.sub(r"\w+\.(?=\w)", "", line.split('"')[1]) for line in result.stdout.splitlines() if "Revealed type" in line]
+    found = [
+        re.sub(r"\w+\.(?=\w)", "", line.split('"')[1]) for line in result.stdout.splitlines() if "Revealed type" in line
+    ]
     assert found == TYPES, result.stdout + result.stderr

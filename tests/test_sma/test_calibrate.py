@@ -1,4 +1,6 @@
-"""The dial on a trained model: it reaches the rates that were asked for, over all ranks, and says so where it does not."""
+"""The dial on a trained model: it reaches the rates that were asked for, over all ranks, and says so where it does
+not.
+"""
 
 import copy
 import itertools
@@ -19,7 +21,11 @@ from tests.streams import exactly
 
 
 def _model(router: dict, layers: int = 2, modules: int = 2):
-    parts = {"mlp": {"kind": "gated_mlp", "hidden_size": 6}, "conv": {"kind": "conv", "kernel_size": 3}, "other": {"kind": "identity"}}
+    parts = {
+        "mlp": {"kind": "gated_mlp", "hidden_size": 6},
+        "conv": {"kind": "conv", "kernel_size": 3},
+        "other": {"kind": "identity"},
+    }
     layer = {
         "router": router,
         "modules": dict(list(parts.items())[:modules]),
@@ -46,7 +52,11 @@ class TestCalibrate:
         reached = calibrate(model, data, rate, tolerance=0.01)
         assert reached.rates.flatten().tolist() == pytest.approx([rate] * 4, abs=0.02)
         assert model.training
-        changed = {name.rpartition(".")[2] for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept[name])}
+        changed = {
+            name.rpartition(".")[2]
+            for name, tensor in model.state_dict().items()
+            if not torch.equal(tensor, kept[name])
+        }
         assert changed == {"offset"}
         assert all(parameter.grad is None for parameter in model.parameters())
         with torch.no_grad():
@@ -77,7 +87,9 @@ class TestCalibrate:
             calibrate(_model({"kind": "sma"}), iter([normal(1, 4, 3)]), 0.5)
 
     def test_no_data_is_refused(self):
-        with pytest.raises(InputError, match="calibrate got no batch; give it some of the data that the model is to run on"):
+        with pytest.raises(
+            InputError, match="calibrate got no batch; give it some of the data that the model is to run on"
+        ):
             calibrate(_model({"kind": "sma"}), [], 0.5)
 
     @pytest.mark.parametrize(
@@ -100,14 +112,22 @@ class TestCalibrate:
 
     def test_a_target_that_is_missed_is_a_warning(self):
         same = torch.ones(2, 9, 3, dtype=torch.float64)  # what is equal is decided alike
-        sentence = "calibrate did not come within 0.005 of the target in 3 passes: 'mlp' of routed layer 0 runs at a rate of"
-        with pytest.warns(UserWarning, match=rf"^{sentence} (0|1)\.0000, and 0.4 was asked; give it more data or passes, or a rate that"):
+        sentence = (
+            "calibrate did not come within 0.005 of the target in 3 passes: 'mlp' of routed layer 0 runs at a rate of"
+        )
+        with pytest.warns(
+            UserWarning,
+            match=rf"^{sentence} (0|1)\.0000, and 0.4 was asked; give it more data or passes, or a rate that",
+        ):
             calibrate(_model({"kind": "sma"}, layers=1), [same], {"mlp": 0.4}, passes=3)
         with pytest.warns(UserWarning, match=r"weighted by cost the rates come to \d\.\d{4}, and 0.4 was asked"):
             calibrate(_model({"kind": "sma"}, layers=1), [same], 0.4, over="total", passes=3)
 
     def test_a_total_of_rows_of_different_lengths_is_weighted_at_their_mean(self):
-        model, data = _model({"kind": "sma"}), [(normal(4, 90, 3), torch.arange(90) < torch.tensor([[90], [30], [30], [50]]))]
+        model, data = (
+            _model({"kind": "sma"}),
+            [(normal(4, 90, 3), torch.arange(90) < torch.tensor([[90], [30], [30], [50]]))],
+        )
         reached = calibrate(model, data, 0.3, over="total", tolerance=0.02)
         costs = torch.tensor(module_costs(model.spec, 50), dtype=torch.float64)
         assert float((reached.rates * costs).sum() / costs.sum()) == pytest.approx(0.3, abs=0.02)
@@ -121,10 +141,17 @@ class TestCalibrate:
         assert len(set(kept.values())) == 2
 
     @pytest.mark.parametrize(
-        "data", [[normal(2, 0, 3)], [(normal(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool))], [normal(0, 4, 3), normal(3, 0, 3)]]
+        "data",
+        [
+            [normal(2, 0, 3)],
+            [(normal(2, 4, 3), torch.zeros(2, 4, dtype=torch.bool))],
+            [normal(0, 4, 3), normal(3, 0, 3)],
+        ],
     )
     def test_data_without_a_valid_token_is_refused(self, data):
-        with pytest.raises(InputError, match=exactly("calibrate got no valid token, so there are no rates; give it data with some")):
+        with pytest.raises(
+            InputError, match=exactly("calibrate got no valid token, so there are no rates; give it data with some")
+        ):
             calibrate(_model({"kind": "sma"}), data, 0.5)
 
     @pytest.mark.parametrize(
@@ -137,21 +164,37 @@ class TestCalibrate:
         ],
     )
     def test_a_rate_that_is_no_number_is_refused(self, rate, what, as_users_run):
-        with pytest.raises(InputError, match=f"^{what}; required is a number such as 0.3, one for every name, or a list of these for"):
+        with pytest.raises(
+            InputError, match=f"^{what}; required is a number such as 0.3, one for every name, or a list of these for"
+        ):
             calibrate(_model({"kind": "sma"}), [normal(1, 4, 3)], rate)
 
     @pytest.mark.parametrize(
         ("batch", "told"),
-        [({"x": normal(1, 4, 3), "valid": None}, "a mapping of ['x', 'valid']"), ((), "a tuple"), ("text", "a str"), (3, "an int")],
+        [
+            ({"x": normal(1, 4, 3), "valid": None}, "a mapping of ['x', 'valid']"),
+            ((), "a tuple"),
+            ("text", "a str"),
+            (3, "an int"),
+        ],
     )
     def test_a_batch_of_another_form_is_refused(self, batch, told):
-        wanted = "inputs, a pair (inputs, valid), or an object with the attributes, or a mapping with the keys, inputs and valid"
+        wanted = (
+            "inputs, a pair (inputs, valid), or an object with the attributes, "
+            "or a mapping with the keys, inputs and valid"
+        )
         with pytest.raises(InputError, match=exactly(f"a batch of calibrate is {told}; required are {wanted}")):
             calibrate(_model({"kind": "sma"}), [batch], 0.5)
 
     def test_every_form_of_a_batch_gives_the_same(self):
         inputs, valid = normal(2, 40, 3), torch.arange(40).expand(2, 40) < 30
-        forms = [(inputs, valid), [inputs, valid, "labels"], SimpleNamespace(inputs=inputs, valid=valid), inputs[:, :30], (inputs[:, :30],)]
+        forms = [
+            (inputs, valid),
+            [inputs, valid, "labels"],
+            SimpleNamespace(inputs=inputs, valid=valid),
+            inputs[:, :30],
+            (inputs[:, :30],),
+        ]
         forms += [{"inputs": inputs, "valid": valid, "labels": "any"}, {"inputs": inputs[:, :30]}]
         rates = [calibrate(_model({"kind": "sma"}), [form], 0.5).by_layer() for form in forms]
         assert all(rate == rates[0] for rate in rates)
@@ -166,7 +209,9 @@ class Own(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         output = self.body(x)
-        return output if self.told == "output" else {"logits": output.hidden} if self.told == "mapping" else output.hidden
+        return (
+            output if self.told == "output" else {"logits": output.hidden} if self.told == "mapping" else output.hidden
+        )
 
 
 class TestModulesOfOnesOwn:
@@ -175,14 +220,25 @@ class TestModulesOfOnesOwn:
         calibrate(own, [normal(4, 90, 3)], 0.3, tolerance=0.02)
         assert own.body(normal(4, 90, 3)).decisions[1].rate().tolist() == pytest.approx([0.3, 0.3], abs=0.02)
 
-    @pytest.mark.parametrize(("told", "came"), [("tensor", r"a torch\.Tensor of shape \(2, 9, 5\) and dtype .*"), ("mapping", "a dict")])
+    @pytest.mark.parametrize(
+        ("told", "came"), [("tensor", r"a torch\.Tensor of shape \(2, 9, 5\) and dtype .*"), ("mapping", "a dict")]
+    )
     def test_one_that_returns_none_says_what_is_needed(self, told, came, as_users_run):
-        required = "required is an output with the attribute decisions, one for each of its 2 routed layers, as sma.ModelOutput has it"
-        with pytest.raises(InputError, match=rf"^Own returned {came}, which tells no decisions; {required}: .* the part model\.body alone"):
+        required = (
+            "required is an output with the attribute decisions, "
+            "one for each of its 2 routed layers, as sma.ModelOutput has it"
+        )
+        with pytest.raises(
+            InputError,
+            match=rf"^Own returned {came}, which tells no decisions; {required}: .* the part model\.body alone",
+        ):
             calibrate(Own(told), [normal(2, 9, 3)], 0.3)
 
     def test_one_that_takes_no_mask_says_so(self):
-        with pytest.raises(InputError, match=r"^the forward of Own takes no valid mask beside its inputs; give it one, or calibrate with"):
+        with pytest.raises(
+            InputError,
+            match=r"^the forward of Own takes no valid mask beside its inputs; give it one, or calibrate with",
+        ):
             calibrate(Own("output"), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.bool))], 0.3)
 
     def test_one_without_routers_has_nothing_to_calibrate(self):
@@ -191,7 +247,8 @@ class TestModulesOfOnesOwn:
 
 
 @pytest.mark.parametrize(
-    "targets", [torch.tensor([0, 1]), torch.zeros(2, 9, 1), torch.ones(2, dtype=torch.bool), torch.ones(9, 2, dtype=torch.bool)]
+    "targets",
+    [torch.tensor([0, 1]), torch.zeros(2, 9, 1), torch.ones(2, dtype=torch.bool), torch.ones(9, 2, dtype=torch.bool)],
 )
 def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run):
     given_ = f"here it has dtype {targets.dtype} and shape {tuple(targets.shape)}"
@@ -200,7 +257,8 @@ def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run
     with pytest.raises(InputError, match=exactly(f"{required}; {given_}. {cure}")):
         calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), targets)], 0.5)
     with pytest.raises(
-        InputError, match=r"here it has dtype torch\.int64 and shape \(2, 9\): write valid\.bool\(\) if it is one\. Targets"
+        InputError,
+        match=r"here it has dtype torch\.int64 and shape \(2, 9\): write valid\.bool\(\) if it is one\. Targets",
     ):
         calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.int64))], 0.5)
 
@@ -219,8 +277,16 @@ class Once:
     ("data", "problem"),
     [
         pytest.param(Once(), "and its batches can be gone through only once: give a list of them", id="exhausted"),
-        pytest.param(normal(2, 9, 3), "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches", id="tensor"),
-        pytest.param(normal(2, 9, 3).numpy(), "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; required are batches", id="array"),
+        pytest.param(
+            normal(2, 9, 3),
+            "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches",
+            id="tensor",
+        ),
+        pytest.param(
+            normal(2, 9, 3).numpy(),
+            "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; required are batches",
+            id="array",
+        ),
         pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
         pytest.param(3, "is an int; required are batches, such as a list or a DataLoader", id="number"),
         pytest.param([], "got no batch; give it some of the data that the model is to run on", id="nothing"),
@@ -246,7 +312,9 @@ class Wrapped(nn.Module):
 
 
 class TestCosts:
-    @pytest.mark.parametrize("wrap", [Wrapped, torch.compile, lambda model: Wrapped(torch.compile(model)), nn.DataParallel])
+    @pytest.mark.parametrize(
+        "wrap", [Wrapped, torch.compile, lambda model: Wrapped(torch.compile(model)), nn.DataParallel]
+    )
     def test_of_a_wrapped_model_are_its_own(self, wrap):
         model, spec = _model({"kind": "sma"}), BudgetSpec(target=0.3, over="total")
         wanted = [cost for layer in module_costs(model.spec, 1024) for cost in layer]
@@ -256,7 +324,8 @@ class TestCosts:
     def test_of_a_model_without_a_spec_must_be_given(self):
         model = nn.Sequential(*_model({"kind": "sma"}).layers)
         with pytest.raises(
-            InputError, match=r"^Sequential has no spec .* give the costs: BudgetController\(spec, routers_of\(model\), costs\)$"
+            InputError,
+            match=r"^Sequential has no spec .* give the costs: BudgetController\(spec, routers_of\(model\), costs\)$",
         ):
             BudgetController.of(model, BudgetSpec(target=0.3, over="total"))
         assert len(BudgetController.of(model, BudgetSpec(target=0.3)).steered) == 4
@@ -282,7 +351,9 @@ def test_processes_with_different_numbers_of_batches_come_to_what_one_process_do
     torch.multiprocessing.start_processes(_calibrate_by_rank, (str(tmp_path), 3, over), nprocs=3, start_method="fork")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     model = _model({"kind": "sma"})
-    reached = calibrate(model, [batch for rank in range(3) for batch in _batches(rank)], 0.3, over=over, tolerance=0.002)
+    reached = calibrate(
+        model, [batch for rank in range(3) for batch in _batches(rank)], 0.3, over=over, tolerance=0.002
+    )
     for tensors in found:
         for one, other in zip(tensors, [reached.rates, *(router.offset for router in routers_of(model))], strict=True):
             assert torch.equal(one, other)

@@ -28,7 +28,9 @@ MODEL: dict[str, Any] = {
     "head": {"kind": "mean_pool_linear", "classes": 3},
 }
 CAPACITIES = st.one_of(st.integers(1, 9), st.sampled_from([0.1, 0.5, 1.0]))
-routed_layers = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name, spec in LAYERS.items() if "modules" in spec])
+routed_layers = pytest.mark.parametrize(
+    "name", [pytest.param(name, id=name) for name, spec in LAYERS.items() if "modules" in spec]
+)
 
 
 class Truncated(Router):
@@ -70,7 +72,9 @@ def _undecided_model() -> nn.Module:
     return model
 
 
-def _results_and_gradients(module: nn.Module, x: Tensor, valid: Tensor | None, **options: Any) -> tuple[list[Tensor], Any]:
+def _results_and_gradients(
+    module: nn.Module, x: Tensor, valid: Tensor | None, **options: Any
+) -> tuple[list[Tensor], Any]:
     x = x.clone().requires_grad_()
     output = module(x, valid, **options)
     kept = output.hidden if valid is None else output.hidden.where(valid[..., None], 0)
@@ -157,7 +161,9 @@ def test_a_row_alone_and_in_a_padded_batch_keep_the_same_tokens(name, capacity):
 def test_sub_modules_get_the_same_shapes_whatever_is_active():
     layer, shapes = make("several modules"), set()
     for module in layer.routed.submodules.values():
-        module.register_forward_pre_hook(lambda module, inputs: shapes.add((inputs[0].values.shape, inputs[0].stride, inputs[0].holes)))
+        module.register_forward_pre_hook(
+            lambda module, inputs: shapes.add((inputs[0].values.shape, inputs[0].stride, inputs[0].holes))
+        )
     for seed, scale in enumerate((0.0, 1.0, 100.0)):
         layer(scale * normal(2, 6, WIDTH, seed=seed), torch.rand(2, 6, generator=generator(seed)) < 0.7, capacity=4)
     assert shapes == {((8, WIDTH), 4, True)}
@@ -174,7 +180,9 @@ def test_a_value_that_is_not_finite_stays_where_it_is():
     output = layer(x.requires_grad_(), capacity=2)
     assert output.hidden[0, 1:].isfinite().all()
     output.hidden[0, 1:].sum().backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in layer.routed.submodules.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all() for parameter in layer.routed.submodules.parameters()
+    )
 
 
 def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
@@ -188,7 +196,9 @@ def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
 class TestRefusals:
     @pytest.mark.parametrize("capacity", [0, -1, True, 0.0, 1.5, -0.5, float("nan"), float("inf"), "3"])
     def test_impossible_capacity(self, capacity):
-        message = r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the row"
+        message = (
+            r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the row"
+        )
         for call in (
             lambda: make("seqboat")(normal(2, 3, WIDTH), capacity=capacity),
             lambda: build(MODEL, 0).double()(normal(2, 3, 2), None, None, capacity),
@@ -201,14 +211,21 @@ class TestRefusals:
             make("seqboat")(normal(2, 3, WIDTH), capacity={"attention": 0})
 
     def test_sub_module_that_is_not_there(self):
-        with pytest.raises(InputError, match="capacity names 'atention', which is no sub-module; did you mean 'attention'"):
+        with pytest.raises(
+            InputError, match="capacity names 'atention', which is no sub-module; did you mean 'attention'"
+        ):
             make("seqboat")(normal(2, 3, WIDTH), capacity={"atention": 3})
 
     def test_sub_module_that_is_left_out(self):
-        with pytest.raises(InputError, match="capacity says nothing about 'conv'; give every sub-module one, or one number for all"):
+        with pytest.raises(
+            InputError, match="capacity says nothing about 'conv'; give every sub-module one, or one number for all"
+        ):
             build(MODEL, 0).double()(normal(2, 3, 2), capacity={"attention": 3, "mlp": 2})
 
     def test_with_a_state(self):
         layer = make("bare", modules={"attention": {**GAU, "bidirectional": False}})
-        with pytest.raises(StateError, match="capacity=2 cannot go with a state, because a stream keeps every active token; leave capac"):
+        with pytest.raises(
+            StateError,
+            match="capacity=2 cannot go with a state, because a stream keeps every active token; leave capac",
+        ):
             layer(normal(2, 3, WIDTH), state=layer.init_state(2), capacity=2)

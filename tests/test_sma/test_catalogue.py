@@ -31,7 +31,11 @@ def test_list_has_a_sentence_for_every_kind():
     for family in families():  # a sentence may end with a family's name too
         block = f"\n{out}".split(f"\n{family}\n", 1)[1].split("\n\n")[0]
         for kind in kinds(family):
-            (line,) = [line for line in block.splitlines() if line.split()[0] == kind and line.startswith("  ") and line[2] != " "]
+            (line,) = [
+                line
+                for line in block.splitlines()
+                if line.split()[0] == kind and line.startswith("  ") and line[2] != " "
+            ]
             assert len(line.split()) > 2
     assert max(map(len, out.splitlines())) <= 100
 
@@ -42,7 +46,9 @@ def test_list_of_one_family_names_its_kinds():
     assert [line.split()[0] for line in lines] == ["norm", *kinds("norm")]
 
 
-@pytest.mark.parametrize(("family", "kind"), [pytest.param(family, kind, id=kind) for family in families() for kind in kinds(family)])
+@pytest.mark.parametrize(
+    ("family", "kind"), [pytest.param(family, kind, id=kind) for family in families() for kind in kinds(family)]
+)
 def test_fields_of_a_kind_are_those_of_its_spec(family, kind):
     (spec_class,) = find_kinds(kind, family)
     text = describe_kind(spec_class)

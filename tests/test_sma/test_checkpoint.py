@@ -61,7 +61,9 @@ def test_load_undoes_save_to_the_last_bit(tmp_path, dtype):
     loaded = load(str(tmp_path / "some" / "folder"))
     assert _same(loaded, model)
     assert loaded.spec == model.spec
-    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {n: t.dtype for n, t in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
+        n: t.dtype for n, t in model.state_dict().items()
+    }
     assert torch.equal(loaded(INPUTS).logits, model(INPUTS).logits)
     assert any(buffer.any() for name, buffer in loaded.named_buffers() if name.endswith("running_mean"))
 
@@ -100,7 +102,9 @@ def test_second_save_replaces_the_first(tmp_path):
 
 
 def test_a_kind_of_a_user_is_rebuilt_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
+    monkeypatch.setattr(
+        sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
+    )
 
     @register
     class MineSpec(SubModuleSpec):
@@ -115,7 +119,8 @@ def test_a_kind_of_a_user_is_rebuilt_by_its_name(tmp_path, monkeypatch):
     sma.spec._registry["sub-module"].pop("mine")
     with pytest.raises(
         CheckpointError,
-        match=r"the spec saved in .*model\.safetensors cannot be built here: unknown sub-module kind 'mine' in layers\[0\]\.mod",
+        match=r"the spec saved in .*model\.safetensors cannot be built here: "
+        r"unknown sub-module kind 'mine' in layers\[0\]\.mod",
     ):
         load(tmp_path)
 
@@ -144,12 +149,15 @@ class TestInterrupted:
         ],
     )
     @pytest.mark.parametrize("saved_before", [True, False])
-    def test_failed_save_leaves_the_old_model_and_nothing_else(self, tmp_path, monkeypatch, place, failure, saved_before):
+    def test_failed_save_leaves_the_old_model_and_nothing_else(
+        self, tmp_path, monkeypatch, place, failure, saved_before
+    ):
         if saved_before:
             save(_model(0), tmp_path)
         monkeypatch.setattr(place, failure)
         with pytest.raises(
-            CheckpointError, match=r"cannot save the model in '.*': .*No space left.*; the folder must be writable and have sp"
+            CheckpointError,
+            match=r"cannot save the model in '.*': .*No space left.*; the folder must be writable and have sp",
         ):
             save(_model(1), tmp_path)
         monkeypatch.undo()
@@ -180,7 +188,8 @@ class TestInterrupted:
     def test_folder_that_is_a_file(self, tmp_path):
         (tmp_path / "taken").write_text("mine")
         with pytest.raises(
-            CheckpointError, match=r"cannot save the model in '.*taken': .*File exists.*; the folder must be writable and ha"
+            CheckpointError,
+            match=r"cannot save the model in '.*taken': .*File exists.*; the folder must be writable and ha",
         ):
             save(_model(), tmp_path / "taken")
         assert (tmp_path / "taken").read_text() == "mine"
@@ -213,13 +222,16 @@ class TestDamaged:
     @pytest.mark.parametrize("folder", [".", "none"])
     def test_missing_model(self, tmp_path, folder):
         with pytest.raises(
-            CheckpointError, match=r"there is no saved model in '.*': model\.safetensors is missing; give a folder that sma\.sa"
+            CheckpointError,
+            match=r"there is no saved model in '.*': model\.safetensors is missing; give a folder that sma\.sa",
         ):
             load(tmp_path / folder)
 
     def test_a_file_in_the_place_of_its_folder_is_named(self, tmp_path):
         save(_model(), tmp_path)
-        with pytest.raises(CheckpointError, match=r"^'.*model\.safetensors' is a file; give the folder in which sma\.save wrote"):
+        with pytest.raises(
+            CheckpointError, match=r"^'.*model\.safetensors' is a file; give the folder in which sma\.save wrote"
+        ):
             load(tmp_path / "model.safetensors")
 
     @pytest.mark.parametrize(
@@ -256,7 +268,8 @@ class TestDamaged:
             pytest.param(
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 3)}),
                 METADATA,
-                r"does not fit its spec: 'encoder\.weight' is float32 of shape \(5, 3\); required is float32 of shape \(5, 4\)$",
+                r"does not fit its spec: 'encoder\.weight' is float32 of shape \(5, 3\); "
+                r"required is float32 of shape \(5, 4\)$",
                 id="a tensor of another shape",
             ),
             pytest.param(
@@ -292,7 +305,8 @@ class TestDamaged:
             pytest.param(
                 lambda tensors: None,
                 {"spec": json.dumps({**SPEC, "width": 0})},
-                r"the spec saved in .*model\.safetensors cannot be built here: SequenceClassifierSpec: width=0 must be at least 1",
+                r"the spec saved in .*model\.safetensors cannot be built here: SequenceClassifierSpec: "
+                r"width=0 must be at least 1",
                 id="an impossible spec",
             ),
             pytest.param(
@@ -310,17 +324,22 @@ class TestDamaged:
             pytest.param(
                 lambda tensors: None,
                 {"spec": json.dumps({**SPEC, "head": "x" * 5_000_000})},
-                r"the spec saved in .* cannot be built here: it has 5,\d\d\d,\d\d\d characters; at most 4,194,304 are read$",
+                r"the spec saved in .* cannot be built here: it has 5,\d\d\d,\d\d\d characters; "
+                r"at most 4,194,304 are read$",
                 id="an enormous spec",
             ),
             pytest.param(
                 lambda tensors: None,
                 {"spec": json.dumps({**SPEC, "width": 25000, "layers": {**SPEC["layers"], "repeat": 9999}})},
-                r"model\.safetensors does not fit its spec: it holds [\d,]+ numbers, and the spec has [\d,]+ parameters; save the",
+                r"model\.safetensors does not fit its spec: "
+                r"it holds [\d,]+ numbers, and the spec has [\d,]+ parameters; save the",
                 id="a spec of a larger model",
             ),
             pytest.param(
-                lambda tensors: None, {"spec": '{"kind": '}, r"the spec saved in .* cannot be built here: Expecting value", id="half a spec"
+                lambda tensors: None,
+                {"spec": '{"kind": '},
+                r"the spec saved in .* cannot be built here: Expecting value",
+                id="half a spec",
             ),
         ],
     )
@@ -334,10 +353,13 @@ class TestDamaged:
 def test_a_killed_write_leaves_a_draft_that_can_be_removed(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from sma.files import write_atomically\n"
-        "write_atomically(Path(sys.argv[1]), lambda draft: (draft.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
+        "write_atomically(Path(sys.argv[1]), lambda draft: "
+        "(draft.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
     )
     (tmp_path / "model").write_text("whole")
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=False).returncode == -signal.SIGKILL
+    )
     assert len(_files(tmp_path)) == 2
     (tmp_path / ".mine").write_text("")
     sma.files.remove_drafts(tmp_path)

@@ -43,7 +43,9 @@ def whole(folder: Path) -> int:
 def run(function: str, folder: Path) -> dict[str, Any]:
     """Run a function of this file in a process of its own, which may fork, and return what it prints as JSON."""
     code = f"import json, sys; from {__name__} import {function}; print(json.dumps({function}(sys.argv[1])))"
-    result = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -85,7 +87,11 @@ def load_while_another_process_replaces(folder: str) -> dict[str, Any]:
             seen.append(whole(there.parent))
     finally:
         kill(child)
-    return {"loads": len(seen), "changes": sum(one != other for one, other in itertools.pairwise(seen)), "widths": sorted(set(seen))}
+    return {
+        "loads": len(seen),
+        "changes": sum(one != other for one, other in itertools.pairwise(seen)),
+        "widths": sorted(set(seen)),
+    }
 
 
 @pytest.mark.slow
@@ -151,7 +157,9 @@ sma.save(made(256), sys.argv[1])
 @pytest.mark.slow
 def test_the_next_save_removes_what_was_killed_and_spares_what_is_being_written(tmp_path):
     sma.save(made(128), tmp_path)
-    assert subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    )
     (dead,) = tmp_path.glob(".*.draft")
     assert whole(tmp_path) == 128
     command = [sys.executable, "-c", WAITS, str(tmp_path)]

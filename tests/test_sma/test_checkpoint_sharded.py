@@ -26,7 +26,9 @@ def _run(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100)
+    )
     mesh, model = init_device_mesh("cpu", (RANKS,)), made()
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -57,7 +59,12 @@ def test_sharded_and_parallel_models_are_saved_as_the_whole(tmp_path: Path) -> N
     root = Path(__file__).resolve().parents[2]
     program = f"import sys; sys.path.insert(0, {str(root)!r}); from {__name__} import main; main(sys.argv[1])"
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False, timeout=200
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["parallel", "sharded"]

@@ -1,4 +1,6 @@
-"""What is given to `SparseModularActivation`, layers and models is checked in a sentence, and so is what a router decides."""
+"""What is given to `SparseModularActivation`, layers and models is checked in a sentence, and so is what a router
+decides.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -40,11 +42,15 @@ class Edited(Router):
 
     def forward(self, control_BLD, valid=None, positions=None, state=None):
         ones = control_BLD.new_ones(*control_BLD.shape[:2], 2)
-        return replace(Decision(ones.bool(), ones, torch.stack([-ones, ones], -1), ones, self.names), **self.changes), None
+        return replace(
+            Decision(ones.bool(), ones, torch.stack([-ones, ones], -1), ones, self.names), **self.changes
+        ), None
 
 
 def routed(router: Router | None = None) -> SparseModularActivation:
-    return SparseModularActivation(router or SMARouterSpec().build(WIDTH, ["a", "b"]).double(), {"a": Twice(), "b": Twice()})
+    return SparseModularActivation(
+        router or SMARouterSpec().build(WIDTH, ["a", "b"]).double(), {"a": Twice(), "b": Twice()}
+    )
 
 
 def test_padding_is_never_active_even_if_a_router_forgets_it():
@@ -70,13 +76,31 @@ class TestBesideTheTokens:
                 {"control_BLD": normal(1, 4, WIDTH)},
                 "control_BLD has shape (1, 4, 4); required is (B, L, E) with (B, L) = (2, 4), as of the t",
             ),
-            ({"control_BLD": normal(2, 4)}, "control_BLD has shape (2, 4); required is (B, L, E) with (B, L) = (2, 4), as of the tokens"),
-            ({"control_BLD": normal(2, 4, WIDTH).long()}, "control_BLD has dtype torch.int64; required is a floating-point dtype, such as"),
+            (
+                {"control_BLD": normal(2, 4)},
+                "control_BLD has shape (2, 4); required is (B, L, E) with (B, L) = (2, 4), as of the tokens",
+            ),
+            (
+                {"control_BLD": normal(2, 4, WIDTH).long()},
+                "control_BLD has dtype torch.int64; required is a floating-point dtype, such as",
+            ),
             ({"control_BLD": normal(2, 4, 5)}, "control_BLD has 5 channels; the router SMARouter reads 4"),
-            ({"positions": torch.arange(4)}, "positions have shape (4,); required is (B, L) = (2, 4), as of the tokens"),
-            ({"positions": torch.arange(20).reshape(2, 10)}, "positions have shape (2, 10); required is (B, L) = (2, 4), as of the tokens"),
-            ({"positions": normal(2, 4)}, "positions have dtype torch.float64; required are integers, such as torch.int64"),
-            ({"positions": torch.ones(2, 4).bool()}, "positions have dtype torch.bool; required are integers, such as torch.int64"),
+            (
+                {"positions": torch.arange(4)},
+                "positions have shape (4,); required is (B, L) = (2, 4), as of the tokens",
+            ),
+            (
+                {"positions": torch.arange(20).reshape(2, 10)},
+                "positions have shape (2, 10); required is (B, L) = (2, 4), as of the tokens",
+            ),
+            (
+                {"positions": normal(2, 4)},
+                "positions have dtype torch.float64; required are integers, such as torch.int64",
+            ),
+            (
+                {"positions": torch.ones(2, 4).bool()},
+                "positions have dtype torch.bool; required are integers, such as torch.int64",
+            ),
         ],
     )
     def test_what_does_not_fit(self, options, complaint):
@@ -90,14 +114,19 @@ class TestBesideTheTokens:
 
 @pytest.mark.usefixtures("as_users_run")
 class TestDtypes:
-    sentence = "have dtype torch.float32 and the parameters torch.float64; convert either with .to(dtype), or use torch.autocast"
+    sentence = (
+        "have dtype torch.float32 and the parameters torch.float64; "
+        "convert either with .to(dtype), or use torch.autocast"
+    )
 
     @pytest.mark.parametrize("part", [routed(), make("seqboat"), make("bare")], ids=["plain", "seqboat", "bare"])
     def test_tokens_of_another_dtype_than_the_parameters(self, part):
         with pytest.raises(InputError, match=exactly(f"the tokens {self.sentence}")):
             part(normal(2, 4, WIDTH).float())
 
-    @pytest.mark.parametrize(("encoder", "shape"), [({"kind": "real_number"}, (2, 4)), ({"kind": "linear", "features": 3}, (2, 4, 3))])
+    @pytest.mark.parametrize(
+        ("encoder", "shape"), [({"kind": "real_number"}, (2, 4)), ({"kind": "linear", "features": 3}, (2, 4, 3))]
+    )
     def test_numbers_of_another_dtype_than_the_encoder(self, encoder, shape):
         model = build({**REAL, "encoder": encoder}).double()
         assert model(normal(*shape)).hidden.dtype is torch.float64
@@ -108,7 +137,9 @@ class TestDtypes:
         mixed = nn.ModuleList([nn.Linear(1, 1).bfloat16(), nn.LayerNorm(1)])
         for dtype in (torch.bfloat16, torch.float32):
             check_dtype(mixed, torch.ones(1, dtype=dtype))
-        with pytest.raises(InputError, match=r"dtype torch\.float16 and the parameters torch\.bfloat16 and torch\.float32; convert"):
+        with pytest.raises(
+            InputError, match=r"dtype torch\.float16 and the parameters torch\.bfloat16 and torch\.float32; convert"
+        ):
             check_dtype(mixed, torch.ones(1).half())
 
     def test_autocast_converts_by_itself_and_no_parameters_have_no_dtype(self):
@@ -127,14 +158,26 @@ class TestDecisions:
         ("changes", "complaint"),
         [
             ({"names": ()}, "the router Edited decided about []; its names, in their order, are ['a', 'b']"),
-            ({"names": ("b", "a")}, "the router Edited decided about ['b', 'a']; its names, in their order, are ['a', 'b']"),
-            ({"active": ones.bool()}, "the router Edited decided with active of shape (2, 4, 3); required is (B, L, M) = (2, 4, 2)"),
-            ({"active": ones[..., 0].bool()}, "the router Edited decided with active of shape (2, 4); required is (B, L, M) = (2, 4, 2)"),
+            (
+                {"names": ("b", "a")},
+                "the router Edited decided about ['b', 'a']; its names, in their order, are ['a', 'b']",
+            ),
+            (
+                {"active": ones.bool()},
+                "the router Edited decided with active of shape (2, 4, 3); required is (B, L, M) = (2, 4, 2)",
+            ),
+            (
+                {"active": ones[..., 0].bool()},
+                "the router Edited decided with active of shape (2, 4); required is (B, L, M) = (2, 4, 2)",
+            ),
             (
                 {"confidence": ones[:1, :, :2]},
                 "the router Edited decided with confidence of shape (1, 4, 2); required is (B, L, M) = (2, 4, 2)",
             ),
-            ({"active": ones[..., :2]}, "the router Edited decided with active of dtype torch.float32; required is torch.bool"),
+            (
+                {"active": ones[..., :2]},
+                "the router Edited decided with active of dtype torch.float32; required is torch.bool",
+            ),
         ],
     )
     def test_decision_about_something_else(self, changes, complaint):

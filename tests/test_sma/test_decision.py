@@ -24,7 +24,9 @@ def _active(valid: torch.Tensor, modules: int = 3) -> torch.Tensor:
 @given(valid=masks())
 def test_rate_is_active_valid_tokens_over_valid_tokens(valid):
     active = _active(valid)
-    counts = [sum(bool(active[b, t, m]) for b in range(valid.shape[0]) for t in range(valid.shape[1])) for m in range(3)]
+    counts = [
+        sum(bool(active[b, t, m]) for b in range(valid.shape[0]) for t in range(valid.shape[1])) for m in range(3)
+    ]
     rate = _decision(active).rate(valid)
     assert rate.dtype == torch.float64
     assert rate.tolist() == [count / max(int(valid.sum()), 1) for count in counts]
@@ -42,7 +44,11 @@ def test_rate_ignores_what_is_active_at_padding():
 
 
 def test_rate_of_no_valid_token_is_zero():
-    for valid in (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)):
+    for valid in (
+        torch.zeros(2, 3, dtype=torch.bool),
+        torch.zeros(0, 3, dtype=torch.bool),
+        torch.zeros(2, 0, dtype=torch.bool),
+    ):
         assert _decision(_active(valid)).rate(valid).tolist() == [0.0, 0.0, 0.0]
         assert _decision(_active(valid)).rate().tolist() == [0.0, 0.0, 0.0]
 
@@ -50,11 +56,26 @@ def test_rate_of_no_valid_token_is_zero():
 @pytest.mark.parametrize(
     ("valid", "problem"),
     [
-        (torch.ones(1, 3, dtype=torch.bool), "valid has shape (1, 3); required is (B, L) = (2, 3), as the decision has"),
-        (torch.ones(2, 4, dtype=torch.bool), "valid has shape (2, 4); required is (B, L) = (2, 3), as the decision has"),
-        (torch.ones(2, 3, 1, dtype=torch.bool), "valid has shape (2, 3, 1); required is (B, L) = (2, 3), as the decision has"),
-        (torch.ones(2, 3), "valid has dtype torch.float32; required is torch.bool, True at real tokens: write valid.bool()"),
-        ([[1, 1, 0], [1, 1, 1]], "valid is a list; required is a torch.Tensor: write torch.as_tensor(x, dtype=torch.bool)"),
+        (
+            torch.ones(1, 3, dtype=torch.bool),
+            "valid has shape (1, 3); required is (B, L) = (2, 3), as the decision has",
+        ),
+        (
+            torch.ones(2, 4, dtype=torch.bool),
+            "valid has shape (2, 4); required is (B, L) = (2, 3), as the decision has",
+        ),
+        (
+            torch.ones(2, 3, 1, dtype=torch.bool),
+            "valid has shape (2, 3, 1); required is (B, L) = (2, 3), as the decision has",
+        ),
+        (
+            torch.ones(2, 3),
+            "valid has dtype torch.float32; required is torch.bool, True at real tokens: write valid.bool()",
+        ),
+        (
+            [[1, 1, 0], [1, 1, 1]],
+            "valid is a list; required is a torch.Tensor: write torch.as_tensor(x, dtype=torch.bool)",
+        ),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(valid, problem, as_users_run):

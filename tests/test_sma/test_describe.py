@@ -67,7 +67,12 @@ def test_listops_has_the_parameters_of_the_paper():
 def test_listops_drops_out_where_the_authors_do():
     spec = load_spec(SHIPPED / "seqboat_listops.yaml")
     (layer,) = set(spec.layer_specs)
-    assert (spec.embedding_dropout, layer.dropout, layer.dropout_on, spec.head_spec.dropout) == (0.1, 0.1, "modules", 0.1)
+    assert (spec.embedding_dropout, layer.dropout, layer.dropout_on, spec.head_spec.dropout) == (
+        0.1,
+        0.1,
+        "modules",
+        0.1,
+    )
     assert (layer.modules["attention"].value_dropout, layer.modules["attention"].attention_dropout) == (0.0, 0.0)
 
 
@@ -79,7 +84,10 @@ def test_description_of_listops():
 def _least(family: str, kind: str) -> dict[str, object]:
     """A kind with nothing but what it requires."""
     fields = kinds(family)[kind].model_fields
-    return {"kind": kind, **{name: 0.5 if field.annotation is float else 4 for name, field in fields.items() if field.is_required()}}
+    return {
+        "kind": kind,
+        **{name: 0.5 if field.annotation is float else 4 for name, field in fields.items() if field.is_required()},
+    }
 
 
 _modules = st.sampled_from(sorted(kinds("sub-module"))).map(lambda kind: _least("sub-module", kind))
@@ -130,7 +138,10 @@ def test_each_group_of_layers_is_what_its_layer_predicts(data, length, rate):
         assert group.one.parameters == layers[0].num_parameters(spec.width)
         expected = layers[0].operations(spec.width, length, own.get(layers[0].router.kind, rate))
         assert group.one.operations == expected.total
-        assert (group.all.parameters, group.all.operations) == (len(layers) * group.one.parameters, len(layers) * group.one.operations)
+        assert (group.all.parameters, group.all.operations) == (
+            len(layers) * group.one.parameters,
+            len(layers) * group.one.operations,
+        )
 
 
 @given(data=_models)
@@ -140,7 +151,10 @@ def test_a_description_fits_a_terminal(data):
 
 def test_alike_layers_are_one_entry_wherever_they_stand():
     described = describe(load_spec(read_yaml(HYBRID, "test")))
-    assert [(group.places, group.all.name) for group in described.layers] == [((0, 2, 4), "layers 0, 2, 4"), ((1, 3, 5), "layers 1, 3, 5")]
+    assert [(group.places, group.all.name) for group in described.layers] == [
+        ((0, 2, 4), "layers 0, 2, 4"),
+        ((1, 3, 5), "layers 1, 3, 5"),
+    ]
 
 
 def test_many_runs_of_layers_are_cut_in_the_table_only():
@@ -196,7 +210,11 @@ def test_a_model_without_layers_has_a_table_too():
     ("asked", "complaint"),
     [
         pytest.param({"length": 0}, "length=0 must be at least 1 token", id="length"),
-        pytest.param({"rate": -0.5}, "rate=-0.5 must lie between 0 and 1: the share of the tokens that run a routed sub-module", id="rate"),
+        pytest.param(
+            {"rate": -0.5},
+            "rate=-0.5 must lie between 0 and 1: the share of the tokens that run a routed sub-module",
+            id="rate",
+        ),
         pytest.param({"rate": float("nan")}, "rate=nan must lie between 0 and 1", id="nan"),
     ],
 )

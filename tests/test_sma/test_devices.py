@@ -23,7 +23,9 @@ def test_on_meta_a_model_has_sizes_and_no_weights(tmp_path, device):
     sma.save(model, tmp_path)
     loaded = sma.load(tmp_path, device=device).state_dict()
     assert all(tensor.is_meta for tensor in loaded.values())
-    assert {name: (t.shape, t.dtype) for name, t in loaded.items()} == {n: (t.shape, t.dtype) for n, t in model.state_dict().items()}
+    assert {name: (t.shape, t.dtype) for name, t in loaded.items()} == {
+        n: (t.shape, t.dtype) for n, t in model.state_dict().items()
+    }
 
 
 def test_a_model_is_loaded_wherever_torch_makes_tensors_now(tmp_path):
@@ -56,16 +58,23 @@ def test_on_meta_a_model_with_a_capacity_runs_and_gives_the_shapes(masked):
     inputs = torch.zeros(2, 9, dtype=torch.int64)
     valid = inputs == 0 if masked else None
     real = sma.build(CAUSAL, seed=0)(inputs, valid, capacity=4)
-    sizes = sma.build(CAUSAL, seed=0).to("meta")(inputs.to("meta"), None if valid is None else valid.to("meta"), capacity=4)
+    sizes = sma.build(CAUSAL, seed=0).to("meta")(
+        inputs.to("meta"), None if valid is None else valid.to("meta"), capacity=4
+    )
     pairs = [(getattr(real, name), getattr(sizes, name)) for name in ("hidden", "pooled", "logits")]
-    pairs += [(getattr(real.decisions[0], name), getattr(sizes.decisions[0], name)) for name in ("active", "confidence", "overflow")]
+    pairs += [
+        (getattr(real.decisions[0], name), getattr(sizes.decisions[0], name))
+        for name in ("active", "confidence", "overflow")
+    ]
     assert all(size.is_meta and (size.shape, size.dtype) == (tensor.shape, tensor.dtype) for tensor, size in pairs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_on_meta_a_model_without_a_capacity_is_refused(masked, as_users_run):
     inputs = torch.zeros(2, 9, dtype=torch.int64, device="meta")
-    with pytest.raises(InputError, match=r"^how many tokens are active is not known on the meta device; give a capacity, or load the"):
+    with pytest.raises(
+        InputError, match=r"^how many tokens are active is not known on the meta device; give a capacity, or load the"
+    ):
         sma.build(CAUSAL, seed=0).to("meta")(inputs, inputs == 0 if masked else None)
 
 

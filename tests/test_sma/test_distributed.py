@@ -24,7 +24,11 @@ SPEC: dict[str, Any] = {
             "norm": {"kind": "layer_norm"},
         },
         {
-            "modules": {"attention": {"kind": "attention", "heads": 2}, "ema": {"kind": "ema"}, "skip": {"kind": "identity"}},
+            "modules": {
+                "attention": {"kind": "attention", "heads": 2},
+                "ema": {"kind": "ema"},
+                "skip": {"kind": "identity"},
+            },
             "norm": {"kind": "batch_norm"},
         },
     ],
@@ -33,16 +37,21 @@ SPEC: dict[str, Any] = {
 
 
 def _train(rank: int, store: str, queue: Any, options: dict[str, Any]) -> None:
-    """Take the steps of one rank and report its parameters, how many tokens it activated, and whether the parameters moved."""
+    """Take the steps of one rank and report its parameters, how many tokens it activated, and whether the parameters
+    moved.
+    """
     from sma import build  # here, because the suite's shape checker must come first in the process that runs the tests
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=300))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=300)
+    )
     model = build(SPEC, seed=0)
     model.recompute_activations(options["recompute"])
     before = [parameter.detach().clone() for parameter in model.parameters()]
     parallel = nn.parallel.DistributedDataParallel(model)
-    # Adam, because the smallest gradients would be lost in rounding otherwise, and every parameter must be seen to move.
+    # Adam, because the smallest gradients would be lost in rounding otherwise, and every parameter must be seen to
+    # move.
     optimiser = torch.optim.Adam(parallel.parameters(), lr=0.01)
     source, active, every = torch.Generator().manual_seed(rank), 0, True
     for _ in range(STEPS):
@@ -56,7 +65,11 @@ def _train(rank: int, store: str, queue: Any, options: dict[str, Any]) -> None:
         every &= all(parameter.grad is not None for parameter in model.parameters())
         optimiser.step()
     after = [parameter.detach() for parameter in model.parameters()]
-    moved = [name for (name, _), old, new in zip(model.named_parameters(), before, after, strict=True) if not torch.equal(old, new)]
+    moved = [
+        name
+        for (name, _), old, new in zip(model.named_parameters(), before, after, strict=True)
+        if not torch.equal(old, new)
+    ]
     queue.put((rank, active, every, moved, [parameter.numpy() for parameter in after]))
     dist.barrier()
     dist.destroy_process_group()
@@ -70,12 +83,19 @@ def main(store: str, recompute: bool, capacity: int | None) -> None:
     ranks = [context.Process(target=_train, args=(rank, store, queue, options), daemon=True) for rank in range(RANKS)]
     for process in ranks:
         process.start()
-    (_, some, *first), (_, none, *second) = sorted((queue.get(timeout=800) for _ in ranks), key=lambda result: result[0])
+    (_, some, *first), (_, none, *second) = sorted(
+        (queue.get(timeout=800) for _ in ranks), key=lambda result: result[0]
+    )
     for process in ranks:
         process.join(60)
     same = all((one == other).all() for one, other in zip(first[2], second[2], strict=True))
     # The identity has no parameter; the mean of no token is 0 and has no gradient, but the other rank's is shared.
-    print("equal" if same and some > 0 and none == 0 and first[0] and second[0] else (same, some, none, first[0], second[0]), len(first[1]))
+    print(
+        "equal"
+        if same and some > 0 and none == 0 and first[0] and second[0]
+        else (same, some, none, first[0], second[0]),
+        len(first[1]),
+    )
 
 
 def _count_parameters() -> int:
@@ -90,7 +110,14 @@ def _count_parameters() -> int:
 )
 def test_a_rank_that_activates_nothing_stays_in_step_with_one_that_does(tmp_path, recompute, capacity):
     folder = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "tests.test_sma.test_distributed", str(tmp_path / "store"), str(int(recompute)), str(capacity or 0)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.test_sma.test_distributed",
+        str(tmp_path / "store"),
+        str(int(recompute)),
+        str(capacity or 0),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.stdout.split()[:1] == ["equal"], done.stdout + done.stderr
     assert int(done.stdout.split()[1]) == _count_parameters()  # every one of them was moved

@@ -11,7 +11,9 @@ from tests.cases import gradients, normal
 ENCODERS = pytest.mark.parametrize(
     ("spec", "inputs"),
     [
-        pytest.param(TokenEmbeddingSpec(vocabulary=5, padding=2), torch.tensor([[0, 2, 4], [1, 1, 3]]), id="token_embedding"),
+        pytest.param(
+            TokenEmbeddingSpec(vocabulary=5, padding=2), torch.tensor([[0, 2, 4], [1, 1, 3]]), id="token_embedding"
+        ),
         pytest.param(RealNumberSpec(), normal(2, 3, dtype=torch.float32), id="real_number"),
         pytest.param(LinearEncoderSpec(features=4), normal(2, 3, 4, dtype=torch.float32), id="linear"),
     ],

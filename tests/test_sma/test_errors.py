@@ -35,7 +35,9 @@ def test_every_error_is_ours_and_a_builtin_one(error, builtin):
         pytest.param("xyz", ["conv", "gau"], "kinds", "; kinds: conv, gau", id="far"),
         pytest.param("xyz", ["conv", "gau"], "", "", id="far and not listed"),
         pytest.param("xyz", [], "fields", "; fields: none", id="nothing known"),
-        pytest.param("conv", iter(["conv1", "gau"]), "kinds", "; did you mean 'conv1'? kinds: conv1, gau", id="an iterator"),
+        pytest.param(
+            "conv", iter(["conv1", "gau"]), "kinds", "; did you mean 'conv1'? kinds: conv1, gau", id="an iterator"
+        ),
     ],
 )
 def test_hint_names_the_nearest_known_word(word, known, listed, hint):
@@ -114,14 +116,19 @@ def test_short_values_are_quoted_as_they_are(value):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_whatever_a_parser_raises_names_the_file(cause, why):
-    with pytest.raises(CheckpointError, match=f"a.bin cannot be read: {why}") as caught, parsing("a.bin", CheckpointError, "get it again"):
+    with (
+        pytest.raises(CheckpointError, match=f"a.bin cannot be read: {why}") as caught,
+        parsing("a.bin", CheckpointError, "get it again"),
+    ):
         raise cause
     assert caught.value.__cause__ is cause
     assert len(str(caught.value)) < 300
     assert str(caught.value).endswith("; get it again")
 
 
-@pytest.mark.parametrize("error", [DataError("ours"), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error", [DataError("ours"), KeyboardInterrupt(), SystemExit(3)], ids=lambda error: type(error).__name__
+)
 def test_own_errors_and_interruptions_pass_a_parser(error):
     with pytest.raises(type(error)) as caught, parsing("a.bin", CheckpointError):
         raise error

@@ -1,4 +1,6 @@
-"""Estimates: what cannot fit is refused in a sentence before anything is allocated, whatever it is that is too large."""
+"""Estimates: what cannot fit is refused in a sentence before anything is allocated, whatever it is that is too
+large.
+"""
 
 import resource
 from collections.abc import Callable
@@ -23,7 +25,12 @@ SLOTS = {"kind": "relative_bias", "distance": "slot_distance"}
 
 def _spec(width: int = 8, vocabulary: int = 7, layers: Any = None, **gau: Any) -> dict[str, Any]:
     encoder = {"kind": "token_embedding", "vocabulary": vocabulary}
-    return {"kind": "language_model", "width": width, "encoder": encoder, "layers": layers or [{"modules": {"a": GAU | gau}}]}
+    return {
+        "kind": "language_model",
+        "width": width,
+        "encoder": encoder,
+        "layers": layers or [{"modules": {"a": GAU | gau}}],
+    }
 
 
 def _allocated(function: Callable[[], object]) -> int:
@@ -40,7 +47,10 @@ def _allocated(function: Callable[[], object]) -> int:
         pytest.param(lambda: sma.build(_spec(width=10**18), seed=0), id="a width near the largest integer"),
         pytest.param(lambda: sma.build(_spec(vocabulary=10**12)), id="vocabulary"),
         pytest.param(lambda: sma.build(_spec(window=10**12, position=SLOTS)), id="table over slots"),
-        pytest.param(lambda: sma.build(_spec(layers={"repeat": 10000, "layer": {"modules": {"a": GAU}}}, width=10**5)), id="layers"),
+        pytest.param(
+            lambda: sma.build(_spec(layers={"repeat": 10000, "layer": {"modules": {"a": GAU}}}, width=10**5)),
+            id="layers",
+        ),
         pytest.param(lambda: load_spec(_spec(hidden_size=10**12)).build(), id="a spec's own method"),
         pytest.param(lambda: LayerSpec().build(10**6), id="layer"),
         pytest.param(lambda: GAUSpec(query_size=4, hidden_size=6).build(width=10**12), id="sub-module"),
@@ -51,7 +61,8 @@ def _allocated(function: Callable[[], object]) -> int:
 def test_a_model_that_cannot_fit_is_refused_before_it_is_made(build: Callable[[], object]) -> None:
     def refused() -> None:
         with pytest.raises(
-            SpecError, match=r"^\w+Spec needs .* bytes.*(are free|any machine can address); reduce its sizes, such as the width"
+            SpecError,
+            match=r"^\w+Spec needs .* bytes.*(are free|any machine can address); reduce its sizes, such as the width",
         ):
             build()
 
@@ -108,14 +119,26 @@ WIDE = _spec(window=10**9, position={"kind": "rotary"})
     ("make", "complaint"),
     [
         pytest.param(lambda: sma.build(WIDE).init_state(1), "the state for batch_size=1 needs 48,", id="window"),
-        pytest.param(lambda: sma.build(_spec()).init_state(10**10), "the state for batch_size=10000000000 needs", id="streams"),
-        pytest.param(lambda: sma.build(_spec()).init_state(10**30), "needs about 10.30 bytes", id="streams of no integer"),
-        pytest.param(lambda: sma.build(_spec()).routed_layers[0].init_state(10**12), "the state of a layer needs", id="layer"),
-        pytest.param(lambda: sma.build(WIDE).routed_layers[0].init_state(5), "a cache needs 240,", id="window of a layer"),
         pytest.param(
-            lambda: GAUSpec.model_validate(WIDE["layers"][0]["modules"]["a"]).build(8).init_state(5), "a cache needs 24", id="gau"
+            lambda: sma.build(_spec()).init_state(10**10), "the state for batch_size=10000000000 needs", id="streams"
         ),
-        pytest.param(lambda: EMASpec(bidirectional=False).build(8).init_state(10**12), "the state of EMA needs", id="ema"),
+        pytest.param(
+            lambda: sma.build(_spec()).init_state(10**30), "needs about 10.30 bytes", id="streams of no integer"
+        ),
+        pytest.param(
+            lambda: sma.build(_spec()).routed_layers[0].init_state(10**12), "the state of a layer needs", id="layer"
+        ),
+        pytest.param(
+            lambda: sma.build(WIDE).routed_layers[0].init_state(5), "a cache needs 240,", id="window of a layer"
+        ),
+        pytest.param(
+            lambda: GAUSpec.model_validate(WIDE["layers"][0]["modules"]["a"]).build(8).init_state(5),
+            "a cache needs 24",
+            id="gau",
+        ),
+        pytest.param(
+            lambda: EMASpec(bidirectional=False).build(8).init_state(10**12), "the state of EMA needs", id="ema"
+        ),
         pytest.param(
             lambda: load_spec({"kind": "random", "rate": 0.5}, "router").build(8, ["a"]).init_state(10**13),
             "of a router needs",
@@ -154,7 +177,10 @@ def test_states_are_checked_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"samples": 10**10}, r"the generation of 1 x 10000000000 samples needs .* are free; draw fewer samples at once"),
+        (
+            {"samples": 10**10},
+            r"the generation of 1 x 10000000000 samples needs .* are free; draw fewer samples at once",
+        ),
         ({"samples": 10**30}, r"needs about 10\^\d+ bytes, more than any machine can address"),
         ({"seed": 10**30}, r"seed=10+ must have at most 64 bits"),
         ({"seed": 10**5000}, r"seed=<int> must have at most 64 bits|seed=1000.* must have at most 64 bits"),
@@ -172,7 +198,8 @@ def test_a_state_that_grew_with_its_prompt_is_checked_before_it_is_copied(monkey
     monkeypatch.setattr("sma.memory.ALWAYS_FITS", 0)
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: 10_000)
     with pytest.raises(
-        InputError, match=r"the state for samples=3 needs 1\d\d,\d\d\d bytes, and 10,000 bytes are free; draw fewer samples"
+        InputError,
+        match=r"the state for samples=3 needs 1\d\d,\d\d\d bytes, and 10,000 bytes are free; draw fewer samples",
     ):
         next(tokens)
 

@@ -22,7 +22,9 @@ def main(name: str, file: str) -> None:
     model = model_of(LAYERS[name]).eval()
     inputs, valid = batches()[0]
     rows = {0: Dim("rows", min=2, max=4096)}
-    program = export(model, (inputs, valid), {"capacity": CAPACITY}, dynamic_shapes={"inputs": rows, "valid": rows, "capacity": None})
+    program = export(
+        model, (inputs, valid), {"capacity": CAPACITY}, dynamic_shapes={"inputs": rows, "valid": rows, "capacity": None}
+    )
     save(program, file)
     exported = load(file).module()
     for count in (3, 2, 7):

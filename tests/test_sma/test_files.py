@@ -15,9 +15,17 @@ from sma.files import check_file, open_file, read_file, remove_drafts, write_ato
 
 @pytest.mark.parametrize(
     ("path", "what"),
-    [("fifo", "a named pipe"), ("/dev/zero", "a device"), (".", "a folder"), ("no", "No such file"), ("a\0b", "null byte")],
+    [
+        ("fifo", "a named pipe"),
+        ("/dev/zero", "a device"),
+        (".", "a folder"),
+        ("no", "No such file"),
+        ("a\0b", "null byte"),
+    ],
 )
-@pytest.mark.parametrize("read", [open_file, check_file, lambda path, error: read_file(path, 9, error)], ids=["open", "check", "read"])
+@pytest.mark.parametrize(
+    "read", [open_file, check_file, lambda path, error: read_file(path, 9, error)], ids=["open", "check", "read"]
+)
 def test_what_is_no_plain_file_is_named_at_once(tmp_path, monkeypatch, path, what, read):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo")

@@ -15,8 +15,14 @@ ATTENTION = {"kind": "attention", "heads": 2, "bidirectional": False}
 EMA = {"kind": "ema", "state_size": 4, "bidirectional": False}
 
 
-def model(backbone: dict[str, Any] | None = None, width: int = 8, repeat: int = 1, **modules: dict[str, Any]) -> sma.SequenceModel:
-    layer = {"backbone": EMA if backbone is None else backbone or None, "modules": modules, "router": {"kind": "always"}}
+def model(
+    backbone: dict[str, Any] | None = None, width: int = 8, repeat: int = 1, **modules: dict[str, Any]
+) -> sma.SequenceModel:
+    layer = {
+        "backbone": EMA if backbone is None else backbone or None,
+        "modules": modules,
+        "router": {"kind": "always"},
+    }
     encoder = {"kind": "token_embedding", "vocabulary": 9}
     spec = {"kind": "language_model", "width": width, "encoder": encoder, "layers": {"repeat": repeat, "layer": layer}}
     return sma.build(sma.load_spec(spec), seed=0).eval()
@@ -25,23 +31,73 @@ def model(backbone: dict[str, Any] | None = None, width: int = 8, repeat: int = 
 @pytest.mark.parametrize(
     ("mine", "other", "complaint"),
     [
-        (model(), model(width=1), r"EMA got the state of another model: its sizes are \(1, 4, None\); required are \(8, 4, None\)"),
-        (model(), model(backbone=EMA | {"state_size": 1}), r"EMA got .*its sizes are \(8, 1, None\); required are \(8, 4, None\)"),
-        (model(), model(backbone=EMA | {"truncation": 3}), r"EMA got .*its sizes are \(8, 4, 3\); required are \(8, 4, None\)"),
-        (model(a=GAU), model(a=GAU | {"window": 1}), r"GatedAttentionUnit got .*its sizes are \(1, \(4,\), \(6,\), \(\)\)"),
-        (model(a=GAU), model(a=GAU | {"query_size": 2}), r"GatedAttentionUnit got .*its sizes are \(5, \(2,\), \(6,\), \(\)\)"),
-        (model(a=CONV), model(a=CONV | {"kernel_size": 4}), r"Conv got .*its sizes are \(3, \(8,\)\); required are \(2, \(8,\)\)"),
-        (model(a=ATTENTION), model(a=ATTENTION | {"heads": 4}), r"Attention got .*its sizes are \(None, \(4, 2\), \(4, 2\)\)"),
+        (
+            model(),
+            model(width=1),
+            r"EMA got the state of another model: its sizes are \(1, 4, None\); required are \(8, 4, None\)",
+        ),
+        (
+            model(),
+            model(backbone=EMA | {"state_size": 1}),
+            r"EMA got .*its sizes are \(8, 1, None\); required are \(8, 4, None\)",
+        ),
+        (
+            model(),
+            model(backbone=EMA | {"truncation": 3}),
+            r"EMA got .*its sizes are \(8, 4, 3\); required are \(8, 4, None\)",
+        ),
+        (
+            model(a=GAU),
+            model(a=GAU | {"window": 1}),
+            r"GatedAttentionUnit got .*its sizes are \(1, \(4,\), \(6,\), \(\)\)",
+        ),
+        (
+            model(a=GAU),
+            model(a=GAU | {"query_size": 2}),
+            r"GatedAttentionUnit got .*its sizes are \(5, \(2,\), \(6,\), \(\)\)",
+        ),
+        (
+            model(a=CONV),
+            model(a=CONV | {"kernel_size": 4}),
+            r"Conv got .*its sizes are \(3, \(8,\)\); required are \(2, \(8,\)\)",
+        ),
+        (
+            model(a=ATTENTION),
+            model(a=ATTENTION | {"heads": 4}),
+            r"Attention got .*its sizes are \(None, \(4, 2\), \(4, 2\)\)",
+        ),
         (model(a=GAU), model(a=CONV), r"GatedAttentionUnit got .*its sizes are \(2, \(8,\)\)"),
-        (model(a=GAU), model(b=GAU), r"layer 0 Sparse.* got the state of another model: it is of the parts \['b'\]; required are \['a'\]"),
-        (model(a=GAU), model(), r"layer 0 RoutedLayer got .* it is of the parts \['backbone'\]; required are \['backbone', 'routed'\]"),
-        (model(), model(a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['backbone'\]"),
-        (model(a=GAU), model({}, a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['routed'\]; required are \['backbone', 'r"),
-        (model({}, a=GAU), model(a=GAU), r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['r"),
+        (
+            model(a=GAU),
+            model(b=GAU),
+            r"layer 0 Sparse.* got the state of another model: it is of the parts \['b'\]; required are \['a'\]",
+        ),
+        (
+            model(a=GAU),
+            model(),
+            r"layer 0 RoutedLayer got .* it is of the parts \['backbone'\]; required are \['backbone', 'routed'\]",
+        ),
+        (
+            model(),
+            model(a=GAU),
+            r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['backbone'\]",
+        ),
+        (
+            model(a=GAU),
+            model({}, a=GAU),
+            r"layer 0 RoutedLayer got .* it is of the parts \['routed'\]; required are \['backbone', 'r",
+        ),
+        (
+            model({}, a=GAU),
+            model(a=GAU),
+            r"layer 0 RoutedLayer got .* it is of the parts \['backbone', 'routed'\]; required are \['r",
+        ),
         (model(), model(repeat=2), r"the state has 2 layers and the model 1; use the model's own init_state"),
     ],
 )
-def test_the_state_of_another_model_is_refused_and_unharmed(mine: sma.SequenceModel, other: sma.SequenceModel, complaint: str) -> None:
+def test_the_state_of_another_model_is_refused_and_unharmed(
+    mine: sma.SequenceModel, other: sma.SequenceModel, complaint: str
+) -> None:
     ids = torch.randint(9, (2, 4))
     state = other(ids, state=other.init_state(2)).state
     assert state is not None

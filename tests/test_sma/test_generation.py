@@ -21,7 +21,9 @@ SPEC = {
         "repeat": 2,
         "layer": {
             "backbone": {"kind": "ema", "bidirectional": False, "state_size": 4},
-            "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 3, "bidirectional": False}},
+            "modules": {
+                "attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 3, "bidirectional": False}
+            },
             "norm": {"kind": "layer_norm"},
         },
     },
@@ -42,16 +44,21 @@ def texts(model: LanguageModel, prompt: Tensor, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, None, None), (0.0, None, None), (0.7, 3, None), (1.3, None, 0.6), (1.0, 4, 0.8)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.0, None, None), (0.7, 3, None), (1.3, None, 0.6), (1.0, 4, 0.8)],
 )
-def test_generation_equals_recomputing_the_whole_text(model: LanguageModel, temperature: float, top_k: int, top_p: float) -> None:
+def test_generation_equals_recomputing_the_whole_text(
+    model: LanguageModel, temperature: float, top_k: int, top_p: float
+) -> None:
     prompt = torch.randint(11, (3, 7))
     found = texts(model, prompt, tokens=20, temperature=temperature, top_k=top_k, top_p=top_p, seed=5)
     generator, text = torch.Generator().manual_seed(5), prompt
     for _ in range(20):
         logits = model(text).logits
         assert logits is not None
-        text = torch.cat([text, draw(logits[:, -1], generator, temperature=temperature, top_k=top_k, top_p=top_p)[:, None]], 1)
+        text = torch.cat(
+            [text, draw(logits[:, -1], generator, temperature=temperature, top_k=top_k, top_p=top_p)[:, None]], 1
+        )
     assert torch.equal(found, text[:, 7:])
 
 
@@ -131,11 +138,16 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
         ({"top_p": 0.0}, r"top_p=0.0 must be above 0 and at most 1"),
         ({"tokens": -1}, r"^tokens=-1 must be at least 0$"),
         ({"samples": 0}, r"^samples=0 must be at least 1$"),
-        ({"prompt": torch.zeros(2, 0, dtype=torch.long)}, r"the prompt has shape \(2, 0\); required is \(B, L\) with at least one token"),
+        (
+            {"prompt": torch.zeros(2, 0, dtype=torch.long)},
+            r"the prompt has shape \(2, 0\); required is \(B, L\) with at least one token",
+        ),
         ({"valid": torch.tensor([[True], [False]])}, r"row 1 of the prompt has no valid token"),
     ],
 )
-def test_impossible_settings_are_refused_at_once(model: LanguageModel, settings: dict[str, Any], complaint: str) -> None:
+def test_impossible_settings_are_refused_at_once(
+    model: LanguageModel, settings: dict[str, Any], complaint: str
+) -> None:
     prompt = settings.pop("prompt", torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(InputError, match=complaint):
         generate(model, prompt, **{"tokens": 1, **settings})

@@ -1,4 +1,6 @@
-"""NumPy arrays, lists and other dtypes at every public entry: accepted where that is safe, else named with the way to convert them."""
+"""NumPy arrays, lists and other dtypes at every public entry: accepted where that is safe, else named with the way to
+convert them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +101,10 @@ def test_an_array_is_named_with_the_way_to_convert_it(entry):
     call, right = TENSORS[entry]
     given = right.numpy()
     shape = ", ".join(map(str, given.shape)) + ("," if given.ndim == 1 else "")
-    told = f"a numpy.ndarray of shape \\({shape}\\) and dtype {given.dtype}; required is a torch.Tensor: write torch.as_tensor\\(x"
+    told = (
+        f"a numpy.ndarray of shape \\({shape}\\) and dtype {given.dtype}; required is a torch.Tensor: "
+        "write torch.as_tensor\\(x"
+    )
     with pytest.raises(InputError, match=told):
         call(given)
 
@@ -112,7 +117,9 @@ def test_lists_texts_sparse_and_nested_tensors_are_named(entry):
             call(right.tolist())
     with pytest.raises(InputError, match="str"):
         call("hello")
-    with pytest.raises(InputError, match=r"a sparse_coo tensor; required is a dense one: convert it with \.to_dense\(\)$"):
+    with pytest.raises(
+        InputError, match=r"a sparse_coo tensor; required is a dense one: convert it with \.to_dense\(\)$"
+    ):
         call(right.to_sparse())
     if right.ndim > 1:
         with pytest.raises(InputError, match="a nested tensor; required is a dense one"):
@@ -125,7 +132,9 @@ MASKS = [entry for entry in TENSORS if entry.endswith(("valid", "mask")) and not
 @pytest.mark.parametrize("entry", MASKS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
-    with pytest.raises(InputError, match=r"has dtype torch\.\w+; (required is|it must be) torch\.bool.*: write (valid|mask)\.bool\(\)"):
+    with pytest.raises(
+        InputError, match=r"has dtype torch\.\w+; (required is|it must be) torch\.bool.*: write (valid|mask)\.bool\(\)"
+    ):
         TENSORS[entry][0](VALID.to(dtype))
 
 
@@ -165,7 +174,10 @@ def test_ids_of_another_dtype_say_how_to_convert_them(dtype):
 def test_whole_numbers_for_an_encoder_of_floats_say_how_to_convert_them(dtype):
     for entry in ("numbers", "features"):
         call, right = TENSORS[entry]
-        with pytest.raises(InputError, match=rf"dtype {dtype}; required are floats of shape \(B, L.*\): convert them with x\.float\(\)$"):
+        with pytest.raises(
+            InputError,
+            match=rf"dtype {dtype}; required are floats of shape \(B, L.*\): convert them with x\.float\(\)$",
+        ):
             call(right.to(dtype))
 
 
@@ -183,18 +195,25 @@ def test_whole_numbers_for_an_encoder_of_floats_say_how_to_convert_them(dtype):
     ],
 )
 def test_functions_of_decisions_say_what_they_got(function):
-    with pytest.raises(InputError, match=r"got a sma\.ModelOutput; .* one for each routed layer: give output\.decisions$"):
+    with pytest.raises(
+        InputError, match=r"got a sma\.ModelOutput; .* one for each routed layer: give output\.decisions$"
+    ):
         function(MODEL(IDS))
     with pytest.raises(InputError, match=r"got one Decision; .*: write \[decision\]$"):
         function(DECISIONS[0])
-    with pytest.raises(InputError, match=r"got a numpy\.ndarray of shape \(2, 5\) and dtype int64 as decision 0; required is a Decision"):
+    with pytest.raises(
+        InputError,
+        match=r"got a numpy\.ndarray of shape \(2, 5\) and dtype int64 as decision 0; required is a Decision",
+    ):
         function([IDS.numpy()])
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_sub_module_given_a_batch_names_ragged_tokens(name):
     part = SPECS[name].build(8)
-    with pytest.raises(InputError, match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*rectangular\(x\) for all"):
+    with pytest.raises(
+        InputError, match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*rectangular\(x\) for all"
+    ):
         part(X)
 
 
@@ -234,13 +253,20 @@ def test_a_state_of_an_impossible_number_of_streams_device_or_dtype_is_refused(p
 @pytest.mark.parametrize("capacity", [np.int64(3), np.float32(0.5), torch.tensor(3), [3]], ids=repr)
 def test_a_capacity_that_is_no_plain_number_is_named(capacity):
     cure = r"; it is a (numpy\.int64|numpy\.float32|torch\.Tensor|list).*: write int\(x\) or float\(x\)$"
-    for call in (lambda: MODEL(IDS, capacity=capacity), lambda: LAYER(X, capacity={"attention": capacity, "identity": 1})):
+    for call in (
+        lambda: MODEL(IDS, capacity=capacity),
+        lambda: LAYER(X, capacity={"attention": capacity, "identity": 1}),
+    ):
         with pytest.raises(InputError, match=cure):
             call()
 
 
 def test_a_capacity_of_compress_is_an_integer():
-    for wrong, problem in ((0.5, "capacity=0.5 is a float"), ("3", "capacity='3' is a str"), (True, "capacity=True is a bool")):
+    for wrong, problem in (
+        (0.5, "capacity=0.5 is a float"),
+        ("3", "capacity='3' is a str"),
+        (True, "capacity=True is a bool"),
+    ):
         with pytest.raises(InputError, match=f"^{problem}; required is an integer of at least 1 token per row$"):
             compress(X, VALID, capacity=wrong)
     assert compress(X, VALID, capacity=np.int64(2)).stride == 2
@@ -252,7 +278,10 @@ def test_a_capacity_of_compress_is_an_integer():
         ({"tokens": 1.5}, "tokens=1.5 is a float; required is an integer of at least 0"),
         ({"samples": "2"}, "samples='2' is a str; required is an integer of at least 1"),
         ({"temperature": "hot"}, "temperature is a str, 'hot'; required is a plain number: write float(x)"),
-        ({"top_k": 2.0}, "top_k=2.0 is a float; required is an integer of at least 1; leave it out to draw from all tokens"),
+        (
+            {"top_k": 2.0},
+            "top_k=2.0 is a float; required is an integer of at least 1; leave it out to draw from all tokens",
+        ),
         ({"top_p": None, "top_k": None, "tokens": None}, "tokens=None is None; required is an integer of at least 0"),
     ],
 )
@@ -262,9 +291,14 @@ def test_settings_of_generate_that_are_no_numbers_are_named(settings, problem):
 
 
 def test_generate_says_which_model_it_needs():
-    with pytest.raises(InputError, match=r"^SequenceModel does not score the next token; generate needs a model of kind language_model$"):
+    with pytest.raises(
+        InputError,
+        match=r"^SequenceModel does not score the next token; generate needs a model of kind language_model$",
+    ):
         next(generate(_model("sequence_encoder"), IDS, tokens=1))
-    with pytest.raises(InputError, match=r"^Linear does not score the next token; generate needs a model of kind language_model$"):
+    with pytest.raises(
+        InputError, match=r"^Linear does not score the next token; generate needs a model of kind language_model$"
+    ):
         generate(torch.nn.Linear(2, 2), IDS, tokens=1)
 
 

@@ -1,4 +1,6 @@
-"""A routed layer against a loop over its tokens, and the laws of dense limits, precision, causality and recomputation."""
+"""A routed layer against a loop over its tokens, and the laws of dense limits, precision, causality and
+recomputation.
+"""
 
 import functools
 
@@ -40,7 +42,9 @@ def test_gradients_are_those_of_the_loop(name):
     valid = torch.rand(3, 6, generator=generator(2)) < 0.7
     inputs = [x, *layer.parameters()]
     found, expected = (
-        torch.autograd.grad((hidden.where(valid[..., None], 0) * normal(3, 6, WIDTH)).sum(), inputs, materialize_grads=True)
+        torch.autograd.grad(
+            (hidden.where(valid[..., None], 0) * normal(3, 6, WIDTH)).sum(), inputs, materialize_grads=True
+        )
         for hidden in (layer(x, valid).hidden, oracles.layer(layer, x, valid)[0])
     )
     torch.testing.assert_close(found, expected)
@@ -71,7 +75,9 @@ def test_loop_sees_tokens_that_are_on_and_off():
     ],
 )
 def test_an_always_active_module_is_a_dense_layer(module):
-    """Two specs, one function: routed with confidence 1 past no bypass, and as the backbone of a layer that routes nothing."""
+    """Two specs, one function: routed with confidence 1 past no bypass, and as the backbone of a layer that routes
+    nothing.
+    """
     routed = LayerSpec(router={"kind": "always"}, modules={"module": module}, bypass="none").build(WIDTH).double()
     dense = LayerSpec(backbone=module, backbone_activation="none", bypass="identity").build(WIDTH).double()
     spread(routed)
@@ -116,7 +122,9 @@ def test_half_precision_gives_finite_results_and_gradients_near_the_full_ones(na
         valid = valid & (output.decision.active == exact.decision.active).all(-1)
     near = (output.hidden - exact.hidden).abs()[valid].median()
     assert near < (0.05 if dtype == torch.bfloat16 else 0.02)
-    for gradient in torch.autograd.grad(output.hidden.square().mean(), [x, *layer.parameters()], materialize_grads=True):
+    for gradient in torch.autograd.grad(
+        output.hidden.square().mean(), [x, *layer.parameters()], materialize_grads=True
+    ):
         assert gradient.isfinite().all()
 
 
@@ -161,7 +169,8 @@ def test_input_that_is_not_contiguous_gives_the_same(name):
     ("name", "changes", "junk"),
     [
         pytest.param("causal seqboat", {}, 1e4, id="seqboat"),
-        # Attention reads what is masked with a weight of 0, and 0 x NaN is NaN; recurrences and inactive tokens leave no trace.
+        # Attention reads what is masked with a weight of 0, and 0 x NaN is NaN; recurrences and inactive tokens leave
+        # no trace.
         pytest.param("causal seqboat", {}, torch.nan, id="seqboat, NaN that routes nowhere"),
         pytest.param("causal seqboat", {"router": {"kind": "always"}}, 1e4, id="seqboat, always active"),
         pytest.param("no modules", {}, 1e4, id="attention"),
@@ -196,14 +205,22 @@ def test_activation_checkpointing_changes_nothing_and_updates_batch_norm_once(re
         else:
             hidden = checkpoint(lambda *inputs: saved(*inputs).hidden, x, valid, use_reentrant=reentrant)
         hidden.where(valid[..., None], 0).square().sum().backward()
-        results.append([hidden.detach(), x.grad, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()])
+        results.append(
+            [hidden.detach(), x.grad, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()]
+        )
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert plain.norm.running_mean.any()
 
 
 class TestDropout:
     def _values(self, training: bool, **fields) -> Tensor:
-        spec = {"router": {"kind": "always"}, "modules": {"skip": {"kind": "identity"}}, "activation": "none", "dropout": 0.5, **fields}
+        spec = {
+            "router": {"kind": "always"},
+            "modules": {"skip": {"kind": "identity"}},
+            "activation": "none",
+            "dropout": 0.5,
+            **fields,
+        }
         layer = LayerSpec.model_validate(spec).build(64).train(training)
         return layer(torch.ones(8, 64, 64)).hidden
 
@@ -219,7 +236,9 @@ class TestDropout:
         assert set(values.unique().tolist()) == {1.0, 5.0}
 
     def test_drops_the_backbones_result(self):
-        values = self._values(True, bypass="identity", backbone={"kind": "identity"}, backbone_activation="none", modules={})
+        values = self._values(
+            True, bypass="identity", backbone={"kind": "identity"}, backbone_activation="none", modules={}
+        )
         assert set(values.unique().tolist()) == {1.0, 3.0}
 
     @pytest.mark.parametrize("dropout_on", ["modules", "sum"])
@@ -251,7 +270,9 @@ class TestWrongInput:
             make("seqboat")(torch.zeros(2, 3, WIDTH, dtype=torch.long))
 
     def test_mask_of_another_shape(self):
-        with pytest.raises(InputError, match=r"valid has shape \(3, 2\); required is \(B, L\) = \(2, 3\), as the input has"):
+        with pytest.raises(
+            InputError, match=r"valid has shape \(3, 2\); required is \(B, L\) = \(2, 3\), as the input has"
+        ):
             make("seqboat")(normal(2, 3, WIDTH), torch.ones(3, 2, dtype=torch.bool))
 
 
@@ -261,19 +282,31 @@ class TestSpec:
         [
             (
                 {"bypass": "none"},
-                "LayerSpec: a layer without modules needs bypass='linear' or 'identity'; otherwise it passes its input on",
+                (
+                    "LayerSpec: a layer without modules needs bypass='linear' or 'identity'; "
+                    "otherwise it passes its input on"
+                ),
             ),
             (
                 {"modules": {"a.b": {"kind": "identity"}}},
                 r"LayerSpec: the module name 'a\.b' must be a word of letters, digits and '_'; fie",
             ),
-            ({"modules": {"": {"kind": "identity"}}}, r"LayerSpec: the module name '' must be a word of letters, digits and '_'"),
+            (
+                {"modules": {"": {"kind": "identity"}}},
+                r"LayerSpec: the module name '' must be a word of letters, digits and '_'",
+            ),
             (
                 {"modules": {"type": {"kind": "identity"}}},
                 r"LayerSpec: the module name 'type' is taken by torch\.nn\.ModuleDict; choose anoth",
             ),
-            ({"dropout": 1.0}, r"LayerSpec: dropout=1\.0 must be less than 1\.0; dropout: probability of dropping a channel"),
-            ({"bypass": "lineal"}, "LayerSpec: bypass='lineal' must be 'none', 'linear' or 'identity'; did you mean 'linear'"),
+            (
+                {"dropout": 1.0},
+                r"LayerSpec: dropout=1\.0 must be less than 1\.0; dropout: probability of dropping a channel",
+            ),
+            (
+                {"bypass": "lineal"},
+                "LayerSpec: bypass='lineal' must be 'none', 'linear' or 'identity'; did you mean 'linear'",
+            ),
         ],
     )
     def test_impossible_layer(self, fields, complaint):
@@ -287,7 +320,10 @@ class TestSpec:
 
     def test_operations_of_a_layer_are_those_of_its_parts(self):
         spec = LayerSpec.model_validate(LAYERS["several modules"])
-        one, two = spec.operations(WIDTH, 10, 0.5), spec.operations(WIDTH, 10, {"attention": 0.5, "conv": 0.5, "mlp": 0.5})
+        one, two = (
+            spec.operations(WIDTH, 10, 0.5),
+            spec.operations(WIDTH, 10, {"attention": 0.5, "conv": 0.5, "mlp": 0.5}),
+        )
         parts = [module.operations(WIDTH, 5) for module in spec.modules.values()]
         router = 10 * spec.router.operations(WIDTH, 3)
         assert one == two
@@ -302,7 +338,8 @@ class TestSpec:
     def test_bypass_starts_small(self):
         layer = LayerSpec().build(300)
         assert layer.bypass.weight.abs().max() <= 0.04
-        assert layer.bypass.weight.std().item() == pytest.approx(0.0176, abs=0.0005)  # 0.02 cut at 2 standard deviations
+        # 0.02 cut at 2 standard deviations.
+        assert layer.bypass.weight.std().item() == pytest.approx(0.0176, abs=0.0005)
         assert not layer.bypass.bias.any()
 
 
@@ -310,5 +347,7 @@ def test_gradients_reach_everything_that_ran():
     layer = make("several modules")
     output = layer(normal(3, 9, WIDTH))
     assert (output.decision.rate() > 0).all()
-    for name, gradient in zip(dict(layer.named_parameters()), gradients(output.hidden, layer.parameters()), strict=True):
+    for name, gradient in zip(
+        dict(layer.named_parameters()), gradients(output.hidden, layer.parameters()), strict=True
+    ):
         assert gradient.any(), name

@@ -29,8 +29,15 @@ def results(program: Any, bypass: LinearBypass, x: Tensor, index: Tensor, weight
     """Both outputs, and the gradients of x, weight and bias under random incoming gradients, scaled."""
     leaf = x.detach().clone().requires_grad_()
     mapped, routed = program(bypass, leaf, index)
-    total = weights[0] * (mapped * normal(*mapped.shape, seed=2)).sum() + weights[1] * (routed * normal(*routed.shape, seed=3)).sum()
-    return [mapped.detach(), routed.detach(), *torch.autograd.grad(total, [leaf, bypass.weight, bypass.bias], materialize_grads=True)]
+    total = (
+        weights[0] * (mapped * normal(*mapped.shape, seed=2)).sum()
+        + weights[1] * (routed * normal(*routed.shape, seed=3)).sum()
+    )
+    return [
+        mapped.detach(),
+        routed.detach(),
+        *torch.autograd.grad(total, [leaf, bypass.weight, bypass.bias], materialize_grads=True),
+    ]
 
 
 @given(
@@ -39,7 +46,9 @@ def results(program: Any, bypass: LinearBypass, x: Tensor, index: Tensor, weight
     seed=st.integers(0, 99),
     weights=st.sampled_from([(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)]),
 )
-def test_outputs_and_gradients_are_those_of_the_two_operators(tokens: int, rate: float, seed: int, weights: tuple[float, float]) -> None:
+def test_outputs_and_gradients_are_those_of_the_two_operators(
+    tokens: int, rate: float, seed: int, weights: tuple[float, float]
+) -> None:
     bypass, x = make(), normal(tokens, WIDTH, seed=seed)
     index = (torch.rand(tokens, generator=generator(seed)) < rate).nonzero().squeeze(1)
     index = index[torch.randperm(len(index), generator=generator(seed))]
@@ -73,7 +82,9 @@ def test_gradients_that_come_in_are_not_changed() -> None:
     incoming = [normal(5, WIDTH, seed=4), normal(2, WIDTH, seed=5)]
     kept = [tensor.clone() for tensor in incoming]
     outputs = bypass(x, index)
-    once, again = (torch.autograd.grad(outputs, [x, *bypass.parameters()], incoming, retain_graph=True) for _ in range(2))
+    once, again = (
+        torch.autograd.grad(outputs, [x, *bypass.parameters()], incoming, retain_graph=True) for _ in range(2)
+    )
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(incoming, kept, strict=True))
 

@@ -1,4 +1,6 @@
-"""Every part of a model is called as a module: hooks run, once a forward pass, and a part can be compiled or checkpointed by itself."""
+"""Every part of a model is called as a module: hooks run, once a forward pass, and a part can be compiled or
+checkpointed by itself.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -45,8 +47,12 @@ def _called(model: nn.Module) -> Counter[str]:
         # A list of modules is no module that is called, and norms without a batch have no more parts.
         if isinstance(part, nn.ModuleList | nn.ModuleDict):
             continue
-        part.register_forward_pre_hook(lambda part, args, kwargs, name=name: calls.update([f"{name} <"]), with_kwargs=True)
-        part.register_forward_hook(lambda part, args, kwargs, output, name=name: calls.update([f"{name} >"]), with_kwargs=True)
+        part.register_forward_pre_hook(
+            lambda part, args, kwargs, name=name: calls.update([f"{name} <"]), with_kwargs=True
+        )
+        part.register_forward_hook(
+            lambda part, args, kwargs, output, name=name: calls.update([f"{name} >"]), with_kwargs=True
+        )
     return calls
 
 
@@ -55,7 +61,9 @@ def _once_each(model: nn.Module) -> Counter[str]:
     return Counter(f"{name} {side}" for name in parts for side in "<>")
 
 
-@pytest.mark.parametrize("changes", [pytest.param({}, id="some tokens active"), pytest.param(NOBODY, id="no token active")])
+@pytest.mark.parametrize(
+    "changes", [pytest.param({}, id="some tokens active"), pytest.param(NOBODY, id="no token active")]
+)
 @pytest.mark.parametrize("mode", ["training", "evaluation", "padding on the left", "one step", "capacity"])
 def test_hooks_of_every_part_run_once_a_forward_pass(mode, changes):
     model = build({**CLASSIFIER, "layers": [{**layer, **changes} for layer in CLASSIFIER["layers"]]}, seed=0)
@@ -158,7 +166,9 @@ def test_a_batch_that_is_aligned_already_gives_what_the_layer_makes_of_the_mask(
 def test_ragged_tokens_of_another_batch_are_refused(frame: Any, found: str):
     x = normal(3, 5, WIDTH)
     tokens: Ragged = frame(x)
-    with pytest.raises(InputError, match=rf"valid is a Ragged \({found}\).*tokens of shape \(3, 5, 4\); give the mask \(B, L\)"):
+    with pytest.raises(
+        InputError, match=rf"valid is a Ragged \({found}\).*tokens of shape \(3, 5, 4\); give the mask \(B, L\)"
+    ):
         make("seqboat")(x, tokens)
 
 
@@ -169,7 +179,11 @@ def _results(model: SequenceModel, x: Tensor, valid: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("part", ["layers.0", "layers.1", "layers.0.backbone", "layers.0.routed.submodules.mlp"])
 def test_a_checkpoint_wrapper_around_a_part_runs_it_again_in_backward_and_changes_nothing(part):
-    model, x, valid = build(CLASSIFIER, seed=0).double(), normal(3, 9, 2), torch.rand(3, 9, generator=generator(1)) < 0.8
+    model, x, valid = (
+        build(CLASSIFIER, seed=0).double(),
+        normal(3, 9, 2),
+        torch.rand(3, 9, generator=generator(1)) < 0.8,
+    )
     wanted, names = _results(model, x, valid), [name for name, _ in model.named_parameters()]
     calls: list[str] = []
     model.get_submodule(part).register_forward_pre_hook(lambda *_: calls.append(part))

@@ -89,15 +89,24 @@ class TestRefusals:
         [
             (
                 "seqboat",
-                "'backbone' (kind ema, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+                (
+                    "'backbone' (kind ema, causal=False) cannot continue from a state; "
+                    "build the model with bidirectional=false to stream it"
+                ),
             ),
             (
                 "several modules",
-                "'attention' (kind gau, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+                (
+                    "'attention' (kind gau, causal=False) cannot continue from a state; "
+                    "build the model with bidirectional=false to stream it"
+                ),
             ),
             (
                 "no bypass",
-                "'backbone' (kind conv, causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+                (
+                    "'backbone' (kind conv, causal=False) cannot continue from a state; "
+                    "build the model with bidirectional=false to stream it"
+                ),
             ),
         ],
     )
@@ -115,17 +124,24 @@ class TestRefusals:
         for call in (lambda: layer.init_state(2), lambda: layer(normal(2, 3, WIDTH), None, state)):
             with pytest.raises(
                 StateError,
-                match=exactly("'norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first"),
+                match=exactly(
+                    "'norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first"
+                ),
             ):
                 call()
 
     def test_state_of_another_class(self) -> None:
-        with pytest.raises(StateError, match=exactly("RoutedLayer got a state of class State; it needs LayerState: see init_state")):
+        with pytest.raises(
+            StateError, match=exactly("RoutedLayer got a state of class State; it needs LayerState: see init_state")
+        ):
             make("causal seqboat")(normal(2, 3, WIDTH), None, State())
 
     def test_state_of_another_number_of_streams(self) -> None:
         layer = make("causal seqboat")
-        sentence = "RoutedLayer got a state of 1 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+        sentence = (
+            "RoutedLayer got a state of 1 streams for a batch of 2 rows; "
+            "make one with init_state(2), or take rows with state.select"
+        )
         with pytest.raises(StateError, match=exactly(sentence)):
             layer(normal(2, 3, WIDTH), None, layer.init_state(1))
 
@@ -148,7 +164,13 @@ class TestRefusals:
     )
     def test_state_of_a_layer_of_other_parts(self, mine: str, other: dict[str, Any], has: str, needs: str) -> None:
         layer, x = make(mine), normal(2, 3, WIDTH)
-        for one, another, found, wanted in ((layer, make(mine, **other), has, needs), (make(mine, **other), layer, needs, has)):
-            sentence = f"RoutedLayer got the state of another model: it is of the parts {found}; required are {wanted}: use init_state"
+        for one, another, found, wanted in (
+            (layer, make(mine, **other), has, needs),
+            (make(mine, **other), layer, needs, has),
+        ):
+            sentence = (
+                f"RoutedLayer got the state of another model: it is of the parts {found}; required are {wanted}: "
+                "use init_state"
+            )
             with pytest.raises(StateError, match=exactly(sentence)):
                 one(x, None, another.init_state(2))

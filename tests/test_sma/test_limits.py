@@ -13,7 +13,12 @@ SPEC = {
     "kind": "sequence_classifier",
     "width": 8,
     "encoder": {"kind": "token_embedding", "vocabulary": 9},
-    "layers": [{"backbone": {"kind": "ema"}, "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 4}}}],
+    "layers": [
+        {
+            "backbone": {"kind": "ema"},
+            "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 4}},
+        }
+    ],
     "head": {"kind": "mean_pool_mlp", "hidden": 8, "classes": 3},
 }
 IDS = torch.arange(40).reshape(2, 20) % 9
@@ -25,8 +30,12 @@ def _logits(model: torch.nn.Module) -> Callable[..., Any]:
 
 TRANSFORMS: dict[str, Callable[[torch.nn.Module, dict[str, torch.Tensor]], object]] = {
     "grad": lambda model, own: grad(lambda given: _logits(model)(given).sum())(own),
-    "per-sample": lambda model, own: vmap(grad(lambda given, row: _logits(model)(given, row[None]).sum()), (None, 0))(own, IDS),
-    "jvp": lambda model, own: jvp(_logits(model), (own,), ({name: torch.ones_like(value) for name, value in own.items()},)),
+    "per-sample": lambda model, own: vmap(grad(lambda given, row: _logits(model)(given, row[None]).sum()), (None, 0))(
+        own, IDS
+    ),
+    "jvp": lambda model, own: jvp(
+        _logits(model), (own,), ({name: torch.ones_like(value) for name, value in own.items()},)
+    ),
     "trace": lambda model, own: torch.jit.trace(model, IDS, strict=False),
     "script": lambda model, own: torch.jit.script(model),
     "fx": lambda model, own: torch.fx.symbolic_trace(model),

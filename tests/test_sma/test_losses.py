@@ -45,7 +45,10 @@ class TestBudget:
             for m in range(3):
                 tokens = [bool(decision.active[b, t, m]) for b, t in valid.nonzero().tolist()]
                 gaps.append(sum(tokens) / len(tokens) - target if tokens else 0.0)
-        near(budget_loss(decisions, target, valid), torch.tensor(sum(gap**2 for gap in gaps) / len(gaps), dtype=torch.float64))
+        near(
+            budget_loss(decisions, target, valid),
+            torch.tensor(sum(gap**2 for gap in gaps) / len(gaps), dtype=torch.float64),
+        )
 
     @pytest.mark.parametrize("length", [0, 4])
     def test_without_a_valid_token_there_is_no_rate_to_miss_and_gradients_are_zeros(self, length):
@@ -121,7 +124,11 @@ class TestLoadBalance:
 
     def test_it_is_1_when_balanced(self):
         active = torch.eye(3, dtype=torch.bool)[None].expand(2, 3, 3)
-        p_on = torch.tensor([0.6, 0.3, 0.1]).double()[(torch.arange(3)[:, None] - torch.arange(3)) % 3][None].expand(2, 3, 3)
+        p_on = (
+            torch.tensor([0.6, 0.3, 0.1])
+            .double()[(torch.arange(3)[:, None] - torch.arange(3)) % 3][None]
+            .expand(2, 3, 3)
+        )
         near(load_balance_loss([_decision(active, p_on)]), torch.ones(()).double())
 
     def test_it_is_1_where_nothing_ran_and_the_probabilities_agree(self):
@@ -214,13 +221,21 @@ def test_without_layers_or_tokens_it_is_a_number(loss):
 
 @LOSSES
 def test_a_mask_that_does_not_fit_is_refused(loss, as_users_run):
-    with pytest.raises(InputError, match=exactly("valid has shape (2, 5); required is (B, L) = (2, 6), as the input has")):
+    with pytest.raises(
+        InputError, match=exactly("valid has shape (2, 5); required is (B, L) = (2, 6), as the input has")
+    ):
         loss([_random()], torch.ones(2, 5, dtype=torch.bool))
 
 
 def _draws(active: Tensor, margins: Tensor, names: tuple[str, ...] = NAMES) -> Decision:
     """A decision drawn with the probabilities of these margins."""
-    return Decision(active, torch.ones_like(margins), torch.stack([torch.zeros_like(margins), margins], -1), margins.sigmoid(), names)
+    return Decision(
+        active,
+        torch.ones_like(margins),
+        torch.stack([torch.zeros_like(margins), margins], -1),
+        margins.sigmoid(),
+        names,
+    )
 
 
 class TestPolicyGradient:
@@ -255,7 +270,8 @@ class TestPolicyGradient:
         losses = 1.0 - 0.8 * active[:, 1, 0] + 0.2 * active[:, 2, 0]
         decision = _draws(active, scores[None, :, None].expand(rows, 4, 1), ("mlp",))
         (gradient,) = torch.autograd.grad(policy_gradient_loss([decision], losses), [scores])
-        # The covariance of a draw, whose variance is a quarter, with what it saves, in units of the spread of the losses.
+        # The covariance of a draw, whose variance is a quarter, with what it saves, in units of the spread of the
+        # losses.
         deviation = math.sqrt(0.25 * (0.8**2 + 0.2**2))
         near(gradient, torch.tensor([0, -0.8, 0.2, 0], dtype=torch.float64) / 4 / deviation / 4, 0.01)
 
@@ -266,7 +282,9 @@ class TestPolicyGradient:
         for change in (0.0, 7.0):
             changed = losses.clone()
             changed[:3, :2] += change
-            (gradient,) = torch.autograd.grad(policy_gradient_loss([_draws(active, margins, ("mlp",))], changed), [margins])
+            (gradient,) = torch.autograd.grad(
+                policy_gradient_loss([_draws(active, margins, ("mlp",))], changed), [margins]
+            )
             gradients.append(gradient)
         assert torch.equal(gradients[0][:, 2:], gradients[1][:, 2:])
         assert not torch.allclose(gradients[0][:, :2], gradients[1][:, :2])
@@ -282,9 +300,13 @@ class TestPolicyGradient:
 
     @pytest.mark.parametrize("shape", [(2, 5), (1, 6)])
     def test_a_mask_of_another_shape_is_refused(self, shape, as_users_run):
-        with pytest.raises(InputError, match=exactly(f"valid has shape {shape}; required is (B, L) = (2, 6), as the input has")):
+        with pytest.raises(
+            InputError, match=exactly(f"valid has shape {shape}; required is (B, L) = (2, 6), as the input has")
+        ):
             policy_gradient_loss([_random()], torch.ones(2), torch.ones(shape, dtype=torch.bool))
 
     def test_losses_of_another_shape_are_refused(self):
-        with pytest.raises(InputError, match=exactly("the losses have shape (3,); required is (B,) = (2,), or (B, L) = (2, 6)")):
+        with pytest.raises(
+            InputError, match=exactly("the losses have shape (3,); required is (B,) = (2,), or (B, L) = (2, 6)")
+        ):
             policy_gradient_loss([_random()], torch.ones(3))

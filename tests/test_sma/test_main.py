@@ -68,7 +68,13 @@ def test_every_shipped_spec_is_valid_and_described_as_built(name, capsys):
 def test_json_holds_the_same_numbers_exactly(listops, capsys):
     spec = listops
     data = json.loads(_run(capsys, "describe", "seqboat_listops", "--json", "--length", "777", "--rate", "0.1")[1])
-    assert (data["name"], data["kind"], data["width"], data["length"], data["rate"]) == ("seqboat_listops", spec.kind, 80, 777, 0.1)
+    assert (data["name"], data["kind"], data["width"], data["length"], data["rate"]) == (
+        "seqboat_listops",
+        spec.kind,
+        80,
+        777,
+        0.1,
+    )
     operations, full = spec.operations(777, 0.1).total, spec.operations(777, 1.0).total
     assert data["total"] == {"parameters": 408_036, "operations": operations, "operations_all_active": full}
     (group,) = data["layers"]
@@ -88,7 +94,10 @@ def test_build_says_what_was_built(causal, capsys):
 def test_a_wrong_prediction_is_found_by_building(listops, monkeypatch, capsys):
     monkeypatch.setattr(type(listops), "num_parameters", lambda self: 7)
     status, _, err = _run(capsys, "validate", "seqboat_listops")
-    assert (status, err) == (2, "sma: the model has 408,036 parameters, but its spec predicts 7: a num_parameters is wrong\n")
+    assert (status, err) == (
+        2,
+        "sma: the model has 408,036 parameters, but its spec predicts 7: a num_parameters is wrong\n",
+    )
 
 
 def test_values_are_set_before_validation(capsys):
@@ -126,20 +135,32 @@ def test_a_spec_too_large_to_build_is_validated_without_memory(capsys):
 # Mistakes
 
 MISTAKES = [
-    pytest.param(["descibe"], "unknown command 'descibe'; did you mean 'describe'? commands: describe, validate, ", id="command"),
+    pytest.param(
+        ["descibe"], "unknown command 'descibe'; did you mean 'describe'? commands: describe, validate, ", id="command"
+    ),
     pytest.param(["describe"], "the following arguments are required: SPEC; see sma describe --help", id="no-spec"),
     pytest.param(
         ["describe", "seqboat_listop"],
         "there is no file and no shipped spec 'seqboat_listop'; did you mean 'seqboat_listops'? shipped specs: ",
         id="shipped-name",
     ),
-    pytest.param(["validate", "nothere/x.yaml"], "there is no file and no shipped spec 'nothere/x.yaml'; shipped specs: ", id="file"),
-    pytest.param(["describe", "."], "the folder '.' holds no spec.yaml; give a spec file, a shipped spec or a folder that ", id="folder"),
+    pytest.param(
+        ["validate", "nothere/x.yaml"],
+        "there is no file and no shipped spec 'nothere/x.yaml'; shipped specs: ",
+        id="file",
+    ),
+    pytest.param(
+        ["describe", "."],
+        "the folder '.' holds no spec.yaml; give a spec file, a shipped spec or a folder that ",
+        id="folder",
+    ),
     pytest.param(["describe", "list.yaml"], "list.yaml must hold a mapping of fields, not list", id="no-mapping"),
     pytest.param(["describe", "broken.yaml"], "broken.yaml is not valid YAML: ", id="no-yaml"),
     pytest.param(["describe", "binary.yaml"], "binary.yaml is not UTF-8 text; save it as UTF-8", id="no-text"),
     pytest.param(
-        ["validate", "typo.yaml"], "SequenceEncoderSpec: unknown field 'widht'; did you mean 'width'? fields: width, ", id="field"
+        ["validate", "typo.yaml"],
+        "SequenceEncoderSpec: unknown field 'widht'; did you mean 'width'? fields: width, ",
+        id="field",
     ),
     pytest.param(
         ["validate", "kindless.yaml"],
@@ -153,33 +174,56 @@ MISTAKES = [
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--set", "layers.layer.modules.attention.windw=3"],
-        "unknown field path 'layers.layer.modules.attention.windw': there is no 'windw' here; did you mean 'window'? fields: ",
+        "unknown field path 'layers.layer.modules.attention.windw': there is no 'windw' here; "
+        "did you mean 'window'? fields: ",
         id="path",
     ),
-    pytest.param(["describe", "seqboat_listops", "--set", "width"], "--set 'width' has no '='; write --set path=value, ", id="no-equals"),
-    pytest.param(["describe", "seqboat_listops", "--set", "width=["], "the value of --set width is not valid YAML: ", id="no-value"),
+    pytest.param(
+        ["describe", "seqboat_listops", "--set", "width"],
+        "--set 'width' has no '='; write --set path=value, ",
+        id="no-equals",
+    ),
+    pytest.param(
+        ["describe", "seqboat_listops", "--set", "width=["],
+        "the value of --set width is not valid YAML: ",
+        id="no-value",
+    ),
     pytest.param(
         ["describe", "seqboat_listops", "--set", "a=1", "b=2"],
         "describe takes no further argument 'b=2'; write --set before each path=value",
         id="set-once",
     ),
-    pytest.param(["kinds", "norm", "rms_norm", "x"], "kinds takes no further argument 'x'; see sma kinds --help", id="further"),
+    pytest.param(
+        ["kinds", "norm", "rms_norm", "x"], "kinds takes no further argument 'x'; see sma kinds --help", id="further"
+    ),
     pytest.param(
         ["describe", "seqboat_listops", "--lenght", "3"],
         "describe has no option '--lenght'; did you mean '--length'? options: --help, ",
         id="option",
     ),
     pytest.param(["describe", "seqboat_listops", "--length", "0"], "length=0 must be at least 1 token", id="length"),
-    pytest.param(["describe", "seqboat_listops", "--length", "x"], "argument --length: invalid int value: 'x'; see ", id="number"),
-    pytest.param(["describe", "seqboat_listops", "--rate", "1.5"], "rate=1.5 must lie between 0 and 1: the share of ", id="rate"),
-    pytest.param(["describe", "seqboat_listops", "--rate", "nan"], "rate=nan must lie between 0 and 1: the share of ", id="nan"),
+    pytest.param(
+        ["describe", "seqboat_listops", "--length", "x"], "argument --length: invalid int value: 'x'; see ", id="number"
+    ),
+    pytest.param(
+        ["describe", "seqboat_listops", "--rate", "1.5"], "rate=1.5 must lie between 0 and 1: the share of ", id="rate"
+    ),
+    pytest.param(
+        ["describe", "seqboat_listops", "--rate", "nan"], "rate=nan must lie between 0 and 1: the share of ", id="nan"
+    ),
     pytest.param(
         ["validate", "seqboat_listops", "--set", "layers.layer.modules={a: {kind: attention, heads: 3}}"],
         "AttentionSpec: heads=3 must divide the width 80 of the tokens",
         id="parts-that-do-not-fit",
     ),
-    pytest.param(["kinds", "submodule"], "unknown family 'submodule'; did you mean 'sub-module'? families: ", id="family"),
-    pytest.param(["kinds", "sub-module", "gua"], "unknown sub-module kind 'gua'; did you mean 'gau'? known kinds: ", id="family-kind"),
+    pytest.param(
+        ["kinds", "submodule"], "unknown family 'submodule'; did you mean 'sub-module'? families: ", id="family"
+    ),
+    pytest.param(
+        ["kinds", "sub-module", "gua"],
+        "unknown sub-module kind 'gua'; did you mean 'gau'? known kinds: ",
+        id="family-kind",
+    ),
     pytest.param(["kind", "gua"], "unknown kind 'gua'; did you mean 'gau'? known kinds: ", id="any-kind"),
     pytest.param(["schema", "modle"], "unknown family 'modle'; did you mean 'model'? families: ", id="schema"),
 ]
@@ -212,7 +256,8 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "shown"), [pytest.param("--version", "sma ", id="version"), pytest.param("--help", "usage: sma", id="help")]
+    ("word", "shown"),
+    [pytest.param("--version", "sma ", id="version"), pytest.param("--help", "usage: sma", id="help")],
 )
 def test_version_and_help_end_well(word, shown, capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -257,7 +302,9 @@ def test_kinds_prints_the_list(capsys):
     assert _run(capsys, "kinds", "norm") == (0, list_kinds("norm") + "\n", "")
 
 
-@pytest.mark.parametrize("words", [pytest.param(["kind", "gau"], id="kind"), pytest.param(["kinds", "sub-module", "gau"], id="kinds")])
+@pytest.mark.parametrize(
+    "words", [pytest.param(["kind", "gau"], id="kind"), pytest.param(["kinds", "sub-module", "gau"], id="kinds")]
+)
 def test_kind_prints_the_fields(words, capsys):
     assert _run(capsys, *words) == (0, describe_kind(*find_kinds("gau")) + "\n", "")
 

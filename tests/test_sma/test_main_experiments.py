@@ -14,7 +14,9 @@ task: {kind: digits}
 model: seqboat_digits_tiny
 training: {updates: 1200, batch_size: 4, learning_rate: 1e-3}
 """
-SWEEP = "experiment: experiment.yaml\nspace: {training.learning_rate: {kind: choice, values: [1e-3, 4e-3]}}\nsamples: 5\n"
+SWEEP = (
+    "experiment: experiment.yaml\nspace: {training.learning_rate: {kind: choice, values: [1e-3, 4e-3]}}\nsamples: 5\n"
+)
 DIGITS = "a sequence_classifier of width 48 with 3 layers and 79,639 parameters"
 
 
@@ -31,16 +33,29 @@ def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "answer"),
     [
         pytest.param(
-            ["experiment.yaml"], f"ok: experiment is an experiment of 1,200 updates on digits; its model is {DIGITS}\n", id="file"
+            ["experiment.yaml"],
+            f"ok: experiment is an experiment of 1,200 updates on digits; its model is {DIGITS}\n",
+            id="file",
         ),
-        pytest.param(["run"], f"ok: run is an experiment of 1,200 updates on digits; its model is {DIGITS}\n", id="folder of a run"),
-        pytest.param(["digits_tiny"], f"ok: digits_tiny is an experiment of 1,000 updates on digits; its model is {DIGITS}\n", id="preset"),
         pytest.param(
-            ["sweep.yaml"], f"ok: sweep is a sweep of 5 trials of 1,200 updates on digits; the model of trial 0 is {DIGITS}\n", id="sweep"
+            ["run"],
+            f"ok: run is an experiment of 1,200 updates on digits; its model is {DIGITS}\n",
+            id="folder of a run",
+        ),
+        pytest.param(
+            ["digits_tiny"],
+            f"ok: digits_tiny is an experiment of 1,000 updates on digits; its model is {DIGITS}\n",
+            id="preset",
+        ),
+        pytest.param(
+            ["sweep.yaml"],
+            f"ok: sweep is a sweep of 5 trials of 1,200 updates on digits; the model of trial 0 is {DIGITS}\n",
+            id="sweep",
         ),
         pytest.param(
             ["experiment.yaml", "--set", "training.updates=7", "--set", "layers.repeat=1"],
-            "ok: experiment is an experiment of 7 updates on digits; its model is a sequence_classifier of width 48 with 1 layer",
+            "ok: experiment is an experiment of 7 updates on digits; "
+            "its model is a sequence_classifier of width 48 with 1 layer",
             id="settings of both",
         ),
     ],
@@ -56,12 +71,18 @@ def test_an_experiment_is_validated_as_one(words, answer, capsys):
     ("words", "complaint"),
     [
         pytest.param(
-            ["experiment.yaml", "--set", "seed=yes"], "sma: ExperimentSpec: seed='yes': input should be a valid integer", id="seed"
+            ["experiment.yaml", "--set", "seed=yes"],
+            "sma: ExperimentSpec: seed='yes': input should be a valid integer",
+            id="seed",
         ),
         pytest.param(
-            ["sweep.yaml", "--set", "training.learning_rate=1"], "sma: --set training.learning_rate=1: the sweep searches", id="sweep"
+            ["sweep.yaml", "--set", "training.learning_rate=1"],
+            "sma: --set training.learning_rate=1: the sweep searches",
+            id="sweep",
         ),
-        pytest.param(["experiment.yaml", "--set", "trainin.updates=1"], "sma: unknown field path 'trainin.updates'", id="path"),
+        pytest.param(
+            ["experiment.yaml", "--set", "trainin.updates=1"], "sma: unknown field path 'trainin.updates'", id="path"
+        ),
     ],
 )
 def test_a_wrong_experiment_is_answered_with_a_sentence(words, complaint, capsys):
@@ -72,7 +93,10 @@ def test_a_wrong_experiment_is_answered_with_a_sentence(words, complaint, capsys
 
 @pytest.mark.usefixtures("experiments")
 def test_the_model_of_an_experiment_is_described(capsys):
-    assert DIGITS.split(" with")[0].removeprefix("a ").replace(" of", ",") in _run(capsys, "describe", "experiment.yaml")[1]
+    assert (
+        DIGITS.split(" with")[0].removeprefix("a ").replace(" of", ",")
+        in _run(capsys, "describe", "experiment.yaml")[1]
+    )
 
 
 @pytest.mark.usefixtures("experiments")
@@ -86,13 +110,18 @@ def test_an_experiment_without_the_extra_is_named(monkeypatch, capsys):
 def test_repeating_a_layer_costs_nothing(capsys):
     began = time.process_time()
     status, out, _ = _run(capsys, "validate", "seqboat_listops", "--set", "layers.repeat=10000")
-    assert (status, out) == (0, "ok: seqboat_listops is a sequence_classifier of width 80 with 10,000 layers and 653,675,840 parameters\n")
+    assert (status, out) == (
+        0,
+        "ok: seqboat_listops is a sequence_classifier of width 80 with 10,000 layers and 653,675,840 parameters\n",
+    )
     assert time.process_time() - began < 10
 
 
 def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
     layers = ", ".join(["{modules: {a: {kind: conv}}}", "{norm: {kind: rms_norm}}", "{}"] * 30)
-    (tmp_path / "long.yaml").write_text(f"{{kind: sequence_encoder, width: 4, encoder: {{kind: real_number}}, layers: [{layers}]}}")
+    (tmp_path / "long.yaml").write_text(
+        f"{{kind: sequence_encoder, width: 4, encoder: {{kind: real_number}}, layers: [{layers}]}}"
+    )
     counted = sum(parameter.numel() for parameter in sma.build(tmp_path / "long.yaml").parameters())
     assert f"with 90 layers and {counted:,} parameters" in _run(capsys, "validate", str(tmp_path / "long.yaml"))[1]
 
@@ -106,9 +135,15 @@ def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
             ["--set", "layers={repeat: 5001, layer: [{}, {}]}"],
             "sma: RepeatSpec in layers: repeat=5001 of 2 layers makes 10,002; a model has 10,000",
         ),
-        (["--set", "width=1e20"], "sma: SequenceClassifierSpec: width=1e+20: input should be between -2^63 and 2^63; width: channels of"),
+        (
+            ["--set", "width=1e20"],
+            "sma: SequenceClassifierSpec: width=1e+20: input should be between -2^63 and 2^63; width: channels of",
+        ),
         (["--set", "width=-1"], "sma: SequenceClassifierSpec: width=-1 must be at least 1"),
-        (["--set", "width=9e18"], "sma: SequenceClassifierSpec needs about 10^39 bytes, more than any machine can address"),
+        (
+            ["--set", "width=9e18"],
+            "sma: SequenceClassifierSpec needs about 10^39 bytes, more than any machine can address",
+        ),
         (["--set", f"width={'9' * 5000}"], "sma: the value of --set width is not valid YAML: '999999"),
         (
             ["--set", "width=&a [*a]"],

@@ -11,7 +11,8 @@ from sma.margins import BINS, EDGES, ZERO, histograms, shares_above, shift_to
 from tests.cases import masks, normal
 
 MARGINS = st.lists(
-    st.floats(-3e4, 3e4) | st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e-30, -1e-30, math.nan, math.inf, -math.inf]), max_size=12
+    st.floats(-3e4, 3e4) | st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e-30, -1e-30, math.nan, math.inf, -math.inf]),
+    max_size=12,
 )
 
 

@@ -88,7 +88,8 @@ def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
     check_memory(5 * GIB, "the model")
     with pytest.raises(
         SpecError,
-        match=r"^the model needs 5,368,709,121 bytes \(5\.0 GiB\), and 5,368,709,120 bytes \(5\.0 GiB\) are free; make it smaller$",
+        match=r"^the model needs 5,368,709,121 bytes \(5\.0 GiB\), and 5,368,709,120 bytes \(5\.0 GiB\) are free; "
+        r"make it smaller$",
     ):
         check_memory(5 * GIB + 1, "the model")
     with pytest.raises(InputError, match=r"are free; take fewer rows$"):
@@ -114,7 +115,9 @@ def test_small_things_are_never_asked_about(monkeypatch):
 @pytest.mark.parametrize("bits", [63, 64, 1000, 50_000])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_sizes_that_no_tensor_has_are_refused_everywhere(bits, device):
-    with pytest.raises(SpecError, match=r"^the model needs about 10\^\d+ bytes, more than any machine can address; make it smaller$"):
+    with pytest.raises(
+        SpecError, match=r"^the model needs about 10\^\d+ bytes, more than any machine can address; make it smaller$"
+    ):
         check_memory(1 << bits, "the model", device=device)
 
 
@@ -123,13 +126,17 @@ def test_where_nobody_knows_what_is_free_nothing_is_refused(monkeypatch):
     check_memory(1 << 50, "the model")
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (4096, "4,096 bytes"), (3 * GIB // 2, "1,610,612,736 bytes (1.5 GiB)")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (4096, "4,096 bytes"), (3 * GIB // 2, "1,610,612,736 bytes (1.5 GiB)")]
+)
 def test_bytes_are_written_exactly(count, text):
     assert format_bytes(count) == text
 
 
 def test_zeros_of_a_state_are_refused_before_they_are_made():
     assert zeros((2, 3), "the state", dtype=torch.int64).tolist() == [[0, 0, 0], [0, 0, 0]]
-    with pytest.raises(InputError, match=r"^the state needs 8,000,000,000,000,000 bytes \(7,450,580\.6 GiB\), and .* are free"):
+    with pytest.raises(
+        InputError, match=r"^the state needs 8,000,000,000,000,000 bytes \(7,450,580\.6 GiB\), and .* are free"
+    ):
         zeros((10**6, 10**9), "the state", dtype=torch.float64)
     assert zeros((10**6, 10**9), "the state", dtype=torch.float64, device="meta").shape == (10**6, 10**9)

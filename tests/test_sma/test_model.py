@@ -17,8 +17,18 @@ from sma.routers import SMARouter
 from tests import oracles
 from tests.cases import balance, generator, gradients, masks, normal, pad, sides, spread
 
-GAU = {"kind": "gau", "query_size": 2, "hidden_size": 3, "window": 2, "position": {"kind": "relative_bias", "max_positions": 4}}
-SEQBOAT = {"backbone": {"kind": "ema", "state_size": 2}, "modules": {"attention": GAU}, "norm": {"kind": "layer_norm", "place": "post"}}
+GAU = {
+    "kind": "gau",
+    "query_size": 2,
+    "hidden_size": 3,
+    "window": 2,
+    "position": {"kind": "relative_bias", "max_positions": 4},
+}
+SEQBOAT = {
+    "backbone": {"kind": "ema", "state_size": 2},
+    "modules": {"attention": GAU},
+    "norm": {"kind": "layer_norm", "place": "post"},
+}
 CAUSAL = {
     "backbone": {"kind": "ema", "state_size": 2, "bidirectional": False},
     "modules": {"attention": {**GAU, "bidirectional": False}, "conv": {"kind": "conv"}},
@@ -34,12 +44,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "layers": {"repeat": 2, "layer": SEQBOAT},
         "head": {"kind": "mean_pool_mlp", "hidden": 3, "classes": 3},
     },
-    "causal encoder": {"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "real_number"}, "layers": [CAUSAL, {}, CAUSAL]},
+    "causal encoder": {
+        "kind": "sequence_encoder",
+        "width": 4,
+        "encoder": {"kind": "real_number"},
+        "layers": [CAUSAL, {}, CAUSAL],
+    },
     "features": {
         "kind": "sequence_classifier",
         "width": 4,
         "encoder": {"kind": "linear", "features": 2},
-        "layers": [{"backbone": {"kind": "attention", "heads": 2}, "modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 3}}}],
+        "layers": [
+            {"backbone": {"kind": "attention", "heads": 2}, "modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 3}}}
+        ],
         "head": {"kind": "mean_pool_linear", "classes": 2},
     },
     "no layers": {
@@ -139,8 +156,12 @@ def test_padding_never_changes_a_gradient(name, side):
     results = []
     for fill in (torch.nan, 1e4) if batch_is_real(name) else (2, 3):
         batch, valid = pad(rows, side, fill=fill)
-        results.append(torch.autograd.grad(model(batch, valid).pooled.square().sum(), parameters, materialize_grads=True))
-    alone = [torch.autograd.grad(model(row[None]).pooled.square().sum(), parameters, materialize_grads=True) for row in rows]
+        results.append(
+            torch.autograd.grad(model(batch, valid).pooled.square().sum(), parameters, materialize_grads=True)
+        )
+    alone = [
+        torch.autograd.grad(model(row[None]).pooled.square().sum(), parameters, materialize_grads=True) for row in rows
+    ]
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     torch.testing.assert_close(results[0], tuple(sum(parts) for parts in zip(*alone, strict=True)))
 
@@ -152,7 +173,9 @@ def test_pooled_is_the_mean_over_the_valid_tokens_and_zero_for_a_row_without_one
     assert not output.hidden[~valid].any()
     for b in range(valid.shape[0]):
         tokens = output.hidden[b][valid[b]]
-        torch.testing.assert_close(output.pooled[b], tokens.mean(0) if len(tokens) else torch.zeros_like(output.pooled[b]))
+        torch.testing.assert_close(
+            output.pooled[b], tokens.mean(0) if len(tokens) else torch.zeros_like(output.pooled[b])
+        )
 
 
 def test_no_layer_sees_what_the_one_before_left_at_padding():
@@ -220,7 +243,9 @@ def test_half_precision_gives_finite_results_and_gradients(name, dtype):
     exact = model(_inputs(name, 3, 20, dtype=torch.float32), valid)
     assert output.hidden.dtype == output.pooled.dtype == torch.float32
     assert (output.hidden - exact.hidden).abs().median() < 0.05
-    for gradient in torch.autograd.grad(output.pooled.square().mean(), list(model.parameters()), materialize_grads=True):
+    for gradient in torch.autograd.grad(
+        output.pooled.square().mean(), list(model.parameters()), materialize_grads=True
+    ):
         assert gradient.isfinite().all()
 
 
@@ -231,7 +256,9 @@ def test_results_are_the_same_every_time(name):
 
 
 def test_embedding_dropout_drops_tokens_and_sinusoid_in_training_only():
-    model = build({**MODELS["no layers"], "final_norm": None, "sinusoid": True, "width": 64, "embedding_dropout": 0.5}, seed=0)
+    model = build(
+        {**MODELS["no layers"], "final_norm": None, "sinusoid": True, "width": 64, "embedding_dropout": 0.5}, seed=0
+    )
     inputs = torch.ones(8, 64, dtype=torch.long)
     plain, dropped = model.eval()(inputs).hidden, model.train()(inputs).hidden
     zero = dropped == 0
@@ -248,7 +275,9 @@ def test_gpu_agrees_with_cpu(name):
         model.to(device)
         output = model(inputs.to(device), valid.to(device))
         grads = torch.autograd.grad(output.pooled.square().sum(), list(model.parameters()), materialize_grads=True)
-        results.append([tensor.cpu() for tensor in (output.hidden, output.pooled, *(d.active for d in output.decisions), *grads)])
+        results.append(
+            [tensor.cpu() for tensor in (output.hidden, output.pooled, *(d.active for d in output.decisions), *grads)]
+        )
     torch.testing.assert_close(results[1], results[0])
 
 
@@ -259,13 +288,17 @@ def test_half_precision_on_a_gpu_gives_finite_gradients(name, dtype):
     model, inputs = _model(name, torch.float32).cuda(), _inputs(name, 3, 40, dtype=torch.float32).cuda()
     with torch.autocast("cuda", dtype=dtype):
         output = model(inputs, torch.rand(3, 40, generator=generator(2)).cuda() < 0.8)
-    for gradient in torch.autograd.grad(output.pooled.square().mean(), list(model.parameters()), materialize_grads=True):
+    for gradient in torch.autograd.grad(
+        output.pooled.square().mean(), list(model.parameters()), materialize_grads=True
+    ):
         assert gradient.isfinite().all()
 
 
 class TestBuild:
     @models
-    @pytest.mark.parametrize("journey", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+    @pytest.mark.parametrize(
+        "journey", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+    )
     def test_a_model_can_be_copied_and_sent_to_another_process(self, name, journey):
         model, inputs = _model(name), _inputs(name, 2, 6)
         other = journey(model)
@@ -276,7 +309,11 @@ class TestBuild:
     def test_a_seed_gives_the_same_weights_and_leaves_the_random_state_alone(self, name):
         torch.manual_seed(1)
         before = torch.get_rng_state()
-        one, other, third = build(MODELS[name], seed=4), build(load_spec(MODELS[name]), seed=4), build(MODELS[name], seed=5)
+        one, other, third = (
+            build(MODELS[name], seed=4),
+            build(load_spec(MODELS[name]), seed=4),
+            build(MODELS[name], seed=5),
+        )
         assert torch.equal(torch.get_rng_state(), before)
         assert all(torch.equal(one.state_dict()[key], tensor) for key, tensor in other.state_dict().items())
         assert any(not torch.equal(one.state_dict()[key], tensor) for key, tensor in third.state_dict().items())
@@ -316,7 +353,10 @@ class TestBuild:
             pytest.param(None, None, None, id="none without norms"),
             pytest.param(None, {"kind": "scale_norm"}, ScaleNormSpec(), id="its own"),
             pytest.param(
-                {"kind": "rms_norm"}, {"kind": "layer_norm", "affine": False}, LayerNormSpec(affine=False), id="its own in place of"
+                {"kind": "rms_norm"},
+                {"kind": "layer_norm", "affine": False},
+                LayerNormSpec(affine=False),
+                id="its own in place of",
             ),
         ],
     )
@@ -361,13 +401,16 @@ class TestWrongInput:
     @models
     @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 4), (2, 3, 1)])
     def test_mask_of_another_shape(self, name, shape):
-        with pytest.raises(InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 3\), as the input has"):
+        with pytest.raises(
+            InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 3\), as the input has"
+        ):
             _model(name)(_inputs(name, 2, 3), torch.ones(shape, dtype=torch.bool))
 
     @models
     def test_mask_of_numbers(self, name):
         with pytest.raises(
-            InputError, match=r"valid has dtype torch\.int64; required is torch\.bool, True at real tokens: write valid\.bool\(\)"
+            InputError,
+            match=r"valid has dtype torch\.int64; required is torch\.bool, True at real tokens: write valid\.bool\(\)",
         ):
             _model(name)(_inputs(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
 

@@ -1,4 +1,6 @@
-"""Models that go on from a state: whole = chunked = step by step, however the chunks are padded; what they promise and refuse."""
+"""Models that go on from a state: whole = chunked = step by step, however the chunks are padded; what they promise and
+refuse.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,9 @@ ROWS, LENGTH = 3, 12
 DECIDED = ("active", "confidence", "logits", "p_on")
 
 
-def run(model: SequenceModel, inputs: Tensor, valid: Tensor | None, state: ModelState | None) -> tuple[list[Tensor], Any]:
+def run(
+    model: SequenceModel, inputs: Tensor, valid: Tensor | None, state: ModelState | None
+) -> tuple[list[Tensor], Any]:
     """Everything that a model says of single tokens, and its state."""
     output = model(inputs, valid, state)
     decided = [getattr(decision, name) for decision in output.decisions for name in DECIDED]
@@ -112,8 +116,15 @@ def test_gradients_through_the_states_are_those_of_the_whole(name: str) -> None:
     inputs, parameters = inputs_of(model, ROWS, LENGTH), list(model.parameters())
     weights = torch.randn(ROWS, LENGTH, model.spec.width, dtype=torch.float64)
     whole = model(inputs)
-    wanted = torch.autograd.grad((whole.hidden * weights).sum() + whole.pooled.square().sum(), parameters, materialize_grads=True)
-    plan = Plan([[slice(0, 5), slice(5, 5), slice(5, 6), slice(6, LENGTH)], [slice(0, 0), slice(0, 9), slice(9, 11), slice(11, LENGTH)]])
+    wanted = torch.autograd.grad(
+        (whole.hidden * weights).sum() + whole.pooled.square().sum(), parameters, materialize_grads=True
+    )
+    plan = Plan(
+        [
+            [slice(0, 5), slice(5, 5), slice(5, 6), slice(6, LENGTH)],
+            [slice(0, 0), slice(0, 9), slice(9, 11), slice(11, LENGTH)],
+        ]
+    )
     plan = Plan([*plan.chunks, plan.chunks[0]], "both", 1)
     found: list[Tensor] = []
     for each in (plan, even(steps(LENGTH), ROWS)):
@@ -169,7 +180,11 @@ def test_a_broken_row_never_touches_another(name: str, bad: float) -> None:
     changed[1, 4] = bad
     with torch.no_grad():
         wanted, _ = run(model, inputs, None, None)
-        for plan in (even([slice(0, LENGTH)], ROWS), even([slice(0, 3), slice(3, 7), slice(7, LENGTH)], ROWS), even(steps(LENGTH), ROWS)):
+        for plan in (
+            even([slice(0, LENGTH)], ROWS),
+            even([slice(0, 3), slice(3, 7), slice(7, LENGTH)], ROWS),
+            even(steps(LENGTH), ROWS),
+        ):
             found, _ = flow(lambda *chunk: run(model, *chunk), changed, plan, model.init_state(ROWS))
             for ours, theirs in zip(found, wanted, strict=True):
                 near(ours[[0, 2]], theirs[[0, 2]])
@@ -184,7 +199,9 @@ def test_float32_streams_stay_near_the_whole_and_half_precision_runs(name: str) 
         found, _ = flow(lambda *chunk: run(model, *chunk), inputs, even(steps(LENGTH), ROWS), model.init_state(ROWS))
         near(found[0], model(inputs).hidden, 1e-3)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half, state = flow(lambda *chunk: run(model, *chunk), inputs, even(steps(LENGTH), ROWS), model.init_state(ROWS))
+            half, state = flow(
+                lambda *chunk: run(model, *chunk), inputs, even(steps(LENGTH), ROWS), model.init_state(ROWS)
+            )
     assert half[0].isfinite().all()
     assert [tensor.dtype for tensor in tensors(state)] == [tensor.dtype for tensor in tensors(model.init_state(ROWS))]
 
@@ -219,12 +236,17 @@ class TestRefusals:
 
     def test_batch_norm_in_training(self) -> None:
         model = make_model("no layers", layers=[{}, {"norm": {"kind": "batch_norm"}}]).train()
-        self._refuses(model, "layer 1 'norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first")
+        self._refuses(
+            model,
+            "layer 1 'norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first",
+        )
         assert model.eval().init_state(2).batch_size == 2
 
     def test_final_batch_norm_in_training(self) -> None:
         model = make_model("no layers", layers=[{}], final_norm={"kind": "batch_norm"}).train()
-        self._refuses(model, "'final_norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first")
+        self._refuses(
+            model, "'final_norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first"
+        )
 
     def test_state_of_another_class(self) -> None:
         sentence = "SequenceModel got a state of class State; it needs ModelState: see init_state"
@@ -233,7 +255,8 @@ class TestRefusals:
     def test_state_of_another_number_of_streams(self) -> None:
         model = make_model("seqboat")
         sentence = (
-            "SequenceModel got a state of 3 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+            "SequenceModel got a state of 3 streams for a batch of 2 rows; "
+            "make one with init_state(2), or take rows with state.select"
         )
         self._refuses(model, sentence, model.init_state(3))
 
@@ -245,7 +268,9 @@ class TestRefusals:
 
     def test_state_on_another_device(self) -> None:
         model = make_model("seqboat")
-        self._refuses(model, "the state is on meta and the inputs on cpu; use state.to('cpu')", model.init_state(2).to("meta"))
+        self._refuses(
+            model, "the state is on meta and the inputs on cpu; use state.to('cpu')", model.init_state(2).to("meta")
+        )
 
 
 def test_these_models_are_causal() -> None:

@@ -70,7 +70,9 @@ def test_padding_never_changes_a_valid_token(spec, valid):
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_check_in_float64(spec, training):
     norm = _norm(spec).train(training)
-    assert torch.autograd.gradcheck(lambda x, *parameters: norm(x), [normal(2, 3, 5).requires_grad_(), *norm.parameters()])
+    assert torch.autograd.gradcheck(
+        lambda x, *parameters: norm(x), [normal(2, 3, 5).requires_grad_(), *norm.parameters()]
+    )
 
 
 @NORMS
@@ -100,7 +102,9 @@ def test_norm_has_as_many_parameters_as_its_spec_predicts(spec):
 def test_norm_starts_neutral(spec):
     x = normal(4, 9, 8)
     x = (x - x.mean((0, 1))) / x.std((0, 1))
-    torch.testing.assert_close(spec.replace(epsilon=1e-9).build(8).double().eval()(x).square().mean(), x.square().mean(), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        spec.replace(epsilon=1e-9).build(8).double().eval()(x).square().mean(), x.square().mean(), rtol=0.05, atol=0
+    )
 
 
 class TestBatchNorm:
@@ -149,7 +153,10 @@ class TestBatchNorm:
     def test_activation_checkpointing_updates_once_and_changes_no_gradient(self, reentrant):
         x, valid = normal(3, 7, 5).requires_grad_(), torch.rand(3, 7, generator=generator(0)) < 0.7
         plain, saved = _norm(BatchNormSpec()), _norm(BatchNormSpec())
-        expected, out = plain(x, valid).square(), checkpoint(lambda y: saved(y, valid).square(), x, use_reentrant=reentrant)
+        expected, out = (
+            plain(x, valid).square(),
+            checkpoint(lambda y: saved(y, valid).square(), x, use_reentrant=reentrant),
+        )
         grads = []
         for result, norm in ((expected, plain), (out, saved)):
             x.grad = None

@@ -45,7 +45,9 @@ def batch(pairs=4, length=9):
 
 
 def oracle(model, inputs, valid):
-    """Scores of every pair by itself: each document alone and without padding, the features and the head in their formulas."""
+    """Scores of every pair by itself: each document alone and without padding, the features and the head in their
+    formulas.
+    """
     scores = []
     for sample in range(len(inputs) // 2):
         a, b = (_mean(model, inputs[row][valid[row]]) for row in (2 * sample, 2 * sample + 1))
@@ -71,7 +73,12 @@ def test_scores_and_gradients_are_those_of_the_four_features_of_two_lone_documen
         model.zero_grad()
         logits = scores()
         (logits * weights).sum().backward()
-        found.append((logits.detach(), {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}))
+        found.append(
+            (
+                logits.detach(),
+                {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None},
+            )
+        )
     (logits, gradients), (wanted, expected) = found
     assert logits.shape == (4, 3)
     torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
@@ -98,7 +105,9 @@ def test_no_pairs_give_no_scores():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_odd_number_of_rows_is_refused(rows):
-    with pytest.raises(InputError, match=rf"inputs have {rows} rows, which are no pairs; a pair_classifier takes an even number"):
+    with pytest.raises(
+        InputError, match=rf"inputs have {rows} rows, which are no pairs; a pair_classifier takes an even number"
+    ):
         pair_classifier()(torch.ones(rows, 5, dtype=torch.int64))
 
 

@@ -45,7 +45,8 @@ def test_path_is_split_into_steps(path, steps):
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", "a[", "a[x]", "a]", "[", "a[-1]", "a.[0]b."])
 def test_broken_path_is_refused(path):
     with pytest.raises(
-        SpecError, match=r"is not a field path; write names joined by dots, such as layers\.layer\.router\.temperature_scale"
+        SpecError,
+        match=r"is not a field path; write names joined by dots, such as layers\.layer\.router\.temperature_scale",
     ):
         parse_path(path)
 
@@ -53,13 +54,27 @@ def test_broken_path_is_refused(path):
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        pytest.param("layers[99999999999]", r"'layers\[99999999999\]': '99999999999' is not a place in a list of 2", id="far"),
+        pytest.param(
+            "layers[99999999999]", r"'layers\[99999999999\]': '99999999999' is not a place in a list of 2", id="far"
+        ),
         pytest.param(f"layers[{'9' * 5000}]", "'layers.*99.* is not a place in a list of 2", id="5,000 digits"),
-        pytest.param("layers.\N{SUPERSCRIPT TWO}", "'\N{SUPERSCRIPT TWO}' is not a place in a list of 2", id="a digit that is no number"),
-        pytest.param("layers.\N{ARABIC-INDIC DIGIT ONE}", "'\N{ARABIC-INDIC DIGIT ONE}' is not a place", id="a digit of another script"),
+        pytest.param(
+            "layers.\N{SUPERSCRIPT TWO}",
+            "'\N{SUPERSCRIPT TWO}' is not a place in a list of 2",
+            id="a digit that is no number",
+        ),
+        pytest.param(
+            "layers.\N{ARABIC-INDIC DIGIT ONE}",
+            "'\N{ARABIC-INDIC DIGIT ONE}' is not a place",
+            id="a digit of another script",
+        ),
         pytest.param("x" * 100_000, "unknown field path 'xxx.*xxx': there is no 'xxx.*xxx' here", id="long"),
         pytest.param("a." * 5000 + "a", "is not a field path; write names joined by dots", id="many steps"),
-        pytest.param("head.kind[0].x", r"'head\.kind\[0\]\.x' leads into 'mean_pool_linear', which has no fields", id="into a word"),
+        pytest.param(
+            "head.kind[0].x",
+            r"'head\.kind\[0\]\.x' leads into 'mean_pool_linear', which has no fields",
+            id="into a word",
+        ),
     ],
 )
 def test_path_of_any_size_is_answered_in_a_short_sentence(path, complaint):
@@ -129,13 +144,22 @@ def test_value_is_set_and_everything_else_stays(data, path, value):
     before, after = dump_spec(load_spec(data)), dump_spec(load_spec(data, overrides={path: value}))
     assert data == kept
     assert load_spec(data, overrides={path: value}) != load_spec(data)
-    changed = {name for name in field_paths(after) if name not in set(field_paths(before)) or _get(after, name) != _get(before, name)}
+    changed = {
+        name
+        for name in field_paths(after)
+        if name not in set(field_paths(before)) or _get(after, name) != _get(before, name)
+    }
     prefix = path.replace("layers.0.", "layers[0].")
     assert changed == {prefix} or all(name.startswith(prefix + ".") for name in changed)
 
 
 def test_values_are_set_before_validation_and_may_complete_a_spec():
-    incomplete = {"kind": "sequence_classifier", "encoder": {"kind": "token_embedding"}, "layers": [{"norm": {}}], "head": {}}
+    incomplete = {
+        "kind": "sequence_classifier",
+        "encoder": {"kind": "token_embedding"},
+        "layers": [{"norm": {}}],
+        "head": {},
+    }
     values = {
         "width": 4,
         "encoder.vocabulary": 5,
@@ -167,7 +191,13 @@ def test_values_may_make_a_part_that_is_null_or_missing(values, sentence):
     [
         pytest.param("modules.attention", "conv", {}, ConvSpec(), id="fields of the old kind are dropped"),
         pytest.param("norm", "rms_norm", {}, RMSNormSpec(epsilon=0.5), id="fields of both kinds are kept"),
-        pytest.param("modules.attention", "conv", {"kernel_size": 9}, ConvSpec(kernel_size=9), id="fields of the new kind are set"),
+        pytest.param(
+            "modules.attention",
+            "conv",
+            {"kernel_size": 9},
+            ConvSpec(kernel_size=9),
+            id="fields of the new kind are set",
+        ),
     ],
 )
 def test_setting_a_kind_leaves_what_the_new_kind_understands(path, value, others, expected):
@@ -200,13 +230,15 @@ def test_a_built_spec_can_be_overridden_too():
         pytest.param(
             REPEATED,
             "widht",
-            "unknown field path 'widht': there is no 'widht' here; did you mean 'width'? fields: width, encoder, sinusoid, embedding_dro",
+            "unknown field path 'widht': there is no 'widht' here; did you mean 'width'? fields: "
+            "width, encoder, sinusoid, embedding_dro",
             id="top",
         ),
         pytest.param(
             REPEATED,
             "layers.layer.modules.attention.windw",
-            "unknown field path 'layers.layer.modules.attention.windw': there is no 'windw' here; did you mean 'window'? fields: query_s",
+            "unknown field path 'layers.layer.modules.attention.windw': there is no 'windw' here; "
+            "did you mean 'window'? fields: query_s",
             id="a module's field",
         ),
         pytest.param(
@@ -216,16 +248,32 @@ def test_a_built_spec_can_be_overridden_too():
             id="a module",
         ),
         pytest.param(
-            REPEATED, "layers.layer.rooter.kind", "there is no 'rooter' here; did you mean 'router'? fields: backbone", id="a part"
+            REPEATED,
+            "layers.layer.rooter.kind",
+            "there is no 'rooter' here; did you mean 'router'? fields: backbone",
+            id="a part",
         ),
-        pytest.param(LISTED, "layers[2].bypass", "'layers[2].bypass': 2 is not a place in a list of 2; count from 0", id="beyond the list"),
         pytest.param(
-            LISTED, "layers.bypass", "'layers.bypass': 'bypass' is not a place in a list of 2; count from 0", id="a name in a list"
+            LISTED,
+            "layers[2].bypass",
+            "'layers[2].bypass': 2 is not a place in a list of 2; count from 0",
+            id="beyond the list",
+        ),
+        pytest.param(
+            LISTED,
+            "layers.bypass",
+            "'layers.bypass': 'bypass' is not a place in a list of 2; count from 0",
+            id="a name in a list",
         ),
         pytest.param(REPEATED, "width.x", "'width.x' leads into 4, which has no fields", id="into a number"),
-        pytest.param(REPEATED, "layers.repeat.x", "'layers.repeat.x' leads into 2, which has no fields", id="into another number"),
         pytest.param(
-            REPEATED, "layers.layer.norm.epsilon", "a norm needs a 'kind' in layers.layer.norm; known", id="into a part that is null"
+            REPEATED, "layers.repeat.x", "'layers.repeat.x' leads into 2, which has no fields", id="into another number"
+        ),
+        pytest.param(
+            REPEATED,
+            "layers.layer.norm.epsilon",
+            "a norm needs a 'kind' in layers.layer.norm; known",
+            id="into a part that is null",
         ),
     ],
 )

@@ -38,7 +38,9 @@ def test_rotary_angles_are_exact_far_out(dtype):
     x, positions = normal(3, 8), torch.tensor([10**6, 10**6 + 1, 10**7])
     exact = rotate(x.to(dtype).double(), positions, 1e4)
     assert rotate(x.to(dtype), positions, 1e4).dtype == dtype
-    torch.testing.assert_close(rotate(x.to(dtype), positions, 1e4).double(), exact, atol=3e-7 if dtype == torch.float32 else 0.03, rtol=0)
+    torch.testing.assert_close(
+        rotate(x.to(dtype), positions, 1e4).double(), exact, atol=3e-7 if dtype == torch.float32 else 0.03, rtol=0
+    )
 
 
 def test_rotary_takes_several_heads_and_no_token():

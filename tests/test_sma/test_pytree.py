@@ -35,7 +35,9 @@ OUTPUTS = pytest.mark.parametrize(
         pytest.param(_decision, 4, id="Decision"),
         pytest.param(lambda: RoutedOutput(normal(2, 3, 4), _decision()), 5, id="RoutedOutput"),
         pytest.param(
-            lambda: LayerSpec.model_validate({"modules": {"i": {"kind": "identity"}}}).build(4)(normal(2, 3, 4).float()),
+            lambda: LayerSpec.model_validate({"modules": {"i": {"kind": "identity"}}}).build(4)(
+                normal(2, 3, 4).float()
+            ),
             5,
             id="LayerOutput",
         ),
@@ -51,7 +53,9 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and one and isinstance(one[0], Decision):
         return all(_equal(*pair) for pair in zip(one, other, strict=True))
     if type(one) in (Decision, Ragged, RoutedOutput, LayerOutput, ModelOutput):
-        return type(one) is type(other) and all(_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+        return type(one) is type(other) and all(
+            _equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)
+        )
     return one == other
 
 
@@ -73,7 +77,11 @@ def test_structure_survives_serialisation(make, tensors):
 @OUTPUTS
 def test_leaves_are_named_by_their_fields(make, tensors):
     value = make()
-    names = [_pytree.keystr(path) for path, leaf in _pytree.tree_flatten_with_path(value)[0] if isinstance(leaf, torch.Tensor)]
+    names = [
+        _pytree.keystr(path)
+        for path, leaf in _pytree.tree_flatten_with_path(value)[0]
+        if isinstance(leaf, torch.Tensor)
+    ]
     assert len(set(names)) == tensors
     assert {name.split(".")[1].split("[")[0] for name in names} <= {field.name for field in fields(value)}
 

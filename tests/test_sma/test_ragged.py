@@ -21,7 +21,9 @@ from sma.ragged import (
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, strided
 
-CAPACITIES = pytest.mark.parametrize("capacity", [pytest.param(size, id=f"capacity={size}") for size in (None, 1, 3, 20)])
+CAPACITIES = pytest.mark.parametrize(
+    "capacity", [pytest.param(size, id=f"capacity={size}") for size in (None, 1, 3, 20)]
+)
 
 
 def _batch(active: Tensor, *channels: int) -> Tensor:
@@ -100,7 +102,9 @@ def test_compress_and_extract_take_values_of_any_rank(active):
     for channels in ((2, 4), (1,)):
         x = _batch(active, *channels)
         tokens = compress(x, active)
-        assert torch.equal(extract(tokens.values, tokens, x), x.where(active.reshape(*active.shape, *[1] * len(channels)), 0))
+        assert torch.equal(
+            extract(tokens.values, tokens, x), x.where(active.reshape(*active.shape, *[1] * len(channels)), 0)
+        )
     numbers = normal(*active.shape)
     tokens = compress(numbers, active)
     assert torch.equal(extract(tokens.values, tokens, numbers), numbers.where(active, 0))
@@ -204,7 +208,9 @@ def test_all_active_costs_no_copy():
 def test_input_that_is_not_contiguous_gives_the_same(active, full):
     active = torch.ones_like(active) if full else active
     x = _batch(active)
-    for capacity, other, mask in ((c, *pair) for c in (None, 2) for pair in zip(strided(x), strided(active), strict=True)):
+    for capacity, other, mask in (
+        (c, *pair) for c in (None, 2) for pair in zip(strided(x), strided(active), strict=True)
+    ):
         tokens, plain = compress(other, mask, capacity=capacity), compress(x, active, capacity=capacity)
         assert torch.equal(tokens.values, plain.values)
         for values in strided(tokens.values):
@@ -231,14 +237,20 @@ def test_padded_rows_stand_left_with_zeros_behind(active):
         assert padded.shape[:2] == mask.shape == (active.shape[0], tokens.longest), name
         for b, row in enumerate(rows):
             assert mask[b].tolist() == [slot < len(row) for slot in range(tokens.longest)]
-            assert torch.equal(padded[b, : len(row)], torch.stack([token.value for token in row]) if row else padded[b, :0])
+            assert torch.equal(
+                padded[b, : len(row)], torch.stack([token.value for token in row]) if row else padded[b, :0]
+            )
             assert not padded[b, len(row) :].any()
 
 
 @given(active=masks())
 def test_from_padded_undoes_to_padded(active):
     for _, tokens in _layouts(active):
-        for values in (tokens.values, normal(tokens.values.shape[0], 2, 2, seed=4), normal(tokens.values.shape[0], seed=4)):
+        for values in (
+            tokens.values,
+            normal(tokens.values.shape[0], 2, 2, seed=4),
+            normal(tokens.values.shape[0], seed=4),
+        ):
             back = tokens.from_padded(tokens.with_values(values).to_padded()[0])
             assert back.shape == values.shape
             assert torch.equal(back[tokens.mask], values[tokens.mask])
@@ -270,7 +282,9 @@ def test_rectangular_is_a_view_with_the_prefixes_as_tokens(active):
     prefix = torch.arange(active.shape[1]) < lengths[:, None]
     rows = oracles.tokens_of(tokens)
     assert tokens.values.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert [[token.place for token in row] for row in rows] == [[t.place for t in row] for row in oracles.compress(x, prefix)]
+    assert [[token.place for token in row] for row in rows] == [
+        [t.place for t in row] for row in oracles.compress(x, prefix)
+    ]
     assert torch.equal(extract(tokens.values, tokens, x), x.where(prefix[..., None], 0))
 
 
@@ -342,7 +356,10 @@ def test_negative_rows_and_empty_rows_are_not_confused():
 @pytest.mark.usefixtures("as_users_run")
 class TestWrongInput:
     def test_mask_of_numbers(self):
-        with pytest.raises(InputError, match=r"the mask has dtype torch\.int64; it must be torch\.bool: write mask\.bool\(\) or mask > 0"):
+        with pytest.raises(
+            InputError,
+            match=r"the mask has dtype torch\.int64; it must be torch\.bool: write mask\.bool\(\) or mask > 0",
+        ):
             compress(normal(2, 3, 4), torch.ones(2, 3, dtype=torch.long))
 
     @pytest.mark.parametrize("shape", [(2, 4), (3, 3), (2,), (2, 3, 1)])
@@ -366,7 +383,8 @@ class TestWrongInput:
     def test_backend_that_is_not_installed(self, monkeypatch):
         monkeypatch.setattr("sma.ragged._torch_scatter", lambda: None)
         with pytest.raises(
-            InputError, match="backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scat"
+            InputError,
+            match="backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scat",
         ):
             segment_reduce(normal(2, 3), torch.tensor([0, 2]), "sum", backend="scatter")
 

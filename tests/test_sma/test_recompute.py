@@ -106,7 +106,9 @@ def test_a_stream_goes_on_and_its_gradients_are_the_same():
             state = output.state
             total.append(output.hidden)
         hidden = torch.cat(total, 1)
-        results.append([hidden, *torch.autograd.grad(hidden.square().sum(), list(model.parameters()), materialize_grads=True)])
+        results.append(
+            [hidden, *torch.autograd.grad(hidden.square().sum(), list(model.parameters()), materialize_grads=True)]
+        )
         assert [layer.routed.router.calls for layer in model.routed_layers] == [3, 3]
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
@@ -129,8 +131,13 @@ def _saved_bytes(run: Callable[[], object]) -> int:
 
 def test_less_is_kept_for_backward():
     wide = {"kind": "gau", "query_size": 16, "hidden_size": 64, "window": 32}
-    layer = {"backbone": {"kind": "ema", "state_size": 4}, "modules": {"attention": wide, "mlp": {"kind": "gated_mlp", "hidden_size": 64}}}
-    model = build({**MODEL, "width": 32, "layers": {"repeat": 3, "layer": {**layer, "norm": {"kind": "layer_norm"}}}}, seed=0)
+    layer = {
+        "backbone": {"kind": "ema", "state_size": 4},
+        "modules": {"attention": wide, "mlp": {"kind": "gated_mlp", "hidden_size": 64}},
+    }
+    model = build(
+        {**MODEL, "width": 32, "layers": {"repeat": 3, "layer": {**layer, "norm": {"kind": "layer_norm"}}}}, seed=0
+    )
     x = normal(2, 256, 2, dtype=torch.float32)
     sizes = [_saved_bytes(lambda enabled=enabled: model.recompute_activations(enabled)(x)) for enabled in (False, True)]
     assert sizes[1] < sizes[0] / 3

@@ -1,4 +1,6 @@
-"""Models whose linear maps were replaced: quantised, parametrised, or wrapped by adapters. Nothing reads a weight that is not its own."""
+"""Models whose linear maps were replaced: quantised, parametrised, or wrapped by adapters. Nothing reads a weight that
+is not its own.
+"""
 
 import copy
 import warnings
@@ -28,7 +30,11 @@ MODULES: dict[str, dict[str, Any]] = {
 
 
 def _model(modules: dict[str, Any] = MODULES, router: str = "always") -> SequenceModel:
-    layer = {"backbone": {"kind": "ema", "bidirectional": False, "state_size": 4}, "router": {"kind": router}, "modules": modules}
+    layer = {
+        "backbone": {"kind": "ema", "bidirectional": False, "state_size": 4},
+        "router": {"kind": router},
+        "modules": modules,
+    }
     spec = {
         "kind": "sequence_classifier",
         "width": 8,
@@ -114,7 +120,8 @@ def test_a_model_with_replaced_maps_runs_and_streams(name):
     assert _stream(model, VALID).isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(REPLACEMENTS.keys() - {"quantised"}))  # torch's quantised maps take float32 alone
+# torch's quantised maps take float32 alone.
+@pytest.mark.parametrize("name", sorted(REPLACEMENTS.keys() - {"quantised"}))
 def test_the_residual_stream_is_not_narrowed_by_autocast(name):
     model = REPLACEMENTS[name](_model())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -152,5 +159,7 @@ def test_the_first_floating_point_numbers_say_the_dtype_and_the_first_tensors_th
 def test_weights_that_were_packed_have_no_name_of_the_authors():
     case = recorded("causal_softmax_rotary")
     layer = from_reference(case.info["kind"], case.info["config"], case.weights())
-    with pytest.raises(CheckpointError, match=r"^the part of 'mx_proj\.weight' was replaced by one that packs its weights"):
+    with pytest.raises(
+        CheckpointError, match=r"^the part of 'mx_proj\.weight' was replaced by one that packs its weights"
+    ):
         to_reference(_quantised(layer))

@@ -1,4 +1,6 @@
-"""Two ranks with sharded parts (`fully_shard`), one of which activates nothing: none waits for the other, in training and in evaluation."""
+"""Two ranks with sharded parts (`fully_shard`), one of which activates nothing: none waits for the other, in training
+and in evaluation.
+"""
 
 import copy
 import subprocess
@@ -19,8 +21,16 @@ from tests.cases import generator
 
 RANKS, SECONDS = 2, 60
 GAU = {"kind": "gau", "query_size": 4, "hidden_size": 8, "window": 3, "bidirectional": False}
-MODULES = {"gau": GAU, "chunks": {**GAU, "kind": "chunked_gau"}, "s4d": {"kind": "s4d", "state_size": 4, "bidirectional": False}}
-LAYER = {"backbone": {"kind": "ema", "state_size": 2, "bidirectional": False}, "modules": MODULES, "norm": {"kind": "layer_norm"}}
+MODULES = {
+    "gau": GAU,
+    "chunks": {**GAU, "kind": "chunked_gau"},
+    "s4d": {"kind": "s4d", "state_size": 4, "bidirectional": False},
+}
+LAYER = {
+    "backbone": {"kind": "ema", "state_size": 2, "bidirectional": False},
+    "modules": MODULES,
+    "norm": {"kind": "layer_norm"},
+}
 SPEC: dict[str, Any] = {
     "kind": "language_model",
     "width": 8,
@@ -41,8 +51,17 @@ SHARDED: dict[str, Callable[[Any], list[nn.Module]]] = {
     "tied encoder": lambda model: [model.encoder],
     "tied encoder below the model": lambda model: [model.encoder, model],
     "every part": lambda model: [
-        *(part for layer in model.layers for part in (*layer.routed.submodules.values(), layer.routed.router, layer.routed)),
-        *(part for layer in model.layers for part in (layer.backbone, layer.norm, layer.bypass, layer) if part is not None),
+        *(
+            part
+            for layer in model.layers
+            for part in (*layer.routed.submodules.values(), layer.routed.router, layer.routed)
+        ),
+        *(
+            part
+            for layer in model.layers
+            for part in (layer.backbone, layer.norm, layer.bypass, layer)
+            if part is not None
+        ),
         model.encoder,
         model.final_norm,
         model,
@@ -103,7 +122,9 @@ def _run(rank: int, folder: str, work: str, names: list[str]) -> None:
     from sma import build  # here, because the suite's shape checker must come first in the process that runs the tests
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=SECONDS)
+    )
     for name in names:
         model = build(SPEC, seed=0).train(work == "training")
         whole = copy.deepcopy(model)

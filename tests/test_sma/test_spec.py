@@ -63,7 +63,11 @@ def test_dump_writes_every_field_out(family, kind, data):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(family, id=family) for family in ("sub-module", "router", "norm", "encoder", "head", "model", "position")]
+    "family",
+    [
+        pytest.param(family, id=family)
+        for family in ("sub-module", "router", "norm", "encoder", "head", "model", "position")
+    ],
 )
 def test_every_family_is_tested(family):
     assert family in families()
@@ -91,7 +95,9 @@ class TestFrozen:
             pytest.param(lambda modules: modules.__ior__({"b": None}), id="merge"),
         ],
     )
-    @pytest.mark.parametrize("journey", [lambda spec: spec, copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec)), copy.copy])
+    @pytest.mark.parametrize(
+        "journey", [lambda spec: spec, copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec)), copy.copy]
+    )
     def test_no_mapping_in_it_can_be_changed(self, journey, change):
         spec = journey(LayerSpec.model_validate({"modules": {"a": {"kind": "identity"}}}))
         with pytest.raises(TypeError, match=r"specs are frozen: make a changed copy with spec\.replace\(field=value\)"):
@@ -129,7 +135,9 @@ def _module(**fields: Any) -> dict[str, Any]:
 
 
 SUB_MODULES = "known kinds: attention, chunked_gau, conv, ema, gated_mlp, gau, identity, local_attention, s4d"
-GAU_FIELDS = "fields: query_size, hidden_size, window, bidirectional, attention, position, value_dropout, attention_dropout"
+GAU_FIELDS = (
+    "fields: query_size, hidden_size, window, bidirectional, attention, position, value_dropout, attention_dropout"
+)
 ENDS = "; width: channels of every token, D"
 
 
@@ -143,17 +151,25 @@ class TestErrors:
                 id="near kind",
             ),
             pytest.param(
-                _module(kind="xyz"), f"unknown sub-module kind 'xyz' in layers[1].modules.attention; {SUB_MODULES}", id="far kind"
+                _module(kind="xyz"),
+                f"unknown sub-module kind 'xyz' in layers[1].modules.attention; {SUB_MODULES}",
+                id="far kind",
             ),
             pytest.param(
-                _module(kind=3), f"unknown sub-module kind 3 in layers[1].modules.attention; {SUB_MODULES}", id="kind of a number"
+                _module(kind=3),
+                f"unknown sub-module kind 3 in layers[1].modules.attention; {SUB_MODULES}",
+                id="kind of a number",
             ),
             pytest.param(
                 _module(kind="sma.modules.gau.GAUSpec"),
                 f"unknown sub-module kind 'sma.modules.gau.GAUSpec' in layers[1].modules.attention; {SUB_MODULES}",
                 id="a path to import",
             ),
-            pytest.param(_module(window=3), f"a sub-module needs a 'kind' in layers[1].modules.attention; {SUB_MODULES}", id="no kind"),
+            pytest.param(
+                _module(window=3),
+                f"a sub-module needs a 'kind' in layers[1].modules.attention; {SUB_MODULES}",
+                id="no kind",
+            ),
             pytest.param(
                 _model(head="linear"),
                 "a head must be a mapping with a 'kind' in head, not 'linear'; write for example {kind: …}",
@@ -172,7 +188,8 @@ class TestErrors:
             ),
             pytest.param(
                 _module(kind="gau", hidden_size=2),
-                "GAUSpec in layers[1].modules.attention: 'query_size' is required; query_size: channels of a query and a key, Z",
+                "GAUSpec in layers[1].modules.attention: 'query_size' is required; query_size: "
+                "channels of a query and a key, Z",
                 id="missing field",
             ),
             pytest.param(
@@ -183,24 +200,27 @@ class TestErrors:
             ),
             pytest.param(
                 _module(kind="conv", kernel_size=4, bidirectional=True),
-                "ConvSpec in layers[1].modules.attention: kernel_size=4 must be odd when bidirectional=true, so that it has a middle",
+                "ConvSpec in layers[1].modules.attention: "
+                "kernel_size=4 must be odd when bidirectional=true, so that it has a middle",
                 id="two fields that do not fit",
             ),
             pytest.param(
                 _module(kind="conv", activation="sillu"),
-                "ConvSpec in layers[1].modules.attention: activation='sillu' must be 'silu' or 'none'; did you mean 'silu'?; "
-                "activation: applied to the result",
+                "ConvSpec in layers[1].modules.attention: activation='sillu' must be 'silu' or 'none'; did you mean "
+                "'silu'?; activation: applied to the result",
                 id="not one of the choices",
             ),
             pytest.param(_model(width=0), f"SequenceClassifierSpec: width=0 must be at least 1{ENDS}", id="top level"),
             pytest.param(
                 _model(width="wide"),
-                f"SequenceClassifierSpec: width='wide': input should be a valid integer, and no text and no true or false{ENDS}",
+                "SequenceClassifierSpec: width='wide': "
+                f"input should be a valid integer, and no text and no true or false{ENDS}",
                 id="a word for a number",
             ),
             pytest.param(
                 _model(width=5, sinusoid=True),
-                "SequenceClassifierSpec: width=5 must be even with sinusoid=true: half of the channels are sines, half cosines",
+                "SequenceClassifierSpec: width=5 must be even with sinusoid=true: "
+                "half of the channels are sines, half cosines",
                 id="sinusoid of an odd width",
             ),
             pytest.param(
@@ -241,21 +261,31 @@ class TestErrors:
 
     @pytest.mark.usefixtures("shipped_kinds")
     def test_unknown_family(self):
-        for call in (lambda: kinds("ruoter"), lambda: load_spec({"kind": "sma"}, "ruoter"), lambda: sma.spec.json_schema("ruoter")):
+        for call in (
+            lambda: kinds("ruoter"),
+            lambda: load_spec({"kind": "sma"}, "ruoter"),
+            lambda: sma.spec.json_schema("ruoter"),
+        ):
             with pytest.raises(
-                SpecError, match=r"unknown family 'ruoter'; did you mean 'router'\? families: encoder, head, model, norm, pos"
+                SpecError,
+                match=r"unknown family 'ruoter'; did you mean 'router'\? families: encoder, head, model, norm, pos",
             ):
                 call()
 
     def test_a_spec_of_another_family(self):
         with pytest.raises(
-            SpecError, match=r"a norm must be a mapping with a 'kind' in norm, not SMARouterSpec\(kind='sma', temperature_sc"
+            SpecError,
+            match=r"a norm must be a mapping with a 'kind' in norm, not SMARouterSpec\(kind='sma', temperature_sc",
         ):
             LayerSpec(norm=SMARouterSpec())
 
-    @pytest.mark.parametrize("call", [LayerSpec.model_validate, lambda data: LayerSpec(**data), lambda data: build(_model(layers=[data]))])
+    @pytest.mark.parametrize(
+        "call", [LayerSpec.model_validate, lambda data: LayerSpec(**data), lambda data: build(_model(layers=[data]))]
+    )
     def test_every_way_to_make_a_spec_raises_a_spec_error(self, call):
-        with pytest.raises(SpecError, match=r"LayerSpec( in layers\[0\])?: unknown field 'dropuot'; did you mean 'dropout'\?"):
+        with pytest.raises(
+            SpecError, match=r"LayerSpec( in layers\[0\])?: unknown field 'dropuot'; did you mean 'dropout'\?"
+        ):
             call({"dropuot": 0.1})
 
     def test_path_of_a_field(self):
@@ -279,7 +309,9 @@ class TestFiles:
             head: {kind: mean_pool_linear, classes: 3}
             """
         )
-        from_files = [load_spec(tmp_path / name) for name in ("spec.json", "spec.yaml")] + [load_spec(str(tmp_path / "spec.yaml"))]
+        from_files = [load_spec(tmp_path / name) for name in ("spec.json", "spec.yaml")] + [
+            load_spec(str(tmp_path / "spec.yaml"))
+        ]
         assert from_files == [load_spec(MODEL)] * 3
         assert dump_spec(from_files[0]) == dump_spec(from_files[1])
 
@@ -300,14 +332,18 @@ class TestFiles:
                 r"spec\.yaml is not valid YAML: the key 'a' stands twice in one mapping \(line 5\)",
                 id="twice further in",
             ),
-            pytest.param(b"kind: [", r"spec\.yaml is not valid YAML: while parsing a flow (node|sequence)", id="syntax"),
+            pytest.param(
+                b"kind: [", r"spec\.yaml is not valid YAML: while parsing a flow (node|sequence)", id="syntax"
+            ),
             pytest.param(
                 b"!!python/object:os.system {}",
                 r"spec\.yaml is not valid YAML: the tag '!!python/object:os\.system' does not fit",
                 id="objects",
             ),
             pytest.param(
-                b"- 1\n- 2\n", r"spec\.yaml must hold a mapping of fields, not list; its first line is usually 'kind: …'", id="a list"
+                b"- 1\n- 2\n",
+                r"spec\.yaml must hold a mapping of fields, not list; its first line is usually 'kind: …'",
+                id="a list",
             ),
             pytest.param(b"", r"spec\.yaml must hold a mapping of fields, not NoneType; its first line", id="empty"),
             pytest.param(
@@ -323,7 +359,11 @@ class TestFiles:
             load_spec(tmp_path / "spec.yaml")
 
     def test_missing_file_is_named(self, tmp_path):
-        with pytest.raises(SpecError, match=r"cannot read '.*none\.yaml': No such file or directory; give the path of a YAML or JS"):
+        with pytest.raises(
+            SpecError, match=r"cannot read '.*none\.yaml': No such file or directory; give the path of a YAML or JS"
+        ):
             read_spec_file(tmp_path / "none.yaml")
-        with pytest.raises(SpecError, match=r"'.*' is a folder; a plain file is required; give the path of a YAML or JSON file"):
+        with pytest.raises(
+            SpecError, match=r"'.*' is a folder; a plain file is required; give the path of a YAML or JSON file"
+        ):
             read_spec_file(tmp_path)

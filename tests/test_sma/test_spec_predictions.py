@@ -32,7 +32,9 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def _built(make: Any) -> torch.nn.Module | None:
-    """A module, or None where the spec does not fit the width or the sub-modules it is built for, or a language model would look ahead."""
+    """A module, or None where the spec does not fit the width or the sub-modules it is built for, or a language model
+    would look ahead.
+    """
     try:
         module: torch.nn.Module = make()
     except SpecError as error:
@@ -44,7 +46,11 @@ def _built(make: Any) -> torch.nn.Module | None:
 class TestPredictions:
     @pytest.mark.parametrize(
         ("family", "kind"),
-        [pytest.param(family, kind, id=f"{family}:{kind}") for family, kind, _ in KINDS if family not in ("position", "task")],
+        [
+            pytest.param(family, kind, id=f"{family}:{kind}")
+            for family, kind, _ in KINDS
+            if family not in ("position", "task")
+        ],
     )
     @given(data=st.data())
     def test_number_of_parameters_is_that_of_the_built_module(self, family, kind, data):
@@ -59,11 +65,16 @@ class TestPredictions:
         if module is not None:
             assert _parameters(module) == predicted
 
-    @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"])
+    @pytest.mark.parametrize(
+        "kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"]
+    )
     @given(data=st.data())
     def test_products_are_those_that_torch_counts(self, kind, data):
         spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
-        width, tokens = data.draw(st.sampled_from([1, 4, 12])), data.draw(st.one_of(st.integers(0, 20), st.integers(21, 150)))
+        width, tokens = (
+            data.draw(st.sampled_from([1, 4, 12])),
+            data.draw(st.one_of(st.integers(0, 20), st.integers(21, 150))),
+        )
         module = _built(lambda: spec.build(width))
         if module is None:
             return

@@ -20,7 +20,9 @@ from sma.spec import Spec, dump_spec, find_kind, kinds
 def registry(monkeypatch):
     """A registry that forgets what a test registers."""
     kinds("model")
-    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
+    monkeypatch.setattr(
+        sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
+    )
 
 
 @pytest.mark.usefixtures("registry")
@@ -63,7 +65,8 @@ class TestRegistry:
 
         with pytest.raises(
             SpecError,
-            match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by .*test_spec_registry\..*OtherSpec",
+            match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by "
+            r".*test_spec_registry\..*OtherSpec",
         ):
             register(OtherSpec)
         assert kinds("sub-module")["gau"] is GAUSpec
@@ -80,18 +83,24 @@ class TestRegistry:
         class NamelessSpec(SubModuleSpec):
             pass
 
-        with pytest.raises(SpecError, match=r"NamelessSpec names no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""):
+        with pytest.raises(
+            SpecError, match=r"NamelessSpec names no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""
+        ):
             register(NamelessSpec)
 
     def test_class_without_a_family(self):
         class LonelySpec(Spec):
             kind: Literal["lonely"] = "lonely"
 
-        with pytest.raises(SpecError, match="LonelySpec belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"):
+        with pytest.raises(
+            SpecError, match="LonelySpec belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"
+        ):
             register(LonelySpec)
 
     def test_root_of_a_family(self):
-        with pytest.raises(SpecError, match="RouterSpec is the root of the family 'router'; register a class derived from it"):
+        with pytest.raises(
+            SpecError, match="RouterSpec is the root of the family 'router'; register a class derived from it"
+        ):
             register(RouterSpec)
 
     @pytest.mark.parametrize("method", ["build", "num_parameters", "operations"])
@@ -100,7 +109,8 @@ class TestRegistry:
             kind: Literal["half"] = "half"
 
         with pytest.raises(
-            TypeError, match=rf"HalfSpec must define {method}\(self, width.*\); see CONTRIBUTING\.md, 'A sub-module in one file'"
+            TypeError,
+            match=rf"HalfSpec must define {method}\(self, width.*\); see CONTRIBUTING\.md, 'A sub-module in one file'",
         ):
             getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "operations" else 1])
 
@@ -123,7 +133,8 @@ class TestPlugins:
     def test_broken_plugin_warns_and_leaves_the_rest_alone(self, tmp_path, monkeypatch):
         plugin = self._plugin(tmp_path, monkeypatch, "plugin_broken", "raise OSError('no driver')")
         with pytest.warns(
-            UserWarning, match="the plugin 'plugin_broken' of an unknown distribution could not be imported: OSError: no dri"
+            UserWarning,
+            match="the plugin 'plugin_broken' of an unknown distribution could not be imported: OSError: no dri",
         ):
             sma.spec._load_plugin(plugin)
 
@@ -151,7 +162,8 @@ class ThiefSpec(SubModuleSpec):
     kind: Literal["gau"] = "gau"
 """
         with pytest.raises(
-            SpecError, match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by plugin_th"
+            SpecError,
+            match=r"the sub-module kind 'gau' is registered by sma\.modules\.gau\.GAUSpec and again by plugin_th",
         ):
             sma.spec._load_plugin(self._plugin(tmp_path, monkeypatch, "plugin_thief", code))
 
@@ -159,6 +171,7 @@ class ThiefSpec(SubModuleSpec):
         monkeypatch.setattr(sma.spec, "_registry", {})
         monkeypatch.setattr(sma.spec, "entry_points", lambda group: [])
         with pytest.raises(
-            SpecError, match=r"no kinds are registered, because the package is not installed; run: python -m pip install -e \."
+            SpecError,
+            match=r"no kinds are registered, because the package is not installed; run: python -m pip install -e \.",
         ):
             sma.spec._load_plugins.__wrapped__()

@@ -26,8 +26,31 @@ def _look_up(reference: str, schema: dict[str, Any]) -> Any:
 
 def fits(value: Any, rule: dict[str, Any], schema: dict[str, Any]) -> bool:
     """Whether a value obeys a rule: the words of JSON schema that ours use, and no others."""
-    known = {"$ref", "$schema", "$defs", "type", "properties", "required", "additionalProperties", "items", "anyOf", "oneOf", "allOf"}
-    known |= {"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "title", "description", "default"}
+    known = {
+        "$ref",
+        "$schema",
+        "$defs",
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "anyOf",
+        "oneOf",
+        "allOf",
+    }
+    known |= {
+        "const",
+        "enum",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "minItems",
+        "title",
+        "description",
+        "default",
+    }
     known |= {"minLength", "pattern"}
     assert set(rule) <= known, set(rule) - known
     checks = [
@@ -106,7 +129,9 @@ def test_schema_of_every_kind_describes_its_fields(family, kind):
 
 @pytest.mark.parametrize("family", families())
 def test_schema_of_a_family_offers_its_kinds(family):
-    offered = {choice["$ref"].removeprefix(f"#/$defs/{family}:") for choice in json_schema(family)["$defs"][family]["oneOf"]}
+    offered = {
+        choice["$ref"].removeprefix(f"#/$defs/{family}:") for choice in json_schema(family)["$defs"][family]["oneOf"]
+    }
     assert offered == set(kinds(family))
     assert json_schema(family)["$ref"] == f"#/$defs/{family}"
 
@@ -124,5 +149,7 @@ def test_what_the_schema_refuses_is_refused(spec, name):
         name: {"kind": "sequence_enc", "width": 0, "embedding_dropout": 1.0, "layers": [{"norm": 3}], "wdith": 3}[name],
     }
     assert not fits(wrong, SCHEMA, SCHEMA)
-    with pytest.raises(SpecError, match=r"unknown model kind|width=0|dropout=1\.0|a norm must be|unknown field 'wdith'"):
+    with pytest.raises(
+        SpecError, match=r"unknown model kind|width=0|dropout=1\.0|a norm must be|unknown field 'wdith'"
+    ):
         load_spec(wrong)

@@ -30,7 +30,9 @@ def test_every_tensor_comes_back_with_its_dtype(tmp_path: Path) -> None:
     sma.save_state(state, tmp_path / "stream.safetensors")
     loaded = sma.load_state(tmp_path / "stream.safetensors", made.init_state(1))
     wanted = named_tensors(state)
-    assert {name: tensor.dtype for name, tensor in named_tensors(loaded).items()} == {name: t.dtype for name, t in wanted.items()}
+    assert {name: tensor.dtype for name, tensor in named_tensors(loaded).items()} == {
+        name: t.dtype for name, t in wanted.items()
+    }
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in named_tensors(loaded).items())
 
 
@@ -43,7 +45,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sma.checkpoint.write_tensors", full)
-    with pytest.raises(CheckpointError, match=r"cannot save the state in .*No space left on device; the folder must be writable"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot save the state in .*No space left on device; the folder must be writable"
+    ):
         sma.save_state(state_of(made, 2), path)
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["stream.safetensors"]
@@ -65,7 +69,9 @@ def test_the_state_of_another_model_is_refused(other: str, complaint: str, tmp_p
 def test_another_width_and_another_dtype_are_refused(tmp_path: Path) -> None:
     path, made = tmp_path / "stream.safetensors", model()
     sma.save_state(made.init_state(2, dtype=torch.float64), path)
-    with pytest.raises(CheckpointError, match=r"is the state of another model: '.*' is float64 of shape .*; required is float32"):
+    with pytest.raises(
+        CheckpointError, match=r"is the state of another model: '.*' is float64 of shape .*; required is float32"
+    ):
         sma.load_state(path, made.init_state(1))
 
 
@@ -74,7 +80,11 @@ def test_another_width_and_another_dtype_are_refused(tmp_path: Path) -> None:
     [
         pytest.param(None, r"there is no saved state in '.*'; give a file that sma\.save_state wrote$", id="missing"),
         pytest.param(b"", r"is damaged or not a safetensors file: of its 0 bytes, 0 would be its header", id="empty"),
-        pytest.param(b"no tensors", r"is damaged or not a safetensors file: of its 10 bytes, 8,030,.* would be its header", id="damaged"),
+        pytest.param(
+            b"no tensors",
+            r"is damaged or not a safetensors file: of its 10 bytes, 8,030,.* would be its header",
+            id="damaged",
+        ),
     ],
 )
 def test_a_file_that_is_none_is_a_sentence(content: bytes | None, complaint: str, tmp_path: Path) -> None:
@@ -94,8 +104,12 @@ def test_a_pipe_is_no_state_and_is_not_waited_for(tmp_path: Path) -> None:
 def unbounded() -> sma.SequenceModel:
     """A model whose attention keeps every token."""
     part = {"kind": "gau", "query_size": 2, "hidden_size": 3, "bidirectional": False}
-    layers = [{"backbone": {"kind": "ema", "bidirectional": False}, "modules": {"all": part, "window": {**part, "window": 4}}}]
-    return sma.build({"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "real_number"}, "layers": layers}, seed=0).eval()
+    layers = [
+        {"backbone": {"kind": "ema", "bidirectional": False}, "modules": {"all": part, "window": {**part, "window": 4}}}
+    ]
+    return sma.build(
+        {"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "real_number"}, "layers": layers}, seed=0
+    ).eval()
 
 
 def test_what_grows_may_be_of_any_length(tmp_path: Path) -> None:
@@ -122,17 +136,46 @@ ALL, WINDOW = ".routed.modules['all']", ".routed.modules['window']"
     ("name", "change", "complaint"),
     [
         pytest.param(
-            ".backbone.hidden", lambda t: t[:1], r"is float32 of shape \(1, 4, 16\); required is float32 of shape \(3, 4, 16\)", id="rows"
+            ".backbone.hidden",
+            lambda t: t[:1],
+            r"is float32 of shape \(1, 4, 16\); required is float32 of shape \(3, 4, 16\)",
+            id="rows",
         ),
-        pytest.param(".backbone.hidden", lambda t: t[:, :3], r"\(3, 3, 16\); required is float32 of shape \(3, 4, 16\)", id="width"),
-        pytest.param(".backbone.hidden", lambda t: t[..., 0], r"\(3, 4\); required is float32 of shape \(3, 4, 16\)", id="axes"),
+        pytest.param(
+            ".backbone.hidden",
+            lambda t: t[:, :3],
+            r"\(3, 3, 16\); required is float32 of shape \(3, 4, 16\)",
+            id="width",
+        ),
+        pytest.param(
+            ".backbone.hidden", lambda t: t[..., 0], r"\(3, 4\); required is float32 of shape \(3, 4, 16\)", id="axes"
+        ),
         pytest.param(".backbone.hidden", lambda t: t.sum(), r"of shape \(\); required is", id="a single number"),
-        pytest.param(".backbone.hidden", lambda t: t.double(), r"float64 of .*; required is float32", id="another precision"),
+        pytest.param(
+            ".backbone.hidden", lambda t: t.double(), r"float64 of .*; required is float32", id="another precision"
+        ),
         pytest.param(".backbone.hidden", lambda t: t.int(), r"int32 of .*; required is float32", id="integers"),
-        pytest.param(WINDOW + ".entries[0]", lambda t: t[:, 1:], r"\(3, 3, 2\); required is float32 of shape \(3, 4, 2\)", id="window"),
-        pytest.param(ALL + ".entries[1]", lambda t: t[:, 1:], r"required is float32 of shape \(3, \d, 3\)", id="entries of two lengths"),
-        pytest.param(ALL + ".seen", lambda t: t[:2], r"\(2,\); required is int64 of shape \(3,\)", id="rows of a count"),
-        pytest.param("seen", lambda t: t[:, None], r"\(3, 1\); required is int64 of shape \(3,\)|state of another", id="another axis"),
+        pytest.param(
+            WINDOW + ".entries[0]",
+            lambda t: t[:, 1:],
+            r"\(3, 3, 2\); required is float32 of shape \(3, 4, 2\)",
+            id="window",
+        ),
+        pytest.param(
+            ALL + ".entries[1]",
+            lambda t: t[:, 1:],
+            r"required is float32 of shape \(3, \d, 3\)",
+            id="entries of two lengths",
+        ),
+        pytest.param(
+            ALL + ".seen", lambda t: t[:2], r"\(2,\); required is int64 of shape \(3,\)", id="rows of a count"
+        ),
+        pytest.param(
+            "seen",
+            lambda t: t[:, None],
+            r"\(3, 1\); required is int64 of shape \(3,\)|state of another",
+            id="another axis",
+        ),
     ],
 )
 def test_a_state_of_other_sizes_is_refused(tmp_path: Path, name: str, change: Any, complaint: str) -> None:

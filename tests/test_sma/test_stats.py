@@ -11,7 +11,16 @@ from torch.utils import _pytree
 
 from sma import Decision, build, load_spec
 from sma.errors import InputError
-from sma.stats import OperationCount, RateCount, activation_rates, attention_span, count_rates, module_names, operation_count, router_health
+from sma.stats import (
+    OperationCount,
+    RateCount,
+    activation_rates,
+    attention_span,
+    count_rates,
+    module_names,
+    operation_count,
+    router_health,
+)
 from tests.cases import generator, masks, normal, pad
 
 LAYERS = (("attention",), ("mlp", "attention"), ("conv",))
@@ -28,7 +37,9 @@ MODEL = {
 }
 
 
-def _decision(valid: torch.Tensor, names: tuple[str, ...] = ("attention", "mlp"), seed: int = 4, rate: float = 0.5) -> Decision:
+def _decision(
+    valid: torch.Tensor, names: tuple[str, ...] = ("attention", "mlp"), seed: int = 4, rate: float = 0.5
+) -> Decision:
     active = (torch.rand(*valid.shape, len(names), generator=generator(seed)) < rate) & valid[..., None]
     return Decision(active, active.double(), normal(*active.shape, 2), active.double(), names)
 
@@ -118,9 +129,14 @@ def test_a_mask_of_another_shape_is_refused():
         count_rates(decisions, torch.ones(2, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("router", "rate"), [pytest.param("always", 1.0, id="always"), pytest.param("never", 0.0, id="never")])
+@pytest.mark.parametrize(
+    ("router", "rate"), [pytest.param("always", 1.0, id="always"), pytest.param("never", 0.0, id="never")]
+)
 def test_rates_of_a_model_are_those_of_its_routers(router, rate):
-    data = {**MODEL, "layers": [{**layer, "router": {"kind": router}} if "modules" in layer else layer for layer in MODEL["layers"]]}
+    data = {
+        **MODEL,
+        "layers": [{**layer, "router": {"kind": router}} if "modules" in layer else layer for layer in MODEL["layers"]],
+    }
     valid = torch.tensor([[True, True, False], [True, False, False]])
     output = build(load_spec(data))(torch.zeros(2, 3, dtype=torch.long), valid)
     assert count_rates(output.decisions, valid).by_layer() == [{"attention": rate}, {"attention": rate, "mlp": rate}]
@@ -157,7 +173,9 @@ def test_span_does_not_depend_on_the_padding(side):
     decision = Decision(active, active.double(), normal(*active.shape, 2), active.double(), ("attention", "mlp"))
     total = torch.zeros(2, dtype=torch.float64)
     for part in chosen:
-        alone = Decision(part[None], part[None].double(), normal(1, *part.shape, 2), part[None].double(), ("attention", "mlp"))
+        alone = Decision(
+            part[None], part[None].double(), normal(1, *part.shape, 2), part[None].double(), ("attention", "mlp")
+        )
         total += attention_span(alone, 2) * part.sum(0)
     assert torch.allclose(attention_span(decision, 2, valid), total / active.sum((0, 1)))
 
@@ -212,7 +230,9 @@ def test_thresholds_of_health_can_be_chosen():
     assert router_health(0.8, saturated=0.7) == "saturated"
 
 
-@pytest.mark.parametrize("rate", [pytest.param(-0.1, id="negative"), pytest.param(1.1, id="above"), pytest.param(math.nan, id="nan")])
+@pytest.mark.parametrize(
+    "rate", [pytest.param(-0.1, id="negative"), pytest.param(1.1, id="above"), pytest.param(math.nan, id="nan")]
+)
 def test_health_needs_a_rate(rate):
     with pytest.raises(InputError, match=f"the activation rate is {rate}; it must lie between 0 and 1"):
         router_health(rate)
@@ -249,7 +269,13 @@ def test_measured_rates_go_into_the_count():
 def test_nothing_active_saves_what_the_modules_cost():
     data = {
         **MODEL,
-        "layers": [{"bypass": "identity", "router": {"kind": "always"}, "modules": {"m": {"kind": "gated_mlp", "hidden_size": 4}}}],
+        "layers": [
+            {
+                "bypass": "identity",
+                "router": {"kind": "always"},
+                "modules": {"m": {"kind": "gated_mlp", "hidden_size": 4}},
+            }
+        ],
     }
     assert operation_count(load_spec(data), 10, 0.0) == OperationCount(0.0, 3 * 8 * 4)
     assert operation_count(load_spec(data), 10, 0.0).saved == 1.0
@@ -264,12 +290,20 @@ def test_a_model_without_operations_saves_nothing():
     ("rates", "complaint"),
     [
         pytest.param([0.5], "there are rates for 1 layers; the model has 2 that route", id="layers"),
-        pytest.param([0.5, {"attention": 0.5}], "there is no rate for 'mlp' of layer 2; give one for each of attention, mlp", id="missing"),
         pytest.param(
-            [{"atention": 0.5}, 0.5], "layer 0 has no sub-module 'atention'; did you mean 'attention'[?] sub-modules: ", id="name"
+            [0.5, {"attention": 0.5}],
+            "there is no rate for 'mlp' of layer 2; give one for each of attention, mlp",
+            id="missing",
+        ),
+        pytest.param(
+            [{"atention": 0.5}, 0.5],
+            "layer 0 has no sub-module 'atention'; did you mean 'attention'[?] sub-modules: ",
+            id="name",
         ),
         pytest.param(1.5, "the rate of 'attention' of layer 0 is 1.5; it must lie between 0 and 1", id="range"),
-        pytest.param([0.5, math.nan], "the rate of 'attention' of layer 2 is nan; it must lie between 0 and 1", id="nan"),
+        pytest.param(
+            [0.5, math.nan], "the rate of 'attention' of layer 2 is nan; it must lie between 0 and 1", id="nan"
+        ),
     ],
 )
 def test_rates_that_do_not_fit_the_model_are_refused(rates, complaint):

@@ -24,10 +24,17 @@ NAMES = [
 
 
 def _run(body, **options):
-    program = HEAD + "def command():\n" + "".join(f"    {line}\n" for line in body.split("\n")) + "sys.exit(run_command(command))\n"
+    program = (
+        HEAD
+        + "def command():\n"
+        + "".join(f"    {line}\n" for line in body.split("\n"))
+        + "sys.exit(run_command(command))\n"
+    )
     environment = {**os.environ, **options.pop("env", {})}
     # `-I` and so on are left out on purpose: the variables of the environment are what is tested.
-    return subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, timeout=60, **options
+    )
 
 
 @pytest.fixture
@@ -84,10 +91,21 @@ def test_locale_without_an_encoding_prints_somehow():
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes streams")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_take_everything_and_no_file_takes_their_place(tmp_path, closed):
-    body = f"file = open({str(tmp_path / 'file')!r}, 'w')\nprint('x'); print('y', file=sys.stderr); sys.stderr.isatty()\nfile.write('z')"
-    program = HEAD + "def command():\n" + "".join(f"    {line}\n" for line in body.split("\n")) + "sys.exit(run_command(command))\n"
+    body = (
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "print('x'); print('y', file=sys.stderr); sys.stderr.isatty()\n"
+        "file.write('z')"
+    )
+    program = (
+        HEAD
+        + "def command():\n"
+        + "".join(f"    {line}\n" for line in body.split("\n"))
+        + "sys.exit(run_command(command))\n"
+    )
     (tmp_path / "program.py").write_text(program, encoding="utf-8")
-    result = subprocess.run(["sh", "-c", f"exec {sys.executable} program.py {closed}"], cwd=tmp_path, capture_output=True, timeout=60)
+    result = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} program.py {closed}"], cwd=tmp_path, capture_output=True, timeout=60
+    )
     assert (result.returncode, b"Traceback" in result.stderr) == (0, False)
     assert (tmp_path / "file").read_text() == "z"
 
@@ -106,14 +124,20 @@ def test_status_of_the_command_is_returned(body, status):
 
 
 def test_there_are_commands():
-    assert {"sma", "tune", "recipes.seqboat_lm", "recipes.compare", "benchmarks.layer", "recipes.data.pathfinder"} <= {*NAMES}
+    assert {"sma", "tune", "recipes.seqboat_lm", "recipes.compare", "benchmarks.layer", "recipes.data.pathfinder"} <= {
+        *NAMES
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_is_run_that_way(name):
     path = ROOT / name.replace(".", "/")
     path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+    called = {
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    }
     if name == "recipes.data.pathfinder":  # its command stands in pathfinder_sheet.py
         called |= {"exit_code"} if "main" in called else set()
     assert called & {"run_command", "exit_code"}

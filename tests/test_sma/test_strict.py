@@ -41,7 +41,8 @@ def _of(kind: type) -> list[Any]:
 def test_a_word_is_no_number_in_any_kind(family, kind, field):
     for value in (True, "7", "yes"):
         with pytest.raises(
-            SpecError, match=rf"{field}={value!r}: input should be a valid (integer|number), and no text and no true or false"
+            SpecError,
+            match=rf"{field}={value!r}: input should be a valid (integer|number), and no text and no true or false",
         ):
             load_spec({"kind": kind, field: value}, family)
 
@@ -90,7 +91,9 @@ def test_numbers_of_every_sort_are_numbers(field, value, made):
     assert (found, type(found)) == (made, type(made))
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in ("whole", "number") for value in (2**63, -(2**63) - 1, 10**400)])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field in ("whole", "number") for value in (2**63, -(2**63) - 1, 10**400)]
+)
 def test_number_beyond_64_bits_is_one_short_sentence(field, value):
     with pytest.raises(SpecError, match=rf"_Fields: {field}=.*: input should be between -2\^63 and 2\^63") as caught:
         _Fields(**{field: value})
@@ -105,10 +108,16 @@ def test_large_float_is_no_integer(value):
 
 @pytest.mark.parametrize(
     "modules",
-    [pytest.param({True: {"kind": "conv"}}, id="true"), pytest.param({1: {"kind": "conv"}}, id="1"), pytest.param({None: {}}, id="None")],
+    [
+        pytest.param({True: {"kind": "conv"}}, id="true"),
+        pytest.param({1: {"kind": "conv"}}, id="1"),
+        pytest.param({None: {}}, id="None"),
+    ],
 )
 def test_name_that_is_no_text_is_named(modules: Mapping[Any, Any]):
-    with pytest.raises(SpecError, match=r"LayerSpec in modules: the name (True|1|None) must be a text; modules: the routed sub-modules"):
+    with pytest.raises(
+        SpecError, match=r"LayerSpec in modules: the name (True|1|None) must be a text; modules: the routed sub-modules"
+    ):
         LayerSpec(modules=modules)
 
 
@@ -129,7 +138,9 @@ class _Union(Spec):
 
 def test_a_spec_may_have_a_union_with_a_discriminator():
     assert _Union(part={"sort": "one", "number": 3}, choice=2).part == _One(number=3)
-    with pytest.raises(SpecError, match=r"choice='2': input should be a valid integer, and no text and no true or false"):
+    with pytest.raises(
+        SpecError, match=r"choice='2': input should be a valid integer, and no text and no true or false"
+    ):
         _Union(choice="2")
 
 
@@ -137,6 +148,7 @@ def test_a_spec_may_have_a_union_with_a_discriminator():
 def test_a_number_that_stands_for_a_text_is_to_be_quoted(value):
     with pytest.raises(
         SpecError,
-        match=rf"^TextSettings: file={value!r}: input should be a valid string; put it in quotes, which in a shell are two: .*; file: ",
+        match=rf"^TextSettings: file={value!r}: input should be a valid string; "
+        r"put it in quotes, which in a shell are two: .*; file: ",
     ):
         TextSettings(file=value)

@@ -97,22 +97,48 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
     ("change", "complaint"),
     [
         (lambda s: s.select(torch.tensor([0, 4])), "row 4 is out of range; the state has 4 streams, numbered from 0"),
-        (lambda s: s.reorder(torch.tensor([0, -1, 2, 3])), "row -1 is out of range; the state has 4 streams, numbered from 0"),
+        (
+            lambda s: s.reorder(torch.tensor([0, -1, 2, 3])),
+            "row -1 is out of range; the state has 4 streams, numbered from 0",
+        ),
         (lambda s: s.reset(torch.tensor([7])), "row 7 is out of range; the state has 4 streams, numbered from 0"),
-        (lambda s: s.select(torch.tensor([0.5])), "rows have shape (1,) and dtype torch.float32; required are integers of shape (R,)"),
-        (lambda s: s.select(torch.tensor([[0]])), "rows have shape (1, 1) and dtype torch.int64; required are integers of shape (R,)"),
+        (
+            lambda s: s.select(torch.tensor([0.5])),
+            "rows have shape (1,) and dtype torch.float32; required are integers of shape (R,)",
+        ),
+        (
+            lambda s: s.select(torch.tensor([[0]])),
+            "rows have shape (1, 1) and dtype torch.int64; required are integers of shape (R,)",
+        ),
         (
             lambda s: s.select(torch.ones(4, dtype=torch.bool)),
-            "rows have shape (4,) and dtype torch.bool; required are integers of shape (R,), the numbers of rows: write rows.nonzero()",
+            (
+                "rows have shape (4,) and dtype torch.bool; "
+                "required are integers of shape (R,), the numbers of rows: write rows.nonzero()"
+            ),
         ),
-        (lambda s: s.reset(torch.tensor([True])), "the mask of rows has shape (1,); required is (4,), one for each stream"),
-        (lambda s: s.reset(torch.tensor([[True]] * 4)), "the mask of rows has shape (4, 1); required is (4,), one for each stream"),
+        (
+            lambda s: s.reset(torch.tensor([True])),
+            "the mask of rows has shape (1,); required is (4,), one for each stream",
+        ),
+        (
+            lambda s: s.reset(torch.tensor([[True]] * 4)),
+            "the mask of rows has shape (4, 1); required is (4,), one for each stream",
+        ),
         (lambda s: s.to("gpu"), "the device 'gpu' cannot be used"),
-        (lambda s: s.to(torch.int32), "the dtype torch.int32 is none of floating-point numbers; give one such as torch.float32"),
-        (lambda s: s.to(torch.float8_e4m3fn), "the dtype torch.float8_e4m3fn is none of floating-point numbers; give one such as"),
+        (
+            lambda s: s.to(torch.int32),
+            "the dtype torch.int32 is none of floating-point numbers; give one such as torch.float32",
+        ),
+        (
+            lambda s: s.to(torch.float8_e4m3fn),
+            "the dtype torch.float8_e4m3fn is none of floating-point numbers; give one such as",
+        ),
     ],
 )
-def test_rows_devices_and_dtypes_that_a_state_cannot_have_are_named(change: Any, complaint: str, as_users_run: None) -> None:
+def test_rows_devices_and_dtypes_that_a_state_cannot_have_are_named(
+    change: Any, complaint: str, as_users_run: None
+) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(complaint)}"):
         change(state())
 
@@ -195,7 +221,8 @@ def test_a_token_wise_sub_module_inherits_a_state_of_nothing() -> None:
 
 def test_a_sub_module_without_a_spec_that_looks_ahead_is_named_by_its_class() -> None:
     sentence = (
-        "LookingAhead (causal=False) cannot continue from a state; build the model with bidirectional=false, or causal=true, to stream it"
+        "LookingAhead (causal=False) cannot continue from a state; "
+        "build the model with bidirectional=false, or causal=true, to stream it"
     )
     with pytest.raises(StateError, match=exactly(sentence)):
         LookingAhead().init_state(1)

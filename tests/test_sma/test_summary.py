@@ -38,7 +38,12 @@ def _streaming(layers: int = 2) -> sma.SequenceModel:
         "modules": {"attention": attention, "identity": {"kind": "identity"}},
         "norm": {"kind": "layer_norm"},
     }
-    spec = {"kind": "sequence_encoder", "width": 8, "encoder": {"kind": "real_number"}, "layers": {"repeat": layers, "layer": layer}}
+    spec = {
+        "kind": "sequence_encoder",
+        "width": 8,
+        "encoder": {"kind": "real_number"},
+        "layers": {"repeat": layers, "layer": layer},
+    }
     return sma.build(spec, seed=0)
 
 
@@ -85,7 +90,10 @@ def test_ragged_tokens_tell_their_layout():
     x = normal(2, 5, 8)
     active = torch.tensor([[True] * 5, [True, False, True, False, False]])
     assert repr(compress(x, active)) == "Ragged(values=float64[7, 8], rows=2, packed, device='cpu')"
-    assert repr(rectangular(x, active.sum(1))) == "Ragged(values=float64[10, 8], rows=2, rectangular, stride=5, holes=True, device='cpu')"
+    assert (
+        repr(rectangular(x, active.sum(1)))
+        == "Ragged(values=float64[10, 8], rows=2, rectangular, stride=5, holes=True, device='cpu')"
+    )
     assert repr(compress(x[:0], active[:0])).startswith("Ragged(values=float64[0, 8], rows=0, ")
 
 
@@ -104,11 +112,26 @@ def test_every_output_and_state_is_one_short_line():
     todo = [*found]
     while todo:  # every state inside of them too
         value = todo.pop()
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else vars(value).values()
-        more = [part for part in inner if isinstance(part, dict | tuple | list) or (hasattr(part, "__dataclass_fields__"))]
+        inner = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, tuple | list)
+            else vars(value).values()
+        )
+        more = [
+            part for part in inner if isinstance(part, dict | tuple | list) or (hasattr(part, "__dataclass_fields__"))
+        ]
         todo += more
         found += [part for part in more if hasattr(part, "__dataclass_fields__")]
-    assert {type(value).__name__ for value in found} > {"ModelOutput", "ModelState", "LayerState", "RoutedState", "EMAState", "Cache"}
+    assert {type(value).__name__ for value in found} > {
+        "ModelOutput",
+        "ModelState",
+        "LayerState",
+        "RoutedState",
+        "EMAState",
+        "Cache",
+    }
     for value in found:
         text = repr(value)
         assert text.startswith(f"{type(value).__name__}(")
@@ -145,7 +168,10 @@ def test_modules_show_the_settings_of_their_specs():
     for line in (
         "SequenceModel(\n  width=8, sinusoid=False, embedding_dropout=0.0\n",
         "(encoder): RealNumber(width=8)",
-        "2 x RoutedLayer(\n      width=8, backbone_activation='silu', activation='silu', dropout=0.0, dropout_on='modules'\n",
+        (
+            "2 x RoutedLayer(\n"
+            "      width=8, backbone_activation='silu', activation='silu', dropout=0.0, dropout_on='modules'\n"
+        ),
         "(backbone): EMA(width=8, state_size=16, bidirectional=False, truncation=3)",
         "(bypass): LinearBypass(width=8)",
         "position=relative_bias(distance='true_distance', max_positions=1024)",

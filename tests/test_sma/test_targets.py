@@ -16,7 +16,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "sentence"),
         [
-            ({"target": 0.0}, "target=0.0 must be above 0 and at most 1; for no activity at all use the router {kind: never}"),
+            (
+                {"target": 0.0},
+                "target=0.0 must be above 0 and at most 1; for no activity at all use the router {kind: never}",
+            ),
             ({"target": {"mlp": 1.5}}, "target=1.5 must be above 0 and at most 1"),
             ({"target": {"mlp": 0.5}, "over": "total"}, "over='total' keeps one rate, so target must be one number"),
             ({"target": [0.5, {"mlp": 1.5}]}, "target=1.5 must be above 0 and at most 1"),
@@ -31,12 +34,27 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("spec", "target", "sentence"),
         [
-            pytest.param(ExpertChoiceRouterSpec(share=0.5), 0.3, "the router kind 'expert_choice' cannot be steered", id="not steerable"),
-            pytest.param(ExclusiveRouterSpec(), 0.5, "the rates of this exclusive router sum between 0 and 1", id="exclusive"),
-            pytest.param(TopKRouterSpec(k=1), 0.5, "the rates of this top_k router sum to 1", id="top_k"),
-            pytest.param(SMARouterSpec(), [0.5, 0.2], "targets for 2 layers, and 1 are routed; give one for each of those", id="layers"),
             pytest.param(
-                SMARouterSpec(), {"mpl": 0.5}, "no layer has a sub-module 'mpl', for which the budget has a target.*'mlp'", id="name"
+                ExpertChoiceRouterSpec(share=0.5),
+                0.3,
+                "the router kind 'expert_choice' cannot be steered",
+                id="not steerable",
+            ),
+            pytest.param(
+                ExclusiveRouterSpec(), 0.5, "the rates of this exclusive router sum between 0 and 1", id="exclusive"
+            ),
+            pytest.param(TopKRouterSpec(k=1), 0.5, "the rates of this top_k router sum to 1", id="top_k"),
+            pytest.param(
+                SMARouterSpec(),
+                [0.5, 0.2],
+                "targets for 2 layers, and 1 are routed; give one for each of those",
+                id="layers",
+            ),
+            pytest.param(
+                SMARouterSpec(),
+                {"mpl": 0.5},
+                "no layer has a sub-module 'mpl', for which the budget has a target.*'mlp'",
+                id="name",
             ),
         ],
     )
@@ -47,13 +65,23 @@ class TestRefused:
 
 class TestTotal:
     def _controller(self, target, specs, costs):
-        return BudgetController(BudgetSpec(target=target, over="total"), [spec.build(5, NAMES) for spec in specs], costs)
+        return BudgetController(
+            BudgetSpec(target=target, over="total"), [spec.build(5, NAMES) for spec in specs], costs
+        )
 
     @pytest.mark.parametrize(
         ("costs", "sentence"),
         [
-            pytest.param([[1.0, 2.0]], "there are costs for [2] sub-modules, by layer; required is one for each of [3]", id="too few"),
-            pytest.param([[1.0] * 3] * 2, "there are costs for [3, 3] sub-modules, by layer; required is one for each of [3]", id="layers"),
+            pytest.param(
+                [[1.0, 2.0]],
+                "there are costs for [2] sub-modules, by layer; required is one for each of [3]",
+                id="too few",
+            ),
+            pytest.param(
+                [[1.0] * 3] * 2,
+                "there are costs for [3, 3] sub-modules, by layer; required is one for each of [3]",
+                id="layers",
+            ),
             pytest.param(
                 [[1.0, -2.0, 1.0]],
                 "a sub-module costs -2.0; required is a finite number of at least 0, such as its operations per token",
@@ -105,8 +133,13 @@ class TestTotal:
         self._controller(target, specs, costs)
 
     def test_a_total_that_no_shift_moves_is_refused(self):
-        sentence = "each of these routers runs the same number of sub-modules on every token, and a shift of all scores changes no total"
-        with pytest.raises(InputError, match=f"^{sentence}; use over='each', or give them empty choices, such as the skips of top_k$"):
+        sentence = (
+            "each of these routers runs the same number of sub-modules on every token, "
+            "and a shift of all scores changes no total"
+        )
+        with pytest.raises(
+            InputError, match=f"^{sentence}; use over='each', or give them empty choices, such as the skips of top_k$"
+        ):
             self._controller(0.5, [TopKRouterSpec(k=2)], [[1.0, 2.0, 5.0]])
 
     def test_a_router_without_an_offset_is_refused(self):

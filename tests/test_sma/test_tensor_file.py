@@ -1,4 +1,6 @@
-"""Files of tensors: what the library of safetensors writes is read, what is written here the library reads, and damage is named."""
+"""Files of tensors: what the library of safetensors writes is read, what is written here the library reads, and damage
+is named.
+"""
 
 import json
 import struct
@@ -89,7 +91,9 @@ def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path):
 
 
 def test_a_dtype_that_the_format_has_not_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"'it' has the dtype torch\.complex128, which safetensors has not; convert it"):
+    with pytest.raises(
+        CheckpointError, match=r"'it' has the dtype torch\.complex128, which safetensors has not; convert it"
+    ):
         write_tensors(tmp_path / "file", {"it": torch.zeros(1, dtype=torch.complex128)}, {})
     assert not (tmp_path / "file").exists()
 
@@ -115,30 +119,52 @@ def _entry(**changes: Any) -> dict[str, Any]:
     ("content", "complaint"),
     [
         pytest.param(b"", "of its 0 bytes, 0 would be its header", id="empty"),
-        pytest.param(_file({}, length=1 << 62), "of its 10 bytes, 4,611,686,018,427,387,904 would be its header", id="length"),
-        pytest.param(_file({}, b" " * (HEADER + 9), HEADER + 1), "would be its header, which has at most 33,554,432", id="long header"),
+        pytest.param(
+            _file({}, length=1 << 62), "of its 10 bytes, 4,611,686,018,427,387,904 would be its header", id="length"
+        ),
+        pytest.param(
+            _file({}, b" " * (HEADER + 9), HEADER + 1),
+            "would be its header, which has at most 33,554,432",
+            id="long header",
+        ),
         pytest.param(_file(b'{"a'), "its header is not JSON", id="half a header"),
         pytest.param(_file(b"\xff\xfe{}"), "its header is not JSON", id="no UTF-8"),
         pytest.param(_file(b"[" * 99999), "its header is not JSON", id="deep header"),
         pytest.param(_file(b'{"__metadata__":{"a":' + b'{"a":' * 99999), "its header is not JSON", id="deep metadata"),
         pytest.param(_file(b'{"a": ' + b"9" * 5000 + b"}"), "its header is not JSON|it describes", id="long number"),
         pytest.param(_file([]), "its header is \\[\\], and no mapping", id="list"),
-        pytest.param(_file({"__metadata__": []}), "its metadata is \\[\\], and no mapping of texts", id="metadata of a list"),
         pytest.param(
-            _file({"__metadata__": {"spec": 3}}), "its metadata is {'spec': 3}, and no mapping of texts", id="metadata of a number"
+            _file({"__metadata__": []}), "its metadata is \\[\\], and no mapping of texts", id="metadata of a list"
+        ),
+        pytest.param(
+            _file({"__metadata__": {"spec": 3}}),
+            "its metadata is {'spec': 3}, and no mapping of texts",
+            id="metadata of a number",
         ),
         pytest.param(_file({"a": 3}), "it describes 'a' by 3", id="no description"),
         pytest.param(_file({"a": {"dtype": "F32"}}), "it describes 'a' by {'dtype': 'F32'}", id="half a description"),
-        pytest.param(_file({"a": _entry(dtype="F4")}, bytes(8)), "'a' has the dtype 'F4', which is not known", id="dtype"),
-        pytest.param(_file({"a": _entry(dtype=[])}, bytes(8)), "'a' has the dtype \\[\\], which is not known", id="no dtype"),
+        pytest.param(
+            _file({"a": _entry(dtype="F4")}, bytes(8)), "'a' has the dtype 'F4', which is not known", id="dtype"
+        ),
+        pytest.param(
+            _file({"a": _entry(dtype=[])}, bytes(8)), "'a' has the dtype \\[\\], which is not known", id="no dtype"
+        ),
         pytest.param(_file({"a": _entry(shape=2)}, bytes(8)), "it describes 'a' by", id="shape of a number"),
         pytest.param(_file({"a": _entry(shape=[True, 2])}, bytes(8)), "it describes 'a' by", id="shape of truth"),
         pytest.param(_file({"a": _entry(shape=[-1, -2])}, bytes(8)), "it describes 'a' by", id="negative shape"),
         pytest.param(_file({"a": _entry(shape=[2.0])}, bytes(8)), "it describes 'a' by", id="fractions"),
         pytest.param(_file({"a": _entry(shape=[1] * 99)}, bytes(8)), "it describes 'a' by", id="99 axes"),
         pytest.param(_file({"a": _entry(shape=[1 << 64])}, bytes(8)), "it describes 'a' by", id="shape of no integer"),
-        pytest.param(_file({"a": _entry(shape=[1 << 40] * 60)}, bytes(8)), "'a', float32 of .*, stands at bytes", id="enormous shape"),
-        pytest.param(_file({"a": _entry(data_offsets=[0, 4])}, bytes(8)), "'a', float32 of shape \\(2,\\), stands at bytes", id="offsets"),
+        pytest.param(
+            _file({"a": _entry(shape=[1 << 40] * 60)}, bytes(8)),
+            "'a', float32 of .*, stands at bytes",
+            id="enormous shape",
+        ),
+        pytest.param(
+            _file({"a": _entry(data_offsets=[0, 4])}, bytes(8)),
+            "'a', float32 of shape \\(2,\\), stands at bytes",
+            id="offsets",
+        ),
         pytest.param(_file({"a": _entry(data_offsets=[4, 12])}, bytes(12)), "stands at bytes", id="gap"),
         pytest.param(_file({"a": _entry(), "b": _entry()}, bytes(8)), "stands at bytes", id="overlap"),
         pytest.param(_file({"a": _entry(data_offsets=[8, 0])}, bytes(8)), "stands at bytes", id="backwards"),

@@ -29,7 +29,9 @@ def test_no_kind_of_the_zoo_is_left_out() -> None:
     assert {spec.kind for spec in SPECS.values()} == ours
 
 
-def model(kind: str = "sequence_classifier", *, causal: bool, encoder: dict[str, Any] | None = None, **layer: Any) -> ModelSpec:
+def model(
+    kind: str = "sequence_classifier", *, causal: bool, encoder: dict[str, Any] | None = None, **layer: Any
+) -> ModelSpec:
     modules = {
         "attention": {"kind": "gau", "query_size": 4, "hidden_size": 6, "window": 5, "bidirectional": not causal},
         "conv": {"kind": "conv", "kernel_size": 3, "bidirectional": not causal},
@@ -53,10 +55,14 @@ TOKENS = {"kind": "token_embedding", "vocabulary": 7}
 MODELS = {
     "classifier": model(causal=False),
     "classifier-causal": model(causal=True),
-    "encoder-random-router": model("sequence_encoder", causal=True, router={"kind": "random", "rate": 0.4}, encoder=TOKENS),
+    "encoder-random-router": model(
+        "sequence_encoder", causal=True, router={"kind": "random", "rate": 0.4}, encoder=TOKENS
+    ),
     "encoder-features": model("sequence_encoder", causal=False, encoder={"kind": "linear", "features": 3}),
     "batch-norm": model(causal=True, norm={"kind": "batch_norm"}),
-    "post-norm-dense": model(causal=True, norm={"kind": "scale_norm", "place": "post"}, router={"kind": "always"}, bypass="identity"),
+    "post-norm-dense": model(
+        causal=True, norm={"kind": "scale_norm", "place": "post"}, router={"kind": "always"}, bypass="identity"
+    ),
     "language-model": model("language_model", causal=True, encoder=TOKENS | {"scaled": True}),
 }
 
@@ -76,7 +82,10 @@ class Mean(SubModule):
         self.weight = nn.Parameter(torch.ones(width))
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> "MeanState":
-        return MeanState(torch.zeros(batch_size, self.weight.shape[0], dtype=torch.float64), torch.zeros(batch_size, dtype=torch.int64))
+        return MeanState(
+            torch.zeros(batch_size, self.weight.shape[0], dtype=torch.float64),
+            torch.zeros(batch_size, dtype=torch.int64),
+        )
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         before = self._continue(state, MeanState, tokens)
@@ -138,7 +147,9 @@ class Padded(Mean):
         values, after = super().forward(tokens, state)
         if tokens.stride is None or not values.numel():
             return values, after
-        return values + tokens.values.unflatten(0, (tokens.num_rows, -1)).mean(1)[tokens.rows] * 1e-3 * tokens.holes, after
+        return values + tokens.values.unflatten(0, (tokens.num_rows, -1)).mean(1)[
+            tokens.rows
+        ] * 1e-3 * tokens.holes, after
 
 
 class Slotted(SubModule):
@@ -172,7 +183,9 @@ class Greedy(Mean):
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
-        return values + 0 * tokens.from_padded(tokens.to_padded()[0].sum(1, keepdim=True).expand_as(tokens.to_padded()[0])), after
+        return values + 0 * tokens.from_padded(
+            tokens.to_padded()[0].sum(1, keepdim=True).expand_as(tokens.to_padded()[0])
+        ), after
 
 
 class Widening(Mean):
@@ -195,7 +208,9 @@ class Advancing(Mean):
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
-        return values, after if not isinstance(after, MeanState) else MeanState(after.total, after.seen + (tokens.lengths == 0))
+        return values, after if not isinstance(after, MeanState) else MeanState(
+            after.total, after.seen + (tokens.lengths == 0)
+        )
 
 
 class Counting(Mean):
@@ -276,7 +291,9 @@ class WrongSpec(SubModuleSpec):
 
 
 def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
-    with pytest.raises(ConformanceError, match="spec_predicts_and_survives: num_parameters predicts 5, and the module has 4"):
+    with pytest.raises(
+        ConformanceError, match="spec_predicts_and_survives: num_parameters predicts 5, and the module has 4"
+    ):
         check_submodule(WrongSpec())
 
 
@@ -284,8 +301,12 @@ def test_the_kit_finds_a_leak_in_a_model(monkeypatch: pytest.MonkeyPatch, as_use
     from sma.modules.conv import Conv
 
     whole = Conv.forward
-    monkeypatch.setattr(Conv, "forward", lambda self, tokens, state=None: (whole(self, tokens, state)[0] + tokens.values.sum(), state))
-    with pytest.raises(ConformanceError, match=rf"the model 'sequence_classifier' breaks \d of {len(MODEL_LAWS)} laws") as caught:
+    monkeypatch.setattr(
+        Conv, "forward", lambda self, tokens, state=None: (whole(self, tokens, state)[0] + tokens.values.sum(), state)
+    )
+    with pytest.raises(
+        ConformanceError, match=rf"the model 'sequence_classifier' breaks \d of {len(MODEL_LAWS)} laws"
+    ) as caught:
         check_model(MODELS["classifier-causal"], effort=6)
     assert {"never_looks_ahead", "chunks_equal_the_whole", "rows_are_independent"} <= set(caught.value.broken)
 

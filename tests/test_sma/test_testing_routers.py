@@ -34,7 +34,9 @@ OURS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "exempt"), [pytest.param(*case, id="-".join(map(str, case[0].values()))) for case in OURS])
+@pytest.mark.parametrize(
+    ("spec", "exempt"), [pytest.param(*case, id="-".join(map(str, case[0].values()))) for case in OURS]
+)
 def test_every_router_of_ours_conforms(spec: dict[str, Any], exempt: tuple[str, ...], as_users_run: None) -> None:
     check_router(load_spec(spec, "router"), exempt=exempt, effort=4)
 
@@ -63,9 +65,13 @@ class Rising(Router):
         device, dtype = placement(self, device, dtype)
         return Before(torch.zeros(batch_size, self.weight.shape[1], device=device, dtype=dtype))
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         before = self._continue(state, Before, control)
-        first = control.new_zeros(control.shape[0], control.shape[2]) if before is None else before.token.to(control.dtype)
+        first = (
+            control.new_zeros(control.shape[0], control.shape[2]) if before is None else before.token.to(control.dtype)
+        )
         line = torch.cat([first[:, None], control], 1)
         places = torch.arange(line.shape[1]).expand(line.shape[:2])
         if valid is not None:
@@ -77,7 +83,11 @@ class Rising(Router):
         if valid is not None:
             active = active & valid[..., None]
         logits, p_on = torch.stack([torch.zeros_like(scores), scores], -1), torch.sigmoid(scores)
-        after = None if before is None else Before(line.take_along_dim(places[:, -1:, None], 1).squeeze(1).to(before.token.dtype))
+        after = (
+            None
+            if before is None
+            else Before(line.take_along_dim(places[:, -1:, None], 1).squeeze(1).to(before.token.dtype))
+        )
         return Decision(active, sure, logits, p_on, self.names), after
 
     def wide(self, x: Tensor) -> Tensor:
@@ -104,15 +114,21 @@ class Leak(Rising):
 class Padded(Rising):
     """Activates padding."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         decision, after = super().forward(control, valid, positions, state)
-        return Decision(decision.logits[..., 1] > 0, decision.confidence, decision.logits, decision.p_on, self.names), after
+        return Decision(
+            decision.logits[..., 1] > 0, decision.confidence, decision.logits, decision.p_on, self.names
+        ), after
 
 
 class Neighbour(Rising):
     """Takes padding for the token before."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         decision, after = super().forward(control, None, positions, state)
         valid = torch.ones(control.shape[:2], dtype=torch.bool) if valid is None else valid
         active = decision.active & valid[..., None]
@@ -192,21 +208,27 @@ class Exploding(Rising):
 class Forgetful(Rising):
     """Takes a state and returns none."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         return super().forward(control, valid, positions, state)[0], None
 
 
 class Stale(Rising):
     """Returns the state it was given."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         return super().forward(control, valid, positions, state)[0], state
 
 
 class Overwriting(Rising):
     """Changes the old state in place."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         decision, after = super().forward(control, valid, positions, state)
         if isinstance(state, Before) and isinstance(after, Before):
             state.token.copy_(after.token.detach())
@@ -216,7 +238,9 @@ class Overwriting(Rising):
 class Cut(Rising):
     """Cuts the graph at the state."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         return super().forward(control, valid, positions, None if state is None else state.detach())
 
 
@@ -233,7 +257,9 @@ class Unresettable(Rising):
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> State:
         return Stubborn(torch.zeros(batch_size, self.weight.shape[1], dtype=dtype))
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         decision, after = super().forward(control, valid, positions, state)
         return decision, Stubborn(after.token) if isinstance(after, Before) else None
 
@@ -300,7 +326,9 @@ class Hidden(Rising):
 class Demanding(Rising):
     """Takes it for granted that a mask is given."""
 
-    def forward(self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None) -> tuple[Decision, State | None]:
+    def forward(
+        self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
+    ) -> tuple[Decision, State | None]:
         return super().forward(control, valid & True, positions, state)
 
 
@@ -355,7 +383,9 @@ def test_a_router_without_a_spec_conforms(as_users_run: None) -> None:
     check_router(Rising, modules=2, effort=8)
 
 
-@pytest.mark.parametrize(("broken", "law"), [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}") for case in BROKEN])
+@pytest.mark.parametrize(
+    ("broken", "law"), [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}") for case in BROKEN]
+)
 def test_the_kit_finds_the_bug(broken: type[Rising], law: str, as_users_run: None) -> None:
     with pytest.raises(ConformanceError, match=rf"^the router .*{broken.__name__}'> breaks 1 of 1 laws:\n  {law}: "):
         check_router(broken, effort=6, exempt=LAWS - {law})
@@ -373,7 +403,8 @@ class MiscountedSpec(RouterSpec):
 
 def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
     sentence = (
-        "the router 'miscounted' breaks 1 of 24 laws:\n  spec_predicts_and_survives: num_parameters predicts 4, and the router has 10"
+        "the router 'miscounted' breaks 1 of 24 laws:\n"
+        "  spec_predicts_and_survives: num_parameters predicts 4, and the router has 10"
     )
     with pytest.raises(ConformanceError, match=f"^{sentence}"):
         check_router(MiscountedSpec(), modules=2, effort=1)
@@ -388,6 +419,9 @@ def test_a_law_that_a_router_is_exempt_from_is_not_tried(as_users_run: None) -> 
 
 
 def test_exemption_from_a_law_that_does_not_exist_is_refused() -> None:
-    sentence = "there is no law 'ties_are_active' to be exempt from; did you mean 'ties_are_inactive'? laws: returns_a_decision, "
+    sentence = (
+        "there is no law 'ties_are_active' to be exempt from; "
+        "did you mean 'ties_are_inactive'? laws: returns_a_decision, "
+    )
     with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
         check_router(Tied, exempt=["ties_are_active"])

@@ -1,4 +1,6 @@
-"""Models that were wrapped, changed or taken apart: saved as what they compute, or refused while the old model stands."""
+"""Models that were wrapped, changed or taken apart: saved as what they compute, or refused while the old model
+stands.
+"""
 
 import copy
 import warnings
@@ -91,11 +93,15 @@ WRAPPED: dict[str, Callable[[SequenceModel], nn.Module]] = {
     "averaged": _averaged,
     "averaged and compiled": lambda model: AveragedModel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
     "wrapped by a user": Wrapper,
-    "compiled, wrapped by a user, averaged": lambda model: AveragedModel(Wrapper(torch.compile(model, backend="eager"))),  # type: ignore[arg-type]
+    "compiled, wrapped by a user, averaged": lambda model: AveragedModel(
+        Wrapper(torch.compile(model, backend="eager"))
+    ),  # type: ignore[arg-type]
     "weight norm": _then(lambda model: parametrizations.weight_norm(_attention(model).fused)),
     "spectral norm": _then(lambda model: parametrizations.spectral_norm(_attention(model).fused)),
     "orthogonal": _then(lambda model: parametrizations.orthogonal(model.layers[0].bypass)),
-    "own parametrisation": _then(lambda model: parametrize.register_parametrization(model.encoder, "weight", Doubled())),
+    "own parametrisation": _then(
+        lambda model: parametrize.register_parametrization(model.encoder, "weight", Doubled())
+    ),
     "parametrised and compiled": lambda model: torch.compile(
         _then(lambda inner: parametrizations.weight_norm(inner.head.linear))(model), backend="eager"
     ),
@@ -125,7 +131,9 @@ def test_a_wrapped_model_is_saved_as_what_it_computes(tmp_path, wrap, training):
     loaded = sma.load(tmp_path)
     assert type(loaded) is SequenceModel
     with torch.no_grad():
-        torch.testing.assert_close(loaded(INPUTS).logits, unwrapped(wrapped.eval())[1].forward(INPUTS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            loaded(INPUTS).logits, unwrapped(wrapped.eval())[1].forward(INPUTS).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("wrap", [pytest.param(wrap, id=name) for name, wrap in IN_PART.items()])
@@ -138,7 +146,8 @@ def test_a_layer_used_twice_is_saved_as_two_with_a_warning(tmp_path):
     model = _model()
     model.layers[1] = model.layers[0]
     with pytest.warns(
-        UserWarning, match=r"'layers\.0\..*'layers\.1\..*are one tensor in this model, and its spec has one for each.*groups"
+        UserWarning,
+        match=r"'layers\.0\..*'layers\.1\..*are one tensor in this model, and its spec has one for each.*groups",
     ):
         sma.save(model, tmp_path)
     loaded = sma.load(tmp_path)
@@ -147,7 +156,9 @@ def test_a_layer_used_twice_is_saved_as_two_with_a_warning(tmp_path):
 
 
 def test_weights_that_a_part_shares_by_itself_are_shared_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()})
+    monkeypatch.setattr(
+        sma.spec, "_registry", {family: dict(members) for family, members in sma.spec._registry.items()}
+    )
     _register_tied()
     model = sma.build({**SPEC, "layers": [{"modules": {"tied": {"kind": "tied"}}}]}, seed=1).eval()
     with warnings.catch_warnings():
@@ -201,23 +212,30 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
     ("change", "complaint"),
     [
         pytest.param(
-            lambda model: nn.Linear(2, 2), r"cannot save a Linear, which has no spec of a model; give one that sma\.build", id="linear"
+            lambda model: nn.Linear(2, 2),
+            r"cannot save a Linear, which has no spec of a model; give one that sma\.build",
+            id="linear",
         ),
-        pytest.param(lambda model: model.layers[0], r"cannot save a RoutedLayer, which has no spec of a model", id="layer"),
+        pytest.param(
+            lambda model: model.layers[0], r"cannot save a RoutedLayer, which has no spec of a model", id="layer"
+        ),
         pytest.param(nn.Sequential, r"cannot save a Sequential, which has no spec", id="in a sequence"),
         pytest.param(
             _then(lambda model: setattr(model, "layers", model.layers[:1])),
-            r"cannot save this SequenceModel, because it does not fit its spec: missing \['layers\.1\..*unknown nothing; merge, convert",
+            r"cannot save this SequenceModel, because it does not fit its spec: "
+            r"missing \['layers\.1\..*unknown nothing; merge, convert",
             id="layer removed",
         ),
         pytest.param(
             _then(_replace_norm),
-            r"its part 'layers\.0\.norm' is a torch\.nn\..*BatchNorm1d, and its spec builds a sma\.norms\.BatchNorm; undo that",
+            r"its part 'layers\.0\.norm' is a torch\.nn\..*BatchNorm1d, "
+            r"and its spec builds a sma\.norms\.BatchNorm; undo that",
             id="norm replaced",
         ),
         pytest.param(
             _then(_replace_window),
-            r"its part 'layers\.1\.routed\.submodules\.attention' was built with window=77, and the spec of the model says window=None",
+            r"its part 'layers\.1\.routed\.submodules\.attention' was built with window=77, "
+            r"and the spec of the model says window=None",
             id="part of another spec",
         ),
         pytest.param(
@@ -237,17 +255,32 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
         ),
         pytest.param(
             lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
-            r"its part '.*' is a torch\.ao\.nn\.quantized\..*Linear, and its spec builds a torch\.nn\.modules\.linear\.Linear",
+            r"its part '.*' is a torch\.ao\.nn\.quantized\..*Linear, and its spec builds a "
+            r"torch\.nn\.modules\.linear\.Linear",
             id="quantised",
         ),
-        pytest.param(lambda model: model.to("meta"), r"cannot save '.*': it is on the meta device and has no values", id="meta"),
         pytest.param(
-            _then(_weight(torch.ones(3, 4).int())), r"'head\.linear\.weight' is int32 of .*; required is float32 of", id="integers"
+            lambda model: model.to("meta"), r"cannot save '.*': it is on the meta device and has no values", id="meta"
         ),
-        pytest.param(_then(_weight(torch.ones(3, 4).to(torch.float8_e5m2))), r"is float8_e5m2 of .*; required is float32 of", id="8 bits"),
-        pytest.param(_then(_weight(torch.ones(3, 4) * 1j)), r"is complex64 of .*; required is float32 of shape", id="complex numbers"),
         pytest.param(
-            _then(_weight(torch.eye(3, 4).to_sparse())), r"it is a torch\.sparse_coo tensor .*, and not plain numbers", id="sparse"
+            _then(_weight(torch.ones(3, 4).int())),
+            r"'head\.linear\.weight' is int32 of .*; required is float32 of",
+            id="integers",
+        ),
+        pytest.param(
+            _then(_weight(torch.ones(3, 4).to(torch.float8_e5m2))),
+            r"is float8_e5m2 of .*; required is float32 of",
+            id="8 bits",
+        ),
+        pytest.param(
+            _then(_weight(torch.ones(3, 4) * 1j)),
+            r"is complex64 of .*; required is float32 of shape",
+            id="complex numbers",
+        ),
+        pytest.param(
+            _then(_weight(torch.eye(3, 4).to_sparse())),
+            r"it is a torch\.sparse_coo tensor .*, and not plain numbers",
+            id="sparse",
         ),
         pytest.param(
             _then(lambda model: setattr(model.head.linear, "weight", nn.UninitializedParameter())),
@@ -255,8 +288,13 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
             id="lazy",
         ),
         pytest.param(
-            _then(lambda model: setattr(model.head, "__class__", type("Extra", (type(model.head),), {"get_extra_state": lambda self: {}}))),
-            r"cannot save this SequenceModel, because it does not fit its spec: missing nothing, unknown \['head\._extra_state'\]",
+            _then(
+                lambda model: setattr(
+                    model.head, "__class__", type("Extra", (type(model.head),), {"get_extra_state": lambda self: {}})
+                )
+            ),
+            r"cannot save this SequenceModel, because it does not fit its spec: "
+            r"missing nothing, unknown \['head\._extra_state'\]",
             id="extra state",
         ),
     ],

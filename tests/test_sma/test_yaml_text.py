@@ -29,7 +29,21 @@ from sma.yaml_text import LIMIT, NODES, read_fields, read_yaml, write_yaml
         *((text, text) for text in ("yes", "no", "on", "off", "y", "n", "Yes", "ON", "tRUE", "nULL", "=", "<<")),
         *(
             (text, text)
-            for text in ("1_000", "12:30", "1:2:3", "2001-01-01", "2001-99-99", "0b1", "0x_", "0o8", "1e", "e3", ".", "-", "+.e1")
+            for text in (
+                "1_000",
+                "12:30",
+                "1:2:3",
+                "2001-01-01",
+                "2001-99-99",
+                "0b1",
+                "0x_",
+                "0o8",
+                "1e",
+                "e3",
+                ".",
+                "-",
+                "+.e1",
+            )
         ),
         ("'1e-3'", "1e-3"),
         ('"true"', "true"),
@@ -60,9 +74,15 @@ def test_name_that_yaml_1_1_takes_for_a_value_stays_one(name):
         pytest.param("a: &a {x: 1, y: 2}\nb: {<<: *a}", {"x": 1, "y": 2}, id="alone"),
         pytest.param("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", {"x": 3, "y": 2}, id="overridden after it"),
         pytest.param("a: &a {x: 1, y: 2}\nb: {x: 3, <<: *a}", {"x": 3, "y": 2}, id="overridden before it"),
-        pytest.param("a: &a {x: 1}\nc: &c {x: 5, z: 6}\nb: {<<: [*a, *c], w: 0}", {"x": 1, "z": 6, "w": 0}, id="a list, the first wins"),
+        pytest.param(
+            "a: &a {x: 1}\nc: &c {x: 5, z: 6}\nb: {<<: [*a, *c], w: 0}",
+            {"x": 1, "z": 6, "w": 0},
+            id="a list, the first wins",
+        ),
         pytest.param("b: {<<: {x: 1}, y: 2}", {"x": 1, "y": 2}, id="without an anchor"),
-        pytest.param("a: &a {x: 1}\nc: &c {<<: *a, y: 2}\nb: {<<: *c, z: 3}", {"x": 1, "y": 2, "z": 3}, id="of one that merges"),
+        pytest.param(
+            "a: &a {x: 1}\nc: &c {<<: *a, y: 2}\nb: {<<: *c, z: 3}", {"x": 1, "y": 2, "z": 3}, id="of one that merges"
+        ),
         pytest.param("a: &a {x: {p: 1, q: 2}}\nb: {<<: *a, x: {p: 3}}", {"x": {"p": 3}}, id="parts are replaced whole"),
         pytest.param("b: {'<<': 1}", {"<<": 1}, id="a name in quotes is no merge key"),
     ],
@@ -82,10 +102,20 @@ CHAINED_ALIASES = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n i
     ("text", "complaint"),
     [
         pytest.param("a: 1\na: 2", r"the key 'a' stands twice in one mapping \(line 2\)", id="twice"),
-        pytest.param("a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}", r"the key 'x' stands twice in one mapping \(line 2\)", id="twice, merged"),
-        pytest.param("<<: {a: 1}\n<<: {b: 1}", r"the key '<<' stands twice in one mapping; write <<: \[\*one, \*other\]", id="two merges"),
+        pytest.param(
+            "a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}",
+            r"the key 'x' stands twice in one mapping \(line 2\)",
+            id="twice, merged",
+        ),
+        pytest.param(
+            "<<: {a: 1}\n<<: {b: 1}",
+            r"the key '<<' stands twice in one mapping; write <<: \[\*one, \*other\]",
+            id="two merges",
+        ),
         pytest.param("\n<<: 3", r"'<<' takes a mapping, or a list of mappings \(line 2\)", id="a number merged"),
-        pytest.param("<<: [{a: 1}, 2]", "'<<' takes a mapping, or a list of mappings", id="a list with a number merged"),
+        pytest.param(
+            "<<: [{a: 1}, 2]", "'<<' takes a mapping, or a list of mappings", id="a list with a number merged"
+        ),
         pytest.param("&a [*a]", r"the alias '\*a' stands inside of what it names \(line 1\)", id="recursive list"),
         pytest.param("&a {b: *a}", r"the alias '\*a' stands inside of what it names", id="recursive mapping"),
         pytest.param("&a {<<: *a}", r"the alias '\*a' stands inside of what it names", id="recursive merge"),
@@ -93,15 +123,28 @@ CHAINED_ALIASES = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n i
         pytest.param("*a", "found undefined alias 'a'", id="unknown alias"),
         *(
             pytest.param(
-                f"a: 1\n{key}: 2", rf"the key {shown} must be a word; put it in quotes if it is a name \(line 2\)", id=f"key {key}"
+                f"a: 1\n{key}: 2",
+                rf"the key {shown} must be a word; put it in quotes if it is a name \(line 2\)",
+                id=f"key {key}",
             )
-            for key, shown in {"1": "1", "true": "True", "1.5": "1.5", "~": "None", "? [x]\n": r"\['x'\]", "{x: 1}": r"\{'x': 1\}"}.items()
+            for key, shown in {
+                "1": "1",
+                "true": "True",
+                "1.5": "1.5",
+                "~": "None",
+                "? [x]\n": r"\['x'\]",
+                "{x: 1}": r"\{'x': 1\}",
+            }.items()
         ),
         pytest.param("!!int x", r"'x' is no !!int \(line 1\)", id="no integer"),
         pytest.param("!!bool yes", "'yes' is no !!bool", id="no switch"),
         pytest.param("!!null x", "'x' is no !!null", id="not nothing"),
         *(
-            pytest.param(f"a: {tag} {value}", rf"the tag '{re.escape(tag)}' does not fit, or is none that specs know; leave it out", id=tag)
+            pytest.param(
+                f"a: {tag} {value}",
+                rf"the tag '{re.escape(tag)}' does not fit, or is none that specs know; leave it out",
+                id=tag,
+            )
             for tag, value in {
                 "!!python/object:os.system": "{}",
                 "!!python/name:os.system": "x",
@@ -125,12 +168,18 @@ CHAINED_ALIASES = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n i
         pytest.param("{a: " * 3000, "more than 64 deep", id="3,000 braces"),
         pytest.param("- " * 3000, "more than 64 deep", id="3,000 dashes"),
         pytest.param("? " * 3000, "more than 64 deep", id="3,000 keys"),
-        pytest.param("a: " + "9" * 5000, r"has 5,000 characters; no number in a spec has more than 100 \(line 1\)", id="digits"),
+        pytest.param(
+            "a: " + "9" * 5000, r"has 5,000 characters; no number in a spec has more than 100 \(line 1\)", id="digits"
+        ),
         pytest.param("0x" + "f" * 5000, "has 5,002 characters; no number", id="hexadecimal digits"),
         pytest.param(f"[{'1,' * NODES}]", "there are more than 50,000 values", id="values"),
-        pytest.param(NESTED_ALIASES, r"there are more than 50,000 values, aliases written out \(line 6\)", id="nested aliases"),
         pytest.param(
-            CHAINED_ALIASES, "with aliases written out, lists and mappings stand inside each other more than 64", id="deep aliases"
+            NESTED_ALIASES, r"there are more than 50,000 values, aliases written out \(line 6\)", id="nested aliases"
+        ),
+        pytest.param(
+            CHAINED_ALIASES,
+            "with aliases written out, lists and mappings stand inside each other more than 64",
+            id="deep aliases",
         ),
         pytest.param(f"*{'a' * 100_000}", r"found undefined alias 'a{1,250}\.\.\. \(line 1\)", id="a long name"),
     ],
@@ -148,7 +197,9 @@ def test_what_no_spec_holds_is_refused_in_a_short_sentence(text, complaint):
     [
         pytest.param("%YAML 1." + "9" * 5000 + "\n---\na", "mine.yaml cannot be read: Exceeds the limit", id="version"),
         pytest.param(r'"\UFFFFFFFF"', "mine.yaml cannot be read: ", id="escape"),
-        pytest.param("a" * (LIMIT + 1), "mine.yaml has 1,048,577 characters; no spec has more than 1,048,576", id="long"),
+        pytest.param(
+            "a" * (LIMIT + 1), "mine.yaml has 1,048,577 characters; no spec has more than 1,048,576", id="long"
+        ),
         pytest.param(b"a: \xff", "mine.yaml is not UTF-8 text; save it as UTF-8", id="bytes"),
         pytest.param("a: 1".encode("utf-16"), "mine.yaml is not UTF-8 text; save it as UTF-8", id="UTF-16"),
     ],
@@ -161,7 +212,9 @@ def test_text_that_cannot_be_parsed_is_named(content, complaint):
 
 @pytest.mark.parametrize(("content", "what"), [("", "NoneType"), ("[1]", "list"), ("word", "str"), ("3", "int")])
 def test_fields_are_a_mapping(content, what):
-    with pytest.raises(SpecError, match=rf"mine\.yaml must hold a mapping of fields, not {what}; its first line is usually 'kind: …'"):
+    with pytest.raises(
+        SpecError, match=rf"mine\.yaml must hold a mapping of fields, not {what}; its first line is usually 'kind: …'"
+    ):
         read_fields(content, "mine.yaml")
 
 
@@ -172,7 +225,26 @@ def test_byte_order_mark_is_no_part_of_the_text():
 WORDS = st.one_of(
     st.text(),
     st.sampled_from(
-        ["on", "Yes", "n", "1e-3", "4E3", "12:30", "0o7", "01750", "1_0", "0b1", "~", "", "null", "=", "<<", ".5", "-.inf", "# x"]
+        [
+            "on",
+            "Yes",
+            "n",
+            "1e-3",
+            "4E3",
+            "12:30",
+            "0o7",
+            "01750",
+            "1_0",
+            "0b1",
+            "~",
+            "",
+            "null",
+            "=",
+            "<<",
+            ".5",
+            "-.inf",
+            "# x",
+        ]
     ),
     st.from_regex(r"[-+]?[0-9._:xobe]{1,6}", fullmatch=True),
 )

@@ -33,11 +33,15 @@ def write_sweep(folder: Path, settings: dict[str, Any] | None = None) -> Path:
     """The same as files for the command line; returns that of the sweep."""
     (folder / "experiment.yaml").write_text(yaml.safe_dump(dump_spec(tiny(threads=1))))
     path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump({"experiment": str(folder / "experiment.yaml"), "settings": settings or {}, "space": SPACE}))
+    path.write_text(
+        yaml.safe_dump({"experiment": str(folder / "experiment.yaml"), "settings": settings or {}, "space": SPACE})
+    )
     return path
 
 
-def done_trial(number: int, accuracy: float, rate: float, *, status: str = "finished", updates: int = 30, **values: Any) -> TrialRecord:
+def done_trial(
+    number: int, accuracy: float, rate: float, *, status: str = "finished", updates: int = 30, **values: Any
+) -> TrialRecord:
     """The record of a trial as a driver leaves it."""
     metrics = {
         "update": updates,

@@ -26,14 +26,18 @@ GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
         pytest.param({"accelerator": "cuda", "gpus": 0.5}, GPUS, 16, Slots(4, 1, 0.5), id="on-halves-of-gpus"),
     ],
 )
-def test_slots_are_what_fits(asked: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots) -> None:
+def test_slots_are_what_fits(
+    asked: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots
+) -> None:
     assert plan_slots(ResourceSpec(**asked), nodes, samples) == expected
 
 
 @pytest.mark.parametrize(
     ("asked", "nodes", "message"),
     [
-        pytest.param({"cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}], r"no machine has 3 CPUs.*2 CPUs and 0 GPUs; 2 CPUs", id="cpus"),
+        pytest.param(
+            {"cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}], r"no machine has 3 CPUs.*2 CPUs and 0 GPUs; 2 CPUs", id="cpus"
+        ),
         pytest.param({"gpus": 1}, TWO, r"no machine has 1 CPUs and 1 GPUs.*lower --cpus or --gpus", id="gpus"),
         pytest.param({"concurrent": 3}, TWO, r"--concurrent 3 trials.*room for 2", id="concurrent"),
         pytest.param({"gpus": 1.5}, GPUS, r"a share of one GPU or a whole number", id="odd-share"),
@@ -91,7 +95,9 @@ def test_this_machine_has_a_core() -> None:
     [
         pytest.param("127.0.0.1:1", r"there is no Ray cluster at '127.0.0.1:1'.*ray start --head", id="nobody-there"),
         pytest.param("somewhere", r"there is no Ray cluster at 'somewhere'", id="no-port"),
-        pytest.param("ray://127.0.0.1:10001", r"start the sweep on a node of the cluster, with --address auto", id="client"),
+        pytest.param(
+            "ray://127.0.0.1:10001", r"start the sweep on a node of the cluster, with --address auto", id="client"
+        ),
     ],
 )
 def test_an_address_without_a_cluster_is_refused(address: str, message: str) -> None:

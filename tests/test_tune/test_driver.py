@@ -25,12 +25,16 @@ FAULT = "layers.layer.modules.attention.fault"
 SIZE = "layers.layer.modules.attention.hidden_size"
 
 
-def run(sweep: SweepSpec, folder: Path | str, data_folder: Path, **resources: Any) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
+def run(
+    sweep: SweepSpec, folder: Path | str, data_folder: Path, **resources: Any
+) -> tuple[dict[str, Any], Storage, list[TrialRecord]]:
     """Run a sweep to its end; its summary, folder and records."""
     storage = Storage(folder)
     if not storage.names():
         start_sweep(sweep, storage)
-    summary = run_sweep(sweep, storage, ResourceSpec(accelerator="cpu", **resources), data_folder=data_folder, progress=False)
+    summary = run_sweep(
+        sweep, storage, ResourceSpec(accelerator="cpu", **resources), data_folder=data_folder, progress=False
+    )
     return summary, storage, load_records(storage)
 
 
@@ -55,7 +59,9 @@ def test_every_trial_is_trained_and_kept(finished: tuple[dict[str, Any], Storage
         assert (folder / SUMMARY).is_file()
 
 
-def test_trial_0_is_what_the_recipe_trains(finished: tuple[dict[str, Any], Storage, list[TrialRecord]], tmp_path: Path) -> None:
+def test_trial_0_is_what_the_recipe_trains(
+    finished: tuple[dict[str, Any], Storage, list[TrialRecord]], tmp_path: Path
+) -> None:
     _, storage, records = finished
     own = train(tiny(threads=1), tmp_path / "run", tiny_data(tmp_path / "data"))
     kept = Path(storage.address(records[0].checkpoint or ""))
@@ -63,7 +69,9 @@ def test_trial_0_is_what_the_recipe_trains(finished: tuple[dict[str, Any], Stora
     assert records[0].metrics["test_accuracy"] == own.summary["test_accuracy"]
 
 
-def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(
+    two_slots: None, data_folder: Path, tmp_path: Path
+) -> None:
     layer = {**MODEL["layers"]["layer"], "modules": {"attention": FaultySpec().model_dump()}}  # type: ignore[index]
     space = {FAULT: {"kind": "choice", "values": ["none", "crash", "memory", "nan", "exit"]}}
     sweep = small_sweep({"layers.layer": layer}, space=space, samples=6, stopping=None, restarts=1)
@@ -80,7 +88,9 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(two_slots: None, da
     assert reasons["nan"].startswith("the loss of update 15 is nan")
     assert reasons["exit"].startswith("its process died 2 times")
     assert [record.restarts for record in records if record.values.get(FAULT) == "exit"] == [1]
-    assert [entry["update"] for entry in next(record for record in records if record.values.get(FAULT) == "nan").history] == [10]
+    assert [
+        entry["update"] for entry in next(record for record in records if record.values.get(FAULT) == "nan").history
+    ] == [10]
     assert storage.names("best") == ["trial_0000.yaml", "trial_0005.yaml"]
 
 
@@ -88,12 +98,16 @@ def test_the_weak_are_stopped_early(two_slots: None, data_folder: Path, tmp_path
     layer = {**MODEL["layers"]["layer"], "router": {"kind": "always"}}  # type: ignore[index]
     space = {SIZE: {"kind": "choice", "values": [4, 8, 16]}}
     # How many operations a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.
-    sweep = small_sweep({"layers.layer": layer}, space=space, samples=3, objectives=("operations",), stopping={"grace": 10})
+    sweep = small_sweep(
+        {"layers.layer": layer}, space=space, samples=3, objectives=("operations",), stopping={"grace": 10}
+    )
     start_sweep(sweep, Storage(tmp_path / "s"))
     for number, values in enumerate(({}, {SIZE: 16}, {SIZE: 4})):
         TrialRecord(number, values, 0).save(Storage(tmp_path / "s"))
     summary, storage, records = run(sweep, tmp_path / "s", data_folder, concurrent=1)
-    statuses = {record.values.get(SIZE, 8): (record.status, [entry["update"] for entry in record.history]) for record in records}
+    statuses = {
+        record.values.get(SIZE, 8): (record.status, [entry["update"] for entry in record.history]) for record in records
+    }
     assert statuses == {8: ("finished", [10, 20, 30]), 16: ("stopped", [10]), 4: ("finished", [10, 20, 30])}
     assert (summary["finished"], summary["failed"]) == (2, 0)
     assert (Path(storage.address(records[1].checkpoint or "")) / EXPERIMENT).is_file()
@@ -102,14 +116,27 @@ def test_the_weak_are_stopped_early(two_slots: None, data_folder: Path, tmp_path
 def test_a_sweep_behind_a_uri_leaves_the_same(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     summary, storage, records = run(small_sweep(samples=2, stopping=None), f"file://{tmp_path}/s", data_folder)
     assert (summary["finished"], summary["failed"]) == (2, 0)
-    assert {"best", "clock.json", "drivers.json", "pareto.md", "pareto.png", "records", "summary.json", "trials.csv"} <= {*storage.names()}
+    assert {
+        "best",
+        "clock.json",
+        "drivers.json",
+        "pareto.md",
+        "pareto.png",
+        "records",
+        "summary.json",
+        "trials.csv",
+    } <= {*storage.names()}
     for record in records:
         assert (tmp_path / "s" / (record.checkpoint or "") / SUMMARY).is_file()
-        assert load(tmp_path / "s" / (record.checkpoint or "") / "model").spec == small_sweep().trial(record.values).model
+        assert (
+            load(tmp_path / "s" / (record.checkpoint or "") / "model").spec == small_sweep().trial(record.values).model
+        )
 
 
 @pytest.mark.parametrize("name", shipped_sweeps())
-def test_every_shipped_sweep_runs(name: str, two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_sweep_runs(
+    name: str, two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sma.tune.driver.pack", lambda data: pack(few(data)))
     settings = {"training.updates": 4, "training.warmup": 1, "training.evaluate_every": 4}
     if name.startswith(("listops", "path")):  # these make each sample
@@ -126,7 +153,9 @@ def test_every_shipped_sweep_runs(name: str, two_slots: None, data_folder: Path,
     assert "NaN" not in (storage.read("summary.json") or b"").decode()
 
 
-def test_threads_of_a_trial_leave_the_other_cores_alone(finished: tuple[dict[str, Any], Storage, list[TrialRecord]]) -> None:
+def test_threads_of_a_trial_leave_the_other_cores_alone(
+    finished: tuple[dict[str, Any], Storage, list[TrialRecord]],
+) -> None:
     summary, _, records = finished
     assert torch.get_num_threads() == 1
     assert summary["busy_slot_seconds"] == pytest.approx(sum(record.seconds for record in records), abs=0.1)

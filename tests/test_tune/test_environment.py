@@ -6,7 +6,12 @@ from sma.tune.environment import TUNE, ray_settings
 
 
 def test_variables_of_ray_that_nobody_asked_for_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"TUNE_RESULT_DELIM": ".", "RAY_TRAIN_V2_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "1", "RAY_ADDRESS": "127.0.0.1:1"}
+    given = {
+        "TUNE_RESULT_DELIM": ".",
+        "RAY_TRAIN_V2_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "1",
+        "RAY_ADDRESS": "127.0.0.1:1",
+    }
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)

@@ -54,7 +54,11 @@ def records(folder: Path) -> dict[int, dict[str, Any]]:
 def evaluated(folder: Path, number: int, least: int) -> dict[str, Any] | None:
     """A running trial with so many evaluations and a checkpoint."""
     found = records(folder).get(number, {})
-    return found if len(found.get("history", [])) >= least and found.get("checkpoint") and found["status"] == "running" else None
+    return (
+        found
+        if len(found.get("history", [])) >= least and found.get("checkpoint") and found["status"] == "running"
+        else None
+    )
 
 
 def process_of(record: dict[str, Any]) -> int:
@@ -75,7 +79,13 @@ def updates(record: dict[str, Any]) -> list[int]:
 
 def start(tmp_path: Path, samples: int, settings: dict[str, Any]) -> list[str]:
     space = write_sweep(tmp_path, settings)
-    return [f"--space={space}", f"--samples={samples}", "--no-stop", f"--storage={tmp_path / 's'}", f"--data={tmp_path / 'data'}"]
+    return [
+        f"--space={space}",
+        f"--samples={samples}",
+        "--no-stop",
+        f"--storage={tmp_path / 's'}",
+        f"--data={tmp_path / 'data'}",
+    ]
 
 
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -94,9 +104,15 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(tmp_path: P
 def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     with driver(*start(tmp_path, 4, {**LONG, "training.updates": 200}), log=log) as process:
-        wait_for(lambda: any(record["status"] == "finished" for record in records(folder).values()), PATIENCE, "the end of a trial")
+        wait_for(
+            lambda: any(record["status"] == "finished" for record in records(folder).values()),
+            PATIENCE,
+            "the end of a trial",
+        )
         running = wait_for(
-            lambda: next((found for number in range(4) if (found := evaluated(folder, number, 1))), None), PATIENCE, "another trial"
+            lambda: next((found for number in range(4) if (found := evaluated(folder, number, 1))), None),
+            PATIENCE,
+            "another trial",
         )
         process.kill()
         process.wait()
@@ -127,7 +143,9 @@ def test_a_signal_leaves_a_sweep_that_goes_on(number: signal.Signals, status: in
     folder, log = tmp_path / "s", tmp_path / "log"
     with driver(*start(tmp_path, 1, LONG), log=log) as process:
         wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
-        second = subprocess.run([sys.executable, "-m", "sma.tune", "--resume", str(folder)], cwd=ROOT, capture_output=True, text=True)
+        second = subprocess.run(
+            [sys.executable, "-m", "sma.tune", "--resume", str(folder)], cwd=ROOT, capture_output=True, text=True
+        )
         process.send_signal(number)
         if number != signal.SIGINT:
             process.send_signal(signal.SIGTERM)  # as schedulers do, which wait a while in between
@@ -161,10 +179,18 @@ def test_a_stopped_worker_is_replaced_after_a_silence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "words"),
     [
-        pytest.param("storage", "was removed or moved while the sweep ran: sweep.yaml is missing", id="storage-removed"),
-        pytest.param("raylet", "the Ray cluster is lost: the raylet of this machine has ended; go on with: python -m", id="raylet-killed"),
         pytest.param(
-            "gcs_server", "the Ray cluster is lost: its GCS server, on the head node has ended; go on with: python -m", id="gcs-killed"
+            "storage", "was removed or moved while the sweep ran: sweep.yaml is missing", id="storage-removed"
+        ),
+        pytest.param(
+            "raylet",
+            "the Ray cluster is lost: the raylet of this machine has ended; go on with: python -m",
+            id="raylet-killed",
+        ),
+        pytest.param(
+            "gcs_server",
+            "the Ray cluster is lost: its GCS server, on the head node has ended; go on with: python -m",
+            id="gcs-killed",
         ),
     ],
 )

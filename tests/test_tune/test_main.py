@@ -22,9 +22,15 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         pytest.param(["--grace", "5000"], "stopping.grace=5000 must be at most training.updates=1200", id="grace"),
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs", id="cpus"),
         pytest.param(["--gpus", "4096"], "and 4096 GPUs for a trial", id="gpus"),
-        pytest.param(["--accelerator", "cpu", "--gpus", "1"], "accelerator=cpu takes no GPU, and gpus=1", id="cpu-with-gpu"),
-        pytest.param(["--set", "training.learning_rate=0.1"], "the sweep searches 'training.learning_rate'", id="set-searched"),
-        pytest.param(["repor", "x"], "unknown command 'repor'; did you mean 'report'? commands: report, train", id="command"),
+        pytest.param(
+            ["--accelerator", "cpu", "--gpus", "1"], "accelerator=cpu takes no GPU, and gpus=1", id="cpu-with-gpu"
+        ),
+        pytest.param(
+            ["--set", "training.learning_rate=0.1"], "the sweep searches 'training.learning_rate'", id="set-searched"
+        ),
+        pytest.param(
+            ["repor", "x"], "unknown command 'repor'; did you mean 'report'? commands: report, train", id="command"
+        ),
         pytest.param(["--workers", "2", "--task", "listop"], "no shipped preset 'listop_tiny'", id="workers"),
         pytest.param(["--task=listop", "--workers=2"], "no shipped preset 'listop_tiny'", id="workers-last"),
         pytest.param(["--concurrent", "4096"], "--concurrent 4096 trials", id="concurrent"),
@@ -33,7 +39,11 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
@@ -100,19 +110,28 @@ def test_after_control_c_the_whole_command_that_goes_on_is_shown_once(
     monkeypatch.setattr("sma.tune.parallel.train_parallel", interrupt)
     with pytest.raises(SystemExit) as left:
         main(["--workers", "4", "--task", "listops", "--out", str(tmp_path / "t"), "--accelerator", "cpu"])
-    expected = f"interrupted; go on with: python -m sma.tune train --resume {tmp_path / 't'} --accelerator cpu --workers 4\n"
+    expected = (
+        f"interrupted; go on with: python -m sma.tune train --resume {tmp_path / 't'} --accelerator cpu --workers 4\n"
+    )
     assert capsys.readouterr().err == expected
 
 
-def test_what_is_set_in_all_trials_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_set_in_all_trials_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sma.tune.driver.run_sweep", lambda *arguments, **options: {"trials": 1, "failed": 0})
     monkeypatch.setattr("sma.tune.__main__._describe", lambda summary, storage: None)
     space = write_sweep(tmp_path, {"training.updates": 20})
-    assert main(["--space", str(space), "--set", "training.warmup=2", "--seed=3", "--storage", str(tmp_path / "s")]) == 0
+    assert (
+        main(["--space", str(space), "--set", "training.warmup=2", "--seed=3", "--storage", str(tmp_path / "s")]) == 0
+    )
     assert "in all trials: training.updates=20, training.warmup=2, seed=3" in capsys.readouterr().out
     fixed = ["--set", "training.budget.hold=5", "--set", "training.budget.anneal=10"]
     assert main(["--spec", str(tmp_path / "experiment.yaml"), *fixed, "--storage", str(tmp_path / "t")]) == 0
-    assert "in all trials: training.budget.hold=5, training.budget.anneal=10\n16 trials of 30 updates" in capsys.readouterr().out
+    assert (
+        "in all trials: training.budget.hold=5, training.budget.anneal=10\n16 trials of 30 updates"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +144,9 @@ def test_a_sweep_that_is_done_is_only_reported(tmp_path: Path, capsys: pytest.Ca
     assert load_sweep(storage).samples == 2
 
 
-def test_sweeps_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_started_in_the_same_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sma.tune.__main__.datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5)))
     with _claimed(Options()) as one, _claimed(Options()) as other:

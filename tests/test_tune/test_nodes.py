@@ -46,7 +46,9 @@ def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
 def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
     refused = run(f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2")
     assert refused.returncode == 2
-    assert "no machine has 2 CPUs and 0 GPUs for a trial; there is 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs" in refused.stderr
+    assert (
+        "no machine has 2 CPUs and 0 GPUs for a trial; there is 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs" in refused.stderr
+    )
     assert not (tmp_path / "s").exists()
 
 

@@ -27,7 +27,8 @@ from tests.test_recipes.tiny import checkpoint, fail, same, tiny
 from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver
 
-# Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a core.
+# Seconds on a free machine; on one with much else to do every exchange of gradients waits for both workers to get a
+# core.
 pytestmark = pytest.mark.timeout(1200)
 
 NO_DROPOUT = {"embedding_dropout": 0.0, "layers__layer__dropout": 0.0, "head__dropout": 0.0}
@@ -46,7 +47,9 @@ def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
 def alone(spec: ExperimentSpec, out: Path, data_folder: Path, resume: bool = False) -> dict[str, Any]:
     """What one process makes of it."""
     run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
-    return run(spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False, resume=resume).summary
+    return run(
+        spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False, resume=resume
+    ).summary
 
 
 def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str = LAST) -> None:
@@ -54,7 +57,9 @@ def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str =
     left, right = (checkpoint(folder, name)["state_dict"] for folder in (ours, theirs))
     assert left.keys() == right.keys()
     for key, tensor in left.items():
-        torch.testing.assert_close(tensor, right[key], rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            tensor, right[key], rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def recorded(out: Path) -> list[dict[str, float]]:
@@ -72,12 +77,18 @@ def team_run(
 
 def files(folder: Path) -> set[str]:
     """The files of a run folder, without the numbers in their names and what only a command line draws."""
-    found = {re.sub(r"events\.out.*", "events", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()}
+    found = {
+        re.sub(r"events\.out.*", "events", str(path.relative_to(folder)))
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     return found - {"activation.png", "confusion.png"}
 
 
 class Killer:
-    """Kills the second worker once, when the first has told of update 40: the checkpoint of update 20 is then safe everywhere."""
+    """Kills the second worker once, when the first has told of update 40: the checkpoint of update 20 is then safe
+    everywhere.
+    """
 
     def __init__(self) -> None:
         self.process: int | None = None
@@ -96,7 +107,9 @@ class Killer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["{kind: layer_norm, place: post}", "{kind: batch_norm, place: pre, synchronized: true}"])
+@pytest.mark.parametrize(
+    "norm", ["{kind: layer_norm, place: post}", "{kind: batch_norm, place: pre, synchronized: true}"]
+)
 def test_two_workers_are_one_with_the_same_batch(norm: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     spec = tiny(threads=1, precision="64-true", layers__layer__norm=norm, **NO_DROPOUT, **BUDGET)
     assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["test_accuracy", "test_loss", "per_class"])
@@ -122,8 +135,12 @@ def assert_one_and_two_are_equal(spec: ExperimentSpec, data_folder: Path, tmp_pa
         pytest.param({"task__carry_state": "false", "task__context": 10}, id="afresh"),
     ],
 )
-def test_two_workers_model_a_text_as_one(settings: dict[str, Any], two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    spec = language(data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0, **BUDGET, **settings)
+def test_two_workers_model_a_text_as_one(
+    settings: dict[str, Any], two_slots: None, data_folder: Path, tmp_path: Path
+) -> None:
+    spec = language(
+        data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0, **BUDGET, **settings
+    )
     assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["bits_per_character", "marks", "bytes"])
     carried = [checkpoint(tmp_path / folder)["carried"] or {} for folder in ("two", "one")]
     assert bool(carried[0]) is ("task__carry_state" not in settings)
@@ -191,7 +208,9 @@ def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_
     team_run(spec, tmp_path / "whole", data_folder)
     for name in (LAST, BEST):
         for part in ("state_dict", "optimizer_states", "carried", "global_step"):
-            assert same(checkpoint(tmp_path / "killed", name)[part], checkpoint(tmp_path / "whole", name)[part]), f"{part} of {name}"
+            assert same(checkpoint(tmp_path / "killed", name)[part], checkpoint(tmp_path / "whole", name)[part]), (
+                f"{part} of {name}"
+            )
 
 
 @pytest.mark.slow
@@ -215,9 +234,15 @@ def test_two_workers_go_on_with_what_one_process_left(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["listops", "language"])
-def test_one_process_goes_on_with_what_two_workers_left(task: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+def test_one_process_goes_on_with_what_two_workers_left(
+    task: str, two_slots: None, data_folder: Path, tmp_path: Path
+) -> None:
     exact: dict[str, Any] = {"threads": 1, "precision": "64-true", **LONG}
-    spec = tiny(**exact, **NO_DROPOUT) if task == "listops" else language(data_folder, **exact, model__layers__layer__dropout=0.0)
+    spec = (
+        tiny(**exact, **NO_DROPOUT)
+        if task == "listops"
+        else language(data_folder, **exact, model__layers__layer__dropout=0.0)
+    )
     with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*good up to its last checkpoint"):
         team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
     assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
@@ -227,7 +252,9 @@ def test_one_process_goes_on_with_what_two_workers_left(task: str, two_slots: No
 
 
 @pytest.mark.slow
-def test_what_would_fail_again_is_a_sentence_and_is_not_tried_again(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+def test_what_would_fail_again_is_a_sentence_and_is_not_tried_again(
+    two_slots: None, data_folder: Path, tmp_path: Path
+) -> None:
     lines: list[str] = []
     with pytest.raises(SmaError, match=r"the loss of update \d+ is (nan|inf); .*a lower training.learning_rate"):
         team_run(tiny(threads=1, training__learning_rate=1e30), tmp_path / "out", data_folder, say=lines.append)
@@ -248,16 +275,26 @@ def test_a_split_with_fewer_samples_than_workers_is_refused(data_folder: Path) -
         pytest.param(["--workers", "0"], "--workers='0'", id="no-workers"),
         pytest.param(["--workers", "7"], "cannot be shared evenly by 7 workers", id="batch"),
         pytest.param(
-            ["--workers", "4096", "--set", "training.batch_size=4096"], "4096 workers of 1 CPUs do not fit, there is room for", id="workers"
+            ["--workers", "4096", "--set", "training.batch_size=4096"],
+            "4096 workers of 1 CPUs do not fit, there is room for",
+            id="workers",
         ),
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs and 0 GPUs for a worker", id="cpus"),
-        pytest.param(["--task", "language", "--workers", "3"], "a batch of 4 samples cannot be shared evenly by 3 workers", id="language"),
+        pytest.param(
+            ["--task", "language", "--workers", "3"],
+            "a batch of 4 samples cannot be shared evenly by 3 workers",
+            id="language",
+        ),
         pytest.param(["--resume", "nowhere"], "there is no run in", id="resume-nothing"),
         pytest.param(["--resume", "nowhere", "--seed", "3"], "leave --seed out", id="resume-another"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--accelerator", "cpu", *arguments]) == 2
@@ -281,7 +318,9 @@ def test_a_run_has_one_driver_also_before_its_workers_begin(
     def train_it(spec: ExperimentSpec, storage: Storage, *_: Any, **__: Any) -> None:
         with run_lock(out):  # as the first worker does
             pass
-        again = threading.Thread(target=lambda: codes.append(main(["train", "--resume", str(out), "--accelerator", "cpu"])))
+        again = threading.Thread(
+            target=lambda: codes.append(main(["train", "--resume", str(out), "--accelerator", "cpu"]))
+        )
         again.start()
         again.join()
 

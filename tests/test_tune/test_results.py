@@ -110,7 +110,9 @@ def test_results_are_made_again_from_the_records_alone(storage: Storage) -> None
 
 
 def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results(storage: Storage) -> None:
-    wrong = TrialRecord(6, {WINDOW: 23.7, TARGET: 0.25}, 0, status="failed", reason="window=23.7: input should be a valid integer")
+    wrong = TrialRecord(
+        6, {WINDOW: 23.7, TARGET: 0.25}, 0, status="failed", reason="window=23.7: input should be a valid integer"
+    )
     wrong.metrics = {**TRIALS[4].metrics}
     wrong.save(storage)
     summary = write_results(small_sweep(samples=8), storage)

@@ -53,7 +53,11 @@ def test_the_same_seed_searches_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("known", [True, False], ids=["in-the-space", "outside"])
 def test_trial_0_teaches_the_search_where_the_space_has_it(tmp_path: Path, known: bool) -> None:
-    space = {path: SPACE[path] for path in (RATE, WINDOW)} if known else {RATE: {"kind": "uniform", "low": 0.1, "high": 0.2}}
+    space = (
+        {path: SPACE[path] for path in (RATE, WINDOW)}
+        if known
+        else {RATE: {"kind": "uniform", "low": 0.1, "high": 0.2}}
+    )
     search = Search(small_sweep(space=space), Storage(tmp_path))
     run(search, 1)
     assert [trial.params for trial in search.study(1).trials] == ([{RATE: 0.003, WINDOW: 1}] if known else [])
@@ -67,13 +71,23 @@ def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
         run(search, 1, start=2 * place)
         search.suggest(f"t{2 * place + 1}")
         search.on_trial_complete(f"t{2 * place + 1}", result, error=result is None)
-    assert [trial.state.name for trial in search.study(9).trials] == ["COMPLETE"] * 2  # trial 0 lies outside of the space
+    # Trial 0 lies outside of the space.
+    assert [trial.state.name for trial in search.study(9).trials] == ["COMPLETE"] * 2
 
 
 def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
     sweep = small_sweep(samples=6)
-    values = {"training.learning_rate": 0.005, WINDOW: None, "training.budget.target": 0.2, "layers.layer.router.temperature_scale": 0.5}
-    done = [done_trial(0, 0.5, 0.5), done_trial(1, 0.6, 0.4, **values), done_trial(3, 0.3, 0.4, status="stopped", updates=10, **values)]
+    values = {
+        "training.learning_rate": 0.005,
+        WINDOW: None,
+        "training.budget.target": 0.2,
+        "layers.layer.router.temperature_scale": 0.5,
+    }
+    done = [
+        done_trial(0, 0.5, 0.5),
+        done_trial(1, 0.6, 0.4, **values),
+        done_trial(3, 0.3, 0.4, status="stopped", updates=10, **values),
+    ]
     left = done_trial(2, 0.4, 0.3, status="running", **values)
     left.checkpoint = "trials/driver-0/0002/checkpoint_000001"
     search = Search(sweep, Storage(tmp_path), [*done, left])
@@ -83,13 +97,20 @@ def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
         ("PRUNED", None),
     ]
     again = search.suggest("a")
-    assert again == {"number": 2, "values": values, "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001", "pulse": "2"}
+    assert again == {
+        "number": 2,
+        "values": values,
+        "checkpoint": f"{tmp_path}/trials/driver-0/0002/checkpoint_000001",
+        "pulse": "2",
+    }
     finish(search, "a", 0.7, 0.1)
     assert [config["number"] for config in run(search, 2)] == [4, 5]
     assert search.suggest("b") == Searcher.FINISHED
 
 
-def simulate(sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: int | None, slots: int = 2) -> dict[int, dict[str, Any]]:
+def simulate(
+    sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: int | None, slots: int = 2
+) -> dict[int, dict[str, Any]]:
     """The values of all trials of a sweep of several slots, in which trials end in a given order of the slots.
 
     At one end the driver dies, and another one goes on from the records.
@@ -99,7 +120,9 @@ def simulate(sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: i
         if end == interrupted_at:
             search = Search(sweep, Storage(folder), [replace(record) for _, record in sorted(records.items())])
             running = {}
-        while len(running) < slots and isinstance(config := search.suggest(f"{end}-{len(running)}-{len(values)}"), dict):
+        while len(running) < slots and isinstance(
+            config := search.suggest(f"{end}-{len(running)}-{len(values)}"), dict
+        ):
             number = config["number"]
             assert values.setdefault(number, config["values"]) == config["values"]
             records.setdefault(number, TrialRecord(number, config["values"], 0))
@@ -111,7 +134,9 @@ def simulate(sweep: SweepSpec, folder: Path, order: list[int], interrupted_at: i
         record.status = "stopped" if ended % 5 == 4 else "failed" if ended % 7 == 6 else "finished"
         record.metrics = found
         reported = {"status": "running" if record.status == "stopped" else record.status}
-        search.on_trial_complete(running.pop(ended), {**reported, **{f"metrics/{name}": value for name, value in found.items()}})
+        search.on_trial_complete(
+            running.pop(ended), {**reported, **{f"metrics/{name}": value for name, value in found.items()}}
+        )
     raise AssertionError("the sweep does not end")
 
 
@@ -136,7 +161,9 @@ def test_the_first_trials_are_drawn_by_seed_and_number_alone() -> None:
 def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
     values = {path: distribution.draw(Dice(), path) for path, distribution in small_sweep().space.items()}
     search = Search(
-        small_sweep(samples=6), Storage(tmp_path), [done_trial(0, 0.5, 0.5), *(done_trial(n, 0.5, 0.5, **values) for n in (2, 3))]
+        small_sweep(samples=6),
+        Storage(tmp_path),
+        [done_trial(0, 0.5, 0.5), *(done_trial(n, 0.5, 0.5, **values) for n in (2, 3))],
     )
     assert [config["number"] for config in run(search, 3)] == [1, 4, 5]
     assert search.suggest("end") == Searcher.FINISHED
@@ -164,7 +191,9 @@ class FakeTrial(NamedTuple):
     config: dict[str, Any]
 
 
-def decide(halving: Halving, number: int, update: int, accuracy: float, rate: float = 0.5, status: str = "running") -> str:
+def decide(
+    halving: Halving, number: int, update: int, accuracy: float, rate: float = 0.5, status: str = "running"
+) -> str:
     trial = FakeTrial(f"t{number}", {"number": number})
     metrics = {"update": update, "accuracy": accuracy, "rate": rate}
     result = flatten_dict({"update": update, "metrics": metrics, "status": status})  # as Ray hands it over

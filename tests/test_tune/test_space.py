@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import SpecError
-from sma.tune.space import Choice, DistributionSpec, Fixed, Int, LogUniform, QUniform, Uniform, starting_code, value_at, with_values
+from sma.tune.space import (
+    Choice,
+    DistributionSpec,
+    Fixed,
+    Int,
+    LogUniform,
+    QUniform,
+    Uniform,
+    starting_code,
+    value_at,
+    with_values,
+)
 from sma.yaml_text import read_yaml
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep
@@ -22,7 +33,9 @@ class Ends:
     def __init__(self, last: bool) -> None:
         self.last = last
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         return high if self.last else low
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
@@ -99,16 +112,34 @@ def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) ->
     [
         pytest.param(lambda: Uniform(low=2.0, high=1.0), r"low=2.0 must be below high=1.0", id="reversed"),
         pytest.param(lambda: LogUniform(low=0.0, high=1.0), r"low=0.0 must be greater than 0", id="logarithm-of-zero"),
-        pytest.param(lambda: Int(low=0, high=4, log=True), r"low=0 must be at least 1 with log=true", id="logarithm-of-int"),
+        pytest.param(
+            lambda: Int(low=0, high=4, log=True), r"low=0 must be at least 1 with log=true", id="logarithm-of-int"
+        ),
         pytest.param(lambda: QUniform(low=0.0, high=1.0, step=0.3), r"whole number of steps of 0.3", id="steps"),
-        pytest.param(lambda: Choice(values=(4,)), r"no choice; for one value use \{kind: fixed, value: 4\}", id="one-choice"),
+        pytest.param(
+            lambda: Choice(values=(4,)), r"no choice; for one value use \{kind: fixed, value: 4\}", id="one-choice"
+        ),
         pytest.param(lambda: Choice(values=(4, 8, 4)), r"4 stands twice", id="twice"),
-        pytest.param(lambda: Choice(values=(0, 0.5, 0.0)), r"0\.0 stands twice in values=\[0, 0\.5, 0\.0\]", id="twice-as-numbers"),
-        pytest.param(lambda: Choice(values=([1], {"a": 1}, {"a": 1.0})), r"\{'a': 1\.0\} stands twice", id="twice-in-mappings"),
+        pytest.param(
+            lambda: Choice(values=(0, 0.5, 0.0)),
+            r"0\.0 stands twice in values=\[0, 0\.5, 0\.0\]",
+            id="twice-as-numbers",
+        ),
+        pytest.param(
+            lambda: Choice(values=([1], {"a": 1}, {"a": 1.0})), r"\{'a': 1\.0\} stands twice", id="twice-in-mappings"
+        ),
         pytest.param(lambda: Choice(values=range(1001)), r"should have at most 1000 items", id="too-many"),
-        pytest.param(lambda: Uniform(low=-1e308, high=1e308), r"too far apart for their difference to be a number", id="too-far-apart"),
-        pytest.param(lambda: QUniform(low=0, high=1e308, step=1e-300), r"must be a whole number of steps", id="too-many-steps"),
-        pytest.param(lambda: Int(low=True, high=3), r"low=True: input should be a valid integer", id="true-for-an-integer"),
+        pytest.param(
+            lambda: Uniform(low=-1e308, high=1e308),
+            r"too far apart for their difference to be a number",
+            id="too-far-apart",
+        ),
+        pytest.param(
+            lambda: QUniform(low=0, high=1e308, step=1e-300), r"must be a whole number of steps", id="too-many-steps"
+        ),
+        pytest.param(
+            lambda: Int(low=True, high=3), r"low=True: input should be a valid integer", id="true-for-an-integer"
+        ),
     ],
 )
 def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) -> None:
@@ -146,8 +177,14 @@ def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) 
             r"attention.window=0: .*must be at least 1",
             id="choice",
         ),
-        pytest.param({"training.updates": {"kind": "int", "low": 10, "high": 20}}, r"all trials train equally long", id="updates"),
-        pytest.param({"task.data.train": {"kind": "int", "low": 10, "high": 20}}, r"all trials learn from the same data", id="data"),
+        pytest.param(
+            {"training.updates": {"kind": "int", "low": 10, "high": 20}}, r"all trials train equally long", id="updates"
+        ),
+        pytest.param(
+            {"task.data.train": {"kind": "int", "low": 10, "high": 20}},
+            r"all trials learn from the same data",
+            id="data",
+        ),
         pytest.param({"training..x": {"kind": "int", "low": 10, "high": 20}}, r"is not a field path", id="path"),
     ],
 )
@@ -157,7 +194,10 @@ def test_a_space_that_does_not_fit_the_experiment_is_refused(space: dict[str, An
 
 
 def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
-    space = {"training.budget.hold": {"kind": "int", "low": 0, "high": 20}, "training.budget.anneal": {"kind": "int", "low": 0, "high": 20}}
+    space = {
+        "training.budget.hold": {"kind": "int", "low": 0, "high": 20},
+        "training.budget.anneal": {"kind": "int", "low": 0, "high": 20},
+    }
     settings = {"training.budget.target": 0.3}
     with pytest.raises(SpecError, match=r"all largest values together \(.*hold=20, .*anneal=20\): .*after 40 updates"):
         small_sweep(settings, space=space)
@@ -165,13 +205,22 @@ def test_values_are_refused_where_only_their_combination_is_wrong() -> None:
 
 def test_combinations_are_drawn_that_no_single_value_shows() -> None:
     space = {f"training.budget.{name}": {"kind": "choice", "values": [0, 25, 1]} for name in ("hold", "anneal")}
-    with pytest.raises(SpecError, match=r"the values of random draw \d+ \(.*hold=25, .*anneal=25\): .*after 50 updates"):
+    with pytest.raises(
+        SpecError, match=r"the values of random draw \d+ \(.*hold=25, .*anneal=25\): .*after 50 updates"
+    ):
         small_sweep({"training.budget.target": 0.3}, space=space)
 
 
 def test_no_path_is_blamed_for_what_the_fixed_values_do_together() -> None:
-    space = {**SPACE, "training.budget.hold": {"kind": "fixed", "value": 20}, "training.budget.anneal": {"kind": "fixed", "value": 20}}
-    expected = r"the fixed and first values together \(.*hold=20.*\): .*after 40 updates.*--set training.budget.hold=VALUE --set "
+    space = {
+        **SPACE,
+        "training.budget.hold": {"kind": "fixed", "value": 20},
+        "training.budget.anneal": {"kind": "fixed", "value": 20},
+    }
+    expected = (
+        r"the fixed and first values together \(.*hold=20.*\): "
+        r".*after 40 updates.*--set training.budget.hold=VALUE --set "
+    )
     with pytest.raises(SpecError, match=expected + "training.budget.anneal=VALUE"):
         small_sweep(space=space)
 
@@ -179,7 +228,9 @@ def test_no_path_is_blamed_for_what_the_fixed_values_do_together() -> None:
 @pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform"])
 def test_numbers_with_a_fraction_are_refused_for_a_whole_one(kind: str) -> None:
     step = {"step": 0.5} if kind == "quniform" else {}
-    with pytest.raises(SpecError, match=rf"{WINDOW}=\d+\.\d+: .*valid integer.*for whole numbers write {WINDOW}: {{kind: int, …}}"):
+    with pytest.raises(
+        SpecError, match=rf"{WINDOW}=\d+\.\d+: .*valid integer.*for whole numbers write {WINDOW}: {{kind: int, …}}"
+    ):
         small_sweep(space={WINDOW: {"kind": kind, "low": 4, "high": 30, **step}})
 
 
@@ -187,7 +238,9 @@ def test_numbers_with_a_fraction_are_refused_for_a_whole_one(kind: str) -> None:
     ("other", "message"),
     [
         pytest.param(f"model.{WINDOW}", rf"'{WINDOW}' and 'model.{WINDOW}' are the same field", id="two-spellings"),
-        pytest.param("layers.layer.modules", rf"'{WINDOW}' and 'layers.layer.modules' set the same part", id="part-and-child"),
+        pytest.param(
+            "layers.layer.modules", rf"'{WINDOW}' and 'layers.layer.modules' set the same part", id="part-and-child"
+        ),
     ],
 )
 def test_a_field_that_stands_twice_is_refused(other: str, message: str) -> None:
@@ -197,7 +250,9 @@ def test_a_field_that_stands_twice_is_refused(other: str, message: str) -> None:
 
 
 def test_a_path_may_leave_out_the_model() -> None:
-    short, full = (with_values(tiny(), {f"{prefix}layers.layer.modules.attention.window": 3}) for prefix in ("", "model."))
+    short, full = (
+        with_values(tiny(), {f"{prefix}layers.layer.modules.attention.window": 3}) for prefix in ("", "model.")
+    )
     assert short == full
     assert value_at(short, "layers.layer.modules.attention.window") == 3
 
@@ -218,14 +273,24 @@ def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
 
 def test_values_that_are_no_numbers_are_refused_by_the_experiment() -> None:
     for value in (".inf", "-.inf", ".nan"):
-        space = {"layers.layer.modules.attention.window": {"kind": "choice", "values": read_yaml(f"[8, {value}]", "values")}}
-        with pytest.raises(SpecError, match=r"the experiment refuses a value of the search space, .*: input should be a finite number"):
+        space = {
+            "layers.layer.modules.attention.window": {"kind": "choice", "values": read_yaml(f"[8, {value}]", "values")}
+        }
+        with pytest.raises(
+            SpecError, match=r"the experiment refuses a value of the search space, .*: input should be a finite number"
+        ):
             small_sweep(space=space)
 
 
 def test_an_experiment_that_is_no_word_is_refused() -> None:
     program = (
-        "from sma.tune.sweep import make_sweep\ntry: make_sweep({'experiment': 3, 'space': {}})\nexcept ValueError as error: print(error)"
+        "from sma.tune.sweep import make_sweep\n"
+        "try: make_sweep({'experiment': 3, 'space': {}})\n"
+        "except ValueError as error: print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # without a checker of types
-    assert result.stdout == "3 must be a mapping, or a word: the name of one of the shipped presets or the path of a file\n"
+    # Without a checker of types.
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (
+        result.stdout
+        == "3 must be a mapping, or a word: the name of one of the shipped presets or the path of a file\n"
+    )

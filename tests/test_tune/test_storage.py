@@ -81,7 +81,9 @@ def test_a_uri_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sma.tune.storage.PATIENCE", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"s3://bucket/sweep?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http&region=us-east-1"
-        with pytest.raises(CheckpointError, match=r"'s3://bucket/.*' has not answered for 2 s; check the address, the network"):
+        with pytest.raises(
+            CheckpointError, match=r"'s3://bucket/.*' has not answered for 2 s; check the address, the network"
+        ):
             Storage(uri)
 
 
@@ -107,7 +109,9 @@ def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
 
 @pytest.mark.parametrize("name", ["caf\udce9", "x::y", "~no-such-user/x"])
 def test_folder_that_cannot_be_the_storage_is_a_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the path of the run folder .* (is not valid Unicode|has '::')|begins with the home folder"):
+    with pytest.raises(
+        DataError, match=r"the path of the run folder .* (is not valid Unicode|has '::')|begins with the home folder"
+    ):
         Storage(name if name.startswith("~") else tmp_path / name)
 
 
@@ -125,7 +129,9 @@ def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
     start_sweep(small_sweep(), storage)
     done_trial(0, 0.5, 0.5).save(storage)
     with storage.locked():
-        done = subprocess.run([sys.executable, "-c", code, "report", str(tmp_path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "report", str(tmp_path)], capture_output=True, text=True, check=False
+        )
     assert done.returncode == 2
     assert f"is being written by process {os.getpid()} on {socket.gethostname()!r}" in done.stderr
 
@@ -133,7 +139,11 @@ def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"number": 2}, r"0001.json is no record of a trial of this sweep: number=2, and its name says another", id="name"),
+        pytest.param(
+            {"number": 2},
+            r"0001.json is no record of a trial of this sweep: number=2, and its name says another",
+            id="name",
+        ),
         pytest.param({"values": {"colour": 1}}, r"values has 'colour', which the sweep does not search", id="values"),
         pytest.param({"metrics": {"accuracy": 0.5}}, r"the trial is finished, and metrics has no rate", id="measure"),
         pytest.param({"history": [{"accuracy": 0.5}]}, r"an evaluation in history has no update", id="update"),
@@ -152,7 +162,9 @@ def test_a_number_that_is_none_is_no_json(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for text in ("NaN", "-Infinity", "1e999"):
         storage.write("clock.json", f'{{"1.0": {text}}}')
-        with pytest.raises(CheckpointError, match=rf"clock.json.*cannot be read: {text} is no finite number; remove it"):
+        with pytest.raises(
+            CheckpointError, match=rf"clock.json.*cannot be read: {text} is no finite number; remove it"
+        ):
             load_clock(storage)
 
 

@@ -32,7 +32,9 @@ def test_settings_reach_trial_0_and_all_others(tmp_path: Path) -> None:
 
 def test_a_set_value_replaces_one_that_the_space_fixes() -> None:
     settings = ["training.updates=400", "training.budget.hold=30", "training.budget.anneal=150"]
-    with pytest.raises(SpecError, match=r"after 600 updates.*the fixed values can be changed: --set training.budget.hold=VALUE"):
+    with pytest.raises(
+        SpecError, match=r"after 600 updates.*the fixed values can be changed: --set training.budget.hold=VALUE"
+    ):
         make_sweep("listops_tiny", settings=settings[:1])
     sweep = make_sweep("listops_tiny", settings=settings)
     budget = sweep.trial({path: distribution.probes[0] for path, distribution in sweep.space.items()}).training.budget
@@ -49,12 +51,14 @@ def test_a_set_value_that_the_space_fixes_reaches_trial_0_where_it_has_such_a_pa
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), [("learning_rate", "0.004"), ("model.layers.layer.modules.attention.window", "8"), ("budget.target", "null")]
+    ("path", "value"),
+    [("learning_rate", "0.004"), ("model.layers.layer.modules.attention.window", "8"), ("budget.target", "null")],
 )
 def test_a_set_value_of_a_searched_field_is_refused(path: str, value: str) -> None:
     path = path if path.startswith("model") else f"training.{path}"
     with pytest.raises(
-        SpecError, match=rf"--set {path}={value}: the sweep searches '.*{path.split('.')[-1]}'.*leave it out, or give a --space"
+        SpecError,
+        match=rf"--set {path}={value}: the sweep searches '.*{path.split('.')[-1]}'.*leave it out, or give a --space",
     ):
         make_sweep("listops_tiny", settings=[f"{path}={value}"])
 
@@ -89,7 +93,9 @@ def test_a_file_names_its_experiment_as_seen_from_its_folder(tmp_path: Path, mon
         pytest.param({"hold": 5, "anneal": 12}, {"grace": 9}, 9, id="as-given"),
     ],
 )
-def test_nothing_is_stopped_before_the_rates_are_at_their_targets(budget: dict[str, int], stopping: dict[str, int], grace: int) -> None:
+def test_nothing_is_stopped_before_the_rates_are_at_their_targets(
+    budget: dict[str, int], stopping: dict[str, int], grace: int
+) -> None:
     fixed = {f"training.budget.{name}": {"kind": "fixed", "value": value} for name, value in budget.items()}
     assert small_sweep(space={**SPACE, **fixed}, stopping=stopping).grace == grace
     assert make_sweep("listops_tiny").grace == 600

@@ -28,7 +28,9 @@ def test_a_measure_that_there_is_not_is_left_out(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
-def test_a_measure_that_is_no_number_fails_the_trial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measure_that_is_no_number_fails_the_trial(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = {"val_accuracy": 0.5, "val_loss": 0.5, f"val_{name}": float("nan")}
     with pytest.raises(FloatingPointError, match=f"the {name} at update 10 is nan"):
         evaluated(tmp_path, monkeypatch, "accuracy", **measured)

@@ -7,7 +7,11 @@ from sma.tune.records import TrialRecord
 from sma.tune.watch import FRAME, describe_values, trial_table
 from tests.test_tune.sweeps import done_trial, small_sweep
 
-WINDOW, TARGET, TEMPERATURE = "layers.layer.modules.attention.window", "training.budget.target", "layers.layer.router.temperature_scale"
+WINDOW, TARGET, TEMPERATURE = (
+    "layers.layer.modules.attention.window",
+    "training.budget.target",
+    "layers.layer.router.temperature_scale",
+)
 RATE = "training.learning_rate"
 VALUES = {TEMPERATURE: 0.12345678, WINDOW: 64, TARGET: 0.12345678, RATE: 0.0012345678}
 
@@ -24,11 +28,17 @@ def first_words(found: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 19, 20, 21, 60])
 def test_the_table_fits_the_terminal(count: int) -> None:
-    records = [done_trial(number, 0.5, 0.2, status="finished" if number < count - 4 else "running", **VALUES) for number in range(count)]
+    records = [
+        done_trial(number, 0.5, 0.2, status="finished" if number < count - 4 else "running", **VALUES)
+        for number in range(count)
+    ]
     found = lines(records)
     assert len(found) < 24
     assert max(map(len, found)) <= 80
-    assert all(" 30 " in line and "temperature_scale=" in line and "window=64" in line for line in found[3 : 3 + min(count, 19)])
+    assert all(
+        " 30 " in line and "temperature_scale=" in line and "window=64" in line
+        for line in found[3 : 3 + min(count, 19)]
+    )
 
 
 def test_running_trials_stand_first_then_the_best_then_the_latest() -> None:

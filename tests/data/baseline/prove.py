@@ -2,9 +2,9 @@
 
     python tests/data/baseline/prove.py FOLDER [NAME ...]
 
-runs the commands below in FOLDER (some minutes; what is there already is not run again), prints the hashes as JSON, and exits with 1 where
-one differs from `hashes.json`. The hashes hold for one kind of processor, one version of torch and one thread: a change that must not alter
-what is computed is run before and after on the same machine.
+runs the commands below in FOLDER (some minutes; what is there already is not run again), prints the hashes as JSON, and
+exits with 1 where one differs from `hashes.json`. The hashes hold for one kind of processor, one version of torch and
+one thread: a change that must not alter what is computed is run before and after on the same machine.
 """
 
 import hashlib
@@ -17,9 +17,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SHORT = ["training.updates=40", "training.warmup=5", "training.evaluate_every=20"]
 BUDGET = ["training.budget={target: 0.3, hold: 5, anneal: 10}"]
-LISTOPS = ["task.data={min_length: 9, max_length: 60, max_depth: 5, max_arity: 5, train: 4000, validation: 200, test: 400}"]
+LISTOPS = [
+    "task.data={min_length: 9, max_length: 60, max_depth: 5, max_arity: 5, train: 4000, validation: 200, test: 400}"
+]
 RECALL = [
-    "task.data={length: 48, queries_from: 36, pairs: 3, keys: 16, values: 8, distractors: 16, train: 4000, validation: 100, test: 200}",
+    (
+        "task.data={length: 48, queries_from: 36, pairs: 3, keys: 16, values: 8, distractors: 16, train: "
+        "4000, validation: 100, test: 200}"
+    ),
     "training.budget={target: 0.25, start: 1.0, hold: 5, anneal: 10}",
 ]
 
@@ -30,14 +35,33 @@ def _settings(*groups: list[str]) -> list[str]:
 
 RUNS: dict[str, list[str]] = {
     "listops": ["sma.recipes.seqboat_lra", "--task", "listops", "--out", "listops", *_settings(SHORT, LISTOPS)],
-    "listops_budget": ["sma.recipes.seqboat_lra", "--task", "listops", "--out", "listops_budget", *_settings(SHORT, LISTOPS, BUDGET)],
+    "listops_budget": [
+        "sma.recipes.seqboat_lra",
+        "--task",
+        "listops",
+        "--out",
+        "listops_budget",
+        *_settings(SHORT, LISTOPS, BUDGET),
+    ],
     "digits": ["sma.recipes.seqboat_lra", "--task", "digits", "--out", "digits", *_settings(SHORT)],
     "language": ["sma.recipes.seqboat_lm", "--preset", "tiny", "--out", "language", *_settings(SHORT)],
     "recall": ["sma.recipes.recall", "--out", "recall", *_settings(SHORT, RECALL)],
     "workers": ["sma.tune", "train", "--task", "digits", "--workers", "2", "--out", "workers", *_settings(SHORT)],
     "compare": ["sma.recipes.compare", "--task", "digits", "--length", "256", "--out", "compare", *_settings(SHORT)],
 }
-SWEEP = ["sma.tune", "--task", "digits", "--samples", "4", "--concurrent", "1", "--no-stop", "--storage", "sweep", *_settings(SHORT)]
+SWEEP = [
+    "sma.tune",
+    "--task",
+    "digits",
+    "--samples",
+    "4",
+    "--concurrent",
+    "1",
+    "--no-stop",
+    "--storage",
+    "sweep",
+    *_settings(SHORT),
+]
 SWEEP += _settings(["training.budget.anneal=10"])
 
 
@@ -61,7 +85,8 @@ def run(words: list[str], folder: Path) -> None:
 def trials(folder: Path) -> str:
     """The hash of the settings of a sweep's trials, in their order."""
     records = sorted(
-        (json.loads(path.read_text(encoding="utf-8")) for path in (folder / "records").glob("*.json")), key=lambda one: one["number"]
+        (json.loads(path.read_text(encoding="utf-8")) for path in (folder / "records").glob("*.json")),
+        key=lambda one: one["number"],
     )
     return hashlib.sha256(json.dumps([one["values"] for one in records], sort_keys=True).encode()).hexdigest()
 
@@ -80,7 +105,11 @@ def main() -> int:
         for file in sorted((folder / name).rglob("model.safetensors")):
             found[file.relative_to(folder).parent.as_posix()] = parameters(file)
     print(json.dumps(found, indent=1))
-    recorded = json.loads((HERE / "hashes.json").read_text(encoding="utf-8"))["sha256"] if (HERE / "hashes.json").exists() else {}
+    recorded = (
+        json.loads((HERE / "hashes.json").read_text(encoding="utf-8"))["sha256"]
+        if (HERE / "hashes.json").exists()
+        else {}
+    )
     different = [name for name, value in found.items() if recorded.get(name, value) != value]
     print("different from before: " + ", ".join(different) if different else "all as recorded", file=sys.stderr)
     return 1 if different else 0

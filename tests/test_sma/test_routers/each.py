@@ -55,7 +55,9 @@ ON_ROW: dict[str, Callable[[int], int]] = {
 
 def routers(wanted: Callable[[RouterSpec], bool] = lambda spec: True) -> pytest.MarkDecorator:
     """Try a test on all specs, or on some."""
-    return pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in SPECS.items() if wanted(spec)])
+    return pytest.mark.parametrize(
+        "spec", [pytest.param(spec, id=name) for name, spec in SPECS.items() if wanted(spec)]
+    )
 
 
 def is_learned(spec: RouterSpec) -> bool:
@@ -79,7 +81,9 @@ def is_causal(spec: RouterSpec) -> bool:
 
 
 def looks_at_the_score(spec: RouterSpec) -> bool:
-    """Whether each of its sub-modules is switched by itself, by a score of its own, the same in training and in evaluation."""
+    """Whether each of its sub-modules is switched by itself, by a score of its own, the same in training and in
+    evaluation.
+    """
     return spec.kind in ("sma", "threshold")
 
 
@@ -100,7 +104,9 @@ def scored(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES) -> Sc
 
 
 def token_with_scores(part: ScoredRouter, scores: Sequence[float]) -> Tensor:
-    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, offsets aside."""
+    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, offsets
+    aside.
+    """
     wanted = torch.tensor(scores, dtype=torch.float64) - part.bias.detach()
     token = torch.linalg.pinv(part.weight.detach()) @ wanted
     torch.testing.assert_close(part.weight.detach() @ token, wanted)

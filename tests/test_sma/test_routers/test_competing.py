@@ -53,18 +53,25 @@ class TestExclusive:
             part.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
         assert part(torch.zeros(1, 1, 5))[0].active[0, 0].tolist() == [False, True, False]
 
-    @pytest.mark.parametrize("targets", [{"mlp": 1.0}, {"attention": 0.6, "mlp": 0.3, "conv": 0.1}, dict.fromkeys(NAMES, 1 / 3), {}])
+    @pytest.mark.parametrize(
+        "targets", [{"mlp": 1.0}, {"attention": 0.6, "mlp": 0.3, "conv": 0.1}, dict.fromkeys(NAMES, 1 / 3), {}]
+    )
     def test_targets_that_sum_to_at_most_1_can_be_reached(self, targets):
         router(ExclusiveRouterSpec()).check_targets(targets)
 
     def test_targets_that_sum_to_more_are_refused(self):
-        sentence = "the rates of this exclusive router sum between 0 and 1, but the targets {'attention': 0.6, 'mlp': 0.5} to 1.1"
+        sentence = (
+            "the rates of this exclusive router sum between 0 and 1, but the targets {'attention': 0.6, 'mlp': "
+            "0.5} to 1.1"
+        )
         with pytest.raises(InputError, match=exactly(sentence)):
             router(ExclusiveRouterSpec()).check_targets({"attention": 0.6, "mlp": 0.5})
 
 
 def _subsets(k: int, skips: int) -> list[frozenset[int]]:
-    return [frozenset(subset) for size in range(max(k - skips, 0), min(k, 3) + 1) for subset in combinations(range(3), size)]
+    return [
+        frozenset(subset) for size in range(max(k - skips, 0), min(k, 3) + 1) for subset in combinations(range(3), size)
+    ]
 
 
 class TestTopK:
@@ -116,7 +123,8 @@ class TestTopK:
             TopKRouterSpec(k=5, skips=1).build(5, NAMES)
 
     @pytest.mark.parametrize(
-        ("settings", "complaint"), [({"k": 0}, "k=0 must be at least 1"), ({"skips": -1}, "skips=-1 must be at least 0")]
+        ("settings", "complaint"),
+        [({"k": 0}, "k=0 must be at least 1"), ({"skips": -1}, "skips=-1 must be at least 0")],
     )
     def test_impossible_numbers_of_choices_are_refused(self, settings, complaint):
         with pytest.raises(SpecError, match=f"TopKRouterSpec: {complaint}"):
@@ -124,7 +132,14 @@ class TestTopK:
 
     @pytest.mark.parametrize(
         ("k", "skips", "rates"),
-        [(1, 0, [1 / 3] * 3), (1, 0, [0.7, 0.2, 0.1]), (2, 0, [0.9, 0.9, 0.2]), (2, 1, [0.4] * 3), (2, 1, [0.6] * 3), (2, 2, [0.0] * 3)],
+        [
+            (1, 0, [1 / 3] * 3),
+            (1, 0, [0.7, 0.2, 0.1]),
+            (2, 0, [0.9, 0.9, 0.2]),
+            (2, 1, [0.4] * 3),
+            (2, 1, [0.6] * 3),
+            (2, 2, [0.0] * 3),
+        ],
     )
     def test_targets_that_sum_to_what_is_chosen_can_be_reached(self, k, skips, rates):
         router(TopKRouterSpec(k=k, skips=skips)).check_targets(dict(zip(NAMES, rates, strict=True)))
@@ -134,8 +149,12 @@ class TestTopK:
         [
             pytest.param(1, 0, [0.2, 0.2, 0.2], "sum to 1, but the targets .* to 0.6", id="too few"),
             pytest.param(2, 0, [0.9, 0.9, 0.9], "sum to 2, but the targets .* to 2.7", id="too many"),
-            pytest.param(2, 1, [0.2, 0.2, 0.2], "sum between 1 and 2, but the targets .* to 0.6", id="too few of skips"),
-            pytest.param(1, 3, [0.9, 0.9, 0.2], "sum between 0 and 1, but the targets .* to 2$", id="too many of skips"),
+            pytest.param(
+                2, 1, [0.2, 0.2, 0.2], "sum between 1 and 2, but the targets .* to 0.6", id="too few of skips"
+            ),
+            pytest.param(
+                1, 3, [0.9, 0.9, 0.2], "sum between 0 and 1, but the targets .* to 2$", id="too many of skips"
+            ),
         ],
     )
     def test_targets_that_sum_to_something_else_are_refused(self, k, skips, rates, said):
@@ -158,8 +177,16 @@ class TestTopK:
     @pytest.mark.parametrize(
         ("k", "targets", "said"),
         [
-            (2, {"attention": 0.3, "mlp": 0.3}, "sum to 2, but the targets .* to 0.6, to which the 1 without a target add 1 at most$"),
-            (3, {"attention": 0.3}, "sum to 3, but the targets .* to 0.3, to which the 2 without a target add 2 at most$"),
+            (
+                2,
+                {"attention": 0.3, "mlp": 0.3},
+                "sum to 2, but the targets .* to 0.6, to which the 1 without a target add 1 at most$",
+            ),
+            (
+                3,
+                {"attention": 0.3},
+                "sum to 3, but the targets .* to 0.3, to which the 2 without a target add 2 at most$",
+            ),
             (1, {"attention": 0.8, "mlp": 0.7}, "sum to 1, but the targets .* to 1.5$"),
         ],
     )
@@ -184,9 +211,13 @@ class TestExpertChoice:
         wanted = [math.ceil(Fraction(str(share)) * count) for count in valid.sum(1).tolist()]
         assert active.sum(1).tolist() == [[count] * 3 for count in wanted]
 
-    @pytest.mark.parametrize(("share", "length", "taken"), [(0.07, 100, 7), (0.1, 30, 3), (1e-12, 5, 1), (1.0, 7, 7), (0.5, 0, 0)])
+    @pytest.mark.parametrize(
+        ("share", "length", "taken"), [(0.07, 100, 7), (0.1, 30, 3), (1e-12, 5, 1), (1.0, 7, 7), (0.5, 0, 0)]
+    )
     def test_rounding_takes_no_token_too_many_and_at_least_one(self, share, length, taken):
-        active = ExpertChoiceRouterSpec(share=share).build(5, NAMES)(normal(1, length, 5, dtype=torch.float32))[0].active
+        active = (
+            ExpertChoiceRouterSpec(share=share).build(5, NAMES)(normal(1, length, 5, dtype=torch.float32))[0].active
+        )
         assert active.sum(1).tolist() == [[taken] * 3]
 
     def test_of_equal_scores_the_earlier_token_wins(self):

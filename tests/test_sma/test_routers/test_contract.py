@@ -27,7 +27,9 @@ from tests.test_sma.test_routers.each import (
 
 
 def test_these_tests_know_every_router():
-    assert {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.")} == {spec.kind for spec in SPECS.values()}
+    assert {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.")} == {
+        spec.kind for spec in SPECS.values()
+    }
 
 
 @routers()
@@ -151,9 +153,14 @@ class TestStreams:
     def test_a_state_of_another_part_is_refused(self, spec):
         part, wanted = router(spec), "RandomState" if spec.kind == "random" or draws(spec) else "NoState"
         name = type(part).__name__
-        with pytest.raises(StateError, match=exactly(f"{name} got a state of class State; it needs {wanted}: see init_state")):
+        with pytest.raises(
+            StateError, match=exactly(f"{name} got a state of class State; it needs {wanted}: see init_state")
+        ):
             part(normal(1, 2, 5), state=State())
-        sentence = f"{name} got a state of 3 streams for a batch of 2 rows; make one with init_state(2), or take rows with state.select"
+        sentence = (
+            f"{name} got a state of 3 streams for a batch of 2 rows; "
+            "make one with init_state(2), or take rows with state.select"
+        )
         with pytest.raises(StateError, match=exactly(sentence)):
             part(normal(2, 2, 5), state=part.init_state(3))
 
@@ -163,7 +170,8 @@ class TestStreams:
         name = type(part).__name__
         for call in (lambda: part.init_state(1), lambda: part(normal(1, 2, 5), state=State())):
             with pytest.raises(
-                StateError, match=exactly(f"{name} (causal=False) decides by the whole row and cannot continue from a state")
+                StateError,
+                match=exactly(f"{name} (causal=False) decides by the whole row and cannot continue from a state"),
             ):
                 call()
 
@@ -233,7 +241,9 @@ class TestNumerics:
 class TestSpecs:
     @routers()
     def test_sub_modules_of_one_router_have_different_names(self, spec):
-        with pytest.raises(InputError, match=r"the sub-modules of one router need different names, not \['a', 'b', 'a'\]"):
+        with pytest.raises(
+            InputError, match=r"the sub-modules of one router need different names, not \['a', 'b', 'a'\]"
+        ):
             spec.build(5, ["a", "b", "a"])
 
     @routers()
@@ -263,7 +273,9 @@ class TestSpecs:
         assert Idle().operations(5, 3) == 0
 
     def test_a_router_must_say_how_it_decides(self):
-        with pytest.raises(TypeError, match=exactly("Router must define forward(self, control_BLD, valid, positions, state=None)")):
+        with pytest.raises(
+            TypeError, match=exactly("Router must define forward(self, control_BLD, valid, positions, state=None)")
+        ):
             Router(NAMES)(normal(1, 1, 5))
 
     def test_advance_means_nothing_to_most_routers(self):
@@ -277,5 +289,7 @@ class TestSpecs:
 @pytest.mark.parametrize("channels", [3, 9])
 def test_a_control_state_of_another_width_is_named(spec, channels, as_users_run):
     part = spec.build(8, NAMES)
-    with pytest.raises(InputError, match=exactly(f"control_BLD has {channels} channels; the router {type(part).__name__} reads 8")):
+    with pytest.raises(
+        InputError, match=exactly(f"control_BLD has {channels} channels; the router {type(part).__name__} reads 8")
+    ):
         part(normal(2, 5, channels))

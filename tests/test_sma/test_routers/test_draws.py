@@ -26,7 +26,9 @@ def test_a_draw_is_splitmix64_of_its_keys(seed, position, row, place):
     assert draw.item() == oracles.uniform(seed, row, position, place)
 
 
-@given(rows=st.integers(0, 3), length=st.integers(0, 4), places=st.integers(0, 3), update=st.none() | st.integers(0, 2**40))
+@given(
+    rows=st.integers(0, 3), length=st.integers(0, 4), places=st.integers(0, 3), update=st.none() | st.integers(0, 2**40)
+)
 def test_tokens_draw_by_update_row_position_and_place(rows, length, places, update):
     keys = [] if update is None else [update]
     draws = draw_for_tokens(torch.zeros(rows, length, places), None, None, 5, *map(torch.tensor, keys))
@@ -53,12 +55,19 @@ def test_a_stream_that_begins_again_keeps_its_row(rows):
 @pytest.mark.parametrize("kind", [{"kind": "random", "rate": 0.5}, {"kind": "bernoulli"}, {"kind": "gumbel"}])
 def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(kind):
     layer = {"router": kind, "modules": {"mlp": {"kind": "identity"}}, "bypass": "identity", "activation": "none"}
-    spec = {"kind": "sequence_encoder", "width": 4, "encoder": {"kind": "token_embedding", "vocabulary": 5}, "layers": [{}, layer, layer]}
+    spec = {
+        "kind": "sequence_encoder",
+        "width": 4,
+        "encoder": {"kind": "token_embedding", "vocabulary": 5},
+        "layers": [{}, layer, layer],
+    }
     model = load_spec(spec).build()
     routers = [part.routed.router for part in model.routed_layers if part.routed is not None]
     assert [router.place for router in routers] == [1, 2]
     control = torch.zeros(2, 400, 4)  # every score is 0, so the draws decide alone
-    first, second, alone = (router(control)[0].active for router in (*routers, load_spec(kind, "router").build(4, ["mlp"])))
+    first, second, alone = (
+        router(control)[0].active for router in (*routers, load_spec(kind, "router").build(4, ["mlp"]))
+    )
     assert 0.4 < first.double().mean() < 0.6
     for one, other in ((first, second), (first, alone), (second, alone)):
         assert 0.4 < (one == other).double().mean() < 0.6

@@ -56,7 +56,9 @@ def _assert_the_scores_decided(router: Router, control: Tensor, valid: Tensor | 
     assert decision.p_on.isfinite().all()
     if router.training or router.spec.kind == "threshold":
         return
-    grads = torch.autograd.grad((decision.confidence + decision.p_on).sum(), list(router.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(
+        (decision.confidence + decision.p_on).sum(), list(router.parameters()), allow_unused=True
+    )
     assert all(grad is None or grad.isfinite().all() for grad in grads)
 
 
@@ -96,7 +98,9 @@ def test_a_score_one_rounding_above_another_decides(name):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("name", sorted(name for name in ROUTERS if ROUTERS[name]["kind"] not in BREAKS_TIES and "high" not in name))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in ROUTERS if ROUTERS[name]["kind"] not in BREAKS_TIES and "high" not in name)
+)
 def test_equal_scores_are_inactive_at_every_temperature(name, temperature):
     router = _router(name, 0.0, temperature)
     assert not router(torch.randn(2, 5, 8))[0].active.any()
@@ -133,13 +137,20 @@ class _Routed(torch.nn.Module):
         return type("Output", (), {"decisions": (output.decision,)})()
 
 
-STEERED = {name: 0.2 for name in ROUTERS if name not in ("expert_choice", "top_k", "top_k of all")} | {"top_k": 2 / 3, "top_k of all": 0.3}
+STEERED = {name: 0.2 for name in ROUTERS if name not in ("expert_choice", "top_k", "top_k of all")} | {
+    "top_k": 2 / 3,
+    "top_k of all": 0.3,
+}
 
 
 def _cases(names: Iterable[str], scales: tuple[float, ...]) -> list[tuple[str, float, float]]:
-    """Router, scale and temperature, where it has one. Next to a threshold of 6.9 float32 does not tell differences of 1e-10 apart."""
+    """Router, scale and temperature, where it has one. Next to a threshold of 6.9 float32 does not tell differences of
+    1e-10 apart.
+    """
     every = ((name, scale, temperature) for name in names for scale in scales for temperature in TEMPERATURES)
-    return [case for case in every if (case[0] in TEMPERED or case[2] == 1.0) and case[:2] != ("a high threshold", 1e-10)]
+    return [
+        case for case in every if (case[0] in TEMPERED or case[2] == 1.0) and case[:2] != ("a high threshold", 1e-10)
+    ]
 
 
 @pytest.mark.parametrize(("name", "scale", "temperature"), _cases(STEERED, (1e-10, 1e-3, 1.0, 1e3, 1e10)))
@@ -160,7 +171,9 @@ def test_calibrate_reaches_its_target_in_half_precision(temperature, dtype):
     assert reached.rates[0].tolist() == pytest.approx([0.3] * 3, abs=0.01)
 
 
-@pytest.mark.parametrize(("name", "scale", "temperature"), _cases(("sma", "exclusive", "threshold", "bernoulli"), (1e-6, 1.0, 1e6)))
+@pytest.mark.parametrize(
+    ("name", "scale", "temperature"), _cases(("sma", "exclusive", "threshold", "bernoulli"), (1e-6, 1.0, 1e6))
+)
 def test_a_budget_keeps_its_target(name, scale, temperature):
     router = _router(name, scale, temperature)
     controller = BudgetController(BudgetSpec(target=0.2, speed=0.2), [router])

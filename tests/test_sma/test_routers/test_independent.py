@@ -14,7 +14,16 @@ from sma.routers import sampled as module_of_gumbel
 from tests import oracles
 from tests.cases import gradients, normal
 from tests.streams import near
-from tests.test_sma.test_routers.each import NAMES, looks_at_the_score, router, routers, same, scored, switch_offsets_off, token_with_scores
+from tests.test_sma.test_routers.each import (
+    NAMES,
+    looks_at_the_score,
+    router,
+    routers,
+    same,
+    scored,
+    switch_offsets_off,
+    token_with_scores,
+)
 
 SUBSETS = [frozenset(m for m, on in enumerate(switches) if on) for switches in product([False, True], repeat=3)]
 
@@ -24,7 +33,9 @@ def _is_independent(spec: RouterSpec) -> bool:
 
 
 @routers(_is_independent)
-@pytest.mark.parametrize("subset", [pytest.param(subset, id="".join(map(str, sorted(subset))) or "none") for subset in SUBSETS])
+@pytest.mark.parametrize(
+    "subset", [pytest.param(subset, id="".join(map(str, sorted(subset))) or "none") for subset in SUBSETS]
+)
 def test_every_subset_is_chosen_by_some_token(spec, subset):
     part = scored(spec, width=7).eval()
     switch_offsets_off(part)
@@ -61,17 +72,23 @@ class TestSMA:
 
     def test_temperature_that_would_make_infinite_scores_is_refused(self):
         with pytest.raises(
-            SpecError, match=r"SMARouterSpec: temperature_scale=1e-05 must be at least 0\.0001; temperature_scale: initial temp"
+            SpecError,
+            match=r"SMARouterSpec: temperature_scale=1e-05 must be at least 0\.0001; temperature_scale: initial temp",
         ):
             SMARouterSpec(temperature_scale=1e-5)
 
     @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
     def test_huge_scores_over_the_smallest_temperature_give_no_nan(self, size):
-        part, control = SMARouterSpec(temperature_scale=1e-4).build(5, NAMES), normal(2, 3, 5, dtype=torch.float32) * size
+        part, control = (
+            SMARouterSpec(temperature_scale=1e-4).build(5, NAMES),
+            normal(2, 3, 5, dtype=torch.float32) * size,
+        )
         control.requires_grad_()
         decision = part(control)[0]
         assert decision.confidence.isfinite().all()
-        assert all(gradient.isfinite().all() for gradient in gradients(decision.confidence, [control, *part.parameters()]))
+        assert all(
+            gradient.isfinite().all() for gradient in gradients(decision.confidence, [control, *part.parameters()])
+        )
 
 
 class TestThreshold:
@@ -85,7 +102,11 @@ class TestThreshold:
     def test_a_threshold_near_its_ends_has_a_finite_score(self, threshold):
         decision = ThresholdRouterSpec(threshold=threshold).build(5, NAMES)(normal(1, 4, 5, dtype=torch.float32))[0]
         assert decision.logits.isfinite().all()
-        near(decision.logits[..., 0].double(), torch.full((1, 4, 3), math.log(threshold) - math.log1p(-threshold)).double(), 1e-6)
+        near(
+            decision.logits[..., 0].double(),
+            torch.full((1, 4, 3), math.log(threshold) - math.log1p(-threshold)).double(),
+            1e-6,
+        )
 
     @pytest.mark.parametrize(("threshold", "rule"), [(0.0, "greater than 0"), (1.0, "less than 1")])
     def test_a_threshold_that_no_gate_can_cross_is_refused(self, threshold, rule):
@@ -169,7 +190,10 @@ class TestGumbel:
 
     @pytest.mark.parametrize("anneal", [0, 1])
     def test_without_updates_to_anneal_in_the_final_temperature_comes_at_once(self, anneal):
-        part, control = scored(GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=anneal)), normal(1, 5, 5).requires_grad_()
+        part, control = (
+            scored(GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=anneal)),
+            normal(1, 5, 5).requires_grad_(),
+        )
         part.advance(anneal)
         decision = part(control)[0]
         off, on = (decision.logits + oracles.gumbel_noise(part, 1, 5)).unbind(-1)
@@ -194,7 +218,9 @@ class TestGumbel:
         part, control = router(GumbelRouterSpec()).float(), normal(2, 9, 5, dtype=torch.float32).requires_grad_()
         for draw in (0.0, 1 - 2.0**-53):
             monkeypatch.setattr(
-                module_of_gumbel, "draw_for_tokens", lambda like, *_, draw=draw: torch.full(like.shape, draw, dtype=torch.float64)
+                module_of_gumbel,
+                "draw_for_tokens",
+                lambda like, *_, draw=draw: torch.full(like.shape, draw, dtype=torch.float64),
             )
             confidence = part(control)[0].confidence
             assert (confidence == 1).all()

@@ -46,7 +46,9 @@ class TestFormula:
                 for tensor in (part.weight, part.bias, *([part.offset] if part.offset is not None else [])):
                     tensor.copy_(tensor.round())
         part.advance(seed % 12)
-        batch, valid = pad(rows, "middle") if rows else (torch.zeros(0, 4, width).double(), torch.zeros(0, 4, dtype=torch.bool))
+        batch, valid = (
+            pad(rows, "middle") if rows else (torch.zeros(0, 4, width).double(), torch.zeros(0, 4, dtype=torch.bool))
+        )
         decision = part(batch, valid, valid.cumsum(1) - 1)[0]
         for b, row in enumerate(rows):
             wanted = oracles.choices(part, row, b)
@@ -69,7 +71,10 @@ class TestFormula:
         part, control = scored(spec).train(training), normal(2, 4, 5).requires_grad_()
         part.advance(4)
         inputs = [control, *part.parameters()]
-        rows = [[torch.stack([choice.confidence for choice in token]) for token in oracles.choices(part, control[b], b)] for b in range(2)]
+        rows = [
+            [torch.stack([choice.confidence for choice in token]) for token in oracles.choices(part, control[b], b)]
+            for b in range(2)
+        ]
         by_hand = torch.stack([torch.stack(row) for row in rows])
         torch.testing.assert_close(gradients(part(control)[0].confidence, inputs), gradients(by_hand, inputs))
 
@@ -80,7 +85,9 @@ class TestFormula:
         parameters = list(part.parameters())
 
         def confidence(x, *values):
-            return torch.func.functional_call(part, dict(zip(dict(part.named_parameters()), values, strict=True)), (x,))[0].confidence
+            return torch.func.functional_call(
+                part, dict(zip(dict(part.named_parameters()), values, strict=True)), (x,)
+            )[0].confidence
 
         assert torch.autograd.gradcheck(confidence, [control, *parameters])
 
@@ -122,7 +129,12 @@ def _rows(spec: RouterSpec, place: int) -> list[int]:
 class TestOffset:
     @routers(is_steerable)
     def test_offset_shifts_exactly_the_scores_for_on(self, spec):
-        part, other, control, shift = scored(spec), scored(spec), normal(2, 6, 5), torch.tensor([0.7, -1.3, 0.2], dtype=torch.float64)
+        part, other, control, shift = (
+            scored(spec),
+            scored(spec),
+            normal(2, 6, 5),
+            torch.tensor([0.7, -1.3, 0.2], dtype=torch.float64),
+        )
         part.offset.copy_(shift)
         switch_offsets_off(other)
         with torch.no_grad():

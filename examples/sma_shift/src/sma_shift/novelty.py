@@ -34,10 +34,11 @@ class NoveltyRouterSpec(RouterSpec):
 class NoveltyRouter(Router):
     r"""Independent decisions by how much of a token is new: $n_t = |h_t - h_{t-1}| / (|h_t| + |h_{t-1}|)$ in [0, 1].
 
-    $|h|$ is the sum of absolute values and $h_{t-1}$ the valid token before, zeros at first: the first token of a stream is all
-    new, one that is repeated not at all. The score for on is $g_m (n_t - \theta_m)$ plus the offset of a budget, for off 0;
-    $p = \mathrm{softmax}$ of the two. Active iff $p_1 > p_0$, confidence $c = \max(p)$. A gain that training turns negative
-    chooses what repeats.
+    $|h|$ is the sum of absolute values and $h_{t-1}$ the valid token before, zeros at first: the first token of a
+    stream is all new, one that is repeated not at all. The score for on is $g_m (n_t - \theta_m)$ plus the offset of a
+    budget, for off 0;
+    $p = \mathrm{softmax}$ of the two. Active iff $p_1 > p_0$, confidence $c = \max(p)$. A gain that training turns
+    negative chooses what repeats.
 
     Causal; its state is one token per row. The gradient goes through the softmax, and only from active tokens.
 
@@ -60,13 +61,19 @@ class NoveltyRouter(Router):
         self.threshold = nn.Parameter(torch.full((len(self.names),), spec.threshold))
         self.register_buffer("offset", torch.zeros(len(self.names)))  # with it, `sma.budget` can hold a rate
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LastToken:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LastToken:
         """Make the state of streams that have seen nothing; see `Router.init_state`."""
         device, dtype = placement(self, device, dtype)
         return LastToken(torch.zeros(batch_size, self.width, device=device, dtype=dtype))
 
     def forward(
-        self, control_BLD: Tensor, valid: Tensor | None = None, positions: Tensor | None = None, state: State | None = None
+        self,
+        control_BLD: Tensor,
+        valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
         before = self._continue(state, LastToken, control_BLD)
@@ -92,7 +99,9 @@ class NoveltyRouter(Router):
 
 
 def last_valid(control_BLD: Tensor, valid: Tensor | None) -> Tensor:
-    """`(B, L + 1)`: place in the line of the newest valid token before each token, and after the last one; 0 is the state."""
+    """`(B, L + 1)`: place in the line of the newest valid token before each token, and after the last one; 0 is the
+    state.
+    """
     rows, length = control_BLD.shape[:2]
     places = torch.arange(length + 1, device=control_BLD.device).expand(rows, length + 1)
     if valid is None:

@@ -31,7 +31,8 @@ class TokenShiftSpec(SubModuleSpec):
 class TokenShift(SubModule):
     r"""An MLP of each token mixed with the active token before it: $y_t = W_2 \mathrm{relu}(W_1 z_t)^2$.
 
-    $z_t = \mu \odot x_t + (1 - \mu) \odot x_{t-1}$, where t - 1 is the token of the row that was active before, zeros at first.
+    $z_t = \mu \odot x_t + (1 - \mu) \odot x_{t-1}$, where t - 1 is the token of the row that was active before, zeros
+    at first.
 
     Args:
         spec: hidden size.
@@ -53,7 +54,9 @@ class TokenShift(SubModule):
         self.up = nn.Linear(width, spec.hidden_size, bias=False)
         self.down = nn.Linear(spec.hidden_size, width, bias=False)
 
-    def init_state(self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LastToken:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LastToken:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         device, dtype = placement(self, device, dtype)
         return LastToken(torch.zeros(batch_size, self.mix.shape[0], device=device, dtype=dtype))
