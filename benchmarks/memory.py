@@ -14,8 +14,8 @@ import time
 import torch
 
 from sma.model import build
-from sma.recipes.efficiency import random_rows
 from sma.recipes.experiment import load_experiment
+from sma.recipes.studies.efficiency import random_rows
 from sma.streams import run_command
 
 

@@ -22,15 +22,26 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.errors import CheckpointError, SmaError, SpecError, did_you_mean, parsing
-from sma.recipes.baselines import BASELINES, baseline
-from sma.recipes.command import RunOptions, asked_experiment, check_fits, exit_code, folder_of, parse
-from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
-from sma.recipes.efficiency import WORKS, efficiency
-from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
-from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
-from sma.recipes.names import plain, shell_word
-from sma.recipes.run_files import difference, is_list_of, read_checked, read_json, read_summary, refuse_another
-from sma.recipes.tasks import TaskData
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.io.names import plain, shell_word
+from sma.recipes.io.run_folder import (
+    EXPERIMENT,
+    SUMMARY,
+    difference,
+    is_list_of,
+    read_checked,
+    read_json,
+    read_summary,
+    refuse_another,
+    write_text,
+)
+from sma.recipes.reports.comparison import comma_separated, markdown, markdown_of_several
+from sma.recipes.studies.baselines import BASELINES, baseline
+from sma.recipes.studies.efficiency import WORKS, efficiency
+from sma.recipes.studies.grid import LOG, failure, in_words, train_all, unfinished
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.options import RunOptions, asked_experiment, check_fits, folder_of
 from sma.spec import dump_yaml
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
@@ -272,7 +283,7 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
     """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole
     schedule.
     """
-    from sma.recipes.training import Classifier, training_loader
+    from sma.recipes.training.classification import Classifier, training_loader
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)

@@ -6,26 +6,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+import sma.recipes.tasks.kinds  # noqa: F401 (registers the tasks)
 from sma.budget import BudgetSpec
-from sma.errors import CheckpointError
-from sma.files import write_atomically
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
-from sma.recipes.shipped import read_shipped
-from sma.recipes.tasks import TaskSpec
+from sma.recipes.io.presets import read_shipped
+from sma.recipes.tasks.contract import TaskSpec
 from sma.routers import BernoulliRouterSpec, RouterSpec
 from sma.routers.sampled import SampledSpec
 from sma.spec import Spec, parse_setting
-
-# The files of a run folder.
-EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = (
-    "experiment.yaml",
-    "data.json",
-    "versions.json",
-    "summary.json",
-    "evaluation.json",
-)
-LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 
 class RoutingLosses(Spec):
@@ -176,21 +165,6 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     if isinstance(data.get("model"), str):
         data["model"] = read_shipped(data["model"], "specs")
     return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(_setting, settings))))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of a run folder, whole or not at all.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {str(path)!r}: {error.strerror}; the run folder must be writable and have space"
-        ) from error
 
 
 def full_path(path: str) -> str:

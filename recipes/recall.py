@@ -29,15 +29,16 @@ from torch import Tensor
 from sma.budget import calibrate
 from sma.checkpoint import load
 from sma.model import SequenceModel
-from sma.recipes.arms import Arm, at_random, run_arms, with_routers
-from sma.recipes.command import exit_code, parse
-from sma.recipes.data.batch import asked
-from sma.recipes.experiment import SUMMARY, ExperimentSpec, RoutingLosses, write_text
-from sma.recipes.figures import attempt, drawing, save_figure
-from sma.recipes.names import plain
-from sma.recipes.report import Report, measure, rates_over_training
-from sma.recipes.routed import ArmsOptions, comparison
-from sma.recipes.tasks import TaskData
+from sma.recipes.experiment import ExperimentSpec, RoutingLosses
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.io.names import plain
+from sma.recipes.io.run_folder import SUMMARY, write_text
+from sma.recipes.reports.classification import Report, measure, rates_over_training
+from sma.recipes.reports.figures import attempt, drawing, save_figure
+from sma.recipes.studies.routed import ArmsOptions, comparison
+from sma.recipes.studies.variants import Arm, at_random, run_arms, with_routers
+from sma.recipes.tasks.batch import asked
+from sma.recipes.tasks.contract import TaskData
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
 from sma.stats import count_rates
 

@@ -12,8 +12,8 @@ import sys
 
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import exit_code, parse
-from sma.recipes.routed import RoutedOptions, run_routed
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.studies.routed import RoutedOptions, run_routed
 
 
 class Options(RoutedOptions):

@@ -20,14 +20,23 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.errors import SmaError, SpecError, did_you_mean
-from sma.recipes.command import RunOptions, asked_experiment, check_fits, exit_code, folder_of, parse
-from sma.recipes.experiment import EXPERIMENT, SUMMARY, ExperimentSpec, load_experiment, write_text
-from sma.recipes.many_runs import LOG, failure, in_words, train_all, unfinished
-from sma.recipes.names import plain
-from sma.recipes.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
-from sma.recipes.router_report import comma_separated, markdown, repeated
-from sma.recipes.run_files import is_list_of, read_checked, read_summary, refuse_another
-from sma.recipes.tasks import TaskData
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.io.names import plain
+from sma.recipes.io.run_folder import (
+    EXPERIMENT,
+    SUMMARY,
+    is_list_of,
+    read_checked,
+    read_summary,
+    refuse_another,
+    write_text,
+)
+from sma.recipes.reports.routers import comma_separated, markdown, repeated
+from sma.recipes.studies.grid import LOG, failure, in_words, train_all, unfinished
+from sma.recipes.studies.router_grid import MIXED, ROUTERS, Cell, cell_experiment, columns, grid
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.options import RunOptions, asked_experiment, check_fits, folder_of
 from sma.spec import dump_yaml
 from sma.stats import operation_count
 

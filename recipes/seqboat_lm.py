@@ -21,9 +21,10 @@ from sma.checkpoint import load
 from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
-from sma.recipes.command import CommandOptions, OneRunOptions, Start, exit_code, experiment, parse
-from sma.recipes.figures import label
-from sma.recipes.names import plain
+from sma.recipes.io.command import CommandOptions, exit_code, parse
+from sma.recipes.io.names import plain
+from sma.recipes.reports.figures import label
+from sma.recipes.training.options import OneRunOptions, Start, experiment
 
 
 class Options(OneRunOptions):
@@ -79,7 +80,7 @@ def run(options: Options) -> dict[str, Any]:
         SmaError: a sentence for the user.
     """
     if options.evaluate is not None:
-        from sma.recipes.evaluate import evaluate
+        from sma.recipes.training.evaluation import evaluate
 
         return evaluate(options.evaluate, options)
     with experiment(options) as start:
@@ -89,8 +90,8 @@ def run(options: Options) -> dict[str, Any]:
 def _train(start: Start, options: Options) -> dict[str, Any]:
     spec, out = start.spec, start.out
     # Lightning takes seconds to import; --help and a wrong --set need not wait for it.
-    from sma.recipes.language import Finished, run_language
-    from sma.recipes.language_report import describe_language, draw_language
+    from sma.recipes.reports.language import describe_language, draw_language
+    from sma.recipes.training.language import Finished, run_language
 
     corpus = spec.task.prepare(options.data, progress=options.progress)
     sizes = (

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import OneRunOptions, Start, exit_code, experiment, parse
-from sma.recipes.names import plain
-from sma.recipes.report import describe_run, draw
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.io.names import plain
+from sma.recipes.reports.classification import describe_run, draw
+from sma.recipes.training.options import OneRunOptions, Start, experiment
 
 
 class Options(OneRunOptions):
@@ -47,7 +48,7 @@ def run(options: OneRunOptions) -> dict[str, Any]:
         SmaError: a sentence for the user.
     """
     if options.evaluate is not None:
-        from sma.recipes.evaluate import evaluate
+        from sma.recipes.training.evaluation import evaluate
 
         return evaluate(options.evaluate, options)
     with experiment(options) as start:
@@ -57,7 +58,7 @@ def run(options: OneRunOptions) -> dict[str, Any]:
 def _train(start: Start, options: OneRunOptions) -> dict[str, Any]:
     spec, out = start.spec, start.out
     # Lightning takes seconds to import; --help and a wrong --set need not wait for it.
-    from sma.recipes.training import run_experiment
+    from sma.recipes.training.classification import run_experiment
 
     data = spec.task.prepare(options.data, progress=options.progress)
     title = f"SeqBoat on {spec.task.kind}"

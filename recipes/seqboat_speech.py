@@ -14,8 +14,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.recipes.command import OneRunOptions, exit_code, parse
+from sma.recipes.io.command import exit_code, parse
 from sma.recipes.seqboat_lra import run
+from sma.recipes.training.options import OneRunOptions
 
 
 class Options(OneRunOptions):

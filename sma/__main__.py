@@ -18,7 +18,7 @@ from sma.checkpoint import SPEC
 from sma.describe import describe, layer_key
 from sma.errors import QUOTED, SmaError, SpecError, did_you_mean, quote, reason
 from sma.model import ModelSpec, SequenceModel
-from sma.recipes.shipped import read_shipped, shipped
+from sma.recipes.io.presets import read_shipped, shipped
 from sma.spec import json_schema, load_spec, parse_setting
 from sma.streams import run_command, write_out
 

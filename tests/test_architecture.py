@@ -24,6 +24,16 @@ CHAIN = [
     ["repeat"],
     ["model"],
 ]
+# Rooms of the recipes in the order in which they may know each other, and last what a user runs.
+FLOORS = [
+    ["io"],
+    ["tasks"],
+    ["experiment"],
+    ["reports"],
+    ["training"],
+    ["studies"],
+    ["seqboat_lra", "seqboat_speech", "seqboat_lm", "routed_mlp", "routed_conv", "recall", "compare", "router_table"],
+]
 # These may import everything, so nothing else of the core may import them.
 TOP = ("sma.testing", "sma.interop", "sma.__main__")
 
@@ -106,7 +116,17 @@ def _within(name: str, *packages: str) -> bool:
 
 SOURCES = _files(*PACKAGES)
 OURS = frozenset(map(_module, SOURCES))
-GRAPH = {_module(path): _imports(path, OURS) for path in SOURCES}
+
+
+def _executed(path: Path) -> set[str]:
+    """What importing a file executes: what it imports, and the packages that this stands in, besides its own."""
+    own = {".".join(_module(path).split(".")[:depth]) for depth in range(1, 9)}
+    found = _imports(path, OURS)
+    packages = {".".join(name.split(".")[:depth]) for name in found for depth in range(1, name.count(".") + 1)}
+    return found | (packages & OURS) - own
+
+
+GRAPH = {_module(path): _executed(path) for path in SOURCES}
 CORE = [path for path in _files("sma") if not _within(_module(path), *TOP)]
 
 
@@ -143,9 +163,26 @@ def test_import_graph_of_the_core_is_a_line(row: int) -> None:
     assert [route for name in CHAIN[row] if (route := _route(f"sma.{name}", later))] == []
 
 
-@pytest.mark.parametrize("path", _ids(CORE))
+@pytest.mark.parametrize("path", _ids(SOURCES))
 def test_no_file_imports_itself_by_a_detour(path: Path) -> None:
     assert _route(_module(path), {_module(path)}) is None
+
+
+@pytest.mark.parametrize("floor", [pytest.param(floor, id=",".join(rooms)) for floor, rooms in enumerate(FLOORS[:-1])])
+def test_recipes_import_in_one_line(floor: int) -> None:
+    rooms = [f"sma.recipes.{room}" for room in FLOORS[floor]]
+    above = {
+        name
+        for name in GRAPH
+        if any(_within(name, f"sma.recipes.{room}") for row in FLOORS[floor + 1 :] for room in row)
+    }
+    assert [route for name in GRAPH if _within(name, *rooms) and (route := _route(name, above))] == []
+
+
+def test_top_of_recipes_is_what_a_user_runs() -> None:
+    rooms = {room for row in FLOORS[:-1] for room in row}
+    files = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"__init__", *rooms}
+    assert files == {"environment", *FLOORS[-1]}
 
 
 @pytest.mark.parametrize("path", _ids(_files("modules")))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"sma": "sma", "modules": "sma/modules", "recipes": "sma/recipes", "tune": "sma/tune"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PLUGINS = PROJECT["project"]["entry-points"]["sma.plugins"]
-IMPORT_ALL = "import sma, sma.errors, sma.modules, sma.recipes.data, sma.tune"
+IMPORT_ALL = "import sma, sma.errors, sma.modules, sma.recipes.io, sma.recipes.tasks.kinds, sma.tune"
 
 
 def _python(program: str, cwd: Path, search_path: str = "") -> subprocess.CompletedProcess[str]:

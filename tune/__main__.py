@@ -18,10 +18,11 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from sma.errors import SmaError, SpecError, did_you_mean
-from sma.recipes.claims import claim_folder
-from sma.recipes.command import CommandOptions, cache_folder, exit_code, parse
-from sma.recipes.folders import lend_home
-from sma.recipes.names import plain
+from sma.recipes.io.claims import claim_folder
+from sma.recipes.io.command import CommandOptions, exit_code, parse
+from sma.recipes.io.folders import lend_home
+from sma.recipes.io.names import plain
+from sma.recipes.training.options import cache_folder
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
 from sma.tune.train import TrainOptions, resumable, train
 

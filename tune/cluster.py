@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from sma.errors import SmaError, SpecError, quote, reason
-from sma.recipes.isolation import changed_environment
+from sma.recipes.io.isolation import changed_environment
 from sma.spec import Spec
 from sma.tune.lifeline import ClusterLost, leave_cluster, signals_kept
 from sma.tune.scratch import remove_abandoned

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from sma.recipes.isolation import changed_environment
+from sma.recipes.io.isolation import changed_environment
 
 HIDDEN = ("TUNE_", "RAY_TUNE_", "RAY_TRAIN_", "RAY_AIR_")
 """How the names of variables begin by which Tune and Train change what they do: buffers, delimiters, callbacks,

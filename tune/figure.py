@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sma.recipes.figures import drawing, png
-from sma.recipes.names import plain
+from sma.recipes.io.names import plain
+from sma.recipes.reports.figures import drawing, png
 from sma.tune.records import TrialRecord
 from sma.tune.space import searched
 from sma.tune.sweep import RATE, SweepSpec

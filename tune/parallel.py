@@ -21,13 +21,15 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
 from sma.errors import CheckpointError, SmaError, SpecError
-from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, ExperimentSpec
-from sma.recipes.language import run_language
-from sma.recipes.language_report import describe_language, draw_language
-from sma.recipes.report import describe_run, draw
-from sma.recipes.tasks import ClassificationTask, LanguageTask
-from sma.recipes.team import Team
-from sma.recipes.training import run_experiment
+from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY
+from sma.recipes.reports.classification import describe_run, draw
+from sma.recipes.reports.language import describe_language, draw_language
+from sma.recipes.tasks.contract import ClassificationTask
+from sma.recipes.tasks.language.task import LanguageTask
+from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.distributed import Team
+from sma.recipes.training.language import run_language
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
 from sma.tune.environment import ray_settings

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sma.errors import CheckpointError, SpecError
-from sma.recipes.experiment import SUMMARY
-from sma.recipes.figures import attempt
-from sma.recipes.names import markdown_cell
+from sma.recipes.io.names import markdown_cell
+from sma.recipes.io.run_folder import SUMMARY
+from sma.recipes.reports.figures import attempt
 from sma.spec import dump_yaml
 from sma.tune.figure import draw_front
 from sma.tune.folder import load_drivers

@@ -14,8 +14,8 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from sma.errors import CheckpointError, SmaError, parsing, reason
 from sma.files import read_file, write_atomically
-from sma.recipes.claims import LOCK, run_lock
-from sma.recipes.folders import check_run_folder, expand
+from sma.recipes.io.claims import LOCK, run_lock
+from sma.recipes.io.folders import check_run_folder, expand
 
 PATIENCE = 30.0
 """Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from sma.errors import SpecError, did_you_mean, quote
 from sma.paths import parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
-from sma.recipes.shipped import shipped
-from sma.recipes.tasks import ClassificationTask, LanguageTask
+from sma.recipes.io.presets import shipped
+from sma.recipes.tasks.contract import ClassificationTask
+from sma.recipes.tasks.language.task import LanguageTask
 from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file
 from sma.tune.space import DistributionSpec, Fixed, check_space, largest, value_at, with_values
 from sma.yaml_text import read_fields

@@ -22,11 +22,12 @@ from ray import tune
 
 from sma.errors import CheckpointError, SmaError, parsing, quote
 from sma.files import read_file
-from sma.recipes.experiment import ExperimentSpec, write_text
-from sma.recipes.language import run_language
-from sma.recipes.run import Stopwatch
-from sma.recipes.tasks import LanguageTask
-from sma.recipes.training import run_experiment
+from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.io.run_folder import write_text
+from sma.recipes.tasks.language.task import LanguageTask
+from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.language import run_language
+from sma.recipes.training.loop import Stopwatch
 from sma.stats import operation_count
 from sma.tune.pulse import Pulse
 from sma.tune.scratch import scratch_folder

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from sma.model import ModelSpec
-from sma.recipes.data.batch import Batch
+from sma.recipes.tasks.batch import Batch
 from sma.spec import Spec
 
 

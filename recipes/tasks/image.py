@@ -1,15 +1,213 @@
-"""The task Image: CIFAR-10 in grey, pixel by pixel."""
+"""CIFAR-10 in grey, the task Image of Long Range Arena: 60,000 photographs of 32 x 32 pixels in 10 classes, read row
+after row.
 
+The binary version is read, six files of 10,000 records: a byte for the class, then 1,024 bytes each of red, green and
+blue. The Python version is pickled, and unpickling runs whatever a file says, so it is not read.
+
+Reference:
+    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
+    https://www.cs.toronto.edu/~kriz/cifar.html.
+    Grey as Tay et al., "Long Range Arena", arXiv 2011.04006: ITU-R 601-2 luma.
+"""
+
+import hashlib
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import torch
+from jaxtyping import Integer, UInt8
 from pydantic import Field
 
+from sma.errors import DataError, parsing
+from sma.files import open_file
 from sma.model import ModelSpec
-from sma.recipes.data.batch import collate
-from sma.recipes.data.cifar import CLASSES, SIDE, CifarSettings, load_cifar
+from sma.recipes.io.hub import from_hub
+from sma.recipes.io.published import published_folder
+from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
-from sma.spec import register
+from sma.recipes.tasks.digits import SIDE as DIGIT_SIDE
+from sma.recipes.tasks.digits import DigitsDataset, load_digits
+from sma.recipes.tasks.grey import SPLITS, GreyData, GreyDataset
+from sma.spec import Spec, register
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+RECORDS = 10_000
+"""Records of every file."""
+
+TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+TEST_FILE = "test_batch.bin"
+FOLDER = "cifar-10-batches-bin"
+ARCHIVE = "cifar-10-binary.tar.gz"
+URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
+MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # the page of the data set gives no better hash
+HUB = "uoft-cs/cifar10"
+
+_PICKLED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
+_PIXELS = SIDE * SIDE
+_RECORD = 1 + 3 * _PIXELS
+_MEAN, _STD = 0.48, 0.24
+
+Images = tuple[UInt8[np.ndarray, "N 1024"], UInt8[np.ndarray, " N"]]
+
+
+class CifarSettings(Spec):
+    """Where CIFAR-10 comes from, and how its training images are split. The same settings give the same splits."""
+
+    source: Literal["binary", "hub", "digits"] = Field(
+        default="binary",
+        description="the files of the binary version; or the Hugging Face Hub, through the package `datasets`; or, for "
+        "trying the pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: "
+        "1,438 to train on and 359 to test on",
+    )
+    download: bool = Field(default=False, description="get the binary version (170 MB) if it is not there")
+    validation: int = Field(
+        default=5_000, ge=1, lt=5 * RECORDS, description="of the training images, how many to validate on"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**31, description="of the choice")
+
+
+def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = True) -> GreyData:
+    """Return the images in grey: 45,000 to train on, 5,000 to validate on, and the 10,000 of the test; pixels are (x /
+    255 - 0.48) / 0.24.
+
+    Args:
+        settings: source and split.
+        folder: where data is kept between runs. It holds `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`, which is
+            then unpacked.
+        progress: whether to show a bar while downloading.
+
+    Raises:
+        DataError: the data is not there, or a file is damaged; names it.
+    """
+    if settings.source == "digits":
+        train, test = _from_digits()
+    elif settings.source == "hub":
+        train, test = _from_hub(Path(folder))
+    else:
+        train, test = _from_files(settings, Path(folder), progress)
+    if settings.validation >= len(train[1]):
+        raise DataError(
+            f"validation={settings.validation} leaves none of the {len(train[1])} training images to train on; lower it"
+        )
+    order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(settings.seed)).numpy()
+    kept = len(order) - settings.validation
+    parts = [tuple(part[numbers] for part in train) for numbers in (order[:kept], order[kept:])]
+    splits = {
+        name: GreyDataset(pixels, targets, _MEAN, _STD)
+        for name, (pixels, targets) in zip(SPLITS, [*parts, test], strict=True)
+    }
+    hashes = {
+        name: hashlib.sha256(split.pixels.tobytes() + split.targets.tobytes()).hexdigest()
+        for name, split in splits.items()
+    }
+    return GreyData(**splits, hashes=hashes)
+
+
+def read_batch(path: Path) -> Images:
+    """Read one file of the binary version; returns grey pixels and classes.
+
+    Raises:
+        DataError: the file cannot be read, has another size, or has a class above 9; names the file and the record.
+    """
+    with open_file(path) as file, parsing(path):
+        size = os.fstat(file.fileno()).st_size
+        if size != RECORDS * _RECORD:
+            raise DataError(
+                f"{path} has {size:,} bytes; {RECORDS * _RECORD:,} are required, {RECORDS:,} records of {_RECORD:,}: "
+                f"it is truncated or no file of the binary version; delete it and unpack {ARCHIVE} again"
+            )
+        records = np.frombuffer(file.read(size), dtype=np.uint8).reshape(RECORDS, _RECORD)
+    _check_classes(records[:, 0], str(path))
+    return to_grey(records[:, 1:].reshape(RECORDS, 3, _PIXELS)), records[:, 0].copy()
+
+
+def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
+    """Return the grey values of red, green and blue ones: 0.299 R + 0.587 G + 0.114 B in 16 binary places, rounded, as
+    Pillow's mode L.
+
+    Shape:
+        `(N, 3, L)` in, `(N, L)` out.
+    """
+    red, green, blue = (colours[:, part].astype(np.uint32) for part in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)
+
+
+def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[Images, Images]:
+    unpacked = folder / ARCHIVE.removesuffix(".tar.gz")
+    place = published_folder(
+        [folder / FOLDER, unpacked / FOLDER],
+        [folder / ARCHIVE],
+        unpacked,
+        url=URL,
+        md5=MD5,
+        archive_most=1 << 28,  # it has 170 MB
+        files_most=(len(TRAIN_FILES) + 1) * RECORDS * _RECORD,
+        missing=_missing(folder),
+        members=lambda name: name.rpartition("/")[2] in (*TRAIN_FILES, TEST_FILE),
+        download=settings.download,
+        progress=progress,
+    )
+    parts = [read_batch(place / name) for name in TRAIN_FILES]
+    train = np.concatenate([pixels for pixels, _ in parts]), np.concatenate([targets for _, targets in parts])
+    return train, read_batch(place / TEST_FILE)
+
+
+def _missing(folder: Path) -> str:
+    missing = (
+        f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) "
+        f"nor {ARCHIVE} in {folder}"
+    )
+    for name in _PICKLED:
+        if os.path.exists(folder / name):  # which is false for names that cannot be
+            missing += f" but {name}, which is not read: it is pickled, and unpickling would run whatever it says"
+    return missing
+
+
+def _from_digits() -> tuple[Images, Images]:
+    made = load_digits()
+    parts = [_enlarged(split) for split in (made.train, made.validation, made.test)]
+    train = np.concatenate([pixels for pixels, _ in parts[:2]]), np.concatenate([targets for _, targets in parts[:2]])
+    return train, parts[2]
+
+
+def _enlarged(split: DigitsDataset) -> Images:
+    grey = (split.pixels.numpy().astype(np.uint16) * 255 // 16).astype(np.uint8).reshape(-1, DIGIT_SIDE, DIGIT_SIDE)
+    factor = SIDE // DIGIT_SIDE
+    return grey.repeat(factor, 1).repeat(factor, 2).reshape(-1, _PIXELS), split.targets.numpy().astype(np.uint8)
+
+
+def _from_hub(folder: Path) -> tuple[Images, Images]:
+    found = from_hub(HUB, folder, otherwise="binary")
+    with parsing(f"the data set {HUB} of the Hub", hint="set task.data.source=binary"):
+        return _decoded(found, "train"), _decoded(found, "test")
+
+
+def _decoded(found: Any, split: str) -> Images:
+    rows = found[split]
+    colours, targets = np.empty((len(rows), 3, _PIXELS), dtype=np.uint8), np.empty(len(rows), dtype=np.int64)
+    for number, row in enumerate(rows):
+        picture = np.asarray(row["img"])
+        if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
+            raise DataError(
+                f"image {number} of the split {split!r} of {HUB} has shape {picture.shape} and dtype {picture.dtype}; "
+                f"({SIDE}, {SIDE}, 3) and uint8 are required"
+            )
+        colours[number] = picture.reshape(_PIXELS, 3).T
+        targets[number] = row["label"]
+    _check_classes(targets, f"the split {split!r} of {HUB}")
+    return to_grey(colours), targets.astype(np.uint8)
+
+
+def _check_classes(targets: Integer[np.ndarray, " N"], where: str) -> None:
+    bad = np.flatnonzero((targets < 0) | (targets >= len(CLASSES)))
+    if len(bad):
+        raise DataError(
+            f"{where}: record {bad[0]} has the class {targets[bad[0]]}; "
+            f"classes are 0 to {len(CLASSES) - 1}, so it is damaged"
+        )
 
 
 @register

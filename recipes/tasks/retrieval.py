@@ -1,17 +1,160 @@
-"""The task of pairs of papers, byte by byte."""
+"""AAN: does one paper cite the other? Pairs of papers as bytes: the retrieval task of the Long Range Arena.
 
+Files are the release's, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`: no header, no quoting, five columns separated
+by tabs: label (0.0 or 1.0), name of the first paper, of the second, text of the first, of the second. 147,086 /
+18,090 / 17,437 pairs, 1.5 GB: a file is read once for its hash and the places of its texts, and from then on only the
+texts that are asked for come into memory.
+
+Reference:
+    Radev et al., "The ACL Anthology Network Corpus", Language Resources and Evaluation 47, 2013.
+    Tay et al., "Long Range Arena", arXiv 2011.04006.
+"""
+
+import codecs
+import hashlib
+from array import array
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
 from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from sma import pairs  # noqa: F401 registers the kind of model that reads pairs
+from sma.errors import DataError, quote
 from sma.model import ModelSpec
-from sma.recipes.data.aan import CLASSES, AANSettings, load_aan
-from sma.recipes.data.batch import collate_pairs
-from sma.recipes.data.documents import check_vocabulary, show
+from sma.recipes.io.lines import lines_of
+from sma.recipes.io.mapped import map_file
+from sma.recipes.tasks.batch import collate_pairs
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
-from sma.spec import register
+from sma.recipes.tasks.documents import check_vocabulary, ids_of, show
+from sma.recipes.tasks.lra import release_folder
+from sma.recipes.tasks.python_text import python_pairs
+from sma.spec import Spec, register
+
+CLASSES = ("unrelated", "cited")
+PYTHON_CLASSES = ("elsewhere", "continued")
+FOLDER = "tsv_data"
+FILES = {"train": "new_aan_pairs.train.tsv", "validation": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
+"""The release's file of every split."""
+
+_LABELS = {b"0.0": 0, b"1.0": 1, b"0": 0, b"1": 1}
+_COLUMNS = 5
+_REQUIRED = "5 are required: label, name and name, text and text"
+
+
+class AANSettings(Spec):
+    """Which pairs to read. The same settings and files give the same pairs in the same splits."""
+
+    source: Literal["release", "python"] = Field(
+        default="release",
+        description="the release of the Long Range Arena; or, for trying the pipeline, no papers but passages of "
+        "Python's standard library: does the second go on where the first ends, or is it of another module?",
+    )
+    download: bool = Field(
+        default=False,
+        description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it",
+    )
+    length: int = Field(default=4000, ge=1, description="bytes that a document is cut to, or that a passage has")
+    validation: float = Field(
+        default=0.1, gt=0.0, lt=1.0, description="with source=python: share of the modules that is held out"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: of the splits and the pairs")
+
+
+class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the
+    other.
+
+    Args:
+        content: the bytes of all documents, such as a file mapped into memory.
+        places: `(N, 4)`: where in it the first text begins and ends, and the second.
+        targets: the labels.
+    """
+
+    def __init__(
+        self, content: UInt8[np.ndarray, " T"], places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
+    ) -> None:
+        self.content, self.places, self.targets = content, places, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[tuple[Int64[Tensor, " L1"], Int64[Tensor, " L2"]], int]:
+        number = range(len(self))[index]
+        first, end, second, last = self.places[number].tolist()
+        return (ids_of(self.content[first:end]), ids_of(self.content[second:last])), int(self.targets[number])
+
+    @property
+    def lengths(self) -> Int64[Tensor, " N"]:
+        """Bytes of the longer document of every pair."""
+        return (self.places[:, 1::2] - self.places[:, 0::2]).amax(1)
+
+
+class AANData(NamedTuple):
+    """The three splits, the SHA-256 of every file they are read from or of every split, by name, and the names of the
+    classes.
+    """
+
+    train: PairDataset
+    validation: PairDataset
+    test: PairDataset
+    hashes: dict[str, str]
+    class_names: tuple[str, ...] = CLASSES
+
+
+def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> AANData:
+    """Return the pairs of the release in the data folder `folder`, or those of Python's modules.
+
+    See `sma.recipes.tasks.lra` for where the release is looked for.
+
+    Raises:
+        DataError: a file is missing or broken; names the file and the line. Or Python's sources are missing.
+    """
+    if settings.source == "python":
+        made = python_pairs(settings.length, settings.validation, settings.seed)
+        parts = {split: PairDataset(*pairs) for split, pairs in made.items()}
+        return AANData(
+            **parts, hashes={split: pairs.sha256 for split, pairs in made.items()}, class_names=PYTHON_CLASSES
+        )
+    found = release_folder(folder, FOLDER, list(FILES.values()), download=settings.download, progress=progress)
+    splits, hashes = {}, {}
+    for split, name in FILES.items():
+        splits[split], hashes[name] = read_pairs(found / name, settings.length)
+    return AANData(splits["train"], splits["validation"], splits["test"], hashes)
+
+
+def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
+    """Read where the texts of a file are, each cut to `length` bytes; also return the file's SHA-256.
+
+    Raises:
+        DataError: the file cannot be read, is empty, or has a broken line; names the line.
+    """
+    path = Path(path)
+    total, places, targets, start = hashlib.sha256(), array("q"), array("b"), 0
+    for number, line in lines_of(path):
+        total.update(line)
+        here, start = start, start + len(line)
+        if not line.strip(b" \r\n"):
+            continue
+        if (tabs := line.count(b"\t")) != _COLUMNS - 1:
+            raise DataError(f"{path}, line {number}: columns separated by tabs: {tabs + 1}; {_REQUIRED}")
+        columns = line.rstrip(b"\r\n").split(b"\t")
+        label = _LABELS.get(columns[0].removeprefix(codecs.BOM_UTF8) if number == 1 else columns[0])
+        if label is None:
+            raise DataError(f"{path}, line {number}: label {quote(columns[0][:100], 50)} is neither 0.0 nor 1.0")
+        targets.append(label)
+        first = here + sum(map(len, columns[:3])) + 3
+        second = first + len(columns[3]) + 1
+        places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
+    if not targets:
+        raise DataError(f"{path} is empty; at least one pair is required")
+    where = torch.tensor(places, dtype=torch.int64).view(-1, 4)
+    content = map_file(path, "u1", (start,))
+    return PairDataset(content, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
 
 
 @register

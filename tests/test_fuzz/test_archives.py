@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import text
-from sma.recipes.data.archives import unpack
-from sma.recipes.data.text import TextSettings, load_text
+from sma.recipes.io.archives import unpack
+from sma.recipes.tasks.language import corpus as text
+from sma.recipes.tasks.language.corpus import TextSettings, load_text
 from tests.test_fuzz.harness import Target, fuzz, mutate
 
 _FILES = {"set/a.txt": b"some text " * 60, "set/b.txt": b"", "set/deeper/c.bin": bytes(range(256)) * 3}

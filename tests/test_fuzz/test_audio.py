@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sma.recipes.data.wav import read_wav
+from sma.recipes.io.wav import read_wav
 from tests.test_fuzz.harness import Target, fuzz, mutate
 from tests.test_recipes.test_wav import FORMATS, chunk, extensible, rf64, wav
 

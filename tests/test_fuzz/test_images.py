@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sma.recipes.data import cifar
-from sma.recipes.data.grey import read_array
-from sma.recipes.data.mapped import map_file
-from sma.recipes.data.pathfinder_folder import Record, read_images
+from sma.recipes.io.mapped import map_file
+from sma.recipes.tasks import image as cifar
+from sma.recipes.tasks.grey import read_array
+from sma.recipes.tasks.pathfinder.release import Record, read_images
 from tests.test_fuzz.harness import Target, fuzz, mutate
 
 _SIDE = 32

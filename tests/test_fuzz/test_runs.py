@@ -16,12 +16,24 @@ import pytest
 import torch
 
 from sma.recipes.compare import _begun, _is_efficiency
-from sma.recipes.evaluate import _finished
-from sma.recipes.experiment import BEST, DATA, EXPERIMENT, LAST, SUMMARY, VERSIONS, load_experiment
-from sma.recipes.many_runs import failure, in_words
-from sma.recipes.resuming import check_weights, checkpoint_to_resume
-from sma.recipes.run_files import is_list_of, is_parts, is_words, read_checked, read_summary
-from sma.recipes.training import Classifier
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import (
+    BEST,
+    DATA,
+    EXPERIMENT,
+    LAST,
+    SUMMARY,
+    VERSIONS,
+    is_list_of,
+    is_parts,
+    is_words,
+    read_checked,
+    read_summary,
+)
+from sma.recipes.studies.grid import failure, in_words
+from sma.recipes.training.classification import Classifier
+from sma.recipes.training.evaluation import _finished
+from sma.recipes.training.resuming import check_weights, checkpoint_to_resume
 from tests.test_fuzz.harness import Target, fuzz, mutate
 from tests.test_recipes.tiny import fail, tiny, tiny_data, train
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sma.recipes.data.aan import read_pairs
-from sma.recipes.data.files import MANIFEST, cached_files
-from sma.recipes.data.imdb import CLASSES, ImdbSettings, load_imdb
-from sma.recipes.data.listops import encode, read_listops
-from sma.recipes.data.pathfinder_folder import list_release, split_records
-from sma.recipes.data.speech_commands import _lines_of, _read_list
+from sma.recipes.io.generated import MANIFEST, cached_files
+from sma.recipes.tasks.listops.expressions import encode, read_listops
+from sma.recipes.tasks.pathfinder.release import list_release, split_records
+from sma.recipes.tasks.retrieval import read_pairs
+from sma.recipes.tasks.speech.commands import _lines_of, _read_list
+from sma.recipes.tasks.text import CLASSES, ImdbSettings, load_imdb
 from tests.test_fuzz.harness import Target, fuzz, mutate
 
 _LISTOPS = b"Source\tTarget\n" + b"".join(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sma.recipes.tasks import TaskData
-from sma.recipes.training import Finished
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.classification import Finished
 from tests.test_recipes.tiny import tiny, tiny_data, train
 
 

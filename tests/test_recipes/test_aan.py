@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import published
-from sma.recipes.data.aan import FILES, AANSettings, load_aan, read_pairs
-from sma.recipes.data.batch import collate_pairs
-from sma.recipes.data.documents import bytes_of
-from sma.recipes.data.listops import FILES as LISTOPS_FILES
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import ListOpsTask, RetrievalTask
-from sma.recipes.training import run_experiment
+from sma.recipes.io import published
+from sma.recipes.tasks.batch import collate_pairs
+from sma.recipes.tasks.documents import bytes_of
+from sma.recipes.tasks.listops.expressions import FILES as LISTOPS_FILES
+from sma.recipes.tasks.listops.task import ListOpsTask
+from sma.recipes.tasks.retrieval import FILES, AANSettings, RetrievalTask, load_aan, read_pairs
+from sma.recipes.training.classification import run_experiment
 from sma.spec import kinds
 
 HEAD = b"Source\tTarget\n"

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import archives
-from sma.recipes.data.archives import unpack
+from sma.recipes.io import archives
+from sma.recipes.io.archives import unpack
 
 FILES = {"set/train/a.txt": b"first", "set/train/b.txt": b"", "set/test/c.txt": bytes(range(256)) * 3000}
 

@@ -6,9 +6,10 @@ import matplotlib.image
 import pytest
 
 from sma.errors import CheckpointError, SpecError
-from sma.recipes import training
-from sma.recipes.arms import layer_rates, run_arms, table, with_routers
-from sma.recipes.experiment import EXPERIMENT, RoutingLosses, load_experiment
+from sma.recipes.experiment import RoutingLosses, load_experiment
+from sma.recipes.io.run_folder import EXPERIMENT
+from sma.recipes.studies.variants import layer_rates, run_arms, table, with_routers
+from sma.recipes.training import classification as training
 from sma.routers import (
     AlwaysRouterSpec,
     BernoulliRouterSpec,

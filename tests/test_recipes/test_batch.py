@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sma.errors import DataError
-from sma.recipes.data.batch import collate
+from sma.recipes.tasks.batch import collate
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sma.errors import CheckpointError
-from sma.recipes.callbacks import FIXED_ROUTERS, AtomicCheckpointIO, Bar, RandomStates, RouterHealth
+from sma.recipes.training.callbacks import FIXED_ROUTERS, AtomicCheckpointIO, Bar, RandomStates, RouterHealth
 from sma.routers import RouterSpec
 from sma.spec import kinds
 from tests.test_recipes.tiny import checkpoint, same, tiny, train
@@ -107,7 +107,7 @@ def test_run_without_a_learning_router_is_silent(data, tmp_path, said):
 
 
 def test_run_warns_of_a_router_that_nothing_passes(data, tmp_path, said, monkeypatch):
-    monkeypatch.setattr("sma.recipes.callbacks.router_health", lambda rate: "dead")
+    monkeypatch.setattr("sma.recipes.training.callbacks.router_health", lambda rate: "dead")
     train(tiny(training__updates=6, training__evaluate_every=2), tmp_path, data)
     assert [message.split(":")[1] for message in said()] == [
         " the router of 'attention' in layer 0 is dead at update 2",
@@ -199,7 +199,7 @@ def test_checkpoints_of_a_run_hold_weights_optimiser_schedule_and_random_states(
 def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(data, tmp_path, monkeypatch):
     # A score that only falls: the first evaluation stays the best.
     falling = iter([0.9, 0.5, 0.4])
-    compute = "sma.recipes.training.Scores.compute"
+    compute = "sma.recipes.training.classification.Scores.compute"
     monkeypatch.setattr(
         compute, lambda self, split: {f"{split}_accuracy": next(falling, 0.1) if split == "val" else 0.1}
     )

@@ -11,21 +11,22 @@ import torch
 from PIL import Image
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import cifar, published
-from sma.recipes.data.cifar import (
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io import published
+from sma.recipes.tasks import image as cifar
+from sma.recipes.tasks.image import (
     ARCHIVE,
     CLASSES,
     FOLDER,
     TEST_FILE,
     TRAIN_FILES,
     CifarSettings,
+    ImageTask,
     load_cifar,
     read_batch,
     to_grey,
 )
-from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import ImageTask
-from sma.recipes.training import run_experiment
+from sma.recipes.training.classification import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 
 COUNT = 12

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from sma.errors import CheckpointError
-from sma.recipes.claims import LOCK, claim_folder, is_empty, run_lock
+from sma.recipes.io.claims import LOCK, claim_folder, is_empty, run_lock
 
 # Forked, because a new process would first import torch, which the locks have nothing to do with.
 CONTEXT = multiprocessing.get_context("fork")

@@ -10,13 +10,14 @@ import torch
 from sma.errors import CheckpointError, SpecError
 from sma.ragged import rectangular
 from sma.recipes import compare, tasks
-from sma.recipes.baselines import BASELINES, baseline
 from sma.recipes.compare import main, updates_in, with_updates
-from sma.recipes.compare_report import comma_separated, markdown, markdown_of_several
-from sma.recipes.efficiency import _set_rates, efficiency, random_rows
-from sma.recipes.experiment import load_experiment, write_text
-from sma.recipes.run import hardware
-from sma.recipes.training import Classifier
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import write_text
+from sma.recipes.reports.comparison import comma_separated, markdown, markdown_of_several
+from sma.recipes.studies.baselines import BASELINES, baseline
+from sma.recipes.studies.efficiency import _set_rates, efficiency, random_rows
+from sma.recipes.training.classification import Classifier
+from sma.recipes.training.loop import hardware
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sma.errors import DataError
-from sma.recipes.confusion import Confusion, check_names, draw_confusion
+from sma.recipes.reports.confusion import Confusion, check_names, draw_confusion
 
 TRUTH = [0, 0, 0, 1, 1, 3, 3, 3, 3]
 ANSWER = [0, 0, 1, 1, 1, 0, 0, 3, 2]

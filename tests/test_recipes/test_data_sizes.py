@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data.batch import UNSCORED
-from sma.recipes.data.files import check_disk
-from sma.recipes.data.listops import prepare_listops
-from sma.recipes.data.listops_trees import ListOpsSettings, generate_lines
-from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings, prepare_pathfinder
-from sma.recipes.data.recall import RecallSettings, make_recall
-from sma.recipes.data.speech import SpeechSettings, load_speech
-from sma.recipes.tasks import LanguageTask
+from sma.recipes.io.generated import check_disk
+from sma.recipes.tasks.batch import UNSCORED
+from sma.recipes.tasks.language.task import LanguageTask
+from sma.recipes.tasks.listops.expressions import prepare_listops
+from sma.recipes.tasks.listops.trees import ListOpsSettings, generate_lines
+from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSettings, prepare_pathfinder
+from sma.recipes.tasks.recall import RecallSettings, make_recall
+from sma.recipes.tasks.speech.clips import SpeechSettings, load_speech
 
 MANY = 10**12
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sma.errors import SpecError
-from sma.recipes.devices import check_device, device_of
 from sma.recipes.seqboat_lra import main
+from sma.recipes.training.devices import check_device, device_of
 from tests.test_recipes.tiny import tiny, train
 
 

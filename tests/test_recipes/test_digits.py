@@ -8,9 +8,8 @@ import torch
 from sklearn import datasets
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data.digits import DigitsSettings, load_digits
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import DigitsTask
+from sma.recipes.tasks.digits import DigitsSettings, DigitsTask, load_digits
 from sma.spec import dump_spec, kinds
 
 SPLITS = ("train", "validation", "test")

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import download
-from sma.recipes.data.download import fetch
+from sma.recipes.io import download
+from sma.recipes.io.download import fetch
 
 CONTENT = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

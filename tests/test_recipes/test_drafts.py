@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from sma.recipes.data import drafts
-from sma.recipes.data.drafts import locked
+from sma.recipes.io import drafts
+from sma.recipes.io.drafts import locked
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0], ids=["told", "in silence"])

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from sma.errors import SpecError
-from sma.recipes.estimates import check_data_fits, check_update_fits
 from sma.recipes.experiment import load_experiment
+from sma.recipes.io.presets import shipped
 from sma.recipes.seqboat_lm import main as language
 from sma.recipes.seqboat_lra import main
 from sma.recipes.seqboat_speech import main as speech
-from sma.recipes.shipped import shipped
+from sma.recipes.training.estimates import check_data_fits, check_update_fits
 from tests.test_recipes.tiny import tiny, train
 
 HUGE = 10**12

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from sma.checkpoint import load
 from sma.errors import CheckpointError
-from sma.recipes.evaluate import evaluate
-from sma.recipes.resuming import changed
 from sma.recipes.seqboat_lra import Options, main
-from sma.recipes.tasks.listops import ListOpsTask
-from sma.recipes.training import evaluation_loader
+from sma.recipes.tasks.listops.task import ListOpsTask
+from sma.recipes.training.classification import evaluation_loader
+from sma.recipes.training.evaluation import evaluate
+from sma.recipes.training.resuming import changed
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import yaml
 
 from sma.errors import SpecError
 from sma.recipes.experiment import TrainingSpec, load_experiment
-from sma.recipes.shipped import read_shipped
+from sma.recipes.io.presets import read_shipped
 from sma.spec import dump_spec
 from tests.test_recipes.tiny import DATA, EXPERIMENT, MODEL, tiny
 

@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.image
 import pytest
 
-from sma.recipes.figures import attempt, drawing, label, png, save_figure
+from sma.recipes.reports.figures import attempt, drawing, label, png, save_figure
 
 NAMES = [
     pytest.param("a $x_$ b.txt", id="mathematics that is none"),

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import files
-from sma.recipes.data.files import cached_files, copy_folder, sha256_of
+from sma.recipes.io import generated as files
+from sma.recipes.io.generated import cached_files, copy_folder, sha256_of
 
 NAMES = ["first.txt", "second.txt", "third.txt"]
 

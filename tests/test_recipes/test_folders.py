@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sma.errors import DataError
-from sma.recipes import folders
-from sma.recipes.data.text import TextSettings, load_text
-from sma.recipes.folders import cache_folder, check_run_folder, expand, lend_home
+from sma.recipes.io import folders
+from sma.recipes.io.folders import cache_folder, check_run_folder, expand, lend_home
 from sma.recipes.seqboat_lra import main
+from sma.recipes.tasks.language.corpus import TextSettings, load_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

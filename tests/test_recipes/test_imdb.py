@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import imdb, published
-from sma.recipes.data.documents import VOCABULARY_SIZE, DocumentDataset, bytes_of, show
-from sma.recipes.data.imdb import ImdbSettings, load_imdb
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import TextTask
-from sma.recipes.training import run_experiment
+from sma.recipes.io import published
+from sma.recipes.tasks import text as imdb
+from sma.recipes.tasks.documents import VOCABULARY_SIZE, DocumentDataset, bytes_of, show
+from sma.recipes.tasks.text import ImdbSettings, TextTask, load_imdb
+from sma.recipes.training.classification import run_experiment
 from sma.spec import kinds
 
 SPLITS = ("train", "validation", "test")

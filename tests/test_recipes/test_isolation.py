@@ -17,10 +17,10 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torchmetrics.utilities.prints import rank_zero_only as prints
 
-from sma.recipes.isolation import RANKS, hidden_variables, is_hidden
-from sma.recipes.team import Team
-from sma.recipes.trainer import isolated
-from sma.recipes.training import run_experiment
+from sma.recipes.io.isolation import RANKS, hidden_variables, is_hidden
+from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.distributed import Team
+from sma.recipes.training.trainer import isolated
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, metrics_of, same, tiny, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,9 +181,8 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
 
 def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
     # torchmetrics imports matplotlib, which refuses a backend that is not there.
-    command = (
-        "import sys; from sma.recipes.command import exit_code; sys.exit(exit_code(lambda: __import__('torchmetrics')))"
-    )
+    body = "sys.exit(exit_code(lambda: __import__('torchmetrics')))"
+    command = f"import sys; from sma.recipes.io.command import exit_code; {body}"
     environment = {**os.environ, "MPLBACKEND": "backend_of_a_notebook"}
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100

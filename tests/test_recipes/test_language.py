@@ -13,18 +13,13 @@ from hypothesis import strategies as st
 import sma
 from sma.errors import DataError, SpecError
 from sma.pytree import named_tensors
-from sma.recipes.data.text import load_text
-from sma.recipes.experiment import LAST, ExperimentSpec, load_experiment
-from sma.recipes.language import (
-    EvaluationSegments,
-    Finished,
-    LanguageLearner,
-    TrainingSegments,
-    read_along,
-    run_language,
-)
-from sma.recipes.tasks import LanguageTask
-from sma.recipes.team import Team, whole
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.io.run_folder import LAST
+from sma.recipes.reports.language import read_along
+from sma.recipes.tasks.language.corpus import load_text
+from sma.recipes.tasks.language.task import LanguageTask
+from sma.recipes.training.distributed import Team, whole
+from sma.recipes.training.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, run_language
 
 MODEL = {
     "kind": "language_model",
@@ -165,7 +160,9 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
         read(learner, 0)
     saved: dict[str, Any] = {}
     alone.on_save_checkpoint(saved)
-    monkeypatch.setattr("sma.recipes.language.of_all", lambda own: [named_tensors(learner.carried) for learner in team])
+    monkeypatch.setattr(
+        "sma.recipes.training.language.of_all", lambda own: [named_tensors(learner.carried) for learner in team]
+    )
     for learner in team:
         found: dict[str, Any] = {}
         learner.on_save_checkpoint(found)

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import DataError
-from sma.recipes.data import files, listops, listops_trees
-from sma.recipes.data.batch import collate
-from sma.recipes.data.listops import (
+from sma.recipes.io import generated as files
+from sma.recipes.tasks.batch import collate
+from sma.recipes.tasks.listops import expressions as listops
+from sma.recipes.tasks.listops import trees as listops_trees
+from sma.recipes.tasks.listops.expressions import (
     FILES,
     TINY,
     VOCABULARY,

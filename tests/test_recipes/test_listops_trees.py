@@ -15,8 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import listops_trees
-from sma.recipes.data.listops_trees import PAPER, TINY, ListOpsSettings, draw_chunk, evaluate_expression, generate_lines
+from sma.recipes.tasks.listops import trees as listops_trees
+from sma.recipes.tasks.listops.trees import (
+    PAPER,
+    TINY,
+    ListOpsSettings,
+    draw_chunk,
+    evaluate_expression,
+    generate_lines,
+)
 
 OPERATORS = ["[MIN", "[MAX", "[MED", "[SM"]
 SMALL = ListOpsSettings(
@@ -322,7 +329,7 @@ def is_running(pid):
 def test_workers_end_with_a_killed_parent():
     script = """
 import multiprocessing
-from sma.recipes.data.listops_trees import PAPER, generate_lines
+from sma.recipes.tasks.listops.trees import PAPER, generate_lines
 for _ in generate_lines(PAPER, workers=2):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 """

@@ -9,11 +9,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 from sma.errors import DataError
-from sma.recipes.data.aan import AANSettings, load_aan
-from sma.recipes.data.batch import collate
-from sma.recipes.data.mapped import Mapped, map_file
-from sma.recipes.data.pathfinder import PathfinderSettings, prepare_pathfinder
-from sma.recipes.data.speech import SpeechSettings, load_speech
+from sma.recipes.io.mapped import Mapped, map_file
+from sma.recipes.tasks.batch import collate
+from sma.recipes.tasks.pathfinder.images import PathfinderSettings, prepare_pathfinder
+from sma.recipes.tasks.retrieval import AANSettings, load_aan
+from sma.recipes.tasks.speech.clips import SpeechSettings, load_speech
 from tests.test_recipes.test_aan import release
 from tests.test_recipes.tiny_speech import write_corpus
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from sma.recipes.maps import Example, Medium, binned, draw_map, height_of, printable, wrapped
+from sma.recipes.reports.activation_maps import Example, Medium, binned, draw_map, height_of, printable, wrapped
 from tests.cases import generator
 
 

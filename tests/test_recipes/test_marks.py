@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import marks as marks_module
-from sma.recipes.data.marks import marks, witten_bell, witten_bell_probabilities, xz_after, xz_alone
+from sma.recipes.reports import reference_scores as marks_module
+from sma.recipes.reports.reference_scores import marks, witten_bell, witten_bell_probabilities, xz_after, xz_alone
 
 FEW_LETTERS = st.text("abc", min_size=1, max_size=60).map(str.encode)
 ANY_BYTES = st.binary(min_size=1, max_size=40)

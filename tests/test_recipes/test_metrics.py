@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = r"""
 import sys
-from sma.recipes.metrics import MetricsLogger
+from sma.recipes.training.metrics import MetricsLogger
 logger = MetricsLogger(sys.argv[1], name="metrics", flush_logs_every_n_steps=1)
 logger.log_metrics({"fit_rate/layer0/\u0441\u043b\u043e\u0439": 0.5}, 0)
 logger.log_metrics({"fit_rate/layer0/\u0441\u043b\u043e\u0439": 0.25, "val_rate/\u00e9": 1.0}, 1)

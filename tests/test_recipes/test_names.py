@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma.recipes.names import markdown_cell, markdown_table, plain, shell_word
+from sma.recipes.io.names import markdown_cell, markdown_table, plain, shell_word
 
 # Whatever a name may hold: half of a pair of surrogates is how Python reads a file name that is not UTF-8.
 NAMES = st.text(st.characters(codec=None), max_size=300)

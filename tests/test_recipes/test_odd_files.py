@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data import lines, listops, pathfinder_folder, published
-from sma.recipes.data.aan import AANSettings, load_aan, read_pairs
-from sma.recipes.data.cifar import CifarSettings, load_cifar, read_batch
-from sma.recipes.data.files import MANIFEST, cached_files, sha256_of
-from sma.recipes.data.grey import read_array
-from sma.recipes.data.imdb import ImdbSettings, load_imdb
-from sma.recipes.data.lines import lines_of
-from sma.recipes.data.listops import read_listops
-from sma.recipes.data.pathfinder_folder import list_release, read_images
-from sma.recipes.data.speech_commands import LISTS, load_clips
+from sma.recipes.io import lines, published
+from sma.recipes.io.generated import MANIFEST, cached_files, sha256_of
+from sma.recipes.io.lines import lines_of
+from sma.recipes.tasks.grey import read_array
+from sma.recipes.tasks.image import CifarSettings, load_cifar, read_batch
+from sma.recipes.tasks.listops import expressions as listops
+from sma.recipes.tasks.listops.expressions import read_listops
+from sma.recipes.tasks.pathfinder import release as pathfinder_folder
+from sma.recipes.tasks.pathfinder.release import list_release, read_images
+from sma.recipes.tasks.retrieval import AANSettings, load_aan, read_pairs
+from sma.recipes.tasks.speech.commands import LISTS, load_clips
+from sma.recipes.tasks.text import ImdbSettings, load_imdb
 from tests.test_recipes.test_imdb import make_folder
 from tests.test_recipes.test_pathfinder import make_release
 from tests.test_recipes.tiny_speech import write_corpus

@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data.parallel import in_order
+from sma.recipes.io.workers import in_order
 
 
 def square(number):

@@ -14,14 +14,16 @@ from PIL import Image
 from torch.utils.data import random_split
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import files, pathfinder, published
-from sma.recipes.data.pathfinder import PathfinderSettings, PathXSettings, prepare_pathfinder
-from sma.recipes.data.pathfinder_folder import LEVEL, list_release
-from sma.recipes.data.pathfinder_sheet import contact_sheet, main
-from sma.recipes.data.pathfinder_stimulus import StimulusSettings, draw_stimulus
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import PathfinderTask, PathXTask
-from sma.recipes.training import run_experiment
+from sma.recipes.io import generated as files
+from sma.recipes.io import published
+from sma.recipes.tasks.pathfinder import images as pathfinder
+from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSettings, prepare_pathfinder
+from sma.recipes.tasks.pathfinder.release import LEVEL, list_release
+from sma.recipes.tasks.pathfinder.sheet import contact_sheet, main
+from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus
+from sma.recipes.tasks.pathfinder.task import PathfinderTask, PathXTask
+from sma.recipes.training.classification import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 
 SMALL = {"size": 20, "contour_length": 4, "distractors": 1, "distractor_length": 2, "seed_frame": 6}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import pathfinder_stimulus
-from sma.recipes.data.pathfinder import PathXSettings
-from sma.recipes.data.pathfinder_stencils import pixels_of
-from sma.recipes.data.pathfinder_stimulus import StimulusSettings, draw_stimulus, stencils_of
+from sma.recipes.tasks.pathfinder import stimulus as pathfinder_stimulus
+from sma.recipes.tasks.pathfinder.images import PathXSettings
+from sma.recipes.tasks.pathfinder.stencils import pixels_of
+from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus, stencils_of
 
 LRA = StimulusSettings()
 PATHX = PathXSettings()

@@ -13,12 +13,13 @@ import pytest
 from lightning import Trainer
 
 from sma.errors import SmaError
-from sma.recipes.command import exit_code
-from sma.recipes.experiment import LAST, load_experiment
-from sma.recipes.language import LanguageLearner, run_language
-from sma.recipes.signals import PREEMPTED, Preempted, on_preemption
-from sma.recipes.trainer import interruptible
-from sma.recipes.training import Classifier
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.command import exit_code
+from sma.recipes.io.run_folder import LAST
+from sma.recipes.io.signals import PREEMPTED, Preempted, on_preemption
+from sma.recipes.training.classification import Classifier
+from sma.recipes.training.language import LanguageLearner, run_language
+from sma.recipes.training.trainer import interruptible
 from tests.test_recipes.test_steering import BUDGET
 from tests.test_recipes.tiny import (
     MODEL,

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given, settings
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import python_text
-from sma.recipes.data.aan import AANSettings, load_aan
-from sma.recipes.data.documents import bytes_of
-from sma.recipes.data.imdb import ImdbSettings, load_imdb
-from sma.recipes.data.python_text import INTERNET, deal_modules, python_documents, python_modules, python_pairs
-from sma.recipes.tasks import RetrievalTask, TextTask
+from sma.recipes.tasks import python_text
+from sma.recipes.tasks.documents import bytes_of
+from sma.recipes.tasks.python_text import INTERNET, deal_modules, python_documents, python_modules, python_pairs
+from sma.recipes.tasks.retrieval import AANSettings, RetrievalTask, load_aan
+from sma.recipes.tasks.text import ImdbSettings, TextTask, load_imdb
 
 SPLITS = ("train", "validation", "test")
 

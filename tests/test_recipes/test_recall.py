@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from sma.errors import SpecError
 from sma.model import build
-from sma.recipes.arms import with_routers
-from sma.recipes.data.batch import UNSCORED, Batch, asked
-from sma.recipes.data.recall import RecallSettings, collate, make_recall, show
 from sma.recipes.experiment import load_experiment
 from sma.recipes.recall import ARMS, DIAL, dial, main, rates_by_role, recall_arms
-from sma.recipes.report import Report, measure
-from sma.recipes.training import run_experiment
+from sma.recipes.reports.classification import Report, measure
+from sma.recipes.studies.variants import with_routers
+from sma.recipes.tasks.batch import UNSCORED, Batch, asked
+from sma.recipes.tasks.recall import RecallSettings, collate, make_recall, show
+from sma.recipes.training.classification import run_experiment
 from sma.routers import AlwaysRouterSpec
 from sma.spec import dump_spec
 from tests.streams import exactly

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sma.model import build
-from sma.recipes.report import Report, describe_run, draw, measure, rates_over_training
+from sma.recipes.reports.classification import Report, describe_run, draw, measure, rates_over_training
 from tests.test_recipes.tiny import tiny, train
 
 SUMMARY = {

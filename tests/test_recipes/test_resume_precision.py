@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sma.recipes.experiment import LAST
+from sma.recipes.io.run_folder import LAST
 from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
 
 

@@ -10,11 +10,11 @@ import torch
 import yaml
 
 from sma.errors import CheckpointError
-from sma.recipes.callbacks import BestCheckpoint
-from sma.recipes.claims import run_lock
-from sma.recipes.experiment import BEST, LAST
+from sma.recipes.io.claims import run_lock
+from sma.recipes.io.run_folder import BEST, LAST
+from sma.recipes.io.signals import Preempted, end_at_once
 from sma.recipes.seqboat_lra import main
-from sma.recipes.signals import Preempted, end_at_once
+from sma.recipes.training.callbacks import BestCheckpoint
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, tiny, train
 
 

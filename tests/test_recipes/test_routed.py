@@ -10,7 +10,7 @@ import yaml
 
 from sma.recipes import routed_conv, routed_mlp
 from sma.recipes.experiment import load_experiment
-from sma.recipes.routed import ARMS, routed_arms
+from sma.recipes.studies.routed import ARMS, routed_arms
 from tests.test_recipes.tiny import EXPERIMENT, TRAINING, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

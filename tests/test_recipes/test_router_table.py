@@ -14,10 +14,12 @@ import yaml
 from sma.budget import BudgetController
 from sma.errors import SpecError
 from sma.model import build
-from sma.recipes import router_table, training
-from sma.recipes.experiment import EXPERIMENT, SUMMARY, load_experiment
-from sma.recipes.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
-from sma.recipes.router_report import comma_separated, markdown
+from sma.recipes import router_table
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
+from sma.recipes.reports.routers import comma_separated, markdown
+from sma.recipes.studies.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
+from sma.recipes.training import classification as training
 from sma.stats import operation_count
 from tests.test_recipes import tiny
 

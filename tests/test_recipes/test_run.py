@@ -13,11 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sma
 from sma.errors import CheckpointError, DataError
-from sma.recipes import run, training
-from sma.recipes.callbacks import RandomStates
-from sma.recipes.experiment import BEST, LAST, load_experiment
-from sma.recipes.run import commit, hardware, versions
-from sma.recipes.training import Classifier, run_experiment
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import BEST, LAST
+from sma.recipes.training import classification as training
+from sma.recipes.training import loop as run
+from sma.recipes.training.callbacks import RandomStates
+from sma.recipes.training.classification import Classifier, run_experiment
+from sma.recipes.training.loop import commit, hardware, versions
 from tests.test_recipes.tiny import assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
 
 

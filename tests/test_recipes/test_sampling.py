@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from sma.recipes.sampling import UpdateSampler
+from sma.recipes.training.sampling import UpdateSampler
 from tests.cases import generator
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from sma.recipes.experiment import load_experiment
-from sma.recipes.report import rates_over_training
+from sma.recipes.reports.classification import rates_over_training
 from sma.recipes.seqboat_lra import Options, main
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, same, tiny, train
 
@@ -169,9 +169,9 @@ def _experiment(monkeypatch, arguments):
         seen.append(spec)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sma.recipes.tasks.listops.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
+    monkeypatch.setattr("sma.recipes.tasks.listops.task.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
     monkeypatch.setattr(
-        "sma.recipes.command.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1]
+        "sma.recipes.training.options.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1]
     )
     assert main(list(map(str, arguments))) == 130
     return seen[0]

@@ -6,7 +6,7 @@ import pytest
 
 from sma.errors import SpecError
 from sma.recipes.experiment import load_experiment
-from sma.recipes.shipped import read_shipped, shipped
+from sma.recipes.io.presets import read_shipped, shipped
 from sma.spec import dump_spec, dump_yaml, load_spec
 
 ROOT = Path(__file__).resolve().parents[2]

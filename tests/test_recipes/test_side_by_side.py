@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from sma.recipes.side_by_side import side_by_side
+from sma.recipes.io.processes import side_by_side
 
 HOLDING = """
 from pathlib import Path
-from sma.recipes.side_by_side import side_by_side
+from sma.recipes.io.processes import side_by_side
 from tests.test_recipes.test_side_by_side import hold
 
 if __name__ == "__main__":

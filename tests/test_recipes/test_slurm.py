@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sma.recipes.experiment import LAST
+from sma.recipes.io.run_folder import LAST
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, tiny, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import files, published, speech, speech_commands
-from sma.recipes.data.speech import SpeechSettings, load_speech
-from sma.recipes.data.speech_commands import CLASSES, LISTS, NAME, SHA256, URL, load_clips
-from sma.recipes.data.synthetic_speech import CLASSES as SYNTHETIC_CLASSES
-from sma.recipes.data.synthetic_speech import synthetic_clips
-from sma.recipes.data.wav import read_wav
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import SpeechTask
+from sma.recipes.io import generated as files
+from sma.recipes.io import published
+from sma.recipes.io.wav import read_wav
+from sma.recipes.tasks.speech import clips as speech
+from sma.recipes.tasks.speech import commands as speech_commands
+from sma.recipes.tasks.speech.clips import SpeechSettings, load_speech
+from sma.recipes.tasks.speech.commands import CLASSES, LISTS, NAME, SHA256, URL, load_clips
+from sma.recipes.tasks.speech.synthetic import CLASSES as SYNTHETIC_CLASSES
+from sma.recipes.tasks.speech.synthetic import synthetic_clips
+from sma.recipes.tasks.speech.task import SpeechTask
 from sma.spec import dump_spec
 from tests.test_recipes.tiny_speech import clip_of, write_corpus, write_wav
 

@@ -7,10 +7,10 @@ import torch
 
 from sma.errors import SpecError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
-from sma.recipes.arms import with_routers
-from sma.recipes.data.batch import UNSCORED, where_asked
-from sma.recipes.experiment import BEST, LAST
-from sma.recipes.training import Classifier
+from sma.recipes.io.run_folder import BEST, LAST
+from sma.recipes.studies.variants import with_routers
+from sma.recipes.tasks.batch import UNSCORED, where_asked
+from sma.recipes.training.classification import Classifier
 from sma.routers import BernoulliRouterSpec, SMARouterSpec
 from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
 
@@ -173,7 +173,7 @@ def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_pat
             super().on_train_batch_end(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sma.recipes.training.Classifier", Watch)
+        patch.setattr("sma.recipes.training.classification.Classifier", Watch)
         spec = tiny(**POLICY, training__router_learning_rate=0.0003)
         finished = train(spec, tmp_path, data)
     assert len(seen) == 30

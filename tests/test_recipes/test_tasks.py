@@ -7,12 +7,17 @@ import pytest
 import torch
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import listops, published, python_text, text
-from sma.recipes.data.digits import load_digits
-from sma.recipes.data.listops import FILES, decode, evaluate_expression
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks import ClassificationTask, ImageTask, ListOpsTask
-from sma.recipes.training import run_experiment
+from sma.recipes.io import published
+from sma.recipes.tasks import python_text
+from sma.recipes.tasks.contract import ClassificationTask
+from sma.recipes.tasks.digits import load_digits
+from sma.recipes.tasks.image import ImageTask
+from sma.recipes.tasks.language import corpus as text
+from sma.recipes.tasks.listops import expressions as listops
+from sma.recipes.tasks.listops.expressions import FILES, decode, evaluate_expression
+from sma.recipes.tasks.listops.task import ListOpsTask
+from sma.recipes.training.classification import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 from tests.test_recipes.tiny import DATA
 

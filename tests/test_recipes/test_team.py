@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sma.errors import SpecError
-from sma.recipes.sampling import UpdateSampler
-from sma.recipes.tasks import TaskData
-from sma.recipes.team import ALONE, Team, whole
-from sma.recipes.training import EVALUATION_BATCH, evaluation_loader
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.classification import EVALUATION_BATCH, evaluation_loader
+from sma.recipes.training.distributed import ALONE, Team, whole
+from sma.recipes.training.sampling import UpdateSampler
 from tests.test_recipes.tiny import tiny_data
 
 

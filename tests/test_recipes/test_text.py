@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.data import text
-from sma.recipes.data.text import PYTHON_TEXT, TextSettings, load_text, python_text
-from sma.recipes.tasks import LanguageTask
+from sma.recipes.tasks.language import corpus as text
+from sma.recipes.tasks.language.corpus import PYTHON_TEXT, TextSettings, load_text, python_text
+from sma.recipes.tasks.language.task import LanguageTask
 
 SMALL = 2_000
 WIKI = random.Random(0).randbytes(SMALL)

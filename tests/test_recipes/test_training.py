@@ -11,10 +11,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sma.decision import Decision
 from sma.errors import DataError
 from sma.model import build
-from sma.recipes.data.batch import Batch, collate
-from sma.recipes.experiment import BEST, load_experiment
-from sma.recipes.tasks import TaskData
-from sma.recipes.training import Classifier, RateMetric, Scores, check_finite, evaluation_loader, training_loader
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import BEST
+from sma.recipes.tasks.batch import Batch, collate
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.classification import (
+    Classifier,
+    RateMetric,
+    Scores,
+    check_finite,
+    evaluation_loader,
+    training_loader,
+)
 from tests.cases import generator
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, tiny, train
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.data.wav import read_wav
+from sma.recipes.io.wav import read_wav
 
 SAMPLES = np.random.default_rng(0).integers(-32_768, 32_768, 1_000).astype("<i2")
 CONTENT = SAMPLES.tobytes()

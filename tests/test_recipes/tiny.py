@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sma.recipes.data.batch import Batch, collate
-from sma.recipes.data.listops import decode, prepare_listops
-from sma.recipes.experiment import BEST, LAST, ExperimentSpec, load_experiment
-from sma.recipes.tasks import TaskData
-from sma.recipes.training import Classifier, Finished, run_experiment
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.io.run_folder import BEST, LAST
+from sma.recipes.tasks.batch import Batch, collate
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.tasks.listops.expressions import decode, prepare_listops
+from sma.recipes.training.classification import Classifier, Finished, run_experiment
 
 DATA = {"min_length": 3, "max_length": 30, "max_depth": 4, "max_arity": 4, "train": 120, "validation": 40, "test": 60}
 MODEL = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sma.recipes.data.speech_commands import CLASSES, LISTS, NAME
+from sma.recipes.tasks.speech.commands import CLASSES, LISTS, NAME
 
 MODEL = {
     "kind": "sequence_classifier",

@@ -14,7 +14,7 @@ from sma.__main__ import main
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.describe import describe
 from sma.model import ModelSpec
-from sma.recipes.shipped import shipped
+from sma.recipes.io.presets import shipped
 from sma.spec import dump_spec, families, kinds, load_spec, read_spec_file
 
 SHIPPED = Path(sma.__file__).parent / "recipes" / "specs"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from sma import LayerSpec, load_spec
 from sma.errors import SpecError
-from sma.recipes.data.text import TextSettings
+from sma.recipes.tasks.language.corpus import TextSettings
 from sma.spec import FrozenMapping, Spec
 from tests.specs import KINDS
 

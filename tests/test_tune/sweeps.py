@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from sma.recipes.data.text import Corpus
-from sma.recipes.tasks import Samples, TaskData
+from sma.recipes.tasks.contract import Samples, TaskData
+from sma.recipes.tasks.language.corpus import Corpus
 from sma.spec import dump_spec
 from sma.tune.records import TrialRecord
 from sma.tune.sweep import SweepSpec, make_sweep

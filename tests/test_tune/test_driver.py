@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sma.checkpoint import load
-from sma.recipes.experiment import EXPERIMENT, LAST, SUMMARY, load_experiment
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY
 from sma.tune.cluster import ResourceSpec
 from sma.tune.driver import run_sweep
 from sma.tune.folder import start_sweep

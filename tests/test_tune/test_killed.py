@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sma.recipes.signals import PREEMPTED
+from sma.recipes.io.signals import PREEMPTED
 from tests.test_tune.sweeps import wait_for, write_sweep
 
 pytestmark = pytest.mark.slow

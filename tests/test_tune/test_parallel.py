@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from sma.errors import SmaError, SpecError
-from sma.recipes.claims import run_lock
-from sma.recipes.experiment import BEST, LAST, SUMMARY, ExperimentSpec
-from sma.recipes.language import LanguageLearner, run_language
-from sma.recipes.tasks import LanguageTask
-from sma.recipes.training import run_experiment
+from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.io.claims import run_lock
+from sma.recipes.io.run_folder import BEST, LAST, SUMMARY
+from sma.recipes.tasks.language.task import LanguageTask
+from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.language import LanguageLearner, run_language
 from sma.spec import dump_yaml
 from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel

@@ -1,1 +1,0 @@
-"""Data sets: generators and loaders of the real formats."""

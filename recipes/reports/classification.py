@@ -1,0 +1,264 @@
+"""What a run learned, in words and pictures."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sma.model import SequenceModel
+from sma.recipes.io.names import plain
+from sma.recipes.reports.activation_maps import Example, Medium, draw_map, height_of
+from sma.recipes.reports.confusion import Confusion, draw_confusion
+from sma.recipes.reports.figures import drawing, label, save_figure
+from sma.recipes.tasks.batch import UNSCORED
+from sma.recipes.tasks.contract import Samples, TaskData
+from sma.stats import module_names
+
+FIGURE = "activation.png"
+
+_POSITIONS = 2_000_000
+"""How many are looked at; long samples are fewer."""
+
+_BATCH = 2**17
+"""Positions that go through the model at once."""
+
+
+class Report(NamedTuple):
+    """What the model does on a split.
+
+    Attributes:
+        majority: share of the commonest class: what guessing it always would score.
+        samples: how many samples were looked at.
+        by_text: activation rate per layer of every text that stands at a position, and how often it stands there; none
+            for a sound.
+        examples: samples for the figure.
+        modules: the routed sub-modules of all layers.
+        medium: what the positions are.
+        class_names: of the classes; empty: they are called by their numbers.
+        confusion: of the whole split, where it was counted.
+    """
+
+    majority: float
+    samples: int
+    by_text: dict[str, tuple[list[float], int]]
+    examples: list[Example]
+    modules: tuple[str, ...] = ()
+    medium: Medium = Medium()
+    class_names: tuple[str, ...] = ()
+    confusion: Confusion | None = None
+
+
+@torch.no_grad()
+def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4) -> Report:
+    """Look at which positions activate sub-modules, on up to `limit` samples of a split.
+
+    They are drawn at random, the same in every report: many data sets are sorted by class.
+    """
+    model.eval()
+    medium = Medium(data.image_shape, data.sample_rate)
+    longest = max(1, int(samples.lengths.max()))
+    drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    drawn = drawn[: min(limit, max(shown, _POSITIONS // longest))]
+    places: dict[str, int] = {}
+    stand: list[int] = []
+    seen: list[Tensor] = []
+    examples: dict[int, Example] = {}
+    modules: tuple[str, ...] = ()
+    device = next(model.parameters()).device
+    # Samples of middling length show the most on one line; of several with the same length those that were drawn first.
+    wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
+    for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
+        batch = data.collate([samples[int(number)] for number in part]).to(device)
+        output = model(batch.inputs, batch.valid)
+        guesses, answers = _answers(output.logits, batch.targets)
+        if not output.decisions:
+            continue
+        modules = module_names(output.decisions)
+        ran = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
+        rows = model.spec.rows_per_sample
+        for row, number in enumerate(part.tolist()):
+            own = slice(row * rows, (row + 1) * rows)  # a pair of documents is shown one after the other
+            valid = batch.valid[own].cpu()
+            values = batch.inputs[own].cpu()[valid]
+            mine = ran[:, own][:, valid]
+            texts: list[str] = []
+            if medium.sample_rate is None:  # numbers of a sound are all different: rates by number say nothing
+                texts = data.show(values)
+                stand += [places.setdefault(text, len(places)) for text in texts]
+                seen.append(mine)
+            if number in wanted:
+                kept = values if medium != Medium() else None
+                examples[number] = Example(texts, answers[row], guesses[row], mine, kept)
+    targets = torch.cat([torch.as_tensor(samples[number][1]).reshape(-1) for number in range(len(samples))])
+    majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
+    by_text = _by_text(places, torch.tensor(stand), torch.cat(seen, 1)) if stand else {}
+    both = _of_both_sorts([examples[number] for number in wanted if number in examples], shown)
+    return Report(majority, len(drawn), by_text, both, modules, medium, data.class_names)
+
+
+def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tuple[list[float], int]]:
+    """The activation rate of every layer at every text; `stand` has the number of the text at each position."""
+    counts = stand.bincount()
+    rates = torch.stack([stand.bincount(layer.double()) for layer in ran], 1) / counts[:, None]
+    return {text: (rates[place].tolist(), int(counts[place])) for text, place in places.items()}
+
+
+def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[int]]:
+    """The model's answers and the right ones; where positions are asked, how many were answered right and how many were
+    asked.
+    """
+    if logits is None:
+        return [], targets.tolist()
+    guesses = logits.argmax(-1)
+    if targets.ndim == 1:
+        return guesses.tolist(), targets.tolist()
+    return ((guesses == targets) & (targets != UNSCORED)).sum(1).tolist(), (targets != UNSCORED).sum(1).tolist()
+
+
+def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
+    """Half of them answered right and half wrong, as far as there are such."""
+    right = [example for example in examples if example.guess == example.target]
+    wrong = [example for example in examples if example.guess != example.target]
+    some = right[: max(shown // 2, shown - len(wrong))]
+    return some + wrong[: shown - len(some)]
+
+
+def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
+    """The end of a run in words: what was learned, who used attention, what to look at and what to try next."""
+    accuracy, rates = summary["test_accuracy"], summary["activation_rate"]
+    speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
+    lines = [
+        "",
+        (
+            f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, "
+            f"always the commonest answer {report.majority:.1%})"
+        ),
+        (
+            "activation rate   "
+            f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
+        ),
+        (
+            f"time              {summary['seconds']:.0f} s{speed}, "
+            f"{summary['parameters']:,} parameters, seed {summary['seed']}"
+        ),
+    ]
+    if report.by_text and any(rates):
+        busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
+        common = sorted(report.by_text, key=lambda text: -report.by_text[text][1])[:16]
+        ranked = sorted(common, key=lambda text: -report.by_text[text][0][busiest])
+        shares = ", ".join(f"{plain(text, 40)} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
+        lines.append(f"what layer {busiest} runs  {shares}")
+    if report.confusion is not None:
+        lines += ["", report.confusion.table()]
+    lines += [
+        "",
+        f"figure            {where_figure(out)}",
+        f"model             {plain(out / 'model')}   (sma.load reads it)",
+    ]
+    lines += [
+        f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
+        f"summary           {plain(out / 'summary.json')}",
+        "",
+    ]
+    return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
+
+
+def where_figure(out: Path) -> str:
+    """The path of a run's figure, as its report names it."""
+    return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
+
+
+def _hints(rates: Sequence[float], updates: int) -> list[str]:
+    hints = ["--set layers.layer.router='{kind: never}' shows what the backbone does without attention"]
+    if rates and max(rates) > 0.9:
+        hints.append(
+            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply"
+        )
+    if rates and min(rates) < 0.001:
+        hints.append(
+            "a router is dead: its layer is the backbone alone; --set training.budget.target=0.3 keeps routers alive"
+        )
+    hints.append(f"--set training.updates={2 * updates} trains twice as long")
+    return hints
+
+
+def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update,
+    rate).
+
+    Lines that a killed process left half-written are skipped.
+    """
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(
+        (out / "metrics").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])
+    ):
+        for row in csv.DictReader(_whole_lines(path), restkey=""):
+            wanted = {
+                name: value
+                for name, value in row.items()
+                if value and (name.startswith("fit_rate/") or name == "val_accuracy")
+            }
+            try:
+                update, points = int(row["step"]) + 1, {name: float(value) for name, value in wanted.items()}
+            except (KeyError, TypeError, ValueError):
+                continue
+            for name, point in points.items():
+                curves[name][update] = point
+    return {name: sorted(points.items()) for name, points in sorted(curves.items())}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file that came to their end; where the machine went down, some systems fill the rest up with
+    zeros.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and "\0" not in line]
+
+
+def draw(report: Report, out: Path, title: str) -> Path:
+    """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
+
+    Pixels are drawn as images, sounds as waves, everything else as text; see `activation_maps`. Where the confusion of
+    the classes was counted, it is drawn into `confusion.png`.
+    """
+    heights = [*(height_of(example, report.medium) for example in report.examples), 2.9]
+    with drawing(14, sum(heights) + 0.6) as figure:
+        figure.suptitle(title, fontsize=13)
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, example in zip(parts, report.examples, strict=False):
+            draw_map(part, example, report.medium, _caption(report, example))
+        draw_rates(parts[-1].subplots(), out)
+        path = save_figure(figure, out / FIGURE)
+    if report.confusion is not None:
+        draw_confusion(report.confusion, out / "confusion.png", title)
+    return path
+
+
+def _caption(report: Report, example: Example) -> str:
+    names = report.class_names
+    answer, guess = (label(names[place], 40) if names else str(place) for place in (example.target, example.guess))
+    verdict = "right" if example.guess == example.target else "wrong"
+    mark = "orange" if report.medium.image_shape is not None else "dark"
+    return f"answer {answer}, model says {guess} ({verdict}); {mark}: {' or '.join(report.modules)} ran here"
+
+
+def draw_rates(axis: Any, out: Path) -> None:
+    """Draw the activation rates of a run over its training, and the validation accuracy where there is one, into an
+    axis.
+    """
+    for name, points in rates_over_training(out).items():
+        updates, values = zip(*points, strict=True)
+        if name == "val_accuracy":
+            axis.plot(updates, values, "k--o", markersize=3, label="validation accuracy")
+        else:
+            axis.plot(
+                updates, values, label=name.removeprefix("fit_rate/").replace("layer", "layer ").replace("/", ": ")
+            )
+    axis.set(xlabel="update", ylabel="activation rate", ylim=(-0.02, 1.02))
+    if axis.lines:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.grid(alpha=0.3)

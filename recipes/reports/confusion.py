@@ -1,0 +1,132 @@
+"""Which classes a classifier takes for which: accuracy per class and the confusion matrix, as a table, as JSON and as a
+figure.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from sma.errors import DataError, quote
+from sma.recipes.io.names import plain
+from sma.recipes.reports.figures import drawing, label, save_figure
+
+_MOST = 20
+"""Classes whose whole matrix can be read in a terminal and in a figure with numbers."""
+
+_WIDEST = 24
+"""Characters of a name that tables and figures show."""
+
+
+class Confusion(NamedTuple):
+    """How often which class was answered.
+
+    Attributes:
+        counts: samples by their class (rows) and by the answer (columns).
+        names: of the classes.
+    """
+
+    counts: Int64[Tensor, "C C"]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, counts: Int64[Tensor, "C C"], names: tuple[str, ...]) -> "Confusion":
+        """Name the classes of a matrix; without names they are called by their numbers."""
+        return cls(counts.cpu(), names or tuple(map(str, range(len(counts)))))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return int(self.counts.sum())
+
+    @property
+    def per_class(self) -> dict[str, float | None]:
+        """Share of every class's samples that were answered right; None where a class has no samples."""
+        pairs = zip(self.names, self.counts.diagonal().tolist(), self.counts.sum(1).tolist(), strict=True)
+        return {name: right / total if total else None for name, right, total in pairs}
+
+    def record(self) -> dict[str, Any]:
+        """As values for JSON."""
+        return {"per_class": self.per_class, "classes": list(self.names), "confusion": self.counts.tolist()}
+
+    def table(self) -> str:
+        """The matrix with the accuracy of every class; of more than 20 classes the least accurate, with what they were
+        taken for.
+        """
+        return self._matrix() if len(self.names) <= _MOST else self._worst()
+
+    def _matrix(self) -> str:
+        names = [plain(name, _WIDEST) for name in self.names]
+        width = 1 + max(*map(len, names), len(str(int(self.counts.max()))))
+        first = max(len("class"), *map(len, names))
+        head = f"{'class':<{first}} {'accuracy':>8}   answered" + "".join(f"{name:>{width}}" for name in names)
+        lines = [head]
+        for name, accuracy, row in zip(names, self.per_class.values(), self.counts.tolist(), strict=True):
+            cells = "".join(f"{count or '·':>{width}}" for count in row)
+            lines.append(f"{name:<{first}} {_percent(accuracy):>8}           {cells}")
+        return "\n".join(lines)
+
+    def _worst(self) -> str:
+        accuracies = {place: accuracy for place, accuracy in enumerate(self.per_class.values()) if accuracy is not None}
+        worst = sorted(accuracies, key=lambda place: (accuracies[place], place))[:_MOST]
+        names = [plain(name, _WIDEST) for name in self.names]
+        first = max([len("class"), *(len(names[place]) for place in worst)])
+        lines = [f"{'class':<{first}} {'accuracy':>8} {'samples':>8}   most often taken for"]
+        for place in worst:
+            row = self.counts[place].clone()
+            samples, row[place] = int(row.sum()), 0
+            other = f"{names[int(row.argmax())]} ({int(row.max())})" if int(row.max()) else "nothing else"
+            lines.append(f"{names[place]:<{first}} {_percent(accuracies[place]):>8} {samples:>8}   {other}")
+        left = len(self.names) - len(worst)
+        return "\n".join([*lines, f"and {left} more classes"] if left else lines)
+
+
+def check_names(names: Sequence[str], classes: int) -> None:
+    """Check the names of classes before a training: accuracies are listed by them.
+
+    Raises:
+        DataError: they are not as many as the classes, or two are the same.
+    """
+    if names and len(names) != classes:
+        raise DataError(
+            f"the data names {len(names)} classes and the task has {classes}; give every class a name, or none"
+        )
+    if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
+        raise DataError(f"the data gives the name {quote(twice)} to two classes; every class needs a name of its own")
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.1%}"
+
+
+def draw_confusion(confusion: Confusion, path: Path, title: str) -> Path:
+    """Draw the matrix, every row as shares of its class, into a PNG."""
+    classes = len(confusion.names)
+    totals = confusion.counts.sum(1, keepdim=True)
+    shares = confusion.counts.double() / totals.clamp(min=1)
+    side = min(14.0, 2.5 + 0.55 * classes)
+    names = [label(name, _WIDEST) for name in confusion.names]
+    with drawing(side + 1.2, side) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        if classes <= _MOST:
+            axis.set_xticks(range(classes), names, rotation=45, ha="right")
+            axis.set_yticks(range(classes), names)
+            for row in range(classes):
+                for column in range(classes):
+                    if int(confusion.counts[row, column]):
+                        colour = "white" if float(shares[row, column]) > 0.6 else "black"
+                        axis.text(
+                            column,
+                            row,
+                            str(int(confusion.counts[row, column])),
+                            ha="center",
+                            va="center",
+                            fontsize=8,
+                            color=colour,
+                        )
+        axis.set(xlabel="answer", ylabel="class", title=title)
+        figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
+        return save_figure(figure, path)

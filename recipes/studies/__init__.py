@@ -1,0 +1,1 @@
+"""Many trainings: variants of one experiment, grids of runs, baselines, and their tables."""

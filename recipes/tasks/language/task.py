@@ -1,0 +1,57 @@
+"""The task of language modelling."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from sma.memory import check_memory
+from sma.model import LanguageModelSpec, ModelSpec
+from sma.recipes.tasks.contract import TaskSpec
+from sma.recipes.tasks.language.corpus import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
+from sma.spec import register
+
+
+@register
+class LanguageTask(TaskSpec):
+    """Predict the next byte of a text."""
+
+    kind: Literal["language"] = "language"
+    data: TextSettings = Field(default=PYTHON_TEXT, description="which text, and how it is split")
+    segment: int = Field(default=512, ge=1, description="bytes of each row of a batch")
+    carry_state: bool = Field(
+        default=False,
+        description="go on from one segment to the next with the state, without its gradient; "
+        "false starts every segment afresh",
+    )
+    window: int = Field(default=8192, ge=1, description="bytes that are evaluated at once")
+    context: int | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of each window that are only read, so that the others have at least so much before them; "
+        "null streams the whole split through the state, so that every byte has all before it",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.context is not None and self.context >= self.window:
+            raise ValueError(f"context={self.context} must be below window={self.window}; nothing would be scored")
+        return self
+
+    def check_model(self, model: ModelSpec) -> None:
+        if not isinstance(model, LanguageModelSpec):
+            raise ValueError(f"the model kind {model.kind!r} does not score the next token; use kind 'language_model'")
+        vocabulary = getattr(model.encoder, "vocabulary", 0)
+        if vocabulary < VOCABULARY_SIZE:
+            raise ValueError(
+                f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte"
+            )
+
+    @property
+    def least_length(self) -> int:
+        return self.segment
+
+    def prepare(self, folder: Path, *, progress: bool = True) -> Corpus:
+        # The positions and the bytes of one row, eight bytes each.
+        check_memory(16 * self.segment, f"a row of task.segment={self.segment:,}", hint="lower task.segment")
+        return load_text(self.data, folder, progress=progress)

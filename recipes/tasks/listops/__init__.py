@@ -1,0 +1,1 @@
+"""ListOps: nested MIN, MAX, MED and SM of digits."""

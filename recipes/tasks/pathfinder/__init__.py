@@ -1,0 +1,1 @@
+"""Pathfinder and Path-X: do two discs sit on one dashed contour?"""

@@ -1,0 +1,169 @@
+"""Long Range Arena's release of Pathfinder: folders of PNG images, and text files that say what they are.
+
+    pathfinder32/curv_contour_length_14/imgs/BATCH/sample_NUMBER.png
+    pathfinder32/curv_contour_length_14/metadata/BATCH.npy
+
+The `.npy` files are text, whatever their names say: a line per image, fields between blanks, of which 0 is the folder,
+1 the file and 3 the label. Some images of the release are empty files; these are left out, as everybody does.
+
+Reference:
+    Tay et al., "Long Range Arena", arXiv 2011.04006; https://github.com/google-research/long-range-arena.
+"""
+
+import io
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from sma.errors import DataError, parsing, quote, reason
+from sma.files import read_file
+from sma.recipes.io.published import is_visible
+from sma.recipes.tasks.grey import SPLITS
+from sma.recipes.tasks.lra import in_release
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+LEVEL = "curv_contour_length_14"
+"""The folder of Long Range Arena's level, the hardest of three."""
+
+_SPLIT_SEED = 42
+_HELD_OUT = 0.1
+_LIST = 1 << 26  # bytes of a list at most
+_IMAGE = 1 << 16  # bytes of an image at most, and 4 for each of its pixels
+
+
+class Record(NamedTuple):
+    """An image of the release: its path below the folder of the level, its class, its size on the disk and when it was
+    written (ns).
+    """
+
+    path: str
+    label: int
+    bytes: int
+    written: int
+
+
+def find_release(folder: Path, size: int, *, download: bool = False, progress: bool = True) -> Path:
+    """Return the folder of the level for images of `size` pixels, of which alone the images are unpacked where only the
+    archive is there.
+
+    Raises:
+        DataError: it is not there.
+    """
+    level = f"pathfinder{size}/{LEVEL}"
+    lists = in_release(
+        folder,
+        f"{level}/metadata",
+        f"{level} with imgs/ and metadata/",
+        unpacked=f"lra_release_pathfinder{size}",
+        members=lambda name: f"/{level}/" in f"/{name}",
+        download=download,
+        progress=progress,
+        instead=", or generate the images: task.data.source=generated",
+    )
+    return lists.parent
+
+
+def list_release(root: Path) -> list[Record]:
+    """Return the images of a level that are not empty, by the number of their batch and in it in the order of its list.
+
+    Raises:
+        DataError: a list or an image is missing, or a line of a list is broken; names it.
+    """
+    with parsing(root / "metadata"):
+        lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and is_visible(path.name)]
+    for path in lists:
+        if not re.fullmatch("[0-9]{1,9}", path.stem):
+            raise DataError(f"{path} is not named after the number of a batch, such as 0.npy; move it elsewhere")
+    found: list[Record] = []
+    for path in sorted(lists, key=lambda path: int(path.stem)):
+        found += _read_list(path, root)
+    if len(found) < 3:
+        raise DataError(f"{root} has {len(found)} images that are not empty; three splits need at least 3")
+    return found
+
+
+def _read_list(path: Path, root: Path) -> list[Record]:
+    content = read_file(path, _LIST)
+    if not content.isascii() or b"\0" in content:
+        raise DataError(
+            f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: "
+            "get the file again"
+        )
+    found = []
+    for number, line in enumerate(content.decode("ascii").splitlines(), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) < 4 or fields[3] not in ("0", "1"):
+            raise DataError(
+                f"{path}, line {number}: {quote(line, 62)} is not 'folder file number label …', "
+                "with blanks between and a label of 0 or 1"
+            )
+        place = PurePosixPath(fields[0], fields[1])
+        if place.is_absolute() or ".." in place.parts:
+            raise DataError(f"{path}, line {number}: {quote(str(place))} leads out of {root}; the list is damaged")
+        try:
+            image = (root / place).stat()
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path}, line {number} names {quote(str(place))}, which cannot be read: {reason(error)}"
+            ) from error
+        if not stat.S_ISREG(image.st_mode):
+            raise DataError(f"{path}, line {number} names {quote(str(place))}, which is no plain file; get it again")
+        if image.st_size:
+            found.append(Record(str(place), int(fields[3]), image.st_size, image.st_mtime_ns))
+    return found
+
+
+def split_records(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Deal the images out at random, 80 % to train on and 10 % each to validate and to test on, the same way each time.
+
+    That is what `torch.utils.data.random_split` does with seed 42 and the split which the published models were
+    measured on.
+    """
+    held_out = max(1, int(_HELD_OUT * len(records)))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    parts = order.split([len(records) - 2 * held_out, held_out, held_out])
+    return {split: [records[number] for number in part.tolist()] for split, part in zip(SPLITS, parts, strict=True)}
+
+
+def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.ndarray, "n L"]:
+    """Decode some images, row after row.
+
+    Raises:
+        DataError: a file is damaged or is no grey image of `size` pixels; names it.
+    """
+    images = np.empty((len(records), size * size), dtype=np.uint8)
+    for row, record in enumerate(records):
+        path = root / record.path
+        content = read_file(path, _IMAGE + 4 * size * size)
+        damaged = parsing(
+            path, hint="it is truncated or damaged: get it again, or make it an empty file to leave it out"
+        )
+        with damaged, _open_png(content) as picture:
+            if picture.size != (size, size) or picture.mode != "L":
+                width, height = picture.size
+                raise DataError(
+                    f"{path} is an image of {width} x {height} pixels, mode {picture.mode}; "
+                    f"{size} x {size} grey ones are required"
+                )
+            picture.load()
+            images[row] = np.asarray(picture).reshape(-1)
+    return images
+
+
+def _open_png(content: bytes) -> "ImageFile":
+    from PIL import Image, UnidentifiedImageError  # whoever generates the images needs no Pillow
+
+    try:
+        return Image.open(io.BytesIO(content), formats=("PNG",))
+    except UnidentifiedImageError:  # its sentence names an object in memory
+        raise ValueError("it is no PNG image") from None

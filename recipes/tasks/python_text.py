@@ -1,0 +1,222 @@
+"""Passages of Python's standard library: small real text that everybody has, for trying the tasks that read documents.
+
+A document is the source of a module, code and comments as they stand. Modules are dealt to the splits, so what is
+tested on comes from modules that nobody has learned from. The text differs between versions of Python: compare results
+by its SHA-256.
+
+These stand in for reviews and for papers, and an accuracy on them says nothing about those.
+"""
+
+import hashlib
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from sma.errors import DataError
+from sma.recipes.tasks.documents import DocumentDataset
+
+SPLITS = ("train", "validation", "test")
+TEST = 0.2
+"""Share of the modules to test on."""
+
+LIMITS = {"train": 20_000, "validation": 1_000, "test": 2_000}
+"""Samples of a split at most."""
+
+# fmt: off
+INTERNET = frozenset({
+    "asynchat", "asyncio", "asyncore", "base64", "binhex", "cgi", "cgitb", "email", "ftplib", "html", "http",
+    "imaplib", "ipaddress", "json", "mailbox", "mailcap", "mimetypes", "netrc", "nntplib", "poplib", "quopri",
+    "selectors", "smtpd", "smtplib", "socket", "socketserver", "ssl", "telnetlib", "urllib", "uu", "uuid",
+    "webbrowser", "wsgiref", "xml", "xmlrpc"
+})
+# fmt: on
+"""Modules and packages of the library reference's chapters on networking, internet data, markup and internet
+protocols.
+"""
+
+_LEFT_OUT = frozenset(
+    {
+        "antigravity",
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "this",
+        "tkinter",
+        "turtle",
+        "turtledemo",
+    }
+)
+"""Tables, jokes, and what many an installation lacks."""
+
+
+def python_modules() -> dict[str, bytes]:
+    """Return the sources of the standard library's modules by their paths, such as `json/decoder.py`, sorted.
+
+    Raises:
+        DataError: this Python came without them.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths: list[Path] = []
+    for name in sys.stdlib_module_names - _LEFT_OUT:
+        paths += [root / f"{name}.py"] if (root / f"{name}.py").is_file() else sorted((root / name).rglob("*.py"))
+    places = sorted(path.relative_to(root).as_posix() for path in paths)
+    try:
+        found = {
+            place: (root / place).read_bytes() for place in places if not {"test", "tests"} & set(place.split("/"))
+        }
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror or error}; use the published data") from error
+    if not found:
+        raise DataError(
+            f"Python {platform.python_version()} came without the sources of its standard library (looked for *.py in "
+            f"{root}); install them, or use the published data"
+        )
+    return found
+
+
+def deal_modules(names: Iterable[str], validation: float, seed: int) -> dict[str, list[str]]:
+    """Deal modules to the three splits: a share of `TEST` to test on, of the others a share of `validation` to validate
+    on.
+
+    Raises:
+        DataError: a split would have no module.
+    """
+    names = sorted(names)
+    generator = torch.Generator().manual_seed(seed)
+    order = [names[number] for number in torch.randperm(len(names), generator=generator).tolist()]
+    test = round(TEST * len(order))
+    held_out = round(validation * (len(order) - test))
+    parts = {"train": order[test + held_out :], "validation": order[test : test + held_out], "test": order[:test]}
+    for split, part in parts.items():
+        if not part:
+            raise DataError(f"validation={validation} leaves none of the {len(order)} modules for the split {split!r}")
+    return parts
+
+
+class PythonDocuments(NamedTuple):
+    """Passages, and whether they are of a module of `INTERNET`: three splits, half of each of either class."""
+
+    train: DocumentDataset
+    validation: DocumentDataset
+    test: DocumentDataset
+
+
+def python_documents(
+    length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
+) -> PythonDocuments:
+    """Cut modules into passages; class 1 is `INTERNET`.
+
+    Args:
+        length: bytes of every passage.
+        validation: see `deal_modules`.
+        seed: of the dealing, and of the choice where there are more passages than wanted.
+        modules: sources by their paths; None: `python_modules()`.
+
+    Raises:
+        DataError: a split would have no passage of some class.
+    """
+    modules = python_modules() if modules is None else modules
+    splits = []
+    for split, names in deal_modules(modules, validation, seed).items():
+        generator = torch.Generator().manual_seed(seed)
+        classes: tuple[list[bytes], list[bytes]] = ([], [])
+        for name in names:
+            content, target = modules[name], name.split("/")[0].removesuffix(".py") in INTERNET
+            classes[target].extend(
+                content[start : start + length] for start in range(0, len(content) - length + 1, length)
+            )
+        count = min(len(classes[0]), len(classes[1]), LIMITS[split] // 2)
+        if not count:
+            raise DataError(
+                f"the split {split!r} has no passage of {length} bytes of some class; "
+                "lower the length, or change validation"
+            )
+        splits.append(
+            DocumentDataset.of(
+                (passages[number], target)
+                for target, passages in enumerate(classes)
+                for number in torch.randperm(len(passages), generator=generator)[:count].tolist()
+            )
+        )
+    return PythonDocuments(*splits)
+
+
+class Pairs(NamedTuple):
+    """Pairs of passages in a run of bytes, and whether the second goes on where the first ends.
+
+    Shape:
+        places `(N, 4)`: beginning and end of the first, and of the second; targets `(N,)`.
+    """
+
+    content: UInt8[np.ndarray, " T"]
+    places: Int64[Tensor, "N 4"]
+    targets: Int64[Tensor, " N"]
+
+    @property
+    def sha256(self) -> str:
+        """Of the run of bytes, then the places (8 bytes each, little-endian), then the targets (a byte each)."""
+        total = hashlib.sha256(self.content.tobytes())
+        total.update(self.places.numpy().astype("<i8").tobytes())
+        total.update(self.targets.numpy().astype(np.uint8).tobytes())
+        return total.hexdigest()
+
+
+def python_pairs(
+    length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
+) -> dict[str, Pairs]:
+    """Pair passages: every first one once with the one that follows it (1), and once with one of another module of the
+    same split (0).
+
+    Every second one comes once with either answer too, so no passage by itself tells it; and a module is in one split
+    alone.
+
+    Args:
+        length: bytes of every passage.
+        validation: see `deal_modules`.
+        seed: of the dealing, of the choice of passages, and of who is paired with whom.
+        modules: sources by their paths; None: `python_modules()`.
+
+    Raises:
+        DataError: a split would have no module, or more than half of its passages of one.
+    """
+    modules = python_modules() if modules is None else modules
+    long = {name: content for name, content in modules.items() if len(content) >= 2 * length}
+    return {
+        split: _pairs([long[name] for name in names], length, seed, split)
+        for split, names in deal_modules(long, validation, seed).items()
+    }
+
+
+def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    bounds = list(pairwise(accumulate(map(len, contents), initial=0)))
+    firsts = torch.tensor([start for begin, end in bounds for start in range(begin, end - 2 * length + 1, 2 * length)])
+    firsts = firsts[torch.randperm(len(firsts), generator=generator)[: LIMITS[split] // 2]]
+    owners = torch.bucketize(firsts, torch.tensor([end for _, end in bounds]), right=True)
+    most = int(owners.bincount().max())
+    if 2 * most > len(firsts):
+        raise DataError(
+            f"{most} of the {len(firsts)} passages of the split {split!r} are of one module, "
+            "at most half may be; lower the length"
+        )
+    # Sorted by module, whoever stands as far away as the largest module is long is of another one.
+    order = owners.argsort(stable=True)
+    others = torch.empty_like(order)
+    others[order] = order.roll(most)
+    seconds = torch.cat((firsts, firsts[others])) + length
+    firsts = firsts.repeat(2)
+    places = torch.stack((firsts, firsts + length, seconds, seconds + length), 1)
+    targets = torch.cat((torch.ones(len(others)), torch.zeros(len(others)))).long()
+    return Pairs(np.frombuffer(b"".join(contents), dtype=np.uint8), places, targets)

@@ -1,0 +1,1 @@
+"""Raw speech: one-second clips of ten words, sample by sample."""

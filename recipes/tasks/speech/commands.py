@@ -1,0 +1,161 @@
+"""Speech Commands v0.02: one-second recordings of words, read from its folder or its archive, and kept as one array.
+
+A data folder holds one of the two, as they are published:
+
+| what | where |
+|---|---|
+| folder | `speech_commands_v0.02/{yes,no,…}/*.wav`, beside them `validation_list.txt` and `testing_list.txt` |
+| archive | `speech_commands_v0.02.tar.gz`, 2.3 GiB, from which the ten words are unpacked into that folder |
+
+Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
+`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes
+into memory, and `names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another
+selection of files is another copy, as are files that were replaced. `sma.recipes.io.wav` says which WAV files are
+read.
+
+Reference:
+    Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int16
+from rich.progress import track
+
+from sma.errors import DataError, quote
+from sma.files import check_file, read_file
+from sma.recipes.io.generated import HashedFile, cached_files, copy_folder
+from sma.recipes.io.mapped import map_file
+from sma.recipes.io.published import is_visible, published_folder
+from sma.recipes.io.wav import read_wav
+
+CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+SAMPLE_RATE = 16_000
+SAMPLES = 16_000
+"""Of a clip: one second."""
+
+NAME = "speech_commands_v0.02"
+URL = f"http://download.tensorflow.org/data/{NAME}.tar.gz"
+SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
+"""Of the archive."""
+
+LISTS = ("validation_list.txt", "testing_list.txt")
+_FILES = ("clips.int16", "names.txt")
+_LIST = 1 << 26  # bytes of a list of names at most
+_ANY_NAME = "surrogateescape"  # a file system does not care whether a name is UTF-8
+
+
+class Clips(NamedTuple):
+    """All clips, sorted by word and name.
+
+    Attributes:
+        samples: of every clip, on the disk.
+        names: of every clip, such as `yes/0a7c2a8d_nohash_0.wav`.
+        lists: the names in the two lists of the publisher, by the name of the list; a missing list is empty.
+    """
+
+    samples: Int16[np.ndarray, "N 16000"]
+    names: list[str]
+    lists: dict[str, frozenset[str]]
+
+
+def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -> Clips:
+    """Return the clips of the ten words that have exactly 16,000 samples.
+
+    Args:
+        folder: holds the folder or the archive; and then the copy, which is kept in the default data folder where
+            `folder` cannot be written.
+        download: get the archive where neither is there.
+        progress: show bars.
+
+    Raises:
+        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not of one channel at 16 kHz,
+            named by file; or the copy cannot be written.
+    """
+    source = _source(folder, download, progress)
+    files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
+    listing = "".join(_entry(name, path) for name, path in files.items())
+    fingerprint = hashlib.sha256(listing.encode(errors=_ANY_NAME)).hexdigest()
+    recipe = {"generator": "speech_commands", "version": 1, "files": len(files), "listing": fingerprint}
+    copy = copy_folder(folder, f"{NAME}-{fingerprint[:12]}")
+
+    def write(outputs: Mapping[str, HashedFile]) -> None:
+        samples, names = (outputs[name] for name in _FILES)
+        for name, path in track(files.items(), "Speech Commands", total=len(files), disable=not progress):
+            clip = read_wav(path, SAMPLE_RATE, only=SAMPLES)
+            if clip is not None:
+                samples.write(clip.tobytes())
+                names.write(f"{name}\n".encode(errors=_ANY_NAME))
+
+    # `listing` under another key than the manifest's own list of files.
+    cached_files(copy, {"source": recipe}, _FILES, write)
+    names = _lines_of(copy / _FILES[1])
+    found = {name.split("/")[0] for name in names}
+    if found - {*CLASSES, ""}:
+        raise DataError(
+            f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to have it made again"
+        )
+    for word in CLASSES:
+        if word not in found:
+            raise DataError(
+                f"no clip of the word {word!r} in {source / word} has exactly {SAMPLES:,} samples; "
+                "every word needs some"
+            )
+    clips = map_file(copy / _FILES[0], "<i2", (len(names), SAMPLES))
+    return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
+
+
+def _source(folder: Path, download: bool, progress: bool) -> Path:
+    source, archive = folder / NAME, folder / f"{NAME}.tar.gz"
+    return published_folder(
+        [source],
+        [archive],
+        source,
+        url=URL,
+        sha256=SHA256,
+        archive_most=3 << 30,  # it has 2.3 GiB, and the ten words 1.2 GB
+        files_most=2 << 30,
+        missing=f"there is no Speech Commands data: looked for the folder {source}, "
+        f"with {CLASSES[0]}/*.wav and so on, and the archive {archive}",
+        members=_is_wanted,
+        download=download,
+        progress=progress,
+        instead=", or try task.data.source=synthetic",
+    )
+
+
+def _is_wanted(name: str) -> bool:
+    parts = name.split("/")
+    return name in LISTS or (len(parts) == 2 and parts[0] in CLASSES and parts[1].endswith(".wav"))
+
+
+def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
+    """The recordings of a word, sorted by name: the order in which a file system lists them is no order."""
+    found = (source / word).glob("*.wav")
+    paths: Sequence[Path] = sorted((path for path in found if is_visible(path.name)), key=lambda path: path.name)
+    if not paths:
+        raise DataError(
+            f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}"
+        )
+    return ((f"{word}/{path.name}", path) for path in paths)
+
+
+def _entry(name: str, path: Path) -> str:
+    """What tells a file from another that is put in its place."""
+    if any(ord(character) < 32 for character in name):
+        raise DataError(f"the recording {quote(name)} has a name that no list can hold; rename it")
+    check_file(path)
+    found = path.stat()
+    return f"{name} {found.st_size} {found.st_mtime_ns}\n"
+
+
+def _lines_of(path: Path) -> list[str]:
+    return read_file(path, _LIST).decode(errors=_ANY_NAME).removesuffix("\n").split("\n")
+
+
+def _read_list(path: Path) -> frozenset[str]:
+    return frozenset(line.strip() for line in _lines_of(path)) if path.exists() else frozenset()

@@ -1,0 +1,1 @@
+"""One training: module, loop, callbacks, distributed processes, evaluation."""

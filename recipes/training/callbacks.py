@@ -1,0 +1,212 @@
+"""What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never
+half-written.
+"""
+
+import logging
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+
+from sma.errors import CheckpointError, parsing, reason
+from sma.files import check_file, write_atomically
+from sma.recipes.training.distributed import of_all, together
+from sma.stats import router_health
+
+log = logging.getLogger("sma.recipes")
+
+_PARTS = {
+    "global_step": int,
+    "state_dict": dict,
+    "callbacks": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+"""What every checkpoint has, among other things."""
+
+_HINT = (
+    "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, "
+    "or delete the folder of both to begin the run anew"
+)
+
+# What their rate is does not depend on what they learned, if they learn at all.
+FIXED_ROUTERS = ("always", "never", "random", "expert_choice")
+
+
+class RandomStates(Callback):
+    """Saves the random states with every checkpoint and puts them back on resuming; Lightning itself does not."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
+        own = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        return {"ranks": of_all(own)} if together() else own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states until the training starts: building and evaluating must not use them up."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the states of the checkpoint back."""
+        states = self._loaded.get("ranks", [self._loaded])
+        # Where more processes go on than there were, the others keep the states that their seeds gave them.
+        rank = torch.distributed.get_rank() if together() else 0
+        found = states[rank] if rank < len(states) else {}
+        if found:
+            torch.set_rng_state(found["cpu"].cpu())
+            if found["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in found["cuda"]])
+
+
+class FinalEvaluation(Callback):
+    """Evaluates and checkpoints after the last update too, where the interval between evaluations does not divide the
+    updates.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell Lightning that this was the last update, which makes it evaluate."""
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
+
+
+class RouterHealth(Callback):
+    """Warns, once per router, when no token or every token activates its sub-module: it then learns no more.
+
+    Args:
+        kinds: the router kind of every routed layer.
+    """
+
+    def __init__(self, kinds: list[str]) -> None:
+        self.kinds = kinds
+        self.warned: dict[str, str] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the rates of the validation split; those on the way to a budget's target are meant to be so."""
+        if not getattr(pl_module, "settled", True):
+            return
+        for name, value in trainer.callback_metrics.items():
+            if not name.startswith("val_rate/"):
+                continue
+            _, layer, module = name.split("/")
+            if self.kinds[int(layer.removeprefix("layer"))] in FIXED_ROUTERS:
+                continue
+            rate = float(value)
+            condition = router_health(rate)
+            if condition != self.warned.get(name, "ok"):
+                log.warning(self._sentence(condition, layer, module, rate, trainer.global_step))
+            self.warned[name] = condition
+
+    def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
+        where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
+        if condition == "dead":
+            return (
+                f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; "
+                "set training.budget.target"
+            )
+        if condition == "saturated":
+            return (
+                f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; "
+                "set training.budget.target"
+            )
+        return f"{where} is alive again at update {step}: rate {rate:.4f}"
+
+
+class Bar(TQDMProgressBar):
+    """Loss, accuracy, activation rate and time left; a line now and then where the output is not a terminal."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__(refresh_rate=10 if sys.stderr.isatty() else max(1, updates // 20), leave=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The metrics of the bar, without Lightning's version number."""
+        return {
+            name: f"{value:.3f}" if isinstance(value, float) else value
+            for name, value in super().get_metrics(trainer, pl_module).items()
+            if name != "v_num"
+        }
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """The newest checkpoint, in a run folder that may be moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best
+        score.
+        """
+        # There is one file of this kind, whatever else a checkpoint says.
+        own = str(Path(str(self.dirpath), f"{self.filename}.ckpt"))
+        paths = {
+            name: own if state_dict[name] else ""
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        best = dict.fromkeys(
+            [own][: len(state_dict["best_k_models"])], next(iter(state_dict["best_k_models"].values()), None)
+        )
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+
+
+class BestCheckpoint(LastCheckpoint):
+    """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it
+    does more.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, once the rates have settled."""
+        if getattr(pl_module, "settled", True):
+            super().on_validation_end(trainer, pl_module)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run without running any code in it, and look whether it has the parts of one.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or something else than a checkpoint.
+    """
+    loaded: Any = _load(path)
+    for part, kind in _PARTS.items():
+        if not isinstance(loaded, dict) or not isinstance(loaded.get(part), kind) or isinstance(loaded[part], bool):
+            raise CheckpointError(f"the checkpoint {str(path)!r} is none of a run: it has no {part}; {_HINT}")
+    checkpoint: dict[str, Any] = loaded
+    return checkpoint
+
+
+def _load(path: Path, map_location: Any = "cpu") -> Any:
+    size = check_file(path, CheckpointError)
+    with parsing(f"the checkpoint {str(path)!r}", CheckpointError, _HINT):
+        with zipfile.ZipFile(path) as parts:
+            if (
+                sum(part.file_size for part in parts.infolist()) > size
+            ):  # torch writes them as they are: what is packed could be of any size
+                raise CheckpointError(f"the checkpoint {str(path)!r} is packed, which those of a run are not; {_HINT}")
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that replace the old file in one step, and are read without running any code in them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        except (OSError, RuntimeError) as error:  # a full disk is either, depending on where torch notices it
+            raise CheckpointError(
+                f"cannot write {str(path)!r}: {reason(error)}; the run folder must be writable and have space"
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read a checkpoint."""
+        loaded: dict[str, Any] = _load(Path(path), map_location or "cpu")
+        return loaded

@@ -1,0 +1,205 @@
+"""What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no
+numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sma.budget import BudgetController, routers_of
+from sma.decision import Decision
+from sma.errors import DataError
+from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
+from sma.model import SequenceModel
+from sma.recipes.experiment import TrainingSpec
+from sma.recipes.training.distributed import first_of_all, of_all
+from sma.stats import RateCount, count_rates
+
+
+class RateMetric(Metric):
+    """Activation rate of every sub-module of every routed layer, over all batches and all ranks.
+
+    Args:
+        layers: the sub-modules of every routed layer.
+    """
+
+    active: Tensor
+    valid: Tensor
+
+    def __init__(self, layers: Sequence[tuple[str, ...]]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        names = {name for layer in layers for name in layer}
+        self.add_state("active", torch.zeros(len(self.layers), len(names), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
+        """Count one batch."""
+        count = count_rates(decisions, valid)
+        self.active += count.active
+        self.valid += count.valid.to(self.valid.device)
+
+    def compute(self) -> Tensor:
+        """The rates, as `RateCount.rates`."""
+        return RateCount(self.active, self.valid, self.layers).rates
+
+    def by_name(self) -> dict[str, float]:
+        """The rates by what they are logged as: `layer0/attention`."""
+        rows = RateCount(self.active, self.valid, self.layers).by_layer()
+        return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
+
+    def measures(self, split: str) -> dict[str, float]:
+        """The rates of a split over all ranks by their logged names, their mean first; starts afresh."""
+        with self.sync_context():
+            rates = self.by_name()
+        self.reset()
+        mean = {f"{split}_rate": sum(rates.values()) / len(rates)} if rates else {}
+        return mean | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
+
+
+class Learner(lightning.LightningModule):
+    """A model and how it is trained; subclasses say what is learned.
+
+    Args:
+        model: what is trained.
+        training: optimiser and schedule.
+
+    Attributes:
+        monitor: the measure of the validation split by which the best checkpoint is chosen.
+        monitor_mode: whether more of it is better.
+        module_names: the sub-modules of every routed layer.
+        tokens_seen: in updates.
+        fit_scores: what is measured between two lines of the metrics; subclasses set it.
+        between_updates: called before every update but the first, when everything about the one before is complete.
+    """
+
+    fit_scores: Any
+    monitor: ClassVar[str]
+    monitor_mode: ClassVar[Literal["min", "max"]]
+
+    def __init__(self, model: SequenceModel, training: TrainingSpec) -> None:
+        super().__init__()
+        self.model = model.recompute_activations(training.recompute)
+        self.training_spec = training
+        self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
+        self.controller = None if training.budget is None else BudgetController.of(model, training.budget)
+        self.tokens_seen = 0
+        self.between_updates: Callable[[], None] = lambda: None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the activation rates stand where they shall stay: only then a checkpoint can be the best one."""
+        return self.controller is None or int(self.controller.updates) >= self.controller.spec.settled
+
+    def steer(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
+        """Let the budget see the decisions of one update; they are those of the offsets before it."""
+        if self.controller is not None:
+            self.controller.update(decisions, valid)
+
+    def routing_loss(self, decisions: Sequence[Decision], valid: Tensor | None, losses: Tensor) -> Tensor | float:
+        """The losses of the decisions, weighted.
+
+        Args:
+            decisions: of this update.
+            valid: False at padding.
+            losses: of the task: of every row, or of every position with 0 where nothing is asked.
+        """
+        weights = self.training_spec.losses
+        total: Tensor | float = 0.0
+        if weights.budget and weights.target is not None:
+            total = total + weights.budget * budget_loss(decisions, weights.target, valid)
+        if weights.load_balance:
+            total = total + weights.load_balance * load_balance_loss(decisions, valid)
+        if weights.z:
+            total = total + weights.z * z_loss(decisions, valid)
+        # While a budget holds its first rate the model learns, and what a token is worth to it is not known yet.
+        if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
+            routers = routers_of(self.model)
+            drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.samples]
+            rows = decisions[0].active.shape[0] if decisions else 0
+            # A sample of several rows, such as a pair of documents: each owes its loss.
+            if losses.ndim == 1 and losses.shape[0] < rows:
+                losses = losses.repeat_interleave(rows // losses.shape[0])
+            total = total + weights.policy * policy_gradient_loss(
+                drawn, losses, valid, rates_are_held=self.controller is not None
+            )
+        return total
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The batch, as it is: of all that Lightning calls, only this comes between two updates."""
+        if self.trainer.training and self.global_step:
+            self.between_updates()
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next line of the metrics is made of, from all processes: all of them must call it."""
+        parts = of_all({name: value.cpu() for name, value in self._counts().items()})
+        checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting; of several processes the first one has it all."""
+        found = checkpoint.get("fit_scores", {})  # older versions have none
+        for name, value in self._counts().items():
+            if name in found and first_of_all():
+                value.copy_(found[name])
+
+    def _counts(self) -> dict[str, Tensor]:
+        """The states of the metrics of the training, which are sums."""
+        return {
+            f"{name}.{state}": value
+            for name, metric in self.fit_scores.named_modules()
+            if isinstance(metric, Metric)
+            for state, value in metric.metric_state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell routers that anneal or draw how far the training is."""
+        for router in routers_of(self.model):
+            router.advance(self.global_step)
+
+    def configure_optimizers(self) -> Any:
+        """Adam or rectified Adam with decoupled decay, and the schedule, per update."""
+        spec = self.training_spec
+        settings: dict[str, Any] = {
+            "lr": spec.learning_rate,
+            "betas": spec.betas,
+            "eps": spec.epsilon,
+            "weight_decay": spec.weight_decay,
+        }
+        optimizer: torch.optim.Optimizer
+        if spec.optimizer == "radam":
+            optimizer = torch.optim.RAdam(self._groups(), **settings, decoupled_weight_decay=True)
+        else:  # a fused optimiser scales by itself, which Lightning's clipping refuses
+            optimizer = torch.optim.AdamW(self._groups(), **settings, fused=self.trainer.precision.endswith("true"))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters; those of the routers by themselves where they learn at a rate of their own."""
+        spec = self.training_spec
+        if spec.router_learning_rate is None:
+            return [{"params": list(self.parameters())}]
+        routers = [part for router in routers_of(self.model) for part in router.parameters()]
+        known = {id(part) for part in routers}
+        others = [part for part in self.parameters() if id(part) not in known]
+        return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good
+        checkpoint.
+
+        Raises:
+            DataError: what to do about it.
+        """
+        if not torch.isfinite(loss):
+            raise DataError(
+                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
+                "start a new run with a lower training.learning_rate or another seed"
+            )

@@ -1,0 +1,73 @@
+"""The order of the samples: a function of the seed and the number of the update, so that a run can start again
+anywhere.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from sma.recipes.training.distributed import ALONE, Team
+
+
+class UpdateSampler(Sampler[list[int]]):
+    """The batches of a whole training, one per update, from update `start` on.
+
+    Every epoch is a new permutation. `bucket` batches at a time are sorted by length, so that a batch needs little
+    padding, and the batches of an epoch come in random order. What is left over at the end of an epoch sits it out.
+
+    Args:
+        lengths: length of every sample.
+        batch_size: samples per batch; a smaller data set gives batches of all it has.
+        updates: batches in all.
+        seed: of the permutations.
+        start: updates that have been done.
+        bucket: batches that are sorted together.
+        team: the processes that share every batch; this one gives its own part of it.
+
+    Raises:
+        SpecError: they cannot share the batches evenly.
+    """
+
+    def __init__(
+        self,
+        lengths: Int64[Tensor, "N"],
+        batch_size: int,
+        updates: int,
+        seed: int,
+        start: int = 0,
+        bucket: int = 50,
+        team: Team = ALONE,
+    ) -> None:
+        self.lengths, self.updates, self.seed, self.start, self.bucket, self.team = (
+            lengths,
+            updates,
+            seed,
+            start,
+            bucket,
+            team,
+        )
+        self.batch_size = min(batch_size, len(lengths))
+        team.check_batch(self.batch_size)
+        self.per_epoch = len(lengths) // self.batch_size
+        self._epoch = lru_cache(maxsize=1)(self._draw)
+
+    def __len__(self) -> int:
+        """All updates, done ones included: Lightning counts from the beginning too."""
+        return self.updates
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches that are still to come."""
+        for update in range(self.start, self.updates):
+            epoch, place = divmod(update, self.per_epoch)
+            yield self.team.part(self._epoch(epoch)[place].tolist())
+
+    def _draw(self, epoch: int) -> Int64[Tensor, "E B"]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)[: self.per_epoch * self.batch_size]
+        parts = [part[self.lengths[part].argsort(stable=True)] for part in order.split(self.bucket * self.batch_size)]
+        batches = torch.cat(parts).unflatten(0, (self.per_epoch, self.batch_size))
+        return batches[torch.randperm(self.per_epoch, generator=generator)]
