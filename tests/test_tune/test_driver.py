@@ -1,10 +1,13 @@
 """Sweeps in real processes of Ray's."""
 
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from sma.checkpoint import load
 from sma.recipes.experiment import load_experiment
@@ -13,9 +16,10 @@ from sma.tune.cluster import ResourceSpec
 from sma.tune.driver import run_sweep
 from sma.tune.folder import start_sweep
 from sma.tune.records import TrialRecord, load_records
-from sma.tune.sharing import pack
+from sma.tune.search import Search
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
+from sma.tune.trial import Reporter, _run
 from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
 from tests.test_tune.faulty import FaultySpec
 from tests.test_tune.sweeps import few, small_sweep
@@ -135,10 +139,9 @@ def test_a_sweep_behind_a_uri_leaves_the_same(two_slots: None, data_folder: Path
 
 
 @pytest.mark.parametrize("name", shipped_sweeps())
-def test_every_shipped_sweep_runs(
-    name: str, two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_trials_of_every_shipped_sweep_train(
+    name: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sma.tune.driver.pack", lambda data: pack(few(data)))
     settings = {"training.updates": 4, "training.warmup": 1, "training.evaluate_every": 4}
     if name.startswith(("listops", "path")):  # these make each sample
         settings |= {"task.data.train": 100, "task.data.validation": 10, "task.data.test": 10}
@@ -147,11 +150,21 @@ def test_every_shipped_sweep_runs(
         fixed = ["training.budget.hold", "training.budget.anneal"]
     settings |= dict.fromkeys(fixed, 1)
     sweep = make_sweep(name, settings=[f"{path}={value}" for path, value in settings.items()], samples=2)
-    # One at a time: half the processes, whose start takes longer than their training.
-    summary, storage, _ = run(sweep, tmp_path / "s", data_folder, concurrent=1)
-    assert (summary["finished"], summary["failures"]) == (2, [])
-    assert {sweep.quality.name, "rate", "operations_per_token"} <= summary["best"].keys()
-    assert "NaN" not in (storage.read("summary.json") or b"").decode()
+    data = few(sweep.experiment.task.prepare(data_folder, progress=False))
+    # In this process: one of Ray's takes longer to start than these trials take to train.
+    reports: list[tuple[str, dict[str, float], str]] = []
+    monkeypatch.setattr(Reporter, "report", lambda self, *said: reports.append((*said, "")[:3]))
+    search = Search(sweep, Storage(tmp_path / "s"))
+    for number in range(2):
+        config = search.suggest(str(number))
+        assert config is not None
+        assert config["number"] == number
+        (tmp_path / str(number)).mkdir()
+        _run(config, sweep, data, tmp_path / str(number), "cpu", time.time(), Callback(), "")  # type: ignore[arg-type]
+    assert [(status, reason) for status, _, reason in reports] == [("running", ""), ("finished", "")] * 2
+    for _, measured, _ in reports:
+        assert {sweep.quality.name, "rate", "operations_per_token"} <= measured.keys()
+        assert all(map(math.isfinite, measured.values()))
 
 
 def test_threads_of_a_trial_leave_the_other_cores_alone(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.test_tune.sweeps import write_sweep
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """That of two nodes of one core each."""
+    assert not ray.is_initialized()
     node = {"num_cpus": 1, "object_store_memory": 150 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     made.add_node(**node)
