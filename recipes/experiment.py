@@ -12,8 +12,6 @@ from sma.model import ModelSpec
 from sma.paths import override, parse_path
 from sma.recipes.io.presets import read_shipped
 from sma.recipes.tasks.contract import TaskSpec
-from sma.routers import BernoulliRouterSpec, RouterSpec
-from sma.routers.sampled import SampledSpec
 from sma.spec import Spec, parse_setting
 
 
@@ -127,27 +125,21 @@ class ExperimentSpec(Spec):
         return self
 
     def _check_policy(self) -> None:
-        """A policy gradient needs routers that sample, and a `bernoulli` router learns from nothing else."""
+        """A policy gradient needs routers that sample, and some routers learn from nothing else."""
         routers = [layer.router for layer in self.model.layer_specs if layer.modules]
         weight = self.training.losses.policy
-        if weight and not any(map(may_sample, routers)):
+        if weight and not any(router.stochastic for router in routers):
             kinds = ", ".join(dict.fromkeys(repr(router.kind) for router in routers)) or "none"
             raise ValueError(
                 f"training.losses.policy={weight} needs a router that samples, and the model's are: {kinds}; "
-                "use the router kind 'bernoulli', or set training.losses.policy=0"
+                "use one, such as the router kind 'bernoulli', or set training.losses.policy=0"
             )
-        if not weight and any(isinstance(router, BernoulliRouterSpec) for router in routers):
-            raise ValueError(
-                "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; "
-                "set training.losses.policy=1.0, or use another kind, such as 'gumbel'"
-            )
-
-
-def may_sample(router: RouterSpec) -> bool:
-    """Whether a router draws its decisions in training; of one of another package that is not known before it is
-    built.
-    """
-    return isinstance(router, SampledSpec) or not type(router).__module__.startswith("sma.")
+        for router in routers:
+            if router.needs_policy_gradient and not weight:
+                raise ValueError(
+                    f"training.losses.policy=0 leaves the router kind {router.kind!r} nothing to learn from; "
+                    "set training.losses.policy=1.0, or use another kind, such as 'gumbel'"
+                )
 
 
 def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> ExperimentSpec:

@@ -9,7 +9,6 @@ from sma.errors import SpecError, quote
 from sma.layer import LayerSpec
 from sma.model import ModelSpec
 from sma.norms import NormSpec
-from sma.routers import AlwaysRouterSpec, ExpertChoiceRouterSpec, NeverRouterSpec, RandomRouterSpec, RouterSpec
 from sma.spec import dump_spec
 
 
@@ -119,10 +118,10 @@ class Description:
         total = self.total
         rows = [["part", "kind", "parameters", f"at rate {self.rate:g}", "share", "all active", "ratio"]]
         rows += [self._row(part, total) for part in self._lines()]
-        fixed = any(_fixed_rate(layer.router) is not None for layer in spec.layer_specs if layer.modules)
+        fixed = any(layer.router.expected_rate is not None for layer in spec.layer_specs if layer.modules)
         legend = [
             [f"at rate {self.rate:g}", "multiply-adds per token, if each routed sub-module runs on this share of them"],
-            *([["", "(routers always, never, random and expert_choice: on the share that they fix)"]] if fixed else []),
+            *([["", "(routers whose rate is shown: on that share)"]] if fixed else []),
             ["share", "of these operations; encoder, norms and head are not counted"],
             ["all active", "multiply-adds per token, if each runs on every token"],
             ["ratio", "of the two: what is left of the work"],
@@ -168,8 +167,8 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
         spec: the model.
         name: what to call it.
         length: tokens of the row that operations are counted for.
-        rate: share of the tokens that every routed sub-module runs on; routers of kind `always`, `never`, `random` and
-            `expert_choice` have their own.
+        rate: share of the tokens that every routed sub-module runs on, where its router has no
+            `RouterSpec.expected_rate`.
 
     Raises:
         SpecError: the length is less than 1, or the rate is not in [0, 1].
@@ -212,7 +211,7 @@ def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iter
         operations = layer.backbone.operations(width, length).total
         yield Part("backbone", layer.backbone.kind, layer.backbone.num_parameters(width), operations, operations)
     if layer.modules:
-        own = _fixed_rate(layer.router)
+        own = layer.router.expected_rate
         rate = rate if own is None else own
         count = len(layer.modules)
         operations = length * layer.router.operations(width, count)
@@ -231,17 +230,6 @@ def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iter
 
 def _norm(norm: NormSpec, width: int) -> Part:
     return Part("norm", f"{norm.kind} ({norm.place})", norm.num_parameters(width))
-
-
-def _fixed_rate(router: RouterSpec) -> float | None:
-    """The activation rate that the spec of a router fixes; None where it depends on the tokens."""
-    if isinstance(router, AlwaysRouterSpec):
-        return 1.0
-    if isinstance(router, NeverRouterSpec):
-        return 0.0
-    if isinstance(router, ExpertChoiceRouterSpec):
-        return router.share
-    return router.rate if isinstance(router, RandomRouterSpec) else None
 
 
 def _sum(name: str, kind: str, parts: Sequence[Part]) -> Part:

@@ -16,10 +16,19 @@ from sma.summary import settings
 
 
 class EncoderSpec(Spec):
-    """Root of the encoder kinds."""
+    """Root of the encoder kinds.
+
+    Attributes:
+        reads: inputs of a position: the id of a token, one number, or a vector of numbers; None: something else, which
+            no task checks.
+        scores_tokens: whether the encoder scores tokens too: `forward(hidden, scores=True)`, the tied output of a
+            language model.
+    """
 
     family: ClassVar[str] = "encoder"
     kind: str
+    reads: ClassVar[Literal["tokens", "numbers", "vectors"] | None] = None
+    scores_tokens: ClassVar[bool] = False
 
     def build(self, width: int) -> "Encoder":
         """Make the encoder to vectors of `width` channels."""
@@ -63,6 +72,8 @@ class TokenEmbeddingSpec(EncoderSpec):
     """Spec of `TokenEmbedding`."""
 
     kind: Literal["token_embedding"] = "token_embedding"
+    reads: ClassVar[Literal["tokens"]] = "tokens"
+    scores_tokens: ClassVar[bool] = True
     vocabulary: int = Field(ge=1, description="number of different token ids, padding included")
     padding: int | None = Field(default=None, ge=0, description="id whose vector is zero and stays zero; null for none")
     scaled: bool = Field(
@@ -162,6 +173,7 @@ class RealNumberSpec(EncoderSpec):
     """Spec of `RealNumber`."""
 
     kind: Literal["real_number"] = "real_number"
+    reads: ClassVar[Literal["numbers"]] = "numbers"
 
     def build(self, width: int) -> "RealNumber":
         return RealNumber(width)
@@ -209,6 +221,7 @@ class LinearEncoderSpec(EncoderSpec):
     """Spec of `LinearEncoder`."""
 
     kind: Literal["linear"] = "linear"
+    reads: ClassVar[Literal["vectors"]] = "vectors"
     features: int = Field(ge=1, description="numbers per position")
 
     def build(self, width: int) -> "LinearEncoder":

@@ -14,7 +14,7 @@ from sma.activation import refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_dtype, check_valid
 from sma.decision import Decision
-from sma.encoders import EncoderSpec, TokenEmbeddingSpec
+from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
 from sma.initial import seeded
@@ -43,6 +43,8 @@ class ModelSpec(Spec):
     family: ClassVar[str] = "model"
     rows_per_sample: ClassVar[int] = 1
     """Rows of the inputs that make a sample, and so get one row of scores."""
+    scores_positions: ClassVar[bool] = False
+    """Whether the logits score the next token at every position; the module is then a `LanguageModel`."""
 
     kind: str
     width: int = Field(ge=1, description="channels of every token, D")
@@ -140,12 +142,14 @@ class LanguageModelSpec(ModelSpec):
     """A causal model that scores the next token at every position; its output is tied to the embedding."""
 
     kind: Literal["language_model"] = "language_model"
+    scores_positions: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _predicts(self) -> Self:
-        if not isinstance(self.encoder, TokenEmbeddingSpec):
+        if not self.encoder.scores_tokens:
             raise ValueError(
-                f"encoder kind {self.encoder.kind!r} must be 'token_embedding', whose vectors score the next token"
+                f"the encoder kind {self.encoder.kind!r} does not score tokens, as the output of a language model "
+                "must; use 'token_embedding'"
             )
         for place, layer in enumerate(self.layer_specs):
             for name, part in {"backbone": layer.backbone, **layer.modules}.items():

@@ -21,7 +21,6 @@ import torch
 
 from sma.budget import calibrate, routers_of
 from sma.checkpoint import load
-from sma.encoders import TokenEmbeddingSpec
 from sma.errors import CheckpointError, SmaError
 from sma.model import SequenceModel
 from sma.recipes.io.run_folder import SUMMARY
@@ -84,7 +83,7 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
     torch.manual_seed(0)
     model = load(run / "model").to(device)
     rates = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["activation_rates"]
-    inputs = random_rows(model, batch, length).to(device)
+    inputs = random_rows(model, batch, length)
     _set_rates(model, inputs, rates)
     model.train(work == "training")
     before = _forget_peak(device)
@@ -110,13 +109,8 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
 
 
 def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
-    """Random inputs for any encoder: tokens, real numbers, or vectors."""
-    rows = batch * getattr(model.spec, "rows_per_sample", 1)
-    encoder = model.spec.encoder
-    if isinstance(encoder, TokenEmbeddingSpec):
-        return torch.randint(1, encoder.vocabulary, (rows, length))
-    features = getattr(encoder, "features", None)
-    return torch.randn(rows, length) if features is None else torch.randn(rows, length, features)
+    """Random inputs of a model, on its device: what its encoder reads."""
+    return model.encoder.random_inputs(batch * model.spec.rows_per_sample, length)
 
 
 def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:

@@ -96,16 +96,16 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
         training=spec.training.replace(budget=budget if steered else None),
         seed=cell.seed,
     )
-    if kind == "bernoulli":  # which learns from its policy gradient alone, and slowly, because that is noisy
-        training = spec.training
-        slow = training.router_learning_rate or 0.1 * training.learning_rate
-        spec = spec.replace(training=training.replace(router_learning_rate=slow))
     own = [layer.router for layer in layers if layer.modules]
     seeds = [(cell.seed * len(own) + place) % 2**31 for place in range(len(own))]
     made = [
         _router(kind, router, budget.target, spec.training.updates, seed)
         for router, seed in zip(own, seeds, strict=True)
     ]
+    if any(router.needs_policy_gradient for router in made):  # which is noisy, so they learn slowly
+        training = spec.training
+        slow = training.router_learning_rate or 0.1 * training.learning_rate
+        spec = spec.replace(training=training.replace(router_learning_rate=slow))
     return with_routers(spec, made)
 
 

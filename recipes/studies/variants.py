@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from sma.describe import align
 from sma.errors import SpecError, did_you_mean
 from sma.model import ModelSpec
-from sma.recipes.experiment import ExperimentSpec, RoutingLosses, load_experiment, may_sample
+from sma.recipes.experiment import ExperimentSpec, RoutingLosses, load_experiment
 from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, read_summary, refuse_another, write_text
 from sma.recipes.reports.figures import attempt, drawing, label, save_figure
 from sma.recipes.tasks.contract import TaskData, TaskSpec
-from sma.routers import BernoulliRouterSpec, RandomRouterSpec, RouterSpec
+from sma.routers import RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ Arm = ExperimentSpec | Callable[[Mapping[str, Result]], ExperimentSpec]
 """An experiment, or what makes it from the results of the arms before it."""
 
 FIGURE = "comparison.png"
-
-FIXED_RATE = ("always", "never", "random", "expert_choice")
-"""Routers whose rate is not for a budget to change."""
 
 _NEEDED = ("test_accuracy", "activation_rate", "activation_rates", "tokens_per_second", "seconds", "parameters")
 _SHARED = ("task", "chance", "majority", "seed", "updates", "data", "commit", "hardware", "date")
@@ -134,7 +131,7 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     learn from.
 
     Where none of them learns a rate there is no budget and no such loss; where none samples, no policy gradient; and
-    `bernoulli` routers, which learn from it alone, get one of the weight 1 if there is none.
+    routers that learn from it alone get one of the weight 1 if there is none.
 
     Args:
         spec: the experiment.
@@ -154,11 +151,11 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     for place, router in zip(places, each, strict=True):
         layers[place] = layers[place].replace(router=router)
     training = spec.training
-    if all(router.kind in FIXED_RATE for router in each):
+    if all(router.fixed_rate for router in each):
         training = training.replace(budget=None, losses=RoutingLosses())
-    elif not any(map(may_sample, each)):
+    elif not any(router.stochastic for router in each):
         training = training.replace(losses=training.losses.replace(policy=0.0))
-    elif not training.losses.policy and any(isinstance(router, BernoulliRouterSpec) for router in each):
+    elif not training.losses.policy and any(router.needs_policy_gradient for router in each):
         training = training.replace(losses=training.losses.replace(policy=1.0))
     return spec.replace(model=spec.model.replace(layers=tuple(layers)), training=training)
 

@@ -128,5 +128,5 @@ def check_reads_numbers(model: ModelSpec, what: str) -> None:
     Raises:
         ValueError: its encoder takes something else.
     """
-    if model.encoder.kind in ("token_embedding", "linear"):
+    if model.encoder.reads not in ("numbers", None):
         raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read {what}; use kind 'real_number'")

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from sma.errors import DataError
 from sma.memory import check_memory
-from sma.model import LanguageModelSpec, ModelSpec
+from sma.model import ModelSpec
 from sma.recipes.tasks.batch import UNSCORED, Batch
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.spec import Spec, register
@@ -186,7 +186,7 @@ class RecallTask(ClassificationTask):
         return 1 / self.data.values
 
     def check_model(self, model: ModelSpec) -> None:
-        if not isinstance(model, LanguageModelSpec):
+        if not model.scores_positions:
             raise ValueError(
                 f"the model kind {model.kind!r} has no answer at every position; use kind 'language_model'"
             )

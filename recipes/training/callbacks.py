@@ -5,6 +5,7 @@ half-written.
 import logging
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from sma.errors import CheckpointError, parsing, reason
 from sma.files import check_file, write_atomically
 from sma.recipes.training.distributed import of_all, together
+from sma.routers import RouterSpec
 from sma.stats import router_health
 
 log = logging.getLogger("sma.recipes")
@@ -34,9 +36,6 @@ _HINT = (
     "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, "
     "or delete the folder of both to begin the run anew"
 )
-
-# What their rate is does not depend on what they learned, if they learn at all.
-FIXED_ROUTERS = ("always", "never", "random", "expert_choice")
 
 
 class RandomStates(Callback):
@@ -85,11 +84,11 @@ class RouterHealth(Callback):
     """Warns, once per router, when no token or every token activates its sub-module: it then learns no more.
 
     Args:
-        kinds: the router kind of every routed layer.
+        routers: those of the routed layers, in their order; the ones of a fixed rate are not watched.
     """
 
-    def __init__(self, kinds: list[str]) -> None:
-        self.kinds = kinds
+    def __init__(self, routers: Sequence[RouterSpec]) -> None:
+        self.routers = routers
         self.warned: dict[str, str] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,7 +99,7 @@ class RouterHealth(Callback):
             if not name.startswith("val_rate/"):
                 continue
             _, layer, module = name.split("/")
-            if self.kinds[int(layer.removeprefix("layer"))] in FIXED_ROUTERS:
+            if self.routers[int(layer.removeprefix("layer"))].fixed_rate:
                 continue
             rate = float(value)
             condition = router_health(rate)

@@ -188,9 +188,9 @@ def fit(
     done = int(found["global_step"]) if found is not None else 0
     if team.writes:
         _begin_part(spec, out, hashes, done)
-    kinds = [layer.router.kind for layer in spec.model.layer_specs if layer.modules]
+    routers = [layer.router for layer in spec.model.layer_specs if layer.modules]
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
-    watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(kinds), *bars, *callbacks]
+    watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *bars, *callbacks]
     # After the last update Lightning has nothing to do, and does not see that an evaluation is owed.
     more = 1 if found is not None and owes_evaluation(found) else 0
     trainer = _trainer(spec, out, accelerator, learner, watching, team, more)

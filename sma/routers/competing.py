@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -181,7 +181,12 @@ class ExpertChoiceRouterSpec(RouterSpec):
     """Spec of `ExpertChoiceRouter`."""
 
     kind: Literal["expert_choice"] = "expert_choice"
+    fixed_rate: ClassVar[bool] = True
     share: float = Field(gt=0.0, le=1.0, description="share of a row's tokens that every sub-module takes")
+
+    @property
+    def expected_rate(self) -> float:
+        return self.share
 
     def build(self, width: int, names: Sequence[str]) -> "ExpertChoiceRouter":
         return ExpertChoiceRouter(self, width, names)

@@ -20,10 +20,36 @@ from sma.summary import listed, settings
 
 
 class RouterSpec(Spec):
-    """Root of the router kinds."""
+    """Root of the router kinds.
+
+    What the rest of the framework needs to know of a kind stands here; a kind that differs overrides it, by a property
+    or by `fixed_rate: ClassVar[bool] = True`.
+    """
 
     family: ClassVar[str] = "router"
     kind: str
+
+    @property
+    def fixed_rate(self) -> bool:
+        """Whether training leaves the activation rates as they are: no budget steers them, and rates of 0 and 1 are
+        intended.
+        """
+        return False
+
+    @property
+    def expected_rate(self) -> float | None:
+        """Activation rate of every sub-module where the spec determines it; None where it depends on the tokens."""
+        return None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether decisions are drawn in training, with the probability `p_on`, so that a policy gradient applies."""
+        return False
+
+    @property
+    def needs_policy_gradient(self) -> bool:
+        """Whether the policy gradient is all that the router learns from."""
+        return False
 
     def build(self, width: int, names: Sequence[str]) -> "Router":
         """Make the router of the named sub-modules for control states of `width` channels."""
@@ -137,7 +163,7 @@ class Router(nn.Module):
         if self.offset is None:
             raise InputError(
                 f"the router kind {self._kind!r} cannot be steered to a rate; "
-                "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
+                "use one that learns its rate, such as 'sma'"
             )
 
     def check_targets(self, targets: Mapping[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,8 @@ from sma.submodule import State
 
 
 class _FixedRouterSpec(RouterSpec):
+    fixed_rate: ClassVar[bool] = True
+
     def num_parameters(self, width: int, modules: int) -> int:
         return 0
 
@@ -56,6 +58,7 @@ class AlwaysRouterSpec(_FixedRouterSpec):
     """Spec of `AlwaysRouter`."""
 
     kind: Literal["always"] = "always"
+    expected_rate: ClassVar[float] = 1.0
 
     def build(self, width: int, names: Sequence[str]) -> "AlwaysRouter":
         return AlwaysRouter(self, width, names)
@@ -76,6 +79,7 @@ class NeverRouterSpec(_FixedRouterSpec):
     """Spec of `NeverRouter`."""
 
     kind: Literal["never"] = "never"
+    expected_rate: ClassVar[float] = 0.0
 
     def build(self, width: int, names: Sequence[str]) -> "NeverRouter":
         return NeverRouter(self, width, names)
@@ -98,6 +102,10 @@ class RandomRouterSpec(_FixedRouterSpec):
     kind: Literal["random"] = "random"
     rate: float = Field(ge=0.0, le=1.0, description="probability that a token runs a sub-module")
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
+
+    @property
+    def expected_rate(self) -> float:
+        return self.rate
 
     def build(self, width: int, names: Sequence[str]) -> "RandomRouter":
         return RandomRouter(self, width, names)

@@ -1,7 +1,7 @@
 """Routers that sample in training: every token is tried now and then, and what it was worth is learned."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from sma.submodule import State
 class SampledSpec(RouterSpec):
     """What the specs of routers that sample have in common."""
 
+    stochastic: ClassVar[bool] = True
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
 
     def num_parameters(self, width: int, modules: int) -> int:
@@ -138,6 +139,7 @@ class BernoulliRouterSpec(SampledSpec):
     """Spec of `BernoulliRouter`."""
 
     kind: Literal["bernoulli"] = "bernoulli"
+    needs_policy_gradient: ClassVar[bool] = True
 
     def build(self, width: int, names: Sequence[str]) -> "BernoulliRouter":
         return BernoulliRouter(self, width, names)

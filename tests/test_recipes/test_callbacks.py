@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from sma.errors import CheckpointError
-from sma.recipes.training.callbacks import FIXED_ROUTERS, AtomicCheckpointIO, Bar, RandomStates, RouterHealth
-from sma.routers import RouterSpec
-from sma.spec import kinds
+from sma.recipes.training.callbacks import AtomicCheckpointIO, Bar, RandomStates, RouterHealth
+from sma.routers import (
+    AlwaysRouterSpec,
+    ExpertChoiceRouterSpec,
+    NeverRouterSpec,
+    RandomRouterSpec,
+    RouterSpec,
+    SMARouterSpec,
+)
 from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
 
@@ -26,7 +32,7 @@ def _watch(health, rates, step=10, module="attention"):
 
 
 def test_routers_on_the_way_to_a_budget_are_not_judged(said):
-    health, metrics = RouterHealth(["sma"]), {"val_rate/layer0/attention": torch.tensor(1.0)}
+    health, metrics = RouterHealth([SMARouterSpec()]), {"val_rate/layer0/attention": torch.tensor(1.0)}
     trainer = SimpleNamespace(callback_metrics=metrics, global_step=3)
     health.on_validation_end(trainer, SimpleNamespace(settled=False))
     assert said() == []
@@ -48,7 +54,7 @@ def said(caplog):
 
 
 def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
-    health = RouterHealth(["sma", "sma"])
+    health = RouterHealth([SMARouterSpec()] * 2)
     _watch(health, [0.5, 0.5])
     assert said() == []
     _watch(health, [0.0004, 0.5], step=500)
@@ -74,27 +80,26 @@ def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
     ]
 
 
-@pytest.mark.parametrize("kind", FIXED_ROUTERS)
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param(router, id=router.kind)
+        for router in (
+            AlwaysRouterSpec(),
+            NeverRouterSpec(),
+            RandomRouterSpec(rate=0.5),
+            ExpertChoiceRouterSpec(share=0.5),
+        )
+    ],
+)
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_routers_that_learn_nothing_are_not_watched(said, kind, rate):
-    _watch(RouterHealth([kind]), [rate])
+def test_routers_of_a_fixed_rate_are_not_watched(said, router: RouterSpec, rate: float):
+    _watch(RouterHealth([router]), [rate])
     assert said() == []
 
 
-def test_routers_are_those_whose_rate_can_change_or_those_whose_rate_is_fixed():
-    known = {
-        kind
-        for kind, spec in kinds("router").items()
-        if spec.__module__.startswith("sma.") and issubclass(spec, RouterSpec)
-    }
-    changing = {"sma", "threshold", "gumbel", "bernoulli", "exclusive", "top_k"}
-    assert known - set(FIXED_ROUTERS) == changing, (
-        "a new router: can its rate change? FIXED_ROUTERS lists those that fix it"
-    )
-
-
 def test_layers_and_modules_are_told_apart(said):
-    health = RouterHealth(["always", "sma"])
+    health = RouterHealth([AlwaysRouterSpec(), SMARouterSpec()])
     _watch(health, [1.0, 1.0], module="mlp")
     assert [message.split(" is ")[0] for message in said()] == ["warning: the router of 'mlp' in layer 1"]
 

@@ -172,7 +172,7 @@ def test_runs_of_layers_are_ranges():
 def test_routers_that_fix_the_rate_keep_it():
     text = describe(load_spec(read_yaml(HYBRID, "test")), rate=0.1).as_text()
     assert "random (rate 0.5)" in text
-    assert "(routers always, never, random and expert_choice: on the share that they fix)" in text
+    assert "(routers whose rate is shown: on that share)" in text
     assert [line.split()[-1] for line in text.splitlines() if line.startswith("  routed think")] == ["0.10", "0.50"]
 
 

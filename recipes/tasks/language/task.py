@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from sma.memory import check_memory
-from sma.model import LanguageModelSpec, ModelSpec
+from sma.model import ModelSpec
 from sma.recipes.tasks.contract import TaskSpec
 from sma.recipes.tasks.language.corpus import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
 from sma.spec import register
@@ -39,7 +39,7 @@ class LanguageTask(TaskSpec):
         return self
 
     def check_model(self, model: ModelSpec) -> None:
-        if not isinstance(model, LanguageModelSpec):
+        if not model.scores_positions:
             raise ValueError(f"the model kind {model.kind!r} does not score the next token; use kind 'language_model'")
         vocabulary = getattr(model.encoder, "vocabulary", 0)
         if vocabulary < VOCABULARY_SIZE:

@@ -67,12 +67,12 @@ def is_learned(spec: RouterSpec) -> bool:
 
 def draws(spec: RouterSpec) -> bool:
     """Whether it samples in training."""
-    return spec.kind in ("gumbel", "bernoulli")
+    return spec.stochastic
 
 
 def is_steerable(spec: RouterSpec) -> bool:
     """Whether it has an offset."""
-    return spec.kind in ON_ROW
+    return not spec.fixed_rate
 
 
 def is_causal(spec: RouterSpec) -> bool:

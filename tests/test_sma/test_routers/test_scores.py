@@ -201,7 +201,7 @@ class TestOffset:
         part = router(spec)
         assert part.offset is None
         assert "offset" not in part.state_dict()
-        steered = "use 'sma', 'threshold', 'exclusive', 'top_k', 'gumbel' or 'bernoulli'"
+        steered = "use one that learns its rate, such as 'sma'"
         sentence = f"the router kind {spec.kind!r} cannot be steered to a rate; {steered}"
         with pytest.raises(InputError, match=exactly(sentence)):
             part.check_targets({"mlp": 0.5})
