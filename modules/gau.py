@@ -14,7 +14,7 @@ from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.whole import attend_all, pairs
 from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shape
-from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec, rotate
+from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, pack, rectangular, unpack
 from sma.spec import register
@@ -43,17 +43,7 @@ class GAUSpec(SubModuleSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if (
-            isinstance(self.position, RelativeBiasSpec)
-            and self.position.distance == "slot_distance"
-            and self.window is None
-        ):
-            raise ValueError(
-                "distance='slot_distance' needs a window, which sizes its table; "
-                "set window, or use distance='true_distance'"
-            )
-        if isinstance(self.position, RotarySpec) and self.query_size % 2:
-            raise ValueError(f"query_size={self.query_size} must be even: rotary positions turn pairs of channels")
+        self.position.check_attention(self.window, self.query_size, f"query_size={self.query_size}")
         return self
 
     def build(self, width: int) -> "GatedAttentionUnit":
@@ -136,8 +126,8 @@ class GatedAttentionUnit(SubModule):
         z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
         gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)
         q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
-        if isinstance(spec.position, RotarySpec):
-            q, k = rotate(torch.stack([q, k], 1), tokens.positions, spec.position.base).unbind(1)
+        if spec.position.turns:
+            q, k = spec.position.turn(torch.stack([q, k], 1), tokens.positions).unbind(1)
         q = self._scaled(q, tokens, cache)
         v = nn.functional.dropout(v, spec.value_dropout, self.training)
         attended, after = self._attend(q, k, v, tokens, cache)
@@ -176,12 +166,10 @@ class GatedAttentionUnit(SubModule):
         return (q.to(wide) / count.clamp(min=1).to(wide)[:, None]).to(q.dtype)
 
     def _bias(self) -> Bias | None:
-        position = self.spec.position
-        if self.bias_table is None or not isinstance(position, RelativeBiasSpec):
+        if self.bias_table is None:
             return None
-        if position.distance == "slot_distance" and self.spec.window is not None:
-            return Bias(self.bias_table, 4 * self.spec.window - 1, over_slots=True)
-        return Bias(self.bias_table, position.max_positions - 1, over_slots=False)
+        position = self.spec.position
+        return Bias(self.bias_table, position.table_center(self.spec.window), over_slots=position.over_slots)
 
 
 @register

@@ -11,7 +11,7 @@ from sma.errors import SpecError
 from sma.initial import reset_linear_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.finite import all_finite
-from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec, rotate
+from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged, pack, unpack
 from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, placement
 
@@ -28,9 +28,10 @@ class MultiHeadSpec(SubModuleSpec):
 
     @model_validator(mode="after")
     def _has_no_table(self) -> Self:
-        if isinstance(self.position, RelativeBiasSpec):
+        if self.position.has_table:
             raise ValueError(
-                "position kind 'relative_bias' needs the gau sub-module; use {kind: rotary} or {kind: none}"
+                f"position kind {self.position.kind!r} adds a table, which needs the gau sub-module; "
+                "use {kind: rotary} or {kind: none}"
             )
         return self
 
@@ -52,7 +53,7 @@ class MultiHead(SubModule):
 
     def __init__(self, spec: MultiHeadSpec, width: int, window: int | None = None) -> None:
         super().__init__()
-        _check_heads(spec, width)
+        _check_heads(spec, width, window)
         self.spec = spec
         self.width = width
         self.window = window
@@ -92,8 +93,8 @@ class MultiHead(SubModule):
             tokens, real = pack(tokens)
         qkv = self.fused(tokens.values).unflatten(-1, (3, *self._head))
         q, k, v = qkv.unbind(1)
-        if isinstance(self.spec.position, RotarySpec):
-            q, k = rotate(torch.stack([q, k], 1), tokens.positions, self.spec.position.base).unbind(1)
+        if self.spec.position.turns:
+            q, k = self.spec.position.turn(torch.stack([q, k], 1), tokens.positions).unbind(1)
         if cache is None:
             attended, after = self._whole(q, k, v, tokens), None
         else:
@@ -158,11 +159,12 @@ def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return k.masked_fill(broken[..., None, None], 0), v.masked_fill(broken[..., None, None], 0), broken
 
 
-def _check_heads(spec: MultiHeadSpec, width: int) -> None:
+def _check_heads(spec: MultiHeadSpec, width: int, window: int | None) -> None:
     name = type(spec).__name__
     if width % spec.heads:
         raise SpecError(f"{name}: heads={spec.heads} must divide the width {width} of the tokens")
-    if isinstance(spec.position, RotarySpec) and width // spec.heads % 2:
-        raise SpecError(
-            f"{name}: heads={spec.heads} give {width // spec.heads} channels each; rotary positions need an even number"
-        )
+    channels = width // spec.heads
+    try:
+        spec.position.check_attention(window, channels, f"heads={spec.heads} give {channels} channels each")
+    except ValueError as error:
+        raise SpecError(f"{name}: {error}") from None

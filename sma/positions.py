@@ -11,14 +11,52 @@ from sma.spec import Spec, register
 
 
 class PositionSpec(Spec):
-    """Root of the position kinds."""
+    """Root of the position kinds: how an attention knows positions.
+
+    A kind may add biases to the scores from a table, turn queries and keys, or do neither.
+
+    Attributes:
+        has_table: whether a learned number per distance is added to the scores.
+        turns: whether queries and keys are turned by their positions.
+    """
 
     family: ClassVar[str] = "position"
     kind: str
+    has_table: ClassVar[bool] = False
+    turns: ClassVar[bool] = False
+
+    @property
+    def over_slots(self) -> bool:
+        """Whether the table counts distances in active tokens, not in original positions."""
+        return False
+
+    def check_attention(self, window: int | None, channels: int, what: str) -> None:
+        """Check that an attention can have these positions.
+
+        Args:
+            window: of the attention; None reaches all tokens.
+            channels: of a query.
+            what: sets that number, for the message: `query_size=3`.
+
+        Raises:
+            ValueError: what is required.
+        """
 
     def table_size(self, window: int | None) -> int:
         """Entries of the bias table, for an attention with this window; 0 where there is no table."""
         return 0
+
+    def table_center(self, window: int | None) -> int:
+        """Entry of distance 0 in the bias table."""
+        return 0
+
+    def without_window(self) -> "PositionSpec":
+        """The same positions for an attention that reaches all tokens."""
+        return self
+
+    def turn(self, x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"]) -> Float[Tensor, "T *H Z"]:
+        """Turn queries and keys by their positions."""
+        return x
 
 
 @register
@@ -31,6 +69,7 @@ class RelativeBiasSpec(PositionSpec):
     """
 
     kind: Literal["relative_bias"] = "relative_bias"
+    has_table: ClassVar[bool] = True
     distance: Literal["true_distance", "slot_distance"] = Field(
         default="true_distance", description="count original positions, or active tokens only"
     )
@@ -38,10 +77,29 @@ class RelativeBiasSpec(PositionSpec):
         default=1024, ge=1, le=2**24, description="P: true distances from here on share one entry"
     )
 
+    @property
+    def over_slots(self) -> bool:
+        return self.distance == "slot_distance"
+
+    def check_attention(self, window: int | None, channels: int, what: str) -> None:
+        if self.over_slots and window is None:
+            raise ValueError(
+                "distance='slot_distance' needs a window, which sizes its table; "
+                "set window, or use distance='true_distance'"
+            )
+
     def table_size(self, window: int | None) -> int:
-        if self.distance == "true_distance":
+        if not self.over_slots:
             return 2 * self.max_positions - 1
         return 6 * window - 1 if window is not None else 0
+
+    def table_center(self, window: int | None) -> int:
+        if not self.over_slots:
+            return self.max_positions - 1
+        return 4 * window - 1 if window is not None else 0
+
+    def without_window(self) -> "RelativeBiasSpec":
+        return self.replace(distance="true_distance")
 
 
 @register
@@ -49,7 +107,15 @@ class RotarySpec(PositionSpec):
     """Queries and keys turned by an angle proportional to their original position, in interleaved pairs of channels."""
 
     kind: Literal["rotary"] = "rotary"
+    turns: ClassVar[bool] = True
     base: float = Field(default=10000.0, gt=1.0, description="ratio of the slowest to the fastest wave length")
+
+    def check_attention(self, window: int | None, channels: int, what: str) -> None:
+        if channels % 2:
+            raise ValueError(f"{what}: rotary positions turn pairs of channels, so their number must be even")
+
+    def turn(self, x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"]) -> Float[Tensor, "T *H Z"]:
+        return rotate(x, positions, self.base)
 
 
 @register

@@ -13,7 +13,7 @@ from sma.modules.local_attention import LocalAttentionSpec
 from sma.modules.mlp import GatedMLPSpec
 from sma.modules.s4d import S4DSpec
 from sma.norms import LayerNormSpec
-from sma.positions import RelativeBiasSpec, RotarySpec
+from sma.positions import RotarySpec
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses, TrainingSpec
 from sma.routers import AlwaysRouterSpec
 from sma.spec import FrozenDict
@@ -68,10 +68,7 @@ def _window(layer: LayerSpec) -> int:
 
 
 def _without_window(gau: GAUSpec) -> GAUSpec:
-    position = gau.position
-    if isinstance(position, RelativeBiasSpec):  # a table over slots is sized by the window
-        position = position.replace(distance="true_distance")
-    return gau.replace(window=None, position=position)
+    return gau.replace(window=None, position=gau.position.without_window())
 
 
 def _each_layer(

@@ -136,7 +136,7 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
         pytest.param(
             {"heads": 4, "position": RotarySpec()},
             12,
-            "heads=4 give 3 channels each; rotary positions need an even",
+            "heads=4 give 3 channels each: rotary positions turn pairs of channels",
             id="odd",
         ),
     ],
@@ -149,7 +149,8 @@ def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, 
 def test_a_bias_table_is_refused() -> None:
     with pytest.raises(
         SpecError,
-        match=r"position kind 'relative_bias' needs the gau sub-module; use \{kind: rotary\} or \{kind: none\}",
+        match=r"position kind 'relative_bias' adds a table, which needs the gau sub-module; use \{kind: rotary\} or "
+        r"\{kind: none\}",
     ):
         AttentionSpec(position=RelativeBiasSpec())
 

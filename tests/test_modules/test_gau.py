@@ -1,7 +1,7 @@
 """The gated attention unit against a loop over its tokens."""
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sma import SparseModularActivation
 from sma.errors import SpecError
+from sma.modules.attention import AttentionSpec
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
 from sma.positions import NoPositionSpec, PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
@@ -300,7 +301,7 @@ def test_weights_start_where_the_authors_start() -> None:
         ),
         pytest.param(
             {"position": RotarySpec(), "query_size": 3},
-            "query_size=3 must be even: rotary positions turn pairs",
+            "query_size=3: rotary positions turn pairs of channels, so their number must be even",
             id="odd-rotary",
         ),
         pytest.param({"attention_dropout": 1.0}, "GAUSpec: attention_dropout=1.0 must be less than 1", id="dropout"),
@@ -309,3 +310,43 @@ def test_weights_start_where_the_authors_start() -> None:
 def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SpecError, match=complaint):
         GAUSpec(**{"query_size": 4, "hidden_size": 3, **fields})
+
+
+class CoarseSpec(PositionSpec):
+    """Positions of somebody else: a table of one bias per ten positions, and queries and keys turned at odd ones."""
+
+    kind: Literal["coarse"] = "coarse"
+    has_table: ClassVar[bool] = True
+    turns: ClassVar[bool] = True
+
+    def table_size(self, window: int | None) -> int:
+        return 17
+
+    def table_center(self, window: int | None) -> int:
+        return 8
+
+    def check_attention(self, window: int | None, channels: int, what: str) -> None:
+        if channels % 4:
+            raise ValueError(f"{what}: give coarse positions a multiple of 4 channels")
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x * (1 - 2 * (positions % 2)).view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def test_positions_of_somebody_else_bias_and_turn() -> None:
+    """A table of the same size is the same; where every product changes its sign twice or never, so is the turning."""
+    torch.manual_seed(0)
+    coarse, own = (
+        GAUSpec(query_size=4, hidden_size=6, window=3, position=position).build(5).double()
+        for position in (CoarseSpec(), RelativeBiasSpec(max_positions=9))
+    )
+    own.load_state_dict(draw(coarse).state_dict())
+    x = torch.randn(1, 12, 5, dtype=torch.float64)
+    even = rectangular(x, None, 2 * torch.arange(12)[None])
+    assert torch.equal(coarse(even)[0], own(even)[0])
+    mixed = rectangular(x)
+    assert not torch.allclose(coarse(mixed)[0], own(mixed)[0])
+    with pytest.raises(SpecError, match="query_size=6: give coarse positions a multiple of 4 channels"):
+        GAUSpec(query_size=6, hidden_size=6, position=CoarseSpec())
+    with pytest.raises(SpecError, match="position kind 'coarse' adds a table, which needs the gau sub-module"):
+        AttentionSpec(position=CoarseSpec())

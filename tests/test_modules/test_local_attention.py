@@ -281,7 +281,7 @@ def test_memory_grows_as_tokens_times_window(bidirectional: bool) -> None:
         ),
         pytest.param(
             {"window": 3, "position": RelativeBiasSpec()},
-            "position kind 'relative_bias' needs the gau sub-module",
+            "position kind 'relative_bias' adds a table, which needs the gau sub-module",
             id="table",
         ),
         pytest.param(
@@ -303,7 +303,7 @@ def test_impossible_specs_are_refused(fields: dict[str, Any], complaint: str) ->
         pytest.param(
             {"heads": 4, "position": RotarySpec()},
             12,
-            "heads=4 give 3 channels each; rotary positions need an even",
+            "heads=4 give 3 channels each: rotary positions turn pairs of channels",
             id="odd",
         ),
     ],
