@@ -1,0 +1,36 @@
+"""Names that earlier pages gave lead to where things are now."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("data.documents", "sma.recipes.data has moved to sma.recipes.tasks and sma.recipes.io"),
+        ("baselines", "sma.recipes.baselines has moved to sma.recipes.studies.baselines"),
+        ("signals", "sma.recipes.signals has moved to sma.recipes.io.signals"),
+    ],
+)
+def test_a_former_module_names_its_successor(old, new):
+    with pytest.raises(ModuleNotFoundError, match=new):
+        importlib.import_module(f"sma.recipes.{old}")
+
+
+@pytest.mark.parametrize("name", ["TaskData", "DigitsTask", "ImageTask", "LanguageTask", "ListOpsTask", "PathXTask"])
+def test_a_former_place_of_a_task_names_the_present_one(name):
+    tasks = importlib.import_module("sma.recipes.tasks")
+    with pytest.raises(ImportError, match=f"{name} has moved to ") as raised:
+        exec(f"from sma.recipes.tasks import {name}", {})
+    assert hasattr(importlib.import_module(raised.value.name), name)
+    assert not hasattr(tasks, "NoTask")
+
+
+def test_a_former_command_names_its_successor():
+    command = [sys.executable, "-m", "sma.recipes.data.pathfinder", "--size", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "python -m sma.recipes.tasks.pathfinder.sheet" in done.stderr
