@@ -1,5 +1,9 @@
 """Archives: tar and zip, unpacked whole or not at all, with nothing that leaves the folder.
 
+The standard library writes the files: `tarfile` through its `data` filter, `zipfile` through `extract`. What is checked
+here is what they lack: bounds on size and number, one rule for the names of both formats on every system (`zipfile`
+and the filter rename a member that they could refuse), no links at all, no member twice, and all files or none.
+
 Reference:
     Python documentation, "tarfile: Extraction filters" (PEP 706).
 """
@@ -8,6 +12,7 @@ import bz2
 import gzip
 import lzma
 import os
+import platform
 import re
 import shutil
 import stat
@@ -15,8 +20,9 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 from sma.errors import DataError, parsing, quote
 from sma.files import open_file
@@ -31,7 +37,7 @@ _RATIO = 200  # bytes that a packed one becomes
 _SPARE = 1 << 26  # and more, for small archives
 _MEMBERS = 20_000_000  # the release of the Long Range Arena has a few million
 _FILES = 2_000_000
-_HEADER = 1 << 16  # bytes of a name or of a list of attributes
+_AT_ONCE = 1 << 16  # bytes that are read at once: tarfile reads a name or a list of attributes whole, however long
 _ATTRIBUTES = 1_000
 _NAME, _PART = 1_000, 255  # bytes of a path, and of a name in it; the latter is the limit of most file systems
 
@@ -89,6 +95,8 @@ def _disk_errors(archive: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # of a decompressor, and no failure of the disk
+            raise
         raise DataError(
             f"cannot unpack {archive} into {folder}: {error.strerror or error}; make room there or choose another"
         ) from error
@@ -122,8 +130,8 @@ class _Target:
             )
         return path if self.wanted(path.as_posix()) else None
 
-    def copy(self, source: IO[bytes], place: PurePosixPath, size: int, name: str) -> None:
-        """Write a file, of which the archive says that it has `size` bytes."""
+    def extract(self, write: Callable[[], object], place: PurePosixPath, size: int, name: str) -> None:
+        """Have the library write a file, of which the archive says that it has `size` bytes."""
         self._check_name(place, name)
         self.files += 1
         self.bytes += size
@@ -139,25 +147,21 @@ class _Target:
                 f"{format_bytes(self.free)} are free; make room there or choose another folder"
             )
         with _disk_errors(self.archive, self.folder):
-            self._write(source, self.draft / place, size, name)
-
-    def _write(self, source: IO[bytes], target: Path, size: int, name: str) -> None:
-        if target.exists():
-            raise DataError(
-                f"{self.archive}: member {quote(name)} is there twice, and which is meant cannot be known; "
-                "get the archive again"
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise DataError(
-                f"{self.archive}: member {quote(name)} lies in a folder that is a file there; {_HINT}"
-            ) from error
-        with target.open("xb") as file:
-            shutil.copyfileobj(_Named(source, self.archive), file, _BLOCK)
-            if file.tell() != size:
+            target = self.draft / place
+            if target.exists():
                 raise DataError(
-                    f"{self.archive} cannot be read: {quote(name)} has {file.tell():,} of {size:,} bytes; {_HINT}"
+                    f"{self.archive}: member {quote(name)} is there twice, and which is meant cannot be known; "
+                    "get the archive again"
+                )
+            try:
+                write()
+            except (FileExistsError, NotADirectoryError) as error:
+                raise DataError(
+                    f"{self.archive}: member {quote(name)} lies in a folder that is a file there; {_HINT}"
+                ) from error
+            if (written := target.stat().st_size) != size:
+                raise DataError(
+                    f"{self.archive} cannot be read: {quote(name)} has {written:,} of {size:,} bytes; {_HINT}"
                 )
 
     def _check_name(self, place: PurePosixPath, name: str) -> None:
@@ -187,23 +191,11 @@ class _Target:
         )
 
 
-class _Named:
-    """A file in an archive, of which what fails names the archive: what fails where it is written to is the disk."""
-
-    def __init__(self, source: IO[bytes], archive: Path) -> None:
-        self._source, self._archive = source, archive
-
-    def read(self, count: int = -1, /) -> bytes:
-        with parsing(self._archive, hint=_HINT):
-            return self._source.read(count)
-
-
 class _Tape:
     """The unpacked bytes of a tar, read from the beginning to the end, with bounds on all of them and on what is read
     at once.
 
     Attributes:
-        at_once: bytes that may be read at once: tarfile reads names whole, however long a header says that they are.
         last: what was read last.
     """
 
@@ -218,11 +210,11 @@ class _Tape:
         elif magic == b"\xfd7zXZ\0" or magic[:3] == b"]\0\0":
             self._file = lzma.LZMAFile(packed)  # noqa: SIM115  # it keeps nothing open: the file is the caller's
         self._target, self._place = target, 0
-        self.at_once, self.last = _HEADER, b""
+        self.last = b""
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= self.at_once:
-            raise tarfile.ReadError(f"a header of {count:,} bytes, where {_HEADER:,} are the most that is read")
+        if not 0 <= count <= _AT_ONCE:
+            raise tarfile.ReadError(f"a header of {count:,} bytes, where {_AT_ONCE:,} are the most that is read")
         self.last = self._file.read(count)
         self._advance(self._place + len(self.last))
         return self.last
@@ -246,9 +238,14 @@ class _Tape:
 
 
 def _untar(file: BinaryIO, target: _Target) -> None:
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError(
+            f"cannot unpack {target.archive}: Python {platform.python_version()} has no filter for archives of data; "
+            "update Python to 3.11.4 or newer"
+        )
     tape = _Tape(file, target)
     # It asks for no more than is there.
-    with tarfile.open(fileobj=tape, mode="r:") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=tape, mode="r:", errorlevel=2, copybufsize=_AT_ONCE) as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep them all
             if len(tar.pax_headers) > _ATTRIBUTES:  # which hold for all members that follow
@@ -258,18 +255,14 @@ def _untar(file: BinaryIO, target: _Target) -> None:
                 continue
             if not member.isreg() or member.sparse is not None:
                 target.refuse_kind(member.name, member.issym() or member.islnk())
-            source = tar.extractfile(member)
-            if source is None:
-                raise tarfile.ReadError(f"no content of {member.name}")
-            tape.at_once = _BLOCK
-            with source:
-                target.copy(source, place, member.size, member.name)
-            tape.at_once = _HEADER
+            name, member.name = member.name, place.as_posix()
+            write = partial(tar.extract, member, target.draft, set_attrs=False, filter="data")
+            target.extract(write, place, member.size, name)
     # Iterating ends without a word where the archive stops between two members, and a whole one ends in zeros.
     if tape.last != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end is missing")
     # Reading on to the last byte has the compression check what it keeps at the end: lengths and a checksum.
-    while tape.read(_HEADER):
+    while tape.read(_AT_ONCE):
         pass
 
 
@@ -282,5 +275,5 @@ def _unzip(file: BinaryIO, target: _Target) -> None:
             mode = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was not made by Unix
             if mode not in (0, stat.S_IFREG):
                 target.refuse_kind(member.filename, stat.S_ISLNK(mode))
-            with archive.open(member) as source:
-                target.copy(source, place, member.file_size, member.filename)
+            name, member.filename = member.filename, place.as_posix()
+            target.extract(partial(archive.extract, member, target.draft), place, member.file_size, name)

@@ -6,6 +6,7 @@ import io
 import lzma
 import multiprocessing
 import os
+import shutil
 import stat
 import tarfile
 import threading
@@ -113,6 +114,12 @@ def test_links_and_devices_in_a_tar_are_refused(member, what, tmp_path):
     ):
         unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+
+
+def test_python_without_the_filter_is_asked_to_be_updated(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(DataError, match=r"Python 3.* has no filter for archives of data; update Python to 3\.11\.4 or"):
+        unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
 
 
 def test_links_in_a_zip_are_refused(tmp_path):
@@ -399,20 +406,23 @@ def test_archive_without_the_wanted_files_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("make", MAKERS)
+def test_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(archives.shutil, "copyfileobj", full)
+    archive = make(tmp_path / "archive")
+    monkeypatch.setattr(tarfile, "copyfileobj", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(
         DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"
     ):
-        unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
+        unpack(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
 def unpack_and_die(archive, folder):
-    archives.shutil.copyfileobj = lambda *arguments: os._exit(9)
+    tarfile.copyfileobj = lambda *arguments: os._exit(9)
     unpack(archive, folder)
 
 
