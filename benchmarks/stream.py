@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from benchmarks.products import stopwatch
 from sma.decision import Decision
-from sma.model import LanguageModel, ModelState, SequenceModel, build
+from sma.model import LanguageModel, SequenceModel, build
+from sma.model_output import ModelState
 from sma.positions import Sinusoid
 from sma.pytree import map_tensors, tensors
 from sma.routers import SMARouter

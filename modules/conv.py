@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.modules.cache import Cache, empty_cache
-from sma.ragged import Ragged, pack, unpack
+from sma.padding import pack, unpack
+from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 

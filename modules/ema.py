@@ -16,8 +16,9 @@ from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import fast_length, long_convolution
 from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state
+from sma.padding import pack
 from sma.pytree import register_output
-from sma.ragged import Ragged, pack
+from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
 

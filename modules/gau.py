@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from sma.initial import reset_linear_, truncated_normal_
 from sma.memory import zeros
+from sma.modules.blocks import block_shape
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.whole import attend_all, pairs
-from sma.modules.windowed import Bias, Weighting, attend, attend_one, block_shape
+from sma.modules.windowed import Bias, Weighting, attend, attend_one
+from sma.padding import pack, unpack
 from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output
-from sma.ragged import Ragged, pack, rectangular, unpack
+from sma.ragged import Ragged, rectangular
 from sma.spec import register
 from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, may_skip, placement
 

@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sma.modules.blocks import block_shape, cut, in_reach
 from sma.modules.cache import Cache
 from sma.modules.multihead import MultiHead, MultiHeadSpec, finite
-from sma.modules.windowed import block_shape, cut, in_reach
 from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import Operations

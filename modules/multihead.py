@@ -11,8 +11,9 @@ from sma.errors import SpecError
 from sma.initial import reset_linear_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.finite import all_finite
+from sma.padding import pack, unpack
 from sma.positions import NoPositionSpec, PositionSpec
-from sma.ragged import Ragged, pack, unpack
+from sma.ragged import Ragged
 from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, placement
 
 

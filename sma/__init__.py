@@ -18,9 +18,9 @@ from sma.decision import Decision as Decision
 from sma.errors import SmaError as SmaError
 from sma.layer import LayerSpec as LayerSpec
 from sma.layer import RoutedLayer as RoutedLayer
-from sma.model import ModelOutput as ModelOutput
 from sma.model import SequenceModel as SequenceModel
 from sma.model import build as build
+from sma.model_output import ModelOutput as ModelOutput
 from sma.ragged import Ragged as Ragged
 from sma.ragged import compress as compress
 from sma.ragged import extract as extract

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sma.errors import quote
 from sma.inputs import check_mask
+from sma.padding import move
 from sma.pytree import register_output
-from sma.ragged import move
 from sma.summary import brief, is_known, listed, summary
 
 
@@ -70,7 +70,7 @@ class Decision:
         return [float(rate) for rate in self.rate().tolist()] if is_known(self.active) else None
 
     def move(self, places: Int[Tensor, "B L"]) -> "Decision":
-        """Reorder the positions of every row, as `sma.ragged.move` does."""
+        """Reorder the positions of every row, as `sma.padding.move` does."""
         return replace(
             self,
             active=move(self.active, places),

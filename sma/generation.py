@@ -11,7 +11,8 @@ from sma.encoders import TokenEmbedding
 from sma.errors import InputError, quote
 from sma.inputs import check_count, check_mask, check_number, check_tensor
 from sma.memory import check_memory
-from sma.model import LanguageModel, ModelState
+from sma.model import LanguageModel
+from sma.model_output import ModelState
 
 # Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt
 # is.

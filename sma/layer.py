@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,17 +18,17 @@ from sma.activation import (
     name_is_taken,
     refuse_unless_causal,
 )
+from sma.bypass import LinearBypass
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
 from sma.decision import Decision
-from sma.devices import autocasts
 from sma.errors import quote
-from sma.initial import truncated_normal_
 from sma.inputs import check_count
 from sma.memory import zeros
 from sma.norms import NormSpec, check_norm
+from sma.padding import move, right_padding
 from sma.pytree import register_output
-from sma.ragged import Ragged, move, rectangular, right_padding
+from sma.ragged import Ragged, rectangular
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
 from sma.submodule import Operations, State, SubModuleSpec, check_state, placement
@@ -353,45 +353,6 @@ class RoutedLayer(nn.Module):
         """The layer without routed sub-modules."""
         nobody = torch.zeros(0, dtype=torch.int64, device=mixed.device)
         return around.after(around.before(mixed.flatten(0, 1), nobody)[0].reshape(mixed.shape))
-
-
-class LinearBypass(nn.Module):
-    """W x + b of every token, and the tokens that are routed.
-
-    Both in one place, because backward can then add the routed tokens' gradient in place: separately it would be laid
-    out in a tensor of zeros as large as the batch, which is added in another pass.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        truncated_normal_(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"width={self.bias.shape[0]}"
-
-    def forward(
-        self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]
-    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
-        """Return the mapped tokens and the tokens at `index`, none of which comes twice."""
-        if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
-            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
-        results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)
-        return results
-
-
-class _LinearAndGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_TD, weight, index)
-        return torch.addmm(bias, x_TD, weight.T), x_TD.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_TD, weight, index = ctx.saved_tensors
-        grad_x = (grad_TD @ weight).index_add_(0, index, grad_routed)
-        return grad_x, grad_TD.T @ x_TD, grad_TD.sum(0), None
 
 
 def align(

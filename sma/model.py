@@ -1,33 +1,32 @@
 """Models: an encoder, layers, and a head, built from one spec."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from sma.activation import refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
 from sma.checks import check_dtype, check_valid
-from sma.decision import Decision
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
 from sma.initial import seeded
 from sma.inputs import check_count, check_tensor
-from sma.layer import LayerSpec, LayerState, RoutedLayer, align
+from sma.layer import LayerSpec, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
+from sma.model_output import ModelOutput, ModelState
 from sma.norms import NormSpec, check_norm
+from sma.padding import move
 from sma.positions import Sinusoid
-from sma.pytree import register_output
-from sma.ragged import move
 from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
-from sma.submodule import Operations, State, check_state, placement
+from sma.submodule import Operations, check_state, placement
 from sma.summary import settings
 
 
@@ -161,43 +160,6 @@ class LanguageModelSpec(ModelSpec):
 
     def build(self) -> "LanguageModel":
         return LanguageModel(self)
-
-
-@register_output
-@dataclass(frozen=True)
-class ModelState(State):
-    """Where the streams of a model stand.
-
-    Attributes:
-        seen: valid tokens of each row so far.
-        total: sum of the hidden states of those tokens, in float64.
-        layers: of every layer.
-    """
-
-    seen: Int[Tensor, "B"]
-    total: Float[Tensor, "B D"]
-    layers: tuple[LayerState, ...]
-
-
-@register_output
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a model returns.
-
-    Attributes:
-        hidden: the tokens after the last layer and the final norm; zeros at padding.
-        pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
-        logits: scores: of every row, of every pair of rows, or in a language model of the next token at every position;
-            None in a model without a head.
-        decisions: one per layer that routes, in order.
-        state: where the stream stands; None unless one was given.
-    """
-
-    hidden: Float[Tensor, "B L D"]
-    pooled: Float[Tensor, "B D"]
-    logits: Float[Tensor, "B C"] | Float[Tensor, "B//2 C"] | Float[Tensor, "B L V"] | None
-    decisions: tuple[Decision, ...]
-    state: ModelState | None = None
 
 
 class SequenceModel(nn.Module):

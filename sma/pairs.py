@@ -11,7 +11,8 @@ from sma.capacity import Capacity
 from sma.errors import InputError
 from sma.heads import Head, HeadSpec
 from sma.inputs import check_tensor
-from sma.model import ModelOutput, ModelSpec, ModelState, SequenceModel
+from sma.model import ModelSpec, SequenceModel
+from sma.model_output import ModelOutput, ModelState
 from sma.spec import register
 
 _FEATURES = 4

@@ -254,29 +254,6 @@ def fill_holes(values: Float[Tensor, "T *D"], tokens: Ragged) -> Float[Tensor, "
     return values.where(_expand(tokens.mask, values), 0) if tokens.holes else values
 
 
-def pack(tokens: Ragged) -> tuple[Ragged, Int[Tensor, "P"] | None]:
-    """Drop the holes of ragged tokens.
-
-    Returns:
-        the real tokens, packed, and which of the given ones they are; None where all are real and nothing was done.
-    """
-    if not tokens.holes:
-        return tokens, None
-    real = tokens.mask.nonzero().squeeze(1)
-    values, index, positions, rows = (
-        part.index_select(0, real) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
-    )
-    offsets = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0))
-    return Ragged(values, index, positions, rows, offsets, tokens.lengths, holes=False), real
-
-
-def unpack(values: Float[Tensor, "P *D"], real: Int[Tensor, "P"] | None, tokens: Ragged) -> Float[Tensor, "T *D"]:
-    """Undo `pack` for results, with zeros at the holes."""
-    if real is None:
-        return values
-    return values.new_zeros(tokens.rows.shape[0], *values.shape[1:]).index_copy(0, real, values)
-
-
 def extract(
     values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]
 ) -> Float[Tensor, "B L *D"]:
@@ -339,30 +316,6 @@ def _check_mask(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None) -
         )
     if positions_BL is not None:
         check_positions(positions_BL, active_BL.shape)
-
-
-def right_padding(
-    valid_BL: Bool[Tensor, "B L"], static: bool = False
-) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
-    """Find how to move padding to the right.
-
-    Args:
-        valid_BL: False at padding.
-        static: give places in any case, without looking at the mask, as what is compiled or captured needs it.
-
-    Returns:
-        the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first,
-        in their order); None instead of places where the padding is on the right already.
-    """
-    lengths = valid_BL.sum(1)
-    if not (static or torch.compiler.is_compiling()) and bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
-        return lengths, None
-    return lengths, torch.argsort(~valid_BL, dim=1, stable=True)
-
-
-def move(x_BLD: Tensor, places_BL: Int[Tensor, "B L"]) -> Tensor:
-    """Reorder the positions of every row: result[b, t] = x[b, places[b, t]]."""
-    return x_BLD.gather(1, _expand(places_BL, x_BLD).expand(*places_BL.shape, *x_BLD.shape[2:]))
 
 
 def segment_reduce(

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sma.errors import DataError
-from sma.model import ModelOutput, SequenceModel, build
+from sma.model import SequenceModel, build
+from sma.model_output import ModelOutput
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.io.run_folder import EVALUATION, write_text
 from sma.recipes.reports.classification import Report, measure

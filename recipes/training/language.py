@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric
 
-from sma.model import LanguageModel, ModelOutput, ModelState, build
+from sma.model import LanguageModel, build
+from sma.model_output import ModelOutput, ModelState
 from sma.pytree import named_tensors, with_tensors
 from sma.recipes.experiment import ExperimentSpec, TrainingSpec
 from sma.recipes.reports.language import Reading, read_along

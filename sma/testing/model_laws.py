@@ -13,7 +13,8 @@ from torch import Tensor
 from sma.checkpoint import load, load_state, save, save_state
 from sma.decision import Decision
 from sma.errors import StateError
-from sma.model import ModelOutput, ModelSpec, ModelState, SequenceModel, build
+from sma.model import ModelSpec, SequenceModel, build
+from sma.model_output import ModelOutput, ModelState
 from sma.pytree import named_tensors
 from sma.spec import dump_spec, load_spec
 from sma.testing.examples import Example, require, require_near, spread_parameters

@@ -11,8 +11,8 @@ from torch import Tensor
 from sma.checkpoint import load_state, save_state
 from sma.decision import Decision
 from sma.errors import StateError
+from sma.padding import move
 from sma.pytree import named_tensors
-from sma.ragged import move
 from sma.routers import Router, RouterSpec
 from sma.spec import dump_spec, load_spec
 from sma.testing.examples import Example, require, require_near

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sma.ragged import Ragged, rectangular, right_padding
+from sma.padding import right_padding
+from sma.ragged import Ragged, rectangular
 from sma.submodule import State, SubModule
 from tests.test_modules.layouts import lay, spread
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sma.errors import SpecError
 from sma.modules.attention import AttentionSpec
+from sma.modules.blocks import in_reach
 from sma.modules.local_attention import LocalAttention, LocalAttentionSpec
 from sma.modules.multihead import MultiHead
-from sma.modules.windowed import in_reach
 from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
 from sma.ragged import rectangular
 from tests.streams import steps

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from sma import Decision
 from sma.errors import InputError
-from sma.ragged import move
+from sma.padding import move
 from tests.cases import generator, masks, normal
 from tests.streams import exactly
 

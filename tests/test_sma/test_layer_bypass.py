@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sma.layer import LinearBypass
+from sma.bypass import LinearBypass
 from tests.cases import generator, normal, spread
 
 WIDTH = 4

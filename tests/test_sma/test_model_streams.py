@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sma import SequenceModel, State
 from sma.errors import StateError
-from sma.model import ModelState
+from sma.model_output import ModelState
 from sma.pytree import tensors
 from tests.streams import Plan, copied, even, exactly, few, flow, near, near_states, plans, same_bits, steps
 from tests.test_sma.causal import CAUSAL, WINDOWED, causal_models, inputs_of, make_model, model_of

@@ -7,17 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sma.errors import InputError
-from sma.ragged import (
-    Ragged,
-    compress,
-    extract,
-    extract_add,
-    locate,
-    move,
-    rectangular,
-    right_padding,
-    segment_reduce,
-)
+from sma.ragged import Ragged, compress, extract, extract_add, locate, rectangular, segment_reduce
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, strided
 
@@ -286,31 +276,6 @@ def test_rectangular_is_a_view_with_the_prefixes_as_tokens(active):
         [t.place for t in row] for row in oracles.compress(x, prefix)
     ]
     assert torch.equal(extract(tokens.values, tokens, x), x.where(prefix[..., None], 0))
-
-
-@given(valid=masks())
-def test_right_padding_moves_valid_tokens_left_in_their_order(valid):
-    lengths, places = right_padding(valid)
-    assert lengths.tolist() == [sum(row) for row in valid.tolist()]
-    x = _batch(valid)
-    if places is None:
-        assert all(row == sorted(row, reverse=True) for row in valid.tolist())
-        return
-    moved = move(x, places)
-    for b in range(valid.shape[0]):
-        assert torch.equal(moved[b, : lengths[b]], x[b][valid[b]])
-        assert sorted(places[b].tolist()) == list(range(valid.shape[1]))
-    assert torch.equal(move(moved, places.argsort(1)), x)
-
-
-@given(valid=masks())
-def test_move_is_a_gather_along_the_positions(valid):
-    places = torch.rand(valid.shape, generator=generator(3)).argsort(1)
-    for x in (_batch(valid), _batch(valid, 2, 2), valid):
-        moved = move(x, places)
-        for b in range(valid.shape[0]):
-            for t in range(valid.shape[1]):
-                assert torch.equal(moved[b, t], x[b, places[b, t]])
 
 
 REDUCES = pytest.mark.parametrize("reduce", [pytest.param(name, id=name) for name in ("sum", "mean", "max", "min")])

@@ -1,4 +1,4 @@
-"""Ragged tokens without their holes, and back."""
+"""Padding moved to the right of a batch, ragged tokens without their holes, and both back."""
 
 from itertools import chain
 
@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma.ragged import compress, pack, unpack
+from sma.padding import move, pack, right_padding, unpack
+from sma.ragged import compress
 from tests import oracles
-from tests.cases import masks, normal
+from tests.cases import generator, masks, normal
 
 
 @given(active=masks(), capacity=st.none() | st.integers(1, 12))
@@ -41,3 +42,28 @@ def test_unpack_undoes_pack_and_gives_zeros_at_the_holes(active, capacity):
     assert not unpacked[~tokens.mask].any()
     (gradient,) = torch.autograd.grad((unpacked * normal(*unpacked.shape, seed=4)).sum(), [others])
     assert torch.equal(gradient, normal(*unpacked.shape, seed=4)[tokens.mask])
+
+
+@given(valid=masks())
+def test_right_padding_moves_valid_tokens_left_in_their_order(valid):
+    lengths, places = right_padding(valid)
+    assert lengths.tolist() == [sum(row) for row in valid.tolist()]
+    x = normal(*valid.shape, 3, seed=valid.numel())
+    if places is None:
+        assert all(row == sorted(row, reverse=True) for row in valid.tolist())
+        return
+    moved = move(x, places)
+    for b in range(valid.shape[0]):
+        assert torch.equal(moved[b, : lengths[b]], x[b][valid[b]])
+        assert sorted(places[b].tolist()) == list(range(valid.shape[1]))
+    assert torch.equal(move(moved, places.argsort(1)), x)
+
+
+@given(valid=masks())
+def test_move_is_a_gather_along_the_positions(valid):
+    places = torch.rand(valid.shape, generator=generator(3)).argsort(1)
+    for x in (normal(*valid.shape, 3, seed=valid.numel()), normal(*valid.shape, 2, 2, seed=valid.numel()), valid):
+        moved = move(x, places)
+        for b in range(valid.shape[0]):
+            for t in range(valid.shape[1]):
+                assert torch.equal(moved[b, t], x[b, places[b, t]])
