@@ -16,7 +16,8 @@ from sma.recipes.io.presets import shipped
 from sma.recipes.tasks.contract import ClassificationTask
 from sma.recipes.tasks.language.task import LanguageTask
 from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file
-from sma.tune.space import DistributionSpec, Fixed, check_space, largest, value_at, with_values
+from sma.tune.distributions import DistributionSpec, Fixed
+from sma.tune.space import check_space, largest, value_at, with_values
 from sma.yaml_text import read_fields
 
 Objective = Literal["quality", "rate", "time", "operations"]

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
+from sma.tune.distributions import Dice
 from sma.tune.records import TrialRecord
 from sma.tune.search import Halving, Search
-from sma.tune.space import Dice, searched
+from sma.tune.space import searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from tests.test_tune.sweeps import SPACE, done_trial, small_sweep

@@ -8,18 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import SpecError
-from sma.tune.space import (
-    Choice,
-    DistributionSpec,
-    Fixed,
-    Int,
-    LogUniform,
-    QUniform,
-    Uniform,
-    starting_code,
-    value_at,
-    with_values,
-)
+from sma.tune.distributions import Choice, DistributionSpec, Fixed, Int, LogUniform, QUniform, Uniform
+from sma.tune.space import starting_code, value_at, with_values
 from sma.yaml_text import read_yaml
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import SPACE, small_sweep
