@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.stream import VOCABULARY, CachedTransformer, Recompute, Stream, language_model, set_rates
+from benchmarks.stream_models import VOCABULARY, CachedTransformer, Recompute, Stream, language_model, set_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {"model", "batch", "rate", "position", "microseconds_per_token", "state_bytes", "peak_megabytes"}
