@@ -1,4 +1,4 @@
-"""SeqBoat beside its baselines: what they are made of, the runs, the table, and what it refuses."""
+"""SeqBoat beside its baselines: the runs, the table, and what it refuses."""
 
 import csv
 import json
@@ -7,75 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sma.errors import CheckpointError, SpecError
-from sma.ragged import rectangular
 from sma.recipes import compare, tasks
 from sma.recipes.compare import main, updates_in, with_updates
-from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import write_text
 from sma.recipes.reports.comparison import comma_separated, markdown, markdown_of_several
-from sma.recipes.studies.baselines import BASELINES, baseline
-from sma.recipes.studies.efficiency import _set_rates, efficiency, random_rows
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.loop import hardware
 from tests.test_recipes.tiny import EXPERIMENT, tiny
-
-
-@pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("preset", ["listops_tiny", "text_paper", "retrieval_paper", "image_paper"])
-def test_baseline_builds_with_the_predicted_parameters_and_differs_in_its_layers_alone(preset, name):
-    spec = load_experiment(preset)
-    made = baseline(name, spec)
-    assert sum(parameter.numel() for parameter in made.model.build().parameters()) == made.model.num_parameters()
-    assert made.model.replace(layers=spec.model.layers) == spec.model
-    training = made.training.replace(learning_rate=spec.training.learning_rate)
-    assert (made.task, training, made.seed) == (spec.task, spec.training, spec.seed)
-    assert load_experiment(json.loads(made.model_dump_json())) == made
-
-
-def test_what_the_baselines_are():
-    spec = tiny(training__budget="{target: 0.3}", training__updates=200, training__losses="{z: 0.1}")
-    layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
-    assert baseline("seqboat", spec) == spec
-    assert [layer.modules["attention"].window for layer in layers["seqboat_full"]] == [None, None]
-    assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [
-        ("always", 8)
-    ] * 2
-    assert {layer.modules["attention"].kind for layer in layers["mega_chunk"]} == {"chunked_gau"}
-    assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["ema"]] == [("ema", {})] * 2
-    assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
-    assert [layer.backbone.kind for layer in layers["transformer"]] == ["attention", "gated_mlp"] * 2
-    assert [layer.backbone.kind for layer in layers["local_attention"]] == ["local_attention", "gated_mlp"] * 2
-    for name in set(BASELINES) - {"seqboat", "seqboat_full"}:  # nothing is left that only a router learns from
-        training = baseline(name, spec).training
-        assert (training.budget, training.losses.z) == (None, 0.0)
-
-
-def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
-    spec = tiny()
-    model = baseline("mega_chunk", spec).model.build().eval()
-    unit = model.routed_layers[0].routed.submodules["attention"]
-    x = torch.randn(1, 20, 8)
-    whole = unit(rectangular(x))[0]
-    parts = torch.cat([unit.unit(rectangular(x[:, start : start + 8]))[0] for start in (0, 8, 16)])
-    torch.testing.assert_close(whole, parts)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "complaint"),
-    [
-        ("transfomer", [], "unknown model 'transfomer'; did you mean 'transformer'"),
-        (
-            "ema",
-            ["layers.layer.modules={mlp: {kind: gated_mlp, hidden_size: 4}}"],
-            "layer 0 of the experiment must be a SeqBoat layer",
-        ),
-        ("ema", ["layers.layer.backbone=null"], "layer 0 of the experiment must be a SeqBoat layer"),
-    ],
-)
-def test_what_cannot_be_made_is_refused(name, settings, complaint):
-    with pytest.raises(SpecError, match=complaint):
-        baseline(name, load_experiment(EXPERIMENT, settings))
 
 
 def test_other_updates_keep_the_shares_of_warm_up_evaluation_and_budget():
@@ -88,12 +26,6 @@ def test_other_updates_keep_the_shares_of_warm_up_evaluation_and_budget():
     training = with_updates(spec, 50).training
     assert (training.updates, training.warmup, training.evaluate_every) == (50, 5, 10)
     assert (training.budget.hold, training.budget.anneal) == (10, 20)
-
-
-def test_baselines_of_an_experiment_whose_routers_sample():
-    spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
-    policies = {name: baseline(name, spec).training.losses.policy for name in BASELINES}
-    assert policies == {name: 1.0 if name in ("seqboat", "seqboat_full") else 0.0 for name in BASELINES}
 
 
 @pytest.fixture(scope="module")
@@ -420,56 +352,3 @@ def test_bad_command_lines_are_sentences(tmp_path, capsys, experiment_file):
     assert "there is no comparison in" in capsys.readouterr().err
     assert main(["--task", "digits,listop"]) == 2
     assert "unknown task 'listop'; did you mean 'listops'" in capsys.readouterr().err
-
-
-def test_efficiency_of_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no finished run in"):
-        efficiency(tmp_path, 16)
-
-
-def test_gpu_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
-    (tmp_path / "summary.json").write_text("{}")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(
-        CheckpointError, match="is to be measured on cuda, and torch sees no GPU here; measure it where there is one"
-    ):
-        efficiency(tmp_path, 16, device="cuda")
-
-
-MIXED = "{gau: {kind: gau, query_size: 4, hidden_size: 8}, mlp: {kind: gated_mlp, hidden_size: 8}, conv: {kind: conv}}"
-
-
-@pytest.mark.parametrize(
-    ("router", "asked"),
-    [
-        pytest.param("sma", (0.5, 0.2, 0.0), id="sma"),
-        pytest.param("sma", (1.0, 0.0, 0.0), id="all-and-none"),
-        pytest.param("gumbel", (0.3, 1.0, 0.0), id="gumbel"),
-        pytest.param("exclusive", (0.5, 0.3, 0.1), id="exclusive"),
-        pytest.param("exclusive", (1.0, 0.0, 0.0), id="exclusive-one"),
-        pytest.param("exclusive", (0.0, 0.0, 0.0), id="exclusive-none"),
-        pytest.param("top_k", (0.5, 0.3, 0.2), id="top-k"),
-        pytest.param("always", (1.0, 1.0, 1.0), id="always"),
-        pytest.param("never", (0.0, 0.0, 0.0), id="never"),
-        pytest.param("expert_choice, share: 0.5", (0.5, 0.5, 0.5), id="expert-choice"),
-    ],
-)
-def test_model_is_measured_at_the_rates_of_its_test(router, asked):
-    spec = tiny(layers__layer__modules=MIXED, layers__layer__router=f"{{kind: {router}}}")
-    model = spec.model.build().eval()
-    inputs = random_rows(model, 1, 1024)
-    _set_rates(model, inputs, [dict(zip(("gau", "mlp", "conv"), asked, strict=True))] * 2)
-    for decision in model(inputs).decisions:
-        assert decision.active[0].double().mean(0).tolist() == pytest.approx(asked, abs=0.02)
-
-
-@pytest.mark.parametrize("preset", ["listops_tiny", "image_paper", "retrieval_paper"])
-def test_random_rows_fit_the_model(preset):
-    model = load_experiment(preset, ["layers.repeat=1"]).model.build()
-    rows = random_rows(model, 1, 32)
-    assert model(rows).logits.shape[0] == 1
-
-
-def test_model_that_routes_nothing_has_no_rates_to_set():
-    model = tiny(layers__layer__modules="{}").model.build().eval()
-    _set_rates(model, random_rows(model, 1, 16), [])

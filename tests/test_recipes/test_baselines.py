@@ -1,0 +1,75 @@
+"""The baselines of SeqBoat: what they are made of, and what cannot be made."""
+
+import json
+
+import pytest
+import torch
+
+from sma.errors import SpecError
+from sma.ragged import rectangular
+from sma.recipes.experiment import load_experiment
+from sma.recipes.studies.baselines import BASELINES, baseline
+from tests.test_recipes.tiny import EXPERIMENT, tiny
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("preset", ["listops_tiny", "text_paper", "retrieval_paper", "image_paper"])
+def test_baseline_builds_with_the_predicted_parameters_and_differs_in_its_layers_alone(preset, name):
+    spec = load_experiment(preset)
+    made = baseline(name, spec)
+    assert sum(parameter.numel() for parameter in made.model.build().parameters()) == made.model.num_parameters()
+    assert made.model.replace(layers=spec.model.layers) == spec.model
+    training = made.training.replace(learning_rate=spec.training.learning_rate)
+    assert (made.task, training, made.seed) == (spec.task, spec.training, spec.seed)
+    assert load_experiment(json.loads(made.model_dump_json())) == made
+
+
+def test_what_the_baselines_are():
+    spec = tiny(training__budget="{target: 0.3}", training__updates=200, training__losses="{z: 0.1}")
+    layers = {name: baseline(name, spec).model.layer_specs for name in BASELINES}
+    assert baseline("seqboat", spec) == spec
+    assert [layer.modules["attention"].window for layer in layers["seqboat_full"]] == [None, None]
+    assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [
+        ("always", 8)
+    ] * 2
+    assert {layer.modules["attention"].kind for layer in layers["mega_chunk"]} == {"chunked_gau"}
+    assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["ema"]] == [("ema", {})] * 2
+    assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
+    assert [layer.backbone.kind for layer in layers["transformer"]] == ["attention", "gated_mlp"] * 2
+    assert [layer.backbone.kind for layer in layers["local_attention"]] == ["local_attention", "gated_mlp"] * 2
+    for name in set(BASELINES) - {"seqboat", "seqboat_full"}:  # nothing is left that only a router learns from
+        training = baseline(name, spec).training
+        assert (training.budget, training.losses.z) == (None, 0.0)
+
+
+def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
+    spec = tiny()
+    model = baseline("mega_chunk", spec).model.build().eval()
+    unit = model.routed_layers[0].routed.submodules["attention"]
+    x = torch.randn(1, 20, 8)
+    whole = unit(rectangular(x))[0]
+    parts = torch.cat([unit.unit(rectangular(x[:, start : start + 8]))[0] for start in (0, 8, 16)])
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("transfomer", [], "unknown model 'transfomer'; did you mean 'transformer'"),
+        (
+            "ema",
+            ["layers.layer.modules={mlp: {kind: gated_mlp, hidden_size: 4}}"],
+            "layer 0 of the experiment must be a SeqBoat layer",
+        ),
+        ("ema", ["layers.layer.backbone=null"], "layer 0 of the experiment must be a SeqBoat layer"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(name, settings, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        baseline(name, load_experiment(EXPERIMENT, settings))
+
+
+def test_baselines_of_an_experiment_whose_routers_sample():
+    spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
+    policies = {name: baseline(name, spec).training.losses.policy for name in BASELINES}
+    assert policies == {name: 1.0 if name in ("seqboat", "seqboat_full") else 0.0 for name in BASELINES}
