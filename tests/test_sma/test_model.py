@@ -1,99 +1,24 @@
 """Models against a loop over rows and tokens; padding, pooling, building, and what they refuse."""
 
 import copy
-import functools
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
 
-from sma import LayerSpec, ModelOutput, SequenceModel, build, load_spec
+from sma import LayerSpec, ModelOutput, build, load_spec
 from sma.errors import InputError, SpecError
 from sma.norms import LayerNormSpec, RMSNormSpec, ScaleNormSpec
-from sma.routers import SMARouter
 from tests import oracles
-from tests.cases import balance, generator, gradients, masks, normal, pad, sides, spread
-
-GAU = {
-    "kind": "gau",
-    "query_size": 2,
-    "hidden_size": 3,
-    "window": 2,
-    "position": {"kind": "relative_bias", "max_positions": 4},
-}
-SEQBOAT = {
-    "backbone": {"kind": "ema", "state_size": 2},
-    "modules": {"attention": GAU},
-    "norm": {"kind": "layer_norm", "place": "post"},
-}
-CAUSAL = {
-    "backbone": {"kind": "ema", "state_size": 2, "bidirectional": False},
-    "modules": {"attention": {**GAU, "bidirectional": False}, "conv": {"kind": "conv"}},
-    "norm": {"kind": "rms_norm"},
-}
-TOKENS = {"kind": "token_embedding", "vocabulary": 7, "padding": 0}
-MODELS: dict[str, dict[str, Any]] = {
-    "classifier": {
-        "kind": "sequence_classifier",
-        "width": 4,
-        "encoder": TOKENS,
-        "sinusoid": True,
-        "layers": {"repeat": 2, "layer": SEQBOAT},
-        "head": {"kind": "mean_pool_mlp", "hidden": 3, "classes": 3},
-    },
-    "causal encoder": {
-        "kind": "sequence_encoder",
-        "width": 4,
-        "encoder": {"kind": "real_number"},
-        "layers": [CAUSAL, {}, CAUSAL],
-    },
-    "features": {
-        "kind": "sequence_classifier",
-        "width": 4,
-        "encoder": {"kind": "linear", "features": 2},
-        "layers": [
-            {"backbone": {"kind": "attention", "heads": 2}, "modules": {"mlp": {"kind": "gated_mlp", "hidden_size": 3}}}
-        ],
-        "head": {"kind": "mean_pool_linear", "classes": 2},
-    },
-    "no layers": {
-        "kind": "sequence_classifier",
-        "width": 4,
-        "encoder": TOKENS,
-        "layers": [],
-        "final_norm": {"kind": "scale_norm"},
-        "head": {"kind": "mean_pool_linear", "classes": 2},
-    },
-}
-models = pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in MODELS])
-
-
-def _model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> SequenceModel:
-    model = build({**MODELS[name], **changes}, seed=0).to(dtype)
-    spread(model)
-    routers = [layer.routed.router for layer in model.routed_layers if layer.routed is not None]
-    for place, router in enumerate(routers):
-        assert isinstance(router, SMARouter)
-        balance(router, model(_inputs(name, 3, 6, dtype=dtype)).decisions[place])
-    return model.eval()
-
-
-_unchanged = functools.cache(_model)  # for tests that only run it
-
-
-def _inputs(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    if batch_is_real(name):
-        return normal(*shape, *([2] if name == "features" else []), seed=5, dtype=dtype)
-    return torch.randint(1, 7, shape, generator=generator(5))
+from tests.cases import generator, gradients, masks, normal, pad, sides
+from tests.test_sma.models import MODELS, SEQBOAT, batch_is_real, inputs_of, make_model, model_of, models
 
 
 @models
 @given(valid=masks(rows=3, length=6))
 def test_model_equals_the_loop_over_its_rows(name, valid):
-    model, inputs = _unchanged(name), _inputs(name, *valid.shape)
+    model, inputs = model_of(name), inputs_of(name, *valid.shape)
     output = model(inputs, valid)
     hidden, pooled = oracles.model(model, inputs, valid)
     assert type(output) is ModelOutput
@@ -111,7 +36,7 @@ def test_model_equals_the_loop_over_its_rows(name, valid):
 
 @models
 def test_gradients_are_those_of_the_loop(name):
-    model, inputs, valid = _model(name), _inputs(name, 3, 6), torch.rand(3, 6, generator=generator(2)) < 0.7
+    model, inputs, valid = make_model(name), inputs_of(name, 3, 6), torch.rand(3, 6, generator=generator(2)) < 0.7
     hidden, pooled = oracles.model(model, inputs, valid)
     output = model(inputs, valid)
     found, expected = (
@@ -128,8 +53,8 @@ def test_gradients_are_those_of_the_loop(name):
 @sides
 @models
 def test_a_row_alone_and_the_same_row_in_a_padded_batch_agree(name, side):
-    model = _model(name)
-    rows = [_inputs(name, 1, length)[0] for length in (4, 1, 6)]
+    model = make_model(name)
+    rows = [inputs_of(name, 1, length)[0] for length in (4, 1, 6)]
     batch, valid = pad(rows, side, fill=torch.nan if batch_is_real(name) else 3)
     output = model(batch, valid)
     for b, row in enumerate(rows):
@@ -143,15 +68,11 @@ def test_a_row_alone_and_the_same_row_in_a_padded_batch_agree(name, side):
             assert not decision.active[b][~valid[b]].any()
 
 
-def batch_is_real(name: str) -> bool:
-    return MODELS[name]["encoder"]["kind"] != "token_embedding"
-
-
 @sides
 @models
 def test_padding_never_changes_a_gradient(name, side):
-    model = _model(name)
-    rows = [_inputs(name, 1, length)[0] for length in (4, 1, 6)]
+    model = make_model(name)
+    rows = [inputs_of(name, 1, length)[0] for length in (4, 1, 6)]
     parameters = list(model.parameters())
     results = []
     for fill in (torch.nan, 1e4) if batch_is_real(name) else (2, 3):
@@ -169,7 +90,7 @@ def test_padding_never_changes_a_gradient(name, side):
 @models
 @given(valid=masks())
 def test_pooled_is_the_mean_over_the_valid_tokens_and_zero_for_a_row_without_one(name, valid):
-    output = _unchanged(name)(_inputs(name, *valid.shape), valid)
+    output = model_of(name)(inputs_of(name, *valid.shape), valid)
     assert not output.hidden[~valid].any()
     for b in range(valid.shape[0]):
         tokens = output.hidden[b][valid[b]]
@@ -179,11 +100,11 @@ def test_pooled_is_the_mean_over_the_valid_tokens_and_zero_for_a_row_without_one
 
 
 def test_no_layer_sees_what_the_one_before_left_at_padding():
-    model, valid = _model("classifier"), torch.rand(3, 6, generator=generator(2)) < 0.6
+    model, valid = make_model("classifier"), torch.rand(3, 6, generator=generator(2)) < 0.6
     seen = []
     for layer in model.routed_layers:
         layer.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    model(_inputs("classifier", 3, 6), valid)
+    model(inputs_of("classifier", 3, 6), valid)
     assert len(seen) == 2
     for tokens in seen:
         assert tokens.values[tokens.mask].any()
@@ -193,8 +114,8 @@ def test_no_layer_sees_what_the_one_before_left_at_padding():
 @models
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
 def test_a_batch_without_a_valid_token_gives_zero_gradients_not_none(name, shape):
-    model = _model(name).train()
-    output = model(_inputs(name, *shape), torch.zeros(shape, dtype=torch.bool))
+    model = make_model(name).train()
+    output = model(inputs_of(name, *shape), torch.zeros(shape, dtype=torch.bool))
     assert not output.hidden.any()
     assert not output.pooled.any()
     assert output.hidden.shape == (*shape, 4)
@@ -207,7 +128,7 @@ def test_a_batch_without_a_valid_token_gives_zero_gradients_not_none(name, shape
 
 @models
 def test_nan_in_one_row_never_reaches_another(name):
-    model, inputs = _model(name), _inputs(name, 3, 6)
+    model, inputs = make_model(name), inputs_of(name, 3, 6)
     before = model(inputs).hidden
     with torch.no_grad():
         if batch_is_real(name):
@@ -224,23 +145,23 @@ def test_nan_in_one_row_never_reaches_another(name):
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_a_causal_model_never_looks_ahead(cut):
-    model, inputs = _model("causal encoder"), _inputs("causal encoder", 2, 6)
+    model, inputs = make_model("causal encoder"), inputs_of("causal encoder", 2, 6)
     assert model.causal
     changed = torch.cat([inputs[:, :cut], 1e4 + inputs[:, cut:]], dim=1)
     before, after = model(inputs), model(changed)
     torch.testing.assert_close(after.hidden[:, :cut], before.hidden[:, :cut])
     for one, other in zip(before.decisions, after.decisions, strict=True):
         assert torch.equal(one.active[:, :cut], other.active[:, :cut])
-    assert not _model("classifier").causal
+    assert not make_model("classifier").causal
 
 
 @models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_finite_results_and_gradients(name, dtype):
-    model, valid = _model(name, torch.float32), torch.rand(3, 20, generator=generator(2)) < 0.8
+    model, valid = make_model(name, torch.float32), torch.rand(3, 20, generator=generator(2)) < 0.8
     with torch.autocast("cpu", dtype=dtype):
-        output = model(_inputs(name, 3, 20, dtype=torch.float32), valid)
-    exact = model(_inputs(name, 3, 20, dtype=torch.float32), valid)
+        output = model(inputs_of(name, 3, 20, dtype=torch.float32), valid)
+    exact = model(inputs_of(name, 3, 20, dtype=torch.float32), valid)
     assert output.hidden.dtype == output.pooled.dtype == torch.float32
     assert (output.hidden - exact.hidden).abs().median() < 0.05
     for gradient in torch.autograd.grad(
@@ -251,7 +172,7 @@ def test_half_precision_gives_finite_results_and_gradients(name, dtype):
 
 @models
 def test_results_are_the_same_every_time(name):
-    one, other = (_model(name).train()(_inputs(name, 2, 6)).hidden for _ in range(2))
+    one, other = (make_model(name).train()(inputs_of(name, 2, 6)).hidden for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -269,7 +190,7 @@ def test_embedding_dropout_drops_tokens_and_sinusoid_in_training_only():
 @pytest.mark.gpu
 @models
 def test_gpu_agrees_with_cpu(name):
-    model, inputs, valid = _model(name), _inputs(name, 3, 40), torch.rand(3, 40, generator=generator(2)) < 0.8
+    model, inputs, valid = make_model(name), inputs_of(name, 3, 40), torch.rand(3, 40, generator=generator(2)) < 0.8
     results = []
     for device in ("cpu", "cuda"):
         model.to(device)
@@ -285,7 +206,7 @@ def test_gpu_agrees_with_cpu(name):
 @models
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_a_gpu_gives_finite_gradients(name, dtype):
-    model, inputs = _model(name, torch.float32).cuda(), _inputs(name, 3, 40, dtype=torch.float32).cuda()
+    model, inputs = make_model(name, torch.float32).cuda(), inputs_of(name, 3, 40, dtype=torch.float32).cuda()
     with torch.autocast("cuda", dtype=dtype):
         output = model(inputs, torch.rand(3, 40, generator=generator(2)).cuda() < 0.8)
     for gradient in torch.autograd.grad(
@@ -300,7 +221,7 @@ class TestBuild:
         "journey", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
     )
     def test_a_model_can_be_copied_and_sent_to_another_process(self, name, journey):
-        model, inputs = _model(name), _inputs(name, 2, 6)
+        model, inputs = make_model(name), inputs_of(name, 2, 6)
         other = journey(model)
         assert other.spec == model.spec
         assert torch.equal(other(inputs).hidden, model(inputs).hidden)
@@ -396,7 +317,7 @@ class TestWrongInput:
     )
     def test_inputs(self, name, inputs, complaint):
         with pytest.raises(InputError, match=complaint):
-            _model(name, torch.float32)(inputs)
+            make_model(name, torch.float32)(inputs)
 
     @models
     @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 4), (2, 3, 1)])
@@ -404,7 +325,7 @@ class TestWrongInput:
         with pytest.raises(
             InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 3\), as the input has"
         ):
-            _model(name)(_inputs(name, 2, 3), torch.ones(shape, dtype=torch.bool))
+            make_model(name)(inputs_of(name, 2, 3), torch.ones(shape, dtype=torch.bool))
 
     @models
     def test_mask_of_numbers(self, name):
@@ -412,7 +333,7 @@ class TestWrongInput:
             InputError,
             match=r"valid has dtype torch\.int64; required is torch\.bool, True at real tokens: write valid\.bool\(\)",
         ):
-            _model(name)(_inputs(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
+            make_model(name)(inputs_of(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
 
     def test_heads_that_do_not_divide_the_width(self):
         layer = LayerSpec.model_validate({"modules": {"a": {"kind": "attention", "heads": 3}}})
@@ -421,8 +342,8 @@ class TestWrongInput:
 
 
 def test_gradients_reach_every_parameter():
-    model = _model("classifier")
-    output = model(_inputs("classifier", 3, 6))
+    model = make_model("classifier")
+    output = model(inputs_of("classifier", 3, 6))
     assert all(0 < rate < 1 for decision in output.decisions for rate in decision.rate().tolist())
     for (name, _), gradient in zip(model.named_parameters(), gradients(output.logits, model.parameters()), strict=True):
         assert gradient.any(), name
