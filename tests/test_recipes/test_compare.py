@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sma.recipes import compare, tasks
+from sma.recipes import compare
 from sma.recipes.compare import main, updates_in, with_updates
 from sma.recipes.io.run_folder import write_text
 from sma.recipes.reports.comparison import comma_separated, markdown, markdown_of_several
+from sma.recipes.tasks.digits import DigitsTask
+from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.loop import hardware
 from tests.test_recipes.tiny import EXPERIMENT, tiny
@@ -249,8 +251,7 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for task in ("DigitsTask", "ListOpsTask"):
-        kind = getattr(tasks, task)
+    for kind in (DigitsTask, ListOpsTask):
         monkeypatch.setattr(kind, "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
     with monkeypatch.context() as patch:
         patch.setattr(compare, "train_all", interrupt)
@@ -294,8 +295,8 @@ def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
         written.append(path)
         original(path, text)
 
-    for task in ("DigitsTask", "ListOpsTask"):
-        monkeypatch.setattr(getattr(tasks, task), "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
+    for kind in (DigitsTask, ListOpsTask):
+        monkeypatch.setattr(kind, "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
     with monkeypatch.context() as patch:
         patch.setattr(compare, "write_text", write)
         assert main([*command, "--auto-resume"]) == 130
