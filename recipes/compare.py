@@ -283,16 +283,17 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
     """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole
     schedule.
     """
-    from sma.recipes.training.classification import Classifier, training_loader
+    from sma.recipes.training.classification import Classification
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     training = spec.training
-    learner = Classifier(spec.model.build(), training, spec.task.classes)  # type: ignore[attr-defined]
+    objective = Classification(spec.task, data)  # type: ignore[arg-type]
+    learner = objective.module(spec.model.build(), training)
     optimizer = torch.optim.AdamW(learner.parameters())
     times = []
     for number, batch in enumerate(
-        training_loader(data, training.replace(updates=max(tried + 1, training.updates)), spec.seed, 0)
+        objective.training_batches(training.replace(updates=max(tried + 1, training.updates)), spec.seed)
     ):
         if learner.controller is not None:
             learner.controller.updates.fill_(number * training.updates // tried)

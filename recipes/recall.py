@@ -33,7 +33,7 @@ from sma.recipes.experiment import ExperimentSpec, RoutingLosses
 from sma.recipes.io.command import exit_code, parse
 from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import SUMMARY, write_text
-from sma.recipes.reports.classification import Report, measure, rates_over_training
+from sma.recipes.reports.classification import ClassificationReport, measure, rates_over_training
 from sma.recipes.reports.figures import attempt, drawing, save_figure
 from sma.recipes.studies.routed import ArmsOptions, comparison
 from sma.recipes.studies.variants import Arm, at_random, run_arms, with_routers
@@ -148,7 +148,7 @@ def dial(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
     return points
 
 
-def rates_by_role(report: Report) -> dict[str, list[float]]:
+def rates_by_role(report: ClassificationReport) -> dict[str, list[float]]:
     """The activation rate per layer of keys, values, queries and distractors."""
     total: dict[str, list[float]] = {}
     count: dict[str, int] = defaultdict(int)
@@ -160,7 +160,7 @@ def rates_by_role(report: Report) -> dict[str, list[float]]:
     return {role: [rate / count[role] for rate in total[role]] for role in ROLES.values() if role in total}
 
 
-def _roles_in_words(report: Report) -> str:
+def _roles_in_words(report: ClassificationReport) -> str:
     rows = rates_by_role(report)
     return "\n".join(
         f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role]))
@@ -168,7 +168,7 @@ def _roles_in_words(report: Report) -> str:
     )
 
 
-def draw(report: Report, shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
+def draw(report: ClassificationReport, shown: str, summary: Mapping[str, Any], out: Path, title: str) -> Path:
     """Draw which tokens one model chose, how the accuracy of all grew, and what the dial does, into `recall.png`."""
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}

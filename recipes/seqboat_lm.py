@@ -11,7 +11,7 @@ if not __package__:  # a script: its Python may not have the package
 import codecs
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,9 +22,8 @@ from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
 from sma.recipes.io.command import CommandOptions, exit_code, parse
-from sma.recipes.io.names import plain
-from sma.recipes.reports.figures import label
-from sma.recipes.training.options import OneRunOptions, Start, experiment
+from sma.recipes.training.options import OneRunOptions
+from sma.recipes.training.single_run import run
 
 
 class Options(OneRunOptions):
@@ -70,52 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     if given[:1] == ["generate"]:
         return exit_code(lambda: write(parse(GenerateOptions, given[1:])))
     return exit_code(lambda: run(parse(Options, given)))
-
-
-def run(options: Options) -> dict[str, Any]:
-    """Train and evaluate as the options say; returns the summary, or with `--evaluate` what stands in
-    `evaluation.json`.
-
-    Raises:
-        SmaError: a sentence for the user.
-    """
-    if options.evaluate is not None:
-        from sma.recipes.training.evaluation import evaluate
-
-        return evaluate(options.evaluate, options)
-    with experiment(options) as start:
-        return _train(start, options) if start.summary is None else start.summary
-
-
-def _train(start: Start, options: Options) -> dict[str, Any]:
-    spec, out = start.spec, start.out
-    # Lightning takes seconds to import; --help and a wrong --set need not wait for it.
-    from sma.recipes.reports.language import describe_language, draw_language
-    from sma.recipes.training.language import Finished, run_language
-
-    corpus = spec.task.prepare(options.data, progress=options.progress)
-    sizes = (
-        f"{len(corpus.train):,} bytes, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
-    )
-    print(f"SeqBoat on {plain(corpus.name)}: {sizes} -> {plain(out)}", flush=True)
-
-    def draw(done: Finished) -> Path:
-        bits = done.summary["bits_per_character"]
-        return draw_language(
-            done.reading, out, f"SeqBoat on {label(corpus.name)}: {bits:.3f} bits per character, seed {spec.seed}"
-        )
-
-    finished = run_language(
-        spec,
-        out,
-        corpus,
-        resume=start.resume,
-        accelerator=options.accelerator,
-        progress=options.progress,
-        figures=draw,
-    )
-    print(describe_language(finished.summary, out))
-    return finished.summary
 
 
 def write(options: GenerateOptions) -> None:

@@ -15,8 +15,8 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.io.command import exit_code, parse
-from sma.recipes.seqboat_lra import run
 from sma.recipes.training.options import OneRunOptions
+from sma.recipes.training.single_run import run
 
 
 class Options(OneRunOptions):

@@ -184,7 +184,7 @@ def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", opt
     )
     with resumable(options, storage.address(""), _OF_THE_MACHINE):
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
-    _describe(summary, storage)
+    _describe(summary, storage, sweep.quality.name)
     if summary["failed"] == summary["trials"]:
         raise SmaError(
             "all trials failed, see why above; start a new sweep when that is mended: "
@@ -222,7 +222,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
     sweep = load_sweep(storage)
     with storage.locked():
         summary = write_results(sweep, storage)
-    _describe(summary, storage)
+    _describe(summary, storage, sweep.quality.name)
     return summary
 
 
@@ -248,8 +248,8 @@ def _sweep(options: Options) -> SweepSpec:
     return sweep if options.stop else sweep.replace(stopping=None)
 
 
-def _describe(summary: dict[str, Any], storage: Any) -> None:
-    """The end of a sweep in words."""
+def _describe(summary: dict[str, Any], storage: Any, quality: str) -> None:
+    """Print the end of a sweep in words; `quality` is the column of the metric."""
     from sma.tune.results import FIGURE, TABLE
 
     print(f"{summary['finished']} trials finished, {summary['stopped']} stopped early, {summary['failed']} failed")
@@ -258,8 +258,7 @@ def _describe(summary: dict[str, Any], storage: Any) -> None:
         reasons[failure["reason"]].append(str(failure["trial"]))
     for reason, trials in reasons.items():
         print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {plain(reason)}")
-    quality = next((name for name in ("accuracy", "bits_per_character") if name in (summary["best"] or {})), None)
-    if quality is not None:
+    if quality in (summary["best"] or {}):
         for title, key in (
             ("trial 0", "baseline"),
             ("best", "best"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from sma.errors import CheckpointError, quote
 from sma.recipes.io.claims import LOCK
-from sma.recipes.training.loop import commit, hardware
+from sma.recipes.training.provenance import commit, hardware
 from sma.spec import dump_yaml
 from sma.tune.cluster import Slots
 from sma.tune.storage import Storage

@@ -23,13 +23,10 @@ from ray.train.torch import TorchTrainer
 from sma.errors import CheckpointError, SmaError, SpecError
 from sma.recipes.experiment import ExperimentSpec
 from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY
-from sma.recipes.reports.classification import describe_run, draw
-from sma.recipes.reports.language import describe_language, draw_language
-from sma.recipes.tasks.contract import ClassificationTask
-from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.classification import run_experiment
-from sma.recipes.training.distributed import Team
-from sma.recipes.training.language import run_language
+from sma.recipes.tasks.contract import Metric
+from sma.recipes.training.distributed import DistributedContext
+from sma.recipes.training.objective import load_objective
+from sma.recipes.training.run import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
 from sma.tune.environment import ray_settings
@@ -85,30 +82,22 @@ class Workers(NamedTuple):
             )
 
     def check_experiment(self, spec: ExperimentSpec) -> None:
-        """Refuse an experiment that several processes cannot train as one would.
+        """Check that several processes can train an experiment.
 
         Raises:
-            SpecError: its task, or its batch size.
+            SpecError: its task has no objective, or the processes cannot share its batches evenly.
         """
-        if not isinstance(spec.task, ClassificationTask | LanguageTask):
-            raise SpecError(
-                "several workers train classifiers and language models; "
-                f"train {spec.task.kind!r} with its own recipe, in one process"
-            )
-        Team(size=self.number).check_batch(spec.training.batch_size)
+        spec.task.check_trainable()
+        DistributedContext(world_size=self.number).check_batch_size(spec.training.batch_size)
 
     def check_data(self, spec: ExperimentSpec, data: Any) -> None:
-        """Refuse splits that are too small to be shared; a text never is, for every worker evaluates the whole of it.
+        """Check that the workers can share the batches and the splits.
 
         Raises:
-            SpecError: which one.
+            SpecError: a batch or a split is too small.
         """
-        if isinstance(spec.task, LanguageTask):
-            return
-        Team(size=self.number).check_batch(min(spec.training.batch_size, len(data.train)))
-        for name, split in (("validation", data.validation), ("test", data.test)):
-            if len(split) < self.number:
-                raise SpecError(f"the {name} split has {len(split)} samples for {self.number} workers; lower --workers")
+        objective = load_objective(spec.task, data)
+        objective.check_shards(spec.training.batch_size, DistributedContext(world_size=self.number))
 
 
 @ray.remote(num_cpus=0)
@@ -140,11 +129,12 @@ class Reporter(Checkpoint):
 
     Args:
         board: where it says so.
+        metric: the metric of the task.
         folder: the run folder, if it must be sent.
     """
 
-    def __init__(self, board: Any, folder: Path | None) -> None:
-        self.board, self.folder = board, folder
+    def __init__(self, board: Any, metric: Metric, folder: Path | None) -> None:
+        self.board, self.metric, self.folder = board, metric, folder
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was measured."""
@@ -154,7 +144,7 @@ class Reporter(Checkpoint):
                 {}, checkpoint=train.Checkpoint.from_directory(str(self.folder)) if trainer.is_global_zero else None
             )
         if trainer.is_global_zero:
-            names = ("val_accuracy", "val_bits_per_character", "val_loss", "val_rate")
+            names = (f"val_{self.metric.name}", "val_loss", "val_rate")
             found = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
             measures = ", ".join(
                 f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items()
@@ -181,7 +171,7 @@ def train_parallel(
     with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
 
     Args:
-        spec: the experiment; its task is a classification, or the modelling of a text.
+        spec: the experiment.
         storage: the run folder: one that all machines see under the same path, or a URI.
         workers: how many, and what they get.
         data_folder: where data is kept between runs.
@@ -261,12 +251,18 @@ def _work(task: dict[str, Any]) -> None:
     if ray.get(board.read.remote(0))[1] is not None:
         return
     torch.set_num_threads(task["cpus"])
-    team = Team(context.get_world_rank(), context.get_world_size(), RayDDPStrategy(), (RayLightningEnvironment(),))
+    distributed = DistributedContext(
+        context.get_world_rank(), context.get_world_size(), RayDDPStrategy(), (RayLightningEnvironment(),)
+    )
     storage = Storage(task["location"])
-    board.say.remote(f"worker {team.rank + 1} of {team.size}: process {os.getpid()} on {socket.gethostname()}")
+    board.say.remote(
+        f"worker {distributed.rank + 1} of {distributed.world_size}: process {os.getpid()} on {socket.gethostname()}"
+    )
     with nullcontext(Path(storage.location)) if storage.is_local else scratch_folder() as folder:
         try:
-            _train(task["spec"], unpack(_packed(task["data"])), storage, folder, team, board, task["accelerator"])
+            _train(
+                task["spec"], unpack(_packed(task["data"])), storage, folder, distributed, board, task["accelerator"]
+            )
         except SmaError as error:
             ray.get(board.fail.remote(str(error)))
             raise
@@ -278,7 +274,13 @@ def _packed(reference: Any) -> Packed:
 
 
 def _train(
-    spec: ExperimentSpec, data: Any, storage: Storage, folder: Path, team: Team, board: Any, accelerator: str
+    spec: ExperimentSpec,
+    data: Any,
+    storage: Storage,
+    folder: Path,
+    distributed: DistributedContext,
+    board: Any,
+    accelerator: str,
 ) -> None:
     """Run the recipe in a folder that holds what there is to go on from."""
     if storage.is_local and not (folder / EXPERIMENT).is_file():
@@ -289,42 +291,22 @@ def _train(
     checkpoint = None if storage.is_local else train.get_checkpoint()
     if checkpoint is not None:
         checkpoint.to_directory(str(folder))
-    if team.writes and (folder / LAST).is_file():
+    if distributed.is_rank_zero and (folder / LAST).is_file():
         board.say.remote("going on from the last checkpoint")
-    reporter = Reporter(board, None if storage.is_local else folder)
-    options: dict[str, Any] = {
-        "resume": True,
-        "accelerator": accelerator,
-        "progress": False,
-        "callbacks": [reporter],
-        "team": team,
-    }
-
-    def title(reached: str) -> str:
-        return f"{spec.task.kind}, {team.size} workers: {reached}, seed {spec.seed}"
-
-    if isinstance(spec.task, LanguageTask):
-        read = run_language(
-            spec,
-            folder,
-            data,
-            figures=lambda done: draw_language(
-                done.reading, folder, title(f"{done.summary['bits_per_character']:.3f} bits per character")
-            ),
-            **options,
-        )
-        words = describe_language(read.summary, folder)
-    else:
-        learned = run_experiment(
-            spec,
-            folder,
-            data,
-            figures=lambda done: draw(done.report, folder, title(f"test accuracy {done.summary['test_accuracy']:.1%}")),
-            **options,
-        )
-        words = describe_run(learned.summary, learned.report, folder)
-    if not team.writes:
+    finished = run_experiment(
+        spec,
+        folder,
+        data,
+        resume=True,
+        accelerator=accelerator,
+        progress=False,
+        callbacks=[Reporter(board, spec.task.metric, None if storage.is_local else folder)],
+        distributed=distributed,
+        title=f"{spec.task.kind}, {distributed.world_size} workers",
+    )
+    if not distributed.is_rank_zero:
         return
     if not storage.is_local:
         copy_files(str(folder), storage.root, source_filesystem=LocalFileSystem(), destination_filesystem=storage.files)
+    words = finished.report.describe(finished.summary, folder)
     ray.get(board.say.remote(words.replace(str(folder), storage.location)))

@@ -13,8 +13,6 @@ from sma.errors import SpecError, did_you_mean, quote
 from sma.paths import parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path, load_experiment
 from sma.recipes.io.presets import shipped
-from sma.recipes.tasks.contract import ClassificationTask
-from sma.recipes.tasks.language.task import LanguageTask
 from sma.spec import FrozenMapping, Spec, parse_setting, read_spec_file
 from sma.tune.distributions import DistributionSpec, Fixed
 from sma.tune.space import check_space, largest, value_at, with_values
@@ -78,7 +76,7 @@ class SweepSpec(Spec):
     objectives: tuple[Objective, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
-        description="what the search improves: quality (accuracy, or bits per character of a text), activation rate, "
+        description="what the search improves: quality (the metric of the task, such as accuracy), activation rate, "
         "time per token, operations per token",
     )
     stopping: StoppingSpec | None = Field(
@@ -99,11 +97,7 @@ class SweepSpec(Spec):
     def _fits(self) -> Self:
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives={list(self.objectives)} name one twice")
-        if not isinstance(self.experiment.task, ClassificationTask | LanguageTask):
-            raise ValueError(
-                f"the task {self.experiment.task.kind!r} is neither a classification nor language modelling; "
-                "sweeps know no other"
-            )
+        self.experiment.task.check_trainable()
         check_space(self.space, self.experiment)
         if self.grace > self.updates:
             raise ValueError(f"stopping.grace={self.grace} must be at most training.updates={self.updates}; lower it")
@@ -126,12 +120,9 @@ class SweepSpec(Spec):
 
     @property
     def quality(self) -> Measure:
-        """How good a trial is."""
-        return (
-            Measure("bits_per_character", "min")
-            if isinstance(self.experiment.task, LanguageTask)
-            else Measure("accuracy", "max")
-        )
+        """The metric of the task, on the validation split."""
+        metric = self.experiment.task.metric
+        return Measure(metric.name, metric.mode)
 
     @property
     def measures(self) -> tuple[Measure, ...]:

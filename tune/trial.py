@@ -24,10 +24,10 @@ from sma.errors import CheckpointError, SmaError, parsing, quote
 from sma.files import read_file
 from sma.recipes.experiment import ExperimentSpec
 from sma.recipes.io.run_folder import write_text
-from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.classification import run_experiment
-from sma.recipes.training.language import run_language
-from sma.recipes.training.loop import Stopwatch
+from sma.recipes.tasks.contract import Metric
+from sma.recipes.training.objective import load_objective
+from sma.recipes.training.run import run_experiment
+from sma.recipes.training.stopwatch import Stopwatch
 from sma.stats import operation_count
 from sma.tune.pulse import Pulse
 from sma.tune.scratch import scratch_folder
@@ -58,13 +58,13 @@ class Reporter(Checkpoint):
     Args:
         spec: the experiment of the trial.
         out: its run folder.
-        quality: the measure by which trials are compared.
-        length: tokens of a sample, for the count of operations.
+        metric: the metric of the task, by which trials are compared.
+        length: tokens of a row on average, for the count of operations.
         began: when this process began to work on the trial, by `time.time`.
     """
 
-    def __init__(self, spec: ExperimentSpec, out: Path, quality: str, length: int, began: float) -> None:
-        self.spec, self.out, self.quality, self.length, self.began = spec, out, quality, length, began
+    def __init__(self, spec: ExperimentSpec, out: Path, metric: Metric, length: int, began: float) -> None:
+        self.spec, self.out, self.metric, self.length, self.began = spec, out, metric, length, began
         self.history: list[dict[str, float]] = []
 
     def restore(self) -> None:
@@ -87,7 +87,7 @@ class Reporter(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report what was measured."""
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        found = {"update": trainer.global_step, self.quality: measured[f"val_{self.quality}"]}
+        found = {"update": trainer.global_step, self.metric.name: measured[f"val_{self.metric.name}"]}
         if "val_loss" in measured:  # language models have none
             found["loss"] = measured["val_loss"]
         found |= self._cost(measured, "val") | self._speed(trainer, pl_module)
@@ -112,11 +112,7 @@ class Reporter(Checkpoint):
                 f"{str(self.out / HISTORY)!r} has no evaluation of update {summary['best_update']}, the best one"
             )
         speed = self.history[-1].get(TIME.name)
-        test = {
-            f"test_{self.quality}": summary[
-                f"test_{self.quality}" if f"test_{self.quality}" in summary else self.quality
-            ]
-        }
+        test = {f"test_{self.metric.name}": summary[self.metric.key]}
         test["test_rate"] = sum(summary["activation_rate"]) / max(1, len(summary["activation_rate"]))
         for name, value in test.items():
             if not math.isfinite(value):
@@ -143,8 +139,8 @@ class Reporter(Checkpoint):
             "host": f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()[:8]}",
             "process": os.getpid(),
         }
-        if self.quality in metrics:
-            message[self.quality] = metrics[self.quality]
+        if self.metric.name in metrics:
+            message[self.metric.name] = metrics[self.metric.name]
         try:
             tune.report(message, checkpoint=tune.Checkpoint.from_directory(str(self.out)))
         except SystemExit:
@@ -161,11 +157,11 @@ class Reporter(Checkpoint):
         operations = operation_count(self.spec.model, self.length, [rates[layer] for layer in sorted(rates)])
         return {RATE.name: measured.get(f"{split}_rate", 0.0), OPERATIONS.name: operations.per_token}
 
-    def _speed(self, trainer: Trainer, learner: LightningModule) -> dict[str, float]:
+    def _speed(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Microseconds of an update per token, since this process began to train."""
         watches: list[Any] = getattr(trainer, "callbacks", [])
         seconds = sum(watch.seconds for watch in watches if isinstance(watch, Stopwatch))
-        tokens = int(getattr(learner, "tokens_seen", 0))
+        tokens = int(getattr(module, "tokens_seen", 0))
         return {TIME.name: 1e6 * seconds / tokens} if tokens else {}
 
 
@@ -226,14 +222,12 @@ def _run(
     source: str,
 ) -> None:
     """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
-    quality = sweep.quality.name
-    reporter = Reporter(sweep.experiment, folder, quality, 1, began)
+    reporter = Reporter(sweep.experiment, folder, sweep.experiment.task.metric, 1, began)
     try:
         reporter.restore()
         spec = sweep.trial(config["values"])
-        run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
-        reporter.spec, reporter.length = spec, _length(spec, data)
-        finished = run(
+        reporter.spec, reporter.length = spec, load_objective(spec.task, data).typical_row
+        finished = run_experiment(
             spec, folder, data, resume=True, accelerator=accelerator, progress=False, callbacks=[pulse, reporter]
         )
         reporter.finish(finished.summary)
@@ -270,10 +264,3 @@ def reason_of(error: BaseException) -> str:
             "a lower training.batch_size or training.recompute=true needs less"
         )
     return text if isinstance(error, SmaError) else f"{type(error).__name__}: {text}"
-
-
-def _length(spec: ExperimentSpec, data: Any) -> int:
-    """Tokens of a sample on average."""
-    if isinstance(spec.task, LanguageTask):
-        return spec.task.segment
-    return max(1, round(float(data.validation.lengths.double().mean())))

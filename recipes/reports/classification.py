@@ -1,8 +1,8 @@
-"""What a run learned, in words and pictures."""
+"""The report of a classifier, in words and pictures."""
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sma.model import SequenceModel
 from sma.recipes.io.names import plain
 from sma.recipes.reports.activation_maps import Example, Medium, draw_map, height_of
-from sma.recipes.reports.confusion import Confusion, draw_confusion
+from sma.recipes.reports.confusion import Confusion
 from sma.recipes.reports.figures import drawing, label, save_figure
 from sma.recipes.tasks.batch import UNSCORED
 from sma.recipes.tasks.contract import Samples, TaskData
@@ -27,8 +27,8 @@ _BATCH = 2**17
 """Positions that go through the model at once."""
 
 
-class Report(NamedTuple):
-    """What the model does on a split.
+class ClassificationReport(NamedTuple):
+    """The behaviour of a model on a split.
 
     Attributes:
         majority: share of the commonest class: what guessing it always would score.
@@ -51,9 +51,68 @@ class Report(NamedTuple):
     class_names: tuple[str, ...] = ()
     confusion: Confusion | None = None
 
+    def describe(self, summary: Mapping[str, Any], out: Path) -> str:
+        """The end of a run in words: accuracy, activation rates, files, and what to try next."""
+        accuracy, rates = summary["test_accuracy"], summary["activation_rate"]
+        speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
+        lines = [
+            "",
+            (
+                f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, "
+                f"always the commonest answer {self.majority:.1%})"
+            ),
+            (
+                "activation rate   "
+                f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
+            ),
+            (
+                f"time              {summary['seconds']:.0f} s{speed}, "
+                f"{summary['parameters']:,} parameters, seed {summary['seed']}"
+            ),
+        ]
+        if self.by_text and any(rates):
+            busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
+            common = sorted(self.by_text, key=lambda text: -self.by_text[text][1])[:16]
+            ranked = sorted(common, key=lambda text: -self.by_text[text][0][busiest])
+            shares = ", ".join(f"{plain(text, 40)} {self.by_text[text][0][busiest]:.0%}" for text in ranked)
+            lines.append(f"what layer {busiest} runs  {shares}")
+        if self.confusion is not None:
+            lines += ["", self.confusion.table()]
+        lines += [
+            "",
+            f"figure            {where_figure(out)}",
+            f"model             {plain(out / 'model')}   (sma.load reads it)",
+        ]
+        lines += [
+            f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
+            f"summary           {plain(out / 'summary.json')}",
+            "",
+        ]
+        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
+
+    def draw(self, out: Path, title: str) -> Path:
+        """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
+
+        Pixels are drawn as images, sounds as waves, everything else as text; see `activation_maps`. The confusion
+        matrix, where there is one, is drawn into `confusion.png`.
+        """
+        heights = [*(height_of(example, self.medium) for example in self.examples), 2.9]
+        with drawing(14, sum(heights) + 0.6) as figure:
+            figure.suptitle(title, fontsize=13)
+            parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+            for part, example in zip(parts, self.examples, strict=False):
+                draw_map(part, example, self.medium, _caption(self, example))
+            draw_rates(parts[-1].subplots(), out)
+            path = save_figure(figure, out / FIGURE)
+        if self.confusion is not None:
+            self.confusion.draw(out / self.confusion.file, title)
+        return path
+
 
 @torch.no_grad()
-def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4) -> Report:
+def measure(
+    model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4
+) -> ClassificationReport:
     """Look at which positions activate sub-modules, on up to `limit` samples of a split.
 
     They are drawn at random, the same in every report: many data sets are sorted by class.
@@ -97,7 +156,7 @@ def measure(model: SequenceModel, samples: Samples, data: TaskData, *, limit: in
     majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
     by_text = _by_text(places, torch.tensor(stand), torch.cat(seen, 1)) if stand else {}
     both = _of_both_sorts([examples[number] for number in wanted if number in examples], shown)
-    return Report(majority, len(drawn), by_text, both, modules, medium, data.class_names)
+    return ClassificationReport(majority, len(drawn), by_text, both, modules, medium, data.class_names)
 
 
 def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tuple[list[float], int]]:
@@ -125,46 +184,6 @@ def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
     wrong = [example for example in examples if example.guess != example.target]
     some = right[: max(shown // 2, shown - len(wrong))]
     return some + wrong[: shown - len(some)]
-
-
-def describe_run(summary: dict[str, Any], report: Report, out: Path) -> str:
-    """The end of a run in words: what was learned, who used attention, what to look at and what to try next."""
-    accuracy, rates = summary["test_accuracy"], summary["activation_rate"]
-    speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
-    lines = [
-        "",
-        (
-            f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, "
-            f"always the commonest answer {report.majority:.1%})"
-        ),
-        (
-            "activation rate   "
-            f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
-        ),
-        (
-            f"time              {summary['seconds']:.0f} s{speed}, "
-            f"{summary['parameters']:,} parameters, seed {summary['seed']}"
-        ),
-    ]
-    if report.by_text and any(rates):
-        busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
-        common = sorted(report.by_text, key=lambda text: -report.by_text[text][1])[:16]
-        ranked = sorted(common, key=lambda text: -report.by_text[text][0][busiest])
-        shares = ", ".join(f"{plain(text, 40)} {report.by_text[text][0][busiest]:.0%}" for text in ranked)
-        lines.append(f"what layer {busiest} runs  {shares}")
-    if report.confusion is not None:
-        lines += ["", report.confusion.table()]
-    lines += [
-        "",
-        f"figure            {where_figure(out)}",
-        f"model             {plain(out / 'model')}   (sma.load reads it)",
-    ]
-    lines += [
-        f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
-        f"summary           {plain(out / 'summary.json')}",
-        "",
-    ]
-    return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
 
 
 def where_figure(out: Path) -> str:
@@ -219,26 +238,7 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and "\0" not in line]
 
 
-def draw(report: Report, out: Path, title: str) -> Path:
-    """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
-
-    Pixels are drawn as images, sounds as waves, everything else as text; see `activation_maps`. Where the confusion of
-    the classes was counted, it is drawn into `confusion.png`.
-    """
-    heights = [*(height_of(example, report.medium) for example in report.examples), 2.9]
-    with drawing(14, sum(heights) + 0.6) as figure:
-        figure.suptitle(title, fontsize=13)
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for part, example in zip(parts, report.examples, strict=False):
-            draw_map(part, example, report.medium, _caption(report, example))
-        draw_rates(parts[-1].subplots(), out)
-        path = save_figure(figure, out / FIGURE)
-    if report.confusion is not None:
-        draw_confusion(report.confusion, out / "confusion.png", title)
-    return path
-
-
-def _caption(report: Report, example: Example) -> str:
+def _caption(report: ClassificationReport, example: Example) -> str:
     names = report.class_names
     answer, guess = (label(names[place], 40) if names else str(place) for place in (example.target, example.guess))
     verdict = "right" if example.guess == example.target else "wrong"

@@ -42,6 +42,11 @@ class Confusion(NamedTuple):
         return int(self.counts.sum())
 
     @property
+    def file(self) -> str:
+        """Name of its figure in a run folder."""
+        return "confusion.png"
+
+    @property
     def per_class(self) -> dict[str, float | None]:
         """Share of every class's samples that were answered right; None where a class has no samples."""
         pairs = zip(self.names, self.counts.diagonal().tolist(), self.counts.sum(1).tolist(), strict=True)
@@ -82,6 +87,36 @@ class Confusion(NamedTuple):
         left = len(self.names) - len(worst)
         return "\n".join([*lines, f"and {left} more classes"] if left else lines)
 
+    def draw(self, path: Path, title: str) -> Path:
+        """Draw the matrix, every row as shares of its class, into a PNG."""
+        classes = len(self.names)
+        totals = self.counts.sum(1, keepdim=True)
+        shares = self.counts.double() / totals.clamp(min=1)
+        side = min(14.0, 2.5 + 0.55 * classes)
+        names = [label(name, _WIDEST) for name in self.names]
+        with drawing(side + 1.2, side) as figure:
+            axis = figure.subplots()
+            image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            if classes <= _MOST:
+                axis.set_xticks(range(classes), names, rotation=45, ha="right")
+                axis.set_yticks(range(classes), names)
+                for row in range(classes):
+                    for column in range(classes):
+                        if int(self.counts[row, column]):
+                            colour = "white" if float(shares[row, column]) > 0.6 else "black"
+                            axis.text(
+                                column,
+                                row,
+                                str(int(self.counts[row, column])),
+                                ha="center",
+                                va="center",
+                                fontsize=8,
+                                color=colour,
+                            )
+            axis.set(xlabel="answer", ylabel="class", title=title)
+            figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
+            return save_figure(figure, path)
+
 
 def check_names(names: Sequence[str], classes: int) -> None:
     """Check the names of classes before a training: accuracies are listed by them.
@@ -99,34 +134,3 @@ def check_names(names: Sequence[str], classes: int) -> None:
 
 def _percent(accuracy: float | None) -> str:
     return "-" if accuracy is None else f"{accuracy:.1%}"
-
-
-def draw_confusion(confusion: Confusion, path: Path, title: str) -> Path:
-    """Draw the matrix, every row as shares of its class, into a PNG."""
-    classes = len(confusion.names)
-    totals = confusion.counts.sum(1, keepdim=True)
-    shares = confusion.counts.double() / totals.clamp(min=1)
-    side = min(14.0, 2.5 + 0.55 * classes)
-    names = [label(name, _WIDEST) for name in confusion.names]
-    with drawing(side + 1.2, side) as figure:
-        axis = figure.subplots()
-        image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        if classes <= _MOST:
-            axis.set_xticks(range(classes), names, rotation=45, ha="right")
-            axis.set_yticks(range(classes), names)
-            for row in range(classes):
-                for column in range(classes):
-                    if int(confusion.counts[row, column]):
-                        colour = "white" if float(shares[row, column]) > 0.6 else "black"
-                        axis.text(
-                            column,
-                            row,
-                            str(int(confusion.counts[row, column])),
-                            ha="center",
-                            va="center",
-                            fontsize=8,
-                            color=colour,
-                        )
-        axis.set(xlabel="answer", ylabel="class", title=title)
-        figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
-        return save_figure(figure, path)

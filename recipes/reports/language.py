@@ -1,6 +1,7 @@
-"""What a language model learned, in words and pictures."""
+"""The report of a language model, in words and pictures."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,8 +24,8 @@ _MARKS = {
 }
 
 
-class Reading(NamedTuple):
-    """What a model does while it reads a text.
+class LanguageReport(NamedTuple):
+    """The behaviour of a model on a held-out text.
 
     Attributes:
         text: the bytes.
@@ -36,9 +37,89 @@ class Reading(NamedTuple):
     active: Bool[Tensor, "M T"]
     bits: Tensor
 
+    def describe(self, summary: Mapping[str, Any], out: Path) -> str:
+        """The end of a run in words: bits per character beside the reference scores, activation rates, and what to try
+        next.
+        """
+        rates, speed = summary["activation_rate"], summary["tokens_per_second"]
+        bits, tested = summary["bits_per_character"], summary["bytes"]["test"]
+        lines = ["", f"bits per character   {bits:.3f}   on {tested:,} held-out bytes"]
+        for name, value in summary["marks"].items():
+            # A limit may stand behind the key.
+            known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")
+            label = _MARKS[known] + name.removeprefix(known) if known else name
+            lines.append(f"                     {value:.3f}   {label}")
+        lines += [
+            (
+                "activation rate      "
+                f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
+            ),
+            f"time                 {summary['seconds']:.0f} s{f', {speed:,} bytes/s in training' if speed else ''}, "
+            f"{summary['parameters']:,} parameters, seed {summary['seed']}",
+            "",
+            f"figure               {where_figure(out)}",
+            f"model                {plain(out / 'model')}   (sma.load reads it)",
+            f"summary              {plain(out / 'summary.json')}",
+            "",
+            f"next: python -m sma.recipes.seqboat_lm generate --run {shell_word(out)} "
+            '--prompt "The class" --tokens 500',
+            f"next: --set training.updates={2 * summary['updates']} trains twice as long",
+        ]
+        return "\n".join(lines)
+
+    def draw(self, out: Path, title: str) -> Path:
+        """Draw a held-out text into `activation.png`, with the bytes marked at which each layer ran sub-modules."""
+        from matplotlib import colormaps
+        from matplotlib.patches import Rectangle
+
+        layers, length = self.active.shape
+        lines = -(-length // LINE)
+        with drawing(15, 0.36 * lines + 4.4) as figure:
+            page, curves = figure.subplots(2, 1, height_ratios=[0.36 * lines, 3.0])
+            figure.suptitle(title, fontsize=13)
+            colours = [colormaps["tab10"](layer % 10) for layer in range(layers)]
+            for place, byte in enumerate(self.text):
+                row, column = divmod(place, LINE)
+                for layer in range(layers):
+                    if self.active[layer, place]:
+                        bar = Rectangle(
+                            (column, row + 0.62 + 0.34 * layer / layers),
+                            1,
+                            0.34 / layers,
+                            color=colours[layer],
+                            linewidth=0,
+                        )
+                        page.add_patch(bar)
+                # A byte that was not foreseen stands out.
+                surprise = min(1.0, float(self.bits[place]) / 8)
+                character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
+                page.text(
+                    column + 0.5,
+                    row + 0.35,
+                    character,
+                    fontsize=8,
+                    family="monospace",
+                    ha="center",
+                    va="center",
+                    color=(surprise, 0, 0),
+                )
+            page.set(xlim=(0, LINE), ylim=(lines, 0))
+            page.axis("off")
+            page.set_title(
+                "held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen",
+                fontsize=10,
+                loc="left",
+            )
+            for layer in range(layers):
+                page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
+            if layers:
+                page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            draw_rates(curves, out)
+            return save_figure(figure, out / FIGURE)
+
 
 @torch.no_grad()
-def read_along(model: LanguageModel, text: Tensor) -> Reading:
+def read_along(model: LanguageModel, text: Tensor) -> LanguageReport:
     """Note which bytes of a text activate sub-modules, and how well each was predicted."""
     model.eval()
     ids = text[None].long().to(next(model.parameters()).device)
@@ -47,85 +128,4 @@ def read_along(model: LanguageModel, text: Tensor) -> Reading:
     bits = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none") / math.log(2)
     layers = [decision.active[0].any(-1) for decision in output.decisions]
     active = torch.stack(layers) if layers else torch.zeros(0, len(text), dtype=torch.bool)
-    return Reading(bytes(text.tolist()), active.cpu(), nn.functional.pad(bits, (1, 0)).cpu())
-
-
-def describe_language(summary: dict[str, Any], out: Path) -> str:
-    """The end of a run in words: what was reached beside which marks, who used attention, and what to try next."""
-    rates, speed = summary["activation_rate"], summary["tokens_per_second"]
-    lines = [
-        "",
-        f"bits per character   {summary['bits_per_character']:.3f}   on {summary['bytes']['test']:,} held-out bytes",
-    ]
-    for name, value in summary["marks"].items():
-        # A limit may stand behind the key.
-        known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")
-        label = _MARKS[known] + name.removeprefix(known) if known else name
-        lines.append(f"                     {value:.3f}   {label}")
-    lines += [
-        (
-            "activation rate      "
-            f"{'   '.join(f'layer {layer}: {rate:.1%}' for layer, rate in enumerate(rates)) or 'nothing is routed'}"
-        ),
-        f"time                 {summary['seconds']:.0f} s{f', {speed:,} bytes/s in training' if speed else ''}, "
-        f"{summary['parameters']:,} parameters, seed {summary['seed']}",
-        "",
-        f"figure               {where_figure(out)}",
-        f"model                {plain(out / 'model')}   (sma.load reads it)",
-        f"summary              {plain(out / 'summary.json')}",
-        "",
-        f'next: python -m sma.recipes.seqboat_lm generate --run {shell_word(out)} --prompt "The class" --tokens 500',
-        f"next: --set training.updates={2 * summary['updates']} trains twice as long",
-    ]
-    return "\n".join(lines)
-
-
-def draw_language(reading: Reading, out: Path, title: str) -> Path:
-    """Draw a held-out text with the bytes marked that activated sub-modules, layer by layer, into `activation.png`."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    layers, length = reading.active.shape
-    lines = -(-length // LINE)
-    with drawing(15, 0.36 * lines + 4.4) as figure:
-        page, curves = figure.subplots(2, 1, height_ratios=[0.36 * lines, 3.0])
-        figure.suptitle(title, fontsize=13)
-        colours = [colormaps["tab10"](layer % 10) for layer in range(layers)]
-        for place, byte in enumerate(reading.text):
-            row, column = divmod(place, LINE)
-            for layer in range(layers):
-                if reading.active[layer, place]:
-                    bar = Rectangle(
-                        (column, row + 0.62 + 0.34 * layer / layers),
-                        1,
-                        0.34 / layers,
-                        color=colours[layer],
-                        linewidth=0,
-                    )
-                    page.add_patch(bar)
-            # A byte that was not foreseen stands out.
-            surprise = min(1.0, float(reading.bits[place]) / 8)
-            character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
-            page.text(
-                column + 0.5,
-                row + 0.35,
-                character,
-                fontsize=8,
-                family="monospace",
-                ha="center",
-                va="center",
-                color=(surprise, 0, 0),
-            )
-        page.set(xlim=(0, LINE), ylim=(lines, 0))
-        page.axis("off")
-        page.set_title(
-            "held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen",
-            fontsize=10,
-            loc="left",
-        )
-        for layer in range(layers):
-            page.plot([], [], color=colours[layer], linewidth=5, label=f"layer {layer}")
-        if layers:
-            page.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        draw_rates(curves, out)
-        return save_figure(figure, out / FIGURE)
+    return LanguageReport(bytes(text.tolist()), active.cpu(), nn.functional.pad(bits, (1, 0)).cpu())

@@ -42,7 +42,7 @@ def efficiency(
     Raises:
         CheckpointError: there is no finished run, or a measurement failed; says what it said.
     """
-    from sma.recipes.training.loop import (
+    from sma.recipes.training.provenance import (
         hardware,  # Lightning takes seconds to import, and the processes that measure do without
     )
 

@@ -99,7 +99,7 @@ def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: s
 def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], accelerator: str) -> None:
     try:
         # Lightning takes seconds to import; --help need not wait for it.
-        from sma.recipes.training.classification import run_experiment
+        from sma.recipes.training.run import run_experiment
 
         run_experiment(spec, folder, data(), resume=True, accelerator=accelerator, progress=False)
     except Exception as error:  # whatever it is: the other runs go on

@@ -124,23 +124,18 @@ def run_routed(options: RoutedOptions, what: str) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
-    # It and the training import what takes seconds; --help and a wrong --set need not wait for it.
-    from sma.recipes.reports.classification import draw
-
     with comparison(options, ARMS, options.router) as (spec, chosen, out):
         data = spec.task.prepare(options.data, progress=options.progress)
-        title = f"{what} on {spec.task.kind}, seed {spec.seed}"
+        subject = f"{what} on {spec.task.kind}"
         summary = run_arms(
             routed_arms(spec),
             out,
             data,
             only=chosen,
-            title=title,
+            title=f"{subject}, seed {spec.seed}",
             accelerator=options.accelerator,
             progress=options.progress,
-            figures=lambda name, run: draw(
-                run.report, out / name, f"{title}: {name}, test accuracy {run.summary['test_accuracy']:.1%}"
-            ),
+            subject=subject,
         )
         print(f"summary  {plain(out / SUMMARY)}")
         if (out / FIGURE).is_file():

@@ -4,9 +4,8 @@ side.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sma.describe import align
 from sma.errors import SpecError, did_you_mean
@@ -18,9 +17,6 @@ from sma.recipes.reports.figures import attempt, drawing, label, save_figure
 from sma.recipes.tasks.contract import TaskData, TaskSpec
 from sma.routers import RandomRouterSpec, RouterSpec
 from sma.stats import operation_count
-
-if TYPE_CHECKING:
-    from sma.recipes.training.classification import Finished
 
 Result = Mapping[str, Any]
 """What one arm came to: `accuracy`, `activation_rate` and so on, as `run_arms` lists them."""
@@ -43,7 +39,7 @@ def run_arms(
     title: str = "",
     accelerator: str = "auto",
     progress: bool = True,
-    figures: "Callable[[str, Finished], object] | None" = None,
+    subject: str | None = None,
 ) -> dict[str, Any]:
     """Train and test every arm in its folder below `out`, print their table, and write `summary.json` and
     `comparison.png`.
@@ -59,8 +55,7 @@ def run_arms(
         title: of the figure and the table.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
         progress: show a bar.
-        figures: called with the name and the run of every arm that was trained, to draw what it did, before it counts
-            as finished.
+        subject: start of the titles of the figures of every run, before the name of the arm; None: runs draw none.
 
     Returns:
         the summary: `models` maps the name of an arm to
@@ -80,7 +75,7 @@ def run_arms(
         CheckpointError: a folder below `out` holds a run of another experiment.
     """
     # Lightning takes seconds to import, and most of this file does without.
-    from sma.recipes.training.classification import run_experiment
+    from sma.recipes.training.run import run_experiment
 
     wanted = _wanted(arms, only)
     length = max(1, round(float(data.test.lengths.double().mean())))
@@ -111,8 +106,8 @@ def run_arms(
                 f"{spec.training.updates:,} updates -> {plain(folder)}",
                 flush=True,
             )
-            draw = None if figures is None else partial(figures, name)
-            run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, figures=draw)
+            own = None if subject is None else f"{subject}, {name}"
+            run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, title=own)
         run = read_summary(folder, *_SHARED, *_NEEDED)
         models[name] = _result(spec.model, run, length)
         summary = {key: run[key] for key in _SHARED} | {

@@ -1,11 +1,12 @@
-"""What a task is: data in three splits, and what a model must be to learn it."""
+"""The contract of a task: data in three splits, requirements on a model, the metric, and the class that trains it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sma.errors import SpecError
 from sma.model import ModelSpec
 from sma.recipes.tasks.batch import Batch
 from sma.spec import Spec
@@ -49,11 +50,63 @@ class TaskData(NamedTuple):
     sample_rate: int | None = None
 
 
+class Metric(NamedTuple):
+    """The measure by which models of a task are compared.
+
+    Attributes:
+        name: its name in the logs, after `val_` and `test_`.
+        mode: `max` where a higher value is better, `min` where a lower one is.
+        key: the key of its value on the test split in `summary.json`.
+        percent: whether its values are shares of 1, shown in percent.
+    """
+
+    name: str
+    mode: Literal["max", "min"]
+    key: str
+    percent: bool = False
+
+    def headline(self, value: float) -> str:
+        """A value on the test split as titles show it, such as `test accuracy 57.0%`."""
+        label = self.name.replace("_", " ")
+        return f"test {label} {value:.1%}" if self.percent else f"{value:.3f} {label}"
+
+    def digits(self, value: float) -> str:
+        """A value with as many digits as the comparison of two runs needs."""
+        return f"{value:.4%}" if self.percent else f"{value:.6f}"
+
+    def difference(self, value: float) -> str:
+        """The difference of two values, with its sign."""
+        return f"{100 * value:+.4f} points" if self.percent else f"{value:+.6f}"
+
+
 class TaskSpec(Spec):
-    """Root of the task kinds."""
+    """Root of the task kinds.
+
+    Attributes:
+        metric: the measure by which models of the task are compared.
+        objective: the subclass of `sma.recipes.training.objective.Objective` that trains and tests its models, as
+            `package.module:Class`. It is imported when a model is trained: tasks do without Lightning.
+    """
 
     family: ClassVar[str] = "task"
+    metric: ClassVar[Metric]
+    objective: ClassVar[str]
     kind: str
+
+    def check_trainable(self) -> None:
+        """Check that models of the task can be trained, evaluated and swept.
+
+        Raises:
+            SpecError: the class lacks its metric or its objective.
+        """
+        missing = [name for name in ("metric", "objective") if not hasattr(type(self), name)]
+        if missing:
+            name = type(self).__name__
+            raise SpecError(
+                f"the task {self.kind!r} cannot be trained, evaluated or swept: {name} lacks {' and '.join(missing)}; "
+                f"set {name}.metric to a Metric and {name}.objective to the class that trains it, "
+                "such as 'package.module:Class'"
+            )
 
     def check_model(self, model: ModelSpec) -> None:
         """Check that a model can learn the task.
@@ -89,6 +142,9 @@ class TaskSpec(Spec):
 
 class ClassificationTask(TaskSpec):
     """A task whose answer is one of a few classes; `prepare` returns a `TaskData`."""
+
+    metric: ClassVar[Metric] = Metric("accuracy", "max", "test_accuracy", percent=True)
+    objective: ClassVar[str] = "sma.recipes.training.classification:Classification"
 
     rows_per_sample: ClassVar[int] = 1
     """Documents of a sample, each a row of the inputs."""

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 
 from sma.errors import CheckpointError, parsing, reason
 from sma.files import check_file, write_atomically
-from sma.recipes.training.distributed import of_all, together
+from sma.recipes.training.distributed import all_gather_object, is_distributed
 from sma.routers import RouterSpec
 from sma.stats import router_health
 
@@ -50,7 +50,7 @@ class RandomStates(Callback):
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        return {"ranks": of_all(own)} if together() else own
+        return {"ranks": all_gather_object(own)} if is_distributed() else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until the training starts: building and evaluating must not use them up."""
@@ -60,7 +60,7 @@ class RandomStates(Callback):
         """Put the states of the checkpoint back."""
         states = self._loaded.get("ranks", [self._loaded])
         # Where more processes go on than there were, the others keep the states that their seeds gave them.
-        rank = torch.distributed.get_rank() if together() else 0
+        rank = torch.distributed.get_rank() if is_distributed() else 0
         found = states[rank] if rank < len(states) else {}
         if found:
             torch.set_rng_state(found["cpu"].cpu())

@@ -1,46 +1,38 @@
-"""Classification: training, evaluation, and the whole run."""
+"""The objective of classification: one of a few classes per sample, or per position that is asked."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from sma.errors import DataError
-from sma.model import SequenceModel, build
+from sma.errors import DataError, SpecError
+from sma.model import SequenceModel
 from sma.model_output import ModelOutput
-from sma.recipes.experiment import ExperimentSpec, TrainingSpec
-from sma.recipes.io.run_folder import EVALUATION, write_text
-from sma.recipes.reports.classification import Report, measure
+from sma.recipes.experiment import TrainingSpec
+from sma.recipes.reports.classification import ClassificationReport, measure
 from sma.recipes.reports.confusion import Confusion, check_names
 from sma.recipes.tasks.batch import UNSCORED, Batch, asked, where_asked
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
-from sma.recipes.training.devices import check_device
-from sma.recipes.training.distributed import ALONE, Team
-from sma.recipes.training.estimates import check_update_fits
-from sma.recipes.training.loop import finish, fit, prepare, rates_by_layer, rates_by_module, writing
-from sma.recipes.training.module import Learner, RateMetric
+from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
+from sma.recipes.training.module import RateMetric, TrainingModule
+from sma.recipes.training.objective import Objective, Split
 from sma.recipes.training.sampling import UpdateSampler
-from sma.recipes.training.trainer import run_test
 
 EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
-"""Of a batch at most, so that memory does not grow with the length of the samples."""
+"""Positions of a batch at most, so that memory does not grow with the length of the samples."""
 
 
 class Scores(nn.Module):
-    """What is measured on one split: accuracy, and the activation rates of the routed layers.
+    """Measures of one split: accuracy, and the activation rates of the routed layers.
 
     Args:
         classes: number of classes.
-        layers: the sub-modules of every routed layer.
+        layers: names of the sub-modules of every routed layer.
     """
 
     def __init__(self, classes: int, layers: Sequence[tuple[str, ...]]) -> None:
@@ -54,22 +46,20 @@ class Scores(nn.Module):
         self.rates.update(output.decisions, batch.valid)
 
     def compute(self, split: str) -> dict[str, float]:
-        """The measures by their logged names; starts afresh."""
+        """The measures by their logged names; resets them."""
         measures = {f"{split}_accuracy": float(self.accuracy.compute())}
         self.accuracy.reset()
         return measures | self.rates.measures(split)
 
 
-class Classifier(Learner):
+class Classifier(TrainingModule):
     """Cross-entropy, accuracy and activation rates of a `SequenceModel` with a classifying head.
 
     Args:
-        model: what is trained.
+        model: the model.
         training: optimiser and schedule.
         classes: number of classes.
     """
-
-    monitor, monitor_mode = "val_accuracy", "max"
 
     def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
         super().__init__(model, training)
@@ -77,7 +67,7 @@ class Classifier(Learner):
         self.confusion = MulticlassConfusionMatrix(classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One update; stops with a sentence where an input or the loss is not a number."""
+        """One update; an input or a loss that is not finite ends the training with an error message."""
         output, logits, losses = self._run(batch)
         loss = losses.mean()
         self.tokens_seen += int(batch.valid.sum())
@@ -106,7 +96,7 @@ class Classifier(Learner):
         self.log_dict(self.val_scores.compute("val"))
 
     def on_test_epoch_start(self) -> None:
-        """Count afresh."""
+        """Reset the confusion matrix."""
         self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:
@@ -134,10 +124,10 @@ class Classifier(Learner):
 
 
 def check_finite(batch: Batch, update: int) -> None:
-    """Refuse a batch of real numbers with NaN or infinity in it.
+    """Check that a batch of real numbers is finite.
 
     Raises:
-        DataError: the first place that is not a number, by sample and position.
+        DataError: names the sample and the position of the first value that is not finite.
     """
     if not batch.inputs.is_floating_point():
         return
@@ -150,94 +140,68 @@ def check_finite(batch: Batch, update: int) -> None:
         )
 
 
-def training_loader(data: TaskData, spec: TrainingSpec, seed: int, done: int, team: Team = ALONE) -> DataLoader[Any]:
-    """The batches of a whole training, of which `done` have been trained on; of each what this process of a team
-    takes.
-    """
-    sampler = UpdateSampler(data.train.lengths, spec.batch_size, spec.updates, seed, done, spec.bucket, team)
-    return DataLoader(data.train, batch_sampler=sampler, collate_fn=data.collate)  # type: ignore[arg-type]
+class Classification(Objective[ClassificationTask, TaskData]):
+    """Trains classifiers by cross-entropy and tests their accuracy."""
 
+    measured = ("test_loss",)
 
-def evaluation_loader(samples: Samples, data: TaskData, team: Team = ALONE) -> DataLoader[Any]:
-    """All samples of a split once, sorted by length; every process of a team takes as many batches as the others, none
-    of them empty.
-    """
-    size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
-    parts = team.size * math.ceil(len(samples) / (team.size * size))
-    batches = team.part([part.tolist() for part in samples.lengths.argsort(stable=True).tensor_split(parts)])
-    return DataLoader(samples, batch_sampler=batches, collate_fn=data.collate)  # type: ignore[arg-type]
+    def __init__(self, task: ClassificationTask, data: TaskData) -> None:
+        super().__init__(task, data)
+        check_names(data.class_names, task.classes)
 
+    def module(
+        self, model: SequenceModel, training: TrainingSpec, distributed: DistributedContext = SINGLE_PROCESS
+    ) -> Classifier:
+        return Classifier(model, training, self.task.classes)
 
-class Finished(NamedTuple):
-    """What a run leaves: the summary that stands in its folder, and what the report and the figures are made of."""
-
-    summary: dict[str, Any]
-    report: Report
-    classifier: Classifier
-
-
-def run_experiment(
-    spec: ExperimentSpec,
-    out: Path,
-    data: TaskData,
-    *,
-    resume: bool = False,
-    accelerator: str = "auto",
-    progress: bool = True,
-    callbacks: Sequence[Callback] = (),
-    team: Team = ALONE,
-    figures: Callable[[Finished], object] | None = None,
-) -> Finished:
-    """Train a classifier, evaluate its best checkpoint and write the run folder; see `sma.recipes.training.loop.fit`.
-
-    `figures` is called at the end, before the summary is written, with which a run counts as finished.
-    """
-    device = check_device(accelerator, spec.precision)
-    check_update_fits(spec, device, length=int(data.train.lengths.max()), processes=team.size)
-    with writing(out, team):
-        return _run(
-            spec,
-            out,
-            data,
-            figures,
-            team,
-            resume=resume,
-            accelerator=accelerator,
-            progress=progress,
-            callbacks=callbacks,
+    def training_batches(
+        self, training: TrainingSpec, seed: int, done: int = 0, distributed: DistributedContext = SINGLE_PROCESS
+    ) -> DataLoader[Any]:
+        """See `UpdateSampler`."""
+        samples = self.data.train
+        sampler = UpdateSampler(
+            samples.lengths, training.batch_size, training.updates, seed, done, training.bucket, distributed
         )
+        return DataLoader(samples, batch_sampler=sampler, collate_fn=self.data.collate)  # type: ignore[arg-type]
 
+    def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
+        """All samples of a split once, sorted by length; no batch is empty."""
+        samples: Samples = getattr(self.data, split)
+        size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
+        parts = distributed.world_size * math.ceil(len(samples) / (distributed.world_size * size))
+        order = samples.lengths.argsort(stable=True)
+        batches = distributed.shard([part.tolist() for part in order.tensor_split(parts)])
+        return DataLoader(samples, batch_sampler=batches, collate_fn=self.data.collate)  # type: ignore[arg-type]
 
-def _run(
-    spec: ExperimentSpec,
-    out: Path,
-    data: TaskData,
-    figures: Callable[[Finished], object] | None,
-    team: Team,
-    **options: Any,
-) -> Finished:
-    prepare(spec, team)
-    task = cast(ClassificationTask, spec.task)
-    check_names(data.class_names, task.classes)
-    classifier = Classifier(build(spec.model, seed=spec.seed), spec.training, task.classes)
-    batches = partial(training_loader, data, spec.training, spec.seed, team=team)
-    validation = evaluation_loader(data.validation, data, team)
-    fitted = fit(classifier, spec, out, batches, validation, data.hashes, team=team, **options)
-    measured = run_test(fitted.trainer, classifier, evaluation_loader(data.test, data, team), team)
-    confusion = Confusion.of(classifier.confusion.compute(), data.class_names)
-    report = measure(classifier.model, data.test, data)._replace(confusion=confusion)
-    results = {
-        "test_accuracy": measured["test_accuracy"],
-        "test_loss": measured["test_loss"],
-        "activation_rate": rates_by_layer(measured, classifier),
-        "activation_rates": rates_by_module(measured, classifier),
-        "chance": task.chance,
-        "majority": report.majority,
-        "per_class": confusion.per_class,
-        "data": dict(data.hashes),
-    }
-    evaluation = {"task": task.kind, "test_accuracy": measured["test_accuracy"], "test_loss": measured["test_loss"]}
-    if team.writes:
-        write_text(out / EVALUATION, json.dumps({**evaluation, **confusion.record()}, indent=1))
-    draw = None if figures is None else lambda summary: figures(Finished(summary, report, classifier))
-    return Finished(finish(spec, out, classifier, fitted, results, team, draw), report, classifier)
+    @property
+    def size(self) -> str:
+        return f"{len(self.data.train):,} samples"
+
+    @property
+    def longest_row(self) -> int:
+        return int(self.data.train.lengths.max())
+
+    @property
+    def typical_row(self) -> int:
+        return max(1, round(float(self.data.validation.lengths.double().mean())))
+
+    def check_shards(self, batch_size: int, distributed: DistributedContext) -> None:
+        distributed.check_batch_size(min(batch_size, len(self.data.train)))
+        workers = distributed.world_size
+        for name, split in (("validation", self.data.validation), ("test", self.data.test)):
+            if len(split) < workers:
+                raise SpecError(f"the {name} split has {len(split)} samples for {workers} workers; lower --workers")
+
+    def report(self, module: TrainingModule) -> ClassificationReport:
+        return measure(module.model, self.data.test, self.data)._replace(confusion=self.breakdown(module))
+
+    def results(self, report: ClassificationReport, measures: Mapping[str, float]) -> dict[str, Any]:
+        per_class = {} if report.confusion is None else report.confusion.per_class
+        data = super().results(report, measures)
+        return {"chance": self.task.chance, "majority": report.majority, "per_class": per_class, **data}
+
+    def breakdown(self, module: TrainingModule) -> Confusion:
+        return Confusion.of(cast(Classifier, module).confusion.compute(), self.data.class_names)
+
+    def tested(self, module: TrainingModule) -> str:
+        return f"{self.breakdown(module).samples:,} answers"

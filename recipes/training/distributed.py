@@ -1,4 +1,4 @@
-"""Several processes that train one model together: who this one is, and its part of every batch."""
+"""Distributed training: the rank of this process, its shard of every batch, and what is gathered from all ranks."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -11,80 +11,81 @@ from sma.errors import SpecError
 Items = TypeVar("Items", list[Any], Tensor)
 
 
-class Team(NamedTuple):
-    """The processes that train one model, as one of them sees it. All of them compute; the first one writes the run
-    folder.
+class DistributedContext(NamedTuple):
+    """The processes that train one model, seen from one of them. All of them compute; rank 0 writes the run folder.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
-        strategy: Lightning's, which averages the gradients.
-        plugins: of Lightning, by which the processes find each other.
+        world_size: number of processes.
+        strategy: Lightning's strategy, which averages the gradients.
+        plugins: Lightning's plugins by which the processes find each other.
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     strategy: Any = "auto"
     plugins: tuple[Any, ...] = ()
 
     @property
-    def writes(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
 
-    def part(self, items: Items) -> Items:
-        """What this process takes of a list, or of the rows of a tensor: every `size`-th one from number `rank` on."""
-        return items[self.rank :: self.size]
+    def shard(self, items: Items) -> Items:
+        """The items of a list, or the rows of a tensor, that belong to this rank: every `world_size`-th one from number
+        `rank` on.
+        """
+        return items[self.rank :: self.world_size]
 
-    def check_batch(self, batch_size: int) -> None:
-        """Refuse batches of which some would get more than others: the mean of their means would not be the mean of the
+    def check_batch_size(self, batch_size: int) -> None:
+        """Check that all ranks get equally many samples; otherwise the mean of their means would not be the mean of the
         batch.
 
         Args:
-            batch_size: samples of an update, over all processes.
+            batch_size: samples of an update, over all ranks.
 
         Raises:
-            SpecError: the processes cannot share them evenly.
+            SpecError: the number of ranks does not divide it.
         """
-        if batch_size % self.size:
-            nearest = -(-batch_size // self.size) * self.size
+        if batch_size % self.world_size:
+            nearest = -(-batch_size // self.world_size) * self.world_size
             raise SpecError(
-                f"a batch of {batch_size} samples cannot be shared evenly by {self.size} workers; set "
-                f"training.batch_size to a multiple of {self.size}, "
+                f"a batch of {batch_size} samples cannot be shared evenly by {self.world_size} workers; set "
+                f"training.batch_size to a multiple of {self.world_size}, "
                 f"such as {nearest}, or take another number of workers"
             )
 
 
-ALONE = Team()
+SINGLE_PROCESS = DistributedContext()
 
 
-def whole(parts: Sequence[Tensor]) -> Tensor:
-    """The rows that the processes took by `Team.part`, in the order in which they were.
+def unshard(shards: Sequence[Tensor]) -> Tensor:
+    """The rows of all ranks in their original order: the inverse of `DistributedContext.shard`.
 
     Args:
-        parts: of every process, in the order of the ranks, with as many rows each. Where one has grown longer than the
-            others, as the caches of streams do, zeros fill the others up.
+        shards: of every rank, in the order of the ranks, with equally many rows. Where the sizes of the other
+            dimensions differ, as those of the caches of streams do, zeros fill up the smaller ones.
     """
-    sizes = [max(size) for size in zip(*(part.shape for part in parts), strict=True)]
-    filled = [parts[0].new_zeros(sizes) for _ in parts]
-    for room, part in zip(filled, parts, strict=True):
-        room[tuple(map(slice, part.shape))] = part
+    sizes = [max(size) for size in zip(*(shard.shape for shard in shards), strict=True)]
+    filled = [shards[0].new_zeros(sizes) for _ in shards]
+    for room, shard in zip(filled, shards, strict=True):
+        room[tuple(map(slice, shard.shape))] = shard
     return torch.stack(filled, 1).flatten(0, 1)
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether this is one of several processes that train one model."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def first_of_all() -> bool:
-    """Whether this process is alone, or the first one of those that train the model."""
-    return not together() or torch.distributed.get_rank() == 0
+def is_rank_zero() -> bool:
+    """Whether this is the only process, or rank 0 of several."""
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
-def of_all(value: Any) -> list[Any]:
-    """What every process that trains the model has."""
-    if not together():
+def all_gather_object(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; all of them must call it."""
+    if not is_distributed():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)

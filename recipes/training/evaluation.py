@@ -1,67 +1,42 @@
-"""Evaluate a finished run again: its model, its data, its test split, and the figure that was recorded beside the one
-that comes out.
-"""
+"""Evaluation of a finished run: its model on its test split, beside the recorded result."""
 
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-from torch.utils.data import DataLoader
+from typing import Any
 
 from sma.checkpoint import load
 from sma.errors import CheckpointError, SpecError
-from sma.model import LanguageModel
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import run_lock
 from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import EVALUATION, EXPERIMENT, SUMMARY, read_summary, refuse_another, write_text
-from sma.recipes.reports.confusion import Confusion, draw_confusion
 from sma.recipes.reports.figures import attempt, label
-from sma.recipes.tasks.contract import ClassificationTask
-from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.classification import Classifier
-from sma.recipes.training.classification import evaluation_loader as classifying_loader
+from sma.recipes.tasks.contract import Metric
 from sma.recipes.training.devices import check_device
-from sma.recipes.training.language import LanguageLearner, evaluation_loader
-from sma.recipes.training.loop import commit, hardware, prepare
-from sma.recipes.training.module import Learner
+from sma.recipes.training.objective import load_objective, objective_class
 from sma.recipes.training.options import RunOptions
+from sma.recipes.training.provenance import commit, hardware
 from sma.recipes.training.resuming import changed
+from sma.recipes.training.run import prepare
 from sma.recipes.training.trainer import make_trainer, run_test
-
-
-class Again(NamedTuple):
-    """The test of a run, to be made again.
-
-    Attributes:
-        learner: with the model of the run.
-        loader: the test split.
-        figures: what is compared: by the name in the summary, the name under which it is measured.
-        hashes: of the data.
-    """
-
-    learner: Learner
-    loader: DataLoader[Any]
-    figures: Mapping[str, str]
-    hashes: Mapping[str, str]
 
 
 def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
     """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a
     classifier, into its folder.
 
-    On the machine that trained it, the recorded figures come out to the last bit; on another, rounding may flip a
-    decision of a router.
+    On the machine that trained the model, the result equals the recorded one to the last bit; on another, rounding may
+    flip a decision of a router.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         options: where data is kept, the device, whether to show progress.
 
     Returns:
-        what stands in `evaluation.json`: accuracy, loss, the accuracy of every class and the confusion matrix, or bits
-        per character; what was recorded, and whether both are the same.
+        the content of `evaluation.json`: the measures of the test, such as accuracy and loss, and their breakdown, such
+        as the confusion matrix; the recorded measures, and whether both are equal.
 
     Raises:
         SmaError: there is no finished run in the folder, or its data cannot be had.
@@ -81,10 +56,13 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
 
 def _evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
     spec, recorded = _finished(folder)
+    metric = spec.task.metric
     check_device(options.accelerator, spec.precision)
-    data = spec.task.prepare(options.data, progress=options.progress)
+    objective = load_objective(spec.task, spec.task.prepare(options.data, progress=options.progress))
     prepare(spec)
-    test = _again(spec, folder, data)
+    model = load(folder / "model")
+    refuse_another(model.spec, spec.model, folder / "model")
+    module = objective.module(model, spec.training)
     trainer = make_trainer(
         accelerator=options.accelerator,
         precision=spec.precision,
@@ -93,70 +71,48 @@ def _evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
         enable_progress_bar=options.progress,
         enable_model_summary=False,
     )
-    measured = run_test(trainer, test.learner, test.loader)
-    figures = {name: measured[logged] for name, logged in test.figures.items()}
-    before = {name: recorded.get(name) for name in figures}
-    confusion, answers = None, f"{len(data.test):,} held-out bytes"
-    if isinstance(test.learner, Classifier):
-        confusion = Confusion.of(test.learner.confusion.compute(), data.class_names)
-        answers = f"{confusion.samples:,} answers"
+    logged = run_test(trainer, module, objective.evaluation_batches("test"))
+    measures = {key: logged[name] for key, name in objective.recorded(spec.task).items()}
+    before = {key: recorded.get(key) for key in measures}
+    breakdown = objective.breakdown(module)
     result = {
         "task": spec.task.kind,
-        **figures,
-        **({} if confusion is None else confusion.record()),
+        **measures,
+        **({} if breakdown is None else breakdown.record()),
         "recorded": before,
-        "reproduced": figures == before,
-        "changed_data": changed(recorded.get("data", test.hashes), test.hashes),
+        "reproduced": measures == before,
+        "changed_data": changed(recorded.get("data", objective.hashes), objective.hashes),
         "commit": commit(),
         "hardware": hardware(trainer.strategy.root_device.type),
         "date": datetime.now(UTC).date().isoformat(),
     }
     write_text(folder / EVALUATION, json.dumps(result, indent=1))
-    print(describe(result, answers, recorded))
-    if confusion is not None:
-        print(f"\n{confusion.table()}")
+    print(describe(result, metric, objective.tested(module), recorded))
+    if breakdown is not None:
+        print(f"\n{breakdown.table()}")
     print(f"\nevaluation        {plain(folder / EVALUATION)}")
-    if confusion is not None:
-        title, path = (
-            f"{label(folder.name)}: {spec.task.kind}, test accuracy {figures['test_accuracy']:.1%}",
-            folder / "confusion.png",
-        )
-        if attempt(f"the figure {path}", lambda: draw_confusion(confusion, path, title)):
+    if breakdown is not None:
+        title = f"{label(folder.name)}: {spec.task.kind}, {metric.headline(measures[metric.key])}"
+        path = folder / breakdown.file
+        if attempt(f"the figure {path}", lambda: breakdown.draw(path, title)):
             print(f"figure            {plain(path)}")
     return result
 
 
-def _again(spec: ExperimentSpec, folder: Path, data: Any) -> Again:
-    model, task = load(folder / "model"), spec.task
-    refuse_another(model.spec, spec.model, folder / "model")
-    if isinstance(task, ClassificationTask):
-        classifier = Classifier(model, spec.training, task.classes)
-        names = ("test_accuracy", "test_loss")
-        return Again(classifier, classifying_loader(data.test, data), dict(zip(names, names, strict=True)), data.hashes)
-    if isinstance(task, LanguageTask):
-        learner = LanguageLearner(cast(LanguageModel, model), spec.training, task.carry_state)
-        figures = {"bits_per_character": "test_bits_per_character"}
-        return Again(learner, evaluation_loader(data.test, task), figures, data.hashes)
-    raise SpecError(
-        f"the run in {str(folder)!r} learned {task.kind!r}; --evaluate tests classifiers and language models"
-    )
-
-
-def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any]) -> str:
-    """The result in words: both figures, whether they are the same, and what may be why not.
+def describe(result: Mapping[str, Any], metric: Metric, tested: str, recorded: Mapping[str, Any]) -> str:
+    """The result in words: both values of every measure, whether they are equal, and the possible reasons if not.
 
     Args:
-        result: what stands in `evaluation.json`.
-        answers: of how many of what the figures are.
+        result: the content of `evaluation.json`.
+        metric: the metric of the task.
+        tested: what the metric was computed from, in words.
         recorded: the summary of the run.
     """
     before: Mapping[str, Any] = result["recorded"]
-    shown, (first, *_) = {"test_accuracy": "{:.4%}"}, before
     lines = []
     for name, then in before.items():
-        form = shown.get(name, "{:.6f}")
-        of = f" of {answers}" if name == first else ""
-        lines.append(f"{name.replace('_', ' '):<17} {form.format(result[name])}{of}, recorded {form.format(then)}")
+        digits, of = (metric.digits, f" of {tested}") if name == metric.key else ("{:.6f}".format, "")
+        lines.append(f"{name.replace('_', ' '):<17} {digits(result[name])}{of}, recorded {digits(then)}")
     if result["reproduced"]:
         lines.append("reproduced        exactly")
     else:
@@ -167,9 +123,8 @@ def describe(result: Mapping[str, Any], answers: str, recorded: Mapping[str, Any
         why = "; ".join(reasons) or (
             "data, hardware and commit are those of the run: versions of torch, or the model in the folder, may differ"
         )
-        difference = result[first] - before[first]
-        by = f"{100 * difference:+.4f} points" if first == "test_accuracy" else f"{difference:+.6f}"
-        lines.append(f"reproduced        no, {by}: {why}")
+        difference = metric.difference(result[metric.key] - before[metric.key])
+        lines.append(f"reproduced        no, {difference}: {why}")
     if result["changed_data"] and result["reproduced"]:
         lines.append(f"data              not that of the run: {', '.join(result['changed_data'])} has another hash")
     return "\n".join(lines)
@@ -187,5 +142,4 @@ def _check_finished(folder: Path) -> None:
 def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
     _check_finished(folder)
     spec = load_experiment(folder / EXPERIMENT)
-    measured = ("bits_per_character",) if isinstance(spec.task, LanguageTask) else ("test_accuracy", "test_loss")
-    return spec, read_summary(folder, *(measured if isinstance(spec.task, LanguageTask | ClassificationTask) else ()))
+    return spec, read_summary(folder, *objective_class(spec.task).recorded(spec.task))

@@ -1,31 +1,26 @@
-"""Causal language modelling of bytes: training, evaluation, and the whole run."""
+"""The objective of causal language modelling: the next byte of a text."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int64
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import MeanMetric
 
-from sma.model import LanguageModel, build
+from sma.model import LanguageModel, SequenceModel
 from sma.model_output import ModelOutput, ModelState
 from sma.pytree import named_tensors, with_tensors
-from sma.recipes.experiment import ExperimentSpec, TrainingSpec
-from sma.recipes.reports.language import Reading, read_along
+from sma.recipes.experiment import TrainingSpec
+from sma.recipes.reports.language import LanguageReport, read_along
 from sma.recipes.reports.reference_scores import marks
 from sma.recipes.tasks.language.corpus import Corpus
 from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.devices import check_device
-from sma.recipes.training.distributed import ALONE, Team, of_all, whole
-from sma.recipes.training.estimates import check_update_fits
-from sma.recipes.training.loop import finish, fit, prepare, rates_by_layer, writing
-from sma.recipes.training.module import Learner, RateMetric
-from sma.recipes.training.trainer import run_test
+from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
+from sma.recipes.training.module import RateMetric, TrainingModule
+from sma.recipes.training.objective import Objective, Split
 
 
 class Segment(NamedTuple):
@@ -56,15 +51,28 @@ class TrainingSegments(Dataset[Segment]):
         task: how long the segments are, and whether they are carried.
         training: how many make a batch.
         seed: of the places.
-        team: the processes that share every batch; this one gives its own rows of it.
+        distributed: the processes that share every batch; each reads its own rows of it.
 
     Raises:
-        SpecError: they cannot share the batches evenly.
+        SpecError: the processes cannot share the batches evenly.
     """
 
-    def __init__(self, text: Tensor, task: LanguageTask, training: TrainingSpec, seed: int, team: Team = ALONE) -> None:
-        self.text, self.task, self.rows, self.seed, self.team = text, task, training.batch_size, seed, team
-        team.check_batch(self.rows)
+    def __init__(
+        self,
+        text: Tensor,
+        task: LanguageTask,
+        training: TrainingSpec,
+        seed: int,
+        distributed: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
+        self.text, self.task, self.rows, self.seed, self.distributed = (
+            text,
+            task,
+            training.batch_size,
+            seed,
+            distributed,
+        )
+        distributed.check_batch_size(self.rows)
         self.per_pass = max(1, len(text) // (self.rows * task.segment))
 
     def __getitem__(self, update: int) -> Segment:
@@ -80,7 +88,7 @@ class TrainingSegments(Dataset[Segment]):
             )
         else:
             start = torch.randint(length, (self.rows,), generator=generator)
-        found = self.text[(self.team.part(start)[:, None] + torch.arange(size + 1)) % length].long()
+        found = self.text[(self.distributed.shard(start)[:, None] + torch.arange(size + 1)) % length].long()
         return Segment(found[:, :-1], found[:, 1:], torch.ones(len(found), size, dtype=torch.bool), place == 0)
 
 
@@ -128,7 +136,7 @@ class EvaluationSegments(Dataset[Segment]):
 
 
 class LanguageScores(nn.Module):
-    """What is measured on one split: bits per character, and the activation rates of the routed layers."""
+    """Measures of one split: bits per character, and the activation rates of the routed layers."""
 
     def __init__(self, layers: list[tuple[str, ...]]) -> None:
         super().__init__()
@@ -147,28 +155,31 @@ class LanguageScores(nn.Module):
         return measures | self.rates.measures(split)
 
 
-class LanguageLearner(Learner):
+class LanguageModule(TrainingModule):
     """Cross-entropy of the next byte, bits per character and activation rates of a `LanguageModel`.
 
     With `carry_state` a segment goes on from the state in which the last one ended, cut off from its gradient
     (truncated backpropagation through time); the state of all rows is part of a checkpoint, in the same order however
     many processes share them.
 
-    Every process of a team evaluates the whole of a text, which is one stream; the measures are means, and stay the
-    same.
+    Every rank evaluates the whole of a text, which is one stream; the measures are means, and stay the same.
 
     Args:
-        model: what is trained.
+        model: the model.
         training: optimiser and schedule.
-        carry_state: go on from segment to segment.
-        team: the processes that share every batch.
+        carry_state: whether a segment goes on with the state of the last one.
+        distributed: the processes that share every batch.
     """
 
-    monitor, monitor_mode = "val_bits_per_character", "min"
-
-    def __init__(self, model: LanguageModel, training: TrainingSpec, carry_state: bool, team: Team = ALONE) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        training: TrainingSpec,
+        carry_state: bool,
+        distributed: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
         super().__init__(model, training)
-        self.carry_state, self.team = carry_state, team
+        self.carry_state, self.distributed = carry_state, distributed
         self.carried: ModelState | None = None
         self.streamed: ModelState | None = None
         self.fit_scores, self.val_scores, self.test_scores = (LanguageScores(self.module_names) for _ in range(3))
@@ -179,7 +190,7 @@ class LanguageLearner(Learner):
         if self.carry_state:
             state = self.carried
             if state is None or batch.fresh:
-                state = self._own(self.model.init_state(len(batch.inputs) * self.team.size))
+                state = self._own(self.model.init_state(len(batch.inputs) * self.distributed.world_size))
             state = state.to(self.device)  # a checkpoint is read on the CPU
         output, losses = self._run(batch, state)
         self.carried = None if output.state is None else output.state.detach()
@@ -215,22 +226,22 @@ class LanguageLearner(Learner):
         self.log_dict(self.test_scores.compute("test"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep where the streams of the training stand, those of all processes: all of them must call it."""
+        """Keep the states of the streams of all ranks; all of them must call it."""
         super().on_save_checkpoint(checkpoint)
-        parts = of_all(None if self.carried is None else named_tensors(self.carried.to("cpu")))
+        shards = all_gather_object(None if self.carried is None else named_tensors(self.carried.to("cpu")))
         checkpoint["carried"] = (
-            None if parts[0] is None else {name: whole([part[name] for part in parts]) for name in parts[0]}
+            None if shards[0] is None else {name: unshard([shard[name] for shard in shards]) for name in shards[0]}
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the states of the streams of this rank."""
         super().on_load_checkpoint(checkpoint)
         found = checkpoint.get("carried")
         self.carried = None if found is None else self._own(with_tensors(self.model.init_state(1), found))
 
     def _own(self, state: ModelState) -> ModelState:
-        """The rows of this process, out of the state of a whole batch."""
-        return state.select(self.team.part(torch.arange(state.batch_size, device=state.seen.device)))
+        """The rows of this rank in the state of a whole batch."""
+        return state.select(self.distributed.shard(torch.arange(state.batch_size, device=state.seen.device)))
 
     def _score(self, batch: Segment, scores: LanguageScores) -> None:
         state = self.model.init_state(len(batch.inputs)) if batch.fresh or self.streamed is None else self.streamed
@@ -248,81 +259,46 @@ class LanguageLearner(Learner):
         return output, losses
 
 
-def evaluation_loader(text: Tensor, task: LanguageTask) -> DataLoader[Any]:
-    """The windows of a split."""
-    return DataLoader(EvaluationSegments(text, task), batch_size=None)
+class LanguageModelling(Objective[LanguageTask, Corpus]):
+    """Trains causal language models by cross-entropy and tests their bits per character."""
 
+    def module(
+        self, model: SequenceModel, training: TrainingSpec, distributed: DistributedContext = SINGLE_PROCESS
+    ) -> LanguageModule:
+        return LanguageModule(cast(LanguageModel, model), training, self.task.carry_state, distributed)
 
-class Finished(NamedTuple):
-    """What a run leaves: the summary that stands in its folder, a reading for the figure, and the learner."""
+    def training_batches(
+        self, training: TrainingSpec, seed: int, done: int = 0, distributed: DistributedContext = SINGLE_PROCESS
+    ) -> DataLoader[Any]:
+        """See `TrainingSegments`."""
+        segments = TrainingSegments(self.data.train, self.task, training, seed, distributed)
+        return DataLoader(segments, batch_size=None, sampler=Updates(training.updates, done))
 
-    summary: dict[str, Any]
-    reading: Reading
-    learner: LanguageLearner
+    def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
+        """The windows of a split, on every rank all of them: a text is one stream."""
+        return DataLoader(EvaluationSegments(getattr(self.data, split), self.task), batch_size=None)
 
+    @property
+    def subject(self) -> str:
+        return self.data.name
 
-def run_language(
-    spec: ExperimentSpec,
-    out: Path,
-    corpus: Corpus,
-    *,
-    resume: bool = False,
-    accelerator: str = "auto",
-    progress: bool = True,
-    callbacks: Sequence[Callback] = (),
-    team: Team = ALONE,
-    figures: Callable[[Finished], object] | None = None,
-) -> Finished:
-    """Train a language model, evaluate its best checkpoint and write the run folder; see `training.loop.fit`.
+    @property
+    def size(self) -> str:
+        return f"{len(self.data.train):,} bytes"
 
-    `figures` is called at the end, before the summary is written, with which a run counts as finished.
-    """
-    check_update_fits(spec, check_device(accelerator, spec.precision), processes=team.size)
-    with writing(out, team):
-        return _run(
-            spec,
-            out,
-            corpus,
-            figures,
-            team,
-            resume=resume,
-            accelerator=accelerator,
-            progress=progress,
-            callbacks=callbacks,
-        )
+    def report(self, module: TrainingModule) -> LanguageReport:
+        return read_along(cast(LanguageModel, module.model), self.data.test[:1600])
 
+    def results(self, report: LanguageReport, measures: Mapping[str, float]) -> dict[str, Any]:
+        corpus = self.data
+        return {
+            "marks": marks(corpus.before_test, corpus.test),
+            "text": corpus.name,
+            "sha256": corpus.sha256,
+            **super().results(report, measures),
+            "bytes": {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)},
+            "context": self.task.context,
+        }
 
-def _run(
-    spec: ExperimentSpec,
-    out: Path,
-    corpus: Corpus,
-    figures: Callable[[Finished], object] | None,
-    team: Team,
-    **options: Any,
-) -> Finished:
-    prepare(spec, team)
-    task = cast(LanguageTask, spec.task)
-    learner = LanguageLearner(
-        cast(LanguageModel, build(spec.model, seed=spec.seed)), spec.training, task.carry_state, team
-    )
-    segments = TrainingSegments(corpus.train, task, spec.training, spec.seed, team)
-
-    def batches(done: int) -> DataLoader[Any]:
-        return DataLoader(segments, batch_size=None, sampler=Updates(spec.training.updates, done))
-
-    validation, hashes = evaluation_loader(corpus.validation, task), corpus.hashes
-    fitted = fit(learner, spec, out, batches, validation, hashes, team=team, **options)
-    measured = run_test(fitted.trainer, learner, evaluation_loader(corpus.test, task), team)
-    results = {
-        "bits_per_character": measured["test_bits_per_character"],
-        "marks": marks(corpus.before_test, corpus.test),
-        "activation_rate": rates_by_layer(measured, learner),
-        "text": corpus.name,
-        "sha256": corpus.sha256,
-        "data": dict(hashes),
-        "bytes": {"train": len(corpus.train), "validation": len(corpus.validation), "test": len(corpus.test)},
-        "context": task.context,
-    }
-    reading = read_along(cast(LanguageModel, learner.model), corpus.test[:1600])
-    draw = None if figures is None else lambda summary: figures(Finished(summary, reading, learner))
-    return Finished(finish(spec, out, learner, fitted, results, team, draw), reading, learner)
+    def tested(self, module: TrainingModule) -> str:
+        return f"{len(self.data.test):,} held-out bytes"

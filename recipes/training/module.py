@@ -1,9 +1,9 @@
-"""What every training has in common: the optimiser and its schedule, the activation rates, and losses that are no
-numbers.
+"""The training module, which the objectives share: optimiser, schedule, routing losses, activation rates, and the check
+of the loss.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import lightning
 import torch
@@ -16,7 +16,7 @@ from sma.errors import DataError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
-from sma.recipes.training.distributed import first_of_all, of_all
+from sma.recipes.training.distributed import all_gather_object, is_rank_zero
 from sma.stats import RateCount, count_rates
 
 
@@ -61,25 +61,25 @@ class RateMetric(Metric):
         return mean | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
 
 
-class Learner(lightning.LightningModule):
-    """A model and how it is trained; subclasses say what is learned.
+class TrainingModule(lightning.LightningModule):
+    """A model, its optimiser and its routing losses; subclasses define the loss of the task and the measures.
+
+    A subclass logs the metric of its task on both splits, as `val_NAME` and `test_NAME`, and the measures of its
+    `RateMetric`.
 
     Args:
-        model: what is trained.
+        model: the model.
         training: optimiser and schedule.
 
     Attributes:
-        monitor: the measure of the validation split by which the best checkpoint is chosen.
-        monitor_mode: whether more of it is better.
-        module_names: the sub-modules of every routed layer.
-        tokens_seen: in updates.
-        fit_scores: what is measured between two lines of the metrics; subclasses set it.
+        module_names: names of the sub-modules of every routed layer.
+        tokens_seen: number of tokens in the updates so far; subclasses count them.
+        fit_scores: the measures between two lines of the metrics; subclasses replace it. Checkpoints hold the sums of
+            the torchmetrics in it.
         between_updates: called before every update but the first, when everything about the one before is complete.
     """
 
     fit_scores: Any
-    monitor: ClassVar[str]
-    monitor_mode: ClassVar[Literal["min", "max"]]
 
     def __init__(self, model: SequenceModel, training: TrainingSpec) -> None:
         super().__init__()
@@ -88,6 +88,7 @@ class Learner(lightning.LightningModule):
         self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
         self.controller = None if training.budget is None else BudgetController.of(model, training.budget)
         self.tokens_seen = 0
+        self.fit_scores = torch.nn.Module()
         self.between_updates: Callable[[], None] = lambda: None
 
     @property
@@ -136,15 +137,15 @@ class Learner(lightning.LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next line of the metrics is made of, from all processes: all of them must call it."""
-        parts = of_all({name: value.cpu() for name, value in self._counts().items()})
+        """Keep the sums of the next line of the metrics, over all ranks; all of them must call it."""
+        parts = all_gather_object({name: value.cpu() for name, value in self._counts().items()})
         checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; of several processes the first one has it all."""
+        """Restore the sums; of several ranks, rank 0 holds them."""
         found = checkpoint.get("fit_scores", {})  # older versions have none
         for name, value in self._counts().items():
-            if name in found and first_of_all():
+            if name in found and is_rank_zero():
                 value.copy_(found[name])
 
     def _counts(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from sma.errors import CheckpointError, DataError, parsing, quote
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import DATA, EXPERIMENT, LAST, SUMMARY, is_words, read_checked, refuse_another
 from sma.recipes.training.callbacks import read_checkpoint
-from sma.recipes.training.module import Learner
+from sma.recipes.training.module import TrainingModule
 from sma.spec import dump_spec
 
 REPLACE = "put a copy of the other one of best.ckpt and last.ckpt in its place, or start a new run"
@@ -118,13 +118,13 @@ def _check_counts(state: Mapping[str, Any], updates: int, path: Path) -> None:
         )
 
 
-def check_weights(learner: Learner, state: Mapping[str, Any], path: Path) -> None:
+def check_weights(module: TrainingModule, state: Mapping[str, Any], path: Path) -> None:
     """Check that a checkpoint has the weights of this model, before any is replaced.
 
     Raises:
         CheckpointError: names the first that differs.
     """
-    found, own = state["state_dict"], learner.state_dict()
+    found, own = state["state_dict"], module.state_dict()
     for name in sorted(own.keys() ^ found.keys(), key=str):
         what = "lacks" if name in own else "has in excess"
         raise CheckpointError(f"the checkpoint {str(path)!r} {what} {quote(name)}, it is of another model; {REPLACE}")

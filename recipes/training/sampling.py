@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sma.recipes.training.distributed import ALONE, Team
+from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 class UpdateSampler(Sampler[list[int]]):
@@ -26,10 +26,10 @@ class UpdateSampler(Sampler[list[int]]):
         seed: of the permutations.
         start: updates that have been done.
         bucket: batches that are sorted together.
-        team: the processes that share every batch; this one gives its own part of it.
+        distributed: the processes that share every batch; each draws its own shard of it.
 
     Raises:
-        SpecError: they cannot share the batches evenly.
+        SpecError: the processes cannot share the batches evenly.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class UpdateSampler(Sampler[list[int]]):
         seed: int,
         start: int = 0,
         bucket: int = 50,
-        team: Team = ALONE,
+        distributed: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.lengths, self.updates, self.seed, self.start, self.bucket, self.team = (
+        self.lengths, self.updates, self.seed, self.start, self.bucket, self.distributed = (
             lengths,
             updates,
             seed,
             start,
             bucket,
-            team,
+            distributed,
         )
         self.batch_size = min(batch_size, len(lengths))
-        team.check_batch(self.batch_size)
+        distributed.check_batch_size(self.batch_size)
         self.per_epoch = len(lengths) // self.batch_size
         self._epoch = lru_cache(maxsize=1)(self._draw)
 
@@ -63,7 +63,7 @@ class UpdateSampler(Sampler[list[int]]):
         """The batches that are still to come."""
         for update in range(self.start, self.updates):
             epoch, place = divmod(update, self.per_epoch)
-            yield self.team.part(self._epoch(epoch)[place].tolist())
+            yield self.distributed.shard(self._epoch(epoch)[place].tolist())
 
     def _draw(self, epoch: int) -> Int64[Tensor, "E B"]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -13,21 +13,21 @@ from torch.utils.data import DataLoader
 from torchmetrics.utilities import prints
 
 from sma.recipes.io.isolation import hidden_variables
-from sma.recipes.training.distributed import ALONE, Team
+from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 
 
 @contextmanager
-def isolated(team: Team = ALONE) -> Iterator[None]:
-    """Hide from Lightning what the environment says about schedulers, ranks and settings; the team says who takes part.
+def isolated(distributed: DistributedContext = SINGLE_PROCESS) -> Iterator[None]:
+    """Hide the variables of schedulers, ranks and settings from Lightning; rank and world size come from the context.
 
     As it is imported Lightning also decides by the environment which process may write and print, and may have done so
     before.
     """
     speakers: list[Any] = [rank_zero_only, prints.rank_zero_only]
     before = [speaker.rank for speaker in speakers]
-    with hidden_variables(ranks=team.size == 1):
+    with hidden_variables(ranks=distributed.world_size == 1):
         for speaker in speakers:
-            speaker.rank = team.rank
+            speaker.rank = distributed.rank
         try:
             yield
         finally:
@@ -53,22 +53,29 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def make_trainer(team: Team = ALONE, *, plugins: tuple[Any, ...] = (), **options: Any) -> Trainer:
-    """A trainer on one device of this process, as one of a team or alone.
+def make_trainer(
+    distributed: DistributedContext = SINGLE_PROCESS, *, plugins: tuple[Any, ...] = (), **options: Any
+) -> Trainer:
+    """A trainer on one device of this process, as one rank of several or as the only one.
 
     Args:
-        team: the processes that train together; with one of them there is no other environment than this process.
-        plugins: of Lightning, besides those of the team.
+        distributed: rank and world size; a single process takes no others from the environment.
+        plugins: Lightning's plugins besides those of the context.
         options: of Lightning's `Trainer`.
     """
-    environment = () if team.plugins else (LightningEnvironment(),)
-    with isolated(team):
-        return Trainer(devices=1, strategy=team.strategy, plugins=[*plugins, *team.plugins, *environment], **options)
+    environment = () if distributed.plugins else (LightningEnvironment(),)
+    with isolated(distributed):
+        return Trainer(
+            devices=1, strategy=distributed.strategy, plugins=[*plugins, *distributed.plugins, *environment], **options
+        )
 
 
 def run_test(
-    trainer: Trainer, learner: LightningModule, batches: DataLoader[Any], team: Team = ALONE
+    trainer: Trainer,
+    module: LightningModule,
+    batches: DataLoader[Any],
+    distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Mapping[str, float]:
-    """What the model measures on the test split, by the logged names."""
-    with isolated(team), interruptible():
-        return trainer.test(learner, batches, verbose=False)[0]
+    """Measures of the test split, by their logged names."""
+    with isolated(distributed), interruptible():
+        return trainer.test(module, batches, verbose=False)[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.classification import Finished
+from sma.recipes.training.run import Finished
 from tests.test_recipes.tiny import tiny, tiny_data, train
 
 

@@ -20,7 +20,7 @@ from sma.recipes.tasks.documents import bytes_of
 from sma.recipes.tasks.listops.expressions import FILES as LISTOPS_FILES
 from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.tasks.retrieval import FILES, AANSettings, RetrievalTask, load_aan, read_pairs
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.spec import kinds
 
 HEAD = b"Source\tTarget\n"

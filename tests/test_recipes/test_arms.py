@@ -9,7 +9,7 @@ from sma.errors import CheckpointError, SpecError
 from sma.recipes.experiment import RoutingLosses, load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT
 from sma.recipes.studies.variants import layer_rates, run_arms, table, with_routers
-from sma.recipes.training import classification as training
+from sma.recipes.training import run as training
 from sma.routers import (
     AlwaysRouterSpec,
     BernoulliRouterSpec,

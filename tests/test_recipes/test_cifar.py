@@ -26,7 +26,7 @@ from sma.recipes.tasks.image import (
     read_batch,
     to_grey,
 )
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 
 COUNT = 12

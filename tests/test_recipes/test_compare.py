@@ -14,7 +14,7 @@ from sma.recipes.reports.comparison import comma_separated, markdown, markdown_o
 from sma.recipes.tasks.digits import DigitsTask
 from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.training.classification import Classifier
-from sma.recipes.training.loop import hardware
+from sma.recipes.training.provenance import hardware
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 

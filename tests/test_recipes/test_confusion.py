@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sma.errors import DataError
-from sma.recipes.reports.confusion import Confusion, check_names, draw_confusion
+from sma.recipes.reports.confusion import Confusion, check_names
 
 TRUTH = [0, 0, 0, 1, 1, 3, 3, 3, 3]
 ANSWER = [0, 0, 1, 1, 1, 0, 0, 3, 2]
@@ -80,7 +80,7 @@ def test_table_of_odd_names_keeps_its_columns():
 
 def test_figure_of_odd_names_is_drawn(tmp_path):
     confusion = Confusion.of(_counts(TRUTH, ANSWER, 4), ("a $x_$ b", "x" * 300, "caf\udce9", "🙂"))
-    assert draw_confusion(confusion, tmp_path / "confusion.png", "a $x_$ b{c}").read_bytes().startswith(b"\x89PNG")
+    assert confusion.draw(tmp_path / "confusion.png", "a $x_$ b{c}").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,8 @@ def test_no_names_and_different_names_are_fine():
 @pytest.mark.parametrize("classes", [2, 30])
 def test_figure_is_an_image_with_something_on_it(tmp_path, classes):
     counts = torch.eye(classes, dtype=torch.int64)
-    path = draw_confusion(Confusion.of(counts, ()), tmp_path / "confusion.png", "the title")
+    path = Confusion.of(counts, ()).draw(tmp_path / "confusion.png", "the title")
     image = matplotlib.image.imread(path)
     assert image[..., :3].std() > 0.1
-    other = matplotlib.image.imread(
-        draw_confusion(Confusion.of(counts.flip(0), ()), tmp_path / "other.png", "the title")
-    )
+    other = matplotlib.image.imread(Confusion.of(counts.flip(0), ()).draw(tmp_path / "other.png", "the title"))
     assert image.shape != other.shape or (image != other).any()

@@ -18,7 +18,7 @@ from sma.recipes.io import published
 from sma.recipes.tasks import text as imdb
 from sma.recipes.tasks.documents import VOCABULARY_SIZE, DocumentDataset, bytes_of, show
 from sma.recipes.tasks.text import ImdbSettings, TextTask, load_imdb
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.spec import kinds
 
 SPLITS = ("train", "validation", "test")

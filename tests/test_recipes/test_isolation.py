@@ -18,8 +18,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torchmetrics.utilities.prints import rank_zero_only as prints
 
 from sma.recipes.io.isolation import RANKS, hidden_variables, is_hidden
-from sma.recipes.training.classification import run_experiment
-from sma.recipes.training.distributed import Team
+from sma.recipes.training.distributed import DistributedContext
+from sma.recipes.training.run import run_experiment
 from sma.recipes.training.trainer import isolated
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, metrics_of, same, tiny, train
 
@@ -217,7 +217,7 @@ def test_first_of_a_team_speaks_whatever_the_environment_said():
     try:
         with isolated():
             assert (rank_zero_only.rank, prints.rank) == (0, 0)
-        with isolated(Team(1, 2)):
+        with isolated(DistributedContext(1, 2)):
             assert (rank_zero_only.rank, prints.rank) == (1, 1)
         assert (rank_zero_only.rank, prints.rank) == (3, 3)
     finally:

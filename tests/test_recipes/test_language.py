@@ -18,8 +18,9 @@ from sma.recipes.io.run_folder import LAST
 from sma.recipes.reports.language import read_along
 from sma.recipes.tasks.language.corpus import load_text
 from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.distributed import Team, whole
-from sma.recipes.training.language import EvaluationSegments, Finished, LanguageLearner, TrainingSegments, run_language
+from sma.recipes.training.distributed import DistributedContext, unshard
+from sma.recipes.training.language import EvaluationSegments, LanguageModule, TrainingSegments
+from sma.recipes.training.run import Finished, run_experiment
 
 MODEL = {
     "kind": "language_model",
@@ -53,7 +54,7 @@ def experiment(text: Path, *settings: str) -> ExperimentSpec:
 
 
 def train(spec: ExperimentSpec, out: Path, resume: bool = False) -> Finished:
-    return run_language(spec, out, spec.task.prepare(out), accelerator="cpu", progress=False, resume=resume)
+    return run_experiment(spec, out, spec.task.prepare(out), accelerator="cpu", progress=False, resume=resume)
 
 
 @given(length=st.integers(2, 60), window=st.integers(1, 30), context=st.none() | st.integers(0, 29))
@@ -117,7 +118,7 @@ def test_the_workers_read_the_rows_of_one_process(size: int, carry: bool) -> Non
         experiment_training(6),
     )
     alone = TrainingSegments(text, task, training, seed=3)
-    team = [TrainingSegments(text, task, training, 3, Team(rank, size)) for rank in range(size)]
+    team = [TrainingSegments(text, task, training, 3, DistributedContext(rank, size)) for rank in range(size)]
     for update in range(alone.per_pass + 2):
         wanted, parts = alone[update], [part[update] for part in team]
         assert {part.fresh for part in parts} == {wanted.fresh}
@@ -129,7 +130,9 @@ def test_the_workers_read_the_rows_of_one_process(size: int, carry: bool) -> Non
 
 def test_rows_that_workers_cannot_share_evenly_are_refused() -> None:
     with pytest.raises(SpecError, match=r"a batch of 4 samples cannot be shared evenly by 3 workers; .* such as 6"):
-        TrainingSegments(torch.arange(90, dtype=torch.uint8), LanguageTask(), experiment_training(4), 0, Team(0, 3))
+        TrainingSegments(
+            torch.arange(90, dtype=torch.uint8), LanguageTask(), experiment_training(4), 0, DistributedContext(0, 3)
+        )
 
 
 @pytest.mark.parametrize(
@@ -146,11 +149,11 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
 ) -> None:
     spec = experiment(text, "training.batch_size=6", f"model.layers.layer.{setting}")
     corpus, model = load_text(spec.task.data), sma.build(spec.model, seed=0).double().eval()  # type: ignore[attr-defined]
-    alone = LanguageLearner(model, spec.training, carry_state=True)  # type: ignore[arg-type]
-    team = [LanguageLearner(model, spec.training, True, Team(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
+    alone = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
+    team = [LanguageModule(model, spec.training, True, DistributedContext(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
 
-    def read(learner: LanguageLearner, update: int) -> torch.Tensor:
-        segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, learner.team)[update]  # type: ignore[arg-type]
+    def read(learner: LanguageModule, update: int) -> torch.Tensor:
+        segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, learner.distributed)[update]  # type: ignore[arg-type]
         output, losses = learner._run(segment, learner.carried)
         learner.carried = output.state
         return losses.detach().unflatten(0, segment.scored.shape)
@@ -161,7 +164,8 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
     saved: dict[str, Any] = {}
     alone.on_save_checkpoint(saved)
     monkeypatch.setattr(
-        "sma.recipes.training.language.of_all", lambda own: [named_tensors(learner.carried) for learner in team]
+        "sma.recipes.training.language.all_gather_object",
+        lambda own: [named_tensors(learner.carried) for learner in team],
     )
     for learner in team:
         found: dict[str, Any] = {}
@@ -171,7 +175,7 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
         learner.carried = None
         learner.on_load_checkpoint(saved)
     wanted = read(alone, 1)
-    torch.testing.assert_close(whole([read(learner, 1) for learner in team]), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(unshard([read(learner, 1) for learner in team]), wanted, rtol=0, atol=1e-12)
 
 
 def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:
@@ -196,7 +200,7 @@ def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None
     spec = experiment(text)
     corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
     model = sma.build(spec.model, seed=0).eval()
-    learner = LanguageLearner(model, spec.training, carry_state=True)  # type: ignore[arg-type]
+    learner = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
     segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
     first, second = segments[0], segments[1]
     _, losses = learner._run(first, model.init_state(3))
@@ -215,15 +219,15 @@ def test_a_run_goes_on_with_the_text_that_it_began_with_alone(
 ) -> None:
     mine = tmp_path / "book.txt"
     mine.write_bytes(text.read_bytes())
-    step = LanguageLearner.training_step
+    step = LanguageModule.training_step
 
-    def stopping(self: LanguageLearner, batch: Any, batch_idx: int) -> Any:
+    def stopping(self: LanguageModule, batch: Any, batch_idx: int) -> Any:
         if self.global_step == 14:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageLearner, "training_step", stopping)
+        patch.setattr(LanguageModule, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(experiment(mine), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())
@@ -243,20 +247,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     spec = experiment(text, "training.evaluate_every=5")
     whole = train(spec, tmp_path / "whole")
-    step = LanguageLearner.training_step
+    step = LanguageModule.training_step
 
-    def stopping(self: LanguageLearner, batch: Any, batch_idx: int) -> Any:
+    def stopping(self: LanguageModule, batch: Any, batch_idx: int) -> Any:
         if self.global_step == update:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageLearner, "training_step", stopping)
+        patch.setattr(LanguageModule, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(spec, tmp_path / "parts")
     assert (tmp_path / "parts" / LAST).is_file()
     parts = train(spec, tmp_path / "parts", resume=True)
-    ours, theirs = parts.learner.model.state_dict(), whole.learner.model.state_dict()
+    ours, theirs = parts.module.model.state_dict(), whole.module.model.state_dict()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert parts.summary["bits_per_character"] == whole.summary["bits_per_character"]
 
@@ -264,7 +268,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: Path) -> None:
     finished = train(experiment(text, "training.updates=6"), tmp_path)
     sample = load_text(experiment(text).task.data).test[:40]  # type: ignore[attr-defined]
-    reading = read_along(finished.learner.model, sample)  # type: ignore[arg-type]
+    reading = read_along(finished.module.model, sample)  # type: ignore[arg-type]
     assert reading.text == bytes(sample.tolist())
     assert reading.active.shape == (2, 40)
     assert reading.bits[0] == 0

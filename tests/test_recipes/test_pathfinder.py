@@ -22,7 +22,7 @@ from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSetting
 from sma.recipes.tasks.pathfinder.release import LEVEL, list_release
 from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus
 from sma.recipes.tasks.pathfinder.task import PathfinderTask, PathXTask
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 
 SMALL = {"size": 20, "contour_length": 4, "distractors": 1, "distractor_length": 2, "seed_frame": 6}

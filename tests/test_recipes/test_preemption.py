@@ -18,7 +18,8 @@ from sma.recipes.io.command import exit_code
 from sma.recipes.io.run_folder import LAST
 from sma.recipes.io.signals import PREEMPTED, Preempted, on_preemption
 from sma.recipes.training.classification import Classifier
-from sma.recipes.training.language import LanguageLearner, run_language
+from sma.recipes.training.language import LanguageModule
+from sma.recipes.training.run import run_experiment
 from sma.recipes.training.trainer import interruptible
 from tests.test_recipes.test_steering import BUDGET
 from tests.test_recipes.tiny import (
@@ -170,10 +171,10 @@ def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
     corpus = spec.task.prepare(tmp_path)
 
     def run(out, resume=False):
-        run_language(spec, out, corpus, accelerator="cpu", progress=False, resume=resume)
+        run_experiment(spec, out, corpus, accelerator="cpu", progress=False, resume=resume)
 
     run(tmp_path / "whole")
-    original = LanguageLearner.training_step
+    original = LanguageModule.training_step
 
     def step(self, batch, batch_idx):
         if self.global_step == 13:
@@ -181,7 +182,7 @@ def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
         return original(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageLearner, "training_step", step)
+        patch.setattr(LanguageModule, "training_step", step)
         with pytest.raises(Preempted, match="update 14 of 20 is saved"):
             run(tmp_path / "parts")
     run(tmp_path / "parts", resume=True)

@@ -12,11 +12,11 @@ from sma.errors import SpecError
 from sma.model import build
 from sma.recipes.experiment import load_experiment
 from sma.recipes.recall import ARMS, DIAL, dial, main, rates_by_role, recall_arms
-from sma.recipes.reports.classification import Report, measure
+from sma.recipes.reports.classification import ClassificationReport, measure
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, Batch, asked
 from sma.recipes.tasks.recall import RecallSettings, collate, make_recall, show
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.routers import AlwaysRouterSpec
 from sma.spec import dump_spec
 from tests.streams import exactly
@@ -223,7 +223,7 @@ def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
     finished = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False)
     batch = collate([data.test[number] for number in range(len(data.test))])
     with torch.no_grad():
-        guesses = finished.classifier.model.eval()(batch.inputs).logits.argmax(-1)
+        guesses = finished.module.model.eval()(batch.inputs).logits.argmax(-1)
     scored = batch.targets != UNSCORED
     assert finished.summary["test_accuracy"] == pytest.approx(float((guesses == batch.targets)[scored].float().mean()))
     assert finished.summary["chance"] == pytest.approx(1 / 3)
@@ -276,4 +276,4 @@ def test_a_batch_is_not_padded():
 
 
 def test_report_without_routed_layers_has_no_roles():
-    assert rates_by_role(Report(0.1, 3, {}, [])) == {}
+    assert rates_by_role(ClassificationReport(0.1, 3, {}, [])) == {}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sma.model import build
-from sma.recipes.reports.classification import Report, describe_run, draw, measure, rates_over_training
+from sma.recipes.reports.classification import ClassificationReport, measure, rates_over_training
 from tests.test_recipes.tiny import tiny, train
 
 SUMMARY = {
@@ -18,12 +18,12 @@ SUMMARY = {
     "updates": 400,
     "seed": 3,
 }
-REPORT = Report(0.187, 60, {"9": ([0.0, 0.25], 40), "[MAX": ([0.1, 1.0], 10), "]": ([0.0, 0.5], 30)}, [])
+REPORT = ClassificationReport(0.187, 60, {"9": ([0.0, 0.25], 40), "[MAX": ([0.1, 1.0], 10), "]": ([0.0, 0.5], 30)}, [])
 
 
 def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
     _, done = finished
-    model = done.classifier.model.eval()
+    model = done.module.model.eval()
     report = measure(model, data.test, data, limit=25)
     ran = {}
     for number in torch.randperm(60, generator=torch.Generator().manual_seed(0))[:25].tolist():
@@ -55,7 +55,7 @@ def test_examples_show_whole_samples_with_answer_and_guess(finished, data):
         assert example.target == target
         assert example.active.shape == (2, len(ids))
         with torch.no_grad():
-            assert example.guess == int(done.classifier.model.eval()(ids[None]).logits.argmax())
+            assert example.guess == int(done.module.model.eval()(ids[None]).logits.argmax())
 
 
 def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data):
@@ -73,24 +73,24 @@ def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data
             ids, target = test[by_class[place]]
             return ids.repeat(12)[:12], target
 
-    report = measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8)
+    report = measure(finished[1].module.model, Sorted(), data, limit=half, shown=8)
     assert report.samples == half
     assert len({example.target for example in report.examples}) >= 3
     assert max(example.target for example in report.examples) > test[by_class[half]][1]
     assert (
         report.examples[0].texts
-        == measure(finished[1].classifier.model, Sorted(), data, limit=half, shown=8).examples[0].texts
+        == measure(finished[1].module.model, Sorted(), data, limit=half, shown=8).examples[0].texts
     )
 
 
 def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
-    report = measure(finished[1].classifier.model, data.test, data, limit=2)
+    report = measure(finished[1].module.model, data.test, data, limit=2)
     assert (report.samples, len(report.examples)) == (2, 2)
 
 
 def test_words_say_what_was_learned_and_where_things_are(tmp_path):
     (tmp_path / "activation.png").touch()
-    said = describe_run(SUMMARY, REPORT, tmp_path)
+    said = REPORT.describe(SUMMARY, tmp_path)
     assert "test accuracy     45.7%   (chance 10.0%, always the commonest answer 18.7%)" in said
     assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
     assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in said
@@ -100,13 +100,11 @@ def test_words_say_what_was_learned_and_where_things_are(tmp_path):
 
 
 def test_words_say_that_there_is_no_figure(tmp_path):
-    assert "figure            none: it could not be drawn, see the warning above" in describe_run(
-        SUMMARY, REPORT, tmp_path
-    )
+    assert "figure            none: it could not be drawn, see the warning above" in REPORT.describe(SUMMARY, tmp_path)
 
 
 def test_words_say_what_to_try_next(tmp_path):
-    said = describe_run(SUMMARY, REPORT, tmp_path)
+    said = REPORT.describe(SUMMARY, tmp_path)
     assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in said
     assert "next: --set training.updates=800 trains twice as long" in said
     assert "dead" not in said
@@ -125,11 +123,11 @@ def test_words_say_what_to_try_next(tmp_path):
     ],
 )
 def test_hint_fits_what_the_routers_did(tmp_path, rates, hint):
-    assert f"next: {hint}" in describe_run({**SUMMARY, "activation_rate": rates}, REPORT, tmp_path)
+    assert f"next: {hint}" in REPORT.describe({**SUMMARY, "activation_rate": rates}, tmp_path)
 
 
 def test_run_that_was_only_tested_has_no_speed(tmp_path):
-    said = describe_run({**SUMMARY, "tokens_per_second": None}, REPORT, tmp_path)
+    said = REPORT.describe({**SUMMARY, "tokens_per_second": None}, tmp_path)
     assert "time              12 s, 67,890 parameters, seed 3" in said
 
 
@@ -144,14 +142,14 @@ def _pixels(path):
 def test_figure_is_an_image_with_something_on_it(finished, tmp_path):
     out, done = finished
     (tmp_path / "metrics").symlink_to(out / "metrics")
-    path = draw(done.report, tmp_path, "the title")
+    path = done.report.draw(tmp_path, "the title")
     assert path == tmp_path / "activation.png"
     image = _pixels(path)
     assert image[..., :3].std() > 0.1
     # Another title, another image; another picture of the activations too.
-    assert (_pixels(draw(done.report, tmp_path, "another title")) != image).any()
+    assert (_pixels(done.report.draw(tmp_path, "another title")) != image).any()
     silent = [example._replace(active=torch.zeros_like(example.active)) for example in done.report.examples]
-    assert (_pixels(draw(done.report._replace(examples=silent), tmp_path, "the title")) != image).any()
+    assert (_pixels(done.report._replace(examples=silent).draw(tmp_path, "the title")) != image).any()
 
 
 def test_curves_of_a_resumed_run_are_joined(tmp_path):
@@ -202,8 +200,8 @@ def test_model_that_routes_nothing_is_described_too(data, tmp_path):
     spec = tiny(layers__layer__modules="{}", training__updates=6)
     done = train(spec, tmp_path, data)
     assert done.summary["activation_rate"] == []
-    assert "activation rate   nothing is routed" in describe_run(done.summary, done.report, tmp_path)
-    _pixels(draw(done.report, tmp_path, "no router"))
+    assert "activation rate   nothing is routed" in done.report.describe(done.summary, tmp_path)
+    _pixels(done.report.draw(tmp_path, "no router"))
 
 
 def test_measuring_leaves_the_model_as_it_was(data):

@@ -19,7 +19,7 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
 from sma.recipes.reports.routers import comma_separated, markdown
 from sma.recipes.studies.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
-from sma.recipes.training import classification as training
+from sma.recipes.training import run as training
 from sma.stats import operation_count
 from tests.test_recipes import tiny
 

@@ -15,11 +15,13 @@ import sma
 from sma.errors import CheckpointError, DataError
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import BEST, LAST
+from sma.recipes.reports.classification import ClassificationReport
 from sma.recipes.training import classification as training
-from sma.recipes.training import loop as run
+from sma.recipes.training import loop
 from sma.recipes.training.callbacks import RandomStates
-from sma.recipes.training.classification import Classifier, run_experiment
-from sma.recipes.training.loop import commit, hardware, versions
+from sma.recipes.training.classification import Classifier
+from sma.recipes.training.provenance import commit, hardware, versions
+from sma.recipes.training.run import run_experiment
 from tests.test_recipes.tiny import assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
 
 
@@ -86,7 +88,8 @@ def test_summary_holds_what_was_measured(finished, data):
     assert (summary["hardware"], summary["device"]) == (hardware("cpu"), "cpu")
     assert 0 < summary["seconds"] < 300
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
-    tokens = sum(int(batch.valid.sum()) for batch in training.training_loader(data, tiny().training, 0, 0))
+    batches = training.Classification(tiny().task, data).training_batches(tiny().training, 0)
+    tokens = sum(int(batch.valid.sum()) for batch in batches)
     # Updates take a part of the time of the whole run.
     assert summary["tokens_per_second"] > tokens / summary["seconds"]
 
@@ -269,7 +272,7 @@ def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, 
 def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
     first = {**versions(), "commit": "an earlier one"}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "versions", lambda: first)
+        patch.setattr(loop, "versions", lambda: first)
         _interrupted(tmp_path, data, 13, monkeypatch)
     train(tiny(), tmp_path, data, resume=True)
     assert json.loads((tmp_path / "versions.json").read_text()) == [
@@ -299,18 +302,21 @@ def test_what_killed_writes_left_is_removed(data, tmp_path):
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
-def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path):
-    def full(done):
-        assert done.summary["updates"] == 6
+def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path, monkeypatch):
+    def full(report, out, title):
+        assert out == tmp_path
         assert not (tmp_path / "summary.json").exists()
         raise OSError(28, "No space left on device")
 
-    spec, drawn = tiny(training__updates=6), []
+    spec, titles = tiny(training__updates=6), []
+    monkeypatch.setattr(ClassificationReport, "draw", full)
     with pytest.raises(OSError, match="No space left"):
-        run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, figures=full)
+        run_experiment(spec, tmp_path, data, accelerator="cpu", progress=False, title="short lists")
     assert not (tmp_path / "summary.json").exists()
-    run_experiment(spec, tmp_path, data, resume=True, accelerator="cpu", progress=False, figures=drawn.append)
-    assert drawn[0].summary == json.loads((tmp_path / "summary.json").read_text())
+    monkeypatch.setattr(ClassificationReport, "draw", lambda report, out, title: titles.append(title))
+    run_experiment(spec, tmp_path, data, resume=True, accelerator="cpu", progress=False, title="short lists")
+    accuracy = json.loads((tmp_path / "summary.json").read_text())["test_accuracy"]
+    assert titles == [f"short lists: test accuracy {accuracy:.1%}, seed {spec.seed}"]
 
 
 def test_resuming_says_nothing_on_its_own(data, tmp_path, monkeypatch, recwarn, capfd):

@@ -80,7 +80,7 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(
     path.write_text(yaml.safe_dump(dump_spec(experiment(text, "training.updates=6"))), encoding="utf-8")
     common = ["--no-progress", "--accelerator", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr("sma.recipes.reports.language.draw_language", full)
+        patch.setattr("sma.recipes.reports.language.LanguageReport.draw", full)
         assert main(["--spec", str(path), "--out", str(out), *common]) == 2
     assert "make room, and go on with --resume and the run folder" in capsys.readouterr().err
     assert main(["--resume", str(out), *common]) == 0
@@ -138,7 +138,7 @@ def test_figure_that_fails_is_a_warning_and_the_run_has_its_summary(
 
     path, out = tmp_path / "experiment.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(dump_spec(experiment(text, "training.updates=6"))), encoding="utf-8")
-    monkeypatch.setattr("sma.recipes.reports.language.draw_language", fail)
+    monkeypatch.setattr("sma.recipes.reports.language.LanguageReport.draw", fail)
     assert main(["--spec", str(path), "--out", str(out), "--no-progress", "--accelerator", "cpu"]) == 0
     assert [record.getMessage() for record in caplog.records if "warning:" in record.getMessage()] == [
         f"warning: the figure of the run in {out} was not drawn: ValueError: x_"

@@ -268,7 +268,7 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(spec, cache, tmp_path, m
 
     out, common = tmp_path / "run", ["--data", str(cache), "--no-progress", "--accelerator", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr("sma.recipes.seqboat_lra.draw", full)
+        patch.setattr("sma.recipes.reports.classification.ClassificationReport.draw", full)
         assert main(["--spec", str(spec), "--out", str(out), *common]) == 2
     assert "make room, and go on with --resume and the run folder" in _said(capsys)[1]
     assert main(["--resume", str(out), *common]) == 0

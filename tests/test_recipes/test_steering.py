@@ -71,9 +71,9 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
     one, other = (
         train(tiny(training__recompute=recompute), tmp_path / recompute, data) for recompute in ("true", "false")
     )
-    assert all(layer.recompute for layer in one.classifier.model.routed_layers)
+    assert all(layer.recompute for layer in one.module.model.routed_layers)
     assert same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("true", "false")))
-    assert not any(layer.recompute for layer in other.classifier.model.routed_layers)
+    assert not any(layer.recompute for layer in other.module.model.routed_layers)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_pat
     for others, routers in seen:
         assert routers == pytest.approx(others / 10)
     assert max(others for others, _ in seen) == pytest.approx(0.003)
-    groups = finished.classifier._groups()
-    assert sum(len(group["params"]) for group in groups) == len(list(finished.classifier.parameters()))
+    groups = finished.module._groups()
+    assert sum(len(group["params"]) for group in groups) == len(list(finished.module.parameters()))
     assert len(groups[1]["params"]) == 4  # weight and bias of two routers
 
 

@@ -121,7 +121,7 @@ def test_full_disk_anywhere_else_is_a_sentence_too(tmp_path, monkeypatch, capsys
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "metrics.csv")
 
-    monkeypatch.setattr("sma.recipes.training.classification.run_experiment", full)
+    monkeypatch.setattr("sma.recipes.training.run.run_experiment", full)
     spec = _spec(tmp_path, EXPERIMENTS["digits"])
     assert main(["--spec", str(spec), "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 2
     expected = f"error: {os.strerror(code)} ('metrics.csv'); make room, and go on with --resume and the run folder\n"
@@ -132,7 +132,7 @@ def test_other_trouble_of_the_system_is_not_hidden(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("sma.recipes.training.classification.run_experiment", broken)
+    monkeypatch.setattr("sma.recipes.training.run.run_experiment", broken)
     with pytest.raises(OSError, match="Input/output error"):
         main(
             [

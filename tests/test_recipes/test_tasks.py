@@ -17,7 +17,7 @@ from sma.recipes.tasks.language import corpus as text
 from sma.recipes.tasks.listops import expressions as listops
 from sma.recipes.tasks.listops.expressions import FILES, decode, evaluate_expression
 from sma.recipes.tasks.listops.task import ListOpsTask
-from sma.recipes.training.classification import run_experiment
+from sma.recipes.training.run import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 from tests.test_recipes.tiny import DATA
 

@@ -17,7 +17,8 @@ from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.tasks.batch import Batch, collate
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.tasks.listops.expressions import decode, prepare_listops
-from sma.recipes.training.classification import Classifier, Finished, run_experiment
+from sma.recipes.training.classification import Classifier
+from sma.recipes.training.run import Finished, run_experiment
 
 DATA = {"min_length": 3, "max_length": 30, "max_depth": 4, "max_arity": 4, "train": 120, "validation": 40, "test": 60}
 MODEL = {

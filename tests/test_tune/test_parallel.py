@@ -16,9 +16,8 @@ from sma.errors import SmaError, SpecError
 from sma.recipes.experiment import ExperimentSpec
 from sma.recipes.io.claims import run_lock
 from sma.recipes.io.run_folder import BEST, LAST, SUMMARY
-from sma.recipes.tasks.language.task import LanguageTask
-from sma.recipes.training.classification import run_experiment
-from sma.recipes.training.language import LanguageLearner, run_language
+from sma.recipes.training.language import LanguageModule
+from sma.recipes.training.run import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel
@@ -47,8 +46,7 @@ def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
 
 def alone(spec: ExperimentSpec, out: Path, data_folder: Path, resume: bool = False) -> dict[str, Any]:
     """What one process makes of it."""
-    run = run_language if isinstance(spec.task, LanguageTask) else run_experiment
-    return run(
+    return run_experiment(
         spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False, resume=resume
     ).summary
 
@@ -219,13 +217,13 @@ def test_two_workers_go_on_with_what_one_process_left(
     two_slots: None, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = language(data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0)
-    original = LanguageLearner.training_step
+    original = LanguageModule.training_step
 
-    def step(self: LanguageLearner, *batch: Any) -> Any:
+    def step(self: LanguageModule, *batch: Any) -> Any:
         return fail(self) if self.global_step == 14 else original(self, *batch)  # type: ignore[arg-type,func-returns-value]
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageLearner, "training_step", step)
+        patch.setattr(LanguageModule, "training_step", step)
         with pytest.raises(RuntimeError, match="the power went out"):
             alone(spec, tmp_path / "out", data_folder)
     ours, theirs = team_run(spec, tmp_path / "out", data_folder), alone(spec, tmp_path / "alone", data_folder)

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from sma.errors import CheckpointError
+from sma.recipes.tasks.contract import ClassificationTask, Metric
+from sma.recipes.tasks.language.task import LanguageTask
 from sma.tune.trial import HISTORY, Reporter, Unwritable, _refuse_unwritable
 from tests.test_recipes.tiny import tiny
 
 
-def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, quality: str, **measured: float) -> dict[str, float]:
+def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, **measured: float) -> dict[str, float]:
     """What a reporter says of an evaluation."""
-    reporter = Reporter(tiny(), folder, quality, 8, 0.0)
+    reporter = Reporter(tiny(), folder, metric, 8, 0.0)
     monkeypatch.setattr(reporter, "report", lambda status, metrics: None)
     rates = {f"val_rate/layer{layer}/attention": 0.5 for layer in range(2)}
     metrics = {name: torch.tensor(value) for name, value in ({"val_rate": 0.5} | rates | measured).items()}
@@ -23,8 +25,8 @@ def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, quality: str, **mea
 
 
 def test_a_measure_that_there_is_not_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "loss" not in evaluated(tmp_path, monkeypatch, "bits_per_character", val_bits_per_character=2.0)
-    assert evaluated(tmp_path, monkeypatch, "accuracy", val_accuracy=0.5, val_loss=0.75)["loss"] == 0.75
+    assert "loss" not in evaluated(tmp_path, monkeypatch, LanguageTask.metric, val_bits_per_character=2.0)
+    assert evaluated(tmp_path, monkeypatch, ClassificationTask.metric, val_accuracy=0.5, val_loss=0.75)["loss"] == 0.75
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
@@ -33,7 +35,7 @@ def test_a_measure_that_is_no_number_fails_the_trial(
 ) -> None:
     measured = {"val_accuracy": 0.5, "val_loss": 0.5, f"val_{name}": float("nan")}
     with pytest.raises(FloatingPointError, match=f"the {name} at update 10 is nan"):
-        evaluated(tmp_path, monkeypatch, "accuracy", **measured)
+        evaluated(tmp_path, monkeypatch, ClassificationTask.metric, **measured)
 
 
 def test_a_full_disk_is_no_fault_of_the_trial(tmp_path: Path) -> None:
@@ -53,4 +55,4 @@ def chained(error: Exception, cause: Exception) -> Exception:
 def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(content)
     with pytest.raises(CheckpointError, match=r"history.json' (cannot be read|is damaged)"):
-        Reporter(tiny(), tmp_path, "accuracy", 8, 0.0).restore()
+        Reporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0).restore()

@@ -1,13 +1,13 @@
 """The task of language modelling."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sma.memory import check_memory
 from sma.model import ModelSpec
-from sma.recipes.tasks.contract import TaskSpec
+from sma.recipes.tasks.contract import Metric, TaskSpec
 from sma.recipes.tasks.language.corpus import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
 from sma.spec import register
 
@@ -15,6 +15,9 @@ from sma.spec import register
 @register
 class LanguageTask(TaskSpec):
     """Predict the next byte of a text."""
+
+    metric: ClassVar[Metric] = Metric("bits_per_character", "min", "bits_per_character")
+    objective: ClassVar[str] = "sma.recipes.training.language:LanguageModelling"
 
     kind: Literal["language"] = "language"
     data: TextSettings = Field(default=PYTHON_TEXT, description="which text, and how it is split")

@@ -11,7 +11,7 @@ from sma.checkpoint import load
 from sma.errors import CheckpointError
 from sma.recipes.seqboat_lra import Options, main
 from sma.recipes.tasks.listops.task import ListOpsTask
-from sma.recipes.training.classification import evaluation_loader
+from sma.recipes.training.classification import Classification
 from sma.recipes.training.evaluation import evaluate
 from sma.recipes.training.resuming import changed
 
@@ -46,7 +46,7 @@ def test_confusion_and_accuracy_per_class_equal_a_loop_over_the_answers(run, dat
     result = evaluate(run, _options())
     model, counts = load(run / "model"), [[0] * 10 for _ in range(10)]
     with torch.no_grad():
-        for batch in evaluation_loader(data.test, data):
+        for batch in Classification(ListOpsTask(), data).evaluation_batches("test"):
             for target, guess in zip(
                 batch.targets.tolist(), model(batch.inputs, batch.valid).logits.argmax(-1).tolist(), strict=True
             ):

@@ -1,4 +1,4 @@
-"""A team: its parts of the batches make the batches, and whoever stands alone takes all."""
+"""Distributed training: the shards of all ranks make up the batch, and a single process takes all of it."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from sma.errors import SpecError
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.classification import EVALUATION_BATCH, evaluation_loader
-from sma.recipes.training.distributed import ALONE, Team, whole
+from sma.recipes.tasks.listops.task import ListOpsTask
+from sma.recipes.training.classification import EVALUATION_BATCH, Classification
+from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, unshard
 from sma.recipes.training.sampling import UpdateSampler
 from tests.test_recipes.tiny import tiny_data
 
@@ -20,20 +21,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 6))
 @settings(max_examples=50, deadline=None)
-def test_parts_make_the_whole(items: list[int], size: int) -> None:
-    parts = [Team(rank, size).part(items) for rank in range(size)]
+def test_shards_of_all_ranks_make_up_the_list(items: list[int], size: int) -> None:
+    parts = [DistributedContext(rank, size).shard(items) for rank in range(size)]
     assert [parts[place % size][place // size] for place in range(len(items))] == items
     assert sum(map(len, parts)) == len(items)
 
 
 @given(share=st.integers(1, 4), size=st.integers(1, 5), shape=st.lists(st.integers(0, 3), max_size=2))
-def test_the_parts_of_a_tensor_make_the_whole(share: int, size: int, shape: list[int]) -> None:
+def test_unshard_undoes_shard(share: int, size: int, shape: list[int]) -> None:
     rows = torch.randn(share * size, *shape, dtype=torch.float64)
-    assert torch.equal(whole([Team(rank, size).part(rows) for rank in range(size)]), rows)
+    assert torch.equal(unshard([DistributedContext(rank, size).shard(rows) for rank in range(size)]), rows)
 
 
-def test_where_a_part_is_longer_zeros_fill_up_the_others() -> None:
-    assert whole([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [
+def test_zeros_fill_up_the_smaller_shards() -> None:
+    assert unshard([torch.tensor([[1], [3]]), torch.tensor([[2, 5], [4, 6]])]).tolist() == [
         [1, 0],
         [2, 5],
         [3, 0],
@@ -41,10 +42,10 @@ def test_where_a_part_is_longer_zeros_fill_up_the_others() -> None:
     ]
 
 
-def test_who_stands_alone_takes_all_and_writes() -> None:
-    assert ALONE.part([3, 1, 2]) == [3, 1, 2]
-    assert ALONE.writes
-    assert [Team(rank, 3).writes for rank in range(3)] == [True, False, False]
+def test_a_single_process_takes_all_and_is_rank_zero() -> None:
+    assert SINGLE_PROCESS.shard([3, 1, 2]) == [3, 1, 2]
+    assert SINGLE_PROCESS.is_rank_zero
+    assert [DistributedContext(rank, 3).is_rank_zero for rank in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -52,7 +53,7 @@ def test_who_stands_alone_takes_all_and_writes() -> None:
 def test_samples_of_an_update_are_those_of_one_process(size: int, start: int) -> None:
     lengths = torch.randint(1, 30, (40,), generator=torch.Generator().manual_seed(1))
     whole = list(UpdateSampler(lengths, 6, 12, 7, start, 2))
-    parts = [list(UpdateSampler(lengths, 6, 12, 7, start, 2, Team(rank, size))) for rank in range(size)]
+    parts = [list(UpdateSampler(lengths, 6, 12, 7, start, 2, DistributedContext(rank, size))) for rank in range(size)]
     for update, batch in enumerate(whole):
         shares = [part[update] for part in parts]
         assert {len(share) for share in shares} == {6 // size}
@@ -70,7 +71,7 @@ def test_samples_of_an_update_are_those_of_one_process(size: int, start: int) ->
 )
 def test_a_batch_that_does_not_divide_is_refused(samples: int, batch_size: int, size: int, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        UpdateSampler(torch.ones(samples, dtype=torch.int64), batch_size, 3, 0, team=Team(0, size))
+        UpdateSampler(torch.ones(samples, dtype=torch.int64), batch_size, 3, 0, distributed=DistributedContext(0, size))
 
 
 class Lengths:
@@ -92,7 +93,8 @@ def test_evaluation_looks_at_every_sample_once_in_as_many_batches_everywhere(
     samples: int, size: int, data: TaskData
 ) -> None:
     split = Lengths(torch.randint(1, 9, (samples,), generator=torch.Generator().manual_seed(samples)))
-    loaders = [evaluation_loader(split, data, Team(rank, size)) for rank in range(size)]
+    objective = Classification(ListOpsTask(), data._replace(test=split))
+    loaders = [objective.evaluation_batches("test", DistributedContext(rank, size)) for rank in range(size)]
     batches = [list(loader) for loader in loaders]
     assert len({len(found) for found in batches}) == 1  # those who have fewer would leave the others waiting
     assert sorted(int(target) for found in batches for batch in found for target in batch.targets) == list(

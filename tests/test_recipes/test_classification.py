@@ -1,4 +1,4 @@
-"""Training by Lightning: the optimiser as the paper has it, measures against loops, and numbers that are none."""
+"""Classification: the optimiser of the paper, measures against loops, and values that are not finite."""
 
 import copy
 
@@ -15,14 +15,8 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import BEST
 from sma.recipes.tasks.batch import Batch, collate
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.classification import (
-    Classifier,
-    RateMetric,
-    Scores,
-    check_finite,
-    evaluation_loader,
-    training_loader,
-)
+from sma.recipes.training.classification import Classification, Classifier, Scores, check_finite
+from sma.recipes.training.module import RateMetric
 from tests.cases import generator
 from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, tiny, train
 
@@ -169,7 +163,7 @@ def test_training_equals_a_plain_loop_over_the_formulas(data, tmp_path):
     # In float64, where rounding flips no decision, and without dropout.
     settings = {"embedding_dropout": 0, "layers__layer__dropout": 0, "head__dropout": 0, "precision": "64-true"}
     spec = tiny(**settings, training__clip_norm=0.5, training__weight_decay=0.3)
-    trained = train(spec, tmp_path, data).classifier.model
+    trained = train(spec, tmp_path, data).module.model
     trained.load_state_dict(
         {name.removeprefix("model."): tensor for name, tensor in checkpoint(tmp_path)["state_dict"].items()}
     )
@@ -177,7 +171,7 @@ def test_training_equals_a_plain_loop_over_the_formulas(data, tmp_path):
     model = build(spec.model, seed=spec.seed).double()
     parameters = list(model.parameters())
     means, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
-    for step, batch in enumerate(training_loader(data, spec.training, spec.seed, 0)):
+    for step, batch in enumerate(Classification(spec.task, data).training_batches(spec.training, spec.seed)):
         loss = torch.nn.functional.cross_entropy(model(batch.inputs, batch.valid).logits, batch.targets)
         gradients = torch.autograd.grad(loss, parameters)
         norm = sum(gradient.square().sum() for gradient in gradients).sqrt()
@@ -207,13 +201,12 @@ def test_every_precision_trains_with_clipping_on_a_gpu(data, tmp_path, precision
 
 def _check_precision(done, precision):
     before = build(tiny().model, seed=0).state_dict()
-    assert all(tensor.isfinite().all() for tensor in done.classifier.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in done.module.state_dict().values())
     assert any(
-        not torch.equal(tensor.float().cpu(), before[name])
-        for name, tensor in done.classifier.model.state_dict().items()
+        not torch.equal(tensor.float().cpu(), before[name]) for name, tensor in done.module.model.state_dict().items()
     )
     weights = torch.float64 if precision == "64-true" else torch.float32
-    assert {tensor.dtype for tensor in done.classifier.model.state_dict().values()} == {weights}
+    assert {tensor.dtype for tensor in done.module.model.state_dict().values()} == {weights}
 
 
 def _numbers(bad, sample, position):
@@ -305,14 +298,15 @@ def test_weights_broken_just_before_an_evaluation_do_not_replace_the_checkpoint(
 
 
 def test_evaluation_looks_at_every_sample_once(data):
-    loader = evaluation_loader(data.test, data)
+    loader = Classification(tiny().task, data).evaluation_batches("test")
     assert sum(len(batch.targets) for batch in loader) == len(data.test)
     lengths: Tensor = torch.cat([batch.valid.sum(1) for batch in loader])
     assert torch.equal(lengths, data.test.lengths.sort().values)
 
 
-def test_training_loader_goes_on_after_what_is_done(data):
-    whole = list(training_loader(data, tiny().training, 0, 0))
-    rest = list(training_loader(data, tiny().training, 0, 18))
+def test_training_batches_begin_after_the_updates_that_are_done(data):
+    objective = Classification(tiny().task, data)
+    whole = list(objective.training_batches(tiny().training, 0))
+    rest = list(objective.training_batches(tiny().training, 0, 18))
     assert len(whole) == 30
     assert all(torch.equal(mine.inputs, theirs.inputs) for mine, theirs in zip(rest, whole[18:], strict=True))

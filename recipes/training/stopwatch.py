@@ -1,0 +1,63 @@
+"""Time and tokens of a training, over all its parts after interruptions."""
+
+import time
+from typing import Any, NamedTuple
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from sma.recipes.training.distributed import all_gather_object
+
+
+class Spent(NamedTuple):
+    """Cost of a training.
+
+    Attributes:
+        elapsed: seconds in all.
+        updating: seconds in updates, without evaluation, checkpoints and reading data.
+        tokens: number of tokens in the updates, over all ranks.
+    """
+
+    elapsed: float = 0.0
+    updating: float = 0.0
+    tokens: int = 0
+
+
+class Stopwatch(Callback):
+    """Measures the cost of a training; the checkpoint holds that of the parts before an interruption.
+
+    Attributes:
+        seconds: seconds of this part in updates.
+        earlier: cost of the parts before, up to the checkpoint from which this one resumes.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.earlier = Spent()
+        self._began = self._since = time.perf_counter()
+        self._tokens = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._since
+        self._tokens = int(getattr(pl_module, "tokens_seen", 0))
+
+    def spent(self) -> Spent:
+        """The cost of all parts so far; all ranks must call it."""
+        elapsed, updating, tokens = self.earlier
+        seconds = elapsed + time.perf_counter() - self._began
+        return Spent(seconds, updating + self.seconds, tokens + sum(all_gather_object(self._tokens)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cost of all parts."""
+        return self.spent()._asdict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the count."""
+        self.earlier = Spent(**state_dict)
