@@ -1,6 +1,5 @@
 """Files: read with bounds, written whole or not at all."""
 
-import errno
 import os
 import secrets
 import stat
@@ -10,10 +9,9 @@ from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 
-from sma.errors import DataError, SmaError, quote, reason
+from filelock import lock_descriptor
 
-if sys.platform != "win32":
-    import fcntl
+from sma.errors import DataError, SmaError, quote, reason
 
 DRAFT = ".draft"
 """How the name of a file ends that is being written, and of one whose writer was killed."""
@@ -129,7 +127,7 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             # Between these two steps another process may have taken it for abandoned.
-            if lock_file(handle) is False or not stands_at(draft, handle):
+            if lock_file(handle) is False or not _stands_at(draft, handle):
                 os.close(handle)
                 continue
         except BaseException:
@@ -147,18 +145,18 @@ def lock_file(handle: int, *, wait: bool = False) -> bool | None:
         wait: until no other process has it locked.
 
     Returns:
-        whether it is locked now; None where the system or the file system has no locks.
+        whether it is locked now; None on Windows, where a lock would keep the holder's other handles out too, and
+            where the file system has no locks.
     """
     if sys.platform == "win32":
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # of an error of those two NFS says the second
-        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
-    return True
+        return lock_descriptor(handle, blocking=wait)
+    except OSError:
+        return None
 
 
-def stands_at(path: Path, handle: int) -> bool:
+def _stands_at(path: Path, handle: int) -> bool:
     """Whether a path still names the file that is open, and is no link to it."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
@@ -181,7 +179,7 @@ def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
                     handle = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                     try:
                         locked = lock_file(handle)
-                        if (locked or (alone and locked is None)) and stands_at(draft, handle):
+                        if (locked or (alone and locked is None)) and _stands_at(draft, handle):
                             draft.unlink()
                     finally:
                         os.close(handle)

@@ -40,6 +40,7 @@ TOP = ("sma.testing", "sma.interop", "sma.__main__")
 THIRD_PARTY = {
     "torch",
     "einops",
+    "filelock",
     "pydantic",
     "pydantic_core",
     "yaml",

@@ -1,25 +1,28 @@
 """Folders that one process at a time may write.
 
-The lock is the kernel's (`flock`, as for data in the making): it ends with its process, however that ends, so that no
-lock is ever stale. The file `.lock` that carries it names the holder for the refusal of others, and nothing is decided
-by what it says: the same host name can stand for several machines. Windows and some network file systems cannot lock;
-there a warning stands in for the lock.
+The lock is the kernel's, by `filelock` (`flock`; on Windows `LockFileEx`): it ends with its process, however that ends,
+so that no lock is ever stale. A child that is forked does not keep it, and the thread that holds it may take it again.
+What `filelock` lacks is here: the file `.lock` names its holder for the refusal of others, is removed in the end, and
+must be a plain file; where a file system cannot lock, a warning stands in for the lock. Nothing is decided by what the
+file says: the same host name can stand for several machines.
 """
 
+import errno
 import json
 import logging
 import os
 import socket
 import stat
-import threading
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from sma.errors import CheckpointError, quote, reason
-from sma.files import DRAFT, lock_file, stands_at
+from sma.files import DRAFT, open_file
 from sma.recipes.io.names import shell_word
 
 log = logging.getLogger("sma.recipes")
@@ -30,16 +33,7 @@ LOCK = ".lock"
 DRIVER = ".driver.lock"
 """The same of a process that has others write the folder: they hold the lock of the folder itself."""
 
-_FLAGS = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOFOLLOW"))
-
-_POLL = 0.1
-"""Seconds between two looks at a lock that is waited for."""
-
-_held: dict[tuple[int, int, int, str], int] = {}
-"""How often the locks of this process are held, by thread, device and inode of the folder, and name."""
-
-_handles: set[int] = set()
-"""The open files by which they are held."""
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextmanager
@@ -57,41 +51,22 @@ def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[N
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = folder.stat()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot write {str(folder)!r}: {reason(error)}; the folder must be writable") from error
-    key = threading.get_ident(), found.st_dev, found.st_ino, name
-    if _held.get(key, 0):
-        _held[key] += 1
-        try:
-            yield
-        finally:
-            _held[key] -= 1
+    path = folder / name
+    lock = _acquire(path, wait)
+    if lock is None:
+        yield
         return
-    handle = _acquire(folder, name, time.monotonic() + wait)
-    _held[key] = 1
+    own = path.lstat()
     try:
         yield
     finally:
-        _held.pop(key, None)
-        if handle in _handles:  # it is not in a process that was forked meanwhile
-            with suppress(OSError):
-                if stands_at(folder / name, handle):
-                    (folder / name).unlink()
-            _handles.remove(handle)
-            os.close(handle)
-
-
-def _forget() -> None:
-    """Leave the locks to the process that forked this one: with its end they are to end."""
-    for handle in _handles:
-        os.close(handle)
-    _handles.clear()
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+        with suppress(OSError):
+            # Not in a forked process, and not a file that was put there since.
+            if lock.lock_counter == 1 and os.path.samestat(own, path.lstat()):
+                path.unlink()
+        lock.release()
 
 
 @contextmanager
@@ -161,62 +136,51 @@ def _reason(error: Exception) -> str:
     return reason(error)
 
 
-def _acquire(folder: Path, name: str, until: float) -> int | None:
-    """An open and locked file of this name; None where there are no locks."""
-    path = folder / name
-    while True:
-        handle = _open(path)
-        try:
-            locked = lock_file(handle)
-            # Otherwise the one who had the lock has removed it: another file is in its place.
-            if locked and stands_at(path, handle):
-                _sign(handle)
-                _handles.add(handle)
-                return handle
-            if locked is False and time.monotonic() >= until:
-                raise CheckpointError(
-                    f"the folder {str(folder)!r} is being written by {_holder(handle)}; "
-                    "wait for it or end it, or give another folder"
-                )
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-        if locked is None:
-            path.unlink(missing_ok=True)
-            what = f"{str(folder)!r} cannot be locked, its file system has no locks"
-            log.warning(f"warning: {what}; make sure that no other process writes this folder")
-            return None
-        if locked is False:
-            time.sleep(_POLL)
-
-
-def _open(path: Path) -> int:
-    """The open file of a lock. It is written to, so that a link must not lead to a file of another name."""
+def _acquire(path: Path, wait: float) -> BaseFileLock | None:
+    """The lock of this file, held; None where there are no locks. One object for all of a thread that has it twice."""
+    lock = FileLock(path, is_singleton=True, on_acquired=_sign)
     try:
-        if path.is_symlink():
-            raise CheckpointError(f"{str(path)!r} is no plain file; delete it")
-        handle = os.open(path, _FLAGS, 0o666)
+        lock.acquire(timeout=wait, poll_interval=0.1)
+    except Timeout:
+        raise CheckpointError(
+            f"the folder {str(path.parent)!r} is being written by {_holder(path)}; "
+            "wait for it or end it, or give another folder"
+        ) from None
     except OSError as error:
-        raise CheckpointError(f"cannot write {str(path)!r}: {reason(error)}; the folder must be writable") from error
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(handle)
-        raise CheckpointError(f"{str(path)!r} is no plain file; delete it")
-    return handle
+        if error.errno == errno.ELOOP:  # also of a link
+            raise CheckpointError(f"{str(path)!r} is no plain file; delete it") from error
+        if error.errno not in _NO_LOCKS:
+            raise CheckpointError(
+                f"cannot write {str(path)!r}: {reason(error)}; the folder must be writable"
+            ) from error
+        path.unlink(missing_ok=True)
+        what = f"{str(path.parent)!r} cannot be locked, its file system has no locks"
+        log.warning(f"warning: {what}; make sure that no other process writes this folder")
+        return None
+    return lock
 
 
 def _sign(handle: int) -> None:
-    """Leave the name of the holder; where the disk is full the lock holds without it."""
+    """Leave the name of the holder; where the disk is full the lock holds without it.
+
+    Raises:
+        OSError: writing would change a file of another name, or a device.
+    """
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise OSError(errno.ELOOP, "no plain file")
     own = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
     with suppress(OSError):
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(own).encode(), 0)
+        os.write(handle, b" " + json.dumps(own).encode())
 
 
-def _holder(handle: int) -> str:
+def _holder(path: Path) -> str:
     try:
-        found = json.loads(os.pread(handle, 1000, 0))
+        with open_file(path) as file:
+            if sys.platform == "win32":
+                file.seek(1)  # the first byte is what is locked, and nobody else can read it
+            found = json.loads(file.read(1000))
         return f"process {int(found['process'])} on {quote(str(found['host']))} since {quote(str(found['since']))}"
     except Exception:  # whatever stands there
         return "another process"

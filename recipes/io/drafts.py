@@ -1,8 +1,8 @@
 """Locks between processes, and folders for what is not finished yet.
 
-A lock ends with the process that holds it, however that process ends, and leaves no file. Windows cannot lock a folder,
-and some network file systems cannot lock at all: there nobody waits for another, and what killed processes leave is not
-removed.
+A lock ends with the process that holds it, however that process ends, and leaves no file: not `filelock.FileLock`,
+which leaves one in every folder of data. Windows cannot lock a folder, and some network file systems cannot lock at
+all: there nobody waits for another, and what killed processes leave is not removed.
 """
 
 import os

@@ -127,7 +127,7 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, c
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("sma.files.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with claim_folder(tmp_path / "run") as folder:
         (folder / "file").touch()
     assert [record.getMessage().startswith("warning: '") for record in caplog.records] == [True]
@@ -145,7 +145,7 @@ def test_holder_that_left_no_readable_name_is_another_process(tmp_path, monkeypa
         raise OSError(code, os.strerror(code))
 
     (tmp_path / LOCK).write_bytes(text)
-    monkeypatch.setattr("sma.files.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(CheckpointError, match="is being written by another process; wait"), run_lock(tmp_path):
         pytest.fail("two have the lock")
 

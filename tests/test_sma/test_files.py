@@ -113,7 +113,7 @@ class TestDrafts:
         def refuse(*args: object) -> None:
             raise OSError(errno.ENOLCK, "No locks available")
 
-        monkeypatch.setattr("sma.files.fcntl.flock", refuse)
+        monkeypatch.setattr("fcntl.flock", refuse)
         (tmp_path / ".file.0.draft").touch()
         write_atomically(tmp_path / "file", lambda path: path.write_text("new"))
         assert {path.name for path in tmp_path.iterdir()} == {"file", ".file.0.draft"}
