@@ -5,10 +5,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Self
 
 from sma.recipes.io.signals import PREEMPTED, Preempted
 
@@ -16,42 +16,57 @@ PATIENCE = 60.0
 """Seconds for processes to end by themselves: a training first completes its update, and saves it."""
 
 
-def side_by_side(
-    calls: Mapping[str, tuple[Callable[..., object], tuple[Any, ...]]], jobs: int
-) -> Iterator[tuple[str, int]]:
-    """Call functions in new processes, at most `jobs` at a time; gives the name and the exit code of each as it ends.
+class Processes:
+    """Functions in processes of their own, at most `jobs` at a time.
 
-    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Whoever
-    stops asking, by an error or Ctrl-C, ends those that still run; so does its own end, even by SIGKILL: nothing must
-    go on writing to a folder that a new process may go on with.
+    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Leaving
+    the block, by an error or Ctrl-C too, ends those that still run; so does the end of this process, even by SIGKILL:
+    nothing must go on writing to a folder that a new process may resume.
 
     Args:
-        calls: by name, in the order of starting: a function that can be imported, and its arguments.
-        jobs: at most so many at a time.
-
-    Returns:
-        an iterator of names and exit codes: 0 for a function that returned, 1 for one that raised, -n for a process
-        that signal number n ended.
+        jobs: processes at a time.
     """
-    context = multiprocessing.get_context("spawn")
-    waiting = list(calls.items())[::-1]
-    running: dict[Any, tuple[str, BaseProcess]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name, (function, arguments) = waiting.pop()
-                process = context.Process(target=_call, args=(function, arguments), name=name, daemon=True)
-                process.start()
-                running[process.sentinel] = name, process
-            for sentinel in wait(list(running)):
-                name, ended = running.pop(sentinel)
-                ended.join()
-                yield name, ended.exitcode or 0
-    finally:
-        for _, left in running.values():
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._context = multiprocessing.get_context("spawn")
+        self._running: dict[Any, tuple[str, BaseProcess]] = {}
+
+    def __len__(self) -> int:
+        """Number of processes that run."""
+        return len(self._running)
+
+    @property
+    def full(self) -> bool:
+        """Whether `jobs` processes run."""
+        return len(self) >= self.jobs
+
+    def start(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
+        """Call a function that can be imported in a new process."""
+        process = self._context.Process(target=_call, args=(function, arguments), name=name, daemon=True)
+        process.start()
+        self._running[process.sentinel] = name, process
+
+    def wait(self) -> tuple[str, int]:
+        """Wait for one of the processes to end.
+
+        Returns:
+            its name and exit code: 0 for a function that returned, 1 for one that raised, -n for a process that signal
+            number n ended.
+        """
+        name, ended = self._running.pop(wait(list(self._running))[0])
+        ended.join()
+        return name, ended.exitcode or 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        running = [process for _, process in self._running.values()]
+        for left in running:
             left.terminate()
         until = time.monotonic() + PATIENCE
-        for _, left in running.values():
+        for left in running:
             left.join(max(0.0, until - time.monotonic()))
             if left.is_alive():
                 left.kill()

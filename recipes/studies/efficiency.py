@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,10 +24,8 @@ from sma.checkpoint import load
 from sma.errors import CheckpointError, SmaError
 from sma.model import SequenceModel
 from sma.recipes.io.run_folder import SUMMARY
+from sma.recipes.reports.comparison import WORKS, Work
 from sma.streams import run_command
-
-Work = Literal["inference", "training"]
-WORKS: tuple[Work, ...] = ("inference", "training")
 
 
 def efficiency(

@@ -1,74 +1,247 @@
-"""Many runs, one at a time or side by side; one that fails does not stop the others."""
+"""Grids of runs, one at a time or side by side; a run that fails does not stop the others."""
 
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
-from sma.errors import CheckpointError
+from sma.errors import CheckpointError, SmaError, SpecError
 from sma.files import read_file
 from sma.recipes.experiment import ExperimentSpec, load_experiment
-from sma.recipes.io.processes import side_by_side
+from sma.recipes.io.names import plain
+from sma.recipes.io.processes import Processes
 from sma.recipes.io.run_folder import EXPERIMENT, LIMIT, SUMMARY, read_summary, refuse_another, write_text
+from sma.recipes.reports.results import Failure, Row, layer_rates
 from sma.recipes.tasks.contract import TaskData
+from sma.stats import operation_count
 from sma.streams import make_tolerant
 
 ERROR, LOG = "error.txt", "log.txt"
-"""The files of a run that failed: the reason in a line, and all that it had to say."""
+"""The files of a run that failed: the reason on one line, and its output with the traceback."""
+
+SHARED = ("task", "chance", "majority", "data")
+ORIGIN = ("commit", "hardware", "date")
+"""What a study states of its runs together."""
+
+NEEDED = ("test_accuracy", "activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
+"""What a row holds of the summary of its run."""
+
+Experiment = ExperimentSpec | Callable[[Mapping[str, Row]], ExperimentSpec]
 
 
-def unfinished(specs: Mapping[str, ExperimentSpec], out: Path) -> dict[str, ExperimentSpec]:
-    """The runs that are still to be made, by their folders below `out`.
+@dataclass(frozen=True)
+class Run:
+    """A run of a study.
 
-    Raises:
-        CheckpointError: one of the folders holds a run of another experiment.
+    Attributes:
+        name: its folder below that of the study.
+        variant: what is compared.
+        seed: of the experiment.
+        experiment: the experiment, or a function that makes it from the finished rows by name.
+        needs: names of the runs whose rows that function reads; they stand before this one in the grid.
+        column: the part of the table in which the run stands, where it has several.
+        title: start of the titles of the figures of the run; None draws none.
     """
-    for name, spec in specs.items():
-        path = out / name / EXPERIMENT
-        if path.exists():
-            refuse_another(load_experiment(path), spec, path, "give another --out, or delete it to run it again")
-    return {name: spec for name, spec in specs.items() if not (out / name / SUMMARY).is_file()}
+
+    name: str
+    variant: str
+    seed: int
+    experiment: Experiment
+    needs: tuple[str, ...] = ()
+    column: str | None = None
+    title: str | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What identifies the run in a summary."""
+        column = {} if self.column is None else {"column": self.column}
+        return {"name": self.name, **column, "variant": self.variant, "seed": self.seed}
 
 
-def train_all(
-    specs: Mapping[str, ExperimentSpec],
+class Results(NamedTuple):
+    """What stands in the folders of a grid.
+
+    Attributes:
+        rows: of the finished runs, in the order of the grid.
+        failed: the runs that failed, in the order of the grid.
+        tried: names of the runs that were to be trained.
+        facts: what all have in common, see `sma.recipes.reports.results.Summary`.
+    """
+
+    rows: list[Row]
+    failed: list[Failure]
+    tried: list[str]
+    facts: dict[str, Any]
+
+    @property
+    def failures(self) -> list[str]:
+        """Names of the runs that were tried and failed."""
+        return [run["name"] for run in self.failed if run["name"] in self.tried]
+
+
+class Trainer(Protocol):
+    """Trains an experiment in a folder, or resumes it there, and leaves its summary."""
+
+    def __call__(
+        self,
+        spec: ExperimentSpec,
+        folder: Path,
+        data: TaskData,
+        *,
+        accelerator: str,
+        progress: bool,
+        title: str | None,
+    ) -> object:
+        """Train, test, and write `summary.json`, with which the run counts as finished."""
+
+
+def train(
+    spec: ExperimentSpec, folder: Path, data: TaskData, *, accelerator: str, progress: bool, title: str | None
+) -> None:
+    """Train an experiment, or resume it from its last checkpoint."""
+    # Lightning takes seconds to import; --help need not wait for it.
+    from sma.recipes.training.run import run_experiment
+
+    run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, title=title)
+
+
+def run_grid(
+    runs: Sequence[Run],
     out: Path,
     data: TaskData,
     *,
     cache: Path,
     accelerator: str = "auto",
     jobs: int = 1,
-) -> Iterator[str]:
-    """Train runs; gives the name of each as it ends, finished or failed. An interrupted run goes on where it was.
+    progress: bool = False,
+    only: Collection[str] | None = None,
+    write: Callable[[Results], object] = lambda results: None,
+    trainer: Trainer = train,
+) -> Results:
+    """Train the runs of a grid that are not finished, and resume those that were interrupted.
+
+    A run that fails does not stop the others: the reason stands in `error.txt` of its folder, the traceback in
+    `log.txt`. A run fails as well where one that it needs has failed, or is neither finished nor to be trained.
 
     Args:
-        specs: by the names of their folders below `out`.
-        out: the folder of all.
+        runs: the grid.
+        out: the folder of the study.
         data: of their task, for runs in this process.
-        cache: where the data is kept, for runs in others.
-        accelerator: Lightning's name for the device.
-        jobs: at most so many at a time, each in a process of its own; 1 trains in this one.
+        cache: where the data is kept, for runs in other processes.
+        accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
+        jobs: runs at a time, each in a process of its own; 1 trains in this process.
+        progress: show a bar, for runs in this process.
+        only: names of the runs to train; of the others those that are finished are listed. None: all.
+        write: called with the results at the beginning and after every run.
+        trainer: trains one run; a function that can be imported.
+
+    Raises:
+        CheckpointError: a folder holds a run of another experiment.
+        SpecError: the runs have several tasks, or one needs a run that does not stand before it.
     """
-    for name in specs:
+    _check(runs, out)
+    grid = _Grid(runs, out, data)
+    waiting = [run for run in runs if run.name not in grid.rows and (only is None or run.name in only)]
+    grid.tried = [run.name for run in waiting]
+    for name in grid.tried:
         (out / name / ERROR).unlink(missing_ok=True)
-    if jobs == 1:
-        for name, spec in specs.items():
-            _train(spec, out / name, lambda: data, accelerator)
-            yield name
-        return
-    calls = {name: (_train_alone, (spec, out / name, cache, accelerator)) for name, spec in specs.items()}
-    for name, code in side_by_side(calls, jobs):
-        if code and not (out / name / ERROR).is_file():
-            write_text(
-                out / name / ERROR,
-                f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}",
-            )
-        yield name
+    write(grid.results())
+    running: dict[str, Run] = {}
+    with Processes(jobs) as processes:
+        while waiting or running:
+            left = {*running, *(run.name for run in waiting)}
+            run = next((run for run in waiting if not left & {*run.needs}), None)
+            if run is None or processes.full:
+                name, code = processes.wait()
+                _note_death(out / name, code)
+                grid.note_end(running.pop(name))
+                write(grid.results())
+                continue
+            waiting.remove(run)
+            spec = _experiment(run, grid.rows, out)
+            if spec is not None:
+                size = f"{spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+                print(f"{run.name}: {size} -> {plain(out / run.name)}", flush=True)
+                if jobs > 1:
+                    running[run.name] = run
+                    processes.start(
+                        run.name, _train_alone, trainer, spec, out / run.name, cache, accelerator, run.title
+                    )
+                    continue
+                _train(trainer, spec, out / run.name, lambda: data, accelerator, run.title, progress)
+            grid.note_end(run)
+            write(grid.results())
+    return grid.results()
+
+
+class _Grid:
+    """The rows of a grid as its runs end."""
+
+    def __init__(self, runs: Sequence[Run], out: Path, data: TaskData) -> None:
+        self.runs = runs
+        self.out = out
+        self.length = max(1, round(float(data.test.lengths.double().mean())))
+        self.samples = len(data.test)
+        self.tried: list[str] = []
+        self.ended = 0
+        self.summaries: dict[str, dict[str, Any]] = {}
+        self.rows: dict[str, Row] = {}
+        for run in runs:
+            self._read(run)
+
+    def note_end(self, run: Run) -> None:
+        """Read what a run left, and print how it ended."""
+        self._read(run)
+        self.ended += 1
+        print(f"[{self.ended}/{len(self.tried)}] {run.name}: {in_words(self.out / run.name)}", flush=True)
+
+    def results(self) -> Results:
+        """What stands in the folders."""
+        failed: list[Failure] = []
+        for run in self.runs:
+            if run.name not in self.rows and (reason := failure(self.out / run.name)) is not None:
+                failed.append(cast(Failure, {**run.labels, "error": reason}))
+        rows = [self.rows[run.name] for run in self.runs if run.name in self.rows]
+        return Results(rows, failed, list(self.tried), self._facts(rows))
+
+    def _facts(self, rows: Sequence[Row]) -> dict[str, Any]:
+        summaries = [self.summaries[row["name"]] for row in rows]
+        updates = {row["updates"] for row in rows}
+        return {
+            **({key: summaries[0][key] for key in SHARED} if summaries else {}),
+            "updates": updates.pop() if len(updates) == 1 else None,
+            # Runs that were made at several times can have several.
+            **{key: ", ".join(sorted({str(run.get(key)) for run in summaries})) for key in ORIGIN},
+            "test_samples": self.samples,
+            "length": self.length,
+            "seeds": list(dict.fromkeys([self.runs[0].seed, *(row["seed"] for row in rows)])),
+        }
+
+    def _read(self, run: Run) -> None:
+        folder = self.out / run.name
+        if not (folder / SUMMARY).is_file():
+            return
+        found = read_summary(folder, *SHARED, *NEEDED)
+        spec = run.experiment if isinstance(run.experiment, ExperimentSpec) else load_experiment(folder / EXPERIMENT)
+        rates = found["activation_rates"]
+        layers = layer_rates(rates)
+        self.summaries[run.name] = found
+        row: dict[str, Any] = {
+            **run.labels,
+            "accuracy": found["test_accuracy"],
+            "activation_rate": sum(layers) / len(layers) if layers else None,
+            "rates": rates,
+            "macs_per_token": operation_count(spec.model, self.length, rates).per_token,
+            **{key: found[key] for key in ("tokens_per_second", "seconds", "parameters", "updates")},
+        }
+        self.rows[run.name] = cast(Row, row)
 
 
 def failure(folder: Path) -> str | None:
-    """Why a run failed, in a line; None if it did not."""
+    """Return why a run failed, on one line; None if it did not."""
     return (
         read_file(folder / ERROR, LIMIT, CheckpointError).decode(errors="replace")
         if (folder / ERROR).is_file()
@@ -77,33 +250,92 @@ def failure(folder: Path) -> str | None:
 
 
 def in_words(folder: Path) -> str:
-    """How a run ended."""
+    """Return how a run ended."""
     if (reason := failure(folder)) is not None:
         return f"failed: {reason}"
     run = read_summary(folder, "test_accuracy", "seconds")
     return f"accuracy {run['test_accuracy']:.1%} after {run['seconds']:.0f} s"
 
 
-def _train_alone(spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str) -> None:
-    """A run in a process of its own, which says what it has to say in its folder: lines of several runs would be
-    mixed.
-    """
+def _check(runs: Sequence[Run], out: Path) -> None:
+    before: set[str] = set()
+    task = None
+    for run in runs:
+        if missing := [name for name in run.needs if name not in before]:
+            raise SpecError(f"the run {run.name!r} needs {missing[0]!r}, which must stand before it in the grid")
+        before.add(run.name)
+        if not isinstance(run.experiment, ExperimentSpec):
+            continue
+        task = task or run.experiment.task
+        if run.experiment.task != task:
+            raise SpecError(
+                f"the run {run.name!r} has the task {run.experiment.task} and the runs before it {task}; "
+                "the runs of a grid must have one task"
+            )
+        _refuse_another(run.experiment, out / run.name)
+
+
+def _refuse_another(spec: ExperimentSpec, folder: Path) -> None:
+    path = folder / EXPERIMENT
+    if path.exists():
+        refuse_another(load_experiment(path), spec, path, "give another --out, or delete it to run it again")
+
+
+def _experiment(run: Run, rows: Mapping[str, Row], out: Path) -> ExperimentSpec | None:
+    """Return the experiment of a run; None where it cannot be made, which is noted in its folder."""
+    if isinstance(run.experiment, ExperimentSpec):
+        return run.experiment
+    try:
+        if missing := [name for name in run.needs if name not in rows]:
+            failed = failure(out / missing[0]) is not None
+            raise SpecError(
+                f"the run needs the results of {missing[0]!r}, which "
+                + ("failed" if failed else f"was not trained; train {missing[0]!r} too")
+            )
+        spec = run.experiment({name: rows[name] for name in run.needs})
+        _refuse_another(spec, out / run.name)
+    except SmaError as error:
+        write_text(out / run.name / ERROR, _on_one_line(error))
+        return None
+    return spec
+
+
+def _train_alone(
+    trainer: Trainer, spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str, title: str | None
+) -> None:
+    """Train in a process of its own, whose output goes to the folder: lines of several runs would be mixed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     make_tolerant()
-    _train(spec, folder, lambda: spec.task.prepare(cache, progress=False), accelerator)
+    _train(trainer, spec, folder, lambda: spec.task.prepare(cache, progress=False), accelerator, title)
 
 
-def _train(spec: ExperimentSpec, folder: Path, data: Callable[[], TaskData], accelerator: str) -> None:
+def _train(
+    trainer: Trainer,
+    spec: ExperimentSpec,
+    folder: Path,
+    data: Callable[[], TaskData],
+    accelerator: str,
+    title: str | None,
+    progress: bool = False,
+) -> None:
     try:
-        # Lightning takes seconds to import; --help need not wait for it.
-        from sma.recipes.training.run import run_experiment
-
-        run_experiment(spec, folder, data(), resume=True, accelerator=accelerator, progress=False)
-    except Exception as error:  # whatever it is: the other runs go on
+        trainer(spec, folder, data(), accelerator=accelerator, progress=progress, title=title)
+    except Exception as error:  # whatever it is: the other runs are trained
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
             traceback.print_exc(file=log)
-        write_text(folder / ERROR, " ".join(f"{type(error).__name__}: {error}".split()))
+        write_text(folder / ERROR, _on_one_line(error))
+
+
+def _note_death(folder: Path, code: int) -> None:
+    """Write down why a process ended that did not write it itself."""
+    if code and not (folder / ERROR).is_file():
+        name = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        write_text(folder / ERROR, f"ended {name}")
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,12 +1,21 @@
-"""The grid of the table of routers: which experiments it consists of."""
+"""The study of routers: every router with every sub-module."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import AliasChoices, Field
 
 from sma.errors import SpecError
 from sma.layer import LayerSpec
 from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.reports.results import Summary
+from sma.recipes.reports.routers import router_table
+from sma.recipes.reports.table import Table
+from sma.recipes.studies.contract import Chosen, Study, StudyOptions, variants_field
+from sma.recipes.studies.grid import Run
 from sma.recipes.studies.variants import with_routers
+from sma.recipes.tasks.contract import TaskData
 from sma.routers import (
     AlwaysRouterSpec,
     BernoulliRouterSpec,
@@ -39,22 +48,70 @@ SEEDS = 3
 """Seeds of each of them."""
 
 
-class Cell(NamedTuple):
-    """One run of the table.
+class TableOptions(StudyOptions):
+    """The options of the table of routers."""
 
-    Attributes:
-        column: the sub-module that is routed, or `MIXED`.
-        router: one of `ROUTERS`.
-    """
-
-    column: str
-    router: str
-    seed: int
+    preset: Literal["tiny"] = Field(default="tiny", description="52 runs of less than a minute on one core each")
+    variants: str | None = variants_field(ROUTERS)
+    columns: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("modules", "columns"),
+        description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one",
+    )
+    seeds: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description=f"runs of every router in every column; default 1, and {SEEDS} of {', '.join(REPEATED)} in the "
+        "first column",
+    )
+    jobs: int = Field(default=2, ge=1, description="runs at a time, each in a process of its own; 1 trains in this one")
 
     @property
     def name(self) -> str:
-        """Its folder below that of the table."""
-        return f"{self.column}/{self.router}-{self.seed}"
+        return f"listops_router_table_{self.preset}"
+
+
+class TableChosen(Chosen):
+    """What a table was asked for.
+
+    Attributes:
+        columns: the sub-modules, and `MIXED`.
+    """
+
+    columns: list[str] = Field(min_length=1)
+
+
+class RouterTable(Study[TableOptions, TableChosen]):
+    """Every router in every column."""
+
+    name = "router_table"
+    chosen = TableChosen
+    older = "chosen.json"
+    selections: ClassVar[Mapping[str, str]] = {"variants": "router", "columns": "column"}
+
+    def experiment(self, options: TableOptions) -> ExperimentSpec:
+        spec = super().experiment(options)
+        if not columns(spec):
+            raise SpecError(
+                "the table needs an experiment whose layers have sub-modules; set model.layers.layer.modules"
+            )
+        return spec
+
+    def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
+        return {"variants": ROUTERS, "columns": columns(spec)}
+
+    def upgrade(self, older: Any) -> dict[str, Any]:
+        return {"variants": older["routers"], "columns": older["modules"], "seeds": None}
+
+    def check(self, spec: ExperimentSpec, chosen: TableChosen) -> None:
+        grid(spec, chosen.seeds)
+
+    def runs(self, spec: ExperimentSpec, chosen: TableChosen, data: TaskData, out: Path) -> list[Run]:
+        return grid(spec, chosen.seeds)
+
+    def table(self, summary: Summary) -> Table:
+        return router_table(summary)
 
 
 def columns(spec: ExperimentSpec) -> list[str]:
@@ -63,25 +120,44 @@ def columns(spec: ExperimentSpec) -> list[str]:
     return [*names, MIXED] if len(names) > 1 else names
 
 
-def grid(spec: ExperimentSpec) -> list[Cell]:
-    """All runs of the table: every router in every column once, then the `REPEATED` ones with two more seeds in the
-    first column.
+def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
+    """All runs of the table.
+
+    Args:
+        spec: see `router_experiment`.
+        seeds: of every router in every column; None: one, and `SEEDS` of the `REPEATED` ones in the first column.
+
+    Raises:
+        SpecError: the table cannot be made of the experiment.
     """
     known = columns(spec)
-    cells = [Cell(column, router, spec.seed) for column in known for router in ROUTERS]
-    return cells + [
-        Cell(known[0], router, spec.seed + more) for more in range(1, SEEDS) for router in REPEATED if known
+    cells = [(column, router, 0) for column in known for router in ROUTERS]
+    if seeds is None:
+        cells += [(known[0], router, more) for more in range(1, SEEDS) for router in REPEATED]
+    else:
+        cells += [(column, router, more) for more in range(1, seeds) for column, router, _ in cells]
+    return [
+        Run(
+            f"{column}/{router}-{spec.seed + more}",
+            router,
+            spec.seed + more,
+            router_experiment(spec, column, router, spec.seed + more),
+            column=column,
+        )
+        for column, router, more in cells
     ]
 
 
-def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
+def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int) -> ExperimentSpec:
     """The experiment of a run: that of the table with the column's sub-modules, the row's routers, and the seed.
 
     `expert_choice` and `random` run as often as the budget says.
 
     Args:
         spec: has all sub-modules in its layers, `sma` routers, and a budget with one target.
-        cell: which run.
+        column: the sub-module that is routed, or `MIXED`.
+        router: one of `ROUTERS`.
+        seed: of the run.
 
     Raises:
         SpecError: the experiment has other routers, or no such budget.
@@ -89,18 +165,17 @@ def cell_experiment(spec: ExperimentSpec, cell: Cell) -> ExperimentSpec:
     budget = spec.training.budget
     if budget is None or not isinstance(budget.target, float):
         raise SpecError("the table needs one rate for all rows that keep one; set training.budget.target to a number")
-    layers = tuple(_with_modules(layer, cell.column) for layer in spec.model.layer_specs)
-    kind, steered = cell.router.removesuffix(BUDGET), cell.router.endswith(BUDGET)
+    layers = tuple(_with_modules(layer, column) for layer in spec.model.layer_specs)
+    kind, steered = router.removesuffix(BUDGET), router.endswith(BUDGET)
     spec = spec.replace(
         model=spec.model.replace(layers=layers),
         training=spec.training.replace(budget=budget if steered else None),
-        seed=cell.seed,
+        seed=seed,
     )
     own = [layer.router for layer in layers if layer.modules]
-    seeds = [(cell.seed * len(own) + place) % 2**31 for place in range(len(own))]
+    seeds = [(seed * len(own) + place) % 2**31 for place in range(len(own))]
     made = [
-        _router(kind, router, budget.target, spec.training.updates, seed)
-        for router, seed in zip(own, seeds, strict=True)
+        _router(kind, each, budget.target, spec.training.updates, draws) for each, draws in zip(own, seeds, strict=True)
     ]
     if any(router.needs_policy_gradient for router in made):  # which is noisy, so they learn slowly
         training = spec.training

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from sma.recipes.compare import _begun, _is_efficiency
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import (
     BEST,
@@ -24,12 +23,13 @@ from sma.recipes.io.run_folder import (
     LAST,
     SUMMARY,
     VERSIONS,
-    is_list_of,
     is_parts,
     is_words,
     read_checked,
     read_summary,
 )
+from sma.recipes.studies.comparison import Comparison, read_efficiency
+from sma.recipes.studies.folder import read_study
 from sma.recipes.studies.grid import failure, in_words
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.evaluation import _finished
@@ -152,8 +152,11 @@ def _resumed(run: Path) -> None:
 def _ended(rng: random.Random, folder: Path) -> Path:
     run = folder / "run"
     shutil.copytree(_sources()[2], run)
-    (run / "compared.json").write_text(json.dumps({"models": ["seqboat"], "seeds": 1, "minutes": None, "length": 64}))
-    (run / "arms.json").write_text(json.dumps(["routed", "always"]))
+    settings = {"seeds": 1, "minutes": None, "length": 64}
+    kept, chosen = rng.choice(
+        (("compared.json", {"models": ["seqboat"]}), ("study.json", {"study": "compare", "variants": ["seqboat"]}))
+    )
+    (run / kept).write_text(json.dumps({**chosen, **settings}))
     work = {"milliseconds": 1.5, "megabytes": 2}
     (run / "efficiency.json").write_text(
         json.dumps({"inference": work, "training": work, "device": "cpu", "hardware": "x"})
@@ -161,10 +164,7 @@ def _ended(rng: random.Random, folder: Path) -> Path:
     (run / "error.txt").write_text("a reason")
     _replace(
         rng,
-        run
-        / rng.choice(
-            (SUMMARY, SUMMARY, SUMMARY, DATA, EXPERIMENT, "compared.json", "arms.json", "efficiency.json", "error.txt")
-        ),
+        run / rng.choice((SUMMARY, SUMMARY, SUMMARY, DATA, EXPERIMENT, kept, kept, "efficiency.json", "error.txt")),
     )
     return run
 
@@ -173,9 +173,8 @@ def _read(run: Path) -> None:
     _finished(run)
     read_summary(run, "task", "data", "test_accuracy", "activation_rates", "seconds")
     read_checked(run / DATA, is_words, "hashes")
-    read_checked(run / "arms.json", lambda value: is_list_of(value, ("routed", "always")), "arms")
-    read_checked(run / "efficiency.json", _is_efficiency, "what was measured")
-    _begun(run)
+    read_efficiency(run / "efficiency.json")
+    read_study(Comparison(), run)
     failure(run)
     (run / "error.txt").unlink(missing_ok=True) if (run / "error.txt").is_file() else None
     in_words(run)

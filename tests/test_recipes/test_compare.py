@@ -1,20 +1,26 @@
-"""SeqBoat beside its baselines: the runs, the table, and what it refuses."""
+"""SeqBoat beside its baselines: the runs, the table, and what the command refuses."""
 
 import csv
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sma.recipes import compare
-from sma.recipes.compare import main, updates_in, with_updates
-from sma.recipes.io.run_folder import write_text
-from sma.recipes.reports.comparison import comma_separated, markdown, markdown_of_several
+from sma.recipes.compare import main
+from sma.recipes.reports.comparison import comparison_table, tasks_table
+from sma.recipes.reports.table import comma_separated, markdown
+from sma.recipes.studies import comparison, folder, study
+from sma.recipes.studies.comparison import updates_in, with_updates
+from sma.recipes.studies.grid import ERROR, run_grid
 from sma.recipes.tasks.digits import DigitsTask
 from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.provenance import hardware
+from tests.test_recipes import fake
+from tests.test_recipes.test_table import row as table_row
+from tests.test_recipes.test_table import summary as table_summary
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
@@ -65,75 +71,65 @@ def compared(tmp_path_factory, experiment_file):
 @pytest.mark.slow
 def test_table_says_what_the_runs_say(compared):
     summary = json.loads((compared / "summary.json").read_text())
-    assert list(summary["models"]) == ["transformer", "mega_chunk", "seqboat"]
-    for name, row in summary["models"].items():
-        assert row["seeds"] == [0, 1]
-        for seed in (0, 1):
-            run = json.loads((compared / f"{name}-{seed}" / "summary.json").read_text())
-            assert (row["accuracy"][seed], row["parameters"]) == (run["test_accuracy"], run["parameters"])
+    names = [f"{model}-{seed}" for model in ("transformer", "mega_chunk", "seqboat") for seed in (0, 1)]
+    assert [row["name"] for row in summary["rows"]] == names
+    for row in summary["rows"]:
+        run = json.loads((compared / row["name"] / "summary.json").read_text())
+        assert (row["accuracy"], row["parameters"]) == (run["test_accuracy"], run["parameters"])
         assert {"milliseconds", "megabytes"} == set(row["inference"]) == set(row["training"])
         assert row["measured_on"] == hardware("cpu", 1)
-        assert json.loads((compared / f"{name}-0" / "efficiency.json").read_text())["device"] == "cpu"
         assert row["inference"]["milliseconds"] > 0
-    assert [row["activation_rate"][0] for row in summary["models"].values()][:2] == [None, 1.0]
-    table = (compared / "table.md").read_text()
-    assert table == markdown(summary)
-    assert "| transformer | " in table
-    assert table.splitlines()[2].count("1.00x") >= 2  # of so short rows the memory is nothing that could be compared
-    rows = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
-    assert (compared / "table.csv").read_text() == comma_separated(summary)
-    assert [(row["model"], row["seed"]) for row in rows] == [
-        (name, seed) for name in summary["models"] for seed in "01"
+    for name in ("transformer", "mega_chunk", "seqboat"):
+        assert json.loads((compared / f"{name}-0" / "efficiency.json").read_text())["device"] == "cpu"
+        assert not (compared / f"{name}-1" / "efficiency.json").exists()
+    assert [row["activation_rate"] for row in summary["rows"]][:4] == [None, None, 1.0, 1.0]
+    assert [(spread["variant"], spread["seeds"]) for spread in summary["spread"]] == [
+        (name, [0, 1]) for name in ("transformer", "mega_chunk", "seqboat")
     ]
+    text = (compared / "table.md").read_text()
+    assert text == markdown(comparison_table(summary))
+    assert "| transformer | " in text
+    assert text.splitlines()[2].count("1.00x") >= 2  # of so short rows the memory is nothing that could be compared
+    rows = list(csv.DictReader((compared / "table.csv").read_text().splitlines()))
+    assert (compared / "table.csv").read_text() == comma_separated(comparison_table(summary))
+    assert [f"{row['variant']}-{row['seed']}" for row in rows] == names
 
 
-def _row(seeds=(0,), **more):
-    each = {"accuracy": 0.5, "activation_rate": 0.3, "tokens_per_second": 10, "seconds": 1.0}
-    return {
-        "parameters": 1,
-        "updates": 10,
-        "seeds": list(seeds),
-        **{name: [value] * len(seeds) for name, value in each.items()},
-        **more,
-    }
+def _row(variant, seed=0, **more):
+    return table_row(variant, seed, rates=[{"gau": 0.3}], **more)
 
 
 def _cost(milliseconds, megabytes):
     return {work: {"milliseconds": milliseconds, "megabytes": megabytes} for work in ("inference", "training")}
 
 
-def _summary(**models):
-    task = {"task": "x", "minutes": None, "test_samples": 9, "length": 4096, "chance": 0.1, "majority": 0.1}
-    return {**task, "commit": "c", "hardware": "the card", "date": "d", "models": models, "failed": []}
+def _table(*rows):
+    return comparison_table(table_summary(*rows, minutes=None, measured_length=4096))
 
 
 def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption_says_which():
     mine, there = _cost(5.0, 3.0), {"measured_on": "a GPU"}
-    relative = markdown(
-        _summary(transformer=_row([1], **_cost(10.0, 6.0), **there), seqboat=_row([0, 1], **mine, **there))
-    )
+    seqboat = [_row("seqboat", seed, parameters=1, **mine, **there) for seed in (0, 1)]
+    relative = markdown(_table(_row("transformer", 1, **_cost(10.0, 6.0), **there), *seqboat))
     assert "| seqboat | 50.0% (50.0 to 50.0) | 1 | 30% (30 to 30) | 2.00x | 0.50x | 2.00x | 0.50x |" in relative
     assert "Speed and peak memory of one row of 4,096 random tokens on a GPU: the transformer's is 1." in relative
-    failed = markdown(_summary(transformer=_row(), seqboat=_row(**mine, **there)))
+    failed = markdown(_table(_row("transformer"), *seqboat))
     assert "| 5 ms | 3 MB | 5 ms | 3 MB |" in failed
     assert "on a GPU: the transformer was not measured, so they are in milliseconds and megabytes." in failed
-    assert "there is no transformer here, so they are" in markdown(_summary(seqboat=_row(**mine, **there)))
-    assert "Speed and memory are not measured yet." in markdown(_summary(transformer=_row(), seqboat=_row()))
+    assert "there is no transformer here, so they are" in markdown(_table(*seqboat))
+    assert "Speed and memory are not measured yet." in markdown(_table(_row("transformer"), _row("seqboat")))
 
 
 def test_values_hold_what_is_relative_to_the_transformer():
     there = {"measured_on": "a GPU"}
-    models = {
-        "transformer": _row(**_cost(10.0, 6.0), **there),
-        "seqboat": _row([0, 1], **_cost(4.0, 0.0), **there),
-        "ema": _row(),
-    }
-    text = comma_separated(_summary(**models))
+    seqboat = [_row("seqboat", seed, **_cost(4.0, 0.0), **there) for seed in (0, 1)]
+    text = comma_separated(_table(_row("transformer", **_cost(10.0, 6.0), **there), *seqboat, _row("ema")))
     transformer, first, second, ema = csv.DictReader(text.splitlines())
     names = [f"{work}_relative_{what}" for work in ("inference", "training") for what in ("speed", "memory")]
     assert [transformer[name] for name in names] == ["1.0"] * 4
     assert [first[name] for name in names] == ["2.5", "0.0"] * 2 == [second[name] for name in names]
     assert [ema[name] for name in names] == [""] * 4
+    assert (first["inference_milliseconds"], ema["inference_milliseconds"]) == ("4.0", "")
     assert (first["measured_on"], ema["measured_on"]) == ("a GPU", "")
 
 
@@ -142,69 +138,40 @@ def without_training(monkeypatch):
     """Runs that end at once: `fails` are the names of those that fail, `devices` what was measured where."""
     seen = SimpleNamespace(fails=[], devices=[], began=[])
 
-    def train_all(left, out, *_, **__):
-        for name, spec in left.items():
-            seen.began.append((out.name, name, spec))
-            if name in seen.fails:
-                write_text(out / name / "error.txt", "broken")
-            else:
-                (out / name / "error.txt").unlink(missing_ok=True)
-                run = {
-                    "parameters": 1,
-                    "updates": spec.training.updates,
-                    "test_accuracy": 0.5,
-                    "activation_rate": [0.3],
-                    "device": "cuda",
-                }
-                common = {
-                    "task": "x",
-                    "chance": 0.1,
-                    "majority": 0.2,
-                    "data": {},
-                    "commit": "c",
-                    "hardware": "a GPU",
-                    "date": "d",
-                }
-                write_text(
-                    out / name / "summary.json", json.dumps({**run, **common, "tokens_per_second": 10, "seconds": 1.0})
-                )
-            yield name
+    def trainer(spec, folder, data, **options):
+        seen.began.append((folder.parent.name, folder.name, spec))
+        if folder.name in seen.fails:
+            raise RuntimeError("broken")
+        fake.train(spec, folder, data, **options)
 
     def measured(folder, length, *, device, threads):
         seen.devices.append((folder.name, device))
         return {"device": device, "hardware": f"the {device}", **_cost(5.0, 3.0)}
 
-    monkeypatch.setattr(compare, "train_all", train_all)
-    monkeypatch.setattr(compare, "efficiency", measured)
+    monkeypatch.setattr(study, "run_grid", partial(run_grid, trainer=trainer))
+    monkeypatch.setattr(comparison, "efficiency", measured)
     return seen
 
 
+def _main(*arguments):
+    return main([*map(str, arguments), "--no-progress"])
+
+
 def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finished(
-    tmp_path, experiment_file, without_training
+    tmp_path, experiment_file, without_training, capsys
 ):
-    out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
+    out, data = tmp_path / "out", tmp_path
     without_training.fails = ["transformer-0"]
-    assert (
-        main(
-            [
-                "--spec",
-                str(experiment_file),
-                "--models",
-                "transformer,seqboat",
-                "--seeds",
-                "2",
-                "--out",
-                str(out),
-                *common,
-            ]
-        )
-        == 2
-    )
+    asked = ["--spec", experiment_file, "--models", "transformer,seqboat", "--seeds", 2, "--out", out, "--data", data]
+    assert _main(*asked) == 2
+    assert f"error: 1 run failed: transformer-0; {ERROR} in the folder of each" in (said := capsys.readouterr().err)
+    assert f"and python -m sma.recipes.compare --resume {out} tries again" in said
     assert without_training.devices == [("transformer-1", "cuda"), ("seqboat-0", "cuda")]
     assert "on the cuda: the transformer's is 1." in (out / "table.md").read_text()
     without_training.fails = []
-    assert main(["--resume", str(out), *common]) == 0
+    assert _main("--resume", out, "--data", data) == 0
     assert len(without_training.devices) == 2
+    assert json.loads((out / "summary.json").read_text())["failed"] == []
 
 
 def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data, monkeypatch):
@@ -230,33 +197,28 @@ def test_updates_of_a_time_are_measured_at_the_rates_of_the_whole_schedule(data,
     assert rates[3] > rates[6] > rates[-1]
 
 
+@pytest.fixture
+def without_data(monkeypatch, data):
+    """Tasks whose data costs nothing."""
+    for kind in (DigitsTask, ListOpsTask):
+        monkeypatch.setattr(kind, "prepare", lambda *_, **__: data)
+
+
 def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
-    tmp_path, without_training, monkeypatch, capsys
+    tmp_path, without_training, without_data, monkeypatch, capsys
 ):
-    asked = [
-        "--task",
-        "digits,listops",
-        "--models",
-        "transformer,seqboat",
-        "--seeds",
-        "3",
-        "--minutes",
-        "1",
-        "--length",
-        "99",
-    ]
-    out, common = tmp_path / "out", ["--no-progress", "--data", str(tmp_path)]
-    monkeypatch.setattr(compare, "updates_in", lambda *_: 600)
+    asked = ["--task", "digits,listops", "--models", "transformer,seqboat", "--seeds", 3]
+    asked += ["--minutes", 1, "--length", 99, "--set", "training.batch_size=8"]
+    out, data = tmp_path / "out", tmp_path
+    monkeypatch.setattr(comparison, "updates_in", lambda *_: 600)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    for kind in (DigitsTask, ListOpsTask):
-        monkeypatch.setattr(kind, "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "train_all", interrupt)
-        assert main([*asked, "--set", "training.batch_size=8", "--out", str(out), *common]) == 130
-    assert main(["--resume", str(out), *common]) == 0
+        patch.setattr(study, "run_grid", interrupt)
+        assert _main(*asked, "--out", out, "--data", data) == 130
+    assert _main("--resume", out, "--data", data) == 0
     for task in ("digits", "listops"):
         began = {name: spec for folder, name, spec in without_training.began if folder == task}
         assert list(began) == [f"{model}-{seed}" for model in ("transformer", "seqboat") for seed in range(3)]
@@ -264,30 +226,30 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
             (8, 600, task)
         }
         summary = json.loads((out / task / "summary.json").read_text())
-        assert (summary["length"], summary["minutes"]) == (99, 1.0)
+        assert (summary["measured_length"], summary["minutes"]) == (99, 1.0)
+        assert "Training time of each model: 1 min." in (out / task / "table.md").read_text()
+    assert list(json.loads((out / "summary.json").read_text())) == ["digits", "listops"]
     capsys.readouterr()
-    assert main(["--resume", str(out), "--seeds", "2", "--models", "seqboat"]) == 2
+    assert _main("--resume", out, "--seeds", 2, "--minutes", 2, "--models", "seqboat") == 2
     assert capsys.readouterr().err == (
-        "error: --resume goes on with the comparison as it was; leave --models, --seeds out, or start a new one\n"
+        "error: --resume continues the study as it was; leave --seeds, --minutes out, or start a new study\n"
     )
+
+
+def test_failure_in_one_task_stops_no_other(tmp_path, without_training, without_data, capsys):
+    without_training.fails = ["seqboat-0"]
+    asked = ["--task", "digits,listops", "--models", "seqboat,ema", "--out", tmp_path / "out", "--data", tmp_path]
+    assert _main(*asked) == 2
+    assert "error: 2 runs failed: digits/seqboat-0, listops/seqboat-0; " in capsys.readouterr().err
+    assert "| ema | " in (tmp_path / "out" / "table.md").read_text()
 
 
 @pytest.mark.parametrize("killed", range(5))
 def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
-    tmp_path, without_training, monkeypatch, killed
+    tmp_path, without_training, without_data, monkeypatch, killed
 ):
-    command = [
-        "--task",
-        "digits,listops",
-        "--models",
-        "seqboat",
-        "--no-progress",
-        "--data",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    original, written = compare.write_text, []
+    command = ["--task", "digits,listops", "--models", "seqboat", "--data", tmp_path, "--out", tmp_path / "out"]
+    original, written = folder.write_text, []
 
     def write(path, text):
         if len(written) == killed:
@@ -295,12 +257,11 @@ def test_start_that_was_killed_between_two_files_is_repeated_by_auto_resume(
         written.append(path)
         original(path, text)
 
-    for kind in (DigitsTask, ListOpsTask):
-        monkeypatch.setattr(kind, "prepare", lambda *_, **__: SimpleNamespace(test=range(9)))
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "write_text", write)
-        assert main([*command, "--auto-resume"]) == 130
-    assert main([*command, "--auto-resume"]) == 0
+        patch.setattr(folder, "write_text", write)
+        patch.setattr(comparison, "write_text", write)
+        assert _main(*command, "--auto-resume") == 130
+    assert _main(*command, "--auto-resume") == 0
     assert {folder for folder, *_ in without_training.began} == {"digits", "listops"}
 
 
@@ -310,46 +271,34 @@ def test_comparison_of_several_tasks_says_what_is_wrong_with_any_before_the_firs
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_table_of_several_tasks_has_a_column_for_each(compared):
-    summary = json.loads((compared / "summary.json").read_text())
-    fewer = {**summary, "models": {"seqboat": summary["models"]["seqboat"]}}
-    lines = markdown_of_several({"listops": summary, "digits": fewer}).splitlines()
+def test_table_of_several_tasks_has_a_column_for_each():
+    names = ("transformer", "mega_chunk", "seqboat")
+    whole, fewer = ([_row(name) for name in some] for some in (names, ["seqboat"]))
+    summaries = [table_summary(*rows, minutes=None, measured_length=9) for rows in (whole, fewer)]
+    lines = tasks_table({"listops": summaries[0], "digits": summaries[1]}).splitlines()
     assert lines[0] == "| accuracy | listops | digits |"
-    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| transformer", "| mega_chunk", "| seqboat"]
+    assert [line.split(" | ")[0] for line in lines[2:5]] == [f"| {name}" for name in names]
     assert lines[2].endswith("| - |")
-    assert markdown(summary).rstrip() in "\n".join(lines)
+    assert markdown(comparison_table(summaries[0])).rstrip() in "\n".join(lines)
 
 
 @pytest.mark.slow
 def test_resumed_comparison_trains_what_is_missing_and_nothing_else(compared, capsys):
     before = (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns
     (compared / "seqboat-1" / "summary.json").unlink()
-    accuracy = json.loads((compared / "summary.json").read_text())["models"]["seqboat"]["accuracy"]
-    assert (
-        main(
-            [
-                "--resume",
-                str(compared),
-                "--no-progress",
-                "--data",
-                str(compared.parent / "data"),
-                "--accelerator",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    (compared / "table.md").unlink()
+    accuracies = [row["accuracy"] for row in json.loads((compared / "summary.json").read_text())["rows"]]
+    assert _main("--resume", compared, "--data", compared.parent / "data", "--accelerator", "cpu") == 0
     assert "6 runs, 1 to do" in capsys.readouterr().out
     assert (compared / "seqboat-0" / "summary.json").stat().st_mtime_ns == before
-    assert json.loads((compared / "summary.json").read_text())["models"]["seqboat"]["accuracy"] == accuracy
+    assert [row["accuracy"] for row in json.loads((compared / "summary.json").read_text())["rows"]] == accuracies
 
 
 def test_bad_command_lines_are_sentences(tmp_path, capsys, experiment_file):
-    assert main(["--spec", str(experiment_file), "--models", "seqbot", "--out", str(tmp_path / "a")]) == 2
+    assert _main("--spec", experiment_file, "--models", "seqbot", "--out", tmp_path / "a") == 2
     assert "unknown model 'seqbot'; did you mean 'seqboat'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
-    assert main(["--resume", str(tmp_path)]) == 2
-    assert "there is no comparison in" in capsys.readouterr().err
-    assert main(["--task", "digits,listop"]) == 2
+    assert _main("--resume", tmp_path) == 2
+    assert "there is no study in" in capsys.readouterr().err
+    assert _main("--task", "digits,listop") == 2
     assert "unknown task 'listop'; did you mean 'listops'" in capsys.readouterr().err

@@ -17,8 +17,9 @@ from sma.model import build
 from sma.recipes import router_table
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
-from sma.recipes.reports.routers import comma_separated, markdown
-from sma.recipes.studies.router_grid import REPEATED, ROUTERS, Cell, cell_experiment, columns, grid
+from sma.recipes.reports.routers import router_table as table_of
+from sma.recipes.reports.table import comma_separated, markdown
+from sma.recipes.studies.router_grid import REPEATED, ROUTERS, columns, grid, router_experiment
 from sma.recipes.training import run as training
 from sma.stats import operation_count
 from tests.test_recipes import tiny
@@ -70,44 +71,50 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
     spec = load_experiment(PRESET)
     assert columns(spec) == ["gau", "gated_mlp", "conv", "mixed"]
     assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
-    assert len(ALL) == len(set(ALL)) == 52
-    assert Counter(cell.seed for cell in ALL) == {0: 44, 1: 4, 2: 4}
-    assert {(cell.column, cell.router) for cell in ALL if not cell.seed} == {
+    assert len(ALL) == len({run.name for run in ALL}) == 52
+    assert Counter(run.seed for run in ALL) == {0: 44, 1: 4, 2: 4}
+    assert {(run.column, run.variant) for run in ALL if not run.seed} == {
         (column, row) for column in columns(spec) for row in ROUTERS
     }
-    assert {(cell.column, cell.router) for cell in ALL if cell.seed} == {("gau", router) for router in REPEATED}
+    assert {(run.column, run.variant) for run in ALL if run.seed} == {("gau", router) for router in REPEATED}
 
 
-@pytest.mark.parametrize("cell", [pytest.param(cell, id=cell.name) for cell in ALL])
-def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(cell):
-    base = load_experiment(PRESET)
-    spec = cell_experiment(base, cell)
+def test_seeds_that_are_asked_for_are_those_of_every_run():
+    runs = grid(load_experiment(PRESET, ["seed=5"]), 2)
+    assert len({run.name for run in runs}) == 88
+    assert {run.seed for run in runs} == {run.experiment.seed for run in runs} == {5, 6}
+    assert len(grid(load_experiment(PRESET), 1)) == 44
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, id=run.name) for run in ALL])
+def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(run):
+    base, spec = load_experiment(PRESET), run.experiment
     model = build(spec.model, seed=spec.seed)
     assert sum(parameter.numel() for parameter in model.parameters()) == spec.model.num_parameters()
     layers = spec.model.layer_specs
-    names = {"gau", "gated_mlp", "conv"} if cell.column == "mixed" else {cell.column}
+    names = {"gau", "gated_mlp", "conv"} if run.column == "mixed" else {run.column}
     assert [set(layer.modules) for layer in layers] == [names] * 3
-    assert {layer.router.kind for layer in layers} == {cell.router.removesuffix("+budget")}
+    assert {layer.router.kind for layer in layers} == {run.variant.removesuffix("+budget")}
     kept = tuple(
         mine.replace(router=own.router, modules=own.modules)
         for mine, own in zip(layers, base.model.layer_specs, strict=True)
     )
     assert spec.model.replace(layers=kept) == base.model.replace(layers=base.model.layer_specs)
-    steered = base.training if cell.router.endswith("+budget") else base.training.replace(budget=None)
-    if cell.router.startswith("bernoulli"):
+    steered = base.training if run.variant.endswith("+budget") else base.training.replace(budget=None)
+    if run.variant.startswith("bernoulli"):
         assert spec.training.losses.policy == 1
         slow = spec.training.router_learning_rate
         assert slow is not None
         assert slow < spec.training.learning_rate
         steered = steered.replace(losses=spec.training.losses, router_learning_rate=slow)
-    assert spec == base.replace(model=spec.model, seed=cell.seed, training=steered)
+    assert spec == base.replace(model=spec.model, seed=run.seed, training=steered)
     if spec.training.budget is not None:  # every router that shall keep the rate can
         assert len(BudgetController.of(model, spec.training.budget).steered) == 3 * len(names)
 
 
 def test_rows_of_a_fixed_rate_have_that_of_the_budget():
     base = load_experiment(PRESET, ["training.budget.target=0.25"])
-    layers = {router: cell_experiment(base, Cell("gau", router, 2)).model.layer_specs for router in ROUTERS}
+    layers = {router: router_experiment(base, "gau", router, 2).model.layer_specs for router in ROUTERS}
     assert (
         [layer.router.share for layer in layers["expert_choice"]]
         == [layer.router.rate for layer in layers["random"]]
@@ -118,7 +125,7 @@ def test_rows_of_a_fixed_rate_have_that_of_the_budget():
 
 def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
     base = load_experiment(PRESET)
-    specs = [cell_experiment(base, Cell("gau", "random", seed)) for seed in (0, 1, 2, 2**31 - 1)]
+    specs = [router_experiment(base, "gau", "random", seed) for seed in (0, 1, 2, 2**31 - 1)]
     assert len({layer.router.seed for spec in specs for layer in spec.model.layer_specs}) == 12
 
 
@@ -138,7 +145,7 @@ def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
 )
 def test_experiment_that_makes_no_table_is_refused(settings, complaint):
     with pytest.raises(SpecError, match=complaint):
-        cell_experiment(load_experiment(PRESET, settings), ALL[0])
+        router_experiment(load_experiment(PRESET, settings), "gau", "sma", 0)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,7 @@ def test_experiment_that_makes_no_table_is_refused(settings, complaint):
         ),
         pytest.param(["--jobs", "0"], "--jobs='0': input should be greater than or equal to 1", id="jobs"),
         pytest.param(
-            ["--resume", "nowhere"], "error: there is no table in 'nowhere': chosen.json is missing", id="resume"
+            ["--resume", "nowhere"], "error: there is no study in 'nowhere': study.json is missing", id="resume"
         ),
         pytest.param(["--set", "training.budget=null"], "error: the table needs one rate", id="budget"),
         pytest.param(
@@ -177,12 +184,12 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
 
 def test_summary_holds_the_numbers_of_the_runs(done):
     out, summary = done
-    assert {f"{run['modules']}/{run['router']}-{run['seed']}" for run in summary["runs"]} == set(_runs(out))
+    assert {row["name"] for row in summary["rows"]} == set(_runs(out))
     assert set(_runs(out)) == {"mlp/sma+budget-0", "mlp/sma+budget-1", "mlp/sma+budget-2", "mlp/never-0"}
     assert (summary["seeds"], summary["updates"], summary["jobs"], summary["failed"]) == ([0, 1, 2], 4, 1, [])
-    assert 0 < sum(run["seconds"] for run in summary["runs"]) <= summary["seconds"] + 0.1 * len(summary["runs"])
-    for run in summary["runs"]:
-        folder = out / run["modules"] / f"{run['router']}-{run['seed']}"
+    assert 0 < sum(run["seconds"] for run in summary["rows"]) <= summary["seconds"] + 0.1 * len(summary["rows"])
+    for run in summary["rows"]:
+        folder = out / run["column"] / f"{run['variant']}-{run['seed']}"
         own = json.loads((folder / SUMMARY).read_text())
         assert (run["accuracy"], run["rates"]) == (own["test_accuracy"], own["activation_rates"])
         assert (run["tokens_per_second"], run["seed"]) == (own["tokens_per_second"], own["seed"])
@@ -190,27 +197,27 @@ def test_summary_holds_the_numbers_of_the_runs(done):
             k: str(own[k]) for k in ("commit", "hardware", "date")
         }
         model = load_experiment(folder / EXPERIMENT).model
-        assert run["operations_per_token"] == operation_count(model, summary["length"], run["rates"]).per_token
+        assert run["macs_per_token"] == operation_count(model, summary["length"], run["rates"]).per_token
 
 
 def test_table_holds_the_numbers_of_the_summary(done):
     out, summary = done
     text = (out / "table.md").read_text()
-    assert text == markdown(summary)
+    assert text == markdown(table_of(summary))
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]
-    for run in summary["runs"]:
+    for run in summary["rows"]:
         rates = " / ".join(f"{100 * rates['mlp']:.0f}" for rates in run["rates"])
         row = [
-            run["router"],
+            run["variant"],
             f"{run['accuracy']:.1%}",
             rates,
-            f"{run['operations_per_token']:,.0f}",
+            f"{run['macs_per_token']:,.0f}",
             f"{run['tokens_per_second']:,}",
         ]
         assert (row in rows) == (run["seed"] == 0)
-    accuracies = [100 * run["accuracy"] for run in summary["runs"] if run["router"] == "sma+budget"]
+    accuracies = [100 * run["accuracy"] for run in summary["rows"] if run["variant"] == "sma+budget"]
     spread = f"{statistics.mean(accuracies):.1f}% ({min(accuracies):.1f} to {max(accuracies):.1f})"
     assert [row[:3] for row in rows if "to" in row[2]] == [["sma+budget", "3", spread]]
     assert "tokens/s: in training, without evaluation; one run at a time." in text
@@ -220,22 +227,28 @@ def test_values_are_those_of_the_summary(done):
     out, summary = done
     with (out / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["router"], int(row["seed"]), float(row["accuracy"])) for row in rows] == [
-        (run["router"], run["seed"], run["accuracy"]) for run in summary["runs"]
+    assert [(row["variant"], int(row["seed"]), float(row["accuracy"])) for row in rows] == [
+        (run["variant"], run["seed"], run["accuracy"]) for run in summary["rows"]
     ]
-    assert [float(row["rate/layer1/mlp"]) for row in rows] == [run["rates"][1]["mlp"] for run in summary["runs"]]
+    assert [float(row["rate/layer1/mlp"]) for row in rows] == [run["rates"][1]["mlp"] for run in summary["rows"]]
 
 
 def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_says_what_ran_beside(done):
-    run = {**done[1]["runs"][0], "modules": "mixed", "rates": [{"a": 0.25, "b": 1.0}, {"a": 0.5}]}
-    failed = {"modules": "mixed", "router": "random", "seed": 0, "error": "MemoryError: all of it"}
-    summary = {**done[1], "runs": [run], "failed": [failed], "repeated": [], "jobs": 2}
-    assert "| a 25 / 50, b 100 |" in markdown(summary)
-    assert "**failed**\n\n- mixed/random-0: MemoryError: all of it" in markdown(summary)
-    assert "each run beside 1 other, so not to be compared" in markdown(summary)
-    first, second = csv.DictReader(comma_separated(summary).splitlines())
+    run = {**done[1]["rows"][0], "column": "mixed", "rates": [{"a": 0.25, "b": 1.0}, {"a": 0.5}]}
+    failed = {
+        "name": "mixed/random-0",
+        "column": "mixed",
+        "variant": "random",
+        "seed": 0,
+        "error": "MemoryError: all of it",
+    }
+    summary = {**done[1], "rows": [run], "failed": [failed], "jobs": 2}
+    assert "| a 25 / 50, b 100 |" in markdown(table_of(summary))
+    assert "**failed**\n\n- mixed/random-0: MemoryError: all of it" in markdown(table_of(summary))
+    assert "each run beside 1 other, so not to be compared" in markdown(table_of(summary))
+    first, second = csv.DictReader(comma_separated(table_of(summary)).splitlines())
     assert (first["rate/layer0/b"], first.get("rate/layer1/b"), first["error"]) == ("1.0", None, "")
-    assert (second["router"], second["accuracy"], second["error"]) == ("random", "", "MemoryError: all of it")
+    assert (second["variant"], second["accuracy"], second["error"]) == ("random", "", "MemoryError: all of it")
 
 
 def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkeypatch, capsys):
@@ -244,11 +257,11 @@ def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkey
     with monkeypatch.context() as patch:
         patch.setattr(training, "run_experiment", None)
         assert _main("--resume", out, "--data", cache, "--jobs", 2) == 0
-    assert "4 runs of 4 updates, 0 to do" in capsys.readouterr().out
-    assert json.loads((out / SUMMARY).read_text())["runs"] == summary["runs"]
+    assert "4 runs, 0 to do, 2 at a time" in capsys.readouterr().out
+    assert json.loads((out / SUMMARY).read_text())["rows"] == summary["rows"]
     assert json.loads((out / SUMMARY).read_text())["jobs"] == 1  # nothing was run beside another
     assert _main("--resume", out, "--set", "training.updates=5") == 2
-    assert "leave --set, --seed and --spec out" in capsys.readouterr().err
+    assert "--resume continues the study as it was; leave --set out, or start a new study" in capsys.readouterr().err
     assert _runs(out) == before
 
 
@@ -263,16 +276,25 @@ def test_failed_run_is_named_and_tried_again(spec, cache, tmp_path, monkeypatch,
     said = capsys.readouterr()
     assert "[1/2] attention/expert_choice-0: failed: RuntimeError: the power went out\n" in said.out
     assert re.search(r"\[2/2\] attention/always-0: accuracy \d+\.\d% after \d+ s\n", said.out)
-    assert "error: 1 of 2 runs failed: attention/expert_choice-0; log.txt of each says why" in said.err
+    assert (
+        "error: 1 run failed: attention/expert_choice-0; error.txt in the folder of each holds the reason" in said.err
+    )
+    assert f"and python -m sma.recipes.router_table --resume {out} tries again" in said.err
     folder = out / "attention" / "expert_choice-0"
     assert "Traceback (most recent call last)" in (folder / "log.txt").read_text()
     assert json.loads((out / SUMMARY).read_text())["failed"] == [
-        {"modules": "attention", "router": "expert_choice", "seed": 0, "error": "RuntimeError: the power went out"}
+        {
+            "name": "attention/expert_choice-0",
+            "column": "attention",
+            "variant": "expert_choice",
+            "seed": 0,
+            "error": "RuntimeError: the power went out",
+        }
     ]
     first = _runs(out)
     assert _main("--resume", out, "--data", cache, "--jobs", 1) == 0
     summary = json.loads((out / SUMMARY).read_text())
-    assert [run["router"] for run in summary["runs"]] == ["expert_choice", "always"]
+    assert [run["variant"] for run in summary["rows"]] == ["expert_choice", "always"]
     assert summary["failed"] == []
     assert _runs(out)["attention/always-0"] == first["attention/always-0"]
 
@@ -310,9 +332,9 @@ def test_runs_side_by_side_give_what_one_after_another_gives(done, spec, cache, 
         [
             {key: value for key, value in run.items() if key not in timed}
             for run in runs
-            if run["router"] == "sma+budget"
+            if run["variant"] == "sma+budget"
         ]
-        for runs in (summary["runs"], done[1]["runs"])
+        for runs in (summary["rows"], done[1]["rows"])
     )
     assert mine == own
     assert summary["jobs"] == 2

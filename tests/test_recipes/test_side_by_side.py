@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from sma.recipes.io.processes import side_by_side
+from sma.recipes.io.processes import Processes
 
 HOLDING = """
 from pathlib import Path
-from sma.recipes.io.processes import side_by_side
+from sma.recipes.io.processes import Processes
 from tests.test_recipes.test_side_by_side import hold
 
 if __name__ == "__main__":
-    list(side_by_side({{str(number): (hold, (Path({folder!r}) / str(number),)) for number in (0, 1)}}, 2))
+    with Processes(2) as processes:
+        for number in (0, 1):
+            processes.start(str(number), hold, Path({folder!r}) / str(number))
+        processes.wait()
 """
 
 
@@ -29,20 +34,31 @@ def hold(path: Path) -> None:
 
 
 def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
-    calls = {
+    calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
         "killed": (signal.raise_signal, (signal.SIGKILL,)),
         "left": (os._exit, (3,)),
         "raised": (int, ("x",)),
         "fine": (time.sleep, (0,)),
     }
-    assert dict(side_by_side(calls, 2)) == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
+    ends: dict[str, int] = {}
+    with Processes(2) as processes:
+        for name, (function, arguments) in calls.items():
+            if processes.full:
+                ends.update([processes.wait()])
+            processes.start(name, function, *arguments)
+        while len(processes):
+            ends.update([processes.wait()])
+    assert ends == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
 
 
 def test_processes_end_with_the_one_that_asks() -> None:
     started = time.monotonic()
-    ends = side_by_side({"short": (time.sleep, (0,)), "long": (time.sleep, (200,))}, 2)
-    assert next(ends) == ("short", 0)
-    ends.close()
+    with Processes(2) as processes:
+        processes.start("short", time.sleep, 0)
+        processes.start("long", time.sleep, 200)
+        assert processes.full
+        assert processes.wait() == ("short", 0)
+        assert not processes.full
     assert time.monotonic() - started < 100
 
 

@@ -1,0 +1,156 @@
+"""Studies: many runs of one experiment, and one table.
+
+Below the folder of a study stand the folders of the runs; `table.md`, `table.csv` and `summary.json` are written after
+every run.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sma.errors import SmaError
+from sma.recipes.io.names import plain, shell_word
+from sma.recipes.io.run_folder import SUMMARY, read_checked, write_text
+from sma.recipes.reports.results import over_seeds
+from sma.recipes.reports.table import comma_separated, markdown
+from sma.recipes.studies.contract import Asked, Chosen, Options, Study, StudyOptions
+from sma.recipes.studies.folder import begin, refuse_changes
+from sma.recipes.studies.grid import ERROR, LOG, Results, Run, run_grid
+from sma.recipes.training.options import check_fits
+
+TABLE, VALUES = "table.md", "table.csv"
+
+
+def run_study(study: Study[Options, Asked], options: Options) -> dict[str, Any]:
+    """Train what is not finished yet, and write the table and the summary after every run; returns the summary.
+
+    Raises:
+        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
+    """
+    if options.resume is not None:
+        refuse_changes(study, options)
+    summary, failures, out = conduct(study, options)
+    refuse_failures(failures, out, options)
+    return summary
+
+
+def refuse_failures(failures: Sequence[str], out: Path, options: StudyOptions) -> None:
+    """Raise one error that names the runs that failed.
+
+    Args:
+        failures: their names; empty: nothing is raised.
+        out: the folder to resume.
+        options: of the command that resumes it.
+
+    Raises:
+        SmaError: there are any.
+    """
+    if failures:
+        command = f"python -m sma.recipes.{options.model_config.get('cli_prog_name')} --resume {shell_word(out)}"
+        count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+        raise SmaError(
+            f"{count} failed: {', '.join(failures)}; {ERROR} in the folder of each holds the reason, {LOG} the "
+            f"traceback, and {command} tries again"
+        )
+
+
+def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, Any], list[str], Path]:
+    """Run a study; returns its summary, the names of the runs that failed, and its folder.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    with begin(study, options) as begun:
+        spec, chosen, now, out = begun
+        check_fits(spec, options)
+        data = spec.task.prepare(options.data, progress=options.progress)
+        runs = study.runs(spec, chosen, data, out)
+        only = [run.name for run in runs if run.variant in now.variants and _in_columns(run, now)]
+        left = sum(not (out / name / SUMMARY).is_file() for name in only)
+        print(f"{spec.task.kind}: {len(only)} runs, {left} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
+        clock = _Clock(out, min(options.jobs, left))
+        write = partial(_write, study, chosen, out, clock)
+        results = run_grid(
+            runs,
+            out,
+            data,
+            cache=options.data,
+            accelerator=options.accelerator,
+            jobs=options.jobs,
+            progress=options.progress,
+            only=only,
+            write=write,
+        )
+        clock.stop()
+        more = study.conclude(write(results), begun, data) if results.rows else {}
+        summary = write(results, more)
+        print(f"\n{markdown(study.table(summary))}")
+        for what, name in (("table", TABLE), ("values", VALUES), ("summary", SUMMARY)):
+            print(f"{what:<8} {plain(out / name)}")
+        return summary, results.failures, out
+
+
+def _in_columns(run: Run, chosen: Chosen) -> bool:
+    columns = getattr(chosen, "columns", None)
+    return columns is None or run.column in columns
+
+
+def _write(
+    study: Study[Any, Asked],
+    chosen: Asked,
+    out: Path,
+    clock: "_Clock",
+    results: Results,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    summary = {**results.facts, **clock.read(), "rows": results.rows, "failed": results.failed}
+    summary |= study.summarise(results, chosen, out)
+    summary |= {"spread": over_seeds(summary["rows"]), **(more or {})}
+    table = study.table(summary)
+    for name, text in (
+        (TABLE, markdown(table)),
+        (VALUES, comma_separated(table)),
+        (SUMMARY, json.dumps(summary, indent=1)),
+    ):
+        write_text(out / name, text)
+    return summary
+
+
+class _Clock:
+    """The time that the runs of a study have taken, with that of the commands before this one.
+
+    Args:
+        out: the folder of the study.
+        jobs: runs at a time.
+    """
+
+    def __init__(self, out: Path, jobs: int) -> None:
+        self._started = time.perf_counter()
+        self._stopped: float | None = None
+        earlier: dict[str, Any] = {}
+        if (out / SUMMARY).exists():
+            hint = "delete it to count the time anew"
+            earlier = read_checked(out / SUMMARY, _is_summary, "the summary of a study", hint)
+        # Those of earlier versions may state neither.
+        self._seconds = earlier.get("seconds", 0.0)
+        self._jobs = max(earlier.get("jobs", 1), jobs)
+
+    def stop(self) -> None:
+        """Count no further."""
+        self._stopped = time.perf_counter()
+
+    def read(self) -> dict[str, Any]:
+        """Seconds, and runs at a time at most."""
+        until = time.perf_counter() if self._stopped is None else self._stopped
+        return {"jobs": self._jobs, "seconds": round(self._seconds + until - self._started, 1)}
+
+
+def _is_summary(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("seconds", 0.0), int | float)
+        and type(value.get("jobs", 1)) is int
+    )

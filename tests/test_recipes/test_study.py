@@ -1,0 +1,175 @@
+"""What all studies share: the options, the folder, and folders that earlier versions began."""
+
+import json
+from functools import partial
+
+import pytest
+import yaml
+
+from sma.recipes import compare, router_table
+from sma.recipes.io.run_folder import SUMMARY
+from sma.recipes.studies import comparison, study
+from sma.recipes.studies.folder import STUDY
+from sma.recipes.studies.grid import run_grid
+from tests.test_recipes import fake, tiny
+
+SETTINGS = {"seeds": 1, "minutes": None, "length": 64}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """An experiment that every study can be made of, as a file."""
+    training = {**tiny.TRAINING, "updates": 6, "budget": {"target": 0.4, "hold": 1, "anneal": 1}}
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({**tiny.EXPERIMENT, "training": training}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _without_training(monkeypatch):
+    cost = {"milliseconds": 1.0, "megabytes": 1.0}
+    monkeypatch.setattr(study, "run_grid", partial(run_grid, trainer=fake.train))
+    monkeypatch.setattr(comparison, "efficiency", lambda *_, **__: {"inference": cost, "training": cost})
+
+
+@pytest.fixture(params=["compare", "router_table"])
+def command(request, tmp_path):
+    """A command with its data, and two of its variants."""
+    recipe, variants = {
+        "compare": (compare, ("seqboat", "ema")),
+        "router_table": (router_table, ("sma", "always")),
+    }[request.param]
+
+    def call(*arguments):
+        return recipe.main([*map(str, arguments), "--no-progress", "--data", str(tmp_path / "data"), "--jobs", "1"])
+
+    return call, variants
+
+
+def _variants(out):
+    return list(dict.fromkeys(row["variant"] for row in json.loads((out / SUMMARY).read_text())["rows"]))
+
+
+@pytest.mark.parametrize("option", ["--variants", "--arms", "--models", "--only"])
+def test_variants_are_selected_under_every_name_that_the_option_had(command, spec, tmp_path, option):
+    call, (first, _) = command
+    assert call("--spec", spec, "--out", tmp_path / "out", option, first) == 0
+    assert _variants(tmp_path / "out") == [first]
+
+
+def test_variables_of_the_environment_select_nothing_unless_they_carry_the_prefix(command, spec, tmp_path, monkeypatch):
+    call, (first, second) = command
+    monkeypatch.setenv("MODELS", "nothing")
+    monkeypatch.setenv("SMA_VARIANTS", second)
+    assert call("--spec", spec, "--out", tmp_path / "out") == 0
+    assert _variants(tmp_path / "out") == [second]
+
+
+def test_misspelt_variant_is_answered_with_a_near_one(command, spec, tmp_path, capsys):
+    call, (first, _) = command
+    assert call("--spec", spec, "--out", tmp_path / "out", "--variants", f"{first}s") == 2
+    assert f"'{first}s'; did you mean '{first}'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_resumed_study_trains_further_variants_and_remembers_them(command, spec, tmp_path, capsys):
+    call, (first, second) = command
+    out = tmp_path / "out"
+    assert call("--spec", spec, "--out", out, "--variants", first) == 0
+    assert call("--resume", out, "--variants", second) == 0
+    assert set(_variants(out)) == {first, second}
+    for run in json.loads((out / SUMMARY).read_text())["rows"]:
+        assert fake.trainings(out / run["name"]) == 1
+    capsys.readouterr()
+    assert call("--resume", out) == 0
+    assert ", 0 to do" in capsys.readouterr().out
+    assert set(json.loads((out / STUDY).read_text())["variants"]) == {first, second}
+
+
+def test_resumed_study_refuses_every_option_that_would_change_it_in_one_sentence(command, spec, tmp_path, capsys):
+    call, (first, _) = command
+    out = tmp_path / "out"
+    assert call("--spec", spec, "--out", out, "--variants", first) == 0
+    capsys.readouterr()
+    assert call("--resume", out, "--seeds", 2, "--seed", 3, "--set", "training.updates=9") == 2
+    assert capsys.readouterr().err == (
+        "error: --resume continues the study as it was; leave --set, --seed, --seeds out, or start a new study\n"
+    )
+
+
+def test_auto_resume_repeats_a_command_and_refuses_another(command, spec, tmp_path, capsys):
+    call, (first, _) = command
+    out = tmp_path / "out"
+    for _time in range(2):
+        assert call("--spec", spec, "--out", out, "--variants", first, "--seeds", 2, "--auto-resume") == 0
+    assert ", 0 to do" in capsys.readouterr().out
+    assert call("--spec", spec, "--out", out, "--variants", first, "--seeds", 3, "--auto-resume") == 2
+    assert "holds another study: seeds is 2 there, and 3 is asked for; give another --out" in capsys.readouterr().err
+    changed = ["--spec", spec, "--set", "training.updates=9", "--seeds", 2]
+    assert call(*changed, "--out", out, "--auto-resume") == 2
+    assert "belongs to another experiment: training.updates is 6 there" in capsys.readouterr().err
+
+
+OLDER = {
+    "compare": ("compared.json", lambda names: {"models": [*names], **SETTINGS}),
+    "router_table": ("chosen.json", lambda names: {"routers": [*names], "modules": ["attention"]}),
+}
+
+
+@pytest.mark.parametrize("way", ["--resume", "--auto-resume"])
+def test_folder_of_an_earlier_version_is_resumed(request, command, spec, tmp_path, capsys, way):
+    call, (first, second) = command
+    name = request.node.callspec.params["command"]
+    out = tmp_path / "out"
+    asked = ["--spec", spec, "--variants", first, *(["--length", 64] if name == "compare" else [])]
+    assert call(*asked, "--out", out) == 0
+    (out / STUDY).unlink()
+    file, older = OLDER[name]
+    (out / file).write_text(json.dumps(older([first])))
+    (out / SUMMARY).write_text(json.dumps({"models": {}, "runs": []}))
+    capsys.readouterr()
+    assert call(*([way, out] if way == "--resume" else [*asked, "--out", out, way])) == 0
+    assert ", 0 to do" in capsys.readouterr().out
+    assert _variants(out) == [first]
+    assert call("--resume", out, "--variants", second) == 0
+    assert set(json.loads((out / STUDY).read_text())["variants"]) == {first, second}
+    (out / STUDY).unlink()
+    (out / file).write_text(json.dumps({"what": 1}))
+    assert call("--resume", out) == 2
+    assert f"out/{file}'" in (said := capsys.readouterr().err)
+    assert "start a new study" in said
+
+
+def test_folder_of_another_study_is_refused(command, spec, tmp_path, capsys):
+    call, (first, _) = command
+    out = tmp_path / "out"
+    assert call("--spec", spec, "--out", out, "--variants", first) == 0
+    found = json.loads((out / STUDY).read_text())
+    (out / STUDY).write_text(json.dumps({**found, "study": "another"}))
+    assert call("--resume", out) == 2
+    assert "belongs to the study 'another', not to " in (said := capsys.readouterr().err)
+    assert "resume it with the command that began it" in said
+    (out / STUDY).write_text(json.dumps({**found, "variants": ["nothing"]}))
+    assert call("--resume", out) == 2
+    assert ", 'nothing'; start a new study" in capsys.readouterr().err
+
+
+def test_time_is_that_of_all_commands(command, spec, tmp_path):
+    call, (first, second) = command
+    out = tmp_path / "out"
+    assert call("--spec", spec, "--out", out, "--variants", first) == 0
+    summary = json.loads((out / SUMMARY).read_text())
+    (out / SUMMARY).write_text(json.dumps({**summary, "seconds": 1000.0, "jobs": 3}))
+    assert call("--resume", out, "--variants", second) == 0
+    again = json.loads((out / SUMMARY).read_text())
+    assert (again["seconds"] > 1000, again["jobs"]) == (True, 3)
+
+
+def test_damaged_summary_is_named(command, spec, tmp_path, capsys):
+    call, (first, _) = command
+    out = tmp_path / "out"
+    assert call("--spec", spec, "--out", out, "--variants", first) == 0
+    (out / SUMMARY).write_text(json.dumps({"seconds": "many"}))
+    assert call("--resume", out) == 2
+    complaint = "does not hold the summary of a study; delete it to count the time anew"
+    assert complaint in capsys.readouterr().err
