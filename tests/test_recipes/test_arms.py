@@ -8,6 +8,7 @@ import pytest
 from sma.errors import CheckpointError, SpecError
 from sma.recipes.experiment import RoutingLosses, load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT
+from sma.recipes.reports.classification import ClassificationReport
 from sma.recipes.studies.variants import layer_rates, run_arms, table, with_routers
 from sma.recipes.training import run as training
 from sma.routers import (
@@ -39,17 +40,13 @@ def _run(arms, out, data, **options):
 
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
-    """A finished comparison: its folder, its summary, and what `after` was called with."""
+    """A finished comparison: its folder, its summary, and the folders and titles of the figures of its runs."""
     out = tmp_path_factory.mktemp("arms")
-    seen = []
-    summary = _run(
-        _arms(),
-        out,
-        data,
-        title="the title",
-        figures=lambda name, run: seen.append((name, run.summary["test_accuracy"])),
-    )
-    return out, summary, seen
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationReport, "draw", lambda report, out, title: drawn.append((out, title)))
+        summary = _run(_arms(), out, data, title="the title", subject="the subject")
+    return out, summary, drawn
 
 
 def test_summary_has_every_arm_and_is_what_stands_in_the_folder(done, data):
@@ -67,13 +64,16 @@ def test_summary_has_every_arm_and_is_what_stands_in_the_folder(done, data):
 
 
 def test_result_of_an_arm_is_that_of_its_run(done):
-    out, summary, seen = done
+    out, summary, drawn = done
     for name, result in summary["models"].items():
         run = json.loads((out / name / "summary.json").read_text())
         assert (result["accuracy"], result["seconds"]) == (run["test_accuracy"], run["seconds"])
         assert result["activation_rate"] == max(run["activation_rate"])
         assert [list(rates) for rates in result["rates"]] == [["attention"]] * 2
-    assert seen == [(name, result["accuracy"]) for name, result in summary["models"].items()]
+    assert drawn == [
+        (out / name, f"the subject, {name}: test accuracy {result['accuracy']:.1%}, seed 0")
+        for name, result in summary["models"].items()
+    ]
 
 
 def test_fixed_routers_run_as_often_as_they_say(done):
