@@ -32,6 +32,11 @@ class ComplexRecurrence(NamedTuple):
     angle: Float[Tensor, "D P"]
     outward: Float[Tensor, "D N"]
 
+    def kernels(self, reverse: "ComplexRecurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
+        """See `LinearRecurrence`; the directions differ in how their states are read."""
+        ahead, back = kernels(self, torch.stack([self.outward, reverse.outward]), taps)
+        return ahead, back
+
     def over(self, chunk: int) -> ChunkWeights:
         """See `LinearRecurrence`."""
         cosine, sine = powers(self, chunk + 1, self.outward.dtype)
@@ -47,7 +52,7 @@ class ComplexRecurrence(NamedTuple):
         return torch.cat(_turned(parts, log_decay, angle), dim=-1)
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
-        """The states after one more input of every row."""
+        """See `LinearRecurrence`."""
         real, imaginary = _turned(before_BDN.chunk(2, dim=-1), self.log_decay, self.angle)
         return torch.cat([real + x_BD[..., None], imaginary], dim=-1)
 

@@ -9,18 +9,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from sma.devices import without_autocast
 from sma.initial import truncated_normal_
-from sma.inputs import check_count
-from sma.memory import zeros
 from sma.modules.cache import Cache, empty_cache
-from sma.modules.long_convolution import fast_length, long_convolution
-from sma.modules.scan import CHUNK, Recurrence, Scanned, causal_scan, causal_scan_with_state
+from sma.modules.long_convolution import convolution_operations
+from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, scan_operations
+from sma.modules.state_space import StateSpace
 from sma.padding import pack
 from sma.pytree import register_output
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
+from sma.submodule import Operations, State, SubModuleSpec, check_sizes
 
 
 @register
@@ -52,21 +50,13 @@ class EMASpec(SubModuleSpec):
             taps = min(tokens, self.truncation or tokens)
             inner = max(1, math.isqrt(taps))
             kernel = 2 * width * self.state_size * inner * -(-taps // inner)
-            size = fast_length(tokens + taps - 1)
-            return Operations(kernel, round(3 * width * 1.25 * size * math.log2(size)))
-        return _scan_operations(self, width, tokens)
+            return Operations(kernel, convolution_operations(width, tokens, taps))
+        kernel = width * self.state_size * min(CHUNK, tokens)
+        passes = 2 if self.truncation is not None and self.truncation < tokens else 1
+        return Operations(passes * (kernel + scan_operations(width, tokens, self.state_size)))
 
 
-def _scan_operations(spec: EMASpec, width: int, tokens: int) -> Operations:
-    chunk = min(CHUNK, tokens)
-    chunks = -(-tokens // chunk)
-    passes = 2 if spec.truncation is not None and spec.truncation < tokens else 1
-    kernel = width * spec.state_size * chunk
-    between = 2 * width * chunks * chunk * spec.state_size if chunks > 1 else 0
-    return Operations(passes * (kernel + width * chunks * chunk * chunk + between))
-
-
-class EMA(SubModule):
+class EMA(StateSpace[Recurrence]):
     r"""A bank of damped exponential moving averages per channel.
 
     $p = \sigma(\delta)$, $q = 1 - p\,\sigma(\alpha)$, $s_t = q s_{t-1} + p \beta x_t$, $y_t = \sum_n \gamma_n s_{t,n} /
@@ -85,11 +75,10 @@ class EMA(SubModule):
         Ma et al., "Mega: Moving Average Equipped Gated Attention", arXiv 2209.10655.
     """
 
+    spec: EMASpec
+
     def __init__(self, spec: EMASpec, width: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.width = width
-        self.causal = not spec.bidirectional
+        super().__init__(spec, width, EMAState, (width, spec.state_size))
         rows, states = spec.directions * width, spec.state_size
         self.delta = nn.Parameter(torch.empty(rows, states, 1))
         self.alpha = nn.Parameter(torch.empty(rows, states, 1))
@@ -121,73 +110,45 @@ class EMA(SubModule):
         parts = zip(log_decay.split(self.width), inward.split(self.width), outward.split(self.width), strict=True)
         return [Recurrence(*part) for part in parts]
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "EMAState":
-        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
-        self._refuse_unless_causal()
-        device, dtype = placement(self, device, dtype)
-        check_count(batch_size, "batch_size")
-        wide = torch.promote_types(dtype, torch.float32)
-        hidden = zeros((batch_size, self.width, self.spec.state_size), "the state of EMA", device=device, dtype=wide)
+    @property
+    def gain(self) -> Float[Tensor, "D"]:
+        return self.omega
+
+    def _state(self, hidden: Tensor, recent: Cache | None) -> "EMAState":
+        return EMAState(hidden, recent)
+
+    def _no_inputs(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Cache | None:
         taps = self.spec.truncation
-        return EMAState(
-            hidden, None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,))
-        )
+        return None if taps is None else empty_cache(batch_size, taps, ((self.width,),), device, (dtype,))
 
-    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
-        """Average along every row; see `SubModule.forward`."""
-        before = self._continue(state, EMAState, tokens)
-        if before is not None:
-            kept = None if before.recent is None else before.recent.size
-            check_sizes(
-                self, (*before.hidden.shape[1:], kept), (self.width, self.spec.state_size, self.spec.truncation)
-            )
-        values = tokens.values
-        if not torch.compiler.is_compiling() and values.shape[0] == 0:
-            # Every parameter takes part, with zero gradients, so that no rank waits for another.
-            nothing = sum(parameter.sum() for parameter in self.parameters()) * 0
-            return values + torch.as_tensor(nothing).to(values.dtype), state
-        wide = torch.promote_types(values.dtype, torch.float32)
-        with without_autocast(values.device):
-            x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
-            if before is None:
-                out, after = self._whole(x_BSD), None
-            else:
-                out, after = self._onward(x_BSD, tokens, before)
-        return tokens.from_padded(out).to(values.dtype), after
+    def _check_sizes(self, before: "EMAState") -> None:
+        kept = None if before.recent is None else before.recent.size
+        check_sizes(self, (*before.hidden.shape[1:], kept), (*self.hidden_shape, self.spec.truncation))
 
-    def _whole(self, x_BSD: Tensor) -> Tensor:
-        length, truncation = x_BSD.shape[1], self.spec.truncation
-        ahead, *reverse = self.recurrences(x_BSD.dtype)
-        omega = self.omega.to(x_BSD.dtype)
-        if reverse:
-            taps = min(length, truncation or length)
-            return long_convolution(x_BSD, ahead.kernel(taps), reverse[0].kernel(taps), omega)
-        out = causal_scan(x_BSD, ahead)
+    def _taps(self, length: int) -> int:
+        return min(length, self.spec.truncation or length)
+
+    def _scan(self, x_BSD: Tensor, ahead: Recurrence) -> Tensor:
+        out, length, truncation = super()._scan(x_BSD, ahead), x_BSD.shape[1], self.spec.truncation
         if truncation is not None and truncation < length:
             late = nn.functional.pad(x_BSD, (0, 0, truncation, 0))[:, :length]
             out = out - causal_scan(late, self._leaving(ahead))
-        return out + omega * x_BSD
+        return out
 
     def _leaving(self, ahead: Recurrence) -> Recurrence:
         """s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): the late inputs leave by a recurrence of their own."""
         return ahead._replace(inward=ahead.inward * torch.exp(ahead.log_decay * (self.spec.truncation or 0)))
 
-    def _onward(self, x_BSD: Tensor, tokens: Ragged, before: "EMAState") -> tuple[Tensor, "EMAState"]:
-        (ahead,), omega = self.recurrences(x_BSD.dtype), self.omega.to(x_BSD.dtype)
-        hidden = before.hidden.to(x_BSD.dtype)
-        advance = _step if x_BSD.shape[1] == 1 else causal_scan_with_state
-        out, after = advance(x_BSD, tokens.lengths, ahead, hidden)
-        recent = before.recent
-        if recent is not None:
-            late_BSD, recent = self._delayed(tokens, recent, x_BSD.dtype)
-            late = advance(late_BSD, tokens.lengths, self._leaving(ahead), torch.zeros_like(hidden))
-            out, after = out - late.out, after - late.final
-        after = after.to(before.hidden.dtype)
-        if tokens.holes or tokens.stride is None:  # a row without a token keeps its state to the last bit
-            after = after.where((tokens.lengths > 0)[:, None, None], before.hidden)
-        return out + omega * x_BSD, EMAState(after, recent)
+    def _advance(
+        self, x_BSD: Tensor, tokens: Ragged, ahead: Recurrence, before: "EMAState"
+    ) -> tuple[Scanned, Cache | None]:
+        scanned, _ = super()._advance(x_BSD, tokens, ahead, before)
+        if before.recent is None:
+            return scanned, None
+        late_BSD, recent = self._delayed(tokens, before.recent, x_BSD.dtype)
+        none = torch.zeros_like(before.hidden, dtype=x_BSD.dtype)
+        late = advance(late_BSD, tokens.lengths, self._leaving(ahead), none)
+        return Scanned(scanned.out - late.out, scanned.final - late.final), recent
 
     def _delayed(self, tokens: Ragged, recent: Cache, dtype: torch.dtype) -> tuple[Tensor, Cache]:
         """The inputs `truncation` slots before those of a chunk, `(B, S, D)`, and the cache with the chunk in it."""
@@ -200,11 +161,6 @@ class EMA(SubModule):
         back = joined.tokens.slots[joined.new] - recent.size
         late = values.index_select(0, (joined.new - recent.size).clamp(min=0)).where((back >= 0)[:, None], 0)
         return real.with_values(late.to(dtype)).to_padded(tokens.longest)[0], recent.append(real, real.values)
-
-
-def _step(x_B1D: Tensor, lengths_B: Tensor, recurrence: Recurrence, before_BDN: Tensor) -> Scanned:
-    after = recurrence.step(x_B1D[:, 0], before_BDN)
-    return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
 
 
 @register_output

@@ -1,6 +1,7 @@
 """Diagonal state-space model S4D: a bank of damped oscillators per channel."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -9,17 +10,15 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.devices import without_autocast
 from sma.initial import reset_linear_
-from sma.inputs import check_count
-from sma.memory import zeros
-from sma.modules.complex_recurrence import ComplexRecurrence, kernels, minus_one
-from sma.modules.long_convolution import fast_length, long_convolution
-from sma.modules.scan import CHUNK, Scanned, causal_scan, causal_scan_with_state
+from sma.modules.cache import Cache
+from sma.modules.complex_recurrence import ComplexRecurrence, minus_one
+from sma.modules.long_convolution import convolution_operations
+from sma.modules.scan import scan_operations
+from sma.modules.state_space import StateSpace
 from sma.pytree import register_output
-from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
+from sma.submodule import Operations, State, SubModuleSpec
 
 
 @register
@@ -82,16 +81,11 @@ class S4DSpec(SubModuleSpec):
         if self.bidirectional:
             inner = math.isqrt(tokens)
             kernels = 2 * width * self.state_size * inner * -(-tokens // inner)
-            size = fast_length(2 * tokens - 1)
-            return Operations(kernels + mixing, round(3 * width * 1.25 * size * math.log2(size)))
-        chunk = min(CHUNK, tokens)
-        chunks = -(-tokens // chunk)
-        inside = width * chunks * chunk * chunk
-        between = 2 * width * chunks * chunk * self.state_size if chunks > 1 else 0
-        return Operations(inside + between + mixing)
+            return Operations(kernels + mixing, convolution_operations(width, tokens, tokens))
+        return Operations(scan_operations(width, tokens, self.state_size) + mixing)
 
 
-class S4D(SubModule):
+class S4D(StateSpace[ComplexRecurrence]):
     r"""A diagonal state-space model per channel, then an activation and a map over the channels.
 
     $s' = A s + x$, $y = 2\,\mathrm{Re} \sum_p C_p s_p + D x$ with $A_p = -e^{\alpha_p} + i \omega_p$, held constant for
@@ -120,11 +114,10 @@ class S4D(SubModule):
         Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models", arXiv 2206.11893.
     """
 
+    spec: S4DSpec
+
     def __init__(self, spec: S4DSpec, width: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.width = width
-        self.causal = not spec.bidirectional
+        super().__init__(spec, width, S4DState, (width, 2, spec.pairs))
         self.log_dt = nn.Parameter(torch.empty(width))
         self.log_a_re = nn.Parameter(torch.empty(width, spec.pairs))
         self.a_im = nn.Parameter(torch.empty(width, spec.pairs))
@@ -161,56 +154,15 @@ class S4D(SubModule):
         outward = [torch.cat([2 * part.real, -2 * part.imag], dim=-1).to(dtype) for part in readout]
         return [ComplexRecurrence(log_decay, angle, part) for part in outward]
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "S4DState":
-        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
-        self._refuse_unless_causal()
-        device, dtype = placement(self, device, dtype)
-        check_count(batch_size, "batch_size")
-        wide = torch.promote_types(dtype, torch.float32)
-        return S4DState(
-            zeros((batch_size, self.width, 2, self.spec.pairs), "the state of S4D", device=device, dtype=wide)
-        )
+    @property
+    def gain(self) -> Float[Tensor, "D"]:
+        return self.skip
 
-    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
-        """Run along every row; see `SubModule.forward`."""
-        before = self._continue(state, S4DState, tokens)
-        if before is not None:
-            check_sizes(self, tuple(before.hidden.shape[1:]), (self.width, 2, self.spec.pairs))
-        values = tokens.values
-        if not torch.compiler.is_compiling() and values.shape[0] == 0:
-            # Every parameter takes part, with zero gradients, so that no rank waits for another.
-            nothing = sum(parameter.sum() for parameter in self.parameters(recurse=False)) * 0
-            return self._mixed(values + torch.as_tensor(nothing).to(values.dtype)), state
-        wide = torch.promote_types(values.dtype, torch.float32)
-        with without_autocast(values.device):
-            x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
-            if before is None:
-                out, after = self._whole(x_BSD), None
-            else:
-                out, after = self._onward(x_BSD, tokens, before)
-        return self._mixed(tokens.from_padded(out).to(values.dtype)), after
+    def _state(self, hidden: Tensor, recent: Cache | None) -> "S4DState":
+        return S4DState(hidden)
 
-    def _whole(self, x_BSD: Tensor) -> Tensor:
-        ahead, *reverse = self.recurrences(x_BSD.dtype)
-        skip = self.skip.to(x_BSD.dtype)
-        if not reverse:
-            return causal_scan(x_BSD, ahead) + skip * x_BSD
-        both = kernels(ahead, torch.stack([ahead.outward, reverse[0].outward]), x_BSD.shape[1])
-        return long_convolution(x_BSD, both[0], both[1], skip)
-
-    def _onward(self, x_BSD: Tensor, tokens: Ragged, before: "S4DState") -> tuple[Tensor, "S4DState"]:
-        (ahead,), hidden = self.recurrences(x_BSD.dtype), before.hidden.to(x_BSD.dtype).flatten(2)
-        if x_BSD.shape[1] == 1:
-            final = ahead.step(x_BSD[:, 0], hidden)
-            scanned = Scanned((final * ahead.outward).sum(-1)[:, None], final)
-        else:
-            scanned = causal_scan_with_state(x_BSD, tokens.lengths, ahead, hidden)
-        after = scanned.final.to(before.hidden.dtype).unflatten(2, (2, self.spec.pairs))
-        if tokens.holes or tokens.stride is None:  # a row without a token keeps its state to the last bit
-            after = after.where((tokens.lengths > 0)[:, None, None, None], before.hidden)
-        return scanned.out + self.skip.to(x_BSD.dtype) * x_BSD, S4DState(after)
+    def _core(self) -> Iterable[nn.Parameter]:
+        return (parameter for name, parameter in self.named_parameters() if not name.startswith("mix."))
 
     def _mixed(self, y_TD: Tensor) -> Tensor:
         if self.spec.activation == "gelu":

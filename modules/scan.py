@@ -1,7 +1,7 @@
 """Linear recurrences with constant decay: their kernels, and a causal chunked scan."""
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -34,10 +34,16 @@ class LinearRecurrence(Protocol):
     def over(self, chunk: int) -> ChunkWeights:
         """The weights of a chunk of so many tokens."""
 
+    def kernels(self, reverse: Self, taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
+        """The impulse responses of this recurrence and of one that runs from the right, for lags 0 … taps - 1."""
+
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
         """The states so many tokens later, without inputs; a tensor of tokens is broadcast against all axes but the
         first.
         """
+
+    def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
+        """The states after one more input of every row."""
 
 
 class Recurrence(NamedTuple):
@@ -64,6 +70,10 @@ class Recurrence(NamedTuple):
         coarse = powers(self.log_decay, outer, step=inner) * (self.inward * self.outward)[..., None]
         return (coarse.transpose(1, 2) @ powers(self.log_decay, inner)).flatten(1)[:, :taps]
 
+    def kernels(self, reverse: "Recurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
+        """See `LinearRecurrence`."""
+        return self.kernel(taps), reverse.kernel(taps)
+
     def over(self, chunk: int) -> ChunkWeights:
         """See `LinearRecurrence`."""
         decays = powers(self.log_decay, chunk + 1)
@@ -78,7 +88,7 @@ class Recurrence(NamedTuple):
         return torch.addcmul(states, states, torch.expm1(along(self.log_decay, states) * tokens))
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
-        """The states after one more input of every row."""
+        """See `LinearRecurrence`."""
         return torch.addcmul(before_BDN, before_BDN, torch.expm1(self.log_decay)) + self.inward * x_BD[..., None]
 
 
@@ -146,6 +156,27 @@ def causal_scan_with_state(
     since = flat.gather(2, at.clamp(min=0).expand(flat.shape[0], -1, chunk)).where(at >= (whole * chunk)[:, None], 0)
     final = recurrence.decayed(before, rest[:, None]) + since @ scan.weights.arriving
     return Scanned(_outputs(scan, x_BLD), final.transpose(0, 1))
+
+
+def advance(
+    x_BLD: Float[Tensor, "B L D"],
+    lengths_B: Int[Tensor, "B"],
+    recurrence: LinearRecurrence,
+    before_BDN: Float[Tensor, "B D N"],
+) -> Scanned:
+    """`causal_scan_with_state`; of a single token its step, with fewer operations."""
+    if x_BLD.shape[1] != 1:
+        return causal_scan_with_state(x_BLD, lengths_B, recurrence, before_BDN)
+    after = recurrence.step(x_BLD[:, 0], before_BDN)
+    return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
+
+
+def scan_operations(width: int, tokens: int, states: int) -> int:
+    """Multiply-adds of the products of a scan over one row, the weights of its chunks left out."""
+    chunk = min(CHUNK, tokens)
+    chunks = -(-tokens // chunk)
+    between = 2 * width * chunks * chunk * states if chunks > 1 else 0
+    return width * chunks * chunk * chunk + between
 
 
 class _Scan(NamedTuple):

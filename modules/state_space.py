@@ -1,0 +1,132 @@
+"""Linear state-space models: one forward for every recurrence that runs along rows."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sma.devices import without_autocast
+from sma.inputs import check_count
+from sma.memory import zeros
+from sma.modules.cache import Cache
+from sma.modules.long_convolution import long_convolution
+from sma.modules.scan import LinearRecurrence, Scanned, advance, causal_scan
+from sma.ragged import Ragged
+from sma.submodule import State, SubModule, check_sizes, placement
+
+Kind = TypeVar("Kind", bound=LinearRecurrence)
+
+
+class StateSpace(SubModule, Generic[Kind]):
+    """A linear recurrence per channel along every row, and a multiple of the token itself; kinds say which recurrence.
+
+    Causal it is a scan, bidirectional the convolution with the kernels of two recurrences, one of which runs from the
+    right; both include the token itself. Computed in float32 or wider, returned in the dtype of the tokens.
+
+    A kind has a state whose field `hidden` is `(B, *hidden_shape)`, and defines `recurrences`, `gain` and `_state`.
+
+    Args:
+        spec: has `bidirectional`.
+        width: channels of every token, D.
+        state_kind: class of its states.
+        hidden_shape: of the states of one row; flattened `(D, N)`.
+    """
+
+    def __init__(self, spec: Any, width: int, state_kind: type[State], hidden_shape: Sequence[int]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.width = width
+        self.causal = not spec.bidirectional
+        self.state_kind = state_kind
+        self.hidden_shape = tuple(hidden_shape)
+
+    def recurrences(self, dtype: torch.dtype) -> Sequence[Kind]:
+        """The recurrence of each direction, forward first."""
+        raise TypeError(f"{type(self).__name__} must define recurrences(self, dtype)")
+
+    @property
+    def gain(self) -> Float[Tensor, "D"]:
+        """Factor of the token itself."""
+        raise TypeError(f"{type(self).__name__} must define gain")
+
+    def _state(self, hidden: Tensor, recent: Cache | None) -> State:
+        """Make a state of the states of the recurrence and of the inputs that the kind keeps, if it keeps any."""
+        raise TypeError(f"{type(self).__name__} must define _state(self, hidden, recent)")
+
+    def _no_inputs(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> Cache | None:
+        """The inputs that a kind keeps, before the first one; None: it keeps none."""
+        return None
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
+        self._refuse_unless_causal()
+        device, dtype = placement(self, device, dtype)
+        check_count(batch_size, "batch_size")
+        wide = torch.promote_types(dtype, torch.float32)
+        what = f"the state of {type(self).__name__}"
+        hidden = zeros((batch_size, *self.hidden_shape), what, device=device, dtype=wide)
+        return self._state(hidden, self._no_inputs(batch_size, device, dtype))
+
+    def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
+        """Run along every row; see `SubModule.forward`."""
+        before = self._continue(state, self.state_kind, tokens)
+        if before is not None:
+            self._check_sizes(before)
+        values = tokens.values
+        if not torch.compiler.is_compiling() and values.shape[0] == 0:
+            # Every parameter takes part, with zero gradients, so that no rank waits for another.
+            nothing = sum(parameter.sum() for parameter in self._core()) * 0
+            return self._mixed(values + torch.as_tensor(nothing).to(values.dtype)), state
+        wide = torch.promote_types(values.dtype, torch.float32)
+        with without_autocast(values.device):
+            x_BSD = tokens.with_values(values.to(wide)).to_padded()[0]
+            if before is None:
+                out, after = self._whole(x_BSD), None
+            else:
+                out, after = self._onward(x_BSD, tokens, before)
+        return self._mixed(tokens.from_padded(out).to(values.dtype)), after
+
+    def _check_sizes(self, before: Any) -> None:
+        check_sizes(self, tuple(before.hidden.shape[1:]), self.hidden_shape)
+
+    def _core(self) -> Iterable[nn.Parameter]:
+        """The parameters that `_mixed` does not use."""
+        return self.parameters()
+
+    def _mixed(self, y_TD: Tensor) -> Tensor:
+        """What is made of the results, token by token."""
+        return y_TD
+
+    def _whole(self, x_BSD: Tensor) -> Tensor:
+        ahead, *reverse = self.recurrences(x_BSD.dtype)
+        gain = self.gain.to(x_BSD.dtype)
+        if reverse:
+            return long_convolution(x_BSD, *ahead.kernels(reverse[0], self._taps(x_BSD.shape[1])), gain)
+        return self._scan(x_BSD, ahead) + gain * x_BSD
+
+    def _taps(self, length: int) -> int:
+        """Length of the kernels for rows of this length."""
+        return length
+
+    def _scan(self, x_BSD: Tensor, ahead: Kind) -> Tensor:
+        """Run along rows from their beginning."""
+        return causal_scan(x_BSD, ahead)
+
+    def _onward(self, x_BSD: Tensor, tokens: Ragged, before: Any) -> tuple[Tensor, State]:
+        (ahead,) = self.recurrences(x_BSD.dtype)
+        scanned, recent = self._advance(x_BSD, tokens, ahead, before)
+        after = scanned.final.to(before.hidden.dtype)
+        if len(self.hidden_shape) > 2:
+            after = after.unflatten(2, self.hidden_shape[1:])
+        if tokens.holes or tokens.stride is None:  # a row without a token keeps its state to the last bit
+            real = (tokens.lengths > 0).reshape(-1, *[1] * len(self.hidden_shape))
+            after = after.where(real, before.hidden)
+        return scanned.out + self.gain.to(x_BSD.dtype) * x_BSD, self._state(after, recent)
+
+    def _advance(self, x_BSD: Tensor, tokens: Ragged, ahead: Kind, before: Any) -> tuple[Scanned, Cache | None]:
+        """Run along a chunk of streams; also the inputs that are kept now."""
+        return advance(x_BSD, tokens.lengths, ahead, before.hidden.to(x_BSD.dtype).flatten(2)), None
