@@ -89,7 +89,7 @@ class Confusion(NamedTuple):
 
     def draw(self, path: Path, title: str) -> Path:
         """Draw the matrix, every row as shares of its class, into a PNG."""
-        # Not torchmetrics' plot: it colours counts, so that a small class looks wrong, and sets names beside their ticks.
+        # Not torchmetrics' plot: it colours counts, so that small classes look wrong, and sets names off their ticks.
         classes = len(self.names)
         totals = self.counts.sum(1, keepdim=True)
         shares = self.counts.double() / totals.clamp(min=1)
