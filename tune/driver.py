@@ -18,7 +18,7 @@ from sma.tune.lifeline import follow
 from sma.tune.records import load_records
 from sma.tune.results import write_results
 from sma.tune.search import Halving, Search, quiet
-from sma.tune.sharing import pack
+from sma.tune.sharing import pack_data
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from sma.tune.trial import run_trial
@@ -57,7 +57,7 @@ def _run(
     if len(records) == sweep.samples and all(record.status != "running" for record in records):
         return write_results(sweep, storage)
     check_resources(resources, sweep.samples)
-    data = pack(sweep.experiment.task.prepare(data_folder, progress=progress))
+    data = pack_data(sweep.experiment.task.prepare(data_folder, progress=progress))
     began = time.time()
     with cluster(resources, sweep.samples, data.num_bytes) as slots:
         quiet()

@@ -32,7 +32,7 @@ from sma.tune.cluster import ResourceSpec, check_resources, cluster
 from sma.tune.environment import ray_settings
 from sma.tune.lifeline import follow
 from sma.tune.scratch import scratch_folder
-from sma.tune.sharing import Packed, pack, unpack
+from sma.tune.sharing import PackedData, pack_data, unpack_data
 from sma.tune.storage import Storage
 
 RAY = "ray"
@@ -121,7 +121,7 @@ class Board:
         return self.lines[start:], self.failure
 
 
-class Reporter(Checkpoint):
+class WorkerReporter(Checkpoint):
     """Says how every evaluation went; behind a URI it sends the run folder there.
 
     A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
@@ -185,7 +185,7 @@ def train_parallel(
     workers.check_room()
     data = spec.task.prepare(data_folder, progress=progress)
     workers.check_data(spec, data)
-    packed = pack(data)
+    packed = pack_data(data)
     storage.check_writable()
     storage.write(EXPERIMENT, dump_yaml(spec))
     if storage.folder is not None:
@@ -261,15 +261,21 @@ def _work(task: dict[str, Any]) -> None:
     with nullcontext(Path(storage.location)) if storage.is_local else scratch_folder() as folder:
         try:
             _train(
-                task["spec"], unpack(_packed(task["data"])), storage, folder, distributed, board, task["accelerator"]
+                task["spec"],
+                unpack_data(_packed(task["data"])),
+                storage,
+                folder,
+                distributed,
+                board,
+                task["accelerator"],
             )
         except SmaError as error:
             ray.get(board.fail.remote(str(error)))
             raise
 
 
-def _packed(reference: Any) -> Packed:
-    packed: Packed = ray.get(reference)
+def _packed(reference: Any) -> PackedData:
+    packed: PackedData = ray.get(reference)
     return packed
 
 
@@ -300,7 +306,7 @@ def _train(
         resume=True,
         accelerator=accelerator,
         progress=False,
-        callbacks=[Reporter(board, spec.task.metric, None if storage.is_local else folder)],
+        callbacks=[WorkerReporter(board, spec.task.metric, None if storage.is_local else folder)],
         distributed=distributed,
         title=f"{spec.task.kind}, {distributed.world_size} workers",
     )

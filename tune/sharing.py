@@ -11,7 +11,7 @@ from ray import cloudpickle
 from torch import Tensor
 
 
-class Packed(NamedTuple):
+class PackedData(NamedTuple):
     """An object, and its tensors as arrays, which Ray's object store gives to its readers without a copy.
 
     Attributes:
@@ -58,7 +58,7 @@ def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: PackedData) -> None:
         super().__init__(io.BytesIO(packed.head))
         self.arrays = packed.arrays
 
@@ -72,14 +72,14 @@ class _Unpickler(pickle.Unpickler):
             return torch.from_numpy(self.arrays[place])
 
 
-def pack(value: Any) -> Packed:
+def pack_data(value: Any) -> PackedData:
     """Take the tensors out of an object."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
-    return Packed(file.getvalue(), pickler.arrays)
+    return PackedData(file.getvalue(), pickler.arrays)
 
 
-def unpack(packed: Packed) -> Any:
+def unpack_data(packed: PackedData) -> Any:
     """The object again; its tensors are views of the arrays and must not be written."""
     return _Unpickler(packed).load()

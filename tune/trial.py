@@ -31,7 +31,7 @@ from sma.recipes.training.stopwatch import Stopwatch
 from sma.stats import operation_count
 from sma.tune.pulse import Pulse
 from sma.tune.scratch import scratch_folder
-from sma.tune.sharing import Packed, unpack
+from sma.tune.sharing import PackedData, unpack_data
 from sma.tune.storage import LIMIT, Storage
 from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
 
@@ -49,7 +49,7 @@ class Unwritable(CheckpointError):
 _NO_FAULT_OF_THE_TRIAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
-class Reporter(Checkpoint):
+class TrialReporter(Checkpoint):
     """Reports every evaluation, with the run folder as checkpoint.
 
     A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
@@ -173,7 +173,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus: int, accelerator: str) -> None:
+def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: PackedData, cpus: int, accelerator: str) -> None:
     """Train one trial; what Tune calls in a process of Ray's.
 
     Args:
@@ -191,7 +191,7 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: Packed, cpus
         try:
             source = _restore(config, folder)
             pulse.beat()
-            _run(config, sweep, unpack(data), folder, accelerator, began, pulse, source)
+            _run(config, sweep, unpack_data(data), folder, accelerator, began, pulse, source)
         except Stopped:
             raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
 
@@ -222,7 +222,7 @@ def _run(
     source: str,
 ) -> None:
     """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
-    reporter = Reporter(sweep.experiment, folder, sweep.experiment.task.metric, 1, began)
+    reporter = TrialReporter(sweep.experiment, folder, sweep.experiment.task.metric, 1, began)
     try:
         reporter.restore()
         spec = sweep.trial(config["values"])

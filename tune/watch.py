@@ -1,4 +1,8 @@
-"""What the driver does at every report: keep it, and show it."""
+"""What the driver does at every report: keep it, and show it.
+
+Not by Ray's `CLIReporter`, which lists the trials of this driver alone, and no trial that an interrupted sweep has
+finished; ranks them by one metric; and prints its table anew each time, whatever the height of the terminal.
+"""
 
 import os
 import sys

@@ -45,7 +45,7 @@ _UNWRITABLE = re.compile(r"[\x00-\x1f]|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9�
 """Control characters, and names that are devices on Windows, whatever their suffix."""
 
 
-def unpack(
+def unpack_archive(
     archive: str | Path, folder: str | Path, *, members: Callable[[str], bool] | None = None, most: int | None = None
 ) -> Path:
     """Unpack a tar (plain, gzip, bzip2, xz) or a zip into `folder`, and return it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sma.errors import DataError, quote, reason
-from sma.recipes.io.archives import unpack
+from sma.recipes.io.archives import unpack_archive
 from sma.recipes.io.download import fetch
 
 
@@ -69,7 +69,7 @@ def published_folder(
     if not download and not there:
         raise DataError(f"{missing}; put {url} there, or set {option}=true{instead}")
     fetch(url, archive, sha256=sha256, md5=md5, most=archive_most, progress=progress)
-    unpack(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)
+    unpack_archive(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)
     if found := _first(places):
         return found
     raise DataError(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sma.errors import DataError
-from sma.recipes.io.archives import unpack
+from sma.recipes.io.archives import unpack_archive
 from sma.recipes.tasks.language import corpus as text
 from sma.recipes.tasks.language.corpus import TextSettings, load_text
 from tests.test_fuzz.harness import Target, fuzz, mutate
@@ -147,7 +147,7 @@ def _unpack(path: Path) -> None:
     """Unpack, and raise where something is left or stands outside of the folder."""
     before = {path.parent, path}
     try:
-        unpack(path, path.parent / "out")
+        unpack_archive(path, path.parent / "out")
     except DataError:
         if {path.parent, *path.parent.rglob("*")} != before:
             raise RuntimeError(f"left {[found.name for found in path.parent.iterdir()]}") from None

@@ -17,7 +17,7 @@ from sma.tune.folder import load_drivers, load_sweep
 from sma.tune.records import load_clock, load_records
 from sma.tune.results import front_table, summarise, trial_row
 from sma.tune.storage import Storage
-from sma.tune.trial import HISTORY, Reporter
+from sma.tune.trial import HISTORY, TrialReporter
 from tests.test_fuzz.harness import Target, fuzz, mutate
 from tests.test_recipes.tiny import tiny
 from tests.test_tune.sweeps import done_trial, small_sweep
@@ -110,7 +110,7 @@ def make_history(rng: random.Random, folder: Path) -> Path:
 
 
 def read_history(folder: Path) -> None:
-    reporter = Reporter(tiny(), folder, "accuracy", 8, 0.0)
+    reporter = TrialReporter(tiny(), folder, "accuracy", 8, 0.0)
     reporter.restore()
     [entry for entry in reporter.history if entry["update"] < 30]
 

@@ -9,7 +9,7 @@ import pytest
 
 from sma.errors import DataError
 from sma.recipes.io import archives
-from sma.recipes.io.archives import unpack
+from sma.recipes.io.archives import unpack_archive
 
 
 def raw_header(name=b"set/a", size=0, kind=b"0", prefix=b"", encoded=None):
@@ -55,14 +55,14 @@ def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
         DataError,
         match=r"archive cannot be read: a header of 3,221,225,472 bytes, where 65,536 are the most that is read",
     ):
-        unpack(tmp_path / "archive", tmp_path / "out")
+        unpack_archive(tmp_path / "archive", tmp_path / "out")
 
 
 def test_size_below_zero_does_not_have_the_same_read_for_ever(tmp_path):
     minus = (-1536).to_bytes(12, "big", signed=True)
     archive = written(tmp_path / "archive", raw_header(b"a", 0), raw_header(b"b", encoded=minus), bytes(10_240))
     with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip"):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("claimed", [10**15, 10])
@@ -74,14 +74,14 @@ def test_sparse_members_are_refused(claimed, tmp_path):
     with pytest.raises(
         DataError, match=r"member 'set/a' is a device or something else that is no file; only plain files are unpacked"
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("records", [{"GNU_sparse_map": "a,b"}, {"GNU_sparse_size": "x", "GNU_sparse_map": "0,1"}])
 def test_attributes_that_are_no_numbers_are_a_sentence(records, tmp_path):
     archive = written(tmp_path / "archive", pax(**records), raw_header(b"set/a", 0), bytes(10_240))
     with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated"):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
@@ -94,7 +94,7 @@ def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
     with pytest.raises(
         DataError, match=r"archive has more than 1,000 attributes, which no data set here does; nothing was unpacked"
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
@@ -106,7 +106,7 @@ def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_pat
         DataError,
         match=r"archive unpacks to more than [0-9,]+ bytes, which no data set here does; nothing was unpacked",
     ):
-        unpack(archive, tmp_path / "out", members=lambda name: wanted)
+        unpack_archive(archive, tmp_path / "out", members=lambda name: wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
@@ -114,10 +114,10 @@ def test_tar_that_goes_on_after_its_end_is_read_only_so_far(tmp_path, monkeypatc
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     archive = written(tmp_path / "archive", gzip.compress(raw_header(b"set/a", 0) + bytes(1 << 25)))
     with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 def test_name_that_is_not_utf_8_comes_out_as_it_is(tmp_path):
     archive = written(tmp_path / "archive", raw_header(b"set/\xff.txt", 0), bytes(10_240))
-    folder = unpack(archive, tmp_path / "out")
+    folder = unpack_archive(archive, tmp_path / "out")
     assert os.listdir(os.fsencode(folder / "set")) == [b"\xff.txt"]

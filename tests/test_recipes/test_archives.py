@@ -15,7 +15,7 @@ import pytest
 
 from sma.errors import DataError
 from sma.recipes.io import archives
-from sma.recipes.io.archives import unpack
+from sma.recipes.io.archives import unpack_archive
 
 FILES = {"set/train/a.txt": b"first", "set/train/b.txt": b"", "set/test/c.txt": bytes(range(256)) * 3000}
 
@@ -63,7 +63,7 @@ MAKERS = [
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_what_was_packed_comes_out(make, tmp_path):
-    folder = unpack(make(tmp_path / "archive"), tmp_path / "out" / "here")
+    folder = unpack_archive(make(tmp_path / "archive"), tmp_path / "out" / "here")
     assert content_of(folder) == FILES
     assert not any(path.stat().st_mode & (stat.S_ISUID | stat.S_IWOTH) for path in folder.rglob("*"))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["here"]
@@ -71,14 +71,16 @@ def test_what_was_packed_comes_out(make, tmp_path):
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_only_wanted_members_come_out(make, tmp_path):
-    folder = unpack(make(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.startswith("set/train/"))
+    folder = unpack_archive(
+        make(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.startswith("set/train/")
+    )
     assert content_of(folder).keys() == {"set/train/a.txt", "set/train/b.txt"}
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_folder_that_exists_is_whole_and_stays(make, tmp_path):
     (tmp_path / "out").mkdir()
-    assert content_of(unpack(tmp_path / "no archive", tmp_path / "out")) == {}
+    assert content_of(unpack_archive(tmp_path / "no archive", tmp_path / "out")) == {}
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -88,7 +90,7 @@ def test_members_that_leave_the_folder_are_refused(make, name, tmp_path):
     with pytest.raises(
         DataError, match=r"archive: member '.*evil' would be written outside of the folder; nothing was unpacked"
     ):
-        unpack(archive, tmp_path / "deep" / "out")
+        unpack_archive(archive, tmp_path / "deep" / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "deep"}
     assert list((tmp_path / "deep").iterdir()) == []
 
@@ -109,14 +111,14 @@ def test_links_and_devices_in_a_tar_are_refused(member, what, tmp_path):
     with pytest.raises(
         DataError, match=rf"member 'set/odd' is {what}.*; only plain files are unpacked, so nothing was"
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
 def test_python_without_the_filter_is_asked_to_be_updated(tmp_path, monkeypatch):
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(DataError, match=r"Python 3.* has no filter for archives of data; update Python to 3\.11\.4 or"):
-        unpack(make_tar(tmp_path / "archive"), tmp_path / "out")
+        unpack_archive(make_tar(tmp_path / "archive"), tmp_path / "out")
 
 
 def test_links_in_a_zip_are_refused(tmp_path):
@@ -125,14 +127,14 @@ def test_links_in_a_zip_are_refused(tmp_path):
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         file.writestr(link, "../../evil")
     with pytest.raises(DataError, match="member 'set/odd' is a link; only plain files are unpacked, so nothing was"):
-        unpack(tmp_path / "archive", tmp_path / "out")
+        unpack_archive(tmp_path / "archive", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_among_what_is_not_wanted_do_not_matter(kind, tmp_path):
     archive = make_tar(tmp_path / "archive", extra=[special(kind, "set/train/a.txt")])
-    assert content_of(unpack(archive, tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+    assert content_of(unpack_archive(archive, tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
 
 
 def test_link_in_a_zip_among_what_is_not_wanted_does_not_matter(tmp_path):
@@ -141,7 +143,8 @@ def test_link_in_a_zip_among_what_is_not_wanted_does_not_matter(tmp_path):
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         file.writestr(link, "../../evil")
     assert (
-        content_of(unpack(tmp_path / "archive", tmp_path / "out", members=lambda name: name.endswith(".txt"))) == FILES
+        content_of(unpack_archive(tmp_path / "archive", tmp_path / "out", members=lambda name: name.endswith(".txt")))
+        == FILES
     )
 
 
@@ -156,7 +159,7 @@ def test_member_that_is_there_twice_is_named(again, tmp_path):
         with pytest.raises(
             DataError, match=rf"{archive}: member '{again}' is there twice, and which is meant cannot be known; get the"
         ):
-            unpack(tmp_path / archive, tmp_path / "out")
+            unpack_archive(tmp_path / archive, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tar", "zip"]
 
 
@@ -172,7 +175,7 @@ def test_truncated_archive_is_named_and_leaves_no_folder(make, share, tmp_path):
         DataError,
         match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip: delete it and get it again",
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
@@ -180,19 +183,19 @@ def test_tar_that_stops_between_two_members_is_truncated(tmp_path):
     archive = make_tar(tmp_path / "archive", {"a": b"x" * 512, "b": b"y" * 512}, "w")
     archive.write_bytes(archive.read_bytes()[: 3 * 512])  # the folder, and the first file whole
     with pytest.raises(DataError, match=r"archive cannot be read: its end is missing; it is truncated"):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 def test_file_that_is_no_archive_is_named(tmp_path):
     (tmp_path / "page.html").write_bytes(b"<html>sorry</html>" * 100)
     with pytest.raises(DataError, match=r"page\.html cannot be read: .*; it is truncated, damaged, or no tar or zip"):
-        unpack(tmp_path / "page.html", tmp_path / "out")
+        unpack_archive(tmp_path / "page.html", tmp_path / "out")
 
 
 def test_zip_that_becomes_far_larger_than_it_is_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_SPARE", 1 << 20)
     with pytest.raises(DataError, match=r"archive unpacks to more than [0-9,]+ bytes"):
-        unpack(make_zip(tmp_path / "archive", {"a": bytes(1 << 25)}), tmp_path / "out")
+        unpack_archive(make_zip(tmp_path / "archive", {"a": bytes(1 << 25)}), tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -203,8 +206,8 @@ def test_more_than_the_data_set_has_is_refused(make, tmp_path):
         DataError,
         match=rf"archive has more than {size - 1:,} bytes of the files that are looked for, which no data set",
     ):
-        unpack(archive, tmp_path / "out", most=size - 1)
-    assert content_of(unpack(archive, tmp_path / "out", most=size)) == FILES
+        unpack_archive(archive, tmp_path / "out", most=size - 1)
+    assert content_of(unpack_archive(archive, tmp_path / "out", most=size)) == FILES
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -214,7 +217,7 @@ def test_more_members_than_any_data_set_has_are_refused(make, limit, tmp_path, m
     with pytest.raises(
         DataError, match=r"archive has more than 2 (members|of the files that are looked for), which no data set here"
     ):
-        unpack(make(tmp_path / "archive"), tmp_path / "out")
+        unpack_archive(make(tmp_path / "archive"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -224,7 +227,7 @@ def test_more_than_the_disk_holds_is_refused_before_it_is_written(make, tmp_path
     with pytest.raises(
         DataError, match=r"cannot unpack .*archive: 768,005 bytes and more are needed, 1,000 bytes are free; make room"
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -235,11 +238,13 @@ def test_names_that_not_every_system_can_write_are_refused(make, name, tmp_path)
     with pytest.raises(
         DataError, match=r"archive: member '.*' has a name that not every system can write; no data set here has"
     ) as caught:
-        unpack(make(tmp_path / "archive", {name: b"x"}), tmp_path / "out")
+        unpack_archive(make(tmp_path / "archive", {name: b"x"}), tmp_path / "out")
     assert len(str(caught.value)) < 500
     assert (
         content_of(
-            unpack(make(tmp_path / "archive", {name: b"x", **FILES}), tmp_path / "out", members=FILES.__contains__)
+            unpack_archive(
+                make(tmp_path / "archive", {name: b"x", **FILES}), tmp_path / "out", members=FILES.__contains__
+            )
         )
         == FILES
     )
@@ -250,7 +255,7 @@ def test_member_in_a_folder_that_is_a_file_is_named(make, tmp_path):
     with pytest.raises(
         DataError, match=r"archive: member 'a/b' lies in a folder that is a file there; it is truncated, damaged"
     ):
-        unpack(make(tmp_path / "archive", {"a": b"", "a/b": b""}), tmp_path / "out")
+        unpack_archive(make(tmp_path / "archive", {"a": b"", "a/b": b""}), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -272,23 +277,23 @@ def test_zip_in_forms_that_python_does_not_read_is_a_sentence(at, content, tmp_p
         data[data.find(b"PK\x03\x04", 1) - 2 + at : data.find(b"PK\x03\x04", 1) - 2 + at + len(content)] = content
     archive.write_bytes(data)
     with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip"):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
 
 
 def test_pipe_in_the_place_of_an_archive_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "archive")
     with pytest.raises(DataError, match=r"archive' is a named pipe; a plain file is required"):
-        unpack(tmp_path / "archive", tmp_path / "out")
+        unpack_archive(tmp_path / "archive", tmp_path / "out")
 
 
 def test_missing_archive_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*none\.zip': No such file or directory"):
-        unpack(tmp_path / "none.zip", tmp_path / "out")
+        unpack_archive(tmp_path / "none.zip", tmp_path / "out")
 
 
 def test_archive_without_the_wanted_files_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds none of the files that are looked for; is it the right archive"):
-        unpack(make_zip(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.endswith(".wav"))
+        unpack_archive(make_zip(tmp_path / "archive"), tmp_path / "out", members=lambda name: name.endswith(".wav"))
     assert not (tmp_path / "out").exists()
 
 
@@ -303,13 +308,13 @@ def test_full_disk_leaves_nothing(make, tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match=r"cannot unpack .*: No space left on device; make room there or choose another"
     ):
-        unpack(archive, tmp_path / "out")
+        unpack_archive(archive, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]
 
 
 def unpack_and_die(archive, folder):
     tarfile.copyfileobj = lambda *arguments: os._exit(9)
-    unpack(archive, folder)
+    unpack_archive(archive, folder)
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
@@ -319,7 +324,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     process.join(60)
     assert process.exitcode == 9
     assert len(list(tmp_path.glob(".out.*.tmp"))) == 1
-    assert content_of(unpack(archive, tmp_path / "out")) == FILES
+    assert content_of(unpack_archive(archive, tmp_path / "out")) == FILES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
 
 
@@ -332,7 +337,7 @@ def test_several_at_once_all_find_the_whole_folder(tmp_path):
         return True
 
     with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: unpack(archive, tmp_path / "out", members=wanted), range(4)))
+        folders = list(pool.map(lambda _: unpack_archive(archive, tmp_path / "out", members=wanted), range(4)))
     assert folders == [tmp_path / "out"] * 4
     assert content_of(tmp_path / "out") == FILES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]

@@ -19,7 +19,7 @@ from sma.tune.records import TrialRecord, load_records
 from sma.tune.search import Search
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
-from sma.tune.trial import Reporter, _run
+from sma.tune.trial import TrialReporter, _run
 from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
 from tests.test_tune.faulty import FaultySpec
 from tests.test_tune.sweeps import few, small_sweep
@@ -153,7 +153,7 @@ def test_trials_of_every_shipped_sweep_train(
     data = few(sweep.experiment.task.prepare(data_folder, progress=False))
     # In this process: one of Ray's takes longer to start than these trials take to train.
     reports: list[tuple[str, dict[str, float], str]] = []
-    monkeypatch.setattr(Reporter, "report", lambda self, *said: reports.append((*said, "")[:3]))
+    monkeypatch.setattr(TrialReporter, "report", lambda self, *said: reports.append((*said, "")[:3]))
     search = Search(sweep, Storage(tmp_path / "s"))
     for number in range(2):
         config = search.suggest(str(number))

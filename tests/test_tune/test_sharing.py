@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import torch
 
-from sma.tune.sharing import pack, unpack
+from sma.tune.sharing import pack_data, unpack_data
 
 
 def test_data_comes_back_the_same_without_a_copy() -> None:
@@ -15,8 +15,8 @@ def test_data_comes_back_the_same_without_a_copy() -> None:
         "array": np.arange(7),
         "show": lambda value: value + 1,
     }
-    packed = pack(made)
-    found = unpack(packed)
+    packed = pack_data(made)
+    found = unpack_data(packed)
     assert torch.equal(found["numbers"], numbers)
     assert torch.equal(found["odd"], made["odd"])
     assert found["array"].tolist() == list(range(7))
@@ -28,8 +28,8 @@ def test_data_comes_back_the_same_without_a_copy() -> None:
 
 def test_tensors_that_are_no_arrays_are_pickled() -> None:
     made = [torch.ones(3, dtype=torch.bfloat16), torch.ones(2, requires_grad=True), torch.eye(2).to_sparse()]
-    packed = pack(made)
-    found = unpack(packed)
+    packed = pack_data(made)
+    found = unpack_data(packed)
     assert 3 not in [array.size for array in packed.arrays]
     assert torch.equal(found[0], made[0])
     assert found[1].requires_grad
@@ -37,7 +37,7 @@ def test_tensors_that_are_no_arrays_are_pickled() -> None:
 
 
 def test_memory_that_must_not_be_written_is_read() -> None:
-    packed = pack(torch.arange(4.0))
+    packed = pack_data(torch.arange(4.0))
     packed.arrays[0].flags.writeable = False
-    assert unpack(packed).sum() == 6.0
+    assert unpack_data(packed).sum() == 6.0
     assert pickle.loads(pickle.dumps(packed)).num_bytes == packed.num_bytes

@@ -9,13 +9,13 @@ import torch
 from sma.errors import CheckpointError
 from sma.recipes.tasks.contract import ClassificationTask, Metric
 from sma.recipes.tasks.language.task import LanguageTask
-from sma.tune.trial import HISTORY, Reporter, Unwritable, _refuse_unwritable
+from sma.tune.trial import HISTORY, TrialReporter, Unwritable, _refuse_unwritable
 from tests.test_recipes.tiny import tiny
 
 
 def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, **measured: float) -> dict[str, float]:
     """What a reporter says of an evaluation."""
-    reporter = Reporter(tiny(), folder, metric, 8, 0.0)
+    reporter = TrialReporter(tiny(), folder, metric, 8, 0.0)
     monkeypatch.setattr(reporter, "report", lambda status, metrics: None)
     rates = {f"val_rate/layer{layer}/attention": 0.5 for layer in range(2)}
     metrics = {name: torch.tensor(value) for name, value in ({"val_rate": 0.5} | rates | measured).items()}
@@ -55,4 +55,4 @@ def chained(error: Exception, cause: Exception) -> Exception:
 def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(content)
     with pytest.raises(CheckpointError, match=r"history.json' (cannot be read|is damaged)"):
-        Reporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0).restore()
+        TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0).restore()
