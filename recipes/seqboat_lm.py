@@ -10,7 +10,6 @@ if not __package__:  # a script: its Python may not have the package
 
 import codecs
 import sys
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from sma.errors import CheckpointError, InputError
 from sma.generation import generate
 from sma.model import LanguageModel
 from sma.recipes.io.command import CommandOptions, exit_code, parse
+from sma.recipes.io.option_parser import Folder
 from sma.recipes.training.options import OneRunOptions
 from sma.recipes.training.single_run import run
 
@@ -47,7 +47,7 @@ class GenerateOptions(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="seqboat_lm generate")
 
-    run: Path = Field(description="the folder of a run, or of a model that sma.save wrote")
+    run: Folder = Field(description="the folder of a run, or of a model that sma.save wrote")
     prompt: str = Field(default="\n", description="the beginning of the text")
     tokens: int = Field(default=500, ge=0, description="bytes to write")
     temperature: float = Field(

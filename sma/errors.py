@@ -36,6 +36,14 @@ class CheckpointError(SmaError, RuntimeError):
     """A saved model or run that cannot be written, found or read back."""
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that an unknown one is probably meant to be; None where no known word is near."""
+    if len(word) > QUOTED:  # the time of the search grows with the lengths of both
+        return None
+    found = difflib.get_close_matches(word, [other for other in known if len(other) <= QUOTED], n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
 def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
     """Return the hint that ends an error about an unknown word.
 
@@ -48,18 +56,13 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
         `; did you mean 'x'? fields: x, y`, without the question when no known word is near.
     """
     words = list(known)
-    # The time that the search for a near word takes grows with the lengths of both.
-    near = (
-        difflib.get_close_matches(word, [other for other in words if len(other) <= QUOTED], n=1, cutoff=0.6)
-        if len(word) <= QUOTED
-        else []
-    )
-    question = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, words)
+    question = f"; did you mean {near!r}?" if near is not None else ""
     if not listed:
         return question
     names = [other if len(other) <= LONGEST else f"{other[:LONGEST]}…" for other in words[:LISTED]]
     more = f", … ({len(words):,} in all)" if len(words) > LISTED else ""
-    return f"{question}{' ' if near else '; '}{listed}: {', '.join(names) or 'none'}{more}"
+    return f"{question}{' ' if near is not None else '; '}{listed}: {', '.join(names) or 'none'}{more}"
 
 
 class _Quotes(reprlib.Repr):

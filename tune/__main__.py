@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.io.claims import claim_folder
 from sma.recipes.io.command import CommandOptions, exit_code, parse
 from sma.recipes.io.folders import lend_home
 from sma.recipes.io.names import plain
+from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Names, Setting
 from sma.recipes.training.options import cache_folder
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
 from sma.tune.train import TrainOptions, resumable, train
@@ -60,22 +61,22 @@ class Options(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
 
-    task: str = Field(
+    task: Name = Field(
         default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny"
     )
-    preset: str = Field(default="tiny", description="which sweep of the task")
-    space: Path | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
-    spec: Path | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
-    set: list[str] = Field(
+    preset: Name = Field(default="tiny", description="which sweep of the task")
+    space: File | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
+    spec: File | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
+    set: list[Setting] = Field(
         default=[],
-        description="path=value: change a field in all trials, such as training.updates=2000; may be repeated",
+        description="change a field in all trials, such as training.updates=2000; may be repeated",
     )
     seed: int | None = Field(default=None, description="of the trainings; default the experiment's")
     search_seed: int | None = Field(default=None, description="of the search; default 0")
     samples: int | None = Field(
         default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16"
     )
-    objectives: str | None = Field(
+    objectives: Names | None = Field(
         default=None, description="of quality, rate, time, operations, with commas; default quality,rate"
     )
     stop: bool = Field(default=True, description="stop the weak by their quality")
@@ -91,19 +92,19 @@ class Options(CommandOptions):
         description="seconds without a batch trained or evaluated after which the process of a trial is replaced; "
         "default 1800",
     )
-    storage: str | None = Field(
+    storage: FolderOrURI | None = Field(
         default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME"
     )
-    resume: str | None = Field(default=None, description="go on with the sweep in this folder")
+    resume: FolderOrURI | None = Field(default=None, description="resume the sweep in this folder")
     cpus: int = Field(default=1, ge=1, description="cores of a trial")
     gpus: float | None = Field(
         default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if there are any"
     )
     concurrent: int | None = Field(default=None, ge=1, description="trials at once; default as many as fit")
-    address: str | None = Field(
+    address: Cluster | None = Field(
         default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
     )
-    data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
+    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show bars, and a table of the trials")
 
@@ -113,7 +114,7 @@ class ReportOptions(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune report")
 
-    folder: CliPositionalArg[str] = Field(description="the folder of the sweep, or its URI")
+    folder: FolderOrURI = Field(description="the folder of the sweep, or its URI")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, given: list[str]) -> None:
     lend_home()
     if name == "report":
-        report(parse(ReportOptions, given))
+        report(parse(ReportOptions, given, positional="folder"))
     elif name == "train":
         train(parse(TrainOptions, given))
     elif given and not given[0].startswith("-"):

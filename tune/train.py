@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from pydantic import Field
@@ -19,6 +18,7 @@ from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import DRIVER, claim_folder
 from sma.recipes.io.command import CommandOptions
 from sma.recipes.io.names import plain, shell_word
+from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Setting
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
 from sma.recipes.io.signals import PREEMPTED, Preempted, on_preemption
 from sma.recipes.training.options import cache_folder
@@ -37,14 +37,12 @@ class TrainOptions(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune train")
 
-    task: str = Field(
+    task: Name = Field(
         default="listops", description="what to learn; with --preset the name of a preset, such as listops_tiny"
     )
-    preset: str = Field(default="tiny", description="which experiment of the task")
-    spec: Path | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
-    set: list[str] = Field(
-        default=[], description="path=value: change a field, such as training.updates=2000; may be repeated"
-    )
+    preset: Name = Field(default="tiny", description="which experiment of the task")
+    spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
+    set: list[Setting] = Field(default=[], description="change a field, such as training.updates=2000; may be repeated")
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
     workers: int = Field(
         default=2, ge=1, description="processes; each takes an equal part of every batch of training.batch_size samples"
@@ -53,16 +51,16 @@ class TrainOptions(CommandOptions):
     restarts: int = Field(
         default=3, ge=0, description="how often all go on from the last checkpoint after one has died"
     )
-    address: str | None = Field(
+    address: Cluster | None = Field(
         default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
     )
-    out: str | None = Field(
+    out: FolderOrURI | None = Field(
         default=None, description="the run folder, which all machines see, or a URI; default runs/TASK-PRESET-TIME"
     )
-    resume: str | None = Field(
-        default=None, description="go on with the run in this folder or URI, with any number of workers"
+    resume: FolderOrURI | None = Field(
+        default=None, description="resume the run in this folder or URI, with any number of workers"
     )
-    data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
+    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="the device; with GPUs each worker gets one"
     )

@@ -1,20 +1,20 @@
 """What all command lines share: options, errors with one message, exit codes."""
 
-import argparse
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic import PrivateAttr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from sma.errors import SmaError, quote, reason
+from sma.errors import SmaError, SpecError, quote, reason
 from sma.recipes.io.folders import cache_folder as cache_folder
 from sma.recipes.io.folders import expand
 from sma.recipes.io.isolation import hidden_variables
 from sma.recipes.io.names import plain
+from sma.recipes.io.option_parser import mistakes, option_parser
 from sma.recipes.io.signals import PREEMPTED, Preempted, end_at_once, on_preemption
 from sma.streams import run_command
 
@@ -22,9 +22,9 @@ from sma.streams import run_command
 class CommandOptions(BaseSettings):
     """Settings from the command line, or from variables whose names begin with SMA_."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="SMA_", cli_kebab_case=True, cli_implicit_flags=True, cli_avoid_json=True, extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix="SMA_", extra="forbid")
+
+    _program: str | None = PrivateAttr(default=None)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -32,20 +32,40 @@ class CommandOptions(BaseSettings):
         """A shell replaces the `~` of `--out ~/x` but not that of `--out=~/x`."""
         return expand(value) if isinstance(value, Path) else value
 
+    @property
+    def program(self) -> str:
+        """The command that was called, such as `sma train`."""
+        return self._program or _name(type(self))
+
 
 Options = TypeVar("Options", bound=CommandOptions)
 
 
-def parse(options: type[Options], arguments: list[str]) -> Options:
-    """Read a command line."""
-    if "set" not in options.model_fields:
-        return CliApp.run(options, cli_args=arguments)
-    # By itself, because pydantic-settings cuts the values of a list at commas: {kind: sma, temperature_scale: 0.5} has
-    # one.
-    parser = argparse.ArgumentParser(prog=options.model_config.get("cli_prog_name"), add_help=False, allow_abbrev=False)
-    parser.add_argument("--set", action="append", metavar="path=value")
-    known, others = parser.parse_known_args(arguments)
-    return CliApp.run(options, cli_args=others, **({"set": known.set} if known.set else {}))
+def parse(
+    options: type[Options], words: Sequence[str], *, program: str | None = None, positional: str | None = None
+) -> Options:
+    """Read a command line.
+
+    Args:
+        options: what the command takes.
+        words: those after the name of the command.
+        program: the name of the command; None: that of the class.
+        positional: the field that is given without an option, such as the task in `sma train listops`.
+
+    Raises:
+        SpecError: one message per mistake.
+    """
+    given = option_parser(options, program or _name(options), positional).read(words)
+    try:
+        made = options(**vars(given))
+    except ValidationError as error:
+        raise SpecError("\n".join(mistakes(error, options, positional))) from error
+    made._program = program
+    return made
+
+
+def _name(options: type[CommandOptions]) -> str:
+    return str(options.model_config.get("cli_prog_name"))
 
 
 def exit_code(command: Callable[[], object]) -> int:
@@ -66,12 +86,6 @@ def _exit_code(command: Callable[[], object]) -> int:
     try:
         with hidden_variables(), on_preemption(end_at_once):
             command()
-    except ValidationError as error:
-        for item in error.errors():
-            name = "-".join(str(part) for part in item["loc"]).replace("_", "-")
-            message = item["msg"].removeprefix("Value error, ")
-            _say(f"--{name}={quote(item['input'])}: {message[:1].lower()}{message[1:]}; see --help")
-        return 2
     except (SmaError, SettingsError) as error:
         _say(f"error: {error}")
         return 2

@@ -16,6 +16,7 @@ from sma.recipes.io.command import CommandOptions
 from sma.recipes.io.folders import cache_folder as cache_folder
 from sma.recipes.io.folders import check_run_folder
 from sma.recipes.io.names import plain
+from sma.recipes.io.option_parser import File, Folder, Setting
 from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY, read_summary, refuse_another
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.estimates import check_data_fits, check_update_fits
@@ -24,20 +25,20 @@ from sma.recipes.training.estimates import check_data_fits, check_update_fits
 class RunOptions(CommandOptions):
     """The options of every recipe that trains."""
 
-    spec: Path | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
-    set: list[str] = Field(
+    spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
+    set: list[Setting] = Field(
         default=[],
-        description="path=value: change a field before validation, "
-        "such as layers.layer.router.temperature_scale=0.5; may be repeated",
+        description="change a field before validation, such as layers.layer.router.temperature_scale=0.5; "
+        "may be repeated",
     )
     seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
-    out: Path | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
-    resume: Path | None = Field(default=None, description="go on with the run in this folder")
+    out: Folder | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
+    resume: Folder | None = Field(default=None, description="resume the run in this folder")
     auto_resume: bool = Field(
         default=False,
-        description="go on with what is in the folder --out, where it began: a command that a job scheduler may repeat",
+        description="resume what is in the folder --out, where it began: a command that a job scheduler may repeat",
     )
-    data: Path = Field(default_factory=cache_folder, description="where data is kept between runs")
+    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show a progress bar")
 
@@ -50,7 +51,7 @@ class RunOptions(CommandOptions):
 class OneRunOptions(RunOptions):
     """The options of the recipes that train one model."""
 
-    evaluate: Path | None = Field(
+    evaluate: Folder | None = Field(
         default=None, description="test the model of the finished run in this folder again, instead of training"
     )
 

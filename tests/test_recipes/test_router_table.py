@@ -161,7 +161,7 @@ def test_experiment_that_makes_no_table_is_refused(settings, complaint):
             "error: unknown column 'con'; did you mean 'conv'? columns: gau, gated_mlp",
             id="column",
         ),
-        pytest.param(["--jobs", "0"], "--jobs='0': input should be greater than or equal to 1", id="jobs"),
+        pytest.param(["--jobs", "0"], "error: --jobs='0': input should be greater than or equal to 1", id="jobs"),
         pytest.param(
             ["--resume", "nowhere"], "error: there is no study in 'nowhere': study.json is missing", id="resume"
         ),

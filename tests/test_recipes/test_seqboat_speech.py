@@ -53,9 +53,7 @@ def test_preset_names_the_experiment():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param(
-            ["--preset", "huge"], "--preset='huge': input should be 'tiny' or 'paper'; see --help", id="preset"
-        ),
+        pytest.param(["--preset", "huge"], "error: --preset: unknown choice 'huge'; choices: tiny, paper", id="preset"),
         pytest.param(
             ["--evaluate", "nowhere"],
             "error: there is no finished run in 'nowhere': experiment.yaml is missing",

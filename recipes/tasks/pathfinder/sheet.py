@@ -17,6 +17,7 @@ from sma.errors import DataError, quote, reason
 from sma.files import write_atomically
 from sma.recipes.io.command import CommandOptions, exit_code, parse
 from sma.recipes.io.names import plain
+from sma.recipes.io.option_parser import File, Setting
 from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSettings
 from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus
 from sma.spec import parse_setting
@@ -33,9 +34,9 @@ class SheetOptions(CommandOptions):
     size: int = Field(
         default=32, description="pixels of a side; from 128 on the stimulus is that of Path-X, below that of Pathfinder"
     )
-    set: list[str] = Field(
+    set: list[Setting] = Field(
         default=[],
-        description="field=value: change another field of the stimulus, such as contour_length=6; may be repeated",
+        description="change another field of the stimulus, such as contour_length=6; may be repeated",
     )
     rows: int = Field(default=4, ge=1, le=50, description="rows of images")
     columns: int = Field(default=4, ge=1, le=50, description="images of either class in a row")
@@ -43,7 +44,7 @@ class SheetOptions(CommandOptions):
         default=None, ge=1, le=32, description="pixels of the sheet per pixel; default so that a side has 128 or more"
     )
     seed: int = Field(default=0, ge=0, description="of the images")
-    out: Path = Field(default=Path("pathfinder.png"), description="the PNG file to write")
+    out: File = Field(default=Path("pathfinder.png"), description="the PNG file to write")
 
 
 def main(arguments: list[str] | None = None) -> int:

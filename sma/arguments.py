@@ -1,0 +1,58 @@
+"""Command lines whose mistakes are answered as those of specs are: one message, with the nearest word that exists."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from sma.errors import QUOTED, SpecError, nearest, quote
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that raises errors of this project, and takes no abbreviation of an option."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(f"{_cut(message.removeprefix('argument '))}; see {self.prog} --help")
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read a command line.
+
+        Raises:
+            SpecError: a word is not known, a value is missing, or it is not valid.
+        """
+        arguments, unknown = self.parse_known_args(words)
+        if not unknown:
+            return arguments
+        word = unknown[0]
+        if word.startswith("-"):
+            self._refuse_option(word.partition("=")[0])
+        settings = "=" in word and "--set" in self.options()
+        hint = "write --set before each PATH=VALUE" if settings else f"see {self.prog} --help"
+        raise SpecError(f"{self.prog} takes no further argument {quote(word)}; {hint}")
+
+    def options(self) -> list[str]:
+        """The long options that the help lists."""
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        return [option for action in shown for option in action.option_strings if option.startswith("--")]
+
+    def _refuse_option(self, name: str) -> NoReturn:
+        word = next((each.metavar for each in self._get_positional_actions() if f"--{each.dest}" == name), None)
+        near = nearest(name, self.options())
+        if word is not None:
+            hint = f"write {word} without an option: {self.prog} {word}"
+        elif near is not None:
+            hint = f"did you mean {near}?"
+        else:
+            hint = f"see {self.prog} --help"
+        raise SpecError(f"{_cut(name)}: unknown option; {hint}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 3 * QUOTED else f"{text[: 3 * QUOTED - 3]}..."
