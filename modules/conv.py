@@ -11,7 +11,7 @@ from sma.modules.cache import Cache, empty_cache
 from sma.padding import pack, unpack
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, placement
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, device_and_dtype
 
 
 @register
@@ -79,7 +79,7 @@ class Conv(SubModule):
         `SubModule.init_state`.
         """
         self._refuse_unless_causal()
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         return empty_cache(batch_size, self.spec.kernel_size - 1, ((self.weight.shape[0],),), device, (dtype,))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from sma.initial import truncated_normal_
+from sma.init import truncated_normal_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import convolution_operations
 from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, scan_operations

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from sma.initial import reset_linear_
+from sma.init import reset_linear_
 from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import NoState, Operations, State, SubModule, SubModuleSpec

@@ -8,13 +8,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.errors import SpecError
-from sma.initial import reset_linear_
+from sma.init import reset_linear_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.finite import all_finite
 from sma.padding import pack, unpack
 from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged
-from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, placement
+from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, device_and_dtype
 
 
 class MultiHeadSpec(SubModuleSpec):
@@ -82,7 +82,7 @@ class MultiHead(SubModule):
         Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
         """
         self._refuse_unless_causal()
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         return empty_cache(batch_size, self.window, (self._head, self._head), device, (dtype, dtype))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.initial import reset_linear_
+from sma.init import reset_linear_
 from sma.modules.cache import Cache
 from sma.modules.complex_recurrence import ComplexRecurrence, minus_one
 from sma.modules.long_convolution import convolution_operations

@@ -14,7 +14,7 @@ from sma.modules.cache import Cache
 from sma.modules.long_convolution import long_convolution
 from sma.modules.scan import LinearRecurrence, Scanned, advance, causal_scan
 from sma.ragged import Ragged
-from sma.submodule import State, SubModule, check_sizes, placement
+from sma.submodule import State, SubModule, check_sizes, device_and_dtype
 
 Kind = TypeVar("Kind", bound=LinearRecurrence)
 
@@ -64,7 +64,7 @@ class StateSpace(SubModule, Generic[Kind]):
     ) -> State:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
         self._refuse_unless_causal()
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         check_count(batch_size, "batch_size")
         wide = torch.promote_types(dtype, torch.float32)
         what = f"the state of {type(self).__name__}"

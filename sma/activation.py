@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sma.capacity import Capacity, check_capacity, earliest, slots_per_row
-from sma.checks import check_batch, check_control, check_decision, check_dtype, check_parts, counted
+from sma.checks import check_batch, check_control, check_decision, check_dtype, check_parts, require_seen
 from sma.checks import check_valid as check_valid
 from sma.decision import Decision
 from sma.errors import InputError, StateError
@@ -21,7 +21,7 @@ from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.routers import Router
 from sma.routers.contract import keep_valid
-from sma.submodule import State, SubModule, check_state, may_skip, placement
+from sma.submodule import State, SubModule, check_state, device_and_dtype, may_skip
 
 
 @register_output
@@ -174,7 +174,7 @@ class SparseModularActivation(nn.Module):
         """
         self.refuse_unless_causal()
         check_count(batch_size, "batch_size")
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         seen = zeros((batch_size,), "the state of a routed layer", dtype=torch.int64, device=device)
         parts = {name: part.init_state(batch_size, device=device, dtype=dtype) for name, part in self._parts.items()}
         return RoutedState(self.router.init_state(batch_size, device=device, dtype=dtype), parts, seen)
@@ -269,7 +269,7 @@ class SparseModularActivation(nn.Module):
             return None
         self.refuse_unless_causal()
         self.check(check_state(self, state, RoutedState, x_BLD.shape[0]))
-        return counted(self, state.seen)
+        return require_seen(self, state.seen)
 
     def _route(
         self,

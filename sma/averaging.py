@@ -12,7 +12,7 @@ from sma.budget import batch_of, batches_of, takes
 from sma.controller import over_all_ranks
 from sma.errors import InputError
 from sma.pytree import map_tensors
-from sma.submodule import placement
+from sma.submodule import device_and_dtype
 
 _END = object()
 
@@ -47,7 +47,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     }
     if not norms:
         return 0
-    device, training = placement(model, None, None)[0], [part for part in model.modules() if part.training]
+    device, training = device_and_dtype(model, None, None)[0], [part for part in model.modules() if part.training]
     momenta = {name: norm.momentum for name, norm in norms.items()}
     before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
     model.eval()

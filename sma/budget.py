@@ -22,7 +22,7 @@ from sma.inputs import check_count, check_number, check_tensor, what_came
 from sma.margins import BINS
 from sma.model import SequenceModel
 from sma.stats import RateCount, count_rates
-from sma.submodule import is_sharded, placement
+from sma.submodule import device_and_dtype, is_sharded
 from sma.targets import BudgetSpec as BudgetSpec
 
 ONCE = "batches can be gone through only once: give a list of them"
@@ -123,7 +123,7 @@ def _measure(
         controller: counts.
         before: batches of this rank in the pass before; 0 in the first.
     """
-    device, layers = placement(model, None, None)[0], tuple(router.names for router in controller.routers)
+    device, layers = device_and_dtype(model, None, None)[0], tuple(router.names for router in controller.routers)
     shapes = (
         (4,),
         (len(layers), len({name for layer in layers for name in layer})),

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sma.devices import autocasts
-from sma.initial import truncated_normal_
+from sma.init import truncated_normal_
 
 
 class LinearBypass(nn.Module):

@@ -156,7 +156,7 @@ def check_parts(part: nn.Module, found: Collection[str], wanted: Collection[str]
         )
 
 
-def counted(part: nn.Module, seen: Tensor | None) -> Tensor:
+def require_seen(part: nn.Module, seen: Tensor | None) -> Tensor:
     """The tokens that the streams of a part which stands alone have seen.
 
     Raises:

@@ -11,7 +11,7 @@ from sma.devices import autocasts
 from sma.errors import InputError
 from sma.inputs import check_tensor
 from sma.spec import Spec, register
-from sma.submodule import floating_dtype, placement
+from sma.submodule import device_and_dtype, floating_dtype
 from sma.summary import settings
 
 
@@ -254,7 +254,7 @@ class LinearEncoder(Encoder):
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""
-        device, dtype = placement(self, None, None)
+        device, dtype = device_and_dtype(self, None, None)
         return torch.randn(rows, length, self.spec.features, device=device, dtype=dtype)
 
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:

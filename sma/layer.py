@@ -20,7 +20,7 @@ from sma.activation import (
 )
 from sma.bypass import LinearBypass
 from sma.capacity import Capacity, check_capacity
-from sma.checks import check_batch, check_dtype, check_frame, check_parts, counted
+from sma.checks import check_batch, check_dtype, check_frame, check_parts, require_seen
 from sma.decision import Decision
 from sma.errors import quote
 from sma.inputs import check_count
@@ -31,7 +31,7 @@ from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
-from sma.submodule import Operations, State, SubModuleSpec, check_state, placement
+from sma.submodule import Operations, State, SubModuleSpec, check_state, device_and_dtype
 from sma.summary import settings
 
 NAME = 100
@@ -209,7 +209,7 @@ class RoutedLayer(nn.Module):
         """
         self.refuse_unless_causal()
         check_count(batch_size, "batch_size")
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         seen = zeros((batch_size,), "the state of a layer", dtype=torch.int64, device=device)
         backbone = None if self.backbone is None else self.backbone.init_state(batch_size, device=device, dtype=dtype)
         routed = None if self.routed is None else self.routed.init_state(batch_size, device=device, dtype=dtype)
@@ -276,7 +276,7 @@ class RoutedLayer(nn.Module):
         if state is not None:
             self.refuse_unless_causal()
             self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
-            seen = counted(self, state.seen)
+            seen = require_seen(self, state.seen)
         x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)
         output = self._run(x_BLD, frame, state, capacity)
         if output.state is not None and seen is not None:

@@ -16,7 +16,7 @@ from sma.checks import check_dtype, check_valid
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
-from sma.initial import seeded
+from sma.init import seeded
 from sma.inputs import check_count, check_tensor
 from sma.layer import LayerSpec, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
@@ -26,7 +26,7 @@ from sma.padding import move
 from sma.positions import Sinusoid
 from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
-from sma.submodule import Operations, check_state, placement
+from sma.submodule import Operations, check_state, device_and_dtype
 from sma.summary import settings
 
 
@@ -218,7 +218,7 @@ class SequenceModel(nn.Module):
         """
         self._refuse_unless_causal()
         check_count(batch_size, "batch_size")
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         if device.type != "meta":
             # All of it before a part of it takes the memory: made on `meta`, it has sizes and nothing else.
             needed = self.init_state(batch_size, device="meta", dtype=dtype).num_bytes

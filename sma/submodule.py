@@ -225,7 +225,7 @@ class SubModule(nn.Module):
             dtype: of what the state keeps of the tokens; default the dtype of the parameters.
         """
         self._refuse_unless_causal()
-        return no_state(batch_size, *placement(self, device, dtype))
+        return no_state(batch_size, *device_and_dtype(self, device, dtype))
 
     def extra_repr(self) -> str:
         return settings(self)
@@ -318,7 +318,7 @@ def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.d
     return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 
 
-def placement(
+def device_and_dtype(
     part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.devices import without_autocast
 from sma.errors import InputError, StateError, quote
-from sma.initial import truncated_normal_
+from sma.init import truncated_normal_
 from sma.inputs import check_mask, check_tensor
 from sma.spec import Spec
-from sma.submodule import NoState, State, StateKind, check_state, is_sharded, no_state, placement
+from sma.submodule import NoState, State, StateKind, check_state, device_and_dtype, is_sharded, no_state
 from sma.summary import listed, settings
 
 
@@ -135,7 +135,7 @@ class Router(nn.Module):
             StateError: the router is not causal.
         """
         self._refuse_unless_causal()
-        return no_state(batch_size, *placement(self, device, dtype))
+        return no_state(batch_size, *device_and_dtype(self, device, dtype))
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"names=[{listed(map(quote, self.names))}]", settings(self))))

@@ -11,7 +11,7 @@ from sma.inputs import check_count
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.routers.contract import Router
-from sma.submodule import State, placement
+from sma.submodule import State, device_and_dtype
 
 
 @register_output
@@ -48,7 +48,7 @@ class DrawingRouter(Router):
     ) -> RandomState:
         """Make the state of `batch_size` streams; see `Router.init_state`."""
         check_count(batch_size, "batch_size")
-        place = placement(self, device, dtype)[0]
+        place = device_and_dtype(self, device, dtype)[0]
         # Zeros first, which are refused where they do not fit.
         return RandomState(
             torch.arange(batch_size, out=zeros((batch_size,), "the state of a router", device=place, dtype=torch.int64))

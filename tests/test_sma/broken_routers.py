@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.decision import Decision
 from sma.pytree import register_output
 from sma.routers import Router
-from sma.submodule import State, placement
+from sma.submodule import State, device_and_dtype
 
 
 @register_output
@@ -29,7 +29,7 @@ class Rising(Router):
         self.register_buffer("offset", torch.zeros(len(names)))
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> State:
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         return Before(torch.zeros(batch_size, self.weight.shape[1], device=device, dtype=dtype))
 
     def forward(

@@ -15,7 +15,7 @@ import sma
 from sma.errors import CheckpointError
 from sma.interop.seqboat import from_reference, to_reference
 from sma.model import SequenceModel
-from sma.submodule import floating_dtype, placement
+from sma.submodule import device_and_dtype, floating_dtype
 from tests.test_interop.test_seqboat import recorded
 
 MODULES: dict[str, dict[str, Any]] = {
@@ -148,12 +148,12 @@ def test_the_first_floating_point_numbers_say_the_dtype_and_the_first_tensors_th
     mixed = nn.Module()
     mixed.register_parameter("packed", nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
     assert floating_dtype(mixed) is None
-    assert placement(mixed, None, None) == (torch.device("cpu"), torch.float32)
+    assert device_and_dtype(mixed, None, None) == (torch.device("cpu"), torch.float32)
     mixed.register_buffer("scale", torch.zeros(2, dtype=torch.bfloat16))
-    assert placement(mixed, None, None)[1] is torch.bfloat16
+    assert device_and_dtype(mixed, None, None)[1] is torch.bfloat16
     only_buffers = nn.Module()
     only_buffers.register_buffer("scale", torch.zeros(2, device="meta", dtype=torch.float64))
-    assert placement(only_buffers, None, None) == (torch.device("meta"), torch.float64)
+    assert device_and_dtype(only_buffers, None, None) == (torch.device("meta"), torch.float64)
 
 
 def test_weights_that_were_packed_have_no_name_of_the_authors():

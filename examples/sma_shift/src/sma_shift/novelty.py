@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from sma import Decision, Router, State, register
 from sma.routers import RouterSpec
-from sma.submodule import check_sizes, placement
+from sma.submodule import check_sizes, device_and_dtype
 from torch import Tensor, nn
 
 from sma_shift.last_token import LastToken, line_up, newest
@@ -65,7 +65,7 @@ class NoveltyRouter(Router):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LastToken:
         """Make the state of streams that have seen nothing; see `Router.init_state`."""
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         return LastToken(torch.zeros(batch_size, self.width, device=device, dtype=dtype))
 
     def forward(

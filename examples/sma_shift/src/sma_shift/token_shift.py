@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from sma import Ragged, State, SubModule, SubModuleSpec, register
-from sma.submodule import Operations, check_sizes, placement
+from sma.submodule import Operations, check_sizes, device_and_dtype
 from torch import Tensor, nn
 
 from sma_shift.last_token import LastToken, line_up, newest
@@ -58,7 +58,7 @@ class TokenShift(SubModule):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LastToken:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
-        device, dtype = placement(self, device, dtype)
+        device, dtype = device_and_dtype(self, device, dtype)
         return LastToken(torch.zeros(batch_size, self.mix.shape[0], device=device, dtype=dtype))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:

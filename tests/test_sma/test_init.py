@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sma.initial import reset_linear_, seeded, truncated_normal_
+from sma.init import reset_linear_, seeded, truncated_normal_
 
 
 @pytest.mark.parametrize("std", [0.02, 1.0])
