@@ -1,4 +1,8 @@
-"""Which values the next trial gets, and which trials are stopped."""
+"""Which values the next trial gets, and which trials are stopped.
+
+Optuna draws. Not through Ray's `OptunaSearch`, whose draws depend on all that the process drew before, so that a sweep
+that was interrupted would draw others; and halving is not Ray's ASHA, which compares trials by one metric alone.
+"""
 
 import logging
 import math

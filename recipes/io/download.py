@@ -3,6 +3,7 @@
 Bytes go to `NAME.part` beside the final place, and what the server said about the file (length, ETag, date) to
 `NAME.part.json`. The next call asks for the rest alone, on condition that the file is still the same one; a server that
 knows no ranges, or has another file by now, sends all of it. `NAME` appears when every byte is there and the hash fits.
+`torch.hub` has a downloader too; it begins anew after every break, which archives of some gigabytes cannot afford.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Functions run side by side, each in a process of its own, so that one that is killed takes no other with it."""
+"""Functions run side by side, each in a process of its own, so that one that is killed takes no other with it.
+
+Not a pool of the standard library: there one killed worker breaks the whole pool, and the others outlive their parent.
+"""
 
 import multiprocessing
 import os

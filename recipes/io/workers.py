@@ -1,4 +1,8 @@
-"""Work shared among processes, with results in order: what is made does not depend on how many processes made it."""
+"""Work shared among processes, with results in order: what is made does not depend on how many processes made it.
+
+The pool is the standard library's. Ours are the bound on what is computed ahead, and workers that end with their
+parent: those of a pool wait for ever where it was killed.
+"""
 
 import itertools
 import multiprocessing
