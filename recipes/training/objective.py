@@ -3,6 +3,7 @@
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -104,7 +105,7 @@ class Objective(ABC, Generic[TaskT, DataT]):
         """What is learned, for titles."""
         return self.task.kind
 
-    @property
+    @cached_property
     def hashes(self) -> Mapping[str, str]:
         """SHA-256 of the data, by split or file."""
         hashes: Mapping[str, str] = self.data.hashes  # type: ignore[attr-defined]
