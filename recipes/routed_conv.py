@@ -1,7 +1,7 @@
-"""Token-wise blocks whose convolutions are routed, beside their dense twin and the controls.
+"""Token-wise blocks whose convolutions are routed, beside their dense baseline and the controls.
 
 python recipes/routed_conv.py --task listops
-python recipes/routed_conv.py --task digits --router "{kind: sma, temperature_scale: 0.3}" --arms routed,always
+python recipes/routed_conv.py --task digits --router "{kind: sma, temperature_scale: 0.3}" --variants routed,always
 python recipes/routed_conv.py --resume OUT
 """
 
@@ -13,11 +13,12 @@ import sys
 from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.io.command import exit_code, parse
-from sma.recipes.studies.routed import RoutedOptions, run_routed
+from sma.recipes.studies.routed import Routed, RoutedOptions
+from sma.recipes.studies.study import run_study
 
 
 class Options(RoutedOptions):
-    """Train a model with routed modules, its dense twin and controls, and compare accuracy, operations and time."""
+    """Train a model with routed modules, its dense baseline and controls, and compare accuracy, MACs and time."""
 
     model_config = SettingsConfigDict(cli_prog_name="routed_conv")
 
@@ -28,9 +29,8 @@ class Options(RoutedOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(
-        lambda: run_routed(parse(Options, sys.argv[1:] if arguments is None else arguments), "Routed convolutions")
-    )
+    study = Routed("Routed convolutions")
+    return exit_code(lambda: run_study(study, parse(Options, sys.argv[1:] if arguments is None else arguments)))
 
 
 if __name__ == "__main__":

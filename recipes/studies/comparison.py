@@ -13,6 +13,7 @@ from pydantic import Field
 from sma.errors import CheckpointError, SpecError, did_you_mean
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.names import plain
+from sma.recipes.io.option_parser import Names
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, is_list_of, read_checked, read_summary, write_text
 from sma.recipes.reports.comparison import WORKS, comparison_table, tasks_table
 from sma.recipes.reports.results import Summary
@@ -40,7 +41,7 @@ class ComparisonOptions(StudyOptions):
     preset: Literal["tiny", "paper"] = Field(
         default="tiny", description="the SeqBoat experiment that the others are made of"
     )
-    variants: str | None = variants_field(tuple(BASELINES))
+    variants: Names | None = variants_field(tuple(BASELINES))
     minutes: float | None = Field(
         default=None,
         gt=0.0,

@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.io.option_parser import Names
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.table import Table
 from sma.recipes.studies.grid import Results, Run
@@ -33,7 +34,7 @@ class StudyOptions(RunOptions):
     # Without the target a variable MODELS of the environment would be read: a prefix leaves aliases alone.
     model_config = SettingsConfigDict(env_prefix_target="all")
 
-    variants: str | None = variants_field()
+    variants: Names | None = variants_field()
     seeds: int | None = Field(
         default=1, ge=1, le=100, description="runs of every variant, with the seeds from the experiment's own on"
     )
@@ -90,12 +91,14 @@ class Study(Generic[Options, Asked]):
         older: the file in which earlier versions kept that.
         selections: the fields of `chosen` that select runs, which a command that resumes may change, and what one of
             their values is called.
+        figures: the files that `conclude` draws into the folder.
     """
 
     name: ClassVar[str]
     chosen: type[Asked]
     older: ClassVar[str]
     selections: ClassVar[Mapping[str, str]] = {"variants": "variant"}
+    figures: ClassVar[Sequence[str]] = ()
 
     def experiment(self, options: Options) -> ExperimentSpec:
         """The experiment that the options ask for."""

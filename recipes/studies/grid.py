@@ -15,7 +15,7 @@ from sma.recipes.io.names import plain
 from sma.recipes.io.processes import Processes
 from sma.recipes.io.run_folder import EXPERIMENT, LIMIT, SUMMARY, read_summary, refuse_another, write_text
 from sma.recipes.reports.results import Failure, Row, layer_rates
-from sma.recipes.tasks.contract import TaskData
+from sma.recipes.tasks.contract import TaskData, TaskSpec
 from sma.stats import operation_count
 from sma.streams import make_tolerant
 
@@ -26,7 +26,8 @@ SHARED = ("task", "chance", "majority", "data")
 ORIGIN = ("commit", "hardware", "date")
 """What a study states of its runs together."""
 
-NEEDED = ("test_accuracy", "activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
+MEASURE = "test_accuracy"
+NEEDED = (MEASURE, "activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
 """What a row holds of the summary of its run."""
 
 Experiment = ExperimentSpec | Callable[[Mapping[str, Row]], ExperimentSpec]
@@ -231,7 +232,7 @@ class _Grid:
         self.summaries[run.name] = found
         row: dict[str, Any] = {
             **run.labels,
-            "accuracy": found["test_accuracy"],
+            "accuracy": found[MEASURE],
             "activation_rate": sum(layers) / len(layers) if layers else None,
             "rates": rates,
             "macs_per_token": operation_count(spec.model, self.length, rates).per_token,
@@ -253,8 +254,22 @@ def in_words(folder: Path) -> str:
     """Return how a run ended."""
     if (reason := failure(folder)) is not None:
         return f"failed: {reason}"
-    run = read_summary(folder, "test_accuracy", "seconds")
-    return f"accuracy {run['test_accuracy']:.1%} after {run['seconds']:.0f} s"
+    run = read_summary(folder, MEASURE, "seconds")
+    return f"accuracy {run[MEASURE]:.1%} after {run['seconds']:.0f} s"
+
+
+def check_task(task: TaskSpec) -> None:
+    """Check that runs of a task can be compared.
+
+    Raises:
+        SpecError: the task has no accuracy.
+    """
+    task.check_trainable()
+    if task.metric.key != MEASURE:
+        raise SpecError(
+            f"the task {task.kind!r} is measured by {task.metric.name!r}, and a study compares accuracies; "
+            "use a classification task"
+        )
 
 
 def _check(runs: Sequence[Run], out: Path) -> None:
@@ -272,6 +287,7 @@ def _check(runs: Sequence[Run], out: Path) -> None:
                 f"the run {run.name!r} has the task {run.experiment.task} and the runs before it {task}; "
                 "the runs of a grid must have one task"
             )
+        check_task(task)
         _refuse_another(run.experiment, out / run.name)
 
 

@@ -9,6 +9,7 @@ from pydantic import AliasChoices, Field
 from sma.errors import SpecError
 from sma.layer import LayerSpec
 from sma.recipes.experiment import ExperimentSpec
+from sma.recipes.io.option_parser import Names
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.routers import router_table
 from sma.recipes.reports.table import Table
@@ -52,8 +53,8 @@ class TableOptions(StudyOptions):
     """The options of the table of routers."""
 
     preset: Literal["tiny"] = Field(default="tiny", description="52 runs of less than a minute on one core each")
-    variants: str | None = variants_field(ROUTERS)
-    columns: str | None = Field(
+    variants: Names | None = variants_field(ROUTERS)
+    columns: Names | None = Field(
         default=None,
         validation_alias=AliasChoices("modules", "columns"),
         description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one",

@@ -49,11 +49,11 @@ def refuse_failures(failures: Sequence[str], out: Path, options: StudyOptions) -
         SmaError: there are any.
     """
     if failures:
-        command = f"python -m sma.recipes.{options.model_config.get('cli_prog_name')} --resume {shell_word(out)}"
+        program = options.program if " " in options.program else f"python -m sma.recipes.{options.program}"
         count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
         raise SmaError(
             f"{count} failed: {', '.join(failures)}; {ERROR} in the folder of each holds the reason, {LOG} the "
-            f"traceback, and {command} tries again"
+            f"traceback, and {program} --resume {shell_word(out)} tries again"
         )
 
 
@@ -70,7 +70,8 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         runs = study.runs(spec, chosen, data, out)
         only = [run.name for run in runs if run.variant in now.variants and _in_columns(run, now)]
         left = sum(not (out / name / SUMMARY).is_file() for name in only)
-        print(f"{spec.task.kind}: {len(only)} runs, {left} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
+        count = "1 run" if len(only) == 1 else f"{len(only)} runs"
+        print(f"{spec.task.kind}: {count}, {left} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
         clock = _Clock(out, min(options.jobs, left))
         write = partial(_write, study, chosen, out, clock)
         results = run_grid(
@@ -88,8 +89,15 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         more = study.conclude(write(results), begun, data) if results.rows else {}
         summary = write(results, more)
         print(f"\n{markdown(study.table(summary))}")
-        for what, name in (("table", TABLE), ("values", VALUES), ("summary", SUMMARY)):
-            print(f"{what:<8} {plain(out / name)}")
+        files = [
+            ("table", TABLE),
+            ("values", VALUES),
+            ("summary", SUMMARY),
+            *(("figure", name) for name in study.figures),
+        ]
+        for what, name in files:
+            if (out / name).is_file():
+                print(f"{what:<8} {plain(out / name)}")
         return summary, results.failures, out
 
 

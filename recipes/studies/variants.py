@@ -1,124 +1,107 @@
-"""Arms: experiments that differ in one thing only, such as the router, trained one after another and laid side by
-side.
-"""
+"""Variants of one experiment that differ in their routers alone, trained side by side."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from sma.describe import align
-from sma.errors import SpecError, did_you_mean
-from sma.model import ModelSpec
-from sma.recipes.experiment import ExperimentSpec, RoutingLosses, load_experiment
-from sma.recipes.io.names import plain
-from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, read_summary, refuse_another, write_text
-from sma.recipes.reports.figures import attempt, drawing, label, save_figure
-from sma.recipes.tasks.contract import TaskData, TaskSpec
+from pydantic import Field
+
+from sma.errors import SpecError
+from sma.recipes.experiment import ExperimentSpec, RoutingLosses
+from sma.recipes.reports.figures import attempt
+from sma.recipes.reports.results import Row, Summary, layer_rates
+from sma.recipes.reports.table import Table
+from sma.recipes.reports.variants import FIGURE, draw_variants, variants_table
+from sma.recipes.studies.contract import Begun, Chosen, Options, Study, StudyOptions
+from sma.recipes.studies.grid import Run
+from sma.recipes.tasks.contract import TaskData
 from sma.routers import RandomRouterSpec, RouterSpec
-from sma.stats import operation_count
-
-Result = Mapping[str, Any]
-"""What one arm came to: `accuracy`, `activation_rate` and so on, as `run_arms` lists them."""
-
-Arm = ExperimentSpec | Callable[[Mapping[str, Result]], ExperimentSpec]
-"""An experiment, or what makes it from the results of the arms before it."""
-
-FIGURE = "comparison.png"
-
-_NEEDED = ("test_accuracy", "activation_rate", "activation_rates", "tokens_per_second", "seconds", "parameters")
-_SHARED = ("task", "chance", "majority", "seed", "updates", "data", "commit", "hardware", "date")
 
 
-def run_arms(
-    arms: Mapping[str, Arm],
-    out: Path,
-    data: TaskData,
-    *,
-    only: Sequence[str] | None = None,
-    title: str = "",
-    accelerator: str = "auto",
-    progress: bool = True,
-    subject: str | None = None,
-) -> dict[str, Any]:
-    """Train and test every arm in its folder below `out`, print their table, and write `summary.json` and
-    `comparison.png`.
+class AtRatesOf(NamedTuple):
+    """An experiment whose layers run as often as those of another variant.
 
-    An arm whose run is finished is not run again, and one that was interrupted goes on, so a second call with the same
-    folder completes the first. Everything is written after every arm.
-
-    Args:
-        arms: by name, in the order of training.
-        out: the folder of the comparison.
-        data: the data of their task; the same for all.
-        only: the arms to train; others are listed where `out` holds their finished runs. None: all.
-        title: of the figure and the table.
-        accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        progress: show a bar.
-        subject: start of the titles of the figures of every run, before the name of the arm; None: runs draw none.
-
-    Returns:
-        the summary: `models` maps the name of an arm to
-
-        | key | |
-        |---|---|
-        | `accuracy` | on the test split |
-        | `activation_rate` | on the test split, of the layer whose sub-modules run most |
-        | `rates` | the rate of every sub-module of every routed layer |
-        | `operations_per_token` | multiply-adds of layers at these rates, in a row of the test split's mean length |
-        | `tokens_per_second` | in training, without evaluation |
-        | `seconds` | of the whole run |
-
-    Raises:
-        SpecError: `only` names an arm that is not there, an arm needs results of one that was not trained, or the arms
-            have different tasks.
-        CheckpointError: a folder below `out` holds a run of another experiment.
+    Attributes:
+        variant: the other one.
+        make: makes the experiment from the activation rate of every routed layer there.
     """
-    # Lightning takes seconds to import, and most of this file does without.
-    from sma.recipes.training.run import run_experiment
 
-    wanted = _wanted(arms, only)
-    length = max(1, round(float(data.test.lengths.double().mean())))
-    models: dict[str, Result] = {}
-    summary: dict[str, Any] = {}
-    task: TaskSpec | None = None
-    for name, arm in arms.items():
-        folder = out / name
-        done = (folder / SUMMARY).is_file()
-        if not done and name not in wanted:
-            continue
-        spec = arm if isinstance(arm, ExperimentSpec) else load_experiment(folder / EXPERIMENT) if done else arm(models)
-        if (folder / EXPERIMENT).exists():
-            refuse_another(
-                load_experiment(folder / EXPERIMENT),
-                spec,
-                folder / EXPERIMENT,
-                "give another folder, or delete it to run this arm again",
-            )
-        task = task or spec.task
-        if spec.task != task:
-            raise SpecError(
-                f"the arm {name!r} has the task {spec.task} and the arms before it {task}; arms must have one task"
-            )
-        if not done:
-            print(
-                f"{name}: {spec.model.num_parameters():,} parameters, "
-                f"{spec.training.updates:,} updates -> {plain(folder)}",
-                flush=True,
-            )
-            own = None if subject is None else f"{subject}, {name}"
-            run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, title=own)
-        run = read_summary(folder, *_SHARED, *_NEEDED)
-        models[name] = _result(spec.model, run, length)
-        summary = {key: run[key] for key in _SHARED} | {
-            "test_samples": len(data.test),
-            "length": length,
-            "models": models,
-        }
-        write_text(out / SUMMARY, json.dumps(summary, indent=1))
-    print(f"\n{title}\n\n{table(summary)}\n")
-    attempt(f"the figure of the comparison in {out}", lambda: draw_arms(summary, out, title))
-    return summary
+    variant: str
+    make: Callable[[Sequence[float]], ExperimentSpec]
+
+
+Variant = ExperimentSpec | AtRatesOf
+
+
+class VariantsOptions(StudyOptions):
+    """The options of the recipes that compare variants."""
+
+    preset: Literal["tiny"] = Field(default="tiny", description="all variants in some minutes on one core")
+
+
+class VariantsStudy(Study[Options, Chosen]):
+    """Variants of one experiment: width, depth, updates, learning rate, data and seeds are the same.
+
+    Attributes:
+        known: names of the variants, in the order of training.
+        draws_runs: whether every run draws figures of its own.
+    """
+
+    chosen = Chosen
+    older = "arms.json"
+    figures: ClassVar[Sequence[str]] = (FIGURE,)
+    known: ClassVar[tuple[str, ...]]
+    draws_runs: ClassVar[bool] = True
+
+    @abstractmethod
+    def variants(self, spec: ExperimentSpec) -> dict[str, Variant]:
+        """The variants of an experiment by name; those whose rates others need stand before them."""
+
+    @abstractmethod
+    def subject(self, spec: ExperimentSpec) -> str:
+        """What is compared, for titles."""
+
+    def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
+        return {"variants": self.known}
+
+    def upgrade(self, older: Any) -> dict[str, Any]:
+        return {"variants": older, "seeds": 1}
+
+    def runs(self, spec: ExperimentSpec, chosen: Chosen, data: TaskData, out: Path) -> list[Run]:
+        runs = []
+        for seed in range(spec.seed, spec.seed + (chosen.seeds or 1)):
+            # The first seed has no number in its folder, as when there was only one.
+            folders = {name: name if seed == spec.seed else f"{name}-{seed}" for name in self.known}
+            for name, variant in self.variants(spec.replace(seed=seed)).items():
+                title = f"{self.subject(spec)}, {name}" if self.draws_runs else None
+                if isinstance(variant, ExperimentSpec):
+                    runs.append(Run(folders[name], name, seed, variant, title=title))
+                else:
+                    needed = folders[variant.variant]
+                    made = _at_rates(variant, needed)
+                    runs.append(Run(folders[name], name, seed, made, needs=(needed,), title=title))
+        return runs
+
+    def conclude(self, summary: Summary, begun: Begun[Chosen], data: TaskData) -> dict[str, Any]:
+        seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in summary["rows"])))
+        title = f"{self.subject(begun.spec)}, seed {seeds}"
+        attempt(f"the figure of the study in {begun.out}", lambda: draw_variants(summary["rows"], begun.out, title))
+        return {}
+
+    def table(self, summary: Summary) -> Table:
+        return variants_table(summary)
+
+
+def _at_rates(variant: AtRatesOf, needed: str) -> Callable[[Mapping[str, Row]], ExperimentSpec]:
+    return lambda rows: variant.make(layer_rates(rows[needed]["rates"]))
+
+
+def at_random(spec: ExperimentSpec, variant: str) -> AtRatesOf:
+    """Return the same experiment with every layer run on tokens drawn at random, as often as in another variant."""
+    return AtRatesOf(
+        variant, lambda rates: with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed) for rate in rates])
+    )
 
 
 def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec]) -> ExperimentSpec:
@@ -153,99 +136,3 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     elif not training.losses.policy and any(router.needs_policy_gradient for router in each):
         training = training.replace(losses=training.losses.replace(policy=1.0))
     return spec.replace(model=spec.model.replace(layers=tuple(layers)), training=training)
-
-
-def layer_rates(results: Mapping[str, Result], name: str) -> list[float]:
-    """The activation rate of every routed layer of an arm, for arms that shall run as often; of several sub-modules the
-    mean.
-
-    Raises:
-        SpecError: the arm was not trained.
-    """
-    if name not in results:
-        raise SpecError(
-            f"an arm is to run at the rates of {name!r}, which was not trained; train {name!r} too, before it"
-        )
-    return [sum(rates.values()) / len(rates) for rates in results[name]["rates"]]
-
-
-def at_random(spec: ExperimentSpec, results: Mapping[str, Result], name: str) -> ExperimentSpec:
-    """Return the same experiment with every layer run on tokens drawn at random, as often as in the arm `name`.
-
-    Raises:
-        SpecError: that arm was not trained.
-    """
-    return with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed) for rate in layer_rates(results, name)])
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The results of the arms in aligned columns."""
-    rows = [["arm", "accuracy", "rate per layer, %", "operations per token", "tokens/s", "seconds"]]
-    for name, result in summary["models"].items():
-        rates = " / ".join(f"{100 * rate:.0f}" for rate in layer_rates(summary["models"], name)) or "-"
-        speed = f"{result['tokens_per_second']:,}" if result["tokens_per_second"] else "-"
-        cells = [
-            f"{result['accuracy']:.1%}",
-            rates,
-            f"{result['operations_per_token']:,.0f}",
-            speed,
-            f"{result['seconds']:.0f}",
-        ]
-        rows.append([name, *cells])
-    samples = summary["test_samples"]
-    marks = f"chance {summary['chance']:.1%}, always the commonest answer {summary['majority']:.1%}"
-    error = f"{samples:,} test samples, so one standard error is at most {50 / samples**0.5:.1f} points"
-    return "\n".join([*align(rows, right=(1, 2, 3, 4, 5)), "", marks, error])
-
-
-def draw_arms(summary: Mapping[str, Any], out: Path, title: str = "") -> Path:
-    """Draw the accuracy of the arms against their operations into `comparison.png`."""
-    with drawing(7, 4.5) as figure:
-        axis = figure.subplots()
-        for name, result in summary["models"].items():
-            point = result["operations_per_token"] / 1000, 100 * result["accuracy"]
-            axis.plot(*point, "o", markersize=8)
-            axis.annotate(
-                f"{label(name, 40)} ({result['activation_rate']:.0%})",
-                point,
-                xytext=(7, 5),
-                textcoords="offset points",
-                fontsize=9,
-            )
-        axis.margins(x=0.25, y=0.15)
-        axis.set(xlabel="thousand multiply-adds per token, layers only", ylabel="test accuracy, %", title=title)
-        axis.grid(alpha=0.3)
-        return save_figure(figure, out / FIGURE)
-
-
-def check_arms(names: Iterable[str], known: Iterable[str]) -> None:
-    """Check names of arms.
-
-    Raises:
-        SpecError: names the first that is not known, and one near it.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise SpecError(f"unknown arm {name!r}{did_you_mean(name, known, 'arms')}")
-
-
-def _wanted(arms: Mapping[str, Arm], only: Sequence[str] | None) -> set[str]:
-    check_arms(only or (), arms)
-    wanted = set(arms if only is None else only)
-    if not wanted:
-        raise SpecError(f"there is no arm to train; choose some of {', '.join(arms)}")
-    return wanted
-
-
-def _result(model: ModelSpec, run: Mapping[str, Any], length: int) -> Result:
-    rates = run["activation_rates"]
-    return {
-        "accuracy": run["test_accuracy"],
-        "activation_rate": max(run["activation_rate"], default=0.0),
-        "rates": rates,
-        "operations_per_token": operation_count(model, length, rates).per_token,
-        "tokens_per_second": run["tokens_per_second"],
-        "seconds": run["seconds"],
-        "parameters": run["parameters"],
-    }

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from sma.errors import SpecError
 from sma.model import build
-from sma.recipes.experiment import load_experiment
-from sma.recipes.recall import ARMS, DIAL, dial, main, rates_by_role, recall_arms
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.recall import main
 from sma.recipes.reports.classification import ClassificationReport, measure
+from sma.recipes.reports.recall import rates_by_role
+from sma.recipes.studies.recall import RATES, VARIANTS, Recall, rate_sweep
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, Batch, asked
 from sma.recipes.tasks.recall import RecallSettings, collate, make_recall, show
@@ -170,13 +172,12 @@ def test_model_that_cannot_answer_is_refused(setting, sentence):
         load_experiment(TINY, [setting])
 
 
-def test_arms_differ_in_router_and_budget_alone():
+def test_variants_differ_in_router_and_budget_alone():
     spec = load_experiment(TINY)
-    arms = recall_arms(spec)
-    assert tuple(arms) == ARMS
-    results = {"seqboat": {"rates": [{"attention": 0.25}]}}
-    for name, arm in arms.items():
-        made = arm(results) if callable(arm) else arm
+    variants = Recall().variants(spec)
+    assert tuple(variants) == VARIANTS
+    for name, variant in variants.items():
+        made = variant if isinstance(variant, ExperimentSpec) else variant.make([0.25])
         kind = "sma" if name == "seqboat" else name
         assert [layer.router.kind for layer in made.model.layer_specs] == [kind]
         assert (made.training.budget is None) == (name != "seqboat")
@@ -229,26 +230,28 @@ def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
     assert finished.summary["chance"] == pytest.approx(1 / 3)
 
 
-def test_command_trains_the_arms_that_are_asked_for(tmp_path, capsys):
+def test_command_trains_the_variants_that_are_asked_for(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(TINY), encoding="utf-8")
     out = tmp_path / "out"
     assert main(["--spec", str(path), "--arms", "seqboat,never,random", "--out", str(out), "--no-progress"]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["models"]) == ["seqboat", "never", "random"]
-    assert summary["models"]["never"]["activation_rate"] == 0
-    assert all(0 <= model["accuracy"] <= 1 for model in summary["models"].values())
+    rows = {row["variant"]: row for row in summary["rows"]}
+    assert list(rows) == ["seqboat", "never", "random"]
+    assert rows["never"]["activation_rate"] == 0
+    assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
+    assert (out / "comparison.png").stat().st_size > 10_000
     assert (out / "recall.png").stat().st_size > 10_000
-    assert [point["asked"] for point in summary["calibrated"]] == list(DIAL)
+    assert [point["asked"] for point in summary["calibrated"]] == list(RATES)
     assert "seqboat: which tokens run attention\n  key" in capsys.readouterr().out
 
 
-def test_the_dial_measures_what_the_model_does_at_each_rate():
+def test_rate_sweep_measures_what_the_model_does_at_each_rate():
     # Enough tokens that equal scores leave no gap in the rates.
     spec = load_experiment(TINY, ["task.data.validation=40"])
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
-    points = dial(model, data)
+    points = rate_sweep(model, data)
     batch = collate([data.test[number] for number in range(len(data.test))])
     with torch.no_grad():  # the model is left at the last rate
         output = model(batch.inputs, batch.valid)
@@ -259,12 +262,12 @@ def test_the_dial_measures_what_the_model_does_at_each_rate():
     assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
     rates = [point["activation_rate"] for point in points]
     assert rates == sorted(rates)
-    assert rates == pytest.approx(list(DIAL), abs=0.1)
+    assert rates == pytest.approx(list(RATES), abs=0.1)
 
 
-def test_wrong_arm_is_answered_with_the_one_that_was_meant(capsys):
+def test_wrong_variant_is_answered_with_the_one_that_was_meant(capsys):
     assert main(["--arms", "seqbot"]) == 2
-    assert "unknown arm 'seqbot'; did you mean 'seqboat'?" in capsys.readouterr().err
+    assert "unknown variant 'seqbot'; did you mean 'seqboat'?" in capsys.readouterr().err
 
 
 def test_a_batch_is_not_padded():

@@ -1,4 +1,4 @@
-"""The recipes of routed modules: what the command line refuses, what the arms are, and comparisons that go on."""
+"""The recipes of routed modules: what their command lines refuse, what the variants are, and extended studies."""
 
 import json
 import subprocess
@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from sma.recipes import routed_conv, routed_mlp
-from sma.recipes.experiment import load_experiment
-from sma.recipes.studies.routed import ARMS, routed_arms
+from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.studies.routed import VARIANTS, Routed
 from tests.test_recipes.tiny import EXPERIMENT, TRAINING, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = {"routed": {"rates": [{"attention": 0.25}, {"attention": 0.0}]}}
 PRESETS = [f"{task}_routed_{what}_tiny" for task in ("listops", "digits") for what in ("mlp", "conv")]
 
 
@@ -43,7 +42,7 @@ def test_help_imports_nothing_that_takes_seconds(name):
     assert done.returncode == 0
     assert all(
         f"--{option}" in done.stdout
-        for option in ("task", "preset", "router", "arms", "set", "seed", "out", "resume", "data")
+        for option in ("task", "preset", "router", "variants", "seeds", "jobs", "set", "seed", "out", "resume", "data")
     )
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard", "sklearn"} == set()
@@ -59,8 +58,8 @@ def test_help_imports_nothing_that_takes_seconds(name):
         ),
         pytest.param(
             ["--arms", "routed,alway"],
-            "error: unknown arm 'alway'; did you mean 'always'? arms: routed, expert_choice",
-            id="arm",
+            "error: unknown variant 'alway'; did you mean 'always'? variants: routed, expert_choice",
+            id="variant",
         ),
         pytest.param(
             ["--router", "sna"],
@@ -72,7 +71,7 @@ def test_help_imports_nothing_that_takes_seconds(name):
         ),
         pytest.param(["--router", "{kind: "], "error: the value of --router is not valid YAML", id="router-yaml"),
         pytest.param(
-            ["--resume", "nowhere"], "error: there is no comparison in 'nowhere': arms.json is missing", id="resume"
+            ["--resume", "nowhere"], "error: there is no study in 'nowhere': study.json is missing", id="resume"
         ),
         pytest.param(["--set", "training.updats=3"], "error: unknown field path 'training.updats'", id="set"),
     ],
@@ -86,59 +85,74 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def _variants(spec, rates):
+    """The variants of an experiment, as if `routed` had run at these rates."""
+    made = Routed("What").variants(spec)
+    return {name: each if isinstance(each, ExperimentSpec) else each.make(rates) for name, each in made.items()}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_arms_have_equal_width_depth_training_and_task(preset):
+def test_variants_have_equal_width_depth_training_and_task(preset):
     spec = load_experiment(preset)
-    results = {"routed": {"rates": [{"x": 0.3} for layer in spec.model.layer_specs if layer.modules]}}
-    arms = {name: arm(results) if callable(arm) else arm for name, arm in routed_arms(spec).items()}
-    assert tuple(arms) == ARMS
-    for name, arm in arms.items():
-        assert (arm.task, arm.seed, arm.threads, arm.model.width) == (
+    variants = _variants(spec, [0.3 for layer in spec.model.layer_specs if layer.modules])
+    assert tuple(variants) == VARIANTS
+    for name, variant in variants.items():
+        assert (variant.task, variant.seed, variant.threads, variant.model.width) == (
             spec.task,
             spec.seed,
             spec.threads,
             spec.model.width,
         )
-        assert arm.training.replace(budget=None) == spec.training.replace(budget=None)
-        for mine, own in zip(arm.model.layer_specs, spec.model.layer_specs, strict=True):
+        assert variant.training.replace(budget=None) == spec.training.replace(budget=None)
+        for mine, own in zip(variant.model.layer_specs, spec.model.layer_specs, strict=True):
             assert mine.replace(router=own.router) == own
             assert not own.modules or mine.router.kind == ("sma" if name == "routed" else name)
 
 
-def test_controls_run_at_the_rate_of_the_routed_arm_layer_by_layer():
-    arms = routed_arms(tiny(seed=5))
-    random, choice = (arms[name](RESULTS).model.layer_specs for name in ("random", "expert_choice"))
+def test_controls_run_at_the_rate_of_the_routed_variant_layer_by_layer():
+    variants = _variants(tiny(seed=5), [0.25, 0.0])
+    random, choice = (variants[name].model.layer_specs for name in ("random", "expert_choice"))
     assert [layer.router.rate for layer in random] == [0.25, 0.0]
     assert [layer.router.seed for layer in random] == [5, 5]  # layers draw by themselves
     # A dead layer stays without its sub-module.
     assert (choice[0].router.share, choice[1].router.kind) == (0.25, "never")
 
 
-def test_comparison_is_run_and_then_extended(spec, cache, tmp_path, capsys):
+def _trained(out):
+    return [row["variant"] for row in json.loads((out / "summary.json").read_text())["rows"]]
+
+
+def test_study_is_run_and_then_extended(spec, cache, tmp_path, capsys):
     out = tmp_path / "out"
     router = "{kind: threshold, threshold: 0.4}"
     assert _main("--spec", spec, "--data", cache, "--out", out, "--arms", "routed, never", "--router", router) == 0
     said = capsys.readouterr().out
-    assert "Routed feed-forward layers on listops, seed 0" in said
-    assert f"summary  {out / 'summary.json'}" in said
+    assert f"summary  {out / 'summary.json'}\nfigure   {out / 'comparison.png'}" in said
     assert load_experiment(out / "routed" / "experiment.yaml").model.layer_specs[0].router.threshold == 0.4
-    assert list(json.loads((out / "summary.json").read_text())["models"]) == ["routed", "never"]
+    assert _trained(out) == ["routed", "never"]
     assert (out / "routed" / "activation.png").stat().st_size > 10_000
     first = (out / "routed" / "summary.json").stat().st_mtime_ns
-    # The same again: nothing is trained. With another arm: it alone is.
+    # The same again: nothing is trained. With another variant: it alone is.
     assert _main("--resume", out, "--data", cache) == 0
     assert "parameters" not in capsys.readouterr().out
-    assert _main("--resume", out, "--data", cache, "--arms", "random") == 0
+    assert _main("--resume", out, "--data", cache, "--variants", "random") == 0
     assert "random: " in capsys.readouterr().out
     assert (out / "routed" / "summary.json").stat().st_mtime_ns == first
-    assert list(json.loads((out / "summary.json").read_text())["models"]) == ["routed", "never", "random"]
+    assert _trained(out) == ["routed", "never", "random"]
     assert _main("--resume", out, "--router", "always") == 2
-    assert "leave --set, --seed, --spec and --router out" in capsys.readouterr().err
+    assert "--resume continues the study as it was; leave --router out" in capsys.readouterr().err
 
 
-def test_arm_without_the_one_it_follows_is_a_sentence(spec, cache, tmp_path, capsys):
-    assert _main("--spec", spec, "--data", cache, "--out", tmp_path / "out", "--arms", "random") == 2
-    assert "error: an arm is to run at the rates of 'routed', which was not trained" in capsys.readouterr().err
+def test_variant_without_the_one_it_follows_is_a_sentence(spec, cache, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _main("--spec", spec, "--data", cache, "--out", out, "--variants", "random") == 2
+    said = capsys.readouterr()
+    reason = "the run needs the results of 'routed', which was not trained; train 'routed' too"
+    assert f"[1/1] random: failed: SpecError: {reason}" in said.out
+    assert "error: 1 run failed: random; error.txt in the folder of each holds the reason" in said.err
+    assert _main("--resume", out, "--data", cache, "--variants", "routed") == 0
+    assert _main("--resume", out, "--data", cache) == 0
+    assert _trained(out) == ["routed", "random"]
 
 
 @pytest.mark.slow
@@ -147,5 +161,5 @@ def test_digits_are_compared_by_both_recipes(recipe, tmp_path):
     settings = ["--set", "training.updates=4", "--set", "training.warmup=1", "--set", "training.budget=null"]
     assert recipe.main(["--task", "digits", "--out", str(tmp_path / "out"), "--no-progress", *settings]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert tuple(summary["models"]) == ARMS
+    assert tuple(row["variant"] for row in summary["rows"]) == VARIANTS
     assert (tmp_path / "out" / "always" / "activation.png").stat().st_size > 10_000

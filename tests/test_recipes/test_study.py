@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import yaml
 
-from sma.recipes import compare, router_table
+from sma.recipes import compare, routed_conv, routed_mlp, router_table
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.studies import comparison, study
 from sma.recipes.studies.folder import STUDY
@@ -32,12 +32,14 @@ def _without_training(monkeypatch):
     monkeypatch.setattr(comparison, "efficiency", lambda *_, **__: {"inference": cost, "training": cost})
 
 
-@pytest.fixture(params=["compare", "router_table"])
+@pytest.fixture(params=["compare", "router_table", "routed_mlp", "routed_conv"])
 def command(request, tmp_path):
     """A command with its data, and two of its variants."""
     recipe, variants = {
         "compare": (compare, ("seqboat", "ema")),
         "router_table": (router_table, ("sma", "always")),
+        "routed_mlp": (routed_mlp, ("routed", "never")),
+        "routed_conv": (routed_conv, ("always", "never")),
     }[request.param]
 
     def call(*arguments):
@@ -113,6 +115,8 @@ def test_auto_resume_repeats_a_command_and_refuses_another(command, spec, tmp_pa
 OLDER = {
     "compare": ("compared.json", lambda names: {"models": [*names], **SETTINGS}),
     "router_table": ("chosen.json", lambda names: {"routers": [*names], "modules": ["attention"]}),
+    "routed_mlp": ("arms.json", list),
+    "routed_conv": ("arms.json", list),
 }
 
 

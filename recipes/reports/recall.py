@@ -1,0 +1,91 @@
+"""What models of associative recall run attention on: by the role of the token, and as a figure."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from sma.recipes.reports.classification import ClassificationReport, rates_over_training
+from sma.recipes.reports.figures import drawing, save_figure
+from sma.recipes.reports.results import Row, Summary
+from sma.recipes.reports.variants import highest_rate
+
+FIGURE = "recall.png"
+ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
+
+
+def first_seed(rows: Sequence[Row]) -> list[Row]:
+    """Return the first row of every variant."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row["variant"], row)
+    return list(found.values())
+
+
+def rates_by_role(report: ClassificationReport) -> dict[str, list[float]]:
+    """The activation rate per layer of keys, values, queries and distractors."""
+    total: dict[str, list[float]] = {}
+    count: dict[str, int] = defaultdict(int)
+    for text, (rates, number) in report.by_text.items():
+        role = ROLES[text[0]]
+        before = total.get(role, [0.0] * len(rates))
+        total[role] = [a + number * b for a, b in zip(before, rates, strict=True)]
+        count[role] += number
+    return {role: [rate / count[role] for rate in total[role]] for role in ROLES.values() if role in total}
+
+
+def describe_roles(report: ClassificationReport) -> str:
+    """Return the activation rates of every role, layer by layer, in aligned lines."""
+    rows = rates_by_role(report)
+    return "\n".join(
+        f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role]))
+        for role in rows
+    )
+
+
+def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out: Path, title: str) -> Path:
+    """Draw which tokens one model chose, the accuracy of all over training, and the rate sweep at test time, into
+    `recall.png`.
+    """
+    examples = report.examples[:3]
+    colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
+    with drawing(16, 1.3 * len(examples) + 4) as figure:
+        figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
+        grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
+        for place, example in enumerate(examples):
+            axis = figure.add_subplot(grid[place, :])
+            layers, positions = example.active.shape
+            axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+            axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
+            axis.set_xticks(range(positions), example.texts, fontsize=7, family="monospace", rotation=90)
+            for label, text in zip(axis.get_xticklabels(), example.texts, strict=True):
+                label.set_color(colours[ROLES[text[0]]])
+            axis.tick_params(which="both", length=0)
+            axis.set_title(
+                f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for",
+                fontsize=9,
+                loc="left",
+            )
+        curves, sweep = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
+        for row in first_seed(summary["rows"]):
+            name = row["variant"]
+            points = rates_over_training(out / row["name"]).get("val_accuracy", [])
+            (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
+            sweep.plot(highest_rate(row), row["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
+        if "calibrated" in summary:
+            points = summary["calibrated"]
+            sweep.plot(
+                [point["activation_rate"] for point in points],
+                [point["accuracy"] for point in points],
+                "k--.",
+                label="seqboat, rate sweep",
+            )
+        curves.set(xlabel="update", ylabel="validation accuracy", ylim=(-0.02, 1.02))
+        sweep.set(
+            xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02)
+        )
+        # Where no curve and no point is: accuracies go together near the top and near what chance gives.
+        curves.legend(fontsize=8, loc="center", ncols=5)
+        sweep.legend(fontsize=8, loc="lower right")
+        for axis in (curves, sweep):
+            axis.grid(alpha=0.3)
+        return save_figure(figure, out / FIGURE)

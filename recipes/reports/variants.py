@@ -1,0 +1,54 @@
+"""The table and the figure of variants of one model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sma.recipes.reports.figures import drawing, label, save_figure
+from sma.recipes.reports.results import Row, Summary, groups, layer_rates
+from sma.recipes.reports.table import (
+    ACCURACY,
+    MACS,
+    MACS_ARE,
+    RATES_BY_LAYER,
+    SECONDS,
+    TOKENS_PER_SECOND,
+    Block,
+    Table,
+    caption,
+    speed_is,
+    variants,
+)
+
+FIGURE = "comparison.png"
+COLUMNS = (variants("variant"), ACCURACY, RATES_BY_LAYER, MACS, TOKENS_PER_SECOND, SECONDS)
+
+
+def variants_table(summary: Summary) -> Table:
+    """Accuracy, rates, MACs and time of every variant."""
+    sentences = MACS_ARE.format(length=summary["length"]), speed_is(summary)
+    return Table(summary, [Block(COLUMNS, groups(summary["rows"]))], caption(summary, *sentences))
+
+
+def highest_rate(row: Row) -> float:
+    """Return the activation rate of the layer that is active most often; 0 where nothing is routed."""
+    return max(layer_rates(row["rates"]), default=0.0)
+
+
+def draw_variants(rows: Sequence[Row], out: Path, title: str) -> Path:
+    """Draw the accuracy of the variants against their MACs into `comparison.png`, a point for every seed."""
+    with drawing(7, 4.5) as figure:
+        axis = figure.subplots()
+        for line in groups(rows):
+            points = [(row["macs_per_token"] / 1000, 100 * row["accuracy"]) for row in line]
+            axis.plot(*zip(*points, strict=True), "o", markersize=8)
+            axis.annotate(
+                f"{label(line[0]['variant'], 40)} ({highest_rate(line[0]):.0%})",
+                points[0],
+                xytext=(7, 5),
+                textcoords="offset points",
+                fontsize=9,
+            )
+        axis.margins(x=0.25, y=0.15)
+        axis.set(xlabel="thousand MACs per token, layers only", ylabel="test accuracy, %", title=title)
+        axis.grid(alpha=0.3)
+        return save_figure(figure, out / FIGURE)

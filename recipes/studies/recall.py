@@ -1,0 +1,119 @@
+"""Associative recall in noise: five models that differ in their routers alone."""
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from sma.budget import calibrate
+from sma.checkpoint import load
+from sma.model import SequenceModel
+from sma.recipes.experiment import ExperimentSpec, RoutingLosses
+from sma.recipes.io.option_parser import Names
+from sma.recipes.reports.classification import measure
+from sma.recipes.reports.figures import attempt
+from sma.recipes.reports.recall import FIGURE, describe_roles, draw_recall, first_seed
+from sma.recipes.reports.results import Summary
+from sma.recipes.reports.variants import FIGURE as COMPARISON
+from sma.recipes.studies.contract import Begun, Chosen, variants_field
+from sma.recipes.studies.variants import Variant, VariantsOptions, VariantsStudy, at_random, with_routers
+from sma.recipes.tasks.batch import asked
+from sma.recipes.tasks.contract import TaskData
+from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
+from sma.stats import count_rates
+
+VARIANTS = ("seqboat", "sma", "always", "never", "random")
+RATES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.8)
+"""The activation rates of the rate sweep."""
+
+
+class RecallOptions(VariantsOptions):
+    """The options of the recipe."""
+
+    variants: Names | None = variants_field(VARIANTS)
+
+    @property
+    def name(self) -> str:
+        return f"recall_{self.preset}"
+
+
+class Recall(VariantsStudy[RecallOptions]):
+    """`seqboat` (sampled decisions under a budget), `sma` (the paper's router, by itself), `always`, `never`, and
+    `random` at the rates of seqboat; then the trained seqboat at other rates, without training.
+    """
+
+    name = "recall"
+    known = VARIANTS
+    figures: ClassVar[Sequence[str]] = (COMPARISON, FIGURE)
+    draws_runs = False  # a sample has several answers, which those figures do not show
+
+    def subject(self, spec: ExperimentSpec) -> str:
+        return "Associative recall"
+
+    def variants(self, spec: ExperimentSpec) -> dict[str, Variant]:
+        random = at_random(spec, "seqboat")
+        return {
+            "seqboat": spec,
+            "sma": _free(with_routers(spec, SMARouterSpec(temperature_scale=0.3))),
+            "always": _free(with_routers(spec, AlwaysRouterSpec())),
+            "never": _free(with_routers(spec, NeverRouterSpec())),
+            "random": random._replace(make=lambda rates: _free(random.make(rates))),
+        }
+
+    def conclude(self, summary: Summary, begun: Begun[Chosen], data: TaskData) -> dict[str, Any]:
+        found = super().conclude(summary, begun, data)
+        rows = first_seed(summary["rows"])
+        # Of what the folder holds, so that a study that is resumed shows the same.
+        models = {row["variant"]: load(begun.out / row["name"] / "model") for row in rows}
+        reports = {name: measure(model, data.test, data) for name, model in models.items()}
+        for name, report in reports.items():
+            print(f"{name}: which tokens run attention\n{describe_roles(report)}")
+        if "seqboat" in models:
+            found["calibrated"] = rate_sweep(models["seqboat"], data)
+            print("seqboat at other rates, without training")
+            for point in found["calibrated"]:
+                print(
+                    f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
+                    f"{point['accuracy']:6.1%}"
+                )
+        shown = "seqboat" if "seqboat" in reports else next(iter(reports))
+        title = f"Associative recall, seed {rows[0]['seed']}"
+        attempt(
+            f"the figure of recall in {begun.out}",
+            lambda: draw_recall(reports[shown], shown, {**summary, **found}, begun.out, title),
+        )
+        return found
+
+
+def _free(spec: ExperimentSpec) -> ExperimentSpec:
+    """Return the same experiment without a budget and losses of decisions."""
+    return spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
+
+
+def rate_sweep(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
+    """Accuracy on the test split at other activation rates, calibrated on the validation split, without training."""
+    points = []
+    validation, test = (
+        [data.collate([split[n] for n in part.tolist()]) for part in torch.arange(len(split)).split(200)]
+        for split in (data.validation, data.test)
+    )
+    for asked_rate in RATES:
+        calibrate(model, validation, asked_rate)
+        right, asked_for, counts = 0, 0, []
+        for batch in test:
+            with torch.no_grad():
+                output = model(batch.inputs, batch.valid)
+            scores, targets = asked(cast(Tensor, output.logits), batch.targets)
+            right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
+            counts.append(count_rates(output.decisions, batch.valid))
+        points.append(
+            {
+                "asked": asked_rate,
+                "activation_rate": float(reduce(add, counts).rates.max()),
+                "accuracy": right / asked_for,
+            }
+        )
+    return points
