@@ -20,7 +20,7 @@ from sma.recipes.studies.comparison import ComparisonOptions, run_comparison
 class Options(ComparisonOptions):
     """Train SeqBoat and its baselines on one task and print their table."""
 
-    model_config = SettingsConfigDict(cli_prog_name="compare")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.compare")
 
 
 def main(arguments: list[str] | None = None) -> int:

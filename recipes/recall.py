@@ -26,7 +26,7 @@ class Options(RecallOptions):
     chose.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="recall")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.recall")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from sma.recipes.studies.study import run_study
 class Options(RoutedOptions):
     """Train a model with routed modules, its dense baseline and controls, and compare accuracy, MACs and time."""
 
-    model_config = SettingsConfigDict(cli_prog_name="routed_conv")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.routed_conv")
 
     @property
     def name(self) -> str:

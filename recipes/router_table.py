@@ -20,7 +20,7 @@ from sma.recipes.studies.study import run_study
 class Options(TableOptions):
     """Train every router with every sub-module, and write the table of accuracy, rates, MACs and speed."""
 
-    model_config = SettingsConfigDict(cli_prog_name="router_table")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.router_table")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ class Options(OneRunOptions):
     text.
     """
 
-    model_config = SettingsConfigDict(cli_prog_name="seqboat_lm")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lm")
 
     preset: Literal["tiny", "paper"] = Field(
         default="tiny", description="minutes on two cores, or enwik8 in the paper's setting"
@@ -45,7 +45,7 @@ class Options(OneRunOptions):
 class GenerateOptions(CommandOptions):
     """Continue a prompt with a trained model, byte by byte."""
 
-    model_config = SettingsConfigDict(cli_prog_name="seqboat_lm generate")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lm generate")
 
     run: Folder = Field(description="the folder of a run, or of a model that sma.save wrote")
     prompt: str = Field(default="\n", description="the beginning of the text")

@@ -22,7 +22,7 @@ from sma.recipes.training.single_run import run
 class Options(OneRunOptions):
     """Train SeqBoat on a task of the Long Range Arena and evaluate it."""
 
-    model_config = SettingsConfigDict(cli_prog_name="seqboat_lra")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lra")
 
     task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits"] = Field(
         default="listops", description="what to learn"

@@ -22,7 +22,7 @@ from sma.recipes.training.single_run import run
 class Options(OneRunOptions):
     """Train SeqBoat on raw speech and evaluate it."""
 
-    model_config = SettingsConfigDict(cli_prog_name="seqboat_speech")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_speech")
 
     preset: Literal["tiny", "paper"] = Field(
         default="tiny", description="synthetic words in minutes on one core, or Speech Commands in the paper's setting"

@@ -35,7 +35,7 @@ FLOORS = [
     ["seqboat_lra", "seqboat_speech", "seqboat_lm", "routed_mlp", "routed_conv", "recall", "compare", "router_table"],
 ]
 # These may import everything, so nothing else of the core may import them.
-TOP = ("sma.testing", "sma.interop", "sma.__main__")
+TOP = ("sma.testing", "sma.interop", "sma.commands", "sma.__main__")
 
 THIRD_PARTY = {
     "torch",

@@ -142,7 +142,7 @@ def test_a_broken_plugin_is_a_warning_and_leaves_the_other_one(folder: Path, sit
     done = command("kinds", folder, broken)
     assert done.returncode == 0
     assert done.stderr.strip() == (
-        "sma: warning: the plugin 'sma_shift.novelty' of sma-shift could not be imported: OSError: no driver"
+        "warning: the plugin 'sma_shift.novelty' of sma-shift could not be imported: OSError: no driver"
     )
     assert "token_shift" in done.stdout.split()
     assert "novelty" not in done.stdout.split()

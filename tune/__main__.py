@@ -20,10 +20,9 @@ from pydantic_settings import SettingsConfigDict
 from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.io.claims import claim_folder
 from sma.recipes.io.command import CommandOptions, exit_code, parse
-from sma.recipes.io.folders import lend_home
+from sma.recipes.io.folders import cache_folder, lend_home
 from sma.recipes.io.names import plain
 from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Names, Setting
-from sma.recipes.training.options import cache_folder
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
 from sma.tune.train import TrainOptions, resumable, train
 

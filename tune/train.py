@@ -17,11 +17,11 @@ from sma.errors import CheckpointError, SmaError, SpecError
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import DRIVER, claim_folder
 from sma.recipes.io.command import CommandOptions
+from sma.recipes.io.folders import cache_folder
 from sma.recipes.io.names import plain, shell_word
 from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Setting
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
 from sma.recipes.io.signals import PREEMPTED, Preempted, on_preemption
-from sma.recipes.training.options import cache_folder
 from sma.spec import dump_yaml
 from sma.yaml_text import read_fields
 

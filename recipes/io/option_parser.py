@@ -44,18 +44,23 @@ def option_parser(options: type[BaseModel], program: str, positional: str | None
         program: the name of the command.
         positional: the field that is given without an option, such as the task in `sma train listops`.
     """
-    first = "" if positional is None else _positional_usage(options.model_fields[positional])
+    first = ""
+    if positional is not None:
+        word = positional.upper()
+        first = f" {word}" if options.model_fields[positional].is_required() else f" [{word}]"
     parser = ArgumentParser(
         prog=program,
         usage=f"{program}{first} [options]",
         description=options.__doc__,
         argument_default=argparse.SUPPRESS,
     )
-    for name, field in options.model_fields.items():
+    last = getattr(options, "repeatable", ())
+    for name, field in sorted(options.model_fields.items(), key=lambda item: item[0] in last):
         names = option_names(name, field)
         flags = [f"--{each.replace('_', '-')}" for each in names]
         how: dict[str, Any] = {"help": _help(field), "metavar": _metavar(field)}
         if name == positional:
+            how = {"help": field.description, "metavar": positional.upper()}
             parser.add_argument(names[0], nargs=None if field.is_required() else "?", **how)
         elif field.annotation is bool:
             _add_switch(parser, flags[0], names[0], field)
@@ -73,7 +78,7 @@ def mistakes(error: ValidationError, options: type[BaseModel], positional: str |
     for item in error.errors():
         name = str(item["loc"][0])
         field = next((each for key, each in options.model_fields.items() if name in option_names(key, each)), None)
-        shown = f"--{name.replace('_', '-')}" if name != positional or field is None else _metavar(field)
+        shown = f"--{name.replace('_', '-')}" if name != positional or field is None else name.upper()
         choices = [] if field is None else _choices(field.annotation)
         if item["type"] == "literal_error" and choices:
             hint = did_you_mean(str(item["input"]), choices, "choices")
@@ -98,10 +103,6 @@ def _add_switch(parser: ArgumentParser, flag: str, name: str, field: FieldInfo) 
         return
     parser.add_argument(flag, action="store_true", dest=name, help=_help(field))
     parser.add_argument(off, action="store_false", dest=name, help=argparse.SUPPRESS)
-
-
-def _positional_usage(field: FieldInfo) -> str:
-    return f" {_metavar(field)}" if field.is_required() else f" [{_metavar(field)}]"
 
 
 def _metavar(field: FieldInfo) -> str:

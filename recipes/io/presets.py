@@ -1,6 +1,7 @@
 """The YAML files that come with the recipes: model specs in `specs`, experiments in `presets`."""
 
 import os
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,44 @@ from sma.yaml_text import read_fields
 def shipped(folder: str) -> list[str]:
     """The names of the files in `specs` or `presets`."""
     return sorted(entry.name.removesuffix(".yaml") for entry in files("sma.recipes").joinpath(folder).iterdir())
+
+
+def tasks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the tasks of shipped experiments or sweeps, and the presets of each, the smallest first.
+
+    Args:
+        names: such as `listops_tiny`. Those with more words, such as `listops_router_table_tiny`, belong to studies.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        task, *others = name.split("_")
+        if len(others) == 1:
+            found.setdefault(task, []).append(others[0])
+    return {task: sorted(presets, key=lambda preset: (preset != "tiny", preset)) for task, presets in found.items()}
+
+
+def check_preset(name: str, names: Sequence[str] | None = None, what: str = "preset") -> None:
+    """Check that there is a preset of a task.
+
+    Args:
+        name: such as `listops_tiny`.
+        names: those that there are; None: the experiments in `presets`.
+        what: they are, in a word.
+
+    Raises:
+        SpecError: there is no such task, or it has no such preset.
+    """
+    names = shipped("presets") if names is None else names
+    if name in names:
+        return
+    task, _, preset = name.rpartition("_")
+    known = tasks(names)
+    # A study has presets of its own, such as those of `listops_router_table`.
+    others = known.get(task) or [each.removeprefix(f"{task}_") for each in names if each.startswith(f"{task}_")]
+    if not others:
+        raise SpecError(f"unknown task {quote(task)}{did_you_mean(task, known, 'tasks')}")
+    there = f"its only {what} is {others[0]!r}" if len(others) == 1 else f"its {what}s are {', '.join(others)}"
+    raise SpecError(f"the task {task!r} has no {what} {quote(preset)}; {there}")
 
 
 def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:

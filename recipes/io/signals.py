@@ -23,7 +23,7 @@ class Preempted(BaseException):
 
     Args:
         number: of the signal.
-        words: what was saved and how to go on.
+        words: what was saved.
     """
 
     def __init__(self, number: int, words: str) -> None:
@@ -75,4 +75,4 @@ def end_at_once(number: int) -> None:
     Raises:
         Preempted: always.
     """
-    raise Preempted(number, "repeat the command; a run that began goes on with --resume and its folder")
+    raise Preempted(number, "what is done is kept")

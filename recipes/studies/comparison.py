@@ -25,7 +25,7 @@ from sma.recipes.studies.folder import NEW, asked_study, refuse_changes, write_d
 from sma.recipes.studies.grid import Results, Run
 from sma.recipes.studies.study import TABLE, conduct, refuse_failures, run_study
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.options import folder_of
+from sma.recipes.training.start import folder_of
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
 EFFICIENCY, SEVERAL = "efficiency.json", "tasks.json"

@@ -13,7 +13,8 @@ from sma.recipes.reports.results import Summary
 from sma.recipes.reports.table import Table
 from sma.recipes.studies.grid import Results, Run
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.options import RunOptions, asked_experiment
+from sma.recipes.training.options import RunOptions
+from sma.recipes.training.start import asked_experiment
 
 
 def variants_field(known: Sequence[str] = ()) -> Any:
@@ -33,6 +34,8 @@ class StudyOptions(RunOptions):
 
     # Without the target a variable MODELS of the environment would be read: a prefix leaves aliases alone.
     model_config = SettingsConfigDict(env_prefix_target="all")
+
+    repeatable: ClassVar[frozenset[str]] = RunOptions.repeatable | {"jobs"}
 
     variants: Names | None = variants_field()
     seeds: int | None = Field(

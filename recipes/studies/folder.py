@@ -10,7 +10,7 @@ from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, difference, read_json, refuse_another, write_text
 from sma.recipes.studies.contract import Asked, Begun, Chosen, Options, Study
 from sma.recipes.studies.grid import check_task
-from sma.recipes.training.options import folder_of
+from sma.recipes.training.start import folder_of
 from sma.spec import dump_yaml
 
 STUDY = "study.json"
@@ -67,11 +67,7 @@ def refuse_changes(study: Study[Options, Asked], options: Options) -> None:
     Raises:
         SpecError: names them.
     """
-    kept = {"resume", "data", "accelerator", "progress", "jobs", "auto_resume", *study.selections}
-    given = [name for name in type(options).model_fields if name in options.model_fields_set - kept]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SpecError(f"--resume continues the study as it was; leave {names} out, or {NEW}")
+    options.refuse_all_but(["resume", "auto_resume", *study.selections], "--resume continues the study as it was", NEW)
 
 
 def write_down(out: Path, spec: ExperimentSpec, chosen: Chosen) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sma.errors import SmaError
-from sma.recipes.io.names import plain, shell_word
+from sma.recipes.io.command import resuming
+from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import SUMMARY, read_checked, write_text
 from sma.recipes.reports.results import over_seeds
 from sma.recipes.reports.table import comma_separated, markdown
 from sma.recipes.studies.contract import Asked, Chosen, Options, Study, StudyOptions
 from sma.recipes.studies.folder import begin, refuse_changes
 from sma.recipes.studies.grid import ERROR, LOG, Results, Run, run_grid
-from sma.recipes.training.options import check_fits
+from sma.recipes.training.start import check_fits
 
 TABLE, VALUES = "table.md", "table.csv"
 
@@ -49,11 +50,11 @@ def refuse_failures(failures: Sequence[str], out: Path, options: StudyOptions) -
         SmaError: there are any.
     """
     if failures:
-        program = options.program if " " in options.program else f"python -m sma.recipes.{options.program}"
+        command = resuming(options, out)
         count = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
         raise SmaError(
             f"{count} failed: {', '.join(failures)}; {ERROR} in the folder of each holds the reason, {LOG} the "
-            f"traceback, and {program} --resume {shell_word(out)} tries again"
+            f"traceback, and {command} tries again"
         )
 
 

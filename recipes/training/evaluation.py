@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sma.checkpoint import load
-from sma.errors import CheckpointError, SpecError
+from sma.errors import CheckpointError
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import run_lock
 from sma.recipes.io.names import plain
@@ -16,14 +16,14 @@ from sma.recipes.reports.figures import attempt, label
 from sma.recipes.tasks.contract import Metric
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.objective import load_objective, objective_class
-from sma.recipes.training.options import RunOptions
+from sma.recipes.training.options import CallOptions
 from sma.recipes.training.provenance import commit, hardware
 from sma.recipes.training.resuming import changed
 from sma.recipes.training.run import prepare
 from sma.recipes.training.trainer import make_trainer, run_test
 
 
-def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
+def evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
     """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a
     classifier, into its folder.
 
@@ -41,20 +41,12 @@ def evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
     Raises:
         SmaError: there is no finished run in the folder, or its data cannot be had.
     """
-    if (
-        options.set
-        or options.seed is not None
-        or options.spec is not None
-        or options.resume is not None
-        or options.out is not None
-    ):
-        raise SpecError("--evaluate tests the run as it was; leave --set, --seed, --spec, --resume and --out out")
     _check_finished(folder)
     with run_lock(folder):
         return _evaluate(folder, options)
 
 
-def _evaluate(folder: Path, options: RunOptions) -> dict[str, Any]:
+def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
     spec, recorded = _finished(folder)
     metric = spec.task.metric
     check_device(options.accelerator, spec.precision)

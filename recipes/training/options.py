@@ -1,28 +1,25 @@
-"""Options of the commands that train: an experiment, its run folder, and what is there already."""
+"""Options of the commands that train."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from sma.errors import CheckpointError, SpecError
-from sma.recipes.experiment import ExperimentSpec, load_experiment
-from sma.recipes.io.claims import claim_folder, run_lock
 from sma.recipes.io.command import CommandOptions
-from sma.recipes.io.folders import cache_folder as cache_folder
-from sma.recipes.io.folders import check_run_folder
-from sma.recipes.io.names import plain
+from sma.recipes.io.folders import cache_folder
 from sma.recipes.io.option_parser import File, Folder, Setting
-from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY, read_summary, refuse_another
-from sma.recipes.training.devices import check_device
-from sma.recipes.training.estimates import check_data_fits, check_update_fits
 
 
-class RunOptions(CommandOptions):
+class CallOptions(CommandOptions):
+    """The options of one call of a command, which the folder of a run does not keep."""
+
+    repeatable: ClassVar[frozenset[str]] = frozenset({"data", "accelerator", "progress"})
+
+    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
+    progress: bool = Field(default=True, description="show a progress bar")
+
+
+class RunOptions(CallOptions):
     """The options of every recipe that trains."""
 
     spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
@@ -38,9 +35,6 @@ class RunOptions(CommandOptions):
         default=False,
         description="resume what is in the folder --out, where it began: a command that a job scheduler may repeat",
     )
-    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
-    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
-    progress: bool = Field(default=True, description="show a progress bar")
 
     @property
     def name(self) -> str:
@@ -54,113 +48,3 @@ class OneRunOptions(RunOptions):
     evaluate: Folder | None = Field(
         default=None, description="test the model of the finished run in this folder again, instead of training"
     )
-
-
-class Start(NamedTuple):
-    """What a recipe that trains one model is to do.
-
-    Attributes:
-        spec: the experiment.
-        out: the run folder, whose lock is held.
-        resume: whether to go on with what is in it.
-        summary: of a run that is finished, with which nothing is to be done; None: it is not.
-    """
-
-    spec: ExperimentSpec
-    out: Path
-    resume: bool
-    summary: dict[str, Any] | None = None
-
-
-@contextmanager
-def experiment(options: RunOptions) -> Iterator[Start]:
-    """Yield the experiment and the run folder that the options ask for; the folder is locked as long.
-
-    Raises:
-        SmaError: a sentence for the user.
-    """
-    asked = None
-    if options.resume is None:
-        asked = asked_experiment(options)
-    elif options.set or options.seed is not None or options.spec is not None:
-        raise SpecError(
-            "--resume goes on with the experiment as it was; leave --set, --seed and --spec out, or start a new run"
-        )
-    with folder_of(options, EXPERIMENT, "run") as (out, began):
-        if not began:
-            yield Start(cast(ExperimentSpec, asked), out, False)
-            return
-        kept = load_experiment(out / EXPERIMENT)
-        refuse_another(kept, asked or kept, out / EXPERIMENT)
-        if (out / SUMMARY).exists():
-            if asked is None:
-                raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
-            print(f"the run in {plain(out)} is finished; its results stand in {plain(out / SUMMARY)}")
-            yield Start(kept, out, True, read_summary(out))
-            return
-        check_fits(kept, options)
-        if not os.path.lexists(out / LAST):
-            print(f"no checkpoint yet in {plain(out)}: starting from the beginning")
-        yield Start(kept, out, True)
-
-
-def asked_experiment(options: RunOptions) -> ExperimentSpec:
-    """The experiment that the options describe, on a device that there is.
-
-    Raises:
-        SpecError: it is not valid, or there is no such device.
-    """
-    source = options.spec if options.spec is not None else options.name
-    seed = [f"seed={options.seed}"] if options.seed is not None else []
-    spec = load_experiment(source, [*options.set, *seed])
-    check_fits(spec, options)
-    return spec
-
-
-def check_fits(spec: ExperimentSpec, options: RunOptions) -> None:
-    """Check that an experiment can be run with these options: that there is the device, and that data and model can
-    fit.
-
-    Raises:
-        SpecError: what is missing.
-    """
-    check_update_fits(spec, check_device(options.accelerator, spec.precision))
-    check_data_fits(spec, options.data)
-
-
-@contextmanager
-def folder_of(options: RunOptions, began_by: str, what: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the folder that the options name, locked, and whether there is something in it to go on with.
-
-    Args:
-        options: the command line.
-        began_by: the file in it by which that is known.
-        what: is in it, in a word.
-
-    Raises:
-        SmaError: there is nothing to go on with, something else is in it, or another process writes it.
-    """
-    if options.resume is not None:
-        if options.auto_resume:
-            raise SpecError("--resume goes on in any case; leave --auto-resume out, or give --out instead of --resume")
-        if not (options.resume / began_by).is_file():
-            raise CheckpointError(
-                f"there is no {what} in {str(options.resume)!r}: {began_by} is missing; "
-                "give the folder of an earlier --out"
-            )
-        check_run_folder(options.resume)
-        with run_lock(options.resume):
-            yield options.resume, True
-        return
-    if options.auto_resume:
-        if options.out is None:
-            raise SpecError("--auto-resume needs --out: without it the folder has another name every time")
-        if (options.out / began_by).is_file():
-            with run_lock(options.out):
-                yield options.out, True
-            return
-    if options.out is not None:
-        check_run_folder(options.out)
-    default = Path("runs") / f"{options.name.replace('_', '-')}-{datetime.now():%Y%m%d-%H%M%S}"
-    with claim_folder(options.out or default, numbered=options.out is None) as out:
-        yield out, False

@@ -11,7 +11,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from sma.recipes.experiment import TrainingSpec
-from sma.recipes.io.names import shell_word
 from sma.recipes.io.run_folder import LAST
 from sma.recipes.io.signals import Preempted
 from sma.recipes.training.callbacks import RandomStates
@@ -121,8 +120,8 @@ class Preemption(Callback):
         raise Preempted(self.number or 0, self.words(trainer.global_step))
 
     def words(self, done: int) -> str:
-        """What is saved, and how to go on."""
-        return f"update {done:,} of {self.training.updates:,} is saved; go on with --resume {shell_word(self.out)}"
+        """What is saved."""
+        return f"update {done:,} of {self.training.updates:,} is saved"
 
 
 def owes_evaluation(checkpoint: dict[str, Any]) -> bool:

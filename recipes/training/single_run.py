@@ -1,47 +1,90 @@
 """The commands that train one model, or test the model of a finished run again."""
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from sma.recipes.io.names import plain
-from sma.recipes.reports.figures import label
-from sma.recipes.training.options import OneRunOptions, Start, experiment
+from sma.recipes.io.option_parser import Folder, Metavar, Name
+from sma.recipes.io.presets import shipped, tasks
+from sma.recipes.training.options import CallOptions, OneRunOptions, RunOptions
+
+TASKS = tasks(shipped("presets"))
+PRESETS = tuple(dict.fromkeys(preset for presets in TASKS.values() for preset in presets))
+
+
+class TrainOptions(RunOptions):
+    """Train SeqBoat on a task, test it, and write everything worth keeping into a run folder."""
+
+    task: Name = Field(default="", description=f"what to learn: {', '.join(TASKS)}")
+    preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(
+        default=PRESETS[0], description="minutes on two cores, or the paper's setting where there is one"
+    )
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.preset}"
+
+
+class EvaluateOptions(CallOptions):
+    """Test the model of a finished run again, and compare the result with the recorded one."""
+
+    run: Folder = Field(description="the folder of the run")
 
 
 def run(options: OneRunOptions) -> dict[str, Any]:
-    """Train and test SeqBoat as the options say.
+    """Train and test SeqBoat as the options say, or with `--evaluate` test the model of a run again; see `train`."""
+    if options.evaluate is None:
+        return train(options)
+    options.refuse_all_but(["evaluate"], "--evaluate tests the run as it was")
+    return _evaluate(options.evaluate, options)
 
-    Returns:
-        the summary of the run, or with `--evaluate` the content of `evaluation.json`.
+
+def evaluate_run(options: EvaluateOptions) -> dict[str, Any]:
+    """Test the model of a finished run; returns the content of `evaluation.json`.
 
     Raises:
         SmaError: an error message for the user.
     """
-    if options.evaluate is not None:
-        from sma.recipes.training.evaluation import evaluate
+    return _evaluate(options.run, options)
 
-        return evaluate(options.evaluate, options)
+
+def _evaluate(folder: Folder, options: CallOptions) -> dict[str, Any]:
+    from sma.recipes.training.evaluation import evaluate
+
+    return evaluate(folder, options)
+
+
+def train(options: RunOptions) -> dict[str, Any]:
+    """Train and test SeqBoat as the options say; returns the summary of the run.
+
+    Raises:
+        SmaError: an error message for the user.
+    """
+    # --help and a mistyped option need not wait for the import of the tasks.
+    from sma.recipes.training.start import experiment
+
     with experiment(options) as start:
-        return _train(start, options) if start.summary is None else start.summary
+        if start.summary is not None:
+            return start.summary
+        spec, out = start.spec, start.out
+        # The import of Lightning takes seconds; a wrong --set need not wait for it.
+        from sma.recipes.reports.figures import label
+        from sma.recipes.training.objective import load_objective
+        from sma.recipes.training.run import run_experiment
 
-
-def _train(start: Start, options: OneRunOptions) -> dict[str, Any]:
-    spec, out = start.spec, start.out
-    # The import of Lightning takes seconds; --help and a wrong --set need not wait for it.
-    from sma.recipes.training.objective import load_objective
-    from sma.recipes.training.run import run_experiment
-
-    data = spec.task.prepare(options.data, progress=options.progress)
-    objective = load_objective(spec.task, data)
-    sizes = f"{objective.size}, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
-    print(f"SeqBoat on {plain(objective.subject)}: {sizes} -> {plain(out)}", flush=True)
-    finished = run_experiment(
-        spec,
-        out,
-        data,
-        resume=start.resume,
-        accelerator=options.accelerator,
-        progress=options.progress,
-        title=f"SeqBoat on {label(objective.subject)}",
-    )
-    print(finished.report.describe(finished.summary, out))
-    return finished.summary
+        data = spec.task.prepare(options.data, progress=options.progress)
+        objective = load_objective(spec.task, data)
+        sizes = f"{objective.size}, {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates"
+        print(f"SeqBoat on {plain(objective.subject)}: {sizes} -> {plain(out)}", flush=True)
+        finished = run_experiment(
+            spec,
+            out,
+            data,
+            resume=start.resume,
+            accelerator=options.accelerator,
+            progress=options.progress,
+            title=f"SeqBoat on {label(objective.subject)}",
+        )
+        print(finished.report.describe(finished.summary, out))
+        return finished.summary

@@ -239,7 +239,7 @@ def _run(words: list[str]) -> None:
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(words)
-    if status == 2 and err.getvalue().startswith("sma: "):
+    if status == 2 and err.getvalue().startswith("error: "):
         raise SpecError(err.getvalue())
     if status:
         raise RuntimeError(f"status {status}: {err.getvalue()}")

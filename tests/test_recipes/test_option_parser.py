@@ -44,9 +44,9 @@ class Options(CommandOptions):
 def test_help_speaks_of_files_and_numbers():
     shown = option_parser(Options, "paint", "wall").format_help()
     assert [" ".join(part.split()) for part in shown.split("\n\n")] == [
-        "usage: paint TEXT [options]",
+        "usage: paint WALL [options]",
         "Paint a wall, 100 % of it.",
-        "positional arguments: TEXT which wall",
+        "positional arguments: WALL which wall",
         "options: -h, --help show this help message and exit --colour {red,blue} of the paint (default: red) "
         "--coats NUMBER layers of paint (default: 2) --thickness NUMBER of a layer in mm, 100 % of them "
         "--plan FILE a plan --out FOLDER where pictures go --set PATH=VALUE change the plan; may be repeated "
@@ -77,7 +77,7 @@ def test_values_are_read_by_their_types():
         pytest.param(["n", "--colour", "x", "--coats", "x"], "^--colour: unknown .*\n--coats='x': ", id="two"),
         pytest.param(["n", "--tool", "x"], r"^--tool: unknown option; did you mean --tools\?", id="option"),
         pytest.param(["n", "--brushe", "x"], "^--brushe: unknown option; (?!did you mean --brushes)", id="hidden"),
-        pytest.param([], "^the following arguments are required: TEXT; see paint --help$", id="missing"),
+        pytest.param([], "^the following arguments are required: WALL; see paint --help$", id="missing"),
     ],
 )
 def test_a_mistake_is_one_message(words, message):

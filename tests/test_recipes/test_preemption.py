@@ -52,9 +52,7 @@ def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1)
     """Send a signal in an update, which is counted from 0; returns what was said."""
     with monkeypatch.context() as patch:
         before_update(patch, update, _send(number))
-        with pytest.raises(
-            Preempted, match=rf"preempted by {signal.Signals(number).name}: update .* is saved; go on with --resume "
-        ) as end:
+        with pytest.raises(Preempted, match=rf"preempted by {signal.Signals(number).name}: update .* is saved$") as end:
             train(spec or tiny(), out, data, resume=True)
     assert not (out / "summary.json").exists()
     return str(end.value)
@@ -272,7 +270,7 @@ def test_command_ends_with_a_status_of_its_own(capsys, number):
 
     assert exit_code(work) == PREEMPTED == 75
     name = signal.Signals(number).name
-    expected = f"preempted by {name}: repeat the command; a run that began goes on with --resume and its folder\n"
+    expected = f"preempted by {name}: what is done is kept; repeat the command\n"
     assert capsys.readouterr().err == expected
 
 

@@ -82,7 +82,7 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(
     with monkeypatch.context() as patch:
         patch.setattr("sma.recipes.reports.language.LanguageReport.draw", full)
         assert main(["--spec", str(path), "--out", str(out), *common]) == 2
-    assert "make room, and go on with --resume and the run folder" in capsys.readouterr().err
+    assert "make room, and resume with: python -m sma.recipes.seqboat_lm --resume " in capsys.readouterr().err
     assert main(["--resume", str(out), *common]) == 0
     assert (out / "activation.png").is_file()
 

@@ -22,6 +22,7 @@ from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail,
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = [sys.executable, "-m", "sma.recipes.seqboat_lra"]
 SCRIPT = [sys.executable, "recipes/seqboat_lra.py"]
+RESUME = "python -m sma.recipes.seqboat_lra --resume"
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,9 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
             id="task",
         ),
         pytest.param(
-            ["--task", "digits", "--preset", "paper"], "no shipped preset 'digits_paper'; .*digits_tiny", id="no-paper"
+            ["--task", "digits", "--preset", "paper"],
+            "error: the task 'digits' has no preset 'paper'; its only preset is 'tiny'$",
+            id="no-paper",
         ),
         pytest.param(["--preset", "huge"], "error: --preset: unknown choice 'huge'; choices: tiny, paper", id="preset"),
         pytest.param(
@@ -102,9 +105,19 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
         ),
         pytest.param(["--seed", "x"], "--seed='x': input should be a valid integer", id="seed"),
         pytest.param(["--presets", "tiny"], r"error: --presets: unknown option; did you mean --preset\?$", id="flag"),
-        pytest.param(["tiny"], "error: seqboat_lra takes no further argument 'tiny'; see ", id="word"),
-        pytest.param(["--out"], "error: --out: expected one argument; see seqboat_lra --help", id="no-value"),
-        pytest.param(["--set"], "error: --set: expected one argument; see seqboat_lra --help", id="no-setting"),
+        pytest.param(
+            ["tiny"], "error: python -m sma.recipes.seqboat_lra takes no further argument 'tiny'; see ", id="word"
+        ),
+        pytest.param(
+            ["--out"],
+            "error: --out: expected one argument; see python -m sma.recipes.seqboat_lra --help",
+            id="no-value",
+        ),
+        pytest.param(
+            ["--set"],
+            "error: --set: expected one argument; see python -m sma.recipes.seqboat_lra --help",
+            id="no-setting",
+        ),
         pytest.param(["--seed", "-1"], "error: ExperimentSpec: seed=-1", id="negative-seed"),
         pytest.param(
             ["--spec", "none.yaml"],
@@ -119,6 +132,31 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
         ),
         pytest.param(
             ["--set", "head.classes=3"], "error: ExperimentSpec: model.head.classes=3 must be 10", id="classes"
+        ),
+        pytest.param(
+            ["--spec", "x.yaml", "--task", "digits"],
+            "error: --spec has the task and the training of its own; leave --task out$",
+            id="spec-and-task",
+        ),
+        pytest.param(
+            ["--spec", "x.yaml", "--task", "digits", "--preset=paper"],
+            "error: --spec has the task and the training of its own; leave --task, --preset out$",
+            id="spec-and-preset",
+        ),
+        pytest.param(
+            ["--resume", "x", "--task", "digits", "--out", "y"],
+            "error: --resume continues the experiment as it was; leave --out, --task out, or start a new run$",
+            id="resume-and-task",
+        ),
+        pytest.param(
+            ["--evaluate", "x", "--task", "digits"],
+            "error: --evaluate tests the run as it was; leave --task out$",
+            id="evaluate-and-task",
+        ),
+        pytest.param(
+            ["--resume", "x", "--evaluate", "y"],
+            "error: --evaluate tests the run as it was; leave --resume out$",
+            id="evaluate-and-resume",
         ),
         pytest.param(
             ["--resume", "nowhere"],
@@ -155,7 +193,7 @@ def _experiment(monkeypatch, arguments):
 
     monkeypatch.setattr("sma.recipes.tasks.listops.task.ListOpsTask.prepare", lambda task, folder, progress: stop(task))
     monkeypatch.setattr(
-        "sma.recipes.training.options.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1]
+        "sma.recipes.training.start.load_experiment", lambda *given: seen.append(load_experiment(*given)) or seen[-1]
     )
     assert main(list(map(str, arguments))) == 130
     return seen[0]
@@ -215,10 +253,7 @@ def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsy
 )
 def test_resumed_experiment_cannot_be_changed(finished, arguments, capsys):
     assert main(["--resume", str(finished[0]), *arguments]) == 2
-    complaint = (
-        "error: --resume goes on with the experiment as it was; "
-        "leave --set, --seed and --spec out, or start a new run\n"
-    )
+    complaint = f"error: --resume continues the experiment as it was; leave {arguments[0]} out, or start a new run\n"
     assert _said(capsys) == ("", complaint)
 
 
@@ -254,7 +289,9 @@ def test_figure_that_found_no_room_is_drawn_by_resuming(spec, cache, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr("sma.recipes.reports.classification.ClassificationReport.draw", full)
         assert main(["--spec", str(spec), "--out", str(out), *common]) == 2
-    assert "make room, and go on with --resume and the run folder" in _said(capsys)[1]
+    assert (
+        f"make room, and resume with: {RESUME} {out} --accelerator cpu --data {cache} --no-progress" in _said(capsys)[1]
+    )
     assert main(["--resume", str(out), *common]) == 0
     assert (out / "activation.png").is_file()
 
@@ -265,7 +302,8 @@ def test_ctrl_c_is_a_sentence_and_exit_code_130(spec, cache, tmp_path, monkeypat
 
     before_update(monkeypatch, 13, interrupt)
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "run"), "--no-progress"]) == 130
-    assert _said(capsys)[1].splitlines()[-1] == "interrupted; go on with --resume and the run folder"
+    hint = f"interrupted; resume with: {RESUME} {tmp_path / 'run'} --data {cache} --no-progress"
+    assert _said(capsys)[1].splitlines()[-1] == hint
 
 
 def test_loss_that_is_no_number_is_a_sentence(spec, cache, tmp_path, monkeypatch, capsys):
@@ -363,7 +401,7 @@ def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, s
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert [line for line in err.splitlines() if "the router of" not in line] == [
-        "interrupted; go on with --resume and the run folder"
+        f"interrupted; resume with: {RESUME} {out} --data {cache} --no-progress"
     ]
     assert not (out / "summary.json").exists()
     done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)

@@ -124,7 +124,7 @@ def test_full_disk_anywhere_else_is_a_sentence_too(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sma.recipes.training.run.run_experiment", full)
     spec = _spec(tmp_path, EXPERIMENTS["digits"])
     assert main(["--spec", str(spec), "--out", str(tmp_path / "run"), "--data", str(tmp_path)]) == 2
-    expected = f"error: {os.strerror(code)} ('metrics.csv'); make room, and go on with --resume and the run folder\n"
+    expected = f"error: {os.strerror(code)} ('metrics.csv'); make room, and repeat the command\n"
     assert capsys.readouterr().err == expected
 
 

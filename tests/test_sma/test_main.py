@@ -96,7 +96,7 @@ def test_a_wrong_prediction_is_found_by_building(listops, monkeypatch, capsys):
     status, _, err = _run(capsys, "validate", "seqboat_listops")
     assert (status, err) == (
         2,
-        "sma: the model has 408,036 parameters, but its spec predicts 7: a num_parameters is wrong\n",
+        "error: the model has 408,036 parameters, but its spec predicts 7: a num_parameters is wrong\n",
     )
 
 
@@ -136,7 +136,7 @@ def test_a_spec_too_large_to_build_is_validated_without_memory(capsys):
 
 MISTAKES = [
     pytest.param(
-        ["descibe"], "unknown command 'descibe'; did you mean 'describe'? commands: describe, validate, ", id="command"
+        ["descibe"], "unknown command 'descibe'; did you mean 'describe'? commands: train, evaluate, ", id="command"
     ),
     pytest.param(["describe"], "the following arguments are required: SPEC; see sma describe --help", id="no-spec"),
     pytest.param(
@@ -190,20 +190,22 @@ MISTAKES = [
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--set", "a=1", "b=2"],
-        "describe takes no further argument 'b=2'; write --set before each path=value",
+        "sma describe takes no further argument 'b=2'; write --set before each PATH=VALUE",
         id="set-once",
     ),
     pytest.param(
-        ["kinds", "norm", "rms_norm", "x"], "kinds takes no further argument 'x'; see sma kinds --help", id="further"
+        ["kinds", "norm", "rms_norm", "x"],
+        "sma kinds takes no further argument 'x'; see sma kinds --help",
+        id="further",
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--lenght", "3"],
-        "describe has no option '--lenght'; did you mean '--length'? options: --help, ",
+        "--lenght: unknown option; did you mean --length?",
         id="option",
     ),
     pytest.param(["describe", "seqboat_listops", "--length", "0"], "length=0 must be at least 1 token", id="length"),
     pytest.param(
-        ["describe", "seqboat_listops", "--length", "x"], "argument --length: invalid int value: 'x'; see ", id="number"
+        ["describe", "seqboat_listops", "--length", "x"], "--length: invalid int value: 'x'; see ", id="number"
     ),
     pytest.param(
         ["describe", "seqboat_listops", "--rate", "1.5"], "rate=1.5 must lie between 0 and 1: the share of ", id="rate"
@@ -239,7 +241,7 @@ def test_a_mistake_is_answered_with_a_sentence_and_status_2(words, sentence, cap
     Path("kindless.yaml").write_text("width: 3\n")
     status, out, err = _run(capsys, *words)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"sma: {sentence}")
+    assert err.splitlines()[-1].startswith(f"error: {sentence}")
 
 
 def test_every_wrong_field_has_a_sentence_of_its_own(capsys):
@@ -252,7 +254,7 @@ def test_every_wrong_field_has_a_sentence_of_its_own(capsys):
 def test_without_a_command_the_help_is_shown(capsys):
     status, out, err = _run(capsys)
     assert (status, out) == (2, "")
-    assert "python -m sma describe seqboat_listops" in err
+    assert "sma describe seqboat_listops" in err
 
 
 @pytest.mark.parametrize(
@@ -271,14 +273,14 @@ def test_memory_that_is_not_there_is_a_sentence(listops, monkeypatch, capsys):
 
     monkeypatch.setattr(type(listops), "build", fail)
     err = _run(capsys, "describe", "seqboat_listops", "--build")[2]
-    assert err == "sma: the model of 408,036 parameters cannot be built: can't allocate memory: 1 EB\n"
+    assert err == "error: the model of 408,036 parameters cannot be built: can't allocate memory: 1 EB\n"
 
 
 def test_interruption_is_quiet(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sma.__main__.list_kinds", interrupt)
+    monkeypatch.setattr("sma.commands.kinds.list_kinds", interrupt)
     assert _run(capsys, "kinds") == (130, "", "")
 
 
@@ -287,8 +289,8 @@ def test_warnings_are_one_line(monkeypatch, capsys):
         warnings.warn("the plugin 'x' of y could not be imported", stacklevel=1)
         return ""
 
-    monkeypatch.setattr("sma.__main__.list_kinds", warn)
-    assert _run(capsys, "kinds", "norm")[2] == "sma: warning: the plugin 'x' of y could not be imported\n"
+    monkeypatch.setattr("sma.commands.kinds.list_kinds", warn)
+    assert _run(capsys, "kinds", "norm")[2] == "warning: the plugin 'x' of y could not be imported\n"
 
 
 # kinds, kind, schema
@@ -341,7 +343,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_a_full_disk_is_a_sentence():
     with open("/dev/full", "w") as full:
         result = subprocess.run([*PROGRAM, "kinds"], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (1, "sma: cannot write the output: No space left on device\n")
+    assert (result.returncode, result.stderr) == (1, "error: cannot write the output: No space left on device\n")
 
 
 def test_shipped_specs_are_those_in_the_folder():

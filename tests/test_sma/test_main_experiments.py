@@ -72,16 +72,16 @@ def test_an_experiment_is_validated_as_one(words, answer, capsys):
     [
         pytest.param(
             ["experiment.yaml", "--set", "seed=yes"],
-            "sma: ExperimentSpec: seed='yes': input should be a valid integer",
+            "error: ExperimentSpec: seed='yes': input should be a valid integer",
             id="seed",
         ),
         pytest.param(
             ["sweep.yaml", "--set", "training.learning_rate=1"],
-            "sma: --set training.learning_rate=1: the sweep searches",
+            "error: --set training.learning_rate=1: the sweep searches",
             id="sweep",
         ),
         pytest.param(
-            ["experiment.yaml", "--set", "trainin.updates=1"], "sma: unknown field path 'trainin.updates'", id="path"
+            ["experiment.yaml", "--set", "trainin.updates=1"], "error: unknown field path 'trainin.updates'", id="path"
         ),
     ],
 )
@@ -104,7 +104,7 @@ def test_an_experiment_without_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sma.recipes.experiment", None)
     status, _, err = _run(capsys, "validate", "experiment.yaml")
     assert status == 2
-    assert err.startswith("sma: 'experiment.yaml' is an experiment, which takes the extra 'recipes' (")
+    assert err.startswith("error: 'experiment.yaml' is an experiment, which needs the extra 'recipes', of which ")
 
 
 def test_repeating_a_layer_costs_nothing(capsys):
@@ -129,30 +129,30 @@ def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--set", "layers.repeat=10001"], "sma: RepeatSpec in layers: repeat=10001 must be at most 10000"),
-        (["--set", "layers.repeat=9999999999999999999999"], "sma: RepeatSpec in layers: repeat=99999999999999"),
+        (["--set", "layers.repeat=10001"], "error: RepeatSpec in layers: repeat=10001 must be at most 10000"),
+        (["--set", "layers.repeat=9999999999999999999999"], "error: RepeatSpec in layers: repeat=99999999999999"),
         (
             ["--set", "layers={repeat: 5001, layer: [{}, {}]}"],
-            "sma: RepeatSpec in layers: repeat=5001 of 2 layers makes 10,002; a model has 10,000",
+            "error: RepeatSpec in layers: repeat=5001 of 2 layers makes 10,002; a model has 10,000",
         ),
         (
             ["--set", "width=1e20"],
-            "sma: SequenceClassifierSpec: width=1e+20: input should be between -2^63 and 2^63; width: channels of",
+            "error: SequenceClassifierSpec: width=1e+20: input should be between -2^63 and 2^63; width: channels of",
         ),
-        (["--set", "width=-1"], "sma: SequenceClassifierSpec: width=-1 must be at least 1"),
+        (["--set", "width=-1"], "error: SequenceClassifierSpec: width=-1 must be at least 1"),
         (
             ["--set", "width=9e18"],
-            "sma: SequenceClassifierSpec needs about 10^39 bytes, more than any machine can address",
+            "error: SequenceClassifierSpec needs about 10^39 bytes, more than any machine can address",
         ),
-        (["--set", f"width={'9' * 5000}"], "sma: the value of --set width is not valid YAML: '999999"),
+        (["--set", f"width={'9' * 5000}"], "error: the value of --set width is not valid YAML: '999999"),
         (
             ["--set", "width=&a [*a]"],
-            "sma: the value of --set width is not valid YAML: the alias '*a' stands inside of what it names (line 1)",
+            "error: the value of --set width is not valid YAML: the alias '*a' stands inside of what it names (line 1)",
         ),
-        (["--set", "x" * 100_000], "sma: --set 'xxx"),
-        (["--length", "9" * 5000], "sma: argument --length: invalid int value: '999"),
-        (["y" * 100_000], "sma: describe takes no further argument 'yyy"),
-        ([f"--{'z' * 100_000}"], "sma: describe has no option '--zzz"),
+        (["--set", "x" * 100_000], "error: --set 'xxx"),
+        (["--length", "9" * 5000], "error: --length: invalid int value: '999"),
+        (["y" * 100_000], "error: sma describe takes no further argument 'yyy"),
+        ([f"--{'z' * 100_000}"], "error: --zzz"),
     ],
     ids=str,
 )

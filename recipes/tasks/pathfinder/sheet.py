@@ -29,7 +29,7 @@ _GAP_GREY = 96
 class SheetOptions(CommandOptions):
     """Draw Pathfinder images of either class side by side: left, both discs sit on one contour; right, on two."""
 
-    model_config = SettingsConfigDict(cli_prog_name="pathfinder")
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.tasks.pathfinder.sheet")
 
     size: int = Field(
         default=32, description="pixels of a side; from 128 on the stimulus is that of Path-X, below that of Pathfinder"

@@ -1,0 +1,52 @@
+"""Extras of the distribution: what a command needs beyond the core, and how to install it."""
+
+from importlib.util import find_spec
+
+from sma.errors import SpecError
+
+DISTRIBUTION = "sparse-modular-activation"
+NEEDED = {
+    "recipes": ("pydantic_settings", "lightning", "torchmetrics", "matplotlib", "tensorboard", "rich"),
+    "tune": ("ray", "optuna", "pyarrow"),
+}
+"""Packages that the extras install, by the names under which they are imported."""
+
+
+def missing_extra(subject: str, extra: str, error: ImportError | None = None, package: str = "") -> SpecError:
+    """Return the error that names the extra that is not installed.
+
+    Args:
+        subject: what needs it, such as `sma train`.
+        extra: of `NEEDED`.
+        error: what was raised at the import.
+        package: what is missing, where nothing was raised.
+    """
+    name = (error.name or "") if error is not None else package
+    return SpecError(
+        f"{subject} needs the extra {extra!r}, of which {name or 'a part'} is not installed; "
+        f"run: pip install '{DISTRIBUTION}[{extra}]'"
+    )
+
+
+def check_extra(subject: str, extra: str) -> None:
+    """Check that an extra is installed, without importing it, which would take seconds.
+
+    Raises:
+        SpecError: it is not.
+    """
+    for each in ("recipes", extra) if extra == "tune" else (extra,):
+        for package in NEEDED[each]:
+            if not _is_there(package):
+                raise missing_extra(subject, each if each == extra else extra, package=package)
+
+
+def of_an_extra(error: ImportError) -> bool:
+    """Whether an import failed because an extra is not installed, and not by a mistake of this project."""
+    return (error.name or "").partition(".")[0] in {name for names in NEEDED.values() for name in names}
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # blocked, or half removed
+        return False

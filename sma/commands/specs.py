@@ -1,0 +1,214 @@
+"""The commands `describe` and `validate`: what a model is made of, and whether a file is right."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sma.arguments import ArgumentParser
+from sma.checkpoint import SPEC
+from sma.commands.extras import missing_extra
+from sma.describe import describe, layer_key
+from sma.errors import SpecError, quote, reason
+from sma.model import ModelSpec, SequenceModel
+from sma.recipes.io.presets import read_shipped, shipped
+from sma.spec import load_spec, parse_setting
+
+if TYPE_CHECKING:
+    from sma.recipes.experiment import ExperimentSpec
+    from sma.tune.sweep import SweepSpec
+
+EXPERIMENT = "experiment.yaml"
+MANY = 64
+"""Layers beyond which `validate` builds each different one once."""
+
+
+def add_describe(parser: ArgumentParser) -> None:
+    """Add the arguments of `describe`."""
+    _add_spec(parser)
+    parser.add_argument(
+        "--length", type=int, default=2000, metavar="NUMBER", help="tokens of the row to count for (default: 2000)"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=0.25, metavar="NUMBER", help="activation rate, 0 to 1 (default: 0.25)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--build", action="store_true", help="build the model too and count its parameters")
+
+
+def add_validate(parser: ArgumentParser) -> None:
+    """Add the arguments of `validate`."""
+    _add_spec(parser)
+
+
+def _add_spec(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="a model, an experiment or a sweep: a YAML or JSON file, the folder of a run or of a saved model, "
+        f"or a shipped spec: {', '.join(shipped('specs'))}",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="PATH=VALUE",
+        action="append",
+        default=[],
+        help="set a field first; the value is YAML; may be repeated",
+    )
+
+
+def read_model_spec(source: str) -> dict[str, Any]:
+    """Read the plain data of a model spec, an experiment or a sweep.
+
+    Args:
+        source: the name of a shipped spec or experiment, a file, or the folder of a saved model or of a run.
+
+    Raises:
+        SpecError: there is no such spec or file, or it is not a mapping.
+    """
+    if os.path.isdir(source):
+        found = [path for path in (Path(source) / SPEC, Path(source) / EXPERIMENT) if path.is_file()]
+        if not found:
+            raise SpecError(
+                f"the folder {quote(source)} holds no {SPEC}; "
+                "give a spec file, a shipped spec or a folder that sma.save wrote or a run"
+            )
+        return read_shipped(found[0], "specs")
+    return read_shipped(
+        source, "presets" if source in shipped("presets") and source not in shipped("specs") else "specs"
+    )
+
+
+def _sort(data: dict[str, Any]) -> Literal["model", "experiment", "sweep"]:
+    """What a mapping describes, by the fields that only one of them has."""
+    if "kind" not in data and ("space" in data or "experiment" in data):
+        return "sweep"
+    return "experiment" if "kind" not in data and ("task" in data or "training" in data) else "model"
+
+
+@contextmanager
+def _recipes(source: str, what: str) -> Iterator[None]:
+    """Let what an experiment needs beyond the core be missing with one message."""
+    try:
+        yield
+    except ImportError as error:
+        subject = f"{quote(source)} is {'an' if what == 'experiment' else 'a'} {what}, which"
+        raise missing_extra(subject, "tune" if what == "sweep" else "recipes", error) from error
+
+
+def _load(args: argparse.Namespace) -> ModelSpec:
+    """The model spec that was asked for; of an experiment or a sweep its model."""
+    data = read_model_spec(args.spec)
+    sort = _sort(data)
+    if sort == "model":
+        return load_spec(data, overrides=dict(map(parse_setting, args.set)))
+    return (_load_experiment(args, data) if sort == "experiment" else _load_sweep(args, data).experiment).model
+
+
+def _load_experiment(args: argparse.Namespace, data: dict[str, Any]) -> "ExperimentSpec":
+    with _recipes(args.spec, "experiment"):
+        from sma.recipes.experiment import load_experiment  # the core works without the extras that it needs
+    return load_experiment(data, args.set)
+
+
+def _load_sweep(args: argparse.Namespace, data: dict[str, Any]) -> "SweepSpec":
+    with _recipes(args.spec, "sweep"):
+        from sma.tune.sweep import make_sweep
+    # By its path, from which the path of its experiment is counted.
+    return make_sweep(args.spec if os.path.isfile(args.spec) else data, settings=args.set)
+
+
+def _name(source: str) -> str:
+    return quote(Path(source).stem if Path(source).suffix in (".yaml", ".yml", ".json") else source)[1:-1]
+
+
+def run_describe(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the parts of a model with their parameters and operations."""
+    spec = _load(args)
+    description = describe(spec, name=_name(args.spec), length=args.length, rate=args.rate)
+    built = _build(spec, "cpu") if args.build else None
+    if args.json:
+        facts = (
+            {}
+            if built is None
+            else {"built": {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}}
+        )
+        yield json.dumps(description.as_dict() | facts, indent=2)
+        return
+    yield description.as_text()
+    if built is not None:
+        reach = "causal" if built.causal else "not causal: a token may see later ones"
+        yield (
+            "\n"
+            f"Built with {_count(built):,} parameters, as predicted; {_bytes(built) / 1e6:,.1f} MB in float32; {reach}."
+        )
+
+
+def _build(spec: ModelSpec, device: str) -> SequenceModel:
+    """Build the model and hold the prediction against it; on the device 'meta' this takes no memory.
+
+    Raises:
+        SpecError: the parts do not fit each other, there is not enough memory, or the prediction is wrong.
+    """
+    try:
+        with torch.device(device):
+            model = spec.build()
+    except (RuntimeError, MemoryError) as error:
+        raise SpecError(
+            f"the model of {spec.num_parameters():,} parameters cannot be built: {reason(error) or 'out of memory'}"
+        ) from error
+    if _count(model) != spec.num_parameters():
+        predicted = f"{spec.num_parameters():,}"
+        raise SpecError(
+            f"the model has {_count(model):,} parameters, but its spec predicts {predicted}: a num_parameters is wrong"
+        )
+    return model
+
+
+def _count(model: SequenceModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(model: SequenceModel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def run_validate(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what a file is; a mistake in it is an error."""
+    data = read_model_spec(args.spec)
+    sort = _sort(data)
+    if sort == "model":
+        spec, what = load_spec(data, overrides=dict(map(parse_setting, args.set))), ""
+    elif sort == "experiment":
+        experiment = _load_experiment(args, data)
+        spec, what = experiment.model, f"an experiment of {_updates(experiment)}; its model is "
+    else:
+        sweep = _load_sweep(args, data)
+        spec = sweep.experiment.model
+        what = f"a sweep of {sweep.samples:,} trials of {_updates(sweep.experiment)}; the model of trial 0 is "
+    count, layers = spec.num_parameters(), len(spec.layer_specs)
+    _build(_with_layers_once(spec), "meta")
+    yield (
+        f"ok: {_name(args.spec)} is {what}a {spec.kind} of width {spec.width} with {layers:,} "
+        f"layer{'' if layers == 1 else 's'} and {count:,} parameters"
+    )
+
+
+def _updates(experiment: "ExperimentSpec") -> str:
+    return f"{experiment.training.updates:,} updates on {experiment.task.kind}"
+
+
+def _with_layers_once(spec: ModelSpec) -> ModelSpec:
+    """The same model with each of many layers once: what one of them says of its spec, all that are like it say."""
+    layers = spec.layer_specs
+    if len(layers) <= MANY:
+        return spec
+    different = {id(layer): layer for layer in layers}
+    once = {layer_key(layer): layer for layer in [*different.values(), layers[-1]]}
+    last = once.pop(layer_key(layers[-1]))  # the final norm may be one like its
+    return spec.replace(layers=(*once.values(), last))

@@ -1,0 +1,204 @@
+"""The commands of `sma` that train: what they take, what they refuse, and that the recipes' own functions are behind
+them.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sma.__main__ import EXPERIMENTS, main
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.presets import shipped
+from sma.recipes.training.single_run import TASKS
+from tests.test_sma.test_main import _run
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_help_of_every_command_is_the_same_everywhere(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    positional = EXPERIMENTS[name].positional.upper()
+    assert shown.startswith(f"usage: sma {name} {f'[{positional}]' if EXPERIMENTS[name].unless else positional} ")
+    for word in ("None", "null", "list[", "factory", "str}", "int}"):
+        assert word not in shown
+
+
+def test_every_task_with_a_preset_can_be_trained():
+    assert set(TASKS) == {load_experiment(name).task.kind for name in shipped("presets")}
+    for task, presets in TASKS.items():
+        assert {load_experiment(f"{task}_{preset}").task.kind for preset in presets} == {task}
+    assert (TASKS["digits"], TASKS["speech"]) == (["tiny"], ["tiny", "paper"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["trian", "listops"], "unknown command 'trian'; did you mean 'train'? commands: ", id="command"),
+        pytest.param(["--verson"], "--verson: unknown option; did you mean --version?\n", id="top option"),
+        pytest.param(["train"], "give TASK, or one of --spec, --resume; see sma train --help\n", id="no task"),
+        pytest.param(["compare"], "give TASK, or one of --spec, --resume; see sma compare --help\n", id="nothing"),
+        pytest.param(["sweep"], "give TASK, or one of --space, --resume; see sma sweep --help\n", id="no sweep"),
+        pytest.param(["evaluate"], "the following arguments are required: RUN; see sma evaluate --help\n", id="no run"),
+        pytest.param(
+            ["train", "lisops"], "unknown task 'lisops'; did you mean 'listops'? tasks: digits, image, ", id="task"
+        ),
+        pytest.param(["compare", "lisops"], "unknown task 'lisops'; did you mean 'listops'? tasks: ", id="compared"),
+        pytest.param(
+            ["train", "digits", "--preset", "paper"],
+            "the task 'digits' has no preset 'paper'; its only preset is 'tiny'\n",
+            id="no paper",
+        ),
+        pytest.param(
+            ["train", "listops", "--preset", "pape"],
+            "the task 'listops' has no preset 'pape'; its presets are tiny, paper\n",
+            id="preset",
+        ),
+        pytest.param(
+            ["compare", "digits", "--preset", "paper"],
+            "the task 'digits' has no preset 'paper'; its only preset is 'tiny'\n",
+            id="compared paper",
+        ),
+        pytest.param(
+            ["train", "--task", "listops"],
+            "--task: unknown option; write TASK without an option: sma train TASK\n",
+            id="task as option",
+        ),
+        pytest.param(
+            ["train", "digits", "listops"],
+            "sma train takes no further argument 'listops'; see sma train --help\n",
+            id="two tasks",
+        ),
+        pytest.param(
+            ["train", "digits", "--spec", "x.yaml"],
+            "--spec has the task and the training of its own; leave TASK out\n",
+            id="task and spec",
+        ),
+        pytest.param(
+            ["train", "digits", "--resume", "x"],
+            "--resume continues the experiment as it was; leave TASK out, or start a new run\n",
+            id="task and resume",
+        ),
+        pytest.param(
+            ["compare", "digits", "--resume", "x"],
+            "--resume continues the study as it was; leave TASK out, or start a new study\n",
+            id="compare and resume",
+        ),
+        pytest.param(
+            ["compare", "digits", "--spec", "x.yaml"],
+            "--spec has the task and the training of its own; leave TASK out\n",
+            id="compare and spec",
+        ),
+        pytest.param(
+            ["evaluate", "nowhere"], "there is no finished run in 'nowhere': experiment.yaml is missing; ", id="run"
+        ),
+        pytest.param(["generate", "nowhere"], "there is no saved model in 'nowhere'", id="generate"),
+        *(
+            pytest.param([name, "x", "--progres"], "--progres: unknown option; did you mean --progress?\n", id=name)
+            for name in EXPERIMENTS
+            if name != "generate"
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = _run(capsys, *words)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("SMA_PRESET", "paper")
+    assert _run(capsys, "train", "--spec", "x.yaml")[2] == (
+        "error: --spec has the task and the training of its own; leave --preset (from the variable SMA_PRESET) out\n"
+    )
+
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocker(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from sma.__main__ import main
+sys.exit(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "blocked", "extra"),
+    [
+        pytest.param(["train", "digits"], ["pydantic_settings"], "recipes", id="train"),
+        pytest.param(["train", "digits"], ["lightning"], "recipes", id="train without lightning"),
+        pytest.param(["evaluate", "run"], ["torchmetrics"], "recipes", id="evaluate"),
+        pytest.param(["compare", "digits"], ["matplotlib"], "recipes", id="compare"),
+        pytest.param(["generate", "run"], ["pydantic_settings", "lightning", "rich"], "recipes", id="generate"),
+        pytest.param(["sweep", "digits"], ["ray"], "tune", id="sweep"),
+        pytest.param(["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune", id="sweep in the core"),
+    ],
+)
+def test_an_extra_that_is_missing_is_one_message(words, blocked, extra, tmp_path):
+    program = BLOCKED.format(blocked=blocked, words=words)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: sma {words[0]} needs the extra {extra!r}, of which {blocked[0]} is not installed; "
+        f"run: pip install 'sparse-modular-activation[{extra}]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_the_core_needs_no_extra(tmp_path):
+    program = BLOCKED.format(blocked=["pydantic_settings", "lightning", "ray", "rich"], words=["--help"])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "    train " in done.stdout
+
+
+def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
+    here = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
+    run = tmp_path / "run"
+    status, out, err = _run(capsys, "train", "digits", "--out", str(run), *FEW, *here)
+    assert (status, "test accuracy" in out) == (0, True), err
+    assert "run is an experiment of 4 updates on digits; " in _run(capsys, "validate", str(run))[1]
+    status, out, err = _run(capsys, "evaluate", str(run), *here)
+    assert (status, "reproduced        exactly" in out) == (0, True), err
+    assert _run(capsys, "generate", str(run))[2].startswith("error: the model in ")
+
+
+FEW = ["--set", "training.updates=4", "--set", "training.warmup=1", "--set", "training.evaluate_every=2"]
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_control_c_names_the_command_that_resumes(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sma.recipes.training.run.run_test", _interrupt)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = _run(capsys, "train", "digits", "--no-progress", *FEW)
+    (run,) = Path("runs").iterdir()
+    assert (status, err) == (130, f"interrupted; resume with: sma train --resume {run} --no-progress\n")
+    status, _, err = _run(capsys, "train", "--resume", str(run))
+    assert (status, err) == (130, f"interrupted; resume with: sma train --resume {run}\n")
+
+
+def test_control_c_names_the_command_that_resumes_a_comparison(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sma.recipes.tasks.digits.DigitsTask.prepare", _interrupt)
+    status, _, err = _run(capsys, "compare", "digits,listops", "--out", str(tmp_path / "a b"), "--jobs", "2")
+    assert (status, err) == (130, f"interrupted; resume with: sma compare --resume '{tmp_path}/a b' --jobs 2\n")
+
+
+def test_control_c_before_anything_began_names_no_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sma.recipes.tasks.digits.DigitsTask.prepare", _interrupt)
+    monkeypatch.chdir(tmp_path)
+    assert _run(capsys, "train", "digits")[::2] == (130, "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
