@@ -1,4 +1,4 @@
-"""Experiments: a task, a model and how to train it, as one spec; and the presets."""
+"""Specs of experiments: a task, a model, and the training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,21 +16,21 @@ from sma.spec import Spec, parse_setting
 
 
 class RoutingLosses(Spec):
-    """Losses of the decisions that are added to that of the task; see `sma.losses`."""
+    """Weights of the losses on decisions that are added to the loss of the task; see `sma.losses`."""
 
     budget: float = Field(
         default=0.0, ge=0.0, description="weight of the squared distance of the activation rates from `target`"
     )
-    target: float | None = Field(default=None, ge=0.0, le=1.0, description="the rate that the budget loss pulls to")
+    target: float | None = Field(default=None, ge=0.0, le=1.0, description="target activation rate of the budget loss")
     load_balance: float = Field(
-        default=0.0, ge=0.0, description="weight of the load balance, for routers under which sub-modules compete"
+        default=0.0, ge=0.0, description="weight of the load-balance loss, for routers under which sub-modules compete"
     )
     z: float = Field(default=0.0, ge=0.0, description="weight of the z-loss, which keeps scores small")
     policy: float = Field(
         default=0.0,
         ge=0.0,
-        description="weight of the policy gradient of routers that sample; "
-        "with a budget it begins when the first rate is no longer held",
+        description="weight of the policy gradient of stochastic routers; "
+        "with a budget it starts after the updates of budget.hold",
     )
 
     @model_validator(mode="after")
@@ -41,55 +41,57 @@ class RoutingLosses(Spec):
 
 
 class TrainingSpec(Spec):
-    """How to train: Adam with decoupled weight decay on every parameter, linear warm-up, polynomial decay to 0."""
+    """Training: Adam with decoupled weight decay on every parameter, linear warm-up, polynomial decay to 0."""
 
     optimizer: Literal["adam", "radam"] = Field(default="adam", description="Adam, or rectified Adam")
-    updates: int = Field(ge=1, description="optimiser steps of the whole training")
+    updates: int = Field(ge=1, description="number of optimiser steps")
     batch_size: int = Field(ge=1, description="samples per update")
-    learning_rate: float = Field(gt=0.0, description="at the end of the warm-up")
+    learning_rate: float = Field(gt=0.0, description="learning rate at the end of the warm-up")
     router_learning_rate: float | None = Field(
         default=None,
         gt=0.0,
-        description="learning rate of the routers' own parameters, on the same schedule; null: that of all others",
+        description="learning rate of the routers' parameters, on the same schedule; null: that of the others",
     )
-    weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled, times the learning rate")
-    warmup: int = Field(default=0, ge=0, description="updates until the full learning rate")
+    weight_decay: float = Field(default=0.0, ge=0.0, description="decoupled weight decay, times the learning rate")
+    warmup: int = Field(default=0, ge=0, description="number of updates until the full learning rate")
     warmup_from: float = Field(default=1e-7, ge=0.0, description="learning rate of the first update of the warm-up")
     decay_power: float = Field(
         default=1.0, gt=0.0, description="the learning rate falls as (updates left)^power; 1 is linear"
     )
-    clip_norm: float | None = Field(default=1.0, gt=0.0, description="largest norm of the gradient; null does not clip")
-    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay of Adam's two averages")
+    clip_norm: float | None = Field(default=1.0, gt=0.0, description="maximum norm of the gradient; null does not clip")
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="decay rates of Adam's two averages")
     epsilon: float = Field(default=1e-8, gt=0.0, description="added to Adam's denominator")
-    evaluate_every: int = Field(default=500, ge=1, description="updates from one validation and checkpoint to the next")
+    evaluate_every: int = Field(
+        default=500, ge=1, description="number of updates between validations, with their checkpoints"
+    )
     budget: BudgetSpec | None = Field(
-        default=None, description="keeps the activation rates at a target; null lets the routers choose"
+        default=None, description="controller that holds the activation rates at a target; null leaves them free"
     )
     losses: RoutingLosses = Field(
-        default=RoutingLosses(), description="of the routers' decisions, beside that of the task"
+        default=RoutingLosses(), description="losses on the routers' decisions, besides that of the task"
     )
     recompute: bool = Field(
-        default=False, description="activation checkpointing: layers are computed again in backward, for less memory"
+        default=False, description="activation checkpointing: layers are recomputed in the backward pass to save memory"
     )
     bucket: int = Field(
-        default=50, ge=1, description="batches that are sorted by length together, so that there is less padding"
+        default=50, ge=1, description="number of batches whose samples are sorted by length together, against padding"
     )
 
     @property
     def log_every(self) -> int:
-        """Updates from one line of the metrics to the next."""
+        """Number of updates per line of the metrics."""
         return min(50, self.evaluate_every, self.updates)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.warmup >= self.updates:
             raise ValueError(
-                f"warmup={self.warmup} must be below updates={self.updates}; there is nothing left to train with"
+                f"warmup={self.warmup} must be below updates={self.updates}; lower warmup or raise updates"
             )
         if self.budget is not None and self.budget.settled >= self.updates:
             raise ValueError(
-                f"the budget comes to its target after {self.budget.settled} updates; that must be below "
-                f"updates={self.updates}: lower budget.hold and budget.anneal, or set budget=null"
+                f"the budget reaches its target after {self.budget.settled} updates, which must be below "
+                f"updates={self.updates}; lower budget.hold and budget.anneal, or set budget=null"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
@@ -105,18 +107,20 @@ class TrainingSpec(Spec):
 
 
 class ExperimentSpec(Spec):
-    """Everything that decides a run, besides the versions of the software and the machine."""
+    """Everything that determines a run, besides the versions of the software and the machine."""
 
-    task: TaskSpec = Field(description="what to learn")
-    model: ModelSpec = Field(description="what learns it")
-    training: TrainingSpec = Field(description="how")
+    task: TaskSpec = Field(description="the task and its data")
+    model: ModelSpec = Field(description="the model")
+    training: TrainingSpec = Field(description="optimiser, schedule and losses")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = Field(
-        default="32-true", description="of the training arithmetic"
+        default="32-true", description="floating-point precision of the training"
     )
     threads: int | None = Field(
-        default=None, ge=1, description="of the CPU; null: one per core. A small model is as fast on one"
+        default=None, ge=1, description="number of CPU threads; null: one per core. One is enough for a small model"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the order of the samples and the dropout")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="seed of the weights, the order of the samples and the dropout"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -125,19 +129,19 @@ class ExperimentSpec(Spec):
         return self
 
     def _check_policy(self) -> None:
-        """A policy gradient needs routers that sample, and some routers learn from nothing else."""
+        """Check that a policy gradient is used with stochastic routers, and that routers that require it have it."""
         routers = [layer.router for layer in self.model.layer_specs if layer.modules]
         weight = self.training.losses.policy
         if weight and not any(router.stochastic for router in routers):
             kinds = ", ".join(dict.fromkeys(repr(router.kind) for router in routers)) or "none"
             raise ValueError(
-                f"training.losses.policy={weight} needs a router that samples, and the model's are: {kinds}; "
+                f"training.losses.policy={weight} needs a stochastic router, and the model's are: {kinds}; "
                 "use one, such as the router kind 'bernoulli', or set training.losses.policy=0"
             )
         for router in routers:
             if router.needs_policy_gradient and not weight:
                 raise ValueError(
-                    f"training.losses.policy=0 leaves the router kind {router.kind!r} nothing to learn from; "
+                    f"training.losses.policy=0 leaves the router kind {router.kind!r} without a gradient; "
                     "set training.losses.policy=1.0, or use another kind, such as 'gumbel'"
                 )
 
@@ -148,10 +152,10 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     Args:
         source: a mapping, a YAML file, or the name of a preset, such as `listops_tiny`. Its `model` may be the name of
             a shipped spec or a file.
-        settings: `path=value`, applied before validation; a path may leave out a leading `model.`.
+        settings: `path=value`, applied before validation; a path may omit a leading `model.`.
 
     Raises:
-        SpecError: one sentence per mistake.
+        SpecError: the experiment is not valid; the message has one line per mistake.
     """
     data = dict(source) if isinstance(source, Mapping) else read_shipped(source, "presets")
     if isinstance(data.get("model"), str):
@@ -160,7 +164,7 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
 
 
 def full_path(path: str) -> str:
-    """A field path of an experiment, which may have left out a leading `model.`."""
+    """The field path of an experiment, with the leading `model.` that may be omitted."""
     return f"model.{path}" if parse_path(path)[0] in {*ModelSpec.model_fields, "head"} else path
 
 

@@ -1,6 +1,4 @@
-"""What watches a training: random states, the health of the routers, the progress bar, and checkpoints that are never
-half-written.
-"""
+"""Callbacks of a training: random states, the health of the routers, the progress bar, and atomic checkpoints."""
 
 import logging
 import sys
@@ -30,22 +28,22 @@ _PARTS = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
-"""What every checkpoint has, among other things."""
+"""Required entries of a checkpoint, with their types."""
 
 _HINT = (
-    "put a whole one in its place, such as a copy of the other one of best.ckpt and last.ckpt, "
-    "or delete the folder of both to begin the run anew"
+    "replace it with an intact checkpoint, such as a copy of the other one of best.ckpt and last.ckpt, "
+    "or delete the folder of both to start the run again"
 )
 
 
 class RandomStates(Callback):
-    """Saves the random states with every checkpoint and puts them back on resuming; Lightning itself does not."""
+    """Saves the random states in every checkpoint and restores them on resuming; Lightning itself does neither."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The random states of the CPU and of every CUDA device; of all processes, where several train together."""
+        """The random states of the CPU and of every CUDA device, on every rank."""
         own = {
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -53,13 +51,13 @@ class RandomStates(Callback):
         return {"ranks": all_gather_object(own)} if is_distributed() else own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the states until the training starts: building and evaluating must not use them up."""
+        """Keep the states until the training starts, because building and evaluating would advance them."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the states of the checkpoint back."""
+        """Restore the states of the checkpoint."""
         states = self._loaded.get("ranks", [self._loaded])
-        # Where more processes go on than there were, the others keep the states that their seeds gave them.
+        # If the run resumes with more processes, the additional ones keep the states of their seeds.
         rank = torch.distributed.get_rank() if is_distributed() else 0
         found = states[rank] if rank < len(states) else {}
         if found:
@@ -69,22 +67,20 @@ class RandomStates(Callback):
 
 
 class FinalEvaluation(Callback):
-    """Evaluates and checkpoints after the last update too, where the interval between evaluations does not divide the
-    updates.
-    """
+    """Evaluates and checkpoints after the last update, even if `evaluate_every` does not divide their number."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell Lightning that this was the last update, which makes it evaluate."""
+        """Stop the training after the last update, upon which Lightning evaluates."""
         trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
 
 
 class RouterHealth(Callback):
-    """Warns, once per router, when no token or every token activates its sub-module: it then learns no more.
+    """Warns once per router if no token or every token activates its sub-module: the router then stops learning.
 
     Args:
-        routers: those of the routed layers, in their order; the ones of a fixed rate are not watched.
+        routers: specs of the routers of the routed layers, in order. Routers with a fixed rate are not watched.
     """
 
     def __init__(self, routers: Sequence[RouterSpec]) -> None:
@@ -92,7 +88,7 @@ class RouterHealth(Callback):
         self.warned: dict[str, str] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the rates of the validation split; those on the way to a budget's target are meant to be so."""
+        """Check the rates of the validation split, once they have reached the target of the budget."""
         if not getattr(pl_module, "settled", True):
             return
         for name, value in trainer.callback_metrics.items():
@@ -104,10 +100,10 @@ class RouterHealth(Callback):
             rate = float(value)
             condition = router_health(rate)
             if condition != self.warned.get(name, "ok"):
-                log.warning(self._sentence(condition, layer, module, rate, trainer.global_step))
+                log.warning(self._message(condition, layer, module, rate, trainer.global_step))
             self.warned[name] = condition
 
-    def _sentence(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
+    def _message(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
         if condition == "dead":
             return (
@@ -123,7 +119,7 @@ class RouterHealth(Callback):
 
 
 class Bar(TQDMProgressBar):
-    """Loss, accuracy, activation rate and time left; a line now and then where the output is not a terminal."""
+    """Loss, accuracy, activation rate and time left. About 20 lines in all if the output is not a terminal."""
 
     def __init__(self, updates: int) -> None:
         super().__init__(refresh_rate=10 if sys.stderr.isatty() else max(1, updates // 20), leave=True)
@@ -138,13 +134,11 @@ class Bar(TQDMProgressBar):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """The newest checkpoint, in a run folder that may be moved."""
+    """Keeps the newest checkpoint, in a run folder that may be moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the folder where the run is now: of a state of another folder Lightning would forget the best
-        score.
-        """
-        # There is one file of this kind, whatever else a checkpoint says.
+        """Restore the state with the present path of the folder; Lightning drops the best score if the path differs."""
+        # There is exactly one file of this kind, whatever paths the checkpoint holds.
         own = str(Path(str(self.dirpath), f"{self.filename}.ckpt"))
         paths = {
             name: own if state_dict[name] else ""
@@ -157,26 +151,27 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(LastCheckpoint):
-    """The best checkpoint of those whose activation rates keep the budget: before, a model may be better because it
-    does more.
+    """Keeps the best checkpoint of those whose activation rates have reached the target of the budget.
+
+    An earlier model may score better because its rates are higher.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, once the rates have settled."""
+        """Compare the score, once the rates have settled."""
         if getattr(pl_module, "settled", True):
             super().on_validation_end(trainer, pl_module)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of a run without running any code in it, and look whether it has the parts of one.
+    """Read a checkpoint of a run without executing code in it, and check that the required entries are there.
 
     Raises:
-        CheckpointError: it is missing or damaged, or something else than a checkpoint.
+        CheckpointError: the file is missing or damaged, or is not a checkpoint of a run.
     """
     loaded: Any = _load(path)
     for part, kind in _PARTS.items():
         if not isinstance(loaded, dict) or not isinstance(loaded.get(part), kind) or isinstance(loaded[part], bool):
-            raise CheckpointError(f"the checkpoint {str(path)!r} is none of a run: it has no {part}; {_HINT}")
+            raise CheckpointError(f"the checkpoint {str(path)!r} is not one of a run: it has no {part}; {_HINT}")
     checkpoint: dict[str, Any] = loaded
     return checkpoint
 
@@ -185,22 +180,23 @@ def _load(path: Path, map_location: Any = "cpu") -> Any:
     size = check_file(path, CheckpointError)
     with parsing(f"the checkpoint {str(path)!r}", CheckpointError, _HINT):
         with zipfile.ZipFile(path) as parts:
-            if (
-                sum(part.file_size for part in parts.infolist()) > size
-            ):  # torch writes them as they are: what is packed could be of any size
-                raise CheckpointError(f"the checkpoint {str(path)!r} is packed, which those of a run are not; {_HINT}")
+            # torch.save does not compress. A compressed file could unpack to any size.
+            if sum(part.file_size for part in parts.infolist()) > size:
+                raise CheckpointError(
+                    f"the checkpoint {str(path)!r} is compressed; checkpoints of a run are not; {_HINT}"
+                )
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that replace the old file in one step, and are read without running any code in them."""
+    """Replaces the old checkpoint in one step, and reads checkpoints without executing code in them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), lambda temporary: torch.save(checkpoint, temporary))
-        except (OSError, RuntimeError) as error:  # a full disk is either, depending on where torch notices it
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as either
             raise CheckpointError(
                 f"cannot write {str(path)!r}: {reason(error)}; the run folder must be writable and have space"
             ) from error

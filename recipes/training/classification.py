@@ -1,4 +1,4 @@
-"""The objective of classification: one of a few classes per sample, or per position that is asked."""
+"""The objective of classification: one class per sample, or per scored position."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from sma.recipes.training.sampling import UpdateSampler
 
 EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
-"""Positions of a batch at most, so that memory does not grow with the length of the samples."""
+"""Maximum number of positions in a batch, which bounds the memory for long samples."""
 
 
 class Scores(nn.Module):
@@ -41,7 +41,7 @@ class Scores(nn.Module):
         self.rates = RateMetric(layers)
 
     def update(self, output: ModelOutput, logits: Tensor, batch: Batch) -> None:
-        """Count one batch."""
+        """Add one batch."""
         self.accuracy.update(logits, batch.targets[batch.targets != UNSCORED])
         self.rates.update(output.decisions, batch.valid)
 
@@ -67,7 +67,7 @@ class Classifier(TrainingModule):
         self.confusion = MulticlassConfusionMatrix(classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One update; an input or a loss that is not finite ends the training with an error message."""
+        """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
         output, logits, losses = self._run(batch)
         loss = losses.mean()
         self.tokens_seen += int(batch.valid.sum())
@@ -110,13 +110,13 @@ class Classifier(TrainingModule):
         return logits
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The mean loss of the answers of a batch."""
+        """Mean loss over the scored positions of a batch."""
         return self._run(batch)[2].mean()
 
     def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
-        # An experiment's model has logits, or its spec is not valid.
+        # The spec of an experiment is valid only if its model has a head, so there are logits.
         logits, targets = asked(cast(Tensor, output.logits), batch.targets)
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         self.check_loss(losses.mean())
@@ -127,16 +127,16 @@ def check_finite(batch: Batch, update: int) -> None:
     """Check that a batch of real numbers is finite.
 
     Raises:
-        DataError: names the sample and the position of the first value that is not finite.
+        DataError: a value is not finite; the message has the sample and the position of the first one.
     """
     if not batch.inputs.is_floating_point():
         return
     bad = ~torch.isfinite(batch.inputs)
     if bool(bad.any()):
-        place = tuple(bad.nonzero()[0].tolist())
-        where = f"sample {place[0]} at position {place[1]}"
+        index = tuple(bad.nonzero()[0].tolist())
+        where = f"sample {index[0]} at position {index[1]}"
         raise DataError(
-            f"the batch of update {update} has {batch.inputs[place].item()} in {where}; inputs must be finite numbers"
+            f"the batch of update {update} has {batch.inputs[index].item()} in {where}; inputs must be finite numbers"
         )
 
 
@@ -165,7 +165,7 @@ class Classification(Objective[ClassificationTask, TaskData]):
         return DataLoader(samples, batch_sampler=sampler, collate_fn=self.data.collate)  # type: ignore[arg-type]
 
     def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
-        """All samples of a split once, sorted by length; no batch is empty."""
+        """All samples of a split once, sorted by length. No batch is empty."""
         samples: Samples = getattr(self.data, split)
         size = min(EVALUATION_BATCH, max(1, EVALUATION_TOKENS // max(1, int(samples.lengths.max()))))
         parts = distributed.world_size * math.ceil(len(samples) / (distributed.world_size * size))

@@ -1,4 +1,4 @@
-"""Devices: what a run asks for, checked before anything is made."""
+"""Checks of the device of a run, made before anything is written."""
 
 import torch
 
@@ -8,32 +8,32 @@ ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 
 
 def device_of(accelerator: str) -> str:
-    """The kind of device on which a run computes: `cpu`, `cuda` or `mps`.
+    """The type of device on which a run computes: `cpu`, `cuda` or `mps`.
 
     Raises:
-        SpecError: there is none of this kind here, or no such kind.
+        SpecError: the name is unknown, or torch finds no such device.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if accelerator == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+        return next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if accelerator not in ACCELERATORS:
         raise SpecError(f"unknown accelerator {quote(accelerator)}; give one of {', '.join(ACCELERATORS)}")
-    if not there[accelerator]:
-        others = ", ".join(kind for kind, found in there.items() if found)
+    if not available[accelerator]:
+        others = ", ".join(kind for kind, found in available.items() if found)
         built = (
             ""
             if accelerator != "cuda" or torch.version.cuda or torch.version.hip
             else "; this torch was built without CUDA"
         )
-        raise SpecError(f"--accelerator {accelerator}: torch sees no such device here{built}; there is: {others}")
+        raise SpecError(f"--accelerator {accelerator}: torch finds no such device{built}; available: {others}")
     return accelerator
 
 
 def check_device(accelerator: str, precision: str = "32-true") -> str:
-    """Check that there is a device, and that it can compute in this precision; returns its kind.
+    """Check that a device exists and supports a precision; returns its type.
 
     Raises:
-        SpecError: it is not there, or cannot.
+        SpecError: it does not exist, or does not support the precision.
     """
     device = device_of(accelerator)
     if precision == "16-mixed" and device == "cpu":

@@ -32,14 +32,11 @@ class DistributedContext(NamedTuple):
         return self.rank == 0
 
     def shard(self, items: Items) -> Items:
-        """The items of a list, or the rows of a tensor, that belong to this rank: every `world_size`-th one from number
-        `rank` on.
-        """
+        """The items of a list, or the rows of a tensor, that belong to this rank: `items[rank::world_size]`."""
         return items[self.rank :: self.world_size]
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Check that all ranks get equally many samples; otherwise the mean of their means would not be the mean of the
-        batch.
+        """Check that all ranks get equally many samples, so that the mean over ranks is the mean over the batch.
 
         Args:
             batch_size: samples of an update, over all ranks.
@@ -52,7 +49,7 @@ class DistributedContext(NamedTuple):
             raise SpecError(
                 f"a batch of {batch_size} samples cannot be shared evenly by {self.world_size} workers; set "
                 f"training.batch_size to a multiple of {self.world_size}, "
-                f"such as {nearest}, or take another number of workers"
+                f"such as {nearest}, or change the number of workers"
             )
 
 
@@ -63,14 +60,14 @@ def unshard(shards: Sequence[Tensor]) -> Tensor:
     """The rows of all ranks in their original order: the inverse of `DistributedContext.shard`.
 
     Args:
-        shards: of every rank, in the order of the ranks, with equally many rows. Where the sizes of the other
-            dimensions differ, as those of the caches of streams do, zeros fill up the smaller ones.
+        shards: one tensor per rank, in the order of the ranks, with equally many rows. Other dimensions may differ,
+            such as the length of a cache; smaller shards are padded with zeros.
     """
     sizes = [max(size) for size in zip(*(shard.shape for shard in shards), strict=True)]
-    filled = [shards[0].new_zeros(sizes) for _ in shards]
-    for room, shard in zip(filled, shards, strict=True):
-        room[tuple(map(slice, shard.shape))] = shard
-    return torch.stack(filled, 1).flatten(0, 1)
+    padded = [shards[0].new_zeros(sizes) for _ in shards]
+    for target, shard in zip(padded, shards, strict=True):
+        target[tuple(map(slice, shard.shape))] = shard
+    return torch.stack(padded, 1).flatten(0, 1)
 
 
 def is_distributed() -> bool:

@@ -1,4 +1,4 @@
-"""The training loop: Lightning's, with checkpoints in a run folder from which it resumes to the same bits."""
+"""The training loop: Lightning's, with checkpoints in a run folder from which a run resumes bit for bit."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,12 +56,12 @@ class Fitted(NamedTuple):
 
 @contextmanager
 def writing(out: Path, distributed: DistributedContext = SINGLE_PROCESS) -> Iterator[None]:
-    """Hold the lock of a run folder while a run is made in it; of several processes, rank 0 holds it.
+    """Hold the lock of a run folder while it is written. Rank 0 holds it for all ranks.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds the lock.
     """
-    # A rank that is started again may begin before its predecessor has ended.
+    # A restarted rank may begin before its predecessor has ended.
     with run_lock(out, wait=60.0 if distributed.world_size > 1 else 0.0) if distributed.is_rank_zero else nullcontext():
         yield
 
@@ -81,26 +81,25 @@ def fit(
     """Train a module and load its best checkpoint.
 
     SIGTERM and SIGUSR1 end the training after the current update, or in an evaluation, with a checkpoint from which it
-    resumes to the same results; in a single process only, and in its main thread.
+    resumes to the same results. Signals are handled in the main thread of a single process only.
 
     Args:
-        module: the training module, which the objective made.
-        objective: the batches, the hashes of the data and the metric. The hashes of the first update are kept, and a
-            run resumes with the same data only.
+        module: the training module of the objective.
+        objective: the batches, the hashes of the data and the metric. A run resumes only if the hashes are those with
+            which it began.
         spec: the experiment.
         out: the run folder.
-        resume: resume from the last checkpoint of the folder, where it has one; False refuses a folder that has.
+        resume: resume from the last checkpoint of the folder, if there is one; False refuses a folder with a run.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        progress: show a bar.
-        callbacks: further callbacks of Lightning.
-        distributed: rank and world size. All ranks read the checkpoint from which they resume; rank 0 writes the
-            folder.
+        progress: whether to show a progress bar.
+        callbacks: additional Lightning callbacks.
+        distributed: rank and world size. All ranks read the checkpoint; rank 0 writes the folder.
 
     Raises:
-        DataError: a batch or a loss that is not finite, or other data than the run began with.
-        CheckpointError: the folder cannot be written, holds a run that is not to be resumed or another one, or a
-            damaged checkpoint.
-        SpecError: there is no such device.
+        DataError: a batch or a loss is not finite, or the run began with other data.
+        CheckpointError: the folder cannot be written, holds a run and `resume` is False, holds another experiment, or
+            its checkpoint is damaged.
+        SpecError: the device does not exist.
         Preempted: a signal ended the training.
     """
     check_device(accelerator, spec.precision)
@@ -113,12 +112,11 @@ def fit(
     routers = [layer.router for layer in spec.model.layer_specs if layer.modules]
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
     watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *bars, *callbacks]
-    # After the last update Lightning has nothing to do, and does not see that an evaluation is owed.
+    # After the last update Lightning returns at once; one update more lets it make the evaluation that is due.
     more = 1 if found is not None and owes_evaluation(found) else 0
     trainer = _trainer(spec, out, accelerator, objective.task.metric, watching, distributed, more)
     if spec.precision == "64-true":
-        # Lightning converts the model only after it has put back the weights of a checkpoint, which would lose half of
-        # their digits.
+        # Lightning converts the model after loading the weights of a checkpoint, which would round them to float32.
         module.double()
     if found is not None:
         check_weights(module, found, out / LAST)
@@ -133,15 +131,15 @@ def fit(
             trainer.fit(module, batches, validation, ckpt_path=str(out / LAST) if done else None)
         except SmaError as error:
             if done and not origin.started:
-                raise CheckpointError(f"cannot go on from {str(out / LAST)!r}: {error}; {REPLACE}") from error
+                raise CheckpointError(f"cannot resume from {str(out / LAST)!r}: {error}; {REPLACE}") from error
             raise
         except Exception as error:
             if done and not origin.started:
-                raise CheckpointError(f"cannot go on from {str(out / LAST)!r}: {reason(error)}; {REPLACE}") from error
+                raise CheckpointError(f"cannot resume from {str(out / LAST)!r}: {reason(error)}; {REPLACE}") from error
             raise
-    if preemption.number is not None:  # it came too late for an update
+    if preemption.number is not None:  # the signal came after the last update
         raise Preempted(preemption.number, preemption.words(trainer.global_step))
-    # Only the first process is sure to see the file that it wrote.
+    # On a shared file system only rank 0 is sure to read the file that it wrote.
     best: Any = trainer.strategy.broadcast(read_checkpoint(out / BEST) if distributed.is_rank_zero else None)
     check_weights(module, best, out / BEST)
     module.load_state_dict(best["state_dict"])
@@ -149,7 +147,7 @@ def fit(
 
 
 def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done: int) -> None:
-    """Write down what a run is made of; its versions are a list, because a run that is resumed can have several."""
+    """Write the experiment, the hashes of the data, and the list of software versions of all parts of the run."""
     for folder in (out, *(out / path for path in ("checkpoints", "model"))):
         remove_drafts(folder)
     parts = _parts(out / VERSIONS) if done and (out / VERSIONS).exists() else []
@@ -160,9 +158,9 @@ def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done
 
 def _parts(path: Path) -> list[dict[str, Any]]:
     found = read_checked(
-        path, is_parts, "the versions of a run", "delete it to go on without those of the parts before"
+        path, is_parts, "the versions of a run", "delete it to resume without the versions of the earlier parts"
     )
-    return found if isinstance(found, list) else [{"update": 0, **found}]  # as older versions wrote it
+    return found if isinstance(found, list) else [{"update": 0, **found}]  # the format of older versions
 
 
 def _trainer(
@@ -175,8 +173,8 @@ def _trainer(
     more: int,
 ) -> Trainer:
     training = spec.training
-    # Two, because save_last=True of a monitored one writes the last checkpoint only when it is the best so far
-    # (Lightning 2.6).
+    # Two callbacks, because a monitored one with save_last=True writes the last checkpoint only if it is the best so
+    # far (Lightning 2.6).
     best, last = (
         kind(
             out / "checkpoints",

@@ -1,4 +1,4 @@
-"""The metrics of a run as comma-separated values, whatever the names of sub-modules and the locale."""
+"""The metrics of a run as comma-separated values in UTF-8."""
 
 from typing import Any
 
@@ -7,23 +7,24 @@ from lightning.pytorch.loggers import CSVLogger
 
 
 class MetricsLogger(CSVLogger):
-    """Lightning's logger, with files in UTF-8: in the locale's encoding, a name that it lacks would end the
-    training.
+    """Lightning's logger, with files in UTF-8.
+
+    Lightning writes in the locale's encoding; the name of a sub-module that it cannot encode would end the training.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the file."""
+        """The writer of the file."""
         writer = super().experiment
-        # The process that writes gets one, others a stand-in without files.
+        # Rank 0 gets a writer, other ranks a placeholder without files.
         if not isinstance(files := getattr(writer, "_fs", None), _InUTF8 | None):
             writer._fs = _InUTF8(files)
         return writer
 
 
 class _InUTF8:
-    """A file system of fsspec whose texts are UTF-8."""
+    """A file system of fsspec that opens text files in UTF-8."""
 
     def __init__(self, files: Any) -> None:
         self._files = files

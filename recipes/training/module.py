@@ -1,6 +1,4 @@
-"""The training module, which the objectives share: optimiser, schedule, routing losses, activation rates, and the check
-of the loss.
-"""
+"""The base class of training modules: optimiser, schedule, routing losses, activation rates, check of the loss."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,22 +36,22 @@ class RateMetric(Metric):
         self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
-        """Count one batch."""
+        """Add one batch."""
         count = count_rates(decisions, valid)
         self.active += count.active
         self.valid += count.valid.to(self.valid.device)
 
     def compute(self) -> Tensor:
-        """The rates, as `RateCount.rates`."""
+        """The rates; see `RateCount.rates`."""
         return RateCount(self.active, self.valid, self.layers).rates
 
     def by_name(self) -> dict[str, float]:
-        """The rates by what they are logged as: `layer0/attention`."""
-        rows = RateCount(self.active, self.valid, self.layers).by_layer()
-        return {f"layer{place}/{name}": rate for place, row in enumerate(rows) for name, rate in row.items()}
+        """The rates by their logged names, such as `layer0/attention`."""
+        layers = RateCount(self.active, self.valid, self.layers).by_layer()
+        return {f"layer{index}/{name}": rate for index, layer in enumerate(layers) for name, rate in layer.items()}
 
     def measures(self, split: str) -> dict[str, float]:
-        """The rates of a split over all ranks by their logged names, their mean first; starts afresh."""
+        """The rates of a split over all ranks by their logged names, their mean first; resets the metric."""
         with self.sync_context():
             rates = self.by_name()
         self.reset()
@@ -74,9 +72,9 @@ class TrainingModule(lightning.LightningModule):
     Attributes:
         module_names: names of the sub-modules of every routed layer.
         tokens_seen: number of tokens in the updates so far; subclasses count them.
-        fit_scores: the measures between two lines of the metrics; subclasses replace it. Checkpoints hold the sums of
-            the torchmetrics in it.
-        between_updates: called before every update but the first, when everything about the one before is complete.
+        fit_scores: the measures since the last line of the metrics; subclasses replace it. Checkpoints hold the sums of
+            its torchmetrics.
+        between_updates: called before every update but the first, after everything of the previous update is complete.
     """
 
     fit_scores: Any
@@ -93,21 +91,21 @@ class TrainingModule(lightning.LightningModule):
 
     @property
     def settled(self) -> bool:
-        """Whether the activation rates stand where they shall stay: only then a checkpoint can be the best one."""
+        """Whether the activation rates have reached the target of the budget; no earlier checkpoint is the best."""
         return self.controller is None or int(self.controller.updates) >= self.controller.spec.settled
 
     def steer(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
-        """Let the budget see the decisions of one update; they are those of the offsets before it."""
+        """Update the budget controller with the decisions of one update."""
         if self.controller is not None:
             self.controller.update(decisions, valid)
 
     def routing_loss(self, decisions: Sequence[Decision], valid: Tensor | None, losses: Tensor) -> Tensor | float:
-        """The losses of the decisions, weighted.
+        """The weighted sum of the routing losses.
 
         Args:
-            decisions: of this update.
+            decisions: the decisions of this update.
             valid: False at padding.
-            losses: of the task: of every row, or of every position with 0 where nothing is asked.
+            losses: losses of the task, per row, or per position with 0 at positions that are not scored.
         """
         weights = self.training_spec.losses
         total: Tensor | float = 0.0
@@ -117,12 +115,12 @@ class TrainingModule(lightning.LightningModule):
             total = total + weights.load_balance * load_balance_loss(decisions, valid)
         if weights.z:
             total = total + weights.z * z_loss(decisions, valid)
-        # While a budget holds its first rate the model learns, and what a token is worth to it is not known yet.
+        # While the budget holds its first rate the losses do not yet tell which tokens need a sub-module.
         if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
             routers = routers_of(self.model)
             drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.samples]
             rows = decisions[0].active.shape[0] if decisions else 0
-            # A sample of several rows, such as a pair of documents: each owes its loss.
+            # A sample may have several rows, such as a pair of documents: each row gets the loss of its sample.
             if losses.ndim == 1 and losses.shape[0] < rows:
                 losses = losses.repeat_interleave(rows // losses.shape[0])
             total = total + weights.policy * policy_gradient_loss(
@@ -131,25 +129,25 @@ class TrainingModule(lightning.LightningModule):
         return total
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The batch, as it is: of all that Lightning calls, only this comes between two updates."""
+        """Return the batch unchanged. It is the only hook that Lightning calls between two updates."""
         if self.trainer.training and self.global_step:
             self.between_updates()
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the next line of the metrics, over all ranks; all of them must call it."""
+        """Add the sums of the next line of the metrics over all ranks; all ranks must call it."""
         parts = all_gather_object({name: value.cpu() for name, value in self._counts().items()})
         checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the sums; of several ranks, rank 0 holds them."""
+        """Restore the sums, on rank 0."""
         found = checkpoint.get("fit_scores", {})  # older versions have none
         for name, value in self._counts().items():
             if name in found and is_rank_zero():
                 value.copy_(found[name])
 
     def _counts(self) -> dict[str, Tensor]:
-        """The states of the metrics of the training, which are sums."""
+        """The states of the metrics of the training split, which are sums."""
         return {
             f"{name}.{state}": value
             for name, metric in self.fit_scores.named_modules()
@@ -159,12 +157,12 @@ class TrainingModule(lightning.LightningModule):
         }
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Tell routers that anneal or draw how far the training is."""
+        """Set the step of the routers, on which annealing and random draws depend."""
         for router in routers_of(self.model):
             router.advance(self.global_step)
 
     def configure_optimizers(self) -> Any:
-        """Adam or rectified Adam with decoupled decay, and the schedule, per update."""
+        """Adam or rectified Adam with decoupled weight decay, and the schedule per update."""
         spec = self.training_spec
         settings: dict[str, Any] = {
             "lr": spec.learning_rate,
@@ -175,7 +173,7 @@ class TrainingModule(lightning.LightningModule):
         optimizer: torch.optim.Optimizer
         if spec.optimizer == "radam":
             optimizer = torch.optim.RAdam(self._groups(), **settings, decoupled_weight_decay=True)
-        else:  # a fused optimiser scales by itself, which Lightning's clipping refuses
+        else:  # a fused optimiser unscales gradients itself, which Lightning does not combine with clipping
             optimizer = torch.optim.AdamW(self._groups(), **settings, fused=self.trainer.precision.endswith("true"))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate
@@ -183,7 +181,7 @@ class TrainingModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The parameters; those of the routers by themselves where they learn at a rate of their own."""
+        """The parameter groups; routers have their own group if they have their own learning rate."""
         spec = self.training_spec
         if spec.router_learning_rate is None:
             return [{"params": list(self.parameters())}]
@@ -193,11 +191,10 @@ class TrainingModule(lightning.LightningModule):
         return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]
 
     def check_loss(self, loss: Tensor) -> None:
-        """Stop where the loss is not a number, in evaluation too: broken weights must not replace the last good
-        checkpoint.
+        """Check that the loss is finite, so that diverged weights do not replace the last good checkpoint.
 
         Raises:
-            DataError: what to do about it.
+            DataError: the loss is not finite.
         """
         if not torch.isfinite(loss):
             raise DataError(

@@ -22,10 +22,10 @@ DataT = TypeVar("DataT")
 
 
 class Report(Protocol):
-    """A run in words and pictures."""
+    """The text and the figures that report a run."""
 
     def describe(self, summary: Mapping[str, Any], out: Path) -> str:
-        """The end of the run in words.
+        """The results of the run as text.
 
         Args:
             summary: the content of its `summary.json`.
@@ -37,11 +37,11 @@ class Report(Protocol):
 
 
 class Breakdown(Protocol):
-    """The result of a test, split up: a confusion matrix, for example."""
+    """A breakdown of the result of a test, such as a confusion matrix."""
 
     @property
     def file(self) -> str:
-        """Name of its figure in the run folder."""
+        """File name of its figure in the run folder."""
 
     def record(self) -> dict[str, Any]:
         """Its values for `evaluation.json`."""
@@ -50,7 +50,7 @@ class Breakdown(Protocol):
         """A table for the terminal."""
 
     def draw(self, path: Path, title: str) -> Path:
-        """Draw it into a PNG."""
+        """Draw it into a PNG file."""
 
 
 class Objective(ABC, Generic[TaskT, DataT]):
@@ -64,7 +64,7 @@ class Objective(ABC, Generic[TaskT, DataT]):
         data: what `task.prepare` returned. Its `hashes` map the names of splits or files to their SHA-256.
 
     Attributes:
-        measured: names of further measures of the test, beside the metric of the task. They are logged and recorded in
+        measured: names of further measures of the test besides the metric of the task. They are logged and recorded in
             `summary.json` under these names, and `--evaluate` compares them.
     """
 
@@ -83,13 +83,14 @@ class Objective(ABC, Generic[TaskT, DataT]):
     def training_batches(
         self, training: TrainingSpec, seed: int, done: int = 0, distributed: DistributedContext = SINGLE_PROCESS
     ) -> DataLoader[Any]:
-        """The batches of this rank, one per update, after the first `done` updates. Its length is that of the whole
-        training; the order is a function of the seed.
+        """The batches of this rank, one per update, after the first `done` updates.
+
+        The length of the loader is that of the whole training. The order is a function of the seed.
         """
 
     @abstractmethod
     def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
-        """The batches of a split that this rank evaluates, equally many on all ranks."""
+        """The batches of a split that this rank evaluates; all ranks get the same number of batches."""
 
     @abstractmethod
     def report(self, module: TrainingModule) -> Report:
@@ -98,27 +99,27 @@ class Objective(ABC, Generic[TaskT, DataT]):
     @property
     @abstractmethod
     def size(self) -> str:
-        """Size of the training split in words, such as `4,000 samples`."""
+        """Size of the training split as text, such as `4,000 samples`."""
 
     @property
     def subject(self) -> str:
-        """What is learned, for titles."""
+        """Name of the data set, for titles."""
         return self.task.kind
 
     @cached_property
     def hashes(self) -> Mapping[str, str]:
-        """SHA-256 of the data, by split or file."""
+        """SHA-256 of every split or file of the data."""
         hashes: Mapping[str, str] = self.data.hashes  # type: ignore[attr-defined]
         return hashes
 
     @property
     def longest_row(self) -> int:
-        """Positions of the longest row of the training split, for the estimate of memory."""
+        """Number of positions of the longest training row, for the estimate of memory."""
         return self.task.least_length
 
     @property
     def typical_row(self) -> int:
-        """Positions of a row on average, for the count of operations."""
+        """Average number of positions of a row, for the count of operations."""
         return self.task.least_length
 
     def check_shards(self, batch_size: int, distributed: DistributedContext) -> None:
@@ -130,25 +131,25 @@ class Objective(ABC, Generic[TaskT, DataT]):
         distributed.check_batch_size(batch_size)
 
     def results(self, report: Any, measures: Mapping[str, float]) -> dict[str, Any]:
-        """What `summary.json` holds beside the measures of the test, the activation rates and the costs.
+        """The entries of `summary.json` besides the measures of the test, the activation rates and the costs.
 
         Args:
-            report: what `report` returned.
-            measures: everything that the test logged, by the logged names.
+            report: the result of `report`.
+            measures: all measures of the test by their logged names.
         """
         return {"data": dict(self.hashes)}
 
     def breakdown(self, module: TrainingModule) -> Breakdown | None:
-        """The result of a test, split up; None where there is nothing to split. All ranks must call it."""
+        """The breakdown of the result of a test; None if the objective has none. All ranks must call it."""
         return None
 
     def tested(self, module: TrainingModule) -> str:
-        """What the metric of a test was computed from, in words, such as `400 answers`."""
+        """The items over which the metric of a test was computed, such as `400 answers`."""
         return "the test split"
 
     @classmethod
     def recorded(cls, task: TaskSpec) -> dict[str, str]:
-        """The measures of a test that are recorded, the metric first: keys of `summary.json` to logged names."""
+        """The logged names of the recorded measures of a test by their keys in `summary.json`, the metric first."""
         return {task.metric.key: f"test_{task.metric.name}"} | {name: name for name in cls.measured}
 
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, commit and hardware."""
+"""Provenance of results: software versions, commit and hardware."""
 
 import platform
 import subprocess
@@ -10,15 +10,13 @@ import torch
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the software that decides the numbers of a run, and the commit."""
+    """Versions of the software on which the numbers of a run depend, and the commit."""
     packages = ("sparse-modular-activation", "torch", "lightning", "torchmetrics", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}, "commit": commit()}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that is running, with `-dirty` after it where files differ; None outside a
-    checkout.
-    """
+    """The commit of the running checkout, followed by `-dirty` if files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         described = subprocess.run(
@@ -34,11 +32,11 @@ def commit() -> str | None:
 
 
 def hardware(device: str | None = None, threads: int | None = None) -> str:
-    """A device in words.
+    """The name of a device, with the number of threads for a CPU.
 
     Args:
-        device: `cpu` or `cuda`; None: the default of a run.
-        threads: number of CPU threads; None: that of this process.
+        device: `cpu` or `cuda`; None selects the default of a run.
+        threads: number of CPU threads; None selects that of this process.
     """
     if torch.cuda.is_available() if device is None else device == "cuda":
         return torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""One run of any task: train a model, test its best checkpoint, and write everything worth keeping into one folder."""
+"""One run of any task: train a model, test its best checkpoint, and write the results into one folder."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ class Finished(NamedTuple):
 
     Attributes:
         summary: the content of its `summary.json`.
-        report: the run in words and pictures.
+        report: the text and the figures of the run.
         module: the training module, with the weights of the best checkpoint.
     """
 
@@ -59,20 +59,20 @@ def run_experiment(
     Args:
         spec: the experiment. The objective of its task makes the training module, the batches and the report.
         out: the run folder.
-        data: what `spec.task.prepare` returned.
-        resume: resume from the last checkpoint of the folder, where it has one; False refuses a folder that has.
+        data: the result of `spec.task.prepare`.
+        resume: resume from the last checkpoint of the folder, if there is one; False refuses a folder with a run.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        progress: show a bar.
-        callbacks: further callbacks of Lightning.
-        distributed: rank and world size, where several processes train the model.
-        title: start of the titles of the figures, before the metric and the seed; None: no figures are drawn. They are
-            drawn before the summary is written, because a run with a summary is finished and nothing of it is repeated.
+        progress: whether to show a progress bar.
+        callbacks: additional Lightning callbacks.
+        distributed: rank and world size, if several processes train the model.
+        title: start of the titles of the figures, before the metric and the seed; None draws no figures. They are drawn
+            before the summary is written, because a run with a summary is finished and nothing of it is repeated.
 
     Raises:
         DataError: a batch or a loss is not finite, or the run began with other data.
-        CheckpointError: the folder cannot be written, or holds another run or a damaged one; see
+        CheckpointError: the folder cannot be written, or holds another or a damaged run; see
             `sma.recipes.training.loop.fit`.
-        SpecError: the task has no objective, there is no such device, or the model does not fit into its memory.
+        SpecError: the task has no objective, the device does not exist, or the model does not fit into its memory.
         Preempted: a signal ended the training.
     """
     objective = load_objective(spec.task, data)
@@ -115,7 +115,7 @@ def _summary(
     report: Report,
     logged: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of `summary.json`: what was measured, and with what."""
+    """The content of `summary.json`: the measures, and their provenance."""
     rates = [
         {name: logged[f"test_rate/layer{layer}/{name}"] for name in names}
         for layer, names in enumerate(module.module_names)
@@ -145,7 +145,7 @@ def prepare(spec: ExperimentSpec, distributed: DistributedContext = SINGLE_PROCE
     _quiet()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    # The weights have a seed of their own; this one is for dropout, whose draws must differ between the ranks.
+    # The weights are drawn from `spec.seed` itself. This seed is for dropout, which must differ between the ranks.
     seed = (spec.seed + 1_000_003 * distributed.rank) % 2**32
     random.seed(seed)
     np.random.seed(seed)
@@ -153,7 +153,7 @@ def prepare(spec: ExperimentSpec, distributed: DistributedContext = SINGLE_PROCE
 
 
 def _quiet() -> None:
-    """Silence what Lightning prints about its own defaults."""
+    """Silence Lightning's messages about its defaults."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

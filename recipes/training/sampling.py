@@ -1,6 +1,4 @@
-"""The order of the samples: a function of the seed and the number of the update, so that a run can start again
-anywhere.
-"""
+"""The order of the samples: a function of the seed and the number of the update, so that a run can resume anywhere."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,17 +14,17 @@ from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 class UpdateSampler(Sampler[list[int]]):
     """The batches of a whole training, one per update, from update `start` on.
 
-    Every epoch is a new permutation. `bucket` batches at a time are sorted by length, so that a batch needs little
-    padding, and the batches of an epoch come in random order. What is left over at the end of an epoch sits it out.
+    Every epoch is a new permutation. The samples of `bucket` consecutive batches are sorted by length, so that a batch
+    has little padding, and the batches of an epoch are shuffled. An epoch omits the samples that do not fill a batch.
 
     Args:
         lengths: length of every sample.
-        batch_size: samples per batch; a smaller data set gives batches of all it has.
-        updates: batches in all.
-        seed: of the permutations.
-        start: updates that have been done.
-        bucket: batches that are sorted together.
-        distributed: the processes that share every batch; each draws its own shard of it.
+        batch_size: samples per batch; a smaller data set gives batches of all its samples.
+        updates: number of batches of the whole training.
+        seed: seed of the permutations.
+        start: number of updates already made.
+        bucket: number of batches that are sorted together.
+        distributed: the processes that share every batch; each gets its own shard.
 
     Raises:
         SpecError: the processes cannot share the batches evenly.
@@ -56,14 +54,14 @@ class UpdateSampler(Sampler[list[int]]):
         self._epoch = lru_cache(maxsize=1)(self._draw)
 
     def __len__(self) -> int:
-        """All updates, done ones included: Lightning counts from the beginning too."""
+        """Number of updates of the whole training, as Lightning counts them."""
         return self.updates
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The batches that are still to come."""
+        """The remaining batches."""
         for update in range(self.start, self.updates):
-            epoch, place = divmod(update, self.per_epoch)
-            yield self.distributed.shard(self._epoch(epoch)[place].tolist())
+            epoch, index = divmod(update, self.per_epoch)
+            yield self.distributed.shard(self._epoch(epoch)[index].tolist())
 
     def _draw(self, epoch: int) -> Int64[Tensor, "E B"]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -1,4 +1,4 @@
-"""Time and tokens of a training, over all its parts after interruptions."""
+"""Time and tokens of a training, summed over its interruptions."""
 
 import time
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ class Spent(NamedTuple):
     """Cost of a training.
 
     Attributes:
-        elapsed: seconds in all.
-        updating: seconds in updates, without evaluation, checkpoints and reading data.
+        elapsed: total time, in seconds.
+        updating: time in updates, in seconds, without evaluation, checkpoints and reading data.
         tokens: number of tokens in the updates, over all ranks.
     """
 
@@ -24,11 +24,11 @@ class Spent(NamedTuple):
 
 
 class Stopwatch(Callback):
-    """Measures the cost of a training; the checkpoint holds that of the parts before an interruption.
+    """Measures the cost of a training. The checkpoint holds the cost up to it, to which a resumed run adds its own.
 
     Attributes:
-        seconds: seconds of this part in updates.
-        earlier: cost of the parts before, up to the checkpoint from which this one resumes.
+        seconds: time in updates since the start or the last resumption, in seconds.
+        earlier: cost up to the checkpoint from which the run resumed.
     """
 
     def __init__(self) -> None:
@@ -38,26 +38,26 @@ class Stopwatch(Callback):
         self._tokens = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start."""
+        """Start the clock of an update."""
         self._since = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop."""
+        """Add the time of the update."""
         self.seconds += time.perf_counter() - self._since
         self._tokens = int(getattr(pl_module, "tokens_seen", 0))
 
     def spent(self) -> Spent:
-        """The cost of all parts so far; all ranks must call it."""
+        """The cost of the training so far; all ranks must call it."""
         elapsed, updating, tokens = self.earlier
         seconds = elapsed + time.perf_counter() - self._began
         return Spent(seconds, updating + self.seconds, tokens + sum(all_gather_object(self._tokens)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The cost of all parts."""
+        """The cost of the training so far."""
         return self.spent()._asdict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the count."""
+        """Restore the cost up to the checkpoint."""
         self.earlier = Spent(**state_dict)

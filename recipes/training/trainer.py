@@ -1,4 +1,4 @@
-"""The trainer of a run: Lightning's, told everything that it would guess from the environment."""
+"""Lightning's trainer, with explicit settings instead of those that it derives from the environment."""
 
 import signal
 import threading
@@ -20,27 +20,26 @@ from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 def isolated(distributed: DistributedContext = SINGLE_PROCESS) -> Iterator[None]:
     """Hide the variables of schedulers, ranks and settings from Lightning; rank and world size come from the context.
 
-    As it is imported Lightning also decides by the environment which process may write and print, and may have done so
-    before.
+    Lightning also reads the rank from the environment at its import, to decide whether this process may write and
+    print. The block overrides that rank.
     """
-    speakers: list[Any] = [rank_zero_only, prints.rank_zero_only]
-    before = [speaker.rank for speaker in speakers]
+    decorators: list[Any] = [rank_zero_only, prints.rank_zero_only]
+    before = [decorator.rank for decorator in decorators]
     with hidden_variables(ranks=distributed.world_size == 1):
-        for speaker in speakers:
-            speaker.rank = distributed.rank
+        for decorator in decorators:
+            decorator.rank = distributed.rank
         try:
             yield
         finally:
-            for speaker, rank in zip(speakers, before, strict=True):
-                speaker.rank = rank
+            for decorator, rank in zip(decorators, before, strict=True):
+                decorator.rank = rank
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C with an exit and ignores the signal from then on; for the caller it is a
-    `KeyboardInterrupt`.
+    """Raise `KeyboardInterrupt` on Ctrl-C, which Lightning turns into `SystemExit` before it ignores the signal.
 
-    An exit that something else asked for, such as a callback, stays one.
+    A `SystemExit` with another cause, such as a callback, is passed on.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -56,12 +55,12 @@ def interruptible() -> Iterator[None]:
 def make_trainer(
     distributed: DistributedContext = SINGLE_PROCESS, *, plugins: tuple[Any, ...] = (), **options: Any
 ) -> Trainer:
-    """A trainer on one device of this process, as one rank of several or as the only one.
+    """Make a trainer on one device of this process.
 
     Args:
-        distributed: rank and world size; a single process takes no others from the environment.
+        distributed: rank and world size. A single process ignores those in the environment.
         plugins: Lightning's plugins besides those of the context.
-        options: of Lightning's `Trainer`.
+        options: options of Lightning's `Trainer`.
     """
     environment = () if distributed.plugins else (LightningEnvironment(),)
     with isolated(distributed):
@@ -76,6 +75,6 @@ def run_test(
     batches: DataLoader[Any],
     distributed: DistributedContext = SINGLE_PROCESS,
 ) -> Mapping[str, float]:
-    """Measures of the test split, by their logged names."""
+    """Test a module; returns the measures of the test split by their logged names."""
     with isolated(distributed), interruptible():
         return trainer.test(module, batches, verbose=False)[0]

@@ -18,7 +18,7 @@ def none(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_device_that_is_not_there_is_refused(none, name):
-    with pytest.raises(SpecError, match=rf"--accelerator {name}: torch sees no such device here.*; there is: cpu$"):
+    with pytest.raises(SpecError, match=rf"--accelerator {name}: torch finds no such device.*; available: cpu$"):
         device_of(name)
     assert device_of("auto") == device_of("cpu") == "cpu"
 
@@ -53,7 +53,7 @@ def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        pytest.param(["--accelerator", "cuda"], "error: --accelerator cuda: torch sees no such device here", id="cuda"),
+        pytest.param(["--accelerator", "cuda"], "error: --accelerator cuda: torch finds no such device", id="cuda"),
         pytest.param(
             ["--accelerator", "mps"], "--accelerator='mps': input should be 'auto', 'cpu' or 'cuda'", id="mps"
         ),
@@ -71,6 +71,6 @@ def test_command_refuses_it_before_a_folder_is_made(none, tmp_path, capsys, monk
 
 
 def test_run_refuses_it_before_a_folder_is_made(none, data, tmp_path):
-    with pytest.raises(SpecError, match="--accelerator cuda: torch sees no such device here"):
+    with pytest.raises(SpecError, match="--accelerator cuda: torch finds no such device"):
         train(tiny(), tmp_path / "run", data, accelerator="cuda")
     assert not (tmp_path / "run").exists()

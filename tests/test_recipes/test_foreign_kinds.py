@@ -190,7 +190,7 @@ def test_router_that_needs_a_policy_gradient_gets_one() -> None:
 
 
 def test_stochastic_is_what_the_fields_of_a_spec_make_it() -> None:
-    with pytest.raises(SpecError, match=r"policy=0\.5 needs a router that samples, and the model's are: 'coin'"):
+    with pytest.raises(SpecError, match=r"policy=0\.5 needs a stochastic router, and the model's are: 'coin'"):
         _experiment(layers__layer__router="{kind: coin, draw: false}", training__losses="{policy: 0.5}")
     spec = _experiment(layers__layer__router="{kind: coin}", training__losses="{policy: 0.5}")
     assert with_routers(spec, CoinSpec(draw=False)).training.losses.policy == 0

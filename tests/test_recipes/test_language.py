@@ -234,7 +234,7 @@ def test_a_run_goes_on_with_the_text_that_it_began_with_alone(
     mine.write_bytes(text.read_bytes().replace(b"fox", b"cat"))
     with pytest.raises(
         DataError,
-        match=r"the data is not that with which the run in '.*run' began: .* another hash; put the data of then",
+        match=r"the data differs from that with which the run in '.*run' began: .* another hash; restore the original",
     ):
         train(experiment(mine), tmp_path / "run", resume=True)
     mine.write_bytes(text.read_bytes())

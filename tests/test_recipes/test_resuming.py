@@ -36,7 +36,7 @@ def run(stopped, tmp_path):
 
 
 def test_folder_with_a_run_is_not_resumed_unless_asked(run, data):
-    with pytest.raises(CheckpointError, match=r"run' holds a run already \(checkpoints/last\.ckpt\); resume it"):
+    with pytest.raises(CheckpointError, match=r"run' already holds a run \(checkpoints/last\.ckpt\); resume it"):
         train(tiny(), run, data)
 
 
@@ -72,9 +72,9 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        pytest.param({}, "is none of a run: it has no global_step", id="empty"),
-        pytest.param(torch.zeros(3), "is none of a run: it has no global_step", id="tensor"),
-        pytest.param([1], "is none of a run: it has no global_step", id="list"),
+        pytest.param({}, "is not one of a run: it has no global_step", id="empty"),
+        pytest.param(torch.zeros(3), "is not one of a run: it has no global_step", id="tensor"),
+        pytest.param([1], "is not one of a run: it has no global_step", id="list"),
         pytest.param(None, "cannot be read: ", id="bytes"),
     ],
 )
@@ -84,7 +84,7 @@ def test_something_else_in_the_place_of_a_checkpoint_is_a_sentence(run, data, mo
     monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)
     (run / name).write_bytes(b"\x00" * 5000) if content is None else torch.save(content, run / name)
     with pytest.raises(
-        CheckpointError, match=rf"the checkpoint '.*{name}' {complaint}.*; put a whole one in its place"
+        CheckpointError, match=rf"the checkpoint '.*{name}' {complaint}.*; replace it with an intact checkpoint"
     ):
         train(tiny(), run, data, resume=True)
 
@@ -101,19 +101,19 @@ def _change(path, *keys, value):
 @pytest.mark.parametrize(
     ("keys", "value", "complaint"),
     [
-        pytest.param(("state_dict", "model.more"), torch.zeros(3), "has in excess 'model", id="excess"),
-        pytest.param(("global_step",), 11, "does not agree with itself about the updates that were made", id="updates"),
+        pytest.param(("state_dict", "model.more"), torch.zeros(3), "has an unexpected 'model", id="excess"),
+        pytest.param(("global_step",), 11, "have different numbers of updates", id="updates"),
         pytest.param(("loops", "fit_loop"), {}, "cannot be read: KeyError", id="loops"),
         pytest.param(("optimizer_states",), [], "cannot be read: ", id="optimizers"),
         pytest.param(("optimizer_states", 0, "state"), {}, "the states of the optimiser are missing", id="optimizer"),
-        pytest.param(("lr_schedulers", 0, "last_epoch"), 3, "does not agree with itself", id="schedule"),
+        pytest.param(("lr_schedulers", 0, "last_epoch"), 3, "have different numbers of updates", id="schedule"),
         pytest.param(
-            ("callbacks", "RandomStates"), {"cpu": torch.zeros(2), "cuda": []}, "cannot go on from", id="random-states"
+            ("callbacks", "RandomStates"), {"cpu": torch.zeros(2), "cuda": []}, "cannot resume from", id="random-states"
         ),
         pytest.param(
             ("optimizer_states", 0, "state", 0, "exp_avg"),
             torch.zeros(1).expand(1 << 40),
-            "another shape than its",
+            "does not have the shape of its",
             id="huge",
         ),
     ],
@@ -125,7 +125,7 @@ def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, com
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without those of the parts")]
+    ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without the versions of the")]
 )
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
 def test_damaged_json_is_a_sentence(run, data, name, hint, content):
@@ -133,7 +133,7 @@ def test_damaged_json_is_a_sentence(run, data, name, hint, content):
     if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
         return
     with pytest.raises(
-        CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to go on {hint}"
+        CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to resume {hint}"
     ):
         train(tiny(), run, data, resume=True)
 

@@ -255,7 +255,7 @@ def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_
     other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
     with pytest.raises(
         DataError,
-        match=rf"the data is not that with which the run in '.*' began: {next(iter(data.hashes))} has another",
+        match=rf"the data differs from that with which the run in '.*' began: {next(iter(data.hashes))} has another",
     ):
         train(tiny(), tmp_path, other, resume=True)
     train(tiny(), tmp_path, data, resume=True)
@@ -286,9 +286,7 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_a_sentence(finished, data, tmp_path, name, left):
     shutil.copytree(finished[0], tmp_path / "run")
     os.truncate(tmp_path / "run" / name, left)
-    complaint = (
-        rf"the checkpoint '.*{name}' cannot be read: .*; put a whole one in its place, such as a copy of the other one"
-    )
+    complaint = rf"the checkpoint '.*{name}' cannot be read: .*; replace it with an intact checkpoint"
     with pytest.raises(CheckpointError, match=complaint):
         train(tiny(), tmp_path / "run", data, resume=True)
 

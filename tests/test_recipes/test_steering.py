@@ -81,7 +81,7 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
     [
         pytest.param(
             {"training__budget": "{target: 0.3, hold: 20, anneal: 10}"},
-            "the budget comes to its target after 30 updates; that must be below updates=30: "
+            "the budget reaches its target after 30 updates, which must be below updates=30; "
             "lower budget.hold and budget.anneal",
             id="late",
         ),
@@ -94,18 +94,18 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         ),
         pytest.param(
             {"training__losses__policy": 0.5},
-            "training.losses.policy=0.5 needs a router that samples, and the model's are: 'sma'; "
+            "training.losses.policy=0.5 needs a stochastic router, and the model's are: 'sma'; "
             "use one, such as the router kind 'bernoulli'",
             id="policy-without-draws",
         ),
         pytest.param(
             {"training__losses__policy": 0.5, "layers__layer__modules": "{}"},
-            "training.losses.policy=0.5 needs a router that samples, and the model's are: none",
+            "training.losses.policy=0.5 needs a stochastic router, and the model's are: none",
             id="policy-without-routers",
         ),
         pytest.param(
             {"layers__layer__router": "{kind: bernoulli}"},
-            "training.losses.policy=0 leaves the router kind 'bernoulli' nothing to learn from; "
+            "training.losses.policy=0 leaves the router kind 'bernoulli' without a gradient; "
             "set training.losses.policy=1.0",
             id="draws-without-policy",
         ),
