@@ -2,7 +2,7 @@
 
 import os
 
-# Ray reads it as it is imported; the other value is that of an interface for which this package was not written.
+# Ray reads the variable at its import. This package uses version 2 of the interface of Ray Train.
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
 
 if __name__ == "tune":

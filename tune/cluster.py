@@ -1,4 +1,4 @@
-"""Ray itself: a cluster on this machine or one that runs already, and whether it can hold the trials."""
+"""The Ray cluster, started on this machine or joined at an address, and the number of trials that fit on it."""
 
 import logging
 import os
@@ -18,29 +18,30 @@ from sma.tune.lifeline import ClusterLost, leave_cluster, signals_kept
 from sma.tune.scratch import remove_abandoned
 
 LEAST_STORE = 200 * 2**20
-"""Bytes of the object store where the data needs less."""
-
+"""Minimum size of the object store, in bytes."""
 
 _DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
-"""Whether Ray hides the GPUs from a process that has none of them."""
+"""Variable by which Ray hides all GPUs from a process without a share of one."""
 
 
 class ResourceSpec(Spec):
-    """What a trial gets, and how many run at once."""
+    """Resources of a trial, and the number of concurrent trials."""
 
     cpus: int = Field(
-        default=1, ge=1, description="cores of a trial, and threads of its training where the experiment does not say"
+        default=1, ge=1, description="cores of a trial, and threads of its training unless the experiment sets them"
     )
     gpus: float | None = Field(
         default=None,
         ge=0.0,
-        description="GPUs of a trial, such as 0.25 for four trials on one; null: one if there are any, else none",
+        description="GPUs of a trial, such as 0.25 for four trials on one; null: one if the machines have any",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="the device: cpu takes no GPU, cuda one where `gpus` does not say, auto what the machines have",
+        description="the device: cpu uses no GPU, cuda one unless `gpus` is set, auto one if the machines have any",
     )
-    concurrent: int | None = Field(default=None, ge=1, description="trials at once; null: as many as the machines hold")
+    concurrent: int | None = Field(
+        default=None, ge=1, description="number of concurrent trials; null: as many as fit on the machines"
+    )
     address: str | None = Field(
         default=None, description="a running Ray cluster: auto or HOST:PORT; null starts one on this machine"
     )
@@ -48,7 +49,7 @@ class ResourceSpec(Spec):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.accelerator == "cpu" and self.gpus:
-            raise ValueError(f"accelerator=cpu takes no GPU, and gpus={self.gpus:g}; leave one of them out")
+            raise ValueError(f"accelerator=cpu uses no GPU, and gpus={self.gpus:g}; leave one of them out")
         if self.accelerator == "cuda" and self.gpus == 0:
             raise ValueError(
                 "accelerator=cuda needs a GPU, and gpus=0; leave one of them out, or give a share such as gpus=0.25"
@@ -56,18 +57,18 @@ class ResourceSpec(Spec):
         return self
 
     def gpus_of(self, nodes: Iterable[Mapping[str, float]]) -> float:
-        """GPUs of a trial on these machines."""
+        """Number of GPUs of a trial on these machines."""
         default = {"cpu": 0.0, "cuda": 1.0}.get(self.accelerator, float(any(node.get("GPU", 0) > 0 for node in nodes)))
         return default if self.gpus is None else self.gpus
 
 
 class Slots(NamedTuple):
-    """How a sweep uses its machines.
+    """The slots of the machines for trials.
 
     Attributes:
-        concurrent: trials at once.
-        cpus: cores of each.
-        gpus: GPUs of each.
+        concurrent: number of concurrent trials.
+        cpus: cores of a trial.
+        gpus: GPUs of a trial.
     """
 
     concurrent: int
@@ -76,37 +77,36 @@ class Slots(NamedTuple):
 
     @property
     def accelerator(self) -> str:
-        """Lightning's name for the device: a trial without a share of a GPU must not see one."""
+        """Lightning's name for the device; `cpu` for a trial without a share of a GPU."""
         return "cuda" if self.gpus else "cpu"
 
 
 def local_node() -> dict[str, float]:
-    """The cores that this process may use, and the GPUs that torch sees."""
+    """The numbers of cores that this process may use and of GPUs that torch finds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"CPU": float(cores), "GPU": float(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
 
 
 def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], samples: int, what: str = "trial") -> Slots:
-    """How many trials fit at once.
+    """The slots for trials on some machines.
 
     Args:
-        resources: what was asked for.
+        resources: the requested resources.
         nodes: cores (`CPU`) and GPUs (`GPU`) of every machine.
-        samples: trials in all; there need not be more slots.
-        what: what they are called.
+        samples: total number of trials, the maximum number of slots.
+        what: the noun for a trial in error messages.
 
     Raises:
-        SpecError: no machine can hold one trial, or all together cannot hold so many: Ray would wait forever, without a
-            word.
+        SpecError: no trial fits on a machine, or fewer fit than requested. Ray would wait forever without a message.
     """
     gpus = resources.gpus_of(nodes)
     if gpus > 1 and gpus != int(gpus):
-        raise SpecError(f"--gpus {gpus:g}: a trial gets a share of one GPU or a whole number of them")
+        raise SpecError(f"--gpus {gpus:g} must be at most 1, a share of one GPU, or an integer")
     room = 0
     for node in nodes:
         fits = int(node.get("CPU", 0) // resources.cpus)
         if gpus:
-            # Whole trials per device: two halves of different GPUs are no GPU.
+            # Trials are counted per device, because the share of a trial cannot span two GPUs.
             devices = int(node.get("GPU", 0))
             fits = min(fits, devices * int(1 / gpus + 1e-9) if gpus <= 1 else devices // int(gpus))
         room += fits
@@ -125,8 +125,7 @@ def plan_slots(resources: ResourceSpec, nodes: list[Mapping[str, float]], sample
 
 
 def check_resources(resources: ResourceSpec, samples: int, what: str = "trial") -> Slots:
-    """Refuse what does not fit before anything is written or prepared; joins the cluster at the address, if one is
-    given.
+    """Check that the trials fit before anything is written; joins the cluster at the address, if one is given.
 
     Raises:
         SpecError: the trials do not fit, or there is no cluster at the address.
@@ -138,12 +137,12 @@ def check_resources(resources: ResourceSpec, samples: int, what: str = "trial") 
 
 @contextmanager
 def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[Slots]:
-    """Start Ray on this machine and leave it at the end; a process that is connected to a cluster stays so.
+    """Start Ray on this machine and shut it down at the end. An existing connection to a cluster is kept.
 
     Args:
-        resources: what a trial gets.
-        samples: trials in all.
-        data_bytes: what the object store must hold.
+        resources: the resources of a trial.
+        samples: total number of trials.
+        data_bytes: size of the data in the object store, in bytes.
 
     Raises:
         SpecError: the trials do not fit, or there is no cluster at the address.
@@ -158,7 +157,7 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
             raise
         return
     node = local_node()
-    # Inherited by the processes of the trials; more threads than cores would make all of them slow.
+    # The processes of the trials inherit the variables. More threads than cores would slow down all of them.
     inherited = {"OMP_NUM_THREADS": str(resources.cpus), _DEVICES: os.environ.get(_DEVICES, "0")}
     with changed_environment(lambda name: False, inherited):
         start_ray(
@@ -187,11 +186,11 @@ def _join(address: str) -> None:
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")
-            # Ray itself would try for many minutes.
+            # Ray itself retries for many minutes.
             socket.create_connection((host, int(port)), timeout=10).close()
         with signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # each way of not being there has an exception of its own
+    except Exception as error:  # Ray has many exceptions for an unreachable cluster
         raise SpecError(
             f"there is no Ray cluster at {quote(address)}: {reason(error)}; start one with: "
             "ray start --head --port 6379"
@@ -199,19 +198,18 @@ def _join(address: str) -> None:
 
 
 def start_ray(**options: Any) -> None:
-    """Start Ray on this machine, at the second attempt where the first took too long.
+    """Start Ray on this machine, with a second attempt if the first fails.
 
     Args:
-        options: of `ray.init`.
+        options: options of `ray.init`.
 
     Raises:
-        SmaError: it does not start.
+        SmaError: Ray does not start.
     """
     for attempt in (1, 2):
         try:
-            # Its own cluster, also where another one runs or RAY_ADDRESS names one: who wants that says so with
-            # --address.
-            # Ray prints the end of the log of a raylet that dies; one sentence says it.
+            # A new cluster even if another one runs or RAY_ADDRESS names one; --address joins those.
+            # Ray prints the end of the log of a raylet that dies; the error message below replaces it.
             ray._private.worker.print_to_stdstream = lambda *given, **options: None
             with signals_kept():
                 ray.init(
@@ -222,13 +220,12 @@ def start_ray(**options: Any) -> None:
                     logging_level=logging.ERROR,
                 )
             return
-        # A machine with much else to do exceeds one of several time limits, each with an exception of its own.
+        # A busy machine exceeds one of several time limits, each with an exception of its own.
         except Exception as error:
             ray.shutdown()
             if attempt == 2:
                 raise SmaError(
-                    f"Ray did not start on this machine: {reason(error)}; "
-                    "is it busy with something else? Try again then"
+                    f"Ray did not start on this machine: {reason(error)}; try again when the machine is less busy"
                 ) from error
 
 

@@ -1,4 +1,4 @@
-"""Distributions: what a sweep may draw for a field, and how the search knows a value again."""
+"""Distributions from which a sweep draws the values of a field, and their codes for the search."""
 
 import math
 import random
@@ -11,14 +11,14 @@ from sma.errors import quote
 from sma.spec import Spec, register
 
 CHOICES = 1000
-"""Values of a choice at most: every one is tried on the experiment."""
+"""Maximum number of values of a choice. Every value is tried on the experiment."""
 
 _INSIDE = 0.381966
-"""Where between its ends a range is probed: at no whole number where the ends are whole ones."""
+"""Fraction of a range at which it is probed. It is irrational, so that integer ends give a non-integer probe."""
 
 
-class Ask(Protocol):
-    """What draws numbers: a trial of Optuna."""
+class Sampler(Protocol):
+    """The interface from which distributions draw: that of a trial of Optuna."""
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -26,36 +26,36 @@ class Ask(Protocol):
         """Draw a number."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Draw a whole number."""
+        """Draw an integer."""
 
     def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        """Draw one of several."""
+        """Draw one of several values."""
 
 
 class DistributionSpec(Spec):
-    """Root of the kinds of distributions."""
+    """Base class of the kinds of distributions."""
 
     family: ClassVar[str] = "distribution"
     kind: str
 
     @property
     def probes(self) -> tuple[Any, ...]:
-        """Values that are tried on the experiment before a sweep starts: the ends of a range and one inside, every
-        choice.
+        """Values that are tried on the experiment before a sweep starts: the ends of a range and one value inside, or
+        every choice.
         """
         raise TypeError(f"{type(self).__name__} must define probes")
 
-    def draw(self, ask: Ask, name: str) -> Any:
+    def draw(self, sampler: Sampler, name: str) -> Any:
         """Draw a value."""
-        raise TypeError(f"{type(self).__name__} must define draw(self, ask, name)")
+        raise TypeError(f"{type(self).__name__} must define draw(self, sampler, name)")
 
     def encode(self, value: Any) -> int | float | None:
-        """The number under which the search knows a value; None where the distribution never draws it."""
+        """The number by which the search represents a value; None if the distribution never draws the value."""
         raise TypeError(f"{type(self).__name__} must define encode(self, value)")
 
 
 class _Range(DistributionSpec):
-    """What distributions from `low` to `high` share."""
+    """Base class of the distributions between `low` and `high`."""
 
     low: float
     high: float
@@ -67,9 +67,7 @@ class _Range(DistributionSpec):
                 f"low={self.low} must be below high={self.high}; for one value use {{kind: fixed, value: {self.low}}}"
             )
         if not math.isfinite(float(self.high) - float(self.low)):
-            raise ValueError(
-                f"low={self.low} and high={self.high} are too far apart for their difference to be a number"
-            )
+            raise ValueError(f"low={self.low} and high={self.high} are too far apart: their difference must be finite")
         return self
 
     @property
@@ -89,7 +87,7 @@ class _Range(DistributionSpec):
 
 
 def _short(value: float) -> float:
-    """Without what floating point adds: 0.30000000000000004 where a user reads 0.3 in the specs."""
+    """A value rounded to 12 significant digits, such as 0.3 for 0.30000000000000004."""
     return float(f"{value:.12g}")
 
 
@@ -99,19 +97,19 @@ def _multiple(length: float, step: float) -> bool:
 
 @register
 class Uniform(_Range):
-    """Any number between `low` and `high`, all alike."""
+    """Uniform distribution of the numbers between `low` and `high`."""
 
     kind: Literal["uniform"] = "uniform"
     low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value")
 
-    def draw(self, ask: Ask, name: str) -> float:
-        return ask.suggest_float(name, self.low, self.high)
+    def draw(self, sampler: Sampler, name: str) -> float:
+        return sampler.suggest_float(name, self.low, self.high)
 
 
 @register
 class LogUniform(_Range):
-    """Any number between `low` and `high`, whose logarithms are all alike."""
+    """Log-uniform distribution of the numbers between `low` and `high`."""
 
     kind: Literal["loguniform"] = "loguniform"
     low: float = Field(gt=0.0, description="the smallest value")
@@ -121,18 +119,18 @@ class LogUniform(_Range):
     def _inside(self) -> float:
         return math.exp(math.log(self.low) + _INSIDE * (math.log(self.high) - math.log(self.low)))
 
-    def draw(self, ask: Ask, name: str) -> float:
-        return ask.suggest_float(name, self.low, self.high, log=True)
+    def draw(self, sampler: Sampler, name: str) -> float:
+        return sampler.suggest_float(name, self.low, self.high, log=True)
 
 
 @register
 class QUniform(_Range):
-    """The numbers `low`, `low + step`, … `high`, all alike."""
+    """Uniform distribution of the numbers `low`, `low + step`, … `high`."""
 
     kind: Literal["quniform"] = "quniform"
     low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value; a whole number of steps above the smallest")
-    step: float = Field(gt=0.0, description="from one value to the next")
+    step: float = Field(gt=0.0, description="difference between consecutive values")
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -142,11 +140,11 @@ class QUniform(_Range):
 
     @property
     def _inside(self) -> float:
-        # If this and the low end are whole numbers, all of them are.
+        # If this value and the low end are integers, all values are.
         return _short(self.low + self.step)
 
-    def draw(self, ask: Ask, name: str) -> float:
-        return _short(ask.suggest_float(name, self.low, self.high, step=self.step))
+    def draw(self, sampler: Sampler, name: str) -> float:
+        return _short(sampler.suggest_float(name, self.low, self.high, step=self.step))
 
     def _reaches(self, value: float) -> bool:
         return _multiple(value - self.low, self.step)
@@ -154,13 +152,13 @@ class QUniform(_Range):
 
 @register
 class Int(_Range):
-    """Whole numbers from `low` to `high`, both included."""
+    """Uniform or log-uniform distribution of the integers from `low` to `high`, both included."""
 
     kind: Literal["int"] = "int"
     low: int = Field(description="the smallest value")
     high: int = Field(description="the largest value")
     log: bool = Field(
-        default=False, description="draw the logarithms alike: 1 to 2 as often as 512 to 1,024; low must be 1 or more"
+        default=False, description="draw log-uniformly: 1 to 2 as often as 512 to 1,024; low must be 1 or more"
     )
 
     @model_validator(mode="after")
@@ -173,15 +171,15 @@ class Int(_Range):
     def _inside(self) -> int:
         return (self.low + self.high) // 2
 
-    def draw(self, ask: Ask, name: str) -> int:
-        return ask.suggest_int(name, self.low, self.high, log=self.log)
+    def draw(self, sampler: Sampler, name: str) -> int:
+        return sampler.suggest_int(name, self.low, self.high, log=self.log)
 
     def _reaches(self, value: float) -> bool:
         return value == int(value)
 
 
 def comparable(value: Any) -> Any:
-    """What is equal for equal values: 0 and 0.0 are, 1 and true are not."""
+    """A hashable key that is equal for equal values: 0 and 0.0 are equal, 1 and true are not."""
     if isinstance(value, Mapping):
         return frozenset((name, comparable(each)) for name, each in value.items())
     if isinstance(value, list | tuple):
@@ -191,21 +189,23 @@ def comparable(value: Any) -> Any:
 
 @register
 class Choice(DistributionSpec):
-    """One of some values: numbers, words, null, or whole parts of a spec."""
+    """Uniform choice between given values: numbers, strings, null, or parts of a spec."""
 
     kind: Literal["choice"] = "choice"
-    values: tuple[Any, ...] = Field(min_length=1, max_length=CHOICES, description="which; two at least, and different")
+    values: tuple[Any, ...] = Field(
+        min_length=1, max_length=CHOICES, description="the values; at least two, all different"
+    )
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
         if len(self.values) == 1:
             one = quote(self.values[0])
-            raise ValueError(f"values=[{one}] leave no choice; for one value use {{kind: fixed, value: {one}}}")
+            raise ValueError(f"values=[{one}] must be at least two; for one value use {{kind: fixed, value: {one}}}")
         seen = set()
         for value in self.values:
             same = comparable(value)
             if same in seen:
-                raise ValueError(f"{quote(value)} stands twice in values={quote(list(self.values))}")
+                raise ValueError(f"{quote(value)} occurs twice in values={quote(list(self.values))}; remove one")
             seen.add(same)
         return self
 
@@ -213,35 +213,33 @@ class Choice(DistributionSpec):
     def probes(self) -> tuple[Any, ...]:
         return self.values
 
-    def draw(self, ask: Ask, name: str) -> Any:
-        return self.values[ask.suggest_categorical(name, list(range(len(self.values))))]
+    def draw(self, sampler: Sampler, name: str) -> Any:
+        return self.values[sampler.suggest_categorical(name, list(range(len(self.values))))]
 
     def encode(self, value: Any) -> int | None:
-        return next((place for place, known in enumerate(self.values) if comparable(known) == comparable(value)), None)
+        return next((code for code, known in enumerate(self.values) if comparable(known) == comparable(value)), None)
 
 
 @register
 class Fixed(DistributionSpec):
-    """One value, set in every trial but the first, which is the experiment as it is: what the other fields of the space
-    rest on.
-    """
+    """One value, set in every trial but trial 0, which is the unchanged experiment. Other fields may require it."""
 
     kind: Literal["fixed"] = "fixed"
-    value: Any = Field(description="which")
+    value: Any = Field(description="the value")
 
     @property
     def probes(self) -> tuple[Any, ...]:
         return (self.value,)
 
-    def draw(self, ask: Ask, name: str) -> Any:
+    def draw(self, sampler: Sampler, name: str) -> Any:
         return self.value
 
     def encode(self, value: Any) -> int | None:
         return 0
 
 
-class Dice:
-    """Draws at random, without an estimator; see `Ask`."""
+class RandomSampler:
+    """A `Sampler` that draws at random, without an estimator."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
@@ -259,9 +257,9 @@ class Dice:
         )
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Draw a whole number."""
+        """Draw an integer."""
         return int(self.suggest_float(name, low, high + 0.999, log=True)) if log else self.random.randint(low, high)
 
     def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        """Draw one of several."""
+        """Draw one of several values."""
         return self.random.choice(choices)

@@ -1,6 +1,4 @@
-"""Runs a sweep: prepares the data, starts the trials, keeps what they report, and goes on with a sweep that was
-interrupted.
-"""
+"""The driver of a sweep: prepares the data, runs the trials, records their reports, and resumes interrupted sweeps."""
 
 import time
 from pathlib import Path
@@ -33,17 +31,17 @@ def run_sweep(
     data_folder: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the trials of a sweep that are not done yet, and write its results; returns the summary.
+    """Run the unfinished trials of a sweep, and write its results; returns the summary.
 
     Args:
-        sweep: what `start_sweep` put in the folder, or `load_sweep` found there.
+        sweep: the sweep that `start_sweep` wrote into the folder, or `load_sweep` read from it.
         storage: the folder.
-        resources: of a trial; None: one core, and a GPU if there are any.
-        data_folder: where data is kept between runs.
-        progress: show bars, and a table of the trials.
+        resources: resources of a trial; None: one core, and a GPU if the machines have any.
+        data_folder: folder in which data is kept between runs.
+        progress: whether to show progress bars and a table of the trials.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: the sweep cannot run; the message is for the user.
     """
     resources = resources or ResourceSpec()
     with storage.locked(), ray_settings(TUNE):
@@ -80,10 +78,9 @@ def _run(
                     trial_dirname_creator=_name,
                 ),
                 run_config=tune.RunConfig(
-                    # A name of its own for every driver: Tune counts checkpoints from 0 again, in folders that must not
-                    # be those of before.
+                    # Every driver has its own folder, because Tune numbers the checkpoints from 0.
                     name=driver_folder(number),
-                    # Not its URI, which would have to be escaped.
+                    # The path in the file system, because a URI would have to be escaped.
                     storage_path=storage.root,
                     storage_filesystem=storage.files,
                     failure_config=tune.FailureConfig(max_failures=sweep.restarts),
@@ -96,10 +93,10 @@ def _run(
                 follow(tuner.fit, recorder.look)
             except (SmaError, MemoryError):
                 raise
-            except Exception as error:  # of Tune's own, of which there are many
+            except Exception as error:  # Tune has many exceptions
                 raise SmaError(
                     f"the sweep ended: {type(error).__name__}: {reason(error)}; "
-                    "its records are kept, and --resume goes on with them"
+                    "its records are kept; resume it with --resume"
                 ) from error
     return write_results(sweep, storage)
 

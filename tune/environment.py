@@ -1,4 +1,4 @@
-"""The environment in which Ray works: settings of its own that nobody asked for do not change a sweep or a training."""
+"""The environment variables of Ray, so that settings from outside do not change a sweep or a training."""
 
 import os
 from collections.abc import Mapping
@@ -7,12 +7,9 @@ from contextlib import AbstractContextManager
 from sma.recipes.io.isolation import changed_environment
 
 HIDDEN = ("TUNE_", "RAY_TUNE_", "RAY_TRAIN_", "RAY_AIR_")
-"""How the names of variables begin by which Tune and Train change what they do: buffers, delimiters, callbacks,
-interfaces.
-"""
+"""Prefixes of the variables that change the behaviour of Tune and Train."""
 
-# Tune's own files of results and its words about them are left out: the records say more, and stand in the sweep's
-# folder at once.
+# Tune's result files and its messages about them are disabled: the records in the sweep's folder replace them.
 TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -25,16 +22,14 @@ TUNE = {
 }
 
 V2 = {"RAY_TRAIN_V2_ENABLED": "1"}
-"""The interface of Ray Train for which this package is written; see `sma.tune`, which sets it before Ray is
-imported.
-"""
+"""The version of Ray Train's interface that this package uses; `sma.tune` sets it before Ray is imported."""
 
 
 def ray_settings(settings: Mapping[str, str]) -> AbstractContextManager[None]:
-    """Hide Ray's variables but for these, for as long as the block runs; they are back where they were afterwards.
+    """Hide Ray's variables except these inside the block, and restore them afterwards.
 
-    Usage statistics are not sent, unless the user asks for it. `RAY_ADDRESS` needs nothing: every command names its
-    cluster.
+    Usage statistics are sent only if the user enables them. `RAY_ADDRESS` has no effect, because every command passes
+    the address of its cluster.
     """
     usage = {"RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0")}
     return changed_environment(lambda name: name.startswith(HIDDEN), {**V2, **settings, **usage})

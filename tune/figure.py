@@ -1,4 +1,4 @@
-"""The figure of a sweep: how good against how sparse."""
+"""The figure of a sweep: quality against activation rate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ _MARKS = {"finished": "o", "stopped": "x", "running": "+"}
 
 
 def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sweep: SweepSpec) -> bytes:
-    """Draw all trials that were evaluated, the Pareto front, and trial 0, windows by colour; returns a PNG.
+    """Draw all evaluated trials, coloured by window, the Pareto front, and trial 0; returns a PNG file.
 
     Args:
         records: all trials.
-        chosen: those on the front.
+        chosen: the trials on the front.
         sweep: the sweep.
     """
     quality = sweep.quality
@@ -78,13 +78,13 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
 
 
 def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
-    """Of the front, which may have further objectives, those that no other beats in the two that are drawn."""
+    """The trials of the front that are also on the front of the two drawn objectives."""
     from sma.tune.pareto import front
 
     sign = -1 if sweep.quality.mode == "max" else 1
     return [
-        chosen[place]
-        for place in front(
+        chosen[index]
+        for index in front(
             [(sign * record.metrics[sweep.quality.name], record.metrics[RATE.name]) for record in chosen]
         )
     ]
@@ -92,12 +92,12 @@ def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecor
 
 def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
     window = None if path is None else sweep.value(record.values, path)
-    # A field of the user's own may hold anything.
+    # The field of a third-party sub-module may hold anything.
     return window if isinstance(window, int | float | None) else plain(window, 40)
 
 
 def _colours(windows: Sequence[Any]) -> dict[Any, Any]:
-    """One colour of a scale per window, the widest the darkest; null, which sees all, comes last."""
+    """One colour of a scale per window, darker for wider windows. null, which is unlimited, comes last."""
     import matplotlib as mpl
 
     order = sorted(
@@ -105,7 +105,7 @@ def _colours(windows: Sequence[Any]) -> dict[Any, Any]:
         key=lambda window: (window is None, (window, "") if isinstance(window, int | float) else (0, str(window))),
     )
     scale = mpl.colormaps["viridis_r"]
-    return {window: scale(0.15 + 0.85 * place / max(1, len(order) - 1)) for place, window in enumerate(order)}
+    return {window: scale(0.15 + 0.85 * rank / max(1, len(order) - 1)) for rank, window in enumerate(order)}
 
 
 def _legend(axis: Any, colours: dict[Any, Any], path: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a sweep: whose it is, and who worked on it."""
+"""The folder of a sweep: its spec, and the drivers that ran its trials."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -14,20 +14,20 @@ from sma.yaml_text import read_fields
 
 SWEEP, DRIVERS, TRIALS = "sweep.yaml", "drivers.json", "trials"
 
-_OF_A_DRIVER = "driver-"
+_DRIVER_PREFIX = "driver-"
 
 
 def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
-    """Make a folder the folder of a sweep.
+    """Write a sweep into an empty folder.
 
     Raises:
-        CheckpointError: it holds a sweep or something else, or cannot be written.
+        CheckpointError: the folder is not empty, or cannot be written.
     """
     where = storage.address("")
     if storage.read(SWEEP) is not None:
         raise CheckpointError(
             f"the storage {where!r} belongs to another sweep; "
-            f"give another --storage, or --resume {where} to go on with it"
+            f"give another --storage, or resume it with --resume {where}"
         )
     if [name for name in storage.names() if name != LOCK]:
         raise CheckpointError(f"the storage {where!r} is not empty and holds no sweep; give another --storage")
@@ -36,10 +36,10 @@ def start_sweep(sweep: SweepSpec, storage: Storage) -> None:
 
 
 def load_sweep(storage: Storage) -> SweepSpec:
-    """The sweep of a folder.
+    """Load the sweep of a folder.
 
     Raises:
-        CheckpointError: there is none, or its file is no text.
+        CheckpointError: there is no sweep, or its file is not text.
         SpecError: its file is not valid.
     """
     content, where = storage.read(SWEEP), storage.address(SWEEP)
@@ -51,15 +51,14 @@ def load_sweep(storage: Storage) -> SweepSpec:
 
 
 def check_same(storage: Storage, content: bytes | None) -> None:
-    """Check that a folder is that of the sweep still: it may be removed, moved or made anew by others while the sweep
-    runs.
+    """Check that a folder still belongs to the sweep, because it may be removed or replaced while the sweep runs.
 
     Args:
         storage: the folder.
-        content: of its `SWEEP` in the beginning.
+        content: content of its `SWEEP` file at the start.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the folder was removed, moved or replaced.
     """
     found = storage.read(SWEEP)
     if found is None:
@@ -73,17 +72,15 @@ def check_same(storage: Storage, content: bytes | None) -> None:
 
 
 def add_driver(storage: Storage, slots: Slots) -> int:
-    """Note what trains the trials from now on, for results that are made again later and elsewhere; returns a number of
-    its own.
-    """
+    """Add the slots, commit, hardware and date of a new driver to the list of drivers; returns its number."""
     drivers = load_drivers(storage)
     made = {
         "commit": commit(),
         "hardware": hardware(slots.accelerator, slots.cpus),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    # Not of the file alone, which may be lost: a folder of trials belongs to one driver.
-    found = [name.removeprefix(_OF_A_DRIVER) for name in storage.names(TRIALS) if name.startswith(_OF_A_DRIVER)]
+    # The number is also new among the folders of trials, in case the file was lost: each belongs to one driver.
+    found = [name.removeprefix(_DRIVER_PREFIX) for name in storage.names(TRIALS) if name.startswith(_DRIVER_PREFIX)]
     number = max(
         [len(drivers), *(int(name) + 1 for name in found if name.isdecimal() and name.isascii() and len(name) < 10)]
     )
@@ -92,12 +89,12 @@ def add_driver(storage: Storage, slots: Slots) -> int:
 
 
 def driver_folder(number: int) -> str:
-    """Where a driver keeps the run folders of its trials."""
-    return f"{TRIALS}/{_OF_A_DRIVER}{number}"
+    """The folder in which a driver keeps the run folders of its trials."""
+    return f"{TRIALS}/{_DRIVER_PREFIX}{number}"
 
 
 def load_drivers(storage: Storage) -> list[dict[str, Any]]:
-    """The processes that worked on the sweep one after another: their slots, commit, hardware and date.
+    """The drivers that worked on the sweep, in order: their slots, commit, hardware and date.
 
     Raises:
         CheckpointError: the file is damaged.

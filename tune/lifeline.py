@@ -1,7 +1,7 @@
-"""Work of Ray's in a thread of its own, while the main thread watches for signals and for the end of the cluster.
+"""Runs Ray's blocking calls in a thread, while the main thread handles signals and the loss of the cluster.
 
-A process that loses its cluster is ended by Ray's own code after a while, without an exception. So the cluster is
-looked at from here: a sentence, an exit status and the command that resumes come first.
+Ray ends a process some time after it has lost its cluster, without an exception. This module detects the loss first, so
+that the command can print an error message with the command that resumes, and exit with its own status.
 """
 
 import atexit
@@ -21,15 +21,15 @@ from ray.experimental import internal_kv
 from sma.errors import SmaError
 
 PATIENCE = 30.0
-"""Seconds in which the cluster must answer; Ray itself ends the process after 60."""
+"""Time without an answer after which the cluster counts as lost, in seconds; Ray ends the process after 60."""
 
 GRACE = 20.0
-"""Seconds that Ray gets to leave a cluster."""
+"""Maximum time for `ray.shutdown`, in seconds."""
 
 _POLL = 0.2
 
-_left: list[threading.Thread] = []
-"""Threads of work that was interrupted: they may still call Ray."""
+_interrupted: list[threading.Thread] = []
+"""Threads of interrupted work, which may still call Ray."""
 
 
 class ClusterLost(SmaError, RuntimeError):
@@ -38,7 +38,7 @@ class ClusterLost(SmaError, RuntimeError):
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when a process joins a cluster; a handler that is there already stays."""
+    """Keep the handler of SIGTERM, which Ray replaces when a process joins a cluster."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -48,14 +48,13 @@ def signals_kept() -> Iterator[None]:
 
 
 def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
-    """Do the work in a thread, and return at its end.
+    """Run a function in a thread, and return when it returns.
 
-    Ray does not take Ctrl-C for itself there: in this thread it is a `KeyboardInterrupt`, and the cluster is left with
-    it.
+    In a thread Ray does not handle Ctrl-C, so it raises `KeyboardInterrupt` in this one.
 
     Args:
-        work: what uses the cluster; its exception is raised here.
-        look: is called several times a second; what it raises ends the waiting.
+        work: the function that uses the cluster. Its exceptions are raised here.
+        look: a function that is called several times a second. Its exceptions end the waiting.
 
     Raises:
         ClusterLost: the cluster does not answer.
@@ -65,7 +64,7 @@ def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # of every kind: it is raised below
+        except BaseException as error:  # raised below
             errors.append(error)
 
     lifeline = Lifeline()
@@ -77,19 +76,19 @@ def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
             look()
             lifeline.check()
     except BaseException:
-        # The thread is left to itself, and must not start a cluster of its own where this one is left.
+        # The thread keeps running, and must not start another cluster after this one is left.
         auto_init_hook.enable_auto_connect = False
-        _left.append(thread)
+        _interrupted.append(thread)
         raise
     look()
     if errors:
-        # Where the cluster ends, the work fails before anybody knows why.
+        # If the cluster ends, the work fails before the lifeline has detected it.
         lifeline.wait()
         raise errors[0]
 
 
 class Lifeline:
-    """Asks the processes that hold a cluster together for signs of life, from a thread of its own."""
+    """Checks from threads whether the GCS server and the local raylet of a cluster respond."""
 
     def __init__(self) -> None:
         context = ray.get_runtime_context()
@@ -102,14 +101,14 @@ class Lifeline:
         self._refused: dict[str, int] = {}
         self._seen = time.monotonic()
         self._lost = ""
-        for ask in (self._connect, self._ask):  # apart, for the second blocks where the server is gone
-            threading.Thread(target=ask, daemon=True).start()
+        for check in (self._connect, self._query):  # in two threads, because the second blocks if the server is gone
+            threading.Thread(target=check, daemon=True).start()
 
     def check(self) -> None:
-        """Raise what was found.
+        """Raise an error if the cluster is lost.
 
         Raises:
-            ClusterLost: a process is gone, or none has answered for long.
+            ClusterLost: a process has ended, or the GCS server has not answered for `PATIENCE` seconds.
         """
         if not self._lost and time.monotonic() - self._seen > PATIENCE:
             self._lost = f"its GCS server has not answered for {PATIENCE:g} s"
@@ -117,7 +116,7 @@ class Lifeline:
             raise ClusterLost(f"the Ray cluster is lost: {self._lost}")
 
     def wait(self) -> None:
-        """Give the thread the time to find out, and `check`."""
+        """Call `check` for three seconds, in which the threads detect a loss."""
         for _ in range(int(3.0 / _POLL)):
             self.check()
             time.sleep(_POLL)
@@ -132,11 +131,11 @@ class Lifeline:
                     self._refused[name] = self._refused.get(name, 0) + 1
                     if self._refused[name] >= 3:
                         self._lost = f"{name} has ended"
-                except OSError:  # the network: it may come back
+                except OSError:  # the network may recover
                     pass
             time.sleep(0.5)
 
-    def _ask(self) -> None:
+    def _query(self) -> None:
         while ray.is_initialized() and not self._lost:
             with suppress(Exception):
                 internal_kv._internal_kv_get(b"sma")
@@ -145,21 +144,21 @@ class Lifeline:
 
 
 def leave_cluster(lost: bool) -> None:
-    """Disconnect from Ray, and end what this process started of it.
+    """Disconnect from Ray, and end the Ray processes that this process started.
 
-    Where interrupted work may still call Ray, the end of this process is what disconnects it: after `ray.shutdown` such
-    a call ends the process in Ray's own code, without the sentence and the status that were to come.
+    If interrupted work may still call Ray, the process stays connected until it exits: a call after `ray.shutdown` ends
+    the process inside Ray, without the error message and the exit status of the command.
 
     Args:
-        lost: the cluster does not answer: its processes are not asked.
+        lost: whether the cluster does not answer, so that its processes are killed.
     """
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    interrupted = any(thread.is_alive() for thread in _left)
+    interrupted = any(thread.is_alive() for thread in _interrupted)
     if not lost and not interrupted:
         ray.shutdown()
         return
     node: Any = getattr(ray._private.worker, "_global_node", None)
-    with suppress(Exception):  # those that are left, stopped ones too, which would be waited for
+    with suppress(Exception):  # also kills suspended processes, for which `ray.shutdown` would wait
         if node is not None and node.head:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
     if interrupted and not lost:

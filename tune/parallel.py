@@ -1,7 +1,7 @@
-"""One model trained by several processes at once, each on its part of every batch, through Ray Train.
+"""Data-parallel training of one model by several processes through Ray Train.
 
-All of them run the recipe as one process would; Lightning averages their gradients. Where a process dies, Ray starts
-all of them again, and they go on from the last checkpoint of the run folder.
+Every process runs the recipe on its shard of every batch, and Lightning averages the gradients. If a process dies, Ray
+restarts all of them, and they resume from the last checkpoint of the run folder.
 """
 
 import os
@@ -36,24 +36,21 @@ from sma.tune.sharing import PackedData, pack_data, unpack_data
 from sma.tune.storage import Storage
 
 RAY = "ray"
-"""Ray's own folder in the run folder while it trains; behind a URI the checkpoints lie there."""
-
+"""Ray's folder in the run folder during the training. With a URI it holds the checkpoints."""
 
 _PATIENCE = 5.0
-"""Seconds in which the actor to which the workers talk must answer; then the cluster is looked at, and it is asked
-again.
-"""
+"""Timeout of a call of the status actor, in seconds. The call is repeated after a check of the cluster."""
 
 
 class Workers(NamedTuple):
-    """How many processes train, and what they get.
+    """The number of worker processes, and their resources.
 
     Attributes:
-        number: how many.
-        cpus: cores of each, and threads where the experiment does not say.
-        address: of a running Ray cluster; None: one on this machine.
-        accelerator: Lightning's name for the device; with a GPU, one for each process.
-        restarts: how often all of them are started again after one has died.
+        number: number of workers.
+        cpus: cores of a worker, and its threads unless the experiment sets them.
+        address: address of a running Ray cluster; None starts one on this machine.
+        accelerator: Lightning's name for the device. With GPUs every worker has one.
+        restarts: number of times that all workers are restarted after one has died.
     """
 
     number: int
@@ -64,20 +61,19 @@ class Workers(NamedTuple):
 
     @property
     def resources(self) -> ResourceSpec:
-        """Of one process."""
+        """The resources of one worker."""
         return ResourceSpec(cpus=self.cpus, accelerator=self.accelerator, address=self.address)
 
     def check_room(self) -> None:
-        """Refuse what the machines cannot hold, for which Ray would wait without a word; joins the cluster at the
-        address.
+        """Check that the workers fit on the machines, because Ray would wait without a message; joins the cluster.
 
         Raises:
-            SpecError: there are fewer cores or GPUs, or no cluster.
+            SpecError: there are too few cores or GPUs, or there is no cluster at the address.
         """
         room = check_resources(self.resources, self.number, "worker").concurrent
         if room < self.number:
             raise SpecError(
-                f"{self.number} workers of {self.cpus} CPUs do not fit, there is room for {room}; lower --workers or "
+                f"{self.number} workers of {self.cpus} CPUs do not fit; there is room for {room}: lower --workers or "
                 "--cpus, or give the --address of a larger cluster"
             )
 
@@ -101,45 +97,44 @@ class Workers(NamedTuple):
 
 
 @ray.remote(num_cpus=0)
-class Board:
-    """What the workers say to the process that started them."""
+class StatusActor:
+    """Holds the messages of the workers for the process that started them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.failure: str | None = None
 
-    def say(self, line: str) -> None:
+    def add_line(self, line: str) -> None:
         """Add a line for the user."""
         self.lines.append(line)
 
     def fail(self, reason: str) -> None:
-        """Note that trying again would only fail again."""
+        """Record a failure that a restart would only repeat."""
         self.failure = self.failure or reason
 
     def read(self, start: int) -> tuple[list[str], str | None]:
-        """The lines from number `start` on, and why the training failed, if it did."""
+        """The lines from number `start` on, and the reason of a failure, or None."""
         return self.lines[start:], self.failure
 
 
 class WorkerReporter(Checkpoint):
-    """Says how every evaluation went; behind a URI it sends the run folder there.
+    """Reports the measures of every evaluation, and uploads the run folder if its location is a URI.
 
-    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
-    are in it.
+    It is a `Checkpoint` because Lightning calls those last, when the checkpoints of the evaluation are in the folder.
 
     Args:
-        board: where it says so.
+        status: the status actor.
         metric: the metric of the task.
-        folder: the run folder, if it must be sent.
+        folder: the run folder to upload; None if it need not be uploaded.
     """
 
-    def __init__(self, board: Any, metric: Metric, folder: Path | None) -> None:
-        self.board, self.metric, self.folder = board, metric, folder
+    def __init__(self, status: Any, metric: Metric, folder: Path | None) -> None:
+        self.status, self.metric, self.folder = status, metric, folder
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what was measured."""
+        """Report the measures of the evaluation."""
         if self.folder is not None:
-            # All of them must call it, and it waits for all.
+            # A collective call: all workers must make it.
             train.report(
                 {}, checkpoint=train.Checkpoint.from_directory(str(self.folder)) if trainer.is_global_zero else None
             )
@@ -149,7 +144,7 @@ class WorkerReporter(Checkpoint):
             measures = ", ".join(
                 f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in found.items()
             )
-            self.board.say.remote(f"update {trainer.global_step:,} of {trainer.max_steps:,}: {measures}")
+            self.status.add_line.remote(f"update {trainer.global_step:,} of {trainer.max_steps:,}: {measures}")
 
 
 def train_parallel(
@@ -161,25 +156,23 @@ def train_parallel(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train one model with several processes, and leave the run folder that one process would leave; returns the
-    summary.
+    """Train one model with several processes; returns the summary. The run folder equals that of a single process.
 
-    The batch of an update is that of one process, `training.batch_size` samples or stretches of a text, of which every
-    worker takes its part; the mean of their gradients is the gradient of the batch, so that the number of workers
-    changes nothing but rounding. What looks at a whole batch by other means sees a worker's part of it: batch norm that
-    is not synchronised, the draws of dropout and of routers that sample, and the losses in `training.losses`. A folder
-    with a checkpoint of the same experiment goes on from there, whatever number of workers wrote it.
+    An update has `training.batch_size` samples in all, of which every worker gets a shard. The mean of the workers'
+    gradients is the gradient of the batch, so the number of workers changes only rounding. Exceptions are computed per
+    shard: batch norm without synchronisation, the draws of dropout and of stochastic routers, and the losses in
+    `training.losses`. A folder with a checkpoint of the same experiment is resumed with any number of workers.
 
     Args:
         spec: the experiment.
-        storage: the run folder: one that all machines see under the same path, or a URI.
-        workers: how many, and what they get.
-        data_folder: where data is kept between runs.
-        progress: show bars while data is prepared.
-        say: is called with every line about the training.
+        storage: the run folder: a path that is the same on all machines, or a URI.
+        workers: the number of workers, and their resources.
+        data_folder: folder in which data is kept between runs.
+        progress: whether to show progress bars while the data is prepared.
+        say: a function that is called with every line about the training.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: the training cannot run; the message is for the user.
     """
     workers.check_experiment(spec)
     workers.check_room()
@@ -191,8 +184,14 @@ def train_parallel(
     if storage.folder is not None:
         storage.remove(RAY)
     with ray_settings({}), cluster(workers.resources, workers.number, packed.num_bytes) as slots:
-        board = Board.remote()  # type: ignore[attr-defined]
-        task = {"spec": spec, "location": storage.location, "data": ray.put(packed), "board": board, "cpus": slots.cpus}
+        status = StatusActor.remote()  # type: ignore[attr-defined]
+        task = {
+            "spec": spec,
+            "location": storage.location,
+            "data": ray.put(packed),
+            "status": status,
+            "cpus": slots.cpus,
+        }
         trainer = TorchTrainer(
             _work,
             train_loop_config={**task, "accelerator": slots.accelerator},
@@ -208,24 +207,24 @@ def train_parallel(
                 checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             ),
         )
-        _follow(trainer, board, workers, say)
+        _follow(trainer, status, workers, say)
     summary: dict[str, Any] | None = storage.read_json(SUMMARY)
     if summary is None:
         raise CheckpointError(
-            f"the training is over, and there is no {storage.address(SUMMARY)}; all machines must see this folder"
+            f"the training ended without {storage.address(SUMMARY)}; give a folder that all machines share, or a URI"
         )
     storage.remove(RAY)
     return summary
 
 
-def _follow(trainer: TorchTrainer, board: Any, workers: Workers, say: Callable[[str], None]) -> None:
-    """Wait for the end and pass on what the workers say."""
+def _follow(trainer: TorchTrainer, status: Any, workers: Workers, say: Callable[[str], None]) -> None:
+    """Wait for the end of the training, and pass on the messages of the workers."""
     count, failure = 0, None
 
     def look() -> None:
         nonlocal count, failure
-        with suppress(ray.exceptions.RayError):  # of a cluster that is lost, which is found out elsewhere
-            lines, failure = ray.get(board.read.remote(count), timeout=_PATIENCE)
+        with suppress(ray.exceptions.RayError):  # the lifeline detects a lost cluster
+            lines, failure = ray.get(status.read.remote(count), timeout=_PATIENCE)
             count += len(lines)
             for line in lines:
                 say(line)
@@ -239,23 +238,23 @@ def _follow(trainer: TorchTrainer, board: Any, workers: Workers, say: Callable[[
             reason = " ".join(str(error).split())[-600:]
             raise SmaError(
                 f"the training failed after {workers.restarts} restarts: {reason}; "
-                "what is in the run folder is good up to its last checkpoint"
+                "the run folder is valid up to its last checkpoint: resume it with --resume"
             ) from error
     if failure is not None:
         raise SmaError(failure)
 
 
 def _work(task: dict[str, Any]) -> None:
-    """What every process does."""
-    board, context = task["board"], train.get_context()
-    if ray.get(board.read.remote(0))[1] is not None:
+    """The training loop of a worker."""
+    status, context = task["status"], train.get_context()
+    if ray.get(status.read.remote(0))[1] is not None:
         return
     torch.set_num_threads(task["cpus"])
     distributed = DistributedContext(
         context.get_world_rank(), context.get_world_size(), RayDDPStrategy(), (RayLightningEnvironment(),)
     )
     storage = Storage(task["location"])
-    board.say.remote(
+    status.add_line.remote(
         f"worker {distributed.rank + 1} of {distributed.world_size}: process {os.getpid()} on {socket.gethostname()}"
     )
     with nullcontext(Path(storage.location)) if storage.is_local else scratch_folder() as folder:
@@ -266,11 +265,11 @@ def _work(task: dict[str, Any]) -> None:
                 storage,
                 folder,
                 distributed,
-                board,
+                status,
                 task["accelerator"],
             )
         except SmaError as error:
-            ray.get(board.fail.remote(str(error)))
+            ray.get(status.fail.remote(str(error)))
             raise
 
 
@@ -285,20 +284,20 @@ def _train(
     storage: Storage,
     folder: Path,
     distributed: DistributedContext,
-    board: Any,
+    status: Any,
     accelerator: str,
 ) -> None:
-    """Run the recipe in a folder that holds what there is to go on from."""
+    """Run the recipe in a folder, after the download of the last checkpoint if the run folder is a URI."""
     if storage.is_local and not (folder / EXPERIMENT).is_file():
         raise CheckpointError(
-            f"{socket.gethostname()} does not see the run folder {str(folder)!r}; "
+            f"the run folder {str(folder)!r} does not exist on {socket.gethostname()}; "
             "give a shared folder or a URI as --out"
         )
     checkpoint = None if storage.is_local else train.get_checkpoint()
     if checkpoint is not None:
         checkpoint.to_directory(str(folder))
     if distributed.is_rank_zero and (folder / LAST).is_file():
-        board.say.remote("going on from the last checkpoint")
+        status.add_line.remote("resuming from the last checkpoint")
     finished = run_experiment(
         spec,
         folder,
@@ -306,7 +305,7 @@ def _train(
         resume=True,
         accelerator=accelerator,
         progress=False,
-        callbacks=[WorkerReporter(board, spec.task.metric, None if storage.is_local else folder)],
+        callbacks=[WorkerReporter(status, spec.task.metric, None if storage.is_local else folder)],
         distributed=distributed,
         title=f"{spec.task.kind}, {distributed.world_size} workers",
     )
@@ -314,5 +313,5 @@ def _train(
         return
     if not storage.is_local:
         copy_files(str(folder), storage.root, source_filesystem=LocalFileSystem(), destination_filesystem=storage.files)
-    words = finished.report.describe(finished.summary, folder)
-    ray.get(board.say.remote(words.replace(str(folder), storage.location)))
+    text = finished.report.describe(finished.summary, folder)
+    ray.get(status.add_line.remote(text.replace(str(folder), storage.location)))

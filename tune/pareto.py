@@ -1,24 +1,24 @@
-"""Which points nothing beats."""
+"""The Pareto front."""
 
 from collections.abc import Sequence
 
 
 def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a point is nowhere worse than another and somewhere better; less is better."""
+    """Whether a point dominates another: in no coordinate larger, and in at least one smaller."""
     return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))
 
 
 def front(points: Sequence[Sequence[float]]) -> list[int]:
-    """The places of the points that no other point beats, in their order: the Pareto front.
+    """The indices of the points on the Pareto front, in ascending order. Equal points do not dominate each other.
 
-    Points that are equal do not beat each other. One pass over the points sorted by their coordinates: what beats a
-    point comes before it, and if anything does, something on the front does.
+    The points are visited in lexicographic order, in which a point follows all that dominate it. If any point dominates
+    it, one on the front does.
 
     Args:
-        points: of equal length, less is better, no NaN.
+        points: points of equal length without NaN; smaller is better.
     """
     kept: list[int] = []
-    for place in sorted(range(len(points)), key=lambda place: tuple(points[place])):
-        if not any(beats(points[other], points[place]) for other in kept):
-            kept.append(place)
+    for index in sorted(range(len(points)), key=lambda index: tuple(points[index])):
+        if not any(beats(points[other], points[index]) for other in kept):
+            kept.append(index)
     return sorted(kept)

@@ -1,8 +1,7 @@
-"""Signs of life of trials: a process that is stopped, or that waits for something that never comes, is told from one
-that works.
+"""Heartbeats of trials, by which the driver detects processes that are suspended or that wait forever.
 
-A trial leaves a number in the cluster's own table now and then, and the driver looks whether it changes. No clock of
-another machine is read.
+A trial writes a number into the key-value store of the cluster every few seconds, and the driver checks whether it
+changes. Clocks of different machines are not compared.
 """
 
 import contextlib
@@ -15,14 +14,14 @@ from lightning.pytorch.callbacks import Callback
 from ray.experimental import internal_kv
 
 INTERVAL = 2.0
-"""Seconds from one sign of life to the next, at least."""
+"""Minimum time between heartbeats, in seconds."""
 
 
 class Pulse(Callback):
-    """Gives a sign of life after a batch, of training, validation or test, and wherever `beat` is called.
+    """Writes a heartbeat after every batch of training, validation or test, and on every call of `beat`.
 
     Args:
-        key: under which it is left.
+        key: key of the heartbeat in the store.
     """
 
     def __init__(self, key: str) -> None:
@@ -31,45 +30,45 @@ class Pulse(Callback):
         self.beat()
 
     def beat(self, *_: Any) -> None:
-        """Leave one, if the last is some seconds old."""
+        """Write a heartbeat, unless the last is less than `INTERVAL` seconds old."""
         now = time.monotonic()
         if now - self._last >= INTERVAL:
             self._last = now
             internal_kv._internal_kv_put(self.key.encode(), repr(time.time()).encode())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After an update."""
+        """Write a heartbeat after an update."""
         self.beat()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After a batch of an evaluation."""
+        """Write a heartbeat after a batch of an evaluation."""
         self.beat()
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """After a batch of the test."""
+        """Write a heartbeat after a batch of the test."""
         self.beat()
 
 
 def read_pulse(key: str) -> bytes | None:
-    """The last sign of life under a key."""
+    """The last heartbeat under a key."""
     found: bytes | None = internal_kv._internal_kv_get(key.encode())
     return found
 
 
 def forget_pulses(keys: Iterable[str]) -> None:
-    """Remove the signs of life of a sweep that ends, from a cluster that may go on."""
-    with contextlib.suppress(Exception):  # it may be lost
+    """Remove the heartbeats of a sweep that ends, from a cluster that may continue."""
+    with contextlib.suppress(Exception):  # the cluster may be lost
         for key in keys:
             internal_kv._internal_kv_del(key.encode())
 
 
 class Listener:
-    """How long processes have been silent.
+    """Measures the time since the last heartbeat of processes.
 
     Args:
-        limit: seconds that are too long.
-        read: the last sign of life under a key.
-        clock: of this process, in seconds.
+        limit: maximum time without a heartbeat, in seconds.
+        read: a function that returns the last heartbeat under a key.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -84,18 +83,18 @@ class Listener:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to look again: signs of life are not asked for at every turn."""
+        """Whether enough time has passed since the last check of the heartbeats."""
         if self._clock() - self._looked < min(INTERVAL, self.limit / 4):
             return False
         self._looked = self._clock()
         return True
 
     def silent(self, key: str, process: object) -> bool:
-        """Whether a process has given no sign of life for too long.
+        """Whether a process has written no heartbeat for longer than the limit.
 
         Args:
-            key: under which it leaves them.
-            process: which one it is; with another one the time begins again.
+            key: key of its heartbeats.
+            process: identity of the process. The time restarts if it changes.
         """
         found, now = self._read(key), self._clock()
         before = self._seen.get(key)
@@ -105,5 +104,5 @@ class Listener:
         return now - before[2] > self.limit
 
     def restart(self, key: str) -> None:
-        """Begin again: something was done about the silence."""
+        """Restart the time of a key, after its process was ended."""
         self._seen.pop(key, None)

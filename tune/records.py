@@ -1,6 +1,4 @@
-"""What is kept of every trial: one JSON file each, written by the driver after every report, read by reports and by
-resumed sweeps.
-"""
+"""Records of trials: one JSON file per trial, which the driver writes after every report, and resumed sweeps read."""
 
 import dataclasses
 import json
@@ -25,20 +23,20 @@ Number = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)] | Annotated[float, Fie
 
 @dataclass
 class TrialRecord:
-    """A trial.
+    """The record of a trial.
 
     Attributes:
-        number: 0 is the experiment as it is.
-        values: by field path; what it changes in the experiment.
-        seed: of the training.
-        status: running, also where the driver died; finished; stopped by halving; failed.
-        reason: why it failed.
-        metrics: finished: of its best checkpoint; otherwise of its last evaluation.
-        history: every evaluation, with its `update`.
-        checkpoint: its newest run folder, seen from the sweep's.
-        busy: seconds in a slot of every process that worked on it, by when that began.
-        restarts: processes that died.
-        node: where it ran last.
+        number: number of the trial; 0 is the unchanged experiment.
+        values: values that the trial changes in the experiment, by field path.
+        seed: seed of the training.
+        status: running, finished, stopped by halving, or failed. A trial whose driver died is still `running`.
+        reason: reason of the failure of a failed trial.
+        metrics: measures of the best checkpoint of a finished trial; of the last evaluation of others.
+        history: measures of every evaluation, with its `update`.
+        checkpoint: newest run folder, relative to the folder of the sweep.
+        busy: seconds that every process of the trial spent in a slot, by the start of the process.
+        restarts: number of processes that died.
+        node: machine on which the trial ran last.
     """
 
     number: int
@@ -57,17 +55,17 @@ class TrialRecord:
 
     @property
     def name(self) -> str:
-        """The number with four digits: the name of its files."""
+        """The number with four digits, the name of its files."""
         return f"{self.number:04d}"
 
     @property
     def seconds(self) -> float:
-        """In a slot, restarts included."""
+        """Seconds in a slot, restarts included."""
         return sum(self.busy.values(), 0.0)
 
     @property
     def update(self) -> int:
-        """The last one that was evaluated."""
+        """Number of updates before the last evaluation."""
         return int(self.history[-1]["update"]) if self.history else 0
 
     def save(self, storage: Storage) -> None:
@@ -76,21 +74,21 @@ class TrialRecord:
 
     @classmethod
     def parse(cls, data: Any, where: str) -> Self:
-        """Make a record of what a file holds.
+        """Make a record from the content of a file.
 
         Raises:
-            CheckpointError: it holds something else.
+            CheckpointError: the content is not a record.
         """
         try:
-            # Strict as to types, which Python objects cannot be.
+            # From JSON, in which strict types have the formats of the file, such as lists for tuples.
             record: Self = TypeAdapter(cls).validate_json(json.dumps(data))
             return record
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            at = quote(".".join(map(str, first["loc"]))) if first["loc"] else "the whole"
+            at = f"{quote('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
             raise CheckpointError(
-                f"{where} is no record of a trial of this version: {at}: {first['msg'].lower()}; "
-                "remove it, and the trial is run again"
+                f"{where} is not a record of a trial of this version: {at}{first['msg'].lower()}; "
+                "remove it to run the trial again"
             ) from error
 
 
@@ -99,52 +97,52 @@ def load_records(storage: Storage, sweep: SweepSpec | None = None) -> list[Trial
 
     Args:
         storage: the folder of the sweep.
-        sweep: is asked what a trial must have that the results are made of.
+        sweep: the sweep, against which the records are checked; None checks the records alone.
 
     Raises:
-        CheckpointError: one of them is damaged.
+        CheckpointError: a record is damaged.
     """
     found = []
     for name in storage.names(FOLDER):
         if not name.endswith(".json"):
             continue
         where = storage.address(f"{FOLDER}/{name}")
-        record = TrialRecord.parse(storage.read_json(f"{FOLDER}/{name}", AGAIN), where)
+        record = TrialRecord.parse(storage.read_json(f"{FOLDER}/{name}", HINT), where)
         _check(record, name, where, sweep)
         found.append(record)
     return sorted(found, key=lambda record: record.number)
 
 
-AGAIN = "remove it, and the trial it belongs to is run again"
+HINT = "remove it to run its trial again"
 
 
 def _check(record: TrialRecord, name: str, where: str, sweep: SweepSpec | None) -> None:
-    """Refuse a record that contradicts itself, its name or its sweep."""
+    """Check that a record agrees with itself, its file name and its sweep."""
     wrong = None
     if record.number < 0 or name != f"{record.name}.json":
-        wrong = f"number={quote(record.number)}, and its name says another one"
+        wrong = f"number={quote(record.number)} differs from the name of the file"
     elif not all("update" in entry for entry in record.history):
-        wrong = "an evaluation in history has no update"
+        wrong = "an evaluation in its history has no update"
     elif sweep is not None:
         needed = {sweep.quality.name, RATE.name}
-        strange = sorted(record.values.keys() - sweep.space.keys())
+        unknown = sorted(record.values.keys() - sweep.space.keys())
         if record.number >= sweep.samples:
             wrong = f"number={record.number}, and the sweep has {sweep.samples} trials"
-        elif strange:
-            wrong = f"values has {quote(strange[0])}, which the sweep does not search"
+        elif unknown:
+            wrong = f"values has {quote(unknown[0])}, which the sweep does not search"
         elif record.status == "finished" and not needed <= record.metrics.keys():
             wrong = f"the trial is finished, and metrics has no {' and '.join(sorted(needed - record.metrics.keys()))}"
     if wrong is not None:
-        raise CheckpointError(f"{where} is no record of a trial of this sweep: {wrong}; {AGAIN}")
+        raise CheckpointError(f"{where} is not a record of a trial of this sweep: {wrong}; {HINT}")
 
 
 def load_clock(storage: Storage) -> dict[str, float]:
-    """The seconds that every driver took, by when it began.
+    """The seconds that every driver ran, by its start.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    found = storage.read_json(CLOCK, "remove it, and the seconds of earlier drivers are not counted")
+    found = storage.read_json(CLOCK, "remove it to resume without the seconds of earlier drivers")
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(
@@ -152,7 +150,7 @@ def load_clock(storage: Storage) -> dict[str, float]:
     ):
         raise CheckpointError(
             f"{storage.address(CLOCK)!r} is damaged: {quote(found)}; required are the seconds of every driver: "
-            "remove it, and those of earlier drivers are not counted"
+            "remove it to resume without the seconds of earlier drivers"
         )
     return found
 

@@ -1,6 +1,4 @@
-"""Folders on a machine's own disk in which processes work; those of processes that were killed are found again and
-removed.
-"""
+"""Scratch folders of processes on the local disk, with removal of those of killed processes."""
 
 import os
 import shutil
@@ -15,7 +13,7 @@ _PREFIX = f"sma-ray-{socket.gethostname()}-"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """An empty folder of this process, removed at the end."""
+    """Make an empty folder for this process, and remove it at the end."""
     remove_abandoned()
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     try:
@@ -25,18 +23,18 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that there are no more: a killed one cannot tidy up."""
+    """Remove the folders of processes that no longer exist, because a killed process cannot remove its own."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         process = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if process.isdigit() and not _lives(int(process)):
+        if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # the process of another user
         return True
     return True

@@ -1,7 +1,7 @@
-"""Which values the next trial gets, and which trials are stopped.
+"""The values of the next trial, and the decision which trials are stopped.
 
-Optuna draws. Not through Ray's `OptunaSearch`, whose draws depend on all that the process drew before, so that a sweep
-that was interrupted would draw others; and halving is not Ray's ASHA, which compares trials by one metric alone.
+Optuna draws the values. Ray's `OptunaSearch` is not used, because its draws depend on all earlier draws of the process,
+so a resumed sweep would draw other values. Ray's ASHA is not used, because it compares trials by one metric alone.
 """
 
 import logging
@@ -26,27 +26,24 @@ from sma.tune.sweep import SweepSpec
 
 
 class Search(Searcher):
-    """Trial 0 is the experiment as it is; the others come from Optuna's tree-structured Parzen estimator over all
-    objectives.
+    """Draws the values of trials by Optuna's tree-structured Parzen estimator over all objectives.
 
-    The values of a trial are a function of the search seed, its number, the results that are known when it is drawn,
-    and the values of the trials that then run: of nothing else that this process has done before. The first ones, a
-    third of all and four at least, are drawn at random, by seed and number alone. So a sweep that was interrupted draws
-    what it would have drawn.
+    Trial 0 is the unchanged experiment. The first third of the trials, at least four, are drawn at random from the seed
+    and the number. The values of a later trial are a function of the search seed, its number, the known results, and
+    the values of the running trials. So a resumed sweep draws the values that the interrupted one would have drawn.
 
-    What is known of earlier trials stands in their records, from which an interrupted sweep goes on: finished trials
-    are told to the estimator, unfinished ones are handed out again with the values they had, before any number without
-    a record is drawn.
+    A resumed sweep reads earlier trials from their records. Finished trials are added to the estimator. Unfinished ones
+    run again with their values, before new values are drawn.
 
-    A trial that halving stopped is told as one that was pruned: worse than all finished ones. What it measured is not
-    told, because at another update it means something else. A failed trial is not told, nor is trial 0 where it lies
-    outside of the space.
+    A trial that halving stopped is added as pruned, which is worse than all finished ones; its measures are left out,
+    because those of different updates are not comparable. Failed trials are not added, nor is trial 0 if it lies
+    outside the space.
 
     Args:
         sweep: the sweep.
         storage: its folder.
-        records: of the trials that there were.
-        pulse_key: under which a trial leaves its signs of life.
+        records: records of earlier trials.
+        pulse_key: a function from the number of a trial to the key of its heartbeats.
 
     Reference:
         Ozaki et al., "Multiobjective tree-structured Parzen estimator", JAIR 73, 2022.
@@ -63,7 +60,7 @@ class Search(Searcher):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.storage, self.pulse_key = sweep, storage, pulse_key
         self.unfinished = [record for record in records if record.status == "running"]
-        # Copies: what is known changes when Ray tells this object of it, whoever else keeps the records.
+        # Copies, because the results here change only when Ray reports them, and the driver shares the records.
         self.known = {record.number: replace(record) for record in records}
         self.missing = [number for number in range(sweep.samples) if number not in self.known]
         self.startup = max(4, sweep.samples // 3)
@@ -71,17 +68,17 @@ class Search(Searcher):
         self._directions: list[Literal["maximize", "minimize"]] = [
             "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
         ]
-        self._distributions = self._ask_for_distributions()
+        self._distributions = self._optuna_distributions()
         self._start = {path: starting_code(sweep.experiment, path, sweep.space[path]) for path in self._distributions}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The values of the next trial, which Ray calls `trial_id`; Ray asks as often as it needs a trial."""
+        """The configuration of the next trial, which has the name `trial_id` in Ray."""
         if self.unfinished:
             record = self.unfinished.pop(0)
         elif self.missing:
             record = self._new(self.missing.pop(0))
         else:
-            finished: Any = Searcher.FINISHED  # a word, which Ray's own annotation forgets
+            finished: Any = Searcher.FINISHED  # a string, which Ray's annotation lacks
             return cast(None, finished)
         self.known.setdefault(record.number, replace(record))
         self.numbers[trial_id] = record.number
@@ -94,24 +91,24 @@ class Search(Searcher):
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Learn what came out."""
+        """Store the result of a trial."""
         found, record = result or {}, self.known[self.numbers[trial_id]]
-        # One that is still running by its own account was stopped.
+        # A trial whose last report has the status `running` was stopped.
         status = {"running": "stopped"}.get(found.get("status", ""), found.get("status", "failed"))
         record.status, record.metrics = "failed" if error else status, measured_in(found)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: with several objectives the estimator learns from ends only."""
+        """Do nothing: with several objectives the estimator uses final results only."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing worth reading: the records are what a sweep goes on from."""
+        """Write a placeholder, because a sweep resumes from its records."""
         Path(checkpoint_path).write_text("see the records of the sweep\n", encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to read."""
+        """Do nothing, because a sweep resumes from its records."""
 
     def study(self, number: int) -> optuna.Study:
-        """What the estimator knows when it draws the values of a trial."""
+        """The study from which the values of a trial are drawn, with all known results."""
         seed = random.Random(f"{self.sweep.seed}:{number}").getrandbits(32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -122,13 +119,13 @@ class Search(Searcher):
                 )
         study = optuna.create_study(directions=self._directions, sampler=sampler)
         for _, record in sorted(self.known.items()):
-            trial = self._told(record)
+            trial = self._frozen(record)
             if trial is not None:
                 study.add_trial(trial)
         return study
 
     def _new(self, number: int) -> TrialRecord:
-        """Values for a trial that there never was, or none for trial 0."""
+        """A record with values for a new trial; without values for trial 0."""
         trial = self.study(number).ask() if number else None
         values = (
             {}
@@ -137,14 +134,14 @@ class Search(Searcher):
         )
         return TrialRecord(number, values, self.sweep.experiment.seed)
 
-    def _told(self, record: TrialRecord) -> optuna.trial.FrozenTrial | None:
-        """A trial as Optuna knows it; None where it has nothing to teach."""
+    def _frozen(self, record: TrialRecord) -> optuna.trial.FrozenTrial | None:
+        """A trial in Optuna's format; None if the estimator cannot use it."""
         codes: dict[str, Any] = {}
         for path in self._distributions:
             codes[path] = (
                 self._start[path] if record.number == 0 else self.sweep.space[path].encode(record.values.get(path))
             )
-        # A measure that is missing is none.
+        # A missing measure becomes NaN.
         values = [
             float(math.nan if (value := record.metrics.get(measure.name)) is None else value)
             for measure in self.sweep.measures
@@ -159,10 +156,8 @@ class Search(Searcher):
             values=values if finished else None,
         )
 
-    def _ask_for_distributions(self) -> dict[str, Any]:
-        """Optuna's own distributions of the paths that are searched: a space asks for numbers and does not say from
-        what.
-        """
+    def _optuna_distributions(self) -> dict[str, Any]:
+        """Optuna's distributions of the searched paths, recorded by a trial from which the space draws once."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = optuna.create_study(directions=self._directions, sampler=optuna.samplers.RandomSampler(0)).ask()
@@ -179,22 +174,19 @@ _STATES = {
 
 
 def measured_in(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a report as searchers and schedulers get it: Ray joins the keys of nested dictionaries with
-    slashes.
-    """
+    """The metrics of a report in Ray's format, which joins the keys of nested dictionaries with slashes."""
     return {name.removeprefix("metrics/"): value for name, value in result.items() if name.startswith("metrics/")}
 
 
 class Halving(FIFOScheduler):
-    """Successive halving by the objectives at equal updates; never stops trial 0, which the others are compared with.
+    """Successive halving by the objectives at equal updates. Trial 0, the reference, is never stopped.
 
-    At every rung a trial is as good as few trials of this rung beat it, by which a trial is beaten that is nowhere
-    better and somewhere worse. It goes on if no more than one in `reduction` of the others are better; so does any that
-    none beats.
+    Trials at a rung are ranked by the number of trials of this rung that dominate them. A trial continues if at most
+    one in `reduction` of the others has a better rank, or if none dominates it.
 
     Args:
         sweep: the sweep.
-        records: of the trials that there were.
+        records: records of earlier trials.
     """
 
     def __init__(self, sweep: SweepSpec, records: Sequence[TrialRecord] = ()) -> None:
@@ -211,27 +203,27 @@ class Halving(FIFOScheduler):
                 self._is_weak(record.number, entry)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Whether a trial goes on."""
+        """The decision whether a trial continues."""
         number: int = trial.config["number"]
-        # At the last update a test is all that is left, and the end of it is the end of the trial.
+        # After the last update only the test is left.
         if result["update"] >= self.sweep.updates or result["status"] != "running":
             return str(TrialScheduler.CONTINUE)
         weak = self._is_weak(number, measured_in(result))
         return str(TrialScheduler.STOP if weak and number != 0 else TrialScheduler.CONTINUE)
 
     def _is_weak(self, number: int, measured: Mapping[str, float]) -> bool:
-        """Put a trial on the rung that it has come to; whether too many are better there."""
+        """Add a trial to the rung that it has reached; returns whether too many trials of the rung rank better."""
         found = self.rungs.get(max((rung for rung in self.rungs if rung <= measured["update"]), default=math.inf))
         if found is None or number in found:
             return False
         found[number] = [measure.oriented(measured) for measure in self.sweep.measures]
-        beaten = {one: sum(beats(other, point) for other in found.values()) for one, point in found.items()}
-        better = sum(count < beaten[number] for count in beaten.values())
+        ranks = {one: sum(beats(other, point) for other in found.values()) for one, point in found.items()}
+        better = sum(rank < ranks[number] for rank in ranks.values())
         return better > max(0.0, (len(found) - 2) / self.reduction)
 
 
 def quiet() -> None:
-    """Ray's own words about trials are left out: the table says them."""
+    """Silence Ray's messages about trials, which the table replaces."""
     for name in ("ray.tune", "ray.train", "ray.air"):
-        # Its errors are tracebacks of trials, whose reasons stand in the records.
+        # Ray's errors are tracebacks of trials. Their reasons are in the records.
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Data that is prepared once and read by all trials of a machine from the same memory."""
+"""Shared data: prepared once, and read by all trials of a machine from the same memory."""
 
 import io
 import pickle
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class PackedData(NamedTuple):
-    """An object, and its tensors as arrays, which Ray's object store gives to its readers without a copy.
+    """An object, and its tensors as arrays, which Ray's object store shares without copies.
 
     Attributes:
         head: the object, pickled without its tensors.
-        arrays: one for each tensor.
+        arrays: the array of every tensor.
     """
 
     head: bytes
@@ -24,7 +24,7 @@ class PackedData(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of all of it."""
+        """Total size, in bytes."""
         return len(self.head) + sum(array.nbytes for array in self.arrays)
 
 
@@ -32,22 +32,22 @@ class _Pickler(cloudpickle.CloudPickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.arrays: list[np.ndarray[Any, Any]] = []
-        self.places: dict[int, int] = {}
+        self.indices: dict[int, int] = {}
         self.kept: list[Any] = []
 
     def persistent_id(self, value: Any) -> tuple[str, int] | None:
         array = _as_array(value)
         if array is None:
             return None
-        if id(value) not in self.places:
-            self.places[id(value)] = len(self.arrays)
+        if id(value) not in self.indices:
+            self.indices[id(value)] = len(self.arrays)
             self.kept.append(value)  # so that no other object gets its id
             self.arrays.append(array)
-        return "tensor" if isinstance(value, Tensor) else "array", self.places[id(value)]
+        return "tensor" if isinstance(value, Tensor) else "array", self.indices[id(value)]
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
-    """Plain tensors, arrays and arrays on disk; None for everything else, which is pickled as usual."""
+    """The array of a plain tensor or array, in memory or on disk; None for other values, which are pickled."""
     if isinstance(value, np.ndarray):
         return None if value.dtype.hasobject or value.dtype.names else np.ascontiguousarray(value)
     if type(value) is not Tensor or value.device.type != "cpu" or value.layout != torch.strided or value.requires_grad:
@@ -63,17 +63,17 @@ class _Unpickler(pickle.Unpickler):
         self.arrays = packed.arrays
 
     def persistent_load(self, identity: tuple[str, int]) -> Any:
-        kind, place = identity
+        kind, index = identity
         if kind == "array":
-            return self.arrays[place]
+            return self.arrays[index]
         with warnings.catch_warnings():
-            # The store's memory is read-only, and nobody writes into data.
+            # The memory of the store is read-only, and data is never written.
             warnings.filterwarnings("ignore", message=".*not writable.*")
-            return torch.from_numpy(self.arrays[place])
+            return torch.from_numpy(self.arrays[index])
 
 
 def pack_data(value: Any) -> PackedData:
-    """Take the tensors out of an object."""
+    """Separate the tensors from an object."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
@@ -81,5 +81,5 @@ def pack_data(value: Any) -> PackedData:
 
 
 def unpack_data(packed: PackedData) -> Any:
-    """The object again; its tensors are views of the arrays and must not be written."""
+    """Restore the object. Its tensors are views of the arrays and must not be modified."""
     return _Unpickler(packed).load()

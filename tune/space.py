@@ -1,4 +1,4 @@
-"""Search spaces: which fields of an experiment a sweep may change, and to what.
+"""Search spaces: the fields of an experiment that a sweep changes, and the distributions of their values.
 
 A space maps field paths to distributions, in YAML or in Python:
 
@@ -16,13 +16,13 @@ from sma.mistakes import SENTENCES
 from sma.paths import override, parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path
 from sma.spec import dump_spec
-from sma.tune.distributions import Choice, Dice, DistributionSpec, Fixed, comparable
+from sma.tune.distributions import Choice, DistributionSpec, Fixed, RandomSampler, comparable
 
 DRAWS = 50
-"""Combinations drawn at random that are tried on the experiment before a sweep starts."""
+"""Number of random combinations that are tried on the experiment before a sweep starts."""
 
 PATHS = 100
-"""Fields of a space at most."""
+"""Maximum number of fields of a space."""
 
 Space = Mapping[str, DistributionSpec]
 
@@ -31,7 +31,7 @@ def with_values(experiment: ExperimentSpec, values: Mapping[str, Any]) -> Experi
     """The experiment with some values changed, by field path.
 
     Raises:
-        SpecError: there is no such path, or the values do not fit.
+        SpecError: a path does not exist, or the values do not fit.
     """
     named = {full_path(path): value for path, value in values.items()}
     return ExperimentSpec.model_validate(override(ExperimentSpec, dump_spec(experiment), named))
@@ -51,25 +51,23 @@ def value_at(experiment: ExperimentSpec, path: str) -> Any:
 
 
 def starting_code(experiment: ExperimentSpec, path: str, distribution: DistributionSpec) -> int | float | None:
-    """The number under which the search knows the experiment's own value at a path; None where the distribution never
-    draws it.
+    """The number by which the search represents the experiment's own value at a path; None if it is never drawn.
 
-    A choice is compared as the experiment would hold it: `{kind: sma}` is the router that stands there with its
-    defaults written out.
+    Choices are compared after validation: `{kind: sma}` equals a router of this kind with all defaults written out.
     """
     value = value_at(experiment, path)
     if isinstance(distribution, Choice):
-        for place, choice in enumerate(distribution.values):
+        for code, choice in enumerate(distribution.values):
             try:
                 if comparable(value_at(with_values(experiment, {path: choice}), path)) == comparable(value):
-                    return place
-            except SpecError:  # a value that fits other values of the space, and not the experiment as it is
+                    return code
+            except SpecError:  # a value that fits other values of the space, but not the unchanged experiment
                 continue
     return distribution.encode(value)
 
 
 def searched(space: Space) -> list[str]:
-    """The paths that differ between trials."""
+    """The paths whose values differ between trials."""
     return [path for path, distribution in space.items() if not isinstance(distribution, Fixed)]
 
 
@@ -105,8 +103,10 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
 
 
 def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
-    """All first probes together, then every probe of every path with the others at their first, all last ones, and
-    random draws.
+    """Combinations of values, each with a description.
+
+    These are the first probes of all paths, every other probe of one path with the first ones of the others, the
+    largest values of all paths, and random draws.
     """
     first = {path: distribution.probes[0] for path, distribution in space.items()}
     yield first, next(iter(space)) if len(space) == 1 else "the fixed and first values together"
@@ -114,16 +114,16 @@ def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
         for value in distribution.probes[1:]:
             yield {**first, path: value}, path
     yield largest(space), "all largest values together"
-    dice = Dice()
+    sampler = RandomSampler()
     for number in range(DRAWS):
         yield (
-            {path: distribution.draw(dice, path) for path, distribution in space.items()},
+            {path: distribution.draw(sampler, path) for path, distribution in space.items()},
             f"the values of random draw {number}",
         )
 
 
 def _words(values: Mapping[str, Any], changed: str) -> str:
-    """What was tried: the one value that differs from the first ones, or all of them."""
+    """A description of the combination: the one value that differs from the first ones, or all values."""
     if changed in values:
         return f"a value of the search space, {changed}={quote(values[changed])}"
     return (
@@ -133,7 +133,7 @@ def _words(values: Mapping[str, Any], changed: str) -> str:
 
 
 def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], changed: str) -> str:
-    """What would help: whole numbers, or other values of the fixed fields."""
+    """A remedy for the error message: integers, or other values of the fixed fields."""
     if changed not in values:
         fixed = [path for path, distribution in space.items() if isinstance(distribution, Fixed)][:SENTENCES]
         return (
@@ -150,7 +150,7 @@ def _hint(space: Space, experiment: ExperimentSpec, values: Mapping[str, Any], c
 
 
 def _check_apart(space: Space) -> None:
-    """Refuse paths of which one sets what the other sets."""
+    """Check that no path sets the field of another path, or a part that contains it."""
     for (one, steps), (other, others) in itertools.combinations(
         ((path, parse_path(full_path(path))) for path in space), 2
     ):

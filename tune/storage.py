@@ -18,20 +18,20 @@ from sma.recipes.io.claims import LOCK, run_lock
 from sma.recipes.io.folders import check_run_folder, expand
 
 PATIENCE = 30.0
-"""Seconds in which a URI must answer at first; pyarrow by itself would try for minutes."""
+"""Timeout of the first access to a URI, in seconds; pyarrow itself retries for minutes."""
 
 LIMIT = 64 * 2**20
-"""Bytes of a file that is read whole."""
+"""Maximum size of a file that is read, in bytes."""
 
 
 class Storage:
-    """A folder of files that are read and written whole.
+    """A folder, on this machine or behind a URI, whose files are read and written as a whole.
 
     Args:
         location: a path, or a URI such as `s3://bucket/sweep`.
 
     Raises:
-        CheckpointError: the URI means nothing to pyarrow, or nothing answers there.
+        CheckpointError: pyarrow does not support the URI, or the server does not answer.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -49,23 +49,24 @@ class Storage:
                 self.files, self.root = FileSystem.from_uri(self.location)
         except (ArrowException, OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot use the storage {self.location!r}: {reason(error)}; give a folder or a URI that pyarrow knows"
+                f"cannot use the storage {self.location!r}: {reason(error)}; give a folder or a URI for pyarrow"
             ) from error
 
     @property
     def folder(self) -> Path | None:
-        """The folder where it is one of this machine's file system; None behind other URIs."""
+        """The folder in the file system of this machine; None for a URI elsewhere."""
         return Path(self.root) if isinstance(self.files, LocalFileSystem) else None
 
     @contextmanager
     def locked(self, name: str = LOCK) -> Iterator[None]:
-        """Be the only process that writes the folder; behind a URI nobody can promise that.
+        """Hold the lock of the folder. A URI cannot be locked.
 
         Args:
-            name: `DRIVER` for a process that has others write it.
+            name: name of the lock: `DRIVER` for a process whose workers write the folder.
 
         Raises:
-            CheckpointError: another process writes it, named by host and process id, or it cannot be written.
+            CheckpointError: another process holds the lock, or the folder cannot be written. The message has the host
+                and the process id of the other process.
         """
         if self.folder is None:
             yield
@@ -77,14 +78,14 @@ class Storage:
         """Write a file and remove it.
 
         Raises:
-            CheckpointError: that failed.
+            CheckpointError: the folder cannot be written.
         """
         self.write("writable.tmp", b"")
         with self._writing("writable.tmp"):
             self.files.delete_file(self._path("writable.tmp"))
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write a file; it appears whole or not at all: object stores promise that anyway.
+        """Write a file atomically. Object stores guarantee this by themselves.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -114,10 +115,10 @@ class Storage:
         self.write(name, json.dumps(content, indent=1, allow_nan=False))
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file; None where there is none.
+        """The content of a file; None if it does not exist.
 
         Raises:
-            CheckpointError: it cannot be read, is no plain file or longer than `LIMIT`.
+            CheckpointError: it cannot be read, is not a regular file, or is longer than `LIMIT`.
         """
         if self.folder is not None:
             try:
@@ -135,26 +136,26 @@ class Storage:
             raise CheckpointError(f"cannot read {self.address(name)!r}: {reason(error)}") from error
         if len(content) > LIMIT:
             raise CheckpointError(
-                f"{self.address(name)!r} is longer than {LIMIT:,} bytes, which no file of this kind is"
+                f"{self.address(name)!r} has more than {LIMIT:,} bytes; no file of this kind is so long"
             )
         return content
 
     def read_json(self, name: str, hint: str = "") -> Any:
-        """The content of a JSON file; None where there is none.
+        """The content of a JSON file; None if it does not exist.
 
         Args:
-            name: of the file.
-            hint: what to do where it is damaged.
+            name: name of the file.
+            hint: remedy for a damaged file, for the error message.
 
         Raises:
-            CheckpointError: it is not JSON.
+            CheckpointError: the file is not JSON.
         """
         content = self.read(name)
         with parsing(repr(self.address(name)), CheckpointError, hint):
             return None if content is None else json.loads(content, parse_constant=_finite, parse_float=_finite)
 
     def names(self, folder: str = "") -> list[str]:
-        """The names of the files and folders in a folder, sorted; none where it is missing.
+        """The sorted names of the files and folders in a folder; none if it does not exist.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -166,7 +167,7 @@ class Storage:
         return sorted(PurePosixPath(entry.path).name for entry in found if entry.type != FileType.NotFound)
 
     def remove(self, folder: str) -> None:
-        """Remove a folder and all in it, if it is there.
+        """Remove a folder and its content, if it exists.
 
         Raises:
             CheckpointError: it cannot be removed.
@@ -176,11 +177,11 @@ class Storage:
                 self.files.delete_dir(self._path(folder))
 
     def relative(self, path: str) -> str:
-        """A path of the file system, seen from this folder."""
+        """A path of the file system, relative to this folder."""
         return str(PurePosixPath(path).relative_to(self.root))
 
     def address(self, name: str) -> str:
-        """How a file is called outside: its path or its URI."""
+        """The path or the URI of a file, for messages."""
         return f"{self.location.rstrip('/')}/{name}" if name else self.location
 
     def _path(self, name: str) -> str:
@@ -188,27 +189,27 @@ class Storage:
 
 
 def _finite(text: str) -> float:
-    """A number, as JSON knows them: NaN and infinity, which Python reads and writes, are none."""
+    """Parse a finite number. JSON has no NaN and no infinity, although Python reads and writes them."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
-_ASK = (
+_PROBE = (
     "import sys; from pyarrow.fs import FileSystem; "
     "files, root = FileSystem.from_uri(sys.argv[1]); files.get_file_info(root)"
 )
 
 
 def _check_answer(location: str) -> None:
-    """Ask in a process of its own: pyarrow tries for minutes, and lets no process end before.
+    """Check in another process that a URI answers: pyarrow retries for minutes, and blocks the exit of its process.
 
     Raises:
-        CheckpointError: nothing answers. What else may be wrong is left to the first real access.
+        CheckpointError: nothing answers. Other errors are raised by the first real access.
     """
     try:
-        subprocess.run([sys.executable, "-c", _ASK, location], timeout=PATIENCE, capture_output=True, check=False)
+        subprocess.run([sys.executable, "-c", _PROBE, location], timeout=PATIENCE, capture_output=True, check=False)
     except subprocess.TimeoutExpired:
         raise CheckpointError(
             f"the storage {location!r} has not answered for {PATIENCE:g} s; "

@@ -1,4 +1,4 @@
-"""What a sweep is: an experiment, a space around it, how many trials, and by what they are compared."""
+"""Specs of sweeps: an experiment, a search space, the number of trials, and the objectives."""
 
 import math
 import os
@@ -22,18 +22,18 @@ Objective = Literal["quality", "rate", "time", "operations"]
 
 
 class Measure(NamedTuple):
-    """A number by which trials are compared.
+    """A measure by which trials are compared.
 
     Attributes:
-        name: of the column.
-        mode: whether more of it is better.
+        name: name of the column.
+        mode: whether larger (`max`) or smaller (`min`) values are better.
     """
 
     name: str
     mode: Literal["max", "min"]
 
     def oriented(self, metrics: Mapping[str, float]) -> float:
-        """Its value so that less is better; infinite where it is missing."""
+        """Its value with the sign for which smaller is better; infinite if it is missing."""
         value = metrics.get(self.name)
         return math.inf if value is None else -value if self.mode == "max" else value
 
@@ -44,10 +44,10 @@ OPERATIONS = Measure("operations_per_token", "min")
 
 
 class StoppingSpec(Spec):
-    """Asynchronous successive halving: at `grace`, `grace * reduction`, … updates only the best trials go on.
+    """Asynchronous successive halving: after `grace`, `grace * reduction`, … updates only the best trials continue.
 
-    With several objectives a trial is as good as the number of trials at this rung that beat it in all of them is
-    small; one that none beats goes on.
+    With several objectives trials at a rung are ranked by the number of trials that dominate them. A trial that none
+    dominates continues.
 
     Reference:
         Li et al., "A system for massively parallel hyperparameter tuning", arXiv 1810.05934; Schmucker et al.,
@@ -58,32 +58,30 @@ class StoppingSpec(Spec):
         default=None,
         ge=1,
         description="updates before which no trial is stopped; null: "
-        "a quarter of them, and no fewer than budgets take to their targets",
+        "a quarter of training.updates, and at least until budgets reach their targets",
     )
-    reduction: float = Field(default=2.0, ge=1.1, description="one in so many trials goes on from one rung to the next")
+    reduction: float = Field(default=2.0, ge=1.1, description="one in this many trials continues to the next rung")
 
 
 class SweepSpec(Spec):
-    """Everything that decides a sweep. Trial 0 is the experiment as it is; the others are drawn from the space around
-    it.
-    """
+    """A sweep. Trial 0 is the unchanged experiment; the values of the others are drawn from the search space."""
 
-    experiment: ExperimentSpec = Field(description="trial 0, and what the others differ from")
+    experiment: ExperimentSpec = Field(description="the experiment of trial 0, from which the others differ")
     space: FrozenMapping[DistributionSpec] = Field(
-        description="which fields differ between trials: a distribution by field path"
+        description="the search space: distributions by the paths of the fields that differ between trials"
     )
-    samples: int = Field(default=16, ge=1, le=100_000, description="trials, trial 0 among them")
+    samples: int = Field(default=16, ge=1, le=100_000, description="number of trials, including trial 0")
     objectives: tuple[Objective, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
-        description="what the search improves: quality (the metric of the task, such as accuracy), activation rate, "
+        description="objectives of the search: quality (the metric of the task, such as accuracy), activation rate, "
         "time per token, operations per token",
     )
     stopping: StoppingSpec | None = Field(
-        default=StoppingSpec(), description="stops the weak by the objectives; null trains all to the end"
+        default=StoppingSpec(), description="stops weak trials early; null trains all trials to the end"
     )
     restarts: int = Field(
-        default=3, ge=0, description="how often a trial whose process died starts again from its checkpoint"
+        default=3, ge=0, description="maximum number of restarts of a trial whose process died, from its checkpoint"
     )
     silence: float = Field(
         default=1800.0,
@@ -91,12 +89,14 @@ class SweepSpec(Spec):
         description="seconds without a batch of training or evaluation after which the process of a trial counts as "
         "dead",
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of the search; that of the trials is the experiment's")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="seed of the search; the trials have the seed of the experiment"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(f"objectives={list(self.objectives)} name one twice")
+            raise ValueError(f"objectives={list(self.objectives)} must all be different; remove the repeated one")
         self.experiment.task.check_trainable()
         check_space(self.space, self.experiment)
         if self.grace > self.updates:
@@ -105,16 +105,16 @@ class SweepSpec(Spec):
 
     @property
     def updates(self) -> int:
-        """Of every trial that is not stopped."""
+        """Number of updates of every trial that is not stopped."""
         return self.experiment.training.updates
 
     @property
     def grace(self) -> int:
-        """Updates before which no trial is stopped."""
+        """Number of updates before which no trial is stopped."""
         given = self.stopping.grace if self.stopping is not None else None
         if given is not None:
             return given
-        # Until then a rate says how far the schedule is, not what the trial will cost.
+        # Before a budget has settled, the rates depend on its schedule, not on the trial.
         budgets = [trial.training.budget for trial in (self.experiment, self.trial(largest(self.space)))]
         return max(1, self.updates // 4, *(budget.settled for budget in budgets if budget is not None))
 
@@ -131,7 +131,7 @@ class SweepSpec(Spec):
         return tuple(known[name] for name in self.objectives)
 
     def trial(self, values: Mapping[str, Any]) -> ExperimentSpec:
-        """The experiment of a trial; no values: the experiment itself.
+        """The experiment of a trial. Without values it is the unchanged experiment.
 
         Raises:
             SpecError: the values do not fit together.
@@ -139,7 +139,7 @@ class SweepSpec(Spec):
         return with_values(self.experiment, values) if values else self.experiment
 
     def value(self, values: Mapping[str, Any], path: str) -> Any:
-        """The value of a trial at a path of the space, also where the experiment refuses the values of the trial."""
+        """The value of a trial at a path of the space, even if the values of the trial are not valid together."""
         return values[path] if path in values else value_at(self.experiment, path)
 
 
@@ -152,12 +152,12 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
     """Read the file of a sweep, by its path or the name of a shipped one, without validating it.
 
     Args:
-        source: the file or the name. A file may name the file of its experiment as seen from its own folder.
-        experiment: replaces that of the source. The settings of a shipped sweep are then left out: they fit its own
-            experiment.
+        source: the file or the name. The path of the experiment in a file is relative to the folder of the file.
+        experiment: an experiment instead of that of the source. The settings of a shipped sweep are then omitted,
+            because they apply to its own experiment.
 
     Raises:
-        SpecError: there is no such name or file, or it has fields that are not of a sweep.
+        SpecError: there is no such name or file, or it has unknown fields.
     """
     names, path = shipped_sweeps(), Path(source)
     if str(source) in names:
@@ -194,13 +194,13 @@ def make_sweep(
         source: a YAML file, the name of a shipped sweep, such as `listops_tiny`, or the mapping itself. Its
             `experiment` may be the name of a preset of the recipes or a file; its `settings`, values by field path, are
             set in all trials.
-        experiment: replaces that of the source, see `read_sweep`: a preset or a file.
-        settings: `path=value`, set in all trials after those of the source; of a field that the space fixes it replaces
-            that value too.
-        fields: of `SweepSpec`, instead of the source's; those that are None are left alone.
+        experiment: an experiment instead of that of the source, a preset or a file; see `read_sweep`.
+        settings: `path=value`, set in all trials after those of the source. It also replaces the value of a field that
+            the space fixes.
+        fields: fields of `SweepSpec` that replace those of the source, unless they are None.
 
     Raises:
-        SpecError: one sentence per mistake.
+        SpecError: the sweep is not valid; the message has one line per mistake.
     """
     if isinstance(source, Mapping):
         data = {**source, **({"experiment": experiment} if experiment is not None else {})}
@@ -232,10 +232,10 @@ def make_sweep(
 def _settle(
     space: Mapping[str, Any], settings: Sequence[str], experiment: ExperimentSpec
 ) -> tuple[dict[str, Any], list[str]]:
-    """The space with the fixed values that the settings replace, and the settings of the experiment itself.
+    """Apply settings to the fixed fields of a space; returns the space, and the settings of the experiment itself.
 
     Raises:
-        SpecError: the sweep searches a field that is set: the drawn values would take its place.
+        SpecError: the sweep searches a field that is set, so the drawn values would replace the setting.
     """
     settled, others = dict(space), []
     for setting in settings:
@@ -253,7 +253,7 @@ def _settle(
                 "leave it out, or give a --space of your own without this field"
             )
         settled[name] = Fixed(value=value)
-        # Trial 0 may have no such part: a schedule of a budget does not give it a budget.
+        # Trial 0 may lack the part: setting the schedule of a budget does not add a budget to it.
         part = full_path(path).rpartition(".")[0]
         if not part or value_at(experiment, part) is not None:
             others.append(setting)

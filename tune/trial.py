@@ -1,7 +1,6 @@
-"""One trial: the recipes' own training in a process of Ray's, with a callback that reports to Tune.
+"""A trial: a run of the recipes in a Ray process, with a callback that reports to Tune.
 
-A checkpoint of a trial is its run folder. A trial whose process died gets its folder back and goes on like any run that
-was interrupted.
+The checkpoint of a trial is its run folder. A trial whose process died resumes in its folder like any interrupted run.
 """
 
 import errno
@@ -43,24 +42,23 @@ class Stopped(Exception):
 
 
 class Unwritable(CheckpointError):
-    """The storage of the sweep, or the disk on which trials work, cannot be written: no trial can go on."""
+    """The storage of the sweep, or the disk of a scratch folder, cannot be written, so no trial can continue."""
 
 
-_NO_FAULT_OF_THE_TRIAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 class TrialReporter(Checkpoint):
     """Reports every evaluation, with the run folder as checkpoint.
 
-    A `Checkpoint` to Lightning, which calls those last: when it looks at the folder, the checkpoints of this evaluation
-    are in it.
+    It is a `Checkpoint` because Lightning calls those last, when the checkpoints of the evaluation are in the folder.
 
     Args:
         spec: the experiment of the trial.
         out: its run folder.
         metric: the metric of the task, by which trials are compared.
-        length: tokens of a row on average, for the count of operations.
-        began: when this process began to work on the trial, by `time.time`.
+        length: average number of tokens of a row, for the count of operations.
+        began: time at which this process started the trial, by `time.time`.
     """
 
     def __init__(self, spec: ExperimentSpec, out: Path, metric: Metric, length: int, began: float) -> None:
@@ -68,10 +66,10 @@ class TrialReporter(Checkpoint):
         self.history: list[dict[str, float]] = []
 
     def restore(self) -> None:
-        """Go on with the history that the run folder holds.
+        """Restore the history from the run folder.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: its file is damaged.
         """
         kept = self.out / HISTORY
         if not os.path.lexists(kept):
@@ -85,7 +83,7 @@ class TrialReporter(Checkpoint):
         self.history = found
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what was measured."""
+        """Report the measures of the evaluation."""
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         found = {"update": trainer.global_step, self.metric.name: measured[f"val_{self.metric.name}"]}
         if "val_loss" in measured:  # language models have none
@@ -104,7 +102,7 @@ class TrialReporter(Checkpoint):
 
         Raises:
             CheckpointError: the history lacks the evaluation of the best checkpoint.
-            FloatingPointError: a measure is none.
+            FloatingPointError: a measure is not finite.
         """
         best = next((entry for entry in reversed(self.history) if entry["update"] == summary["best_update"]), None)
         if best is None:
@@ -123,10 +121,10 @@ class TrialReporter(Checkpoint):
         )
 
     def report(self, status: str, metrics: Mapping[str, float], reason: str = "") -> None:
-        """Tell the driver.
+        """Send a report to the driver.
 
         Raises:
-            Stopped: it says that this was enough.
+            Stopped: the driver has stopped the trial.
         """
         message = {
             "status": status,
@@ -144,11 +142,11 @@ class TrialReporter(Checkpoint):
         try:
             tune.report(message, checkpoint=tune.Checkpoint.from_directory(str(self.out)))
         except SystemExit:
-            # As an exception it leaves Lightning without a detour through what Lightning does about Ctrl-C.
+            # Another exception, because Lightning handles SystemExit like Ctrl-C.
             raise Stopped from None
 
     def _cost(self, measured: Mapping[str, float], split: str) -> dict[str, float]:
-        """Activation rate and operations per token."""
+        """The activation rate and the operations per token."""
         rates: dict[int, dict[str, float]] = {}
         for name, value in measured.items():
             if name.startswith(f"{split}_rate/"):
@@ -158,7 +156,7 @@ class TrialReporter(Checkpoint):
         return {RATE.name: measured.get(f"{split}_rate", 0.0), OPERATIONS.name: operations.per_token}
 
     def _speed(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """Microseconds of an update per token, since this process began to train."""
+        """Time of an update per token in microseconds, since this process started to train."""
         watches: list[Any] = getattr(trainer, "callbacks", [])
         seconds = sum(watch.seconds for watch in watches if isinstance(watch, Stopwatch))
         tokens = int(getattr(module, "tokens_seen", 0))
@@ -174,14 +172,14 @@ def _is_finite(value: Any) -> bool:
 
 
 def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: PackedData, cpus: int, accelerator: str) -> None:
-    """Train one trial; what Tune calls in a process of Ray's.
+    """Train one trial. Tune calls this function in a Ray process.
 
     Args:
-        config: `number`, `values` by field path; `checkpoint`: where an earlier driver left the trial, or None;
-            `pulse`: the key under which it gives signs of life.
+        config: `number`; `values` by field path; `checkpoint`, the address of the run folder from an earlier driver, or
+            None; `pulse`, the key of its heartbeats.
         sweep: the sweep.
         data: the prepared data of its task.
-        cpus: threads of the training, where the experiment does not say.
+        cpus: threads of the training, unless the experiment sets them.
         accelerator: Lightning's name for the device.
     """
     began = time.time()
@@ -193,17 +191,15 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: PackedData, 
             pulse.beat()
             _run(config, sweep, unpack_data(data), folder, accelerator, began, pulse, source)
         except Stopped:
-            raise SystemExit(0) from None  # what Ray expects of a trial that it stopped
+            raise SystemExit(0) from None  # Ray expects this exit from a stopped trial
 
 
 def _restore(config: Mapping[str, Any], folder: Path) -> str:
-    """Put back the run folder that this trial left: that of a dead process, or of a sweep that was interrupted; returns
-    where it lies.
-    """
+    """Copy the run folder of the trial from its last checkpoint, if there is one; returns the path of its source."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None and config["checkpoint"] is not None:
         kept = Storage(config["checkpoint"])
-        if kept.names():  # one that was removed is trained again
+        if kept.names():  # without the folder the trial starts from the beginning
             checkpoint = tune.Checkpoint(kept.root, kept.files)
     if checkpoint is None:
         return str(folder)
@@ -221,7 +217,7 @@ def _run(
     pulse: Pulse,
     source: str,
 ) -> None:
-    """Train; a failure of the trial's own is reported and not raised, because it would only happen again."""
+    """Train and report. A failure of the trial itself is reported, not raised, because a restart would repeat it."""
     reporter = TrialReporter(sweep.experiment, folder, sweep.experiment.task.metric, 1, began)
     try:
         reporter.restore()
@@ -235,32 +231,31 @@ def _run(
         raise
     except Exception as error:
         _refuse_unwritable(error)
-        reason = reason_of(error).replace(str(folder), source)  # the scratch folder is gone when somebody reads this
+        reason = reason_of(error).replace(str(folder), source)  # the scratch folder is removed at the end
         reporter.report("failed", reporter.history[-1] if reporter.history else {}, reason)
 
 
 def _refuse_unwritable(error: BaseException) -> None:
-    """Tell what no trial can help from failures of this one.
+    """Raise another error if a failure comes from the storage, which stops all trials.
 
     Raises:
-        Unwritable: nothing can be written any more.
+        Unwritable: the storage or the local disk cannot be written.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _NO_FAULT_OF_THE_TRIAL:
+        if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRORS:
             raise Unwritable(
                 f"a trial on {socket.gethostname()} cannot write: {' '.join(str(cause).split())[:300]}; "
-                "make room, or make the storage writable, and go on with --resume and the folder of the sweep"
+                "make room, or make the storage writable, and resume with --resume and the folder of the sweep"
             ) from error
         cause = cause.__cause__ or cause.__context__
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a trial failed, in one line."""
+    """The reason of a failure in one line."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         return (
-            f"out of memory: {text or type(error).__name__}; "
-            "a lower training.batch_size or training.recompute=true needs less"
+            f"out of memory: {text or type(error).__name__}; lower training.batch_size, or set training.recompute=true"
         )
     return text if isinstance(error, SmaError) else f"{type(error).__name__}: {text}"

@@ -1,7 +1,7 @@
-"""What the driver does at every report: keep it, and show it.
+"""The driver's callback: records every report, and shows a table of the trials.
 
-Not by Ray's `CLIReporter`, which lists the trials of this driver alone, and no trial that an interrupted sweep has
-finished; ranks them by one metric; and prints its table anew each time, whatever the height of the terminal.
+Ray's `CLIReporter` is not used. It omits the trials of earlier drivers of a resumed sweep, ranks trials by one metric,
+and prints the whole table again at every report.
 """
 
 import os
@@ -32,23 +32,22 @@ from sma.tune.sweep import RATE, SweepSpec
 from sma.tune.trial import Unwritable
 
 IDLE = 300.0
-"""Seconds in which a process of a trial must come into being, at least."""
+"""Minimum timeout for the start of the process of a trial, in seconds."""
 
 
 class Recorder(tune.Callback):
-    """Writes the record of a trial at everything that happens to it, and the seconds that the sweep has taken; ends
-    silent processes.
+    """Writes the record of a trial at every event, and the duration of the sweep; kills processes without heartbeats.
 
     Args:
         sweep: the sweep.
         storage: its folder.
-        records: of the trials that there were.
-        began: when this driver started its cluster, by `time.time`.
-        progress: show a table on a terminal, a line per trial elsewhere.
-        needs: what a trial gets, in words.
+        records: records of earlier trials.
+        began: time at which this driver started its cluster, by `time.time`.
+        progress: whether to show a table on a terminal, or elsewhere a line per trial.
+        needs: resources of a trial as text, for error messages.
 
     Attributes:
-        failure: why nothing more can be written or run; the sweep ends with it.
+        failure: the error that ends the sweep, or None.
     """
 
     def __init__(
@@ -73,21 +72,21 @@ class Recorder(tune.Callback):
         self._closed, self._lock = False, threading.RLock()
 
     def pulse_key(self, number: int) -> str:
-        """Under which a trial leaves its signs of life."""
+        """The key of the heartbeats of a trial."""
         return f"{self._prefix}/{number}"
 
     def look(self) -> None:
-        """Raise what ended the sweep, for the main thread."""
+        """Raise the error that ended the sweep, in the main thread."""
         if self.failure is not None:
             raise self.failure
 
     def close(self) -> None:
-        """Write nothing more: the folder may soon be another process's."""
+        """Stop writing, because another process may soon hold the lock of the folder."""
         with self._lock:
             self._closed = True
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Several times a second: look after the folder and the processes."""
+        """Check the folder and the heartbeats, several times a second."""
         if not self.listener.due:
             return
         self._guard(lambda: check_same(self.storage, self._content))
@@ -97,8 +96,8 @@ class Recorder(tune.Callback):
         elif time.monotonic() - self._ran > (limit := max(IDLE, self.sweep.silence)):
             self._fail(
                 SmaError(
-                    f"no machine of the cluster has taken up a trial for {limit:g} s; "
-                    f"are there {self.needs} left on one?"
+                    f"no machine of the cluster has started a trial for {limit:g} s; "
+                    f"make sure that one has {self.needs} free, and resume with --resume"
                 )
             )
         for trial, actor in actors.items():
@@ -109,37 +108,37 @@ class Recorder(tune.Callback):
                 ray.kill(actor)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A trial runs."""
+        """Record the start of a trial."""
         self._keep(self._record(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """An evaluation, the end, or a failure of its own."""
+        """Record an evaluation, the end, or a failure of a trial."""
         record = self._record(trial)
         self._silenced.discard(record.number)
         record.status, record.reason = result["status"], result["reason"]
         record.metrics, record.history, record.node = result["metrics"], result["history"], result["host"]
         record.busy[f"{result['began']:.3f} {result['process']}"] = round(result["busy"], 3)
         if record.status == "running" and result.get("done"):
-            record.status = "stopped"  # by halving, which has decided already
+            record.status = "stopped"  # by halving
         self._keep(record)
 
     def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
-        """A run folder was stored."""
+        """Record the location of a stored run folder."""
         record = self._record(trial)
         record.checkpoint = self.storage.relative(checkpoint.path)
         self._keep(record)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Its process died, and it gets another."""
+        """Record the restart of a trial whose process died."""
         record = self._record(trial)
         self._check_cause(trial)
         record.restarts += 1
         self._keep(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """It ended; one that is still running by its own account was stopped."""
+        """Record the end of a trial. It was stopped if its last report has the status `running`."""
         record = self._record(trial)
         if record.status == "running":
             record.status = "stopped"
@@ -147,10 +146,10 @@ class Recorder(tune.Callback):
         self._say(record)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Its process died too often."""
+        """Record the failure of a trial whose process died more often than `restarts` allows."""
         record = self._record(trial)
         cause = self._check_cause(trial)
-        record.status, record.reason = "failed", self._last_words(record, cause)
+        record.status, record.reason = "failed", self._reason(record, cause)
         self._keep(record)
         self._say(record)
 
@@ -163,17 +162,17 @@ class Recorder(tune.Callback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Leave the table as it is."""
-        with suppress(SmaError):  # where it cannot be written, that is known
+        """Write the duration, and stop updating the table."""
+        with suppress(SmaError):  # the error is already in `failure`
             self._tick()
         self.close()
-        if kind is None:  # otherwise the cluster may be lost, and would be waited for
+        if kind is None:  # otherwise the cluster may be lost, and the call would block
             forget_pulses(map(self.pulse_key, self.records))
         if self.live is not None:
             self.live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ray keeps a copy of its callbacks; the terminal cannot be a part of it."""
+        """The state for the copy that Ray pickles, without the terminal, the lock and the listener."""
         own = {"live": None, "_lock": None, "listener": None, "failure": None}
         return {**self.__dict__, **own}
 
@@ -185,7 +184,7 @@ class Recorder(tune.Callback):
 
     def _keep(self, record: TrialRecord) -> None:
         def write() -> None:
-            # What was removed must not come into being again, with this record alone.
+            # A removed folder must not be created again with this record alone.
             check_same(self.storage, self._content)
             record.save(self.storage)
 
@@ -199,7 +198,7 @@ class Recorder(tune.Callback):
         self._guard(lambda: save_clock(self.storage, self.clock))
 
     def _guard(self, write: Callable[[], object]) -> None:
-        """Do something with the folder, if it is this driver's still; what goes wrong ends the sweep."""
+        """Call a function that accesses the folder, unless the driver has stopped writing. An error ends the sweep."""
         with self._lock:
             if self._closed or self.failure is not None:
                 return
@@ -213,63 +212,62 @@ class Recorder(tune.Callback):
         raise error
 
     def _check_cause(self, trial: Trial) -> BaseException | str | None:
-        """Why a process died; storage that nobody can write is no fault of the trial, which the sweep would only try
-        again.
+        """The cause of the death of a process.
 
         Raises:
-            Unwritable: that is why.
+            Unwritable: the storage cannot be written, which a restart of the trial would only repeat.
         """
         cause = cause_of(trial)
         if isinstance(cause, Unwritable):
             self._fail(cause)
         return cause
 
-    def _last_words(self, record: TrialRecord, cause: BaseException | str | None) -> str:
-        """Why a trial was given up, in one line."""
+    def _reason(self, record: TrialRecord, cause: BaseException | str | None) -> str:
+        """The reason of the failure of a trial whose process died, in one line."""
         times = f"its process died {record.restarts + 1} times" if record.restarts else "its process died"
         if record.number in self._silenced:
             return f"{times}, the last time because it gave no sign of life for {self.sweep.silence:g} s (--silence)"
         if cause is None:
             return f"{times}, and Ray kept no reason"
-        words = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
-        return f"{times}: {' '.join(words.split())[:500]}"
+        text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        return f"{times}: {' '.join(text.split())[:500]}"
 
     def _say(self, record: TrialRecord) -> None:
         if self.progress and self.live is None:
             done = sum(other.status != "running" for other in self.records.values())
-            words = "  ".join(cell for cell in _cells(record, self.sweep) if cell)
-            print(f"{done} of {self.sweep.samples}: trial {words}", file=sys.stderr, flush=True)
+            cells = "  ".join(cell for cell in _cells(record, self.sweep) if cell)
+            print(f"{done} of {self.sweep.samples}: trial {cells}", file=sys.stderr, flush=True)
 
     def _table(self, console: Console) -> Table:
         return trial_table(self.records.values(), self.sweep, console.height - FRAME)
 
 
 FRAME = 4
-"""Lines of the table that are no trials, and one for the cursor."""
+"""Number of lines besides the trials: those of the table's frame, and one for the cursor."""
 
 
 def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> Table:
-    """The trials that run, the best and the latest as a table for a terminal.
+    """The table of the running, the best and the latest trials for a terminal.
 
     Args:
         records: all trials.
         sweep: the sweep.
-        rows: how many there is room for.
+        rows: maximum number of trials.
     """
     known = sorted(records, key=lambda record: record.number)
-    shown = _most_telling(known, sweep, rows)
+    shown = _selected(known, sweep, rows)
     counts = {
         status: sum(record.status == status for record in known)
         for status in ("running", "finished", "stopped", "failed")
     }
-    words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    title = f"{sweep.samples} trials of {sweep.updates:,} updates: {words or 'none yet'}"
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    title = f"{sweep.samples} trials of {sweep.updates:,} updates: {summary or 'none yet'}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     names = ["trial", "status", "update", sweep.quality.name.replace("_per_", "/"), "rate"]
     lines = [_cells(record, sweep) for record in shown]
-    for place, name in enumerate(names):
-        # Of a given width, because rich takes the room that is missing from all columns without one, down to nothing.
-        width = max(map(len, [name, *(cells[place] for cells in lines)]))
+    for column, name in enumerate(names):
+        # With a fixed width, because rich shrinks all columns without one if the terminal is too narrow.
+        width = max(map(len, [name, *(cells[column] for cells in lines)]))
         table.add_column(name, width=width, justify="left" if name == "status" else "right")
     table.add_column("values")
     for *cells, values in lines:
@@ -279,13 +277,13 @@ def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> 
     return table
 
 
-def _most_telling(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -> list[TrialRecord]:
-    """As many trials as there is room for: first those that run, then the best, then the latest."""
+def _selected(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -> list[TrialRecord]:
+    """At most `rows` trials: first the running ones, then the best, then the latest."""
     running = [record for record in records if record.status == "running"]
     others = [record for record in records if record.status != "running"]
     if len(records) <= rows:
         return [*running, *others]
-    room = max(1, rows - 1)  # a line says that there are more
+    room = max(1, rows - 1)  # the last line shows the number of the other trials
     finished = [record for record in others if record.status == "finished"]
     best = sorted(finished, key=lambda record: sweep.quality.oriented(record.metrics))[
         : max(0, room - len(running) + 1) // 2
@@ -299,7 +297,7 @@ def _most_telling(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -
 
 
 def describe_values(record: TrialRecord) -> str:
-    """What a trial changes, with the ends of the paths."""
+    """The values that a trial changes, with the last parts of their paths."""
     ends = Counter(_end(path, 1) for path in record.values)
     names = {path: _end(path, 1 if ends[_end(path, 1)] == 1 else 2) for path in record.values}
     return (
@@ -324,9 +322,7 @@ def _number(value: Any) -> str:
 
 
 def cause_of(trial: Trial) -> BaseException | str | None:
-    """Why the process of a trial died the last time, from the files in which Ray keeps it on this machine; None where
-    there are none.
-    """
+    """The cause of the last death of a trial's process, from Ray's files on this machine; None if there are none."""
     with suppress(Exception):
         error = cloudpickle.loads(Path(trial.pickled_error_file or "").read_bytes())
         if isinstance(error, ray.exceptions.RayTaskError):

@@ -53,7 +53,7 @@ def test_an_impossible_demand_is_refused(asked: dict[str, Any], nodes: list[dict
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        pytest.param({"accelerator": "cpu", "gpus": 0.5}, r"accelerator=cpu takes no GPU, and gpus=0.5", id="cpu"),
+        pytest.param({"accelerator": "cpu", "gpus": 0.5}, r"accelerator=cpu uses no GPU, and gpus=0.5", id="cpu"),
         pytest.param({"accelerator": "cuda", "gpus": 0}, r"accelerator=cuda needs a GPU, and gpus=0", id="cuda"),
     ],
 )

@@ -23,7 +23,7 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs", id="cpus"),
         pytest.param(["--gpus", "4096"], "and 4096 GPUs for a trial", id="gpus"),
         pytest.param(
-            ["--accelerator", "cpu", "--gpus", "1"], "accelerator=cpu takes no GPU, and gpus=1", id="cpu-with-gpu"
+            ["--accelerator", "cpu", "--gpus", "1"], "accelerator=cpu uses no GPU, and gpus=1", id="cpu-with-gpu"
         ),
         pytest.param(
             ["--set", "training.learning_rate=0.1"], "the sweep searches 'training.learning_rate'", id="set-searched"

@@ -191,7 +191,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
     assert not (out / SUMMARY).exists()
     with driver("train", f"--resume={out}", *common, log=log) as process:
         assert process.wait(PATIENCE) == 0, log.read_text()
-    assert log.read_text().count("going on from the last checkpoint") == 1
+    assert log.read_text().count("resuming from the last checkpoint") == 1
     for name in (LAST, BEST):
         assert same(checkpoint(out, name)["state_dict"], checkpoint(uninterrupted, name)["state_dict"]), name
     assert not (out / RAY).exists()
@@ -275,7 +275,7 @@ def test_a_split_with_fewer_samples_than_workers_is_refused(data_folder: Path) -
         pytest.param(["--workers", "7"], "cannot be shared evenly by 7 workers", id="batch"),
         pytest.param(
             ["--workers", "4096", "--set", "training.batch_size=4096"],
-            "4096 workers of 1 CPUs do not fit, there is room for",
+            "4096 workers of 1 CPUs do not fit; there is room for",
             id="workers",
         ),
         pytest.param(["--cpus", "4096"], "no machine has 4096 CPUs and 0 GPUs for a worker", id="cpus"),

@@ -42,9 +42,9 @@ def test_the_folder_of_a_killed_process_goes_with_the_next_one(machine: Path) ->
     assert sorted(machine.iterdir()) == sorted(others)
 
 
-def test_a_process_of_another_user_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(process: int, number: int) -> None:
         raise PermissionError
 
     monkeypatch.setattr("os.kill", refuse)
-    assert scratch._lives(1)
+    assert scratch._is_alive(1)

@@ -116,7 +116,7 @@ def test_the_measures_are_those_of_the_task() -> None:
     [
         pytest.param({"samples": 0}, r"samples=0 must be at least 1", id="samples"),
         pytest.param({"objectives": ["speed"]}, r"objectives", id="objective"),
-        pytest.param({"objectives": ["rate", "rate"]}, r"name one twice", id="objective-twice"),
+        pytest.param({"objectives": ["rate", "rate"]}, r"must all be different", id="objective-twice"),
         pytest.param({"stopping": {"grace": 31}}, r"stopping.grace=31 must be at most training.updates=30", id="grace"),
         pytest.param({"stopping": {"reduction": 1}}, r"reduction=1 must be at least 1\.1", id="reduction"),
     ],
