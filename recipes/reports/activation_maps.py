@@ -1,6 +1,4 @@
-"""Activation maps: which positions of a sample ran sub-modules, drawn over what the sample is: a text, an image or a
-sound.
-"""
+"""Activation maps: the positions of a sample that activated sub-modules, drawn over the text, image or sound."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,29 +8,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 _SHORT = 130
-"""Positions of a text that fit into one line with a name under each."""
+"""Maximum number of positions of a text that is drawn on one line, with a label per position."""
 
 _COLUMNS = 150
-"""Characters of a line of a long text."""
+"""Number of characters per line of a long text."""
 
 _LINES = 7
-"""Lines that are shown of a long text."""
+"""Maximum number of lines of a long text."""
 
 _BINS = 1000
-"""Columns of a strip: neighbours are averaged where there are more positions."""
+"""Maximum number of columns of a strip; adjacent positions are averaged if there are more."""
 
-_RAN = (0.93, 0.45, 0.05)
+_ACTIVE_COLOUR = (0.93, 0.45, 0.05)
 
 
 class Example(NamedTuple):
-    """A sample that the figure shows.
+    """A sample of the figure.
 
     Attributes:
-        texts: every position.
-        target: the right class; where answers are asked at positions, how many.
-        guess: the model's; how many of them it got right.
-        active: `(layers, positions)`, whether any sub-module ran.
-        values: the inputs of an image or a sound; None for a text.
+        texts: text of every position.
+        target: true class; with a target per position, the number of scored positions.
+        guess: predicted class; with a target per position, the number of right predictions.
+        active: whether any sub-module was active, `(layers, positions)`.
+        values: inputs of an image or a sound; None for a text.
     """
 
     texts: list[str]
@@ -42,38 +40,38 @@ class Example(NamedTuple):
     values: Float[Tensor, " L"] | None = None
 
 
-class Medium(NamedTuple):
-    """What the positions of a sample are; see `TaskData`."""
+class Modality(NamedTuple):
+    """The kind of input: an image, a sound, or, if both fields are None, a text; see `TaskData`."""
 
     image_shape: tuple[int, int] | None = None
     sample_rate: int | None = None
 
 
 class Line(NamedTuple):
-    """One line of a long text: number of the first token, and the column of the first character of each token."""
+    """A line of a long text: the number of its first token, and the column of the first character of every token."""
 
     first: int
     columns: list[int]
 
 
-def height_of(example: Example, medium: Medium) -> float:
-    """Inches that the map of a sample needs."""
+def height_of(example: Example, modality: Modality) -> float:
+    """Height of the map of a sample, in inches."""
     layers = len(example.active)
-    if medium.image_shape is not None:
+    if modality.image_shape is not None:
         return 2.3 if layers < 7 else 1.9
-    if medium.sample_rate is not None:
+    if modality.sample_rate is not None:
         return 1.6 + 0.17 * layers
     if len(example.texts) <= _SHORT:
         return 1.35 if layers < 6 else 0.6 + 0.14 * layers
     return 0.95 + 0.14 * layers + 0.17 * len(wrapped(example.texts))
 
 
-def draw_map(figure: Any, example: Example, medium: Medium, title: str) -> None:
-    """Draw one sample into a figure or a sub-figure of its own."""
-    if medium.image_shape is not None and example.values is not None:
-        _draw_image(figure, example, medium.image_shape, title)
-    elif medium.sample_rate is not None and example.values is not None:
-        _draw_sound(figure, example, medium.sample_rate, title)
+def draw_map(figure: Any, example: Example, modality: Modality, title: str) -> None:
+    """Draw one sample into an empty figure or sub-figure."""
+    if modality.image_shape is not None and example.values is not None:
+        _draw_image(figure, example, modality.image_shape, title)
+    elif modality.sample_rate is not None and example.values is not None:
+        _draw_sound(figure, example, modality.sample_rate, title)
     elif len(example.texts) <= _SHORT:
         _draw_short_text(figure, example, title)
     else:
@@ -81,7 +79,7 @@ def draw_map(figure: Any, example: Example, medium: Medium, title: str) -> None:
 
 
 def wrapped(texts: Sequence[str]) -> list[Line]:
-    """Break a text into the lines that are shown; words get a blank between them, single characters do not."""
+    """Break a text into the lines of the figure. Words are separated by a blank, single characters are not."""
     blank = int(sum(len(text) > 1 for text in texts) > len(texts) / 10)
     lines, column = [Line(0, [])], 0
     for number, text in enumerate(texts):
@@ -96,13 +94,13 @@ def wrapped(texts: Sequence[str]) -> list[Line]:
 
 
 def binned(active: Bool[Tensor, "N L"], bins: int = _BINS) -> Float[Tensor, "N K"]:
-    """Share of the positions of every column that ran, for at most `bins` columns of (nearly) equal width."""
+    """Share of active positions per column, for at most `bins` columns of (nearly) equal width."""
     length = active.shape[1]
     return torch.nn.functional.adaptive_avg_pool1d(active.double(), bins) if length > bins else active.double()
 
 
 def printable(text: str) -> str:
-    """A text that can be drawn: what has no shape gets one."""
+    """A text in which visible symbols replace unprintable characters."""
     return "".join({"\n": "⏎", "\t": "→"}.get(sign, sign if sign.isprintable() else "·") for sign in text)
 
 
@@ -111,17 +109,17 @@ def _draw_image(figure: Any, example: Example, shape: tuple[int, int], title: st
     values = example.values.reshape(shape).numpy()  # type: ignore[union-attr]
     axes = figure.subplots(1, layers + 1, squeeze=False)[0]
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    for place, axis in enumerate(axes):
+    for layer, axis in enumerate(axes, start=-1):
         axis.imshow(values, cmap="gray", interpolation="nearest")
         axis.set_axis_off()
-        if place == 0:
+        if layer < 0:
             axis.set_title("input", fontsize=8)
             continue
-        ran = example.active[place - 1].reshape(shape)
+        active = example.active[layer].reshape(shape)
         overlay = torch.zeros(*shape, 4)
-        overlay[ran] = torch.tensor([*_RAN, 0.6])
+        overlay[active] = torch.tensor([*_ACTIVE_COLOUR, 0.6])
         axis.imshow(overlay.numpy(), interpolation="nearest")
-        axis.set_title(f"layer {place - 1}: {float(ran.double().mean()):.0%}", fontsize=8)
+        axis.set_title(f"layer {layer}: {float(active.double().mean()):.0%}", fontsize=8)
 
 
 def _draw_sound(figure: Any, example: Example, rate: int, title: str) -> None:
@@ -145,16 +143,17 @@ def _draw_short_text(figure: Any, example: Example, title: str) -> None:
     names = [printable(text) for text in example.texts]
     axis.set_xticks(range(positions), names, fontsize=8, family="monospace", rotation=90, parse_math=False)
     axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
-    axis.set_xticks([place - 0.5 for place in range(1, positions)], minor=True)
-    axis.set_yticks([place - 0.5 for place in range(1, layers)], minor=True)
+    axis.set_xticks([position - 0.5 for position in range(1, positions)], minor=True)
+    axis.set_yticks([layer - 0.5 for layer in range(1, layers)], minor=True)
     axis.grid(which="minor", color="white", linewidth=1)
     axis.tick_params(which="both", length=0)
     axis.set_title(title, fontsize=9, loc="left")
 
 
 def _draw_long_text(figure: Any, example: Example, title: str) -> None:
-    """The whole sample as a strip per layer, and its beginning as a text whose tokens are as dark as many layers ran on
-    them.
+    """Draw the whole sample as a strip per layer, and its beginning as text.
+
+    The background of a token is the darker the more layers were active on it.
     """
     layers, positions = example.active.shape
     lines = wrapped(example.texts)
@@ -163,18 +162,18 @@ def _draw_long_text(figure: Any, example: Example, title: str) -> None:
     strip.tick_params(labelsize=7)
     strip.set_title(title, fontsize=9, loc="left")
     share = example.active.double().mean(0)
-    ground = torch.full((len(lines), _COLUMNS), float("nan"), dtype=torch.float64)
+    background = torch.full((len(lines), _COLUMNS), float("nan"), dtype=torch.float64)
     for row, line in enumerate(lines):
         for number, column in enumerate(line.columns, start=line.first):
             text = printable(example.texts[number])
-            ground[row, column : column + max(1, len(text))] = share[number]
-            # Each by itself: a line of text would be wider or narrower than the columns of the ground.
+            background[row, column : column + max(1, len(text))] = share[number]
+            # Tokens are drawn one by one: a whole line would be wider or narrower than the columns of the background.
             middle = column + (len(text) - 1) / 2
             sign = page.text(
                 middle, row, text, fontsize=7, family="monospace", ha="center", va="center", parse_math=False
             )
-            sign.set_in_layout(False)  # a thousand of them would be measured again and again
-    page.imshow(ground.numpy(), aspect="auto", cmap="Oranges", vmin=0, vmax=1.5, interpolation="nearest")
+            sign.set_in_layout(False)  # the layout would measure a thousand of them repeatedly
+    page.imshow(background.numpy(), aspect="auto", cmap="Oranges", vmin=0, vmax=1.5, interpolation="nearest")
     page.set_yticks(range(len(lines)), [str(line.first) for line in lines], fontsize=7)
     page.set_xticks([])
     page.tick_params(length=0)

@@ -1,4 +1,4 @@
-"""The report of a classifier, in words and pictures."""
+"""The report of a classifier: text and figures."""
 
 import csv
 from collections import defaultdict
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sma.model import SequenceModel
 from sma.recipes.io.names import plain
-from sma.recipes.reports.activation_maps import Example, Medium, draw_map, height_of
+from sma.recipes.reports.activation_maps import Example, Modality, draw_map, height_of
 from sma.recipes.reports.confusion import Confusion
 from sma.recipes.reports.figures import drawing, label, save_figure
 from sma.recipes.tasks.batch import UNSCORED
@@ -21,25 +21,24 @@ from sma.stats import module_names
 FIGURE = "activation.png"
 
 _POSITIONS = 2_000_000
-"""How many are looked at; long samples are fewer."""
+"""Maximum number of positions that are measured, which limits the number of long samples."""
 
 _BATCH = 2**17
-"""Positions that go through the model at once."""
+"""Maximum number of positions of a batch."""
 
 
 class ClassificationReport(NamedTuple):
     """The behaviour of a model on a split.
 
     Attributes:
-        majority: share of the commonest class: what guessing it always would score.
-        samples: how many samples were looked at.
-        by_text: activation rate per layer of every text that stands at a position, and how often it stands there; none
-            for a sound.
+        majority: accuracy of always predicting the majority class.
+        samples: number of measured samples.
+        by_text: activation rates per layer and number of occurrences of every text of a position; empty for sounds.
         examples: samples for the figure.
-        modules: the routed sub-modules of all layers.
-        medium: what the positions are.
-        class_names: of the classes; empty: they are called by their numbers.
-        confusion: of the whole split, where it was counted.
+        modules: names of the routed sub-modules of all layers.
+        modality: kind of the inputs.
+        class_names: names of the classes; empty if they have only numbers.
+        confusion: confusion matrix of the whole split; None if it was not counted.
     """
 
     majority: float
@@ -47,19 +46,19 @@ class ClassificationReport(NamedTuple):
     by_text: dict[str, tuple[list[float], int]]
     examples: list[Example]
     modules: tuple[str, ...] = ()
-    medium: Medium = Medium()
+    modality: Modality = Modality()
     class_names: tuple[str, ...] = ()
     confusion: Confusion | None = None
 
     def describe(self, summary: Mapping[str, Any], out: Path) -> str:
-        """The end of a run in words: accuracy, activation rates, files, and what to try next."""
+        """The results of a run as text: accuracy, activation rates, files, and suggestions."""
         accuracy, rates = summary["test_accuracy"], summary["activation_rate"]
         speed = f", {summary['tokens_per_second']:,} tokens/s in training" if summary["tokens_per_second"] else ""
         lines = [
             "",
             (
                 f"test accuracy     {accuracy:.1%}   (chance {summary['chance']:.1%}, "
-                f"always the commonest answer {self.majority:.1%})"
+                f"majority class {self.majority:.1%})"
             ),
             (
                 "activation rate   "
@@ -91,17 +90,17 @@ class ClassificationReport(NamedTuple):
         return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
 
     def draw(self, out: Path, title: str) -> Path:
-        """Draw which positions activated sub-modules, per layer, and the rates over training, into `activation.png`.
+        """Draw the active positions per layer, and the rates over training, into `activation.png`.
 
         Pixels are drawn as images, sounds as waves, everything else as text; see `activation_maps`. The confusion
-        matrix, where there is one, is drawn into `confusion.png`.
+        matrix, if there is one, is drawn into `confusion.png`.
         """
-        heights = [*(height_of(example, self.medium) for example in self.examples), 2.9]
+        heights = [*(height_of(example, self.modality) for example in self.examples), 2.9]
         with drawing(14, sum(heights) + 0.6) as figure:
             figure.suptitle(title, fontsize=13)
             parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
             for part, example in zip(parts, self.examples, strict=False):
-                draw_map(part, example, self.medium, _caption(self, example))
+                draw_map(part, example, self.modality, _caption(self, example))
             draw_rates(parts[-1].subplots(), out)
             path = save_figure(figure, out / FIGURE)
         if self.confusion is not None:
@@ -113,22 +112,22 @@ class ClassificationReport(NamedTuple):
 def measure(
     model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4
 ) -> ClassificationReport:
-    """Look at which positions activate sub-modules, on up to `limit` samples of a split.
+    """Measure the positions that activate sub-modules, on up to `limit` samples of a split.
 
-    They are drawn at random, the same in every report: many data sets are sorted by class.
+    The samples are a random choice, the same in every report, because many data sets are sorted by class.
     """
     model.eval()
-    medium = Medium(data.image_shape, data.sample_rate)
+    modality = Modality(data.image_shape, data.sample_rate)
     longest = max(1, int(samples.lengths.max()))
     drawn = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     drawn = drawn[: min(limit, max(shown, _POSITIONS // longest))]
-    places: dict[str, int] = {}
-    stand: list[int] = []
-    seen: list[Tensor] = []
+    indices: dict[str, int] = {}
+    text_ids: list[int] = []
+    activity: list[Tensor] = []
     examples: dict[int, Example] = {}
     modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
-    # Samples of middling length show the most on one line; of several with the same length those that were drawn first.
+    # Samples of about 40 positions fill one line of the figure; ties are resolved by the order of the draws.
     wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
     for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
@@ -137,39 +136,43 @@ def measure(
         if not output.decisions:
             continue
         modules = module_names(output.decisions)
-        ran = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
+        active = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
         rows = model.spec.rows_per_sample
         for row, number in enumerate(part.tolist()):
-            own = slice(row * rows, (row + 1) * rows)  # a pair of documents is shown one after the other
+            own = slice(row * rows, (row + 1) * rows)  # the documents of a pair are concatenated
             valid = batch.valid[own].cpu()
             values = batch.inputs[own].cpu()[valid]
-            mine = ran[:, own][:, valid]
+            mine = active[:, own][:, valid]
             texts: list[str] = []
-            if medium.sample_rate is None:  # numbers of a sound are all different: rates by number say nothing
+            if modality.sample_rate is None:  # the values of a sound are all different, so rates by value mean nothing
                 texts = data.show(values)
-                stand += [places.setdefault(text, len(places)) for text in texts]
-                seen.append(mine)
+                text_ids += [indices.setdefault(text, len(indices)) for text in texts]
+                activity.append(mine)
             if number in wanted:
-                kept = values if medium != Medium() else None
+                kept = values if modality != Modality() else None
                 examples[number] = Example(texts, answers[row], guesses[row], mine, kept)
     targets = torch.cat([torch.as_tensor(samples[number][1]).reshape(-1) for number in range(len(samples))])
     majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
-    by_text = _by_text(places, torch.tensor(stand), torch.cat(seen, 1)) if stand else {}
-    both = _of_both_sorts([examples[number] for number in wanted if number in examples], shown)
-    return ClassificationReport(majority, len(drawn), by_text, both, modules, medium, data.class_names)
+    by_text = _by_text(indices, torch.tensor(text_ids), torch.cat(activity, 1)) if text_ids else {}
+    chosen = _right_and_wrong([examples[number] for number in wanted if number in examples], shown)
+    return ClassificationReport(majority, len(drawn), by_text, chosen, modules, modality, data.class_names)
 
 
-def _by_text(places: dict[str, int], stand: Tensor, ran: Tensor) -> dict[str, tuple[list[float], int]]:
-    """The activation rate of every layer at every text; `stand` has the number of the text at each position."""
-    counts = stand.bincount()
-    rates = torch.stack([stand.bincount(layer.double()) for layer in ran], 1) / counts[:, None]
-    return {text: (rates[place].tolist(), int(counts[place])) for text, place in places.items()}
+def _by_text(indices: dict[str, int], text_ids: Tensor, active: Tensor) -> dict[str, tuple[list[float], int]]:
+    """The activation rates of all layers and the number of occurrences of every text.
+
+    Args:
+        indices: number of every text.
+        text_ids: number of the text at every position.
+        active: whether a layer was active at a position, `(layers, positions)`.
+    """
+    counts = text_ids.bincount()
+    rates = torch.stack([text_ids.bincount(layer.double()) for layer in active], 1) / counts[:, None]
+    return {text: (rates[index].tolist(), int(counts[index])) for text, index in indices.items()}
 
 
 def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[int]]:
-    """The model's answers and the right ones; where positions are asked, how many were answered right and how many were
-    asked.
-    """
+    """The predicted and the true classes; with a target per position, the numbers of right and of scored positions."""
     if logits is None:
         return [], targets.tolist()
     guesses = logits.argmax(-1)
@@ -178,8 +181,8 @@ def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[in
     return ((guesses == targets) & (targets != UNSCORED)).sum(1).tolist(), (targets != UNSCORED).sum(1).tolist()
 
 
-def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
-    """Half of them answered right and half wrong, as far as there are such."""
+def _right_and_wrong(examples: list[Example], shown: int) -> list[Example]:
+    """At most `shown` examples, half of them with right and half with wrong predictions, if there are enough."""
     right = [example for example in examples if example.guess == example.target]
     wrong = [example for example in examples if example.guess != example.target]
     some = right[: max(shown // 2, shown - len(wrong))]
@@ -187,7 +190,7 @@ def _of_both_sorts(examples: list[Example], shown: int) -> list[Example]:
 
 
 def where_figure(out: Path) -> str:
-    """The path of a run's figure, as its report names it."""
+    """The path of a run's figure, or a note that it was not drawn."""
     return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
 
 
@@ -206,10 +209,9 @@ def _hints(rates: Sequence[float], updates: int) -> list[str]:
 
 
 def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the logged activation rates of a run, all its parts after interruptions included: curve name to (update,
-    rate).
+    """Read the logged activation rates of a run, over all its interruptions: (update, rate) pairs by curve name.
 
-    Lines that a killed process left half-written are skipped.
+    Incomplete lines of a killed process are skipped.
     """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for path in sorted(
@@ -231,25 +233,21 @@ def rates_over_training(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file that came to their end; where the machine went down, some systems fill the rest up with
-    zeros.
-    """
+    """The complete lines of a file. After a crash of the machine some file systems pad it with zeros."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n") and "\0" not in line]
 
 
 def _caption(report: ClassificationReport, example: Example) -> str:
     names = report.class_names
-    answer, guess = (label(names[place], 40) if names else str(place) for place in (example.target, example.guess))
+    answer, guess = (label(names[index], 40) if names else str(index) for index in (example.target, example.guess))
     verdict = "right" if example.guess == example.target else "wrong"
-    mark = "orange" if report.medium.image_shape is not None else "dark"
+    mark = "orange" if report.modality.image_shape is not None else "dark"
     return f"answer {answer}, model says {guess} ({verdict}); {mark}: {' or '.join(report.modules)} ran here"
 
 
 def draw_rates(axis: Any, out: Path) -> None:
-    """Draw the activation rates of a run over its training, and the validation accuracy where there is one, into an
-    axis.
-    """
+    """Draw the activation rates of a run over its training, and the validation accuracy if there is one."""
     for name, points in rates_over_training(out).items():
         updates, values = zip(*points, strict=True)
         if name == "val_accuracy":

@@ -18,7 +18,7 @@ from sma.recipes.reports.table import (
 )
 
 REFERENCE = "transformer"
-"""The model whose speed and memory are 1."""
+"""The reference model, whose relative speed and memory are 1."""
 
 Work = Literal["inference", "training"]
 WORKS: tuple[Work, ...] = get_args(Work)
@@ -26,7 +26,7 @@ Line = Sequence[Row]
 
 
 def comparison_table(summary: Summary) -> Table:
-    """Accuracy, parameters, activation rate, and speed and memory relative to the transformer's."""
+    """Accuracy, parameters, activation rate, and speed and memory relative to those of the transformer."""
     reference = _cost_of(REFERENCE, summary["rows"])
     columns = [variants("model"), ACCURACY, PARAMETERS, MEAN_RATE]
     for work in WORKS:
@@ -36,13 +36,13 @@ def comparison_table(summary: Summary) -> Table:
     return Table(
         summary,
         [Block(columns, groups(summary["rows"]))],
-        caption(summary, *times, _what_speed_is(summary)),
+        caption(summary, *times, _speed_note(summary)),
         lambda row: _relative_values(row, reference),
     )
 
 
 def tasks_table(summaries: Mapping[str, Summary]) -> str:
-    """The accuracies on several tasks as Markdown, and then the table of each."""
+    """The accuracies on several tasks as Markdown, followed by the table of each task."""
     names = list(dict.fromkeys(row["variant"] for summary in summaries.values() for row in summary["rows"]))
     lines = []
     for name in names:
@@ -52,7 +52,7 @@ def tasks_table(summaries: Mapping[str, Summary]) -> str:
     return "\n\n".join([markdown_table(["accuracy", *summaries], lines), *tables]) + "\n"
 
 
-def _what_speed_is(summary: Summary) -> str:
+def _speed_note(summary: Summary) -> str:
     rows: Line = summary["rows"]
     if not any(work in row for row in rows for work in WORKS):
         return "Speed and memory are not measured yet."
@@ -60,29 +60,29 @@ def _what_speed_is(summary: Summary) -> str:
         unit = f"the {REFERENCE}'s is 1"
     else:
         trained = any(row["variant"] == REFERENCE for row in rows)
-        why = f"the {REFERENCE} was not measured" if trained else f"there is no {REFERENCE} here"
+        why = f"the {REFERENCE} was not measured" if trained else f"the {REFERENCE} is not among the models"
         unit = f"{why}, so they are in milliseconds and megabytes"
-    # A comparison that was resumed on another machine can have several.
+    # A comparison that was resumed on another machine has several.
     where = " and ".join(sorted({row["measured_on"] for row in rows if "measured_on" in row}))
     tokens = f"{summary['measured_length']:,} random tokens"
     return f"Speed and peak memory of one row of {tokens}{f' on {where}' if where else ''}: {unit}."
 
 
 def _cost_of(variant: str, rows: Line) -> Mapping[str, Any]:
-    """The row of a variant that holds what was measured; empty: there is none."""
+    """The row of a variant with a measured cost; empty if there is none."""
     return next((dict(row) for row in rows if row["variant"] == variant and WORKS[0] in row), {})
 
 
 def _relative_columns(work: Work, reference: Mapping[str, Any]) -> list[Column]:
-    """Speed and memory, relative to those of the reference where it was measured."""
+    """Speed and memory, relative to those of the reference if it was measured."""
 
-    def cell(line: Line, place: int) -> str:
+    def cell(line: Line, index: int) -> str:
         mine = line[0].get(work)
         if mine is None:
             return "-"
         if not reference:
-            return (f"{mine['milliseconds']:.0f} ms", f"{mine['megabytes']:.0f} MB")[place]
-        times = _relative(line[0], reference, work)[place]
+            return (f"{mine['milliseconds']:.0f} ms", f"{mine['megabytes']:.0f} MB")[index]
+        times = _relative(line[0], reference, work)[index]
         return "-" if times is None else f"{times:.2f}x"
 
     return [Column(f"{work}: speed", lambda line: cell(line, 0)), Column("memory", lambda line: cell(line, 1))]
@@ -98,9 +98,7 @@ def _relative_values(row: Row, reference: Mapping[str, Any]) -> dict[str, float 
 
 
 def _relative(row: Row, reference: Mapping[str, Any], work: Work) -> tuple[float | None, float | None]:
-    """How many times as fast as the reference a model is, and how many times its memory it takes; None where that is
-    not known.
-    """
+    """Speed and memory of a model divided by those of the reference; None if they are not known."""
     mine, other = row.get(work), reference.get(work)
     if mine is None or other is None:
         return None, None

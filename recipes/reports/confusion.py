@@ -1,6 +1,4 @@
-"""Which classes a classifier takes for which: accuracy per class and the confusion matrix, as a table, as JSON and as a
-figure.
-"""
+"""The confusion matrix of a classifier and its accuracy per class, as a table, as JSON and as a figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +12,18 @@ from sma.recipes.io.names import plain
 from sma.recipes.reports.figures import drawing, label, save_figure
 
 _MOST = 20
-"""Classes whose whole matrix can be read in a terminal and in a figure with numbers."""
+"""Maximum number of classes of a matrix that is printed, or drawn with numbers."""
 
 _WIDEST = 24
-"""Characters of a name that tables and figures show."""
+"""Maximum number of characters of a name in tables and figures."""
 
 
 class Confusion(NamedTuple):
-    """How often which class was answered.
+    """A confusion matrix.
 
     Attributes:
-        counts: samples by their class (rows) and by the answer (columns).
-        names: of the classes.
+        counts: numbers of samples by true class (rows) and predicted class (columns).
+        names: names of the classes.
     """
 
     counts: Int64[Tensor, "C C"]
@@ -33,7 +31,7 @@ class Confusion(NamedTuple):
 
     @classmethod
     def of(cls, counts: Int64[Tensor, "C C"], names: tuple[str, ...]) -> "Confusion":
-        """Name the classes of a matrix; without names they are called by their numbers."""
+        """Make a confusion matrix from counts. Without names the classes have their numbers."""
         return cls(counts.cpu(), names or tuple(map(str, range(len(counts)))))
 
     @property
@@ -43,22 +41,23 @@ class Confusion(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Name of its figure in a run folder."""
+        """File name of its figure in a run folder."""
         return "confusion.png"
 
     @property
     def per_class(self) -> dict[str, float | None]:
-        """Share of every class's samples that were answered right; None where a class has no samples."""
+        """Accuracy on the samples of every class; None for a class without samples."""
         pairs = zip(self.names, self.counts.diagonal().tolist(), self.counts.sum(1).tolist(), strict=True)
         return {name: right / total if total else None for name, right, total in pairs}
 
     def record(self) -> dict[str, Any]:
-        """As values for JSON."""
+        """The matrix and the accuracies as values for JSON."""
         return {"per_class": self.per_class, "classes": list(self.names), "confusion": self.counts.tolist()}
 
     def table(self) -> str:
-        """The matrix with the accuracy of every class; of more than 20 classes the least accurate, with what they were
-        taken for.
+        """The matrix with the accuracy of every class.
+
+        Of more than 20 classes it has the least accurate, with their most frequent wrong prediction.
         """
         return self._matrix() if len(self.names) <= _MOST else self._worst()
 
@@ -74,21 +73,21 @@ class Confusion(NamedTuple):
         return "\n".join(lines)
 
     def _worst(self) -> str:
-        accuracies = {place: accuracy for place, accuracy in enumerate(self.per_class.values()) if accuracy is not None}
-        worst = sorted(accuracies, key=lambda place: (accuracies[place], place))[:_MOST]
+        accuracies = {index: accuracy for index, accuracy in enumerate(self.per_class.values()) if accuracy is not None}
+        worst = sorted(accuracies, key=lambda index: (accuracies[index], index))[:_MOST]
         names = [plain(name, _WIDEST) for name in self.names]
-        first = max([len("class"), *(len(names[place]) for place in worst)])
+        first = max([len("class"), *(len(names[index]) for index in worst)])
         lines = [f"{'class':<{first}} {'accuracy':>8} {'samples':>8}   most often taken for"]
-        for place in worst:
-            row = self.counts[place].clone()
-            samples, row[place] = int(row.sum()), 0
+        for index in worst:
+            row = self.counts[index].clone()
+            samples, row[index] = int(row.sum()), 0
             other = f"{names[int(row.argmax())]} ({int(row.max())})" if int(row.max()) else "nothing else"
-            lines.append(f"{names[place]:<{first}} {_percent(accuracies[place]):>8} {samples:>8}   {other}")
+            lines.append(f"{names[index]:<{first}} {_percent(accuracies[index]):>8} {samples:>8}   {other}")
         left = len(self.names) - len(worst)
         return "\n".join([*lines, f"and {left} more classes"] if left else lines)
 
     def draw(self, path: Path, title: str) -> Path:
-        """Draw the matrix, every row as shares of its class, into a PNG."""
+        """Draw the matrix into a PNG file, every row as shares of its class."""
         # Not torchmetrics' plot: it colours counts, so that small classes look wrong, and sets names off their ticks.
         classes = len(self.names)
         totals = self.counts.sum(1, keepdim=True)
@@ -120,17 +119,17 @@ class Confusion(NamedTuple):
 
 
 def check_names(names: Sequence[str], classes: int) -> None:
-    """Check the names of classes before a training: accuracies are listed by them.
+    """Check the names of classes, by which accuracies are listed.
 
     Raises:
-        DataError: they are not as many as the classes, or two are the same.
+        DataError: their number differs from that of the classes, or two are the same.
     """
     if names and len(names) != classes:
         raise DataError(
             f"the data names {len(names)} classes and the task has {classes}; give every class a name, or none"
         )
-    if (twice := next((name for place, name in enumerate(names) if name in names[:place]), None)) is not None:
-        raise DataError(f"the data gives the name {quote(twice)} to two classes; every class needs a name of its own")
+    if (twice := next((name for index, name in enumerate(names) if name in names[:index]), None)) is not None:
+        raise DataError(f"the data gives the name {quote(twice)} to two classes; give every class its own name")
 
 
 def _percent(accuracy: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Figures: drawn without a display, written whole, and never at the cost of the run that they show."""
+"""Figures: drawn without a display and written atomically. A failure to draw does not end the run."""
 
 import errno
 import io
@@ -20,19 +20,21 @@ _DPI = 110
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """Give a figure of so many inches to draw into; no text in it is mathematics, and signs that the font lacks are
-    boxes.
+    """Make a figure to draw into. Texts are not parsed as mathematics; missing glyphs are drawn as boxes.
 
-    The figure belongs to no window and to no list of open figures, so it needs no closing. Use `png` or `save_figure`
-    inside the block: matplotlib lays texts out when the figure is written.
+    The figure has no window and is not in pyplot's list of open figures, so it need not be closed. Call `png` or
+    `save_figure` inside the block, because matplotlib lays out texts when it writes the figure.
+
+    Args:
+        width: width, in inches.
+        height: height, in inches.
     """
-    import matplotlib as mpl  # a second that commands need not wait for
+    import matplotlib as mpl  # here, because the import takes a second
     from matplotlib.figure import Figure
 
-    # A name may hold `$`; a settings file of the user's may ask for LaTeX.
+    # A name may contain `$`, and the user's settings of matplotlib may enable LaTeX.
     with mpl.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
-        # Missing glyphs, scripts that it does not shape, labels too long for its layout: the user can mend none of
-        # them.
+        # Missing glyphs, unsupported scripts, and labels too long for the layout, none of which the user can repair.
         for message in (
             "Glyph .* missing from",
             "Matplotlib currently does not support .* natively",
@@ -50,35 +52,33 @@ def png(figure: Any) -> bytes:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as a PNG, whole or not at all, and return its path."""
+    """Write a figure atomically as a PNG file, and return its path."""
     content = png(figure)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
 
 
 def label(text: object, limit: int = SHOWN) -> str:
-    """Return a name as a figure shows it: on one line, without signs that have no shape, and not longer than its
-    place.
-    """
+    """Return a name for a figure: on one line, without unprintable characters, of at most `limit` characters."""
     return plain(text, limit)
 
 
 def attempt(what: str, draw: Callable[[], object]) -> bool:
-    """Draw, or warn in one line that names what was not drawn and why: nothing that is measured depends on a figure.
+    """Draw a figure, or log a one-line warning with the reason if that fails, because no result depends on a figure.
 
-    A full disk is no fault of the figure, and what is written next would find no room either: that error passes, and
-    resuming draws.
+    The error of a full disk is raised, because the files that are written next would fail too. A resumed run draws the
+    figure.
 
     Args:
-        what: the figure, as the warning names it.
-        draw: makes it.
+        what: name of the figure, for the warning.
+        draw: a function that draws it.
 
     Returns:
-        whether it was drawn.
+        whether the figure was drawn.
     """
     try:
         draw()
-    except Exception as error:  # whatever a drawing library raises
+    except Exception as error:  # a drawing library may raise any exception
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         log.warning("warning: %s was not drawn: %s", plain(what), plain(f"{type(error).__name__}: {reason(error)}"))

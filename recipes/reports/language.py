@@ -1,4 +1,4 @@
-"""The report of a language model, in words and pictures."""
+"""The report of a language model: text and figures."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from sma.recipes.io.names import plain, shell_word
 from sma.recipes.reports.classification import FIGURE, draw_rates, where_figure
 from sma.recipes.reports.figures import drawing, save_figure
 
-# Bytes per line of the figure.
 LINE = 100
+"""Bytes per line of the figure."""
 
-_MARKS = {
+_REFERENCES = {
     "xz": "xz -9 of the test text alone",
     "witten_bell_5": "order-5 Witten-Bell model of the training text",
-    "xz_with_training_text": "xz -9 that was given the training text first",
+    "xz_with_training_text": "xz -9 after the training text",
 }
 
 
@@ -29,8 +29,8 @@ class LanguageReport(NamedTuple):
 
     Attributes:
         text: the bytes.
-        active: `(layers, positions)`: whether any sub-module ran.
-        bits: what each byte cost, in bits; 0 for the first.
+        active: whether any sub-module was active, `(layers, positions)`.
+        bits: loss of every byte, in bits; 0 for the first.
     """
 
     text: bytes
@@ -38,16 +38,14 @@ class LanguageReport(NamedTuple):
     bits: Tensor
 
     def describe(self, summary: Mapping[str, Any], out: Path) -> str:
-        """The end of a run in words: bits per character beside the reference scores, activation rates, and what to try
-        next.
-        """
+        """The results of a run as text: bits per character, reference scores, activation rates, and suggestions."""
         rates, speed = summary["activation_rate"], summary["tokens_per_second"]
         bits, tested = summary["bits_per_character"], summary["bytes"]["test"]
         lines = ["", f"bits per character   {bits:.3f}   on {tested:,} held-out bytes"]
         for name, value in summary["marks"].items():
-            # A limit may stand behind the key.
-            known = max((key for key in _MARKS if name.startswith(key)), key=len, default="")
-            label = _MARKS[known] + name.removeprefix(known) if known else name
+            # The key may end in a limit, such as `_last_100MB`.
+            known = max((key for key in _REFERENCES if name.startswith(key)), key=len, default="")
+            label = _REFERENCES[known] + name.removeprefix(known) if known else name
             lines.append(f"                     {value:.3f}   {label}")
         lines += [
             (
@@ -68,7 +66,7 @@ class LanguageReport(NamedTuple):
         return "\n".join(lines)
 
     def draw(self, out: Path, title: str) -> Path:
-        """Draw a held-out text into `activation.png`, with the bytes marked at which each layer ran sub-modules."""
+        """Draw a held-out text into `activation.png`, with a bar below every byte for each layer that was active."""
         from matplotlib import colormaps
         from matplotlib.patches import Rectangle
 
@@ -78,10 +76,10 @@ class LanguageReport(NamedTuple):
             page, curves = figure.subplots(2, 1, height_ratios=[0.36 * lines, 3.0])
             figure.suptitle(title, fontsize=13)
             colours = [colormaps["tab10"](layer % 10) for layer in range(layers)]
-            for place, byte in enumerate(self.text):
-                row, column = divmod(place, LINE)
+            for position, byte in enumerate(self.text):
+                row, column = divmod(position, LINE)
                 for layer in range(layers):
-                    if self.active[layer, place]:
+                    if self.active[layer, position]:
                         bar = Rectangle(
                             (column, row + 0.62 + 0.34 * layer / layers),
                             1,
@@ -90,8 +88,8 @@ class LanguageReport(NamedTuple):
                             linewidth=0,
                         )
                         page.add_patch(bar)
-                # A byte that was not foreseen stands out.
-                surprise = min(1.0, float(self.bits[place]) / 8)
+                # A byte with a high loss is red.
+                surprise = min(1.0, float(self.bits[position]) / 8)
                 character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")
                 page.text(
                     column + 0.5,
@@ -106,7 +104,7 @@ class LanguageReport(NamedTuple):
             page.set(xlim=(0, LINE), ylim=(lines, 0))
             page.axis("off")
             page.set_title(
-                "held-out text; a bar below a byte: attention ran there; red: the byte was not foreseen",
+                "held-out text; a bar below a byte: attention was active; red: a high loss",
                 fontsize=10,
                 loc="left",
             )
@@ -120,7 +118,7 @@ class LanguageReport(NamedTuple):
 
 @torch.no_grad()
 def read_along(model: LanguageModel, text: Tensor) -> LanguageReport:
-    """Note which bytes of a text activate sub-modules, and how well each was predicted."""
+    """Record the bytes of a text that activate sub-modules, and the loss of every byte."""
     model.eval()
     ids = text[None].long().to(next(model.parameters()).device)
     output = model(ids)

@@ -1,8 +1,8 @@
-r"""Marks that a language model of bytes must beat: what needs no gradient, on the same held-out bytes.
+r"""Reference scores for a language model of bytes: compressors and counts on the same held-out bytes.
 
-All are in bits per byte, $-\frac{1}{T} \log_2 P(\text{test})$, which is a model's loss in nats divided by ln 2. Of the
-text that comes with Python (3.11, 466 KB, the last 10 % held out): 2.00 by xz without the training text, 1.93 by
-counting, 1.41 by xz with the training text.
+All are in bits per byte, $-\frac{1}{T} \log_2 P(\text{test})$, the loss in nats divided by ln 2. The scores of the text
+that comes with Python (3.11, 466 KB, the last 10 % held out): 2.00 by xz without the training text, 1.93 by counts,
+1.41 by xz with the training text.
 
 References:
     Witten and Bell, "The Zero-Frequency Problem: Estimating the Probabilities of Novel Events in Adaptive Text
@@ -24,7 +24,7 @@ Text = bytes | bytearray | memoryview | NDArray[np.uint8] | Tensor
 """Bytes; a tensor of them is uint8, `(T,)`, on the CPU."""
 
 MOST_BEFORE = 100_000_000
-"""Bytes of training text that `marks` looks at, the last ones: enwik8 is looked at whole."""
+"""Maximum number of bytes of training text, the last ones, that `reference_scores` uses: all of enwik8."""
 
 _PRESET = 9  # xz -9
 _BLOCK = 1 << 20
@@ -32,19 +32,20 @@ _MOST_ORDER = 7  # a context and the byte after it are one unsigned integer of 8
 _BYTE = np.uint64(8)  # bits
 
 
-def marks(train: Text, test: Text) -> dict[str, float]:
-    """Return the marks of a held-out text, in bits per byte.
+def reference_scores(train: Text, test: Text) -> dict[str, float]:
+    """Return the reference scores of a held-out text, in bits per byte.
+
+    It takes a second for 466 KB, and some minutes and 1.5 GB of memory for 100 MB.
 
     Args:
-        train: everything that stands before the held-out bytes: `corpus.before_test`.
+        train: all bytes before the held-out ones: `corpus.before_test`.
         test: the held-out bytes: `corpus.test`.
 
     Returns:
-        `xz`: the held-out bytes by `xz -9`, which sees nothing else (`xz_alone`);
+        `xz`: `xz -9` of the held-out bytes alone (`xz_alone`);
         `witten_bell_5`: a byte model of order 5, counted on the training text (`witten_bell`);
-        `xz_with_training_text`: what the held-out bytes add to the training text under `xz -9` (`xz_after`).
-        Of a training text longer than 100,000,000 bytes only the last 100,000,000 are looked at, and the last two keys
-        then say so: they end in `_last_100MB`. A second for 466 KB; some minutes and 1.5 GB of memory for 100 MB.
+        `xz_with_training_text`: the increase by the held-out bytes after the training text under `xz -9` (`xz_after`).
+        Only the last 100,000,000 bytes of a longer training text are used; the last two keys then end in `_last_100MB`.
 
     Raises:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
@@ -62,7 +63,7 @@ def marks(train: Text, test: Text) -> dict[str, float]:
 def xz_alone(test: Text) -> float:
     """Return the bits per byte of `xz -9 < test`: 8 times the bytes of the .xz file over the bytes of the text.
 
-    It learns while it reads, from nothing, and pays about 70 bytes for its container.
+    The compressor adapts to the text from an empty dictionary. The container takes about 70 bytes.
 
     Raises:
         DataError: the text is empty, or a tensor is not uint8 of one dimension.
@@ -75,8 +76,9 @@ def xz_after(train: Text, test: Text) -> float:
     """Return the bits per byte that `test` adds to `train` under `xz -9`: 8 (|xz(train + test)| - |xz(train)|) /
     |test|.
 
-    It goes on learning from the held-out bytes that it has seen, and it can copy: where the held-out text repeats whole
-    passages of the training text, it beats any model that holds no copy of it. It remembers the last 64 MiB.
+    The compressor adapts to the held-out bytes too, and it copies: if the held-out text repeats passages of the
+    training text, its score is better than that of a model without a copy of them. Its dictionary holds the last
+    64 MiB.
 
     Raises:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
@@ -86,7 +88,7 @@ def xz_after(train: Text, test: Text) -> float:
 
 
 def witten_bell(train: Text, test: Text, order: int = 5) -> float:
-    """Return the bits per byte of `test` under `witten_bell_probabilities`, which knows `train` and stays as it is.
+    """Return the bits per byte of `test` under `witten_bell_probabilities`, without adaptation to `test`.
 
     Raises:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
@@ -104,16 +106,16 @@ def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArra
     $$p(c \mid h) = \frac{n(h, c) + t(h)\, p(c \mid h')}{N(h) + t(h)}$$
 
     where the empty context backs off to 1/256. A context that `train` does not contain changes nothing:
-    $p(c \mid h) = p(c \mid h')$. The first bytes of `test` have shorter contexts, down to none: nothing of `train`
-    stands before them.
+    $p(c \mid h) = p(c \mid h')$. The first bytes of `test` have shorter contexts, down to none, because contexts do not
+    reach back into `train`.
 
-    Memory and time: contexts are counted in groups of equal last byte, by sorting. 8 to 50 bytes per training byte of
+    Contexts are counted by sorting, in groups with the same last byte. The memory is 8 to 50 bytes per training byte of
     the largest group.
 
     Args:
         train: text to count.
         test: text to predict.
-        order: most bytes of a context, 0 to 7.
+        order: maximum number of bytes of a context, 0 to 7.
 
     Shape:
         out `(T,)`, float64, in (0, 1).
@@ -127,7 +129,7 @@ def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArra
     """
     if not 0 <= order <= _MOST_ORDER:
         raise SpecError(
-            f"order={order} must be 0 to {_MOST_ORDER}: the number of bytes that the next one is predicted from"
+            f"order={order} must be 0 to {_MOST_ORDER}, the number of bytes from which the next one is predicted"
         )
     before, held_out = _bytes_of(train, "training"), _bytes_of(test, "held-out")
     counts = np.bincount(before, minlength=256)
@@ -140,7 +142,7 @@ def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArra
 
 
 def _after(text: NDArray[np.uint8], last: np.uint8) -> NDArray[np.int64]:
-    """Where the byte before is `last`."""
+    """The positions whose preceding byte is `last`."""
     return np.flatnonzero(text[:-1] == last) + 1
 
 
@@ -149,49 +151,55 @@ def _refine(
     before: NDArray[np.uint8],
     held_out: NDArray[np.uint8],
     counted: NDArray[np.int64],
-    asked: NDArray[np.int64],
+    predicted: NDArray[np.int64],
     order: int,
 ) -> None:
-    """Go from the empty context to the longest, for the places `asked`, of which the last context byte is that of the
-    places `counted`.
+    """Update probabilities in place with contexts of growing length.
+
+    Args:
+        probabilities: probabilities of the held-out bytes.
+        before: the training text.
+        held_out: the held-out text.
+        counted: positions in the training text whose preceding byte is the last byte of the contexts.
+        predicted: positions in the held-out text whose preceding byte is the same.
+        order: maximum length of a context, in bytes.
     """
     for length in range(1, order + 1):
-        counted, asked = counted[counted >= length], asked[asked >= length]
-        if not len(counted) or not len(asked):
+        counted, predicted = counted[counted >= length], predicted[predicted >= length]
+        if not len(counted) or not len(predicted):
             return
         seen, numbers = np.unique(_windows(before, counted, length), return_counts=True)
-        # Sorted by context first, so every context is one run of `seen`.
+        # `seen` is sorted by context first, so every context is one contiguous run.
         contexts = seen >> _BYTE
         firsts = np.flatnonzero(np.diff(contexts, prepend=~contexts[:1]))
         contexts, totals, types = contexts[firsts], np.add.reduceat(numbers, firsts), np.diff(firsts, append=len(seen))
 
-        windows = _windows(held_out, asked, length)
+        windows = _windows(held_out, predicted, length)
         context, known = _find(contexts, windows >> _BYTE)
-        # What is unknown here is unknown to all longer contexts too.
-        asked, windows, context = asked[known], windows[known], context[known]
+        # If a context is unknown, so are all longer ones.
+        predicted, windows, context = predicted[known], windows[known], context[known]
         window, known = _find(seen, windows)
         number = np.where(known, numbers[window], 0)
-        probabilities[asked] = (number + types[context] * probabilities[asked]) / (totals[context] + types[context])
+        backed_off = types[context] * probabilities[predicted]
+        probabilities[predicted] = (number + backed_off) / (totals[context] + types[context])
 
 
-def _windows(text: NDArray[np.uint8], places: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
-    """The byte at every place and the `length` bytes before it, as one number: the byte itself is lowest, the oldest
-    highest.
-    """
-    windows = np.zeros(len(places), dtype=np.uint64)
+def _windows(text: NDArray[np.uint8], positions: NDArray[np.int64], length: int) -> NDArray[np.uint64]:
+    """The byte at every position and the `length` bytes before it as one integer, the byte itself lowest."""
+    windows = np.zeros(len(positions), dtype=np.uint64)
     for back in range(length, -1, -1):
-        windows = windows << _BYTE | text[places - back]
+        windows = windows << _BYTE | text[positions - back]
     return windows
 
 
 def _find(known: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Where in the sorted `known` every wanted number stands, and whether it does."""
-    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return places, known[places] == wanted
+    """The index of every wanted integer in the sorted `known`, and whether it is there."""
+    indices = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return indices, known[indices] == wanted
 
 
 def _xz_size(*parts: NDArray[np.uint8]) -> int:
-    """Bytes of the .xz file of the parts one after another, as `xz -9` writes it; the file itself is not kept."""
+    """Size of the .xz file of the concatenated parts by `xz -9`, in bytes."""
     compressor = lzma.LZMACompressor(preset=_PRESET)
     size = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""What a study measured: a row for every finished run, and its spread over seeds."""
+"""The results of a study: a row for every finished run, and the spread over seeds."""
 
 import statistics
 from collections import defaultdict
@@ -7,14 +7,14 @@ from typing import Any, NotRequired, TypedDict
 
 
 class Failure(TypedDict):
-    """A run that failed.
+    """A failed run.
 
     Attributes:
-        name: the folder of the run, below that of the study.
-        variant: what is compared.
-        column: the part of the table, where it has several.
-        seed: of the experiment.
-        error: the reason, on one line.
+        name: folder of the run, relative to that of the study.
+        variant: name of the variant.
+        column: part of the table, if it has several.
+        seed: seed of the experiment.
+        error: reason of the failure, on one line.
     """
 
     name: str
@@ -28,21 +28,21 @@ class Row(TypedDict):
     """A finished run.
 
     Attributes:
-        name: the folder of the run, below that of the study.
-        variant: what is compared.
-        column: the part of the table, where it has several.
-        seed: of the experiment.
-        accuracy: on the test split.
-        activation_rate: mean over the routed layers on the test split; None where nothing is routed.
+        name: folder of the run, relative to that of the study.
+        variant: name of the variant.
+        column: part of the table, if it has several.
+        seed: seed of the experiment.
+        accuracy: accuracy on the test split.
+        activation_rate: mean activation rate of the routed layers on the test split; None without routed layers.
         rates: activation rate of every sub-module of every routed layer on the test split.
         macs_per_token: multiply-accumulates of the layers at these rates, in a row of the test split's mean length.
-        tokens_per_second: in training, without evaluation; None where no update was timed.
-        seconds: of the whole run.
-        parameters: of the model.
-        updates: of the training.
-        inference: cost of a forward pass, where it was measured: `milliseconds` and `megabytes`.
-        training: cost of a forward and a backward pass, where it was measured.
-        measured_on: the hardware of these two.
+        tokens_per_second: speed of the training without evaluation; None if no update was timed.
+        seconds: duration of the whole run.
+        parameters: number of parameters of the model.
+        updates: number of updates of the training.
+        inference: `milliseconds` and `megabytes` of a forward pass, if measured.
+        training: `milliseconds` and `megabytes` of a forward and a backward pass, if measured.
+        measured_on: hardware of these two measurements.
     """
 
     name: str
@@ -63,19 +63,19 @@ class Row(TypedDict):
 
 
 SPREAD = ("accuracy", "activation_rate", "macs_per_token")
-"""The measures whose spread over seeds stands in a summary."""
+"""Measures whose spread over seeds is in a summary."""
 
 Summary = Mapping[str, Any]
-"""What a study writes into `summary.json`:
+"""Content of the `summary.json` of a study:
 
-| key | |
+| key | value |
 |---|---|
-| `task`, `chance`, `majority`, `data` | of the task; missing until a run is finished |
-| `updates` | of every run; null where they differ |
-| `seeds` | of all runs, that of the experiment first |
-| `commit`, `hardware`, `date` | of all runs, with commas between where they differ |
+| `task`, `chance`, `majority`, `data` | facts of the task; missing until a run is finished |
+| `updates` | number of updates of every run; null if they differ |
+| `seeds` | seeds of all runs, that of the experiment first |
+| `commit`, `hardware`, `date` | provenance of all runs, separated by commas if they differ |
 | `test_samples`, `length` | number of test samples and their mean length in tokens |
-| `jobs`, `seconds` | runs at a time at most, and the time of all |
+| `jobs`, `seconds` | maximum number of concurrent runs, and the time of all runs |
 | `rows`, `failed` | a `Row` or a `Failure` for every run, in the order of the grid |
 | `spread` | `over_seeds` of the rows |
 
@@ -84,12 +84,12 @@ A study may add keys.
 
 
 def layer_rates(rates: Sequence[Mapping[str, float]]) -> list[float]:
-    """Return the activation rate of every routed layer; of several sub-modules the mean."""
+    """Return the activation rate of every routed layer, the mean over its sub-modules."""
     return [sum(layer.values()) / len(layer) for layer in rates]
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows that differ in their seeds alone, in their order."""
+    """Group the rows that differ only in their seeds, in their order."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         found[row.get("column", ""), row["variant"]].append(row)
@@ -97,11 +97,11 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Summarise the rows that differ in their seeds alone.
+    """Summarise the rows that differ only in their seeds.
 
     Returns:
-        for each variant with several seeds: its labels, `seeds`, and `mean`, `min` and `max` of each of the measures
-        `SPREAD` that all of them have.
+        for each variant with several seeds: its labels, `seeds`, and `mean`, `min` and `max` of each measure in
+        `SPREAD` that all rows have.
     """
     spreads = []
     for group in groups(rows):

@@ -4,7 +4,7 @@ from sma.recipes.reports.results import Row, Summary, groups
 from sma.recipes.reports.table import (
     ACCURACY,
     MACS,
-    MACS_ARE,
+    MACS_NOTE,
     MEAN_RATE_PERCENT,
     RATES_BY_LAYER,
     SEEDS,
@@ -12,7 +12,7 @@ from sma.recipes.reports.table import (
     Block,
     Table,
     caption,
-    speed_is,
+    speed_note,
     variants,
 )
 
@@ -22,7 +22,7 @@ SEVERAL_SEEDS = (ROUTER, SEEDS, ACCURACY, MEAN_RATE_PERCENT, MACS)
 
 
 def router_table(summary: Summary) -> Table:
-    """A block of the first seed for every column, and one of the routers with several seeds."""
+    """The table of a router study: for every column a block of the first seed, and one of the repeated seeds."""
     rows: list[Row] = summary["rows"]
     seed = summary["seeds"][0]
     columns = list(dict.fromkeys(row["column"] for row in rows))
@@ -38,5 +38,5 @@ def router_table(summary: Summary) -> Table:
         for column in columns
         for title in [f"{column}, several seeds: mean (min to max)"]
     ]
-    sentences = MACS_ARE.format(length=summary["length"]), speed_is(summary)
+    sentences = MACS_NOTE.format(length=summary["length"]), speed_note(summary)
     return Table(summary, [*first, *repeated], caption(summary, *sentences))

@@ -14,8 +14,8 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-        head: its first line.
-        cell: makes the text of a cell of the rows of one variant, one for each of its seeds.
+        head: heading of the column.
+        cell: function from the rows of one variant, one per seed, to the text of a cell.
     """
 
     head: str
@@ -27,8 +27,8 @@ class Block(NamedTuple):
 
     Attributes:
         columns: the columns.
-        lines: for each line the rows of one variant, one for each of its seeds.
-        title: stands above it; empty: nothing does.
+        lines: the rows of one variant, one per seed, for every line.
+        title: title above the block; empty for none.
     """
 
     columns: Sequence[Column]
@@ -40,10 +40,10 @@ class Table(NamedTuple):
     """The table of a study.
 
     Attributes:
-        summary: of the study.
-        blocks: what it shows, one below the other.
-        caption: what the numbers were measured with.
-        values: further values of a row of the CSV file, by their columns.
+        summary: summary of the study.
+        blocks: blocks of the table, from top to bottom.
+        caption: conditions of the measurements.
+        values: function from a row to further values of the CSV file, by their columns.
     """
 
     summary: Summary
@@ -104,9 +104,9 @@ def spread(values: Sequence[float], form: str = ",.0f", unit: str = "") -> str:
     """Write values of several seeds as `mean (min to max)`, and a single one by itself.
 
     Args:
-        values: at least one.
-        form: format of each.
-        unit: stands after the mean.
+        values: at least one value.
+        form: format of a value.
+        unit: unit after the mean.
     """
     mean = f"{statistics.fmean(values):{form}}{unit}"
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
@@ -125,7 +125,7 @@ def _mean_rate(unit: str) -> Callable[[Sequence[Row]], str]:
 
 
 def _rates_by_layer(line: Sequence[Row]) -> str:
-    """The rates of every sub-module layer by layer; of several seeds the means."""
+    """The rates of every sub-module layer by layer, as means over the seeds."""
     layers = list(zip(*(row["rates"] for row in line), strict=True))
     names = list(dict.fromkeys(name for layer in layers for name in layer[0]))
     cells = []
@@ -157,23 +157,23 @@ def variants(head: str) -> Column:
     return Column(head, lambda line: line[0]["variant"])
 
 
-MACS_ARE = "MACs: multiply-accumulates of the layers at these rates, in a row of {length} tokens."
-"""What the column `MACS` holds, for captions."""
+MACS_NOTE = "MACs: multiply-accumulates of the layers at these rates, in a row of {length} tokens."
+"""Explanation of the column `MACS`, for captions."""
 
 
-def speed_is(summary: Summary) -> str:
-    """Return what the column `TOKENS_PER_SECOND` holds, for captions."""
+def speed_note(summary: Summary) -> str:
+    """Return the explanation of the column `TOKENS_PER_SECOND`, for captions."""
     jobs = summary["jobs"]
     others = f"each run beside {jobs - 1} other{'s' if jobs > 2 else ''}, so not to be compared"
     return f"tokens/s: in training, without evaluation; {'one run at a time' if jobs == 1 else others}."
 
 
 def caption(summary: Summary, *sentences: str) -> str:
-    """Return what the numbers of a study were measured with.
+    """Return the conditions of the measurements of a study.
 
     Args:
-        summary: of the study.
-        sentences: what its columns hold.
+        summary: summary of the study.
+        sentences: explanations of its columns.
     """
     rows: Sequence[Row] = summary["rows"]
     if not rows:

@@ -15,7 +15,7 @@ from sma.model_output import ModelOutput, ModelState
 from sma.pytree import named_tensors, with_tensors
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.reports.language import LanguageReport, read_along
-from sma.recipes.reports.reference_scores import marks
+from sma.recipes.reports.reference_scores import reference_scores
 from sma.recipes.tasks.language.corpus import Corpus
 from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
@@ -24,13 +24,13 @@ from sma.recipes.training.objective import Objective, Split
 
 
 class Segment(NamedTuple):
-    """Stretches of text, one per row, and what follows each of their bytes.
+    """Segments of a text, one per row, and the byte after each of their bytes.
 
     Attributes:
         inputs: the bytes.
-        targets: the byte after each.
-        scored: which targets count; the others are context.
-        fresh: whether the rows begin anew; otherwise they go on where those of the last segment ended.
+        targets: the next byte of every input.
+        scored: whether a target counts; the other positions are context.
+        fresh: whether the rows start from the initial state; otherwise each continues the row of the last segment.
     """
 
     inputs: Int64[Tensor, "B L"]
@@ -40,18 +40,18 @@ class Segment(NamedTuple):
 
 
 class TrainingSegments(Dataset[Segment]):
-    """The segments of a whole training, a function of the seed and the number of the update.
+    """The segments of a whole training, as a function of the seed and the number of the update.
 
-    Fresh ones stand anywhere. Carried ones walk through the text: it is cut into as many stretches as the batch has
-    rows, which are read side by side; at the end of the stretches the cuts are moved and everything starts afresh. The
-    text is taken as a ring.
+    Without `carry_state` every segment starts at a random position. With it the text is cut into as many stretches as
+    the batch has rows, which are read in parallel; at their end the cuts are moved by a random offset and the states
+    are reset. The end of the text continues at its beginning.
 
     Args:
         text: the training split.
-        task: how long the segments are, and whether they are carried.
-        training: how many make a batch.
-        seed: of the places.
-        distributed: the processes that share every batch; each reads its own rows of it.
+        task: length of the segments, and whether the state is carried.
+        training: number of segments in a batch.
+        seed: seed of the positions.
+        distributed: the processes that share every batch; each reads its own rows.
 
     Raises:
         SpecError: the processes cannot share the batches evenly.
@@ -78,41 +78,41 @@ class TrainingSegments(Dataset[Segment]):
     def __getitem__(self, update: int) -> Segment:
         """The segments of update number `update`."""
         length, size = len(self.text), self.task.segment
-        number, place = divmod(update, self.per_pass) if self.task.carry_state else (update, 0)
+        number, position = divmod(update, self.per_pass) if self.task.carry_state else (update, 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         if self.task.carry_state:
             start = (
                 torch.randint(length, (1,), generator=generator)
                 + torch.arange(self.rows) * (length // self.rows)
-                + place * size
+                + position * size
             )
         else:
             start = torch.randint(length, (self.rows,), generator=generator)
         found = self.text[(self.distributed.shard(start)[:, None] + torch.arange(size + 1)) % length].long()
-        return Segment(found[:, :-1], found[:, 1:], torch.ones(len(found), size, dtype=torch.bool), place == 0)
+        return Segment(found[:, :-1], found[:, 1:], torch.ones(len(found), size, dtype=torch.bool), position == 0)
 
 
 class Updates(Sampler[int]):
-    """The numbers of the updates from `start` on; its length counts the done ones too, as Lightning does."""
+    """The numbers of the updates from `start` on. The length includes those before, as Lightning's counts do."""
 
     def __init__(self, updates: int, start: int) -> None:
         self.updates, self.start = updates, start
 
     def __len__(self) -> int:
-        """All updates."""
+        """Number of updates of the whole training."""
         return self.updates
 
     def __iter__(self) -> Iterator[int]:
-        """Those that are left."""
+        """The remaining updates."""
         return iter(range(self.start, self.updates))
 
 
 class EvaluationSegments(Dataset[Segment]):
-    """A text from its second byte to its last, each scored once.
+    """Windows over a text in which every byte but the first is scored once.
 
-    Without a context the windows follow one another and the state goes from one to the next, so every byte is predicted
-    from all before it. With one, every window starts afresh and its first `context` bytes are only read (those of the
-    first are scored too).
+    Without `context` the windows are consecutive and the state is carried from one to the next, so every byte is
+    predicted from all bytes before it. With `context` windows overlap by that many bytes, every window starts from the
+    initial state, and its first `context` bytes are not scored, except in the first window.
     """
 
     def __init__(self, text: Tensor, task: LanguageTask) -> None:
@@ -120,7 +120,7 @@ class EvaluationSegments(Dataset[Segment]):
         self.stride = task.window - (task.context or 0)
 
     def __len__(self) -> int:
-        """Windows."""
+        """Number of windows."""
         return max(1, math.ceil((len(self.text) - 1 - (self.window - self.stride)) / self.stride))
 
     def __getitem__(self, number: int) -> Segment:
@@ -144,12 +144,12 @@ class LanguageScores(nn.Module):
         self.rates = RateMetric(layers)
 
     def update(self, output: ModelOutput, losses: Tensor, scored: Tensor) -> None:
-        """Count one segment; `losses` are those of the scored targets, in nats."""
+        """Add one segment; `losses` are those of the scored targets, in nats."""
         self.bits.update(losses.double() / math.log(2))
         self.rates.update(output.decisions, scored)
 
     def compute(self, split: str) -> dict[str, float]:
-        """The measures by their logged names; starts afresh."""
+        """The measures by their logged names; resets them."""
         measures = {f"{split}_bits_per_character": float(self.bits.compute())}
         self.bits.reset()
         return measures | self.rates.measures(split)
@@ -158,16 +158,16 @@ class LanguageScores(nn.Module):
 class LanguageModule(TrainingModule):
     """Cross-entropy of the next byte, bits per character and activation rates of a `LanguageModel`.
 
-    With `carry_state` a segment goes on from the state in which the last one ended, cut off from its gradient
-    (truncated backpropagation through time); the state of all rows is part of a checkpoint, in the same order however
-    many processes share them.
+    With `carry_state` a segment continues from the detached state at the end of the last one (truncated backpropagation
+    through time). A checkpoint holds the states of all rows in an order that does not depend on the number of
+    processes.
 
-    Every rank evaluates the whole of a text, which is one stream; the measures are means, and stay the same.
+    A text is one stream, so every rank evaluates all of it. The measures are means over the ranks, hence the same.
 
     Args:
         model: the model.
         training: optimiser and schedule.
-        carry_state: whether a segment goes on with the state of the last one.
+        carry_state: whether a segment continues from the state of the last one.
         distributed: the processes that share every batch.
     """
 
@@ -185,7 +185,7 @@ class LanguageModule(TrainingModule):
         self.fit_scores, self.val_scores, self.test_scores = (LanguageScores(self.module_names) for _ in range(3))
 
     def training_step(self, batch: Segment, batch_idx: int) -> Tensor:
-        """One update."""
+        """Compute the loss of one update."""
         state = None
         if self.carry_state:
             state = self.carried
@@ -226,7 +226,7 @@ class LanguageModule(TrainingModule):
         self.log_dict(self.test_scores.compute("test"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the states of the streams of all ranks; all of them must call it."""
+        """Add the states of the streams of all ranks; all ranks must call it."""
         super().on_save_checkpoint(checkpoint)
         shards = all_gather_object(None if self.carried is None else named_tensors(self.carried.to("cpu")))
         checkpoint["carried"] = (
@@ -275,7 +275,7 @@ class LanguageModelling(Objective[LanguageTask, Corpus]):
         return DataLoader(segments, batch_size=None, sampler=Updates(training.updates, done))
 
     def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
-        """The windows of a split, on every rank all of them: a text is one stream."""
+        """All windows of a split on every rank, because a text is one stream."""
         return DataLoader(EvaluationSegments(getattr(self.data, split), self.task), batch_size=None)
 
     @property
@@ -292,7 +292,7 @@ class LanguageModelling(Objective[LanguageTask, Corpus]):
     def results(self, report: LanguageReport, measures: Mapping[str, float]) -> dict[str, Any]:
         corpus = self.data
         return {
-            "marks": marks(corpus.before_test, corpus.test),
+            "marks": reference_scores(corpus.before_test, corpus.test),
             "text": corpus.name,
             "sha256": corpus.sha256,
             **super().results(report, measures),

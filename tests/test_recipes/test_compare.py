@@ -116,7 +116,7 @@ def test_figures_are_relative_where_the_transformer_was_measured_and_the_caption
     failed = markdown(_table(_row("transformer"), *seqboat))
     assert "| 5 ms | 3 MB | 5 ms | 3 MB |" in failed
     assert "on a GPU: the transformer was not measured, so they are in milliseconds and megabytes." in failed
-    assert "there is no transformer here, so they are" in markdown(_table(*seqboat))
+    assert "the transformer is not among the models, so they are" in markdown(_table(*seqboat))
     assert "Speed and memory are not measured yet." in markdown(_table(_row("transformer"), _row("seqboat")))
 
 

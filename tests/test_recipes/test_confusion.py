@@ -90,7 +90,7 @@ def test_figure_of_odd_names_is_drawn(tmp_path):
             ["a", "b"], "the data names 2 classes and the task has 3; give every class a name, or none", id="too few"
         ),
         pytest.param(
-            ["", "b", ""], "the data gives the name '' to two classes; every class needs a name of its own", id="twice"
+            ["", "b", ""], "the data gives the name '' to two classes; give every class its own name", id="twice"
         ),
     ],
 )

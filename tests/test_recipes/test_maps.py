@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from sma.recipes.reports.activation_maps import Example, Medium, binned, draw_map, height_of, printable, wrapped
+from sma.recipes.reports.activation_maps import Example, Modality, binned, draw_map, height_of, printable, wrapped
 from tests.cases import generator
 
 
@@ -15,9 +15,9 @@ def _example(length, layers=2, values=None, texts=None):
     return Example(texts or [], 1, 2, active, values)
 
 
-def _drawn(example, medium):
-    figure = Figure(figsize=(14, height_of(example, medium)))
-    draw_map(figure, example, medium, "the caption")
+def _drawn(example, modality):
+    figure = Figure(figsize=(14, height_of(example, modality)))
+    draw_map(figure, example, modality, "the caption")
     figure.canvas.draw()
     return figure
 
@@ -25,7 +25,7 @@ def _drawn(example, medium):
 def test_image_is_drawn_with_the_active_pixels_of_every_layer_over_it():
     values = torch.randn(15, generator=generator(1))
     example = _example(15, layers=3, values=values)
-    figure = _drawn(example, Medium(image_shape=(3, 5)))
+    figure = _drawn(example, Modality(image_shape=(3, 5)))
     first, *layers = figure.axes
     assert torch.equal(torch.tensor(first.images[0].get_array().data), values.reshape(3, 5))
     assert len(layers) == 3
@@ -41,7 +41,7 @@ def test_image_is_drawn_with_the_active_pixels_of_every_layer_over_it():
 def test_sound_is_drawn_as_a_wave_over_seconds_with_a_strip_per_layer(length):
     values = torch.randn(length, generator=generator(2))
     example = _example(length, values=values)
-    wave, strip = _drawn(example, Medium(sample_rate=length)).axes
+    wave, strip = _drawn(example, Modality(sample_rate=length)).axes
     seconds, samples = wave.lines[0].get_data()
     assert seconds[[0, -1]].tolist() == pytest.approx([0, (length - 1) / length])
     assert samples.tolist() == values.tolist()
@@ -52,7 +52,7 @@ def test_sound_is_drawn_as_a_wave_over_seconds_with_a_strip_per_layer(length):
 
 def test_short_text_has_a_name_under_every_position():
     texts = ["[MAX", "$a$", "\n", "9"]
-    (axis,) = _drawn(_example(4, texts=texts), Medium()).axes
+    (axis,) = _drawn(_example(4, texts=texts), Modality()).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["[MAX", "$a$", "⏎", "9"]
     assert axis.images[0].get_array().shape == (2, 4)
 
@@ -63,7 +63,7 @@ def test_long_text_is_shown_in_lines_over_marks_of_its_activity(words):
         ("[MED" if number % 3 == 0 else str(number % 10)) if words else chr(97 + number % 26) for number in range(4000)
     ]
     example = _example(4000, texts=texts)
-    strip, page = _drawn(example, Medium()).axes
+    strip, page = _drawn(example, Modality()).axes
     lines = wrapped(texts)
     shown = lines[-1].first + len(lines[-1].columns)
     assert [text.get_text() for text in page.texts] == texts[:shown]
@@ -111,8 +111,8 @@ def test_what_has_no_shape_gets_one():
 
 def test_longer_text_and_more_layers_need_more_room():
     short, long = _example(20, texts=["a"] * 20), _example(2000, texts=["a"] * 2000)
-    assert height_of(short, Medium()) < height_of(long, Medium())
-    for medium in (Medium(), Medium(sample_rate=10)):
-        assert height_of(_example(500, 2, texts=["a"] * 500), medium) < height_of(
-            _example(500, 12, texts=["a"] * 500), medium
+    assert height_of(short, Modality()) < height_of(long, Modality())
+    for modality in (Modality(), Modality(sample_rate=10)):
+        assert height_of(_example(500, 2, texts=["a"] * 500), modality) < height_of(
+            _example(500, 12, texts=["a"] * 500), modality
         )

@@ -40,7 +40,7 @@ def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
         assert rates == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=2 / count)
 
 
-def test_majority_is_the_share_of_the_commonest_answer(finished, data):
+def test_majority_is_the_share_of_the_majority_class(finished, data):
     answers = [data.test[number][1] for number in range(len(data.test))]
     assert finished[1].report.majority == pytest.approx(max(map(answers.count, answers)) / len(answers))
     assert finished[1].summary["majority"] == finished[1].report.majority
@@ -91,7 +91,7 @@ def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
 def test_words_say_what_was_learned_and_where_things_are(tmp_path):
     (tmp_path / "activation.png").touch()
     said = REPORT.describe(SUMMARY, tmp_path)
-    assert "test accuracy     45.7%   (chance 10.0%, always the commonest answer 18.7%)" in said
+    assert "test accuracy     45.7%   (chance 10.0%, majority class 18.7%)" in said
     assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
     assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in said
     assert "what layer 1 runs  [MAX 100%, ] 50%, 9 25%" in said

@@ -12,7 +12,7 @@ from sma.recipes.reports.results import groups, layer_rates, over_seeds
 from sma.recipes.reports.table import (
     ACCURACY,
     MACS,
-    MACS_ARE,
+    MACS_NOTE,
     MEAN_RATE,
     PARAMETERS,
     RATES_BY_LAYER,
@@ -24,7 +24,7 @@ from sma.recipes.reports.table import (
     caption,
     comma_separated,
     markdown,
-    speed_is,
+    speed_note,
     spread,
     variants,
 )
@@ -226,10 +226,10 @@ def test_caption_states_what_was_measured_and_with_what():
     )
     assert caption(summary(row(seed=7))).startswith("listops, 30 updates; seed 7. 400 test samples")
     assert caption(summary()) == "No run is finished."
-    assert speed_is(summary(jobs=1)) == "tokens/s: in training, without evaluation; one run at a time."
-    assert "each run beside 1 other, so not to be compared." in speed_is(summary(jobs=2))
-    assert "each run beside 2 others, so" in speed_is(summary(jobs=3))
-    assert MACS_ARE.format(length=13).endswith("in a row of 13 tokens.")
+    assert speed_note(summary(jobs=1)) == "tokens/s: in training, without evaluation; one run at a time."
+    assert "each run beside 1 other, so not to be compared." in speed_note(summary(jobs=2))
+    assert "each run beside 2 others, so" in speed_note(summary(jobs=3))
+    assert MACS_NOTE.format(length=13).endswith("in a row of 13 tokens.")
 
 
 def test_spread_of_one_value_is_the_value():

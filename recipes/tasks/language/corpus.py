@@ -126,9 +126,7 @@ class Corpus(NamedTuple):
 
     @property
     def before_test(self) -> UInt8[Tensor, " T"]:
-        """Everything before the held-out tail, training and validation: what the marks of `marks.py` are given to learn
-        from.
-        """
+        """All bytes before the test split, from which the reference scores are computed."""
         return torch.cat((self.train, self.validation))
 
 

@@ -14,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
-from sma.recipes.reports import reference_scores as marks_module
-from sma.recipes.reports.reference_scores import marks, witten_bell, witten_bell_probabilities, xz_after, xz_alone
+from sma.recipes.reports import reference_scores as scores_module
+from sma.recipes.reports.reference_scores import (
+    reference_scores,
+    witten_bell,
+    witten_bell_probabilities,
+    xz_after,
+    xz_alone,
+)
 
 FEW_LETTERS = st.text("abc", min_size=1, max_size=60).map(str.encode)
 ANY_BYTES = st.binary(min_size=1, max_size=40)
@@ -99,7 +105,7 @@ def test_xz_costs_what_the_lzma_module_writes(text):
 def test_xz_costs_the_same_in_blocks(monkeypatch):
     train, test = words(4_000, 1), words(1_000, 2)
     expected = xz_alone(test), xz_after(train, test)
-    monkeypatch.setattr(marks_module, "_BLOCK", 77)
+    monkeypatch.setattr(scores_module, "_BLOCK", 77)
     assert (xz_alone(test), xz_after(train, test)) == expected
 
 
@@ -117,23 +123,25 @@ def test_xz_is_no_help_with_noise_and_copies_what_it_has_seen():
     assert xz_after(train, train[-5_000:]) < 1.0
 
 
-def test_marks_are_the_three_of_the_same_bytes_given_in_any_form():
+def test_reference_scores_are_the_three_of_the_same_bytes_given_in_any_form():
     train, test = words(4_000, 1), words(1_000, 2)
     expected = {
         "xz": xz_alone(test),
         "witten_bell_5": witten_bell(train, test, 5),
         "xz_with_training_text": xz_after(train, test),
     }
-    assert marks(train, test) == expected
-    assert marks(*(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, test))) == expected
-    assert marks(*(np.frombuffer(text, dtype=np.uint8) for text in (train, test))) == expected
-    assert marks(bytearray(train), memoryview(test)) == expected
+    assert reference_scores(train, test) == expected
+    assert (
+        reference_scores(*(torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in (train, test))) == expected
+    )
+    assert reference_scores(*(np.frombuffer(text, dtype=np.uint8) for text in (train, test))) == expected
+    assert reference_scores(bytearray(train), memoryview(test)) == expected
 
 
-def test_marks_that_saw_only_the_end_of_a_long_text_say_so(monkeypatch):
-    monkeypatch.setattr(marks_module, "MOST_BEFORE", 2_000_000)
+def test_keys_of_scores_of_the_end_of_a_long_text_have_the_limit(monkeypatch):
+    monkeypatch.setattr(scores_module, "MOST_BEFORE", 2_000_000)
     train, test = noise(300_000, 1) + bytes(2_000_000), words(100, 1)
-    found = marks(train, test)
+    found = reference_scores(train, test)
     assert found == {
         "xz": xz_alone(test),
         "witten_bell_5_last_2MB": witten_bell(bytes(2_000_000), test),
@@ -141,7 +149,7 @@ def test_marks_that_saw_only_the_end_of_a_long_text_say_so(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("function", [marks, xz_after, witten_bell, witten_bell_probabilities])
+@pytest.mark.parametrize("function", [reference_scores, xz_after, witten_bell, witten_bell_probabilities])
 @pytest.mark.parametrize(
     ("train", "test", "complaint"),
     [
