@@ -1,4 +1,4 @@
-"""What models of associative recall run attention on: by the role of the token, and as a figure."""
+"""The activation rates of models of associative recall by the role of the token, and their figure."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,22 +37,20 @@ def describe_roles(report: ClassificationReport) -> str:
     """Return the activation rates of every role, layer by layer, in aligned lines."""
     rows = rates_by_role(report)
     return "\n".join(
-        f"  {role:<11}" + "  ".join(f"layer {place}: {rate:6.1%}" for place, rate in enumerate(rows[role]))
+        f"  {role:<11}" + "  ".join(f"layer {layer}: {rate:6.1%}" for layer, rate in enumerate(rows[role]))
         for role in rows
     )
 
 
 def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out: Path, title: str) -> Path:
-    """Draw which tokens one model chose, the accuracy of all over training, and the rate sweep at test time, into
-    `recall.png`.
-    """
+    """Draw the active tokens of one model, the accuracies over training, and the rate sweep, into `recall.png`."""
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
     with drawing(16, 1.3 * len(examples) + 4) as figure:
         figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
         grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
-        for place, example in enumerate(examples):
-            axis = figure.add_subplot(grid[place, :])
+        for row, example in enumerate(examples):
+            axis = figure.add_subplot(grid[row, :])
             layers, positions = example.active.shape
             axis.imshow(example.active.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
             axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)], fontsize=8)
@@ -66,11 +64,11 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
                 loc="left",
             )
         curves, sweep = figure.add_subplot(grid[-1, :2]), figure.add_subplot(grid[-1, 2])
-        for row in first_seed(summary["rows"]):
-            name = row["variant"]
-            points = rates_over_training(out / row["name"]).get("val_accuracy", [])
+        for run in first_seed(summary["rows"]):
+            name = run["variant"]
+            points = rates_over_training(out / run["name"]).get("val_accuracy", [])
             (line,) = curves.plot(*zip(*points, strict=True), "-o", markersize=3, label=name)
-            sweep.plot(highest_rate(row), row["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
+            sweep.plot(highest_rate(run), run["accuracy"], "o", markersize=8, color=line.get_color(), label=name)
         if "calibrated" in summary:
             points = summary["calibrated"]
             sweep.plot(
@@ -83,7 +81,7 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
         sweep.set(
             xlabel="activation rate, highest layer", ylabel="test accuracy", xlim=(-0.03, 1.03), ylim=(-0.02, 1.02)
         )
-        # Where no curve and no point is: accuracies go together near the top and near what chance gives.
+        # At a height without curves and points: accuracies are either high or near chance.
         curves.legend(fontsize=8, loc="center", ncols=5)
         sweep.legend(fontsize=8, loc="lower right")
         for axis in (curves, sweep):

@@ -8,14 +8,14 @@ from sma.recipes.reports.results import Row, Summary, groups, layer_rates
 from sma.recipes.reports.table import (
     ACCURACY,
     MACS,
-    MACS_ARE,
+    MACS_NOTE,
     RATES_BY_LAYER,
     SECONDS,
     TOKENS_PER_SECOND,
     Block,
     Table,
     caption,
-    speed_is,
+    speed_note,
     variants,
 )
 
@@ -25,7 +25,7 @@ COLUMNS = (variants("variant"), ACCURACY, RATES_BY_LAYER, MACS, TOKENS_PER_SECON
 
 def variants_table(summary: Summary) -> Table:
     """Accuracy, rates, MACs and time of every variant."""
-    sentences = MACS_ARE.format(length=summary["length"]), speed_is(summary)
+    sentences = MACS_NOTE.format(length=summary["length"]), speed_note(summary)
     return Table(summary, [Block(COLUMNS, groups(summary["rows"]))], caption(summary, *sentences))
 
 

@@ -55,7 +55,7 @@ def test_precision_that_the_device_cannot_do_is_refused(none, monkeypatch):
     [
         pytest.param(["--accelerator", "cuda"], "error: --accelerator cuda: torch finds no such device", id="cuda"),
         pytest.param(
-            ["--accelerator", "mps"], "--accelerator='mps': input should be 'auto', 'cpu' or 'cuda'", id="mps"
+            ["--accelerator", "mps"], "error: --accelerator: unknown choice 'mps'; choices: auto, cpu, cuda", id="mps"
         ),
         pytest.param(["--set", "precision=16-mixed"], "error: precision=16-mixed needs a GPU", id="precision"),
     ],

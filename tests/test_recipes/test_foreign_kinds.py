@@ -182,7 +182,7 @@ def test_no_budget_steers_a_fixed_rate() -> None:
 
 
 def test_router_that_needs_a_policy_gradient_gets_one() -> None:
-    with pytest.raises(SpecError, match=r"training\.losses\.policy=0 leaves the router kind 'coin' nothing to learn"):
+    with pytest.raises(SpecError, match=r"training\.losses\.policy=0 leaves the router kind 'coin' without a gradient"):
         _experiment(layers__layer__router="{kind: coin}")
     assert with_routers(_experiment(), CoinSpec()).training.losses.policy == 1.0
     spec = _experiment(layers__layer__router="{kind: coin}", training__losses="{policy: 0.5}")

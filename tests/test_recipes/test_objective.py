@@ -115,7 +115,7 @@ def test_a_sweep_compares_trials_by_its_metric(tmp_path: Path, monkeypatch: pyte
     assert sweep.quality == Measure("squared_error", "min")
     reports: list[tuple[str, dict[str, float]]] = []
     monkeypatch.setattr(
-        trial.Reporter, "report", lambda self, status, metrics, reason="": reports.append((status, metrics))
+        trial.TrialReporter, "report", lambda self, status, metrics, reason="": reports.append((status, metrics))
     )
     data = sweep.experiment.task.prepare(tmp_path)
     values = {"training.learning_rate": 0.02}

@@ -181,5 +181,5 @@ def test_xz_of_nothing_is_refused():
 
 @pytest.mark.parametrize("order", [-1, 8])
 def test_order_that_cannot_be_counted_is_refused(order):
-    with pytest.raises(SpecError, match=f"order={order} must be 0 to 7: the number of bytes"):
+    with pytest.raises(SpecError, match=f"order={order} must be 0 to 7, the number of bytes"):
         witten_bell(b"a", b"a", order)

@@ -40,7 +40,7 @@ def test_slots_are_what_fits(
         ),
         pytest.param({"gpus": 1}, TWO, r"no machine has 1 CPUs and 1 GPUs.*lower --cpus or --gpus", id="gpus"),
         pytest.param({"concurrent": 3}, TWO, r"--concurrent 3 trials.*room for 2", id="concurrent"),
-        pytest.param({"gpus": 1.5}, GPUS, r"a share of one GPU or a whole number", id="odd-share"),
+        pytest.param({"gpus": 1.5}, GPUS, r"a share of one GPU, or an integer", id="odd-share"),
         pytest.param({}, [], r"there is nothing", id="no-machines"),
         pytest.param({"accelerator": "cuda"}, TWO, r"no machine has 1 CPUs and 1 GPUs for a trial", id="no-gpu"),
     ],

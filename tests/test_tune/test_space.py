@@ -107,7 +107,9 @@ def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) ->
         ),
         pytest.param(lambda: QUniform(low=0.0, high=1.0, step=0.3), r"whole number of steps of 0.3", id="steps"),
         pytest.param(
-            lambda: Choice(values=(4,)), r"no choice; for one value use \{kind: fixed, value: 4\}", id="one-choice"
+            lambda: Choice(values=(4,)),
+            r"must be at least two; for one value use \{kind: fixed, value: 4\}",
+            id="one-choice",
         ),
         pytest.param(lambda: Choice(values=(4, 8, 4)), r"4 occurs twice", id="twice"),
         pytest.param(

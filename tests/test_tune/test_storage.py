@@ -47,7 +47,9 @@ def test_a_sweep_and_its_records_are_found_again(storage: Storage) -> None:
 
 def test_a_folder_of_another_sweep_is_refused(storage: Storage) -> None:
     start_sweep(small_sweep(), storage)
-    with pytest.raises(CheckpointError, match=r"belongs to another sweep; give another --storage, or --resume .*sweep"):
+    with pytest.raises(
+        CheckpointError, match=r"belongs to another sweep; give another --storage, or resume it with --resume .*sweep"
+    ):
         start_sweep(small_sweep(), storage)
 
 
@@ -146,7 +148,7 @@ def test_a_folder_that_is_written_is_refused_to_others(tmp_path: Path) -> None:
         ),
         pytest.param({"values": {"colour": 1}}, r"values has 'colour', which the sweep does not search", id="values"),
         pytest.param({"metrics": {"accuracy": 0.5}}, r"the trial is finished, and metrics has no rate", id="measure"),
-        pytest.param({"history": [{"accuracy": 0.5}]}, r"an evaluation in history has no update", id="update"),
+        pytest.param({"history": [{"accuracy": 0.5}]}, r"an evaluation in its history has no update", id="update"),
         pytest.param({"number": True}, r"'number': input should be a valid integer", id="type"),
         pytest.param({"metrics": {"accuracy": 10**400}}, r"metrics.accuracy", id="huge"),
     ],
