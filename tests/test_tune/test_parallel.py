@@ -242,7 +242,7 @@ def test_one_process_goes_on_with_what_two_workers_left(
         if task == "listops"
         else language(data_folder, **exact, model__layers__layer__dropout=0.0)
     )
-    with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*good up to its last checkpoint"):
+    with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*valid up to its last checkpoint"):
         team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
     assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
     alone(spec, tmp_path / "out", data_folder, resume=True)
