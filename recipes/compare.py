@@ -1,7 +1,7 @@
 """SeqBoat beside its baselines on one task, at equal updates or equal time: one table.
 
 python -m sma.recipes.compare --task digits
-python -m sma.recipes.compare --task listops --models transformer,seqboat --seeds 3 --out runs/compare
+python -m sma.recipes.compare --task listops --variants transformer,seqboat --seeds 3 --out runs/compare
 python -m sma.recipes.compare --task digits,listops,pathfinder --out runs/compare
 python -m sma.recipes.compare --resume runs/compare
 """

@@ -86,7 +86,7 @@ class Begun(NamedTuple, Generic[Asked]):
 
 
 class Study(Generic[Options, Asked]):
-    """A grid of runs that are made of one experiment, and its table. Subclasses say which.
+    """A grid of runs that are made of one experiment, and its table; subclasses define both.
 
     Attributes:
         name: of the study, as `study.json` keeps it.
@@ -120,8 +120,12 @@ class Study(Generic[Options, Asked]):
         raise TypeError(f"{type(self).__name__} must define upgrade")
 
     def runs(self, spec: ExperimentSpec, chosen: Asked, data: TaskData, out: Path) -> list[Run]:
-        """All runs of the grid; those with other labels than the selected ones are listed where they are finished."""
+        """All runs of the grid; those that `selects` leaves out are listed where they are finished."""
         raise TypeError(f"{type(self).__name__} must define runs")
+
+    def selects(self, run: Run, chosen: Asked) -> bool:
+        """Whether a run of the grid is to be trained."""
+        return run.variant in chosen.variants
 
     def check(self, spec: ExperimentSpec, chosen: Asked) -> None:
         """Check that the runs can be made of an experiment, before anything is written.

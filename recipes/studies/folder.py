@@ -118,7 +118,7 @@ def _selected(study: Study[Options, Asked], spec: ExperimentSpec, options: Optio
         given: str | None = getattr(options, field)
         if given is None:
             continue
-        selected[field] = names = [name.strip() for name in given.split(",")]
+        selected[field] = names = list(dict.fromkeys(name.strip() for name in given.split(",")))
         for name in names:
             if name not in known:
                 raise SpecError(f"unknown {word} {name!r}{did_you_mean(name, known, f'{word}s')}")

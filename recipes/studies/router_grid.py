@@ -111,6 +111,9 @@ class RouterTable(Study[TableOptions, TableChosen]):
     def runs(self, spec: ExperimentSpec, chosen: TableChosen, data: TaskData, out: Path) -> list[Run]:
         return grid(spec, chosen.seeds)
 
+    def selects(self, run: Run, chosen: TableChosen) -> bool:
+        return super().selects(run, chosen) and run.column in chosen.columns
+
     def table(self, summary: Summary) -> Table:
         return router_table(summary)
 

@@ -17,9 +17,9 @@ from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import SUMMARY, read_checked, write_text
 from sma.recipes.reports.results import over_seeds
 from sma.recipes.reports.table import comma_separated, markdown
-from sma.recipes.studies.contract import Asked, Chosen, Options, Study, StudyOptions
+from sma.recipes.studies.contract import Asked, Options, Study, StudyOptions
 from sma.recipes.studies.folder import begin, refuse_changes
-from sma.recipes.studies.grid import ERROR, LOG, Results, Run, run_grid
+from sma.recipes.studies.grid import ERROR, LOG, Results, run_grid
 from sma.recipes.training.start import check_fits
 
 TABLE, VALUES = "table.md", "table.csv"
@@ -69,7 +69,7 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         check_fits(spec, options)
         data = spec.task.prepare(options.data, progress=options.progress)
         runs = study.runs(spec, chosen, data, out)
-        only = [run.name for run in runs if run.variant in now.variants and _in_columns(run, now)]
+        only = [run.name for run in runs if study.selects(run, now)]
         left = sum(not (out / name / SUMMARY).is_file() for name in only)
         count = "1 run" if len(only) == 1 else f"{len(only)} runs"
         print(f"{spec.task.kind}: {count}, {left} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
@@ -90,21 +90,11 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         more = study.conclude(write(results), begun, data) if results.rows else {}
         summary = write(results, more)
         print(f"\n{markdown(study.table(summary))}")
-        files = [
-            ("table", TABLE),
-            ("values", VALUES),
-            ("summary", SUMMARY),
-            *(("figure", name) for name in study.figures),
-        ]
-        for what, name in files:
+        files = {TABLE: "table", VALUES: "values", SUMMARY: "summary", **dict.fromkeys(study.figures, "figure")}
+        for name, what in files.items():
             if (out / name).is_file():
                 print(f"{what:<8} {plain(out / name)}")
         return summary, results.failures, out
-
-
-def _in_columns(run: Run, chosen: Chosen) -> bool:
-    columns = getattr(chosen, "columns", None)
-    return columns is None or run.column in columns
 
 
 def _write(

@@ -7,10 +7,12 @@ import pytest
 import yaml
 
 from sma.recipes import compare, routed_conv, routed_mlp, router_table
+from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.studies import comparison, study
 from sma.recipes.studies.folder import STUDY
 from sma.recipes.studies.grid import run_grid
+from sma.spec import dump_yaml
 from tests.test_recipes import fake, tiny
 
 SETTINGS = {"seeds": 1, "minutes": None, "length": 64}
@@ -57,6 +59,23 @@ def test_variants_are_selected_under_every_name_that_the_option_had(command, spe
     call, (first, _) = command
     assert call("--spec", spec, "--out", tmp_path / "out", option, first) == 0
     assert _variants(tmp_path / "out") == [first]
+
+
+def test_variant_that_is_named_twice_is_trained_once(command, spec, tmp_path):
+    call, (first, second) = command
+    assert call("--spec", spec, "--out", tmp_path / "out", "--variants", f"{first}, {second},{first}") == 0
+    assert set(_variants(tmp_path / "out")) == {first, second}
+    for run in json.loads((tmp_path / "out" / SUMMARY).read_text())["rows"]:
+        assert fake.trainings(tmp_path / "out" / run["name"]) == 1
+
+
+def test_task_without_an_accuracy_is_refused_before_anything_is_made(command, tmp_path, capsys):
+    call, _ = command
+    (tmp_path / "language.yaml").write_text(dump_yaml(load_experiment("language_tiny")), encoding="utf-8")
+    assert call("--spec", tmp_path / "language.yaml", "--out", tmp_path / "out") == 2
+    complaint = "the task 'language' is measured by 'bits_per_character', and a study compares accuracies; use a"
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_variables_of_the_environment_select_nothing_unless_they_carry_the_prefix(command, spec, tmp_path, monkeypatch):
