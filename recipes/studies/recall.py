@@ -20,7 +20,7 @@ from sma.recipes.reports.results import Summary
 from sma.recipes.reports.variants import FIGURE as COMPARISON
 from sma.recipes.studies.contract import Begun, Chosen, variants_field
 from sma.recipes.studies.variants import Variant, VariantsOptions, VariantsStudy, at_random, with_routers
-from sma.recipes.tasks.batch import asked
+from sma.recipes.tasks.batch import select_scored
 from sma.recipes.tasks.contract import TaskData
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
 from sma.stats import count_rates
@@ -106,7 +106,7 @@ def rate_sweep(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
         for batch in test:
             with torch.no_grad():
                 output = model(batch.inputs, batch.valid)
-            scores, targets = asked(cast(Tensor, output.logits), batch.targets)
+            scores, targets = select_scored(cast(Tensor, output.logits), batch.targets)
             right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
             counts.append(count_rates(output.decisions, batch.valid))
         points.append(

@@ -1,4 +1,4 @@
-"""Batches: samples of different lengths, padded on the right, and the mask that says which tokens are real."""
+"""Batches: samples of different lengths, padded on the right, and the mask of valid tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,16 +11,16 @@ from torch.nn.utils.rnn import pad_sequence
 from sma.errors import DataError
 
 UNSCORED = -1
-"""The target of a position that no answer is asked for."""
+"""Target of a position that is not scored."""
 
 
 class Batch(NamedTuple):
-    """What a classifier is trained on.
+    """A batch for a classifier.
 
     Shape:
-        inputs `(B, L)`, token ids (int64) or real numbers, 0 where there is padding; valid `(B, L)`, true at real
-        tokens; targets `(B,)`, or `(B, L)` with `UNSCORED` where no answer is asked for. Where a sample is a pair of
-        documents, inputs and valid are `(2B, L)`: rows 2i and 2i + 1 are the documents of sample i.
+        inputs `(B, L)`, token ids (int64) or real numbers, 0 at padding; valid `(B, L)`, true at real tokens; targets
+        `(B,)`, or `(B, L)` with `UNSCORED` at positions that are not scored. If a sample is a pair of documents, inputs
+        and valid are `(2B, L)`: rows 2i and 2i + 1 are the documents of sample i.
     """
 
     inputs: Shaped[Tensor, "B L"]
@@ -33,10 +33,10 @@ class Batch(NamedTuple):
 
 
 def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
-    """Pad `(sequence, target)` samples with zeros on the right to the longest of them.
+    """Pad `(sequence, target)` samples with zeros on the right to the length of the longest.
 
     Args:
-        items: at least one sample; the sequences are 1-D, of one dtype, of any lengths.
+        items: at least one sample; the sequences are 1-D, of one dtype and any length.
 
     Raises:
         DataError: there is no sample, or a sequence is not 1-D.
@@ -55,8 +55,9 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> Batch:
 
 
 def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
-    """Pad `((first, second), target)` samples as `collate` does, all documents to the longest; rows 2i and 2i + 1 are
-    those of sample i.
+    """Pad `((first, second), target)` samples to the length of the longest document; see `collate`.
+
+    Rows 2i and 2i + 1 are the documents of sample i.
 
     Raises:
         DataError: there is no sample, or a document is not 1-D.
@@ -65,16 +66,12 @@ def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
     return documents._replace(targets=documents.targets[::2])
 
 
-def asked(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
-    """The scores and the targets of all answers that are asked for: one of every row, or of the positions that are not
-    `UNSCORED`.
-    """
+def select_scored(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:
+    """The logits and the targets of all rows, or of all positions that are scored."""
     scored = targets != UNSCORED
     return logits[scored], targets[scored]
 
 
-def where_asked(values: Float[Tensor, " N"], targets: Tensor) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
-    """Undo `asked` for one value per answer: those of every row, or of every position, with 0 where nothing is
-    asked.
-    """
+def scatter_scored(values: Float[Tensor, " N"], targets: Tensor) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
+    """The inverse of `select_scored` for one value per scored row or position, with 0 elsewhere."""
     return values.detach().new_zeros(targets.shape).masked_scatter(targets != UNSCORED, values.detach())

@@ -1,4 +1,4 @@
-"""The contract of a task: data in three splits, requirements on a model, the metric, and the class that trains it."""
+"""The contract of a task: data in three splits, requirements on the model, the metric, and the objective."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from sma.spec import Spec
 
 
 class Samples(Protocol):
-    """A split of a data set: `(inputs, target)` by number, and how long the inputs are."""
+    """A split of a data set: `(inputs, target)` by index, and the lengths of the inputs."""
 
     @property
     def lengths(self) -> Tensor:
@@ -23,20 +23,22 @@ class Samples(Protocol):
         """Number of samples."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Sample number `index`: a 1-D tensor, or a pair of them; and its target, a class, or one per position."""
+        """The inputs of a sample, a 1-D tensor or a pair of them, and its target, a class or one per position."""
 
 
 class TaskData(NamedTuple):
-    """The three splits of a task, and what goes with them.
+    """The three splits of a task, and functions and facts for their use.
 
     Attributes:
+        train: training split.
+        validation: validation split.
+        test: test split.
         hashes: SHA-256 of every file or split, by name.
-        collate: makes a batch of samples.
-        show: the text of every position of a sample, for reports and figures.
-        class_names: of the classes, in their order; empty: they are called by their numbers.
-        image_shape: height and width of the images whose pixels, row after row, are the positions; None: they are no
-            pixels.
-        sample_rate: of the sound whose samples are the positions, in Hz; None: they are no sound.
+        collate: function that makes a batch of samples.
+        show: function that returns the text of every position of a sample, for reports and figures.
+        class_names: names of the classes, in their order; empty if they have only numbers.
+        image_shape: height and width of images whose pixels, row after row, are the positions; None for other inputs.
+        sample_rate: sample rate of sounds whose samples are the positions, in Hz; None for other inputs.
     """
 
     train: Samples
@@ -54,10 +56,10 @@ class Metric(NamedTuple):
     """The measure by which models of a task are compared.
 
     Attributes:
-        name: its name in the logs, after `val_` and `test_`.
-        mode: `max` where a higher value is better, `min` where a lower one is.
-        key: the key of its value on the test split in `summary.json`.
-        percent: whether its values are shares of 1, shown in percent.
+        name: name in the logs, after `val_` and `test_`.
+        mode: `max` if higher values are better, `min` if lower ones are.
+        key: key of its value on the test split in `summary.json`.
+        percent: whether its values are fractions that are shown in percent.
     """
 
     name: str
@@ -66,12 +68,12 @@ class Metric(NamedTuple):
     percent: bool = False
 
     def headline(self, value: float) -> str:
-        """A value on the test split as titles show it, such as `test accuracy 57.0%`."""
+        """A value on the test split for titles, such as `test accuracy 57.0%`."""
         label = self.name.replace("_", " ")
         return f"test {label} {value:.1%}" if self.percent else f"{value:.3f} {label}"
 
     def digits(self, value: float) -> str:
-        """A value with as many digits as the comparison of two runs needs."""
+        """A value with enough digits for the comparison of two runs."""
         return f"{value:.4%}" if self.percent else f"{value:.6f}"
 
     def difference(self, value: float) -> str:
@@ -80,12 +82,12 @@ class Metric(NamedTuple):
 
 
 class TaskSpec(Spec):
-    """Root of the task kinds.
+    """Base class of the task kinds.
 
     Attributes:
         metric: the measure by which models of the task are compared.
         objective: the subclass of `sma.recipes.training.objective.Objective` that trains and tests its models, as
-            `package.module:Class`. It is imported when a model is trained: tasks do without Lightning.
+            `package.module:Class`. It is imported when a model is trained, so that tasks do not import Lightning.
     """
 
     family: ClassVar[str] = "task"
@@ -112,51 +114,51 @@ class TaskSpec(Spec):
         """Check that a model can learn the task.
 
         Raises:
-            ValueError: what the model lacks.
+            ValueError: it cannot; the message has the requirement that is not met.
         """
 
     @property
     def training_samples(self) -> int | None:
-        """Number of training samples, where the spec says it."""
+        """Number of training samples; None if the spec does not determine it."""
         return None
 
     @property
     def least_length(self) -> int:
-        """Positions of the inputs of a batch, at least."""
+        """Lower bound of the number of positions of a batch, from the spec."""
         return 1
 
     @property
     def least_memory(self) -> int:
-        """Bytes of the prepared data in memory, at least, as far as the spec says."""
+        """Lower bound of the size of the prepared data in memory, in bytes, from the spec."""
         return 0
 
     @property
     def least_disk(self) -> int:
-        """Bytes of the prepared data in its folder, at least, as far as the spec says."""
+        """Lower bound of the size of the prepared data in its folder, in bytes, from the spec."""
         return 0
 
     def prepare(self, folder: Path, *, progress: bool = True) -> Any:
-        """Load or generate the data; `folder` keeps what is generated or downloaded."""
+        """Load or generate the data. Generated and downloaded files are kept in `folder`."""
         raise TypeError(f"{type(self).__name__} must define prepare(self, folder, progress)")
 
 
 class ClassificationTask(TaskSpec):
-    """A task whose answer is one of a few classes; `prepare` returns a `TaskData`."""
+    """A task of classification. `prepare` returns a `TaskData`."""
 
     metric: ClassVar[Metric] = Metric("accuracy", "max", "test_accuracy", percent=True)
     objective: ClassVar[str] = "sma.recipes.training.classification:Classification"
 
     rows_per_sample: ClassVar[int] = 1
-    """Documents of a sample, each a row of the inputs."""
+    """Number of documents of a sample, each of which is a row of the inputs."""
 
     @property
     def classes(self) -> int:
-        """Number of classes; chance is one in so many."""
+        """Number of classes."""
         raise TypeError(f"{type(self).__name__} must define classes")
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing."""
+        """Accuracy of a uniformly random prediction."""
         return 1 / self.classes
 
     def check_model(self, model: ModelSpec) -> None:
@@ -175,14 +177,14 @@ class ClassificationTask(TaskSpec):
 
 
 def check_reads_numbers(model: ModelSpec, what: str) -> None:
-    """Check that a model takes a real number per position.
+    """Check that the encoder of a model reads a real number per position.
 
     Args:
         model: the model.
-        what: what the numbers are, for the message.
+        what: noun for the numbers, for the message.
 
     Raises:
-        ValueError: its encoder takes something else.
+        ValueError: the encoder reads something else.
     """
     if model.encoder.reads not in ("numbers", None):
         raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read {what}; use kind 'real_number'")

@@ -1,10 +1,9 @@
-"""Passages of Python's standard library: small real text that everybody has, for trying the tasks that read documents.
+"""Passages of Python's standard library: small real text without a download, for trials of tasks on documents.
 
-A document is the source of a module, code and comments as they stand. Modules are dealt to the splits, so what is
-tested on comes from modules that nobody has learned from. The text differs between versions of Python: compare results
-by its SHA-256.
+A document is the unchanged source of a module. The splits have different modules, so no tested module was trained on.
+The text differs between versions of Python: compare results by its SHA-256.
 
-These stand in for reviews and for papers, and an accuracy on them says nothing about those.
+The passages replace reviews and papers only for trials of the pipeline. Accuracies on them are not comparable.
 """
 
 import hashlib
@@ -26,10 +25,10 @@ from sma.recipes.tasks.documents import DocumentDataset
 
 SPLITS = ("train", "validation", "test")
 TEST = 0.2
-"""Share of the modules to test on."""
+"""Fraction of the modules in the test split."""
 
 LIMITS = {"train": 20_000, "validation": 1_000, "test": 2_000}
-"""Samples of a split at most."""
+"""Maximum number of samples of a split."""
 
 # fmt: off
 INTERNET = frozenset({
@@ -58,24 +57,22 @@ _LEFT_OUT = frozenset(
         "turtledemo",
     }
 )
-"""Tables, jokes, and what many an installation lacks."""
+"""Modules without prose, such as tables, and modules that some installations lack."""
 
 
 def python_modules() -> dict[str, bytes]:
     """Return the sources of the standard library's modules by their paths, such as `json/decoder.py`, sorted.
 
     Raises:
-        DataError: this Python came without them.
+        DataError: the installation of Python lacks them.
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths: list[Path] = []
     for name in sys.stdlib_module_names - _LEFT_OUT:
         paths += [root / f"{name}.py"] if (root / f"{name}.py").is_file() else sorted((root / name).rglob("*.py"))
-    places = sorted(path.relative_to(root).as_posix() for path in paths)
+    names = sorted(path.relative_to(root).as_posix() for path in paths)
     try:
-        found = {
-            place: (root / place).read_bytes() for place in places if not {"test", "tests"} & set(place.split("/"))
-        }
+        found = {name: (root / name).read_bytes() for name in names if not {"test", "tests"} & set(name.split("/"))}
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror or error}; use the published data") from error
     if not found:
@@ -87,8 +84,12 @@ def python_modules() -> dict[str, bytes]:
 
 
 def deal_modules(names: Iterable[str], validation: float, seed: int) -> dict[str, list[str]]:
-    """Deal modules to the three splits: a share of `TEST` to test on, of the others a share of `validation` to validate
-    on.
+    """Assign modules to the three splits.
+
+    Args:
+        names: names of the modules.
+        validation: fraction of the validation split in the modules outside the test split, which has a fraction `TEST`.
+        seed: seed of the assignment.
 
     Raises:
         DataError: a split would have no module.
@@ -106,7 +107,7 @@ def deal_modules(names: Iterable[str], validation: float, seed: int) -> dict[str
 
 
 class PythonDocuments(NamedTuple):
-    """Passages, and whether they are of a module of `INTERNET`: three splits, half of each of either class."""
+    """Passages, with class 1 for modules of `INTERNET`, in three splits with equally many of both classes."""
 
     train: DocumentDataset
     validation: DocumentDataset
@@ -121,7 +122,7 @@ def python_documents(
     Args:
         length: bytes of every passage.
         validation: see `deal_modules`.
-        seed: of the dealing, and of the choice where there are more passages than wanted.
+        seed: seed of the splits, and of the choice if there are more than `LIMITS` passages.
         modules: sources by their paths; None: `python_modules()`.
 
     Raises:
@@ -154,21 +155,22 @@ def python_documents(
 
 
 class Pairs(NamedTuple):
-    """Pairs of passages in a run of bytes, and whether the second goes on where the first ends.
+    """Pairs of passages, with target 1 if the second continues the first.
 
     Shape:
-        places `(N, 4)`: beginning and end of the first, and of the second; targets `(N,)`.
+        content `(T,)`, the bytes of all modules; spans `(N, 4)`, start and end of the first passage and of the second;
+        targets `(N,)`.
     """
 
     content: UInt8[np.ndarray, " T"]
-    places: Int64[Tensor, "N 4"]
+    spans: Int64[Tensor, "N 4"]
     targets: Int64[Tensor, " N"]
 
     @property
     def sha256(self) -> str:
-        """Of the run of bytes, then the places (8 bytes each, little-endian), then the targets (a byte each)."""
+        """SHA-256 of the content, the spans (8 bytes each, little-endian) and the targets (a byte each)."""
         total = hashlib.sha256(self.content.tobytes())
-        total.update(self.places.numpy().astype("<i8").tobytes())
+        total.update(self.spans.numpy().astype("<i8").tobytes())
         total.update(self.targets.numpy().astype(np.uint8).tobytes())
         return total.hexdigest()
 
@@ -176,16 +178,14 @@ class Pairs(NamedTuple):
 def python_pairs(
     length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
 ) -> dict[str, Pairs]:
-    """Pair passages: every first one once with the one that follows it (1), and once with one of another module of the
-    same split (0).
+    """Pair every first passage with its continuation (1), and with a passage of another module of the split (0).
 
-    Every second one comes once with either answer too, so no passage by itself tells it; and a module is in one split
-    alone.
+    Every second passage also occurs once with each target, so no single passage determines the target.
 
     Args:
         length: bytes of every passage.
         validation: see `deal_modules`.
-        seed: of the dealing, of the choice of passages, and of who is paired with whom.
+        seed: seed of the splits, of the choice of passages, and of the pairs.
         modules: sources by their paths; None: `python_modules()`.
 
     Raises:
@@ -211,12 +211,12 @@ def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> Pai
             f"{most} of the {len(firsts)} passages of the split {split!r} are of one module, "
             "at most half may be; lower the length"
         )
-    # Sorted by module, whoever stands as far away as the largest module is long is of another one.
+    # In the order of modules, two passages belong to different modules if their distance is the size of the largest.
     order = owners.argsort(stable=True)
     others = torch.empty_like(order)
     others[order] = order.roll(most)
     seconds = torch.cat((firsts, firsts[others])) + length
     firsts = firsts.repeat(2)
-    places = torch.stack((firsts, firsts + length, seconds, seconds + length), 1)
+    spans = torch.stack((firsts, firsts + length, seconds, seconds + length), 1)
     targets = torch.cat((torch.ones(len(others)), torch.zeros(len(others)))).long()
-    return Pairs(np.frombuffer(b"".join(contents), dtype=np.uint8), places, targets)
+    return Pairs(np.frombuffer(b"".join(contents), dtype=np.uint8), spans, targets)

@@ -1,9 +1,9 @@
-"""AAN: does one paper cite the other? Pairs of papers as bytes: the retrieval task of the Long Range Arena.
+"""AAN: pairs of papers as bytes, classified by whether one cites the other. The retrieval task of the Long Range Arena.
 
-Files are the release's, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`: no header, no quoting, five columns separated
-by tabs: label (0.0 or 1.0), name of the first paper, of the second, text of the first, of the second. 147,086 /
-18,090 / 17,437 pairs, 1.5 GB: a file is read once for its hash and the places of its texts, and from then on only the
-texts that are asked for come into memory.
+The files are those of the release, `tsv_data/new_aan_pairs.{train,eval,test}.tsv`, without header and quoting. They
+have five columns separated by tabs: label (0.0 or 1.0), names of both papers, texts of both papers; 147,086 / 18,090 /
+17,437 pairs, 1.5 GB. A file is read once for its hash and the spans of its texts. Later only the texts of the current
+batch are loaded into memory.
 
 Reference:
     Radev et al., "The ACL Anthology Network Corpus", Language Resources and Evaluation 47, 2013.
@@ -39,7 +39,7 @@ CLASSES = ("unrelated", "cited")
 PYTHON_CLASSES = ("elsewhere", "continued")
 FOLDER = "tsv_data"
 FILES = {"train": "new_aan_pairs.train.tsv", "validation": "new_aan_pairs.eval.tsv", "test": "new_aan_pairs.test.tsv"}
-"""The release's file of every split."""
+"""File names of the splits in the release."""
 
 _LABELS = {b"0.0": 0, b"1.0": 1, b"0": 0, b"1": 1}
 _COLUMNS = 5
@@ -47,57 +47,54 @@ _REQUIRED = "5 are required: label, name and name, text and text"
 
 
 class AANSettings(Spec):
-    """Which pairs to read. The same settings and files give the same pairs in the same splits."""
+    """The pairs and their splits, determined by the settings and the files."""
 
     source: Literal["release", "python"] = Field(
         default="release",
-        description="the release of the Long Range Arena; or, for trying the pipeline, no papers but passages of "
-        "Python's standard library: does the second go on where the first ends, or is it of another module?",
+        description="release: that of the Long Range Arena; python: for trials of the pipeline, passages of Python's "
+        "standard library, classified by whether the second continues the first or is of another module",
     )
     download: bool = Field(
         default=False,
-        description="get the release of the Long Range Arena, 7.7 GB, where the data folder does not hold it",
+        description="download the release of the Long Range Arena, 7.7 GB, if it is not in the data folder",
     )
-    length: int = Field(default=4000, ge=1, description="bytes that a document is cut to, or that a passage has")
+    length: int = Field(default=4000, ge=1, description="maximum bytes of a document, or bytes of a passage")
     validation: float = Field(
         default=0.1, gt=0.0, lt=1.0, description="with source=python: share of the modules that is held out"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: of the splits and the pairs")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: seed of the splits and the pairs")
 
 
 class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 where one cites the
-    other.
+    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 if one cites the other.
 
     Args:
-        content: the bytes of all documents, such as a file mapped into memory.
-        places: `(N, 4)`: where in it the first text begins and ends, and the second.
+        content: bytes of all documents, such as a file mapped into memory.
+        spans: start and end of the first text and of the second in it, `(N, 4)`.
         targets: the labels.
     """
 
     def __init__(
-        self, content: UInt8[np.ndarray, " T"], places: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
+        self, content: UInt8[np.ndarray, " T"], spans: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
     ) -> None:
-        self.content, self.places, self.targets = content, places, targets
+        self.content, self.spans, self.targets = content, spans, targets
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[tuple[Int64[Tensor, " L1"], Int64[Tensor, " L2"]], int]:
         number = range(len(self))[index]
-        first, end, second, last = self.places[number].tolist()
+        first, end, second, last = self.spans[number].tolist()
         return (ids_of(self.content[first:end]), ids_of(self.content[second:last])), int(self.targets[number])
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
         """Bytes of the longer document of every pair."""
-        return (self.places[:, 1::2] - self.places[:, 0::2]).amax(1)
+        return (self.spans[:, 1::2] - self.spans[:, 0::2]).amax(1)
 
 
 class AANData(NamedTuple):
-    """The three splits, the SHA-256 of every file they are read from or of every split, by name, and the names of the
-    classes.
-    """
+    """The three splits, the SHA-256 of every file or split by name, and the names of the classes."""
 
     train: PairDataset
     validation: PairDataset
@@ -109,10 +106,10 @@ class AANData(NamedTuple):
 def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> AANData:
     """Return the pairs of the release in the data folder `folder`, or those of Python's modules.
 
-    See `sma.recipes.tasks.lra` for where the release is looked for.
+    See `sma.recipes.tasks.lra` for the folders that are searched for the release.
 
     Raises:
-        DataError: a file is missing or broken; names the file and the line. Or Python's sources are missing.
+        DataError: a file is missing or broken, or Python's sources are missing; the message has the file and the line.
     """
     if settings.source == "python":
         made = python_pairs(settings.length, settings.validation, settings.seed)
@@ -128,16 +125,16 @@ def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True
 
 
 def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
-    """Read where the texts of a file are, each cut to `length` bytes; also return the file's SHA-256.
+    """Read the spans of the texts of a file, each cut to `length` bytes; also returns the SHA-256 of the file.
 
     Raises:
-        DataError: the file cannot be read, is empty, or has a broken line; names the line.
+        DataError: the file cannot be read, is empty, or has a broken line; the message has the line.
     """
     path = Path(path)
-    total, places, targets, start = hashlib.sha256(), array("q"), array("b"), 0
+    total, spans, targets, start = hashlib.sha256(), array("q"), array("b"), 0
     for number, line in lines_of(path):
         total.update(line)
-        here, start = start, start + len(line)
+        line_start, start = start, start + len(line)
         if not line.strip(b" \r\n"):
             continue
         if (tabs := line.count(b"\t")) != _COLUMNS - 1:
@@ -147,21 +144,22 @@ def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
         if label is None:
             raise DataError(f"{path}, line {number}: label {quote(columns[0][:100], 50)} is neither 0.0 nor 1.0")
         targets.append(label)
-        first = here + sum(map(len, columns[:3])) + 3
+        first = line_start + sum(map(len, columns[:3])) + 3
         second = first + len(columns[3]) + 1
-        places.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
+        spans.extend((first, first + min(len(columns[3]), length), second, second + min(len(columns[4]), length)))
     if not targets:
         raise DataError(f"{path} is empty; at least one pair is required")
-    where = torch.tensor(places, dtype=torch.int64).view(-1, 4)
     content = map_file(path, "u1", (start,))
-    return PairDataset(content, where, torch.tensor(targets, dtype=torch.int64)), total.hexdigest()
+    return PairDataset(
+        content, torch.tensor(spans, dtype=torch.int64).view(-1, 4), torch.tensor(targets, dtype=torch.int64)
+    ), total.hexdigest()
 
 
 @register
 class RetrievalTask(ClassificationTask):
     """Two papers, each read byte by byte by the same encoder; the answer is whether one cites the other.
 
-    Or two passages of Python's modules; then it is whether the second goes on where the first ends.
+    With `source=python`, two passages of Python's modules; the answer is whether the second continues the first.
     """
 
     kind: Literal["retrieval"] = "retrieval"

@@ -15,7 +15,7 @@ from sma.model_output import ModelOutput
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.reports.classification import ClassificationReport, measure
 from sma.recipes.reports.confusion import Confusion, check_names
-from sma.recipes.tasks.batch import UNSCORED, Batch, asked, where_asked
+from sma.recipes.tasks.batch import UNSCORED, Batch, scatter_scored, select_scored
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 from sma.recipes.training.module import RateMetric, TrainingModule
@@ -80,7 +80,7 @@ class Classifier(TrainingModule):
             if self.module_names:
                 self.log("rate", measures["fit_rate"], prog_bar=True, logger=False)
         self.steer(output.decisions, batch.valid)
-        return loss + self.routing_loss(output.decisions, batch.valid, where_asked(losses, batch.targets))
+        return loss + self.routing_loss(output.decisions, batch.valid, scatter_scored(losses, batch.targets))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
@@ -117,7 +117,7 @@ class Classifier(TrainingModule):
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         # The spec of an experiment is valid only if its model has a head, so there are logits.
-        logits, targets = asked(cast(Tensor, output.logits), batch.targets)
+        logits, targets = select_scored(cast(Tensor, output.logits), batch.targets)
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         self.check_loss(losses.mean())
         return output, logits, losses

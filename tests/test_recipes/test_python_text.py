@@ -43,7 +43,7 @@ def pairs_of(pairs):
     content = pairs.content.tobytes()
     return [
         (content[a:b], content[c:d], target)
-        for (a, b, c, d), target in zip(pairs.places.tolist(), pairs.targets.tolist(), strict=True)
+        for (a, b, c, d), target in zip(pairs.spans.tolist(), pairs.targets.tolist(), strict=True)
     ]
 
 
@@ -136,11 +136,11 @@ def test_pairs_are_a_passage_and_what_follows_it_or_a_passage_of_another_module(
                 assert first + second in list(modules.values())[module_of(first)]
             for passage in (first, second):
                 assert seen.setdefault(module_of(passage), name) == name
-        places = pairs.places
-        assert torch.equal(places[:, 1] - places[:, 0], torch.full((len(found),), length))
+        spans = pairs.spans
+        assert torch.equal(spans[:, 1] - spans[:, 0], torch.full((len(found),), length))
         # Neither passage by itself tells the answer: each comes as often with the one as with the other.
         for column in (0, 2):
-            with_either = [sorted(places[pairs.targets == target, column].tolist()) for target in (0, 1)]
+            with_either = [sorted(spans[pairs.targets == target, column].tolist()) for target in (0, 1)]
             assert with_either[0] == with_either[1]
 
 

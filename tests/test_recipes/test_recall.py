@@ -16,7 +16,7 @@ from sma.recipes.reports.classification import ClassificationReport, measure
 from sma.recipes.reports.recall import rates_by_role
 from sma.recipes.studies.recall import RATES, VARIANTS, Recall, rate_sweep
 from sma.recipes.studies.variants import with_routers
-from sma.recipes.tasks.batch import UNSCORED, Batch, asked
+from sma.recipes.tasks.batch import UNSCORED, Batch, select_scored
 from sma.recipes.tasks.recall import RecallSettings, collate, make_recall, show
 from sma.recipes.training.run import run_experiment
 from sma.routers import AlwaysRouterSpec
@@ -140,14 +140,14 @@ def test_settings_that_no_sample_can_have_are_refused(changes, sentence):
 
 def test_answers_are_asked_for_at_queries_alone():
     logits, targets = torch.randn(2, 3, 5), torch.tensor([[UNSCORED, 4, UNSCORED], [0, UNSCORED, 2]])
-    found, wanted = asked(logits, targets)
+    found, wanted = select_scored(logits, targets)
     assert wanted.tolist() == [4, 0, 2]
     assert torch.equal(found, torch.stack([logits[0, 1], logits[1, 0], logits[1, 2]]))
 
 
 def test_one_answer_of_a_row_is_asked_for_as_it_stands():
     logits, targets = torch.randn(3, 5), torch.tensor([4, 0, 2])
-    found, wanted = asked(logits, targets)
+    found, wanted = select_scored(logits, targets)
     assert torch.equal(found, logits)
     assert torch.equal(wanted, targets)
 

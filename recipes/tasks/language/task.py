@@ -20,19 +20,18 @@ class LanguageTask(TaskSpec):
     objective: ClassVar[str] = "sma.recipes.training.language:LanguageModelling"
 
     kind: Literal["language"] = "language"
-    data: TextSettings = Field(default=PYTHON_TEXT, description="which text, and how it is split")
+    data: TextSettings = Field(default=PYTHON_TEXT, description="the text and its splits")
     segment: int = Field(default=512, ge=1, description="bytes of each row of a batch")
     carry_state: bool = Field(
         default=False,
-        description="go on from one segment to the next with the state, without its gradient; "
-        "false starts every segment afresh",
+        description="start every segment from the detached state of the last one; false starts from the initial state",
     )
-    window: int = Field(default=8192, ge=1, description="bytes that are evaluated at once")
+    window: int = Field(default=8192, ge=1, description="bytes of an evaluation window")
     context: int | None = Field(
         default=None,
         ge=0,
-        description="bytes of each window that are only read, so that the others have at least so much before them; "
-        "null streams the whole split through the state, so that every byte has all before it",
+        description="bytes at the start of each window that are not scored, the minimum context of the others; "
+        "null streams the whole split through the state, so that the context of a byte is all bytes before it",
     )
 
     @model_validator(mode="after")
