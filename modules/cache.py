@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from sma.checks import check_count
 from sma.errors import InputError
-from sma.inputs import check_count
 from sma.memory import FEWER, check_memory, zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged

@@ -7,11 +7,12 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.checks import check_causal, check_sizes
 from sma.modules.cache import Cache, empty_cache
 from sma.padding import pack, unpack
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, device_and_dtype
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, device_and_dtype
 
 
 @register
@@ -78,7 +79,7 @@ class Conv(SubModule):
         """Make the state of streams that have seen nothing: the last K - 1 tokens of each row; see
         `SubModule.init_state`.
         """
-        self._refuse_unless_causal()
+        check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         return empty_cache(batch_size, self.spec.kernel_size - 1, ((self.weight.shape[0],),), device, (dtype,))
 

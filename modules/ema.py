@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from sma.checks import check_sizes
 from sma.init import truncated_normal_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import convolution_operations
@@ -18,7 +19,7 @@ from sma.padding import pack
 from sma.pytree import register_output
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModuleSpec, check_sizes
+from sma.submodule import Operations, State, SubModuleSpec
 
 
 @register

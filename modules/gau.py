@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.checks import check_causal, check_sizes
 from sma.init import reset_linear_, truncated_normal_
 from sma.memory import zeros
 from sma.modules.blocks import block_shape
@@ -20,7 +21,7 @@ from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, check_sizes, device_and_dtype, may_skip
+from sma.submodule import Operations, State, SubModule, SubModuleSpec, device_and_dtype, may_skip
 
 
 @register
@@ -111,7 +112,7 @@ class GatedAttentionUnit(SubModule):
 
         Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
         """
-        self._refuse_unless_causal()
+        check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         shapes = ((self.spec.query_size,), (self.spec.hidden_size,), ())
         return empty_cache(batch_size, self.spec.window, shapes, device, (dtype, dtype, torch.int64))
@@ -236,7 +237,7 @@ class ChunkedGAU(SubModule):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ChunkedState:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
-        self._refuse_unless_causal()
+        check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         inner = self.unit.init_state(batch_size, device=device, dtype=dtype)
         return ChunkedState(inner, zeros((batch_size,), "the state of ChunkedGAU", dtype=torch.int64, device=device))

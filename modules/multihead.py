@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.checks import check_causal, check_sizes
 from sma.errors import SpecError
 from sma.init import reset_linear_
 from sma.modules.cache import Cache, empty_cache
@@ -14,7 +15,7 @@ from sma.modules.finite import all_finite
 from sma.padding import pack, unpack
 from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged
-from sma.submodule import State, SubModule, SubModuleSpec, check_sizes, device_and_dtype
+from sma.submodule import State, SubModule, SubModuleSpec, device_and_dtype
 
 
 class MultiHeadSpec(SubModuleSpec):
@@ -81,7 +82,7 @@ class MultiHead(SubModule):
 
         Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
         """
-        self._refuse_unless_causal()
+        check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         return empty_cache(batch_size, self.window, (self._head, self._head), device, (dtype, dtype))
 

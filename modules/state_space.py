@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sma.checks import check_causal, check_count, check_sizes
 from sma.devices import without_autocast
-from sma.inputs import check_count
 from sma.memory import zeros
 from sma.modules.cache import Cache
 from sma.modules.long_convolution import long_convolution
 from sma.modules.scan import LinearRecurrence, Scanned, advance, causal_scan
 from sma.ragged import Ragged
-from sma.submodule import State, SubModule, check_sizes, device_and_dtype
+from sma.submodule import State, SubModule, device_and_dtype
 
 Kind = TypeVar("Kind", bound=LinearRecurrence)
 
@@ -63,7 +63,7 @@ class StateSpace(SubModule, Generic[Kind]):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
         """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
-        self._refuse_unless_causal()
+        check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         check_count(batch_size, "batch_size")
         wide = torch.promote_types(dtype, torch.float32)

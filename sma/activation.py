@@ -10,18 +10,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sma.capacity import Capacity, check_capacity, earliest, slots_per_row
-from sma.checks import check_batch, check_control, check_decision, check_dtype, check_parts, require_seen
-from sma.checks import check_valid as check_valid
+from sma.checks import (
+    check_batch,
+    check_beside,
+    check_causal,
+    check_count,
+    check_decision,
+    check_dtype,
+    check_sizes,
+    check_state,
+    require_seen,
+)
 from sma.decision import Decision
 from sma.errors import InputError, StateError
-from sma.inputs import check_count
 from sma.memory import zeros
-from sma.norms import Norm
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.routers import Router
 from sma.routers.contract import keep_valid
-from sma.submodule import State, SubModule, check_state, device_and_dtype, may_skip
+from sma.submodule import State, SubModule, device_and_dtype, may_skip
 
 
 @register_output
@@ -172,21 +179,21 @@ class SparseModularActivation(nn.Module):
         Raises:
             StateError: the router or a sub-module is not causal.
         """
-        self.refuse_unless_causal()
+        self.check_causal()
         check_count(batch_size, "batch_size")
         device, dtype = device_and_dtype(self, device, dtype)
         seen = zeros((batch_size,), "the state of a routed layer", dtype=torch.int64, device=device)
         parts = {name: part.init_state(batch_size, device=device, dtype=dtype) for name, part in self._parts.items()}
         return RoutedState(self.router.init_state(batch_size, device=device, dtype=dtype), parts, seen)
 
-    def refuse_unless_causal(self) -> None:
+    def check_causal(self) -> None:
         """Check that a stream can be continued.
 
         Raises:
             StateError: the router or a sub-module is not causal; names it.
         """
         for name, part in {"router": self.router, **self._parts}.items():
-            refuse_unless_causal(name, part)
+            check_causal(part, name)
 
     def check(self, state: RoutedState) -> None:
         """Check that a state is one of these sub-modules.
@@ -194,7 +201,7 @@ class SparseModularActivation(nn.Module):
         Raises:
             StateError: it is that of others.
         """
-        check_parts(self, state.modules, self.router.names)
+        check_sizes(self, sorted(state.modules), sorted(self.router.names), "parts")
 
     @property
     def _parts(self) -> dict[str, SubModule]:
@@ -263,11 +270,11 @@ class SparseModularActivation(nn.Module):
         """
         check_batch(x_BLD, valid)
         check_dtype(self, x_BLD)
-        check_control(x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
+        check_beside(x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
         check_capacity(capacity, self.router.names, state)
         if state is None:
             return None
-        self.refuse_unless_causal()
+        self.check_causal()
         self.check(check_state(self, state, RoutedState, x_BLD.shape[0]))
         return require_seen(self, state.seen)
 
@@ -281,7 +288,7 @@ class SparseModularActivation(nn.Module):
     ) -> Routing:
         """Decide for every token, and find who runs what; of the inputs only the router's decision is checked."""
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
-        check_decision(self.router, decision, control_BLD)
+        check_decision(self.router.names, decision, control_BLD, f"the decision of {type(self.router).__name__}")
         if valid is not None:  # whatever a router of somebody else does with padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
@@ -344,22 +351,6 @@ class SparseModularActivation(nn.Module):
 def keeping_nothing(recompute: bool, part: Callable[..., Any], *inputs: Any) -> Any:
     """Call a part, with `recompute` so that its activations are not kept for backward but computed again there."""
     return checkpoint(part, *inputs, use_reentrant=False) if recompute and torch.is_grad_enabled() else part(*inputs)
-
-
-def refuse_unless_causal(name: str, part: nn.Module) -> None:
-    """Check that a part of a layer can continue a stream.
-
-    Raises:
-        StateError: it is not causal; says which part it is.
-    """
-    if not part.causal:
-        kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__)
-        cure = "build the model with bidirectional=false to stream it"
-        if isinstance(part, Norm):
-            cure = "call model.eval() first"
-        elif isinstance(part, Router):
-            cure = "choose a causal router, such as 'sma', to stream the model"
-        raise StateError(f"{name!r} (kind {kind}, causal=False) cannot continue from a state; {cure}")
 
 
 def name_is_taken(name: str) -> bool:

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sma.checks import check_count, check_number, check_tensor, check_valid, what_came
 from sma.controller import BudgetController as BudgetController
 from sma.controller import module_costs as module_costs
 from sma.controller import over_all_ranks
 from sma.controller import routers_of as routers_of
 from sma.decision import Decision
+from sma.devices import is_sharded
 from sma.errors import InputError, quote
-from sma.inputs import check_count, check_number, check_tensor, what_came
 from sma.margins import BINS
 from sma.model import SequenceModel
 from sma.stats import RateCount, count_rates
-from sma.submodule import device_and_dtype, is_sharded
+from sma.submodule import device_and_dtype
 from sma.targets import BudgetSpec as BudgetSpec
 
 ONCE = "batches can be gone through only once: give a list of them"
@@ -278,16 +279,15 @@ def batch_of(item: Any, user: str = "calibrate") -> Batches:
             "the attributes, or a mapping with the keys, inputs and valid"
         )
     inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")
-    if valid is None:
-        return Batches(inputs)
-    valid = check_tensor(valid, "the second of a pair is the mask of valid tokens; here it is", torch.bool)
-    if valid.dtype is not torch.bool or valid.shape != inputs.shape[:2]:
-        cure = ": write valid.bool() if it is one" if valid.shape == inputs.shape[:2] else ""
+    if valid is not None:
+        check_tensor(valid, "valid is", torch.bool)
+    try:
+        check_valid(inputs, valid)
+    except InputError as error:
         raise InputError(
-            "the second of a pair is the mask of valid tokens, torch.bool of shape (B, L) = "
-            f"{tuple(inputs.shape[:2])}; here it has dtype {valid.dtype} and shape {tuple(valid.shape)}{cure}. Targets "
-            "are not needed: give [inputs for inputs, targets in data]"
-        )
+            f"{error}. The second of a pair is the mask of the valid tokens; targets are not needed: "
+            "give [inputs for inputs, targets in data]"
+        ) from None
     return Batches(inputs, valid)
 
 

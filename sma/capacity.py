@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sma.errors import InputError, StateError, did_you_mean, quote
-from sma.inputs import what_came
+from sma.checks import check_known, what_came
+from sma.errors import InputError, StateError, quote
 
 # An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each
 # sub-module.
@@ -38,11 +38,8 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
         )
     if not isinstance(capacity, Mapping):
         return _check_value(capacity, f"capacity={quote(capacity)}")
+    check_known(capacity, names, "capacity")
     for name, value in capacity.items():
-        if name not in names:
-            raise InputError(
-                f"capacity names {quote(name)}, which is no sub-module{did_you_mean(str(name), names, 'sub-modules')}"
-            )
         _check_value(value, f"capacity[{quote(name)}]={quote(value)}")
     missing = [name for name in names if name not in capacity]
     if missing:

@@ -1,38 +1,207 @@
-"""What `forward` refuses: tokens, masks, decisions and states that do not fit, each in a sentence."""
+"""Checks of arguments: each mistake has one check and one sentence, wherever it is made.
 
-from collections.abc import Collection, Sequence
+A sentence says what was given, what is required and what to do. `what` begins it: the name of a value with its verb,
+such as `the tokens are`. Outer layers say where: `layer 3 'attention' (kind gau, causal=False) cannot …`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sma.decision import Decision
-from sma.devices import autocasts
-from sma.errors import InputError, StateError
-from sma.inputs import check_mask, check_positions, check_tensor, what_came
-from sma.ragged import Ragged
-from sma.routers import Router
-from sma.submodule import is_sharded
+from sma.devices import autocasts, is_sharded
+from sma.errors import InputError, StateError, did_you_mean, quote
+
+if TYPE_CHECKING:
+    from sma.decision import Decision
+    from sma.ragged import Ragged
+
+Kind = TypeVar("Kind")
+Axes = Mapping[str, int | None]
+"""Letters of a shape, each with its size where one is required."""
+
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
+
+
+def what_came(value: object) -> str:
+    """Say in a few words what a value is: its class, and shape and dtype where it has them."""
+    if value is None:
+        return "None"
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    shape, dtype = (getattr(value, part, None) for part in ("shape", "dtype"))
+    told = [f"shape {quote(tuple(shape))}"] if isinstance(shape, Sequence) and not isinstance(shape, str) else []
+    told += [] if dtype is None else [f"dtype {quote(str(dtype))[1:-1]}"]
+    return f"{_a(name)}{' of ' if told else ''}{' and '.join(told)}"
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def check_instance(value: object, kind: type[Kind], what: str, cure: str) -> Kind:
+    """Check the class of a value, and return it.
+
+    Raises:
+        InputError: it is of another; says the cure.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{what} {what_came(value)}; required is {_a(kind.__name__)}: {cure}")
+    return value
+
+
+def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Check that a value is a dense tensor, and return it.
+
+    Args:
+        value: what was given.
+        what: its name with its verb.
+        dtype: to which the sentence says to convert.
+
+    Raises:
+        InputError: it is a NumPy array, a list or anything else; says how to convert it.
+    """
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            cure = ".to_padded_tensor(0.0), with a mask of the real tokens" if value.is_nested else ".to_dense()"
+            raise InputError(f"{what} a {kind} tensor; required is a dense one: convert it with {cure}")
+        return value
+    if isinstance(value, str | bytes):
+        raise InputError(f"{what} {what_came(value)}; required is a torch.Tensor: encode the text to token ids first")
+    target = f", dtype={dtype}" if dtype is not None else ""
+    raise InputError(f"{what} {what_came(value)}; required is a torch.Tensor: write torch.as_tensor(x{target})")
+
+
+def check_floats(value: object, what: str, axes: Axes) -> None:
+    """Check that a value is a tensor of floating-point numbers of a shape.
+
+    Raises:
+        InputError: it is not.
+    """
+    x = check_tensor(value, what, torch.float32)
+    _require(x, what, axes, x.is_floating_point(), "floating-point", "" if x.is_complex() else ".float()")
+
+
+def check_integers(value: object, what: str, axes: Axes, of_mask: str = ".long()") -> None:
+    """Check that a value is a tensor of integers of a shape; `of_mask` makes them of a mask.
+
+    Raises:
+        InputError: it is not.
+    """
+    x = check_tensor(value, what, torch.int64)
+    _require(x, what, axes, x.dtype in INTEGERS, "integer", of_mask if x.dtype is torch.bool else ".long()")
+
+
+def check_booleans(value: object, what: str, axes: Axes) -> None:
+    """Check that a value is a mask of a shape.
+
+    Raises:
+        InputError: it is not.
+    """
+    x = check_tensor(value, what, torch.bool)
+    _require(x, what, axes, x.dtype is torch.bool, "boolean", ".bool()")
+
+
+def _require(x: Tensor, what: str, axes: Axes, right: bool, numbers: str, convert: str) -> None:
+    """Raise unless the numbers of a tensor are right and its shape too."""
+    if right and x.ndim == len(axes):
+        for index, size in enumerate(axes.values()):
+            if size is not None and x.shape[index] != size:
+                break
+        else:
+            return
+    letters = [letter if size is None else f"{letter} = {size}" for letter, size in axes.items()]
+    shape = f"({letters[0]},)" if len(letters) == 1 else f"({', '.join(letters)})"
+    cure = f": convert with {convert}" if convert and not right else ""
+    given = f"of shape {tuple(x.shape)} and dtype {x.dtype}"
+    raise InputError(f"{what} {given}; required is {_a(numbers)} tensor of shape {shape}{cure}")
+
+
+def check_valid(like: Tensor, valid: object) -> None:
+    """Check the mask of the valid positions of a batch, or None.
+
+    Raises:
+        InputError: it is no boolean tensor `(B, L)` on the device of the batch.
+    """
+    if valid is None:
+        return
+    check_booleans(valid, "valid is", dict(zip("BL", like.shape, strict=False)))
+    check_device(cast(Tensor, valid).device, like.device, "valid")
+
+
+def check_device(found: torch.device, wanted: torch.device, name: str, error: type[Exception] = InputError) -> None:
+    """Check that what comes beside a batch is on its device.
+
+    Raises:
+        InputError: it is on another; or `error`.
+    """
+    if found != wanted:
+        raise error(f"{name} is on {found} and the input on {wanted}; move it with {name}.to({str(wanted)!r})")
+
+
+def check_count(value: Any, what: str, least: int = 0, unit: str = "") -> None:
+    """Check a number of things.
+
+    Raises:
+        InputError: it is no integer, or too small.
+    """
+    # Plain integers first: a compiler knows these alone.
+    if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
+        raise InputError(
+            f"{what}={quote(value)} is {what_came(value)}; required is an integer of at least {least}{unit}"
+        )
+    if value < least:
+        raise InputError(f"{what}={quote(value)} must be at least {least}{unit}")
+
+
+def check_number(value: Any, what: str) -> None:
+    """Check that a value is a plain number.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{what} is {what_came(value)}, {quote(value)}; required is a plain number: write float(x)")
+
+
+def check_rate(value: Any, what: str) -> None:
+    """Check an activation rate.
+
+    Raises:
+        InputError: it is no number from 0 to 1.
+    """
+    check_number(value, what)
+    if not 0 <= value <= 1:  # so written, it catches NaN too
+        raise InputError(f"{what} is {value}; it must lie between 0 and 1")
+
+
+def check_known(names: Collection[object], known: Collection[str], whose: str) -> None:
+    """Check that names are those of sub-modules.
+
+    Raises:
+        InputError: one is not; says which there are.
+    """
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"{whose} names {quote(name)}, which is no sub-module{did_you_mean(str(name), known, 'sub-modules')}"
+            )
 
 
 def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
-    """Check the shapes and dtypes of a batch of tokens.
+    """Check a batch of tokens and its mask.
 
     Raises:
         InputError: what was given and what is required.
     """
-    check_tensor(x_BLD, "the tokens are", torch.float32)
-    if x_BLD.ndim != 3 or (width is not None and x_BLD.shape[2] != width):
-        raise InputError(
-            f"the tokens have shape {tuple(x_BLD.shape)}; required is (B, L, D{'' if width is None else f' = {width}'})"
-        )
-    if not x_BLD.is_floating_point():
-        raise InputError(
-            f"the tokens have dtype {x_BLD.dtype}; required is a floating-point dtype, such as torch.float32"
-        )
+    check_floats(x_BLD, "the tokens are", {"B": None, "L": None, "D": width})
     check_valid(x_BLD, valid)
 
 
-def check_frame(x_BLD: Tensor, frame: Ragged) -> None:
+def check_frame(x_BLD: Tensor, frame: "Ragged") -> None:
     """Check that ragged tokens are the layout of a batch.
 
     Raises:
@@ -42,7 +211,7 @@ def check_frame(x_BLD: Tensor, frame: Ragged) -> None:
         found = "packed" if frame.stride is None else f"{frame.num_rows} rows of {frame.stride}"
         raise InputError(
             f"valid is a Ragged ({found}) that is not the layout of tokens of shape {tuple(x_BLD.shape)}; give the "
-            "mask (B, L), or what sma.layer.align returned of the batch"
+            "mask (B, L), or what sma.blocks.align returned of the batch"
         )
 
 
@@ -66,67 +235,60 @@ def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
         )
 
 
-def check_control(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
+def check_control(control_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
+    """Check what a router is given: the control states, of this width where it reads no other, and the mask.
+
+    Raises:
+        InputError: what was given and what is required.
+    """
+    check_floats(control_BLD, "control_BLD is", {"B": None, "L": None, "D": width})
+    check_valid(control_BLD, valid)
+
+
+def check_beside(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
     """Check what comes beside the tokens of a batch: shapes that broadcast or index would give results on the wrong
     ones.
+
+    Raises:
+        InputError: what was given and what is required.
     """
-    shape = tuple(x_BLD.shape[:2])
+    rows, length = x_BLD.shape[:2]
     if control_BLD is not None:
-        check_tensor(control_BLD, "control_BLD is", torch.float32)
-        if control_BLD.ndim != 3 or tuple(control_BLD.shape[:2]) != shape:
-            raise InputError(
-                f"control_BLD has shape {tuple(control_BLD.shape)}; "
-                f"required is (B, L, E) with (B, L) = {shape}, as of the tokens"
-            )
-        if not control_BLD.is_floating_point():
-            raise InputError(
-                f"control_BLD has dtype {control_BLD.dtype}; required is a floating-point dtype, such as torch.float32"
-            )
+        check_floats(control_BLD, "control_BLD is", {"B": rows, "L": length, "E": None})
     if positions is not None:
-        check_positions(positions, shape)
+        check_integers(positions, "positions are", {"B": rows, "L": length})
 
 
-def check_decision(router: Router, decision: Decision, control_BLD: Tensor) -> None:
+def check_decision(names: Sequence[str], decision: "Decision", control_BLD: Tensor, whose: str) -> None:
     """Check a decision, which may come from a router of somebody else.
 
     Raises:
         InputError: it is not one about these sub-modules and these tokens.
     """
-    name, wanted = type(router).__name__, (*control_BLD.shape[:2], len(router.names))
-    if tuple(decision.names) != tuple(router.names):
-        raise InputError(
-            f"the router {name} decided about {list(decision.names)}; "
-            f"its names, in their order, are {list(router.names)}"
-        )
-    for field in ("active", "confidence"):
-        shape = tuple(getattr(decision, field).shape)
-        if shape != wanted:
-            raise InputError(
-                f"the router {name} decided with {field} of shape {shape}; required is (B, L, M) = {wanted}"
-            )
-    if decision.active.dtype is not torch.bool:
-        raise InputError(
-            f"the router {name} decided with active of dtype {decision.active.dtype}; required is torch.bool"
-        )
+    check_names(decision, names, whose)
+    rows, length = control_BLD.shape[:2]
+    axes = {"B": rows, "L": length, "M": len(names)}
+    check_booleans(decision.active, f"active of {whose} is", axes)
+    check_floats(decision.confidence, f"confidence of {whose} is", axes)
 
 
-def check_valid(inputs: Tensor, valid: Tensor | None) -> None:
-    """Check the mask of the valid positions of a batch.
+def check_names(decision: "Decision", names: Sequence[str], whose: str) -> None:
+    """Check of which sub-modules a decision is.
 
     Raises:
-        InputError: what was given and what is required.
+        InputError: of others, or in another order.
     """
-    if valid is not None:
-        check_mask(valid, inputs.shape[:2], device=inputs.device)
+    if tuple(decision.names) != tuple(names):
+        raise InputError(f"{whose} is about {list(decision.names)}; required are {list(names)}, in this order")
 
 
-def check_decisions(decisions: Sequence[Decision], what: str, valid: Tensor | None = None) -> None:
+def check_decisions(decisions: "Sequence[Decision]", what: str, valid: Tensor | None = None) -> None:
     """Check that a function of decisions got some, and that a mask fits to each.
 
     Raises:
         InputError: it got the whole output, a single decision or something else; or the mask does not fit.
     """
-    if isinstance(decisions, Decision):
+    if _is_decision(decisions):
         raise InputError(
             f"{what} got one Decision; required is a sequence of them, one for each routed layer: write [decision]"
         )
@@ -135,24 +297,92 @@ def check_decisions(decisions: Sequence[Decision], what: str, valid: Tensor | No
         raise InputError(
             f"{what} got {what_came(decisions)}; required is a sequence of decisions, one for each routed layer{cure}"
         )
-    for place, decision in enumerate(decisions):
-        if not isinstance(decision, Decision):
+    for index, decision in enumerate(decisions):
+        if not _is_decision(decision):
             raise InputError(
-                f"{what} got {what_came(decision)} as decision {place}; required is a Decision of each routed layer"
+                f"{what} got {what_came(decision)} as decision {index}; required is a Decision of each routed layer"
             )
         check_valid(decision.active, valid)
 
 
-def check_parts(part: nn.Module, found: Collection[str], wanted: Collection[str]) -> None:
-    """Check of which parts a state is.
+def _is_decision(value: object) -> bool:
+    return hasattr(value, "p_on") and hasattr(value, "active")
+
+
+def check_rows(rows: Tensor, count: int) -> Tensor:
+    """Check the numbers of some rows, and return them as indices.
 
     Raises:
-        StateError: it is that of a layer of other parts.
+        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that
+            is not looked at.
     """
-    if set(found) != set(wanted):
+    check_integers(rows, "rows are", {"R": None}, ".nonzero().squeeze(1)")
+    rows = rows.long()
+    if not torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.numel():
+        wrong = [bound for bound in (int(rows.min()), int(rows.max())) if not 0 <= bound < count]
+        if wrong:
+            raise InputError(f"row {wrong[0]} is out of range; the state has {count} streams, numbered from 0")
+    return rows
+
+
+def check_floating(dtype: object) -> torch.dtype:
+    """Check the dtype of what a state keeps of the tokens.
+
+    Raises:
+        InputError: it is none of floating-point numbers that torch computes with.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
+    return dtype
+
+
+def check_causal(part: Any, name: str = "") -> None:
+    """Check that a part can continue a stream.
+
+    Args:
+        part: has `causal`, and `to_stream` where it says what to do about it.
+        name: of the part in the layer or model that checks it.
+
+    Raises:
+        StateError: it looks ahead.
+    """
+    if not part.causal:
+        kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__ if name else None)
+        known = "" if kind is None else f"kind {kind}, "
+        cure = getattr(part, "to_stream", "build the model with bidirectional=false to stream it")
+        label = repr(name) if name else type(part).__name__
+        raise StateError(f"{label} ({known}causal=False) cannot continue from a state; {cure}")
+
+
+def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> Kind:
+    """Check the class of a state and the number of its rows.
+
+    Raises:
+        StateError: what was given and what is required.
+    """
+    name = type(part).__name__
+    if not isinstance(state, kind):
         raise StateError(
-            f"{type(part).__name__} got the state of another model: it is of the parts {sorted(found)}; "
-            f"required are {sorted(wanted)}: use init_state"
+            f"{name} got a state of class {type(state).__name__}; required is {kind.__name__}: use init_state"
+        )
+    streams = cast(Any, state).batch_size
+    if streams != rows:
+        raise StateError(
+            f"{name} got a state of {streams} streams for a batch of {rows} rows; "
+            f"make one with init_state({rows}), or take rows with state.select"
+        )
+    return state
+
+
+def check_sizes(part: nn.Module, found: object, wanted: object, what: str = "sizes") -> None:
+    """Check the sizes of a state of the right class, or what else tells it from the state of another part.
+
+    Raises:
+        StateError: it is that of a part with other settings or of another width.
+    """
+    if found != wanted:
+        raise StateError(
+            f"{type(part).__name__} got the state of another model: {what} {found} instead of {wanted}; use init_state"
         )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from sma.activation import SparseModularActivation
-from sma.checks import check_decisions
+from sma.checks import check_decisions, check_names
 from sma.decision import Decision
 from sma.errors import InputError
 from sma.margins import BINS, ZERO, histograms, shares_above, shift_to
@@ -129,11 +129,7 @@ class BudgetController(nn.Module):
                 f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers"
             )
         for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
-            if decision.names != router.names:
-                raise InputError(
-                    f"decision {layer} is about {list(decision.names)}, and the router of that layer about "
-                    f"{list(router.names)}; give the decisions of the same model, in the order of its layers"
-                )
+            check_names(decision, router.names, f"decision {layer}")
 
     def _more(self, steered: Steered, update: int) -> float:
         """Log-odds above the threshold that a token needs to count as active."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sma.checks import check_valid
 from sma.errors import quote
-from sma.inputs import check_mask
 from sma.padding import move
 from sma.pytree import register_output
 from sma.summary import brief, is_known, listed, summary
@@ -46,7 +46,7 @@ class Decision:
         rows, length = self.active.shape[:2]
         if valid is None:
             return self.active.sum((0, 1)).double() / max(rows * length, 1)
-        check_mask(valid, (rows, length), "as the decision has", self.active.device)
+        check_valid(self.active, valid)
         return (self.active & valid[..., None]).sum((0, 1)).double() / valid.sum().clamp(min=1)
 
     def __repr__(self) -> str:

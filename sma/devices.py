@@ -32,6 +32,11 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Compute in the dtypes that stand there, whatever autocast says."""
     # Entering the context costs a step of a stream more than a router's scores do.

@@ -7,9 +7,9 @@ from jaxtyping import Float, Integer
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from sma.checks import check_floats, check_integers
 from sma.devices import autocasts
 from sma.errors import InputError
-from sma.inputs import check_tensor
 from sma.spec import Spec, register
 from sma.submodule import device_and_dtype, floating_dtype
 from sma.summary import settings
@@ -96,7 +96,6 @@ class TokenEmbeddingSpec(EncoderSpec):
 
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # for which torch has few operators
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
 
 
 class TokenEmbedding(Encoder):
@@ -119,11 +118,7 @@ class TokenEmbedding(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape, dtype and range of the ids; see `Encoder.check`."""
-        check_tensor(inputs, "token ids are", torch.int64)
-        if inputs.ndim != 2 or inputs.dtype not in _WHOLE:
-            cure = "" if inputs.dtype in _WHOLE else ": convert them with ids.long()"
-            given = f"token ids have shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
-            raise InputError(f"{given}; required are integers of shape (B, L){cure}")
+        check_integers(inputs, "token ids are", {"B": None, "L": None})
         # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the
         # embedding itself reports ids out of range.
         if not torch.compiler.is_compiling() and inputs.device.type == "cpu" and inputs.numel():
@@ -198,10 +193,7 @@ class RealNumber(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape and dtype of the numbers; see `Encoder.check`."""
-        check_tensor(inputs, "numbers are", torch.float32)
-        if inputs.ndim != 2 or not inputs.is_floating_point():
-            given = f"numbers have shape {tuple(inputs.shape)} and dtype {inputs.dtype}"
-            raise InputError(f"{given}; required are floats of shape (B, L){_to_float(inputs)}")
+        check_floats(inputs, "numbers are", {"B": None, "L": None})
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""
@@ -210,10 +202,6 @@ class RealNumber(Encoder):
     def forward(self, inputs: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Encode every number."""
         return inputs[..., None] * self.weight + self.bias
-
-
-def _to_float(inputs: Tensor) -> str:
-    return "" if inputs.is_floating_point() or inputs.is_complex() else ": convert them with x.float()"
 
 
 @register
@@ -245,12 +233,7 @@ class LinearEncoder(Encoder):
 
     def check(self, inputs: Tensor) -> None:
         """Check shape and dtype of the features; see `Encoder.check`."""
-        check_tensor(inputs, "features are", torch.float32)
-        wanted = f"floats of shape (B, L, {self.spec.features}){_to_float(inputs)}"
-        if inputs.ndim != 3 or inputs.shape[2] != self.spec.features or not inputs.is_floating_point():
-            raise InputError(
-                f"features have shape {tuple(inputs.shape)} and dtype {inputs.dtype}; required are {wanted}"
-            )
+        check_floats(inputs, "features are", {"B": None, "L": None, "F": self.spec.features})
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
         """Draw normal numbers; see `Encoder.random_inputs`."""

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sma.checks import check_count, check_integers, check_number, check_valid
 from sma.encoders import TokenEmbedding
 from sma.errors import InputError, quote
-from sma.inputs import check_count, check_mask, check_number, check_tensor
 from sma.memory import check_memory
 from sma.model import LanguageModel
 from sma.model_output import ModelState
@@ -18,6 +18,7 @@ from sma.model_output import ModelState
 # is.
 CHUNK = 4096
 
+_EMPTY = "the prompt is empty; give at least one token per row"
 _FEWER = "draw fewer samples at once, or give fewer prompts"
 
 
@@ -130,7 +131,7 @@ def read(
         found = scores[torch.arange(mask.shape[0], device=mask.device), last.clamp(min=0)]
         logits = found if logits is None else found.where((last >= 0)[:, None], logits)
     if logits is None:
-        raise InputError("the prompt is empty; give at least one token per row")
+        raise InputError(_EMPTY)
     return logits, state
 
 
@@ -185,16 +186,13 @@ def _check(
 ) -> None:
     if not callable(getattr(getattr(model, "encoder", None), "scores", None)):
         raise InputError(_unsuitable(model))
-    check_tensor(prompt, "the prompt is", torch.int64)
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise InputError(
-            f"the prompt has shape {tuple(prompt.shape)}; required is (B, L) with at least one token per row"
-        )
-    if valid is not None:
-        check_mask(valid, prompt.shape, "as the prompt has", prompt.device)
-        if not bool(valid.any(1).all()):
-            row = int((~valid.any(1)).nonzero()[0])
-            raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
+    check_integers(prompt, "the prompt is", {"B": None, "L": None})
+    if prompt.shape[1] == 0:
+        raise InputError(_EMPTY)
+    check_valid(prompt, valid)
+    if valid is not None and not bool(valid.any(1).all()):
+        row = int((~valid.any(1)).nonzero()[0])
+        raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
     check_count(tokens, "tokens")
     check_count(samples, "samples", 1)
     check_number(temperature, "temperature")

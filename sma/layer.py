@@ -16,14 +16,21 @@ from sma.activation import (
     SparseModularActivation,
     keeping_nothing,
     name_is_taken,
-    refuse_unless_causal,
 )
 from sma.bypass import LinearBypass
 from sma.capacity import Capacity, check_capacity
-from sma.checks import check_batch, check_dtype, check_frame, check_parts, require_seen
+from sma.checks import (
+    check_batch,
+    check_causal,
+    check_count,
+    check_dtype,
+    check_frame,
+    check_sizes,
+    check_state,
+    require_seen,
+)
 from sma.decision import Decision
 from sma.errors import quote
-from sma.inputs import check_count
 from sma.memory import zeros
 from sma.norms import NormSpec, check_norm
 from sma.padding import move, right_padding
@@ -31,7 +38,7 @@ from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
-from sma.submodule import Operations, State, SubModuleSpec, check_state, device_and_dtype
+from sma.submodule import Operations, State, SubModuleSpec, device_and_dtype
 from sma.summary import settings
 
 NAME = 100
@@ -207,7 +214,7 @@ class RoutedLayer(nn.Module):
         Raises:
             StateError: a part is not causal, or a batch norm is in training mode.
         """
-        self.refuse_unless_causal()
+        self.check_causal()
         check_count(batch_size, "batch_size")
         device, dtype = device_and_dtype(self, device, dtype)
         seen = zeros((batch_size,), "the state of a layer", dtype=torch.int64, device=device)
@@ -215,7 +222,7 @@ class RoutedLayer(nn.Module):
         routed = None if self.routed is None else self.routed.init_state(batch_size, device=device, dtype=dtype)
         return LayerState(seen, backbone, None if routed is None else replace(routed, seen=None))
 
-    def refuse_unless_causal(self) -> None:
+    def check_causal(self) -> None:
         """Check that a stream can be continued.
 
         Raises:
@@ -224,9 +231,9 @@ class RoutedLayer(nn.Module):
         check_norm("norm", self.norm)
         for name, part in (("norm", self.norm), ("backbone", self.backbone)):
             if part is not None:
-                refuse_unless_causal(name, part)
+                check_causal(part, name)
         if self.routed is not None:
-            self.routed.refuse_unless_causal()
+            self.routed.check_causal()
 
     def check(self, state: LayerState) -> None:
         """Check that a state is one of these parts.
@@ -238,7 +245,7 @@ class RoutedLayer(nn.Module):
         has, wanted = (
             [name for name in ("backbone", "routed") if getattr(part, name) is not None] for part in (state, self)
         )
-        check_parts(self, has, wanted)
+        check_sizes(self, has, wanted, "parts")
         if self.routed is not None and state.routed is not None:
             self.routed.check(state.routed)
 
@@ -274,7 +281,7 @@ class RoutedLayer(nn.Module):
         check_capacity(capacity, self.routed_names, state)
         seen = None
         if state is not None:
-            self.refuse_unless_causal()
+            self.check_causal()
             self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
             seen = require_seen(self, state.seen)
         x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)

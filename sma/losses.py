@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sma.checks import check_decisions
+from sma.checks import check_decisions, check_known, check_rate, check_tensor
 from sma.decision import Decision
-from sma.errors import InputError, did_you_mean, quote
-from sma.inputs import check_number, check_tensor
+from sma.errors import InputError
 
 
 def budget_loss(
@@ -179,10 +178,7 @@ def _zero(decisions: Sequence[Decision]) -> Tensor:
 def _targets(decisions: Sequence[Decision], target: float | Mapping[str, float]) -> dict[str, float]:
     names = list(dict.fromkeys(name for decision in decisions for name in decision.names))
     targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(names, target)
+    check_known(targets, names, "the target rate")
     for name, rate in targets.items():
-        if name not in names:
-            raise InputError(f"no layer has a sub-module {quote(name)}{did_you_mean(name, names, 'sub-modules')}")
-        check_number(rate, f"the target rate of {name!r}")
-        if not 0 <= rate <= 1:  # so written, it catches NaN too
-            raise InputError(f"the target rate {rate} of {name!r} must lie between 0 and 1")
+        check_rate(rate, f"the target rate of {name!r}")
     return targets

@@ -10,14 +10,21 @@ from jaxtyping import Bool, Float
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import refuse_unless_causal
 from sma.capacity import Capacity, check_capacity
-from sma.checks import check_dtype, check_valid
+from sma.checks import (
+    check_causal,
+    check_count,
+    check_device,
+    check_dtype,
+    check_sizes,
+    check_state,
+    check_tensor,
+    check_valid,
+)
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.heads import HeadSpec
 from sma.init import seeded
-from sma.inputs import check_count, check_tensor
 from sma.layer import LayerSpec, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
 from sma.model_output import ModelOutput, ModelState
@@ -26,7 +33,7 @@ from sma.padding import move
 from sma.positions import Sinusoid
 from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
-from sma.submodule import Operations, check_state, device_and_dtype
+from sma.submodule import Operations, device_and_dtype
 from sma.summary import settings
 
 
@@ -216,7 +223,7 @@ class SequenceModel(nn.Module):
         Raises:
             StateError: a part is not causal, or a batch norm is in training mode; names the layer and the part.
         """
-        self._refuse_unless_causal()
+        self._check_causal()
         check_count(batch_size, "batch_size")
         device, dtype = device_and_dtype(self, device, dtype)
         if device.type != "meta":
@@ -228,11 +235,11 @@ class SequenceModel(nn.Module):
         layers = (layer.init_state(batch_size, device=device, dtype=dtype) for layer in self.routed_layers)
         return ModelState(seen, total, tuple(replace(state, seen=None) for state in layers))
 
-    def _refuse_unless_causal(self) -> None:
-        self._each_layer(lambda layer, place: layer.refuse_unless_causal())
+    def _check_causal(self) -> None:
+        self._each_layer(lambda layer, place: layer.check_causal())
         check_norm("final_norm", self.final_norm)
         if self.final_norm is not None:
-            refuse_unless_causal("final_norm", self.final_norm)
+            check_causal(self.final_norm, "final_norm")
 
     def _each_layer(self, check: Callable[[RoutedLayer, int], None]) -> None:
         for place, layer in enumerate(self.routed_layers):
@@ -323,19 +330,11 @@ class SequenceModel(nn.Module):
         return self.head(pooled) if self.head is not None else None
 
     def _check(self, state: ModelState, inputs: Tensor) -> None:
-        self._refuse_unless_causal()
+        self._check_causal()
         check_state(self, state, ModelState, inputs.shape[0])
-        if len(state.layers) != len(self.layers):
-            raise StateError(
-                f"the state has {len(state.layers)} layers and the model {len(self.layers)}; "
-                "use the model's own init_state"
-            )
+        check_sizes(self, len(state.layers), len(self.layers), "layers")
         self._each_layer(lambda layer, place: layer.check(state.layers[place]))
-        if state.seen.device != inputs.device:
-            raise StateError(
-                f"the state is on {state.seen.device} and the inputs on {inputs.device}; "
-                f"use state.to({str(inputs.device)!r})"
-            )
+        check_device(state.seen.device, inputs.device, "state", StateError)
 
 
 def _inside(wrapper: nn.Module) -> RoutedLayer:
@@ -352,7 +351,7 @@ class LanguageModel(SequenceModel):
     def __init__(self, spec: LanguageModelSpec) -> None:
         super().__init__(spec)
         try:
-            self._refuse_unless_causal()
+            self._check_causal()
         except StateError as error:
             raise SpecError(f"LanguageModelSpec: a language model must not look ahead, but {error}") from None
 

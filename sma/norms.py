@@ -32,6 +32,8 @@ class NormSpec(Spec):
 class Norm(nn.Module):
     """What a layer normalises with."""
 
+    to_stream: ClassVar[str] = "call model.eval() first"
+
     @property
     def causal(self) -> bool:
         """Whether the result at a token depends on no other token."""

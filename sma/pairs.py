@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from sma.capacity import Capacity
+from sma.checks import check_tensor
 from sma.errors import InputError
 from sma.heads import Head, HeadSpec
-from sma.inputs import check_tensor
 from sma.model import ModelSpec, SequenceModel
 from sma.model_output import ModelOutput, ModelState
 from sma.spec import register

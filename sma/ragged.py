@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sma.checks import check_booleans, check_count, check_instance, check_integers, check_tensor
 from sma.errors import InputError, quote
-from sma.inputs import check_count, check_positions, check_tensor, what_came
 from sma.pytree import register_output
 from sma.summary import brief, summary
 
@@ -119,6 +119,20 @@ class Ragged:
 
     def _places(self, longest: int) -> Int[Tensor, "T"]:
         return self.rows * longest + self.slots
+
+
+def check_ragged(tokens: object, what: str) -> None:
+    """Check that what a part or a function got is ragged tokens.
+
+    Raises:
+        InputError: it is something else; says how to make them.
+    """
+    check_instance(
+        tokens,
+        Ragged,
+        f"{what} got",
+        "write sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)",
+    )
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
@@ -273,8 +287,7 @@ def extract(
 
 def _check_values(values: Tensor, tokens: Ragged) -> None:
     check_tensor(values, "the values are")
-    if not isinstance(tokens, Ragged):
-        raise InputError(f"the tokens are {what_came(tokens)}; required is the Ragged that compress returned")
+    check_ragged(tokens, "extract")
 
 
 def extract_add(
@@ -307,15 +320,10 @@ def _covers(tokens: Ragged, batch: Tensor) -> bool:
 
 def _check_mask(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None) -> None:
     check_tensor(x_BLD, "the batch is", torch.float32)
-    check_tensor(active_BL, "the mask is", torch.bool)
-    if active_BL.dtype is not torch.bool:
-        raise InputError(f"the mask has dtype {active_BL.dtype}; it must be torch.bool: write mask.bool() or mask > 0")
-    if x_BLD.ndim < 2 or x_BLD.shape[:2] != active_BL.shape:
-        raise InputError(
-            f"the mask has shape {tuple(active_BL.shape)}; the batch needs (B, L) = {tuple(x_BLD.shape[:2])}"
-        )
+    axes = dict(zip("BL", x_BLD.shape, strict=False))
+    check_booleans(active_BL, "the mask is", axes)
     if positions_BL is not None:
-        check_positions(positions_BL, active_BL.shape)
+        check_integers(positions_BL, "positions are", axes)
 
 
 def segment_reduce(
@@ -338,11 +346,9 @@ def segment_reduce(
         InputError: no tensors, an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
     """
     check_tensor(values, "the values are")
-    check_tensor(offsets, "the offsets are", torch.int64)
-    if offsets.ndim != 1 or not offsets.numel() or offsets.is_floating_point() or offsets.dtype is torch.bool:
-        raise InputError(
-            f"the offsets have shape {tuple(offsets.shape)} and dtype {offsets.dtype}; required are B + 1 integers"
-        )
+    check_integers(offsets, "the offsets are", {"B + 1": None})
+    if not offsets.numel():
+        raise InputError("the offsets are empty; required are B + 1 integers, the first of which is 0")
     if reduce not in ("sum", "mean", "max", "min"):
         raise InputError(f"reduce={quote(reduce)} must be 'sum', 'mean', 'max' or 'min'")
     scatter = _torch_scatter()

@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.checks import check_decisions
+from sma.checks import check_count, check_decisions, check_integers, check_known, check_rate
 from sma.decision import Decision
-from sma.errors import InputError, did_you_mean, quote
-from sma.inputs import check_count, check_number, check_positions
+from sma.errors import InputError, quote
 from sma.model import ModelSpec
 from sma.pytree import register_output
 from sma.ragged import locate
@@ -149,16 +148,10 @@ def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999)
     Raises:
         InputError: the rate is no number in [0, 1].
     """
-    _check_rate(rate, "the activation rate")
+    check_rate(rate, "the activation rate")
     if rate < dead:
         return "dead"
     return "saturated" if rate > saturated else "ok"
-
-
-def _check_rate(rate: float, what: str) -> None:
-    check_number(rate, what)
-    if not 0 <= rate <= 1:  # so written, it catches NaN too
-        raise InputError(f"{what} is {rate}; it must lie between 0 and 1")
 
 
 def attention_span(
@@ -190,7 +183,7 @@ def attention_span(
     if window is not None:
         check_count(window, "window", 1, "; use window=None for all active tokens")
     if positions is not None:
-        check_positions(positions, decision.active.shape[:2])
+        check_integers(positions, "positions are", dict(zip("BL", decision.active.shape, strict=False)))
     if positions is None and valid is not None:
         positions = valid.cumsum(1) - 1
     spans = []
@@ -254,11 +247,9 @@ def operation_count(
 def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], place: int) -> dict[str, float]:
     names = list(modules)
     given = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(names, rate)
-    for name in given:
-        if name not in names:
-            raise InputError(f"layer {place} has no sub-module {quote(name)}{did_you_mean(name, names, 'sub-modules')}")
+    check_known(given, names, f"the rate of layer {place}")
     for name in names:
         if name not in given:
             raise InputError(f"there is no rate for {name!r} of layer {place}; give one for each of {', '.join(names)}")
-        _check_rate(given[name], f"the rate of {name!r} of layer {place}")
+        check_rate(given[name], f"the rate of {name!r} of layer {place}")
     return given

@@ -10,14 +10,27 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules import module as every_module
 from torch.utils import _pytree
 
+from sma.checks import check_booleans, check_causal, check_count, check_floating, check_rows, check_state, check_tensor
 from sma.devices import usable_device
-from sma.errors import InputError, StateError, quote
-from sma.inputs import check_count, check_tensor, what_came
+from sma.errors import StateError
 from sma.memory import zeros
 from sma.pytree import map_tensors, register_output, tensors
-from sma.ragged import Ragged
+from sma.ragged import Ragged, check_ragged
 from sma.spec import Spec
 from sma.summary import settings
+
+_MOVED = {
+    "placement": "sma.submodule.device_and_dtype",
+    "check_sizes": "sma.checks.check_sizes",
+}
+
+
+def __getattr__(name: str) -> None:
+    """Answer an import of what authors of sub-modules used from here with its present name."""
+    if name in _MOVED:
+        raise ImportError(f"sma.submodule.{name} is now {_MOVED[name]}", name=__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 StateKind = TypeVar("StateKind", bound="State")
 
@@ -85,11 +98,7 @@ class State:
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
         """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
         if check_tensor(rows, "rows are", torch.bool).dtype is torch.bool:
-            if rows.shape != (self.batch_size,):
-                raise InputError(
-                    f"the mask of rows has shape {tuple(rows.shape)}; "
-                    f"required is ({self.batch_size},), one for each stream"
-                )
+            check_booleans(rows, "rows are", {"B": self.batch_size})
         else:
             rows = check_rows(rows, self.batch_size)
             rows = torch.zeros(self.batch_size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
@@ -113,37 +122,6 @@ class State:
             return map_tensors(lambda tensor: tensor.to(device), self)
         check_floating(target)
         return map_tensors(lambda tensor: tensor.to(target) if tensor.is_floating_point() else tensor, self)
-
-
-def check_rows(rows: Tensor, count: int) -> Int[Tensor, "R"]:
-    """Check the numbers of some rows, and return them as indices.
-
-    Raises:
-        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that
-            is not looked at.
-    """
-    check_tensor(rows, "rows are", torch.int64)
-    if rows.ndim != 1 or rows.dtype is torch.bool or rows.is_floating_point() or rows.is_complex():
-        given = f"rows have shape {tuple(rows.shape)} and dtype {rows.dtype}"
-        cure = ": write rows.nonzero().squeeze(1)" if rows.dtype is torch.bool else ""
-        raise InputError(f"{given}; required are integers of shape (R,), the numbers of rows{cure}")
-    rows = rows.long()
-    if not torch.compiler.is_compiling() and rows.device.type == "cpu" and rows.numel():
-        wrong = [bound for bound in (int(rows.min()), int(rows.max())) if not 0 <= bound < count]
-        if wrong:
-            raise InputError(f"row {wrong[0]} is out of range; the state has {count} streams, numbered from 0")
-    return rows
-
-
-def check_floating(dtype: object) -> torch.dtype:
-    """Check the dtype of what a state keeps of the tokens.
-
-    Raises:
-        InputError: it is none of floating-point numbers that torch computes with.
-    """
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
-    return dtype
 
 
 def _is_state(part: object) -> bool:
@@ -189,12 +167,14 @@ class SubModule(nn.Module):
 
     Attributes:
         causal: whether the result at a token depends on no later token of its row.
+        to_stream: what makes a part causal that is not, for the message of a state that it cannot continue from.
     """
 
     if TYPE_CHECKING:
         __call__: Callable[..., tuple[Tensor, State | None]]  # of what torch calls, which editors see as Any
 
     causal: bool = False
+    to_stream: ClassVar[str] = "build the model with bidirectional=false to stream it"
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Compute the result of every token.
@@ -224,7 +204,7 @@ class SubModule(nn.Module):
             device: default the device of the parameters.
             dtype: of what the state keeps of the tokens; default the dtype of the parameters.
         """
-        self._refuse_unless_causal()
+        check_causal(self)
         return no_state(batch_size, *device_and_dtype(self, device, dtype))
 
     def extra_repr(self) -> str:
@@ -237,24 +217,11 @@ class SubModule(nn.Module):
             InputError: the tokens are no Ragged.
             StateError: this part is not causal, or the state is of another class or for another number of rows.
         """
-        if not isinstance(tokens, Ragged):
-            raise InputError(
-                f"{type(self).__name__} got {what_came(tokens)}; required are Ragged tokens: write "
-                "sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)"
-            )
+        check_ragged(tokens, type(self).__name__)
         if state is None:
             return None
-        self._refuse_unless_causal()
+        check_causal(self)
         return check_state(self, state, kind, tokens.num_rows)
-
-    def _refuse_unless_causal(self) -> None:
-        if not self.causal:
-            kind = getattr(getattr(self, "spec", None), "kind", None)
-            what = f"kind {kind}, causal=False" if kind else "causal=False"
-            raise StateError(
-                f"{type(self).__name__} ({what}) cannot continue from a state; "
-                "build the model with bidirectional=false, or causal=true, to stream it"
-            )
 
 
 def may_skip(part: nn.Module) -> bool:
@@ -273,43 +240,6 @@ def may_skip(part: nn.Module) -> bool:
         or every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
     )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this rank holds a part."""
-    return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package
-
-
-def check_state(part: nn.Module, state: State, kind: type[StateKind], rows: int) -> StateKind:
-    """Check the class of a state and the number of its rows.
-
-    Raises:
-        StateError: what was given and what is required.
-    """
-    if not isinstance(state, kind):
-        raise StateError(
-            f"{type(part).__name__} got a state of class {type(state).__name__}; it needs {kind.__name__}: "
-            "see init_state"
-        )
-    if state.batch_size != rows:
-        raise StateError(
-            f"{type(part).__name__} got a state of {state.batch_size} streams for a batch of {rows} rows; "
-            f"make one with init_state({rows}), or take rows with state.select"
-        )
-    return state
-
-
-def check_sizes(part: nn.Module, found: tuple[object, ...], wanted: tuple[object, ...]) -> None:
-    """Check the sizes of a state of the right class.
-
-    Raises:
-        StateError: the state is that of a part with other settings or of another width.
-    """
-    if found != wanted:
-        raise StateError(
-            f"{type(part).__name__} got the state of another model: its sizes are {found}; required are {wanted}: "
-            "use init_state"
-        )
 
 
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:

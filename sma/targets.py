@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from sma.errors import InputError, did_you_mean, quote
+from sma.checks import check_known
+from sma.errors import InputError
 from sma.routers import Router
 from sma.spec import FrozenMapping, Spec
 
@@ -176,10 +177,5 @@ def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> 
     names = list(dict.fromkeys(name for router in routers for name in router.names))
     if not isinstance(target, Mapping):
         return dict.fromkeys(names, target)
-    for name in target:
-        if name not in names:
-            raise InputError(
-                f"no layer has a sub-module {quote(name)}, for which the budget has a "
-                f"target{did_you_mean(name, names, 'sub-modules')}"
-            )
+    check_known(target, names, "the target of the budget")
     return target

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from sma.checks import check_causal, check_control, check_state
 from sma.decision import Decision
-from sma.devices import without_autocast
-from sma.errors import InputError, StateError, quote
+from sma.devices import is_sharded, without_autocast
+from sma.errors import InputError, quote
 from sma.init import truncated_normal_
-from sma.inputs import check_mask, check_tensor
 from sma.spec import Spec
-from sma.submodule import NoState, State, StateKind, check_state, device_and_dtype, is_sharded, no_state
+from sma.submodule import NoState, State, StateKind, device_and_dtype, no_state
 from sma.summary import listed, settings
 
 
@@ -89,6 +89,7 @@ class Router(nn.Module):
         __call__: Callable[..., tuple[Decision, State | None]]  # of what torch calls, which editors see as Any
 
     causal: bool = True
+    to_stream: ClassVar[str] = "choose a causal router, such as 'sma', to stream the model"
     state_kind: type[State] = NoState
     least: float = 0.0
     most: float = math.inf
@@ -134,7 +135,7 @@ class Router(nn.Module):
         Raises:
             StateError: the router is not causal.
         """
-        self._refuse_unless_causal()
+        check_causal(self)
         return no_state(batch_size, *device_and_dtype(self, device, dtype))
 
     def extra_repr(self) -> str:
@@ -206,28 +207,8 @@ class Router(nn.Module):
     def _continue(self, state: State | None, kind: type[StateKind], control_BLD: Tensor) -> StateKind | None:
         if state is None:
             return None
-        self._refuse_unless_causal()
+        check_causal(self)
         return check_state(self, state, kind, control_BLD.shape[0])
-
-    def _refuse_unless_causal(self) -> None:
-        if not self.causal:
-            raise StateError(
-                f"{type(self).__name__} (causal=False) decides by the whole row and cannot continue from a state"
-            )
-
-
-def check_routed(control_BLD: Tensor, valid: Tensor | None) -> None:
-    """Check what a router is given.
-
-    Raises:
-        InputError: no tensors `(B, L, D)` of floats and `(B, L)` of booleans.
-    """
-    check_tensor(control_BLD, "control_BLD is", torch.float32)
-    if control_BLD.ndim != 3 or not control_BLD.is_floating_point():
-        given = f"control_BLD has shape {tuple(control_BLD.shape)} and dtype {control_BLD.dtype}"
-        raise InputError(f"{given}; required is (B, L, D) of a floating-point dtype")
-    if valid is not None:
-        check_mask(valid, control_BLD.shape[:2], device=control_BLD.device)
 
 
 def keep_valid(active: Bool[Tensor, "B L M"], valid: Bool[Tensor, "B L"] | None) -> Bool[Tensor, "B L M"]:
@@ -269,11 +250,7 @@ class ScoredRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        check_routed(control_BLD, valid)
-        if control_BLD.shape[2] != self.width:
-            raise InputError(
-                f"control_BLD has {control_BLD.shape[2]} channels; the router {type(self).__name__} reads {self.width}"
-            )
+        check_control(control_BLD, valid, self.width)
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device):
             return self._decide(self._scores(control_BLD), valid, positions, streams), state

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sma.inputs import check_count
+from sma.checks import check_count
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.routers.contract import Router

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from sma.checks import check_control
 from sma.decision import Decision
-from sma.routers.contract import Router, RouterSpec, check_routed, keep_valid
+from sma.routers.contract import Router, RouterSpec, keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
 from sma.spec import register
 from sma.submodule import State
@@ -40,7 +41,7 @@ class _FixedRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        check_routed(control_BLD, valid)
+        check_control(control_BLD, valid)
         streams = self._continue(state, self.state_kind, control_BLD)
         shape = (*control_BLD.shape[:2], len(self.names))
         one = torch.ones(shape, dtype=torch.promote_types(control_BLD.dtype, torch.float32), device=control_BLD.device)

@@ -292,7 +292,7 @@ class TestRefusals:
     def test_state_of_another_class(self, name: str) -> None:
         module = make(name)
         wanted = type(module.init_state(1)).__name__
-        sentence = f"{type(module).__name__} got a state of class State; it needs {wanted}: see init_state"
+        sentence = f"{type(module).__name__} got a state of class State; required is {wanted}: use init_state"
         with pytest.raises(StateError, match=exactly(sentence)):
             module(lay(tokens(1), first([3], LENGTH), "packed"), State())
 
@@ -312,7 +312,7 @@ class TestRefusals:
         module = zoo.make(SPECS[name])
         sentence = (
             f"{type(module).__name__} (kind {SPECS[name].kind}, causal=False) cannot continue from a state; build the "
-            "model with bidirectional=false, or causal=true, to stream it"
+            "model with bidirectional=false to stream it"
         )
         nothing = NoState(torch.zeros(1, 0, dtype=torch.bool))
         for call in (

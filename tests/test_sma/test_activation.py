@@ -354,28 +354,26 @@ class TestWrongInput:
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Double()})
 
     def test_tokens_without_a_row_axis(self):
-        with pytest.raises(InputError, match=r"the tokens have shape \(4, 3\); required is \(B, L, D\)"):
+        with pytest.raises(InputError, match=r"the tokens are of shape \(4, 3\) .*; required is .* \(B, L, D\)$"):
             self._run(normal(4, WIDTH))
 
     def test_tokens_that_are_whole_numbers(self):
         with pytest.raises(
             InputError,
-            match=r"the tokens have dtype torch\.int64; required is a floating-point dtype, such as torch\.float32",
+            match=r"the tokens are .* dtype torch\.int64; required is a floating-point tensor .*\.float\(\)$",
         ):
             self._run(torch.ones(2, 4, WIDTH, dtype=torch.long))
 
     def test_mask_of_numbers(self):
         with pytest.raises(
             InputError,
-            match=r"valid has dtype torch\.float32; required is torch\.bool, True at real tokens: write valid\.bo",
+            match=r"valid is .* dtype torch\.float32; required is a boolean tensor .*: convert with \.bool\(\)$",
         ):
             self._run(valid=torch.ones(2, 4))
 
     @pytest.mark.parametrize("shape", [(2, 5), (1, 4), (4,), (2, 4, 1)])
     def test_mask_of_another_shape(self, shape):
-        with pytest.raises(
-            InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 4\), as the input has"
-        ):
+        with pytest.raises(InputError, match=r"valid is of shape \(.*\) .*; required is .* \(B = 2, L = 4\)$"):
             self._run(valid=torch.ones(shape, dtype=torch.bool))
 
     def test_sub_module_without_a_forward(self):

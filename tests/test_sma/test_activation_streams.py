@@ -156,7 +156,7 @@ class TestRefusals:
         )
 
     def test_state_of_another_class(self) -> None:
-        sentence = "SparseModularActivation got a state of class State; it needs RoutedState: see init_state"
+        sentence = "SparseModularActivation got a state of class State; required is RoutedState: use init_state"
         with pytest.raises(StateError, match=exactly(sentence)):
             make(SMARouterSpec())(normal(2, 3, WIDTH), state=State())
 
@@ -175,8 +175,7 @@ class TestRefusals:
             for name in ("one", "other")
         )
         sentence = (
-            "SparseModularActivation got the state of another model: it is of the parts ['other']; "
-            "required are ['one']: use init_state"
+            "SparseModularActivation got the state of another model: parts ['other'] instead of ['one']; use init_state"
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             one(normal(2, 3, WIDTH), state=other.init_state(2))

@@ -130,7 +130,7 @@ NAN = torch.full((2, 5, 2), torch.nan, dtype=torch.float64)
 ONE = torch.arange(5) < torch.tensor([[1], [0]])
 WRONG: dict[str, tuple[Any, str]] = {
     "none": ([], "update_statistics got no batch"),
-    "targets": ([(NAN, torch.zeros(2))], "the second of a pair is the mask of valid tokens"),
+    "targets": ([(NAN, torch.zeros(2))], "The second of a pair is the mask of the valid tokens"),
     "words": (["abc"], "a batch of update_statistics is a str"),
     "tensor": (NAN, "the data of update_statistics is a torch.Tensor of shape .*; required are batches"),
     "other names": (
@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "the batch norm 'layers.0.norm' got no batch with at least two valid tokens",
     ),
     "not finite": ([normal(2, 5, 2), NAN], "the batch norm 'layers.0.norm' got values that are not finite"),
-    "other shape": ([normal(2, 5, 2), normal(2, 5)], "features have shape"),
+    "other shape": ([normal(2, 5, 2), normal(2, 5)], "features are of shape"),
 }
 
 

@@ -251,14 +251,16 @@ class TestModulesOfOnesOwn:
     [torch.tensor([0, 1]), torch.zeros(2, 9, 1), torch.ones(2, dtype=torch.bool), torch.ones(9, 2, dtype=torch.bool)],
 )
 def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run):
-    given_ = f"here it has dtype {targets.dtype} and shape {tuple(targets.shape)}"
-    cure = "Targets are not needed: give [inputs for inputs, targets in data]"
-    required = "the second of a pair is the mask of valid tokens, torch.bool of shape (B, L) = (2, 9)"
-    with pytest.raises(InputError, match=exactly(f"{required}; {given_}. {cure}")):
+    mask = "The second of a pair is the mask of the valid tokens"
+    cure = f"{mask}; targets are not needed: give [inputs for inputs, targets in data]"
+    given = f"of shape {tuple(targets.shape)} and dtype {targets.dtype}"
+    convert = "" if targets.dtype is torch.bool else ": convert with .bool()"
+    required = f"required is a boolean tensor of shape (B = 2, L = 9){convert}"
+    with pytest.raises(InputError, match=exactly(f"valid is {given}; {required}. {cure}")):
         calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), targets)], 0.5)
     with pytest.raises(
         InputError,
-        match=r"here it has dtype torch\.int64 and shape \(2, 9\): write valid\.bool\(\) if it is one\. Targets",
+        match=r"^valid is of shape \(2, 9\) and dtype torch\.int64; .*: convert with \.bool\(\)\. The second",
     ):
         calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), torch.ones(2, 9, dtype=torch.int64))], 0.5)
 

@@ -2,6 +2,7 @@
 decides.
 """
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sma.submodule
 from sma import Decision, Ragged, Router, SparseModularActivation, State, build
-from sma.checks import check_dtype
-from sma.errors import InputError
+from sma.checks import check_causal, check_dtype
+from sma.errors import InputError, StateError
 from sma.routers import AlwaysRouterSpec, SMARouterSpec
 from tests.cases import normal
 from tests.streams import exactly
@@ -70,45 +72,57 @@ class TestBesideTheTokens:
         [
             (
                 {"control_BLD": normal(2, 3, WIDTH)},
-                "control_BLD has shape (2, 3, 4); required is (B, L, E) with (B, L) = (2, 4), as of the t",
+                "control_BLD is of shape (2, 3, 4) and dtype torch.float64; "
+                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(1, 4, WIDTH)},
-                "control_BLD has shape (1, 4, 4); required is (B, L, E) with (B, L) = (2, 4), as of the t",
+                "control_BLD is of shape (1, 4, 4) and dtype torch.float64; "
+                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(2, 4)},
-                "control_BLD has shape (2, 4); required is (B, L, E) with (B, L) = (2, 4), as of the tokens",
+                "control_BLD is of shape (2, 4) and dtype torch.float64; "
+                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(2, 4, WIDTH).long()},
-                "control_BLD has dtype torch.int64; required is a floating-point dtype, such as",
+                "control_BLD is of shape (2, 4, 4) and dtype torch.int64; "
+                "required is a floating-point tensor of shape (B = 2, L = 4, E): convert with .float()",
             ),
-            ({"control_BLD": normal(2, 4, 5)}, "control_BLD has 5 channels; the router SMARouter reads 4"),
+            (
+                {"control_BLD": normal(2, 4, 5)},
+                "control_BLD is of shape (2, 4, 5) and dtype torch.float64; "
+                "required is a floating-point tensor of shape (B, L, D = 4)",
+            ),
             (
                 {"positions": torch.arange(4)},
-                "positions have shape (4,); required is (B, L) = (2, 4), as of the tokens",
+                "positions are of shape (4,) and dtype torch.int64; "
+                "required is an integer tensor of shape (B = 2, L = 4)",
             ),
             (
                 {"positions": torch.arange(20).reshape(2, 10)},
-                "positions have shape (2, 10); required is (B, L) = (2, 4), as of the tokens",
+                "positions are of shape (2, 10) and dtype torch.int64; "
+                "required is an integer tensor of shape (B = 2, L = 4)",
             ),
             (
                 {"positions": normal(2, 4)},
-                "positions have dtype torch.float64; required are integers, such as torch.int64",
+                "positions are of shape (2, 4) and dtype torch.float64; "
+                "required is an integer tensor of shape (B = 2, L = 4): convert with .long()",
             ),
             (
                 {"positions": torch.ones(2, 4).bool()},
-                "positions have dtype torch.bool; required are integers, such as torch.int64",
+                "positions are of shape (2, 4) and dtype torch.bool; "
+                "required is an integer tensor of shape (B = 2, L = 4): convert with .long()",
             ),
         ],
     )
     def test_what_does_not_fit(self, options, complaint):
-        with pytest.raises(InputError, match=exactly(complaint)[:-2]):
+        with pytest.raises(InputError, match=exactly(complaint)):
             routed()(normal(2, 4, WIDTH), **options)
 
     def test_tokens_of_another_width_than_the_router_reads(self):
-        with pytest.raises(InputError, match=exactly("control_BLD has 5 channels; the router SMARouter reads 4")):
+        with pytest.raises(InputError, match=r"^control_BLD is .* \(2, 4, 5\) .*; required is .* \(B, L, D = 4\)$"):
             routed()(normal(2, 4, 5))
 
 
@@ -157,26 +171,30 @@ class TestDecisions:
     @pytest.mark.parametrize(
         ("changes", "complaint"),
         [
-            ({"names": ()}, "the router Edited decided about []; its names, in their order, are ['a', 'b']"),
+            ({"names": ()}, "the decision of Edited is about []; required are ['a', 'b'], in this order"),
             (
                 {"names": ("b", "a")},
-                "the router Edited decided about ['b', 'a']; its names, in their order, are ['a', 'b']",
+                "the decision of Edited is about ['b', 'a']; required are ['a', 'b'], in this order",
             ),
             (
                 {"active": ones.bool()},
-                "the router Edited decided with active of shape (2, 4, 3); required is (B, L, M) = (2, 4, 2)",
+                "active of the decision of Edited is of shape (2, 4, 3) and dtype torch.bool; "
+                "required is a boolean tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"active": ones[..., 0].bool()},
-                "the router Edited decided with active of shape (2, 4); required is (B, L, M) = (2, 4, 2)",
+                "active of the decision of Edited is of shape (2, 4) and dtype torch.bool; "
+                "required is a boolean tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"confidence": ones[:1, :, :2]},
-                "the router Edited decided with confidence of shape (1, 4, 2); required is (B, L, M) = (2, 4, 2)",
+                "confidence of the decision of Edited is of shape (1, 4, 2) and dtype torch.float32; "
+                "required is a floating-point tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"active": ones[..., :2]},
-                "the router Edited decided with active of dtype torch.float32; required is torch.bool",
+                "active of the decision of Edited is of shape (2, 4, 2) and dtype torch.float32; "
+                "required is a boolean tensor of shape (B = 2, L = 4, M = 2): convert with .bool()",
             ),
         ],
     )
@@ -196,3 +214,40 @@ class TestNames:
     def test_no_sub_module(self):
         with pytest.raises(InputError, match=exactly("there are no sub-modules to choose from; give at least one")):
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, []), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "",
+            "Ahead (causal=False) cannot continue from a state; build the model with bidirectional=false to stream it",
+        ),
+        (
+            "mixer",
+            "'mixer' (kind Ahead, causal=False) cannot continue from a state; build the model with bidirectional",
+        ),
+    ],
+    ids=["alone", "in a layer"],
+)
+def test_a_part_of_somebody_else_that_looks_ahead_is_named(name: str, sentence: str) -> None:
+    class Ahead(nn.Module):
+        causal = False
+
+    with pytest.raises(StateError, match=f"^{re.escape(sentence)}"):
+        check_causal(Ahead(), name)
+
+
+def test_a_part_says_itself_how_it_can_be_streamed() -> None:
+    class Ahead(nn.Module):
+        causal = False
+        to_stream = "set lookahead=0"
+
+    with pytest.raises(StateError, match=r"cannot continue from a state; set lookahead=0$"):
+        check_causal(Ahead())
+
+
+@pytest.mark.parametrize("name", ["placement", "check_sizes"])
+def test_what_authors_imported_from_elsewhere_names_its_present_place(name: str) -> None:
+    with pytest.raises(ImportError, match=rf"^sma\.submodule\.{name} is now sma\.\w+\.\w+$"):
+        getattr(sma.submodule, name)

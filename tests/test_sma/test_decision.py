@@ -58,19 +58,20 @@ def test_rate_of_no_valid_token_is_zero():
     [
         (
             torch.ones(1, 3, dtype=torch.bool),
-            "valid has shape (1, 3); required is (B, L) = (2, 3), as the decision has",
+            "valid is of shape (1, 3) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 4, dtype=torch.bool),
-            "valid has shape (2, 4); required is (B, L) = (2, 3), as the decision has",
+            "valid is of shape (2, 4) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 3, 1, dtype=torch.bool),
-            "valid has shape (2, 3, 1); required is (B, L) = (2, 3), as the decision has",
+            "valid is of shape (2, 3, 1) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 3),
-            "valid has dtype torch.float32; required is torch.bool, True at real tokens: write valid.bool()",
+            "valid is of shape (2, 3) and dtype torch.float32; "
+            "required is a boolean tensor of shape (B = 2, L = 3): convert with .bool()",
         ),
         (
             [[1, 1, 0], [1, 1, 1]],

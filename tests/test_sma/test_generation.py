@@ -140,7 +140,7 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
         ({"samples": 0}, r"^samples=0 must be at least 1$"),
         (
             {"prompt": torch.zeros(2, 0, dtype=torch.long)},
-            r"the prompt has shape \(2, 0\); required is \(B, L\) with at least one token",
+            "the prompt is empty; give at least one token per row",
         ),
         ({"valid": torch.tensor([[True], [False]])}, r"row 1 of the prompt has no valid token"),
     ],

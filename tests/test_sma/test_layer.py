@@ -262,17 +262,19 @@ class TestDropout:
 @pytest.mark.usefixtures("as_users_run")
 class TestWrongInput:
     def test_tokens_of_another_width(self):
-        with pytest.raises(InputError, match=r"the tokens have shape \(2, 3, 5\); required is \(B, L, D = 4\)"):
+        with pytest.raises(
+            InputError, match=r"the tokens are of shape \(2, 3, 5\) .*; required is .* \(B, L, D = 4\)$"
+        ):
             make("seqboat")(normal(2, 3, 5))
 
     def test_tokens_that_are_whole_numbers(self):
-        with pytest.raises(InputError, match=r"the tokens have dtype torch\.int64; required is a floating-point dtype"):
+        with pytest.raises(
+            InputError, match=r"the tokens are .* dtype torch\.int64; required is a floating-point tensor"
+        ):
             make("seqboat")(torch.zeros(2, 3, WIDTH, dtype=torch.long))
 
     def test_mask_of_another_shape(self):
-        with pytest.raises(
-            InputError, match=r"valid has shape \(3, 2\); required is \(B, L\) = \(2, 3\), as the input has"
-        ):
+        with pytest.raises(InputError, match=r"valid is of shape \(3, 2\) .*; required is .* \(B = 2, L = 3\)$"):
             make("seqboat")(normal(2, 3, WIDTH), torch.ones(3, 2, dtype=torch.bool))
 
 

@@ -132,7 +132,7 @@ class TestRefusals:
 
     def test_state_of_another_class(self) -> None:
         with pytest.raises(
-            StateError, match=exactly("RoutedLayer got a state of class State; it needs LayerState: see init_state")
+            StateError, match=exactly("RoutedLayer got a state of class State; required is LayerState: use init_state")
         ):
             make("causal seqboat")(normal(2, 3, WIDTH), None, State())
 
@@ -168,9 +168,6 @@ class TestRefusals:
             (layer, make(mine, **other), has, needs),
             (make(mine, **other), layer, needs, has),
         ):
-            sentence = (
-                f"RoutedLayer got the state of another model: it is of the parts {found}; required are {wanted}: "
-                "use init_state"
-            )
+            sentence = f"RoutedLayer got the state of another model: parts {found} instead of {wanted}; use init_state"
             with pytest.raises(StateError, match=exactly(sentence)):
                 one(x, None, another.init_state(2))

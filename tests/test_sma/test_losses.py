@@ -1,6 +1,7 @@
 """Losses of routing against loops over tokens."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -99,9 +100,9 @@ class TestBudget:
     @pytest.mark.parametrize(
         ("target", "sentence"),
         [
-            ({"mpl": 0.5}, r"no layer has a sub-module 'mpl'.*did you mean 'mlp'"),
-            (1.5, "the target rate 1.5 of 'attention' must lie between 0 and 1"),
-            ({"mlp": math.nan}, "the target rate nan of 'mlp' must lie between 0 and 1"),
+            ({"mpl": 0.5}, r"the target rate names 'mpl', which is no sub-module; did you mean 'mlp'"),
+            (1.5, "the target rate of 'attention' is 1.5; it must lie between 0 and 1"),
+            ({"mlp": math.nan}, "the target rate of 'mlp' is nan; it must lie between 0 and 1"),
         ],
     )
     def test_impossible_targets_are_refused(self, target, sentence):
@@ -221,9 +222,7 @@ def test_without_layers_or_tokens_it_is_a_number(loss):
 
 @LOSSES
 def test_a_mask_that_does_not_fit_is_refused(loss, as_users_run):
-    with pytest.raises(
-        InputError, match=exactly("valid has shape (2, 5); required is (B, L) = (2, 6), as the input has")
-    ):
+    with pytest.raises(InputError, match=r"valid is of shape \(2, 5\) .*; required is .* \(B = 2, L = 6\)$"):
         loss([_random()], torch.ones(2, 5, dtype=torch.bool))
 
 
@@ -301,7 +300,7 @@ class TestPolicyGradient:
     @pytest.mark.parametrize("shape", [(2, 5), (1, 6)])
     def test_a_mask_of_another_shape_is_refused(self, shape, as_users_run):
         with pytest.raises(
-            InputError, match=exactly(f"valid has shape {shape}; required is (B, L) = (2, 6), as the input has")
+            InputError, match=rf"valid is of shape {re.escape(str(shape))} .*; required is .* \(B = 2, L = 6\)$"
         ):
             policy_gradient_loss([_random()], torch.ones(2), torch.ones(shape, dtype=torch.bool))
 

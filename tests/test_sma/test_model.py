@@ -296,22 +296,22 @@ class TestWrongInput:
             (
                 "classifier",
                 torch.zeros(2, 3),
-                r"token ids have shape \(2, 3\) and dtype torch\.float32; required are integers of shape \(B, L\)",
+                r"token ids are of shape \(2, 3\) and dtype torch\.float32; required is an integer tensor of shape",
             ),
             (
                 "classifier",
                 torch.ones(3, dtype=torch.long),
-                r"token ids have shape \(3,\) and dtype torch\.int64; required are integers of sh",
+                r"token ids are of shape \(3,\) and dtype torch\.int64; required is an integer tensor of shape",
             ),
             (
                 "causal encoder",
                 torch.ones(2, 3, dtype=torch.long),
-                r"numbers have shape \(2, 3\) and dtype torch\.int64; required are floats",
+                r"numbers are of shape \(2, 3\) and dtype torch\.int64; required is a floating-point tensor",
             ),
             (
                 "causal encoder",
                 torch.zeros(2, 3, 1),
-                r"numbers have shape \(2, 3, 1\) and dtype torch\.float32; required are floats of shape",
+                r"numbers are of shape \(2, 3, 1\) and dtype torch\.float32; required is .* of shape \(B, L\)$",
             ),
         ],
     )
@@ -322,16 +322,14 @@ class TestWrongInput:
     @models
     @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 4), (2, 3, 1)])
     def test_mask_of_another_shape(self, name, shape):
-        with pytest.raises(
-            InputError, match=r"valid has shape \(.*\); required is \(B, L\) = \(2, 3\), as the input has"
-        ):
+        with pytest.raises(InputError, match=r"valid is of shape \(.*\) .*; required is .* \(B = 2, L = 3\)$"):
             make_model(name)(inputs_of(name, 2, 3), torch.ones(shape, dtype=torch.bool))
 
     @models
     def test_mask_of_numbers(self, name):
         with pytest.raises(
             InputError,
-            match=r"valid has dtype torch\.int64; required is torch\.bool, True at real tokens: write valid\.bool\(\)",
+            match=r"valid is .* dtype torch\.int64; required is a boolean tensor .*: convert with \.bool\(\)$",
         ):
             make_model(name)(inputs_of(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
 

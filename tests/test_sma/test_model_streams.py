@@ -249,7 +249,7 @@ class TestRefusals:
         )
 
     def test_state_of_another_class(self) -> None:
-        sentence = "SequenceModel got a state of class State; it needs ModelState: see init_state"
+        sentence = "SequenceModel got a state of class State; required is ModelState: use init_state"
         self._refuses(make_model("seqboat"), sentence, State())
 
     def test_state_of_another_number_of_streams(self) -> None:
@@ -263,13 +263,13 @@ class TestRefusals:
     def test_state_of_another_number_of_layers(self) -> None:
         model = make_model("seqboat")
         state = model.init_state(2)
-        sentence = "the state has 1 layers and the model 2; use the model's own init_state"
+        sentence = "SequenceModel got the state of another model: layers 1 instead of 2; use init_state"
         self._refuses(model, sentence, replace(state, layers=state.layers[:1]))
 
     def test_state_on_another_device(self) -> None:
         model = make_model("seqboat")
         self._refuses(
-            model, "the state is on meta and the inputs on cpu; use state.to('cpu')", model.init_state(2).to("meta")
+            model, "state is on meta and the input on cpu; move it with state.to('cpu')", model.init_state(2).to("meta")
         )
 
 

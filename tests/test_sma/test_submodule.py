@@ -104,26 +104,26 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
         (lambda s: s.reset(torch.tensor([7])), "row 7 is out of range; the state has 4 streams, numbered from 0"),
         (
             lambda s: s.select(torch.tensor([0.5])),
-            "rows have shape (1,) and dtype torch.float32; required are integers of shape (R,)",
+            "rows are of shape (1,) and dtype torch.float32; required is an integer tensor of shape (R,)",
         ),
         (
             lambda s: s.select(torch.tensor([[0]])),
-            "rows have shape (1, 1) and dtype torch.int64; required are integers of shape (R,)",
+            "rows are of shape (1, 1) and dtype torch.int64; required is an integer tensor of shape (R,)",
         ),
         (
             lambda s: s.select(torch.ones(4, dtype=torch.bool)),
             (
-                "rows have shape (4,) and dtype torch.bool; "
-                "required are integers of shape (R,), the numbers of rows: write rows.nonzero()"
+                "rows are of shape (4,) and dtype torch.bool; "
+                "required is an integer tensor of shape (R,): convert with .nonzero().squeeze(1)"
             ),
         ),
         (
             lambda s: s.reset(torch.tensor([True])),
-            "the mask of rows has shape (1,); required is (4,), one for each stream",
+            "rows are of shape (1,) and dtype torch.bool; required is a boolean tensor of shape (B = 4,)",
         ),
         (
             lambda s: s.reset(torch.tensor([[True]] * 4)),
-            "the mask of rows has shape (4, 1); required is (4,), one for each stream",
+            "rows are of shape (4, 1) and dtype torch.bool; required is a boolean tensor of shape (B = 4,)",
         ),
         (lambda s: s.to("gpu"), "the device 'gpu' cannot be used"),
         (
@@ -222,7 +222,7 @@ def test_a_token_wise_sub_module_inherits_a_state_of_nothing() -> None:
 def test_a_sub_module_without_a_spec_that_looks_ahead_is_named_by_its_class() -> None:
     sentence = (
         "LookingAhead (causal=False) cannot continue from a state; "
-        "build the model with bidirectional=false, or causal=true, to stream it"
+        "build the model with bidirectional=false to stream it"
     )
     with pytest.raises(StateError, match=exactly(sentence)):
         LookingAhead().init_state(1)

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 from sma import Decision, Router, State, register
+from sma.checks import check_sizes
 from sma.routers import RouterSpec
-from sma.submodule import check_sizes, device_and_dtype
+from sma.submodule import device_and_dtype
 from torch import Tensor, nn
 
 from sma_shift.last_token import LastToken, line_up, newest

@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 from sma import Ragged, State, SubModule, SubModuleSpec, register
-from sma.submodule import Operations, check_sizes, device_and_dtype
+from sma.checks import check_sizes
+from sma.submodule import Operations, device_and_dtype
 from torch import Tensor, nn
 
 from sma_shift.last_token import LastToken, line_up, newest

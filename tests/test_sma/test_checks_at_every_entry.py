@@ -133,7 +133,8 @@ MASKS = [entry for entry in TENSORS if entry.endswith(("valid", "mask")) and not
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
 def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
     with pytest.raises(
-        InputError, match=r"has dtype torch\.\w+; (required is|it must be) torch\.bool.*: write (valid|mask)\.bool\(\)"
+        InputError,
+        match=r"of shape .* and dtype torch\.\w+; required is a boolean tensor of shape .*: convert with \.bool\(\)$",
     ):
         TENSORS[entry][0](VALID.to(dtype))
 
@@ -165,8 +166,8 @@ def test_ids_out_of_range_are_told_as_they_were_given(ids, wrong):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_ids_of_another_dtype_say_how_to_convert_them(dtype):
-    required = f"dtype {dtype}; required are integers of shape (B, L): convert them with ids.long()"
-    with pytest.raises(InputError, match=exactly(f"token ids have shape (2, 5) and {required}")):
+    required = f"dtype {dtype}; required is an integer tensor of shape (B, L): convert with .long()"
+    with pytest.raises(InputError, match=exactly(f"token ids are of shape (2, 5) and {required}")):
         MODEL(IDS.to(dtype))
 
 
@@ -176,7 +177,7 @@ def test_whole_numbers_for_an_encoder_of_floats_say_how_to_convert_them(dtype):
         call, right = TENSORS[entry]
         with pytest.raises(
             InputError,
-            match=rf"dtype {dtype}; required are floats of shape \(B, L.*\): convert them with x\.float\(\)$",
+            match=rf"dtype {dtype}; required is a floating-point tensor of shape \(B, L.*\): convert with \.float\(\)$",
         ):
             call(right.to(dtype))
 
@@ -212,7 +213,8 @@ def test_functions_of_decisions_say_what_they_got(function):
 def test_a_sub_module_given_a_batch_names_ragged_tokens(name):
     part = SPECS[name].build(8)
     with pytest.raises(
-        InputError, match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*rectangular\(x\) for all"
+        InputError,
+        match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*; required is a Ragged: write",
     ):
         part(X)
 
