@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -21,34 +21,17 @@ from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.io.claims import claim_folder
 from sma.recipes.io.command import CommandOptions, exit_code, parse
 from sma.recipes.io.folders import cache_folder, lend_home
-from sma.recipes.io.names import plain
+from sma.recipes.io.names import plain, shell_word
 from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Names, Setting
-from sma.tune.sweep import SweepSpec, make_sweep, read_sweep
-from sma.tune.train import TrainOptions, resumable, train
+from sma.recipes.io.presets import check_preset
+from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
+from sma.tune.train import TrainOptions, endable, train
 
 if TYPE_CHECKING:
     from sma.tune.cluster import ResourceSpec
     from sma.tune.storage import Storage
 
 COMMANDS = ("report", "train")
-
-_OF_THE_SWEEP = (
-    "task",
-    "preset",
-    "space",
-    "spec",
-    "set",
-    "seed",
-    "search_seed",
-    "samples",
-    "objectives",
-    "stop",
-    "grace",
-    "reduction",
-)
-
-_OF_THE_MACHINE = {"cpus", "gpus", "accelerator", "concurrent", "address", "data", "silence", "progress"}
-"""Options that a sweep does not keep, and that are given again where it goes on."""
 
 
 class Options(CommandOptions):
@@ -59,6 +42,10 @@ class Options(CommandOptions):
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
+
+    repeatable: ClassVar[frozenset[str]] = frozenset(
+        {"cpus", "gpus", "accelerator", "concurrent", "address", "data", "silence", "progress"}
+    )
 
     task: Name = Field(
         default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny"
@@ -130,7 +117,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(name: str, given: list[str]) -> None:
-    lend_home()
     if name == "report":
         report(parse(ReportOptions, given, positional="folder"))
     elif name == "train":
@@ -149,6 +135,7 @@ def search(options: Options) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
+    lend_home()
     # Ray takes seconds to import; --help and a wrong --set need not wait for it.
     from sma.tune.cluster import ResourceSpec, check_resources
     from sma.tune.folder import load_sweep, start_sweep
@@ -157,10 +144,7 @@ def search(options: Options) -> dict[str, Any]:
     resources = ResourceSpec(**{name: getattr(options, name) for name in ResourceSpec.model_fields})
     with ExitStack() as stack:
         if options.resume is not None:
-            given = sorted(options.model_fields_set & {*_OF_THE_SWEEP, "storage"})
-            if given:
-                names = ", ".join("--" + name.replace("_", "-") for name in given)
-                raise SpecError(f"--resume goes on with the sweep as it was; leave {names} out, or start a new sweep")
+            options.refuse_all_but(["resume"], "--resume continues the sweep as it was", "start a new sweep")
             storage = Storage(options.resume)
             sweep = load_sweep(storage)
             stack.enter_context(storage.locked())
@@ -182,7 +166,7 @@ def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", opt
         f"{plain(storage.address(''))}",
         flush=True,
     )
-    with resumable(options, storage.address(""), _OF_THE_MACHINE):
+    with endable(options, storage):
         summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     _describe(summary, storage, sweep.quality.name)
     if summary["failed"] == summary["trials"]:
@@ -214,6 +198,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
+    lend_home()
     from sma.tune.folder import load_sweep
     from sma.tune.results import write_results
     from sma.tune.storage import Storage
@@ -230,6 +215,12 @@ def _sweep(options: Options) -> SweepSpec:
     stopping: dict[str, Any] = {
         name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None
     }
+    if options.space is not None:
+        options.refuse(["task", "preset"], "--space is a sweep of its own")
+    else:
+        check_preset(f"{options.task}_{options.preset}", shipped_sweeps(), "sweep")
+    if not options.stop:
+        options.refuse(["grace", "reduction"], "--no-stop trains every trial to its end")
     source = read_sweep(options.space or f"{options.task}_{options.preset}", options.spec)
     settings = [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])]
     sweep = make_sweep(
@@ -275,9 +266,23 @@ def _describe(summary: dict[str, Any], storage: Any, quality: str) -> None:
                     f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, "
                     f"rate {point['rate']:.3f}: {plain(where)}"
                 )
+    _describe_front(summary, storage, quality)
     if summary["idle_share"] is not None:
         print(f"{summary['seconds']:,.0f} s in {summary['slots']} slots, {summary['idle_share']:.0%} of them idle")
     print(f"results           {plain(storage.address(''))}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")
+
+
+def _describe_front(summary: dict[str, Any], storage: Any, quality: str) -> None:
+    """Print the trials of the Pareto front, and the command that trains one of them."""
+    points = summary["pareto"]
+    if not points:
+        return
+    print(f"Pareto front      {len(points)} of {summary['finished']} finished trials")
+    for point in points:
+        print(f"  trial {point['trial']:<9} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}")
+    if storage.folder is not None:
+        spec = storage.address(points[0]["spec"])
+        print(f"train one         sma train --spec {shell_word(spec)}")
 
 
 if __name__ == "__main__":

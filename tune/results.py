@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sma.errors import CheckpointError, SpecError
-from sma.recipes.io.names import markdown_cell
+from sma.recipes.io.names import markdown_cell, shell_word
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.reports.figures import attempt
 from sma.spec import dump_yaml
@@ -88,7 +88,8 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     records = load_records(storage, sweep)
     if not records:
         raise CheckpointError(
-            f"the sweep in {storage.address('')!r} has no records yet; go on with it: --resume {storage.address('')}"
+            f"the sweep in {storage.address('')!r} has no records yet; "
+            f"resume it with: sma sweep --resume {shell_word(storage.address(''))}"
         )
     rows = [trial_row(record, sweep) for record in records]
     _write_tables(rows, storage)

@@ -4,24 +4,24 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 python -m sma.tune train --resume FOLDER --workers 2
 """
 
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from sma.errors import CheckpointError, SmaError, SpecError
+from sma.errors import CheckpointError, SmaError
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import DRIVER, claim_folder
-from sma.recipes.io.command import CommandOptions
-from sma.recipes.io.folders import cache_folder
-from sma.recipes.io.names import plain, shell_word
+from sma.recipes.io.command import CommandOptions, resumable, resuming
+from sma.recipes.io.folders import cache_folder, lend_home
+from sma.recipes.io.names import plain
 from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Setting
+from sma.recipes.io.presets import check_preset
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
-from sma.recipes.io.signals import PREEMPTED, Preempted, on_preemption
+from sma.recipes.io.signals import Preempted, on_preemption
 from sma.spec import dump_yaml
 from sma.yaml_text import read_fields
 
@@ -36,6 +36,10 @@ class TrainOptions(CommandOptions):
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune train")
+
+    repeatable: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}
+    )
 
     task: Name = Field(
         default="listops", description="what to learn; with --preset the name of a preset, such as listops_tiny"
@@ -73,6 +77,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     Raises:
         SmaError: a sentence for the user.
     """
+    lend_home()
     # A wrong --set need not wait for Ray, which takes seconds to import.
     spec = None if options.resume is not None else _fresh(options)
     from sma.tune.parallel import Workers
@@ -102,37 +107,30 @@ def _train(spec: ExperimentSpec, storage: "Storage", workers: "Workers", options
         f"{spec.training.batch_size} samples, {workers.number} workers -> {plain(storage.address(''))}",
         flush=True,
     )
-    with resumable(
-        options, storage.address(""), {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}
-    ):
+    with endable(options, storage):
         return train_parallel(spec, storage, workers, data_folder=options.data, progress=options.progress, say=_say)
 
 
 @contextmanager
-def resumable(options: CommandOptions, where: str, kept: Collection[str]) -> Iterator[None]:
-    """Where the block is ended from outside, say the whole command that goes on: by Ctrl-C, SIGTERM, SIGUSR1, or the
-    end of the cluster.
+def endable(options: CommandOptions, storage: "Storage") -> Iterator[None]:
+    """Add the whole command that resumes to what ends the block from outside: Ctrl-C, SIGTERM, SIGUSR1, a full disk, or
+    the end of the cluster.
 
     Args:
-        options: what was given.
-        where: the folder.
-        kept: names of the options that must be given again.
+        options: of the command.
+        storage: the folder.
 
     Raises:
-        SystemExit: a signal ended it; with status 130 for Ctrl-C, `PREEMPTED` for others.
         SmaError: the cluster is lost.
     """
     from sma.tune.lifeline import ClusterLost
 
+    where = storage.address("")
     try:
-        with on_preemption(_end_once()):
+        with on_preemption(_end_once()), resumable(options, where, lambda: True):
             yield
-    except KeyboardInterrupt:
-        interrupted("interrupted", 130, resuming(options, where, kept))
-    except Preempted as end:
-        interrupted(str(end), PREEMPTED, resuming(options, where, kept))
     except ClusterLost as error:
-        raise SmaError(f"{error}; go on with: {resuming(options, where, kept)}") from error
+        raise SmaError(f"{error}; resume with: {resuming(options, where)}") from error
 
 
 def _end_once() -> Callable[[int], None]:
@@ -147,21 +145,6 @@ def _end_once() -> Callable[[int], None]:
     return act
 
 
-def interrupted(why: str, status: int, command: str) -> NoReturn:
-    """Leave with a status, and the command that goes on."""
-    print(f"{why}; go on with: {command}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def resuming(options: CommandOptions, where: str, kept: Collection[str]) -> str:
-    """The whole command that goes on; see `resumable`."""
-    words = [str(options.model_config.get("cli_prog_name")), "--resume", shell_word(where)]
-    for name in sorted(options.model_fields_set & {*kept}):
-        value, flag = getattr(options, name), name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", shell_word(value)]
-    return " ".join(words)
-
-
 def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
     """The folder of a new run, which no other process can take once the experiment stands in it."""
     from sma.tune.storage import Storage
@@ -171,8 +154,7 @@ def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
         if storage.names():
             where = storage.address("")
             raise CheckpointError(
-                f"the folder {where!r} is not empty; give another --out, "
-                f"or --resume {where} to go on with the run in it"
+                f"the folder {where!r} is not empty; give another --out, or --resume {where} to resume the run in it"
             )
         return storage
     with claim_folder(storage.folder, numbered=options.out is None) as folder:
@@ -186,15 +168,17 @@ def _say(line: str) -> None:
 
 
 def _fresh(options: TrainOptions) -> ExperimentSpec:
-    source = options.spec if options.spec is not None else f"{options.task}_{options.preset}"
+    name = f"{options.task}_{options.preset}"
+    if options.spec is not None:
+        options.refuse(["task", "preset"], "--spec has the task and the training of its own")
+    else:
+        check_preset(name)
+    source = options.spec if options.spec is not None else name
     return load_experiment(source, [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])])
 
 
 def _resumed(options: TrainOptions, storage: "Storage") -> ExperimentSpec:
-    given = sorted(options.model_fields_set & {"task", "preset", "spec", "set", "seed", "out"})
-    if given:
-        names = ", ".join("--" + name for name in given)
-        raise SpecError(f"--resume goes on with the experiment as it was; leave {names} out, or start a new run")
+    options.refuse_all_but(["resume"], "--resume continues the experiment as it was", "start a new run")
     content = storage.read(EXPERIMENT)
     if content is None:
         raise CheckpointError(

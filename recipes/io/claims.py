@@ -90,8 +90,7 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
             if not is_empty(folder):
                 again = f"--resume {shell_word(folder)}"
                 raise CheckpointError(
-                    f"the folder {str(folder)!r} is not empty; "
-                    f"give another --out, or {again} to go on with the run in it"
+                    f"the folder {str(folder)!r} is not empty; give another --out, or {again} to resume the run in it"
                 )
             yield folder
     finally:

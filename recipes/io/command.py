@@ -178,9 +178,11 @@ def _exit_code(command: Callable[[], object]) -> int:
 
 
 def _last_note(error: BaseException) -> str:
-    """What the outermost `resumable` block added."""
+    """What the outermost `resumable` block added, also where a second signal disturbed the end."""
     notes = getattr(error, "__notes__", [])
-    return notes[-1] if notes else ""
+    if notes or error.__context__ is None:
+        return notes[-1] if notes else ""
+    return _last_note(error.__context__)
 
 
 def _say(sentences: str) -> None:

@@ -235,7 +235,7 @@ def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
     (out / "thesis.tex").write_text("")
     assert main(["--spec", str(spec), "--out", str(out)]) == 2
     complaint = (
-        f"error: the folder '{out}' is not empty; give another --out, or --resume {out} to go on with the run in it\n"
+        f"error: the folder '{out}' is not empty; give another --out, or --resume {out} to resume the run in it\n"
     )
     assert _said(capsys) == ("", complaint)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]

@@ -152,8 +152,8 @@ def test_a_signal_leaves_a_sweep_that_goes_on(number: signal.Signals, status: in
         assert process.wait(PATIENCE) == status, log.read_text()
     assert second.returncode == 2
     assert f"'{folder}' is being written by process {process.pid} on " in second.stderr
-    command = f"{words}; go on with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
-    assert log.read_text().count("go on with") == log.read_text().count(command) == 1
+    command = f"{words}; resume with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
+    assert log.read_text().count("resume with") == log.read_text().count(command) == 1
     assert "Traceback" not in log.read_text()
     left = process_of(records(folder)[0])
     wait_for(lambda: not alive(left), 200, "the end of the trial's process")
@@ -184,12 +184,12 @@ def test_a_stopped_worker_is_replaced_after_a_silence(tmp_path: Path) -> None:
         ),
         pytest.param(
             "raylet",
-            "the Ray cluster is lost: the raylet of this machine has ended; go on with: python -m",
+            "the Ray cluster is lost: the raylet of this machine has ended; resume with: python -m",
             id="raylet-killed",
         ),
         pytest.param(
             "gcs_server",
-            "the Ray cluster is lost: its GCS server, on the head node has ended; go on with: python -m",
+            "the Ray cluster is lost: its GCS server, on the head node has ended; resume with: python -m",
             id="gcs-killed",
         ),
     ],

@@ -15,7 +15,7 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--task", "listop"], "no shipped sweep 'listop_tiny'; did you mean 'listops_tiny'", id="task"),
+        pytest.param(["--task", "listop"], "unknown task 'listop'; did you mean 'listops'? tasks: digits", id="task"),
         pytest.param(["--set", "training.updats=3"], "unknown field path 'training.updats'", id="set"),
         pytest.param(["--samples", "0"], "samples=0 must be at least 1", id="samples"),
         pytest.param(["--objectives", "quality,colour"], "'colour'", id="objectives"),
@@ -31,9 +31,37 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         pytest.param(
             ["repor", "x"], "unknown command 'repor'; did you mean 'report'? commands: report, train", id="command"
         ),
-        pytest.param(["--workers", "2", "--task", "listop"], "no shipped preset 'listop_tiny'", id="workers"),
-        pytest.param(["--task=listop", "--workers=2"], "no shipped preset 'listop_tiny'", id="workers-last"),
+        pytest.param(
+            ["--workers", "2", "--task", "listop"], "unknown task 'listop'; did you mean 'listops'?", id="workers"
+        ),
+        pytest.param(
+            ["--task=listop", "--workers=2"], "unknown task 'listop'; did you mean 'listops'?", id="workers-last"
+        ),
         pytest.param(["--concurrent", "4096"], "--concurrent 4096 trials", id="concurrent"),
+        pytest.param(
+            ["--task", "digits", "--preset", "paper"],
+            "the task 'digits' has no sweep 'paper'; its only sweep is 'tiny'",
+            id="no-paper",
+        ),
+        pytest.param(
+            ["--space", "x.yaml", "--task", "digits"], "--space is a sweep of its own; leave --task out", id="space"
+        ),
+        pytest.param(
+            ["--no-stop", "--grace", "3", "--reduction", "2"],
+            "--no-stop trains every trial to its end; leave --grace, --reduction out",
+            id="no-stop",
+        ),
+        pytest.param(
+            ["--workers", "2", "--spec", "x.yaml", "--preset", "tiny"],
+            "--spec has the task and the training of its own; leave --preset out",
+            id="workers-spec",
+        ),
+        pytest.param(
+            ["--workers", "2", "--resume", "x", "--out", "y"],
+            "--resume continues the experiment as it was; leave --out out, or start a new run",
+            id="workers-resume",
+        ),
+        pytest.param(["--sampels", "3"], "--sampels: unknown option; did you mean --samples?", id="option"),
         pytest.param(["--resume", "nowhere"], "there is no sweep in", id="resume-nothing"),
         pytest.param(["--resume", "nowhere", "--samples", "3"], "leave --samples out", id="resume-another"),
     ],
@@ -69,6 +97,9 @@ def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.Cap
     assert main(["report", storage.location]) == 0
     shown = capsys.readouterr().out
     assert "sparsest as good  accuracy 0.6000, rate 0.200: trial 1" in shown
+    front = "Pareto front      1 of 2 finished trials\n  trial 1         accuracy 0.6000, rate 0.200\n"
+    assert f"{front}train one         sma train --spec {tmp_path}/sweep/best/trial_0001.yaml\n" in shown
+    assert (tmp_path / "sweep" / "best" / "trial_0001.yaml").is_file()
     assert {"summary.json", "pareto.png", "trials.csv"} <= set(storage.names())
 
 
@@ -103,15 +134,13 @@ def test_after_control_c_the_whole_command_that_goes_on_is_shown_once(
 
     monkeypatch.setattr("sma.tune.driver.run_sweep", interrupt)
     monkeypatch.setattr("sma.tune.cluster.local_node", lambda: {"CPU": 4.0, "GPU": 0.0})
-    with pytest.raises(SystemExit) as left:
-        main(["--space", str(write_sweep(tmp_path)), "--storage", str(tmp_path / "s"), *given])
-    assert left.value.code == 130
-    assert capsys.readouterr().err == f"interrupted; go on with: python -m sma.tune --resume {tmp_path / 's'}{hint}\n"
+    assert main(["--space", str(write_sweep(tmp_path)), "--storage", str(tmp_path / "s"), *given]) == 130
+    assert capsys.readouterr().err == f"interrupted; resume with: python -m sma.tune --resume {tmp_path / 's'}{hint}\n"
     monkeypatch.setattr("sma.tune.parallel.train_parallel", interrupt)
-    with pytest.raises(SystemExit) as left:
-        main(["--workers", "4", "--task", "listops", "--out", str(tmp_path / "t"), "--accelerator", "cpu"])
+    words = ["--workers", "4", "--task", "listops", "--out", str(tmp_path / "t"), "--accelerator", "cpu"]
+    assert main(words) == 130
     expected = (
-        f"interrupted; go on with: python -m sma.tune train --resume {tmp_path / 't'} --accelerator cpu --workers 4\n"
+        f"interrupted; resume with: python -m sma.tune train --resume {tmp_path / 't'} --accelerator cpu --workers 4\n"
     )
     assert capsys.readouterr().err == expected
 

@@ -145,5 +145,5 @@ def test_a_sweep_without_a_finished_trial_has_results(tmp_path: Path, kept: list
 
 
 def test_a_sweep_without_records_has_none(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no records yet; go on with it: --resume"):
+    with pytest.raises(CheckpointError, match=r"has no records yet; resume it with: sma sweep --resume"):
         write_results(small_sweep(), Storage(tmp_path))
