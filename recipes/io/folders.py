@@ -1,4 +1,4 @@
-"""Where a user's files are: the home folder, which not every user has, and the folder in which data is kept."""
+"""The home folder of the user, which may not exist, and the folder in which data is kept."""
 
 import atexit
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 from sma.errors import DataError, quote
 
 _CACHE = "sparse-modular-activation"
-_lent = [""]  # the folder that `lend_home` made
+_lent = [""]  # the temporary home folder of `lend_home`
 
 
 def cache_folder() -> Path:
-    """Where data is kept between runs unless the user names a folder.
+    """The default folder of data.
 
-    It is below `XDG_CACHE_HOME`, else below `.cache` of the home folder; without one, as of a user id that only a
-    container knows, below `.cache` of the working folder.
+    It is in `XDG_CACHE_HOME`, or in `.cache` of the home folder. Without a home folder, as for a user id that exists
+    only in a container, it is in `.cache` of the working folder.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):  # others are to be ignored, as its specification has it
+    if os.path.isabs(given):  # the XDG specification requires that relative paths are ignored
         return Path(given) / _CACHE
     try:
         return Path.home() / ".cache" / _CACHE
@@ -28,31 +28,29 @@ def cache_folder() -> Path:
 
 
 def check_run_folder(path: Path) -> None:
-    """Check that everything that writes a run can write into its folder: TensorBoard takes valid text only, and
-    Lightning URLs.
+    """Check the path of a run folder: TensorBoard requires valid Unicode, and Lightning reads `::` as a URL.
 
     Raises:
-        DataError: the path is not valid Unicode, or holds `::`.
+        DataError: the path is not valid Unicode, or contains `::`.
     """
     whole = str(path.absolute())
     if whole != whole.encode(errors="replace").decode():
         raise DataError(
             f"the path of the run folder {quote(whole)} is not valid Unicode, which TensorBoard requires; choose "
-            "another name (in a locale without UTF-8 every name beyond ASCII is none: PYTHONUTF8=1 helps)"
+            "another name (in a locale without UTF-8 no name beyond ASCII is valid: set PYTHONUTF8=1)"
         )
     if "::" in whole:
         raise DataError(
-            f"the path of the run folder {quote(whole)} has '::' in it, which is read as an address; "
+            f"the path of the run folder {quote(whole)} contains '::', which Lightning reads as a URL; "
             "choose another name"
         )
 
 
 def lend_home() -> None:
-    """Give this process and its children a home folder of their own where the user has none: Ray cannot be imported
-    without one.
+    """Set a temporary home folder for this process and its children if the user has none, because Ray requires one.
 
-    It is deleted when the process ends, so nothing of the user's goes there: data keeps its place, and `expand` refuses
-    `~` still.
+    It is deleted when the process ends, so no user files are written there: the data folder does not change, and
+    `expand` still refuses `~`.
     """
     try:
         Path.home()
@@ -66,7 +64,7 @@ def expand(path: Path) -> Path:
     """Return a path with a leading `~` or `~user` replaced by the home folder.
 
     Raises:
-        DataError: there is no such user, or none with a home folder.
+        DataError: the user does not exist, or has no home folder.
     """
     try:
         if path.parts[:1] == ("~",) and _lent[0]:
@@ -74,6 +72,6 @@ def expand(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise DataError(
-            f"{quote(str(path))} begins with the home folder {quote(path.parts[0])}, and there is none; "
-            "give the whole path instead"
+            f"{quote(str(path))} begins with the home folder {quote(path.parts[0])}, which does not exist; "
+            "give an absolute path"
         ) from error

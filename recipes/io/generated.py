@@ -1,10 +1,9 @@
-"""Generated data sets on disk: whole or not used, hashed, and checked each time they are used.
+"""Generated data sets on disk: complete or not used, and checked against their hashes at every use.
 
-A folder holds the files of one data set and `manifest.json`: what made them (generator, version, settings) and the
-SHA-256 of each. Files are written in a draft folder inside, one for every process, so that processes which generate the
-same data at the same time do not meet; then they are moved into place under a lock, the manifest first. A manifest
-without all its files is a data set that is not complete: whoever asks for it makes it again, so a process may be killed
-at any moment.
+A folder holds the files of one data set and `manifest.json` with the generator, its version and settings, and the
+SHA-256 of every file. Every process writes its files into its own draft folder, so concurrent processes do not
+interfere. Then the files are moved to their final paths under a lock, the manifest first. A manifest without all its
+files marks an incomplete data set, which is generated again, so a process may be killed at any time.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ _DRAFT = "draft"
 
 
 class HashedFile:
-    """A file being written, and the SHA-256 of what was written so far."""
+    """A file opened for writing, and the SHA-256 of its content so far."""
 
     def __init__(self, path: Path):
         self._hash = hashlib.sha256()
@@ -45,12 +44,12 @@ class HashedFile:
         self._file.write(content)
 
     def sync(self) -> None:
-        """Return when everything written is on the disk."""
+        """Flush the content to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; only what `sync` saw is promised to be there."""
+        """Close the file. Only content before the last `sync` is sure to be on the disk."""
         with suppress(OSError):
             self._file.close()
 
@@ -77,19 +76,19 @@ def sha256_of(path: Path) -> str:
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Check that there is room on the disk.
+    """Check that there is enough space on the disk.
 
     Args:
-        folder: where it is needed; may not be there yet.
-        needed: bytes, an estimate from below.
-        what: needs them; the subject of the sentence, in the singular.
+        folder: the folder in which the space is needed; it need not exist yet.
+        needed: lower bound of the required bytes.
+        what: subject of the error message, in the singular.
 
     Raises:
-        DataError: how many bytes are needed and how many are free.
+        DataError: there is too little space; the message has the required and the free bytes.
     """
-    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), None)
+    existing = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), None)
     with suppress(OSError):
-        if there is not None and needed > (free := shutil.disk_usage(there).free):
+        if existing is not None and needed > (free := shutil.disk_usage(existing).free):
             raise DataError(
                 f"{what} needs {format_bytes(needed)} in {folder}, and {format_bytes(free)} are free; "
                 "make room there or choose another folder"
@@ -97,19 +96,18 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
 
 
 def copy_folder(data: Path, name: str) -> Path:
-    """Return the folder for what is made of the files in a data folder: in it, or, where it cannot be written, in the
-    default one.
+    """Return the folder for files derived from a data folder: in it, or in the default one if it cannot be written.
 
     Args:
         data: the data folder.
-        name: of the folder; one that is in `data` already is taken in any case.
+        name: name of the folder. An existing one in `data` is always used.
     """
     folder = data / name
     if folder.is_dir() or not data.is_dir() or os.access(data, os.W_OK):
         return folder
     elsewhere = cache_folder() / name
     if not elsewhere.is_dir():
-        log.warning("%s cannot be written, so what is made of its files is kept in %s", data, elsewhere)
+        log.warning("%s cannot be written, so files derived from it are kept in %s", data, elsewhere)
     return elsewhere
 
 
@@ -122,21 +120,20 @@ def cached_files(
     needed: int = 0,
     what: str = "the data set",
 ) -> dict[str, str]:
-    """Return the SHA-256 of every file of a generated data set, making the files first where `folder` does not hold
-    them.
+    """Return the SHA-256 of every file of a generated data set, after generating it if `folder` does not hold it.
 
     Args:
-        folder: where the files are or shall be; made if missing.
-        recipe: all that decides what the files contain, as JSON values: generator, version, settings. Kept in the
-            manifest.
-        names: the files of the data set.
-        write: fills the open files it is given, by name.
-        needed: bytes that the files will have, an estimate from below.
-        what: they are, for the sentence where there is no room for them.
+        folder: folder of the files; created if missing.
+        recipe: everything that determines the content of the files, as JSON values: generator, version, settings. It is
+            kept in the manifest.
+        names: names of the files.
+        write: function that writes the files, which it gets open, by name.
+        needed: lower bound of the size of the files, in bytes.
+        what: noun for the data set, for the error message.
 
     Raises:
-        DataError: `folder` holds data made by another recipe, files that were not made here, or a file that changed
-            since it was made; or it cannot be written, or has no room for them.
+        DataError: `folder` holds data of another recipe, files that were not generated here, or a file that changed
+            since its generation; or it cannot be written, or has too little space.
     """
     try:
         if not (folder / MANIFEST).exists():
@@ -144,7 +141,7 @@ def cached_files(
         folder.mkdir(parents=True, exist_ok=True)
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # the latter for a name that no folder can have
+    except (OSError, ValueError) as error:  # ValueError for a path with a zero byte
         raise _unkept(folder, error) from error
     try:
         with locked(folder):
@@ -168,9 +165,7 @@ def _unkept(folder: Path, error: Exception) -> DataError:
 
 
 def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether `folder` holds all that `recipe` makes; raise where it holds something else that generating would
-    overwrite.
-    """
+    """Whether `folder` holds all files of `recipe`; raises if it holds other files that would be overwritten."""
     present = [name for name in names if (folder / name).exists()]
     if not (folder / MANIFEST).exists():
         if present:
@@ -180,9 +175,9 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) 
             )
         return False
     made_by = {key: value for key, value in _read_manifest(folder).items() if key != "files"}
-    asked = json.loads(json.dumps(recipe))
-    if made_by != asked:
-        changes = ", ".join(itertools.islice(_differences(made_by, asked), 8))
+    required = json.loads(json.dumps(recipe))
+    if made_by != required:
+        changes = ", ".join(itertools.islice(_differences(made_by, required), 8))
         raise DataError(
             f"{folder} holds data generated otherwise ({changes}); "
             "choose another folder, or delete it to generate it again"
@@ -206,7 +201,7 @@ def _generate(folder: Path, recipe: Mapping[str, Any], names: Sequence[str], wri
                 file.close()
         with locked(folder) as handle:
             if not _is_complete(folder, recipe, names):  # another process may have been first
-                # The manifest first: files without one belong to somebody else.
+                # The manifest first, because files without one count as not generated here.
                 for name in files:
                     os.replace(draft / name, folder / name)
                 if handle is not None:
@@ -222,10 +217,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
-    for key in sorted(there.keys() | asked.keys()):
-        old, new = there.get(key), asked.get(key)
+def _differences(found: Mapping[str, Any], required: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(found.keys() | required.keys()):
+        old, new = found.get(key), required.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new)
         elif old != new:
-            yield f"{key if key in asked else quote(key)} is {quote(old)} there, {quote(new)} asked"
+            yield f"{key if key in required else quote(key)} is {quote(old)} there, {quote(new)} is required"

@@ -10,12 +10,12 @@ def from_hub(name: str, data: Path, *, otherwise: str) -> Any:
     """Return all splits of a data set of the Hub, which is kept in `huggingface` in the data folder.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         data: the data folder.
         otherwise: the value of `task.data.source` that needs no Hub.
 
     Raises:
-        DataError: the package is missing, or the data set cannot be got.
+        DataError: the package is missing, or the data set cannot be downloaded.
     """
     instead = f"task.data.source={otherwise}"
     try:
@@ -27,7 +27,7 @@ def from_hub(name: str, data: Path, *, otherwise: str) -> Any:
         ) from error
     try:
         return datasets.load_dataset(name, cache_dir=str(data / "huggingface"))
-    except Exception as error:  # whatever the network or the Hub has to say
+    except Exception as error:  # the network and the Hub have many exceptions
         raise DataError(
             f"cannot get {name} from the Hub: {reason(error)}; check the network and try again, or set {instead}"
         ) from error

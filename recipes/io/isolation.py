@@ -1,8 +1,8 @@
-"""Variables of the environment by which libraries would take a training for something else than what was asked for.
+"""Isolation of a run from variables of the environment that change the behaviour of libraries.
 
-Lightning looks for a job scheduler or a launcher in the environment, and then changes ranks, waits for other processes,
-resumes from files of its own, and requeues the job; `PL_TRAINER_…` changes arguments that nobody gave. A run is told
-all of this explicitly, so that these variables are hidden while it works, and are back where they were afterwards.
+Lightning detects a job scheduler or a launcher in the environment, and then changes ranks, waits for other processes,
+resumes from its own files, and requeues the job; `PL_TRAINER_…` changes its arguments. A run sets all of this
+explicitly, so these variables are hidden during the run, and restored afterwards.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 SCHEDULERS = ("SLURM_", "TORCHELASTIC_", "JSM_", "LSB_", "PL_", "LT_")
-"""How the names begin that schedulers set, and Lightning's own settings."""
+"""Prefixes of the variables of schedulers, and of Lightning's settings."""
 
 RANKS = (
     "RANK",
@@ -23,30 +23,27 @@ RANKS = (
     "MASTER_PORT",
     "STANDALONE_PORT",
 )
-"""By which processes that train together find each other; Ray sets them for its own."""
+"""Variables of a distributed training. Ray sets them for its workers."""
 
 BARS = ("COLAB_GPU", "TQDM_MINITERS")
-"""Which Lightning reads for its progress bar, and stumbles over where they are no numbers."""
+"""Variables of Lightning's progress bar, which fails if their values are not numbers."""
 
 DISPLAYS = ("MPLBACKEND",)
-"""By which a notebook has matplotlib draw into it: a program that it starts may not have that backend, and shows
-nothing.
-"""
+"""The variable by which a notebook selects a backend of matplotlib, which programs started from it may lack."""
 
 
 def is_hidden(name: str, ranks: bool = True) -> bool:
-    """Whether a variable is hidden from a run; `ranks` also hides those of processes that train together."""
+    """Whether a variable is hidden from a run; `ranks` also hides those of a distributed training."""
     return name.startswith(SCHEDULERS) or name in (*BARS, *DISPLAYS) or (ranks and name in RANKS)
 
 
 @contextmanager
 def changed_environment(is_hidden: Callable[[str], bool], settings: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Take variables out of the environment and set others for as long as the block runs; all of them are as before
-    afterwards.
+    """Remove variables from the environment and set others inside the block; all are restored afterwards.
 
     Args:
-        is_hidden: which are taken out, by their names.
-        settings: the variables that are set.
+        is_hidden: whether a variable of this name is removed.
+        settings: variables to set.
     """
     given = settings or {}
     before = {name: os.environ.pop(name) for name in list(os.environ) if is_hidden(name) or name in given}
@@ -61,9 +58,9 @@ def changed_environment(is_hidden: Callable[[str], bool], settings: Mapping[str,
 
 
 def hidden_variables(*, ranks: bool = True) -> AbstractContextManager[None]:
-    """Take the variables out of the environment for as long as the block runs.
+    """Remove the variables from the environment inside the block.
 
     Args:
-        ranks: also those by which processes find each other; False for one of several that train together.
+        ranks: whether to remove `RANKS` too; False for a rank of a distributed training.
     """
     return changed_environment(lambda name: is_hidden(name, ranks))

@@ -1,4 +1,4 @@
-"""Lines of text files, one after another, of bounded length."""
+"""Lines of text files, read one by one with a maximum length."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,14 +7,14 @@ from sma.errors import DataError, parsing
 from sma.files import open_file
 
 LONGEST = 1 << 26
-"""Bytes of a line at most."""
+"""Maximum length of a line, in bytes."""
 
 
 def lines_of(path: str | Path, longest: int = LONGEST) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of every line, from 1, and its bytes with the end.
+    """Yield the number of every line, from 1, and its bytes with the line end.
 
     Raises:
-        DataError: the file cannot be read or is none, or a line is longer than `longest` bytes.
+        DataError: the file cannot be read, or a line is longer than `longest` bytes.
     """
     with open_file(path) as file, parsing(path):
         number = 0

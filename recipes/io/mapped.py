@@ -1,4 +1,4 @@
-"""Arrays on the disk, mapped into memory, that go to other processes by the path of their file."""
+"""Arrays on the disk, mapped into memory, that are sent to other processes as the path of their file."""
 
 import os
 from pathlib import Path
@@ -11,18 +11,16 @@ from sma.files import check_file
 
 
 class Mapped(np.memmap[Any, Any]):
-    """An array on the disk. Pickled, it is the path of its file, which is opened again; a part of it is pickled as what
-    is in it.
-    """
+    """An array on the disk. It is pickled as the path of its file; a slice is pickled as its content."""
 
-    _file: tuple[Any, ...] | None = None  # of the whole array alone: what is made of it is made without this
+    _file: tuple[Any, ...] | None = None  # set for the whole array only, not for arrays derived from it
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         return found.view(np.ndarray) if isinstance(found, Mapped) else found
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        # What is computed is an array or a number like any other, as it is of the base class.
+        # Results of computations are plain arrays or scalars, as for the base class.
         plain = np.asarray(array)
         return plain[()] if return_scalar or not plain.ndim else plain
 
@@ -31,26 +29,26 @@ class Mapped(np.memmap[Any, Any]):
 
 
 def map_file(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Mapped:
-    """Map a file into memory, of which only what is read comes there. It may be written to, which changes no file.
+    """Map a file into memory, copy-on-write. Only the pages that are read take memory.
 
     Args:
         path: the file.
-        dtype: of the numbers.
-        shape: of the array, which must fill the file.
-        offset: bytes before it.
+        dtype: dtype of the array.
+        shape: shape of the array, which must fill the rest of the file.
+        offset: number of bytes before the array.
 
     Raises:
-        DataError: the file is not there, or has another size.
+        DataError: the file does not exist, or has another size.
     """
     size = check_file(path)
     needed = offset + np.dtype(dtype).itemsize * int(np.prod(shape, dtype=object))
     if size != needed:
         raise DataError(
             f"{path} has {size:,} bytes, and {needed:,} are required for numbers of the shape {shape}; "
-            "delete it and get it again"
+            "delete it, and download or generate it again"
         )
     with parsing(path):
-        # Copy on write, because torch wants memory that it might write to; nothing does.
+        # Copy-on-write, because torch warns about read-only memory. The data is never written.
         whole = (
             Mapped(path, dtype=dtype, mode="c", offset=offset, shape=(needed - offset) // np.dtype(dtype).itemsize)
             .reshape(shape)
@@ -64,5 +62,5 @@ def map_file(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) ->
 def _reopened(path: Path, dtype: str, shape: tuple[int, ...], offset: int, size: int, written: int) -> Mapped:
     array = map_file(path, dtype, shape, offset)
     if array._file is not None and array._file[-2:] != (size, written):
-        raise DataError(f"{path} was written anew after another process had opened it; start again")
+        raise DataError(f"{path} was replaced after another process had opened it; start again")
     return array

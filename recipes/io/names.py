@@ -1,22 +1,19 @@
-"""Names that users gave, to files, folders and classes, made fit for where they are shown: lines, commands and
-Markdown.
-"""
+"""Formatting of user-given names, such as those of files and classes, for lines, commands and Markdown."""
 
 import os
 import shlex
 from collections.abc import Sequence
 
 SHOWN = 100
-"""Characters of a name that a line, a cell or a figure shows at most."""
+"""Maximum number of characters of a name in a line, a cell or a figure."""
 
 
 def plain(text: object, limit: int | None = None) -> str:
-    r"""Return a text on one line without control characters: those, lone surrogates and signs without width become
-    escapes such as `\n`.
+    r"""Return a text on one line, with escapes such as `\n` for unprintable characters.
 
     Args:
-        text: what is shown, such as a path.
-        limit: characters at most; a longer text loses its middle. None: as long as it is.
+        text: text, such as a path.
+        limit: maximum number of characters; the middle of a longer text is cut out. None: no limit.
     """
     shown = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in str(text))
     if limit is None or len(shown) <= limit:
@@ -26,9 +23,7 @@ def plain(text: object, limit: int | None = None) -> str:
 
 
 def shell_word(text: object) -> str:
-    r"""Return a text as one word of a command that can be copied from a terminal: as `shlex.quote`, or as `$'...'` with
-    escapes.
-    """
+    r"""Return a text as one word of a shell command: quoted by `shlex.quote`, or as `$'...'` with escapes."""
     if (word := str(text)).isprintable():
         return shlex.quote(word)
     signs = {"\\": r"\\", "'": r"\'"}
@@ -40,9 +35,7 @@ def _bytes_in_words(sign: str) -> str:
 
 
 def markdown_table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table in Markdown, its first column to the left and the others to the right; nothing in a cell can end
-    it.
-    """
+    """Return a Markdown table. The first column is aligned to the left, the others to the right; cells are escaped."""
     lines = [head, *rows]
     first, *others = (f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
     return "\n".join([first, f"| {' | '.join(['---'] + ['---:'] * (len(head) - 1))} |", *others])

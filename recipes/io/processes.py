@@ -1,6 +1,7 @@
-"""Functions run side by side, each in a process of its own, so that one that is killed takes no other with it.
+"""Functions run concurrently, each in its own process, so that a killed process does not affect the others.
 
-Not a pool of the standard library: there one killed worker breaks the whole pool, and the others outlive their parent.
+The pools of the standard library are not used: one killed worker breaks the whole pool, and workers outlive their
+parent.
 """
 
 import multiprocessing
@@ -16,18 +17,18 @@ from typing import Any, Self
 from sma.recipes.io.signals import PREEMPTED, Preempted
 
 PATIENCE = 60.0
-"""Seconds for processes to end by themselves: a training first completes its update, and saves it."""
+"""Time for processes to end by themselves, in seconds: a training first completes and saves its update."""
 
 
 class Processes:
-    """Functions in processes of their own, at most `jobs` at a time.
+    """Runs functions in their own processes, at most `jobs` at a time.
 
-    The processes are started afresh, not forked: a fork of a process that has used torch's threads can hang. Leaving
-    the block, by an error or Ctrl-C too, ends those that still run; so does the end of this process, even by SIGKILL:
-    nothing must go on writing to a folder that a new process may resume.
+    The processes are spawned, not forked, because a fork of a process that has used torch's threads can hang. Leaving
+    the block ends those that still run, and so does the end of this process, even by SIGKILL. Otherwise they could
+    write to a folder that a new process resumes.
 
     Args:
-        jobs: processes at a time.
+        jobs: maximum number of concurrent processes.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -36,12 +37,12 @@ class Processes:
         self._running: dict[Any, tuple[str, BaseProcess]] = {}
 
     def __len__(self) -> int:
-        """Number of processes that run."""
+        """Number of running processes."""
         return len(self._running)
 
     @property
     def full(self) -> bool:
-        """Whether `jobs` processes run."""
+        """Whether `jobs` processes are running."""
         return len(self) >= self.jobs
 
     def start(self, name: str, function: Callable[..., object], *arguments: Any) -> None:
@@ -77,7 +78,7 @@ class Processes:
 
 
 def end_with_parent() -> None:
-    """End this process, at once, when the process that started it has ended: nothing else would tell it."""
+    """Exit this process at once when its parent has ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()

@@ -1,6 +1,4 @@
-"""Published data sets: the folder where it is there, else its archive, else a download of that, else a sentence that
-says all this.
-"""
+"""Published data sets: their folder if it exists, else their unpacked archive, else its download."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +9,12 @@ from sma.recipes.io.download import fetch
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file is one of a data set, by its name or its path with `/`: systems leave `._NAME` and `.DS_Store`
-    among them.
-    """
+    """Whether a file, given by its name or its path with `/`, is not hidden, as `._NAME` and `.DS_Store` are."""
     return not name.rpartition("/")[2].startswith(".")
 
 
 def published_folder(
-    places: Sequence[Path],
+    candidates: Sequence[Path],
     archives: Sequence[Path],
     unpacked: Path,
     *,
@@ -34,49 +30,49 @@ def published_folder(
     option: str = "task.data.download",
     instead: str = "",
 ) -> Path:
-    """Return the folder of a data set, unpacked from its archive or downloaded first where it must be.
+    """Return the folder of a data set, after unpacking or downloading its archive if it does not exist.
 
-    An archive must have its hash, whoever put it there.
+    The hash of the archive is checked, even if the user has put it there.
 
     Args:
-        places: where the folder may be, in the order in which they are looked at; some of them in `unpacked`.
-        archives: where its archive may be; a download goes to the first.
-        unpacked: the folder that the archive is unpacked to.
-        url: where the archive is published.
-        missing: the beginning of the sentence where there is nothing: what was looked for, and where.
-        members: which members of the archive are wanted; hidden files never are.
-        sha256: of the archive; None: nobody published it.
-        md5: the same.
-        archive_most: bytes that the archive can have.
-        files_most: bytes that the wanted files can have together.
-        download: get the archive where nothing is there.
-        progress: show a bar while downloading.
-        option: the setting by which the user asks for the download.
-        instead: the end of that sentence: what else the user may do.
+        candidates: possible paths of the folder, in the order of the search; some of them are in `unpacked`.
+        archives: possible paths of its archive; a download is written to the first.
+        unpacked: the folder into which the archive is unpacked.
+        url: URL of the archive.
+        missing: start of the error message if nothing is found: the files and the folders of the search.
+        members: whether a member of the archive is unpacked; hidden files never are.
+        sha256: SHA-256 of the archive; None if it is not known.
+        md5: MD5 of the archive; None if it is not known.
+        archive_most: maximum size of the archive, in bytes.
+        files_most: maximum total size of the unpacked files, in bytes.
+        download: download the archive if nothing is found.
+        progress: whether to show a progress bar of the download.
+        option: the setting that enables the download.
+        instead: end of the error message: an alternative for the user.
 
     Raises:
-        DataError: there is nothing; or the archive is another one, damaged, or holds no such folder.
+        DataError: nothing is found; or the archive has another hash, is damaged, or lacks the folder.
     """
     try:
-        if found := _first(places):
+        if found := _first(candidates):
             return found
         archive = next((path for path in archives if path.exists()), archives[0])
-        there = archive.exists()
-    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        exists = archive.exists()
+    except OSError as error:  # such as a name that is too long, or a folder without permission
         raise DataError(
-            f"cannot look for data in {quote(str(places[0].parent), 300)}: {reason(error)}; choose another folder"
+            f"cannot look for data in {quote(str(candidates[0].parent), 300)}: {reason(error)}; choose another folder"
         ) from error
-    if not download and not there:
+    if not download and not exists:
         raise DataError(f"{missing}; put {url} there, or set {option}=true{instead}")
     fetch(url, archive, sha256=sha256, md5=md5, most=archive_most, progress=progress)
     unpack_archive(archive, unpacked, members=lambda name: is_visible(name) and members(name), most=files_most)
-    if found := _first(places):
+    if found := _first(candidates):
         return found
     raise DataError(
-        f"{unpacked}, unpacked from {archive}, has no {places[0].name} where it should be; "
-        f"delete both and get {url} again"
+        f"{unpacked}, unpacked from {archive}, has no {candidates[0].name} where it should be; "
+        f"delete both and download {url} again"
     )
 
 
-def _first(places: Sequence[Path]) -> Path | None:
-    return next((place for place in places if place.is_dir()), None)
+def _first(candidates: Sequence[Path]) -> Path | None:
+    return next((path for path in candidates if path.is_dir()), None)

@@ -187,11 +187,11 @@ def test_changed_file_is_refused_and_made_again_once_deleted(tmp_path):
 @pytest.mark.parametrize(
     ("other", "change"),
     [
-        pytest.param(recipe(seed=9), "seed is 1 there, 9 asked", id="setting"),
-        pytest.param(recipe(depth=3), "depth is None there, 3 asked", id="new-setting"),
+        pytest.param(recipe(seed=9), "seed is 1 there, 9 is required", id="setting"),
+        pytest.param(recipe(depth=3), "depth is None there, 3 is required", id="new-setting"),
         pytest.param(
             {**recipe(), "version": 2, "generator": "top"},
-            "generator is 'toy' there, 'top' asked, version is 1 there, 2",
+            "generator is 'toy' there, 'top' is required, version is 1 there, 2",
             id="two",
         ),
     ],
@@ -290,7 +290,7 @@ def test_copies_of_data_that_cannot_be_written_beside_it_are_kept_in_the_default
     elsewhere = tmp_path / "cache" / "sparse-modular-activation" / "copy"
     assert copy_folder(tmp_path / "data", "copy") == elsewhere
     assert caplog.messages == [
-        f"{tmp_path / 'data'} cannot be written, so what is made of its files is kept in {elsewhere}"
+        f"{tmp_path / 'data'} cannot be written, so files derived from it are kept in {elsewhere}"
     ]
     elsewhere.mkdir(parents=True)
     caplog.clear()

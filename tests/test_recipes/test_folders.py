@@ -55,7 +55,7 @@ def test_home_is_expanded_at_the_beginning_of_a_path_only(monkeypatch):
 
 @pytest.mark.parametrize("path", ["~no-such-user/x", "~no-such-user"])
 def test_home_of_nobody_is_a_sentence(path):
-    sentence = f"'{path}' begins with the home folder '~no-such-user', and there is none; give the whole path instead"
+    sentence = f"'{path}' begins with the home folder '~no-such-user', which does not exist; give an absolute path"
     with pytest.raises(DataError, match=sentence):
         expand(Path(path))
     with pytest.raises(DataError, match=sentence):
@@ -64,7 +64,7 @@ def test_home_of_nobody_is_a_sentence(path):
 
 def test_own_home_that_is_not_there_is_a_sentence(homeless):
     with pytest.raises(
-        DataError, match="'~/x' begins with the home folder '~', and there is none; give the whole path instead"
+        DataError, match="'~/x' begins with the home folder '~', which does not exist; give an absolute path"
     ):
         expand(Path("~/x"))
 
@@ -74,7 +74,7 @@ def test_every_option_that_is_a_path_says_so(option, capsys):
     assert main([f"{option}=~no-such-user/x"]) == 2
     err = capsys.readouterr().err
     assert (
-        f"{option}='~no-such-user/x': '~no-such-user/x' begins with the home folder '~no-such-user', and there is none"
+        f"{option}='~no-such-user/x': '~no-such-user/x' begins with the home folder '~no-such-user', which does not"
         in err
     )
 
@@ -89,7 +89,7 @@ def test_every_option_that_is_a_path_says_so(option, capsys):
         ),
         pytest.param(
             "x::y",
-            "the path of the run folder .*x::y' has '::' in it, which is read as an address; choose another name",
+            "the path of the run folder .*x::y' contains '::', which Lightning reads as a URL; choose another name",
             id="url",
         ),
     ],
@@ -113,7 +113,7 @@ def test_home_that_is_lent_holds_nothing_of_the_user(homeless, monkeypatch):
     lent = Path.home()
     assert lent.is_dir()
     assert cache_folder() == homeless / ".cache" / "sparse-modular-activation"
-    with pytest.raises(DataError, match="begins with the home folder '~', and there is none"):
+    with pytest.raises(DataError, match="begins with the home folder '~', which does not exist"):
         expand(Path("~/x"))
     lent.rmdir()
 

@@ -64,10 +64,10 @@ def test_what_is_computed_is_no_map(mapped):
     assert type(mapped.sum()) is type(NUMBERS.sum())
 
 
-def test_file_that_was_written_anew_is_not_taken_for_the_old_one(mapped):
+def test_file_that_was_replaced_is_not_taken_for_the_old_one(mapped):
     pickled = pickle.dumps(mapped)
     os.utime(mapped.filename, ns=(1, 1))
-    with pytest.raises(DataError, match=r"numbers was written anew after another process had opened it; start again"):
+    with pytest.raises(DataError, match=r"numbers was replaced after another process had opened it; start again"):
         pickle.loads(pickled)
     os.truncate(mapped.filename, 100)
     with pytest.raises(

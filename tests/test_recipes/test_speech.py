@@ -139,7 +139,7 @@ def test_copy_of_a_folder_that_cannot_be_written_is_kept_in_the_default_one(tmp_
     assert load_speech(SpeechSettings(), tmp_path / "data", progress=False).hashes == loaded.hashes
     assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
     assert re.search(
-        r"data cannot be written, so what is made of its files is kept in .*cache/sparse-modular-activation/speech",
+        r"data cannot be written, so files derived from it are kept in .*cache/sparse-modular-activation/speech",
         caplog.text,
     )
 
