@@ -165,7 +165,7 @@ def test_speed_is_measured_where_it_was_trained_by_the_first_run_that_is_finishe
     asked = ["--spec", experiment_file, "--models", "transformer,seqboat", "--seeds", 2, "--out", out, "--data", data]
     assert _main(*asked) == 2
     assert f"error: 1 run failed: transformer-0; {ERROR} in the folder of each" in (said := capsys.readouterr().err)
-    assert f"and python -m sma.recipes.compare --resume {out} tries again" in said
+    assert f"and python -m sma.recipes.compare --resume {out} --data {data} --no-progress tries again" in said
     assert without_training.devices == [("transformer-1", "cuda"), ("seqboat-0", "cuda")]
     assert "on the cuda: the transformer's is 1." in (out / "table.md").read_text()
     without_training.fails = []

@@ -279,7 +279,8 @@ def test_failed_run_is_named_and_tried_again(spec, cache, tmp_path, monkeypatch,
     assert (
         "error: 1 run failed: attention/expert_choice-0; error.txt in the folder of each holds the reason" in said.err
     )
-    assert f"and python -m sma.recipes.router_table --resume {out} tries again" in said.err
+    how = f"--accelerator cpu --data {cache} --jobs 1 --no-progress"
+    assert f"and python -m sma.recipes.router_table --resume {out} {how} tries again" in said.err
     folder = out / "attention" / "expert_choice-0"
     assert "Traceback (most recent call last)" in (folder / "log.txt").read_text()
     assert json.loads((out / SUMMARY).read_text())["failed"] == [
