@@ -1,7 +1,7 @@
-"""Digits: the 8x8 images of handwritten digits that scikit-learn ships, as sequences of 64 grey values, row after row.
+"""Digits: the 8x8 images of handwritten digits in scikit-learn, as sequences of 64 grey values, row after row.
 
-1,797 images of 10 classes; a grey value is a whole number, 0 (white) to 16 (black). The small real data set for
-whatever reads pixels: nothing is downloaded.
+1,797 images of 10 classes; a grey value is an integer, 0 (white) to 16 (black). It is a small real data set of pixels
+without a download.
 
 Reference:
     Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi
@@ -26,17 +26,19 @@ from sma.spec import Spec, register
 
 NUM_CLASSES = 10
 SIDE = 8
-"""Pixels of a row, and rows of an image."""
+"""Number of pixels of a row, and of rows of an image."""
 
 
 class DigitsSettings(Spec):
-    """How the images are split. The same settings give the same images in the same splits."""
+    """Settings of the splits. The same settings give the same images in the same splits."""
 
     validation: float = Field(
-        default=0.1, gt=0.0, lt=1.0, description="share of the images of every class to validate on"
+        default=0.1, gt=0.0, lt=1.0, description="fraction of the images of every class in the validation split"
     )
-    test: float = Field(default=0.2, gt=0.0, lt=1.0, description="share of the images of every class to test on")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice")
+    test: float = Field(
+        default=0.2, gt=0.0, lt=1.0, description="fraction of the images of every class in the test split"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the splits")
 
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
@@ -54,9 +56,9 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
     Args:
         pixels: grey values, 0 to 16.
         targets: the digits.
-        numbers: which of scikit-learn's images these are.
-        mean: of the grey values of the training split.
-        std: their standard deviation.
+        numbers: indices of the images in scikit-learn's data set.
+        mean: mean of the grey values of the training split.
+        std: standard deviation of the grey values of the training split.
     """
 
     def __init__(
@@ -78,12 +80,12 @@ class DigitsDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
-        """Pixels of every image: 64."""
+        """Number of pixels of every image: 64."""
         return torch.full((len(self),), self.pixels.shape[1])
 
     @property
     def sha256(self) -> str:
-        """Of the grey values, a byte each, image after image, and then the digits, a byte each."""
+        """SHA-256 of the grey values, a byte each, image after image, followed by the digits, a byte each."""
         return hashlib.sha256(
             self.pixels.numpy().tobytes() + self.targets.to(torch.uint8).numpy().tobytes()
         ).hexdigest()
@@ -103,15 +105,15 @@ class DigitsData(NamedTuple):
 
 
 def load_digits(settings: DigitsSettings | None = None) -> DigitsData:
-    """Return the images in three splits, each with its share of every class and in scikit-learn's order.
+    """Return the images in three splits, stratified by class, each in scikit-learn's order.
 
     Pixels are standardised by one mean and one standard deviation, those of the training split.
 
     Args:
-        settings: shares and seed; None: 70 %, 10 % and 20 %, seed 0.
+        settings: fractions and seed; None: 70 %, 10 % and 20 %, seed 0.
 
     Raises:
-        DataError: scikit-learn is not installed, or a share is so small that a split has no image of some class.
+        DataError: scikit-learn is not installed, or a split has no image of some class.
     """
     settings = settings or DigitsSettings()
     pixels, targets = _images()
@@ -140,11 +142,11 @@ def load_digits(settings: DigitsSettings | None = None) -> DigitsData:
 
 def _images() -> tuple[UInt8[Tensor, "N 64"], Int64[Tensor, " N"]]:
     try:
-        from sklearn.datasets import load_digits as load  # a second, and nobody else needs it
+        from sklearn.datasets import load_digits as load  # here, because the import takes a second
     except ImportError as error:
         raise DataError(
             "the digits come with scikit-learn, which is not installed; install it: pip install scikit-learn, or all "
-            "that the recipes need: pip install 'sparse-modular-activation[recipes]'"
+            "requirements of the recipes: pip install 'sparse-modular-activation[recipes]'"
         ) from error
     bunch = load()
     return torch.from_numpy(bunch.data).to(torch.uint8), torch.from_numpy(bunch.target).long()

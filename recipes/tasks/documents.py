@@ -1,4 +1,4 @@
-"""Documents as bytes: ids, vocabulary, and how they are shown.
+"""Documents as bytes: ids, vocabulary, and their display.
 
 The id of a byte is its value plus one, and 0 is padding: 257 ids, those of the Long Range Arena's byte encoder.
 """
@@ -19,10 +19,10 @@ VOCABULARY_SIZE = 257
 
 
 def check_vocabulary(model: ModelSpec) -> None:
-    """Check that a model has a vector for every id.
+    """Check that a model has an embedding for every id.
 
     Raises:
-        ValueError: how many there must be.
+        ValueError: its vocabulary is too small.
     """
     vocabulary = getattr(model.encoder, "vocabulary", 0)
     if vocabulary < VOCABULARY_SIZE:
@@ -50,7 +50,7 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
     """Documents as `(ids, target)`: int64 ids of shape `(L,)`, and the class.
 
     Args:
-        content: all documents, one after another.
+        content: bytes of all documents, concatenated.
         offsets: document i is `content[offsets[i]:offsets[i + 1]]`.
         targets: the classes.
     """
@@ -62,7 +62,7 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
 
     @classmethod
     def of(cls, documents: Iterable[tuple[bytes, int]]) -> "DocumentDataset":
-        """Gather documents and their classes."""
+        """Make a data set from documents and their classes."""
         content, lengths, targets = bytearray(), [0], []
         for document, target in documents:
             content += document
@@ -93,13 +93,13 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
-        """Bytes of every document."""
+        """Number of bytes of every document."""
         return self.offsets.diff()
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of all documents, then their lengths (8 bytes each, little-endian), then their classes (a byte
-        each).
+        """SHA-256 of the bytes of all documents, their lengths (8 bytes each, little-endian) and their classes (a byte
+        each), concatenated.
         """
         total = hashlib.sha256(self.content.tobytes())
         total.update(self.lengths.numpy().astype("<i8").tobytes())

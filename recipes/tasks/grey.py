@@ -1,7 +1,7 @@
-"""Grey images read pixel by pixel: one array of bytes per split on the disk, looked into where a sample is asked for.
+"""Grey images read pixel by pixel: one array of bytes per split on the disk, from which samples are read on demand.
 
-Every split is two `.npy` files, `NAME_images.npy` (N, pixels) and `NAME_labels.npy` (N,), both uint8. They are mapped
-into memory, so that a data set may be larger than it, and read without pickle.
+Every split has two `.npy` files, `NAME_images.npy` (N, pixels) and `NAME_labels.npy` (N,), both uint8. They are mapped
+into memory, so a data set may be larger than the memory, and read without pickle.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -28,14 +28,13 @@ GREYS = 255
 
 
 class GreyDataset(Dataset[tuple[Tensor, int]]):
-    """Images as `(pixels, target)`: standardised numbers (x / 255 - mean) / std of shape `(L,)`, row after row, and the
-    class.
+    """Images as `(pixels, target)`: pixels (x / 255 - mean) / std of shape `(L,)`, row after row, and the class.
 
     Args:
-        pixels: grey values.
+        pixels: grey values x.
         targets: the classes.
-        mean: what is subtracted from grey values between 0 and 1.
-        std: what they are then divided by.
+        mean: mean of the standardisation.
+        std: standard deviation of the standardisation.
     """
 
     def __init__(
@@ -53,12 +52,12 @@ class GreyDataset(Dataset[tuple[Tensor, int]]):
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
-        """Pixels of every image."""
+        """Number of pixels of every image."""
         return torch.full((len(self),), self.pixels.shape[1])
 
 
 class GreyData(NamedTuple):
-    """The three splits, and the SHA-256 of every file they are read from, by name."""
+    """The three splits, and the SHA-256 of every file or split, by name."""
 
     train: GreyDataset
     validation: GreyDataset
@@ -90,22 +89,22 @@ def cached_grey(
     title: str,
     progress: bool = True,
 ) -> GreyData:
-    """Return the data set that `folder` holds, made first where it does not; see `cached_files`.
+    """Return the data set in `folder`, after generating it if it is not there; see `cached_files`.
 
     Args:
         folder: a folder for this data alone.
-        recipe: all that decides what the files contain.
-        sizes: images of every split, by `SPLITS`.
-        pixels: of an image.
-        classes: different labels at most.
-        chunks: yields the images of a split, `sizes[split]` of them in all. What can be closed is closed.
+        recipe: everything that determines the content of the files.
+        sizes: number of images of every split, by `SPLITS`.
+        pixels: number of pixels of an image.
+        classes: number of classes.
+        chunks: function that yields the images of a split, `sizes[split]` of them in all. A generator is closed.
         mean, std: see `GreyDataset`.
-        title: of the bar.
-        progress: whether to show it.
+        title: title of the progress bar.
+        progress: whether to show the bar.
 
     Raises:
-        DataError: the folder holds other data or a changed file, has no room for it, or cannot be written; or the
-            memory has none.
+        DataError: the folder holds other data or a changed file, has too little space, or cannot be written; or the
+            memory is too small.
     """
     total = sum(sizes.values())
     # Labels and lengths.
@@ -114,7 +113,7 @@ def cached_grey(
 
     def write(files: Mapping[str, HashedFile]) -> None:
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # No thread of the bar's own is alive when processes are forked.
+        # Without a thread of the bar, because processes may be forked.
         with Progress(*columns, auto_refresh=False, disable=not progress) as bar:
             task = bar.add_task(title, total=total)
             for split in SPLITS:
@@ -146,10 +145,10 @@ def read_array(path: Path, shape: tuple[int, ...]) -> Mapped:
 
     Args:
         path: the file.
-        shape: what it must be.
+        shape: required shape of the array.
 
     Raises:
-        DataError: the file is none, is damaged, or holds an array of another shape or of other numbers.
+        DataError: the file is not a `.npy` file, is damaged, or holds an array of another shape or dtype.
     """
     again = _AGAIN.format(path.parent)
     with open_file(path) as file, parsing(path, hint=again):

@@ -54,7 +54,7 @@ Images = tuple[UInt8[np.ndarray, "N 1024"], UInt8[np.ndarray, " N"]]
 
 
 class CifarSettings(Spec):
-    """Where CIFAR-10 comes from, and how its training images are split. The same settings give the same splits."""
+    """The source of CIFAR-10, and the split of its training images. The same settings give the same splits."""
 
     source: Literal["binary", "hub", "digits"] = Field(
         default="binary",
@@ -62,25 +62,23 @@ class CifarSettings(Spec):
         "trying the pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: "
         "1,438 to train on and 359 to test on",
     )
-    download: bool = Field(default=False, description="get the binary version (170 MB) if it is not there")
+    download: bool = Field(default=False, description="download the binary version (170 MB) if it is not found")
     validation: int = Field(
-        default=5_000, ge=1, lt=5 * RECORDS, description="of the training images, how many to validate on"
+        default=5_000, ge=1, lt=5 * RECORDS, description="number of training images in the validation split"
     )
-    seed: int = Field(default=42, ge=0, lt=2**31, description="of the choice")
+    seed: int = Field(default=42, ge=0, lt=2**31, description="seed of the split")
 
 
 def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = True) -> GreyData:
-    """Return the images in grey: 45,000 to train on, 5,000 to validate on, and the 10,000 of the test; pixels are (x /
-    255 - 0.48) / 0.24.
+    """Return the grey images in three splits of 45,000, 5,000 and 10,000; pixels are (x / 255 - 0.48) / 0.24.
 
     Args:
         settings: source and split.
-        folder: where data is kept between runs. It holds `cifar-10-batches-bin` or `cifar-10-binary.tar.gz`, which is
-            then unpacked.
-        progress: whether to show a bar while downloading.
+        folder: the data folder, with `cifar-10-batches-bin`, or with `cifar-10-binary.tar.gz`, which is unpacked.
+        progress: whether to show a progress bar of the download.
 
     Raises:
-        DataError: the data is not there, or a file is damaged; names it.
+        DataError: the data is not found, or a file is damaged; the message has the file.
     """
     if settings.source == "digits":
         train, test = _from_digits()
@@ -137,7 +135,7 @@ def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
 
 def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[Images, Images]:
     unpacked = folder / ARCHIVE.removesuffix(".tar.gz")
-    place = published_folder(
+    source = published_folder(
         [folder / FOLDER, unpacked / FOLDER],
         [folder / ARCHIVE],
         unpacked,
@@ -150,9 +148,9 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
         download=settings.download,
         progress=progress,
     )
-    parts = [read_batch(place / name) for name in TRAIN_FILES]
+    parts = [read_batch(source / name) for name in TRAIN_FILES]
     train = np.concatenate([pixels for pixels, _ in parts]), np.concatenate([targets for _, targets in parts])
-    return train, read_batch(place / TEST_FILE)
+    return train, read_batch(source / TEST_FILE)
 
 
 def _missing(folder: Path) -> str:
@@ -228,7 +226,7 @@ class ImageTask(ClassificationTask):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the classes, in their order."""
+        """Names of the classes, in their order."""
         return tuple(map(str, range(len(CLASSES)))) if self.data.source == "digits" else CLASSES
 
     def check_model(self, model: ModelSpec) -> None:

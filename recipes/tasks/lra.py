@@ -1,9 +1,9 @@
-"""The release of the Long Range Arena: where its folders are, and what to say where they are not.
+"""The release of the Long Range Arena: the search for its folders, and their unpacking.
 
-The release unpacks to `lra_release/lra_release/{listops-1000,tsv_data,pathfinder32,…}`. A folder of it is looked for in
-the data folder itself, in `lra_release` and in `lra_release/lra_release`. Where only `lra_release.gz` is there, a tar
-of 7.7 GB, what is needed of it is unpacked: all files of text (`*.tsv`) into `lra_release_text`, and the images of a
-task into a folder of their own.
+The release unpacks to `lra_release/lra_release/{listops-1000,tsv_data,pathfinder32,…}`. Its folders are searched for in
+the data folder, in `lra_release` and in `lra_release/lra_release`. If only `lra_release.gz` exists, a tar archive of
+7.7 GB, the required files are unpacked: all text files (`*.tsv`) into `lra_release_text`, and the images of a task into
+their own folder.
 
 Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006.
@@ -18,7 +18,7 @@ from sma.recipes.io.published import published_folder
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 _ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
 _ARCHIVE_BYTES = 12 << 30
-"""More than the 7.7 GB that the archive has; nobody published its hash."""
+"""Maximum size of the archive, which has 7.7 GB and no published hash."""
 
 _TOPS = (".", "lra_release", "lra_release/lra_release")
 
@@ -39,21 +39,21 @@ def in_release(
 
     Args:
         data: the data folder.
-        name: of the folder in the release, such as `listops-1000`.
-        what: that, with what is in it, for the sentence where it is missing.
-        unpacked: the folder in the data folder that an archive is unpacked to.
-        members: which members of the archive are wanted.
-        download: get the release where nothing is there.
-        progress: show a bar while downloading.
-        option: the setting by which the user asks for the download.
-        instead: what else the user may do where nothing is there.
+        name: name of the folder in the release, such as `listops-1000`.
+        what: description of the folder and its content, for the error message.
+        unpacked: name of the folder in the data folder into which an archive is unpacked.
+        members: whether a member of the archive is unpacked.
+        download: download the release if nothing is found.
+        progress: whether to show a progress bar of the download.
+        option: the setting that enables the download.
+        instead: end of the error message: an alternative for the user.
 
     Raises:
-        DataError: it is not there.
+        DataError: the folder is not found.
     """
     data = Path(data)
     return published_folder(
-        [data / place / top / name for place in (".", unpacked) for top in _TOPS],
+        [data / base / top / name for base in (".", unpacked) for top in _TOPS],
         [data / archive for archive in _ARCHIVES],
         data / unpacked,
         url=URL,
@@ -77,18 +77,18 @@ def release_folder(
     progress: bool = True,
     option: str = "task.data.download",
 ) -> Path:
-    """Return the folder of the release that holds some files of text.
+    """Return a folder of the release with text files.
 
     Args:
         data: the data folder.
-        name: of the folder in the release, such as `listops-1000`.
-        files: what it must hold.
-        download: get the release where nothing is there.
-        progress: show a bar while downloading.
-        option: the setting by which the user asks for the download.
+        name: name of the folder in the release, such as `listops-1000`.
+        files: names of the required files.
+        download: download the release if nothing is found.
+        progress: whether to show a progress bar of the download.
+        option: the setting that enables the download.
 
     Raises:
-        DataError: the folder is not there: what was looked for, and where it comes from; or it lacks one of the files.
+        DataError: the folder is not found, or lacks one of the files.
     """
     found = in_release(
         data,
