@@ -1,0 +1,136 @@
+"""Runs of ListOps in processes of their own that are killed or interrupted, and resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sma.recipes.reports.classification import rates_over_training
+from tests.test_recipes.tiny import EXPERIMENT, checkpoint, same
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = [sys.executable, "-m", "sma.recipes.seqboat_lra"]
+SCRIPT = [sys.executable, "recipes/seqboat_lra.py"]
+RESUME = "python -m sma.recipes.seqboat_lra --resume"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SMA_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """The experiment as a file."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where the data is kept between runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _run(command, timeout=280):
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+LONG = ["--set", "training.updates=400", "--set", "training.evaluate_every=20", "--no-progress"]
+
+
+def _start(command):
+    # A shell that starts the tests in the background makes them, and so their processes, deaf to Ctrl-C.
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def _wait_for(pattern, folder, process, seconds=600):
+    """Wait until the process has made another file like that."""
+    before, end = set(folder.glob(pattern)), time.monotonic() + seconds
+    while set(folder.glob(pattern)) == before and process.poll() is None:
+        assert time.monotonic() < end, f"no {pattern} after {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cache, tmp_path_factory):
+    """The long run by the command line, and how many seconds it trains."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
+    done = _run([*MODULE, "--spec", folder / "spec.yaml", "--data", cache, "--out", folder / "run", *LONG], timeout=800)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", json.loads((folder / "run" / "summary.json").read_text())["seconds"]
+
+
+def _assert_same_result(out, reference):
+    for name in ("checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        for part in ("state_dict", "optimizer_states", "global_step"):
+            assert same(checkpoint(out, name)[part], checkpoint(reference, name)[part]), f"{part} of {name}"
+    mine, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (out, reference))
+    for name in ("test_accuracy", "activation_rate", "best_update"):
+        assert mine[name] == theirs[name]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_one(
+    uninterrupted, spec, cache, tmp_path
+):
+    reference, seconds = uninterrupted
+    out, kills = tmp_path / "run", []
+    command = [*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG]
+    for _ in range(3):
+        process = _start(command)
+        # Every part logs into a folder of its own, from its first updates on.
+        _wait_for("metrics/version_*/metrics.csv", out, process)
+        kills.append(random.SystemRandom().uniform(0, seconds / 5))
+        time.sleep(kills[-1])
+        process.send_signal(signal.SIGKILL)
+        _, err = process.communicate()
+        command = [*MODULE, "--resume", out, "--data", cache, "--no-progress"]
+        if process.returncode != -signal.SIGKILL:  # it was faster
+            assert process.returncode == 0, err
+            break
+    else:
+        done = _run(command, timeout=800)
+        assert done.returncode == 0, done.stderr
+        assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
+    print("killed after", kills)  # shown if what follows fails
+    _assert_same_result(out, reference)
+    assert rates_over_training(out) == rates_over_training(reference)
+    # What a killed write left, the next part removed.
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
+    out = tmp_path / "run"
+    process = _start([*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG])
+    _wait_for("checkpoints/last.ckpt", out, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if "the router of" not in line] == [
+        f"interrupted; resume with: {RESUME} {out} --data {cache} --no-progress"
+    ]
+    assert not (out / "summary.json").exists()
+    done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)
+    assert done.returncode == 0, done.stderr
+    _assert_same_result(out, uninterrupted[0])
