@@ -6,7 +6,6 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-import sma.recipes.tasks.kinds  # noqa: F401 (registers the tasks)
 from sma.budget import BudgetSpec
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
@@ -122,6 +121,12 @@ class ExperimentSpec(Spec):
         default=0, ge=0, lt=2**31, description="seed of the weights, the order of the samples and the dropout"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _know_the_tasks(cls, data: Any) -> Any:
+        _register_tasks()
+        return data
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.task.check_model(self.model)
@@ -157,10 +162,16 @@ def load_experiment(source: str | Path | Mapping[str, Any], settings: Sequence[s
     Raises:
         SpecError: the experiment is not valid; the message has one line per mistake.
     """
+    _register_tasks()
     data = dict(source) if isinstance(source, Mapping) else read_shipped(source, "presets")
     if isinstance(data.get("model"), str):
         data["model"] = read_shipped(data["model"], "specs")
     return ExperimentSpec.model_validate(override(ExperimentSpec, data, dict(map(_setting, settings))))
+
+
+def _register_tasks() -> None:
+    """Register the tasks of the recipes; a command imports them when it has an experiment, and not for its help."""
+    import sma.recipes.tasks.kinds  # noqa: F401
 
 
 def full_path(path: str) -> str:

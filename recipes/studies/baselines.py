@@ -3,21 +3,21 @@ same trainer.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sma.errors import SpecError, did_you_mean
 from sma.layer import LayerSpec
-from sma.modules.attention import AttentionSpec
-from sma.modules.gau import ChunkedGAUSpec, GAUSpec
-from sma.modules.local_attention import LocalAttentionSpec
-from sma.modules.mlp import GatedMLPSpec
-from sma.modules.s4d import S4DSpec
 from sma.norms import LayerNormSpec
 from sma.positions import RotarySpec
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses, TrainingSpec
 from sma.routers import AlwaysRouterSpec
 from sma.spec import FrozenDict
 from sma.submodule import SubModuleSpec
+
+# Below, modules are imported where they are used: a command whose help lists the names of the baselines need not wait
+# for them.
+if TYPE_CHECKING:
+    from sma.modules.gau import GAUSpec
 
 ATTENTION_ONLY_RATE = 0.001
 """Learning rate of models without a backbone, where the experiment's own is larger: transformers do not learn at the
@@ -57,9 +57,9 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     return BASELINES[name](spec)
 
 
-def _gau(layer: LayerSpec) -> tuple[str, GAUSpec]:
+def _gau(layer: LayerSpec) -> "tuple[str, GAUSpec]":
     ((name, part),) = layer.modules.items()
-    return name, cast(GAUSpec, part)  # `baseline` looked
+    return name, cast("GAUSpec", part)  # `baseline` looked
 
 
 def _window(layer: LayerSpec) -> int:
@@ -67,7 +67,7 @@ def _window(layer: LayerSpec) -> int:
     return _gau(layer)[1].window or 128
 
 
-def _without_window(gau: GAUSpec) -> GAUSpec:
+def _without_window(gau: "GAUSpec") -> "GAUSpec":
     return gau.replace(window=None, position=gau.position.without_window())
 
 
@@ -92,6 +92,8 @@ def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
+    from sma.modules.gau import ChunkedGAUSpec
+
     def change(layer: LayerSpec) -> list[LayerSpec]:
         name, gau = _gau(layer)
         fields = {field: getattr(gau, field) for field in type(gau).model_fields if field not in ("kind", "window")}
@@ -106,6 +108,8 @@ def _backbone_alone(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
+    from sma.modules.s4d import S4DSpec
+
     def change(layer: LayerSpec) -> list[LayerSpec]:
         s4d = S4DSpec(state_size=S4D_STATES, bidirectional=_gau(layer)[1].bidirectional)
         return [layer.replace(backbone=s4d, backbone_activation="none", modules=FrozenDict())]
@@ -114,6 +118,10 @@ def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
+    from sma.modules.attention import AttentionSpec
+    from sma.modules.local_attention import LocalAttentionSpec
+    from sma.modules.mlp import GatedMLPSpec
+
     width = spec.model.width
     # As many heads as leave each an even number of channels, for the rotary positions, and at least 16 of them.
     heads = next((heads for heads in (8, 4, 2) if width % (2 * heads) == 0 and width // heads >= 16), 1)
