@@ -1,5 +1,5 @@
-"""Two rules that hold activation rates at a target: the controller of `sma.budget`, which moves a router's offset by
-the histogram of its scores, and the sign rule, `offset += step * sign(target - rate)`, by which OLMo-core and
+"""Two rules that hold activation rates at a target: the controller of `sma.budget`, which moves a router's score bias
+by the histogram of its scores, and the sign rule, `score_bias += step * sign(target - rate)`, by which OLMo-core and
 DeepSeek-V3 balance experts without a loss.
 
     OMP_NUM_THREADS=1 python -m benchmarks.controllers --json
@@ -36,7 +36,7 @@ from sma.budget import BudgetController, BudgetSpec, routers_of
 from sma.decision import Decision
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.training.objective import Objective, load_objective
-from sma.routers import Router
+from sma.routers import Router, SteerableRouter
 from sma.routers.independent import SMARouter, SMARouterSpec
 from sma.streams import run_command
 
@@ -57,7 +57,7 @@ class Rule(Protocol):
 
 
 class SignRule:
-    """Moves the offset of every router a fixed step towards the target, in log-odds."""
+    """Moves the score bias of every router a fixed step towards the target, in log-odds."""
 
     def __init__(self, routers: Sequence[Router], target: float, step: float) -> None:
         self.routers, self.target, self.step = routers, target, step
@@ -65,8 +65,8 @@ class SignRule:
     @torch.no_grad()
     def update(self, decisions: Sequence[Decision], valid: Tensor | None = None) -> None:
         for router, decision in zip(self.routers, decisions, strict=True):
-            if router.offset is not None:
-                router.offset += self.step * router.unit * torch.sign(self.target - decision.rate(valid))
+            if isinstance(router, SteerableRouter):
+                router.score_bias += self.step * router.temperature * torch.sign(self.target - decision.rate(valid))
 
 
 class Trace(NamedTuple):
@@ -135,7 +135,7 @@ def train(case: str, name: str, target: float, seed: int, updates: int) -> Trace
 
 def shift(router: SMARouter, log_odds: float) -> None:
     with torch.no_grad():
-        router.bias[1] += log_odds * router.unit
+        router.bias[1] += log_odds * router.temperature
 
 
 def simulate(case: str, name: str, target: float, seed: int, updates: int) -> Trace:
@@ -144,7 +144,7 @@ def simulate(case: str, name: str, target: float, seed: int, updates: int) -> Tr
     router = SMARouterSpec().build(16, ["part"])
     with torch.no_grad():
         router.weight.copy_(torch.stack([torch.zeros(16), torch.randn(16)]))
-        router.weight.mul_(router.unit / router.weight.norm())
+        router.weight.mul_(router.temperature / router.weight.norm())
     shift(router, -10.0 if case == "dead" else 0.0)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from sma.activation import RoutedOutput as RoutedOutput
 from sma.activation import SparseModularActivation as SparseModularActivation
 from sma.averaging import update_statistics as update_statistics
 from sma.budget import BudgetController as BudgetController
-from sma.budget import calibrate as calibrate
+from sma.calibration import calibrate as calibrate
 from sma.checkpoint import load as load
 from sma.checkpoint import load_state as load_state
 from sma.checkpoint import save as save

@@ -8,8 +8,8 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sma.budget import batch_of, batches_of, takes
-from sma.controller import over_all_ranks
+from sma.batches import batch_of, batches_of, check_takes, takes
+from sma.budget import over_all_ranks
 from sma.errors import InputError
 from sma.pytree import map_tensors
 from sma.submodule import device_and_dtype
@@ -104,13 +104,9 @@ def _call(model: nn.Module, item: Any, device: torch.device) -> None:
             )
         model(**named)
         return
-    given = [tensor.to(device) for tensor in batch_of(item, "update_statistics") if tensor is not None]
-    if not takes(model, *given):
-        raise InputError(
-            f"the forward of {name} takes no valid mask beside its inputs; "
-            "give inputs alone, or a mapping of its arguments"
-        )
-    model(*given)
+    batch = batch_of(item, "update_statistics")
+    check_takes(model, batch, "give inputs alone, or a mapping of its arguments")
+    model(*(tensor.to(device) for tensor in batch if tensor is not None))
 
 
 def _settle(name: str, norm: _BatchNorm) -> None:

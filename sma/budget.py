@@ -1,313 +1,241 @@
-"""Budgets: steer the activation rates of learned routers, in training and on a trained model."""
+"""Budgets: hold the activation rates of learned routers at a target while they are trained."""
 
-import inspect
-import math
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Real
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Self
 
-import numpy as np
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 
-from sma.checks import check_count, check_number, check_tensor, check_valid, what_came
-from sma.controller import BudgetController as BudgetController
-from sma.controller import module_costs as module_costs
-from sma.controller import over_all_ranks
-from sma.controller import routers_of as routers_of
+from sma.activation import SparseModularActivation
+from sma.budget_spec import BudgetSpec as BudgetSpec
+from sma.budget_spec import Steered, steered_by
+from sma.checks import check_decisions, check_names
 from sma.decision import Decision
-from sma.devices import is_sharded
-from sma.errors import InputError, quote
-from sma.margins import BINS
-from sma.model import SequenceModel
-from sma.stats import RateCount, count_rates
-from sma.submodule import device_and_dtype
-from sma.targets import BudgetSpec as BudgetSpec
+from sma.errors import InputError
+from sma.model import ModelSpec
+from sma.routers import Router
+from sma.routers.steerable import steerable
+from sma.score_histogram import BINS, ZERO, histograms, shares_above, shift_to
+from sma.weights import unwrapped
 
-ONCE = "batches can be gone through only once: give a list of them"
-
-
-class Batches(NamedTuple):
-    """A batch of `calibrate`: what the model takes."""
-
-    inputs: Tensor
-    valid: Tensor | None = None
+SURE = 4.0
+"""Log-odds at which a stochastic router counts as running everything: 98 % of the draws."""
 
 
-@torch.no_grad()
-def calibrate(
-    model: nn.Module,
-    data: Iterable[Any],
-    rate: float | Mapping[str, float] | Sequence[float | Mapping[str, float]],
-    *,
-    over: Literal["each", "total"] = "each",
-    passes: int = 8,
-    tolerance: float = 0.005,
-) -> RateCount:
-    """Turn the activation rates of a trained model up or down, by moving the offsets of its routers.
+class BudgetController(nn.Module):
+    r"""Keeps the activation rates of routers at a target by moving their score biases.
 
-    Nothing is trained. The rates are measured on the data in evaluation mode, and pass by pass the offsets are set to
-    what reaches the target; several passes, because later layers see what earlier ones then do. A target that is missed
-    after all passes is a warning.
-
-    In a distributed process group every rank calls it with data of its own, of any number of batches; all come to the
-    same offsets.
+    After every update it counts, over all ranks, how many tokens would be active at any score bias, finds the one
+    that gives the scheduled rate, and moves the router's score bias a share `speed` of the way; an update of many
+    tokens counts more than one of few.
+    The score bias is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and
+    its gradient are untouched; a router that has died or saturated is moved until tokens reach it again.
 
     Args:
-        model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an
-            object with the attribute `decisions`; its routers' offsets are changed, nothing else.
-        data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid
-            mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
-        rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed
-            layer.
-        over: `each` sub-module of each layer, or the `total`, weighted by operations on rows of the mean length.
-        passes: through the data, at most.
-        tolerance: largest distance from the target at which it stops early.
-
-    Returns:
-        the rates that were reached, measured in the last pass, over all ranks.
+        spec: target and schedule.
+        routers: of the routed layers, in the order of the decisions.
+        costs: per layer and sub-module, any unit; needed for `over: total` only. Default: all cost the same.
 
     Raises:
-        InputError: the data has no valid token, is of another form or can be gone through only once; the model returns
-            no decisions; or a router cannot be steered to the rate.
+        InputError: a target names no sub-module, a router cannot reach its target, or a cost is impossible.
+
+    Example:
+        ``controller = BudgetController.of(model, BudgetSpec(target=0.3))``, and after each update
+        ``controller.update(output.decisions, valid)``.
     """
-    if batches_of(data, "calibrate") is data:
-        raise InputError(
-            "calibrate goes through the data several times, and this can be gone through only once: "
-            "give a list of batches"
-        )
-    check_count(passes, "passes", 0, ": how often calibrate goes through the data to move the offsets")
-    check_number(tolerance, "tolerance")
-    if not tolerance >= 0:
-        raise InputError(f"tolerance={tolerance} must be at least 0: how far from the target the rates may be")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # whose forward does not wait for ranks that have fewer batches
-    spec = BudgetSpec(target=_numbers(rate), over=over, floor=0.0)
-    controller, training = BudgetController.of(model, spec), [part for part in model.modules() if part.training]
-    if not controller.routers:
-        raise InputError(f"{type(model).__name__} has no routed layer, so there are no rates to calibrate")
-    model.eval()
-    batches = 0
-    try:
-        for number in range(passes + 1):
-            rates, counts, length, batches = _measure(model, data, controller, batches)
-            if over == "total" and number == 0:
-                controller = BudgetController.of(model, spec, length)
-            gap, reached = _furthest(rates, controller)
-            if gap <= tolerance:
-                break
-            if number < passes:
-                controller.move(counts, speed=1.0)
-        else:
-            warnings.warn(
-                f"calibrate did not come within {tolerance:g} of the target in {passes} passes: {reached}; give it "
-                "more data or passes, or a rate that the scores allow (equal ones are decided alike)",
-                stacklevel=3,  # past the decorator
-            )
-    finally:
-        for part in training:
-            part.training = True
-    return rates
 
+    updates: Tensor
+    usual_tokens: Tensor
 
-def _measure(
-    model: nn.Module, data: Iterable[Any], controller: BudgetController, before: int
-) -> tuple[RateCount, Tensor, int, int]:
-    """The rates and the counts of the data of all ranks, the mean number of tokens of a row, and the batches of this
-    rank.
+    def __init__(
+        self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        # In a tuple, so that the routers' parameters are not counted as the controller's own.
+        self.routers = tuple(routers)
+        self.steered = steered_by(spec, routers, costs)
+        self._by_layer: dict[int, list[int]] = {}
+        for number, steered in enumerate(self.steered):
+            self._by_layer.setdefault(steered.layer, []).append(number)
+        self._steerable = {layer: steerable(self.routers[layer]) for layer in self._by_layer}
+        self.skipping = [layer for layer, router in self._steerable.items() if router.competing]
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("usual_tokens", torch.zeros((), dtype=torch.float64))
 
-    Args:
-        model: in evaluation mode.
-        data: of this rank.
-        controller: counts.
-        before: batches of this rank in the pass before; 0 in the first.
-    """
-    device, layers = device_and_dtype(model, None, None)[0], tuple(router.names for router in controller.routers)
-    shapes = (
-        (4,),
-        (len(layers), len({name for layer in layers for name in layer})),
-        (len(controller.steered) + len(controller.idling), BINS),
-    )
-    sizes, active, counts = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
-    for item, fresh in _together(data, model, device):
-        inputs, valid = batch_of(item)
-        decisions = _decisions(model, inputs, valid, len(controller.routers))
-        found = controller.count(decisions, valid).to(device)
-        if not fresh:
-            continue
-        counts += found
-        active += count_rates(decisions, valid).active.to(device)
-        tokens = inputs.shape[0] * inputs.shape[1] if valid is None else int(valid.sum())
-        sizes += sizes.new_tensor([1, inputs.shape[0], tokens, 0])
-    own = int(sizes[0])
-    sizes[3] = int(before > 0 and own == 0)
-    # Once in a pass and in one piece, so that the ranks meet however many batches each of them has.
-    total = over_all_ranks(torch.cat([sizes, active.flatten(), counts.flatten()]))
-    sizes, active, counts = (
-        part.view(shape)
-        for part, shape in zip(total.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
-    )
-    batches, rows, tokens, exhausted = sizes.tolist()
-    if exhausted:
-        raise InputError(f"calibrate goes through the data several times, and its {ONCE}")
-    if not batches:
-        raise InputError("calibrate got no batch; give it some of the data that the model is to run on")
-    if not tokens:
-        raise InputError("calibrate got no valid token, so there are no rates; give it data with some")
-    return RateCount(active, sizes[2], layers), counts, max(1, round(tokens / rows)), own
+    @classmethod
+    def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
+        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of
+        `length` tokens.
 
+        Raises:
+            InputError: as of the class; or the budget is a total, and the model has no spec that says what its
+                sub-modules cost.
+        """
+        costs = None
+        if spec.over == "total":
+            model_spec = getattr(unwrapped(model)[1], "spec", None)
+            if not isinstance(model_spec, ModelSpec):
+                raise InputError(
+                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget "
+                    "is weighted; give the costs: BudgetController(spec, routers_of(model), costs)"
+                )
+            costs = module_costs(model_spec, length)
+        return cls(spec, routers_of(model), costs)
 
-def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """The batches of this rank, and whether each is a new one.
+    @torch.no_grad()
+    def update(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> None:
+        """Move the score biases after one update; every rank calls it with decisions of its own.
 
-    Where the model is sharded, every rank has to run as often as the others: one that has no more batches repeats its
-    last.
-    """
-    sharded = any(is_sharded(parameter) for parameter in model.parameters())
-    sharded |= any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
-    if not (sharded and distributed.is_available() and distributed.is_initialized()):
-        yield from ((item, True) for item in data)
-        return
-    source, last = iter(data), None
-    while True:
-        item = next(source, None)
-        having, beginning = over_all_ranks(
-            torch.tensor([item is not None, item is None and last is None], dtype=torch.int64, device=device)
-        )
-        if not having:
-            return
-        if beginning:
+        Args:
+            decisions: one per routed layer, of the forward pass of this update.
+            valid: False at padding; None where there is none.
+
+        Raises:
+            InputError: the decisions are not those of the routers, or the mask does not fit.
+        """
+        counts = self.count(decisions, valid)
+        if self.steered:  # on all ranks or on none, so that none waits for the others
+            counts = over_all_ranks(counts).cpu()
+            self.move(counts, self.spec.speed * self._weight(counts))
+        self.updates += 1
+
+    @torch.no_grad()
+    def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
+        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module,
+        and then by how far they are from running nothing at all, for every layer in which sub-modules compete.
+        """
+        self._check(decisions, valid)
+        update = int(self.updates)
+        own, skipping = [torch.zeros(0, BINS, dtype=torch.int64)], []
+        for layer, numbers in self._by_layer.items():
+            decision, router = decisions[layer], self._steerable[layer]
+            off, on = decision.logits.unbind(-1)
+            margins = (on - off) / router.temperature
+            if len(numbers) < len(router.names):
+                margins = margins[..., [self.steered[number].column for number in numbers]]
+            more = [self._more(self.steered[number], update) for number in numbers]
+            if any(more):
+                margins = margins - margins.new_tensor(more)
+            skip = router.skip_margins(decision)
+            counts = histograms(margins if skip is None else torch.cat([margins, skip[..., None]], -1), valid)
+            own.append(counts[: len(numbers)])
+            if router.competing:
+                skipping.append(counts[len(numbers) :] if skip is not None else torch.zeros_like(counts[:1]))
+        return torch.cat([part.to(own[-1].device) for part in (*own, *skipping)])
+
+    def _check(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
+        check_decisions(decisions, type(self).__name__, valid)
+        if len(decisions) != len(self.routers):
             raise InputError(
-                "calibrate got no batch on some of the ranks, and the model is sharded over all: "
-                "give every rank at least one"
+                f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers"
             )
-        last = last if item is None else item
-        yield last, item is not None
+        for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
+            check_names(decision, router.names, f"decision {layer}")
 
+    def _more(self, steered: Steered, update: int) -> float:
+        """Log-odds above the threshold that a token needs to count as active."""
+        everyone = self.spec.scheduled(steered.target, update) >= 1.0
+        return SURE if everyone and self.routers[steered.layer].stochastic else 0.0
 
-def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: int) -> Sequence[Decision]:
-    """The decisions of one batch.
+    def _weight(self, counts: Tensor) -> float:
+        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count
+        too much.
+        """
+        tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
+        if not tokens:
+            return 1.0
+        usual += (tokens - usual) * (0.02 if usual else 1.0)
+        self.usual_tokens.fill_(usual)
+        return min(tokens / usual, 1 / self.spec.speed)
 
-    Raises:
-        InputError: the model takes no mask, or returns none or too few.
-    """
-    name = type(model).__name__
-    if valid is not None and not takes(model, inputs, valid):
-        raise InputError(
-            f"the forward of {name} takes no valid mask beside its inputs; give it one, or calibrate with inputs alone"
+    @torch.no_grad()
+    def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
+        """Move the score biases a share `speed` of the way that the counts ask for, where there are any."""
+        counts = counts.cpu()
+        shares, seen, update = shares_above(counts), counts.any(1).tolist(), int(self.updates)
+        wanted = self._in_total(shares, seen, update) if self.spec.over == "total" else self._each(shares, seen, update)
+        for layer, numbers in self._by_layer.items():
+            router = self._steerable[layer]
+            steps = [0.0] * len(router.names)
+            for number in numbers:
+                step = speed * wanted[number]
+                # A dying router learns from nobody: back to its floor at once.
+                if seen[number] and float(shares[number, ZERO]) < self.spec.floor:
+                    step = max(step, shift_to(self.spec.floor, shares[number]))
+                steps[self.steered[number].column] = step
+            change = router.score_bias.new_tensor(steps) * router.temperature
+            router.score_bias.add_(change.where(change.isfinite(), 0))
+
+    def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow
+        it further.
+        """
+        wanted = [0.0] * len(self.steered)
+        weights = torch.tensor(
+            [steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64
         )
-    output = model(inputs) if valid is None else model(inputs, valid)
-    decisions = getattr(output, "decisions", None)
-    if isinstance(decisions, Sequence) and not isinstance(decisions, str):
-        return decisions
-    inner = [path for path, part in model.named_modules() if path and isinstance(part, SequenceModel)]
-    cure = f", or calibrate the part model.{inner[0]} alone, with what that takes" if inner else ""
-    raise InputError(
-        f"{name} returned {what_came(output)}, which tells no decisions; required is an output with the attribute "
-        f"decisions, one for each of its {layers} routed layers, as sma.ModelOutput has it: "
-        f"let forward return that{cure}"
-    )
+        if not weights.any():
+            return wanted
+        mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
+        step = shift_to(self.spec.scheduled(self.steered[0].target, update), mean)
+        for layer, numbers in self._by_layer.items():
+            router = self._steerable[layer]
+            low, high = router.minimum_total_rate, min(router.maximum_total_rate, len(numbers))
+            total = float(shares[numbers, ZERO].sum())
+            # Its score bias would drift without end, and every rate stay as it is.
+            stuck = low >= high or (total > high - 1e-9 if step > 0 else total < low + 1e-9)
+            for number in numbers:
+                wanted[number] = step if seen[number] and not stuck else 0.0
+        return wanted
+
+    def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each
+        against the others.
+        """
+        targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
+        wanted = [0.0] * len(targets)
+        for layer, numbers in self._by_layer.items():
+            router = self._steerable[layer]
+            total = sum(targets[number] for number in numbers)
+            scale = min(1.0, router.maximum_total_rate / total)
+            for number in numbers:
+                wanted[number] = shift_to(scale * targets[number], shares[number]) if seen[number] else 0.0
+            if router.competing and len(numbers) == len(router.names):
+                common = sum(wanted[number] for number in numbers) / len(numbers)
+                skip = len(targets) + self.skipping.index(layer)
+                together = shift_to(scale * total, shares[skip]) if seen[skip] else 0.0
+                for number in numbers:
+                    # A shift against the others is theirs against this one too: all of them move, so each a part of the
+                    # way.
+                    wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
+        return wanted
+
+    def extra_repr(self) -> str:
+        return f"target={self.spec.target}, over={self.spec.over!r}, routers={len(self.routers)}"
 
 
-def takes(model: nn.Module, *inputs: Tensor, **named: Any) -> bool:
-    """Whether the forward of a module can be called so; also where that is not known."""
-    try:
-        inspect.signature(model.forward).bind(*inputs, **named)
-    except TypeError:
-        return False
-    except ValueError:  # of a scripted or builtin one
-        return True
-    return True
+def over_all_ranks(counts: Tensor) -> Tensor:
+    """The sum over the ranks of a distributed training, in place; without one, as they are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
 
 
-def batches_of(data: Any, user: str) -> Iterator[Any]:
-    """Begin to go through batches.
-
-    Raises:
-        InputError: these are none, such as a single batch.
-    """
-    if isinstance(data, Tensor | np.ndarray | str | bytes | Mapping):
-        raise InputError(
-            f"the data of {user} is {what_came(data)}; required are batches, "
-            "such as a list of them or a DataLoader: [x]"
-        )
-    try:
-        return iter(data)
-    except TypeError:
-        raise InputError(
-            f"the data of {user} is {what_came(data)}; required are batches, such as a list or a DataLoader"
-        ) from None
+def routers_of(model: nn.Module) -> list[Router]:
+    """The routers of a model, in the order of its decisions."""
+    return [part.router for part in model.modules() if isinstance(part, SparseModularActivation)]
 
 
-def _numbers(rate: Any) -> Any:
-    """A target as plain numbers."""
-    if isinstance(rate, Mapping):
-        return {name: _numbers(value) for name, value in rate.items()}
-    if isinstance(rate, Sequence) and not isinstance(rate, str):
-        return tuple(map(_numbers, rate))
-    if isinstance(rate, bool) or not isinstance(rate, Real):
-        raise InputError(
-            f"the rate {quote(rate)} is {what_came(rate)}; required is a number such as 0.3, one for every name, or a "
-            "list of these for the routed layers"
-        )
-    try:
-        return float(rate)
-    except OverflowError:  # an integer beyond all floats
-        return math.inf
+def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
+    """Multiply-adds per token of every sub-module of every routed layer, on rows of `length` tokens."""
+    layers = [layer for layer in spec.layer_specs if layer.modules]
+    return [[part.operations(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
 
 
-def batch_of(item: Any, user: str = "calibrate") -> Batches:
-    """Read one batch: inputs, a pair of inputs and mask, or an object or a mapping that names them.
-
-    Raises:
-        InputError: it is of another form; also where the second of a pair is no mask, such as the targets of a training
-            set.
-    """
-    if isinstance(item, tuple | list) and item:
-        inputs, valid = item[0], item[1] if len(item) > 1 else None
-    elif isinstance(item, Mapping) and "inputs" in item:
-        inputs, valid = item["inputs"], item.get("valid")
-    elif hasattr(item, "inputs"):
-        inputs, valid = item.inputs, getattr(item, "valid", None)
-    elif isinstance(item, Tensor) or hasattr(item, "__array__"):
-        inputs, valid = item, None
-    else:
-        raise InputError(
-            f"a batch of {user} is {_form(item)}; required are inputs, a pair (inputs, valid), or an object with "
-            "the attributes, or a mapping with the keys, inputs and valid"
-        )
-    inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")
-    if valid is not None:
-        check_tensor(valid, "valid is", torch.bool)
-    try:
-        check_valid(inputs, valid)
-    except InputError as error:
-        raise InputError(
-            f"{error}. The second of a pair is the mask of the valid tokens; targets are not needed: "
-            "give [inputs for inputs, targets in data]"
-        ) from None
-    return Batches(inputs, valid)
-
-
-def _form(item: Any) -> str:
-    return f"a mapping of {quote(list(item))}" if isinstance(item, Mapping) else what_came(item)
-
-
-def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, str]:
-    """The largest distance from a target, and what was reached there."""
-    found, gaps, spent = rates.rates.tolist(), [(0.0, "")], []
-    for steered in controller.steered:
-        name = controller.routers[steered.layer].names[steered.place]
-        reached = found[steered.layer][rates.names.index(name)]
-        spent.append(reached * steered.cost)
-        told = (
-            f"{name!r} of routed layer {steered.layer} runs at a rate of {reached:.4f}, "
-            f"and {steered.target:g} was asked"
-        )
-        gaps.append((abs(reached - steered.target), told))
-    if controller.spec.over == "each" or not spent:
-        return max(gaps)
-    mean, target = sum(spent) / sum(steered.cost for steered in controller.steered), controller.steered[0].target
-    return abs(mean - target), f"weighted by cost the rates come to {mean:.4f}, and {target:g} was asked"
+def __getattr__(name: str) -> None:
+    """Answer an import of `calibrate` from its former place with its present one."""
+    if name == "calibrate":
+        raise ImportError("calibrate has moved to sma.calibration; write from sma import calibrate", name=__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

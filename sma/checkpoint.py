@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from sma.devices import usable_device
 from sma.errors import CheckpointError, SmaError, parsing, quote, reason
 from sma.files import write_atomically
+from sma.formats import FORMAT, check_format, rename, renamed
 from sma.model import ModelSpec, SequenceModel, build
 from sma.pytree import named_tensors, tensors, with_tensors
 from sma.spec import dump_spec, dump_yaml, load_spec
@@ -86,7 +87,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
             tensors[name] = tensor
     if not sharded:
         warn_of_copies(tensors, shared_names(reference))
-    metadata = {"format": "sparse-modular-activation", "spec": text}
+    metadata = {"format": "sparse-modular-activation", "format_version": str(FORMAT), "spec": text}
 
     def write() -> None:
         try:
@@ -162,7 +163,8 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
             # alone.
             with parsing(f"the spec saved in {file.path}", CheckpointError), torch.device("cpu"):
                 model = build(spec, seed=0).to(place)
-        tensors = {name: file.read(name, place) for name in file.entries}
+        present = renamed(file.entries, reference.state_dict())
+        tensors = {present.get(name, name): file.read(name, place) for name in file.entries}
     shared = shared_names(model)
     model.load_state_dict(tensors, assign=True)
     for first, *others in shared:
@@ -192,6 +194,7 @@ def _exists(path: Path) -> bool:
 
 
 def _saved_spec(file: TensorFile) -> ModelSpec:
+    check_format(file.metadata, str(file.path))
     text = file.metadata.get("spec")
     if text is None:
         raise CheckpointError(f"{file.path} holds weights without a spec; load the model with the code that wrote it")
@@ -227,7 +230,9 @@ def _reference(file: TensorFile, spec: ModelSpec) -> SequenceModel:
             reference = build_without_memory(spec)
         except SmaError as error:
             raise CheckpointError(f"the spec saved in {file.path} cannot be built here: {error}") from error
-    check_weights(str(file.path), reference, file.entries, "")
+    entries = dict(file.entries)
+    rename(entries, reference.state_dict())
+    check_weights(str(file.path), reference, entries, "")
     return reference
 
 
@@ -259,7 +264,7 @@ def save_state(state: State, path: str | Path) -> None:
         raise CheckpointError(
             f"there is no state to save, but {quote(state)}; give model.init_state(…) or the state of an output"
         )
-    metadata = {"format": "sparse-modular-activation-state"}
+    metadata = {"format": "sparse-modular-activation-state", "format_version": str(FORMAT)}
     try:
         write_atomically(path, lambda temporary: write_tensors(temporary, parts, metadata))
     except (OSError, ValueError) as error:
@@ -287,6 +292,7 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
     if not _exists(path):
         raise CheckpointError(f"there is no saved state in {quote(str(path))}; give a file that sma.save_state wrote")
     with open_tensors(path) as file:
+        check_format(file.metadata, str(path))
         _check_state(file, like)
         state: StateKind = with_tensors(like, {name: file.read(name, tensor.device) for name, tensor in wanted.items()})
     _check_counts(path, state)

@@ -74,7 +74,7 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
 def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
     r"""How large the scores are: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
 
-    u are the two scores of the decision, offset included, before the temperature. Keeps scores small, where half
+    u are the two scores of the decision, score bias included, before the temperature. Keeps scores small, where half
     precision and the softmax still tell them apart.
 
     The paper's sum runs over the scores of all experts of a token, once per token. Here it runs over the pair of each

@@ -23,6 +23,7 @@ from sma.checks import (
 )
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
+from sma.formats import rename
 from sma.heads import HeadSpec
 from sma.init import seeded
 from sma.layer import LayerSpec, RoutedLayer, align
@@ -188,9 +189,9 @@ class SequenceModel(nn.Module):
         self.encoder = spec.encoder.build(spec.width)
         self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
         self.layers = nn.ModuleList([layer.build(spec.width) for layer in spec.layer_specs])
-        for place, layer in enumerate(self.routed_layers):
+        for index, layer in enumerate(self.routed_layers):
             if layer.routed is not None:
-                layer.routed.router.place = place
+                layer.routed.router.layer_index = index
         self.final_norm = spec.final_norm_spec.build(spec.width) if spec.final_norm_spec is not None else None
         self.head = spec.head_spec.build(spec.head_width) if spec.head_spec is not None else None
 
@@ -247,6 +248,11 @@ class SequenceModel(nn.Module):
                 check(layer, place)
             except StateError as error:
                 raise StateError(f"layer {place} {error}") from None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, and give weights of older files their present names first."""
+        rename(state_dict, self.state_dict(), prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def recompute_activations(self, enabled: bool = True) -> Self:
         """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in

@@ -18,9 +18,10 @@ from sma.routers import (
     ExclusiveRouter,
     ExpertChoiceRouter,
     GumbelRouter,
+    LinearRouter,
     Router,
-    ScoredRouter,
     SMARouter,
+    SteerableRouter,
     ThresholdRouter,
     TopKRouter,
 )
@@ -223,12 +224,12 @@ def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]
     """What a learned router decides about the tokens `(L, D)` of one row without padding, for each of them and each
     sub-module.
     """
-    assert isinstance(router, ScoredRouter)
+    assert isinstance(router, LinearRouter)
     scores = [
         [(weight * token).sum() + bias for weight, bias in zip(router.weight, router.bias, strict=True)]
         for token in control
     ]
-    shift = [0.0] * len(router.names) if router.offset is None else router.offset.tolist()
+    shift = router.score_bias.tolist() if isinstance(router, SteerableRouter) else [0.0] * len(router.names)
     if isinstance(router, ExpertChoiceRouter):
         columns = [taken_by_an_expert([row[m] for row in scores], router.spec.share) for m in range(len(router.names))]
         return [[column[t] for column in columns] for t in range(len(control))]

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
-from sma.budget import calibrate, routers_of
+from sma.budget import routers_of
+from sma.calibration import calibrate
 from sma.checkpoint import load
 from sma.errors import CheckpointError, SmaError
 from sma.model import SequenceModel
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.reports.comparison import WORKS, Work
+from sma.routers import SteerableRouter
 from sma.streams import run_command
 
 
@@ -123,7 +125,7 @@ def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str,
         model,
         [inputs],
         [
-            _targets(layer, tokens) if router.offset is not None else {}
+            _targets(layer, tokens) if isinstance(router, SteerableRouter) else {}
             for layer, router in zip(rates, routers, strict=True)
         ],
         passes=32,  # sub-modules that compete need more than others

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from sma.budget import calibrate
+from sma.calibration import calibrate
 from sma.checkpoint import load
 from sma.model import SequenceModel
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses

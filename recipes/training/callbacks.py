@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 
 from sma.errors import CheckpointError, parsing, reason
 from sma.files import check_file, write_atomically
+from sma.formats import check_format
 from sma.recipes.training.distributed import all_gather_object, is_distributed
 from sma.routers import RouterSpec
 from sma.stats import router_health
@@ -173,6 +174,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(loaded, dict) or not isinstance(loaded.get(part), kind) or isinstance(loaded[part], bool):
             raise CheckpointError(f"the checkpoint {str(path)!r} is not one of a run: it has no {part}; {_HINT}")
     checkpoint: dict[str, Any] = loaded
+    check_format(checkpoint, f"the checkpoint {str(path)!r}")
     return checkpoint
 
 

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from sma.budget import BudgetController, routers_of
 from sma.decision import Decision
 from sma.errors import DataError
+from sma.formats import FORMAT
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
@@ -118,7 +119,7 @@ class TrainingModule(lightning.LightningModule):
         # While the budget holds its first rate the losses do not yet tell which tokens need a sub-module.
         if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
             routers = routers_of(self.model)
-            drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.samples]
+            drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.stochastic]
             rows = decisions[0].active.shape[0] if decisions else 0
             # A sample may have several rows, such as a pair of documents: each row gets the loss of its sample.
             if losses.ndim == 1 and losses.shape[0] < rows:
@@ -137,6 +138,7 @@ class TrainingModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the sums of the next line of the metrics over all ranks; all ranks must call it."""
         parts = all_gather_object({name: value.cpu() for name, value in self._counts().items()})
+        checkpoint["format_version"] = FORMAT
         checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ class TrainingModule(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Set the step of the routers, on which annealing and random draws depend."""
         for router in routers_of(self.model):
-            router.advance(self.global_step)
+            router.set_step(self.global_step)
 
     def configure_optimizers(self) -> Any:
         """Adam or rectified Adam with decoupled weight decay, and the schedule per update."""

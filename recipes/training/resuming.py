@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from sma.errors import CheckpointError, DataError, parsing, quote
+from sma.formats import rename
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import DATA, EXPERIMENT, LAST, SUMMARY, is_words, read_checked, refuse_another
 from sma.recipes.training.callbacks import read_checkpoint
@@ -116,12 +117,14 @@ def _check_counts(state: Mapping[str, Any], updates: int, path: Path) -> None:
 
 
 def check_weights(module: TrainingModule, state: Mapping[str, Any], path: Path) -> None:
-    """Check that a checkpoint has the weights of this model, before any weight is replaced.
+    """Check that a checkpoint has the weights of this model, before any weight is replaced. Weights of older versions
+    get their present names.
 
     Raises:
         CheckpointError: a weight is missing, unexpected, or of another shape or dtype; the message has the first one.
     """
     found, own = state["state_dict"], module.state_dict()
+    rename(found, own)
     for name in sorted(own.keys() ^ found.keys(), key=str):
         what = "lacks" if name in own else "has an unexpected"
         raise CheckpointError(

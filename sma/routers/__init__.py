@@ -8,7 +8,6 @@ from sma.routers.competing import TopKRouter as TopKRouter
 from sma.routers.competing import TopKRouterSpec as TopKRouterSpec
 from sma.routers.contract import Router as Router
 from sma.routers.contract import RouterSpec as RouterSpec
-from sma.routers.contract import ScoredRouter as ScoredRouter
 from sma.routers.draws import RandomState as RandomState
 from sma.routers.draws import keyed_uniform as keyed_uniform
 from sma.routers.fixed import AlwaysRouter as AlwaysRouter
@@ -25,3 +24,6 @@ from sma.routers.sampled import BernoulliRouter as BernoulliRouter
 from sma.routers.sampled import BernoulliRouterSpec as BernoulliRouterSpec
 from sma.routers.sampled import GumbelRouter as GumbelRouter
 from sma.routers.sampled import GumbelRouterSpec as GumbelRouterSpec
+from sma.routers.scored import LinearRouter as LinearRouter
+from sma.routers.scored import ScoredRouter as ScoredRouter
+from sma.routers.steerable import SteerableRouter as SteerableRouter

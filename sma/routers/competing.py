@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sma.decision import Decision
 from sma.errors import SpecError
-from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
+from sma.routers.contract import RouterSpec, keep_valid
+from sma.routers.scored import LinearRouter, TemperedRouter, TemperedSpec
 from sma.spec import register
 from sma.submodule import State
 
@@ -53,13 +54,13 @@ class ExclusiveRouter(TemperedRouter):
 
     def __init__(self, spec: ExclusiveRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names) + 1)
-        self.most, self.competing = 1.0, True
+        self.maximum_total_rate, self.competing = 1.0, True
 
-    def idle_margins(self, decision: Decision) -> Tensor | None:
-        return _margins_over_skip(decision, self.unit)
+    def skip_margins(self, decision: Decision) -> Tensor | None:
+        return _margins_over_skip(decision, self.temperature)
 
-    def _spread(self, offset: Tensor) -> Tensor:
-        return torch.nn.functional.pad(offset, (1, 0))
+    def _spread(self, score_bias: Tensor) -> Tensor:
+        return torch.nn.functional.pad(score_bias, (1, 0))
 
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
@@ -86,11 +87,11 @@ def _below(scores: Tensor) -> Tensor:
     return scores - (1.0 + 2 * torch.finfo(scores.dtype).eps * scores.detach().abs())
 
 
-def _margins_over_skip(decision: Decision, unit: float | Tensor) -> Tensor | None:
+def _margins_over_skip(decision: Decision, temperature: float | Tensor) -> Tensor | None:
     """Log-odds by which the best sub-module beats running nothing."""
     if decision.skip_score is None:
         return None
-    return (decision.logits[..., 1].amax(-1) - decision.skip_score) / unit
+    return (decision.logits[..., 1].amax(-1) - decision.skip_score) / temperature
 
 
 @register
@@ -147,15 +148,16 @@ class TopKRouter(TemperedRouter):
 
     def __init__(self, spec: TopKRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, len(names) + spec.skips)
-        self.least, self.most = float(max(spec.k - spec.skips, 0)), float(min(spec.k, len(names)))
+        self.minimum_total_rate = float(max(spec.k - spec.skips, 0))
+        self.maximum_total_rate = float(min(spec.k, len(names)))
         # With several empty choices, or several made at once, none of them stands for running nothing.
         self.competing = spec.skips == 0 or (spec.k == 1 and spec.skips == 1)
 
-    def idle_margins(self, decision: Decision) -> Tensor | None:
-        return _margins_over_skip(decision, self.unit) if self.competing else None
+    def skip_margins(self, decision: Decision) -> Tensor | None:
+        return _margins_over_skip(decision, self.temperature) if self.competing else None
 
-    def _spread(self, offset: Tensor) -> Tensor:
-        return torch.nn.functional.pad(offset, (0, self.spec.skips))
+    def _spread(self, score_bias: Tensor) -> Tensor:
+        return torch.nn.functional.pad(score_bias, (0, self.spec.skips))
 
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
@@ -198,7 +200,7 @@ class ExpertChoiceRouterSpec(RouterSpec):
         return modules * width
 
 
-class ExpertChoiceRouter(ScoredRouter):
+class ExpertChoiceRouter(LinearRouter):
     r"""Every sub-module takes its share of the tokens of each row, those with the highest scores;
     $c = \sigma(w h + b)$.
 
@@ -208,7 +210,7 @@ class ExpertChoiceRouter(ScoredRouter):
     Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no
     honest use. The gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and
     no router can die. Use it for classification and encoders; it is the rule of Mixture-of-Depths. Its rate is its
-    `share` and cannot be steered.
+    `share`, whatever is added to the scores, so it cannot be steered.
 
     Args:
         spec: the share.
@@ -227,8 +229,7 @@ class ExpertChoiceRouter(ScoredRouter):
     causal = False
 
     def __init__(self, spec: ExpertChoiceRouterSpec, width: int, names: Sequence[str]) -> None:
-        # The share is exact whatever is added to the scores.
-        super().__init__(spec, width, names, len(names), steerable=False)
+        super().__init__(spec, width, names, len(names))
 
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None

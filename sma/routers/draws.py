@@ -41,7 +41,7 @@ class DrawingRouter(Router):
         does.
         """
         spec: Any = self.spec
-        return int(spec.seed) + 2**31 * self.place
+        return int(spec.seed) + 2**31 * self.layer_index
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.routers.contract import RouterSpec, ScoredRouter, TemperedRouter, TemperedSpec, keep_valid
+from sma.routers.contract import RouterSpec, keep_valid
+from sma.routers.scored import ScoredRouter, TemperedRouter, TemperedSpec
 from sma.spec import register
 from sma.submodule import State
 
@@ -58,8 +59,8 @@ class SMARouter(TemperedRouter):
     def __init__(self, spec: SMARouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, 2 * len(names))
 
-    def _spread(self, offset: Tensor) -> Tensor:
-        return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
+    def _spread(self, score_bias: Tensor) -> Tensor:
+        return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)
 
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None

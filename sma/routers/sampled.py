@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.routers.contract import RouterSpec, ScoredRouter, keep_valid
+from sma.routers.contract import RouterSpec, keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
+from sma.routers.scored import ScoredRouter
 from sma.spec import register
 from sma.submodule import State
 
@@ -33,19 +34,19 @@ class SampledRouter(DrawingRouter, ScoredRouter):
 
     The draws depend on the seed, the number of updates, the row, the position and the sub-module alone, so that chunks
     agree with the whole. The recipes tell the router the number of updates; a training loop of your own calls
-    `advance`, or the noise stays the same. Ranks of a distributed training number the rows of their own parts, so rows
+    `set_step`, or the noise stays the same. Ranks of a distributed training number the rows of their own parts, so rows
     at the same place of two parts meet the same draws: a rank is no key, because ranks that share a row (tensor or
     context parallelism) must draw alike for it.
     """
 
-    samples = True
+    stochastic = True
     updates: Tensor
 
     def __init__(self, spec: SampledSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(spec, width, names, 2 * len(names))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
-    def advance(self, updates: int) -> None:
+    def set_step(self, updates: int) -> None:
         self.updates.fill_(updates)
 
     def _decide(
@@ -63,8 +64,8 @@ class SampledRouter(DrawingRouter, ScoredRouter):
         """Decide by scores and noise, `(B, L, M, 2)`."""
         raise TypeError(f"{type(self).__name__} must define _sample(self, scores, noise, valid)")
 
-    def _spread(self, offset: Tensor) -> Tensor:
-        return torch.nn.functional.pad(offset[:, None], (1, 0)).reshape(-1)
+    def _spread(self, score_bias: Tensor) -> Tensor:
+        return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)
 
 
 def p_of(scores: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

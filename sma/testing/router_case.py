@@ -84,12 +84,6 @@ def require_same(
         require_near(getattr(found, name)[valid], getattr(wanted, name)[other], f"{what}: {name}")
 
 
-def offset_of(router: Router) -> Tensor | None:
-    """What a controller of the rate adds to the scores for on; None for a router that cannot be steered."""
-    offset = getattr(router, "offset", None)
-    return offset if isinstance(offset, Tensor) else None
-
-
 def rows_of(decision: Decision, rows: Tensor) -> Decision:
     """What was decided about some rows, in the order given."""
     return Decision(**{name: getattr(decision, name)[rows] for name in ("active", *FIELDS)}, names=decision.names)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sma.decision import Decision
 from sma.padding import move
-from sma.routers import Router, RouterSpec
+from sma.routers import Router, RouterSpec, SteerableRouter
 from sma.spec import dump_spec, load_spec
 from sma.testing.examples import Example, require, require_near
-from sma.testing.router_case import FIELDS, RouterCase, decide, offset_of, ranks, require_same, rows_of
+from sma.testing.router_case import FIELDS, RouterCase, decide, ranks, require_same, rows_of
 from sma.testing.router_stream_laws import (
     chunks_equal_the_whole,
     gradients_cross_chunks,
@@ -66,7 +66,7 @@ def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
     control, valid = case.control(example), example.active()
     broken = control.masked_fill(torch.arange(example.length)[:, None] % 3 == 1, torch.nan)
     for router in (case.make(), case.make().train()):
-        if offset_of(router) is not None:
+        if isinstance(router, SteerableRouter):
             decision = decide(router, control, valid)
             off, on = decision.logits.unbind(-1)
             require(
@@ -81,7 +81,7 @@ def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
 def ties_are_inactive(case: RouterCase, example: Example) -> None:
     """Where all parameters are 0 and on scores the same as off, a router that can be steered activates nothing."""
     router = case.make()
-    if offset_of(router) is None:
+    if not isinstance(router, SteerableRouter):
         return
     with torch.no_grad():
         for parameter in router.parameters():
@@ -91,28 +91,20 @@ def ties_are_inactive(case: RouterCase, example: Example) -> None:
     require(not bool(decision.active[on == off].any()), "a token whose scores for on and off are equal is active")
 
 
-def an_offset_steers_the_rate(case: RouterCase, example: Example) -> None:
-    """What is added to `offset` switches tokens of that sub-module on, never off; enough, all of them. It is saved."""
+def a_score_bias_steers_the_rate(case: RouterCase, example: Example) -> None:
+    """What is added to `score_bias` switches tokens of that sub-module on, never off; enough, all of them."""
     control, valid = case.control(example), example.active()
     for place in range(case.modules):
         router = case.make()
-        offset = offset_of(router)
-        if offset is None:
+        if not isinstance(router, SteerableRouter):
             return
-        require(
-            offset.shape == (case.modules,), f"offset has shape {tuple(offset.shape)}; required is {(case.modules,)}"
-        )
-        require(
-            "offset" in router.state_dict(),
-            "offset is not in the state_dict; use register_buffer('offset', torch.zeros(M))",
-        )
         before = decide(router, control, valid).active[..., place]
         for more in (0.3, 1e6):
-            offset[place] += more
+            router.score_bias[place] += more
             after = decide(router, control, valid).active[..., place]
-            require(not bool((before & ~after).any()), f"{more:g} more offset switched a token off")
+            require(not bool((before & ~after).any()), f"{more:g} more score bias switched a token off")
             before = after
-        require(torch.equal(before, valid), "an offset of 1e6 did not switch every valid token on")
+        require(torch.equal(before, valid), "a score bias of 1e6 did not switch every valid token on")
 
 
 def padding_changes_nothing(case: RouterCase, example: Example) -> None:
@@ -314,12 +306,16 @@ def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
 
 
 def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
-    """The spec predicts the number of parameters, counts operations, and survives dump and load."""
+    """The spec predicts parameters and whether decisions are drawn, counts operations, and survives dump and load."""
     if not isinstance(case.spec, RouterSpec):
         return
     counted = sum(parameter.numel() for parameter in case.make().parameters())
     predicted = case.spec.num_parameters(case.width, case.modules)
     require(counted == predicted, f"num_parameters predicts {predicted}, and the router has {counted}")
+    drawn = case.make().stochastic
+    require(
+        case.spec.stochastic == drawn, f"stochastic is {case.spec.stochastic} in the spec, and {drawn} in the router"
+    )
     require(case.spec.operations(case.width, case.modules) >= 0, "operations are negative")
     require(
         load_spec(dump_spec(case.spec), family="router") == case.spec,
@@ -331,7 +327,7 @@ ROUTER_LAWS: tuple[Callable[[RouterCase, Example], None], ...] = (
     returns_a_decision,
     active_is_where_on_beats_off,
     ties_are_inactive,
-    an_offset_steers_the_rate,
+    a_score_bias_steers_the_rate,
     changes_nothing_and_repeats,
     training_decides_as_evaluation,
     padding_changes_nothing,

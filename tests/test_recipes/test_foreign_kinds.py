@@ -84,7 +84,7 @@ class Coin(Router):
     def __init__(self, spec: CoinSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(names)
         self.spec = spec
-        self.samples = spec.draw
+        self.stochastic = spec.draw
         self.weight = nn.Parameter(torch.randn(len(names), width))
 
     def forward(
@@ -92,7 +92,7 @@ class Coin(Router):
     ) -> tuple[Decision, State | None]:
         scores = control @ self.weight.T
         p_on = torch.sigmoid(scores)
-        active = p_on > (torch.rand_like(p_on) if self.training and self.samples else 0.5)
+        active = p_on > (torch.rand_like(p_on) if self.training and self.stochastic else 0.5)
         active = active if valid is None else active & valid[..., None]
         logits = torch.stack([torch.zeros_like(scores), scores], -1)
         return Decision(active, torch.ones_like(p_on), logits, p_on, self.names), state
@@ -177,7 +177,7 @@ def test_no_budget_steers_a_fixed_rate() -> None:
     assert fixed.training.losses.z == 0
     mixed = with_routers(steered, [SMARouterSpec(), EveryOtherSpec()])
     assert (mixed.training.budget, mixed.training.losses.z) == (steered.training.budget, 0.1)
-    with pytest.raises(InputError, match="the router kind 'every_other' cannot be steered to a rate; use one that"):
+    with pytest.raises(InputError, match="the router kind 'every_other' cannot be steered to a rate; use one that can"):
         BudgetController.of(fixed.model.build(), steered.training.budget)  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, 
     whole, parts = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
     assert same(whole, parts)
     assert int(whole["controller.updates"]) == 30
-    assert any(value.any() for name, value in whole.items() if name.endswith("router.offset"))
+    assert any(value.any() for name, value in whole.items() if name.endswith("router.score_bias"))
 
 
 def test_a_model_is_the_best_one_only_after_its_rates_have_settled(data, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sma.decision import Decision
 from sma.pytree import register_output
-from sma.routers import Router
+from sma.routers import SteerableRouter
 from sma.submodule import State, device_and_dtype
 
 
@@ -19,14 +19,13 @@ class Before(State):
     token: Tensor
 
 
-class Rising(Router):
+class Rising(SteerableRouter):
     """Scores the difference to the valid token before: right, and the base of what is wrong below."""
 
     def __init__(self, width: int, names: Sequence[str]) -> None:
         super().__init__(names)
         self.weight = nn.Parameter(torch.randn(len(names), width))
         self.bias = nn.Parameter(torch.zeros(len(names)))
-        self.register_buffer("offset", torch.zeros(len(names)))
 
     def init_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> State:
         device, dtype = device_and_dtype(self, device, dtype)
@@ -62,7 +61,7 @@ class Rising(Router):
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return change @ self.weight.to(change.dtype).T + (self.bias + self.offset).to(change.dtype)
+            return change @ self.weight.to(change.dtype).T + (self.bias + self.score_bias).to(change.dtype)
 
     def sure(self, scores: Tensor) -> Tensor:
         return torch.sigmoid(scores.abs())
@@ -155,7 +154,8 @@ class Half(Rising):
     """Leaves the precision to autocast."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
-        return (change @ self.weight.to(change.dtype).T).to(change.dtype) + (self.bias + self.offset).to(change.dtype)
+        scores = (change @ self.weight.to(change.dtype).T).to(change.dtype)
+        return scores + (self.bias + self.score_bias).to(change.dtype)
 
 
 class Cancelling(Rising):
@@ -265,10 +265,10 @@ class Contrary(Rising):
 
 
 class Opposite(Rising):
-    """Subtracts the offset."""
+    """Subtracts the score bias."""
 
     def scores(self, change: Tensor, control: Tensor) -> Tensor:
-        return super().scores(change, control) - 2 * self.offset.to(change.dtype)
+        return super().scores(change, control) - 2 * self.score_bias.to(change.dtype)
 
 
 class Lexical(Rising):
@@ -317,7 +317,7 @@ BROKEN = [
     (Contrary, "active_is_where_on_beats_off"),
     (Greedy, "active_is_where_on_beats_off"),
     (Tied, "ties_are_inactive"),
-    (Opposite, "an_offset_steers_the_rate"),
+    (Opposite, "a_score_bias_steers_the_rate"),
     (Jittering, "changes_nothing_and_repeats"),
     (Counting, "changes_nothing_and_repeats"),
     (Moody, "training_decides_as_evaluation"),

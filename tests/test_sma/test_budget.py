@@ -62,7 +62,7 @@ def _run(controller: BudgetController, updates: int, *, start: int = 0, tokens: 
     for number in range(start, start + updates):
         decisions = []
         for router in controller.routers:
-            router.advance(number)
+            router.set_step(number)
             decisions.append(router(normal(2, tokens // 2, 5, seed=number))[0])
         rates.append(torch.stack([decision.rate() for decision in decisions]))
         controller.update(decisions)
@@ -128,7 +128,7 @@ class TestTarget:
     @pytest.mark.parametrize(
         "spec", [ExclusiveRouterSpec(), TopKRouterSpec(k=1, skips=1), TopKRouterSpec(k=2, skips=1)]
     )
-    def test_a_total_that_the_tokens_do_not_allow_lets_no_offset_drift(self, spec):
+    def test_a_total_that_the_tokens_do_not_allow_lets_no_score_bias_drift(self, spec):
         # The cheap sub-module takes every token from the dear one, and more of it does not make the total that was
         # asked for.
         router, costs = _router(spec), [[1.0, 1.0, 50.0]]
@@ -137,14 +137,14 @@ class TestTarget:
         controller, offsets = BudgetController(BudgetSpec(target=0.5, over="total", floor=0.0), [router], costs), []
         for start in (0, 100, 200):
             _run(controller, 100, start=start)
-            offsets.append(router.offset.clone())
+            offsets.append(router.score_bias.clone())
         assert float((offsets[2] - offsets[1]).abs().max()) < 0.2 * float(offsets[1].abs().max())
-        assert _rate(router).sum() > controller.routers[0].most - 0.02
+        assert _rate(router).sum() > controller.routers[0].maximum_total_rate - 0.02
 
     def test_a_layer_that_always_runs_as_many_is_no_part_of_a_total_that_could_move(self):
         fixed, free = _router(TopKRouterSpec(k=1)), _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target=0.3, over="total"), [fixed, free]), 150)
-        assert not fixed.offset.any()
+        assert not fixed.score_bias.any()
         assert float(torch.cat([_rate(fixed), _rate(free)]).mean()) == pytest.approx(0.3, abs=0.03)
 
     def test_every_layer_may_have_targets_of_its_own(self):
@@ -158,12 +158,12 @@ class TestTarget:
     def test_sub_modules_without_a_target_are_left_alone(self):
         router = _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target={"mlp": 0.1}), [router]), 20)
-        assert router.offset.bool().tolist() == [False, True, False]
+        assert router.score_bias.bool().tolist() == [False, True, False]
 
-    def test_layers_have_offsets_of_their_own(self):
+    def test_layers_have_score_biases_of_their_own(self):
         routers = [_router(SMARouterSpec(), seed=seed) for seed in (3, 4)]
         _run(BudgetController(BudgetSpec(target=0.25), routers), 80)
-        assert not torch.isclose(routers[0].offset, routers[1].offset).any()
+        assert not torch.isclose(routers[0].score_bias, routers[1].score_bias).any()
         for router in routers:
             assert _rate(router).tolist() == pytest.approx([0.25] * 3, abs=0.03)
 
@@ -174,14 +174,14 @@ class TestTarget:
             controller = BudgetController(BudgetSpec(target=0.1), [router])
             for _ in range(5):
                 controller.update([router(control.where(valid[..., None], junk), valid)[0]], valid)
-        assert torch.equal(routers[0].offset, routers[1].offset)
+        assert torch.equal(routers[0].score_bias, routers[1].score_bias)
 
     @pytest.mark.parametrize("valid", [None, torch.zeros(2, 0, dtype=torch.bool)])
     def test_a_batch_without_tokens_moves_nothing(self, valid):
         router = _router(SMARouterSpec())
         controller = BudgetController(BudgetSpec(target=0.1), [router])
         controller.update([router(normal(2, 0, 5))[0]], valid)
-        assert not router.offset.any()
+        assert not router.score_bias.any()
 
     @STEERABLE
     @pytest.mark.parametrize("junk", [math.nan, math.inf])
@@ -194,8 +194,8 @@ class TestTarget:
             controller = BudgetController(BudgetSpec(target=target), [router])
             for _ in range(5):
                 controller.update([router(control.masked_fill(bad[..., None], fill), valid)[0]], valid)
-        assert clean.offset.any()
-        assert torch.equal(broken.offset, clean.offset)
+        assert clean.score_bias.any()
+        assert torch.equal(broken.score_bias, clean.score_bias)
 
     @STEERABLE
     @pytest.mark.parametrize("over", ["each", "total"])
@@ -203,9 +203,9 @@ class TestTarget:
         router, costs = _router(spec), [[1.0, 1.0, 1.0]]
         controller = BudgetController(BudgetSpec(target=1 / 3, over=over), [router], costs)
         _run(controller, 3)
-        kept = router.offset.clone()
+        kept = router.score_bias.clone()
         controller.update([router(torch.full((2, 9, 5), math.nan, dtype=torch.float64))[0]])
-        assert torch.equal(router.offset, kept)
+        assert torch.equal(router.score_bias, kept)
 
     def test_a_step_that_is_no_number_is_not_made(self):
         router = _router(SMARouterSpec())
@@ -215,7 +215,7 @@ class TestTarget:
         with torch.no_grad():
             router.log_temperature.fill_(math.nan)
         controller.move(counts, 1.0)
-        assert not router.offset.any()
+        assert not router.score_bias.any()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_a_model_in_half_precision_is_steered_as_any_other(self, dtype):
@@ -225,13 +225,13 @@ class TestTarget:
             controller.update([router(normal(2, 200, 5, seed=number).to(dtype))[0]])
         assert router(normal(1, 5000, 5, seed=12345).to(dtype))[0].rate().tolist() == pytest.approx([0.3] * 3, abs=0.04)
 
-    def test_only_offsets_change(self):
+    def test_only_score_biases_change(self):
         router = _router(SMARouterSpec())
         kept = copy.deepcopy(router.state_dict())
         controller = BudgetController(BudgetSpec(target=0.1), [router])
         _run(controller, 3)
         assert [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, kept[name])] == [
-            "offset"
+            "score_bias"
         ]
         assert list(controller.parameters()) == []
 
@@ -262,11 +262,11 @@ class TestSchedule:
         for update in (50, 110, 200, 239):
             assert rates[update][0].tolist() == pytest.approx([spec.scheduled(0.1, update)] * 3, abs=0.08)
 
-    def test_a_rate_of_1_moves_the_offset_no_further_than_the_tokens_need(self):
+    def test_a_rate_of_1_moves_the_score_bias_no_further_than_the_tokens_need(self):
         router = _router(SMARouterSpec())
         _run(BudgetController(BudgetSpec(target=0.3, start=1.0, hold=50, speed=1.0), [router]), 20)
         assert _rate(router).min() > 0.97
-        assert router.offset.max() < 50
+        assert router.score_bias.max() < 50
 
 
 class TestResuming:
@@ -279,7 +279,7 @@ class TestResuming:
         second.routers[0].load_state_dict(first.routers[0].state_dict())
         _run(second, 13, start=11)
         assert int(second.updates) == int(whole.updates) == 24
-        assert torch.equal(second.routers[0].offset, whole.routers[0].offset)
+        assert torch.equal(second.routers[0].score_bias, whole.routers[0].score_bias)
 
 
 class TestRefused:
@@ -297,7 +297,7 @@ class TestRefused:
         sentence = f"decision 1 is about {list(names)}; required are {list(NAMES)}, in this order"
         with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
             controller.update([part(normal(1, 2, 5))[0] for part in (router, other)])
-        assert not router.offset.any()
+        assert not router.score_bias.any()
 
     def test_a_mask_that_does_not_fit(self, as_users_run):
         router = _router(SMARouterSpec())
@@ -322,7 +322,7 @@ def test_a_budget_that_steers_nothing_meets_no_other_rank(tmp_path):
     assert [int(torch.load(tmp_path / f"{rank}.pt")) for rank in (0, 1)] == [1, 2]
 
 
-def _offset_of_rank(rank: int, folder: str, ranks: int) -> None:
+def _score_bias_of_rank(rank: int, folder: str, ranks: int) -> None:
     """What one of the processes does: its tokens are its own."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
@@ -330,17 +330,17 @@ def _offset_of_rank(rank: int, folder: str, ranks: int) -> None:
     controller = BudgetController(BudgetSpec(target=0.2), [router])
     for update in range(60):
         controller.update([router(normal(2, 100, 5, seed=1000 * rank + update) + rank)[0]])
-    torch.save(router.offset, f"{folder}/{rank}.pt")
+    torch.save(router.score_bias, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_keep_equal_offsets_and_one_rate_over_both(tmp_path):
-    torch.multiprocessing.start_processes(_offset_of_rank, (str(tmp_path), 2), nprocs=2, start_method="fork")
+def test_two_processes_keep_equal_score_biases_and_one_rate_over_both(tmp_path):
+    torch.multiprocessing.start_processes(_score_bias_of_rank, (str(tmp_path), 2), nprocs=2, start_method="fork")
     offsets = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert offsets[0].any()
     assert torch.equal(*offsets)
     router = _router(SMARouterSpec())
-    router.offset.copy_(offsets[0])
+    router.score_bias.copy_(offsets[0])
     rates = [router(normal(1, 20000, 5, seed=77) + rank)[0].rate() for rank in (0, 1)]
     assert ((rates[0] + rates[1]) / 2).tolist() == pytest.approx([0.2] * 3, abs=0.03)
     assert (rates[0] - rates[1]).abs().max() > 0.03

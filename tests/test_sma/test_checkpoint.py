@@ -291,9 +291,9 @@ class TestDamaged:
                 id="complex numbers",
             ),
             pytest.param(
-                lambda tensors: tensors.update({"layers.0.routed.router.offset": torch.zeros(2, dtype=torch.bool)}),
+                lambda tensors: tensors.update({"layers.0.routed.router.score_bias": torch.zeros(2, dtype=torch.bool)}),
                 METADATA,
-                r"'layers\.0\.routed\.router\.offset' is bool of shape \(2,\); required is float32 of shape",
+                r"'layers\.0\.routed\.router\.score_bias' is bool of shape \(2,\); required is float32 of shape",
                 id="a buffer of another dtype",
             ),
             pytest.param(

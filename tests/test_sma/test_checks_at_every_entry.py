@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import sma
-from sma.budget import BudgetController, BudgetSpec, calibrate
+from sma.budget import BudgetController, BudgetSpec
+from sma.calibration import calibrate
 from sma.errors import InputError
 from sma.generation import generate
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss

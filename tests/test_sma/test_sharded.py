@@ -103,15 +103,16 @@ def _evaluate(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
 
 def _steer(model: Any, whole: Any, ids: Tensor, valid: Tensor) -> int:
     """Budgets read the temperatures of routers that are sharded; the second rank has a batch less."""
-    from sma.budget import BudgetController, BudgetSpec, calibrate
+    from sma.budget import BudgetController, BudgetSpec
+    from sma.calibration import calibrate
 
     for each in (model, whole):
         controller = BudgetController.of(each, BudgetSpec(target=0.4))
         controller.update(each(ids, valid).decisions, valid)
         calibrate(each, [(ids, valid)] * (2 - dist.get_rank()), 0.6, passes=2, tolerance=1.0)
     for layer, other in zip(model.layers, whole.layers, strict=True):
-        _equal(layer.routed.router.offset, other.routed.router.offset)
-        assert layer.routed.router.offset.any()
+        _equal(layer.routed.router.score_bias, other.routed.router.score_bias)
+        assert layer.routed.router.score_bias.any()
     return sum(int(decision.active.sum()) for decision in model(ids, valid).decisions)
 
 

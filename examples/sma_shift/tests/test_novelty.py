@@ -18,7 +18,7 @@ def test_every_token_is_decided_by_the_formula() -> None:
     with torch.no_grad():
         one.gain.normal_(std=5)
         one.threshold.uniform_()
-        one.offset.normal_()
+        one.score_bias.normal_()
     control, valid = torch.randn(3, 8, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 8) < 0.6
     decision, _ = one(control, valid)
     assert not decision.active[~valid].any()
@@ -28,7 +28,7 @@ def test_every_token_is_decided_by_the_formula() -> None:
         for t in valid[b].nonzero().squeeze(1):
             token = control[b, t]
             novelty = (token - before).abs().sum() / (token.abs().sum() + before.abs().sum() + 4e-6)
-            p_on = torch.sigmoid(one.gain * (novelty - one.threshold) + one.offset)
+            p_on = torch.sigmoid(one.gain * (novelty - one.threshold) + one.score_bias)
             torch.testing.assert_close(decision.p_on[b, t], p_on)
             assert torch.equal(decision.active[b, t], p_on > 0.5)
             confidences.append(torch.maximum(p_on, 1 - p_on))

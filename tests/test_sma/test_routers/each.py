@@ -13,12 +13,13 @@ from sma.routers import (
     ExclusiveRouterSpec,
     ExpertChoiceRouterSpec,
     GumbelRouterSpec,
+    LinearRouter,
     NeverRouterSpec,
     RandomRouterSpec,
     Router,
     RouterSpec,
-    ScoredRouter,
     SMARouterSpec,
+    SteerableRouter,
     ThresholdRouterSpec,
     TopKRouterSpec,
 )
@@ -71,7 +72,7 @@ def draws(spec: RouterSpec) -> bool:
 
 
 def is_steerable(spec: RouterSpec) -> bool:
-    """Whether it has an offset."""
+    """Whether a budget can move its rates."""
     return not spec.fixed_rate
 
 
@@ -88,23 +89,23 @@ def looks_at_the_score(spec: RouterSpec) -> bool:
 
 
 def router(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES, *, seed: int = 3) -> Router:
-    """A router in float64 with spread parameters and offsets, in training, where some draw."""
+    """A router in float64 with spread parameters and score biases, in training, where some draw."""
     built = spec.build(width, names).double()
     spread(built, seed=seed)
-    if built.offset is not None:
-        built.offset.copy_(0.5 * torch.randn(len(names), generator=generator(seed), dtype=torch.float64))
+    if isinstance(built, SteerableRouter):
+        built.score_bias.copy_(0.5 * torch.randn(len(names), generator=generator(seed), dtype=torch.float64))
     return built
 
 
-def scored(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES) -> ScoredRouter:
+def scored(spec: RouterSpec, width: int = 5, names: Sequence[str] = NAMES) -> LinearRouter:
     """The same for kinds with weights."""
     built = router(spec, width, names)
-    assert isinstance(built, ScoredRouter)
+    assert isinstance(built, LinearRouter)
     return built
 
 
-def token_with_scores(part: ScoredRouter, scores: Sequence[float]) -> Tensor:
-    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, offsets
+def token_with_scores(part: LinearRouter, scores: Sequence[float]) -> Tensor:
+    """A control state `(1, 1, D)` to which a router with fewer choices than channels gives these scores, score biases
     aside.
     """
     wanted = torch.tensor(scores, dtype=torch.float64) - part.bias.detach()
@@ -113,10 +114,10 @@ def token_with_scores(part: ScoredRouter, scores: Sequence[float]) -> Tensor:
     return token[None, None]
 
 
-def switch_offsets_off(part: Router) -> None:
-    """Set all offsets to 0."""
-    if part.offset is not None:
-        part.offset.zero_()
+def clear_score_bias(part: Router) -> None:
+    """Set all score biases to 0."""
+    if isinstance(part, SteerableRouter):
+        part.score_bias.zero_()
 
 
 def same(found: Decision, wanted: Decision, at: Tensor | None = None) -> None:

@@ -13,14 +13,14 @@ from sma.errors import InputError, SpecError
 from sma.routers import ExclusiveRouterSpec, ExpertChoiceRouterSpec, TopKRouterSpec
 from tests.cases import generator, masks, normal
 from tests.streams import exactly, near
-from tests.test_sma.test_routers.each import NAMES, router, same, scored, switch_offsets_off, token_with_scores
+from tests.test_sma.test_routers.each import NAMES, clear_score_bias, router, same, scored, token_with_scores
 
 
 class TestExclusive:
     @pytest.mark.parametrize("chosen", [None, 0, 1, 2])
     def test_every_single_one_and_none_is_chosen_by_some_token(self, chosen):
         part = scored(ExclusiveRouterSpec())
-        switch_offsets_off(part)
+        clear_score_bias(part)
         best = 0 if chosen is None else chosen + 1
         decision = part(token_with_scores(part, [1.0 if choice == best else 0.0 for choice in range(4)]))[0]
         assert decision.active[0, 0].tolist() == [m == chosen for m in range(3)]
@@ -85,7 +85,7 @@ class TestTopK:
     )
     def test_every_k_subset_is_chosen_by_some_token_and_with_skips_smaller_ones(self, k, skips, subset):
         part = scored(TopKRouterSpec(k=k, skips=skips), width=7)
-        switch_offsets_off(part)
+        clear_score_bias(part)
         chosen = [m in subset for m in range(3)] + [skip < k - len(subset) for skip in range(skips)]
         decision = part(token_with_scores(part, [1.0 if on else -1.0 for on in chosen]))[0]
         assert decision.active[0, 0].tolist() == chosen[:3]
@@ -113,7 +113,7 @@ class TestTopK:
 
     def test_confidence_is_the_share_of_the_softmax_over_skips_too(self):
         part, control = scored(TopKRouterSpec(k=2, skips=1)), normal(2, 3, 5)
-        switch_offsets_off(part)
+        clear_score_bias(part)
         scores = control @ part.weight.T + part.bias
         near(part(control)[0].confidence, (scores / part.log_temperature.exp()).softmax(-1)[..., :3])
 

@@ -284,7 +284,7 @@ class TestSpecs:
     def test_advance_means_nothing_to_most_routers(self):
         part, control = router(SMARouterSpec()), normal(1, 9, 5)
         before = part(control)[0]
-        part.advance(7)
+        part.set_step(7)
         same(part(control)[0], before)
 
 

@@ -63,7 +63,7 @@ def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(ki
     }
     model = load_spec(spec).build()
     routers = [part.routed.router for part in model.routed_layers if part.routed is not None]
-    assert [router.place for router in routers] == [1, 2]
+    assert [router.layer_index for router in routers] == [1, 2]
     control = torch.zeros(2, 400, 4)  # every score is 0, so the draws decide alone
     first, second, alone = (
         router(control)[0].active for router in (*routers, load_spec(kind, "router").build(4, ["mlp"]))
@@ -71,5 +71,5 @@ def test_layers_of_a_model_draw_by_themselves_and_a_router_alone_as_the_first(ki
     assert 0.4 < first.double().mean() < 0.6
     for one, other in ((first, second), (first, alone), (second, alone)):
         assert 0.4 < (one == other).double().mean() < 0.6
-    routers[0].place = 0
+    routers[0].layer_index = 0
     assert torch.equal(routers[0](control)[0].active, alone)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sma import SparseModularActivation, load_spec
-from sma.budget import BudgetController, BudgetSpec, calibrate
+from sma.budget import BudgetController, BudgetSpec
+from sma.calibration import calibrate
 from sma.routers import Router, RouterSpec
 from tests.cases import generator
 
@@ -71,7 +72,7 @@ def test_active_is_where_the_score_for_on_is_above_that_for_off(name, scale, tem
     router = _router(name, scale, temperature)
     _assert_the_scores_decided(router, control)
     _assert_the_scores_decided(router, control, valid)
-    if router.samples:
+    if router.stochastic:
         drawn, _ = router.train()(control, valid)
         assert drawn.p_on.isfinite().all()
         assert drawn.confidence.isfinite().all()

@@ -16,12 +16,12 @@ from tests.cases import gradients, normal
 from tests.streams import near
 from tests.test_sma.test_routers.each import (
     NAMES,
+    clear_score_bias,
     looks_at_the_score,
     router,
     routers,
     same,
     scored,
-    switch_offsets_off,
     token_with_scores,
 )
 
@@ -38,7 +38,7 @@ def _is_independent(spec: RouterSpec) -> bool:
 )
 def test_every_subset_is_chosen_by_some_token(spec, subset):
     part = scored(spec, width=7).eval()
-    switch_offsets_off(part)
+    clear_score_bias(part)
     on = [3.0 if m in subset else -3.0 for m in range(3)]
     scores = on if spec.kind == "threshold" else [score for score in on for score in (0.0, score)]
     assert part(token_with_scores(part, scores))[0].active[0, 0].tolist() == [m in subset for m in range(3)]
@@ -68,7 +68,7 @@ class TestSMA:
         part = SMARouterSpec(temperature_scale=scale).build(width, NAMES)
         assert part.log_temperature.shape == (1,)
         torch.testing.assert_close(part.log_temperature.exp().item(), scale * math.sqrt(width))
-        torch.testing.assert_close(part.unit, part.log_temperature.detach().exp()[0])
+        torch.testing.assert_close(part.temperature, part.log_temperature.detach().exp()[0])
 
     def test_temperature_that_would_make_infinite_scores_is_refused(self):
         with pytest.raises(
@@ -132,7 +132,7 @@ class TestGumbel:
 
     def _active(self, positions=None, *, update=0, seed=0, rows=1, count=20000):
         part = GumbelRouterSpec(seed=seed).build(5, NAMES)
-        part.advance(update)
+        part.set_step(update)
         with torch.no_grad():
             part.weight.zero_()
         return part(torch.zeros(rows, count, 5), None, positions)[0].active
@@ -155,15 +155,15 @@ class TestGumbel:
     def test_an_update_number_always_draws_the_same(self):
         part, control = router(GumbelRouterSpec()), normal(2, 9, 5)
         first = part(control)[0]
-        part.advance(1)
+        part.set_step(1)
         assert not torch.equal(part(control)[0].active, first.active)
-        part.advance(0)
+        part.set_step(0)
         same(part(control)[0], first)
 
     def test_evaluation_draws_nothing(self):
         part, control = router(GumbelRouterSpec()).eval(), normal(2, 9, 5)
         decision = part(control)[0]
-        part.advance(1000)
+        part.set_step(1000)
         later = part(control)[0]
         for name in ("active", "logits", "p_on"):
             assert torch.equal(getattr(later, name), getattr(decision, name))
@@ -180,7 +180,7 @@ class TestGumbel:
         spec = GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=8)
         part, control = scored(spec), normal(2, 5, 5).requires_grad_()
         for update, temperature in ((0, 3.0), (2, 3.0 * (0.4 / 3.0) ** 0.25), (8, 0.4), (99, 0.4)):
-            part.advance(update)
+            part.set_step(update)
             decision = part(control)[0]
             assert (decision.confidence == 1).all()
             noise = oracles.gumbel_noise(part, 2, 5)
@@ -194,15 +194,15 @@ class TestGumbel:
             scored(GumbelRouterSpec(temperature=3.0, final_temperature=0.4, anneal=anneal)),
             normal(1, 5, 5).requires_grad_(),
         )
-        part.advance(anneal)
+        part.set_step(anneal)
         decision = part(control)[0]
         off, on = (decision.logits + oracles.gumbel_noise(part, 1, 5)).unbind(-1)
         near_all(gradients(decision.confidence, [control]), gradients(torch.sigmoid((on - off) / 0.4), [control]))
 
     def test_the_number_of_updates_is_saved(self):
         part, fresh, control = router(GumbelRouterSpec()), router(GumbelRouterSpec(), seed=5), normal(2, 9, 5)
-        part.advance(17)
-        assert set(part.state_dict()) == {"weight", "bias", "offset", "updates"}
+        part.set_step(17)
+        assert set(part.state_dict()) == {"weight", "bias", "score_bias", "updates"}
         fresh.load_state_dict(part.state_dict())
         assert int(fresh.updates) == 17
         same(fresh(control)[0], part(control)[0])

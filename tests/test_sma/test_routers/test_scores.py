@@ -1,4 +1,4 @@
-"""Routers with scores: every token is decided by the formula of its kind, and offsets shift the scores for on."""
+"""Routers with scores: every token is decided by the formula of its kind, and score biases shift the scores for on."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sma.errors import InputError
-from sma.routers import RouterSpec
+from sma.routers import RouterSpec, SteerableRouter
+from sma.routers.steerable import steerable
 from tests import oracles
 from tests.cases import gradients, normal, pad
 from tests.streams import exactly, near
@@ -14,6 +15,7 @@ from tests.test_sma.test_routers.each import (
     FIELDS,
     NAMES,
     ON_ROW,
+    clear_score_bias,
     draws,
     is_learned,
     is_steerable,
@@ -21,7 +23,6 @@ from tests.test_sma.test_routers.each import (
     routers,
     same,
     scored,
-    switch_offsets_off,
 )
 
 
@@ -43,9 +44,10 @@ class TestFormula:
         if ties:  # small whole numbers, whose sums and products are exact
             rows = [row.round() for row in rows]
             with torch.no_grad():
-                for tensor in (part.weight, part.bias, *([part.offset] if part.offset is not None else [])):
+                biases = [part.bias, *([part.score_bias] if isinstance(part, SteerableRouter) else [])]
+                for tensor in (part.weight, *biases):
                     tensor.copy_(tensor.round())
-        part.advance(seed % 12)
+        part.set_step(seed % 12)
         batch, valid = (
             pad(rows, "middle") if rows else (torch.zeros(0, 4, width).double(), torch.zeros(0, 4, dtype=torch.bool))
         )
@@ -69,7 +71,7 @@ class TestFormula:
     @pytest.mark.parametrize("training", [pytest.param(True, id="training"), pytest.param(False, id="evaluation")])
     def test_gradients_are_those_of_the_formula(self, spec, training):
         part, control = scored(spec).train(training), normal(2, 4, 5).requires_grad_()
-        part.advance(4)
+        part.set_step(4)
         inputs = [control, *part.parameters()]
         rows = [
             [torch.stack([choice.confidence for choice in token]) for token in oracles.choices(part, control[b], b)]
@@ -111,8 +113,8 @@ class TestFormula:
                 mine.copy_(yours)  # skip's scores too
                 for place, m in enumerate(order):
                     mine[_rows(spec, place)] = yours[_rows(spec, m)]
-        if part.offset is not None:
-            other.offset.copy_(part.offset[list(order)])
+        if isinstance(part, SteerableRouter):
+            other.score_bias.copy_(part.score_bias[list(order)])
         found, wanted = other(control)[0], part(control)[0]
         assert found.names == tuple(NAMES[m] for m in order)
         for name in FIELDS:
@@ -128,15 +130,15 @@ def _rows(spec: RouterSpec, place: int) -> list[int]:
 
 class TestOffset:
     @routers(is_steerable)
-    def test_offset_shifts_exactly_the_scores_for_on(self, spec):
+    def test_score_bias_shifts_exactly_the_scores_for_on(self, spec):
         part, other, control, shift = (
             scored(spec),
             scored(spec),
             normal(2, 6, 5),
             torch.tensor([0.7, -1.3, 0.2], dtype=torch.float64),
         )
-        part.offset.copy_(shift)
-        switch_offsets_off(other)
+        part.score_bias.copy_(shift)
+        clear_score_bias(other)
         with torch.no_grad():
             for m in range(3):
                 other.bias[ON_ROW[spec.kind](m)] += shift[m]
@@ -145,28 +147,28 @@ class TestOffset:
 
     @routers(lambda spec: is_steerable(spec) and not (spec.kind == "top_k" and spec.k > 3))
     @pytest.mark.parametrize("place", [0, 1, 2])
-    def test_a_large_offset_switches_a_sub_module_on_everywhere_or_off(self, spec, place):
+    def test_a_large_score_bias_switches_a_sub_module_on_everywhere_or_off(self, spec, place):
         part, control = router(spec), 10 * normal(2, 50, 5)
         for offset, rate in ((1e4, 1.0), (-1e4, 0.0)):
-            part.offset[place] = offset
+            part.score_bias[place] = offset
             assert part(control)[0].rate()[place] == rate
 
     @routers(is_steerable)
-    def test_offset_is_a_buffer_that_is_saved_and_never_trained(self, spec):
+    def test_score_bias_is_a_buffer_that_is_saved_and_never_trained(self, spec):
         part = router(spec)
-        assert torch.equal(part.state_dict()["offset"], part.offset)
-        assert not part.offset.requires_grad
-        assert not spec.build(5, NAMES).offset.any()
+        assert torch.equal(part.state_dict()["score_bias"], part.score_bias)
+        assert not part.score_bias.requires_grad
+        assert not spec.build(5, NAMES).score_bias.any()
         fresh = spec.build(5, NAMES).double()
         fresh.load_state_dict(part.state_dict())
         same(fresh(normal(1, 9, 5))[0], part(normal(1, 9, 5))[0])
 
     @routers(is_steerable)
-    def test_one_unit_of_offset_is_one_unit_of_log_odds(self, spec):
+    def test_one_unit_of_score_bias_is_one_unit_of_log_odds(self, spec):
         part, control = router(spec), normal(1, 5, 5)
         before = part(control)[0].p_on.logit()
         with torch.no_grad():
-            part.offset[1] += 0.25 * part.unit
+            part.score_bias[1] += 0.25 * part.temperature
         near(part(control)[0].p_on.logit()[..., 1], before[..., 1] + 0.25)
 
     @routers(is_steerable)
@@ -180,33 +182,33 @@ class TestOffset:
             pytest.param(lambda part: part.double().bfloat16(), torch.float32, id="double and back"),
         ],
     )
-    def test_offset_is_never_below_float32(self, spec, convert, dtype):
+    def test_score_bias_is_never_below_float32(self, spec, convert, dtype):
         part = spec.build(5, NAMES)
-        part.offset.fill_(30.0).add_(2.0**-10)  # which bfloat16 would round to 30
+        part.score_bias.fill_(30.0).add_(2.0**-10)  # which bfloat16 would round to 30
         converted = convert(part)
-        assert converted.offset.dtype == dtype
-        assert (converted.offset == 30 + 2.0**-10).all()
-        assert dict(converted.named_buffers())["offset"] is converted.offset
-        assert torch.as_tensor(converted.unit).dtype in (torch.float32, dtype)
+        assert converted.score_bias.dtype == dtype
+        assert (converted.score_bias == 30 + 2.0**-10).all()
+        assert dict(converted.named_buffers())["score_bias"] is converted.score_bias
+        assert torch.as_tensor(converted.temperature).dtype in (torch.float32, dtype)
 
     @routers(is_steerable)
-    def test_an_old_checkpoint_in_half_precision_gives_a_wide_offset(self, spec):
+    def test_an_old_checkpoint_in_half_precision_gives_a_wide_score_bias(self, spec):
         part = spec.build(5, NAMES).bfloat16()
         part.load_state_dict({name: tensor.bfloat16() for name, tensor in part.state_dict().items()}, assign=True)
         assert part.weight.dtype == torch.bfloat16
-        assert part.offset.dtype == torch.float32
+        assert part.score_bias.dtype == torch.float32
 
     @routers(lambda spec: not is_steerable(spec))
     def test_a_router_that_cannot_be_steered_has_none_and_says_so(self, spec):
         part = router(spec)
-        assert part.offset is None
-        assert "offset" not in part.state_dict()
-        steered = "use one that learns its rate, such as 'sma'"
-        sentence = f"the router kind {spec.kind!r} cannot be steered to a rate; {steered}"
+        assert not hasattr(part, "score_bias")
+        assert "score_bias" not in part.state_dict()
+        sentence = (
+            f"the router kind {spec.kind!r} cannot be steered to a rate; use one that can, such as 'sma', or derive "
+            "your own from sma.routers.SteerableRouter"
+        )
         with pytest.raises(InputError, match=exactly(sentence)):
-            part.check_targets({"mlp": 0.5})
-        with pytest.raises(InputError, match=exactly(sentence)):
-            part.check_steerable()
+            steerable(part)
 
     @routers(lambda spec: is_steerable(spec) and spec.kind not in ("exclusive", "top_k"))
     def test_independent_sub_modules_reach_any_rates_together(self, spec):

@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from sma import Decision, Router, State, register
+from sma import Decision, State, register
 from sma.checks import check_sizes
-from sma.routers import RouterSpec
+from sma.routers import RouterSpec, SteerableRouter
 from sma.submodule import device_and_dtype
 from torch import Tensor, nn
 
@@ -32,12 +32,12 @@ class NoveltyRouterSpec(RouterSpec):
         return width + modules
 
 
-class NoveltyRouter(Router):
+class NoveltyRouter(SteerableRouter):
     r"""Independent decisions by how much of a token is new: $n_t = |h_t - h_{t-1}| / (|h_t| + |h_{t-1}|)$ in [0, 1].
 
     $|h|$ is the sum of absolute values and $h_{t-1}$ the valid token before, zeros at first: the first token of a
-    stream is all new, one that is repeated not at all. The score for on is $g_m (n_t - \theta_m)$ plus the offset of a
-    budget, for off 0;
+    stream is all new, one that is repeated not at all. The score for on is $g_m (n_t - \theta_m)$ plus the score bias
+    of a budget, for off 0;
     $p = \mathrm{softmax}$ of the two. Active iff $p_1 > p_0$, confidence $c = \max(p)$. A gain that training turns
     negative chooses what repeats.
 
@@ -52,15 +52,12 @@ class NoveltyRouter(Router):
         control `(B, L, D)`. `gain` and `threshold` are `(M,)`.
     """
 
-    offset: Tensor
-
     def __init__(self, spec: NoveltyRouterSpec, width: int, names: Sequence[str]) -> None:
         super().__init__(names)
         self.spec = spec
         self.width = width
         self.gain = nn.Parameter(torch.full((len(self.names),), spec.sharpness))
         self.threshold = nn.Parameter(torch.full((len(self.names),), spec.threshold))
-        self.register_buffer("offset", torch.zeros(len(self.names)))  # with it, `sma.budget` can hold a rate
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -84,8 +81,8 @@ class NoveltyRouter(Router):
         places = last_valid(control_BLD, valid)
         novelty = self._novelty(control_BLD, line.take_along_dim(places[:, :-1, None], dim=1))
         # Nothing here is a matrix product, so autocast leaves it alone: float32 or wider throughout.
-        gain, threshold, offset = (part.to(novelty.dtype) for part in (self.gain, self.threshold, self.offset))
-        on = gain * (novelty[..., None] - threshold) + offset
+        gain, threshold, bias = (part.to(novelty.dtype) for part in (self.gain, self.threshold, self.score_bias))
+        on = gain * (novelty[..., None] - threshold) + bias
         scores = torch.stack([torch.zeros_like(on), on], dim=-1)
         p_off, p_on = torch.softmax(scores, dim=-1).unbind(-1)
         active = on > 0 if valid is None else (on > 0) & valid[..., None]

@@ -1,4 +1,4 @@
-"""The targets of a budget: which rates, at which update, of which sub-modules; impossible ones are refused here."""
+"""What a budget keeps: which rates, at which update, of which sub-modules, and the check that routers can."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from sma.checks import check_known
 from sma.errors import InputError
-from sma.routers import Router
+from sma.routers import Router, SteerableRouter
+from sma.routers.steerable import steerable
 from sma.spec import FrozenMapping, Spec
 
 
@@ -44,7 +45,7 @@ class BudgetSpec(Spec):
         default=None, ge=1, description="update at which exploration has faded out; null: it never fades"
     )
     speed: float = Field(
-        default=0.1, gt=0.0, le=1.0, description="share of the gap to the right offset that one update closes"
+        default=0.1, gt=0.0, le=1.0, description="share of the gap to the right score bias that one update closes"
     )
     floor: float = Field(
         default=0.01,
@@ -91,13 +92,13 @@ class Steered(NamedTuple):
 
     Attributes:
         layer: number of its routed layer.
-        place: in the router's names.
+        column: index in the router's names.
         target: rate to keep.
         cost: weight in a total budget.
     """
 
     layer: int
-    place: int
+    column: int
     target: float
     cost: float
 
@@ -124,14 +125,14 @@ def steered_by(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequ
     for layer, router in enumerate(routers):
         targets = {name: by_layer[layer][name] for name in router.names if name in by_layer[layer]}
         if targets and spec.over == "each":
-            router.check_targets(targets)
-        elif targets:
-            router.check_steerable()
+            steerable(router).check_targets(targets)
         for name, target in targets.items():
-            place = router.names.index(name)
-            found.append(Steered(layer, place, target, float(costs[layer][place])))
+            column = router.names.index(name)
+            found.append(Steered(layer, column, target, float(costs[layer][column])))
     if found and spec.over == "total":
-        _check_total(found[0].target, routers, costs)
+        # A router without sub-modules has nothing to steer.
+        pairs = [(steerable(router), each) for router, each in zip(routers, costs, strict=True) if router.names]
+        _check_total(found[0].target, pairs)
     return found
 
 
@@ -146,22 +147,31 @@ def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) ->
         )
 
 
-def _check_total(target: float, routers: Sequence[Router], costs: Sequence[Sequence[float]]) -> None:
-    """Check that one shift of all scores can bring the mean rate, weighted by cost, to the target."""
-    everything = math.fsum(cost for layer in costs for cost in layer)
+def _check_total(target: float, pairs: Sequence[tuple[SteerableRouter, Sequence[float]]]) -> None:
+    """Check that one shift of all scores can bring the mean rate, weighted by cost, to the target.
+
+    Args:
+        target: mean rate.
+        pairs: every router, and the costs of its sub-modules.
+    """
+    everything = math.fsum(cost for _, layer in pairs for cost in layer)
     if not everything:
         raise InputError(
             "a total budget weights rates by cost, and all sub-modules cost 0; give costs, or use over='each'"
         )
-    pairs = list(zip(routers, costs, strict=True))
-    low = math.fsum(_first(router.least, sorted(layer)) for router, layer in pairs) / everything
-    high = math.fsum(_first(router.most, sorted(layer, reverse=True)) for router, layer in pairs) / everything
+    low = math.fsum(_first(router.minimum_total_rate, sorted(layer)) for router, layer in pairs) / everything
+    high = (
+        math.fsum(_first(router.maximum_total_rate, sorted(layer, reverse=True)) for router, layer in pairs)
+        / everything
+    )
     if not low - 1e-6 <= target <= high + 1e-6:
         raise InputError(
             f"weighted by cost the rates of these routers come to between {low:.4g} and {high:.4g} in total, and the "
             f"target is {target:g}; ask for one in between"
         )
-    if high - low > 1e-6 and all(router.least >= min(router.most, len(router.names)) for router in routers):
+    if high - low > 1e-6 and all(
+        router.minimum_total_rate >= min(router.maximum_total_rate, len(router.names)) for router, _ in pairs
+    ):
         raise InputError(
             "each of these routers runs the same number of sub-modules on every token, and a shift of all scores "
             "changes no total; use over='each', or give them empty choices, such as the skips of top_k"
@@ -170,7 +180,7 @@ def _check_total(target: float, routers: Sequence[Router], costs: Sequence[Seque
 
 def _first(count: float, costs: Sequence[float]) -> float:
     """The sum of the first so many costs; of a broken number, part of the last one."""
-    return math.fsum(cost * min(1.0, max(0.0, count - place)) for place, cost in enumerate(costs))
+    return math.fsum(cost * min(1.0, max(0.0, count - index)) for index, cost in enumerate(costs))
 
 
 def _by_name(target: float | Mapping[str, float], routers: Sequence[Router]) -> Mapping[str, float]:

@@ -3,6 +3,7 @@ not.
 """
 
 import copy
+import importlib
 import itertools
 import re
 import warnings
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from sma import load_spec
-from sma.budget import BudgetController, BudgetSpec, calibrate, module_costs, routers_of
+from sma.budget import BudgetController, BudgetSpec, module_costs, routers_of
+from sma.calibration import calibrate
 from sma.errors import InputError
 from tests.cases import normal, spread
 from tests.streams import exactly
@@ -57,7 +59,7 @@ class TestCalibrate:
             for name, tensor in model.state_dict().items()
             if not torch.equal(tensor, kept[name])
         }
-        assert changed == {"offset"}
+        assert changed == {"score_bias"}
         assert all(parameter.grad is None for parameter in model.parameters())
         with torch.no_grad():
             outputs = [model.eval()(inputs, valid) for inputs, valid in data]
@@ -76,7 +78,7 @@ class TestCalibrate:
         model = _model({"kind": "sma"})
         reached = calibrate(model, [normal(3, 100, 3)], {"conv": 0.2})
         assert reached.rates[:, 1].tolist() == pytest.approx([0.2] * 2, abs=0.02)
-        assert [router.offset.bool().tolist() for router in routers_of(model)] == [[False, True]] * 2
+        assert [router.score_bias.bool().tolist() for router in routers_of(model)] == [[False, True]] * 2
 
     def test_rates_by_layer(self):
         reached = calibrate(_model({"kind": "sma"}), [normal(3, 100, 3)], [{"conv": 0.2, "mlp": 0.6}, 0.4])
@@ -344,7 +346,7 @@ def _calibrate_by_rank(rank: int, folder: str, ranks: int, over: str) -> None:
     model = _model({"kind": "sma"})
     wrapped = nn.parallel.DistributedDataParallel(model) if over == "each" else model
     reached = calibrate(wrapped, _batches(rank), 0.3, over=over, tolerance=0.002)
-    torch.save([reached.rates, *(router.offset for router in routers_of(model))], f"{folder}/{rank}.pt")
+    torch.save([reached.rates, *(router.score_bias for router in routers_of(model))], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -357,5 +359,11 @@ def test_processes_with_different_numbers_of_batches_come_to_what_one_process_do
         model, [batch for rank in range(3) for batch in _batches(rank)], 0.3, over=over, tolerance=0.002
     )
     for tensors in found:
-        for one, other in zip(tensors, [reached.rates, *(router.offset for router in routers_of(model))], strict=True):
+        wanted = [reached.rates, *(router.score_bias for router in routers_of(model))]
+        for one, other in zip(tensors, wanted, strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_former_place_of_calibrate_names_the_present_one():
+    with pytest.raises(ImportError, match=r"^calibrate has moved to sma\.calibration; write from sma import calibrate"):
+        getattr(importlib.import_module("sma.budget"), "calibrate")  # noqa: B009

@@ -53,7 +53,7 @@ class TestRefused:
             pytest.param(
                 SMARouterSpec(),
                 {"mpl": 0.5},
-                "no layer has a sub-module 'mpl', for which the budget has a target.*'mlp'",
+                "the target of the budget names 'mpl', which is no sub-module; did you mean 'mlp'",
                 id="name",
             ),
         ],

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma.margins import BINS, EDGES, ZERO, histograms, shares_above, shift_to
+from sma.score_histogram import BINS, EDGES, ZERO, histograms, shares_above, shift_to
 from tests.cases import masks, normal
 
 MARGINS = st.lists(
