@@ -310,6 +310,3 @@ def test_loss_that_is_no_number_is_a_sentence(spec, cache, tmp_path, monkeypatch
     )
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "run"), "--no-progress"]) == 2
     assert "error: the loss of update 13 is nan; the last checkpoint is still good: start a new run" in _said(capsys)[1]
-
-
-# From here on: real processes, real signals.

@@ -43,7 +43,7 @@ EXPERIMENTS = {
     "pathx": _shipped("pathx", *IMAGES, *BUDGET),
     "recall": _shipped("recall", *IMAGES, *BUDGET),
 }
-# Runs of ListOps are killed at random moments in test_seqboat_lra_killed.py, those of language models in test_seqboat_lm.py.
+# Runs of ListOps are killed at random moments in test_seqboat_lra_killed.py, language models in test_seqboat_lm.py.
 ELSEWHERE = {"listops", "language"}
 
 
