@@ -2,7 +2,6 @@
 them.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +32,6 @@ HEAVY = {
 }  # fmt: skip
 
 
-def _process(*words: str) -> list[str]:
-    return [sys.executable, "-m", "sma", *words, "--help"]
-
-
 @pytest.mark.parametrize("name", ["", *EXPERIMENTS, "describe"], ids=lambda name: name or "sma")
 def test_help_imports_nothing_heavy(name):
     words = [name] if name else []
@@ -47,22 +42,6 @@ def test_help_imports_nothing_heavy(name):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "\n")
-
-
-@pytest.mark.slow
-def test_help_takes_half_a_second_more_than_torch():
-    commands = {"torch": [sys.executable, "-c", "import torch"], "sma": _process()}
-    commands |= {name: _process(name) for name in EXPERIMENTS}
-    best = dict.fromkeys(commands, float("inf"))
-    for _ in range(5):
-        for name, command in commands.items():
-            before = os.times()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=200)
-            after = os.times()
-            # The time of processors: other processes make the wall clock lie.
-            spent = after.children_user + after.children_system - before.children_user - before.children_system
-            best[name] = min(best[name], spent)
-    assert {name: seconds for name, seconds in best.items() if seconds > best["torch"] + 0.5} == {}
 
 
 def test_every_task_with_a_preset_can_be_trained():
