@@ -311,7 +311,7 @@ def test_contract_is_kept(bidirectional: bool) -> None:
 def test_a_state_of_another_size_is_refused() -> None:
     tokens = rectangular(torch.randn(2, 3, 2, dtype=torch.float64))
     with pytest.raises(
-        StateError, match=r"S4D got the state of another model: its sizes are \(2, 2, 5\); required are \(2, 2, 3\)"
+        StateError, match=r"S4D got the state of another model: sizes \(2, 2, 5\) instead of \(2, 2, 3\)"
     ):
         make(bidirectional=False)(tokens, make(bidirectional=False, state_size=10).init_state(2))
 

@@ -153,10 +153,10 @@ def test_changed_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("update", "change"),
     [
-        pytest.param({"seed": 9}, "seed is 3 there, 9 asked", id="seed"),
+        pytest.param({"seed": 9}, "seed is 3 there, 9 is required", id="seed"),
         pytest.param(
             {"train": 10, "max_depth": 3},
-            "max_depth is 4 there, 3 asked, train is 300 there, 10 asked",
+            "max_depth is 4 there, 3 is required, train is 300 there, 10 is required",
             id="two-fields",
         ),
     ],

@@ -301,17 +301,17 @@ def test_array_is_read(tmp_path):
         pytest.param(b'{"files": []}', r"manifest\.json does not list the files of a data set", id="list"),
         pytest.param(
             b'{"files": {}, "version": "' + b"x" * 500_000 + b'"}',
-            r"version is 'x+\.\.\.x*' there, 1 asked",
+            r"version is 'x+\.\.\.x*' there, 1 is required",
             id="long text",
         ),
         pytest.param(
             b'{"files": {}, "' + b"x" * 500_000 + b'": 1, "version": 1}',
-            r"\('x+\.\.\.x*' is 1 there, None asked",
+            r"\('x+\.\.\.x*' is 1 there, None is required",
             id="long key",
         ),
         pytest.param(
             b'{"files": {}, ' + b'"x%d": 1, ' * 9 % (*range(9),) + b'"version": 1}',
-            r"'x7' is 1 there, None asked\)",
+            r"'x7' is 1 there, None is required\)",
             id="many",
         ),
         pytest.param(b'{"files": {"a": [[]]}, "version": 1}', r"a was changed since it was generated", id="hash"),

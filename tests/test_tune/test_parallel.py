@@ -269,7 +269,7 @@ def test_a_split_with_fewer_samples_than_workers_is_refused(data_folder: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--task", "listop"], "no shipped preset 'listop_tiny'; did you mean 'listops_tiny'", id="task"),
+        pytest.param(["--task", "listop"], "unknown task 'listop'; did you mean 'listops'?", id="task"),
         pytest.param(["--set", "training.updats=3"], "unknown field path 'training.updats'", id="set"),
         pytest.param(["--workers", "0"], "--workers='0'", id="no-workers"),
         pytest.param(["--workers", "7"], "cannot be shared evenly by 7 workers", id="batch"),

@@ -112,7 +112,8 @@ def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
 @pytest.mark.parametrize("name", ["caf\udce9", "x::y", "~no-such-user/x"])
 def test_folder_that_cannot_be_the_storage_is_a_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"the path of the run folder .* (is not valid Unicode|has '::')|begins with the home folder"
+        DataError,
+        match=r"the path of the run folder .* (is not valid Unicode|contains '::')|begins with the home folder",
     ):
         Storage(name if name.startswith("~") else tmp_path / name)
 
