@@ -89,7 +89,7 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(
     assert (summary["finished"], summary["failed"]) == (2, 4)
     reasons = {record.values[FAULT]: record.reason for record in records if record.status == "failed"}
     assert reasons["crash"] == "RuntimeError: broken on purpose"
-    assert reasons["memory"].startswith("out of memory: tried to allocate 80 GiB; a lower training.batch_size")
+    assert reasons["memory"].startswith("out of memory: tried to allocate 80 GiB; lower training.batch_size")
     assert reasons["nan"].startswith("the loss of update 15 is nan")
     assert reasons["exit"].startswith("its process died 2 times")
     assert [record.restarts for record in records if record.values.get(FAULT) == "exit"] == [1]
