@@ -166,7 +166,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
     killer, out = Killer(), tmp_path / "out"
     out.mkdir()
     team_run(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, say=killer)
-    assert (len(killer.of("worker 2")), len(killer.of("going on"))) == (2, 1), killer.lines
+    assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     for name in (LAST, BEST):
         for part in ("state_dict", "optimizer_states", "global_step"):
             assert same(checkpoint(out, name)[part], checkpoint(uninterrupted, name)[part]), f"{part} of {name}"
@@ -202,7 +202,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
 def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     killer, spec = Killer(), language(data_folder, threads=1, **LONG)
     team_run(spec, tmp_path / "killed", data_folder, say=killer)
-    assert (len(killer.of("worker 2")), len(killer.of("going on"))) == (2, 1), killer.lines
+    assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     assert re.search(r"update 120 of 120: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
     team_run(spec, tmp_path / "whole", data_folder)
     for name in (LAST, BEST):
