@@ -159,6 +159,8 @@ def simulate(case: str, name: str, target: float, seed: int, updates: int) -> Tr
 
 def settled(rates: Tensor, target: float) -> int | None:
     """Updates until the mean of the last ten rates is within 10 % of the target, and stays so."""
+    if len(rates) < 10:
+        return None
     outside = ((rates.unfold(0, 10, 1).mean(-1) - target).abs() > 0.1 * target).nonzero()
     count = int(outside[-1]) + 11 if len(outside) else 10
     return count if count <= len(rates) else None

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sma.errors import CheckpointError, SpecError, did_you_mean, parsing
+from sma.errors import CheckpointError, SpecError, did_you_mean, parsing, quote
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, difference, read_json, refuse_another, write_text
 from sma.recipes.studies.contract import Asked, Begun, Chosen, Options, Study
@@ -90,7 +90,7 @@ def read_study(study: Study[Any, Asked], out: Path) -> tuple[ExperimentSpec, Ask
         if path.name == STUDY:
             if found["study"] != study.name:
                 raise CheckpointError(
-                    f"{str(path)!r} belongs to the study {found['study']!r}, not to {study.name!r}; "
+                    f"{str(path)!r} belongs to the study {quote(found['study'])}, not to {study.name!r}; "
                     "resume it with the command that began it"
                 )
             chosen = study.chosen.model_validate(found)
@@ -100,7 +100,7 @@ def read_study(study: Study[Any, Asked], out: Path) -> tuple[ExperimentSpec, Ask
     for field, known in study.names(spec).items():
         if unknown := [name for name in getattr(chosen, field) if name not in known]:
             word = study.selections[field]
-            raise CheckpointError(f"{str(path)!r} names an unknown {word}, {unknown[0]!r}; {NEW}")
+            raise CheckpointError(f"{str(path)!r} names an unknown {word}, {quote(unknown[0])}; {NEW}")
     return spec, chosen
 
 
