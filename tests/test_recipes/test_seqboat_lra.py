@@ -3,22 +3,15 @@
 import json
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
-import yaml
 
 from sma.recipes.experiment import load_experiment
 from sma.recipes.seqboat_lra import Options, main
-from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, same, tiny, train
-
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = [sys.executable, "-m", "sma.recipes.seqboat_lra"]
-SCRIPT = [sys.executable, "recipes/seqboat_lra.py"]
-RESUME = "python -m sma.recipes.seqboat_lra --resume"
+from tests.test_recipes.lra_command import MODULE, RESUME, SCRIPT, run, write_spec
+from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +23,7 @@ def _no_settings_from_outside(monkeypatch):
 @pytest.fixture
 def spec(tmp_path):
     """The experiment as a file."""
-    path = tmp_path / "spec.yaml"
-    path.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-    return path
+    return write_spec(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +32,13 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def _run(command, timeout=280):
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-
-
 def _said(capsys):
     captured = capsys.readouterr()
     return captured.out, captured.err
 
 
 def test_help_is_the_same_by_both_names_and_imports_little():
-    script, module = _run([*SCRIPT, "--help"]), _run([sys.executable, "-X", "importtime", *MODULE[1:], "--help"])
+    script, module = run([*SCRIPT, "--help"]), run([sys.executable, "-X", "importtime", *MODULE[1:], "--help"])
     assert (script.returncode, module.returncode) == (0, 0)
     assert script.stdout == module.stdout
     assert script.stderr == ""
@@ -65,7 +52,7 @@ def test_help_is_the_same_by_both_names_and_imports_little():
 
 def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
     out = tmp_path / "run"
-    done = _run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])
+    done = run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
     assert (

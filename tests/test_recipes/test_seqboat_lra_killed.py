@@ -5,20 +5,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
 
 from sma.recipes.reports.classification import rates_over_training
-from tests.test_recipes.tiny import EXPERIMENT, checkpoint, same
-
-ROOT = Path(__file__).resolve().parents[2]
-MODULE = [sys.executable, "-m", "sma.recipes.seqboat_lra"]
-SCRIPT = [sys.executable, "recipes/seqboat_lra.py"]
-RESUME = "python -m sma.recipes.seqboat_lra --resume"
+from tests.test_recipes.lra_command import MODULE, RESUME, ROOT, SCRIPT, run, write_spec
+from tests.test_recipes.tiny import checkpoint, same
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +23,13 @@ def _no_settings_from_outside(monkeypatch):
 @pytest.fixture
 def spec(tmp_path):
     """The experiment as a file."""
-    path = tmp_path / "spec.yaml"
-    path.write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-    return path
+    return write_spec(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Where the data is kept between runs."""
     return tmp_path_factory.mktemp("cache")
-
-
-def _run(command, timeout=280):
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 LONG = ["--set", "training.updates=400", "--set", "training.evaluate_every=20", "--no-progress"]
@@ -72,8 +59,7 @@ def _wait_for(pattern, folder, process, seconds=600):
 def uninterrupted(cache, tmp_path_factory):
     """The long run by the command line, and how many seconds it trains."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
-    done = _run([*MODULE, "--spec", folder / "spec.yaml", "--data", cache, "--out", folder / "run", *LONG], timeout=800)
+    done = run([*MODULE, "--spec", write_spec(folder), "--data", cache, "--out", folder / "run", *LONG], timeout=800)
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads((folder / "run" / "summary.json").read_text())["seconds"]
 
@@ -108,7 +94,7 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
             assert process.returncode == 0, err
             break
     else:
-        done = _run(command, timeout=800)
+        done = run(command, timeout=800)
         assert done.returncode == 0, done.stderr
         assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
     print("killed after", kills)  # shown if what follows fails
@@ -131,6 +117,6 @@ def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, s
         f"interrupted; resume with: {RESUME} {out} --data {cache} --no-progress"
     ]
     assert not (out / "summary.json").exists()
-    done = _run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)
+    done = run([*SCRIPT, "--resume", out, "--data", cache, "--no-progress"], timeout=800)
     assert done.returncode == 0, done.stderr
     _assert_same_result(out, uninterrupted[0])
