@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, NoReturn, TextIO
 
 import torch
 
@@ -15,7 +15,7 @@ from sma.commands.extras import DISTRIBUTION, check_extra, missing_extra, of_an_
 from sma.commands.kinds import add_kind, add_kinds, add_schema, run_kind, run_kinds, run_schema
 from sma.commands.specs import add_describe, add_validate, run_describe, run_validate
 from sma.errors import SmaError, SpecError, did_you_mean, quote, reason
-from sma.streams import run_command, write_out
+from sma.streams import end_process, run_command, write_out
 
 
 class Command(NamedTuple):
@@ -224,5 +224,10 @@ def _main(words: Sequence[str]) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """Run the command that this process was started with, and exit."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -6,12 +6,16 @@ import io
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 READER_GONE = 141
 """Exit status of a command whose output nobody reads any more, such as before `| head`: that of SIGPIPE in a shell."""
+
+ABANDONED = "abandoned"
+"""Name of threads that call a library which cannot be interrupted, such as Ray; see `end_process`."""
 
 
 def run_command(command: Callable[[], int | None], name: str = "error") -> int:
@@ -48,6 +52,22 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
         with suppress(OSError):
             sys.stderr.write(f"{name}: cannot write the output: {error}\n")
         return 1
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit with a status, after `run_command`.
+
+    If a thread named `ABANDONED` is alive, the process exits without the interpreter's cleanup, in which a library may
+    wait for what is gone, and end the process with a status of its own.
+    """
+    if has_abandoned():
+        os._exit(status)
+    sys.exit(status)
+
+
+def has_abandoned() -> bool:
+    """Whether a thread named `ABANDONED` is alive."""
+    return any(thread.name == ABANDONED for thread in threading.enumerate())
 
 
 def make_tolerant() -> None:

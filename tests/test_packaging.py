@@ -67,7 +67,7 @@ def test_wheel_holds_the_licence_and_the_command(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     info = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
     assert "licenses/LICENSE" in info
-    assert "sma = sma.__main__:main" in archive.read(info["entry_points.txt"]).decode()
+    assert "sma = sma.__main__:program" in archive.read(info["entry_points.txt"]).decode()
 
 
 @pytest.mark.slow

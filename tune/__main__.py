@@ -24,6 +24,7 @@ from sma.recipes.io.folders import cache_folder, lend_home
 from sma.recipes.io.names import plain, shell_word
 from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Names, Setting
 from sma.recipes.io.presets import check_preset
+from sma.streams import end_process
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
 from sma.tune.train import TrainOptions, endable, train
 
@@ -286,4 +287,4 @@ def _describe_front(summary: dict[str, Any], storage: Any, quality: str) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -19,6 +19,7 @@ from ray._private import auto_init_hook
 from ray.experimental import internal_kv
 
 from sma.errors import SmaError
+from sma.streams import ABANDONED, has_abandoned
 
 PATIENCE = 30.0
 """Time without an answer after which the cluster counts as lost, in seconds; Ray ends the process after 60."""
@@ -27,9 +28,6 @@ GRACE = 20.0
 """Maximum time for `ray.shutdown`, in seconds."""
 
 _POLL = 0.2
-
-_interrupted: list[threading.Thread] = []
-"""Threads of interrupted work, which may still call Ray."""
 
 
 class ClusterLost(SmaError, RuntimeError):
@@ -78,7 +76,7 @@ def follow(work: Callable[[], object], look: Callable[[], object]) -> None:
     except BaseException:
         # The thread keeps running, and must not start another cluster after this one is left.
         auto_init_hook.enable_auto_connect = False
-        _interrupted.append(thread)
+        thread.name = ABANDONED
         raise
     look()
     if errors:
@@ -153,7 +151,7 @@ def leave_cluster(lost: bool) -> None:
         lost: whether the cluster does not answer, so that its processes are killed.
     """
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    interrupted = any(thread.is_alive() for thread in _interrupted)
+    interrupted = has_abandoned()
     if not lost and not interrupted:
         ray.shutdown()
         return
@@ -164,6 +162,6 @@ def leave_cluster(lost: bool) -> None:
     if interrupted and not lost:
         atexit.unregister(ray._private.worker.shutdown)
         return
-    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving = threading.Thread(target=ray.shutdown, name=ABANDONED, daemon=True)
     leaving.start()
     leaving.join(GRACE)

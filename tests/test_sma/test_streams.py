@@ -154,3 +154,16 @@ def test_help_of_every_command_fits_ascii_and_ends_without_a_reader(name, gone):
     command = [sys.executable, "-W", "ignore", "-m", module, "--help"]
     result = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, cwd=ROOT, env=environment, timeout=120)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_the_status_is_that_of_the_command_while_a_library_blocks_the_exit():
+    body = """
+import atexit, sys, threading, time
+from streams import ABANDONED, end_process, run_command
+
+atexit.register(time.sleep, 600)
+threading.Thread(target=time.sleep, args=(600,), name=ABANDONED).start()
+end_process(run_command(lambda: print("said") or 2))
+"""
+    end = subprocess.run([sys.executable, "-c", HEAD + body], stdout=subprocess.PIPE, timeout=60)
+    assert (end.returncode, end.stdout.split()) == (2, [b"said"])
