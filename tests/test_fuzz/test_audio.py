@@ -8,7 +8,7 @@ import pytest
 
 from sma.recipes.io.wav import read_wav
 from tests.test_fuzz.harness import Target, fuzz, mutate
-from tests.test_recipes.test_wav import FORMATS, chunk, extensible, rf64, wav
+from tests.test_recipes.test_io.test_wav import FORMATS, chunk, extensible, rf64, wav
 
 _VALID = [
     *(wav(parameters.values[1][:400], parameters.values[0]) for parameters in FORMATS),

@@ -19,8 +19,8 @@ from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.provenance import hardware
 from tests.test_recipes import fake
-from tests.test_recipes.test_table import row as table_row
-from tests.test_recipes.test_table import summary as table_summary
+from tests.test_recipes.test_reports.test_table import row as table_row
+from tests.test_recipes.test_reports.test_table import summary as table_summary
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 

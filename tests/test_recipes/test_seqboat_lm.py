@@ -17,7 +17,7 @@ import sma
 from sma.recipes.io.run_folder import LAST
 from sma.recipes.seqboat_lm import main
 from sma.spec import dump_spec
-from tests.test_recipes.test_language import MODEL, TRAINING, experiment, text, train
+from tests.test_recipes.test_training.test_language import MODEL, TRAINING, experiment, text, train
 
 __all__ = ["text"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from sma.spec import dump_yaml
 from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel
 from sma.tune.storage import Storage
-from tests.test_recipes import test_language
+from tests.test_recipes.test_training import test_language
 from tests.test_recipes.tiny import checkpoint, fail, same, tiny
 from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver

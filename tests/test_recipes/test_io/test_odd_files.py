@@ -23,8 +23,8 @@ from sma.recipes.tasks.pathfinder.release import list_release, read_images
 from sma.recipes.tasks.retrieval import AANSettings, load_aan, read_pairs
 from sma.recipes.tasks.speech.commands import LISTS, load_clips
 from sma.recipes.tasks.text import ImdbSettings, load_imdb
-from tests.test_recipes.test_imdb import make_folder
-from tests.test_recipes.test_pathfinder import make_release
+from tests.test_recipes.test_tasks.test_imdb import make_folder
+from tests.test_recipes.test_tasks.test_pathfinder import make_release
 from tests.test_recipes.tiny_speech import write_corpus
 
 

@@ -23,7 +23,7 @@ from sma.recipes.training.run import run_experiment
 from sma.recipes.training.trainer import isolated
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, metrics_of, same, tiny, train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NAME": "t",

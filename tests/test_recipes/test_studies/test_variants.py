@@ -17,7 +17,7 @@ from sma.recipes.studies.grid import run_grid
 from sma.recipes.studies.variants import VariantsStudy, at_random, with_routers
 from sma.routers import AlwaysRouterSpec, BernoulliRouterSpec, GumbelRouterSpec, NeverRouterSpec, SMARouterSpec
 from tests.test_recipes import fake
-from tests.test_recipes.test_table import lines_of, summary
+from tests.test_recipes.test_reports.test_table import lines_of, summary
 from tests.test_recipes.tiny import before_update, fail, tiny
 
 NAMES = ("routed", "always", "random")

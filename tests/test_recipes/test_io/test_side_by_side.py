@@ -15,7 +15,7 @@ from sma.recipes.io.processes import Processes
 HOLDING = """
 from pathlib import Path
 from sma.recipes.io.processes import Processes
-from tests.test_recipes.test_side_by_side import hold
+from tests.test_recipes.test_io.test_side_by_side import hold
 
 if __name__ == "__main__":
     with Processes(2) as processes:
@@ -66,7 +66,7 @@ def test_processes_end_with_one_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "holding.py"
     script.write_text(HOLDING.format(folder=str(tmp_path)))
     parent = subprocess.Popen(
-        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     )
     held = [tmp_path / "0", tmp_path / "1"]
     while not all(path.exists() for path in held):

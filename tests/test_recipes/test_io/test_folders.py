@@ -13,7 +13,7 @@ from sma.recipes.io.folders import cache_folder, check_run_folder, expand, lend_
 from sma.recipes.seqboat_lra import main
 from sma.recipes.tasks.language.corpus import TextSettings, load_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture

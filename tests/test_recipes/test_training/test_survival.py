@@ -21,7 +21,7 @@ from sma.spec import dump_spec, kinds
 from tests.test_recipes.tiny import checkpoint, same
 from tests.test_recipes.tiny_speech import MODEL, speech_experiment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TRAINING = {"updates": 120, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
 BUDGET = ("training.budget.hold=40", "training.budget.anneal=60")
 IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")

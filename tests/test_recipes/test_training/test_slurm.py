@@ -18,7 +18,7 @@ import yaml
 from sma.recipes.io.run_folder import LAST
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, tiny, train
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
 SCRIPT = re.search(r"```bash\n(#!/bin/bash\n.*?)```", PAGE, re.DOTALL).group(1)  # type: ignore[union-attr]
 SLURM = {

@@ -21,7 +21,7 @@ from sma.recipes.training.classification import Classifier
 from sma.recipes.training.language import LanguageModule
 from sma.recipes.training.run import run_experiment
 from sma.recipes.training.trainer import interruptible
-from tests.test_recipes.test_steering import BUDGET
+from tests.test_recipes.test_training.test_steering import BUDGET
 from tests.test_recipes.tiny import (
     MODEL,
     assert_same_run,

@@ -14,7 +14,7 @@ from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.pathfinder.images import PathfinderSettings, prepare_pathfinder
 from sma.recipes.tasks.retrieval import AANSettings, load_aan
 from sma.recipes.tasks.speech.clips import SpeechSettings, load_speech
-from tests.test_recipes.test_aan import release
+from tests.test_recipes.test_tasks.test_aan import release
 from tests.test_recipes.tiny_speech import write_corpus
 
 NUMBERS = np.arange(3_000_000, dtype="<i2").reshape(-1, 1000)

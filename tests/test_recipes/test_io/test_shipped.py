@@ -13,7 +13,7 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.io.presets import read_shipped, shipped
 from sma.spec import dump_spec, dump_yaml, load_spec
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 every_spec = pytest.mark.parametrize("name", shipped("specs"))
 every_preset = pytest.mark.parametrize("name", shipped("presets"))
