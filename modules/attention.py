@@ -9,7 +9,7 @@ from sma.modules.cache import Cache
 from sma.modules.multihead import MultiHead, MultiHeadSpec, finite
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations
+from sma.submodule import MACs
 
 
 @register
@@ -21,8 +21,8 @@ class AttentionSpec(MultiHeadSpec):
     def build(self, width: int) -> "Attention":
         return Attention(self, width)
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        return Operations(4 * tokens * width * width + 2 * tokens * tokens * width)
+    def macs(self, width: int, tokens: int) -> MACs:
+        return MACs(matmul=4 * tokens * width * width + 2 * tokens * tokens * width)
 
 
 class Attention(MultiHead):

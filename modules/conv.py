@@ -12,7 +12,7 @@ from sma.modules.cache import Cache, empty_cache
 from sma.padding import pack, unpack
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, device_and_dtype
+from sma.submodule import MACs, State, SubModule, SubModuleSpec, device_and_dtype
 
 
 @register
@@ -38,9 +38,9 @@ class ConvSpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return width * (self.kernel_size + 1)
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        # Depthwise taps are no matrix products, but they are multiply-adds all the same.
-        return Operations(transforms=tokens * width * self.kernel_size)
+    def macs(self, width: int, tokens: int) -> MACs:
+        # Depthwise taps multiply channel by channel, without a matrix product.
+        return MACs(elementwise=tokens * width * self.kernel_size)
 
 
 class Conv(SubModule):

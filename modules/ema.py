@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from sma.checks import check_sizes
 from sma.init import truncated_normal_
 from sma.modules.cache import Cache, empty_cache
-from sma.modules.long_convolution import convolution_operations
-from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, scan_operations
+from sma.modules.long_convolution import convolution_macs
+from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, scan_macs
 from sma.modules.state_space import StateSpace
 from sma.padding import pack
 from sma.pytree import register_output
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations, State, SubModuleSpec
+from sma.submodule import MACs, State, SubModuleSpec
 
 
 @register
@@ -44,17 +44,17 @@ class EMASpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return width * (self.directions * 4 * self.state_size + 1)
 
-    def operations(self, width: int, tokens: int) -> Operations:
+    def macs(self, width: int, tokens: int) -> MACs:
         if tokens == 0:
-            return Operations()
+            return MACs()
         if self.bidirectional:
             taps = min(tokens, self.truncation or tokens)
             inner = max(1, math.isqrt(taps))
             kernel = 2 * width * self.state_size * inner * -(-taps // inner)
-            return Operations(kernel, convolution_operations(width, tokens, taps))
+            return MACs(matmul=kernel, fft=convolution_macs(width, tokens, taps))
         kernel = width * self.state_size * min(CHUNK, tokens)
         passes = 2 if self.truncation is not None and self.truncation < tokens else 1
-        return Operations(passes * (kernel + scan_operations(width, tokens, self.state_size)))
+        return MACs(matmul=passes * (kernel + scan_macs(width, tokens, self.state_size)))
 
 
 class EMA(StateSpace[Recurrence]):

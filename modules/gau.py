@@ -21,7 +21,7 @@ from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.spec import register
-from sma.submodule import Operations, State, SubModule, SubModuleSpec, device_and_dtype, may_skip
+from sma.submodule import MACs, State, SubModule, SubModuleSpec, device_and_dtype, may_skip
 
 
 @register
@@ -57,11 +57,11 @@ class GAUSpec(SubModuleSpec):
         table = self.position.table_size(self.window)
         return (width + 1) * fused + 4 * self.query_size + (self.hidden_size + 1) * width + table
 
-    def operations(self, width: int, tokens: int) -> Operations:
+    def macs(self, width: int, tokens: int) -> MACs:
         dense = width * (self.query_size + 3 * self.hidden_size)
         causal = not self.bidirectional
         seen = pairs(tokens, causal) if self.window is None else block_shape(tokens, self.window, causal).pairs(tokens)
-        return Operations(tokens * dense + seen * (self.query_size + self.hidden_size))
+        return MACs(matmul=tokens * dense + seen * (self.query_size + self.hidden_size))
 
 
 class GatedAttentionUnit(SubModule):
@@ -188,11 +188,11 @@ class ChunkedGAUSpec(GAUSpec):
     def build(self, width: int) -> "ChunkedGAU":  # type: ignore[override]
         return ChunkedGAU(self, width)
 
-    def operations(self, width: int, tokens: int) -> Operations:
+    def macs(self, width: int, tokens: int) -> MACs:
         chunk = min(self.window, tokens)
         seen = chunks_of(tokens, self.window) * block_shape(chunk, self.window, not self.bidirectional).pairs(chunk)
         dense = width * (self.query_size + 3 * self.hidden_size)
-        return Operations(tokens * dense + seen * (self.query_size + self.hidden_size))
+        return MACs(matmul=tokens * dense + seen * (self.query_size + self.hidden_size))
 
 
 @register_output

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import NoState, Operations, State, SubModule, SubModuleSpec
+from sma.submodule import MACs, NoState, State, SubModule, SubModuleSpec
 
 
 @register
@@ -22,8 +22,8 @@ class IdentitySpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return 0
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        return Operations()
+    def macs(self, width: int, tokens: int) -> MACs:
+        return MACs()
 
 
 class Identity(SubModule):

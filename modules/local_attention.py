@@ -11,7 +11,7 @@ from sma.modules.cache import Cache
 from sma.modules.multihead import MultiHead, MultiHeadSpec, finite
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import Operations
+from sma.submodule import MACs
 
 
 @register
@@ -24,9 +24,9 @@ class LocalAttentionSpec(MultiHeadSpec):
     def build(self, width: int) -> "LocalAttention":
         return LocalAttention(self, width)
 
-    def operations(self, width: int, tokens: int) -> Operations:
+    def macs(self, width: int, tokens: int) -> MACs:
         pairs = block_shape(tokens, self.window, not self.bidirectional).pairs(tokens)
-        return Operations(4 * tokens * width * width + 2 * pairs * width)
+        return MACs(matmul=4 * tokens * width * width + 2 * pairs * width)
 
 
 class LocalAttention(MultiHead):

@@ -66,8 +66,8 @@ def long_convolution(
     return result
 
 
-def convolution_operations(width: int, length: int, taps: int) -> int:
-    """Multiply-adds of the transforms of one row, 1.25 n log2 n each."""
+def convolution_macs(width: int, length: int, taps: int) -> int:
+    """Estimated MACs of the Fourier transforms of one row, 1.25 n log2 n each."""
     size = fast_length(length + taps - 1)
     return round(3 * width * 1.25 * size * math.log2(size))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma.init import reset_linear_
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import NoState, Operations, State, SubModule, SubModuleSpec
+from sma.submodule import MACs, NoState, State, SubModule, SubModuleSpec
 
 
 @register
@@ -27,8 +27,8 @@ class GatedMLPSpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return 3 * width * self.hidden_size
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        return Operations(3 * tokens * width * self.hidden_size)
+    def macs(self, width: int, tokens: int) -> MACs:
+        return MACs(matmul=3 * tokens * width * self.hidden_size)
 
 
 class GatedMLP(SubModule):

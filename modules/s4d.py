@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from sma.init import reset_linear_
 from sma.modules.cache import Cache
 from sma.modules.complex_recurrence import ComplexRecurrence, minus_one
-from sma.modules.long_convolution import convolution_operations
-from sma.modules.scan import scan_operations
+from sma.modules.long_convolution import convolution_macs
+from sma.modules.scan import scan_macs
 from sma.modules.state_space import StateSpace
 from sma.pytree import register_output
 from sma.spec import register
-from sma.submodule import Operations, State, SubModuleSpec
+from sma.submodule import MACs, State, SubModuleSpec
 
 
 @register
@@ -74,15 +74,15 @@ class S4DSpec(SubModuleSpec):
         core = width * (2 * self.pairs + 2 * self.directions * self.pairs + 2)
         return core + self.mixed_width * width * (width + 1)
 
-    def operations(self, width: int, tokens: int) -> Operations:
+    def macs(self, width: int, tokens: int) -> MACs:
         if tokens == 0:
-            return Operations()
+            return MACs()
         mixing = self.mixed_width * tokens * width * width
         if self.bidirectional:
             inner = math.isqrt(tokens)
             kernels = 2 * width * self.state_size * inner * -(-tokens // inner)
-            return Operations(kernels + mixing, convolution_operations(width, tokens, tokens))
-        return Operations(scan_operations(width, tokens, self.state_size) + mixing)
+            return MACs(matmul=kernels + mixing, fft=convolution_macs(width, tokens, tokens))
+        return MACs(matmul=scan_macs(width, tokens, self.state_size) + mixing)
 
 
 class S4D(StateSpace[ComplexRecurrence]):

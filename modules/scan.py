@@ -171,8 +171,8 @@ def advance(
     return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
 
 
-def scan_operations(width: int, tokens: int, states: int) -> int:
-    """Multiply-adds of the products of a scan over one row, the weights of its chunks left out."""
+def scan_macs(width: int, tokens: int, states: int) -> int:
+    """MACs of the matrix products of a scan over one row, without the weights of its chunks."""
     chunk = min(CHUNK, tokens)
     chunks = -(-tokens // chunk)
     between = 2 * width * chunks * chunk * states if chunks > 1 else 0

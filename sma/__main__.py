@@ -55,7 +55,7 @@ class Experiments(NamedTuple):
 
 
 COMMANDS = {
-    "describe": Command("print the parts of a model with their parameters and operations", add_describe, run_describe),
+    "describe": Command("print the parts of a model with their parameters and MACs", add_describe, run_describe),
     "validate": Command(
         "check a model, an experiment or a sweep; exit status 2 and one message per mistake where it is wrong",
         add_validate,

@@ -12,7 +12,7 @@ from sma.budget_spec import BudgetSpec as BudgetSpec
 from sma.budget_spec import Steered, steered_by
 from sma.checks import check_decisions, check_names
 from sma.decision import Decision
-from sma.errors import InputError
+from sma.errors import InputError, former_names
 from sma.model import ModelSpec
 from sma.routers import Router
 from sma.routers.steerable import steerable
@@ -66,7 +66,7 @@ class BudgetController(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
-        """Make the controller of a model; a total budget is weighted by the operations of the sub-modules on rows of
+        """Make the controller of a model; a total budget is weighted by the MACs of the sub-modules on rows of
         `length` tokens.
 
         Raises:
@@ -229,13 +229,9 @@ def routers_of(model: nn.Module) -> list[Router]:
 
 
 def module_costs(spec: ModelSpec, length: int) -> list[list[float]]:
-    """Multiply-adds per token of every sub-module of every routed layer, on rows of `length` tokens."""
+    """MACs per token of every sub-module of every routed layer, on rows of `length` tokens."""
     layers = [layer for layer in spec.layer_specs if layer.modules]
-    return [[part.operations(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
+    return [[part.macs(spec.width, length).total / length for part in layer.modules.values()] for layer in layers]
 
 
-def __getattr__(name: str) -> None:
-    """Answer an import of `calibrate` from its former place with its present one."""
-    if name == "calibrate":
-        raise ImportError("calibrate has moved to sma.calibration; write from sma import calibrate", name=__name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(__name__, calibrate="sma.calibration.calibrate")

@@ -143,7 +143,7 @@ def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) ->
     bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # so written, it catches NaN too
     if bad:
         raise InputError(
-            f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its operations per token"
+            f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its MACs per token"
         )
 
 

@@ -52,7 +52,7 @@ def calibrate(
             mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
         rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed
             layer.
-        over: `each` sub-module of each layer, or the `total`, weighted by operations on rows of the mean length.
+        over: `each` sub-module of each layer, or the `total`, weighted by MACs on rows of the mean length.
         passes: through the data, at most.
         tolerance: largest distance from the target at which it stops early.
 

@@ -1,4 +1,4 @@
-"""A model in numbers: what each part costs in parameters and operations, predicted from its spec alone."""
+"""A model in numbers: what each part costs in parameters and MACs, predicted from its spec alone."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,19 @@ class Part:
         name: `backbone`, `router`, `norm`, or the name of a routed sub-module.
         kind: its registered kind, with what else tells it from others of the kind.
         parameters: predicted number of parameters.
-        operations: multiply-adds for one row at the activation rate asked about; 0 also where the spec predicts none.
+        macs: MACs of one row at the activation rate asked about; 0 also where the spec predicts none.
         all_active: the same with every token active.
     """
 
     name: str
     kind: str
     parameters: int
-    operations: int = 0
+    macs: int = 0
     all_active: int = 0
 
     def times(self, count: int) -> "Part":
         """The same part `count` times."""
-        return Part(self.name, self.kind, self.parameters * count, self.operations * count, self.all_active * count)
+        return Part(self.name, self.kind, self.parameters * count, self.macs * count, self.all_active * count)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Description:
     Attributes:
         name: what the spec was called.
         spec: the model.
-        length: tokens of the row that operations are counted for.
+        length: tokens of the row whose MACs are counted.
         rate: activation rate of the sub-modules whose router is free to choose.
         before: encoder and sinusoid.
         layers: the layers, alike ones together.
@@ -89,7 +89,7 @@ class Description:
         return _sum("total", "", (*self.before, *(group.all for group in self.layers), *self.after))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; operations are exact multiply-adds of a whole row, and a layer's numbers are those of
+        """Plain data for JSON; MACs are those of a whole row, and a layer's numbers are those of
         one layer.
         """
         groups = [
@@ -120,10 +120,10 @@ class Description:
         rows += [self._row(part, total) for part in self._lines()]
         fixed = any(layer.router.expected_rate is not None for layer in spec.layer_specs if layer.modules)
         legend = [
-            [f"at rate {self.rate:g}", "multiply-adds per token, if each routed sub-module runs on this share of them"],
+            [f"at rate {self.rate:g}", "MACs per token, if each routed sub-module runs on this share of them"],
             *([["", "(routers whose rate is shown: on that share)"]] if fixed else []),
-            ["share", "of these operations; encoder, norms and head are not counted"],
-            ["all active", "multiply-adds per token, if each runs on every token"],
+            ["share", "of these MACs; encoder, norms and head are not counted"],
+            ["all active", "MACs per token, if each runs on every token"],
             ["ratio", "of the two: what is left of the work"],
         ]
         return "\n".join(
@@ -154,9 +154,9 @@ class Description:
     def _row(self, part: Part, total: Part) -> list[str]:
         numbers = ["-"] * 4
         if part.all_active:
-            share = f"{part.operations / total.operations:.1%}" if total.operations else "-"
-            each = [f"{operations / self.length:,.0f}" for operations in (part.operations, part.all_active)]
-            numbers = [each[0], share, each[1], f"{part.operations / part.all_active:.2f}"]
+            share = f"{part.macs / total.macs:.1%}" if total.macs else "-"
+            each = [f"{macs / self.length:,.0f}" for macs in (part.macs, part.all_active)]
+            numbers = [each[0], share, each[1], f"{part.macs / part.all_active:.2f}"]
         return [part.name, part.kind, f"{part.parameters:,}" if part.parameters else "-", *numbers]
 
 
@@ -166,7 +166,7 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     Args:
         spec: the model.
         name: what to call it.
-        length: tokens of the row that operations are counted for.
+        length: tokens of the row whose MACs are counted.
         rate: share of the tokens that every routed sub-module runs on, where its router has no
             `RouterSpec.expected_rate`.
 
@@ -208,17 +208,17 @@ def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iter
     if layer.norm is not None and layer.norm.place == "pre":
         yield _norm(layer.norm, width)
     if layer.backbone is not None:
-        operations = layer.backbone.operations(width, length).total
-        yield Part("backbone", layer.backbone.kind, layer.backbone.num_parameters(width), operations, operations)
+        macs = layer.backbone.macs(width, length).total
+        yield Part("backbone", layer.backbone.kind, layer.backbone.num_parameters(width), macs, macs)
     if layer.modules:
         own = layer.router.expected_rate
         rate = rate if own is None else own
         count = len(layer.modules)
-        operations = length * layer.router.operations(width, count)
+        macs = length * layer.router.macs_per_token(width, count)
         kind = layer.router.kind if own is None else f"{layer.router.kind} (rate {own:g})"
-        yield Part("router", kind, layer.router.num_parameters(width, count), operations, operations)
+        yield Part("router", kind, layer.router.num_parameters(width, count), macs, macs)
     for name, module in layer.modules.items():
-        active, full = (module.operations(width, tokens).total for tokens in (round(rate * length), length))
+        active, full = (module.macs(width, tokens).total for tokens in (round(rate * length), length))
         yield Part(f"routed {name}", module.kind, module.num_parameters(width), active, full)
     if layer.bypass == "linear":
         yield Part("bypass", "linear", width * (width + 1), length * width * width, length * width * width)
@@ -233,7 +233,7 @@ def _norm(norm: NormSpec, width: int) -> Part:
 
 
 def _sum(name: str, kind: str, parts: Sequence[Part]) -> Part:
-    columns = ((part.parameters, part.operations, part.all_active) for part in parts)
+    columns = ((part.parameters, part.macs, part.all_active) for part in parts)
     return Part(name, kind, *(sum(column) for column in zip((0, 0, 0), *columns, strict=True)))
 
 
@@ -242,7 +242,7 @@ def _part_numbers(part: Part) -> dict[str, Any]:
 
 
 def _numbers(part: Part) -> dict[str, Any]:
-    return {"parameters": part.parameters, "operations": part.operations, "operations_all_active": part.all_active}
+    return {"parameters": part.parameters, "macs": part.macs, "macs_all_active": part.all_active}
 
 
 def _renamed(part: Part, name: str) -> Part:

@@ -38,7 +38,7 @@ from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
-from sma.submodule import Operations, State, SubModuleSpec, device_and_dtype
+from sma.submodule import MACs, State, SubModuleSpec, device_and_dtype
 from sma.summary import settings
 
 NAME = 100
@@ -106,18 +106,18 @@ class LayerSpec(Spec):
         router = self.router.num_parameters(width, len(self.modules)) if self.modules else 0
         return sum(parts) + router + (width * (width + 1) if self.bypass == "linear" else 0)
 
-    def operations(self, width: int, tokens: int, rates: "float | dict[str, float]" = 1.0) -> Operations:
-        """Predict the multiply-adds of one row of `tokens` tokens, each sub-module on its share (rate) of them."""
-        total = Operations()
+    def macs(self, width: int, tokens: int, rates: "float | dict[str, float]" = 1.0) -> MACs:
+        """Predict the MACs of one row of `tokens` tokens, each sub-module on its share (rate) of them."""
+        total = MACs()
         if self.backbone is not None:
-            total = total.plus(self.backbone.operations(width, tokens))
+            total = total.plus(self.backbone.macs(width, tokens))
         if self.bypass == "linear":
-            total = total.plus(Operations(tokens * width * width))
+            total = total.plus(MACs(matmul=tokens * width * width))
         if self.modules:
-            total = total.plus(Operations(tokens * self.router.operations(width, len(self.modules))))
+            total = total.plus(MACs(matmul=tokens * self.router.macs_per_token(width, len(self.modules))))
         for name, spec in self.modules.items():
             rate = rates if isinstance(rates, float | int) else rates[name]
-            total = total.plus(spec.operations(width, round(rate * tokens)))
+            total = total.plus(spec.macs(width, round(rate * tokens)))
         return total
 
 

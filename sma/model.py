@@ -34,7 +34,7 @@ from sma.padding import move
 from sma.positions import Sinusoid
 from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
-from sma.submodule import Operations, device_and_dtype
+from sma.submodule import MACs, device_and_dtype
 from sma.summary import settings
 
 
@@ -117,11 +117,11 @@ class ModelSpec(Spec):
             sum(ends) + head + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
         )
 
-    def operations(self, length: int, rates: float | dict[str, float] = 1.0) -> Operations:
-        """Predict the multiply-adds of the layers on one row of `length` tokens, at these activation rates."""
-        total = Operations()
+    def macs(self, length: int, rates: float | dict[str, float] = 1.0) -> MACs:
+        """Predict the MACs of the layers on one row of `length` tokens, at these activation rates."""
+        total = MACs()
         for layer in self.layer_specs:
-            total = total.plus(layer.operations(self.width, length, rates))
+            total = total.plus(layer.macs(self.width, length, rates))
         return total
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sma.checks import check_count, check_decisions, check_integers, check_known, check_rate
 from sma.decision import Decision
-from sma.errors import InputError, quote
+from sma.errors import InputError, former_names, quote
 from sma.model import ModelSpec
 from sma.pytree import register_output
 from sma.ragged import locate
@@ -54,7 +54,7 @@ class RateCount:
         return (self.active.double() / self.valid.clamp(min=1)).where(mask, torch.nan)
 
     def by_layer(self) -> list[dict[str, float]]:
-        """The rate of every sub-module of every routing layer, as plain numbers for logs and `operation_count`."""
+        """The rate of every sub-module of every routing layer, as plain numbers for logs and `count_macs`."""
         rows = self.rates.tolist()
         return [
             {name: row[self.names.index(name)] for name in layer} for layer, row in zip(self.layers, rows, strict=True)
@@ -195,8 +195,8 @@ def attention_span(
     return torch.stack(spans) if spans else torch.zeros(0, dtype=torch.float64, device=decision.active.device)
 
 
-class OperationCount(NamedTuple):
-    """Multiply-adds of the layers of a model, per token.
+class MACCount(NamedTuple):
+    """Multiply-accumulates (MACs) of the layers of a model, per token.
 
     Attributes:
         per_token: at the given activation rates.
@@ -208,16 +208,14 @@ class OperationCount(NamedTuple):
 
     @property
     def saved(self) -> float:
-        """Share of the operations that routing leaves out, in [0, 1]."""
+        """Share of the MACs that routing leaves out, in [0, 1]."""
         return 1 - self.per_token / self.all_active if self.all_active else 0.0
 
 
-def operation_count(
-    spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]
-) -> OperationCount:
-    """Predict the operations of a model at measured activation rates.
+def count_macs(spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]) -> MACCount:
+    """Predict the MACs of a model at measured activation rates.
 
-    The prediction is the specs' own: matrix products and Fourier transforms of the layers. Encoder, norms, activations
+    The prediction is the specs' own: matmul, FFT and elementwise MACs of the layers. Encoder, norms, activations
     and head are not counted.
 
     Args:
@@ -239,9 +237,12 @@ def operation_count(
     actual, full = 0, 0
     for place, layer in enumerate(spec.layer_specs):
         chosen = _by_name(next(each), layer.modules, place) if layer.modules else {}
-        actual += layer.operations(spec.width, length, chosen).total
-        full += layer.operations(spec.width, length, 1.0).total
-    return OperationCount(actual / length, full / length)
+        actual += layer.macs(spec.width, length, chosen).total
+        full += layer.macs(spec.width, length, 1.0).total
+    return MACCount(actual / length, full / length)
+
+
+__getattr__ = former_names(__name__, operation_count="sma.stats.count_macs", OperationCount="sma.stats.MACCount")
 
 
 def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], place: int) -> dict[str, float]:

@@ -12,45 +12,45 @@ from torch.utils import _pytree
 
 from sma.checks import check_booleans, check_causal, check_count, check_floating, check_rows, check_state, check_tensor
 from sma.devices import usable_device
-from sma.errors import StateError
+from sma.errors import StateError, former_names
 from sma.memory import zeros
 from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged, check_ragged
 from sma.spec import Spec
 from sma.summary import settings
 
-_MOVED = {
-    "placement": "sma.submodule.device_and_dtype",
-    "check_sizes": "sma.checks.check_sizes",
-}
-
-
-def __getattr__(name: str) -> None:
-    """Answer an import of what authors of sub-modules used from here with its present name."""
-    if name in _MOVED:
-        raise ImportError(f"sma.submodule.{name} is now {_MOVED[name]}", name=__name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(
+    __name__,
+    Operations="sma.submodule.MACs(matmul, fft, elementwise), and the method operations of a spec is macs",
+    placement="sma.submodule.device_and_dtype",
+    check_sizes="sma.checks.check_sizes",
+)
 
 
 StateKind = TypeVar("StateKind", bound="State")
 
 
-class Operations(NamedTuple):
-    """Multiply-adds that a part executes: exact for matrix products, estimated for Fourier transforms (1.25 n log2 n
-    each).
+class MACs(NamedTuple):
+    """Multiply-accumulates (MACs) of a forward pass.
+
+    Attributes:
+        matmul: of matrix products, exact.
+        fft: of Fourier transforms, estimated as 1.25 n log2 n each.
+        elementwise: of products channel by channel, such as the taps of a depthwise convolution.
     """
 
-    products: int = 0
-    transforms: int = 0
+    matmul: int = 0
+    fft: int = 0
+    elementwise: int = 0
 
     @property
     def total(self) -> int:
-        """Both together."""
-        return self.products + self.transforms
+        """Their sum."""
+        return sum(self)
 
-    def plus(self, other: "Operations", times: int = 1) -> "Operations":
+    def plus(self, other: "MACs", times: int = 1) -> "MACs":
         """Add `times` another count."""
-        return Operations(self.products + times * other.products, self.transforms + times * other.transforms)
+        return MACs(*(own + times * more for own, more in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ class SubModuleSpec(Spec):
         """Predict the number of parameters of the module that `build(width)` makes."""
         raise SubModuleSpec._incomplete(self, "num_parameters(self, width)")
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        """Predict the multiply-adds of one forward pass over one row of `tokens` tokens."""
-        raise SubModuleSpec._incomplete(self, "operations(self, width, tokens)")
+    def macs(self, width: int, tokens: int) -> MACs:
+        """Predict the MACs of one forward pass over one row of `tokens` tokens."""
+        raise SubModuleSpec._incomplete(self, "macs(self, width, tokens)")
 
     def _incomplete(self, method: str) -> TypeError:
         return TypeError(f"{type(self).__name__} must define {method}; see CONTRIBUTING.md, 'A sub-module in one file'")

@@ -64,7 +64,7 @@ class Options(CommandOptions):
         default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16"
     )
     objectives: Names | None = Field(
-        default=None, description="of quality, rate, time, operations, with commas; default quality,rate"
+        default=None, description="of quality, rate, time, macs, with commas; default quality,rate"
     )
     stop: bool = Field(default=True, description="stop the weak by their quality")
     grace: int | None = Field(

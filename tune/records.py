@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sma.errors import CheckpointError, quote
 from sma.tune.storage import Storage
-from sma.tune.sweep import RATE, SweepSpec
+from sma.tune.sweep import RATE, SweepSpec, present_names
 
 FOLDER = "records"
 CLOCK = "clock.json"
@@ -82,7 +82,6 @@ class TrialRecord:
         try:
             # From JSON, in which strict types have the formats of the file, such as lists for tuples.
             record: Self = TypeAdapter(cls).validate_json(json.dumps(data))
-            return record
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             at = f"{quote('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
@@ -90,6 +89,8 @@ class TrialRecord:
                 f"{where} is not a record of a trial of this version: {at}{first['msg'].lower()}; "
                 "remove it to run the trial again"
             ) from error
+        record.metrics, record.history = present_names(record.metrics), [present_names(each) for each in record.history]
+        return record
 
 
 def load_records(storage: Storage, sweep: SweepSpec | None = None) -> list[TrialRecord]:

@@ -22,7 +22,7 @@ from sma.tune.pareto import front
 from sma.tune.records import FOLDER, TrialRecord, load_clock, load_records
 from sma.tune.space import searched
 from sma.tune.storage import Storage
-from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
+from sma.tune.sweep import MACS, RATE, TIME, SweepSpec
 
 CSV, PARQUET, TABLE, FIGURE = "trials.csv", "trials.parquet", "pareto.md", "pareto.png"
 BEST = "best"
@@ -152,7 +152,7 @@ def front_table(records: Sequence[TrialRecord], sweep: SweepSpec) -> str:
     chosen = pareto_front(records, sweep)
     shown = [*[record for record in records if record.number == 0 and record not in chosen], *chosen]
     quality = sweep.quality.name
-    columns = ["trial", quality, f"test_{quality}", RATE.name, TIME.name, OPERATIONS.name, *searched(sweep.space)]
+    columns = ["trial", quality, f"test_{quality}", RATE.name, TIME.name, MACS.name, *searched(sweep.space)]
     lines = [f"| {' | '.join(map(markdown_cell, columns))} |", f"|{'---|' * len(columns)}"]
     for record in shown:
         row = trial_row(record, sweep)

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sma.errors import SpecError, did_you_mean, quote
 from sma.paths import parse_path
@@ -18,7 +18,12 @@ from sma.tune.distributions import DistributionSpec, Fixed
 from sma.tune.space import check_space, largest, value_at, with_values
 from sma.yaml_text import read_fields
 
-Objective = Literal["quality", "rate", "time", "operations"]
+Value = TypeVar("Value")
+
+Objective = Annotated[
+    Literal["quality", "rate", "time", "macs"],
+    BeforeValidator(lambda name: "macs" if name == "operations" else name),  # its former name
+]
 
 
 class Measure(NamedTuple):
@@ -40,7 +45,12 @@ class Measure(NamedTuple):
 
 RATE = Measure("rate", "min")
 TIME = Measure("microseconds_per_token", "min")
-OPERATIONS = Measure("operations_per_token", "min")
+MACS = Measure("macs_per_token", "min")
+
+
+def present_names(measures: Mapping[str, Value]) -> dict[str, Value]:
+    """Measures from a file, with former names of columns replaced by their present ones."""
+    return {MACS.name if name == "operations_per_token" else name: value for name, value in measures.items()}
 
 
 class StoppingSpec(Spec):
@@ -75,7 +85,7 @@ class SweepSpec(Spec):
         default=("quality", "rate"),
         min_length=1,
         description="objectives of the search: quality (the metric of the task, such as accuracy), activation rate, "
-        "time per token, operations per token",
+        "time per token, MACs per token",
     )
     stopping: StoppingSpec | None = Field(
         default=StoppingSpec(), description="stops weak trials early; null trains all trials to the end"
@@ -127,7 +137,7 @@ class SweepSpec(Spec):
     @property
     def measures(self) -> tuple[Measure, ...]:
         """The objectives as columns."""
-        known = {"quality": self.quality, "rate": RATE, "time": TIME, "operations": OPERATIONS}
+        known = {"quality": self.quality, "rate": RATE, "time": TIME, "macs": MACS}
         return tuple(known[name] for name in self.objectives)
 
     def trial(self, values: Mapping[str, Any]) -> ExperimentSpec:

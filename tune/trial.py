@@ -27,12 +27,12 @@ from sma.recipes.tasks.contract import Metric
 from sma.recipes.training.objective import load_objective
 from sma.recipes.training.run import run_experiment
 from sma.recipes.training.stopwatch import Stopwatch
-from sma.stats import operation_count
+from sma.stats import count_macs
 from sma.tune.pulse import Pulse
 from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import PackedData, unpack_data
 from sma.tune.storage import LIMIT, Storage
-from sma.tune.sweep import OPERATIONS, RATE, TIME, SweepSpec
+from sma.tune.sweep import MACS, RATE, TIME, SweepSpec, present_names
 
 HISTORY = "history.json"
 
@@ -57,7 +57,7 @@ class TrialReporter(Checkpoint):
         spec: the experiment of the trial.
         out: its run folder.
         metric: the metric of the task, by which trials are compared.
-        length: average number of tokens of a row, for the count of operations.
+        length: average number of tokens of a row, for the count of MACs.
         began: time at which this process started the trial, by `time.time`.
     """
 
@@ -80,7 +80,7 @@ class TrialReporter(Checkpoint):
             raise CheckpointError(
                 f"{str(kept)!r} is damaged: {quote(found)}; required are evaluations with their updates"
             )
-        self.history = found
+        self.history = [present_names(entry) for entry in found]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the measures of the evaluation."""
@@ -146,14 +146,14 @@ class TrialReporter(Checkpoint):
             raise Stopped from None
 
     def _cost(self, measured: Mapping[str, float], split: str) -> dict[str, float]:
-        """The activation rate and the operations per token."""
+        """The activation rate and the MACs per token."""
         rates: dict[int, dict[str, float]] = {}
         for name, value in measured.items():
             if name.startswith(f"{split}_rate/"):
                 _, layer, module = name.split("/")
                 rates.setdefault(int(layer.removeprefix("layer")), {})[module] = min(1.0, max(0.0, value))
-        operations = operation_count(self.spec.model, self.length, [rates[layer] for layer in sorted(rates)])
-        return {RATE.name: measured.get(f"{split}_rate", 0.0), OPERATIONS.name: operations.per_token}
+        macs = count_macs(self.spec.model, self.length, [rates[layer] for layer in sorted(rates)])
+        return {RATE.name: measured.get(f"{split}_rate", 0.0), MACS.name: macs.per_token}
 
     def _speed(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Time of an update per token in microseconds, since this process started to train."""

@@ -16,7 +16,7 @@ from sma.recipes.io.processes import Processes
 from sma.recipes.io.run_folder import EXPERIMENT, LIMIT, SUMMARY, read_summary, refuse_another, write_text
 from sma.recipes.reports.results import Failure, Row, layer_rates
 from sma.recipes.tasks.contract import TaskData, TaskSpec
-from sma.stats import operation_count
+from sma.stats import count_macs
 from sma.streams import make_tolerant
 
 ERROR, LOG = "error.txt", "log.txt"
@@ -235,7 +235,7 @@ class _Grid:
             "accuracy": found[MEASURE],
             "activation_rate": sum(layers) / len(layers) if layers else None,
             "rates": rates,
-            "macs_per_token": operation_count(spec.model, self.length, rates).per_token,
+            "macs_per_token": count_macs(spec.model, self.length, rates).per_token,
             **{key: found[key] for key in ("tokens_per_second", "seconds", "parameters", "updates")},
         }
         self.rows[run.name] = cast(Row, row)

@@ -119,7 +119,7 @@ class Objective(ABC, Generic[TaskT, DataT]):
 
     @property
     def typical_row(self) -> int:
-        """Average number of positions of a row, for the count of operations."""
+        """Average number of positions of a row, for the count of MACs."""
         return self.task.least_length
 
     def check_shards(self, batch_size: int, distributed: DistributedContext) -> None:

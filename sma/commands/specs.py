@@ -128,7 +128,7 @@ def _name(source: str) -> str:
 
 
 def run_describe(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the parts of a model with their parameters and operations."""
+    """Yield the parts of a model with their parameters and MACs."""
     spec = _load(args)
     description = describe(spec, name=_name(args.spec), length=args.length, rate=args.rate)
     built = _build(spec, "cpu") if args.build else None

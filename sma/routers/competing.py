@@ -28,7 +28,7 @@ class ExclusiveRouterSpec(TemperedSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return (modules + 1) * (width + 1) + 1
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return (modules + 1) * width
 
 
@@ -115,7 +115,7 @@ class TopKRouterSpec(TemperedSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return (modules + self.skips) * (width + 1) + 1
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return (modules + self.skips) * width
 
 
@@ -196,7 +196,7 @@ class ExpertChoiceRouterSpec(RouterSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return modules * (width + 1)
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return modules * width
 
 

@@ -55,8 +55,10 @@ class RouterSpec(Spec):
         """Predict the number of parameters of the router of `modules` sub-modules."""
         raise TypeError(f"{type(self).__name__} must define num_parameters(self, width, modules)")
 
-    def operations(self, width: int, modules: int) -> int:
-        """Predict the multiply-adds per token."""
+    def macs_per_token(self, width: int, modules: int) -> int:
+        """Predict the multiply-accumulates (MACs) per token."""
+        if hasattr(self, "operations"):
+            raise TypeError(f"{type(self).__name__}.operations(self, width, modules) is now macs_per_token; rename it")
         return 0
 
 

@@ -27,7 +27,7 @@ class SMARouterSpec(TemperedSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return 2 * modules * (width + 1) + 1
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return 2 * modules * width
 
 
@@ -86,7 +86,7 @@ class ThresholdRouterSpec(RouterSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return modules * (width + 1)
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return modules * width
 
 

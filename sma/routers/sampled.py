@@ -24,7 +24,7 @@ class SampledSpec(RouterSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return 2 * modules * (width + 1)
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return 2 * modules * width
 
 

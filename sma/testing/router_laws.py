@@ -306,7 +306,7 @@ def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
 
 
 def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
-    """The spec predicts parameters and whether decisions are drawn, counts operations, and survives dump and load."""
+    """The spec predicts parameters and whether decisions are drawn, predicts MACs, and survives dump and load."""
     if not isinstance(case.spec, RouterSpec):
         return
     counted = sum(parameter.numel() for parameter in case.make().parameters())
@@ -316,7 +316,7 @@ def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
     require(
         case.spec.stochastic == drawn, f"stochastic is {case.spec.stochastic} in the spec, and {drawn} in the router"
     )
-    require(case.spec.operations(case.width, case.modules) >= 0, "operations are negative")
+    require(case.spec.macs_per_token(case.width, case.modules) >= 0, "MACs are negative")
     require(
         load_spec(dump_spec(case.spec), family="router") == case.spec,
         "the spec changed on the way through dump and load",

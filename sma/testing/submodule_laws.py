@@ -301,14 +301,14 @@ def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
 
 
 def spec_predicts_and_survives(case: SubModuleCase, example: Example) -> None:
-    """The spec predicts the number of parameters, counts operations, and survives dump and load."""
+    """The spec predicts the number of parameters, predicts MACs, and survives dump and load."""
     if not isinstance(case.spec, SubModuleSpec):
         return
     counted = sum(parameter.numel() for parameter in case.make().parameters())
     predicted = case.spec.num_parameters(case.width)
     require(counted == predicted, f"num_parameters predicts {predicted}, and the module has {counted}")
-    require(case.spec.operations(case.width, 0).total == 0, "operations of no token are not 0")
-    require(case.spec.operations(case.width, example.length).total >= 0, "operations are negative")
+    require(case.spec.macs(case.width, 0).total == 0, "the MACs of no token are not 0")
+    require(case.spec.macs(case.width, example.length).total >= 0, "MACs are negative")
     require(
         load_spec(dump_spec(case.spec), family="sub-module") == case.spec,
         "the spec changed on the way through dump and load",

@@ -5,7 +5,7 @@ import torch
 
 from sma.errors import SpecError
 from sma.modules.identity import IdentitySpec
-from sma.submodule import Operations
+from sma.submodule import MACs
 from tests.test_modules.layouts import LAYOUTS, Layout, first, grad, lay, run
 
 
@@ -26,7 +26,7 @@ def test_identity_passes_gradients_on() -> None:
 
 
 def test_identity_costs_nothing() -> None:
-    assert IdentitySpec().operations(64, 1000) == Operations()
+    assert IdentitySpec().macs(64, 1000) == MACs()
     assert list(IdentitySpec().build(64).parameters()) == []
 
 

@@ -160,7 +160,7 @@ def test_fixed_rate_is_the_one_that_describe_counts() -> None:
     own, asked = describe(model, rate=0.5), describe(model, rate=0.1)
     assert "every_other (rate 0.5)" in asked.as_text()
     assert "(routers whose rate is shown: on that share)" in asked.as_text()
-    assert own.total.operations == asked.total.operations
+    assert own.total.macs == asked.total.macs
     free = describe(_experiment(layers__layer__router="{kind: coin, draw: false}").model)
     assert "whose rate is shown" not in free.as_text()
 

@@ -21,7 +21,7 @@ from sma.recipes.reports.routers import router_table as table_of
 from sma.recipes.reports.table import comma_separated, markdown
 from sma.recipes.studies.router_grid import REPEATED, ROUTERS, columns, grid, router_experiment
 from sma.recipes.training import run as training
-from sma.stats import operation_count
+from sma.stats import count_macs
 from tests.test_recipes import tiny
 
 PRESET = "listops_router_table_tiny"
@@ -197,7 +197,7 @@ def test_summary_holds_the_numbers_of_the_runs(done):
             k: str(own[k]) for k in ("commit", "hardware", "date")
         }
         model = load_experiment(folder / EXPERIMENT).model
-        assert run["macs_per_token"] == operation_count(model, summary["length"], run["rates"]).per_token
+        assert run["macs_per_token"] == count_macs(model, summary["length"], run["rates"]).per_token
 
 
 def test_table_holds_the_numbers_of_the_summary(done):

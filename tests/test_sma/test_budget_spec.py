@@ -84,12 +84,12 @@ class TestTotal:
             ),
             pytest.param(
                 [[1.0, -2.0, 1.0]],
-                "a sub-module costs -2.0; required is a finite number of at least 0, such as its operations per token",
+                "a sub-module costs -2.0; required is a finite number of at least 0, such as its MACs per token",
                 id="negative",
             ),
             pytest.param(
                 [[1.0, math.nan, 1.0]],
-                "a sub-module costs nan; required is a finite number of at least 0, such as its operations per token",
+                "a sub-module costs nan; required is a finite number of at least 0, such as its MACs per token",
                 id="nan",
             ),
             pytest.param(

@@ -3,7 +3,6 @@ not.
 """
 
 import copy
-import importlib
 import itertools
 import re
 import warnings
@@ -68,7 +67,7 @@ class TestCalibrate:
             active = sum(int(output.decisions[layer].active[..., m].sum()) for output in outputs)
             assert active / tokens == pytest.approx(float(reached.rates[layer, m]))
 
-    def test_a_total_rate_is_weighted_by_operations(self):
+    def test_a_total_rate_is_weighted_by_macs(self):
         model, data = _model({"kind": "sma"}), [normal(3, 100, 3)]
         reached = calibrate(model, data, 0.3, over="total")
         costs = torch.tensor(module_costs(model.spec, 100), dtype=torch.float64)
@@ -362,8 +361,3 @@ def test_processes_with_different_numbers_of_batches_come_to_what_one_process_do
         wanted = [reached.rates, *(router.score_bias for router in routers_of(model))]
         for one, other in zip(tensors, wanted, strict=True):
             assert torch.equal(one, other)
-
-
-def test_the_former_place_of_calibrate_names_the_present_one():
-    with pytest.raises(ImportError, match=r"^calibrate has moved to sma\.calibration; write from sma import calibrate"):
-        getattr(importlib.import_module("sma.budget"), "calibrate")  # noqa: B009

@@ -29,9 +29,9 @@ layers 0-5          6 alike               392,196       254,635  100.0%     780,
 head                mean_pool_mlp          14,560             -       -           -      -
 total                                     408,036       254,635  100.0%     780,776   0.33
 
-at rate 0.25  multiply-adds per token, if each routed sub-module runs on this share of them
-share         of these operations; encoder, norms and head are not counted
-all active    multiply-adds per token, if each runs on every token
+at rate 0.25  MACs per token, if each routed sub-module runs on this share of them
+share         of these MACs; encoder, norms and head are not counted
+all active    MACs per token, if each runs on every token
 ratio         of the two: what is left of the work
 """
 
@@ -121,9 +121,9 @@ def test_totals_are_those_of_the_spec_and_of_the_built_model(data, length, rate)
     described = describe(spec, length=length, rate=rate)
     counted = sum(parameter.numel() for parameter in spec.build().parameters())
     assert described.total.parameters == spec.num_parameters() == counted
-    assert described.total.all_active == spec.operations(length, 1.0).total
+    assert described.total.all_active == spec.macs(length, 1.0).total
     if all(layer.router.kind == "sma" for layer in spec.layer_specs if layer.modules):
-        assert described.total.operations == spec.operations(length, rate).total
+        assert described.total.macs == spec.macs(length, rate).total
 
 
 @given(data=_models, length=st.integers(1, 300), rate=st.floats(0, 1))
@@ -136,11 +136,11 @@ def test_each_group_of_layers_is_what_its_layer_predicts(data, length, rate):
         layers = [spec.layer_specs[place] for place in group.places]
         assert all(layer == layers[0] for layer in layers)
         assert group.one.parameters == layers[0].num_parameters(spec.width)
-        expected = layers[0].operations(spec.width, length, own.get(layers[0].router.kind, rate))
-        assert group.one.operations == expected.total
-        assert (group.all.parameters, group.all.operations) == (
+        expected = layers[0].macs(spec.width, length, own.get(layers[0].router.kind, rate))
+        assert group.one.macs == expected.total
+        assert (group.all.parameters, group.all.macs) == (
             len(layers) * group.one.parameters,
-            len(layers) * group.one.operations,
+            len(layers) * group.one.macs,
         )
 
 
@@ -197,7 +197,7 @@ def test_a_routed_sub_module_is_counted_at_the_rate_of_its_router(router, rate):
         }
     )
     part = next(part for part in describe(spec, length=1000, rate=0.1).layers[0].parts if part.name == "routed think")
-    assert part.operations == rate * part.all_active
+    assert part.macs == rate * part.all_active
 
 
 def test_a_model_without_layers_has_a_table_too():

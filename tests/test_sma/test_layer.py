@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sma import LayerSpec
 from sma.errors import InputError, SpecError
 from sma.modules.ema import EMASpec
+from sma.submodule import MACs
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, pad, spread, strided
 from tests.test_sma.layers import CAUSAL_GAU, GAU, LAYERS, WIDTH, layers, make, some_layers
@@ -320,22 +321,20 @@ class TestSpec:
         layer = make(name)
         assert sum(parameter.numel() for parameter in layer.parameters()) == layer.spec.num_parameters(WIDTH)
 
-    def test_operations_of_a_layer_are_those_of_its_parts(self):
+    def test_macs_of_a_layer_are_those_of_its_parts(self):
         spec = LayerSpec.model_validate(LAYERS["several modules"])
         one, two = (
-            spec.operations(WIDTH, 10, 0.5),
-            spec.operations(WIDTH, 10, {"attention": 0.5, "conv": 0.5, "mlp": 0.5}),
+            spec.macs(WIDTH, 10, 0.5),
+            spec.macs(WIDTH, 10, {"attention": 0.5, "conv": 0.5, "mlp": 0.5}),
         )
-        parts = [module.operations(WIDTH, 5) for module in spec.modules.values()]
-        router = 10 * spec.router.operations(WIDTH, 3)
+        parts = [module.macs(WIDTH, 5) for module in spec.modules.values()]
+        router = 10 * spec.router.macs_per_token(WIDTH, 3)
         assert one == two
-        assert one.products == sum(part.products for part in parts) + router
-        assert one.transforms == sum(part.transforms for part in parts)
-        assert spec.replace(bypass="linear").operations(WIDTH, 10, 0.5).products == one.products + 10 * WIDTH * WIDTH
+        assert one == MACs(*map(sum, zip(*parts, strict=True))).plus(MACs(matmul=router))
+        assert spec.replace(bypass="linear").macs(WIDTH, 10, 0.5).matmul == one.matmul + 10 * WIDTH * WIDTH
         backbone = EMASpec(bidirectional=False)
-        with_backbone = spec.replace(backbone=backbone).operations(WIDTH, 10, 0.5)
-        assert with_backbone.products == one.products + backbone.operations(WIDTH, 10).products
-        assert one.total == one.products + one.transforms
+        with_backbone = spec.replace(backbone=backbone).macs(WIDTH, 10, 0.5)
+        assert with_backbone.matmul == one.matmul + backbone.macs(WIDTH, 10).matmul
 
     def test_bypass_starts_small(self):
         layer = LayerSpec().build(300)

@@ -75,13 +75,13 @@ def test_json_holds_the_same_numbers_exactly(listops, capsys):
         777,
         0.1,
     )
-    operations, full = spec.operations(777, 0.1).total, spec.operations(777, 1.0).total
-    assert data["total"] == {"parameters": 408_036, "operations": operations, "operations_all_active": full}
+    macs, full = spec.macs(777, 0.1).total, spec.macs(777, 1.0).total
+    assert data["total"] == {"parameters": 408_036, "macs": macs, "macs_all_active": full}
     (group,) = data["layers"]
     assert group["parameters"] == spec.layer_specs[0].num_parameters(80)
     attention = next(part for part in group["parts"] if part["part"] == "routed attention")
     assert attention["kind"] == "gau"
-    assert attention["operations"] == spec.layer_specs[0].modules["attention"].operations(80, 78).total
+    assert attention["macs"] == spec.layer_specs[0].modules["attention"].macs(80, 78).total
 
 
 def test_build_says_what_was_built(causal, capsys):

@@ -1,4 +1,4 @@
-"""What a spec predicts holds for the module it builds: parameters, and the products that torch counts."""
+"""What a spec predicts holds for the module it builds: parameters, and the MACs of matmul that torch counts."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from sma import build, load_spec
 from sma.errors import SpecError
 from sma.routers import RandomRouterSpec, SMARouterSpec
 from sma.spec import kinds
-from sma.submodule import Operations
+from sma.submodule import MACs
 from tests import oracles
 from tests.cases import normal
 from tests.specs import KINDS, of_class
@@ -69,7 +69,7 @@ class TestPredictions:
         "kind", [pytest.param(kind, id=kind) for family, kind, _ in KINDS if family == "sub-module"]
     )
     @given(data=st.data())
-    def test_products_are_those_that_torch_counts(self, kind, data):
+    def test_matmul_macs_are_those_that_torch_counts(self, kind, data):
         spec = data.draw(of_class(kinds("sub-module")[kind], most=40))
         width, tokens = (
             data.draw(st.sampled_from([1, 4, 12])),
@@ -78,26 +78,26 @@ class TestPredictions:
         module = _built(lambda: spec.build(width))
         if module is None:
             return
-        # torch counts no fused attention on a CPU; written out it is the same products.
+        # torch counts no fused attention on a CPU; written out it does the same matrix products.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             module(oracles.one_row(normal(tokens, width, dtype=torch.float32)))
-        assert spec.operations(width, tokens).products == counter.get_total_flops() / 2
+        assert spec.macs(width, tokens).matmul == counter.get_total_flops() / 2
 
     @given(tokens=st.integers(0, 30), width=st.sampled_from([1, 5]), modules=st.integers(0, 3))
-    def test_products_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
+    def test_macs_of_the_router_are_those_that_torch_counts(self, tokens, width, modules):
         for spec in (SMARouterSpec(), RandomRouterSpec(rate=0.5)):
             router = spec.build(width, "abc"[:modules])
             with FlopCounterMode(display=False) as counter:
                 router(normal(1, tokens, width, dtype=torch.float32))
-            assert tokens * spec.operations(width, modules) == counter.get_total_flops() / 2
+            assert tokens * spec.macs_per_token(width, modules) == counter.get_total_flops() / 2
 
-    def test_operations_add_up(self):
-        total = Operations(1, 2).plus(Operations(10, 20), times=3)
-        assert total == Operations(31, 62)
-        assert total.total == 93
+    def test_macs_add_up(self):
+        total = MACs(matmul=1, fft=2, elementwise=3).plus(MACs(10, 20, 30), times=3)
+        assert total == MACs(31, 62, 93)
+        assert total.total == 186
 
-    def test_operations_of_a_model_are_those_of_its_layers(self):
+    def test_macs_of_a_model_are_those_of_its_layers(self):
         spec = load_spec(MODEL)
-        one = spec.layer_specs[0].operations(4, 20, 0.5)
-        assert spec.operations(20, 0.5) == Operations().plus(one, times=2)
-        assert spec.operations(20, {"attention": 0.5}) == spec.operations(20, 0.5)
+        one = spec.layer_specs[0].macs(4, 20, 0.5)
+        assert spec.macs(20, 0.5) == MACs().plus(one, times=2)
+        assert spec.macs(20, {"attention": 0.5}) == spec.macs(20, 0.5)

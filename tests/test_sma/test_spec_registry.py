@@ -103,7 +103,7 @@ class TestRegistry:
         ):
             register(RouterSpec)
 
-    @pytest.mark.parametrize("method", ["build", "num_parameters", "operations"])
+    @pytest.mark.parametrize("method", ["build", "num_parameters", "macs"])
     def test_half_written_kind_is_named(self, method):
         class HalfSpec(SubModuleSpec):
             kind: Literal["half"] = "half"
@@ -112,7 +112,7 @@ class TestRegistry:
             TypeError,
             match=rf"HalfSpec must define {method}\(self, width.*\); see CONTRIBUTING\.md, 'A sub-module in one file'",
         ):
-            getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "operations" else 1])
+            getattr(HalfSpec(), method)(*[4, 4][: 2 if method == "macs" else 1])
 
     def test_half_written_router_is_named(self):
         class HalfSpec(RouterSpec):

@@ -1,4 +1,4 @@
-"""Statistics of decisions against loops over tokens, and operation counts against the specs' own predictions."""
+"""Statistics of decisions against loops over tokens, and MACs against the specs' own predictions."""
 
 import math
 from dataclasses import replace
@@ -12,13 +12,13 @@ from torch.utils import _pytree
 from sma import Decision, build, load_spec
 from sma.errors import InputError
 from sma.stats import (
-    OperationCount,
+    MACCount,
     RateCount,
     activation_rates,
     attention_span,
+    count_macs,
     count_rates,
     module_names,
-    operation_count,
     router_health,
 )
 from tests.cases import generator, masks, normal, pad
@@ -238,31 +238,31 @@ def test_health_needs_a_rate(rate):
         router_health(rate)
 
 
-# Operations
+# MACs
 
 
 @given(rate=st.floats(0, 1), length=st.integers(1, 400))
-def test_operations_at_one_rate_are_the_prediction_of_the_spec(rate, length):
+def test_macs_at_one_rate_are_the_prediction_of_the_spec(rate, length):
     spec = load_spec(MODEL)
-    count = operation_count(spec, length, rate)
-    assert count.per_token * length == pytest.approx(spec.operations(length, rate).total)
-    assert count.all_active * length == pytest.approx(spec.operations(length, 1.0).total)
+    count = count_macs(spec, length, rate)
+    assert count.per_token * length == pytest.approx(spec.macs(length, rate).total)
+    assert count.all_active * length == pytest.approx(spec.macs(length, 1.0).total)
     assert count.saved == pytest.approx(1 - count.per_token / count.all_active)
 
 
-def test_operations_take_the_rate_of_every_layer_and_module():
+def test_macs_take_the_rate_of_every_layer_and_module():
     spec = load_spec(MODEL)
     rates = [{"attention": 0.5}, {"attention": 0.0, "mlp": 0.1}]
     first, plain, last = spec.layer_specs
-    expected = first.operations(8, 100, 0.5).total + plain.operations(8, 100).total
-    expected += last.operations(8, 100, {"attention": 0.0, "mlp": 0.1}).total
-    assert operation_count(spec, 100, rates).per_token == pytest.approx(expected / 100)
+    expected = first.macs(8, 100, 0.5).total + plain.macs(8, 100).total
+    expected += last.macs(8, 100, {"attention": 0.0, "mlp": 0.1}).total
+    assert count_macs(spec, 100, rates).per_token == pytest.approx(expected / 100)
 
 
 def test_measured_rates_go_into_the_count():
     spec = load_spec(MODEL)
     output = build(spec, seed=0)(torch.zeros(1, 40, dtype=torch.long))
-    count = operation_count(spec, 40, count_rates(output.decisions).by_layer())
+    count = count_macs(spec, 40, count_rates(output.decisions).by_layer())
     assert 0 < count.per_token <= count.all_active
 
 
@@ -277,13 +277,13 @@ def test_nothing_active_saves_what_the_modules_cost():
             }
         ],
     }
-    assert operation_count(load_spec(data), 10, 0.0) == OperationCount(0.0, 3 * 8 * 4)
-    assert operation_count(load_spec(data), 10, 0.0).saved == 1.0
-    assert operation_count(load_spec(data), 10, 1.0).saved == 0.0
+    assert count_macs(load_spec(data), 10, 0.0) == MACCount(0.0, 3 * 8 * 4)
+    assert count_macs(load_spec(data), 10, 0.0).saved == 1.0
+    assert count_macs(load_spec(data), 10, 1.0).saved == 0.0
 
 
-def test_a_model_without_operations_saves_nothing():
-    assert operation_count(load_spec({**MODEL, "layers": []}), 10, []).saved == 0.0
+def test_a_model_without_macs_saves_nothing():
+    assert count_macs(load_spec({**MODEL, "layers": []}), 10, []).saved == 0.0
 
 
 @pytest.mark.parametrize(
@@ -308,9 +308,9 @@ def test_a_model_without_operations_saves_nothing():
 )
 def test_rates_that_do_not_fit_the_model_are_refused(rates, complaint):
     with pytest.raises(InputError, match=complaint):
-        operation_count(load_spec(MODEL), 100, rates)
+        count_macs(load_spec(MODEL), 100, rates)
 
 
-def test_operations_need_a_token():
+def test_macs_need_a_token():
     with pytest.raises(InputError, match="length=0 must be at least 1 token"):
-        operation_count(load_spec(MODEL), 0, 0.5)
+        count_macs(load_spec(MODEL), 0, 0.5)

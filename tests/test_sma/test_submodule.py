@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from sma.errors import InputError, StateError
 from sma.pytree import register_output, tensors
 from sma.ragged import Ragged
-from sma.submodule import NoState, Operations, State, SubModule, may_skip, no_state
+from sma.submodule import NoState, State, SubModule, may_skip, no_state
 from tests.streams import copied, exactly, same_bits
 
 
@@ -226,11 +226,6 @@ def test_a_sub_module_without_a_spec_that_looks_ahead_is_named_by_its_class() ->
     )
     with pytest.raises(StateError, match=exactly(sentence)):
         LookingAhead().init_state(1)
-
-
-def test_operations_add_up() -> None:
-    assert Operations(1, 2).plus(Operations(10, 20), times=3) == Operations(31, 62)
-    assert Operations(1, 2).total == 3
 
 
 def test_a_part_may_be_left_out_only_where_nobody_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:

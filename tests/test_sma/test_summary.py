@@ -16,7 +16,7 @@ from sma.pytree import register_output
 from sma.ragged import compress, rectangular
 from sma.routers import SMARouterSpec
 from sma.stats import count_rates
-from sma.submodule import NoState, Operations
+from sma.submodule import MACs, NoState
 from tests.cases import normal
 
 
@@ -191,8 +191,8 @@ def test_the_module_of_a_third_party_shows_its_settings_though_it_keeps_no_spec(
         def num_parameters(self, width: int) -> int:
             return width
 
-        def operations(self, width: int, tokens: int) -> Operations:
-            return Operations()
+        def macs(self, width: int, tokens: int) -> MACs:
+            return MACs()
 
     class _Gain(SubModule):
         causal = False

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma import Ragged, State, SubModule, SubModuleSpec, register
-from sma.submodule import NoState, Operations
+from sma.submodule import MACs, NoState
 
 Fault = Literal["none", "crash", "memory", "nan", "exit"]
 
@@ -27,8 +27,8 @@ class FaultySpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return width
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        return Operations(transforms=tokens * width)
+    def macs(self, width: int, tokens: int) -> MACs:
+        return MACs(elementwise=tokens * width)
 
 
 class Faulty(SubModule):

@@ -48,7 +48,7 @@ def done_trial(
         "accuracy": accuracy,
         "rate": rate,
         "microseconds_per_token": 10.0 + number,
-        "operations_per_token": 1e3 * rate,
+        "macs_per_token": 1e3 * rate,
     }
     history = [{**metrics, "update": update} for update in range(10, updates + 1, 10)]
     test = {"test_accuracy": accuracy - 0.01} if status == "finished" else {}

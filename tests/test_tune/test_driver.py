@@ -102,10 +102,8 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(
 def test_the_weak_are_stopped_early(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     layer = {**MODEL["layers"]["layer"], "router": {"kind": "always"}}  # type: ignore[index]
     space = {SIZE: {"kind": "choice", "values": [4, 8, 16]}}
-    # How many operations a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.
-    sweep = small_sweep(
-        {"layers.layer": layer}, space=space, samples=3, objectives=("operations",), stopping={"grace": 10}
-    )
+    # How many MACs a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.
+    sweep = small_sweep({"layers.layer": layer}, space=space, samples=3, objectives=("macs",), stopping={"grace": 10})
     start_sweep(sweep, Storage(tmp_path / "s"))
     for number, values in enumerate(({}, {SIZE: 16}, {SIZE: 4})):
         TrialRecord(number, values, 0).save(Storage(tmp_path / "s"))
@@ -163,7 +161,7 @@ def test_trials_of_every_shipped_sweep_train(
         _run(config, sweep, data, tmp_path / str(number), "cpu", time.time(), Callback(), "")  # type: ignore[arg-type]
     assert [(status, reason) for status, _, reason in reports] == [("running", ""), ("finished", "")] * 2
     for _, measured, _ in reports:
-        assert {sweep.quality.name, "rate", "operations_per_token"} <= measured.keys()
+        assert {sweep.quality.name, "rate", "macs_per_token"} <= measured.keys()
         assert all(map(math.isfinite, measured.values()))
 
 

@@ -109,6 +109,14 @@ def test_results_are_made_again_from_the_records_alone(storage: Storage) -> None
     assert "trial_0099.yaml" not in storage.names("best")
 
 
+def test_records_of_an_earlier_version_give_the_same_results(storage: Storage) -> None:
+    sweep = small_sweep(samples=8, objectives=["quality", "macs"])
+    expected = write_results(sweep, storage)
+    for record in Path(storage.address("records")).iterdir():
+        record.write_text(record.read_text().replace("macs_per_token", "operations_per_token"))
+    assert write_results(sweep, storage) == expected
+
+
 def test_a_failed_trial_whose_values_are_refused_leaves_the_others_their_results(storage: Storage) -> None:
     wrong = TrialRecord(
         6, {WINDOW: 23.7, TARGET: 0.25}, 0, status="failed", reason="window=23.7: input should be a valid integer"

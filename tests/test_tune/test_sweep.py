@@ -109,6 +109,7 @@ def test_the_measures_are_those_of_the_task() -> None:
         "accuracy",
         "microseconds_per_token",
     ]
+    assert small_sweep(objectives=["operations"]) == small_sweep(objectives=["macs"])  # the former name
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,13 @@ def chained(error: Exception, cause: Exception) -> Exception:
     return error
 
 
+def test_the_history_of_an_earlier_version_has_the_present_names(tmp_path: Path) -> None:
+    (tmp_path / HISTORY).write_text('[{"update": 3, "operations_per_token": 2.5}]')
+    reporter = TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0)
+    reporter.restore()
+    assert reporter.history == [{"update": 3, "macs_per_token": 2.5}]
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '[{"rate": 1}]', '[{"update": null}]', '{"update": 1}'])
 def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(content)

@@ -12,7 +12,7 @@ from sma.recipes.studies.grid import ERROR, LOG, Run, run_grid
 from sma.recipes.studies.variants import with_routers
 from sma.routers import AlwaysRouterSpec, RandomRouterSpec
 from sma.spec import dump_yaml
-from sma.stats import operation_count
+from sma.stats import count_macs
 from tests.test_recipes import fake
 from tests.test_recipes.tiny import tiny
 
@@ -64,7 +64,7 @@ def test_rows_hold_what_the_runs_measured(data, tmp_path):
             "accuracy": own["test_accuracy"],
             "activation_rate": sum(own["activation_rate"]) / 2,
             "rates": own["activation_rates"],
-            "macs_per_token": operation_count(spec.model, length, own["activation_rates"]).per_token,
+            "macs_per_token": count_macs(spec.model, length, own["activation_rates"]).per_token,
             **{key: own[key] for key in ("tokens_per_second", "seconds", "parameters", "updates")},
         }
     assert results.facts == {

@@ -81,7 +81,7 @@ def test_macs_are_those_of_the_layers_at_the_measured_rates(done, data):
     for name, row in rows.items():
         spec = load_experiment(out / name / EXPERIMENT).model
         layers = zip(spec.layer_specs, row["rates"], strict=True)
-        expected = sum(layer.operations(spec.width, length, rates).total for layer, rates in layers) / length
+        expected = sum(layer.macs(spec.width, length, rates).total for layer, rates in layers) / length
         assert row["macs_per_token"] == pytest.approx(expected)
     assert rows["routed"]["macs_per_token"] < rows["always"]["macs_per_token"]
 

@@ -124,7 +124,7 @@ def test_a_sweep_compares_trials_by_its_metric(tmp_path: Path, monkeypatch: pyte
     last = reports[-1][1]
     assert last["test_squared_error"] == json.loads((tmp_path / "trial" / SUMMARY).read_text())["error"]
     assert last["squared_error"] == min(found["squared_error"] for _, found in reports[:3])
-    assert last["operations_per_token"] > 0
+    assert last["macs_per_token"] > 0
 
 
 def test_several_workers_accept_it(tmp_path: Path) -> None:

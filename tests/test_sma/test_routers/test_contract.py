@@ -251,12 +251,12 @@ class TestSpecs:
 
     @routers()
     @pytest.mark.parametrize("modules", [0, 1, 3])
-    def test_spec_predicts_the_number_of_parameters_and_of_operations(self, spec, modules):
+    def test_spec_predicts_the_number_of_parameters_and_of_macs(self, spec, modules):
         if modules and spec.kind == "top_k" and spec.k > modules + spec.skips:
             modules = 3
         part = spec.build(5, NAMES[:modules])
         assert sum(parameter.numel() for parameter in part.parameters()) == spec.num_parameters(5, modules)
-        assert spec.operations(5, modules) == (part.weight.numel() if is_learned(spec) else 0)
+        assert spec.macs_per_token(5, modules) == (part.weight.numel() if is_learned(spec) else 0)
 
     @routers(is_learned)
     def test_weights_start_from_a_cut_normal_distribution_and_biases_at_zero(self, spec):
@@ -273,7 +273,17 @@ class TestSpecs:
             Idle().build(5, NAMES)
         with pytest.raises(TypeError, match=exactly("Idle must define num_parameters(self, width, modules)")):
             Idle().num_parameters(5, 3)
-        assert Idle().operations(5, 3) == 0
+        assert Idle().macs_per_token(5, 3) == 0
+
+    def test_a_spec_with_the_former_name_of_macs_per_token_is_told_the_present_one(self):
+        class FormerSpec(RouterSpec):
+            kind: str = "former"
+
+            def operations(self, width, modules):
+                return width
+
+        with pytest.raises(TypeError, match=r"^FormerSpec\.operations\(self, width, modules\) is now macs_per_token"):
+            FormerSpec().macs_per_token(5, 3)
 
     def test_a_router_must_say_how_it_decides(self):
         with pytest.raises(

@@ -28,7 +28,7 @@ class NoveltyRouterSpec(RouterSpec):
     def num_parameters(self, width: int, modules: int) -> int:
         return 2 * modules
 
-    def operations(self, width: int, modules: int) -> int:
+    def macs_per_token(self, width: int, modules: int) -> int:
         return width + modules
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from sma import Ragged, State, SubModule, SubModuleSpec, register
 from sma.checks import check_sizes
-from sma.submodule import Operations, device_and_dtype
+from sma.submodule import MACs, device_and_dtype
 from torch import Tensor, nn
 
 from sma_shift.last_token import LastToken, line_up, newest
@@ -25,8 +25,8 @@ class TokenShiftSpec(SubModuleSpec):
     def num_parameters(self, width: int) -> int:
         return width + 2 * width * self.hidden_size
 
-    def operations(self, width: int, tokens: int) -> Operations:
-        return Operations(products=2 * tokens * width * self.hidden_size, transforms=2 * tokens * width)
+    def macs(self, width: int, tokens: int) -> MACs:
+        return MACs(matmul=2 * tokens * width * self.hidden_size, elementwise=2 * tokens * width)
 
 
 class TokenShift(SubModule):
