@@ -99,16 +99,16 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
-        self.fused, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.in_proj, self.out_proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x_BD: Tensor, cache: Tensor, position: int) -> Tensor:
         """One token of every row; `cache` is `(2, B, heads, S, D / heads)` and gets its key and value."""
-        q, k, v = self.fused(self.norms[0](x_BD)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = self.in_proj(self.norms[0](x_BD)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         cache[0, :, :, position], cache[1, :, :, position] = k, v
         keys, values = cache[:, :, :, : position + 1]
         attended = nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values)
-        x_BD = x_BD + self.out(attended.flatten(1))
+        x_BD = x_BD + self.out_proj(attended.flatten(1))
         fed: Tensor = x_BD + self.feed(self.norms[1](x_BD))
         return fed
 

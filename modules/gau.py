@@ -14,8 +14,8 @@ from sma.init import reset_linear_, truncated_normal_
 from sma.memory import zeros
 from sma.modules.blocks import block_shape
 from sma.modules.cache import Cache, empty_cache
-from sma.modules.whole import attend_all, pairs
-from sma.modules.windowed import Bias, Weighting, attend, attend_one
+from sma.modules.full_attention import attend_all, pairs
+from sma.modules.sliding_window import Bias, Weighting, attend, attend_one
 from sma.padding import pack, unpack
 from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output
@@ -53,9 +53,9 @@ class GAUSpec(SubModuleSpec):
         return GatedAttentionUnit(self, width)
 
     def num_parameters(self, width: int) -> int:
-        fused = self.query_size + 2 * self.hidden_size
+        projected = self.query_size + 2 * self.hidden_size
         table = self.position.table_size(self.window)
-        return (width + 1) * fused + 4 * self.query_size + (self.hidden_size + 1) * width + table
+        return (width + 1) * projected + 4 * self.query_size + (self.hidden_size + 1) * width + table
 
     def macs(self, width: int, tokens: int) -> MACs:
         dense = width * (self.query_size + 3 * self.hidden_size)
@@ -86,8 +86,8 @@ class GatedAttentionUnit(SubModule):
         super().__init__()
         self.spec = spec
         self.causal = not spec.bidirectional
-        self.fused = nn.Linear(width, spec.query_size + 2 * spec.hidden_size)
-        self.out = nn.Linear(spec.hidden_size, width)
+        self.in_proj = nn.Linear(width, spec.query_size + 2 * spec.hidden_size)
+        self.out_proj = nn.Linear(spec.hidden_size, width)
         self.gain = nn.Parameter(torch.empty(2, spec.query_size))
         self.offset = nn.Parameter(torch.zeros(2, spec.query_size))
         size = spec.position.table_size(spec.window)
@@ -97,7 +97,7 @@ class GatedAttentionUnit(SubModule):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters, as the authors do."""
-        for linear in (self.fused, self.out):
+        for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
         truncated_normal_(self.gain)
         nn.init.zeros_(self.offset)
@@ -125,7 +125,7 @@ class GatedAttentionUnit(SubModule):
         if cache is not None:
             check_sizes(self, cache.sizes, (spec.window, (spec.query_size,), (spec.hidden_size,), ()))
             tokens, real = pack(tokens)
-        hidden = nn.functional.silu(self.fused(tokens.values))
+        hidden = nn.functional.silu(self.in_proj(tokens.values))
         z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
         gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)
         q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
@@ -134,7 +134,7 @@ class GatedAttentionUnit(SubModule):
         q = self._scaled(q, tokens, cache)
         v = nn.functional.dropout(v, spec.value_dropout, self.training)
         attended, after = self._attend(q, k, v, tokens, cache)
-        return unpack(self.out(attended * gate), real, given), after
+        return unpack(self.out_proj(attended * gate), real, given), after
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, cache: Cache | None

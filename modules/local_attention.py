@@ -44,7 +44,7 @@ class LocalAttention(MultiHead):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `fused` holds the weights of queries, keys and values.
+        tokens `(T, D)` in, `(T, D)` out. `in_proj` holds the weights of queries, keys and values.
 
     Raises:
         SpecError: the width is no multiple of the heads, or a head has an odd width under rotary positions.

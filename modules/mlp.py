@@ -39,7 +39,7 @@ class GatedMLP(SubModule):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `fused` holds W_1 above W_2. Weights start truncated normal, standard
+        tokens `(T, D)` in, `(T, D)` out. `in_proj` holds W_1 above W_2. Weights start truncated normal, standard
             deviation 0.02.
 
     Reference:
@@ -51,19 +51,19 @@ class GatedMLP(SubModule):
     def __init__(self, spec: GatedMLPSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
-        self.fused = nn.Linear(width, 2 * spec.hidden_size, bias=False)
-        self.out = nn.Linear(spec.hidden_size, width, bias=False)
+        self.in_proj = nn.Linear(width, 2 * spec.hidden_size, bias=False)
+        self.out_proj = nn.Linear(spec.hidden_size, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters."""
-        for linear in (self.fused, self.out):
+        for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Transform every token on its own; see `SubModule.forward`."""
         self._continue(state, NoState, tokens)
-        gate, value = self.fused(tokens.values).chunk(2, dim=-1)
+        gate, value = self.in_proj(tokens.values).chunk(2, dim=-1)
         hidden = nn.functional.dropout(nn.functional.silu(gate) * value, self.spec.dropout, self.training)
-        return self.out(hidden), state
+        return self.out_proj(hidden), state

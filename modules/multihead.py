@@ -60,14 +60,14 @@ class MultiHead(SubModule):
         self.width = width
         self.window = window
         self.causal = not spec.bidirectional
-        self.fused = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new parameters."""
-        for linear in (self.fused, self.out):
+        for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 
     @property
@@ -93,7 +93,7 @@ class MultiHead(SubModule):
         if cache is not None:
             check_sizes(self, cache.sizes, (self.window, self._head, self._head))
             tokens, real = pack(tokens)
-        qkv = self.fused(tokens.values).unflatten(-1, (3, *self._head))
+        qkv = self.in_proj(tokens.values).unflatten(-1, (3, *self._head))
         q, k, v = qkv.unbind(1)
         if self.spec.position.turns:
             q, k = self.spec.position.turn(torch.stack([q, k], 1), tokens.positions).unbind(1)
@@ -102,7 +102,7 @@ class MultiHead(SubModule):
         else:
             after = cache.append(tokens, k, v)
             attended = self._onward(q, k, v, tokens, cache, after)
-        return unpack(self.out(attended), real, given), after
+        return unpack(self.out_proj(attended), real, given), after
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
         """Attend along rows from their beginning; `(T, heads, d)` in, `(T, D)` out."""

@@ -6,12 +6,18 @@ from typing import Any
 
 from sma.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files that are written now. Files without a version are those of version 0."""
+
+# The weights of a linear map, parametrised by torch.nn.utils.parametrizations or not.
+_OF_A_MAP = r"(?=\.(parametrizations\.)?(weight|bias)(\.\w+)?$)"
 
 RENAMED = (
     # Since version 1.
     (re.compile(r"(^|\.)router\.offset$"), r"\1router.score_bias"),
+    # Since version 2.
+    (re.compile(r"(^|\.)fused" + _OF_A_MAP), r"\1in_proj"),
+    (re.compile(r"(^|\.)out" + _OF_A_MAP), r"\1out_proj"),
 )
 """Patterns of names of weights, and what stands in their place."""
 

@@ -71,9 +71,9 @@ def test_the_cached_transformer_gives_what_attention_over_all_tokens_gives() -> 
         found = torch.stack([model(token) for token in ids.split(1, 1)], 1)
         hidden = model.embedding(ids) + model.sinusoid(torch.arange(12)[None])
         for block in model.blocks:
-            q, k, v = block.fused(block.norms[0](hidden)).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = block.in_proj(block.norms[0](hidden)).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
             attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            hidden = hidden + block.out(attended.transpose(1, 2).flatten(2))
+            hidden = hidden + block.out_proj(attended.transpose(1, 2).flatten(2))
             hidden = hidden + block.feed(block.norms[1](hidden))
         wanted = torch.nn.functional.linear(model.norm(hidden), model.embedding.weight)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)

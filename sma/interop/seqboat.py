@@ -26,7 +26,7 @@ from sma.layer import LayerSpec, RoutedLayer
 from sma.model import SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
 from sma.modules.ema import EMA, EMASpec
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
-from sma.modules.windowed import Weighting
+from sma.modules.sliding_window import Weighting
 from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, RMSNormSpec, ScaleNorm, ScaleNormSpec
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.repeat import RepeatSpec
@@ -157,8 +157,8 @@ def _layer_entries(layer: RoutedLayer, prefix: str, ema_name: str) -> Iterator[E
         yield Entry(f"{prefix}q_router.temp", router.log_temperature)
     yield Entry(f"{prefix}hx_proj.weight", layer.bypass.weight, slice(first, None))
     yield Entry(f"{prefix}hx_proj.bias", layer.bypass.bias, slice(first, None))
-    yield from (Entry(f"{prefix}mx_proj.weight", gau.fused.weight), Entry(f"{prefix}mx_proj.bias", gau.fused.bias))
-    yield from (Entry(f"{prefix}h_proj.weight", gau.out.weight), Entry(f"{prefix}h_proj.bias", gau.out.bias))
+    yield from (Entry(f"{prefix}mx_proj.weight", gau.in_proj.weight), Entry(f"{prefix}mx_proj.bias", gau.in_proj.bias))
+    yield from (Entry(f"{prefix}h_proj.weight", gau.out_proj.weight), Entry(f"{prefix}h_proj.bias", gau.out_proj.bias))
     yield from (Entry(f"{prefix}gamma", gau.gain), Entry(f"{prefix}beta", gau.offset))
     if gau.bias_table is not None:
         yield Entry(f"{prefix}rel_pos_bias.rel_pos_bias", gau.bias_table)

@@ -105,7 +105,7 @@ def bias_loop(table: Tensor, positions: Tensor, distance: str, window: int | Non
 def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor:
     """The gated attention unit on one row, by the formulas of DESIGN.md 6.3."""
     spec, count = module.spec, x.shape[0]
-    hidden = nn.functional.silu(x @ module.fused.weight.T + module.fused.bias)
+    hidden = nn.functional.silu(x @ module.in_proj.weight.T + module.in_proj.bias)
     z, gate, v = (
         hidden[:, : spec.query_size],
         hidden[:, spec.query_size : -spec.hidden_size],
@@ -128,14 +128,14 @@ def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor
     attended = attend_loop(
         q, k, v, window=spec.window, causal=not spec.bidirectional, weighting=spec.attention, bias=bias
     )
-    return (attended * gate) @ module.out.weight.T + module.out.bias
+    return (attended * gate) @ module.out_proj.weight.T + module.out_proj.bias
 
 
 def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
     """Multi-head softmax attention on one row, head by head and query by query."""
     spec, width = module.spec, x.shape[1]
     size = width // spec.heads
-    hidden = x @ module.fused.weight.T + module.fused.bias
+    hidden = x @ module.in_proj.weight.T + module.in_proj.bias
     heads = []
     for head in range(spec.heads):
         q, k, v = (hidden[:, part * width + head * size : part * width + (head + 1) * size] for part in range(3))
@@ -144,7 +144,7 @@ def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
         heads.append(
             attend_loop(q / size**0.5, k, v, window=module.window, causal=not spec.bidirectional, weighting="softmax")
         )
-    return torch.cat(heads, 1) @ module.out.weight.T + module.out.bias
+    return torch.cat(heads, 1) @ module.out_proj.weight.T + module.out_proj.bias
 
 
 def conv_loop(module: Conv, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def make(
 
 
 def matches(module: Attention, active: Tensor, layout: Layout, positions: Tensor | None = None) -> None:
-    x = torch.randn(*active.shape, module.out.in_features, dtype=torch.float64)
+    x = torch.randn(*active.shape, module.out_proj.in_features, dtype=torch.float64)
     assert_matches_loop(
         module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions
     )

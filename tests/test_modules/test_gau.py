@@ -277,9 +277,9 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average(field: str
 def test_weights_start_where_the_authors_start() -> None:
     torch.manual_seed(0)
     module = GAUSpec(query_size=400, hidden_size=300, position=RelativeBiasSpec(max_positions=2000)).build(200)
-    for name in ("fused.weight", "out.weight", "gain", "bias_table"):
+    for name in ("in_proj.weight", "out_proj.weight", "gain", "bias_table"):
         assert_truncated_normal(dict(module.named_parameters())[name], 0.02)
-    for name in ("fused.bias", "out.bias", "offset"):
+    for name in ("in_proj.bias", "out_proj.bias", "offset"):
         assert not dict(module.named_parameters())[name].any(), name
 
 

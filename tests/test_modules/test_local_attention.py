@@ -56,7 +56,7 @@ def make(
 def twin(module: LocalAttention) -> MultiHead:
     """Attention to all tokens with the same weights."""
     fields = {name: getattr(module.spec, name) for name in AttentionSpec.model_fields if name != "kind"}
-    whole = AttentionSpec(**fields).build(module.out.in_features).to(module.out.weight.dtype)
+    whole = AttentionSpec(**fields).build(module.out_proj.in_features).to(module.out_proj.weight.dtype)
     whole.load_state_dict(module.state_dict())
     return whole
 
@@ -64,7 +64,7 @@ def twin(module: LocalAttention) -> MultiHead:
 def matches(
     module: LocalAttention, active: Tensor, layout: Layout, positions: Tensor | None = None, scale: float = 1.0
 ) -> None:
-    x = scale * torch.randn(*active.shape, module.out.in_features, dtype=torch.float64)
+    x = scale * torch.randn(*active.shape, module.out_proj.in_features, dtype=torch.float64)
     assert_matches_loop(
         module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions
     )

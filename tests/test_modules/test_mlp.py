@@ -22,13 +22,13 @@ def make(**fields: Any) -> GatedMLP:
 def mlp_loop(module: GatedMLP, x: Tensor) -> Tensor:
     """W_3 (silu(W_1 x) * W_2 x), token by token."""
     first_weight, second_weight = (
-        module.fused.weight[: module.spec.hidden_size],
-        module.fused.weight[module.spec.hidden_size :],
+        module.in_proj.weight[: module.spec.hidden_size],
+        module.in_proj.weight[module.spec.hidden_size :],
     )
     out = []
     for token in x:
         gate = first_weight @ token
-        out.append(module.out.weight @ (gate * torch.sigmoid(gate) * (second_weight @ token)))
+        out.append(module.out_proj.weight @ (gate * torch.sigmoid(gate) * (second_weight @ token)))
     return torch.stack(out)
 
 

@@ -13,7 +13,7 @@ from tests.cases import normal, spread
 from tests.test_modules.layouts import LAYOUTS, Layout, first, lay
 from tests.test_modules.zoo import SPECS, WIDTH, make
 
-WITHOUT = ("windowed attention", "the long convolution")
+WITHOUT = ("sliding-window attention", "the long convolution")
 SLICED = "derivative for aten::_scaled_dot_product"
 
 

@@ -10,14 +10,16 @@ import pytest
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("data.documents", "sma.recipes.data has moved to sma.recipes.tasks and sma.recipes.io"),
-        ("baselines", "sma.recipes.baselines has moved to sma.recipes.studies.baselines"),
-        ("signals", "sma.recipes.signals has moved to sma.recipes.io.signals"),
+        ("sma.recipes.data.documents", "sma.recipes.data has moved to sma.recipes.tasks and sma.recipes.io"),
+        ("sma.recipes.baselines", "sma.recipes.baselines has moved to sma.recipes.studies.baselines"),
+        ("sma.recipes.signals", "sma.recipes.signals has moved to sma.recipes.io.signals"),
+        ("sma.modules.whole", "sma.modules.whole has moved to sma.modules.full_attention"),
+        ("sma.modules.windowed", "sma.modules.windowed has moved to sma.modules.sliding_window"),
     ],
 )
 def test_a_former_module_names_its_successor(old, new):
     with pytest.raises(ModuleNotFoundError, match=new):
-        importlib.import_module(f"sma.recipes.{old}")
+        importlib.import_module(old)
 
 
 @pytest.mark.parametrize("name", ["TaskData", "DigitsTask", "ImageTask", "LanguageTask", "ListOpsTask", "PathXTask"])

@@ -18,7 +18,14 @@ SPEC: dict[str, Any] = {
     "kind": "sequence_encoder",
     "width": 4,
     "encoder": {"kind": "real_number"},
-    "layers": [{"modules": {"router": {"kind": "gau", "query_size": 2, "hidden_size": 4}}}],
+    "layers": [
+        {
+            "modules": {
+                "router": {"kind": "gau", "query_size": 2, "hidden_size": 4},
+                "out": {"kind": "gated_mlp", "hidden_size": 3},
+            }
+        }
+    ],
 }
 FORMER, PRESENT = "layers.0.routed.router.offset", "layers.0.routed.router.score_bias"
 OLDER = Path(__file__).resolve().parents[1] / "data" / "baseline" / "format_0"
@@ -32,17 +39,29 @@ def _model() -> sma.SequenceModel:
 
 def _former(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights as version 0 named them."""
-    return {name.replace(PRESENT, FORMER): tensor for name, tensor in weights.items()}
+    return {_former_name(name): tensor for name, tensor in weights.items()}
+
+
+def _former_name(name: str) -> str:
+    return name.replace(PRESENT, FORMER).replace(".in_proj.", ".fused.").replace(".out_proj.", ".out.")
 
 
 def test_only_names_that_the_model_lacks_are_former_ones() -> None:
-    """A sub-module that is called `router` may have an `offset` of its own."""
+    """A sub-module that is called `router` may have an `offset` of its own; one may be called `out`."""
     weights = _model().state_dict()
-    kept = "layers.0.routed.submodules.router.offset"
-    assert kept in weights
-    assert renamed(_former(weights), weights) == {FORMER: PRESENT}
+    kept, inside = "layers.0.routed.submodules.router.offset", "layers.0.routed.submodules.out.out_proj.weight"
+    assert {kept, inside} <= set(weights)
+    assert renamed(_former(weights), weights) == {
+        former: name for name in weights if (former := _former_name(name)) != name
+    }
     assert renamed(weights, weights) == {}
     assert renamed([FORMER], ["layers.0.routed.router.offset"]) == {}
+    assert renamed(["out.weight", "out_proj.weight"], ["out.weight", "out_proj.weight"]) == {}
+
+
+def test_a_parametrised_map_is_renamed_too() -> None:
+    present = "attention.in_proj.parametrizations.weight.original0"
+    assert renamed([present.replace("in_proj", "fused")], [present]) == {present.replace("in_proj", "fused"): present}
 
 
 def test_weights_under_another_module_are_renamed_too() -> None:

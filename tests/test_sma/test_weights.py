@@ -96,8 +96,8 @@ WRAPPED: dict[str, Callable[[SequenceModel], nn.Module]] = {
     "compiled, wrapped by a user, averaged": lambda model: AveragedModel(
         Wrapper(torch.compile(model, backend="eager"))
     ),  # type: ignore[arg-type]
-    "weight norm": _then(lambda model: parametrizations.weight_norm(_attention(model).fused)),
-    "spectral norm": _then(lambda model: parametrizations.spectral_norm(_attention(model).fused)),
+    "weight norm": _then(lambda model: parametrizations.weight_norm(_attention(model).in_proj)),
+    "spectral norm": _then(lambda model: parametrizations.spectral_norm(_attention(model).in_proj)),
     "orthogonal": _then(lambda model: parametrizations.orthogonal(model.layers[0].bypass)),
     "own parametrisation": _then(
         lambda model: parametrize.register_parametrization(model.encoder, "weight", Doubled())

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sma.devices import without_autocast
 from sma.modules.finite import all_finite
-from sma.modules.windowed import Bias, Weighting, narrowed, weigh
+from sma.modules.sliding_window import Bias, Weighting, narrowed, weigh
 from sma.ragged import Ragged
 
 # Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were
@@ -37,7 +37,7 @@ def attend_all(
     bias: Bias | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H"]:
-    """`sma.modules.windowed.attend` without a window; for backward the scores of a slice are computed again.
+    """`sma.modules.sliding_window.attend` without a window; for backward the scores of a slice are computed again.
 
     Args:
         q, k, v, tokens, causal, weighting, bias, dropout: as there; the bias counts original positions.

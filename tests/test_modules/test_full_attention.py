@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import sma.modules.whole
-from sma.modules.whole import attend_all, pairs
-from sma.modules.windowed import Bias, Weighting
+import sma.modules.full_attention
+from sma.modules.full_attention import attend_all, pairs
+from sma.modules.sliding_window import Bias, Weighting
 from tests.test_modules.layouts import LAYOUTS, Layout, first, lay, saved_bytes, spread
-from tests.test_modules.test_windowed import WEIGHTINGS, H, P, Z, assert_is_the_loop
+from tests.test_modules.test_sliding_window import WEIGHTINGS, H, P, Z, assert_is_the_loop
 
 LENGTHS = [29, 0, 8, 1, 17]
 directions = pytest.mark.parametrize(
@@ -19,7 +19,7 @@ weightings = pytest.mark.parametrize("weighting", WEIGHTINGS)
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sma.modules.whole, "SLICE", 8)
+    monkeypatch.setattr(sma.modules.full_attention, "SLICE", 8)
 
 
 def results(
@@ -59,7 +59,7 @@ def test_slices_of_any_size_give_what_one_gives(
     monkeypatch: pytest.MonkeyPatch, causal: bool, weighting: Weighting, layout: Layout, size: int
 ) -> None:
     wanted = results(causal, weighting, layout)
-    monkeypatch.setattr(sma.modules.whole, "SLICE", size)
+    monkeypatch.setattr(sma.modules.full_attention, "SLICE", size)
     torch.testing.assert_close(results(causal, weighting, layout), wanted, rtol=1e-12, atol=1e-12)
 
 

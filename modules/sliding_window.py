@@ -175,7 +175,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_derivative("windowed attention")
+    @first_derivative("sliding-window attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         filled_q, filled_k, filled_v, kept, keep, out, index, places = ctx.saved_tensors
         nothing = places[:0]  # the rest of the layout is for the scores alone

@@ -1,0 +1,26 @@
+"""Former names of modules: an import of one fails with the present name."""
+
+import sys
+from collections.abc import Mapping
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+
+class _Moved(MetaPathFinder):
+    def __init__(self, package: str, present: Mapping[str, str]) -> None:
+        self._present = {f"{package}.{former}": f"{package}.{name}" for former, name in present.items()}
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name in self._present:
+            raise ModuleNotFoundError(f"{name} has moved to {self._present[name]}", name=name)
+        return None
+
+
+def moved(package: str, present: Mapping[str, str]) -> None:
+    """Let imports of former modules of a package fail with their present names.
+
+    Args:
+        package: whose modules have moved.
+        present: the present name of each former one, both within the package.
+    """
+    sys.meta_path.append(_Moved(package, present))
