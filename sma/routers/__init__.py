@@ -1,29 +1,54 @@
 """Routers: which tokens run which sub-modules."""
 
-from sma.routers.competing import ExclusiveRouter as ExclusiveRouter
-from sma.routers.competing import ExclusiveRouterSpec as ExclusiveRouterSpec
-from sma.routers.competing import ExpertChoiceRouter as ExpertChoiceRouter
-from sma.routers.competing import ExpertChoiceRouterSpec as ExpertChoiceRouterSpec
-from sma.routers.competing import TopKRouter as TopKRouter
-from sma.routers.competing import TopKRouterSpec as TopKRouterSpec
-from sma.routers.contract import Router as Router
-from sma.routers.contract import RouterSpec as RouterSpec
-from sma.routers.draws import RandomState as RandomState
-from sma.routers.draws import keyed_uniform as keyed_uniform
-from sma.routers.fixed import AlwaysRouter as AlwaysRouter
-from sma.routers.fixed import AlwaysRouterSpec as AlwaysRouterSpec
-from sma.routers.fixed import NeverRouter as NeverRouter
-from sma.routers.fixed import NeverRouterSpec as NeverRouterSpec
-from sma.routers.fixed import RandomRouter as RandomRouter
-from sma.routers.fixed import RandomRouterSpec as RandomRouterSpec
-from sma.routers.independent import SMARouter as SMARouter
-from sma.routers.independent import SMARouterSpec as SMARouterSpec
-from sma.routers.independent import ThresholdRouter as ThresholdRouter
-from sma.routers.independent import ThresholdRouterSpec as ThresholdRouterSpec
-from sma.routers.sampled import BernoulliRouter as BernoulliRouter
-from sma.routers.sampled import BernoulliRouterSpec as BernoulliRouterSpec
-from sma.routers.sampled import GumbelRouter as GumbelRouter
-from sma.routers.sampled import GumbelRouterSpec as GumbelRouterSpec
-from sma.routers.scored import LinearRouter as LinearRouter
-from sma.routers.scored import ScoredRouter as ScoredRouter
-from sma.routers.steerable import SteerableRouter as SteerableRouter
+from sma.routers.competing import (
+    ExclusiveRouter,
+    ExclusiveRouterSpec,
+    ExpertChoiceRouter,
+    ExpertChoiceRouterSpec,
+    TopKRouter,
+    TopKRouterSpec,
+)
+from sma.routers.contract import Router, RouterSpec
+from sma.routers.draws import RandomState, keyed_uniform
+from sma.routers.fixed import (
+    AlwaysRouter,
+    AlwaysRouterSpec,
+    NeverRouter,
+    NeverRouterSpec,
+    RandomRouter,
+    RandomRouterSpec,
+)
+from sma.routers.independent import SMARouter, SMARouterSpec, ThresholdRouter, ThresholdRouterSpec
+from sma.routers.sampled import BernoulliRouter, BernoulliRouterSpec, GumbelRouter, GumbelRouterSpec
+from sma.routers.scored import LinearRouter, ScoredRouter
+from sma.routers.steerable import SteerableRouter
+
+__all__ = [
+    "AlwaysRouter",
+    "AlwaysRouterSpec",
+    "BernoulliRouter",
+    "BernoulliRouterSpec",
+    "ExclusiveRouter",
+    "ExclusiveRouterSpec",
+    "ExpertChoiceRouter",
+    "ExpertChoiceRouterSpec",
+    "GumbelRouter",
+    "GumbelRouterSpec",
+    "LinearRouter",
+    "NeverRouter",
+    "NeverRouterSpec",
+    "RandomRouter",
+    "RandomRouterSpec",
+    "RandomState",
+    "Router",
+    "RouterSpec",
+    "SMARouter",
+    "SMARouterSpec",
+    "ScoredRouter",
+    "SteerableRouter",
+    "ThresholdRouter",
+    "ThresholdRouterSpec",
+    "TopKRouter",
+    "TopKRouterSpec",
+    "keyed_uniform",
+]

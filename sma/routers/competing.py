@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sma.decision import Decision
 from sma.errors import SpecError
-from sma.routers.contract import RouterSpec, keep_valid
-from sma.routers.scored import LinearRouter, TemperedRouter, TemperedSpec
+from sma.routers.contract import keep_valid
+from sma.routers.scored import LinearRouter, LinearSpec, TemperedRouter, TemperedSpec
 from sma.spec import register
 from sma.submodule import State
 
@@ -25,22 +25,19 @@ class ExclusiveRouterSpec(TemperedSpec):
     def build(self, width: int, names: Sequence[str]) -> "ExclusiveRouter":
         return ExclusiveRouter(self, width, names)
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return (modules + 1) * (width + 1) + 1
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return (modules + 1) * width
+    def choices(self, modules: int) -> int:
+        return modules + 1
 
 
 class ExclusiveRouter(TemperedRouter):
-    r"""At most one sub-module per token: $p = \mathrm{softmax}((W h + b) / \tau)$ over skip and the sub-modules, the
-    largest one runs.
+    r"""At most one sub-module per token: the one with the largest $p = \mathrm{softmax}((W h + b) / \tau)$ over skip
+    and the sub-modules.
 
-    Active iff a sub-module's score is above every other and above skip's; a tie runs nothing. Confidence $c_m = p_m$.
+    A sub-module is active iff its score is above every other score and above that of skip; a tie runs nothing.
+    Confidence $c_m = p_m$.
 
     Causal. The gradient of a token's choice reaches all M + 1 scores through the softmax; a token that skips carries
-    none. Use it where the sub-modules are alternatives, such as sizes of one MLP, and a token should pay for one at
-    most.
+    none. Use it where the sub-modules are alternatives, such as MLPs of several sizes.
 
     Args:
         spec: the initial temperature.
@@ -48,16 +45,13 @@ class ExclusiveRouter(TemperedRouter):
         names: the sub-modules, M of them.
 
     Shape:
-        control `(B, L, D)`; row 0 of `weight` `(M + 1, D)` is skip. The logits are (the best of the other scores, the
-            own).
+        control `(B, L, D)`; row 0 of `weight` `(M + 1, D)` is skip. The logits are the best of the other scores and
+            the own score.
     """
 
     def __init__(self, spec: ExclusiveRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, len(names) + 1)
+        super().__init__(spec, width, names)
         self.maximum_total_rate, self.competing = 1.0, True
-
-    def skip_margins(self, decision: Decision) -> Tensor | None:
-        return _margins_over_skip(decision, self.temperature)
 
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias, (1, 0))
@@ -69,7 +63,7 @@ class ExclusiveRouter(TemperedRouter):
         probability = self._softmax(scores)[..., 1:].clamp(min=torch.finfo(scores.dtype).tiny)
         best = scores.topk(min(2, scores.shape[-1]), dim=-1).values
         own = scores[..., 1:]
-        # The best of the others: the second of all for the one that is the best, else the best.
+        # The best of the other scores: the second of all for the best one, else the best.
         others = best[..., -1:].where(own == best[..., :1], best[..., :1])
         active = keep_valid(own > others, valid)
         logits = torch.stack([others.expand_as(own), own], dim=-1)
@@ -77,21 +71,14 @@ class ExclusiveRouter(TemperedRouter):
 
 
 def _finite(scores: Tensor) -> Tensor:
-    """Scores whose differences are finite too; NaN stays NaN."""
+    """Clamp scores so that their differences are finite too; NaN stays NaN."""
     most = torch.finfo(scores.dtype).max / 4
     return scores.clamp(-most, most)
 
 
 def _below(scores: Tensor) -> Tensor:
-    """Numbers below some scores, by one or, where that would be rounded off, by a little more than the rounding."""
+    """Values below the scores: by one or, where rounding would undo that, by a little more than the rounding."""
     return scores - (1.0 + 2 * torch.finfo(scores.dtype).eps * scores.detach().abs())
-
-
-def _margins_over_skip(decision: Decision, temperature: float | Tensor) -> Tensor | None:
-    """Log-odds by which the best sub-module beats running nothing."""
-    if decision.skip_score is None:
-        return None
-    return (decision.logits[..., 1].amax(-1) - decision.skip_score) / temperature
 
 
 @register
@@ -112,23 +99,20 @@ class TopKRouterSpec(TemperedSpec):
             )
         return TopKRouter(self, width, names)
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return (modules + self.skips) * (width + 1) + 1
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return (modules + self.skips) * width
+    def choices(self, modules: int) -> int:
+        return modules + self.skips
 
 
 class TopKRouter(TemperedRouter):
     r"""Token choice: every token runs the k sub-modules with the highest scores,
     $p = \mathrm{softmax}((W h + b) / \tau)$, $c_m = p_m$.
 
-    Always k choices: of equal scores the first in the order of the names wins. With `skips`, empty choices compete that
-    run nothing. Scores that are no numbers choose nothing.
+    A token always makes k choices; of equal scores the first in the order of the names wins. `skips` adds choices that
+    run nothing. A token with NaN scores runs nothing.
 
     Causal. The gradient of a token's choices reaches all scores through the softmax. Without skips the rates sum to k,
-    and what can go wrong is balance, not death of all: add `losses.load_balance_loss`. The choice of mixture-of-experts
-    models.
+    so the router as a whole cannot die, but its load can be unbalanced: add `losses.load_balance_loss`. This is the
+    usual router of mixture-of-experts models.
 
     Args:
         spec: k, the empty choices, the initial temperature.
@@ -140,21 +124,18 @@ class TopKRouter(TemperedRouter):
         k-th best of the other scores, the own).
 
     Raises:
-        SpecError: k is more than there is to choose from.
+        SpecError: k is more than the number of choices.
 
     Reference:
         Shazeer et al., "Outrageously Large Neural Networks", arXiv 1701.06538.
     """
 
     def __init__(self, spec: TopKRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, len(names) + spec.skips)
+        super().__init__(spec, width, names)
         self.minimum_total_rate = float(max(spec.k - spec.skips, 0))
         self.maximum_total_rate = float(min(spec.k, len(names)))
-        # With several empty choices, or several made at once, none of them stands for running nothing.
+        # With several empty choices, or with k > 1, no single choice means that nothing runs.
         self.competing = spec.skips == 0 or (spec.k == 1 and spec.skips == 1)
-
-    def skip_margins(self, decision: Decision) -> Tensor | None:
-        return _margins_over_skip(decision, self.temperature) if self.competing else None
 
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias, (0, self.spec.skips))
@@ -165,12 +146,12 @@ class TopKRouter(TemperedRouter):
         modules, k, scores = len(self.names), self.spec.k, _finite(scores)
         probability = self._softmax(scores)[..., :modules].clamp(min=torch.finfo(scores.dtype).tiny)
         own = scores[..., :modules]
-        # Sorted once, ties in the order of the names: topk does not say which of equal scores it takes.
+        # Sorted once, ties in the order of the names: topk does not specify which of equal scores it takes.
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True)[..., :modules]
         after = ordered[..., k : k + 1] if k < scores.shape[-1] else _below(ordered[..., -1:])
         others = after.where(chosen, ordered[..., k - 1 : k]) if modules else own
-        # Of scores that are no numbers the sort makes the best.
+        # The sort ranks NaN highest.
         active = keep_valid(chosen & probability.isfinite(), valid)
         skip = scores[..., modules] if self.competing and self.spec.skips else None
         return Decision(
@@ -179,7 +160,7 @@ class TopKRouter(TemperedRouter):
 
 
 @register
-class ExpertChoiceRouterSpec(RouterSpec):
+class ExpertChoiceRouterSpec(LinearSpec):
     """Spec of `ExpertChoiceRouter`."""
 
     kind: Literal["expert_choice"] = "expert_choice"
@@ -193,24 +174,18 @@ class ExpertChoiceRouterSpec(RouterSpec):
     def build(self, width: int, names: Sequence[str]) -> "ExpertChoiceRouter":
         return ExpertChoiceRouter(self, width, names)
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return modules * (width + 1)
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return modules * width
-
 
 class ExpertChoiceRouter(LinearRouter):
     r"""Every sub-module takes its share of the tokens of each row, those with the highest scores;
     $c = \sigma(w h + b)$.
 
     It takes $\lceil \text{share} \cdot L \rceil$ of a row's L valid tokens; of equal scores the earlier token wins. A
-    token whose score is no number counts as padding.
+    token with a NaN score counts as padding.
 
-    Not causal: whether a token is taken depends on the whole row, so a stream is refused, and a language model is no
-    honest use. The gradient goes through the sigmoid of the tokens that were taken. Rates are exact by construction and
-    no router can die. Use it for classification and encoders; it is the rule of Mixture-of-Depths. Its rate is its
-    `share`, whatever is added to the scores, so it cannot be steered.
+    Not causal: whether a token is taken depends on the whole row. So it cannot be streamed, and in a language model it
+    would look at the tokens that are to be predicted. The gradient flows through the sigmoid of the tokens that were
+    taken. Rates are exact by construction and no router can die. Use it for classification and encoders;
+    Mixture-of-Depths uses the same rule. Its rate is its `share` whatever its scores are, so it cannot be steered.
 
     Args:
         spec: the share.
@@ -218,8 +193,8 @@ class ExpertChoiceRouter(LinearRouter):
         names: the sub-modules, M of them.
 
     Shape:
-        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are (half way between the last
-        score that was taken and the first that was not, the own), and `p_on` is their softmax.
+        control `(B, L, D)`; row m of `weight` `(M, D)` scores sub-module m. The logits are the middle between the last
+        score that was taken and the first that was not, and the own score; `p_on` is their softmax.
 
     Reference:
         Zhou et al., "Mixture-of-Experts with Expert Choice Routing", arXiv 2202.09368; Raposo et al.,
@@ -228,16 +203,13 @@ class ExpertChoiceRouter(LinearRouter):
 
     causal = False
 
-    def __init__(self, spec: ExpertChoiceRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, len(names))
-
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         real = keep_valid(~scores.isnan(), valid)
         lengths = real.sum(1, keepdim=True)
-        # 0.07 * 100 is a little more than 7 in floating point, and must not give 8.
+        # In floating point 0.07 * 100 is slightly above 7, and must not give 8.
         taken = (lengths.double() * self.spec.share - 1e-9).ceil().long().clamp(min=1).minimum(lengths)
         ordered, order = scores.detach().masked_fill(~real, -math.inf).sort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter(
@@ -249,14 +221,14 @@ class ExpertChoiceRouter(LinearRouter):
         return Decision(active, confidence, logits, torch.sigmoid(scores - middle), self.names)
 
     def _middle(self, ordered: Tensor, taken: Tensor, lengths: Tensor) -> Tensor:
-        """Half way between the last score that is taken and the next, and below the last; one below it where all are
-        taken.
+        """A threshold below the last score that is taken: the middle between it and the next score; where all are
+        taken, one less.
         """
         if ordered.shape[1] == 0:
             return ordered.sum(1, keepdim=True)
         last = ordered.take_along_dim((taken - 1).clamp(min=0), dim=1)
         following = ordered.take_along_dim(taken.clamp(max=ordered.shape[1] - 1), dim=1)
         middle = last / 2 + following / 2
-        # Between neighbouring numbers there is none, and the half of the sum may round to the upper one.
+        # Between adjacent floats there is no middle, and the half of the sum may round to the upper one.
         middle = middle.where(middle < last, following)
         return middle.where(taken < lengths, _below(last)).where(lengths > 0, 0.0)

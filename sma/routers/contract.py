@@ -18,8 +18,8 @@ from sma.summary import listed, settings
 class RouterSpec(Spec):
     """Root of the router kinds.
 
-    What the rest of the framework needs to know of a kind stands here; a kind that differs overrides it, by a property
-    or by `fixed_rate: ClassVar[bool] = True`.
+    Its properties are the facts about a kind that the rest of the framework uses. A kind overrides them by a property
+    or by a class variable, such as `fixed_rate: ClassVar[bool] = True`.
     """
 
     family: ClassVar[str] = "router"
@@ -44,7 +44,7 @@ class RouterSpec(Spec):
 
     @property
     def needs_policy_gradient(self) -> bool:
-        """Whether the policy gradient is all that the router learns from."""
+        """Whether the router learns from the policy gradient only."""
         return False
 
     def build(self, width: int, names: Sequence[str]) -> "Router":
@@ -67,16 +67,15 @@ class Router(nn.Module):
 
     Attributes:
         causal: whether a decision depends on no later token of its row.
-        to_stream: what to do about a router that is not causal, for the message of a state that it cannot continue
-            from.
-        state_kind: class of the state that it carries along a stream.
+        to_stream: advice for a router that is not causal, in the message about a state that it cannot continue from.
+        state_kind: class of its state.
         names: the sub-modules, in the order of the decision's last axis.
-        layer_index: index of its layer in the model, which sets it.
+        layer_index: index of its layer in the model, set by the model.
         stochastic: whether decisions are drawn in training, with the probability `p_on`.
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., tuple[Decision, State | None]]  # of what torch calls, which editors see as Any
+        __call__: Callable[..., tuple[Decision, State | None]]  # which nn.Module types as Any
 
     causal: bool = True
     to_stream: ClassVar[str] = "choose a causal router, such as 'sma', to stream the model"
@@ -101,10 +100,10 @@ class Router(nn.Module):
         """Decide for every token.
 
         Args:
-            control_BLD: what the router reads.
+            control_BLD: control states.
             valid: False at padding, which is never active; None where there is no padding.
             positions: position of each token in its row's stream, for routers that draw; default `0 … L - 1`.
-            state: where the stream stands; None at its beginning.
+            state: state of the streams; None at their beginning.
 
         Returns:
             the decision, and a new state if and only if one was given.
@@ -114,8 +113,7 @@ class Router(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """Make the state of `batch_size` streams that have seen nothing; a router that looks at one token at a time
-        inherits this.
+        """Make the initial state of `batch_size` streams; a router that looks at single tokens inherits this.
 
         Raises:
             StateError: the router is not causal.
@@ -142,5 +140,5 @@ def kind_of(router: Router) -> str:
 
 
 def keep_valid(active: Bool[Tensor, "B L M"], valid: Bool[Tensor, "B L"] | None) -> Bool[Tensor, "B L M"]:
-    """Switch padding off."""
+    """Make padding inactive."""
     return active if valid is None else active & valid[..., None]

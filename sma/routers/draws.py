@@ -1,4 +1,4 @@
-"""Draws that depend on their keys alone, so that a stream cut into chunks draws what the whole does."""
+"""Random draws that depend only on their keys, so that chunks of a stream get the same draws as the whole."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,28 +17,28 @@ from sma.submodule import State, device_and_dtype
 @register_output
 @dataclass(frozen=True)
 class RandomState(State):
-    """Which row's draws each stream has.
+    """State of a router that draws.
 
     Attributes:
-        rows: numbers of rows.
+        rows: row index of each stream, a key of its draws.
     """
 
     rows: Int[Tensor, "B"]
 
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
-        """The same state: a row that begins again draws what it drew."""
+        """Return the same state: a stream that restarts repeats its draws."""
         return self
 
 
 class DrawingRouter(Router):
-    """A router that draws: each stream keeps the number of its row, wherever it is moved."""
+    """A router that draws; each stream keeps its row index when the batch is reordered."""
 
     state_kind = RandomState
 
     @property
     def draws(self) -> int:
-        """The seed of this router's draws: that of its spec, moved on by its place, so that no layer draws as another
-        does.
+        """The seed of this router's draws: that of its spec, shifted by its layer index, so that layers draw
+        differently.
         """
         spec: Any = self.spec
         return int(spec.seed) + 2**31 * self.layer_index
@@ -48,43 +48,39 @@ class DrawingRouter(Router):
     ) -> RandomState:
         """Make the state of `batch_size` streams; see `Router.init_state`."""
         check_count(batch_size, "batch_size")
-        place = device_and_dtype(self, device, dtype)[0]
-        # Zeros first, which are refused where they do not fit.
-        return RandomState(
-            torch.arange(batch_size, out=zeros((batch_size,), "the state of a router", device=place, dtype=torch.int64))
-        )
+        device, _ = device_and_dtype(self, device, dtype)
+        rows = zeros((batch_size,), "the state of a router", device=device, dtype=torch.int64)  # checks the memory
+        return RandomState(torch.arange(batch_size, out=rows))
 
 
 def draw_for_tokens(
     like_BLM: Tensor, positions: Int[Tensor, "B L"] | None, streams: State | None, seed: int, *keys: Tensor
 ) -> Float[Tensor, "B L M"]:
-    """Draw a number in [0, 1) for every row, position and place of a tensor's last axis, keyed by these, the seed and
+    """Draw a number in [0, 1) for every row, position and index of a tensor's last axis, keyed by these, the seed and
     other keys.
     """
-    rows, length, places = like_BLM.shape
+    rows, length, columns = like_BLM.shape
     device = like_BLM.device
     if positions is None:
         positions = torch.arange(length, device=device).expand(rows, length)
     row = (streams.rows if isinstance(streams, RandomState) else torch.arange(rows, device=device))[:, None, None]
-    return keyed_uniform(seed, *keys, row, positions[..., None], torch.arange(places, device=device))
+    return keyed_uniform(seed, *keys, row, positions[..., None], torch.arange(columns, device=device))
 
 
 def keyed_uniform(seed: int, *keys: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Draw numbers in [0, 1) that depend on the seed and the integer keys alone, not on the order or number of
-    draws.
-    """
+    """Draw numbers in [0, 1) that depend only on the seed and the integer keys, not on the order or number of draws."""
     mixed = torch.full((), (seed + 1) * _ODD % 2**62, device=keys[0].device)
     for key in keys:
         mixed = _scramble(mixed ^ (key.long() + 1) * _ODD)
     return (mixed >> 8 & (2**53 - 1)).double() * 2.0**-53
 
 
-# 2**64 / golden ratio as a signed odd number: multiplying by it spreads neighbouring keys over all bits.
+# 2**64 / golden ratio as a signed odd number: multiplying by it spreads adjacent keys over all bits.
 _ODD = -7046029254386353131
 
 
 def _scramble(bits: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on signed 64-bit numbers whose products wrap around."""
+    """The finaliser of splitmix64, on signed 64-bit integers with wrap-around multiplication."""
     bits = (bits ^ (bits >> 30 & (2**34 - 1))) * -4658895280553007687
     bits = (bits ^ (bits >> 27 & (2**37 - 1))) * -7723592293110705685
     return bits ^ (bits >> 31 & (2**33 - 1))

@@ -1,4 +1,4 @@
-"""Routers that do not learn: the dense layer, and the controls of every claim that a router learned something."""
+"""Routers that do not learn: the dense layer, and controls for what a learned router contributes."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class _FixedRouterSpec(RouterSpec):
 
 
 class _FixedRouter(Router):
-    """A router without parameters, of one probability for all."""
+    """A router without parameters, with one probability for all tokens and sub-modules."""
 
     p_on: float
 
@@ -68,8 +68,7 @@ class AlwaysRouterSpec(_FixedRouterSpec):
 class AlwaysRouter(_FixedRouter):
     """Every valid token runs every sub-module, with confidence exactly 1: the dense layer.
 
-    Causal. Nothing to learn, so no gradient. Use it as the twin against which a routed layer is compared, in accuracy
-    and in time.
+    Causal. It has no parameters and no gradient. Use it as the dense baseline of a routed layer, in accuracy and time.
     """
 
     p_on = 1.0
@@ -89,8 +88,8 @@ class NeverRouterSpec(_FixedRouterSpec):
 class NeverRouter(_FixedRouter):
     """No token runs any sub-module.
 
-    Causal. Nothing to learn, so no gradient; the sub-modules' parameters get gradients of zeros. Use it as the control
-    that shows what the backbone does alone.
+    Causal. It has no parameters and no gradient; the sub-modules' parameters get gradients of zeros. Use it as the
+    control that shows what the backbone alone achieves.
     """
 
     p_on = 0.0
@@ -113,15 +112,13 @@ class RandomRouterSpec(_FixedRouterSpec):
 
 
 class RandomRouter(DrawingRouter, _FixedRouter):
-    """Tokens run sub-modules at random: the control for every claim that a router learned something.
+    """Tokens run sub-modules at random: the control for what a learned router contributes.
 
-    A draw depends on the seed, the layer, the sub-module's place, the row and the position only, so a stream cut into
-    chunks is decided as the whole is, and training as evaluation. It is therefore one fixed pattern: row b of every
-    batch, of every update and of every rank of a distributed training runs the same positions; another `seed` gives
-    another pattern.
+    A draw depends only on the seed, the layer, the sub-module's index, the row and the position. Chunks of a stream are
+    therefore decided as the whole, and training as evaluation. The pattern is fixed: row b of every batch, of every
+    update and of every rank of a distributed training runs the same positions; another `seed` gives another pattern.
 
-    Causal, with confidence exactly 1. Nothing to learn, so no gradient. Use it with the rate that the learned router
-    came to.
+    Causal, with confidence exactly 1. It has no parameters and no gradient. Use it with the rate of the learned router.
     """
 
     def __init__(self, spec: RandomRouterSpec, width: int, names: Sequence[str]) -> None:

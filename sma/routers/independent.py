@@ -1,4 +1,4 @@
-"""Routers that switch every sub-module on or off by itself: any subset, the empty one too."""
+"""Routers that decide about every sub-module independently: any subset of them can run, also none."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.routers.contract import RouterSpec, keep_valid
-from sma.routers.scored import ScoredRouter, TemperedRouter, TemperedSpec
+from sma.routers.contract import keep_valid
+from sma.routers.scored import LinearSpec, ScoredRouter, TemperedRouter, TemperedSpec, probability_on
 from sma.spec import register
 from sma.submodule import State
 
@@ -24,11 +24,8 @@ class SMARouterSpec(TemperedSpec):
     def build(self, width: int, names: Sequence[str]) -> "SMARouter":
         return SMARouter(self, width, names)
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return 2 * modules * (width + 1) + 1
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return 2 * modules * width
+    def choices(self, modules: int) -> int:
+        return 2 * modules
 
 
 class SMARouter(TemperedRouter):
@@ -39,10 +36,9 @@ class SMARouter(TemperedRouter):
     $\tau = e^s$.
     Active iff $p_1 > p_0$: a tie is inactive. Confidence $c = \max(p)$, which is $p_1$ where active.
 
-    Causal. The gradient goes straight through the softmax; the mask carries none, so the router learns only from the
-    tokens that are active, and one that no token activates learns nothing more: `sma.budget` keeps it alive. The same
-    in training and in evaluation. Use it unless something speaks for another: any subset of the sub-modules, nothing
-    drawn, confidences of one half and more.
+    Causal. The gradient flows through the softmax of the active tokens only, so a router without active tokens stops
+    learning; `sma.budget` revives it. Training and evaluation decide alike, without sampling. Confidences are at least
+    one half. Use it by default.
 
     Args:
         spec: the initial temperature.
@@ -56,9 +52,6 @@ class SMARouter(TemperedRouter):
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
     """
 
-    def __init__(self, spec: SMARouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, 2 * len(names))
-
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)
 
@@ -66,15 +59,14 @@ class SMARouter(TemperedRouter):
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
         scores = scores.unflatten(-1, (len(self.names), 2))
-        off, on = scores.unbind(-1)
-        # The softmax over two is the sigmoid of their difference. The scores decide: at a high temperature it rounds to
-        # a tie.
-        p_on = torch.sigmoid((on - off) / self.log_temperature.to(scores.dtype).exp())
-        return Decision(keep_valid(on > off, valid), torch.maximum(p_on, 1 - p_on), scores, p_on, self.names)
+        p_on = probability_on(scores, self.log_temperature.to(scores.dtype).exp())
+        # The scores decide, because at a high temperature the probability rounds to a tie.
+        active = keep_valid(scores[..., 1] > scores[..., 0], valid)
+        return Decision(active, torch.maximum(p_on, 1 - p_on), scores, p_on, self.names)
 
 
 @register
-class ThresholdRouterSpec(RouterSpec):
+class ThresholdRouterSpec(LinearSpec):
     """Spec of `ThresholdRouter`."""
 
     kind: Literal["threshold"] = "threshold"
@@ -83,18 +75,12 @@ class ThresholdRouterSpec(RouterSpec):
     def build(self, width: int, names: Sequence[str]) -> "ThresholdRouter":
         return ThresholdRouter(self, width, names)
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return modules * (width + 1)
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return modules * width
-
 
 class ThresholdRouter(ScoredRouter):
     r"""Independent sigmoid gates: $c = \sigma(w h + b)$, active iff $c > \theta$.
 
-    Causal. The gradient goes through the sigmoid of the active tokens alone. Half the parameters of `sma`, and a
-    confidence that can be small: with a low threshold a sub-module fades in, where `sma` switches it on at one half.
+    Causal. The gradient flows through the sigmoid of the active tokens only. It has half the parameters of `sma`, and
+    its confidence can be small: with a low threshold a sub-module fades in, where `sma` switches it on at one half.
 
     Args:
         spec: the threshold.
@@ -106,15 +92,12 @@ class ThresholdRouter(ScoredRouter):
         $(\mathrm{logit}\,\theta, w h + b)$, and `p_on` is their softmax.
     """
 
-    def __init__(self, spec: ThresholdRouterSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, len(names))
-
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
-        # In double precision, because a threshold near 0 or 1 rounds to it in float32, and its score would be infinite.
+        # In double precision, because in float32 a threshold near 0 or 1 rounds to it and its score would be infinite.
         threshold = scores.new_tensor(math.log(self.spec.threshold / (1 - self.spec.threshold)))
-        # The smallest normal number, because a confidence is above 0 everywhere, and a sigmoid can round to it.
+        # The smallest normal number, because a confidence must be above 0, to which a sigmoid can round.
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
         logits = torch.stack([threshold.expand_as(scores), scores], dim=-1)
         return Decision(

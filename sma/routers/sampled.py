@@ -1,4 +1,4 @@
-"""Routers that sample in training: every token is tried now and then, and what it was worth is learned."""
+"""Routers that sample their decisions in training, to explore."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -8,42 +8,39 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.routers.contract import RouterSpec, keep_valid
+from sma.routers.contract import keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
-from sma.routers.scored import ScoredRouter
+from sma.routers.scored import LinearSpec, ScoredRouter, probability_on
 from sma.spec import register
 from sma.submodule import State
 
 
-class SampledSpec(RouterSpec):
-    """What the specs of routers that sample have in common."""
+class SampledSpec(LinearSpec):
+    """Base of the specs of routers that sample."""
 
     stochastic: ClassVar[bool] = True
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the draws")
 
-    def num_parameters(self, width: int, modules: int) -> int:
-        return 2 * modules * (width + 1)
-
-    def macs_per_token(self, width: int, modules: int) -> int:
-        return 2 * modules * width
+    def choices(self, modules: int) -> int:
+        return 2 * modules
 
 
 class SampledRouter(DrawingRouter, ScoredRouter):
-    r"""In training two Gumbel draws are added to the scores off and on: $v = W h + b + g$; active iff $v_1 > v_0$,
-    which happens with probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn.
+    r"""In training two Gumbel draws are added to the scores for off and on: $v = W h + b + g$; active iff $v_1 > v_0$,
+    which has the probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn.
 
-    The draws depend on the seed, the number of updates, the row, the position and the sub-module alone, so that chunks
-    agree with the whole. The recipes tell the router the number of updates; a training loop of your own calls
-    `set_step`, or the noise stays the same. Ranks of a distributed training number the rows of their own parts, so rows
-    at the same place of two parts meet the same draws: a rank is no key, because ranks that share a row (tensor or
-    context parallelism) must draw alike for it.
+    The draws depend only on the seed, the number of updates, the row, the position and the sub-module, so chunks of a
+    stream agree with the whole. The recipes call `set_step` with the number of updates; your own training loop has to
+    do so too, or the noise stays the same. Every rank of a distributed training numbers the rows of its own shard, so
+    rows with the same index in two shards get the same draws. The rank is no key of a draw, because ranks that share a
+    row (tensor or context parallelism) must draw alike for it.
     """
 
     stochastic = True
     updates: Tensor
 
     def __init__(self, spec: SampledSpec, width: int, names: Sequence[str]) -> None:
-        super().__init__(spec, width, names, 2 * len(names))
+        super().__init__(spec, width, names)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def set_step(self, updates: int) -> None:
@@ -56,7 +53,7 @@ class SampledRouter(DrawingRouter, ScoredRouter):
         return self._sample(scores.unflatten(-1, (-1, 2)), noise.unflatten(-1, (-1, 2)), valid)
 
     def _noise(self, scores: Tensor, positions: Tensor | None, streams: State | None) -> Tensor:
-        # A draw is never 1, and one of 0, whose logarithm is infinite, moves by half a step of their grid.
+        # A draw is never 1; a draw of 0, whose logarithm is infinite, moves by half a step of the grid.
         draw = draw_for_tokens(scores, positions, streams, self.draws, self.updates).clamp(min=2.0**-54)
         return (-(-draw.log()).log()).to(scores.dtype)
 
@@ -66,11 +63,6 @@ class SampledRouter(DrawingRouter, ScoredRouter):
 
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)
-
-
-def p_of(scores: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """The softmax of scores `(…, 2)` for on, as the sigmoid of their difference: finite whatever the scores are."""
-    return torch.sigmoid((scores[..., 1] - scores[..., 0]) / temperature)
 
 
 @register
@@ -100,14 +92,14 @@ class GumbelRouterSpec(SampledSpec):
 
 
 class GumbelRouter(SampledRouter):
-    r"""Samples in training, and learns through the relaxed sample: straight-through Gumbel-softmax.
+    r"""A `SampledRouter` that learns through the relaxed sample: straight-through Gumbel-softmax.
 
-    Samples as every `SampledRouter`. The confidence is exactly 1; its gradient is that of
-    $\mathrm{softmax}(v / \tau)_1$, $\tau$ falling from `temperature` to `final_temperature`.
+    The confidence is exactly 1. Its gradient is that of $\mathrm{softmax}(v / \tau)_1$, where $\tau$ falls from
+    `temperature` to `final_temperature`.
 
-    Causal. Tokens that were not sampled carry no gradient, but every token is sampled now and then, so that a rare
-    sub-module is tried again. Use it where `sma` settles too early. The logits are those without noise, so a budget
-    holds the rate of the evaluation; in training it is the mean of `p_on`.
+    Causal. Tokens that were not sampled carry no gradient, but every token has a chance to be sampled, so a rare
+    sub-module is tried again. Use it where `sma` settles too early. The logits are without noise, so a budget holds the
+    rate in evaluation; the rate in training is the mean of `p_on`.
 
     Args:
         spec: temperatures and seed.
@@ -123,10 +115,10 @@ class GumbelRouter(SampledRouter):
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
         noisy = scores + noise
-        relaxed = p_of(noisy, self._temperature.to(scores.dtype))
+        relaxed = probability_on(noisy, self._temperature.to(scores.dtype))
         confidence = 1 + (relaxed - relaxed.detach())
         active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
-        return Decision(active, confidence, scores, p_of(scores), self.names)
+        return Decision(active, confidence, scores, probability_on(scores), self.names)
 
     @property
     def _temperature(self) -> Tensor:
@@ -147,17 +139,16 @@ class BernoulliRouterSpec(SampledSpec):
 
 
 class BernoulliRouter(SampledRouter):
-    r"""Samples in training, and learns from what the samples led to: a stochastic policy.
+    r"""A `SampledRouter` that learns a stochastic policy, $a \sim \mathrm{Bernoulli}(\sigma(u_1 - u_0))$.
 
-    Samples as every `SampledRouter`: $a \sim \mathrm{Bernoulli}(\sigma(u_1 - u_0))$. The confidence is exactly 1 and
-    its gradient 0: the router is trained by `sma.losses.policy_gradient_loss` alone, which asks whether rows in which a
-    token was active came to a smaller loss than rows in which it was not.
+    The confidence is exactly 1 and its gradient 0. Only `sma.losses.policy_gradient_loss` trains the router: it
+    compares the losses of rows in which a token was active with those of rows in which it was not.
 
-    Causal. Use it where a token is worth something to *others*, as a key and value that they attend to, say. The
-    gradient through a confidence does not see that: it scales the token's own result. Nor would one that scales the
-    token's keys and values, for it tells what a little less of the token does, and not what its absence does. The score
-    function is unbiased for both, and its variance is the price: it needs many rows, and `reward to go` where the
-    answers stand at positions.
+    Causal. Use it where a token matters to *other* tokens, such as a key and value that they attend to. The gradient
+    through a confidence misses that effect, because a confidence scales the token's own result. A gradient that scales
+    the token's keys and values measures a small change of the token, not its absence. The score function is unbiased
+    for both, at the price of a high variance: it needs many rows, and losses by position where the targets are at
+    positions.
 
     Args:
         spec: seed of the draws.
@@ -174,6 +165,6 @@ class BernoulliRouter(SampledRouter):
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
         noisy = scores + noise
-        p_on = p_of(scores)
-        confidence = 1 + 0 * p_on  # zero gradients and never None, whatever losses there are
+        p_on = probability_on(scores)
+        confidence = 1 + 0 * p_on  # gradients of zeros, never None, for every loss
         return Decision(keep_valid(noisy[..., 1] > noisy[..., 0], valid), confidence, scores, p_on, self.names)

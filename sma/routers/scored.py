@@ -18,24 +18,39 @@ from sma.routers.steerable import SteerableRouter
 from sma.submodule import State
 
 
+class LinearSpec(RouterSpec):
+    """Base of the specs of routers with linear scores."""
+
+    def choices(self, modules: int) -> int:
+        """Number of scores per token, one for each row of the weight."""
+        return modules
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        return self.choices(modules) * (width + 1)
+
+    def macs_per_token(self, width: int, modules: int) -> int:
+        return self.choices(modules) * width
+
+
 class LinearRouter(Router):
-    """A router that makes its choices by linear scores: $u = W h + b$, one row per choice.
+    """A router with linear scores: $u = W h + b$, one row per choice.
 
     Args:
-        spec: of the router.
+        spec: spec of the router.
         width: channels of the control state, D.
         names: the sub-modules, M of them.
-        choices: rows of W.
+        choices: rows of W; default those of the spec.
 
     Attributes:
-        weight: `(choices, D)`, truncated normal of standard deviation 0.02 at first.
-        bias: `(choices,)`, 0 at first.
+        weight: `(choices, D)`, initialised from a truncated normal distribution of standard deviation 0.02.
+        bias: `(choices,)`, initialised to 0.
     """
 
-    def __init__(self, spec: Any, width: int, names: Sequence[str], choices: int) -> None:
+    def __init__(self, spec: Any, width: int, names: Sequence[str], choices: int | None = None) -> None:
         super().__init__(names)
         self.spec = spec
         self.width = width
+        choices = spec.choices(len(names)) if choices is None else choices
         self.weight = nn.Parameter(torch.empty(choices, width))
         self.bias = nn.Parameter(torch.zeros(choices))
         truncated_normal_(self.weight)
@@ -60,37 +75,42 @@ class LinearRouter(Router):
         return nn.functional.linear(control_BLD.to(wide), self.weight.to(wide), self._biases(wide))
 
     def _biases(self, wide: torch.dtype) -> Float[Tensor, "choices"]:
-        """What is added to the scores."""
+        """Biases of the scores."""
         return self.bias.to(wide)
 
     def _decide(
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
-        """Decide by the scores `(B, L, choices)`, in float32 or wider; positions and state are those of `forward`."""
+        """Decide by scores `(B, L, choices)` in float32 or wider; positions and state are those of `forward`."""
         raise TypeError(f"{type(self).__name__} must define _decide(self, scores, valid, positions, streams)")
 
 
 class ScoredRouter(LinearRouter, SteerableRouter):
-    """A `LinearRouter` whose rates can be steered: the score bias of a budget is added to the scores for on."""
+    """A `LinearRouter` whose rates can be steered: it adds the score bias of a budget to the scores for on."""
 
     def _biases(self, wide: torch.dtype) -> Float[Tensor, "choices"]:
         return super()._biases(wide) + self._spread(self.score_bias.to(wide))
 
     def _spread(self, score_bias: Tensor) -> Tensor:
-        """Give every choice its score bias: `(M,)` to `(choices,)`; by default the choices are the sub-modules."""
+        """Expand the score biases `(M,)` to `(choices,)`; by default the choices are the sub-modules."""
         return score_bias
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded over the ranks (`fully_shard`), whole; every rank has to ask for it. Any other as it
-    is.
+    """Gather a tensor that is sharded over the ranks (`fully_shard`), which every rank has to call; return any other
+    unchanged.
     """
     whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
     return whole
 
 
-class TemperedSpec(RouterSpec):
-    """What the specs of routers with a learned temperature have in common."""
+def probability_on(scores: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """The softmax of scores `(…, 2)` for on, as the sigmoid of their difference: finite for all finite scores."""
+    return torch.sigmoid((scores[..., 1] - scores[..., 0]) / temperature)
+
+
+class TemperedSpec(LinearSpec):
+    """Base of the specs of routers with a learned temperature."""
 
     temperature_scale: float = Field(
         default=1.0,
@@ -99,13 +119,16 @@ class TemperedSpec(RouterSpec):
         description="initial temperature, in units of sqrt(width); smaller decides more sharply",
     )
 
+    def num_parameters(self, width: int, modules: int) -> int:
+        return super().num_parameters(width, modules) + 1
+
 
 class TemperedRouter(ScoredRouter):
     r"""A router with scores and a learned temperature $\tau = e^s$, one for all sub-modules,
     $s_0 = \ln(\text{scale} \sqrt{D})$.
     """
 
-    def __init__(self, spec: TemperedSpec, width: int, names: Sequence[str], choices: int) -> None:
+    def __init__(self, spec: TemperedSpec, width: int, names: Sequence[str], choices: int | None = None) -> None:
         super().__init__(spec, width, names, choices)
         self.log_temperature = nn.Parameter(torch.tensor([math.log(spec.temperature_scale * math.sqrt(width))]))
 
@@ -115,6 +138,6 @@ class TemperedRouter(ScoredRouter):
         return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).exp()
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        """The softmax over the last axis: from differences, which the temperature makes infinite sooner than wrong."""
+        """The softmax over the last axis, of differences to the maximum: their overflow gives 0, not NaN."""
         shifted = scores - scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores
         return torch.softmax(shifted / self.log_temperature.to(scores.dtype).exp(), dim=-1)

@@ -17,16 +17,16 @@ class SteerableRouter(Router):
     """A router whose activation rates can be steered (`sma.budget`, `sma.calibrate`).
 
     It adds `score_bias` to the scores for on and decides by its logits: a valid token is active iff
-    `logits[..., 1] > logits[..., 0]`, ties that it breaks itself and draws excepted. The score bias is a buffer that
-    `forward` never changes. It stays in float32 or wider whatever the model is converted to: in half precision the
-    steps of a budget would round to nothing.
+    `logits[..., 1] > logits[..., 0]`, except where it breaks ties itself or samples. The score bias is a buffer that
+    `forward` never changes. It stays in float32 or wider when the model is converted: in half precision the steps of a
+    budget would round to 0.
 
     Attributes:
-        score_bias: `(M,)`, 0 at first.
+        score_bias: `(M,)`, initialised to 0.
         minimum_total_rate: the smallest sum of the activation rates.
         maximum_total_rate: the largest sum of the activation rates.
-        competing: whether the sub-modules take tokens from each other alone, and from the choice to run nothing where
-            there is one.
+        competing: whether the sub-modules take tokens only from each other and, where there is one, from the choice to
+            run nothing.
     """
 
     minimum_total_rate: float = 0.0
@@ -44,17 +44,17 @@ class SteerableRouter(Router):
         return 1.0
 
     def skip_margins(self, decision: Decision) -> Float[Tensor, "B L"] | None:
-        """Log-odds by which the best sub-module of a competing router beats running nothing; None where that is no
-        choice of its own.
-        """
-        return None
+        """Log-odds by which the best sub-module beats running nothing; None where running nothing has no score."""
+        if decision.skip_score is None:
+            return None
+        return (decision.logits[..., 1].amax(-1) - decision.skip_score) / self.temperature
 
     def check_targets(self, targets: Mapping[str, float]) -> None:
-        """Check that activation rates, by sub-module, can be reached together; sub-modules that are not named may have
-        any.
+        """Check that activation rates, by sub-module, can be reached together; sub-modules without a target may have
+        any rate.
 
         Raises:
-            InputError: they cannot; says why.
+            InputError: they cannot; the message gives the reason.
         """
         total, free = sum(targets.values()), len(self.names) - len(targets)
         low, high = self.minimum_total_rate, self.maximum_total_rate
@@ -67,9 +67,7 @@ class SteerableRouter(Router):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Convert or move the tensors, which `to`, `half` and their like do by this method, and keep the score bias
-        wide.
-        """
+        """Convert or move the tensors, as `to` and `half` do through this method, but keep the score bias wide."""
         before = self.score_bias
         super()._apply(fn, recurse)
         if self.score_bias.dtype in (torch.bfloat16, torch.float16):
@@ -77,7 +75,7 @@ class SteerableRouter(Router):
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load, and widen a score bias of half precision that took the place of this one (`assign=True`)."""
+        """Load, and widen a score bias in half precision that replaced this one (`assign=True`)."""
         super()._load_from_state_dict(*args)
         self.score_bias = self.score_bias.to(torch.promote_types(self.score_bias.dtype, torch.float32))
 
@@ -86,7 +84,7 @@ def steerable(router: Router) -> SteerableRouter:
     """Return a router whose activation rates can be steered.
 
     Raises:
-        InputError: it cannot be steered; says what to use.
+        InputError: it cannot be steered; the message names an alternative.
     """
     if not isinstance(router, SteerableRouter):
         raise InputError(
