@@ -6,8 +6,8 @@ python -m sma.recipes.compare --task digits,listops,pathfinder --out runs/compar
 python -m sma.recipes.compare --resume runs/compare
 """
 
-if not __package__:  # a script: its Python may not have the package
-    __import__("environment")
+if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+    __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys
 

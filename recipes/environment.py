@@ -1,8 +1,8 @@
-"""Checks the Python that runs a recipe as a script, `python recipes/seqboat_lra.py`, before anything of the project is
-imported.
+"""A check of the Python that runs a recipe, before anything else is imported: `python recipes/seqboat_lra.py` or
+`python -m sma.recipes.seqboat_lra`.
 
-Importing this file ends the program with one message where the package, or what the recipes need, is not installed. It
-uses the standard library alone, and syntax that older versions of Python read too.
+Importing this file ends the program with one message where the package or its extra `recipes` is not installed. Until
+the package is found, the file uses the standard library alone, and syntax that older versions of Python can read.
 """
 
 import importlib.util
@@ -11,7 +11,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTIVATE = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin") / "activate"
-NEEDED = ("pydantic_settings", "lightning", "matplotlib", "torchmetrics")
 
 
 def complaint() -> str:
@@ -22,15 +21,13 @@ def complaint() -> str:
         return f"{here} is too old: 3.11 or newer is required; run first: {advice}"
     if importlib.util.find_spec("sma") is None:
         return f"{here} does not have the package sma; activate its environment first: {advice}"
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        return (
-            f"{here} has no {missing[0]}, which recipes need; install it with: "
-            f"python -m pip install -e '{ROOT}[recipes]'"
-        )
     return ""
 
 
 _found = complaint()
 if _found:
     sys.exit(f"error: {_found}")
+
+from sma.commands.extras import require_extra  # noqa: E402 (the package is there only now)
+
+require_extra("recipes")

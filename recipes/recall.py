@@ -9,8 +9,8 @@ to), `sma` (the paper's router, by itself), `always`, `never`, and `random` at t
 rate sweep at test time: the trained seqboat at other rates, without training.
 """
 
-if not __package__:  # a script: its Python may not have the package
-    __import__("environment")
+if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+    __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys
 

@@ -5,8 +5,8 @@ python recipes/seqboat_lm.py --evaluate RUN
 python recipes/seqboat_lm.py generate --run RUN --prompt "The class" --tokens 2000
 """
 
-if not __package__:  # a script: its Python may not have the package
-    __import__("environment")
+if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+    __import__("sma.recipes.environment" if __package__ else "environment")
 
 import codecs
 import sys
@@ -77,6 +77,8 @@ def write(options: GenerateOptions) -> None:
     Raises:
         SmaError: a sentence for the user.
     """
+    if options.temperature == 0:
+        options.refuse(["top_k", "top_p", "seed"], "--temperature 0 takes the most probable byte and draws nothing")
     folder = options.run / "model" if (options.run / "model").is_dir() else options.run
     model = load(folder)
     if not isinstance(model, LanguageModel):

@@ -5,8 +5,8 @@ python recipes/seqboat_lra.py --resume RUN
 python recipes/seqboat_lra.py --evaluate RUN
 """
 
-if not __package__:  # a script: its Python may not have the package
-    __import__("environment")
+if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+    __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys
 from typing import Literal

@@ -6,6 +6,11 @@ python -m sma.tune report FOLDER
 python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 """
 
+if __name__ == "__main__":
+    from sma.commands.extras import require_extra
+
+    require_extra("tune")
+
 import sys
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,5 +1,6 @@
 """Extras of the distribution: what a command needs beyond the core, and how to install it."""
 
+import sys
 from importlib.util import find_spec
 
 from sma.errors import SpecError
@@ -38,6 +39,19 @@ def check_extra(subject: str, extra: str) -> None:
         for package in NEEDED[each]:
             if not _is_there(package):
                 raise missing_extra(subject, each if each == extra else extra, package=package)
+
+
+def require_extra(extra: str) -> None:
+    """Exit with one message and status 2 if an extra is not installed: for the first line of a program, before its
+    imports.
+    """
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else f"python {sys.argv[0]}"
+    try:
+        check_extra(program, extra)
+    except SpecError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
 
 
 def of_an_extra(error: ImportError) -> bool:

@@ -14,7 +14,7 @@ from sma.arguments import ArgumentParser
 from sma.checkpoint import SPEC
 from sma.commands.extras import missing_extra
 from sma.describe import describe, layer_key
-from sma.errors import SpecError, quote, reason
+from sma.errors import SpecError, nearest, quote, reason
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.presets import read_shipped, shipped
 from sma.spec import load_spec, parse_setting
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "experiment.yaml"
 MANY = 64
 """Layers beyond which `validate` builds each different one once."""
+
+Sort = Literal["model", "experiment", "sweep"]
+FIELDS: tuple[tuple[Sort, tuple[str, ...]], ...] = (
+    ("sweep", ("space", "experiment")),
+    ("experiment", ("task", "training", "model")),
+)
+"""Top-level fields that only sweeps or only experiments have."""
 
 
 def add_describe(parser: ArgumentParser) -> None:
@@ -84,11 +91,16 @@ def read_model_spec(source: str) -> dict[str, Any]:
     )
 
 
-def _sort(data: dict[str, Any]) -> Literal["model", "experiment", "sweep"]:
-    """What a mapping describes, by the fields that only one of them has."""
-    if "kind" not in data and ("space" in data or "experiment" in data):
-        return "sweep"
-    return "experiment" if "kind" not in data and ("task" in data or "training" in data) else "model"
+def _sort(data: dict[str, Any]) -> Sort:
+    """What a mapping describes, by the fields that only one of them has, or by mistyped ones where it has none."""
+    known = {"kind", *ModelSpec.model_fields}
+    for sort, fields in FIELDS:
+        if "kind" not in data and any(name in data for name in fields):
+            return sort
+    for sort, fields in FIELDS:
+        if not known & data.keys() and any(nearest(str(name), fields) for name in data):
+            return sort
+    return "model"
 
 
 @contextmanager
@@ -183,7 +195,7 @@ def run_validate(args: argparse.Namespace) -> Iterator[str]:
     data = read_model_spec(args.spec)
     sort = _sort(data)
     if sort == "model":
-        spec, what = load_spec(data, overrides=dict(map(parse_setting, args.set))), ""
+        spec, what = load_spec(data, overrides=dict(map(parse_setting, args.set))), "a model: "
     elif sort == "experiment":
         experiment = _load_experiment(args, data)
         spec, what = experiment.model, f"an experiment of {_updates(experiment)}; its model is "

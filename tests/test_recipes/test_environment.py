@@ -1,4 +1,4 @@
-"""Recipes as scripts: whatever Python runs them, they work or say what to activate."""
+"""Recipes as programs: whatever Python runs them, they work, or a message states what to activate or to install."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_sma.test_main_training import run_without
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = (
@@ -39,9 +41,20 @@ def test_a_python_without_the_package_is_told_what_to_activate(script, tmp_path)
     )
 
 
-def test_a_python_without_what_recipes_need_is_told_how_to_install_it(tmp_path):
-    (tmp_path / "sma").mkdir()
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(RECIPES)!r}]; import environment"
-    done = _run("-S", "-c", code, folder=tmp_path)
-    assert done.returncode == 1
-    assert "has no pydantic_settings, which recipes need; install it with: python -m pip install -e" in done.stderr
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        *(pytest.param(f"sma.recipes.{name}", "pydantic_settings", "recipes", id=name) for name in NAMES),
+        pytest.param("sma.recipes.seqboat_lra", "lightning", "recipes", id="seqboat_lra without lightning"),
+        pytest.param("sma.tune", "pydantic_settings", "tune", id="tune in the core"),
+        pytest.param("sma.tune", "ray", "tune", id="tune with the recipes"),
+    ],
+)
+def test_an_extra_that_is_missing_is_one_message(module, package, extra, tmp_path):
+    done = run_without([package], module, [], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: python -m {module} needs the extra {extra!r}, of which {package} is not installed; "
+        f"run: pip install 'sparse-modular-activation[{extra}]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []

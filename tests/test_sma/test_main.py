@@ -60,7 +60,7 @@ def test_describe_prints_the_table(listops, capsys):
 def test_every_shipped_spec_is_valid_and_described_as_built(name, capsys):
     status, out, err = _run(capsys, "validate", name)
     assert (status, err) == (0, "")
-    assert out.startswith(f"ok: {name} is a ")
+    assert out.startswith(f"ok: {name} is a model: a ")
     described = json.loads(_run(capsys, "describe", name, "--json", "--build")[1])
     assert described["built"]["parameters"] == described["total"]["parameters"]
 
@@ -122,7 +122,9 @@ def test_a_spec_is_read_from_yaml_from_json_and_from_a_saved_model(causal, tmp_p
     folder = sma.save(sma.build(spec), tmp_path / "saved")
     tables = {_run(capsys, "describe", str(source))[1].partition("\n")[2] for source in (causal, as_json, folder)}
     assert len(tables) == 1
-    expected = f"ok: causal is a sequence_encoder of width 16 with 1 layer and {spec.num_parameters():,} parameters\n"
+    expected = (
+        f"ok: causal is a model: a sequence_encoder of width 16 with 1 layer and {spec.num_parameters():,} parameters\n"
+    )
     assert _run(capsys, "validate", str(causal))[1] == expected
 
 

@@ -23,7 +23,15 @@ DIGITS = "a sequence_classifier of width 48 with 3 layers and 79,639 parameters"
 @pytest.fixture
 def experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    for name, text in {"experiment.yaml": EXPERIMENT, "sweep.yaml": SWEEP, "run/experiment.yaml": EXPERIMENT}.items():
+    files = {
+        "experiment.yaml": EXPERIMENT,
+        "sweep.yaml": SWEEP,
+        "run/experiment.yaml": EXPERIMENT,
+        "mistyped.yaml": EXPERIMENT.replace("training:", "trainig:"),
+        "only_mistyped.yaml": "tsk: {kind: digits}\nmodle: seqboat_digits_tiny\ntrainig: {updates: 1}\n",
+        "mistyped_sweep.yaml": SWEEP.replace("experiment:", "experment:").replace("space:", "spaces:"),
+    }
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
 
@@ -81,6 +89,21 @@ def test_an_experiment_is_validated_as_one(words, answer, capsys):
             id="sweep",
         ),
         pytest.param(
+            ["mistyped.yaml"],
+            "error: ExperimentSpec: unknown field 'trainig'; did you mean 'training'? fields: ",
+            id="mistyped field",
+        ),
+        pytest.param(
+            ["only_mistyped.yaml"],
+            "error: ExperimentSpec: unknown fields 'tsk', 'modle', 'trainig'; did you mean 'task'? fields: ",
+            id="mistyped fields",
+        ),
+        pytest.param(
+            ["mistyped_sweep.yaml"],
+            "error: mistyped_sweep.yaml: unknown field 'experment'; did you mean 'experiment'? fields: ",
+            id="mistyped sweep",
+        ),
+        pytest.param(
             ["experiment.yaml", "--set", "trainin.updates=1"], "error: unknown field path 'trainin.updates'", id="path"
         ),
     ],
@@ -112,7 +135,8 @@ def test_repeating_a_layer_costs_nothing(capsys):
     status, out, _ = _run(capsys, "validate", "seqboat_listops", "--set", "layers.repeat=10000")
     assert (status, out) == (
         0,
-        "ok: seqboat_listops is a sequence_classifier of width 80 with 10,000 layers and 653,675,840 parameters\n",
+        "ok: seqboat_listops is a model: a sequence_classifier of width 80 with 10,000 layers "
+        "and 653,675,840 parameters\n",
     )
     assert time.process_time() - began < 10
 

@@ -112,6 +112,11 @@ def test_every_task_with_a_preset_can_be_trained():
         pytest.param(
             ["evaluate", "nowhere"], "there is no finished run in 'nowhere': experiment.yaml is missing; ", id="run"
         ),
+        pytest.param(
+            ["generate", "nowhere", "--temperature", "0", "--top-k", "5", "--seed", "1"],
+            "--temperature 0 takes the most probable byte and draws nothing; leave --top-k, --seed out\n",
+            id="generate without draws",
+        ),
         pytest.param(["generate", "nowhere"], "there is no saved model in 'nowhere'", id="generate"),
         *(
             pytest.param([name, "x", "--progres"], "--progres: unknown option; did you mean --progress?\n", id=name)
@@ -136,8 +141,8 @@ def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
     )
 
 
-BLOCKED = """
-import sys
+BLOCKER = """
+import runpy, sys
 from importlib.abc import MetaPathFinder
 
 class Blocker(MetaPathFinder):
@@ -146,9 +151,15 @@ class Blocker(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from sma.__main__ import main
-sys.exit(main({words!r}))
+sys.argv[1:] = {words!r}
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
+
+
+def run_without(blocked: list[str], module: str, words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program whose Python lacks some packages."""
+    program = BLOCKER.format(blocked=blocked, module=module, words=words)
+    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +175,7 @@ sys.exit(main({words!r}))
     ],
 )
 def test_an_extra_that_is_missing_is_one_message(words, blocked, extra, tmp_path):
-    program = BLOCKED.format(blocked=blocked, words=words)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = run_without(blocked, "sma", words, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: sma {words[0]} needs the extra {extra!r}, of which {blocked[0]} is not installed; "
@@ -175,8 +185,7 @@ def test_an_extra_that_is_missing_is_one_message(words, blocked, extra, tmp_path
 
 
 def test_help_of_the_core_needs_no_extra(tmp_path):
-    program = BLOCKED.format(blocked=["pydantic_settings", "lightning", "ray", "rich"], words=["--help"])
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = run_without(["pydantic_settings", "lightning", "ray", "rich"], "sma", ["--help"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "    train " in done.stdout
 
