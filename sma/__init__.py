@@ -19,6 +19,7 @@ from sma.ragged import Ragged, compress, extract
 from sma.routers import Router
 from sma.spec import load_spec, register
 from sma.submodule import State, SubModule, SubModuleSpec
+from sma.wrap import RowWise, TokenWise
 
 try:
     __version__ = _version("sparse-modular-activation")
@@ -34,12 +35,14 @@ __all__ = [
     "RoutedLayer",
     "RoutedOutput",
     "Router",
+    "RowWise",
     "SequenceModel",
     "SmaError",
     "SparseModularActivation",
     "State",
     "SubModule",
     "SubModuleSpec",
+    "TokenWise",
     "__version__",
     "build",
     "calibrate",

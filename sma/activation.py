@@ -20,15 +20,18 @@ from sma.checks import (
     check_sizes,
     check_state,
     require_seen,
+    what_came,
 )
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
-from sma.routers import Router
+from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
+from sma.spec import load_spec
 from sma.submodule import State, SubModule, device_and_dtype, may_skip
+from sma.wrap import check_submodules, width_of
 
 
 @register_output
@@ -121,16 +124,18 @@ class SparseModularActivation(nn.Module):
     only those.
 
     Args:
-        router: decides; its `names` are the keys of `modules`.
-        modules: the sub-modules by name; each works on ragged tokens.
+        router: decides; its `names` are the keys of `modules`. A spec or a kind such as `"sma"` is built for them.
+        modules: the sub-modules by name; each works on ragged tokens. `TokenWise` and `RowWise` make sub-modules of
+            plain modules.
         dropout: probability of dropping a channel of a sub-module's result.
+        width: channels of the tokens, D, for a router that is to be built; default what the sub-modules take.
 
     Shape:
         x `(B, L, D)` in, values `(B, L, D)` out.
 
     Raises:
-        InputError: the router decides about other names than there are sub-modules, there are none, or a name is one
-            that torch uses or refuses.
+        InputError: the router decides about other names than there are sub-modules, there are none, a name is one
+            that torch uses or refuses, one is a plain module, or the width is needed and does not follow from them.
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
@@ -139,8 +144,19 @@ class SparseModularActivation(nn.Module):
     if TYPE_CHECKING:
         __call__: Callable[..., RoutedOutput]  # of what torch calls, which editors see as Any
 
-    def __init__(self, router: Router, modules: Mapping[str, nn.Module], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        router: Router | RouterSpec | str,
+        modules: Mapping[str, nn.Module],
+        dropout: float = 0.0,
+        *,
+        width: int | None = None,
+    ) -> None:
         super().__init__()
+        check_submodules(modules)
+        if not isinstance(router, Router):
+            source = {"kind": router} if isinstance(router, str) else router
+            router = load_spec(source, "router").build(width_of(modules) if width is None else width, list(modules))
         if set(router.names) != set(modules):
             raise InputError(
                 f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; "
@@ -325,7 +341,7 @@ class SparseModularActivation(nn.Module):
                 after = before
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
-                result_TD, after = submodules[name](tokens, before)
+                result_TD, after = self._checked(name, submodules[name](tokens, before), values_TD)
                 out_TD = extract_add_(
                     self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD
                 )
@@ -340,6 +356,25 @@ class SparseModularActivation(nn.Module):
         if state is None or routing.state is None:
             return values, None
         return values, RoutedState(routing.state, states, state.seen)
+
+    def _checked(self, name: str, result: Any, values_TD: Tensor) -> tuple[Tensor, State | None]:
+        """Check what a sub-module returned, and return it.
+
+        Raises:
+            InputError: it is no tuple of results and a state, or there is not one result per token.
+        """
+        kind = type(self.submodules[name]).__name__
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise InputError(
+                f"the sub-module {name!r} ({kind}) returned {what_came(result)}; required is a tuple of the results "
+                "(T, D) and the state, None unless one was given: see SubModule.forward"
+            )
+        if not isinstance(result[0], Tensor) or result[0].shape != values_TD.shape:
+            raise InputError(
+                f"the sub-module {name!r} ({kind}) returned {what_came(result[0])} as its results; required is a "
+                f"tensor of shape {tuple(values_TD.shape)}, one result per token"
+            )
+        return result
 
     def _weighted(self, values: Tensor, confidence_BL: Tensor, tokens: Ragged) -> Tensor:
         # Of a hole it is that of another token, and a gradient of 0 times what is not finite would be NaN.

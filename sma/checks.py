@@ -340,18 +340,18 @@ def check_causal(part: Any, name: str = "") -> None:
     """Check that a part can continue a stream.
 
     Args:
-        part: has `causal`, and `to_stream` where it says what to do about it.
+        part: has `causal`, `streams` where that differs, and `to_stream` where it says what to do about it.
         name: of the part in the layer or model that checks it.
 
     Raises:
-        StateError: it looks ahead.
+        StateError: it looks ahead, or keeps no state.
     """
-    if not part.causal:
+    if not getattr(part, "streams", part.causal):
         kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__ if name else None)
         known = "" if kind is None else f"kind {kind}, "
         cure = getattr(part, "to_stream", "build the model with bidirectional=false to stream it")
         label = repr(name) if name else type(part).__name__
-        raise StateError(f"{label} ({known}causal=False) cannot continue from a state; {cure}")
+        raise StateError(f"{label} ({known}causal={part.causal}) cannot continue from a state; {cure}")
 
 
 def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> Kind:

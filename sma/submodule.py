@@ -167,7 +167,8 @@ class SubModule(nn.Module):
 
     Attributes:
         causal: whether the result at a token depends on no later token of its row.
-        to_stream: what makes a part causal that is not, for the message of a state that it cannot continue from.
+        streams: whether it continues from a state; by default, whether it is causal.
+        to_stream: what to do about a part that cannot continue from a state, for the message about it.
     """
 
     if TYPE_CHECKING:
@@ -175,6 +176,10 @@ class SubModule(nn.Module):
 
     causal: bool = False
     to_stream: ClassVar[str] = "build the model with bidirectional=false to stream it"
+
+    @property
+    def streams(self) -> bool:
+        return self.causal
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Compute the result of every token.

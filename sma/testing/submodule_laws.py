@@ -191,7 +191,7 @@ def never_looks_ahead(case: SubModuleCase, example: Example) -> None:
 def chunks_equal_the_whole(case: SubModuleCase, example: Example) -> None:
     """Whole rows, chunks of any size and single steps give the same results."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.causal:
+    if not module.streams:
         return
     wanted = run(module, x, active, example)
     for name, chunks in {"chunks": list(example.chunks()), "single steps": list(example.steps())}.items():
@@ -204,7 +204,7 @@ def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
     """A state carries gradients: training on chunks without detaching is training on the whole."""
     x, active, weight = case.tokens(example), example.active(), case.tokens(example)
     whole, parts = case.make(), case.make()
-    if not whole.causal:
+    if not whole.streams:
         return
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     (run(whole, one, active, example) * weight).sum().backward()
@@ -220,7 +220,7 @@ def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
 def states_are_values(case: SubModuleCase, example: Example) -> None:
     """Forward leaves the old state as it was, so a stream can be continued from it twice."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.causal:
+    if not module.streams:
         return
     _, state = stream(module, x, active, example, example.chunks())
     kept = {name: tensor.clone() for name, tensor in named_tensors(state).items()}
@@ -236,7 +236,7 @@ def states_are_values(case: SubModuleCase, example: Example) -> None:
 def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) -> None:
     """A chunk in which a row has no token leaves that row's state alone, to the last bit."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.causal:
+    if not module.streams:
         return
     _, state = stream(module, x, active, example, example.chunks())
     idle = torch.arange(x.shape[0]) % 2 == 0
@@ -254,7 +254,7 @@ def _head(found: Tensor, wanted: Tensor) -> Tensor:
 def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
     """A state can be permuted, reset, saved and loaded, and its rows then go on where they stood."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.causal:
+    if not module.streams:
         return
     chunks, rows = list(example.chunks()), x.shape[0]
     _, state = stream(module, x, active, example, chunks)
@@ -278,13 +278,13 @@ def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
 def refuses_a_state_unless_causal(case: SubModuleCase, example: Example) -> None:
     """A sub-module that looks ahead says so instead of making a state."""
     module = case.make()
-    if module.causal:
+    if module.streams:
         return
     try:
         module.init_state(2)
     except StateError:
         return
-    raise AssertionError("causal is False, but init_state made a state instead of raising StateError")
+    raise AssertionError("the sub-module does not stream, but init_state made a state instead of raising StateError")
 
 
 def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
