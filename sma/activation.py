@@ -154,7 +154,7 @@ class SparseModularActivation(nn.Module):
     ) -> None:
         super().__init__()
         check_submodules(modules)
-        if not isinstance(router, Router):
+        if isinstance(router, str | Mapping | RouterSpec):
             source = {"kind": router} if isinstance(router, str) else router
             router = load_spec(source, "router").build(width_of(modules) if width is None else width, list(modules))
         if set(router.names) != set(modules):
