@@ -1,0 +1,141 @@
+"""What `TokenWise`, `RowWise` and a layer of plain modules refuse, and how they say it."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import sma
+from sma.errors import InputError, StateError
+from sma.ragged import compress
+from sma.submodule import SubModule
+from sma.wrap import RowWise, TokenWise
+from tests.test_sma.test_wrap import ACTIVE, WIDTH, Convolution, attention, encoder_layer, feed_forward
+
+
+@pytest.mark.parametrize(
+    ("module", "fits"),
+    [
+        pytest.param(nn.Linear(4, 4), r"takes no mask: sma\.TokenWise\(module\) fits", id="linear"),
+        pytest.param(feed_forward(4), r"takes no mask: sma\.TokenWise\(module\) fits", id="sequential"),
+        pytest.param(encoder_layer(4), r"takes 'src_key_padding_mask': sma\.RowWise\(module\) fits", id="encoder"),
+        pytest.param(attention(4), r"sma\.RowWise\(module, mask_argument='key_padding_mask'\) fits", id="multihead"),
+        pytest.param(Convolution(4), r"mixes the tokens of a row: sma\.RowWise\(module, mask_arg", id="convolution"),
+        pytest.param(nn.GRU(4, 4), r"mixes the tokens of a row: sma\.RowWise\(module, mask_arg", id="recurrence"),
+    ],
+)
+def test_a_plain_module_is_refused_with_the_wrapper_that_fits(module, fits):
+    with pytest.raises(InputError, match=rf"^the sub-module 'mlp' is a plain {type(module).__name__}, .*{fits}"):
+        sma.SparseModularActivation("sma", {"mlp": module})
+
+
+@pytest.mark.parametrize("wrong", [3, None, nn.GELU, torch.relu])
+@pytest.mark.usefixtures("as_users_run")
+def test_what_is_no_module_is_refused(wrong):
+    with pytest.raises(InputError, match=r"^the sub-module 'mlp' is .*; required is a Module"):
+        sma.SparseModularActivation("sma", {"mlp": wrong})
+
+
+class Wrong(SubModule):
+    def __init__(self, result: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, tokens, state=None):
+        return self.result(tokens.values)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        pytest.param(lambda x: x, r"returned a torch\.Tensor of shape \(10, 4\).*required is a tuple", id="no-tuple"),
+        pytest.param(lambda x: (x, None, None), "returned a tuple; required is a tuple of the results", id="three"),
+        pytest.param(lambda x: None, "returned None; required is a tuple", id="nothing"),
+        pytest.param(
+            lambda x: (x[:, :3], None), r"shape \(10, 3\).*required is a tensor of shape \(10, 4\)", id="width"
+        ),
+        pytest.param(lambda x: (x[:1], None), r"shape \(1, 4\).*required is a tensor of shape \(10, 4\)", id="tokens"),
+        pytest.param(lambda x: ([x], None), "returned a list as its results", id="list"),
+    ],
+)
+def test_a_sub_module_that_returns_something_else_is_named(result, said):
+    routed = sma.SparseModularActivation("always", {"wrong": Wrong(result)}, width=4)
+    with pytest.raises(InputError, match=rf"^the sub-module 'wrong' \(Wrong\) returned|{said}") as caught:
+        routed(torch.randn(2, 5, 4))
+    assert re.search(said, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(lambda: RowWise(nn.GRU(4, 4)), "batch on the second axis; build GRU with batch_first", id="rnn"),
+        pytest.param(
+            lambda: RowWise(nn.TransformerEncoderLayer(4, 2)),
+            r"batch on the second axis; build TransformerEncoderLayer with|in 'self_attn'; build MultiheadAttention",
+            id="encoder",
+        ),
+        pytest.param(
+            lambda: RowWise(nn.Conv1d(4, 4, 3), mask_argument=None), "takes its channels on the second axis", id="conv"
+        ),
+        pytest.param(
+            lambda: RowWise(encoder_layer(4), mask_argument="src_key_padding_maks"),
+            "does not take; did you mean 'src_key_padding_mask'",
+            id="typo",
+        ),
+        pytest.param(lambda: RowWise(nn.Linear(4, 4)), "give mask_argument=None if padding", id="no-mask"),
+        pytest.param(lambda: RowWise(encoder_layer(4), mask_true_is="real"), "required is 'padding' or", id="polarity"),
+        pytest.param(lambda: TokenWise(TokenWise(nn.Linear(4, 4))), "is a sub-module already", id="twice"),
+        pytest.param(lambda: TokenWise(len), "required is a Module", id="function"),
+        pytest.param(
+            lambda: TokenWise(nn.BatchNorm1d(4, track_running_stats=False)), "set track_running_stats", id="statistics"
+        ),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run")
+def test_what_cannot_be_wrapped_is_refused_when_it_is_built(make, said):
+    with pytest.raises(InputError, match=said):
+        make()
+
+
+@pytest.mark.parametrize("wrap", [TokenWise, lambda module: RowWise(module, mask_argument=None)])
+def test_batch_statistics_are_refused_in_training(wrap):
+    tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.flatten(0, -2)).view_as(x)
+
+    part = wrap(Norm())
+    with pytest.raises(InputError, match=r"contains a batch norm, 'norm', .*: it is in training mode; freeze it"):
+        part(tokens)
+    part.module.eval()
+    assert_close(part(tokens)[0], tokens.values / (1 + 1e-5) ** 0.5)
+
+
+def test_a_wrapped_module_that_returns_something_else_is_named():
+    tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
+    with pytest.raises(InputError, match=r"^TokenWise\(Linear\) returned a torch.Tensor of shape \(8, 2\)"):
+        TokenWise(nn.Linear(4, 2))(tokens)
+    with pytest.raises(InputError, match=r"^RowWise\(GRU\) returned a tuple; required is a tensor \(B, S, D\)"):
+        RowWise(nn.GRU(4, 4, batch_first=True), mask_argument=None)(tokens)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_row_wise_refuses_a_state(causal):
+    part = RowWise(encoder_layer(WIDTH), causal=causal)
+    wanted = rf"RowWise.* \(causal={causal}\) cannot continue from a state; it keeps nothing between chunks"
+    with pytest.raises(StateError, match=wanted):
+        part.init_state(2)
+    with pytest.raises(StateError, match=wanted):
+        part(compress(torch.randn(3, 5, WIDTH), ACTIVE), TokenWise(nn.Identity()).init_state(3))
+    routed = sma.SparseModularActivation("sma", {"row": part})
+    assert routed.causal is causal
+    with pytest.raises(StateError, match=r"'row' \(.*keeps nothing between chunks"):
+        routed.init_state(2)
