@@ -13,9 +13,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sma.errors import DataError, parsing, quote, reason
 from sma.files import open_file, read_file
@@ -62,17 +65,25 @@ class HashedFile:
 Writer = Callable[[Mapping[str, HashedFile]], None]
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits.
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """Return the hash of a file in hexadecimal digits.
 
     Raises:
         DataError: the file cannot be read.
     """
-    total = hashlib.sha256()
     with open_file(path) as file, parsing(path):
-        while block := file.read(_BLOCK):
-            total.update(block)
-    return total.hexdigest()
+        return hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False)).hexdigest()
+
+
+@contextmanager
+def counting_bar(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
+    """Show a progress bar; yields a function that takes `advance=` or `completed=`, a number of samples.
+
+    The bar has no thread of its own, because processes may be forked.
+    """
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, auto_refresh=False, disable=not shown) as bar:
+        yield partial(bar.update, bar.add_task(title, total=total), refresh=True)
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
@@ -153,7 +164,7 @@ def cached_files(
         raise _unkept(folder, error) from error
     hashes = {name: str(_read_manifest(folder)["files"].get(name)) for name in names}
     for name, expected in hashes.items():
-        if sha256_of(folder / name) != expected:
+        if digest_of(folder / name) != expected:
             raise DataError(f"{folder / name} was changed since it was generated; delete it to generate it again")
     return hashes
 

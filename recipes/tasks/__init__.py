@@ -1,4 +1,4 @@
-"""Tasks: what a recipe learns, and where its data comes from. A file or a folder each; `kinds` registers all."""
+"""Tasks: spec and data of each in one file or one folder; `kinds` registers all of them."""
 
 _MOVED = {
     **dict.fromkeys(("ClassificationTask", "Samples", "TaskData", "TaskSpec"), "contract"),
@@ -10,7 +10,7 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> None:
-    """Answer an import of a task from its former place with its present one."""
+    """Raise an error with the present module of a task that was moved."""
     if name in _MOVED:
         raise ImportError(f"{name} has moved to {__name__}.{_MOVED[name]}", name=f"{__name__}.{_MOVED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

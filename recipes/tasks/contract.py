@@ -1,6 +1,6 @@
 """The contract of a task: data in three splits, requirements on the model, the metric, and the objective."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from sma.errors import SpecError
 from sma.model import ModelSpec
-from sma.recipes.tasks.batch import Batch
+from sma.recipes.tasks.batch import Batch, collate
 from sma.spec import Spec
+
+SPLITS = ("train", "validation", "test")
 
 
 class Samples(Protocol):
@@ -50,6 +52,21 @@ class TaskData(NamedTuple):
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int] | None = None
     sample_rate: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        splits: Iterable[Any],
+        show: Callable[[Tensor], list[str]],
+        *,
+        hashes: Mapping[str, str] | None = None,
+        collate: Callable[[Sequence[Any]], Batch] = collate,
+        **facts: Any,
+    ) -> "TaskData":
+        """Make the data of its three splits, in the order of `SPLITS`; `hashes` defaults to the `sha256` of each."""
+        train, validation, test = splits
+        hashes = hashes or {name: split.sha256 for name, split in zip(SPLITS, (train, validation, test), strict=True)}
+        return cls(train, validation, test, hashes, collate, show, **facts)
 
 
 class Metric(NamedTuple):
@@ -151,6 +168,9 @@ class ClassificationTask(TaskSpec):
     rows_per_sample: ClassVar[int] = 1
     """Number of documents of a sample, each of which is a row of the inputs."""
 
+    numbers: ClassVar[str] = ""
+    """Noun for the real numbers that the model reads, one per position; empty if it reads token ids."""
+
     @property
     def classes(self) -> int:
         """Number of classes."""
@@ -174,17 +194,7 @@ class ClassificationTask(TaskSpec):
         if model.rows_per_sample != self.rows_per_sample:
             fitting = "pair_classifier" if self.rows_per_sample == 2 else "sequence_classifier"
             raise ValueError(f"the model kind {model.kind!r} does not fit the task {self.kind!r}; use kind {fitting!r}")
-
-
-def check_reads_numbers(model: ModelSpec, what: str) -> None:
-    """Check that the encoder of a model reads a real number per position.
-
-    Args:
-        model: the model.
-        what: noun for the numbers, for the message.
-
-    Raises:
-        ValueError: the encoder reads something else.
-    """
-    if model.encoder.reads not in ("numbers", None):
-        raise ValueError(f"model.encoder.kind={model.encoder.kind!r} does not read {what}; use kind 'real_number'")
+        if self.numbers and model.encoder.reads not in ("numbers", None):
+            raise ValueError(
+                f"model.encoder.kind={model.encoder.kind!r} does not read {self.numbers}; use kind 'real_number'"
+            )

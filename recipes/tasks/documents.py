@@ -5,6 +5,7 @@ The id of a byte is its value plus one, and 0 is padding: 257 ids, those of the 
 
 import hashlib
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
         targets: the classes.
     """
 
+    first_id: ClassVar[int] = 1
+    """Id of the byte 0."""
+
     def __init__(
         self, content: UInt8[np.ndarray, " T"], offsets: Int64[Tensor, " N_plus_1"], targets: Int64[Tensor, " N"]
     ) -> None:
@@ -76,10 +80,9 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
 
     def select(self, numbers: Int64[Tensor, " M"]) -> "DocumentDataset":
         """Some of the documents, in the order of their numbers."""
-        parts = [self._slice(number) for number in numbers.tolist()]
-        content = np.concatenate([self.content[part] for part in parts]) if parts else self.content[:0]
-        lengths = self.lengths[numbers]
-        return DocumentDataset(content, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), self.targets[numbers])
+        content = [self.content[:0], *(self.content[self._slice(number)] for number in numbers.tolist())]
+        offsets = torch.cat([numbers.new_zeros(1), self.lengths[numbers].cumsum(0)])
+        return DocumentDataset(np.concatenate(content), offsets, self.targets[numbers])
 
     def _slice(self, number: int) -> slice:
         return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
@@ -89,7 +92,8 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Int64[Tensor, " L"], int]:
         number = range(len(self))[index]
-        return ids_of(self.content[self._slice(number)]), int(self.targets[number])
+        content = self.content[self._slice(number)].astype(np.int64)
+        return torch.from_numpy(content + self.first_id), int(self.targets[number])
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
@@ -101,7 +105,43 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
         """SHA-256 of the bytes of all documents, their lengths (8 bytes each, little-endian) and their classes (a byte
         each), concatenated.
         """
-        total = hashlib.sha256(self.content.tobytes())
-        total.update(self.lengths.numpy().astype("<i8").tobytes())
-        total.update(self.targets.numpy().astype(np.uint8).tobytes())
-        return total.hexdigest()
+        return _sha256(self.content, self.lengths, self.targets)
+
+
+class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
+    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and the class.
+
+    Args:
+        content: bytes of all documents, such as a file mapped into memory.
+        spans: start and end of the first document and of the second one in it, `(N, 4)`.
+        targets: the classes.
+    """
+
+    def __init__(
+        self, content: UInt8[np.ndarray, " T"], spans: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
+    ) -> None:
+        self.content, self.spans, self.targets = content, spans, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[tuple[Int64[Tensor, " L1"], Int64[Tensor, " L2"]], int]:
+        number = range(len(self))[index]
+        first, end, second, last = self.spans[number].tolist()
+        return (ids_of(self.content[first:end]), ids_of(self.content[second:last])), int(self.targets[number])
+
+    @property
+    def lengths(self) -> Int64[Tensor, " N"]:
+        """Number of bytes of the longer document of every pair."""
+        return (self.spans[:, 1::2] - self.spans[:, 0::2]).amax(1)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the content, the spans (8 bytes each, little-endian) and the classes (a byte each)."""
+        return _sha256(self.content, self.spans, self.targets)
+
+
+def _sha256(content: UInt8[np.ndarray, " T"], numbers: Int64[Tensor, "*N"], targets: Int64[Tensor, " N"]) -> str:
+    total = hashlib.sha256(content.tobytes())
+    total.update(numbers.numpy().astype("<i8").tobytes() + targets.numpy().astype(np.uint8).tobytes())
+    return total.hexdigest()

@@ -4,43 +4,41 @@ Every split has two `.npy` files, `NAME_images.npy` (N, pixels) and `NAME_labels
 into memory, so a data set may be larger than the memory, and read without pickle.
 """
 
+import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sma.errors import DataError, parsing, quote
 from sma.files import open_file
 from sma.memory import check_memory
-from sma.recipes.io.generated import HashedFile, cached_files
+from sma.recipes.io.generated import HashedFile, cached_files, counting_bar
 from sma.recipes.io.mapped import Mapped, map_file
-
-SPLITS = ("train", "validation", "test")
-GREYS = 255
-"""The grey value of white."""
+from sma.recipes.tasks.contract import SPLITS, TaskData
 
 
 class GreyDataset(Dataset[tuple[Tensor, int]]):
-    """Images as `(pixels, target)`: pixels (x / 255 - mean) / std of shape `(L,)`, row after row, and the class.
+    """Images as `(pixels, target)`: pixels (x / scale - mean) / std of shape `(L,)`, row after row, and the class.
 
     Args:
         pixels: grey values x.
         targets: the classes.
         mean: mean of the standardisation.
         std: standard deviation of the standardisation.
+        scale: divisor of the grey values.
     """
 
     def __init__(
-        self, pixels: UInt8[np.ndarray, "N L"], targets: UInt8[np.ndarray, " N"], mean: float, std: float
+        self, pixels: UInt8[np.ndarray, "N L"], targets: UInt8[np.ndarray, " N"], mean: float, std: float, scale: int
     ) -> None:
-        self.pixels, self.targets, self.mean, self.std = pixels, targets, mean, std
+        self.pixels, self.targets, self.mean, self.std, self.scale = pixels, targets, mean, std, scale
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -48,25 +46,21 @@ class GreyDataset(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Float[Tensor, " L"], int]:
         number = range(len(self))[index]
         grey = torch.from_numpy(self.pixels[number].astype(np.float32))  # a copy: the map cannot be written
-        return (grey / GREYS - self.mean) / self.std, int(self.targets[number])
+        return (grey / self.scale - self.mean) / self.std, int(self.targets[number])
 
     @property
     def lengths(self) -> Int64[Tensor, " N"]:
         """Number of pixels of every image."""
         return torch.full((len(self),), self.pixels.shape[1])
 
-
-class GreyData(NamedTuple):
-    """The three splits, and the SHA-256 of every file or split, by name."""
-
-    train: GreyDataset
-    validation: GreyDataset
-    test: GreyDataset
-    hashes: dict[str, str]
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the grey values, a byte each, image after image, followed by the classes, a byte each."""
+        return hashlib.sha256(self.pixels.tobytes() + self.targets.tobytes()).hexdigest()
 
     def show(self, pixels: Float[Tensor, " L"]) -> list[str]:
-        """The grey value of every standardised pixel, `0` to `255`."""
-        return [str(round(value)) for value in ((pixels.double() * self.train.std + self.train.mean) * GREYS).tolist()]
+        """The grey value of every standardised pixel."""
+        return [str(round(value)) for value in ((pixels.double() * self.std + self.mean) * self.scale).tolist()]
 
 
 _AGAIN = "delete {} to have it made again"
@@ -81,24 +75,24 @@ def cached_grey(
     recipe: Mapping[str, Any],
     *,
     sizes: Mapping[str, int],
-    pixels: int,
-    classes: int,
+    side: int,
+    class_names: tuple[str, ...],
     chunks: Callable[[str], Iterable[Chunk]],
     mean: float,
     std: float,
     title: str,
     progress: bool = True,
-) -> GreyData:
+) -> TaskData:
     """Return the data set in `folder`, after generating it if it is not there; see `cached_files`.
 
     Args:
         folder: a folder for this data alone.
         recipe: everything that determines the content of the files.
         sizes: number of images of every split, by `SPLITS`.
-        pixels: number of pixels of an image.
-        classes: number of classes.
+        side: height and width of an image, in pixels.
+        class_names: names of the classes, in their order.
         chunks: function that yields the images of a split, `sizes[split]` of them in all. A generator is closed.
-        mean, std: see `GreyDataset`.
+        mean, std: see `GreyDataset`; the scale is 255.
         title: title of the progress bar.
         progress: whether to show the bar.
 
@@ -106,16 +100,13 @@ def cached_grey(
         DataError: the folder holds other data or a changed file, has too little space, or cannot be written; or the
             memory is too small.
     """
-    total = sum(sizes.values())
+    total, pixels = sum(sizes.values()), side**2
     # Labels and lengths.
     check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="ask for fewer images")
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
 
     def write(files: Mapping[str, HashedFile]) -> None:
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Without a thread of the bar, because processes may be forked.
-        with Progress(*columns, auto_refresh=False, disable=not progress) as bar:
-            task = bar.add_task(title, total=total)
+        with counting_bar(title, total, progress) as update:
             for split in SPLITS:
                 images, labels = files[f"{split}_images.npy"], files[f"{split}_labels.npy"]
                 _write_header(images, (sizes[split], pixels))
@@ -124,7 +115,7 @@ def cached_grey(
                     for grey, targets in parts:
                         images.write(np.ascontiguousarray(grey).tobytes())
                         labels.write(targets.tobytes())
-                        bar.update(task, advance=len(targets), refresh=True)
+                        update(advance=len(targets))
 
     hashes = cached_files(
         folder, recipe, names, write, needed=total * (pixels + 1), what=f"{title} of {total:,} images"
@@ -133,11 +124,10 @@ def cached_grey(
     for split in SPLITS:
         images = read_array(folder / f"{split}_images.npy", (sizes[split], pixels))
         labels = np.array(read_array(folder / f"{split}_labels.npy", (sizes[split],)))
-        if labels.max(initial=0) >= classes:
+        if labels.max(initial=0) >= len(class_names):
             raise DataError(f"{folder / f'{split}_labels.npy'} has the label {labels.max()}; {_AGAIN.format(folder)}")
-        datasets.append(GreyDataset(images, labels, mean, std))
-    train, validation, test = datasets
-    return GreyData(train, validation, test, hashes)
+        datasets.append(GreyDataset(images, labels, mean, std, 255))
+    return TaskData.of(datasets, datasets[0].show, hashes=hashes, class_names=class_names, image_shape=(side, side))
 
 
 def read_array(path: Path, shape: tuple[int, ...]) -> Mapped:

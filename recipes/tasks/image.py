@@ -1,8 +1,9 @@
-"""CIFAR-10 in grey, the task Image of Long Range Arena: 60,000 photographs of 32 x 32 pixels in 10 classes, read row
-after row.
+"""CIFAR-10 in grey: 60,000 photographs of 32 x 32 pixels in 10 classes, row after row. The image task of the Long
+Range Arena.
 
-The binary version is read, six files of 10,000 records: a byte for the class, then 1,024 bytes each of red, green and
-blue. The Python version is pickled, and unpickling runs whatever a file says, so it is not read.
+The files are those of the binary version: six files of 10,000 records. A record is a byte for the class, then 1,024
+bytes each of red, green and blue. The Python version is not read, because it is pickled, and unpickling can run any
+code.
 
 Reference:
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009;
@@ -10,10 +11,9 @@ Reference:
     Grey as Tay et al., "Long Range Arena", arXiv 2011.04006: ITU-R 601-2 luma.
 """
 
-import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,20 +22,18 @@ from pydantic import Field
 
 from sma.errors import DataError, parsing
 from sma.files import open_file
-from sma.model import ModelSpec
 from sma.recipes.io.hub import from_hub
 from sma.recipes.io.published import published_folder
-from sma.recipes.tasks.batch import collate
-from sma.recipes.tasks.contract import ClassificationTask, TaskData, check_reads_numbers
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.recipes.tasks.digits import SIDE as DIGIT_SIDE
-from sma.recipes.tasks.digits import DigitsDataset, load_digits
-from sma.recipes.tasks.grey import SPLITS, GreyData, GreyDataset
+from sma.recipes.tasks.digits import DigitsSettings, read_digits, split_digits
+from sma.recipes.tasks.grey import GreyDataset
 from sma.spec import Spec, register
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
 RECORDS = 10_000
-"""Records of every file."""
+"""Number of records of every file."""
 
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILE = "test_batch.bin"
@@ -58,9 +56,9 @@ class CifarSettings(Spec):
 
     source: Literal["binary", "hub", "digits"] = Field(
         default="binary",
-        description="the files of the binary version; or the Hugging Face Hub, through the package `datasets`; or, for "
-        "trying the pipeline, no photographs but scikit-learn's handwritten digits, each pixel enlarged to 4 x 4: "
-        "1,438 to train on and 359 to test on",
+        description="binary: the files of the binary version; hub: the Hugging Face Hub, through the package "
+        "`datasets`; digits: for trials of the pipeline, scikit-learn's handwritten digits, each pixel enlarged to "
+        "4 x 4, 1,438 training and validation images and 359 test images",
     )
     download: bool = Field(default=False, description="download the binary version (170 MB) if it is not found")
     validation: int = Field(
@@ -69,7 +67,7 @@ class CifarSettings(Spec):
     seed: int = Field(default=42, ge=0, lt=2**31, description="seed of the split")
 
 
-def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = True) -> GreyData:
+def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = True) -> TaskData:
     """Return the grey images in three splits of 45,000, 5,000 and 10,000; pixels are (x / 255 - 0.48) / 0.24.
 
     Args:
@@ -92,30 +90,25 @@ def load_cifar(settings: CifarSettings, folder: str | Path, *, progress: bool = 
         )
     order = torch.randperm(len(train[1]), generator=torch.Generator().manual_seed(settings.seed)).numpy()
     kept = len(order) - settings.validation
-    parts = [tuple(part[numbers] for part in train) for numbers in (order[:kept], order[kept:])]
-    splits = {
-        name: GreyDataset(pixels, targets, _MEAN, _STD)
-        for name, (pixels, targets) in zip(SPLITS, [*parts, test], strict=True)
-    }
-    hashes = {
-        name: hashlib.sha256(split.pixels.tobytes() + split.targets.tobytes()).hexdigest()
-        for name, split in splits.items()
-    }
-    return GreyData(**splits, hashes=hashes)
+    splits = [*(tuple(part[numbers] for part in train) for numbers in (order[:kept], order[kept:])), test]
+    datasets = [GreyDataset(pixels, targets, _MEAN, _STD, 255) for pixels, targets in splits]
+    names = tuple(map(str, range(len(CLASSES)))) if settings.source == "digits" else CLASSES
+    return TaskData.of(datasets, datasets[0].show, class_names=names, image_shape=(SIDE, SIDE))
 
 
 def read_batch(path: Path) -> Images:
     """Read one file of the binary version; returns grey pixels and classes.
 
     Raises:
-        DataError: the file cannot be read, has another size, or has a class above 9; names the file and the record.
+        DataError: the file cannot be read, has another size, or has a class above 9; the message has the file and the
+            record.
     """
     with open_file(path) as file, parsing(path):
         size = os.fstat(file.fileno()).st_size
         if size != RECORDS * _RECORD:
             raise DataError(
                 f"{path} has {size:,} bytes; {RECORDS * _RECORD:,} are required, {RECORDS:,} records of {_RECORD:,}: "
-                f"it is truncated or no file of the binary version; delete it and unpack {ARCHIVE} again"
+                f"it is truncated or not a file of the binary version; delete it and unpack {ARCHIVE} again"
             )
         records = np.frombuffer(file.read(size), dtype=np.uint8).reshape(RECORDS, _RECORD)
     _check_classes(records[:, 0], str(path))
@@ -123,8 +116,8 @@ def read_batch(path: Path) -> Images:
 
 
 def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
-    """Return the grey values of red, green and blue ones: 0.299 R + 0.587 G + 0.114 B in 16 binary places, rounded, as
-    Pillow's mode L.
+    """Return grey values, equal to those of Pillow's mode L: 0.299 R + 0.587 G + 0.114 B, with 16-bit fixed-point
+    coefficients, rounded.
 
     Shape:
         `(N, 3, L)` in, `(N, L)` out.
@@ -141,7 +134,7 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
         unpacked,
         url=URL,
         md5=MD5,
-        archive_most=1 << 28,  # it has 170 MB
+        archive_most=1 << 28,  # the archive has 170 MB
         files_most=(len(TRAIN_FILES) + 1) * RECORDS * _RECORD,
         missing=_missing(folder),
         members=lambda name: name.rpartition("/")[2] in (*TRAIN_FILES, TEST_FILE),
@@ -159,22 +152,19 @@ def _missing(folder: Path) -> str:
         f"nor {ARCHIVE} in {folder}"
     )
     for name in _PICKLED:
-        if os.path.exists(folder / name):  # which is false for names that cannot be
-            missing += f" but {name}, which is not read: it is pickled, and unpickling would run whatever it says"
+        if os.path.exists(folder / name):  # unlike Path.exists, false for invalid names
+            missing += f" but {name}, which is not read, because unpickling it could run any code"
     return missing
 
 
 def _from_digits() -> tuple[Images, Images]:
-    made = load_digits()
-    parts = [_enlarged(split) for split in (made.train, made.validation, made.test)]
-    train = np.concatenate([pixels for pixels, _ in parts[:2]]), np.concatenate([targets for _, targets in parts[:2]])
-    return train, parts[2]
-
-
-def _enlarged(split: DigitsDataset) -> Images:
-    grey = (split.pixels.numpy().astype(np.uint16) * 255 // 16).astype(np.uint8).reshape(-1, DIGIT_SIDE, DIGIT_SIDE)
+    pixels, targets = read_digits()
+    train, validation, test = split_digits(targets, DigitsSettings())
     factor = SIDE // DIGIT_SIDE
-    return grey.repeat(factor, 1).repeat(factor, 2).reshape(-1, _PIXELS), split.targets.numpy().astype(np.uint8)
+    images = (pixels.astype(np.uint16) * 255 // 16).astype(np.uint8).reshape(-1, DIGIT_SIDE, DIGIT_SIDE)
+    grey = images.repeat(factor, 1).repeat(factor, 2).reshape(-1, _PIXELS)
+    train = np.concatenate([train, validation])
+    return (grey[train], targets[train]), (grey[test], targets[test])
 
 
 def _from_hub(folder: Path) -> tuple[Images, Images]:
@@ -204,41 +194,28 @@ def _check_classes(targets: Integer[np.ndarray, " N"], where: str) -> None:
     if len(bad):
         raise DataError(
             f"{where}: record {bad[0]} has the class {targets[bad[0]]}; "
-            f"classes are 0 to {len(CLASSES) - 1}, so it is damaged"
+            f"classes are 0 to {len(CLASSES) - 1}, so the data is damaged"
         )
 
 
 @register
 class ImageTask(ClassificationTask):
-    """Grey photographs of 32x32 pixels, read pixel by pixel; the answer is one of ten classes.
+    """Grey photographs of 32x32 pixels, read pixel by pixel; the class is one of ten kinds of objects.
 
-    Or handwritten digits, enlarged to that size; then it is the digit.
+    With `source=digits`, handwritten digits enlarged to that size; the class is the digit.
     """
 
     kind: Literal["image"] = "image"
-    data: CifarSettings = Field(
-        default=CifarSettings(), description="where the images come from, and how they are split"
-    )
+    data: CifarSettings = Field(default=CifarSettings(), description="source of the images, and their splits")
+    numbers: ClassVar[str] = "grey values"
 
     @property
     def classes(self) -> int:
         return len(CLASSES)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in their order."""
-        return tuple(map(str, range(len(CLASSES)))) if self.data.source == "digits" else CLASSES
-
-    def check_model(self, model: ModelSpec) -> None:
-        super().check_model(model)
-        check_reads_numbers(model, "grey values")
-
-    @property
     def least_length(self) -> int:
         return SIDE * SIDE
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
-        made = load_cifar(self.data, folder, progress=progress)
-        return TaskData(
-            *made[:3], made.hashes, collate, made.show, class_names=self.class_names, image_shape=(SIDE, SIDE)
-        )
+        return load_cifar(self.data, folder, progress=progress)

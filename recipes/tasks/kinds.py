@@ -1,4 +1,4 @@
-"""All tasks that come with the recipes: importing this file registers their kinds."""
+"""All tasks of the recipes; an import of this file registers their kinds."""
 
 from sma.recipes.tasks import digits, image, recall, retrieval, text
 from sma.recipes.tasks.language import task as language

@@ -6,24 +6,19 @@ The text differs between versions of Python: compare results by its SHA-256.
 The passages replace reviews and papers only for trials of the pipeline. Accuracies on them are not comparable.
 """
 
-import hashlib
 import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
 from sma.errors import DataError
-from sma.recipes.tasks.documents import DocumentDataset
+from sma.recipes.tasks.documents import DocumentDataset, PairDataset
 
-SPLITS = ("train", "validation", "test")
 TEST = 0.2
 """Fraction of the modules in the test split."""
 
@@ -106,18 +101,12 @@ def deal_modules(names: Iterable[str], validation: float, seed: int) -> dict[str
     return parts
 
 
-class PythonDocuments(NamedTuple):
-    """Passages, with class 1 for modules of `INTERNET`, in three splits with equally many of both classes."""
-
-    train: DocumentDataset
-    validation: DocumentDataset
-    test: DocumentDataset
-
-
 def python_documents(
     length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
-) -> PythonDocuments:
-    """Cut modules into passages; class 1 is `INTERNET`.
+) -> list[DocumentDataset]:
+    """Cut modules into passages with class 1 for modules of `INTERNET`; returns the three splits.
+
+    Every split has equally many passages of both classes.
 
     Args:
         length: bytes of every passage.
@@ -151,33 +140,12 @@ def python_documents(
                 for number in torch.randperm(len(passages), generator=generator)[:count].tolist()
             )
         )
-    return PythonDocuments(*splits)
-
-
-class Pairs(NamedTuple):
-    """Pairs of passages, with target 1 if the second continues the first.
-
-    Shape:
-        content `(T,)`, the bytes of all modules; spans `(N, 4)`, start and end of the first passage and of the second;
-        targets `(N,)`.
-    """
-
-    content: UInt8[np.ndarray, " T"]
-    spans: Int64[Tensor, "N 4"]
-    targets: Int64[Tensor, " N"]
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the content, the spans (8 bytes each, little-endian) and the targets (a byte each)."""
-        total = hashlib.sha256(self.content.tobytes())
-        total.update(self.spans.numpy().astype("<i8").tobytes())
-        total.update(self.targets.numpy().astype(np.uint8).tobytes())
-        return total.hexdigest()
+    return splits
 
 
 def python_pairs(
     length: int, validation: float, seed: int, modules: Mapping[str, bytes] | None = None
-) -> dict[str, Pairs]:
+) -> dict[str, PairDataset]:
     """Pair every first passage with its continuation (1), and with a passage of another module of the split (0).
 
     Every second passage also occurs once with each target, so no single passage determines the target.
@@ -199,7 +167,7 @@ def python_pairs(
     }
 
 
-def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> Pairs:
+def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> PairDataset:
     generator = torch.Generator().manual_seed(seed)
     bounds = list(pairwise(accumulate(map(len, contents), initial=0)))
     firsts = torch.tensor([start for begin, end in bounds for start in range(begin, end - 2 * length + 1, 2 * length)])
@@ -219,4 +187,4 @@ def _pairs(contents: Sequence[bytes], length: int, seed: int, split: str) -> Pai
     firsts = firsts.repeat(2)
     spans = torch.stack((firsts, firsts + length, seconds, seconds + length), 1)
     targets = torch.cat((torch.ones(len(others)), torch.zeros(len(others)))).long()
-    return Pairs(np.frombuffer(b"".join(contents), dtype=np.uint8), spans, targets)
+    return PairDataset(np.frombuffer(b"".join(contents), dtype=np.uint8), spans, targets)

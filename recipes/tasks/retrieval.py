@@ -14,14 +14,10 @@ import codecs
 import hashlib
 from array import array
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
 from pydantic import Field
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from sma import pairs  # noqa: F401 registers the kind of model that reads pairs
 from sma.errors import DataError, quote
@@ -30,7 +26,7 @@ from sma.recipes.io.lines import lines_of
 from sma.recipes.io.mapped import map_file
 from sma.recipes.tasks.batch import collate_pairs
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
-from sma.recipes.tasks.documents import check_vocabulary, ids_of, show
+from sma.recipes.tasks.documents import PairDataset, check_vocabulary, show
 from sma.recipes.tasks.lra import release_folder
 from sma.recipes.tasks.python_text import python_pairs
 from sma.spec import Spec, register
@@ -65,45 +61,7 @@ class AANSettings(Spec):
     seed: int = Field(default=0, ge=0, lt=2**31, description="with source=python: seed of the splits and the pairs")
 
 
-class PairDataset(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Pairs of documents as `((first, second), target)`: int64 ids of shape `(L,)` each, and 1 if one cites the other.
-
-    Args:
-        content: bytes of all documents, such as a file mapped into memory.
-        spans: start and end of the first text and of the second in it, `(N, 4)`.
-        targets: the labels.
-    """
-
-    def __init__(
-        self, content: UInt8[np.ndarray, " T"], spans: Int64[Tensor, "N 4"], targets: Int64[Tensor, " N"]
-    ) -> None:
-        self.content, self.spans, self.targets = content, spans, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[tuple[Int64[Tensor, " L1"], Int64[Tensor, " L2"]], int]:
-        number = range(len(self))[index]
-        first, end, second, last = self.spans[number].tolist()
-        return (ids_of(self.content[first:end]), ids_of(self.content[second:last])), int(self.targets[number])
-
-    @property
-    def lengths(self) -> Int64[Tensor, " N"]:
-        """Bytes of the longer document of every pair."""
-        return (self.spans[:, 1::2] - self.spans[:, 0::2]).amax(1)
-
-
-class AANData(NamedTuple):
-    """The three splits, the SHA-256 of every file or split by name, and the names of the classes."""
-
-    train: PairDataset
-    validation: PairDataset
-    test: PairDataset
-    hashes: dict[str, str]
-    class_names: tuple[str, ...] = CLASSES
-
-
-def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> AANData:
+def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True) -> TaskData:
     """Return the pairs of the release in the data folder `folder`, or those of Python's modules.
 
     See `sma.recipes.tasks.lra` for the folders that are searched for the release.
@@ -112,16 +70,12 @@ def load_aan(settings: AANSettings, folder: str | Path, *, progress: bool = True
         DataError: a file is missing or broken, or Python's sources are missing; the message has the file and the line.
     """
     if settings.source == "python":
-        made = python_pairs(settings.length, settings.validation, settings.seed)
-        parts = {split: PairDataset(*pairs) for split, pairs in made.items()}
-        return AANData(
-            **parts, hashes={split: pairs.sha256 for split, pairs in made.items()}, class_names=PYTHON_CLASSES
-        )
+        pairs = python_pairs(settings.length, settings.validation, settings.seed).values()
+        return TaskData.of(pairs, show, collate=collate_pairs, class_names=PYTHON_CLASSES)
     found = release_folder(folder, FOLDER, list(FILES.values()), download=settings.download, progress=progress)
-    splits, hashes = {}, {}
-    for split, name in FILES.items():
-        splits[split], hashes[name] = read_pairs(found / name, settings.length)
-    return AANData(splits["train"], splits["validation"], splits["test"], hashes)
+    splits, hashes = zip(*(read_pairs(found / name, settings.length) for name in FILES.values()), strict=True)
+    names = dict(zip(FILES.values(), hashes, strict=True))
+    return TaskData.of(splits, show, hashes=names, collate=collate_pairs, class_names=CLASSES)
 
 
 def read_pairs(path: str | Path, length: int) -> tuple[PairDataset, str]:
@@ -176,5 +130,4 @@ class RetrievalTask(ClassificationTask):
         check_vocabulary(model)
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
-        made = load_aan(self.data, folder, progress=progress)
-        return TaskData(made.train, made.validation, made.test, made.hashes, collate_pairs, show, made.class_names)
+        return load_aan(self.data, folder, progress=progress)

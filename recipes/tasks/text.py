@@ -1,14 +1,14 @@
-"""IMDB: film reviews, negative or positive, as bytes: the text task of the Long Range Arena.
+"""IMDB: film reviews as bytes, classified as negative or positive. The text task of the Long Range Arena.
 
-A data folder holds one of
+The data folder has one of
 
 | what | where |
 |---|---|
 | folder | `imdb/aclImdb/{train,test}/{neg,pos}/*.txt` |
 | archive | `imdb/aclImdb_v1.tar.gz`, 84 MB, which is unpacked into `imdb/unpacked/` |
 
-25,000 reviews to train on and 25,000 to test on, half of each positive. Nothing is cleaned: a line break is `<br />`,
-as it is published.
+There are 25,000 training reviews and 25,000 test reviews, half of each positive. The published text is not cleaned: a
+line break is `<br />`.
 
 Reference:
     Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011.
@@ -17,9 +17,10 @@ Reference:
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Int64
@@ -31,7 +32,6 @@ from sma.files import open_file
 from sma.model import ModelSpec
 from sma.recipes.io.hub import from_hub
 from sma.recipes.io.published import is_visible, published_folder
-from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.recipes.tasks.documents import DocumentDataset, check_vocabulary, show
 from sma.recipes.tasks.python_text import python_documents
@@ -43,73 +43,61 @@ CLASSES = ("neg", "pos")
 PYTHON_CLASSES = ("other", "internet")
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 MD5 = "7c2ac02c03563afcf9b574c7e56c153a"
-"""Of the archive."""
+"""MD5 of the archive."""
 
 REVIEWS = 12_500
-"""Of each class, to train on and to test on."""
+"""Number of reviews of each class in the training set, and in the test set."""
 
 HUB_NAME = "stanfordnlp/imdb"
 _FOLDER, _ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
 
 
 class ImdbSettings(Spec):
-    """Which reviews, and how they are split. The same settings and files give the same reviews in the same splits."""
+    """The reviews and their splits, determined by the settings and the files."""
 
     source: Literal["files", "hub", "python"] = Field(
         default="files",
-        description="the published files in the data folder; or the Hub of Hugging Face through the package datasets, "
-        "which keeps them in that folder too; or, for trying the pipeline, no reviews but passages of Python's "
-        "standard library: is the module about the internet?",
+        description="files: the published files in the data folder; hub: the Hugging Face Hub, through the package "
+        "datasets, which keeps them in that folder; python: for trials of the pipeline, passages of Python's standard "
+        "library, classified by whether the module is about the internet",
     )
-    download: bool = Field(
-        default=False, description="get the published archive where the data folder does not hold it"
-    )
+    download: bool = Field(default=False, description="download the published archive if it is not in the data folder")
     split: Literal["held_out", "lra"] = Field(
         default="held_out",
-        description="validate on a share of the training reviews, or, as the Long Range Arena, on the test reviews: "
-        "then the best checkpoint is chosen on what it is tested on, and the test accuracy is too good",
+        description="held_out: validate on a fraction of the training reviews; lra: validate on the test reviews, as "
+        "the Long Range Arena does, so that the best checkpoint is selected on them and the test accuracy is too high",
     )
     validation: float = Field(
         default=0.1,
         gt=0.0,
         lt=1.0,
-        description="share of the training reviews of each class, or of Python's modules, that is held out",
+        description="fraction of the training reviews of each class, or of Python's modules, that is held out",
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of the choice of the held-out reviews")
-    length: int = Field(default=4000, ge=1, description="bytes that a review is cut to, or that a passage has")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the selection of held-out reviews")
+    length: int = Field(default=4000, ge=1, description="maximum bytes of a review, or bytes of a passage")
 
     @model_validator(mode="after")
     def _has_the_split(self) -> Self:
         if self.source == "python" and self.split == "lra":
-            raise ValueError("split='lra' is that of the reviews; source='python' has none: use split='held_out'")
+            raise ValueError("split='lra' requires reviews; with source='python' use split='held_out'")
         return self
 
 
-class ImdbData(NamedTuple):
-    """The three splits, the SHA-256 of each, and the names of the classes."""
-
-    train: DocumentDataset
-    validation: DocumentDataset
-    test: DocumentDataset
-    hashes: dict[str, str]
-    class_names: tuple[str, ...] = CLASSES
-
-
-def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = True) -> ImdbData:
+def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = True) -> TaskData:
     """Return the reviews in three splits, negative ones first, each class in the order of its file names.
 
     Args:
         settings: source and split.
-        folder: the data folder; see the head of this file.
-        progress: show a bar while downloading.
+        folder: the data folder; see the top of this file.
+        progress: whether to show a progress bar of the download.
 
     Raises:
-        DataError: the reviews (or Python's sources) are not there; what was looked for, and where they come from. Or a
-            file is empty or cannot be read; or a share so small that no review of some class is held out.
+        DataError: the reviews (or Python's sources) are not found; a file is empty or cannot be read; or the fraction
+            is so small that no review of some class is held out.
     """
     if settings.source == "python":
-        made = python_documents(settings.length, settings.validation, settings.seed)
-        return ImdbData(*made, {name: split.sha256 for name, split in made._asdict().items()}, PYTHON_CLASSES)
+        splits = python_documents(settings.length, settings.validation, settings.seed)
+        return TaskData.of(splits, show, class_names=PYTHON_CLASSES)
     if settings.source == "hub":
         found = from_hub(HUB_NAME, Path(folder), otherwise="files")
         with parsing(f"the data set {HUB_NAME} of the Hub", hint="set task.data.source=files"):
@@ -122,8 +110,7 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
     else:
         held_out = _held_out(everything.targets, settings)
         train, validation = (everything.select(chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
-    hashes = {name: split.sha256 for name, split in (("train", train), ("validation", validation), ("test", test))}
-    return ImdbData(train, validation, test, hashes)
+    return TaskData.of((train, validation, test), show, class_names=CLASSES)
 
 
 def _find(folder: Path, download: bool, progress: bool) -> Path:
@@ -135,7 +122,7 @@ def _find(folder: Path, download: bool, progress: bool) -> Path:
         unpacked,
         url=URL,
         md5=MD5,
-        archive_most=1 << 27,  # it has 84 MB, and the reviews 66 MB
+        archive_most=1 << 27,  # the archive has 84 MB, and the reviews have 66 MB
         files_most=1 << 28,
         missing=f"there are no IMDB reviews in {home}: "
         f"neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
@@ -146,14 +133,7 @@ def _find(folder: Path, download: bool, progress: bool) -> Path:
 
 
 def _is_review(name: str) -> bool:
-    parts = name.split("/")
-    return (
-        len(parts) == 4
-        and parts[0] == _FOLDER
-        and parts[1] in ("train", "test")
-        and parts[2] in CLASSES
-        and name.endswith(".txt")
-    )
+    return re.fullmatch(rf"{_FOLDER}/(train|test)/({'|'.join(CLASSES)})/[^/]*\.txt", name) is not None
 
 
 def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
@@ -179,7 +159,7 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
                     content = file.read(min(length, os.fstat(file.fileno()).st_size))
                 if not content:
                     raise DataError(
-                        f"{folder / name / path} is empty; the archive was not unpacked well: get the reviews again"
+                        f"{folder / name / path} is empty; the archive was not fully unpacked: get the reviews again"
                     )
                 yield content, target
         except OSError as error:
@@ -187,7 +167,7 @@ def _read(folder: Path, length: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], length: int) -> DocumentDataset:
-    # In the order of the text, because that of the Hub is its own business.
+    # In the order of the text, because the order of the Hub may change.
     return DocumentDataset.of(
         (document, target)
         for target, document in sorted((int(row["label"]), row["text"].encode()[:length]) for row in rows)
@@ -195,7 +175,7 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], length: int) -> DocumentDataset:
 
 
 def _held_out(targets: Int64[Tensor, " N"], settings: ImdbSettings) -> Tensor:
-    """`(N,)`: true at the reviews to validate on, the same share of each class."""
+    """Mask of the validation reviews, `(N,)`, with the same fraction of each class."""
     generator = torch.Generator().manual_seed(settings.seed)
     chosen = torch.zeros(len(targets), dtype=torch.bool)
     for target, name in enumerate(CLASSES):
@@ -212,15 +192,13 @@ def _held_out(targets: Int64[Tensor, " N"], settings: ImdbSettings) -> Tensor:
 
 @register
 class TextTask(ClassificationTask):
-    """Film reviews, read byte by byte; the answer is whether the writer liked the film.
+    """Film reviews, read byte by byte; the class is whether the review is positive.
 
-    Or passages of Python's modules; then it is whether the module is about the internet.
+    With `source=python`, passages of Python's modules; the class is whether the module is about the internet.
     """
 
     kind: Literal["text"] = "text"
-    data: ImdbSettings = Field(
-        default=ImdbSettings(), description="where the reviews come from, and how they are split"
-    )
+    data: ImdbSettings = Field(default=ImdbSettings(), description="source of the reviews, and their splits")
 
     @property
     def classes(self) -> int:
@@ -231,5 +209,4 @@ class TextTask(ClassificationTask):
         check_vocabulary(model)
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:
-        made = load_imdb(self.data, folder, progress=progress)
-        return TaskData(made.train, made.validation, made.test, made.hashes, collate, show, made.class_names)
+        return load_imdb(self.data, folder, progress=progress)

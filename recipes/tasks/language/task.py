@@ -37,7 +37,7 @@ class LanguageTask(TaskSpec):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.context is not None and self.context >= self.window:
-            raise ValueError(f"context={self.context} must be below window={self.window}; nothing would be scored")
+            raise ValueError(f"context={self.context} must be below window={self.window}; else no byte is scored")
         return self
 
     def check_model(self, model: ModelSpec) -> None:

@@ -1,9 +1,8 @@
-r"""ListOps, the reasoning task of Long Range Arena: nested MIN, MAX, MED and SM (sum modulo 10) over digits; the value
-is the class.
+r"""ListOps, the reasoning task of the Long Range Arena: nested MIN, MAX, MED and SM (sum modulo 10) of digits.
 
-Files are Long Range Arena's: `basic_{train,val,test}.tsv`, a header, and one expression per line as a nested binary
-application, `( ( ( [MAX 2 ) 9 ) ] )\t9`. Parentheses say nothing that the brackets do not say, and are dropped.
-Generated and released files are read alike.
+The files are `basic_{train,val,test}.tsv`, generated or released: a header, then one expression and its value per line.
+An expression is a nested binary application, `( ( ( [MAX 2 ) 9 ) ] )\t9`. Its parentheses are redundant, and are
+skipped. The value is the class.
 
 Reference:
     Nangia and Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", arXiv 1804.06028.
@@ -11,31 +10,30 @@ Reference:
 """
 
 import codecs
+import statistics
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from jaxtyping import Int64
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sma.errors import DataError, did_you_mean, quote
 from sma.memory import check_memory
-from sma.recipes.io.generated import HashedFile, cached_files, sha256_of
+from sma.recipes.io.generated import HashedFile, cached_files, counting_bar, digest_of
 from sma.recipes.io.lines import lines_of
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.tasks.documents import DocumentDataset
 from sma.recipes.tasks.listops.trees import (
     GENERATOR_VERSION,
     OPERATORS,
     PAPER,
     TINY,
     ListOpsSettings,
-    evaluate_expression,
     generate_lines,
 )
 
@@ -45,10 +43,8 @@ __all__ = [
     "PAPER",
     "TINY",
     "VOCABULARY",
-    "ListOpsData",
     "ListOpsDataset",
     "ListOpsSettings",
-    "ListOpsSplit",
     "decode",
     "encode",
     "evaluate_expression",
@@ -58,75 +54,42 @@ __all__ = [
 ]
 
 VOCABULARY = ("<pad>", *OPERATORS, "]", *"0123456789")
-"""The symbol of every token id; 0 is padding."""
+"""Symbols of the token ids; 0 is padding."""
 
 NUM_CLASSES = 10
 
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
-"""Long Range Arena's file of every split."""
+"""File names of the splits in the Long Range Arena."""
 
 LONGEST_LINE = 1 << 24
-"""Bytes of a line at most: more than the longest expression takes that can be generated."""
+"""Maximum bytes of a line, more than those of the longest expression that can be generated."""
 
 _HEADER = b"Source\tTarget"
 _IDS = {symbol: number for number, symbol in enumerate(VOCABULARY) if number}
 _TARGETS = {str(digit).encode(): digit for digit in range(NUM_CLASSES)}
-# While a line is parsed, letters that no symbol contains stand for the operators: one byte per symbol.
+# The parser replaces every operator by a letter that no symbol contains, so that a symbol is one byte.
 _LETTERS = {operator.encode(): bytes([letter]) for operator, letter in zip(OPERATORS, b"abcd", strict=True)}
 _NO_SYMBOL = 255
-_TO_IDS = bytearray([_NO_SYMBOL]) * 256
-for _symbol, _id in _IDS.items():
-    _TO_IDS[_LETTERS.get(_symbol.encode(), _symbol.encode())[0]] = _id
+_ID_OF_BYTE = {_LETTERS.get(symbol.encode(), symbol.encode())[0]: number for symbol, number in _IDS.items()}
+_TO_IDS = bytes(_ID_OF_BYTE.get(byte, _NO_SYMBOL) for byte in range(256))
 _CHARACTERS = "".join(["() ", *_IDS]).encode()
 _EMPTY_LISTS = [bytes([_IDS[operator], _IDS["]"]]) for operator in OPERATORS]
+_FUNCTIONS: dict[str, Callable[[list[int]], float]] = {
+    "[MIN": min,
+    "[MAX": max,
+    "[MED": statistics.median,
+    "[SM": lambda values: sum(values) % 10,
+}
 _STEPS = np.array([{"[": 1, "]": -1}.get(symbol[0], 0) for symbol in VOCABULARY], dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class ListOpsSplit:
-    """All expressions of one file, one after another.
+class ListOpsDataset(DocumentDataset):
+    """Expressions as `(ids, target)`: int64 ids of shape `(L,)` without parentheses, and the value 0 to 9.
 
-    Shape:
-        ids `(T,)`, one byte per token; offsets `(N+1,)`: expression i is `ids[offsets[i]:offsets[i + 1]]`; targets
-            `(N,)`.
+    `content` has one byte per token, its id.
     """
 
-    ids: UInt8[Tensor, " T"]
-    offsets: Int64[Tensor, " N_plus_1"]
-    targets: Int64[Tensor, " N"]
-
-
-class ListOpsDataset(Dataset[tuple[Tensor, int]]):
-    """Expressions as `(ids, target)`: int64 ids of shape `(L,)`, parentheses dropped, and the value 0 to 9.
-
-    Args:
-        split: what `read_listops` returns.
-    """
-
-    def __init__(self, split: ListOpsSplit):
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        number = range(len(self))[index]
-        first, last = self.split.offsets[number : number + 2].tolist()
-        return self.split.ids[first:last].long(), int(self.split.targets[number])
-
-    @property
-    def lengths(self) -> Int64[Tensor, " N"]:
-        """Tokens of every expression, for batches of similar lengths."""
-        return self.split.offsets.diff()
-
-
-class ListOpsData(NamedTuple):
-    """The three splits, and the SHA-256 of every file they were read from, by name."""
-
-    train: ListOpsDataset
-    validation: ListOpsDataset
-    test: ListOpsDataset
-    hashes: dict[str, str]
+    first_id: ClassVar[int] = 0
 
 
 def prepare_listops(
@@ -135,22 +98,21 @@ def prepare_listops(
     *,
     workers: int | None = None,
     progress: bool | Callable[[int, int], None] = True,
-) -> ListOpsData:
-    """Return the data of `settings`, generated into `folder` unless it is there already.
+) -> TaskData:
+    """Return the data of the settings, after generating it in `folder` if it is not there; see `cached_files`.
 
-    The files depend on the settings alone, not on the number of processes. They appear in `folder` when all of them are
-    whole.
+    The files depend on the settings only, not on the number of processes.
 
     Args:
-        settings: `PAPER`, `TINY` or your own.
-        folder: a folder for this data alone; made if missing.
-        workers: processes that generate; None: one per core that this process may use.
-        progress: whether to show a bar while generating; or a function to call with the numbers of expressions found
-            and wanted.
+        settings: such as `PAPER` or `TINY`.
+        folder: a folder for this data alone; created if missing.
+        workers: number of processes that generate; None: one per core that this process may use.
+        progress: whether to show a progress bar; or a function that is called with the number of expressions so far
+            and in all.
 
     Raises:
-        DataError: the folder holds other data or a changed file, has no room for the files, or cannot be written; the
-            memory has no room for the expressions; or there are too few different trees.
+        DataError: the folder holds other data or a changed file, has too little space, or cannot be written; there is
+            too little memory; or there are too few different trees.
         SpecError: `workers` is below 1.
     """
     recipe = {"generator": "listops", "version": GENERATOR_VERSION, "settings": settings.model_dump(mode="json")}
@@ -159,9 +121,8 @@ def prepare_listops(
         outputs = [files[name] for name in FILES.values()]
         for output in outputs:
             output.write(_HEADER + b"\n")
-        columns = (TextColumn("ListOps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, auto_refresh=False, disable=progress is not True) as bar:
-            on_progress = progress if callable(progress) else _refreshing(bar, settings.total)
+        with counting_bar("ListOps", settings.total, progress is True) as update:
+            on_progress = progress if callable(progress) else lambda found, total: update(completed=found)
             with closing(generate_lines(settings, workers=workers, on_progress=on_progress)) as lines:
                 for split, line in lines:
                     outputs[split].write(line)
@@ -178,20 +139,20 @@ def prepare_listops(
     return _load(Path(folder), hashes)
 
 
-def load_listops(folder: str | Path) -> ListOpsData:
-    """Return the data of a folder with Long Range Arena's three files, released or generated.
+def load_listops(folder: str | Path) -> TaskData:
+    """Return the data of a folder with the three files, released or generated.
 
     Raises:
         DataError: a file is missing or broken.
     """
-    return _load(Path(folder), {name: sha256_of(Path(folder) / name) for name in FILES.values()})
+    return _load(Path(folder), {name: digest_of(Path(folder) / name) for name in FILES.values()})
 
 
-def read_listops(path: str | Path) -> ListOpsSplit:
-    """Read one of Long Range Arena's files. Targets are taken as they stand, not recomputed.
+def read_listops(path: str | Path) -> ListOpsDataset:
+    """Read one of the files. Targets are read, not recomputed.
 
     Raises:
-        DataError: the file cannot be read, is empty, or has a broken line; names the line.
+        DataError: the file cannot be read, is empty, or has a broken line; the message has the line.
     """
     ids, offsets, targets = bytearray(), array("q", [0]), array("q")
     lines = lines_of(path, LONGEST_LINE)
@@ -208,23 +169,42 @@ def read_listops(path: str | Path) -> ListOpsSplit:
         targets.append(_TARGETS[target])
     if not targets:
         raise DataError(f"{path} holds a header and no expressions; at least one line is required")
-    return ListOpsSplit(torch.frombuffer(ids, dtype=torch.uint8), torch.tensor(offsets), torch.tensor(targets))
+    return ListOpsDataset(np.frombuffer(ids, dtype=np.uint8), torch.tensor(offsets), torch.tensor(targets))
 
 
 def encode(source: str) -> Int64[Tensor, " L"]:
     """Return the token ids of one expression, with or without parentheses.
 
     Raises:
-        DataError: it has an unknown symbol, or is not one whole expression.
+        DataError: the source has an unknown symbol, or is not one complete expression.
     """
     return torch.tensor(list(_check_expression(source, "expression")))
 
 
-def decode(ids: Iterable[int] | Tensor) -> str:
-    """Return the expression of some token ids, symbols with blanks between and no parentheses; padding is skipped.
+def evaluate_expression(tokens: Sequence[str]) -> int:
+    """Return the value of one expression; parentheses are skipped.
 
     Raises:
-        DataError: a number is no token id.
+        DataError: the tokens are not one complete expression.
+    """
+    operators, values = list[str](), [list[int]()]
+    for symbol in (VOCABULARY[number] for number in _check_expression(" ".join(tokens), "expression")):
+        if symbol in _FUNCTIONS:
+            operators.append(symbol)
+            values.append([])
+        elif symbol == "]":
+            value = _FUNCTIONS[operators.pop()](values.pop())
+            values[-1].append(int(value))
+        else:
+            values[-1].append(int(symbol))
+    return values[0][0]
+
+
+def decode(ids: Iterable[int] | Tensor) -> str:
+    """Return the expression of token ids, as symbols separated by blanks, without parentheses; padding is skipped.
+
+    Raises:
+        DataError: a number is not a token id.
     """
     numbers = [int(number) for number in ids]
     for number in numbers:
@@ -233,25 +213,9 @@ def decode(ids: Iterable[int] | Tensor) -> str:
     return " ".join(VOCABULARY[number] for number in numbers if number)
 
 
-def _load(folder: Path, hashes: dict[str, str]) -> ListOpsData:
-    train, validation, test = (ListOpsDataset(read_listops(folder / name)) for name in FILES.values())
-    return ListOpsData(train, validation, test, hashes)
-
-
-def _refreshing(bar: Progress, total: int) -> Callable[[int, int], None]:
-    """Return a callback that redraws `bar` at every percent: no thread of the bar's own is alive when processes are
-    forked.
-    """
-    task = bar.add_task("ListOps", total=total)
-    shown = -1
-
-    def on_progress(found: int, wanted: int) -> None:
-        nonlocal shown
-        percent = 100 * found // wanted
-        bar.update(task, completed=found, refresh=percent > shown)
-        shown = percent
-
-    return on_progress
+def _load(folder: Path, hashes: Mapping[str, str]) -> TaskData:
+    splits = [read_listops(folder / name) for name in FILES.values()]
+    return TaskData.of(splits, lambda ids: decode(ids).split(), hashes=hashes)
 
 
 def _check_header(line: bytes, path: str | Path) -> None:
@@ -262,8 +226,8 @@ def _check_header(line: bytes, path: str | Path) -> None:
 
 
 def _parse(source: bytes) -> bytes | None:
-    """Return the token ids of a correct expression with single blanks, by whole-line operations; None for anything
-    else.
+    """Return the token ids of a correct expression with single blanks, by vectorised operations; None for other
+    sources.
     """
     if source.translate(None, _CHARACTERS):
         return None
@@ -276,7 +240,7 @@ def _parse(source: bytes) -> bytes | None:
 
 
 def _flaw(ids: bytes) -> str | None:
-    """Return what keeps the ids from being one whole expression."""
+    """Return the reason why the ids are not one complete expression; None if they are."""
     if not ids:
         return "the expression is empty; a digit or an operator is required"
     for pair in _EMPTY_LISTS:
@@ -285,7 +249,7 @@ def _flaw(ids: bytes) -> str | None:
     depths = _STEPS[np.frombuffer(ids, dtype=np.uint8)].cumsum()
     if depths.min() < 0:
         return (
-            f"symbol {int((depths < 0).argmax()) + 1} is a ']' that closes nothing; "
+            f"symbol {int((depths < 0).argmax()) + 1} is a ']' that closes no operator; "
             "every ']' needs an operator before it"
         )
     if depths[-1]:
@@ -297,9 +261,7 @@ def _flaw(ids: bytes) -> str | None:
 
 
 def _parse_slowly(line: bytes, where: str) -> bytes:
-    """Parse a line that the fast way refused: raise what is wrong with it, or return its ids if only its blanks are
-    unusual.
-    """
+    """Return the ids of a line that `_parse` refused only for its blanks, or raise an error with the reason."""
     try:
         text = line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:

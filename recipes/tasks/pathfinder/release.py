@@ -1,10 +1,10 @@
-"""Long Range Arena's release of Pathfinder: folders of PNG images, and text files that say what they are.
+"""The release of Pathfinder in the Long Range Arena: folders of PNG images, and text files with their labels.
 
     pathfinder32/curv_contour_length_14/imgs/BATCH/sample_NUMBER.png
     pathfinder32/curv_contour_length_14/metadata/BATCH.npy
 
-The `.npy` files are text, whatever their names say: a line per image, fields between blanks, of which 0 is the folder,
-1 the file and 3 the label. Some images of the release are empty files; these are left out, as everybody does.
+Despite their names, the `.npy` files are text: one line per image, with fields separated by blanks. Field 0 is the
+folder, field 1 the file and field 3 the label. Some images of the release are empty files, which are skipped.
 
 Reference:
     Tay et al., "Long Range Arena", arXiv 2011.04006; https://github.com/google-research/long-range-arena.
@@ -19,29 +19,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from sma.errors import DataError, parsing, quote, reason
 from sma.files import read_file
 from sma.recipes.io.published import is_visible
-from sma.recipes.tasks.grey import SPLITS
+from sma.recipes.tasks.contract import SPLITS
+from sma.recipes.tasks.grey import Chunk
 from sma.recipes.tasks.lra import in_release
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
 LEVEL = "curv_contour_length_14"
-"""The folder of Long Range Arena's level, the hardest of three."""
+"""Folder of the level of the Long Range Arena, the hardest of three."""
 
 _SPLIT_SEED = 42
 _HELD_OUT = 0.1
-_LIST = 1 << 26  # bytes of a list at most
-_IMAGE = 1 << 16  # bytes of an image at most, and 4 for each of its pixels
+_LIST = 1 << 26  # maximum bytes of a list
+_IMAGE = 1 << 16  # maximum bytes of an image, plus 4 for each of its pixels
 
 
 class Record(NamedTuple):
-    """An image of the release: its path below the folder of the level, its class, its size on the disk and when it was
-    written (ns).
+    """An image of the release: its path in the folder of the level, its class, its bytes on the disk, and the time of
+    its last change in nanoseconds.
     """
 
     path: str
@@ -51,11 +51,10 @@ class Record(NamedTuple):
 
 
 def find_release(folder: Path, size: int, *, download: bool = False, progress: bool = True) -> Path:
-    """Return the folder of the level for images of `size` pixels, of which alone the images are unpacked where only the
-    archive is there.
+    """Return the folder of the level with images of `size` pixels. From an archive, only this level is unpacked.
 
     Raises:
-        DataError: it is not there.
+        DataError: the folder is not found.
     """
     level = f"pathfinder{size}/{LEVEL}"
     lists = in_release(
@@ -72,10 +71,11 @@ def find_release(folder: Path, size: int, *, download: bool = False, progress: b
 
 
 def list_release(root: Path) -> list[Record]:
-    """Return the images of a level that are not empty, by the number of their batch and in it in the order of its list.
+    """Return the images of a level that are not empty, sorted by the number of their batch, then in the order of its
+    list.
 
     Raises:
-        DataError: a list or an image is missing, or a line of a list is broken; names it.
+        DataError: a list or an image is missing, or a line of a list is broken; the message has the file and the line.
     """
     with parsing(root / "metadata"):
         lists = [path for path in (root / "metadata").iterdir() if path.suffix == ".npy" and is_visible(path.name)]
@@ -107,39 +107,40 @@ def _read_list(path: Path, root: Path) -> list[Record]:
                 f"{path}, line {number}: {quote(line, 62)} is not 'folder file number label …', "
                 "with blanks between and a label of 0 or 1"
             )
-        place = PurePosixPath(fields[0], fields[1])
-        if place.is_absolute() or ".." in place.parts:
-            raise DataError(f"{path}, line {number}: {quote(str(place))} leads out of {root}; the list is damaged")
+        name = PurePosixPath(fields[0], fields[1])
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{path}, line {number}: {quote(str(name))} leads out of {root}; the list is damaged")
         try:
-            image = (root / place).stat()
+            image = (root / name).stat()
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{path}, line {number} names {quote(str(place))}, which cannot be read: {reason(error)}"
+                f"{path}, line {number} names {quote(str(name))}, which cannot be read: {reason(error)}"
             ) from error
         if not stat.S_ISREG(image.st_mode):
-            raise DataError(f"{path}, line {number} names {quote(str(place))}, which is no plain file; get it again")
+            raise DataError(f"{path}, line {number} names {quote(str(name))}, which is no plain file; get it again")
         if image.st_size:
-            found.append(Record(str(place), int(fields[3]), image.st_size, image.st_mtime_ns))
+            found.append(Record(str(name), int(fields[3]), image.st_size, image.st_mtime_ns))
     return found
 
 
 def split_records(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Deal the images out at random, 80 % to train on and 10 % each to validate and to test on, the same way each time.
+    """Split the images at random into 80 % for training and 10 % each for validation and test.
 
-    That is what `torch.utils.data.random_split` does with seed 42 and the split which the published models were
-    measured on.
+    The split equals that of `torch.utils.data.random_split` with seed 42, which published models were evaluated on.
     """
     held_out = max(1, int(_HELD_OUT * len(records)))
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    parts = order.split([len(records) - 2 * held_out, held_out, held_out])
-    return {split: [records[number] for number in part.tolist()] for split, part in zip(SPLITS, parts, strict=True)}
+    splits = order.split([len(records) - 2 * held_out, held_out, held_out])
+    return {
+        split: [records[number] for number in numbers.tolist()] for split, numbers in zip(SPLITS, splits, strict=True)
+    }
 
 
-def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.ndarray, "n L"]:
-    """Decode some images, row after row.
+def read_images(root: Path, size: int, records: Sequence[Record]) -> Chunk:
+    """Decode images, row after row; returns their grey values and labels.
 
     Raises:
-        DataError: a file is damaged or is no grey image of `size` pixels; names it.
+        DataError: a file is damaged or is not a grey image of `size` pixels; the message has the file.
     """
     images = np.empty((len(records), size * size), dtype=np.uint8)
     for row, record in enumerate(records):
@@ -157,13 +158,13 @@ def read_images(root: Path, size: int, records: Sequence[Record]) -> UInt8[np.nd
                 )
             picture.load()
             images[row] = np.asarray(picture).reshape(-1)
-    return images
+    return images, np.array([record.label for record in records], dtype=np.uint8)
 
 
 def _open_png(content: bytes) -> "ImageFile":
-    from PIL import Image, UnidentifiedImageError  # whoever generates the images needs no Pillow
+    from PIL import Image, UnidentifiedImageError  # here, because generated images do not need Pillow
 
     try:
         return Image.open(io.BytesIO(content), formats=("PNG",))
-    except UnidentifiedImageError:  # its sentence names an object in memory
+    except UnidentifiedImageError:  # its message has the address of an object in memory
         raise ValueError("it is no PNG image") from None

@@ -1,9 +1,10 @@
-"""A contact sheet of Pathfinder images, to see what a model is asked: positives on the left, negatives on the right.
+"""A contact sheet of Pathfinder images: label 1 on the left, label 0 on the right.
 
 `python -m sma.recipes.tasks.pathfinder.sheet --size 32 --out sheet.png`
 """
 
 import io
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,27 @@ _GAP_GREY = 96
 
 
 class SheetOptions(CommandOptions):
-    """Draw Pathfinder images of either class side by side: left, both discs sit on one contour; right, on two."""
+    """Draw Pathfinder images of both classes side by side: left, both discs on one contour; right, on two."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.tasks.pathfinder.sheet")
 
     size: int = Field(
-        default=32, description="pixels of a side; from 128 on the stimulus is that of Path-X, below that of Pathfinder"
+        default=32,
+        description="height and width in pixels; the stimulus is that of Path-X from 128 on, else of Pathfinder",
     )
     set: list[Setting] = Field(
         default=[],
         description="change another field of the stimulus, such as contour_length=6; may be repeated",
     )
-    rows: int = Field(default=4, ge=1, le=50, description="rows of images")
-    columns: int = Field(default=4, ge=1, le=50, description="images of either class in a row")
+    rows: int = Field(default=4, ge=1, le=50, description="number of rows of images")
+    columns: int = Field(default=4, ge=1, le=50, description="number of images of each class in a row")
     scale: int | None = Field(
-        default=None, ge=1, le=32, description="pixels of the sheet per pixel; default so that a side has 128 or more"
+        default=None,
+        ge=1,
+        le=32,
+        description="pixels of the sheet per pixel of an image; default: the smallest with a side of 128 or more",
     )
-    seed: int = Field(default=0, ge=0, description="of the images")
+    seed: int = Field(default=0, ge=0, description="seed of the images")
     out: File = Field(default=Path("pathfinder.png"), description="the PNG file to write")
 
 
@@ -53,12 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: SheetOptions) -> Path:
-    """Draw the sheet that the options ask for.
+    """Draw the sheet of the options, and write it; returns its path.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an option does not fit, or the file cannot be written.
     """
-    from matplotlib.image import imsave  # seconds that --help need not wait for
+    from matplotlib.image import imsave  # here, because the import takes seconds
 
     kind = PathXSettings if options.size >= 128 else PathfinderSettings
     changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
@@ -77,7 +82,7 @@ def run(options: SheetOptions) -> Path:
             format="png",
         )
         write_atomically(options.out, lambda temporary: temporary.write_bytes(content.getvalue()))
-    except (OSError, ValueError) as error:  # ValueError: a name that the system cannot have
+    except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise DataError(f"cannot write {quote(str(options.out))}: {reason(error)}; choose another --out") from error
     count = options.rows * options.columns
     print(
@@ -88,13 +93,12 @@ def run(options: SheetOptions) -> Path:
 
 
 def contact_sheet(settings: StimulusSettings, rows: int, columns: int, seed: int) -> UInt8[np.ndarray, "H W"]:
-    """Return images in rows, `columns` of label 1 and then as many of label 0 in each, the first of the seed."""
+    """Return the first images of a seed in rows, each with `columns` images of label 1 and then as many of label 0."""
     images: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    number = 0
+    numbers = itertools.count()
     while min(map(len, images)) < rows * columns:
-        stimulus = draw_stimulus(settings, seed, number)
+        stimulus = draw_stimulus(settings, seed, next(numbers))
         images[stimulus.label].append(np.pad(stimulus.image, _GAP, constant_values=_GAP_GREY))
-        number += 1
     bar = np.full((settings.size + 2 * _GAP, 2 * _GAP), _GAP_GREY, dtype=np.uint8)
     lines = [slice(row * columns, (row + 1) * columns) for row in range(rows)]
     return np.vstack([np.hstack([*images[1][line], bar, *images[0][line]]) for line in lines])

@@ -1,12 +1,11 @@
-"""The Pathfinder stimulus: two long dashed contours, short ones that distract, and two discs; do both discs sit on one
-contour?
+"""The Pathfinder stimulus: two long dashed contours, short distractors, and two discs on one contour or on two.
 
-Two contours start near each other and grow in turns, dash by dash; a dash goes straight on or turns, by cos^2 of the
-turn, and never comes closer to another dash than their margins allow. Then short contours go wherever there is room.
-The discs sit on the first tip of one long contour and on the last tip of the same (label 1) or of the other (label 0),
-so neither their places nor their surroundings tell the label: somebody has to follow the contour.
+Two contours start near each other and grow in turns, dash by dash. The direction of a dash is drawn with a weight of
+cos^2 of its turn, and the margins of two dashes never overlap. Then distractors are added where there is room. One disc
+is on the first tip of a long contour, the other on the last tip of the same contour (label 1) or of the other one
+(label 0). So neither the positions of the discs nor their surroundings determine the label.
 
-Sample number i of a seed is the same whoever draws it, and whatever is drawn before it.
+Sample i of a seed does not depend on the samples drawn before it.
 
 Reference:
     Linsley et al., "Learning long-range spatial dependencies with horizontal gated recurrent units", arXiv 1805.08315;
@@ -17,12 +16,13 @@ Reference:
 import math
 import random
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from itertools import accumulate
+from functools import lru_cache, reduce
+from itertools import accumulate, chain
+from operator import or_
 from typing import NamedTuple, Self
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from pydantic import Field, model_validator
 
 from sma.errors import DataError
@@ -31,77 +31,88 @@ from sma.spec import Spec
 
 GENERATOR_VERSION = 1  # raise it whenever the same settings would give other images
 STARTS = 100_000
-"""How often two contours are begun before the settings are called impossible."""
+"""Number of failed attempts at two contours after which the settings are refused."""
 
-_FULL = 0.01  # below this share of free pixels no further distractor is tried
+_FULL = 0.01  # fraction of free pixels below which no further distractor is drawn
 
 
 class StimulusSettings(Spec):
-    """What a stimulus looks like; lengths in pixels. The defaults are Long Range Arena's for 32 x 32 pixels."""
+    """Settings of a stimulus; lengths in pixels. The defaults are those of the Long Range Arena for 32 x 32 pixels."""
 
-    size: int = Field(default=32, ge=12, le=512, description="rows, and columns, of an image")
-    contour_length: int = Field(default=14, ge=2, le=100, description="dashes of each of the two long contours")
-    distractors: int = Field(default=5, ge=0, le=100, description="short contours, where there is room for them")
-    distractor_length: int = Field(default=4, ge=1, le=100, description="dashes of each of them")
+    size: int = Field(default=32, ge=12, le=512, description="height and width of an image")
+    contour_length: int = Field(
+        default=14, ge=2, le=100, description="number of dashes of each of the two long contours"
+    )
+    distractors: int = Field(
+        default=5, ge=0, le=100, description="maximum number of short contours; fewer if there is no room"
+    )
+    distractor_length: int = Field(default=4, ge=1, le=100, description="number of dashes of a distractor")
     dash_length: int = Field(default=2, ge=2, le=20, description="length of a dash")
     dash_thickness: float = Field(
-        default=0.5, gt=0.0, le=10.0, description="its thickness; times `antialias` a whole number"
+        default=0.5, gt=0.0, le=10.0, description="thickness of a dash; its product with `antialias` must be an integer"
     )
     margins: tuple[int, ...] = Field(
-        default=(1,), min_length=1, description="free pixels around a dash; every image has one of these"
+        default=(1,), min_length=1, description="margins around a dash; every image has one of these"
     )
     continuity: float = Field(
-        default=1.0, ge=1.0, le=10.0, description="how straight contours are: the sharpest turn is 90 degrees / this"
+        default=1.0,
+        ge=1.0,
+        le=10.0,
+        description="straightness of contours: the sharpest turn is 90 degrees / continuity",
     )
     seed_distance: float = Field(
-        default=7.0, gt=0.0, description="from where the first contour begins to where the second does"
+        default=7.0, gt=0.0, description="distance between the starts of the two long contours"
     )
     seed_frame: int = Field(
-        default=14, ge=0, description="pixels at every side of the image in which the first contour does not begin"
+        default=14, ge=0, description="width of the frame in which the first contour does not start"
     )
     marker_radius: float = Field(default=1.5, gt=0.0, le=20.0, description="radius of the discs")
     contour_contrast: float = Field(
-        default=1.5, gt=0.0, description="of the long contours, times the part of a pixel that is covered"
+        default=1.5,
+        gt=0.0,
+        description="grey value of a pixel covered by a long contour; clipped to 1, that of the discs",
     )
     distractor_contrast: float = Field(
-        default=2.0, gt=0.0, description="the same of the short ones; the discs have 1, the most there is"
+        default=2.0, gt=0.0, description="grey value of a pixel covered by a distractor; clipped to 1"
     )
-    padding: int = Field(
-        default=1, ge=0, le=20, description="pixels at every side that stay free of dashes and their margins"
+    padding: int = Field(default=1, ge=0, le=20, description="width of the frame without dashes and their margins")
+    antialias: int = Field(
+        default=2, ge=1, le=8, description="factor of the resolution at which dashes are drawn before they are averaged"
     )
-    antialias: int = Field(default=2, ge=1, le=8, description="dashes are drawn so many times larger, and reduced")
     target_retries: int = Field(
-        default=4, ge=0, le=1000, description="further places tried for the beginning of the second contour"
+        default=4, ge=0, le=1000, description="maximum number of further attempts at the start of the second contour"
     )
-    distractor_retries: int = Field(default=4, ge=0, le=1000, description="further attempts at each short contour")
-    dash_retries: int = Field(default=2, ge=0, le=1000, description="further attempts at each dash")
+    distractor_retries: int = Field(
+        default=4, ge=0, le=1000, description="maximum number of further attempts at each distractor"
+    )
+    dash_retries: int = Field(default=2, ge=0, le=1000, description="maximum number of further attempts at each dash")
 
     @model_validator(mode="after")
     def _can_be_drawn(self) -> Self:
         if min(self.margins) < 1 or max(self.margins) > 20:
             raise ValueError(
                 f"margins={list(self.margins)} must all be from 1 to 20; "
-                "without a margin the dashes of a contour would run together"
+                "without a margin the dashes of a contour would touch"
             )
         fine = self.dash_thickness * self.antialias
         if fine != round(fine) or fine < 1:
             raise ValueError(
                 f"dash_thickness={self.dash_thickness} times antialias={self.antialias} is {fine:g}; "
-                "it must be a whole number, at least 1"
+                "it must be an integer, at least 1"
             )
         needed = self.dash_length + 2 * max(self.margins) + 2 * self.padding + 2
         if self.size < needed:
             raise ValueError(f"size={self.size} has no room for a dash with its margins; it must be at least {needed}")
         if 2 * self.seed_frame >= self.size:
             raise ValueError(
-                f"seed_frame={self.seed_frame} leaves no pixel of size={self.size} to begin in; "
+                f"seed_frame={self.seed_frame} leaves no pixel of size={self.size} for the start; "
                 f"it must be below {self.size / 2:g}"
             )
         return self
 
 
 class Dash(NamedTuple):
-    """A dash of a contour: its ends as (row, column) of the image, and which of the stencils it is."""
+    """A dash of a contour: its ends and its pivot, as (row, column) of the image, and the index of its direction."""
 
     near: Offset
     far: Offset
@@ -113,21 +124,21 @@ Contour = tuple[Dash, ...]
 
 
 class Stimulus(NamedTuple):
-    """An image, and what it was drawn from.
+    """An image and its components.
 
     Attributes:
         image: grey values, 0 (background) to 255.
-        label: 1 if both discs sit on one contour.
-        contours: the two long ones.
-        distractors: the short ones.
-        discs: middles of the two discs.
-        marked: which long contour each of them sits on.
-        margin: of this image.
+        label: 1 if both discs are on one contour.
+        contours: the two long contours.
+        distractors: the short contours.
+        discs: centres of the two discs.
+        marked: index of the long contour under each disc.
+        margin: margin of this image.
     """
 
     image: UInt8[np.ndarray, "S S"]
     label: int
-    contours: tuple[Contour, Contour]
+    contours: tuple[Contour, ...]
     distractors: tuple[Contour, ...]
     discs: tuple[Offset, Offset]
     marked: tuple[int, int]
@@ -135,7 +146,7 @@ class Stimulus(NamedTuple):
 
 
 def stencils_of(settings: StimulusSettings, margin: int) -> Stencils:
-    """The stencils of the images that have one margin."""
+    """The stencils of the images with one of the margins."""
     return make_stencils(
         size=settings.size,
         padding=settings.padding,
@@ -152,79 +163,61 @@ def draw_stimulus(settings: StimulusSettings, seed: int, number: int) -> Stimulu
     """Draw sample `number` of a seed.
 
     Raises:
-        DataError: two contours of this length do not fit into an image, or so seldom that `STARTS` attempts were in
-            vain.
+        DataError: two contours of this length did not fit into the image in `STARTS` attempts.
     """
-    # Of the generator, only random() promises the same numbers in every version of Python.
+    # Only random() is guaranteed to return the same numbers in every version of Python.
     uniform = random.Random(f"pathfinder {GENERATOR_VERSION} {seed} {number}").random
     label = int(uniform() < 0.5)
     margin = settings.margins[int(uniform() * len(settings.margins))]
-    garden = _Garden(settings, margin, uniform)
-    contours = next((found for _ in range(STARTS) if (found := garden.two_contours()) is not None), None)
+    drawing = _Drawing(settings, margin, uniform)
+    contours = next((found for _ in range(STARTS) if (found := drawing.two_contours()) is not None), None)
     if contours is None:
         raise DataError(
             f"two contours of {settings.contour_length} dashes did not fit into {settings.size} x {settings.size} "
             f"pixels in {STARTS:,} attempts (margin {margin}); "
             "lower contour_length, dash_length or continuity, or raise size"
         )
-    distractors = garden.distractors()
+    distractors = drawing.distractors()
     first = int(uniform() * 2)
     marked = (first, first if label else 1 - first)
     discs = (contours[marked[0]][0].near, contours[marked[1]][-1].far)
-    image = _draw(settings, garden.stencils, contours, distractors, discs)
+    image = _draw(settings, drawing.stencils, contours, distractors, discs)
     return Stimulus(image, label, contours, distractors, discs, marked, margin)
 
 
-class _Garden:
-    """Where contours grow: what is occupied so far, and the source of chance."""
+class _Drawing:
+    """Contours drawn at random: the occupied pixels so far, and the random numbers."""
 
     def __init__(self, settings: StimulusSettings, margin: int, uniform: Callable[[], float]) -> None:
         self.settings, self.uniform = settings, uniform
         self.stencils = stencils_of(settings, margin)
-        self.beginnings = _beginnings(settings, margin)
+        self.starts = _starts(settings, margin)
         self.occupied = self.stencils.border
 
-    def two_contours(self) -> tuple[Contour, Contour] | None:
-        """Grow both long contours from nothing; None if one of them runs into something."""
-        border, uniform = self.stencils.border, self.uniform
-        direction = self._any(len(self.beginnings))
-        places = self.beginnings[direction]
-        if not places:
+    def two_contours(self) -> tuple[Contour, ...] | None:
+        """Draw both long contours; None if one of them cannot be completed."""
+        direction = self._any(len(self.starts))
+        pivots = self.starts[direction]
+        if not pivots:
             return None
-        contours = [[self._dash(places[self._any(len(places))], direction)], []]
-        tips = [self._footprint(contours[0][0]), 0]
+        first = self._dash(pivots[self._any(len(pivots))], direction)
         for _ in range(self.settings.target_retries + 1):
-            direction, angle = self._any(len(self.stencils.directions)), 2 * math.pi * uniform()
+            direction, angle = self._any(len(self.stencils.directions)), 2 * math.pi * self.uniform()
             offset = self.stencils.directions[direction].near
-            y = contours[0][0].near[0] + self.settings.seed_distance * math.sin(angle) - offset[0]
-            x = contours[0][0].near[1] + self.settings.seed_distance * math.cos(angle) - offset[1]
-            dash = self._dash((round(y), round(x)), direction)
-            if self._inside(dash.pivot) and not (border | tips[0]) & (footprint := self._footprint(dash)):
-                contours[1].append(dash)
-                tips[1] = footprint
-                break
-        else:
-            return None
-        # A contour's newest dash is left out of what its next one must not touch: they are neighbours.
-        settled = border
-        for _ in range(self.settings.contour_length - 1):
-            for own, other in ((0, 1), (1, 0)):
-                grown = self._next(contours[own][-1], settled | tips[other])
-                if grown is None:
-                    return None
-                contours[own].append(grown)
-                settled |= tips[own]
-                tips[own] = self._footprint(grown)
-        self.occupied = settled | tips[0] | tips[1]
-        return tuple(contours[0]), tuple(contours[1])
+            y = first.near[0] + self.settings.seed_distance * math.sin(angle) - offset[0]
+            x = first.near[1] + self.settings.seed_distance * math.cos(angle) - offset[1]
+            second = self._dash((round(y), round(x)), direction)
+            if self._inside(second.pivot) and not (self.occupied | self._footprint(first)) & self._footprint(second):
+                return self._grow((first, second), self.settings.contour_length)
+        return None
 
     def distractors(self) -> tuple[Contour, ...]:
-        """Grow short contours while there is room."""
+        """Draw short contours while there is room."""
         found: list[Contour] = []
-        board = (1 << self.stencils.stride**2) - 1
+        everywhere = (1 << self.stencils.stride**2) - 1
         for _ in range(self.settings.distractors):
             for _ in range(self.settings.distractor_retries + 1):
-                if (board & ~self.occupied).bit_count() < _FULL * self.settings.size**2:
+                if (everywhere & ~self.occupied).bit_count() < _FULL * self.settings.size**2:
                     return tuple(found)
                 if (contour := self._distractor()) is not None:
                     found.append(contour)
@@ -233,24 +226,35 @@ class _Garden:
 
     def _distractor(self) -> Contour | None:
         direction = self._any(len(self.stencils.directions))
-        rows, columns = pixels_of(_fitting(self.stencils, direction, self.occupied), self.stencils.stride)
-        if not len(rows):
+        pivots = _free_pivots(self.stencils, direction, self.occupied)
+        if not len(pivots):
             return None
-        chosen, rim = self._any(len(rows)), self.stencils.reach
-        dashes = [self._dash((int(rows[chosen]) - rim, int(columns[chosen]) - rim), direction)]
-        settled, tip = self.occupied, self._footprint(dashes[0])
-        while len(dashes) < self.settings.distractor_length:
-            grown = self._next(dashes[-1], settled)
-            if grown is None:
-                return None
-            dashes.append(grown)
-            settled |= tip
-            tip = self._footprint(grown)
-        self.occupied = settled | tip
-        return tuple(dashes)
+        y, x = pivots[self._any(len(pivots))].tolist()
+        grown = self._grow([self._dash((y, x), direction)], self.settings.distractor_length)
+        return grown[0] if grown else None
+
+    def _grow(self, starts: Sequence[Dash], length: int) -> tuple[Contour, ...] | None:
+        """Extend contours in turns to `length` dashes, and mark them as occupied; None if one of them has no room."""
+        contours, tips, occupied = (
+            [[dash] for dash in starts],
+            [self._footprint(dash) for dash in starts],
+            self.occupied,
+        )
+        for _ in range(length - 1):
+            for own, contour in enumerate(contours):
+                # A dash may touch the previous one of its contour, the tip.
+                others = [tip for number, tip in enumerate(tips) if number != own]
+                dash = self._next(contour[-1], reduce(or_, others, occupied))
+                if dash is None:
+                    return None
+                contour.append(dash)
+                occupied |= tips[own]
+                tips[own] = self._footprint(dash)
+        self.occupied = reduce(or_, tips, occupied)
+        return tuple(map(tuple, contours))
 
     def _next(self, last: Dash, occupied: int) -> Dash | None:
-        """The next dash of a contour, or None where it ends."""
+        """The next dash of a contour; None if no direction is free."""
         advance = self.stencils.directions[last.direction].advance
         pivot = (last.pivot[0] + advance[0], last.pivot[1] + advance[1])
         if not self._inside(pivot):
@@ -280,7 +284,7 @@ class _Garden:
         return self.stencils.directions[dash.direction].footprint << self._shift(dash.pivot)
 
     def _shift(self, pivot: Offset) -> int:
-        """Of the window around a pivot: the rim is as wide as the window reaches."""
+        """Shift of the window around a pivot; the rim is as wide as the reach of the window."""
         return pivot[0] * self.stencils.stride + pivot[1]
 
     def _inside(self, pivot: Offset) -> bool:
@@ -291,36 +295,38 @@ class _Garden:
 
 
 @lru_cache(maxsize=32)
-def _beginnings(settings: StimulusSettings, margin: int) -> tuple[list[Offset], ...]:
-    """For every direction, the pivots from which the first contour can begin."""
+def _starts(settings: StimulusSettings, margin: int) -> tuple[list[Offset], ...]:
+    """For every direction, the possible pivots of the first dash."""
     stencils, frame = stencils_of(settings, margin), settings.seed_frame
-    found = []
-    for number, direction in enumerate(stencils.directions):
-        rows, columns = pixels_of(_fitting(stencils, number, stencils.border), stencils.stride)
-        pivots = zip((rows - stencils.reach).tolist(), (columns - stencils.reach).tolist(), strict=True)
-        allowed = range(frame, settings.size - frame)
-        found.append(
-            [(y, x) for y, x in pivots if y + direction.near[0] in allowed and x + direction.near[1] in allowed]
-        )
+    allowed = range(frame, settings.size - frame)
+    found = [
+        [
+            (y, x)
+            for y, x in _free_pivots(stencils, number, stencils.border).tolist()
+            if y + direction.near[0] in allowed and x + direction.near[1] in allowed
+        ]
+        for number, direction in enumerate(stencils.directions)
+    ]
     if not any(found):
         raise DataError(
-            f"no dash fits where the first contour may begin; lower seed_frame={frame}, "
+            f"no dash fits where the first contour may start; lower seed_frame={frame}, "
             f"dash_length={settings.dash_length} or margin {margin}"
         )
     return tuple(found)
 
 
-def _fitting(stencils: Stencils, direction: int, occupied: int) -> int:
-    """All pivots at which a dash touches nothing that is occupied, as a board."""
+def _free_pivots(stencils: Stencils, direction: int, occupied: int) -> Integer[np.ndarray, "P 2"]:
+    """All pivots at which a dash touches no occupied pixel."""
     rows, columns = pixels_of(stencils.directions[direction].footprint, stencils.stride)
     blocked = 0
     for offset in (rows * stencils.stride + columns).tolist():
         blocked |= occupied >> offset
-    # `blocked` is by the first pixel of the window; a pivot is `reach` rows and columns after it. Outside of the image
-    # all is occupied.
+    # Bit i of `blocked` is the window whose first pixel is i; its pivot is `reach` rows and columns further. All pixels
+    # outside of the image are occupied.
     corner = stencils.reach * (stencils.stride + 1)
     everywhere = (1 << (stencils.stride**2 - 2 * corner)) - 1
-    return (everywhere & ~blocked) << corner & ~stencils.border
+    free = (everywhere & ~blocked) << corner & ~stencils.border
+    return np.stack(pixels_of(free, stencils.stride), axis=1) - stencils.reach
 
 
 def _draw(
@@ -333,15 +339,14 @@ def _draw(
     reach = stencils.reach
     canvas = np.zeros((stencils.stride, stencils.stride), dtype=np.float32)
 
-    def lay(picture: np.ndarray, middle: Offset) -> None:
-        window = canvas[middle[0] : middle[0] + 2 * reach + 1, middle[1] : middle[1] + 2 * reach + 1]
-        np.maximum(window, picture, out=window)
-
+    pictures = [(stencils.disc, centre) for centre in discs]
     for group, contrast in ((contours, settings.contour_contrast), (distractors, settings.distractor_contrast)):
-        for contour in group:
-            for dash in contour:
-                lay(np.minimum(contrast * stencils.directions[dash.direction].picture, 1.0), dash.pivot)
-    for middle in discs:
-        lay(stencils.disc, middle)
+        pictures += [
+            (np.minimum(contrast * stencils.directions[dash.direction].picture, 1.0), dash.pivot)
+            for dash in chain.from_iterable(group)
+        ]
+    for picture, (row, column) in pictures:
+        window = canvas[row : row + 2 * reach + 1, column : column + 2 * reach + 1]
+        np.maximum(window, picture, out=window)
     image = canvas[reach:-reach, reach:-reach]
     return np.rint(image * (255 / image.max())).astype(np.uint8)

@@ -1,21 +1,21 @@
 """Raw speech: one-second clips at 16 kHz as sequences of real numbers, Speech Commands or synthetic.
 
-Samples are numbers from -1 to 1 (16-bit numbers / 32,768). Each is standardised by the mean and the deviation, over the
-training clips, of the samples at its own place of the clip: (x - mean) / (deviation + 1e-5).
+Samples are numbers from -1 to 1 (16-bit integers / 32,768). Each is standardised by the mean and the standard deviation
+of the training clips at its position: (x - mean) / (deviation + 1e-5).
 
-| split | training, validation, test | of |
+| split | training, validation, test | note |
 |---|---|---|
-| `stratified` | 70 / 15 / 15 % of every word: 24,482 / 5,246 / 5,247 | the clips sorted by word and name |
-| `hash` | what the lists leave, `validation_list.txt`, `testing_list.txt` | a speaker is in one split only |
+| `stratified` | 70 / 15 / 15 % of every word: 24,482 / 5,246 / 5,247 | drawn from the clips sorted by word and name |
+| `hash` | the other clips, `validation_list.txt`, `testing_list.txt` | a speaker is in one split only |
 
-`stratified` is how the paper's authors and those before them split: scikit-learn's draw, twice, with the seeds 0 and 1.
-They drew from the clips in the order in which their file system listed the files, which nobody else has. Sorted names
-give everybody the same clips in the same splits, and the same number as theirs, but not the same clips as theirs.
+`stratified` is the split of the paper and of earlier work: two draws of scikit-learn, with the seeds 0 and 1. The
+authors drew from the clips in the order of their file system, which cannot be reproduced. With sorted names, the splits
+are the same everywhere and have the authors' sizes, but not their clips.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sma.errors import DataError
+from sma.recipes.tasks.contract import TaskData
 from sma.recipes.tasks.speech import commands as speech_commands
 from sma.recipes.tasks.speech import synthetic as synthetic_speech
 from sma.recipes.tasks.speech.commands import LISTS, SAMPLE_RATE, SAMPLES, load_clips
@@ -39,24 +40,24 @@ SYNTHETIC_CLIPS = 2000
 
 
 class SpeechSettings(Spec):
-    """Which clips, and how they are split. The same files and settings give the same clips in the same splits."""
+    """The clips and their splits, determined by the settings and the files."""
 
     source: Literal["speech_commands", "synthetic"] = Field(
         default="speech_commands",
-        description="recordings of ten words, or ten sounds made by a formula, which need no data",
+        description="speech_commands: recordings of ten words; synthetic: ten generated sounds, which need no files",
     )
     split: Literal["stratified", "hash"] = Field(
         default="stratified",
-        description="70/15/15 %, each with its share of every word, or by the lists of the publisher, by speaker",
+        description="stratified: 70/15/15 % of every word; hash: the lists of the publisher, which separate speakers",
     )
     downsample: int = Field(
-        default=1, ge=1, le=SAMPLES, description="samples that are averaged into one; must divide 16,000"
+        default=1, ge=1, le=SAMPLES, description="number of samples averaged into one; must divide 16,000"
     )
-    clips: int | None = Field(default=None, ge=100, description=f"synthetic clips in all; null: {SYNTHETIC_CLIPS:,}")
+    clips: int | None = Field(default=None, ge=100, description=f"number of synthetic clips; null: {SYNTHETIC_CLIPS:,}")
     download: bool = Field(
-        default=False, description="get the archive of Speech Commands (2.3 GiB) where it is missing"
+        default=False, description="download the archive of Speech Commands, 2.3 GiB, if it is not found"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of the stratified split and the synthetic clips")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of the stratified split and of the synthetic clips")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -67,11 +68,11 @@ class SpeechSettings(Spec):
             )
         if self.source == "synthetic" and (self.split == "hash" or self.download):
             raise ValueError(
-                "source='synthetic' has no lists and needs no download; leave split='hash' and download=true out"
+                "source='synthetic' has no lists and no download; leave split='hash' and download=true out"
             )
         if self.source == "speech_commands" and self.clips is not None:
             raise ValueError(
-                f"clips={self.clips} is for source='synthetic'; Speech Commands has the clips it has, so leave it out"
+                f"clips={self.clips} requires source='synthetic'; the clips of Speech Commands are given: leave it out"
             )
         return self
 
@@ -81,11 +82,11 @@ class SpeechDataset(Dataset[tuple[Tensor, int]]):
 
     Args:
         clips: all clips of the data set, in memory or on the disk.
-        numbers: which of them are in this split, in ascending order.
+        numbers: indices of the clips of this split, in ascending order.
         targets: their classes.
-        downsample: samples that are averaged into one; a divisor of 16,000.
-        mean: of the training clips at every place; None: of these clips.
-        std: their standard deviation.
+        downsample: number of samples averaged into one; a divisor of 16,000.
+        mean: mean of the training clips at every position; None: that of these clips.
+        std: standard deviation of the training clips at every position; None: that of these clips.
     """
 
     def __init__(
@@ -106,42 +107,41 @@ class SpeechDataset(Dataset[tuple[Tensor, int]]):
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, " L"], int]:
-        place = range(len(self))[index]
-        sums = self._sums(self.numbers[place : place + 1])[0].double()
-        return ((self._scaled(sums) - self.mean) / (self.std + _FLOOR)).float(), int(self.targets[place])
+        number = range(len(self))[index]
+        sums = self._sums(self.numbers[number : number + 1])[0].double()
+        return ((self._scaled(sums) - self.mean) / (self.std + _FLOOR)).float(), int(self.targets[number])
 
     @property
     def lengths(self) -> Int64[Tensor, " M"]:
-        """Samples of every clip, all the same."""
+        """Number of samples of every clip."""
         return torch.full((len(self),), SAMPLES // self.downsample)
 
     @property
     def sha256(self) -> str:
-        """Of the clips as they are recorded, 16-bit little-endian numbers, clip after clip, and then the classes, a
-        byte each.
-        """
+        """SHA-256 of the recorded clips as 16-bit little-endian integers, followed by the classes, a byte each."""
         total = hashlib.sha256()
-        for part in self.numbers.split(_BLOCK):
-            total.update(self.clips[part.numpy()].tobytes())
+        for block in self.numbers.split(_BLOCK):
+            total.update(self.clips[block.numpy()].tobytes())
         total.update(self.targets.to(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
+    def show(self, samples: Float[Tensor, " L"]) -> list[str]:
+        """Every standardised sample as recorded, in thousandths of the maximum amplitude."""
+        return [f"{1000 * value:.0f}" for value in (samples.double() * (self.std + _FLOOR) + self.mean).tolist()]
+
     def _sums(self, numbers: Int64[Tensor, " K"]) -> Int64[Tensor, "K L"]:
-        """The sums of every `downsample` samples of some clips, which are exact."""
+        """The exact sums of every `downsample` samples of some clips."""
         return torch.from_numpy(self.clips[numbers.numpy()]).long().unflatten(1, (-1, self.downsample)).sum(-1)
 
     def _scaled(self, sums: Float64[Tensor, "*K L"]) -> Float64[Tensor, "*K L"]:
         return sums / (_SCALE * self.downsample)
 
     def _moments(self) -> tuple[Float64[Tensor, " L"], Float64[Tensor, " L"]]:
-        """Mean and standard deviation (of a sample: N - 1) at every place; from whole numbers, so in whatever order
-        they are added.
-        """
-        count = len(self)
-        first = torch.zeros(SAMPLES // self.downsample, dtype=torch.int64)
-        second = torch.zeros(SAMPLES // self.downsample, dtype=torch.float64)
-        for part in self.numbers.split(_BLOCK):
-            sums = self._sums(part)
+        """Mean and sample standard deviation (N - 1) at every position, from exact sums."""
+        count, first = len(self), torch.zeros(SAMPLES // self.downsample, dtype=torch.int64)
+        second = first.double()
+        for block in self.numbers.split(_BLOCK):
+            sums = self._sums(block)
             first += sums.sum(0)
             second += sums.double().square().sum(0)
         mean = first.double() / count
@@ -149,29 +149,13 @@ class SpeechDataset(Dataset[tuple[Tensor, int]]):
         return self._scaled(mean), self._scaled(variance.sqrt())
 
 
-class SpeechData(NamedTuple):
-    """The three splits, the SHA-256 of each, and the names of the classes."""
-
-    train: SpeechDataset
-    validation: SpeechDataset
-    test: SpeechDataset
-    hashes: dict[str, str]
-    class_names: tuple[str, ...]
-    sample_rate: int
-
-    def show(self, samples: Float[Tensor, " L"]) -> list[str]:
-        """Every standardised sample as it is recorded, in thousandths of the loudest that can be."""
-        recorded = samples.double() * (self.train.std + _FLOOR) + self.train.mean
-        return [f"{1000 * value:.0f}" for value in recorded.tolist()]
-
-
-def load_speech(settings: SpeechSettings, folder: Path, *, progress: bool = True) -> SpeechData:
+def load_speech(settings: SpeechSettings, folder: Path, *, progress: bool = True) -> TaskData:
     """Return the clips in three splits.
 
     Args:
-        settings: which clips.
-        folder: where Speech Commands is; see `sma.recipes.tasks.speech.commands`.
-        progress: show bars.
+        settings: source and split.
+        folder: the data folder; see `sma.recipes.tasks.speech.commands`.
+        progress: whether to show progress bars.
 
     Raises:
         DataError: the data is missing or broken, the lists are missing, or a split would be empty.
@@ -184,22 +168,18 @@ def load_speech(settings: SpeechSettings, folder: Path, *, progress: bool = True
         loaded = load_clips(folder, download=settings.download, progress=progress)
         clips, names = loaded.samples, speech_commands.CLASSES
         targets = torch.tensor([names.index(name.split("/")[0]) for name in loaded.names])
-        if settings.split == "hash":
-            parts = _listed(loaded, folder)
-        else:
-            parts = _stratified(targets, settings.seed)
+        parts = _listed(loaded, folder) if settings.split == "hash" else _stratified(targets, settings.seed)
     train = SpeechDataset(clips, parts[0], targets[parts[0]], settings.downsample)
     others = [
         SpeechDataset(clips, part, targets[part], settings.downsample, train.mean, train.std) for part in parts[1:]
     ]
-    splits = dict(zip(("train", "validation", "test"), (train, *others), strict=True))
-    hashes = {name: split.sha256 for name, split in splits.items()}
-    return SpeechData(**splits, hashes=hashes, class_names=names, sample_rate=round(SAMPLE_RATE / settings.downsample))
+    rate = round(SAMPLE_RATE / settings.downsample)
+    return TaskData.of((train, *others), train.show, class_names=names, sample_rate=rate)
 
 
 def _stratified(targets: Int64[Tensor, " N"], seed: int) -> list[Int64[Tensor, " M"]]:
-    """Numbers of the clips of each split, drawn as the authors do, from clips in their order."""
-    from sklearn.model_selection import train_test_split  # a second, and only this needs it
+    """Indices of the clips of each split, drawn by the method of the paper."""
+    from sklearn.model_selection import train_test_split  # here, because the import takes a second
 
     numbers = np.arange(len(targets))
     try:
@@ -208,20 +188,20 @@ def _stratified(targets: Int64[Tensor, " N"], seed: int) -> list[Int64[Tensor, "
     except ValueError as error:
         counts = targets.bincount(minlength=NUM_CLASSES).tolist()
         raise DataError(
-            f"the clips cannot be split 70/15/15 with every class in each: there are {counts} of the classes: {error}"
+            f"the clips cannot be split 70/15/15 with every class in each; the classes have {counts} clips: {error}"
         ) from error
     return [torch.from_numpy(np.sort(part)) for part in (train, validation, test)]
 
 
 def _listed(clips: speech_commands.Clips, folder: Path) -> list[Int64[Tensor, " M"]]:
-    """Numbers of the clips of each split, by the publisher's lists."""
-    validation, test = (clips.lists[name] for name in LISTS)
-    places = torch.tensor([1 if name in validation else 2 if name in test else 0 for name in clips.names])
-    parts = [(places == place).nonzero().flatten() for place in range(3)]
+    """Indices of the clips of each split, by the lists of the publisher."""
+    validation, test = (np.array([name in clips.lists[of] for name in clips.names]) for of in LISTS)
+    masks = (~(validation | test), validation, test & ~validation)
+    parts = [torch.from_numpy(mask).nonzero().flatten() for mask in masks]
     if not all(map(len, parts)):
         raise DataError(
-            f"split='hash' needs {LISTS[0]} and {LISTS[1]} in {folder / speech_commands.NAME}, with the names of some "
-            f"of the clips there; they give {', '.join(str(len(part)) for part in parts)} clips to train on, validate "
-            "on and test on: get the lists from the archive, or use split='stratified'"
+            f"split='hash' requires {LISTS[0]} and {LISTS[1]} in {folder / speech_commands.NAME}, with names of clips "
+            f"there; they give {', '.join(str(len(part)) for part in parts)} training, validation and test clips: "
+            "get the lists from the archive, or use split='stratified'"
         )
     return parts

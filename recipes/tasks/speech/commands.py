@@ -1,24 +1,23 @@
 """Speech Commands v0.02: one-second recordings of words, read from its folder or its archive, and kept as one array.
 
-A data folder holds one of the two, as they are published:
+The data folder has one of
 
 | what | where |
 |---|---|
 | folder | `speech_commands_v0.02/{yes,no,…}/*.wav`, beside them `validation_list.txt` and `testing_list.txt` |
 | archive | `speech_commands_v0.02.tar.gz`, 2.3 GiB, from which the ten words are unpacked into that folder |
 
-Of the ten words, the 34,975 clips of exactly 16,000 samples are kept; shorter ones are left out. They are copied into
-`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip), of which only what is read comes
-into memory, and `names.txt`. HASH is that of the names and sizes of the files and of when they were written, so another
-selection of files is another copy, as are files that were replaced. `sma.recipes.io.wav` says which WAV files are
-read.
+Of the ten words, the 34,975 clips of exactly 16,000 samples are used; shorter ones are skipped. They are copied into
+`speech_commands_v0.02-HASH/`: `clips.int16` (1.1 GB, little-endian, clip after clip, mapped into memory) and
+`names.txt`. HASH is a hash of the names, sizes and times of the files, so other or replaced files get another copy. See
+`sma.recipes.io.wav` for the supported WAV files.
 
 Reference:
     Warden, "Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition", arXiv 1804.03209.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,25 +35,25 @@ from sma.recipes.io.wav import read_wav
 CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SAMPLE_RATE = 16_000
 SAMPLES = 16_000
-"""Of a clip: one second."""
+"""Number of samples of a clip: one second."""
 
 NAME = "speech_commands_v0.02"
 URL = f"http://download.tensorflow.org/data/{NAME}.tar.gz"
 SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"
-"""Of the archive."""
+"""SHA-256 of the archive."""
 
 LISTS = ("validation_list.txt", "testing_list.txt")
 _FILES = ("clips.int16", "names.txt")
-_LIST = 1 << 26  # bytes of a list of names at most
-_ANY_NAME = "surrogateescape"  # a file system does not care whether a name is UTF-8
+_LIST = 1 << 26  # maximum bytes of a list of names
+_ANY_NAME = "surrogateescape"  # names in a file system need not be UTF-8
 
 
 class Clips(NamedTuple):
     """All clips, sorted by word and name.
 
     Attributes:
-        samples: of every clip, on the disk.
-        names: of every clip, such as `yes/0a7c2a8d_nohash_0.wav`.
+        samples: the samples of every clip, on the disk.
+        names: the names of the clips, such as `yes/0a7c2a8d_nohash_0.wav`.
         lists: the names in the two lists of the publisher, by the name of the list; a missing list is empty.
     """
 
@@ -67,14 +66,13 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     """Return the clips of the ten words that have exactly 16,000 samples.
 
     Args:
-        folder: holds the folder or the archive; and then the copy, which is kept in the default data folder where
-            `folder` cannot be written.
-        download: get the archive where neither is there.
-        progress: show bars.
+        folder: the data folder. The copy is kept in the default data folder if `folder` cannot be written.
+        download: download the archive if nothing is found.
+        progress: whether to show progress bars.
 
     Raises:
-        DataError: there is neither; a word is missing; a file is no WAV, truncated, or not of one channel at 16 kHz,
-            named by file; or the copy cannot be written.
+        DataError: nothing is found; a word is missing; a file is not a WAV file of one channel at 16 kHz, or is
+            truncated; or the copy cannot be written.
     """
     source = _source(folder, download, progress)
     files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
@@ -91,7 +89,7 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
                 samples.write(clip.tobytes())
                 names.write(f"{name}\n".encode(errors=_ANY_NAME))
 
-    # `listing` under another key than the manifest's own list of files.
+    # In a key of its own, because the manifest has a key `files` too.
     cached_files(copy, {"source": recipe}, _FILES, write)
     names = _lines_of(copy / _FILES[1])
     found = {name.split("/")[0] for name in names}
@@ -117,10 +115,10 @@ def _source(folder: Path, download: bool, progress: bool) -> Path:
         source,
         url=URL,
         sha256=SHA256,
-        archive_most=3 << 30,  # it has 2.3 GiB, and the ten words 1.2 GB
+        archive_most=3 << 30,  # the archive has 2.3 GiB, and the ten words have 1.2 GB
         files_most=2 << 30,
-        missing=f"there is no Speech Commands data: looked for the folder {source}, "
-        f"with {CLASSES[0]}/*.wav and so on, and the archive {archive}",
+        missing=f"there is no Speech Commands data: neither the folder {source}, "
+        f"with {CLASSES[0]}/*.wav and so on, nor the archive {archive}",
         members=_is_wanted,
         download=download,
         progress=progress,
@@ -134,9 +132,9 @@ def _is_wanted(name: str) -> bool:
 
 
 def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
-    """The recordings of a word, sorted by name: the order in which a file system lists them is no order."""
+    """The recordings of a word, sorted by name."""
     found = (source / word).glob("*.wav")
-    paths: Sequence[Path] = sorted((path for path in found if is_visible(path.name)), key=lambda path: path.name)
+    paths = sorted((path for path in found if is_visible(path.name)), key=lambda path: path.name)
     if not paths:
         raise DataError(
             f"there is no recording {source / word}/*.wav; the folder must hold all of the words {', '.join(CLASSES)}"
@@ -145,12 +143,10 @@ def _files_of(source: Path, word: str) -> Iterator[tuple[str, Path]]:
 
 
 def _entry(name: str, path: Path) -> str:
-    """What tells a file from another that is put in its place."""
+    """Name, size and time of a file, which change if it is replaced."""
     if any(ord(character) < 32 for character in name):
-        raise DataError(f"the recording {quote(name)} has a name that no list can hold; rename it")
-    check_file(path)
-    found = path.stat()
-    return f"{name} {found.st_size} {found.st_mtime_ns}\n"
+        raise DataError(f"the name of the recording {quote(name)} has control characters; rename it")
+    return f"{name} {check_file(path)} {path.stat().st_mtime_ns}\n"
 
 
 def _lines_of(path: Path) -> list[str]:

@@ -1,10 +1,8 @@
-"""Synthetic words: ten sounds made by a formula, in the format of Speech Commands, for trying the pipeline without its
-data.
+"""Synthetic words: ten generated sounds in the format of Speech Commands, for trials of the pipeline without its data.
 
-A word is a melody, sung once or twice: five melodies times two are the ten words. Speaker, loudness, tempo, beginning
-and noise are drawn for every clip, so that no single sample tells the word: the melody must be followed over a tenth of
-a second to half a second.
-These are no recordings, and an accuracy on them says nothing about speech.
+A word is one of five melodies, played once or twice. Speaker, loudness, tempo, start and noise are drawn for every
+clip, so that no single sample determines the word: the melody takes a tenth to half a second. Accuracies on these
+sounds are not comparable to those on recordings.
 """
 
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from sma.errors import DataError
 from sma.memory import check_memory
 from sma.recipes.tasks.speech.commands import SAMPLE_RATE, SAMPLES
 
-# Octaves above the speaker's lowest tone, over the time from 0 to 1.
+# Pitch in octaves above the speaker's lowest tone, at times from 0 to 1.
 _MELODIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "low": lambda time: 0 * time,
     "high": lambda time: 0 * time + 1,
@@ -28,14 +26,14 @@ CLASSES = (*_MELODIES, *(f"{name} twice" for name in _MELODIES))
 
 
 def synthetic_clips(count: int, seed: int) -> Int16[np.ndarray, "N 16000"]:
-    """Return `count` clips; number i is word i modulo 10, and depends on the seed and i alone.
+    """Return `count` clips; clip i is word i modulo 10, and depends on the seed and i only.
 
     Args:
-        count: clips, N.
-        seed: of all that is drawn.
+        count: number of clips, N.
+        seed: seed of the clips.
 
     Raises:
-        DataError: the memory has no room for so many.
+        DataError: there is too little memory.
     """
     check_memory(2 * SAMPLES * count, f"a data set of {count:,} clips", error=DataError, hint="lower task.data.clips")
     clips = np.empty((count, SAMPLES), dtype="<i2")
@@ -47,7 +45,7 @@ def synthetic_clips(count: int, seed: int) -> Int16[np.ndarray, "N 16000"]:
 def _clip(word: int, random: np.random.Generator) -> Int16[np.ndarray, "16000"]:
     melody = list(_MELODIES.values())[word % len(_MELODIES)]
     times = 1 + word // len(_MELODIES)
-    lowest = random.uniform(70.0, 95.0)  # Hz; an octave above is still below 200, so that clips may be sampled down far
+    lowest = random.uniform(70.0, 95.0)  # Hz; the highest tone is below 200 Hz, so that clips can be downsampled
     length = int(random.uniform(0.45, 0.75) * SAMPLE_RATE)
     start = int(random.uniform(0, SAMPLES - length))
     tone = np.concatenate([_syllable(melody, lowest, length // times, random) for _ in range(times)])
