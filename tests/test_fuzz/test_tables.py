@@ -65,7 +65,9 @@ def _make_listops(rng: random.Random, folder: Path) -> Path:
 
 def _read_listops(path: Path) -> None:
     split = read_listops(path)
-    if not 0 < int(split.ids.min()) <= int(split.ids.max()) < 16 or int(split.offsets[-1]) != len(split.ids):
+    if not 0 < int(split.content.min()) <= int(split.content.max()) < 16 or int(split.offsets[-1]) != len(
+        split.content
+    ):
         raise RuntimeError("read what is no expression")
 
 

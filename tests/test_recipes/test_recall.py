@@ -87,7 +87,7 @@ def test_every_query_asks_for_the_value_that_followed_its_key(chosen):
             ids, targets = split[number]
             texts = show(chosen, ids)
             told = {texts[place]: texts[place + 1] for place in range(chosen.queries_from) if texts[place][0] == "k"}
-            assert len(told) == chosen.pairs  # no key comes twice
+            assert len(told) == chosen.pairs  # the keys of a sample differ
             assert all(value[0] == "v" for value in told.values())
             assert sum(text[0] == "v" for text in texts) == chosen.pairs
             asked_for = {text for text in texts if text[0] == "?"}
@@ -123,10 +123,10 @@ def test_splits_of_one_seed_are_fixed_and_those_of_another_differ():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        pytest.param({"pairs": 40}, "pairs=40 must be at most keys=32; no key comes twice", id="keys"),
+        pytest.param({"pairs": 40}, "pairs=40 must be at most keys=32; the keys of a sample differ", id="keys"),
         pytest.param(
             {"queries_from": 14},
-            "pairs=8 do not fit: they take 16 of the first queries_from=14 tokens, "
+            "pairs=8 do not fit: they require 16 of the first queries_from=14 tokens, "
             "and their queries 8 of the other 114",
             id="pairs",
         ),
@@ -162,7 +162,7 @@ def test_one_answer_of_a_row_is_asked_for_as_it_stands():
         ),
         pytest.param(
             "model={kind: sequence_encoder, width: 8, encoder: {kind: token_embedding, vocabulary: 8}, layers: []}",
-            "the model kind 'sequence_encoder' has no answer at every position; use kind 'language_model'",
+            "the model kind 'sequence_encoder' does not score every position; use kind 'language_model'",
             id="kind",
         ),
     ],

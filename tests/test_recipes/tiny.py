@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import BEST, LAST
-from sma.recipes.tasks.batch import Batch, collate
+from sma.recipes.tasks.batch import Batch
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.tasks.listops.expressions import decode, prepare_listops
+from sma.recipes.tasks.listops.expressions import prepare_listops
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.run import Finished, run_experiment
 
@@ -65,8 +65,7 @@ def tiny(**settings: Any) -> ExperimentSpec:
 
 def tiny_data(folder: Path) -> TaskData:
     """The data of the experiment, made by this process alone."""
-    made = prepare_listops(tiny().task.data, folder, workers=1, progress=False)  # type: ignore[attr-defined]
-    return TaskData(made.train, made.validation, made.test, made.hashes, collate, lambda ids: decode(ids).split())
+    return prepare_listops(tiny().task.data, folder, workers=1, progress=False)  # type: ignore[attr-defined]
 
 
 def train(spec: ExperimentSpec, out: Path, data: TaskData, accelerator: str = "cpu", resume: bool = False) -> Finished:

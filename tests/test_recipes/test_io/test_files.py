@@ -14,7 +14,7 @@ import pytest
 
 from sma.errors import DataError
 from sma.recipes.io import generated as files
-from sma.recipes.io.generated import cached_files, copy_folder, sha256_of
+from sma.recipes.io.generated import cached_files, copy_folder, digest_of
 
 NAMES = ["first.txt", "second.txt", "third.txt"]
 
@@ -251,7 +251,7 @@ def test_broken_manifest_is_a_data_error(tmp_path, content, complaint):
 
 def test_hash_of_a_file_that_cannot_be_read_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match=r"cannot read '.*none.txt': No such file or directory"):
-        sha256_of(tmp_path / "none.txt")
+        digest_of(tmp_path / "none.txt")
 
 
 def prepare_at_once(folder, recipes):

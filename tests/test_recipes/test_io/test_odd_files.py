@@ -12,7 +12,7 @@ import pytest
 
 from sma.errors import DataError
 from sma.recipes.io import lines, published
-from sma.recipes.io.generated import MANIFEST, cached_files, sha256_of
+from sma.recipes.io.generated import MANIFEST, cached_files, digest_of
 from sma.recipes.io.lines import lines_of
 from sma.recipes.tasks.grey import read_array
 from sma.recipes.tasks.image import CifarSettings, load_cifar, read_batch
@@ -85,7 +85,7 @@ READERS = [
     pytest.param(lambda folder: (folder / "x.tsv", lambda: read_pairs(folder / "x.tsv", 9)), id="aan"),
     pytest.param(lambda folder: (folder / "x.bin", lambda: read_batch(folder / "x.bin")), id="cifar"),
     pytest.param(lambda folder: (folder / "x.npy", lambda: read_array(folder / "x.npy", (3,))), id="npy"),
-    pytest.param(lambda folder: (folder / "x", lambda: sha256_of(folder / "x")), id="hash"),
+    pytest.param(lambda folder: (folder / "x", lambda: digest_of(folder / "x")), id="hash"),
     pytest.param(imdb, id="imdb"),
     pytest.param(recordings, id="recordings"),
     pytest.param(lists_of_images, id="lists of images"),
@@ -325,10 +325,12 @@ def test_manifests_that_were_not_written_here_are_refused_in_a_sentence(content,
     assert len(str(caught.value)) < 1200
 
 
-def test_recording_whose_name_no_list_can_hold_is_refused(tmp_path):
+def test_recording_with_a_control_character_in_its_name_is_refused(tmp_path):
     root = write_corpus(tmp_path)
     (root / "no" / "04_nohash_0.wav").rename(root / "no" / "a\nyes.wav")
-    with pytest.raises(DataError, match=r"the recording 'no/a\\nyes\.wav' has a name that no list can hold; rename it"):
+    with pytest.raises(
+        DataError, match=r"the name of the recording 'no/a\\nyes\.wav' has control characters; rename it"
+    ):
         load_clips(tmp_path, progress=False)
 
 

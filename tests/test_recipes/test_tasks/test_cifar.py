@@ -257,7 +257,7 @@ def test_pickled_version_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(
         DataError,
-        match=rf"nor cifar-10-binary.* but {name}, which is not read: it is pickled, and .*; put https.*binary",
+        match=rf"nor cifar-10-binary.* but {name}, which is not read, because unpickling .*; put https.*binary",
     ):
         load_cifar(SETTINGS, tmp_path)
 
@@ -281,7 +281,7 @@ def test_missing_file_and_wrong_class_are_refused_by_name(tmp_path):
     content[5 * 3073] = 10
     path.write_bytes(content)
     with pytest.raises(
-        DataError, match=r"data_batch_2.bin: record 5 has the class 10; classes are 0 to 9, so it is damaged"
+        DataError, match=r"data_batch_2.bin: record 5 has the class 10; classes are 0 to 9, so the data is damaged"
     ):
         read_batch(path)
     path.unlink()

@@ -3,13 +3,14 @@
 import hashlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from sklearn import datasets
 
 from sma.errors import DataError, SpecError
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks.digits import DigitsSettings, DigitsTask, load_digits
+from sma.recipes.tasks.digits import DigitsSettings, DigitsTask, load_digits, read_digits, split_digits
 from sma.spec import dump_spec, kinds
 
 SPLITS = ("train", "validation", "test")
@@ -22,14 +23,20 @@ def digits():
 
 
 @pytest.fixture(scope="module")
+def numbers():
+    """The indices of the images of the splits of the default settings."""
+    return split_digits(read_digits()[1], DigitsSettings())
+
+
+@pytest.fixture(scope="module")
 def images():
     """What scikit-learn ships."""
     return datasets.load_digits()
 
 
-def test_every_image_is_in_exactly_one_split(digits):
-    numbers = torch.cat([split.numbers for split in digits[:3]])
-    assert sorted(numbers.tolist()) == list(range(1797))
+def test_every_image_is_in_exactly_one_split(digits, numbers):
+    assert sorted(np.concatenate(numbers).tolist()) == list(range(1797))
+    assert [len(split) for split in digits[:3]] == [len(part) for part in numbers]
 
 
 @pytest.mark.parametrize(("validation", "test"), [(0.1, 0.2), (0.25, 0.05), (0.013, 0.5)])
@@ -43,17 +50,17 @@ def test_every_split_has_its_share_of_every_class(images, validation, test, digi
     assert sum(found) == count
 
 
-def test_samples_are_the_standardised_images_row_after_row(digits, images):
-    grey = images.data[digits.train.numbers.numpy()]
-    for split in digits[:3]:
+def test_samples_are_the_standardised_images_row_after_row(digits, numbers, images):
+    grey = images.data[numbers[0]]
+    for split, part in zip(digits[:3], numbers, strict=True):
         assert split.lengths.tolist() == [64] * len(split)
         for index in (0, 7, len(split) - 1):
             pixels, target = split[index]
-            image = images.images[int(split.numbers[index])]
+            image = images.images[part[index]]
             expected = [(float(value) - grey.mean()) / grey.std() for row in image for value in row]
             assert pixels.dtype == torch.float32
             assert pixels.tolist() == pytest.approx(expected, abs=1e-5)
-            assert target == images.target[int(split.numbers[index])]
+            assert target == images.target[part[index]]
 
 
 def test_training_pixels_have_mean_0_and_deviation_1(digits):
@@ -62,26 +69,22 @@ def test_training_pixels_have_mean_0_and_deviation_1(digits):
     assert float(pixels.std(correction=0)) == pytest.approx(1, abs=1e-6)
 
 
-def test_shown_pixels_are_the_grey_values(digits, images):
+def test_shown_pixels_are_the_grey_values(digits, numbers, images):
     for index in range(0, len(digits.test), 40):
-        image = images.data[int(digits.test.numbers[index])]
+        image = images.data[numbers[2][index]]
         assert digits.show(digits.test[index][0]) == [str(int(value)) for value in image]
 
 
 def test_same_seed_same_splits_and_another_seed_others(digits):
     again, other = load_digits(DigitsSettings(seed=0)), load_digits(DigitsSettings(seed=1))
     assert again.hashes == digits.hashes
-    assert all(torch.equal(again[place].numbers, digits[place].numbers) for place in range(3))
     assert set(other.hashes.values()) & set(digits.hashes.values()) == set()
     assert [len(split) for split in other[:3]] == [len(split) for split in digits[:3]]
 
 
-def test_hashes_are_those_of_the_grey_values_and_the_digits(digits, images):
-    for name, split in zip(SPLITS, digits[:3], strict=True):
-        numbers = split.numbers.tolist()
-        content = bytes(int(value) for number in numbers for value in images.data[number]) + bytes(
-            int(images.target[n]) for n in numbers
-        )
+def test_hashes_are_those_of_the_grey_values_and_the_digits(digits, numbers, images):
+    for name, part in zip(SPLITS, numbers, strict=True):
+        content = images.data[part].astype(np.uint8).tobytes() + bytes(images.target[part].tolist())
         assert digits.hashes[name] == hashlib.sha256(content).hexdigest()
 
 

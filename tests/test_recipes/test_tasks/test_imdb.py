@@ -204,7 +204,7 @@ def test_missing_class_is_named(tmp_path):
 
 def test_empty_review_is_named(tmp_path):
     make_folder(tmp_path, {**REVIEWS, "test/pos/3_3.txt": b""})
-    with pytest.raises(DataError, match=r"test/pos/3_3\.txt is empty; the archive was not unpacked well"):
+    with pytest.raises(DataError, match=r"test/pos/3_3\.txt is empty; the archive was not fully unpacked"):
         load_imdb(SHORT, tmp_path)
 
 

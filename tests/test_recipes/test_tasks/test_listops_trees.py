@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from sma.errors import DataError, SpecError
 from sma.recipes.tasks.listops import trees as listops_trees
+from sma.recipes.tasks.listops.expressions import evaluate_expression
 from sma.recipes.tasks.listops.trees import (
     PAPER,
     TINY,
     ListOpsSettings,
     draw_chunk,
-    evaluate_expression,
     generate_lines,
 )
 
@@ -219,12 +219,12 @@ def test_evaluator_computes_known_values(expression, value):
 @pytest.mark.parametrize(
     ("expression", "complaint"),
     [
-        pytest.param("", "0 expressions where exactly one is required", id="empty"),
-        pytest.param("1 2", "2 expressions where exactly one is required", id="two"),
-        pytest.param("[MIN ]", r"operator '\[MIN' without arguments", id="no-arguments"),
+        pytest.param("", "the expression is empty", id="empty"),
+        pytest.param("1 2", "the expression ends at symbol 1 of 2", id="two"),
+        pytest.param("[MIN ]", r"operator '\[MIN' has no arguments", id="no-arguments"),
         pytest.param("[MIN 1", r"1 operators are not closed; every operator needs its '\]'", id="open"),
-        pytest.param("1 ]", r"'\]' without an operator before it", id="closed-twice"),
-        pytest.param("[MIM 1 ]", r"unknown symbol '\[MIM'; did you mean '\[MI?[NM]'", id="unknown"),
+        pytest.param("1 ]", r"symbol 2 is a '\]' that closes no operator", id="closed-twice"),
+        pytest.param("[MIM 1 ]", r"symbol 1 is '\[MIM', which is unknown; did you mean '\[MI?[NM]'", id="unknown"),
     ],
 )
 def test_evaluator_refuses_what_is_no_expression(expression, complaint):
@@ -299,7 +299,7 @@ def test_the_same_seed_gives_the_same_lines_and_another_seed_gives_others():
 def test_too_few_different_trees_are_an_error_that_says_how_many():
     only_digits = ListOpsSettings(min_length=0, max_length=5, max_depth=1, train=5, validation=5, test=5)
     with pytest.raises(
-        DataError, match=r"found only 10 different trees of the 15 asked for.*ask for fewer, or widen the bounds"
+        DataError, match=r"found only 10 different trees of 15, none.*lower the number, or widen the bounds"
     ):
         list(generate_lines(only_digits, workers=1))
 

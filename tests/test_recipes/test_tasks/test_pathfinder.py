@@ -102,7 +102,7 @@ def test_files_do_not_depend_on_the_number_of_processes(generated, tmp_path):
 
 def test_second_call_reads_what_the_first_generated(generated, monkeypatch):
     folder, data = generated
-    monkeypatch.setattr(pathfinder, "draw_chunk", None)
+    monkeypatch.setattr(pathfinder, "in_order", None)
     again = prepare_pathfinder(SETTINGS, folder, progress=False)
     assert again.hashes == data.hashes
     assert torch.equal(again.test[-1][0], data.test[29][0])
@@ -158,7 +158,7 @@ def test_release_is_split_as_torch_does_with_seed_42(release):
 
 def test_release_is_decoded_once(release, monkeypatch):
     folder, _, data = release
-    monkeypatch.setattr(pathfinder, "read_images", None)
+    monkeypatch.setattr(pathfinder, "in_order", None)
     assert prepare_pathfinder(RELEASE, folder, progress=False).hashes == data.hashes
 
 

@@ -221,13 +221,13 @@ def test_fitting_places_are_those_where_no_pixel_of_the_footprint_is_occupied():
     for row, column in rng.integers(stencils.reach, stencils.reach + SHORT.size, (9, 2)).tolist():
         board |= 1 << (row * stencils.stride + column)
     for number, direction in enumerate(stencils.directions):
-        found = pathfinder_stimulus._fitting(stencils, number, board)
+        found = set(map(tuple, pathfinder_stimulus._free_pivots(stencils, number, board).tolist()))
         offsets = list(zip(*(part.tolist() for part in pixels_of(direction.footprint, stencils.stride)), strict=True))
         for row, column in itertools.product(range(SHORT.size), repeat=2):
             free = all(not board >> ((row + y) * stencils.stride + column + x) & 1 for y, x in offsets)
             on_board = board >> ((row + stencils.reach) * stencils.stride + column + stencils.reach) & 1
             place = (row + stencils.reach) * stencils.stride + column + stencils.reach
-            assert bool(found >> place & 1) == (free and not (on_board and stencils.border >> place & 1))
+            assert ((row, column) in found) == (free and not (on_board and stencils.border >> place & 1))
 
 
 @pytest.mark.parametrize("continuity", [1.0, 2.0])
@@ -305,7 +305,7 @@ def test_beginning_that_fits_nowhere_is_a_sentence():
     long = StimulusSettings(size=28, dash_length=20, margins=(2,), seed_frame=13)
     with pytest.raises(
         DataError,
-        match=r"no dash fits where the first contour may begin; lower seed_frame=13, dash_length=20 or margin 2",
+        match=r"no dash fits where the first contour may start; lower seed_frame=13, dash_length=20 or margin 2",
     ):
         draw_stimulus(long, 0, 0)
 
@@ -320,9 +320,9 @@ def test_distractors_stop_when_the_image_is_full():
     ("change", "complaint"),
     [
         ({"margins": (0, 1)}, r"margins=\[0, 1\] must all be from 1 to 20"),
-        ({"dash_thickness": 0.7}, r"dash_thickness=0\.7 times antialias=2 is 1\.4; it must be a whole number"),
+        ({"dash_thickness": 0.7}, r"dash_thickness=0\.7 times antialias=2 is 1\.4; it must be an integer"),
         ({"size": 12, "dash_length": 8}, r"size=12 has no room for a dash with its margins; it must be at least 14"),
-        ({"seed_frame": 16}, r"seed_frame=16 leaves no pixel of size=32 to begin in; it must be below 16"),
+        ({"seed_frame": 16}, r"seed_frame=16 leaves no pixel of size=32 for the start; it must be below 16"),
         ({"continuity": 0.5}, r"continuity"),
     ],
 )

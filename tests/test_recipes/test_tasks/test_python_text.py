@@ -156,7 +156,7 @@ def test_limits_hold_and_choose_by_the_seed(monkeypatch):
     modules = made_up_modules()
     assert [len(split) for split in python_documents(8, 0.25, 0, modules)] == [20, 6, 4]
     assert [len(pairs.targets) for pairs in python_pairs(8, 0.25, 0, modules).values()] == [20, 6, 4]
-    assert python_documents(8, 0.25, 0, modules).train.sha256 != python_documents(8, 0.25, 1, modules).train.sha256
+    assert python_documents(8, 0.25, 0, modules)[0].sha256 != python_documents(8, 0.25, 1, modules)[0].sha256
 
 
 def test_same_modules_in_another_order_give_the_same_hashes():
@@ -193,7 +193,5 @@ def test_tasks_call_the_classes_what_they_are(tmp_path):
 
 
 def test_split_of_the_reviews_is_refused():
-    with pytest.raises(
-        SpecError, match=r"split='lra' is that of the reviews; source='python' has none: use split='held_out'"
-    ):
+    with pytest.raises(SpecError, match=r"split='lra' requires reviews; with source='python' use split='held_out'"):
         ImdbSettings(source="python", split="lra")

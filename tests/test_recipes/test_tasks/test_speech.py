@@ -182,7 +182,8 @@ def test_hash_split_is_that_of_the_lists(corpus):
 def test_hash_split_without_the_lists_is_refused(tmp_path):
     write_corpus(tmp_path, lists=False)
     with pytest.raises(
-        DataError, match=r"split='hash' needs validation_list\.txt and testing_list\.txt.*they give 100, 0, 0 clips"
+        DataError,
+        match=r"split='hash' requires validation_list\.txt and testing_list\.txt.*they give 100, 0, 0 training",
     ):
         load_speech(SpeechSettings(split="hash"), tmp_path, progress=False)
 
@@ -277,7 +278,7 @@ def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
 def test_missing_data_says_where_it_was_looked_for_and_what_to_do(tmp_path):
     with pytest.raises(
         DataError,
-        match=re.escape(f"looked for the folder {tmp_path / NAME}, with yes/*.wav and so on, and the archive"),
+        match=re.escape(f"neither the folder {tmp_path / NAME}, with yes/*.wav and so on, nor the archive"),
     ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
     with pytest.raises(
@@ -310,7 +311,7 @@ def test_too_few_clips_to_split_are_refused(tmp_path):
     for path in (root / "up").glob("0[1-9]*.wav"):
         path.unlink()
     with pytest.raises(
-        DataError, match=r"cannot be split 70/15/15 with every class in each: there are \[10, 10, 1, 10"
+        DataError, match=r"cannot be split 70/15/15 with every class in each; the classes have \[10, 10, 1, 10"
     ):
         load_speech(SpeechSettings(), tmp_path, progress=False)
 
@@ -336,9 +337,9 @@ def test_archive_is_downloaded_only_where_asked_and_missing(tmp_path, monkeypatc
     ("settings", "complaint"),
     [
         ({"downsample": 7}, "downsample=7 must divide the 16,000 samples of a clip"),
-        ({"source": "synthetic", "split": "hash"}, "source='synthetic' has no lists and needs no download"),
-        ({"source": "synthetic", "download": True}, "source='synthetic' has no lists and needs no download"),
-        ({"clips": 200}, "clips=200 is for source='synthetic'"),
+        ({"source": "synthetic", "split": "hash"}, "source='synthetic' has no lists and no download"),
+        ({"source": "synthetic", "download": True}, "source='synthetic' has no lists and no download"),
+        ({"clips": 200}, "clips=200 requires source='synthetic'"),
         ({"source": "libri"}, "source='libri'"),
     ],
 )

@@ -103,7 +103,7 @@ def test_python_without_help_pages_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(
         DataError,
-        match=r"came without pydoc_data.topics, its help pages; install the whole standard library, or give a text",
+        match=r"came without pydoc_data.topics, its help pages; install the complete standard library, or give a text",
     ):
         load_text()
 
@@ -146,12 +146,12 @@ def test_hash_that_is_asked_for_is_checked(tmp_path):
     assert load_text(settings.replace(sha256=found)).sha256 == found
     with pytest.raises(
         DataError,
-        match=f"mine.txt has the SHA-256 {found}, and {other} is required: the file was changed or is another",
+        match=f"mine.txt has the SHA-256 {found}, and {other} is required: the file was changed, or is another",
     ):
         load_text(settings.replace(sha256=other))
     with pytest.raises(
         DataError,
-        match=f"and {other} is required: another version of Python comes with another text; sha256=null takes",
+        match=f"and {other} is required: versions of Python differ; sha256=null accepts",
     ):
         load_text(TextSettings(sha256=other))
 
@@ -210,7 +210,7 @@ def test_enwik8_is_downloaded_where_asked_and_missing(tmp_path, monkeypatch):
 def test_text_too_short_to_be_cut_is_refused(tmp_path, content):
     with pytest.raises(
         DataError,
-        match=f"mine.txt has {len(content)} bytes, which gives .* to test on; at least 2 each are required: take a",
+        match=f"mine.txt has {len(content)} bytes, which gives .* for test; at least 2 each are required: give a",
     ):
         load_text(write(tmp_path / "mine.txt", content))
 
@@ -224,7 +224,7 @@ def test_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
     ):
         load_text(TextSettings(file="enwik8"))
     with pytest.raises(
-        DataError, match=r"no file 'enwik8.zip' \(looked for .*/enwik8, .*/data/enwik8.zip, .*data.download=true gets"
+        DataError, match=r"no file 'enwik8.zip' \(looked for .*/enwik8, .*/data/enwik8.zip, .*data.download=true puts"
     ):
         load_text(TextSettings(file="enwik8.zip"), tmp_path / "data")
 
@@ -264,7 +264,7 @@ def test_other_bytes_under_the_name_of_enwik8_are_refused(tmp_path):
 )
 def test_zip_without_enwik8_is_refused(tmp_path, members, held):
     with pytest.raises(
-        DataError, match=rf"mine.zip holds no 'enwik8' but {held}; give a text file, enwik8 or enwik8.zip"
+        DataError, match=rf"mine.zip does not hold 'enwik8', but {held}; give a text file, enwik8 or enwik8.zip"
     ):
         load_text(write_zip(tmp_path / "mine.zip", members))
 
@@ -272,7 +272,7 @@ def test_zip_without_enwik8_is_refused(tmp_path, members, held):
 def test_file_that_is_no_zip_is_refused(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another sort",
+        match=r"enwik8 in .*mine.zip cannot be read: File is not a zip file; the zip is damaged or of another kind",
     ):
         load_text(write(tmp_path / "mine.zip", WIKI))
 
@@ -355,7 +355,7 @@ def test_damaged_zip_is_refused(tmp_path):
     (tmp_path / "enwik8.zip").write_bytes(damaged)
     with pytest.raises(
         DataError,
-        match=r"enwik8 in .*enwik8.zip cannot be read: .*; the zip is damaged or of another sort: download it again",
+        match=r"enwik8 in .*enwik8.zip cannot be read: .*; the zip is damaged or of another kind: download it again",
     ):
         load_text(settings)
 
@@ -365,12 +365,12 @@ def test_damaged_zip_is_refused(tmp_path):
     [
         pytest.param(
             {"held_out": 0.0},
-            "held_out=0.0 must be greater than 0.0; held_out: share of the bytes",
+            "held_out=0.0 must be greater than 0.0; held_out: fraction of the bytes",
             id="nothing-held-out",
         ),
         pytest.param(
             {"validation": 1.0},
-            "validation=1.0 must be less than 1.0; validation: share of the bytes",
+            "validation=1.0 must be less than 1.0; validation: fraction of the bytes",
             id="all-validation",
         ),
         pytest.param(
@@ -379,14 +379,14 @@ def test_damaged_zip_is_refused(tmp_path):
             id="no-training",
         ),
         pytest.param(
-            {"sha256": "abc"}, "sha256='abc': .*; sha256: SHA-256 that the bytes must have, 64 lower-case", id="no-hash"
+            {"sha256": "abc"}, "sha256='abc': .*; sha256: required SHA-256 of the bytes, 64 lower-case", id="no-hash"
         ),
         pytest.param(
-            {"download": True}, "download=true gets enwik8 alone, and file is None; set file=enwik8.zip", id="no-file"
+            {"download": True}, "download=true is for enwik8 only, and file is None; set file=enwik8.zip", id="no-file"
         ),
         pytest.param(
             {"download": True, "file": "a.txt"},
-            "download=true gets enwik8 alone, and file is 'a.txt'; set",
+            "download=true is for enwik8 only, and file is 'a.txt'; set",
             id="other-file",
         ),
         pytest.param({"file": ""}, "file='': .*; file: a local text file, enwik8 or enwik8.zip", id="no-name"),
