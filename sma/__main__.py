@@ -83,6 +83,13 @@ EXPERIMENTS = {
         "evaluate_run",
         "run",
     ),
+    "report": Experiments(
+        "write the figures and tables of a run, a comparison or a sweep again",
+        "sma.commands.report",
+        "ReportOptions",
+        "report",
+        "folder",
+    ),
     "generate": Experiments(
         "continue a text with a trained language model", "sma.recipes.seqboat_lm", "GenerateOptions", "write", "run"
     ),

@@ -43,8 +43,8 @@ COMMANDS = ("report", "train")
 class Options(CommandOptions):
     """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune.
 
-    Two commands besides: `python -m sma.tune report` makes the results of a sweep again, `python -m sma.tune train`
-    trains one model with several workers.
+    Two commands besides: `sma report` writes the results of a sweep again, `python -m sma.tune train` trains one model
+    with several workers.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")

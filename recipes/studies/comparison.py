@@ -12,6 +12,7 @@ from pydantic import Field
 
 from sma.errors import CheckpointError, SpecError, did_you_mean
 from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.io.claims import run_lock
 from sma.recipes.io.names import plain
 from sma.recipes.io.option_parser import Names
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, is_list_of, read_checked, read_summary, write_text
@@ -23,8 +24,9 @@ from sma.recipes.studies.contract import Begun, Chosen, Study, StudyOptions, var
 from sma.recipes.studies.efficiency import efficiency
 from sma.recipes.studies.folder import NEW, asked_study, refuse_changes, write_down
 from sma.recipes.studies.grid import Results, Run
-from sma.recipes.studies.study import TABLE, conduct, refuse_failures, run_study
+from sma.recipes.studies.study import TABLE, conduct, refuse_failures, report_study, run_study
 from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.options import CallOptions
 from sma.recipes.training.start import folder_of
 
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
@@ -156,11 +158,32 @@ def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
             how = {"task": task, "out": out / task} if options.auto_resume else {"resume": out / task, "out": None}
             summaries[task], failed, _ = conduct(study, options.model_copy(update=how))
             failures += [f"{task}/{name}" for name in failed]
-            write_text(out / TABLE, tasks_table(summaries))
-            write_text(out / SUMMARY, json.dumps(summaries, indent=1))
-        print(f"\n{tasks_table(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
+            _write_tasks(summaries, out)
+        _show_tasks(summaries, out)
         refuse_failures(failures, out, options)
     return summaries
+
+
+def report_tasks(out: Path, options: CallOptions) -> dict[str, Any]:
+    """Write the tables and the summaries of a comparison on several tasks again; returns the summaries by task.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    with run_lock(out):
+        summaries = {task: report_study(Comparison(), out / task, options) for task in _read_tasks(out)}
+        _write_tasks(summaries, out)
+        _show_tasks(summaries, out)
+    return summaries
+
+
+def _write_tasks(summaries: Mapping[str, Any], out: Path) -> None:
+    write_text(out / TABLE, tasks_table(summaries))
+    write_text(out / SUMMARY, json.dumps(summaries, indent=1))
+
+
+def _show_tasks(summaries: Mapping[str, Any], out: Path) -> None:
+    print(f"\n{tasks_table(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
 
 
 def _begin_tasks(study: Comparison, options: ComparisonOptions, out: Path) -> list[str]:
@@ -175,9 +198,14 @@ def _begin_tasks(study: Comparison, options: ComparisonOptions, out: Path) -> li
 
 
 def _begun_tasks(options: ComparisonOptions, out: Path) -> list[str]:
-    tasks: list[str] = read_checked(out / SEVERAL, lambda found: is_list_of(found, TASKS), "a list of tasks", NEW)
+    tasks = _read_tasks(out)
     if options.resume is None and tasks != _tasks(options.task):
         raise CheckpointError(f"{str(out)!r} holds a study of other tasks: {', '.join(tasks)}; give another --out")
+    return tasks
+
+
+def _read_tasks(out: Path) -> list[str]:
+    tasks: list[str] = read_checked(out / SEVERAL, lambda found: is_list_of(found, TASKS), "a list of tasks", NEW)
     return tasks
 
 

@@ -39,9 +39,6 @@ class Routed(VariantsStudy[RoutedOptions]):
     | `never` | no token: what the rest of the model does alone |
     | `random` | tokens drawn at random, as many as in `routed`: the control for claims that routing learned something |
 
-    Args:
-        what: is routed, for titles.
-
     Reference:
         Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv
         2404.02258.
@@ -50,11 +47,9 @@ class Routed(VariantsStudy[RoutedOptions]):
     name = "routed"
     known = VARIANTS
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-
     def subject(self, spec: ExperimentSpec) -> str:
-        return f"{self.what} on {spec.task.kind}"
+        names = dict.fromkeys(name for layer in spec.model.layer_specs for name in layer.modules)
+        return f"Routed {', '.join(names)} on {spec.task.kind}"
 
     def experiment(self, options: RoutedOptions) -> ExperimentSpec:
         spec = super().experiment(options)

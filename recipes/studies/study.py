@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sma.errors import SmaError
+from sma.recipes.io.claims import run_lock
 from sma.recipes.io.command import resuming
 from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import SUMMARY, read_checked, write_text
 from sma.recipes.reports.results import over_seeds
 from sma.recipes.reports.table import comma_separated, markdown
-from sma.recipes.studies.contract import Asked, Options, Study, StudyOptions
-from sma.recipes.studies.folder import begin, refuse_changes
-from sma.recipes.studies.grid import ERROR, LOG, Results, run_grid
+from sma.recipes.studies.contract import Asked, Begun, Options, Study, StudyOptions
+from sma.recipes.studies.folder import begin, read_study, refuse_changes
+from sma.recipes.studies.grid import ERROR, LOG, Results, Run, run_grid
+from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training.options import CallOptions
 from sma.recipes.training.start import check_fits
 
 TABLE, VALUES = "table.md", "table.csv"
@@ -73,28 +76,57 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
         left = sum(not (out / name / SUMMARY).is_file() for name in only)
         count = "1 run" if len(only) == 1 else f"{len(only)} runs"
         print(f"{spec.task.kind}: {count}, {left} to do, {options.jobs} at a time -> {plain(out)}", flush=True)
-        clock = _Clock(out, min(options.jobs, left))
-        write = partial(_write, study, chosen, out, clock)
-        results = run_grid(
-            runs,
-            out,
-            data,
-            cache=options.data,
-            accelerator=options.accelerator,
-            jobs=options.jobs,
-            progress=options.progress,
-            only=only,
-            write=write,
-        )
+        return *_fill(study, begun, data, runs, only, options, options.jobs), out
+
+
+def report_study(study: Study[Any, Asked], out: Path, options: CallOptions) -> dict[str, Any]:
+    """Write the table, the figures and the summary of a study again, from its finished runs; returns the summary.
+
+    Raises:
+        SmaError: a sentence for the user.
+    """
+    with run_lock(out):
+        spec, chosen = read_study(study, out)
+        data = spec.task.prepare(options.data, progress=options.progress)
+        runs = study.runs(spec, chosen, data, out)
+        return _fill(study, Begun(spec, chosen, chosen, out), data, runs, [], options, 0)[0]
+
+
+def _fill(
+    study: Study[Any, Asked],
+    begun: Begun[Asked],
+    data: TaskData,
+    runs: Sequence[Run],
+    only: Sequence[str],
+    options: CallOptions,
+    jobs: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """Train some runs of a study, write and print its results; returns its summary, and which runs failed."""
+    out = begun.out
+    clock = _Clock(out, min(jobs, sum(not (out / name / SUMMARY).is_file() for name in only)))
+    if not only:
         clock.stop()
-        more = study.conclude(write(results), begun, data) if results.rows else {}
-        summary = write(results, more)
-        print(f"\n{markdown(study.table(summary))}")
-        files = {TABLE: "table", VALUES: "values", SUMMARY: "summary", **dict.fromkeys(study.figures, "figure")}
-        for name, what in files.items():
-            if (out / name).is_file():
-                print(f"{what:<8} {plain(out / name)}")
-        return summary, results.failures, out
+    write = partial(_write, study, begun.chosen, out, clock)
+    results = run_grid(
+        runs,
+        out,
+        data,
+        cache=options.data,
+        accelerator=options.accelerator,
+        jobs=max(1, jobs),
+        progress=options.progress,
+        only=only,
+        write=write,
+    )
+    clock.stop()
+    more = study.conclude(write(results), begun, data) if results.rows else {}
+    summary = write(results, more)
+    print(f"\n{markdown(study.table(summary))}")
+    files = {TABLE: "table", VALUES: "values", SUMMARY: "summary", **dict.fromkeys(study.figures, "figure")}
+    for name, what in files.items():
+        if (out / name).is_file():
+            print(f"{what:<8} {plain(out / name)}")
+    return summary, results.failures
 
 
 def _write(
@@ -139,7 +171,7 @@ class _Clock:
 
     def stop(self) -> None:
         """Count no further."""
-        self._stopped = time.perf_counter()
+        self._stopped = self._stopped or time.perf_counter()
 
     def read(self) -> dict[str, Any]:
         """Seconds, and runs at a time at most."""

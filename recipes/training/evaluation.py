@@ -1,10 +1,10 @@
-"""Evaluation of a finished run: its model on its test split, beside the recorded result."""
+"""Evaluation of a finished run: its model on its test split, beside the recorded result, and its report again."""
 
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sma.checkpoint import load
 from sma.errors import CheckpointError
@@ -15,7 +15,8 @@ from sma.recipes.io.run_folder import EVALUATION, EXPERIMENT, SUMMARY, read_summ
 from sma.recipes.reports.figures import attempt, label
 from sma.recipes.tasks.contract import Metric
 from sma.recipes.training.devices import check_device
-from sma.recipes.training.objective import load_objective, objective_class
+from sma.recipes.training.module import TrainingModule
+from sma.recipes.training.objective import Objective, load_objective, objective_class
 from sma.recipes.training.options import CallOptions
 from sma.recipes.training.provenance import commit, hardware
 from sma.recipes.training.resuming import changed
@@ -46,9 +47,52 @@ def evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
         return _evaluate(folder, options)
 
 
-def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
+def report(folder: Path, options: CallOptions) -> dict[str, Any]:
+    """Print the results of a finished run again, and draw its figures again, after another test of its model.
+
+    Args:
+        folder: the run folder.
+        options: where data is kept, the device, whether to show progress.
+
+    Returns:
+        the recorded summary of the run.
+
+    Raises:
+        SmaError: there is no finished run in the folder, or its data cannot be had.
+    """
+    _check_finished(folder)
+    with run_lock(folder):
+        tested = _test(folder, options)
+        spec, recorded = tested.spec, tested.recorded
+        made = tested.objective.report(tested.module)
+        headline = f"{spec.task.metric.headline(recorded[spec.task.metric.key])}, seed {spec.seed}"
+        attempt(
+            f"the figure of the run in {folder}",
+            lambda: made.draw(folder, f"{_subject(folder, tested.objective)}: {headline}"),
+        )
+        print(made.describe(recorded, folder))
+    return recorded
+
+
+def _subject(folder: Path, objective: Objective[Any, Any]) -> str:
+    """Start of the titles of a run's figures: in a study of many models the name of the run."""
+    in_study = any((parent / EXPERIMENT).is_file() for parent in folder.resolve().parents[:2])
+    return label(folder.resolve().name) if in_study else f"SeqBoat on {label(objective.subject)}"
+
+
+class _Tested(NamedTuple):
+    """A finished run whose model was tested again: with its recorded summary, and the measures by logged names."""
+
+    spec: ExperimentSpec
+    recorded: dict[str, Any]
+    objective: Objective[Any, Any]
+    module: TrainingModule
+    logged: Mapping[str, float]
+    device: str
+
+
+def _test(folder: Path, options: CallOptions) -> _Tested:
     spec, recorded = _finished(folder)
-    metric = spec.task.metric
     check_device(options.accelerator, spec.precision)
     objective = load_objective(spec.task, spec.task.prepare(options.data, progress=options.progress))
     prepare(spec)
@@ -64,6 +108,12 @@ def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
         enable_model_summary=False,
     )
     logged = run_test(trainer, module, objective.evaluation_batches("test"))
+    return _Tested(spec, recorded, objective, module, logged, trainer.strategy.root_device.type)
+
+
+def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
+    spec, recorded, objective, module, logged, device = _test(folder, options)
+    metric = spec.task.metric
     measures = {key: logged[name] for key, name in objective.recorded(spec.task).items()}
     before = {key: recorded.get(key) for key in measures}
     breakdown = objective.breakdown(module)
@@ -75,7 +125,7 @@ def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
         "reproduced": measures == before,
         "changed_data": changed(recorded.get("data", objective.hashes), objective.hashes),
         "commit": commit(),
-        "hardware": hardware(trainer.strategy.root_device.type),
+        "hardware": hardware(device),
         "date": datetime.now(UTC).date().isoformat(),
     }
     write_text(folder / EVALUATION, json.dumps(result, indent=1))

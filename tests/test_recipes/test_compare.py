@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sma.__main__ import main as sma_main
 from sma.recipes.compare import main
 from sma.recipes.reports.comparison import comparison_table, tasks_table
 from sma.recipes.reports.table import comma_separated, markdown
@@ -242,6 +243,19 @@ def test_failure_in_one_task_stops_no_other(tmp_path, without_training, without_
     assert _main(*asked) == 2
     assert "error: 2 runs failed: digits/seqboat-0, listops/seqboat-0; " in capsys.readouterr().err
     assert "| ema | " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_report_of_several_tasks_writes_their_tables_again(tmp_path, without_training, without_data, capsys):
+    out = tmp_path / "out"
+    assert _main("--task", "digits,listops", "--models", "seqboat,ema", "--out", out, "--data", tmp_path) == 0
+    before = {path: path.read_bytes() for path in out.rglob("table.*")}
+    assert len(before) == 5
+    for path in before:
+        path.unlink()
+    assert sma_main(["report", str(out), "--data", str(tmp_path)]) == 0
+    assert {path: path.read_bytes() for path in out.rglob("table.*")} == before
+    assert len(without_training.began) == 4
+    assert "| accuracy | digits | listops |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("killed", range(5))

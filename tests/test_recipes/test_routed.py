@@ -87,7 +87,7 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
 
 def _variants(spec, rates):
     """The variants of an experiment, as if `routed` had run at these rates."""
-    made = Routed("What").variants(spec)
+    made = Routed().variants(spec)
     return {name: each if isinstance(each, ExperimentSpec) else each.make(rates) for name, each in made.items()}
 
 

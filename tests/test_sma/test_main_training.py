@@ -117,6 +117,17 @@ def test_every_task_with_a_preset_can_be_trained():
             "--temperature 0 takes the most probable byte and draws nothing; leave --top-k, --seed out\n",
             id="generate without draws",
         ),
+        pytest.param(
+            ["report", "nowhere"],
+            "there is no folder 'nowhere'; give the folder of a run, a study or a sweep\n",
+            id="report",
+        ),
+        pytest.param(
+            ["report", "."],
+            "the folder '.' holds no run, no study and no sweep: experiment.yaml is missing; "
+            "give a folder that sma train, sma compare or sma sweep wrote\n",
+            id="report of nothing",
+        ),
         pytest.param(["generate", "nowhere"], "there is no saved model in 'nowhere'", id="generate"),
         *(
             pytest.param([name, "x", "--progres"], "--progres: unknown option; did you mean --progress?\n", id=name)
@@ -199,6 +210,20 @@ def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
     status, out, err = _run(capsys, "evaluate", str(run), *here)
     assert (status, "reproduced        exactly" in out) == (0, True), err
     assert _run(capsys, "generate", str(run))[2].startswith("error: the model in ")
+
+
+def test_report_draws_the_figures_of_a_run_again(capsys, tmp_path):
+    here = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
+    run = tmp_path / "run"
+    trained = _run(capsys, "train", "digits", "--out", str(run), *FEW, *here)[1]
+    before = {path: path.read_bytes() for path in (*run.glob("*.png"), *run.glob("*.json"))}
+    assert {run / "activation.png", run / "confusion.png"} <= before.keys()
+    for path in run.glob("*.png"):
+        path.unlink()
+    status, out, err = _run(capsys, "report", str(run), *here)
+    assert (status, err) == (0, "")
+    assert trained.endswith(out)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 FEW = ["--set", "training.updates=4", "--set", "training.warmup=1", "--set", "training.evaluate_every=2"]

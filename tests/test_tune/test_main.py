@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from sma.__main__ import main as sma_main
 from sma.tune.__main__ import Options, _claimed, main
 from sma.tune.folder import load_sweep, start_sweep
 from sma.tune.records import TrialRecord
@@ -101,6 +102,11 @@ def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.Cap
     assert f"{front}train one         sma train --spec {tmp_path}/sweep/best/trial_0001.yaml\n" in shown
     assert (tmp_path / "sweep" / "best" / "trial_0001.yaml").is_file()
     assert {"summary.json", "pareto.png", "trials.csv"} <= set(storage.names())
+    assert sma_main(["report", storage.location]) == 0
+    assert capsys.readouterr().out == shown
+    assert sma_main(["report", storage.location, "--data", "x"]) == 2
+    complaint = "a sweep is reported from the records of its trials; leave --data out"
+    assert capsys.readouterr().err == f"error: {complaint}\n"
 
 
 def test_a_sweep_of_failures_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import yaml
 
+from sma.__main__ import main as report
 from sma.recipes import compare, routed_conv, routed_mlp, router_table
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import SUMMARY
@@ -118,6 +119,32 @@ def test_resumed_study_refuses_every_option_that_would_change_it_in_one_sentence
     )
 
 
+def test_report_writes_tables_and_figures_again_and_trains_nothing(command, spec, tmp_path, capsys):
+    call, (first, second) = command
+    out, data = tmp_path / "out", ["--data", str(tmp_path / "data"), "--no-progress"]
+    assert call("--spec", spec, "--out", out, "--variants", f"{first},{second}", "--seeds", "2") == 0
+    written = [path for path in out.iterdir() if path.suffix in (".md", ".csv", ".png")]
+    before = {path: path.read_bytes() for path in [*written, out / SUMMARY]}
+    shown = capsys.readouterr().out.partition("\n\n")[2]
+    for path in written:
+        path.unlink()
+    assert report(["report", str(out), *data]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert shown.endswith(capsys.readouterr().out.lstrip())
+    assert {fake.trainings(out / row["name"]) for row in json.loads((out / SUMMARY).read_text())["rows"]} == {1}
+    assert report(["report", str(out), *data, "--accelerator", "cpu"]) == 2
+    assert "a study is reported without training and test; leave --accelerator out\n" in capsys.readouterr().err
+
+
+def test_report_of_an_unknown_study_lists_the_known_ones(tmp_path, capsys):
+    (tmp_path / STUDY).write_text('{"study": "comparision"}')
+    assert report(["report", str(tmp_path)]) == 2
+    assert (
+        "belongs to an unknown study 'comparision'; did you mean 'compare'? studies: compare, "
+        in capsys.readouterr().err
+    )
+
+
 def test_auto_resume_repeats_a_command_and_refuses_another(command, spec, tmp_path, capsys):
     call, (first, _) = command
     out = tmp_path / "out"
@@ -150,6 +177,8 @@ def test_folder_of_an_earlier_version_is_resumed(request, command, spec, tmp_pat
     file, older = OLDER[name]
     (out / file).write_text(json.dumps(older([first])))
     (out / SUMMARY).write_text(json.dumps({"models": {}, "runs": []}))
+    assert report(["report", str(out), "--data", str(tmp_path / "data"), "--no-progress"]) == 0
+    assert _variants(out) == [first]
     capsys.readouterr()
     assert call(*([way, out] if way == "--resume" else [*asked, "--out", out, way])) == 0
     assert ", 0 to do" in capsys.readouterr().out
