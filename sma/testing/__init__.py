@@ -1,12 +1,12 @@
-"""The conformance kit: the laws of a sub-module, of a router and of a model, checked on yours.
+"""The conformance kit: the laws of sub-modules, routers and models, and functions that check yours.
 
     from sma.testing import check_submodule
 
     def test_my_submodule():
         check_submodule(MySpec(size=3))
 
-Every law is tried on many small random examples, and the error lists all that are broken, each with an example.
-Needs hypothesis: `pip install hypothesis`.
+Every law is checked on many small random examples; the error lists all broken laws, each with an example.
+The kit needs hypothesis: `pip install hypothesis`.
 """
 
 from sma.testing.check import ConformanceError as ConformanceError

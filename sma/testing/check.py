@@ -1,4 +1,4 @@
-"""Tries laws on random examples and reports all that are broken."""
+"""Checks of laws on random examples, with a report of all that are broken."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,25 +12,23 @@ from sma.routers import Router, RouterSpec
 from sma.submodule import SubModule, SubModuleSpec
 from sma.testing.examples import Example, examples
 from sma.testing.model_laws import MODEL_LAWS, ModelCase
+from sma.testing.requirements import Law
 from sma.testing.router_case import RouterCase
 from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS, SubModuleCase
 
 
 class ConformanceError(SmaError, AssertionError):
-    """A sub-module, a router or a model breaks laws; lists all of them.
+    """A sub-module, a router or a model breaks laws; the message lists all of them.
 
     Attributes:
-        broken: the names of the laws.
+        broken: names of the broken laws.
     """
 
     def __init__(self, subject: str, total: int, broken: Mapping[str, str]) -> None:
         self.broken = tuple(broken)
-        lines = [
-            f"{subject} breaks {len(broken)} of {total} laws:",
-            *(f"  {name}: {why}" for name, why in broken.items()),
-        ]
-        super().__init__("\n".join(lines))
+        lines = (f"  {name}: {why}" for name, why in broken.items())
+        super().__init__("\n".join([f"{subject} breaks {len(broken)} of {total} laws:", *lines]))
 
 
 def check_submodule(spec: SubModuleSpec | Callable[[int], SubModule], *, width: int = 4, effort: int = 20) -> None:
@@ -38,11 +36,11 @@ def check_submodule(spec: SubModuleSpec | Callable[[int], SubModule], *, width: 
 
     Args:
         spec: the spec, or a function from the width to a new module, for a sub-module that has none.
-        width: channels of the tokens it is tried on.
+        width: channels of the tokens.
         effort: examples per law.
 
     Raises:
-        ConformanceError: a law is broken; lists all that are.
+        ConformanceError: laws are broken; the message lists all of them.
     """
     subject = f"the sub-module {spec.kind!r}" if isinstance(spec, SubModuleSpec) else f"the sub-module {spec!r}"
     _check(subject, SUBMODULE_LAWS, SubModuleCase(spec, width), effort)
@@ -61,7 +59,7 @@ def check_router(
     Args:
         spec: the spec, or a function from the width and the names of the sub-modules to a new router, for a router that
             has none.
-        width: channels of the control states it is tried on.
+        width: channels of the control states.
         modules: sub-modules that it decides about.
         effort: examples per law.
         exempt: laws that this router breaks on purpose: `training_decides_as_evaluation` where it samples in training,
@@ -69,45 +67,42 @@ def check_router(
             equal scores.
 
     Raises:
-        ConformanceError: a law is broken; lists all that are.
-        InputError: there is no law of an exempt name.
+        ConformanceError: laws are broken; the message lists all of them.
+        InputError: an exempt name is not that of a law.
     """
     known = [law.__name__ for law in ROUTER_LAWS]
     unknown = [name for name in exempt if name not in known]
     if unknown:
         raise InputError(f"there is no law {unknown[0]!r} to be exempt from{did_you_mean(unknown[0], known, 'laws')}")
     subject = f"the router {spec.kind!r}" if isinstance(spec, RouterSpec) else f"the router {spec!r}"
-    _check(
-        subject, [law for law in ROUTER_LAWS if law.__name__ not in exempt], RouterCase(spec, width, modules), effort
-    )
+    laws = [law for law in ROUTER_LAWS if law.__name__ not in exempt]
+    _check(subject, laws, RouterCase(spec, width, modules), effort)
 
 
 def check_model(spec: ModelSpec, *, effort: int = 10) -> None:
     """Check a model: every law of `sma.testing.model_laws`.
 
     Args:
-        spec: the model; small ones are checked sooner.
+        spec: the model; the time grows with its size.
         effort: examples per law.
 
     Raises:
-        ConformanceError: a law is broken; lists all that are.
+        ConformanceError: laws are broken; the message lists all of them.
     """
     _check(f"the model {spec.kind!r}", MODEL_LAWS, ModelCase(spec), effort, spec.rows_per_sample)
 
 
-def _check(
-    subject: str, laws: Sequence[Callable[[Any, Example], None]], case: Any, effort: int, rows_per_sample: int = 1
-) -> None:
+def _check(subject: str, laws: Sequence[Law], case: Any, effort: int, rows_per_sample: int = 1) -> None:
     broken = {law.__name__: why for law in laws if (why := _complaint(law, case, effort, rows_per_sample)) is not None}
     if broken:
         raise ConformanceError(subject, len(laws), broken)
 
 
-def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int, rows_per_sample: int) -> str | None:
-    """What is wrong on the first example that breaks a law; None where none does."""
+def _complaint(law: Law, case: Any, effort: int, rows_per_sample: int) -> str | None:
+    """The error on the first example that breaks a law; None if none does."""
     tried: list[Example] = []
 
-    # The same examples in every run, and none of them written to disk.
+    # Every run has the same examples, and writes none of them to disk.
     @hypothesis.settings(
         max_examples=effort,
         derandomize=True,
@@ -129,6 +124,7 @@ def _complaint(law: Callable[[Any, Example], None], case: Any, effort: int, rows
     try:
         attempt()
     except Exception as error:  # whatever an author's code may raise is a finding
-        said = str(error).strip().splitlines()
-        return f"{said[0] if said else type(error).__name__} [{type(error).__name__}; {tried[-1]}]"
+        kind = type(error).__name__
+        lines = str(error).strip().splitlines() or [kind]
+        return f"{lines[0]} [{kind}; {tried[-1]}]"
     return None

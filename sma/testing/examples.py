@@ -1,8 +1,8 @@
-"""Random batches, in every layout and cut into chunks; and parameters that are spread."""
+"""Random batches, in every layout and cut into chunks; and modules with parameters far from their initial values."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from sma.ragged import Ragged, compress, rectangular
 from sma.routers import Router
 
+Module = TypeVar("Module", bound=nn.Module)
+
 Layout = Literal["packed", "capacity", "rectangular"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A random batch: as many rows as `lengths`, and whatever else is drawn, from the seed.
+    """A random batch with one row per length.
 
     Attributes:
         lengths: positions of each row.
         rate: share of the positions that are active.
-        cuts: sizes of the first chunks when the batch is streamed; the rest is one chunk more.
+        cuts: sizes of the first chunks when the batch is streamed; one more chunk holds the rest.
         layout: how active tokens are laid out.
         seed: of all random numbers.
     """
@@ -34,15 +36,15 @@ class Example:
 
     @property
     def length(self) -> int:
-        """The longest row, L."""
+        """Positions of the longest row, L."""
         return max(self.lengths)
 
     def inside(self) -> Tensor:
-        """`(B, L)`: the positions that a row has."""
+        """Mask `(B, L)` of the positions that a row has."""
         return torch.arange(self.length) < torch.tensor(self.lengths)[:, None]
 
     def active(self) -> Tensor:
-        """`(B, L)`: random positions of the rows; rows disagree."""
+        """Mask `(B, L)` of random positions, others in every row."""
         return self.inside() & (torch.rand(len(self.lengths), self.length) < self.rate)
 
     def chunks(self) -> Iterator[slice]:
@@ -54,13 +56,13 @@ class Example:
 
     def steps(self) -> Iterator[slice]:
         """Chunks of one position."""
-        return (slice(place, place + 1) for place in range(self.length))
+        return (slice(position, position + 1) for position in range(self.length))
 
 
 def examples(copies: int = 1) -> st.SearchStrategy[Example]:
-    """Batches of 1 to 4 rows of up to 70 positions: over the size of a chunk of the scan and several windows.
+    """Batches of 1 to 4 rows of up to 70 positions: more than a chunk of the scan and than several windows.
 
-    The lengths are repeated `copies` times, so that the number of rows is a multiple of that.
+    The lengths are repeated `copies` times, so that the number of rows is a multiple of `copies`.
     """
     lengths = (
         st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), min_size=1, max_size=4)
@@ -81,43 +83,31 @@ def examples(copies: int = 1) -> st.SearchStrategy[Example]:
 def lay(
     x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None, garbage: float = 0.0
 ) -> Ragged:
-    """The active tokens of a batch in one layout, with random numbers of the size of `garbage` in the holes."""
+    """Lay out the active tokens of a batch, with random numbers of the size of `garbage` in the holes."""
     if layout == "packed" or active_BL.shape[1] == 0:
         return compress(x_BLD, active_BL, positions_BL=positions_BL)
     if positions_BL is None:
         positions_BL = torch.arange(active_BL.shape[1]).expand_as(active_BL)
     tokens = compress(x_BLD, active_BL, positions_BL=positions_BL, capacity=active_BL.shape[1])
     if layout == "rectangular":
-        # As a backbone is given a padded batch: places and positions run on through the holes.
-        counts = active_BL.sum(1)
-        frame = rectangular(
-            tokens.values.unflatten(0, active_BL.shape), counts, tokens.positions.unflatten(0, active_BL.shape)
-        )
-        tokens = Ragged(
-            frame.values,
-            tokens.index,
-            frame.positions,
-            frame.rows,
-            frame.offsets,
-            frame.lengths,
-            frame.stride,
-            frame.holes,
-        )
+        # The layout in which a backbone gets a padded batch: indices and positions continue through the holes.
+        values, positions = (part.unflatten(0, active_BL.shape) for part in (tokens.values, tokens.positions))
+        tokens = replace(rectangular(values, active_BL.sum(1), positions), index=tokens.index)
     noise = torch.randn_like(tokens.values) * garbage
     return tokens.with_values(tokens.values.where(tokens.mask[:, None], noise))
 
 
-def place(values: Tensor, tokens: Ragged, shape: torch.Size) -> Tensor:
-    """Results at the places of their tokens, `(B, L, D)`; zeros elsewhere, and nothing of the holes."""
+def put_back(values: Tensor, tokens: Ragged, shape: torch.Size) -> Tensor:
+    """Results at the positions of their tokens, `(B, L, D)`; zeros elsewhere, without the results of holes."""
     real = tokens.mask.nonzero().squeeze(1)
     out = values.new_zeros(shape[0] * shape[1], values.shape[1])
     return out.index_add(0, tokens.index[real], values[real]).unflatten(0, shape[:2])
 
 
 @torch.no_grad()
-def spread_parameters(module: nn.Module) -> nn.Module:
-    """Move every parameter far from its initial value, where a wrong decay, bias or gain would pass; routers most of
-    all.
+def spread_parameters(module: Module) -> Module:
+    """Move every parameter, most of all those of routers, far from its initial value, where a wrong decay, bias or gain
+    would pass.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -130,26 +120,8 @@ def spread_parameters(module: nn.Module) -> nn.Module:
     return module
 
 
-def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    """Max |found - wanted| / max(1, max |wanted|); infinite where one is not a number and the other is."""
-    if found.shape != wanted.shape:
-        raise AssertionError(f"a shape of {tuple(found.shape)} instead of {tuple(wanted.shape)}")
-    if not wanted.numel():
-        return 0.0
-    if not torch.equal(found.isnan(), wanted.isnan()):
-        return float("inf")
-    difference = (found - wanted).detach().double().nan_to_num(0.0).abs().max()
-    return float(difference / max(1.0, float(wanted.detach().double().nan_to_num(0.0).abs().max())))
-
-
-def require_near(found: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-9) -> None:
-    """Raise unless two tensors agree."""
-    difference = largest_difference(found, wanted)
-    if not difference <= tolerance:
-        raise AssertionError(f"{what}: relative difference {difference:.1e}, allowed {tolerance:.0e}")
-
-
-def require(condition: bool, complaint: str) -> None:
-    """Raise unless a condition holds."""
-    if not condition:
-        raise AssertionError(complaint)
+def reproducible(build: Callable[[], Module], dtype: torch.dtype = torch.float64, seed: int = 0) -> Module:
+    """Build a module with spread parameters, the same ones for a seed in every dtype, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spread_parameters(build().to(torch.float64)).to(dtype).eval()

@@ -1,41 +1,55 @@
-"""The laws of a model, each tried on one random example at a time."""
+"""The laws of a model, each checked on one random example at a time."""
 
-import copy
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import hypothesis
 import torch
 from torch import Tensor
 
-from sma.checkpoint import load, load_state, save, save_state
+from sma.checkpoint import load, save
 from sma.decision import Decision
 from sma.errors import StateError
 from sma.model import ModelSpec, SequenceModel, build
 from sma.model_output import ModelOutput, ModelState
+from sma.padding import move
 from sma.pytree import named_tensors
-from sma.spec import dump_spec, load_spec
-from sma.testing.examples import Example, require, require_near, spread_parameters
+from sma.testing.examples import Example, reproducible
+from sma.testing.requirements import (
+    Law,
+    copied,
+    if_streams,
+    require,
+    require_near,
+    require_prediction,
+    require_unchanged,
+    saved_and_loaded,
+)
 
-# Two probabilities that are nearer than this may be ordered by rounding.
+# Probabilities that are nearer to 1/2 than this may lie on either side after rounding.
 TIE = 1e-5
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """What is checked."""
+    """The model that is checked."""
 
     spec: ModelSpec
 
     def make(self, dtype: torch.dtype = torch.float64) -> SequenceModel:
         """A new model with spread parameters, always the same ones, in evaluation mode."""
-        model = build(self.spec, seed=0).to(torch.float64)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            spread_parameters(model)
-        return model.to(dtype).eval()
+        return reproducible(lambda: build(self.spec, seed=0), dtype)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the model continues from a state."""
+        try:
+            self.make().init_state(1)
+        except StateError:
+            return False
+        return True
 
 
 def inputs_of(model: SequenceModel, example: Example) -> tuple[Tensor, Tensor]:
@@ -44,9 +58,7 @@ def inputs_of(model: SequenceModel, example: Example) -> tuple[Tensor, Tensor]:
 
 
 def meaningful(output: ModelOutput, valid: Tensor) -> dict[str, Tensor]:
-    """The results that a user reads, by name: hidden states and scores of the valid positions, and those of whole
-    rows.
-    """
+    """The results that a user reads, by name: those of the valid positions and those of whole rows."""
     found = {"hidden": output.hidden[valid], "pooled": output.pooled}
     if output.logits is not None:
         found["logits"] = output.logits[valid] if output.logits.ndim == 3 else output.logits
@@ -56,7 +68,7 @@ def meaningful(output: ModelOutput, valid: Tensor) -> dict[str, Tensor]:
 def require_same(
     found: ModelOutput, wanted: ModelOutput, valid: tuple[Tensor, Tensor], what: str, tolerance: float = 1e-9
 ) -> None:
-    """Compare results and decisions at the valid positions; examples in which a decision is a tie are left out."""
+    """Compare results and decisions at the valid positions, except for examples in which a decision is a tie."""
     for one, other in zip(found.decisions, wanted.decisions, strict=True):
         _require_same_decisions(one, other, valid, what)
     results = meaningful(wanted, valid[1])
@@ -72,7 +84,7 @@ def _require_same_decisions(found: Decision, wanted: Decision, valid: tuple[Tens
 def stream(
     model: SequenceModel, inputs: Tensor, valid: Tensor, chunks: Iterable[slice], state: ModelState | None = None
 ) -> ModelOutput:
-    """The output of a whole batch, chunk by chunk, put together again."""
+    """The output of a whole batch, computed chunk by chunk and concatenated."""
     state = model.init_state(inputs.shape[0]) if state is None else state
     outputs = []
     for chunk in chunks:
@@ -100,32 +112,22 @@ def scattered(example: Example) -> Tensor:
     return example.active() if example.rate < 1 else example.inside()
 
 
-def _streams(model: SequenceModel) -> bool:
-    try:
-        model.init_state(1)
-    except StateError:
-        return False
-    return True
-
-
 def padding_changes_nothing(case: ModelCase, example: Example) -> None:
-    """Padding on any side, whatever stands there, changes no valid position; hidden is 0 at padding."""
+    """Padding on any side, whatever it holds, changes no valid position; hidden states are 0 at padding."""
     model, (inputs, _) = case.make(), inputs_of(case.make(), example)
     valid = scattered(example)
-    counts = valid.sum(1)
     order = torch.argsort(~valid, dim=1, stable=True)
-    right = inputs.gather(1, order.reshape(*order.shape, *[1] * (inputs.ndim - 2)).expand_as(inputs))
-    packed = torch.arange(inputs.shape[1]) < counts[:, None]
-    wanted = model(right, packed)
+    packed = move(valid, order)
+    wanted = model(move(inputs, order), packed)
     for garbage in (inputs, model.encoder.random_inputs(*inputs.shape[:2])):
         mask = valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2))
         found = model(inputs.where(mask, garbage), valid)
         require_same(found, wanted, (valid, packed), "padding anywhere against padding on the right")
-        require(not bool(found.hidden[~valid].any()), "hidden is not 0 at padding")
+        require(not bool(found.hidden[~valid].any()), "hidden states are not 0 at padding")
 
 
 def rows_are_independent(case: ModelCase, example: Example) -> None:
-    """The first row alone and in a batch agree, whatever the others hold."""
+    """The first row gives the same alone and in a batch, whatever the other rows hold."""
     model, first = case.make(), slice(case.spec.rows_per_sample)
     inputs, valid = inputs_of(model, example)
     alone = model(inputs[first], valid[first])
@@ -145,7 +147,7 @@ def rows_are_independent(case: ModelCase, example: Example) -> None:
 
 
 def rows_may_be_empty(case: ModelCase, example: Example) -> None:
-    """A row without a valid position, and a batch without positions, give finite results; the mean of nothing is 0."""
+    """Rows without a valid position, and a batch without positions, give finite results and a mean of 0."""
     model = case.make()
     inputs, valid = inputs_of(model, example)
     for batch, mask in ((inputs, valid & False), (inputs[:, :0], valid[:, :0])):
@@ -157,7 +159,7 @@ def rows_may_be_empty(case: ModelCase, example: Example) -> None:
 
 
 def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
-    """Gradients are there and finite in training mode, for whatever was active."""
+    """Every parameter has a finite gradient in training mode, whichever tokens are active."""
     model = case.make().train()
     inputs, valid = inputs_of(model, example)
     output = model(inputs, valid)
@@ -170,11 +172,10 @@ def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
         )
 
 
+@if_streams
 def never_looks_ahead(case: ModelCase, example: Example) -> None:
-    """In a model that can stream, earlier results and decisions do not move when later inputs do."""
+    """In a model that can stream, earlier results and decisions stay the same when later inputs change."""
     model = case.make()
-    if not _streams(model):
-        return
     inputs, valid = inputs_of(model, example)
     cut = example.length // 2
     changed = torch.cat([inputs[:, :cut], model.encoder.random_inputs(*inputs.shape[:2])[:, cut:]], 1)
@@ -190,11 +191,10 @@ def never_looks_ahead(case: ModelCase, example: Example) -> None:
         require_near(found.hidden[earlier], wanted.hidden[earlier], "hidden states before a change")
 
 
+@if_streams
 def chunks_equal_the_whole(case: ModelCase, example: Example) -> None:
     """Whole rows, chunks of any size with padding anywhere, and single steps give the same results and decisions."""
     model = case.make()
-    if not _streams(model):
-        return
     inputs, _ = inputs_of(model, example)
     valid = scattered(example)
     with torch.no_grad():
@@ -203,11 +203,10 @@ def chunks_equal_the_whole(case: ModelCase, example: Example) -> None:
             require_same(stream(model, inputs, valid, chunks), wanted, (valid, valid), f"{name} against the whole")
 
 
+@if_streams
 def chunks_equal_the_whole_in_float32(case: ModelCase, example: Example) -> None:
     """The same in float32, to 1e-5 of the largest result, where rounding does not change a decision."""
     model = case.make(torch.float32)
-    if not _streams(model):
-        return
     inputs, valid = inputs_of(model, example)
     with torch.no_grad():
         wanted, found = model(inputs, valid), stream(model, inputs, valid, example.chunks())
@@ -217,20 +216,18 @@ def chunks_equal_the_whole_in_float32(case: ModelCase, example: Example) -> None
     require_same(found, wanted, (valid, valid), "chunks against the whole", 1e-5)
 
 
+@if_streams
 def states_can_be_moved(case: ModelCase, example: Example) -> None:
-    """A state is left as it was, and can be permuted, reset, saved and loaded."""
+    """Forward does not change the state it is given, and a state can be permuted, reset, saved and loaded."""
     model = case.make()
-    if not _streams(model):
-        return
     (inputs, valid), rows = inputs_of(model, example), len(example.lengths)
     with torch.no_grad():
         state = stream(model, inputs, valid, example.chunks()).state
         if state is None:
             raise AssertionError("the model returned no state")
-        kept = copy.deepcopy(named_tensors(state))
+        kept = copied(named_tensors(state))
         wanted = stream(model, inputs, valid, example.chunks(), state).hidden
-        changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
-        require(not changed, f"forward changed the state it was given: {changed}")
+        require_unchanged(named_tensors(state), kept, "forward changed the state it was given:")
         order = torch.randperm(rows)
         found = stream(model, inputs[order], valid[order], example.chunks(), state.reorder(order)).hidden
         require_near(found, wanted[order], "rows that were permuted with their state")
@@ -238,35 +235,26 @@ def states_can_be_moved(case: ModelCase, example: Example) -> None:
         found = stream(model, inputs, valid, example.chunks(), state.reset(reset)).hidden
         fresh = stream(model, inputs, valid, example.chunks()).hidden
         require_near(found, fresh.where(reset[:, None, None], wanted), "rows of which some were reset")
-        with tempfile.TemporaryDirectory() as folder:
-            save_state(state, Path(folder) / "state.safetensors")
-            loaded = load_state(Path(folder) / "state.safetensors", model.init_state(1))
+        loaded = saved_and_loaded(state, model.init_state(1))
         found = stream(model, inputs, valid, example.chunks(), loaded).hidden
         require(torch.equal(found, wanted), "a stream that was saved and loaded")
 
 
 def survives_saving(case: ModelCase, example: Example) -> None:
-    """The saved and loaded model gives the same, and the spec predicts its parameters and survives dump and load."""
+    """A saved and loaded model gives the same results; the spec predicts its parameters, survives dump and load."""
     model = case.make(torch.float32)
     inputs, valid = inputs_of(model, example)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load(save(model, folder))
-    weights = model.state_dict()
-    changed = [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, weights[name])]
-    require(not changed, f"the saved and loaded model differs in {changed}")
-    # Loaded weights lie elsewhere in memory, and products may sum in another order there.
+    require_unchanged(loaded.state_dict(), model.state_dict(), "the saved and loaded model differs in")
+    # Loaded weights have another alignment in memory, with which products may sum in another order.
     require_near(
         loaded(inputs, valid).pooled, model(inputs, valid).pooled, "the saved and loaded model against the model", 1e-5
     )
-    counted = sum(parameter.numel() for parameter in model.parameters())
-    require(
-        counted == case.spec.num_parameters(),
-        f"num_parameters predicts {case.spec.num_parameters()}, and the model has {counted}",
-    )
-    require(load_spec(dump_spec(case.spec)) == case.spec, "the spec changed on the way through dump and load")
+    require_prediction(case.spec, case.spec.num_parameters(), model)
 
 
-MODEL_LAWS: tuple[Callable[[ModelCase, Example], None], ...] = (
+MODEL_LAWS: tuple[Law, ...] = (
     padding_changes_nothing,
     rows_are_independent,
     rows_may_be_empty,

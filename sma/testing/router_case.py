@@ -1,7 +1,8 @@
-"""What the laws of a router are tried on: the router, whole and chunk by chunk, and decisions compared."""
+"""The router that laws are checked on, its decisions about whole rows and chunks, and their comparison."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,14 +10,15 @@ from torch import Tensor
 from sma.decision import Decision
 from sma.routers import Router, RouterSpec
 from sma.submodule import State
-from sma.testing.examples import Example, require, require_near, spread_parameters
+from sma.testing.examples import Example, reproducible
+from sma.testing.requirements import require, require_near
 
 FIELDS = ("confidence", "logits", "p_on")
 
 
 @dataclass(frozen=True)
 class RouterCase:
-    """What is checked: a spec, or a function from the width and the names of the sub-modules to a router."""
+    """The router that is checked: a spec, or a function from the width and the sub-modules' names to a router."""
 
     spec: RouterSpec | Callable[[int, Sequence[str]], Router]
     width: int
@@ -25,16 +27,17 @@ class RouterCase:
     @property
     def names(self) -> tuple[str, ...]:
         """The sub-modules that the router decides about."""
-        return tuple(f"module_{place}" for place in range(self.modules))
+        return tuple(f"module_{index}" for index in range(self.modules))
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the router is causal, and so continues from a state."""
+        return self.make().causal
 
     def make(self, dtype: torch.dtype = torch.float64, names: Sequence[str] | None = None, seed: int = 0) -> Router:
         """A new router with spread parameters, the same ones for a seed, in evaluation mode."""
         build = self.spec.build if isinstance(self.spec, RouterSpec) else self.spec
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            router = build(self.width, self.names if names is None else names).to(torch.float64)
-            spread_parameters(router)
-        return router.to(dtype).eval()
+        return reproducible(lambda: build(self.width, self.names if names is None else names), dtype, seed)
 
     def control(self, example: Example, dtype: torch.dtype = torch.float64) -> Tensor:
         """A random control state `(B, L, D)`."""
@@ -42,7 +45,7 @@ class RouterCase:
 
 
 def ranks(valid: Tensor, seen: int | Tensor = 0) -> Tensor:
-    """`(B, L)`: position of each valid token in its row's stream, of which `seen` tokens went before."""
+    """Position `(B, L)` of each valid token in its row's stream, after `seen` tokens of earlier chunks."""
     return valid.cumsum(1) - 1 + seen
 
 
@@ -61,7 +64,7 @@ def stream(
     state: State | None = None,
     seen: int | Tensor = 0,
 ) -> tuple[Decision, State]:
-    """The same, chunk by chunk, and the last state."""
+    """The decision about whole rows, made chunk by chunk, and the last state."""
     state = router.init_state(control.shape[0], dtype=control.dtype) if state is None else state
     positions, parts = ranks(valid, seen), []
     for chunk in chunks:
@@ -85,5 +88,5 @@ def require_same(
 
 
 def rows_of(decision: Decision, rows: Tensor) -> Decision:
-    """What was decided about some rows, in the order given."""
+    """The decision about some rows, in the order given."""
     return Decision(**{name: getattr(decision, name)[rows] for name in ("active", *FIELDS)}, names=decision.names)

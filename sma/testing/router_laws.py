@@ -1,7 +1,4 @@
-"""The laws of a router, each tried on one random example at a time."""
-
-import copy
-from collections.abc import Callable
+"""The laws of a router, each checked on one random example at a time."""
 
 import torch
 from torch import Tensor
@@ -9,21 +6,30 @@ from torch import Tensor
 from sma.decision import Decision
 from sma.padding import move
 from sma.routers import Router, RouterSpec, SteerableRouter
-from sma.spec import dump_spec, load_spec
-from sma.testing.examples import Example, require, require_near
+from sma.testing.examples import Example
+from sma.testing.requirements import (
+    Law,
+    copied,
+    refuses_a_state_unless_causal,
+    require,
+    require_gradients,
+    require_near,
+    require_prediction,
+    require_slope,
+    require_unchanged,
+)
 from sma.testing.router_case import FIELDS, RouterCase, decide, ranks, require_same, rows_of
 from sma.testing.router_stream_laws import (
     chunks_equal_the_whole,
     gradients_cross_chunks,
     never_looks_ahead,
-    refuses_a_state_unless_causal,
     states_are_values,
     states_can_be_moved,
 )
 
 
 def returns_a_decision(case: RouterCase, example: Example) -> None:
-    """Every field in its shape, dtype and range, finite at valid positions, and the names that the router was given."""
+    """Every field has its shape, dtype and range and is finite at valid positions; the names are those given."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         valid = example.active()
         decision = decide(case.make(dtype), case.control(example, dtype), valid)
@@ -43,25 +49,24 @@ def returns_a_decision(case: RouterCase, example: Example) -> None:
 
 
 def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
-    """Forward changes no parameter, buffer, control or random state, and decides the same again, in training too."""
+    """Forward changes no parameter, buffer, control or random state, and repeats its decision, in training too."""
     control, valid = case.control(example), example.active()
     for router in (case.make(), case.make().train()):
-        before, given, drawn = copy.deepcopy(router.state_dict()), control.clone(), torch.get_rng_state()
+        before, given, drawn = copied(router.state_dict()), control.clone(), torch.get_rng_state()
         first, again = decide(router, control, valid), decide(router, control, valid)
         require(
             torch.equal(torch.get_rng_state(), drawn),
             "forward drew from torch's generator; key draws by seed, row and position",
         )
         require(torch.equal(control, given), "forward changed the control state it was given")
-        changed = [name for name, tensor in router.state_dict().items() if not torch.equal(tensor, before[name])]
-        require(not changed, f"forward changed {changed}")
+        require_unchanged(router.state_dict(), before, "forward changed")
         require_same(again, first, valid, "the same tokens decided twice")
 
 
 def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
     """A router that can be steered activates valid tokens where on scores higher than off, none where it scores lower.
 
-    Nor where a control state is no number.
+    It activates no token whose control state is NaN.
     """
     control, valid = case.control(example), example.active()
     broken = control.masked_fill(torch.arange(example.length)[:, None] % 3 == 1, torch.nan)
@@ -71,15 +76,15 @@ def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
             off, on = decision.logits.unbind(-1)
             require(
                 bool(decision.active[(on > off) & valid[..., None]].all()),
-                "a token whose score for on is the greater is inactive",
+                "a token whose score for on is the higher one is inactive",
             )
-            require(not bool(decision.active[on < off].any()), "a token whose score for on is the smaller is active")
+            require(not bool(decision.active[on < off].any()), "a token whose score for on is the lower one is active")
             active = decide(router, broken, valid).active[:, 1::3]
             require(not bool(active.any()), "a token whose control state is NaN is active")
 
 
 def ties_are_inactive(case: RouterCase, example: Example) -> None:
-    """Where all parameters are 0 and on scores the same as off, a router that can be steered activates nothing."""
+    """Where all parameters are 0 and on and off score equally, a router that can be steered activates nothing."""
     router = case.make()
     if not isinstance(router, SteerableRouter):
         return
@@ -92,23 +97,23 @@ def ties_are_inactive(case: RouterCase, example: Example) -> None:
 
 
 def a_score_bias_steers_the_rate(case: RouterCase, example: Example) -> None:
-    """What is added to `score_bias` switches tokens of that sub-module on, never off; enough, all of them."""
+    """A higher `score_bias` switches tokens of its sub-module on, never off; one of 1e6 switches on all of them."""
     control, valid = case.control(example), example.active()
-    for place in range(case.modules):
+    for index in range(case.modules):
         router = case.make()
         if not isinstance(router, SteerableRouter):
             return
-        before = decide(router, control, valid).active[..., place]
+        before = decide(router, control, valid).active[..., index]
         for more in (0.3, 1e6):
-            router.score_bias[place] += more
-            after = decide(router, control, valid).active[..., place]
+            router.score_bias[index] += more
+            after = decide(router, control, valid).active[..., index]
             require(not bool((before & ~after).any()), f"{more:g} more score bias switched a token off")
             before = after
         require(torch.equal(before, valid), "a score bias of 1e6 did not switch every valid token on")
 
 
 def padding_changes_nothing(case: RouterCase, example: Example) -> None:
-    """Padding is never active, on whichever side it lies, and whatever stands there changes no valid decision."""
+    """Padding on any side is never active, and whatever it holds changes no valid decision."""
     router, control, valid = case.make(), case.control(example), example.active()
     order = torch.argsort(~valid, dim=1, stable=True)
     packed = move(valid, order)
@@ -126,7 +131,7 @@ def padding_changes_nothing(case: RouterCase, example: Example) -> None:
 
 
 def without_padding_nothing_need_be_given(case: RouterCase, example: Example) -> None:
-    """`valid=None` is all valid, and `positions=None` counts from 0."""
+    """`valid=None` means that all tokens are valid, and `positions=None` counts from 0."""
     router, control = case.make(), case.control(example)
     everywhere = torch.ones(control.shape[:2], dtype=torch.bool)
     require_same(
@@ -138,9 +143,9 @@ def without_padding_nothing_need_be_given(case: RouterCase, example: Example) ->
 
 
 def rows_are_independent(case: RouterCase, example: Example) -> None:
-    """The first row alone and in a batch agree, whatever the other rows hold, NaN included.
+    """The first row gives the same alone and in a batch, whatever the other rows hold, NaN included.
 
-    So does every other row, alone in the state of its stream: where a router draws, by that a row keeps its number.
+    So does every other row in the state of its own stream, which tells a router that draws the number of the row.
     """
     router, control, valid = case.make(), case.control(example), example.active()
     wanted = decide(router, control[:1], valid[:1])
@@ -157,7 +162,7 @@ def rows_are_independent(case: RouterCase, example: Example) -> None:
 
 
 def names_are_labels(case: RouterCase, example: Example) -> None:
-    """Sub-modules of other names are decided about alike."""
+    """Other names of the sub-modules change no decision."""
     control, valid = case.control(example), example.active()
     wanted = decide(case.make(), control, valid)
     other = tuple(reversed(case.names))
@@ -167,7 +172,7 @@ def names_are_labels(case: RouterCase, example: Example) -> None:
 
 
 def takes_no_tokens(case: RouterCase, example: Example) -> None:
-    """A batch without positions, and one of padding alone, has no active token and zero gradients, never None."""
+    """A batch of no positions or of padding alone has no active token, and gradients of zeros, never None."""
     for length in (0, 3):
         router = case.make()
         control = torch.randn(len(example.lengths), length, case.width, dtype=torch.float64)
@@ -177,7 +182,7 @@ def takes_no_tokens(case: RouterCase, example: Example) -> None:
 
 
 def every_parameter_gets_a_gradient(case: RouterCase, example: Example) -> None:
-    """Confidence carries a finite gradient to every parameter and, where there are parameters, to the control state."""
+    """Confidence carries a finite gradient to every parameter and, if there are parameters, to the control state."""
     for router in (case.make(), case.make().train()):
         control = case.control(example).requires_grad_()
         _require_gradients(router, decide(router, control, example.active()), zero=False)
@@ -190,30 +195,23 @@ def every_parameter_gets_a_gradient(case: RouterCase, example: Example) -> None:
 
 
 def _require_gradients(router: Router, decision: Decision, zero: bool) -> None:
-    """What a layer does with confidence: it multiplies the results of the active tokens."""
-    parameters = dict(router.named_parameters())
-    if not parameters:
+    """Backward as in a layer, which multiplies the results of the active tokens by their confidence."""
+    if not list(router.parameters()):
         return
     used = decision.confidence[decision.active]
     require(used.requires_grad, "confidence carries no gradient, so the router cannot learn")
     (used * torch.randn_like(used)).sum().backward()
-    for name, parameter in parameters.items():
-        gradient = parameter.grad
-        if gradient is None:
-            raise AssertionError(
-                f"the gradient of {name!r} is None; another rank of a distributed training would wait for it"
-            )
-        require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
-        require(not (zero and bool(gradient.any())), f"without active tokens the gradient of {name!r} is not 0")
+    require_gradients(router, zero)
 
 
 def gradients_are_right(case: RouterCase, example: Example) -> None:
     """The gradient of confidence agrees with differences of it, in random directions."""
     router, control, valid = case.make(), case.control(example)[:2, :9], example.active()[:2, :9]
-    if not list(router.parameters()):
+    leaves = [control.clone().requires_grad_(), *router.parameters()]
+    if len(leaves) == 1:
         return
     weight = torch.randn(*valid.shape, case.modules, dtype=torch.float64) * valid[..., None]
-    toward, directions = torch.randn_like(control), [torch.randn_like(parameter) for parameter in router.parameters()]
+    toward, *directions = (torch.randn_like(leaf) for leaf in leaves)
 
     def value(step: float) -> Tensor:
         moved = case.make()
@@ -222,14 +220,8 @@ def gradients_are_right(case: RouterCase, example: Example) -> None:
                 parameter.add_(direction, alpha=step)
             return (decide(moved, control + step * toward, valid).confidence * weight).sum()
 
-    leaf = control.clone().requires_grad_()
-    (decide(router, leaf, valid).confidence * weight).sum().backward()
-    gradients = [leaf.grad, *(parameter.grad for parameter in router.parameters())]
-    slope = sum(float((g * d).sum()) for g, d in zip(gradients, [toward, *directions], strict=True) if g is not None)
-    near, far = (float(value(step) - value(-step)) / (2 * step) for step in (1e-6, 2e-6))
-    # A kink between the points would show in the two differences themselves.
-    limit = 1e-4 * max(1.0, abs(near)) + 10 * abs(near - far)
-    require(abs(slope - near) <= limit, f"backward gives a slope of {slope:.8g}, differences of confidence {near:.8g}")
+    (decide(router, leaves[0], valid).confidence * weight).sum().backward()
+    require_slope(value, leaves, [toward, *directions])
 
 
 def training_decides_as_evaluation(case: RouterCase, example: Example) -> None:
@@ -244,7 +236,7 @@ def training_decides_as_evaluation(case: RouterCase, example: Example) -> None:
 
 
 def extreme_tokens_are_decided(case: RouterCase, example: Example) -> None:
-    """Control states of 0 and of 1e4, in float32: scores and gradients stay finite, confidence in (0, 1]."""
+    """In float32, control states of 0 and of 1e4 give finite scores and gradients, and a confidence in (0, 1]."""
     for size in (0.0, 1e4):
         router, valid = case.make(torch.float32), example.active()
         control = (case.control(example, torch.float32) * size).requires_grad_()
@@ -264,7 +256,7 @@ def extreme_tokens_are_decided(case: RouterCase, example: Example) -> None:
 
 
 def half_precision_decides_as_float32(case: RouterCase, example: Example) -> None:
-    """Autocast is off inside: a float32 router decides about bfloat16 tokens exactly as about their float32 values."""
+    """A float32 router decides about bfloat16 tokens exactly as about their float32 values, under autocast too."""
     router, control, valid = case.make(torch.float32), case.control(example, torch.bfloat16), example.active()
     wanted = decide(router, control.float(), valid)
     for enabled in (False, True):
@@ -280,7 +272,7 @@ def half_precision_decides_as_float32(case: RouterCase, example: Example) -> Non
 
 
 def works_in_float32(case: RouterCase, example: Example) -> None:
-    """float32 decides as float64 does, but where rounding orders two scores that are nearly equal."""
+    """Decisions in float32 are those in float64, except where rounding orders two scores that are nearly equal."""
     control, valid = case.control(example, torch.float32), example.active()
     found, wanted = decide(case.make(torch.float32), control, valid), decide(case.make(), control.double(), valid)
     off, on = wanted.logits.unbind(-1)
@@ -296,7 +288,7 @@ def works_in_float32(case: RouterCase, example: Example) -> None:
 
 
 def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
-    """A router made with another seed decides alike once it has the same `state_dict`."""
+    """A router made with another seed makes the same decisions once it has loaded the same `state_dict`."""
     control, valid = case.control(example), example.active()
     router, other = case.make(), case.make(seed=1)
     other.load_state_dict(router.state_dict())
@@ -306,24 +298,17 @@ def weights_are_all_there_is(case: RouterCase, example: Example) -> None:
 
 
 def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
-    """The spec predicts parameters and whether decisions are drawn, predicts MACs, and survives dump and load."""
+    """The spec predicts parameters, MACs and whether decisions are drawn, and survives dump and load."""
     if not isinstance(case.spec, RouterSpec):
         return
-    counted = sum(parameter.numel() for parameter in case.make().parameters())
-    predicted = case.spec.num_parameters(case.width, case.modules)
-    require(counted == predicted, f"num_parameters predicts {predicted}, and the router has {counted}")
-    drawn = case.make().stochastic
-    require(
-        case.spec.stochastic == drawn, f"stochastic is {case.spec.stochastic} in the spec, and {drawn} in the router"
-    )
+    router = case.make()
+    require_prediction(case.spec, case.spec.num_parameters(case.width, case.modules), router, "router")
+    given, drawn = case.spec.stochastic, router.stochastic
+    require(given == drawn, f"stochastic is {given} in the spec, and {drawn} in the router")
     require(case.spec.macs_per_token(case.width, case.modules) >= 0, "MACs are negative")
-    require(
-        load_spec(dump_spec(case.spec), family="router") == case.spec,
-        "the spec changed on the way through dump and load",
-    )
 
 
-ROUTER_LAWS: tuple[Callable[[RouterCase, Example], None], ...] = (
+ROUTER_LAWS: tuple[Law, ...] = (
     returns_a_decision,
     active_is_where_on_beats_off,
     ties_are_inactive,

@@ -1,25 +1,33 @@
-"""The laws of a sub-module, each tried on one random example at a time."""
+"""The laws of a sub-module, each checked on one random example at a time."""
 
-import copy
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sma.checkpoint import load_state, save_state
-from sma.errors import StateError
 from sma.pytree import named_tensors
-from sma.spec import dump_spec, load_spec
 from sma.submodule import State, SubModule, SubModuleSpec
-from sma.testing.examples import Example, lay, place, require, require_near, spread_parameters
+from sma.testing.examples import Example, lay, put_back, reproducible
+from sma.testing.requirements import (
+    Law,
+    copied,
+    if_streams,
+    refuses_a_state_unless_causal,
+    require,
+    require_gradients,
+    require_near,
+    require_prediction,
+    require_slope,
+    require_unchanged,
+    saved_and_loaded,
+)
 
 
 @dataclass(frozen=True)
 class SubModuleCase:
-    """What is checked: a spec, or a function from the width to a module."""
+    """The sub-module that is checked: a spec, or a function from the width to a module."""
 
     spec: SubModuleSpec | Callable[[int], SubModule]
     width: int
@@ -27,11 +35,12 @@ class SubModuleCase:
     def make(self, dtype: torch.dtype = torch.float64) -> SubModule:
         """A new module with spread parameters, always the same ones."""
         build = self.spec.build if isinstance(self.spec, SubModuleSpec) else self.spec
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = build(self.width).to(torch.float64)
-            spread_parameters(module)
-        return module.to(dtype).eval()
+        return reproducible(lambda: build(self.width), dtype)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the module continues from a state."""
+        return self.make().streams
 
     def tokens(self, example: Example, dtype: torch.dtype = torch.float64) -> Tensor:
         """A random batch `(B, L, D)`."""
@@ -39,15 +48,15 @@ class SubModuleCase:
 
 
 def run(module: SubModule, x: Tensor, active: Tensor, example: Example, garbage: float = 0.0) -> Tensor:
-    """Results of the active tokens at their places, `(B, L, D)`."""
+    """Results of the active tokens at their positions, `(B, L, D)`."""
     tokens = lay(x, active, example.layout, garbage=garbage)
-    return place(module(tokens)[0], tokens, x.shape)
+    return put_back(module(tokens)[0], tokens, x.shape)
 
 
 def stream(
     module: SubModule, x: Tensor, active: Tensor, example: Example, chunks: Iterable[slice], state: State | None = None
 ) -> tuple[Tensor, State]:
-    """The same, chunk by chunk, and the last state."""
+    """Results as those of `run`, computed chunk by chunk, and the last state."""
     state = module.init_state(x.shape[0], dtype=x.dtype) if state is None else state
     positions = torch.arange(x.shape[1]).expand_as(active)
     results = []
@@ -56,7 +65,7 @@ def stream(
         values, after = module(tokens, state)
         if not isinstance(after, State):
             raise AssertionError(f"forward was given a state and returned {type(after).__name__} instead of a new one")
-        results.append(place(values, tokens, x[:, chunk].shape))
+        results.append(put_back(values, tokens, x[:, chunk].shape))
         state = after
     return torch.cat(results, 1), state
 
@@ -76,25 +85,24 @@ def returns_one_result_per_token(case: SubModuleCase, example: Example) -> None:
 
 
 def changes_nothing_and_repeats(case: SubModuleCase, example: Example) -> None:
-    """Forward leaves parameters, buffers and tokens alone, and gives the same again."""
+    """Forward changes no parameter, buffer or token, and gives the same results again."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    before, given = copy.deepcopy(module.state_dict()), x.clone()
+    before, given = copied(module.state_dict()), x.clone()
     first, again = run(module, x, active, example), run(module, x, active, example)
     require(torch.equal(x, given), "forward changed the tokens it was given")
-    changed = [name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])]
-    require(not changed, f"forward changed {changed}")
+    require_unchanged(module.state_dict(), before, "forward changed")
     require(torch.equal(first, again), "the same tokens gave two different results")
 
 
 def layouts_agree(case: SubModuleCase, example: Example) -> None:
-    """Packed and rectangular tokens give the same results and gradients, and what stands in holes changes nothing."""
+    """Packed and rectangular tokens give the same results and gradients, and the numbers in holes change nothing."""
     x, active, weight = case.tokens(example), example.active(), case.tokens(example)
     found = []
     for layout in ("packed", example.layout):
         module, leaf = case.make(), x.clone().requires_grad_()
         tokens = lay(leaf, active, layout, garbage=1e3)
-        (place(module(tokens)[0], tokens, x.shape) * weight).sum().backward()
-        out = place(module(tokens)[0], tokens, x.shape).detach()
+        (put_back(module(tokens)[0], tokens, x.shape) * weight).sum().backward()
+        out = put_back(module(tokens)[0], tokens, x.shape).detach()
         found.append((out, leaf.grad, [parameter.grad for parameter in module.parameters()]))
     (one, one_x, one_all), (other, other_x, other_all) = found
     require_near(other, one, f"results of {example.layout} tokens against packed ones")
@@ -104,7 +112,7 @@ def layouts_agree(case: SubModuleCase, example: Example) -> None:
 
 
 def rows_are_independent(case: SubModuleCase, example: Example) -> None:
-    """A row alone and the row in a batch agree, whatever the other rows hold, NaN included."""
+    """A row gives the same alone and in a batch, whatever the other rows hold, NaN included."""
     module, x, active = case.make(), case.tokens(example), example.active()
     wanted = run(module, x[:1], active[:1], example)
     for stranger in (1.0, 1e4, torch.nan):
@@ -116,13 +124,13 @@ def rows_are_independent(case: SubModuleCase, example: Example) -> None:
 
 
 def takes_no_tokens(case: SubModuleCase, example: Example) -> None:
-    """No token at all gives no result, and zero gradients for every parameter and for the tokens, never None."""
+    """Without tokens there is no result, and every parameter gets a gradient of zeros, never None."""
     module, rows = case.make(), len(example.lengths)
     for length in (0, 3):
         x = torch.randn(rows, length, case.width, dtype=torch.float64, requires_grad=True)
         tokens = lay(x, torch.zeros(rows, length, dtype=torch.bool), example.layout)
-        place(module(tokens)[0], tokens, x.shape).sum().backward()
-        _require_gradients(module, zero=True)
+        put_back(module(tokens)[0], tokens, x.shape).sum().backward()
+        require_gradients(module, zero=True)
 
 
 def every_parameter_gets_a_gradient(case: SubModuleCase, example: Example) -> None:
@@ -130,25 +138,14 @@ def every_parameter_gets_a_gradient(case: SubModuleCase, example: Example) -> No
     module, x = case.make(), case.tokens(example).requires_grad_()
     run(module, x, example.active(), example).square().sum().backward()
     require(x.grad is not None and bool(x.grad.isfinite().all()), "the gradient of the tokens is missing or not finite")
-    _require_gradients(module, zero=False)
-
-
-def _require_gradients(module: SubModule, zero: bool) -> None:
-    for name, parameter in module.named_parameters():
-        gradient = parameter.grad
-        if gradient is None:
-            raise AssertionError(
-                f"the gradient of {name!r} is None; another rank of a distributed training would wait for it"
-            )
-        require(bool(gradient.isfinite().all()), f"the gradient of {name!r} is not finite")
-        require(not (zero and bool(gradient.any())), f"without tokens the gradient of {name!r} is not 0")
+    require_gradients(module, zero=False)
 
 
 def gradients_are_right(case: SubModuleCase, example: Example) -> None:
     """Backward agrees with differences of forward, in random directions."""
     module, x = case.make(), case.tokens(example)[:2, :9].clone()
     active = torch.ones(x.shape[:2], dtype=torch.bool)
-    leaves = [x, *module.parameters()]
+    leaves = [x.requires_grad_(), *module.parameters()]
     directions = [torch.randn_like(leaf) for leaf in leaves]
     weight = torch.randn_like(x)
 
@@ -159,20 +156,12 @@ def gradients_are_right(case: SubModuleCase, example: Example) -> None:
                 parameter.add_(direction, alpha=step)
         return (run(moved, x + step * directions[0], active, example) * weight).sum()
 
-    leaf = x.clone().requires_grad_()
-    (run(module, leaf, active, example) * weight).sum().backward()
-    gradients = [leaf.grad, *(parameter.grad for parameter in module.parameters())]
-    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True) if g is not None)
-    # Richardson's difference: its error is of fourth order.
-    near, far = (float((value(step) - value(-step)).detach()) / (2 * step) for step in (1e-5, 2e-5))
-    wanted = (4 * near - far) / 3
-    # A kink between the points would show in the two differences themselves.
-    limit = 1e-5 * max(1.0, abs(wanted)) + 10 * abs(near - far)
-    require(abs(slope - wanted) <= limit, f"backward gives a slope of {slope:.8g}, differences of forward {wanted:.8g}")
+    (run(module, x, active, example) * weight).sum().backward()
+    require_slope(value, leaves, directions)
 
 
 def never_looks_ahead(case: SubModuleCase, example: Example) -> None:
-    """A causal sub-module's earlier results do not move when later tokens do, not even by 1e4 or to NaN."""
+    """A causal sub-module's earlier results stay the same when later tokens change, even by 1e4 or to NaN."""
     module, x, active = case.make(), case.tokens(example), example.active()
     if not module.causal:
         return
@@ -188,11 +177,10 @@ def never_looks_ahead(case: SubModuleCase, example: Example) -> None:
         )
 
 
+@if_streams
 def chunks_equal_the_whole(case: SubModuleCase, example: Example) -> None:
     """Whole rows, chunks of any size and single steps give the same results."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.streams:
-        return
     wanted = run(module, x, active, example)
     for name, chunks in {"chunks": list(example.chunks()), "single steps": list(example.steps())}.items():
         for gradients in (True, False):  # without gradients a part may take another path
@@ -200,12 +188,11 @@ def chunks_equal_the_whole(case: SubModuleCase, example: Example) -> None:
                 require_near(stream(module, x, active, example, chunks)[0], wanted, f"{name} against the whole")
 
 
+@if_streams
 def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
     """A state carries gradients: training on chunks without detaching is training on the whole."""
     x, active, weight = case.tokens(example), example.active(), case.tokens(example)
     whole, parts = case.make(), case.make()
-    if not whole.streams:
-        return
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     (run(whole, one, active, example) * weight).sum().backward()
     (stream(parts, other, active, example, example.chunks())[0] * weight).sum().backward()
@@ -217,45 +204,34 @@ def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
         require_near(a.grad, b.grad, f"the gradient of {name!r} through a state", 1e-8)
 
 
+@if_streams
 def states_are_values(case: SubModuleCase, example: Example) -> None:
-    """Forward leaves the old state as it was, so a stream can be continued from it twice."""
+    """Forward does not change the state it is given, so a stream can be continued from it twice."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.streams:
-        return
     _, state = stream(module, x, active, example, example.chunks())
-    kept = {name: tensor.clone() for name, tensor in named_tensors(state).items()}
-    first = stream(module, x, active, example, example.chunks(), state)[0]
-    changed = [name for name, tensor in named_tensors(state).items() if not torch.equal(tensor, kept[name])]
-    require(not changed, f"forward changed the state it was given: {changed}")
-    require(
-        torch.equal(stream(module, x, active, example, example.chunks(), state)[0], first),
-        "one state was continued to two results",
-    )
+    kept = copied(named_tensors(state))
+    first, again = (stream(module, x, active, example, example.chunks(), state)[0] for _ in range(2))
+    require_unchanged(named_tensors(state), kept, "forward changed the state it was given:")
+    require(torch.equal(again, first), "one state was continued to two results")
 
 
+@if_streams
 def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) -> None:
-    """A chunk in which a row has no token leaves that row's state alone, to the last bit."""
+    """A row's state does not change, to the last bit, by a chunk in which the row has no token."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.streams:
-        return
     _, state = stream(module, x, active, example, example.chunks())
     idle = torch.arange(x.shape[0]) % 2 == 0
     _, after = stream(module, x, active & ~idle[:, None], example, example.chunks(), state)
     for (name, found), wanted in zip(named_tensors(after).items(), named_tensors(state).values(), strict=True):
-        same = found.shape[2:] == wanted.shape[2:] and torch.equal(_head(found, wanted)[idle], wanted[idle])
+        held = found if found.ndim < 2 else found[:, : wanted.shape[1]]  # what a growing state held before
+        same = found.shape[2:] == wanted.shape[2:] and torch.equal(held[idle], wanted[idle])
         require(same, f"{name} of a row without tokens changed")
 
 
-def _head(found: Tensor, wanted: Tensor) -> Tensor:
-    """The places that a growing state had before."""
-    return found if found.ndim < 2 else found[:, : wanted.shape[1]]
-
-
+@if_streams
 def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
-    """A state can be permuted, reset, saved and loaded, and its rows then go on where they stood."""
+    """A state can be permuted, reset, saved and loaded, and every row then continues from its own state."""
     module, x, active = case.make(), case.tokens(example), example.active()
-    if not module.streams:
-        return
     chunks, rows = list(example.chunks()), x.shape[0]
     _, state = stream(module, x, active, example, chunks)
     wanted = stream(module, x, active, example, chunks, state)[0]
@@ -266,29 +242,13 @@ def states_can_be_moved(case: SubModuleCase, example: Example) -> None:
     found = stream(module, x, active, example, chunks, state.reset(reset))[0]
     fresh = stream(module, x, active, example, chunks)[0]
     require_near(found, fresh.where(reset[:, None, None], wanted), "rows of which some were reset")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.safetensors"
-        save_state(state, path)
-        loaded = load_state(path, module.init_state(1, dtype=x.dtype))
-    require(
-        torch.equal(stream(module, x, active, example, chunks, loaded)[0], wanted), "a stream that was saved and loaded"
-    )
-
-
-def refuses_a_state_unless_causal(case: SubModuleCase, example: Example) -> None:
-    """A sub-module that looks ahead says so instead of making a state."""
-    module = case.make()
-    if module.streams:
-        return
-    try:
-        module.init_state(2)
-    except StateError:
-        return
-    raise AssertionError("the sub-module does not stream, but init_state made a state instead of raising StateError")
+    loaded = saved_and_loaded(state, module.init_state(1, dtype=x.dtype))
+    found = stream(module, x, active, example, chunks, loaded)[0]
+    require(torch.equal(found, wanted), "a stream that was saved and loaded")
 
 
 def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
-    """float32 is near float64, and bfloat16 is kept and finite."""
+    """Results in float32 are near those in float64; results in bfloat16 keep the dtype and are finite."""
     x, active = case.tokens(example), example.active()
     wanted = run(case.make(), x.float().double(), active, example)
     found = run(case.make(torch.float32), x.float(), active, example)
@@ -296,7 +256,7 @@ def works_in_every_dtype(case: SubModuleCase, example: Example) -> None:
     rough = run(case.make(torch.bfloat16), x.bfloat16(), active, example)
     require(
         rough.dtype is torch.bfloat16 and bool(rough.isfinite().all()),
-        "bfloat16 tokens gave another dtype or numbers not finite",
+        "bfloat16 tokens gave another dtype or non-finite numbers",
     )
 
 
@@ -304,18 +264,12 @@ def spec_predicts_and_survives(case: SubModuleCase, example: Example) -> None:
     """The spec predicts the number of parameters, predicts MACs, and survives dump and load."""
     if not isinstance(case.spec, SubModuleSpec):
         return
-    counted = sum(parameter.numel() for parameter in case.make().parameters())
-    predicted = case.spec.num_parameters(case.width)
-    require(counted == predicted, f"num_parameters predicts {predicted}, and the module has {counted}")
+    require_prediction(case.spec, case.spec.num_parameters(case.width), case.make(), "sub-module")
     require(case.spec.macs(case.width, 0).total == 0, "the MACs of no token are not 0")
     require(case.spec.macs(case.width, example.length).total >= 0, "MACs are negative")
-    require(
-        load_spec(dump_spec(case.spec), family="sub-module") == case.spec,
-        "the spec changed on the way through dump and load",
-    )
 
 
-SUBMODULE_LAWS: tuple[Callable[[SubModuleCase, Example], None], ...] = (
+SUBMODULE_LAWS: tuple[Law, ...] = (
     returns_one_result_per_token,
     changes_nothing_and_repeats,
     layouts_agree,

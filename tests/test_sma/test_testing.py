@@ -292,7 +292,7 @@ class WrongSpec(SubModuleSpec):
 
 def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
     with pytest.raises(
-        ConformanceError, match="spec_predicts_and_survives: num_parameters predicts 5, and the module has 4"
+        ConformanceError, match="spec_predicts_and_survives: num_parameters predicts 5, and the sub-module has 4"
     ):
         check_submodule(WrongSpec())
 
