@@ -1,6 +1,6 @@
 """Sparse modular activation: a router and the sub-modules it chooses from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -23,7 +23,7 @@ from sma.checks import (
     what_came,
 )
 from sma.decision import Decision
-from sma.errors import InputError, StateError
+from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
@@ -37,12 +37,12 @@ from sma.wrap import check_submodules, width_of
 @register_output
 @dataclass(frozen=True)
 class RoutedState(State):
-    """Where the streams of `SparseModularActivation` stand.
+    """State of `SparseModularActivation` for B streams.
 
     Attributes:
-        router: of the router.
-        modules: of the sub-modules, by name.
-        seen: valid tokens of each row so far; None where a layer or a model counts them.
+        router: state of the router.
+        modules: states of the sub-modules, by name.
+        seen: number of valid tokens of each row so far; None where a layer or a model counts them.
     """
 
     router: State
@@ -53,14 +53,13 @@ class RoutedState(State):
 @register_output
 @dataclass(frozen=True)
 class RoutedOutput:
-    """What `SparseModularActivation` returns.
+    """Output of `SparseModularActivation`.
 
     Attributes:
         values: sum over the sub-modules of activity times confidence times result; zeros where nothing was active.
-            Inside a layer, whose bypass, residual and activation are computed in the same call, what `Around.after`
-            makes of all of it.
-        decision: who ran where.
-        state: where the stream stands; None unless one was given.
+            Inside a layer, which adds bypass, residual and activation in the same call, the result of `Around.after`.
+        decision: the routing decision.
+        state: state of the streams after this call; None unless one was given.
     """
 
     values: Float[Tensor, "B L D"]
@@ -69,23 +68,17 @@ class RoutedOutput:
 
 
 class Routing(NamedTuple):
-    """A decision, and where it sends the tokens.
+    """A decision, and the tokens of each sub-module.
 
     Attributes:
-        decision: who runs where.
-        frames: for each sub-module its tokens, without values; rectangular without holes where they are all of the
-            batch.
-        state: of the router.
+        decision: the routing decision.
+        frames: the tokens of each sub-module, without values; rectangular without holes where it runs on all tokens.
+        state: state of the router.
     """
 
     decision: Decision
     frames: list[Ragged]
     state: State | None
-
-    @property
-    def gathered(self) -> list[Int[Tensor, "T"]]:
-        """For each sub-module that runs on some of the tokens only, their places."""
-        return [frame.index for frame in self.frames if _is_gathered(frame)]
 
 
 def _is_gathered(frame: Ragged) -> bool:
@@ -93,14 +86,13 @@ def _is_gathered(frame: Ragged) -> bool:
 
 
 class Around(NamedTuple):
-    """What a layer puts around its routed sub-modules. It is computed in the same call, because passes over the batch
-    are what costs.
+    """What a layer computes around its routed sub-modules, in the same call to save passes over the batch.
 
     Attributes:
-        before: makes of all tokens `(B L, D)` what the results are added to, in place, and gathers the tokens at the
-            indices given.
-        after: makes of the sum, now `(B, L, D)`, what is returned.
-        recompute: keep no activations between the decision and the result for backward, and compute them again there.
+        before: maps all tokens `(B L, D)` and indices to the tensor that the results are added to, in place, and to the
+            tokens at the indices.
+        after: maps the sum `(B, L, D)` to the values that are returned.
+        recompute: whether activations between the decision and the result are recomputed in backward, not kept.
     """
 
     before: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,11 +104,7 @@ def _nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
 
 
-def _as_it_is(sum_BLD: Tensor) -> Tensor:
-    return sum_BLD
-
-
-_ALONE = Around(_nothing, _as_it_is)
+_ALONE = Around(_nothing, lambda sum_BLD: sum_BLD)
 
 
 class SparseModularActivation(nn.Module):
@@ -124,9 +112,8 @@ class SparseModularActivation(nn.Module):
     only those.
 
     Args:
-        router: decides; its `names` are the keys of `modules`. A spec or a kind such as `"sma"` is built for them.
-        modules: the sub-modules by name; each works on ragged tokens. `TokenWise` and `RowWise` make sub-modules of
-            plain modules.
+        router: the router, whose `names` are the keys of `modules`; or a spec or a kind such as `"sma"` to build it.
+        modules: the sub-modules, which work on ragged tokens, by name. `TokenWise` and `RowWise` wrap plain modules.
         dropout: probability of dropping a channel of a sub-module's result.
         width: channels of the tokens, D, for a router that is to be built; default what the sub-modules take.
 
@@ -134,15 +121,16 @@ class SparseModularActivation(nn.Module):
         x `(B, L, D)` in, values `(B, L, D)` out.
 
     Raises:
-        InputError: the router decides about other names than there are sub-modules, there are none, a name is one
-            that torch uses or refuses, one is a plain module, or the width is needed and does not follow from them.
+        InputError: the names of the router and of the sub-modules differ, there are no sub-modules,
+            `torch.nn.ModuleDict` cannot hold a name, a sub-module is a plain module, or the width does not follow from
+            them.
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., RoutedOutput]  # of what torch calls, which editors see as Any
+        __call__: Callable[..., RoutedOutput]  # which nn.Module types as Any
 
     def __init__(
         self,
@@ -169,12 +157,7 @@ class SparseModularActivation(nn.Module):
             raise InputError(
                 f"the sub-module name {dotted[0]!r} must be a word without dots, by which torch finds its parameters"
             )
-        taken = [name for name in router.names if name_is_taken(name)]
-        if taken:
-            raise InputError(
-                f"the sub-module name {taken[0]!r} is taken by torch.nn.ModuleDict; "
-                f"choose another, such as {taken[0] + '_'!r}"
-            )
+        check_free(router.names, "sub-module", InputError)
         self.router = router
         self.submodules = nn.ModuleDict({name: modules[name] for name in router.names})
         self.dropout = dropout
@@ -190,7 +173,7 @@ class SparseModularActivation(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RoutedState:
-        """Make the state of `batch_size` streams that have seen nothing.
+        """Make the initial state of `batch_size` streams.
 
         Raises:
             StateError: the router or a sub-module is not causal.
@@ -206,16 +189,16 @@ class SparseModularActivation(nn.Module):
         """Check that a stream can be continued.
 
         Raises:
-            StateError: the router or a sub-module is not causal; names it.
+            StateError: the router or a sub-module is not causal; the message names it.
         """
         for name, part in {"router": self.router, **self._parts}.items():
             check_causal(part, name)
 
     def check(self, state: RoutedState) -> None:
-        """Check that a state is one of these sub-modules.
+        """Check that a state belongs to these sub-modules.
 
         Raises:
-            StateError: it is that of others.
+            StateError: it belongs to others.
         """
         check_sizes(self, sorted(state.modules), sorted(self.router.names), "parts")
 
@@ -238,20 +221,20 @@ class SparseModularActivation(nn.Module):
 
         Args:
             x_BLD: tokens.
-            control_BLD: what the router reads; default the tokens themselves.
+            control_BLD: control states for the router; default the tokens themselves.
             valid: False at padding, on whichever side; None where there is none.
-            positions: position of each token in its row's stream; default the tokens of the row seen before, plus its
-                rank among the valid ones of this chunk.
-            state: where the streams stand; None at their beginning.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
-                in (0, 1] is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on
-                the data. None takes all.
-            around: of a layer, which has checked and aligned the batch and counts the tokens of its streams; None
-                without one.
+            positions: position of each token in its row's stream; default the number of valid tokens of the row before
+                it, those of earlier chunks included.
+            state: state of the streams; None at their beginning.
+            capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
+                integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
+                sub-module. No shape then depends on the data. None sets no maximum.
+            around: computations of a layer, which has checked and aligned the batch and counts the tokens of its
+                streams; None without one.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision is none of
-                these tokens.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or the router's decision does not
+                fit these tokens.
             StateError: the state does not fit, the router or a sub-module is not causal, or a capacity comes with a
                 state.
         """
@@ -262,7 +245,7 @@ class SparseModularActivation(nn.Module):
             if positions is None and (valid is not None or seen is not None):
                 rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
                 positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
-            # The gradient of the router's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
+            # The gradient of the router's weights multiplies padding by 0, and 0 x NaN is NaN.
             if valid is not None:
                 control_BLD = control_BLD.where(valid[..., None], 0)
             around = _ALONE
@@ -281,8 +264,8 @@ class SparseModularActivation(nn.Module):
         state: RoutedState | None,
         capacity: Capacity | None,
     ) -> Tensor | None:
-        """Check what a call without a layer was given; return the tokens of each row that were seen before, where there
-        is a state.
+        """Check the arguments of a call without a layer; return the number of tokens in earlier chunks of each row, if
+        there is a state.
         """
         check_batch(x_BLD, valid)
         check_dtype(self, x_BLD)
@@ -302,10 +285,10 @@ class SparseModularActivation(nn.Module):
         state: RoutedState | None,
         capacity: Capacity | None,
     ) -> Routing:
-        """Decide for every token, and find who runs what; of the inputs only the router's decision is checked."""
+        """Decide for every token and locate the tokens of each sub-module; only the router's decision is checked."""
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
         check_decision(self.router.names, decision, control_BLD, f"the decision of {type(self.router).__name__}")
-        if valid is not None:  # whatever a router of somebody else does with padding
+        if valid is not None:  # third-party routers may activate padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
             if decision.active.is_meta:
@@ -324,26 +307,27 @@ class SparseModularActivation(nn.Module):
     def _combine(
         self, x_BLD: Float[Tensor, "B L D"], routing: Routing, state: RoutedState | None, around: Around
     ) -> tuple[Float[Tensor, "B L D"], RoutedState | None]:
-        """Run the sub-modules on their tokens, and add the results, in place, to what passes them by."""
+        """Run the sub-modules on their tokens, and add the results, in place, to the bypass."""
         x_TD = x_BLD.flatten(0, 1)
-        decision, index, submodules = routing.decision, routing.gathered, self.submodules
+        decision, submodules = routing.decision, self.submodules
+        index = [frame.index for frame in routing.frames if _is_gathered(frame)]
         out_TD, gathered = around.before(
             x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))])
         )
         chosen = iter(gathered.split([part.shape[0] for part in index]))
         states: dict[str, State] = {}
-        for place, frame in enumerate(routing.frames):
+        for column, frame in enumerate(routing.frames):
             # Where all tokens run, the values are the batch itself.
-            name, values_TD = decision.names[place], next(chosen) if _is_gathered(frame) else x_TD
+            name, values_TD = decision.names[column], next(chosen) if _is_gathered(frame) else x_TD
             before = None if state is None else state.modules[name]
-            # A compiler cannot ask how many tokens there are, so it is asked first.
+            # The compiler comes first: in its graph the number of tokens is unknown.
             if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = self._checked(name, submodules[name](tokens, before), values_TD)
                 out_TD = extract_add_(
-                    self._weighted(result_TD, decision.confidence[..., place], tokens), tokens, out_TD
+                    self._weighted(result_TD, decision.confidence[..., column], tokens), tokens, out_TD
                 )
             if after is not None:
                 states[name] = after
@@ -377,17 +361,26 @@ class SparseModularActivation(nn.Module):
         return result
 
     def _weighted(self, values: Tensor, confidence_BL: Tensor, tokens: Ragged) -> Tensor:
-        # Of a hole it is that of another token, and a gradient of 0 times what is not finite would be NaN.
+        # A hole has the confidence of another token, which may not be finite, and 0 x NaN is NaN in the gradient.
         confidence = fill_holes(confidence_BL.reshape(-1).index_select(0, tokens.index), tokens)
         values = nn.functional.dropout(values, self.dropout) if self.training else values
         return values * confidence.to(values.dtype)[:, None]
 
 
 def keeping_nothing(recompute: bool, part: Callable[..., Any], *inputs: Any) -> Any:
-    """Call a part, with `recompute` so that its activations are not kept for backward but computed again there."""
+    """Call a part; with `recompute`, its activations are recomputed in backward instead of kept."""
     return checkpoint(part, *inputs, use_reentrant=False) if recompute and torch.is_grad_enabled() else part(*inputs)
 
 
-def name_is_taken(name: str) -> bool:
-    """Whether a sub-module cannot have this name, because `torch.nn.ModuleDict` has an attribute that is called so."""
-    return hasattr(nn.ModuleDict(), name)
+def check_free(names: Iterable[str], what: str, error: type[Exception]) -> None:
+    """Check that `torch.nn.ModuleDict` has no attributes with the names of sub-modules.
+
+    Raises:
+        Exception: `error`: it has one; `what` begins the name in the message.
+    """
+    taken = [name for name in names if hasattr(nn.ModuleDict(), name)]
+    if taken:
+        raise error(
+            f"the {what} name {quote(taken[0])} is taken by torch.nn.ModuleDict; "
+            f"choose another, such as {taken[0] + '_'!r}"
+        )

@@ -1,6 +1,4 @@
-"""Static capacity: how many tokens of a row each sub-module can take, so that no shape depends on what a router
-decides.
-"""
+"""Static capacity: maximum number of tokens of a row per sub-module, so that no shape depends on the routing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,22 +10,21 @@ from torch import Tensor
 from sma.checks import check_known, what_came
 from sma.errors import InputError, StateError, quote
 
-# An integer is a number of tokens per row, a float a share of the row's valid tokens; a mapping has one for each
-# sub-module.
 Capacity = int | float | Mapping[str, int | float]
+"""An integer is a number of tokens per row, a float a share of its valid tokens; a mapping has one per sub-module."""
 
 
 def check_capacity(capacity: Capacity | None, names: Sequence[str], state: object = None) -> None:
     """Check a capacity that `forward` was given.
 
     Args:
-        capacity: None where every active token runs.
+        capacity: the capacity; None for none.
         names: the sub-modules.
-        state: of the stream, if there is one.
+        state: state of the streams, if there is one.
 
     Raises:
-        InputError: a value is out of range, a sub-module has none, or there is no sub-module of a name.
-        StateError: there is a state too: a token that is left out of one chunk would be missing in all that follow.
+        InputError: a value is out of range, a sub-module has no value, or a name is unknown.
+        StateError: there is a state: a token beyond the capacity of one chunk would be missing in all later ones.
     """
     if capacity is None:
         return
@@ -62,7 +59,7 @@ def _check_value(value: object, what: str) -> None:
 
 
 def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
-    """Slots per row of each sub-module in a batch of `length` positions: at most all of them; shares are rounded up."""
+    """Number of slots per row of each sub-module, at most `length`, the positions of the batch; shares round up."""
     values = [_of(capacity, name) for name in names]
     tokens = [max(1, math.ceil(value * length - _ROUNDING)) if isinstance(value, float) else value for value in values]
     return [min(count, length) for count in tokens]
@@ -71,9 +68,7 @@ def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list
 def earliest(
     active_BLM: Bool[Tensor, "B L M"], capacity: Capacity, names: Sequence[str], valid_BL: Bool[Tensor, "B L"] | None
 ) -> Bool[Tensor, "B L M"]:
-    """The active tokens of every row that a capacity keeps; a share is of its valid tokens, however long the batch is
-    padded.
-    """
+    """The earliest active tokens of every row, up to the capacity; a share counts valid tokens, not padding."""
     whole = active_BLM.new_full(active_BLM.shape[:1], active_BLM.shape[1], dtype=torch.int64)
     lengths_B = whole if valid_BL is None else valid_BL.sum(1)
     kept = []
@@ -85,7 +80,7 @@ def earliest(
     return torch.stack(kept, -1)
 
 
-# 0.1 * 30 is a little more than 3 in floating point, and must not give 4.
+# In floating point 0.1 * 30 is slightly above 3, and must not give 4.
 _ROUNDING = 1e-9
 
 

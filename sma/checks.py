@@ -1,7 +1,7 @@
-"""Checks of arguments: each mistake has one check and one sentence, wherever it is made.
+"""Checks of arguments: one check and one message for each mistake, shared by all entry points.
 
-A sentence says what was given, what is required and what to do. `what` begins it: the name of a value with its verb,
-such as `the tokens are`. Outer layers say where: `layer 3 'attention' (kind gau, causal=False) cannot …`.
+A message gives what was given, what is required and what to do. It begins with `what`: the name of a value with its
+verb, such as `the tokens are`. Outer layers add the location: `layer 3 'attention' (kind gau, causal=False) cannot …`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sma.devices import autocasts, is_sharded
-from sma.errors import InputError, StateError, did_you_mean, quote
+from sma.errors import InputError, StateError, did_you_mean, quote, with_article
 
 if TYPE_CHECKING:
     from sma.decision import Decision
@@ -26,7 +26,7 @@ INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torc
 
 
 def what_came(value: object) -> str:
-    """Say in a few words what a value is: its class, and shape and dtype where it has them."""
+    """Describe a value in a few words: its class, and its shape and dtype where it has them."""
     if value is None:
         return "None"
     kind = type(value)
@@ -34,21 +34,17 @@ def what_came(value: object) -> str:
     shape, dtype = (getattr(value, part, None) for part in ("shape", "dtype"))
     told = [f"shape {quote(tuple(shape))}"] if isinstance(shape, Sequence) and not isinstance(shape, str) else []
     told += [] if dtype is None else [f"dtype {quote(str(dtype))[1:-1]}"]
-    return f"{_a(name)}{' of ' if told else ''}{' and '.join(told)}"
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    return f"{with_article(name)}{' of ' if told else ''}{' and '.join(told)}"
 
 
 def check_instance(value: object, kind: type[Kind], what: str, cure: str) -> Kind:
     """Check the class of a value, and return it.
 
     Raises:
-        InputError: it is of another; says the cure.
+        InputError: it has another class; the message ends with the cure.
     """
     if not isinstance(value, kind):
-        raise InputError(f"{what} {what_came(value)}; required is {_a(kind.__name__)}: {cure}")
+        raise InputError(f"{what} {what_came(value)}; required is {with_article(kind.__name__)}: {cure}")
     return value
 
 
@@ -58,10 +54,10 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
     Args:
         value: what was given.
         what: its name with its verb.
-        dtype: to which the sentence says to convert.
+        dtype: dtype of the conversion that the message proposes.
 
     Raises:
-        InputError: it is a NumPy array, a list or anything else; says how to convert it.
+        InputError: it is a NumPy array, a list or anything else; the message says how to convert it.
     """
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_nested:
@@ -76,7 +72,7 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
 
 
 def check_floats(value: object, what: str, axes: Axes) -> None:
-    """Check that a value is a tensor of floating-point numbers of a shape.
+    """Check that a value is a floating-point tensor of a shape.
 
     Raises:
         InputError: it is not.
@@ -86,7 +82,7 @@ def check_floats(value: object, what: str, axes: Axes) -> None:
 
 
 def check_integers(value: object, what: str, axes: Axes, of_mask: str = ".long()") -> None:
-    """Check that a value is a tensor of integers of a shape; `of_mask` makes them of a mask.
+    """Check that a value is an integer tensor of a shape; `of_mask` is the proposed conversion of a mask.
 
     Raises:
         InputError: it is not.
@@ -106,7 +102,7 @@ def check_booleans(value: object, what: str, axes: Axes) -> None:
 
 
 def _require(x: Tensor, what: str, axes: Axes, right: bool, numbers: str, convert: str) -> None:
-    """Raise unless the numbers of a tensor are right and its shape too."""
+    """Raise unless the dtype of a tensor is right and its shape fits."""
     if right and x.ndim == len(axes):
         for index, size in enumerate(axes.values()):
             if size is not None and x.shape[index] != size:
@@ -117,14 +113,14 @@ def _require(x: Tensor, what: str, axes: Axes, right: bool, numbers: str, conver
     shape = f"({letters[0]},)" if len(letters) == 1 else f"({', '.join(letters)})"
     cure = f": convert with {convert}" if convert and not right else ""
     given = f"of shape {tuple(x.shape)} and dtype {x.dtype}"
-    raise InputError(f"{what} {given}; required is {_a(numbers)} tensor of shape {shape}{cure}")
+    raise InputError(f"{what} {given}; required is {with_article(numbers)} tensor of shape {shape}{cure}")
 
 
 def check_valid(like: Tensor, valid: object) -> None:
     """Check the mask of the valid positions of a batch, or None.
 
     Raises:
-        InputError: it is no boolean tensor `(B, L)` on the device of the batch.
+        InputError: it is not a boolean tensor `(B, L)` on the device of the batch.
     """
     if valid is None:
         return
@@ -133,22 +129,22 @@ def check_valid(like: Tensor, valid: object) -> None:
 
 
 def check_device(found: torch.device, wanted: torch.device, name: str, error: type[Exception] = InputError) -> None:
-    """Check that what comes beside a batch is on its device.
+    """Check that an argument is on the device of the batch.
 
     Raises:
-        InputError: it is on another; or `error`.
+        InputError: it is on another; `error` where that is given.
     """
     if found != wanted:
         raise error(f"{name} is on {found} and the input on {wanted}; move it with {name}.to({str(wanted)!r})")
 
 
 def check_count(value: Any, what: str, least: int = 0, unit: str = "") -> None:
-    """Check a number of things.
+    """Check a count.
 
     Raises:
-        InputError: it is no integer, or too small.
+        InputError: it is not an integer, or too small.
     """
-    # Plain integers first: a compiler knows these alone.
+    # `int` comes first, because torch.compile supports no other of these classes.
     if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
         raise InputError(
             f"{what}={quote(value)} is {what_came(value)}; required is an integer of at least {least}{unit}"
@@ -171,10 +167,10 @@ def check_rate(value: Any, what: str) -> None:
     """Check an activation rate.
 
     Raises:
-        InputError: it is no number from 0 to 1.
+        InputError: it is not a number from 0 to 1.
     """
     check_number(value, what)
-    if not 0 <= value <= 1:  # so written, it catches NaN too
+    if not 0 <= value <= 1:  # also true for NaN
         raise InputError(f"{what} is {value}; it must lie between 0 and 1")
 
 
@@ -182,7 +178,7 @@ def check_known(names: Collection[object], known: Collection[str], whose: str) -
     """Check that names are those of sub-modules.
 
     Raises:
-        InputError: one is not; says which there are.
+        InputError: one is not; the message lists the sub-modules.
     """
     for name in names:
         if name not in known:
@@ -191,13 +187,13 @@ def check_known(names: Collection[object], known: Collection[str], whose: str) -
             )
 
 
-def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
-    """Check a batch of tokens and its mask.
+def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None, what: str = "the tokens are") -> None:
+    """Check a batch of tokens or control states, which has `width` channels if that is given, and its mask.
 
     Raises:
-        InputError: what was given and what is required.
+        InputError: it does not fit; the message gives what is required.
     """
-    check_floats(x_BLD, "the tokens are", {"B": None, "L": None, "D": width})
+    check_floats(x_BLD, what, {"B": None, "L": None, "D": width})
     check_valid(x_BLD, valid)
 
 
@@ -205,26 +201,26 @@ def check_frame(x_BLD: Tensor, frame: "Ragged") -> None:
     """Check that ragged tokens are the layout of a batch.
 
     Raises:
-        InputError: they are packed, or those of a batch of another shape.
+        InputError: they are packed, or belong to a batch of another shape.
     """
     if frame.stride is None or (frame.num_rows, frame.stride) != tuple(x_BLD.shape[:2]):
         found = "packed" if frame.stride is None else f"{frame.num_rows} rows of {frame.stride}"
         raise InputError(
             f"valid is a Ragged ({found}) that is not the layout of tokens of shape {tuple(x_BLD.shape)}; give the "
-            "mask (B, L), or what sma.blocks.align returned of the batch"
+            "mask (B, L), or the result of sma.layer.align"
         )
 
 
 def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
-    """Check that numbers have the dtype of the parameters, or one of theirs; autocast converts by itself.
+    """Check that a tensor has the dtype of a parameter; autocast converts by itself.
 
     Raises:
-        InputError: what was given and what is required.
+        InputError: it has another dtype; the message gives those of the parameters.
     """
     if torch.compiler.is_compiling() or autocasts(x.device):
         return
-    # Mostly the first one says so: all are looked at only where an error is to be told.
-    # Sharded parameters are gathered, in the dtype of their mixed precision, when their module is called.
+    # Usually the first parameter matches. Sharded ones are gathered in the dtype of their mixed precision when their
+    # module is called.
     if any(parameter.dtype is x.dtype or is_sharded(parameter) for parameter in part.parameters()):
         return
     dtypes = sorted({str(parameter.dtype) for parameter in part.parameters() if parameter.is_floating_point()})
@@ -235,22 +231,11 @@ def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
         )
 
 
-def check_control(control_BLD: Tensor, valid: Tensor | None, width: int | None = None) -> None:
-    """Check what a router is given: the control states, of this width where it reads no other, and the mask.
-
-    Raises:
-        InputError: what was given and what is required.
-    """
-    check_floats(control_BLD, "control_BLD is", {"B": None, "L": None, "D": width})
-    check_valid(control_BLD, valid)
-
-
 def check_beside(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | None) -> None:
-    """Check what comes beside the tokens of a batch: shapes that broadcast or index would give results on the wrong
-    ones.
+    """Check control states and positions, whose shapes must be those of the tokens: others could be broadcast.
 
     Raises:
-        InputError: what was given and what is required.
+        InputError: they do not fit; the message gives what is required.
     """
     rows, length = x_BLD.shape[:2]
     if control_BLD is not None:
@@ -260,10 +245,10 @@ def check_beside(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | 
 
 
 def check_decision(names: Sequence[str], decision: "Decision", control_BLD: Tensor, whose: str) -> None:
-    """Check a decision, which may come from a router of somebody else.
+    """Check a decision, which may come from a third-party router.
 
     Raises:
-        InputError: it is not one about these sub-modules and these tokens.
+        InputError: it does not fit these sub-modules and these tokens.
     """
     check_names(decision, names, whose)
     rows, length = control_BLD.shape[:2]
@@ -273,20 +258,20 @@ def check_decision(names: Sequence[str], decision: "Decision", control_BLD: Tens
 
 
 def check_names(decision: "Decision", names: Sequence[str], whose: str) -> None:
-    """Check of which sub-modules a decision is.
+    """Check the names of the sub-modules of a decision.
 
     Raises:
-        InputError: of others, or in another order.
+        InputError: they are others, or in another order.
     """
     if tuple(decision.names) != tuple(names):
         raise InputError(f"{whose} is about {list(decision.names)}; required are {list(names)}, in this order")
 
 
 def check_decisions(decisions: "Sequence[Decision]", what: str, valid: Tensor | None = None) -> None:
-    """Check that a function of decisions got some, and that a mask fits to each.
+    """Check that an argument is a sequence of decisions, and that a mask fits each.
 
     Raises:
-        InputError: it got the whole output, a single decision or something else; or the mask does not fit.
+        InputError: it is a whole output, a single decision or something else; or the mask does not fit.
     """
     if _is_decision(decisions):
         raise InputError(
@@ -310,11 +295,11 @@ def _is_decision(value: object) -> bool:
 
 
 def check_rows(rows: Tensor, count: int) -> Tensor:
-    """Check the numbers of some rows, and return them as indices.
+    """Check the indices of rows, and return them as int64.
 
     Raises:
-        InputError: they are no vector of integers, or one of them is no row. On an accelerator, which would wait, that
-            is not looked at.
+        InputError: they are not a vector of integers, or one is out of range. The range is checked on the CPU only,
+            because an accelerator would have to wait.
     """
     check_integers(rows, "rows are", {"R": None}, ".nonzero().squeeze(1)")
     rows = rows.long()
@@ -326,10 +311,10 @@ def check_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def check_floating(dtype: object) -> torch.dtype:
-    """Check the dtype of what a state keeps of the tokens.
+    """Check the dtype of the tokens in a state.
 
     Raises:
-        InputError: it is none of floating-point numbers that torch computes with.
+        InputError: it is not a floating-point dtype that torch computes with.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
@@ -340,8 +325,8 @@ def check_causal(part: Any, name: str = "") -> None:
     """Check that a part can continue a stream.
 
     Args:
-        part: has `causal`, `streams` where that differs, and `to_stream` where it says what to do about it.
-        name: of the part in the layer or model that checks it.
+        part: the part, with the attribute `causal`, and optionally `streams` and the advice `to_stream`.
+        name: name of the part in the layer or model that checks it.
 
     Raises:
         StateError: it looks ahead, or keeps no state.
@@ -358,7 +343,7 @@ def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> 
     """Check the class of a state and the number of its rows.
 
     Raises:
-        StateError: what was given and what is required.
+        StateError: it does not fit; the message gives what is required.
     """
     name = type(part).__name__
     if not isinstance(state, kind):
@@ -375,10 +360,10 @@ def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> 
 
 
 def check_sizes(part: nn.Module, found: object, wanted: object, what: str = "sizes") -> None:
-    """Check the sizes of a state of the right class, or what else tells it from the state of another part.
+    """Check the sizes, or other properties, of a state of the right class.
 
     Raises:
-        StateError: it is that of a part with other settings or of another width.
+        StateError: it belongs to a part with other settings or another width.
     """
     if found != wanted:
         raise StateError(
@@ -387,10 +372,10 @@ def check_sizes(part: nn.Module, found: object, wanted: object, what: str = "siz
 
 
 def require_seen(part: nn.Module, seen: Tensor | None) -> Tensor:
-    """The tokens that the streams of a part which stands alone have seen.
+    """Return the number of tokens that each stream has seen.
 
     Raises:
-        StateError: its state does not count them, so that positions would begin anew with every chunk.
+        StateError: the state does not count them, so positions would restart with every chunk.
     """
     if seen is None:
         raise StateError(

@@ -1,4 +1,4 @@
-"""Decision: which tokens run which sub-modules, and how sure the router is."""
+"""Decision: which tokens run which sub-modules, and the confidence of the router."""
 
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +15,7 @@ from sma.summary import brief, is_known, listed, summary
 @register_output
 @dataclass(frozen=True)
 class Decision:
-    """What a router decided for a batch of B rows, L positions and M sub-modules.
+    """Decision of a router about a batch of B rows, L positions and M sub-modules.
 
     Attributes:
         active: which tokens run which sub-modules; False at padding.
@@ -23,10 +23,9 @@ class Decision:
         logits: scores for off and on.
         p_on: probability of being active, in [0, 1], for losses and reports.
         names: the sub-modules, in the order of the last axis.
-        overflow: tokens of each row that the router activated and a static capacity left out; they are False in
-            `active`.
-            None where there is no capacity.
-        skip_score: score of running nothing, where that is one choice among those of a router; else None.
+        overflow: number of tokens of each row that the router activated beyond a static capacity; they are False in
+            `active`. None without a capacity.
+        skip_score: score of running nothing, where that is a choice of its own; else None.
     """
 
     active: Bool[Tensor, "B L M"]
@@ -41,7 +40,7 @@ class Decision:
         """Activation rate of each sub-module: active valid tokens / valid tokens, in [0, 1]; 0 where no token is valid.
 
         Raises:
-            InputError: the mask does not fit; broadcast, it would give rates above 1.
+            InputError: the mask does not fit, and would be broadcast to rates above 1.
         """
         rows, length = self.active.shape[:2]
         if valid is None:
@@ -64,18 +63,16 @@ class Decision:
         return f"Decision(B={rows}, L={length}, {what}, dtype={dtype}, device={str(self.active.device)!r})"
 
     def _known_rates(self) -> list[float] | None:
-        """The rates as plain numbers; None where there are none yet: on meta, while a program is traced, compiled or
-        captured.
-        """
+        """The rates as plain numbers; None on the meta device and while a program is traced, compiled or captured."""
         return [float(rate) for rate in self.rate().tolist()] if is_known(self.active) else None
 
-    def move(self, places: Int[Tensor, "B L"]) -> "Decision":
+    def move(self, order: Int[Tensor, "B L"]) -> "Decision":
         """Reorder the positions of every row, as `sma.padding.move` does."""
         return replace(
             self,
-            active=move(self.active, places),
-            confidence=move(self.confidence, places),
-            logits=move(self.logits, places),
-            p_on=move(self.p_on, places),
-            skip_score=None if self.skip_score is None else move(self.skip_score, places),
+            active=move(self.active, order),
+            confidence=move(self.confidence, order),
+            logits=move(self.logits, order),
+            p_on=move(self.p_on, order),
+            skip_score=None if self.skip_score is None else move(self.skip_score, order),
         )

@@ -1,4 +1,4 @@
-"""The errors of the project: what was given, what is required, what to do about it."""
+"""The errors of the project; a message gives what was given, what is required and what to do."""
 
 import difflib
 import reprlib
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Any, Never
 
 QUOTED = 120
-"""Characters of what was given that an error quotes at most."""
+"""Maximum number of characters that an error quotes of a value."""
 LISTED, LONGEST = 50, 60
-"""Known words that an error lists at most, and characters of each."""
+"""Maximum number of known words in an error, and of characters of each."""
 
 
 class SmaError(Exception):
-    """Base of every error raised on purpose by this project."""
+    """Base of all errors of this project."""
 
 
 class SpecError(SmaError, ValueError):
@@ -37,8 +37,8 @@ class CheckpointError(SmaError, RuntimeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that an unknown one is probably meant to be; None where no known word is near."""
-    if len(word) > QUOTED:  # the time of the search grows with the lengths of both
+    """Return the known word that is most similar to an unknown one; None where none is similar."""
+    if len(word) > QUOTED:  # the time of the search grows with both lengths
         return None
     found = difflib.get_close_matches(word, [other for other in known if len(other) <= QUOTED], n=1, cutoff=0.6)
     return found[0] if found else None
@@ -49,11 +49,11 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
 
     Args:
         word: what was given.
-        known: what there is.
-        listed: what the known words are, such as `fields`; empty leaves the list out.
+        known: known words.
+        listed: plural noun for the known words, such as `fields`; empty leaves the list out.
 
     Returns:
-        `; did you mean 'x'? fields: x, y`, without the question when no known word is near.
+        `; did you mean 'x'? fields: x, y`, without the question where no known word is similar.
     """
     words = list(known)
     near = nearest(word, words)
@@ -66,7 +66,7 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
 
 
 class _Quotes(reprlib.Repr):
-    """A `repr` whose work and length are bounded: shared references can make a small value print for hours."""
+    """A `repr` of bounded time and length: shared references can make that of a small value take hours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _Quotes(reprlib.Repr):
         self.maxstring = self.maxlong = self.maxother = QUOTED
 
     def repr1(self, x: object, level: int) -> str:
-        # By the base class: reprlib goes by the name of the class, and prints subclasses whole.
+        # By base class: reprlib selects by the class name, and prints subclasses without a bound.
         writers: dict[type, Callable[[Any, int], str]] = {
             str: self.repr_str,
             dict: self.repr_dict,
@@ -95,12 +95,17 @@ class _Quotes(reprlib.Repr):
             return f"<{type(x).__name__}>"
 
 
+def with_article(noun: str) -> str:
+    """Return a noun with its indefinite article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def quote(value: object, limit: int = QUOTED) -> str:
-    """Return what was given as an error quotes it: its `repr` in one line, cut where it is long, deep or wide.
+    """Return the `repr` of a value in one line, cut where it is long, deep or wide, for a message.
 
     Args:
-        value: anything; its `repr` is never made whole where it is a container or a text.
-        limit: characters at most.
+        value: any value; the full `repr` of a container or a text is never made.
+        limit: maximum number of characters.
     """
     text = " ".join(_Quotes().repr(value).split("\n"))
     return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
@@ -124,26 +129,26 @@ def former_names(module: str, **present: str) -> Callable[[str], Never]:
 
 @contextmanager
 def parsing(source: object, error: type[SmaError] = DataError, hint: str = "") -> Iterator[None]:
-    """Name the file where a parser that is not ours raises, whatever it raises: no list of its exceptions is complete.
+    """Turn every exception of a third-party parser into an error that names the file.
 
     Args:
-        source: the file, as the sentence names it.
-        error: class of the error that is raised instead; the cause is chained.
+        source: the file, as named in the message.
+        error: class of the error; the exception is chained as its cause.
         hint: what to do about it, such as `get it again`.
 
     Raises:
-        SmaError: `error`, with the file and the first line of the reason. Errors of this project pass as they are.
+        SmaError: `error`, with the file and the first line of the reason. Errors of this project are not changed.
     """
     try:
         yield
     except (SmaError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as cause:  # also panics of Rust, which are no Exception
+    except BaseException as cause:  # not only Exception, because panics of Rust are not
         raise error(f"{source} cannot be read: {reason(cause)}{f'; {hint}' if hint else ''}") from cause
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, in one line of bounded length."""
+    """Return the reason of a failure in one line of bounded length."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, MemoryError):

@@ -10,13 +10,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import (
-    Around,
-    RoutedState,
-    SparseModularActivation,
-    keeping_nothing,
-    name_is_taken,
-)
+from sma.activation import Around, RoutedState, SparseModularActivation, check_free, keeping_nothing
 from sma.bypass import LinearBypass
 from sma.capacity import Capacity, check_capacity
 from sma.checks import (
@@ -42,7 +36,7 @@ from sma.submodule import MACs, State, SubModuleSpec, device_and_dtype
 from sma.summary import settings
 
 NAME = 100
-"""Characters of the name of a sub-module at most."""
+"""Maximum number of characters in the name of a sub-module."""
 
 
 class LayerSpec(Spec):
@@ -84,12 +78,7 @@ class LayerSpec(Spec):
         long = [name for name in self.modules if len(name) > NAME]
         if long:
             raise ValueError(f"the module name {quote(long[0])} has {len(long[0]):,} characters; {NAME} are the most")
-        taken = [name for name in self.modules if name_is_taken(name)]
-        if taken:
-            raise ValueError(
-                f"the module name {quote(taken[0])} is taken by torch.nn.ModuleDict; "
-                f"choose another, such as {taken[0] + '_'!r}"
-            )
+        check_free(self.modules, "module", ValueError)
         return self
 
     def build(self, width: int) -> "RoutedLayer":
@@ -108,28 +97,23 @@ class LayerSpec(Spec):
 
     def macs(self, width: int, tokens: int, rates: "float | dict[str, float]" = 1.0) -> MACs:
         """Predict the MACs of one row of `tokens` tokens, each sub-module on its share (rate) of them."""
-        total = MACs()
-        if self.backbone is not None:
-            total = total.plus(self.backbone.macs(width, tokens))
-        if self.bypass == "linear":
-            total = total.plus(MACs(matmul=tokens * width * width))
-        if self.modules:
-            total = total.plus(MACs(matmul=tokens * self.router.macs_per_token(width, len(self.modules))))
-        for name, spec in self.modules.items():
-            rate = rates if isinstance(rates, float | int) else rates[name]
-            total = total.plus(spec.macs(width, round(rate * tokens)))
-        return total
+        by_name = rates if isinstance(rates, dict) else dict.fromkeys(self.modules, rates)
+        bypass = width * width if self.bypass == "linear" else 0
+        router = self.router.macs_per_token(width, len(self.modules)) if self.modules else 0
+        backbone = MACs() if self.backbone is None else self.backbone.macs(width, tokens)
+        routed = [spec.macs(width, round(by_name[name] * tokens)) for name, spec in self.modules.items()]
+        return MACs.sum([MACs(matmul=tokens * (bypass + router)), backbone, *routed])
 
 
 @register_output
 @dataclass(frozen=True)
 class LayerState(State):
-    """Where the streams of a layer stand.
+    """State of a layer for B streams.
 
     Attributes:
-        seen: valid tokens of each row so far; None inside a model, which counts them.
-        backbone: of the backbone, where there is one.
-        routed: of the router and the sub-modules, where there are any.
+        seen: number of valid tokens of each row so far; None inside a model, which counts them.
+        backbone: state of the backbone; None without one.
+        routed: state of the router and the sub-modules; None without sub-modules.
     """
 
     seen: Int[Tensor, "B"] | None
@@ -140,12 +124,12 @@ class LayerState(State):
 @register_output
 @dataclass(frozen=True)
 class LayerOutput:
-    """What a layer returns.
+    """Output of a layer.
 
     Attributes:
-        hidden: the tokens after the layer; meaningless at padding.
-        decision: who ran where; None in a layer without routed sub-modules.
-        state: where the stream stands; None unless one was given.
+        hidden: the tokens after the layer; undefined at padding.
+        decision: the routing decision; None in a layer without routed sub-modules.
+        state: state of the streams after this call; None unless one was given.
     """
 
     hidden: Float[Tensor, "B L D"]
@@ -158,16 +142,15 @@ class RoutedLayer(nn.Module):
     $y = \sum_m a c f(m) + \mathrm{bypass}(m)$, $\mathrm{out} = \mathrm{silu}(x + y)$.
 
     With a norm of place `post`, n = x and the norm follows the residual. Without a backbone m = n. The router reads m.
-    With every token active at confidence 1 it is the dense layer; with none active the bypass alone.
+    With every token active at confidence 1 this is the dense layer; with none active only the bypass is left.
 
     Args:
         spec: the parts.
         width: channels of every token, D.
 
     Attributes:
-        recompute: keep no activations of the backbone and the sub-modules for backward, and compute them again there.
-            Norm, router and decision are kept, so whatever the router does, gradients are those of the decision that
-            was taken.
+        recompute: whether the activations of the backbone and the sub-modules are recomputed in backward, not kept.
+            Norm, router and decision are not run again, so gradients are those of the decision that was made.
 
     Shape:
         x `(B, L, D)` in, hidden `(B, L, D)` out.
@@ -177,7 +160,7 @@ class RoutedLayer(nn.Module):
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., LayerOutput]  # of what torch calls, which editors see as Any
+        __call__: Callable[..., LayerOutput]  # which nn.Module types as Any
 
     def __init__(self, spec: LayerSpec, width: int) -> None:
         super().__init__()
@@ -204,12 +187,12 @@ class RoutedLayer(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LayerState:
-        """Make the state of `batch_size` streams that have seen nothing.
+        """Make the initial state of `batch_size` streams.
 
         Args:
             batch_size: streams, B.
             device: default the device of the parameters.
-            dtype: of what the state keeps of the tokens; default the dtype of the parameters.
+            dtype: dtype of the tokens in the state; default the dtype of the parameters.
 
         Raises:
             StateError: a part is not causal, or a batch norm is in training mode.
@@ -226,7 +209,7 @@ class RoutedLayer(nn.Module):
         """Check that a stream can be continued.
 
         Raises:
-            StateError: a part is not causal, or a batch norm is in training mode; names it.
+            StateError: a part is not causal, or a batch norm is in training mode; the message names it.
         """
         check_norm("norm", self.norm)
         for name, part in (("norm", self.norm), ("backbone", self.backbone)):
@@ -236,11 +219,10 @@ class RoutedLayer(nn.Module):
             self.routed.check_causal()
 
     def check(self, state: LayerState) -> None:
-        """Check that a state is one of these parts.
+        """Check that a state belongs to these parts.
 
         Raises:
-            StateError: it is that of a layer of others, which would silently begin anew in the parts that it does not
-                know.
+            StateError: it belongs to a layer with other parts, so that some parts would silently restart.
         """
         has, wanted = (
             [name for name in ("backbone", "routed") if getattr(part, name) is not None] for part in (state, self)
@@ -260,17 +242,16 @@ class RoutedLayer(nn.Module):
 
         Args:
             x_BLD: tokens.
-            valid: False at padding, on whichever side; None where there is none. A model, which has moved the padding
-                to the right, zeroed it and counts the tokens of its streams, gives what `align` returned of the batch
-                instead.
-            state: where the streams stand; None at their beginning.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
-                in (0, 1] is a share of the valid ones, a mapping has one for each sub-module. No shape then depends on
-                the data. None takes all.
+            valid: False at padding, on whichever side; None where there is none. A model passes the `Ragged` of `align`
+                instead: it has zeroed the padding, moved it to the right, and counts the tokens of its streams.
+            state: state of the streams; None at their beginning.
+            capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
+                integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
+                sub-module. No shape then depends on the data. None sets no maximum.
 
         Raises:
-            InputError: the shapes or dtypes do not fit, the capacity is impossible, or torch's own norm stands in the
-                place of ours.
+            InputError: the shapes or dtypes do not fit, the capacity is impossible, or a norm of torch has replaced
+                ours.
             StateError: the state does not fit, the layer cannot continue a stream, or a capacity comes with a state.
         """
         if isinstance(valid, Ragged):
@@ -284,37 +265,33 @@ class RoutedLayer(nn.Module):
             self.check_causal()
             self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
             seen = require_seen(self, state.seen)
-        x_BLD, frame, places = align(x_BLD, valid, seen, static=capacity is not None)
+        x_BLD, frame, inverse = align(x_BLD, valid, seen, static=capacity is not None)
         output = self._run(x_BLD, frame, state, capacity)
         if output.state is not None and seen is not None:
             output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
-        return restore(output, places)
+        return restore(output, inverse)
 
     def _run(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None, capacity: Capacity | None) -> LayerOutput:
         valid = frame.mask.reshape(x_BLD.shape[:2]) if frame.holes else None
         norm, routed = self.norm, self.routed
         check_norm("norm", norm)
-        before, after = (norm, None) if self._norm_first else (None, norm)
-        normal = x_BLD if before is None else before(x_BLD, valid)
+        first = norm is not None and self.spec.norm is not None and self.spec.norm.place == "pre"
+        normal = norm(x_BLD, valid) if norm is not None and first else x_BLD
         mixed, backbone_state = keeping_nothing(self.recompute, self._backbone, normal, frame, state)
         around = Around(partial(self._before, x_BLD.flatten(0, 1)), partial(self._after, x_BLD), self.recompute)
         if routed is None:
             out, decision, routed_state = keeping_nothing(self.recompute, self._pass_all, mixed, around), None, None
         else:
-            positions, stood = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
-            result = routed(mixed, valid=valid, positions=positions, state=stood, capacity=capacity, around=around)
+            positions, before = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
+            result = routed(mixed, valid=valid, positions=positions, state=before, capacity=capacity, around=around)
             out, decision, routed_state = result.values, result.decision, result.state
         new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
-        return LayerOutput(out if after is None else after(out, valid), decision, new)
+        return LayerOutput(out if norm is None or first else norm(out, valid), decision, new)
 
     @property
     def routed_names(self) -> tuple[str, ...]:
         """The routed sub-modules, in the order of a decision's last axis."""
         return () if self.routed is None else self.routed.router.names
-
-    @property
-    def _norm_first(self) -> bool:
-        return self.spec.norm is not None and self.spec.norm.place == "pre"
 
     def _backbone(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None) -> tuple[Tensor, State | None]:
         backbone = self.backbone
@@ -331,10 +308,10 @@ class RoutedLayer(nn.Module):
         return self.training and self.spec.dropout_on == "sum" and self.spec.dropout > 0
 
     def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the routed results are added to, the bypass and the residual, and the routed tokens.
+        """The sum of bypass and residual, to which the routed results are added, and the routed tokens.
 
-        The sum has the residual stream's dtype. It is a contiguous tensor that nobody else holds: what the bypass
-        returned is left as a hook may have seen it.
+        The sum has the dtype of the residual stream and is a contiguous tensor of its own: the output of the bypass,
+        which a hook may hold, is not changed in place.
         """
         passed: Tensor | None = None
         bypass = self.bypass
@@ -358,42 +335,44 @@ class RoutedLayer(nn.Module):
     @staticmethod
     def _pass_all(mixed: Tensor, around: Around) -> Tensor:
         """The layer without routed sub-modules."""
-        nobody = torch.zeros(0, dtype=torch.int64, device=mixed.device)
-        return around.after(around.before(mixed.flatten(0, 1), nobody)[0].reshape(mixed.shape))
+        no_index = torch.zeros(0, dtype=torch.int64, device=mixed.device)
+        return around.after(around.before(mixed.flatten(0, 1), no_index)[0].reshape(mixed.shape))
 
 
 def align(
     x_BLD: Tensor, valid: Tensor | None, seen: Tensor | None = None, static: bool = False
 ) -> tuple[Tensor, Ragged, Int[Tensor, "B L"] | None]:
-    """Zero the padding of a batch and move it to the right; positions start at the tokens of each row that were seen
-    before.
+    """Zero the padding of a batch and move it to the right.
 
-    With `static` it is moved without looking where it is.
+    Args:
+        x_BLD: the batch.
+        valid: False at padding.
+        seen: number of tokens in earlier chunks of each row, where its positions start; default 0.
+        static: move the padding without a check of where it is, so that no control flow depends on the data.
 
     Returns:
-        the batch, its layout as rectangular tokens without values, and where `restore` finds each place; None where
-        nothing was moved.
+        the batch; its layout as rectangular tokens without values; and the index of each original position in the new
+        batch, for `restore`, or None where nothing was moved.
     """
     positions = None if seen is None else seen[:, None] + torch.arange(x_BLD.shape[1], device=x_BLD.device)
     if valid is None:
         return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), None, positions), None
-    # Zeros, because the gradient of a weight multiplies what stands at padding by a gradient of 0: NaN there would
-    # survive.
+    # The gradient of a weight multiplies padding by 0, and 0 x NaN is NaN.
     x_BLD = x_BLD.where(valid[..., None], 0)
     lengths, order = right_padding(valid, static or valid.is_meta)
-    places = None
+    inverse = None
     if order is not None:
         x_BLD = move(x_BLD, order)
-        # The inverse of the order, without sorting again.
-        places = torch.empty_like(order).scatter_(
+        # Scattered, which costs less than a second sort.
+        inverse = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
-    return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), lengths, positions), places
+    return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), lengths, positions), inverse
 
 
-def restore(output: LayerOutput, places: Int[Tensor, "B L"] | None) -> LayerOutput:
+def restore(output: LayerOutput, inverse: Int[Tensor, "B L"] | None) -> LayerOutput:
     """Undo the move of `align`."""
-    if places is None:
+    if inverse is None:
         return output
-    decision = output.decision.move(places) if output.decision is not None else None
-    return replace(output, hidden=move(output.hidden, places), decision=decision)
+    decision = output.decision.move(inverse) if output.decision is not None else None
+    return replace(output, hidden=move(output.hidden, inverse), decision=decision)

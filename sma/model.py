@@ -45,11 +45,11 @@ def _repeated_or_listed(value: Any) -> Any:
 
 
 class ModelSpec(Spec):
-    """Root of the model kinds: what they have in common."""
+    """Root of the model kinds."""
 
     family: ClassVar[str] = "model"
     rows_per_sample: ClassVar[int] = 1
-    """Rows of the inputs that make a sample, and so get one row of scores."""
+    """Number of rows of the inputs per sample, which has one row of scores."""
     scores_positions: ClassVar[bool] = False
     """Whether the logits score the next token at every position; the module is then a `LanguageModel`."""
 
@@ -80,22 +80,22 @@ class ModelSpec(Spec):
         return self
 
     def build(self) -> "SequenceModel":
-        """Make the model, with the weights that the current random seed gives."""
+        """Make the model, with weights from the global random state."""
         return SequenceModel(self)
 
     @property
     def head_spec(self) -> HeadSpec | None:
-        """The head, where the kind has one."""
+        """The head; None in kinds without one."""
         return None
 
     @property
     def head_width(self) -> int:
-        """Channels of what the head scores."""
+        """Number of channels that the head reads."""
         return self.width
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """Every layer's spec, repeats written out."""
+        """The specs of all layers, with repeats expanded."""
         if not isinstance(self.layers, RepeatSpec):
             return self.layers
         block = self.layers.layer
@@ -103,7 +103,7 @@ class ModelSpec(Spec):
 
     @property
     def final_norm_spec(self) -> NormSpec | None:
-        """The norm after the last layer, null resolved."""
+        """The norm after the last layer, with the default of null applied."""
         if self.final_norm is not None:
             return self.final_norm
         norm = self.layer_specs[-1].norm if self.layer_specs else None
@@ -119,10 +119,7 @@ class ModelSpec(Spec):
 
     def macs(self, length: int, rates: float | dict[str, float] = 1.0) -> MACs:
         """Predict the MACs of the layers on one row of `length` tokens, at these activation rates."""
-        total = MACs()
-        for layer in self.layer_specs:
-            total = total.plus(layer.macs(self.width, length, rates))
-        return total
+        return MACs.sum(layer.macs(self.width, length, rates) for layer in self.layer_specs)
 
 
 @register
@@ -158,11 +155,11 @@ class LanguageModelSpec(ModelSpec):
                 f"the encoder kind {self.encoder.kind!r} does not score tokens, as the output of a language model "
                 "must; use 'token_embedding'"
             )
-        for place, layer in enumerate(self.layer_specs):
+        for index, layer in enumerate(self.layer_specs):
             for name, part in {"backbone": layer.backbone, **layer.modules}.items():
                 if getattr(part, "bidirectional", False):
                     raise ValueError(
-                        f"layer {place} {name!r} sees the token that is to be predicted; set its bidirectional=false"
+                        f"layer {index} {name!r} sees the token that is to be predicted; set its bidirectional=false"
                     )
         return self
 
@@ -181,7 +178,7 @@ class SequenceModel(nn.Module):
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., ModelOutput]  # of what torch calls, which editors see as Any
+        __call__: Callable[..., ModelOutput]  # which nn.Module types as Any
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -202,10 +199,8 @@ class SequenceModel(nn.Module):
 
     @property
     def routed_layers(self) -> list[RoutedLayer]:
-        """The layers, without what may have been put around one, such as a checkpoint wrapper: for their attributes,
-        not to be called.
-        """
-        return [layer if isinstance(layer, RoutedLayer) else _inside(layer) for layer in self.layers]
+        """The layers without wrappers, such as of activation checkpointing: for their attributes, not for calls."""
+        return [next(part for part in layer.modules() if isinstance(part, RoutedLayer)) for layer in self.layers]
 
     def extra_repr(self) -> str:
         return settings(self)
@@ -213,22 +208,22 @@ class SequenceModel(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """Make the state of `batch_size` streams that have seen nothing.
+        """Make the initial state of `batch_size` streams.
 
         Args:
             batch_size: streams, B.
             device: default the device of the parameters.
-            dtype: of what the state keeps of the tokens; default the dtype of the parameters. Recurrent states are
-                never below float32.
+            dtype: dtype of the tokens in the state; default the dtype of the parameters. Recurrent states are never
+                below float32.
 
         Raises:
-            StateError: a part is not causal, or a batch norm is in training mode; names the layer and the part.
+            StateError: a part is not causal, or a batch norm is in training mode; the message names layer and part.
         """
         self._check_causal()
         check_count(batch_size, "batch_size")
         device, dtype = device_and_dtype(self, device, dtype)
         if device.type != "meta":
-            # All of it before a part of it takes the memory: made on `meta`, it has sizes and nothing else.
+            # The size of the whole state, from the meta device, before a part of it takes memory.
             needed = self.init_state(batch_size, device="meta", dtype=dtype).num_bytes
             check_memory(needed, f"the state for batch_size={batch_size}", device=device, error=InputError, hint=FEWER)
         seen = zeros((batch_size,), "the state of a model", dtype=torch.int64, device=device)
@@ -237,29 +232,29 @@ class SequenceModel(nn.Module):
         return ModelState(seen, total, tuple(replace(state, seen=None) for state in layers))
 
     def _check_causal(self) -> None:
-        self._each_layer(lambda layer, place: layer.check_causal())
+        self._each_layer(lambda layer, index: layer.check_causal())
         check_norm("final_norm", self.final_norm)
         if self.final_norm is not None:
             check_causal(self.final_norm, "final_norm")
 
     def _each_layer(self, check: Callable[[RoutedLayer, int], None]) -> None:
-        for place, layer in enumerate(self.routed_layers):
+        for index, layer in enumerate(self.routed_layers):
             try:
-                check(layer, place)
+                check(layer, index)
             except StateError as error:
-                raise StateError(f"layer {place} {error}") from None
+                raise StateError(f"layer {index} {error}") from None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load, and give weights of older files their present names first."""
+        """Load, after weights of older files are renamed to their present names."""
         rename(state_dict, self.state_dict(), prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def recompute_activations(self, enabled: bool = True) -> Self:
-        """Trade time for memory in training: keep each layer's input, norm and decision, and compute the rest again in
-        backward.
+        """Trade time for memory in training: recompute the activations of each layer in backward, except its input,
+        norm and decision.
 
-        Gradients are the same, and no router runs twice; see `RoutedLayer.recompute`. Not a part of the spec, and not
-        saved.
+        Gradients are the same, and no router runs twice; see `RoutedLayer.recompute`. The setting is not part of the
+        spec and is not saved.
         """
         for layer in self.routed_layers:
             layer.recompute = enabled
@@ -272,16 +267,16 @@ class SequenceModel(nn.Module):
         state: ModelState | None = None,
         capacity: Capacity | None = None,
     ) -> ModelOutput:
-        """Run the model on a batch: whole rows, or with a state the next chunk of each, of any size.
+        """Run the model on a batch of whole rows or, with a state, of the next chunk of each stream.
 
         Args:
             inputs: token ids or numbers.
             valid: False at padding, on whichever side; None where there is none.
-            state: where the streams stand; None where each row is a whole one.
-            capacity: tokens of a row that a sub-module takes, the earliest active ones: an integer counts them, a float
-                in (0, 1] is a share of the valid ones, a mapping has one for each name of a sub-module, in all layers
-                alike. No shape then depends on the data; `Decision.overflow` counts the active tokens that are left
-                out. None takes all.
+            state: state of the streams; None for whole rows.
+            capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
+                integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each name
+                of a sub-module in any layer. No shape then depends on the data; `Decision.overflow` counts the active
+                tokens beyond the maximum. None sets no maximum.
 
         Raises:
             InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
@@ -301,35 +296,35 @@ class SequenceModel(nn.Module):
         if state is not None:
             self._check(state, inputs)
         if valid is not None and inputs.is_floating_point():
-            # The gradient of the encoder's weights multiplies what stands at padding by 0, and 0 x NaN is NaN.
+            # The gradient of the encoder's weights multiplies padding by 0, and 0 x NaN is NaN.
             inputs = inputs.where(valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2)), 0)
         seen_before = None if state is None else state.seen
-        hidden, frame, places = align(self.encoder(inputs), valid, seen_before, static=capacity is not None)
+        hidden, frame, inverse = align(self.encoder(inputs), valid, seen_before, static=capacity is not None)
         mask = frame.mask.unflatten(0, hidden.shape[:2])[..., None] if frame.holes else None
         if self.sinusoid is not None:
             hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
         hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout) if self.training else hidden
         decisions, states = [], []
-        for place, layer in enumerate(self.layers):
-            # Layers may leave anything at padding; the next one must not see it.
+        for index, layer in enumerate(self.layers):
+            # The output of a layer is undefined at padding.
             hidden = hidden if mask is None else hidden.where(mask, 0)
-            output = layer(hidden, frame, None if state is None else state.layers[place], capacity)
+            output = layer(hidden, frame, None if state is None else state.layers[index], capacity)
             hidden = output.hidden
             if output.decision is not None:
-                decisions.append(output.decision if places is None else output.decision.move(places))
+                decisions.append(output.decision if inverse is None else output.decision.move(inverse))
             if output.state is not None:
                 states.append(output.state)
         check_norm("final_norm", self.final_norm)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden, None if mask is None else mask.squeeze(-1))
         hidden = hidden if mask is None else hidden.where(mask, 0)
-        # Wide, because in half precision neither the sum nor the number of tokens of a long row is finite.
+        # In float32 or wider, because in half precision the sum and the length of a long row overflow.
         total, seen, after = hidden.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32)), frame.lengths, None
         if state is not None:
             total, seen = total + state.total, seen + state.seen
             after = ModelState(seen, total, tuple(states))
         pooled = (total / seen.clamp(min=1)[:, None]).to(hidden.dtype)
-        hidden = hidden if places is None else move(hidden, places)
+        hidden = hidden if inverse is None else move(hidden, inverse)
         return ModelOutput(hidden, pooled, self._logits(hidden, pooled), tuple(decisions), after)
 
     def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Tensor | None:
@@ -339,19 +334,15 @@ class SequenceModel(nn.Module):
         self._check_causal()
         check_state(self, state, ModelState, inputs.shape[0])
         check_sizes(self, len(state.layers), len(self.layers), "layers")
-        self._each_layer(lambda layer, place: layer.check(state.layers[place]))
+        self._each_layer(lambda layer, index: layer.check(state.layers[index]))
         check_device(state.seen.device, inputs.device, "state", StateError)
-
-
-def _inside(wrapper: nn.Module) -> RoutedLayer:
-    return next(part for part in wrapper.modules() if isinstance(part, RoutedLayer))
 
 
 class LanguageModel(SequenceModel):
     """A `SequenceModel` whose logits `(B, L, V)` score the token that follows each position.
 
     Raises:
-        SpecError: a part looks ahead, batch norm in training included: it would see what it is to predict.
+        SpecError: a part looks ahead, as batch norm does in training, and would see the tokens that are predicted.
     """
 
     def __init__(self, spec: LanguageModelSpec) -> None:
@@ -366,11 +357,11 @@ class LanguageModel(SequenceModel):
 
 
 def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = None) -> SequenceModel:
-    """Build a model; with a seed, always with the same weights and without touching the global random states.
+    """Build a model; with a seed, always with the same weights and without a change of the global random states.
 
     Args:
         spec: a spec, a mapping of its fields, or the path of a YAML or JSON file.
-        seed: of the weights; None: the global random state.
+        seed: seed of the weights; None draws them from the global random state.
 
     Raises:
         SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64

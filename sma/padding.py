@@ -1,4 +1,4 @@
-"""Padding out of the way and back: moved to the right of a batch, dropped from ragged tokens."""
+"""Padding: moved to the right of a batch and back, dropped from ragged tokens and restored."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ def pack(tokens: Ragged) -> tuple[Ragged, Int[Tensor, "P"] | None]:
     """Drop the holes of ragged tokens.
 
     Returns:
-        the real tokens, packed, and which of the given ones they are; None where all are real and nothing was done.
+        the real tokens, packed, and their indices among the given ones, or None where all are real.
     """
     if not tokens.holes:
         return tokens, None
@@ -33,15 +33,15 @@ def unpack(values: Float[Tensor, "P *D"], real: Int[Tensor, "P"] | None, tokens:
 def right_padding(
     valid_BL: Bool[Tensor, "B L"], static: bool = False
 ) -> tuple[Int[Tensor, "B"], Int[Tensor, "B L"] | None]:
-    """Find how to move padding to the right.
+    """Compute the order that moves padding to the right.
 
     Args:
         valid_BL: False at padding.
-        static: give places in any case, without looking at the mask, as what is compiled or captured needs it.
+        static: return an order for every mask, without a check, as compiled or captured programs need it.
 
     Returns:
-        the number of valid tokens of each row, and for each place the place its token comes from (valid tokens first,
-        in their order); None instead of places where the padding is on the right already.
+        the number of valid tokens of each row, and the order `(B, L)`: valid tokens first, in their order; None where
+        the padding is on the right already.
     """
     lengths = valid_BL.sum(1)
     if not (static or torch.compiler.is_compiling()) and bool((valid_BL[:, 1:] <= valid_BL[:, :-1]).all()):
@@ -49,7 +49,7 @@ def right_padding(
     return lengths, torch.argsort(~valid_BL, dim=1, stable=True)
 
 
-def move(x_BLD: Tensor, places_BL: Int[Tensor, "B L"]) -> Tensor:
-    """Reorder the positions of every row: result[b, t] = x[b, places[b, t]]."""
-    index = places_BL.reshape(*places_BL.shape, *[1] * (x_BLD.ndim - 2)).expand(*places_BL.shape, *x_BLD.shape[2:])
+def move(x_BLD: Tensor, order_BL: Int[Tensor, "B L"]) -> Tensor:
+    """Reorder the positions of every row: result[b, t] = x[b, order[b, t]]."""
+    index = order_BL.reshape(*order_BL.shape, *[1] * (x_BLD.ndim - 2)).expand(*order_BL.shape, *x_BLD.shape[2:])
     return x_BLD.gather(1, index)

@@ -22,20 +22,20 @@ Reduce = Literal["sum", "mean", "max", "min"]
 class Ragged:
     """Tokens of all rows one after another.
 
-    Two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row is a
-    prefix of real tokens and a tail of holes. A hole holds finite numbers that mean nothing and must change no real
-    token.
+    There are two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row
+    is a prefix of real tokens and a tail of holes. A hole has arbitrary finite values and must not affect real tokens.
+    Elsewhere `offsets` are called `cu_seqlens` and `longest` is called `max_seqlen`.
 
     Attributes:
         values: `(T, D)`.
-        index: `(T,)` place of each token in the flattened `(B * L)` input, where `extract` puts it back.
+        index: `(T,)` index of each token in the flattened `(B * L)` input, to which `extract` returns it.
         positions: `(T,)` position in the row's whole stream, not in the chunk.
         rows: `(T,)` row of each token.
-        offsets: `(B + 1,)` tokens of row b are `offsets[b] … offsets[b + 1]`.
-        lengths: `(B,)` how many of them are real.
+        offsets: `(B + 1,)`, where the tokens of row b are `offsets[b] … offsets[b + 1]`.
+        lengths: `(B,)` number of real tokens of each row.
         stride: S where the layout is rectangular, else None.
-        holes: False promises that every token is real.
-        bound: tokens of a row at most, where packed tokens are compiled and their maximum cannot be asked; else None.
+        holes: False guarantees that every token is real.
+        bound: maximum number of tokens of a row in a compiled graph, where it is not known exactly; else None.
     """
 
     values: Float[Tensor, "T *D"]
@@ -50,7 +50,7 @@ class Ragged:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch, B; a row may have no token."""
+        """Number of rows of the batch, B; a row may have no token."""
         return self.offsets.shape[0] - 1
 
     @property
@@ -84,7 +84,7 @@ class Ragged:
 
     def with_values(self, values: Float[Tensor, "T *E"]) -> "Ragged":
         """The same tokens with other values."""
-        # A single step feels the time that `dataclasses.replace` takes.
+        # `dataclasses.replace` takes a noticeable share of the time of a step.
         return Ragged(
             values,
             self.index,
@@ -98,10 +98,10 @@ class Ragged:
         )
 
     def to_padded(self, longest: int | None = None) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
-        """Return `(B, S, D)` with every row from the left and zeros after it, and the mask of the real tokens.
+        """Return the tokens padded with zeros on the right, `(B, S, D)`, and the mask of the real tokens.
 
-        S is the longest row, or the packed tokens' `longest` where it is given; a rectangular layout without holes
-        costs no copy.
+        S is the longest row, or for packed tokens `longest` where given. A rectangular layout without holes is not
+        copied.
         """
         rows, longest = self.num_rows, self.longest if longest is None or self.stride is not None else longest
         mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
@@ -110,22 +110,22 @@ class Ragged:
             return (padded.where(_expand(mask, padded), 0) if self.holes else padded), mask
         padded = self.values.new_zeros((rows * longest, *self.values.shape[1:]))
         values = self.values.where(_expand(self.mask, self.values), 0) if self.holes else self.values
-        return padded.index_copy(0, self._places(longest), values).unflatten(0, (rows, longest)), mask
+        return padded.index_copy(0, self._padded_index(longest), values).unflatten(0, (rows, longest)), mask
 
     def from_padded(self, padded: Float[Tensor, "B S *E"]) -> Float[Tensor, "T *E"]:
-        """Bring values in the shape of `to_padded` back to one per token."""
+        """Undo `to_padded` for values of its shape."""
         flat = padded.flatten(0, 1)
-        return flat if self.stride is not None else flat.index_select(0, self._places(padded.shape[1]))
+        return flat if self.stride is not None else flat.index_select(0, self._padded_index(padded.shape[1]))
 
-    def _places(self, longest: int) -> Int[Tensor, "T"]:
+    def _padded_index(self, longest: int) -> Int[Tensor, "T"]:
         return self.rows * longest + self.slots
 
 
 def check_ragged(tokens: object, what: str) -> None:
-    """Check that what a part or a function got is ragged tokens.
+    """Check that an argument is ragged tokens.
 
     Raises:
-        InputError: it is something else; says how to make them.
+        InputError: it is something else; the message says how to make them.
     """
     check_instance(
         tokens,
@@ -182,13 +182,17 @@ def compress(
         x_BLD: the batch.
         active_BL: which tokens to take.
         positions_BL: position of each token in its row's stream; default `0 … L - 1`.
-        capacity: None packs all active tokens; a number gives the rectangular layout with that many slots per row,
-            which keep the earliest active tokens: shapes then do not depend on the data.
+        capacity: None packs all active tokens; a number gives the rectangular layout with that many slots per row for
+            the earliest active tokens, so that shapes do not depend on the data.
 
     Raises:
         InputError: the mask is not boolean or has another shape than the batch, or positions or capacity do not fit.
     """
-    _check_mask(x_BLD, active_BL, positions_BL)
+    check_tensor(x_BLD, "the batch is", torch.float32)
+    axes = dict(zip("BL", x_BLD.shape, strict=False))
+    check_booleans(active_BL, "the mask is", axes)
+    if positions_BL is not None:
+        check_integers(positions_BL, "positions are", axes)
     flat = x_BLD.flatten(0, 1)
     if capacity is None:
         (frame,) = locate(active_BL[..., None], positions_BL)
@@ -202,8 +206,7 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
     """Find the active tokens of each of M masks, with one search for all of them.
 
     Returns:
-        ragged tokens without values, M of them; rectangular where every token is active, so that nothing has to be
-        gathered.
+        M ragged tokens without values; rectangular, so without a gather, where every token is active.
     """
     rows, length, modules = active_BLM.shape
     if torch.compiler.is_compiling():
@@ -213,17 +216,17 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
     sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
     nothing = torch.empty(rows, length, 0, device=active_BLM.device)
     frames = []
-    for place, index in enumerate(found.split(sizes)):
+    for column, index in enumerate(found.split(sizes)):
         if index.shape[0] == rows * length:
             frames.append(rectangular(nothing, None, positions_BL))
             continue
-        index = index - place * rows * length if place else index
-        frames.append(_packed(index, counts_MB[place], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
+        index = index - column * rows * length if column else index
+        frames.append(_packed(index, counts_MB[column], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
     return frames
 
 
 def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
-    """One search per mask: how many tokens each has stays unknown to the compiler, and nothing may be decided by it."""
+    """Find the active tokens of one mask without control flow by their number, which is unknown in a compiled graph."""
     index = active_BL.reshape(-1).nonzero().squeeze(1)
     nothing = index.new_zeros((index.shape[0], 0), dtype=torch.float32)
     return replace(
@@ -241,22 +244,22 @@ def _packed(index: Tensor, counts_B: Tensor, length: int, positions_BL: Tensor |
 def locate_static(
     active_BL: Bool[Tensor, "B L"], capacity: int, positions_BL: Int[Tensor, "B L"] | None = None
 ) -> Ragged:
-    """Find the earliest `capacity` active tokens of every row; a row that has fewer is filled up with holes.
+    """Find the earliest `capacity` active tokens of every row; a row with fewer is filled up with holes.
 
     Returns:
-        rectangular tokens without values, whose shapes do not depend on the mask. A hole stands at the first place of
-        its row.
+        rectangular tokens without values, whose shapes do not depend on the mask. The index of a hole is that of the
+        first position of its row.
     """
     rows, length = active_BL.shape
-    capacity = capacity if length else 0  # a hole points to a place of its row, and here there is none
+    capacity = capacity if length else 0  # an empty row has no position that a hole could point to
     device = active_BL.device
     rank = active_BL.cumsum(1) - 1
     kept = active_BL & (rank < capacity)
-    # Tokens that are not kept go to one slot more, which is cut off.
+    # Tokens that are not kept go to an extra slot, which is cut off.
     slot = torch.where(kept, rank, capacity)
-    places = torch.arange(rows * length, device=device).reshape(rows, length)
+    every = torch.arange(rows * length, device=device).reshape(rows, length)
     first = torch.arange(rows, device=device)[:, None] * length
-    index = first.expand(rows, capacity + 1).scatter(1, slot, places)[:, :capacity].reshape(-1)
+    index = first.expand(rows, capacity + 1).scatter(1, slot, every)[:, :capacity].reshape(-1)
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device).expand(rows, length)
     positions = positions_BL.reshape(-1).index_select(0, index).unflatten(0, (rows, capacity))
@@ -264,23 +267,23 @@ def locate_static(
 
 
 def fill_holes(values: Float[Tensor, "T *D"], tokens: Ragged) -> Float[Tensor, "T *D"]:
-    """Put zeros where a token is a hole: what was gathered there belongs to another token, and may be infinite."""
+    """Set holes to zero: their gathered values belong to another token and may be infinite."""
     return values.where(_expand(tokens.mask, values), 0) if tokens.holes else values
 
 
 def extract(
     values: Float[Tensor, "T *D"], tokens: Ragged, like_BLD: Float[Tensor, "B L *E"]
 ) -> Float[Tensor, "B L *D"]:
-    """Put values back to the places of their tokens: the paper's operator *extract*; zeros where no token was active.
+    """Put values back to the positions of their tokens: the paper's operator *extract*; zeros at inactive tokens.
 
     Args:
         values: one per token, in the order of `tokens`.
-        tokens: what `compress` returned.
+        tokens: the result of `compress`.
         like_BLD: the batch that was compressed; gives B, L and the dtype of the result.
     """
     check_tensor(like_BLD, "like_BLD is")
     _check_values(values, tokens)
-    if _covers(tokens, like_BLD):
+    if not tokens.holes and tokens.stride == like_BLD.shape[1]:
         return values.unflatten(0, like_BLD.shape[:2]).to(like_BLD.dtype)
     return extract_add(values, tokens, like_BLD.new_zeros((*like_BLD.shape[:2], *values.shape[1:])))
 
@@ -293,7 +296,7 @@ def _check_values(values: Tensor, tokens: Ragged) -> None:
 def extract_add(
     values: Float[Tensor, "T *D"], tokens: Ragged, into_BLD: Float[Tensor, "B L *D"]
 ) -> Float[Tensor, "B L *D"]:
-    """Return `into_BLD` with the values added at the places of their tokens; every other place is unchanged."""
+    """Return `into_BLD` with the values added at the positions of their tokens; other positions are unchanged."""
     check_tensor(into_BLD, "into_BLD is")
     _check_values(values, tokens)
     flat = into_BLD.flatten(0, 1).clone(memory_format=torch.contiguous_format)
@@ -303,27 +306,14 @@ def extract_add(
 def extract_add_(
     values: Float[Tensor, "T *D"], tokens: Ragged, into_TD: Float[Tensor, "U *D"]
 ) -> Float[Tensor, "U *D"]:
-    """Add the values to a flattened batch, in place, at the places of their tokens.
+    """Add the values to a flattened batch, in place, at the positions of their tokens.
 
-    Where gradients are needed, `into_TD` should be a tensor of its own and no view: the gradient of a change made
-    through a view is copied.
+    With gradients, `into_TD` should not be a view: autograd copies the gradient of a change through a view.
     """
     values = values.to(into_TD.dtype)
     if not tokens.holes and tokens.stride is not None and tokens.index.shape[0] == into_TD.shape[0]:
         return into_TD.add_(values)
     return into_TD.index_add_(0, tokens.index, fill_holes(values, tokens))
-
-
-def _covers(tokens: Ragged, batch: Tensor) -> bool:
-    return not tokens.holes and tokens.stride == batch.shape[1]
-
-
-def _check_mask(x_BLD: Tensor, active_BL: Tensor, positions_BL: Tensor | None) -> None:
-    check_tensor(x_BLD, "the batch is", torch.float32)
-    axes = dict(zip("BL", x_BLD.shape, strict=False))
-    check_booleans(active_BL, "the mask is", axes)
-    if positions_BL is not None:
-        check_integers(positions_BL, "positions are", axes)
 
 
 def segment_reduce(
@@ -337,13 +327,13 @@ def segment_reduce(
 
     Args:
         values: tokens of all rows, packed.
-        offsets: tokens of row b are `offsets[b] … offsets[b + 1]`.
+        offsets: `(B + 1,)`, where the tokens of row b are `offsets[b] … offsets[b + 1]`.
         reduce: `sum`, `mean`, `max` or `min`.
         backend: `auto` takes torch-scatter for `max` and `min` where it is installed (about 4 times faster there; for
             sums torch itself is as fast); `torch` and `scatter` force one.
 
     Raises:
-        InputError: no tensors, an unknown `reduce` or `backend`, or torch-scatter is asked for and not installed.
+        InputError: an argument is not a tensor, `reduce` or `backend` is unknown, or torch-scatter is not installed.
     """
     check_tensor(values, "the values are")
     check_integers(offsets, "the offsets are", {"B + 1": None})
@@ -369,7 +359,7 @@ def segment_reduce(
     if reduce == "sum":
         return out.index_add(0, rows, values)
     if reduce == "mean":
-        # Wide, because neither the sum of a long row nor the number of its tokens is finite in float16.
+        # In float32 or wider, because in float16 the sum and the length of a long row overflow.
         wide = torch.promote_types(values.dtype, torch.float32)
         total = out.to(wide).index_add(0, rows, values.to(wide))
         return (total / _expand(counts.clamp(min=1), total)).to(values.dtype)

@@ -1,6 +1,6 @@
-"""The contract of a sub-module: what a token may activate."""
+"""The contract of a sub-module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -48,27 +48,25 @@ class MACs(NamedTuple):
         """Their sum."""
         return sum(self)
 
-    def plus(self, other: "MACs", times: int = 1) -> "MACs":
-        """Add `times` another count."""
-        return MACs(*(own + times * more for own, more in zip(self, other, strict=True)))
+    @classmethod
+    def sum(cls, parts: Iterable["MACs"]) -> "MACs":
+        """The MACs of several parts together."""
+        return cls(*map(sum, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
 class State:
-    """What a causal part carries from one chunk of a stream to the next: a frozen dataclass of tensors, batch first.
+    """State of a causal part between two chunks of a stream: a frozen dataclass of tensors, batch first.
 
-    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. A stream that has seen nothing is all
-    zeros.
-    One that keeps every token has an attribute `grows` that is True, and axis 1 of its tensors is as long as the
-    stream.
-    States are values: `forward` returns a new one and leaves the old one as it was, so a stream can be continued from
-    it twice.
+    Subclasses are decorated with `register_output` and `@dataclass(frozen=True)`. The initial state is all zeros. A
+    state that keeps every token has an attribute `grows` that is True; axis 1 of its tensors is as long as the stream.
+    `forward` returns a new state and does not change the old one, so a stream can be continued from it twice.
     """
 
     @property
     def batch_size(self) -> int:
-        """Streams, B."""
-        # Every step asks; a walk through the whole tree would take a tenth of its time.
+        """Number of streams, B."""
+        # Read at every step; a walk through the whole tree would take a tenth of its time.
         own = (getattr(self, name) for name in self.__dataclass_fields__)
         return next((part.shape[0] for part in own if isinstance(part, Tensor)), None) or int(tensors(self)[0].shape[0])
 
@@ -78,15 +76,15 @@ class State:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors(self))
 
     def select(self, rows: Int[Tensor, "R"]) -> Self:
-        """The state of some rows, in the order given; a row may be taken twice."""
+        """The state of some rows, in the given order; a row may occur twice."""
         rows = check_rows(rows, self.batch_size)
         return map_tensors(lambda tensor: tensor.index_select(0, rows), self)
 
     def reorder(self, rows: Int[Tensor, "B"]) -> Self:
-        """The state after a step of beam search: row b goes on from what was row `rows[b]`.
+        """The state after a step of beam search: row b continues the stream of the old row `rows[b]`.
 
         Raises:
-            StateError: another number of rows than the state has; use `select` for that.
+            StateError: the number of rows differs from that of the state; use `select` for that.
         """
         if check_tensor(rows, "rows are", torch.int64).shape != (self.batch_size,):
             raise StateError(
@@ -96,7 +94,7 @@ class State:
         return self.select(rows)
 
     def reset(self, rows: Bool[Tensor, "B"] | Int[Tensor, "R"]) -> Self:
-        """The state with some rows back at the beginning of a stream: a mask of all rows, or the numbers of some."""
+        """The state with some rows at the beginning of a stream, given by a mask `(B,)` or by their indices."""
         if check_tensor(rows, "rows are", torch.bool).dtype is torch.bool:
             check_booleans(rows, "rows are", {"B": self.batch_size})
         else:
@@ -112,11 +110,11 @@ class State:
         return replace(self, **{name: _pytree.tree_map(begin, part, is_leaf=_is_state) for name, part in parts.items()})
 
     def detach(self) -> Self:
-        """The same state cut off from the graph."""
+        """The same state, detached from the graph."""
         return map_tensors(lambda tensor: tensor.detach(), self)
 
     def to(self, target: torch.device | str | torch.dtype) -> Self:
-        """The same state on another device, or with its floating-point numbers in another dtype."""
+        """The same state on another device, or with its floating-point tensors in another dtype."""
         if not isinstance(target, torch.dtype):
             device = usable_device(target)
             return map_tensors(lambda tensor: tensor.to(device), self)
@@ -131,10 +129,10 @@ def _is_state(part: object) -> bool:
 @register_output
 @dataclass(frozen=True)
 class NoState(State):
-    """The state of a part that looks at one token at a time: nothing, for B rows.
+    """Empty state of a part that looks at single tokens.
 
     Attributes:
-        rows: empty; its first axis counts the rows.
+        rows: an empty tensor with B rows.
     """
 
     rows: Bool[Tensor, "B 0"]
@@ -163,16 +161,16 @@ class SubModuleSpec(Spec):
 
 
 class SubModule(nn.Module):
-    """What a token may activate. It works on ragged tokens and does not know that it is routed.
+    """A module that a token can activate. It works on ragged tokens, independently of the routing.
 
     Attributes:
         causal: whether the result at a token depends on no later token of its row.
         streams: whether it continues from a state; by default, whether it is causal.
-        to_stream: what to do about a part that cannot continue from a state, for the message about it.
+        to_stream: advice for a part that cannot continue from a state, in the message about it.
     """
 
     if TYPE_CHECKING:
-        __call__: Callable[..., tuple[Tensor, State | None]]  # of what torch calls, which editors see as Any
+        __call__: Callable[..., tuple[Tensor, State | None]]  # which nn.Module types as Any
 
     causal: bool = False
     to_stream: ClassVar[str] = "build the model with bidirectional=false to stream it"
@@ -186,7 +184,7 @@ class SubModule(nn.Module):
 
         Args:
             tokens: the tokens, packed or rectangular; a row may have none, and T may be 0.
-            state: where the stream of every row stands; None at its beginning.
+            state: state of the streams; None at their beginning.
 
         Returns:
             the results in the order of the tokens, and a new state if and only if one was given.
@@ -199,15 +197,14 @@ class SubModule(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """Make the state of `batch_size` streams that have seen nothing; recurrent states are never below float32.
+        """Make the initial state of `batch_size` streams; recurrent states are never below float32.
 
-        A causal sub-module that looks at one token at a time needs no state and inherits this; any other must override
-        it.
+        A causal sub-module that looks at single tokens inherits this; any other must override it.
 
         Args:
             batch_size: streams, B.
             device: default the device of the parameters.
-            dtype: of what the state keeps of the tokens; default the dtype of the parameters.
+            dtype: dtype of the tokens in the state; default the dtype of the parameters.
         """
         check_causal(self)
         return no_state(batch_size, *device_and_dtype(self, device, dtype))
@@ -219,8 +216,8 @@ class SubModule(nn.Module):
         """Check a state that `forward` was given.
 
         Raises:
-            InputError: the tokens are no Ragged.
-            StateError: this part is not causal, or the state is of another class or for another number of rows.
+            InputError: the tokens are not a Ragged.
+            StateError: this part is not causal, or the state has another class or another number of rows.
         """
         check_ragged(tokens, type(self).__name__)
         if state is None:
@@ -230,11 +227,11 @@ class SubModule(nn.Module):
 
 
 def may_skip(part: nn.Module) -> bool:
-    """Whether nobody notices that a part is not called on tokens of which there are none.
+    """Whether a call of a part without tokens has no effect, so that it can be skipped.
 
-    A gradient, a hook of the part or of all modules would be missing. A compiler cannot ask how many tokens there are.
-    And where there is a process group, what the part holds may be sharded (`fully_shard`): the ranks that have tokens
-    would wait for the one that skips it.
+    Gradients and hooks, of the part or of all modules, need the call. In a compiled graph the number of tokens is
+    unknown. In a process group the part may be sharded (`fully_shard`), and ranks with tokens would wait for the rank
+    that skips it.
     """
     return not (
         torch.is_grad_enabled()
@@ -248,7 +245,7 @@ def may_skip(part: nn.Module) -> bool:
 
 
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
-    """Make the state of a part that needs none."""
+    """Make the empty state of a part that looks at single tokens."""
     check_count(batch_size, "batch_size")
     return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 
@@ -256,12 +253,10 @@ def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.d
 def device_and_dtype(
     part: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a state: those given, else those of the part's parameters, else torch's defaults.
-
-    Parameters that are quantised or packed hold no floating-point numbers, and a part may have buffers only.
+    """Device and dtype of a state: those given, else those of the part's parameters or buffers, else torch's defaults.
 
     Raises:
-        InputError: there is no such device, or the dtype is none of floating-point numbers.
+        InputError: the device does not exist, or the dtype is not a floating-point dtype.
     """
     dtype = floating_dtype(part) or torch.get_default_dtype() if dtype is None else check_floating(dtype)
     if device is None:
@@ -270,7 +265,5 @@ def device_and_dtype(
 
 
 def floating_dtype(part: nn.Module) -> torch.dtype | None:
-    """The dtype in which a part computes: that of its first floating-point parameter or else buffer; None where it has
-    none.
-    """
+    """Dtype of the first floating-point parameter of a part, else buffer; None without one, as in quantised parts."""
     return next((tensor.dtype for tensor in (*part.parameters(), *part.buffers()) if tensor.is_floating_point()), None)

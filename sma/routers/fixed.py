@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from sma.checks import check_control
+from sma.checks import check_batch
 from sma.decision import Decision
 from sma.routers.contract import Router, RouterSpec, keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
@@ -41,7 +41,7 @@ class _FixedRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        check_control(control_BLD, valid)
+        check_batch(control_BLD, valid, what="control_BLD is")
         streams = self._continue(state, self.state_kind, control_BLD)
         shape = (*control_BLD.shape[:2], len(self.names))
         one = torch.ones(shape, dtype=torch.promote_types(control_BLD.dtype, torch.float32), device=control_BLD.device)

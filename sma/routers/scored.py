@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from sma.checks import check_control
+from sma.checks import check_batch
 from sma.decision import Decision
 from sma.devices import is_sharded, without_autocast
 from sma.init import truncated_normal_
@@ -63,7 +63,7 @@ class LinearRouter(Router):
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
         """Decide for every token; see `Router.forward`."""
-        check_control(control_BLD, valid, self.width)
+        check_batch(control_BLD, valid, self.width, "control_BLD is")
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device):
             return self._decide(self._scores(control_BLD), valid, positions, streams), state

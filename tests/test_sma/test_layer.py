@@ -330,7 +330,7 @@ class TestSpec:
         parts = [module.macs(WIDTH, 5) for module in spec.modules.values()]
         router = 10 * spec.router.macs_per_token(WIDTH, 3)
         assert one == two
-        assert one == MACs(*map(sum, zip(*parts, strict=True))).plus(MACs(matmul=router))
+        assert one == MACs.sum([*parts, MACs(matmul=router)])
         assert spec.replace(bypass="linear").macs(WIDTH, 10, 0.5).matmul == one.matmul + 10 * WIDTH * WIDTH
         backbone = EMASpec(bidirectional=False)
         with_backbone = spec.replace(backbone=backbone).macs(WIDTH, 10, 0.5)

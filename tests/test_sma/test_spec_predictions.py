@@ -92,12 +92,12 @@ class TestPredictions:
             assert tokens * spec.macs_per_token(width, modules) == counter.get_total_flops() / 2
 
     def test_macs_add_up(self):
-        total = MACs(matmul=1, fft=2, elementwise=3).plus(MACs(10, 20, 30), times=3)
-        assert total == MACs(31, 62, 93)
-        assert total.total == 186
+        total = MACs.sum([MACs(matmul=1, fft=2, elementwise=3), MACs(10, 20, 30), MACs()])
+        assert total == MACs(11, 22, 33)
+        assert total.total == 66
 
     def test_macs_of_a_model_are_those_of_its_layers(self):
         spec = load_spec(MODEL)
         one = spec.layer_specs[0].macs(4, 20, 0.5)
-        assert spec.macs(20, 0.5) == MACs().plus(one, times=2)
+        assert spec.macs(20, 0.5) == MACs.sum([one, one])
         assert spec.macs(20, {"attention": 0.5}) == spec.macs(20, 0.5)
