@@ -1,4 +1,4 @@
-"""Gradients written by hand, and the one thing that they do not do."""
+"""Support for handwritten gradients, which have no second derivatives."""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from sma.errors import InputError
 def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for the `backward` of an `autograd.Function` whose saved tensors carry no graph of their own.
 
-    PyTorch's `once_differentiable` raises in `backward()` alone: `autograd.grad(…, inputs)` never reaches its error,
-    and returns second derivatives that lack this function's part.
+    PyTorch's `once_differentiable` raises in `backward()` only: `autograd.grad(…, inputs)` does not raise, and returns
+    second derivatives without the part of this function.
 
     Args:
-        what: the operator, as the error names it.
+        what: name of the operator in the error.
 
     Raises:
-        InputError: by the decorated function, where it is called with `create_graph=True`.
+        InputError: the decorated function is called with `create_graph=True`.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:

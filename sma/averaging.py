@@ -1,9 +1,10 @@
-"""Running statistics of averaged weights: batch norms are measured again."""
+"""Running statistics of batch norms for averaged weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import pack, unpack
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -19,27 +20,26 @@ _END = object()
 
 @torch.no_grad()
 def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Measure the running statistics of every batch norm anew: the mean over the batches of theirs, over valid tokens
-    only.
+    """Recompute the running statistics of every batch norm as the mean over batches, from valid tokens only.
 
-    Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it: their batch norms still
-    hold what other weights gave. `torch.optim.swa_utils.update_bn` does the same without masks, so that padding counts.
-    Nothing else is trained: only batch norms are in training mode, and nothing is dropped or drawn.
+    Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it, because their batch norms
+    hold statistics from other weights. `torch.optim.swa_utils.update_bn` does the same without masks, so padding
+    counts. Only batch norms are in training mode: nothing else changes, and nothing is dropped or sampled.
 
-    In a distributed process group every rank calls it with batches of its own, as many on every rank; all come to the
+    In a distributed process group every rank calls it with the same number of batches of its own; all ranks get the
     same statistics.
 
     Args:
-        model: a model or any module with batch norms, ours or torch's, wrapped or not. Its modes stay as they were.
-        batches: gone through once: inputs, pairs of inputs and valid mask, objects with these attributes, or mappings
-            of the keyword arguments that the model is called with. Tensors are moved to the device of the model.
+        model: a model or any module with batch norms, ours or torch's, wrapped or not. Its modes are restored.
+        batches: iterated over once: inputs, pairs of inputs and valid mask, objects with these attributes, or mappings
+            of the keyword arguments of the model. Tensors are moved to the device of the model.
 
     Returns:
-        the number of batch norms; 0 where there is none and nothing was run.
+        the number of batch norms; with 0 the model was not run.
 
     Raises:
-        InputError: a batch is of another form, there is none, the ranks have different numbers of them, or a norm got
-            no batch with two valid tokens or values that are not finite. The statistics are then as they were before.
+        InputError: a batch has another form, there is no batch, the ranks have different numbers of batches, or a norm
+            got no batch with two valid tokens or got non-finite values. The old statistics are then restored.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     norms = {
@@ -79,7 +79,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 
 
 def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """The batches, as long as all ranks have one: synchronized norms and sharded parts wait for every rank."""
+    """Yield the batches while all ranks have one: synchronized norms and sharded parts wait for every rank."""
     source = batches_of(batches, "update_statistics")
     while True:
         item = next(source, _END)
@@ -110,12 +110,13 @@ def _call(model: nn.Module, item: Any, device: torch.device) -> None:
 
 
 def _settle(name: str, norm: _BatchNorm) -> None:
-    """Take the mean over the ranks, each as often as it had batches, and check it."""
+    """Average over the ranks, weighted by their batches, and check the result."""
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if mean is None or var is None or count is None:  # never so here
+    if mean is None or var is None or count is None:  # not the case for these norms
         return
-    total = over_all_ranks(torch.cat([mean.double() * count, var.double() * count, count.double()[None]]))
-    if not total[-1] > 0:
+    total, shapes = pack([mean.double() * count, var.double() * count, count.double()], "*")
+    mean_sum, var_sum, batches = unpack(over_all_ranks(total), shapes, "*")
+    if not batches > 0:
         raise InputError(
             f"the batch norm {name!r} got no batch with at least two valid tokens, so it has no statistics; "
             "give it larger ones"
@@ -125,5 +126,5 @@ def _settle(name: str, norm: _BatchNorm) -> None:
             f"the batch norm {name!r} got values that are not finite; "
             "look for NaN and infinity in the batches and weights"
         )
-    mean.copy_(total[: mean.shape[0]] / total[-1])
-    var.copy_(total[mean.shape[0] : -1] / total[-1])
+    mean.copy_(mean_sum / batches)
+    var.copy_(var_sum / batches)

@@ -1,7 +1,8 @@
-"""Batches that a user gives: inputs alone, with a mask, or objects that have both."""
+"""Batches of a user: inputs, inputs with a mask, or objects with both."""
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,37 +14,31 @@ from sma.errors import InputError, quote
 
 
 class Batch(NamedTuple):
-    """What a model takes."""
+    """Arguments of a model."""
 
     inputs: Tensor
     valid: Tensor | None = None
 
 
 def batches_of(data: Any, user: str) -> Iterator[Any]:
-    """Begin to go through batches.
+    """Return an iterator over batches.
 
     Raises:
-        InputError: these are none, such as a single batch.
+        InputError: the data is something else, such as a single batch.
     """
-    if isinstance(data, Tensor | np.ndarray | str | bytes | Mapping):
-        raise InputError(
-            f"the data of {user} is {what_came(data)}; required are batches, "
-            "such as a list of them or a DataLoader: [x]"
-        )
-    try:
-        return iter(data)
-    except TypeError:
-        raise InputError(
-            f"the data of {user} is {what_came(data)}; required are batches, such as a list or a DataLoader"
-        ) from None
+    if not isinstance(data, Tensor | np.ndarray | str | bytes | Mapping):
+        with suppress(TypeError):
+            return iter(data)
+    raise InputError(
+        f"the data of {user} is {what_came(data)}; required are batches, such as a list of them or a DataLoader: [x]"
+    )
 
 
 def batch_of(item: Any, user: str = "calibrate") -> Batch:
     """Read one batch: inputs, a pair of inputs and mask, or an object or a mapping that names them.
 
     Raises:
-        InputError: it is of another form; also where the second of a pair is no mask, such as the targets of a training
-            set.
+        InputError: it has another form, or the second of a pair is not a mask, as in (inputs, targets).
     """
     if isinstance(item, tuple | list) and item:
         inputs, valid = item[0], item[1] if len(item) > 1 else None
@@ -54,8 +49,9 @@ def batch_of(item: Any, user: str = "calibrate") -> Batch:
     elif isinstance(item, Tensor) or hasattr(item, "__array__"):
         inputs, valid = item, None
     else:
+        given = f"a mapping of {quote(list(item))}" if isinstance(item, Mapping) else what_came(item)
         raise InputError(
-            f"a batch of {user} is {_form(item)}; required are inputs, a pair (inputs, valid), or an object with "
+            f"a batch of {user} is {given}; required are inputs, a pair (inputs, valid), or an object with "
             "the attributes, or a mapping with the keys, inputs and valid"
         )
     inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")
@@ -71,17 +67,13 @@ def batch_of(item: Any, user: str = "calibrate") -> Batch:
     return Batch(inputs, valid)
 
 
-def _form(item: Any) -> str:
-    return f"a mapping of {quote(list(item))}" if isinstance(item, Mapping) else what_came(item)
-
-
 def takes(model: nn.Module, *inputs: Tensor, **named: Any) -> bool:
-    """Whether the forward of a module can be called so; also where that is not known."""
+    """Whether the forward of a module accepts these arguments; True where that is unknown."""
     try:
         inspect.signature(model.forward).bind(*inputs, **named)
     except TypeError:
         return False
-    except ValueError:  # of a scripted or builtin one
+    except ValueError:  # a scripted or builtin function
         return True
     return True
 
@@ -90,7 +82,7 @@ def check_takes(model: nn.Module, batch: Batch, cure: str) -> None:
     """Check that the forward of a module takes a batch.
 
     Raises:
-        InputError: it takes no mask, or needs more than inputs; says the cure.
+        InputError: it takes no mask, or needs more than inputs; the message ends with the cure.
     """
     if not takes(model, *(tensor for tensor in batch if tensor is not None)):
         what = "more than inputs" if batch.valid is None else "no valid mask beside its inputs"

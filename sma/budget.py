@@ -20,25 +20,24 @@ from sma.score_histogram import BINS, ZERO, histograms, shares_above, shift_to
 from sma.weights import unwrapped
 
 SURE = 4.0
-"""Log-odds at which a stochastic router counts as running everything: 98 % of the draws."""
+"""Log-odds from which a stochastic router counts as always active: 98 % of the draws."""
 
 
 class BudgetController(nn.Module):
-    r"""Keeps the activation rates of routers at a target by moving their score biases.
+    r"""Keeps the activation rates of routers at a target through their score biases.
 
-    After every update it counts, over all ranks, how many tokens would be active at any score bias, finds the one
-    that gives the scheduled rate, and moves the router's score bias a share `speed` of the way; an update of many
-    tokens counts more than one of few.
-    The score bias is a buffer of the router, so it is saved with the model, and forward never changes it. The loss and
-    its gradient are untouched; a router that has died or saturated is moved until tokens reach it again.
+    After every update it counts, over all ranks, how many tokens would be active at any score bias. It finds the score
+    bias of the scheduled rate and moves that of the router a share `speed` of the way; updates with more tokens count
+    more. The score bias is a buffer of the router: it is saved with the model, and forward never changes it. Loss and
+    gradient are not affected. The score bias of a dead or saturated router moves until its rate changes.
 
     Args:
         spec: target and schedule.
-        routers: of the routed layers, in the order of the decisions.
-        costs: per layer and sub-module, any unit; needed for `over: total` only. Default: all cost the same.
+        routers: routers of the routed layers, in the order of the decisions.
+        costs: costs by layer and sub-module, in any unit, for `over: total`. Default: equal costs.
 
     Raises:
-        InputError: a target names no sub-module, a router cannot reach its target, or a cost is impossible.
+        InputError: a target names an unknown sub-module, a router cannot reach its target, or a cost is invalid.
 
     Example:
         ``controller = BudgetController.of(model, BudgetSpec(target=0.3))``, and after each update
@@ -53,12 +52,12 @@ class BudgetController(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        # In a tuple, so that the routers' parameters are not counted as the controller's own.
+        # In a tuple, so that the parameters of the routers are not those of the controller.
         self.routers = tuple(routers)
         self.steered = steered_by(spec, routers, costs)
         self._by_layer: dict[int, list[int]] = {}
-        for number, steered in enumerate(self.steered):
-            self._by_layer.setdefault(steered.layer, []).append(number)
+        for index, steered in enumerate(self.steered):
+            self._by_layer.setdefault(steered.layer, []).append(index)
         self._steerable = {layer: steerable(self.routers[layer]) for layer in self._by_layer}
         self.skipping = [layer for layer, router in self._steerable.items() if router.competing]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -70,8 +69,8 @@ class BudgetController(nn.Module):
         `length` tokens.
 
         Raises:
-            InputError: as of the class; or the budget is a total, and the model has no spec that says what its
-                sub-modules cost.
+            InputError: as for the class; or the budget is a total, and the model has no spec with the costs of its
+                sub-modules.
         """
         costs = None
         if spec.over == "total":
@@ -86,27 +85,36 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def update(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> None:
-        """Move the score biases after one update; every rank calls it with decisions of its own.
+        """Move the score biases after one update; every rank calls it with its own decisions.
 
         Args:
-            decisions: one per routed layer, of the forward pass of this update.
+            decisions: one per routed layer, from the forward pass of this update.
             valid: False at padding; None where there is none.
 
         Raises:
-            InputError: the decisions are not those of the routers, or the mask does not fit.
+            InputError: the decisions do not belong to the routers, or the mask does not fit.
         """
         counts = self.count(decisions, valid)
-        if self.steered:  # on all ranks or on none, so that none waits for the others
+        if self.steered:  # the same on all ranks, so that none waits
             counts = over_all_ranks(counts).cpu()
             self.move(counts, self.spec.speed * self._weight(counts))
         self.updates += 1
 
     @torch.no_grad()
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count the tokens of this rank by how far their scores are from the decision, for every steered sub-module,
-        and then by how far they are from running nothing at all, for every layer in which sub-modules compete.
+        """Count the tokens of this rank by margin: for every steered sub-module, then for the choice of running nothing
+        in every layer in which sub-modules compete.
+
+        Raises:
+            InputError: the decisions do not belong to the routers, or the mask does not fit.
         """
-        self._check(decisions, valid)
+        check_decisions(decisions, type(self).__name__, valid)
+        if len(decisions) != len(self.routers):
+            raise InputError(
+                f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers"
+            )
+        for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
+            check_names(decision, router.names, f"decision {layer}")
         update = int(self.updates)
         own, skipping = [torch.zeros(0, BINS, dtype=torch.int64)], []
         for layer, numbers in self._by_layer.items():
@@ -125,24 +133,13 @@ class BudgetController(nn.Module):
                 skipping.append(counts[len(numbers) :] if skip is not None else torch.zeros_like(counts[:1]))
         return torch.cat([part.to(own[-1].device) for part in (*own, *skipping)])
 
-    def _check(self, decisions: Sequence[Decision], valid: Tensor | None) -> None:
-        check_decisions(decisions, type(self).__name__, valid)
-        if len(decisions) != len(self.routers):
-            raise InputError(
-                f"there are {len(decisions)} decisions for {len(self.routers)} routers; give those of all routed layers"
-            )
-        for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
-            check_names(decision, router.names, f"decision {layer}")
-
     def _more(self, steered: Steered, update: int) -> float:
-        """Log-odds above the threshold that a token needs to count as active."""
+        """Log-odds above the threshold from which a token counts as active."""
         everyone = self.spec.scheduled(steered.target, update) >= 1.0
         return SURE if everyone and self.routers[steered.layer].stochastic else 0.0
 
     def _weight(self, counts: Tensor) -> float:
-        """Tokens of this update over the usual number: where batches hold rows of like length, short rows would count
-        too much.
-        """
+        """Tokens of this update over the usual number: in batches by length, short rows would count too much."""
         tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
         if not tokens:
             return 1.0
@@ -152,7 +149,7 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
-        """Move the score biases a share `speed` of the way that the counts ask for, where there are any."""
+        """Move the score biases a share `speed` of the way to those that the counts require, where there are tokens."""
         counts = counts.cpu()
         shares, seen, update = shares_above(counts), counts.any(1).tolist(), int(self.updates)
         wanted = self._in_total(shares, seen, update) if self.spec.over == "total" else self._each(shares, seen, update)
@@ -161,7 +158,7 @@ class BudgetController(nn.Module):
             steps = [0.0] * len(router.names)
             for number in numbers:
                 step = speed * wanted[number]
-                # A dying router learns from nobody: back to its floor at once.
+                # A dying router does not learn, so it returns to the floor at once.
                 if seen[number] and float(shares[number, ZERO]) < self.spec.floor:
                     step = max(step, shift_to(self.spec.floor, shares[number]))
                 steps[self.steered[number].column] = step
@@ -169,9 +166,7 @@ class BudgetController(nn.Module):
             router.score_bias.add_(change.where(change.isfinite(), 0))
 
     def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
-        """One shift for all, so that the mean weighted by cost comes to the target; none for a layer that cannot follow
-        it further.
-        """
+        """One shift for all, so that the mean weighted by cost reaches the target; 0 for layers at their limits."""
         wanted = [0.0] * len(self.steered)
         weights = torch.tensor(
             [steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64
@@ -184,15 +179,15 @@ class BudgetController(nn.Module):
             router = self._steerable[layer]
             low, high = router.minimum_total_rate, min(router.maximum_total_rate, len(numbers))
             total = float(shares[numbers, ZERO].sum())
-            # Its score bias would drift without end, and every rate stay as it is.
+            # At a limit the score bias would drift without an effect on the rates.
             stuck = low >= high or (total > high - 1e-9 if step > 0 else total < low + 1e-9)
             for number in numbers:
                 wanted[number] = step if seen[number] and not stuck else 0.0
         return wanted
 
     def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
-        """The shift of each sub-module by itself; of those that compete, of all against running nothing and of each
-        against the others.
+        """The shift of each sub-module; with competition, a common shift against running nothing and one against the
+        others.
         """
         targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
         wanted = [0.0] * len(targets)
@@ -207,8 +202,7 @@ class BudgetController(nn.Module):
                 skip = len(targets) + self.skipping.index(layer)
                 together = shift_to(scale * total, shares[skip]) if seen[skip] else 0.0
                 for number in numbers:
-                    # A shift against the others is theirs against this one too: all of them move, so each a part of the
-                    # way.
+                    # All competitors move, so each makes a part of the relative shift.
                     wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
         return wanted
 
@@ -217,7 +211,7 @@ class BudgetController(nn.Module):
 
 
 def over_all_ranks(counts: Tensor) -> Tensor:
-    """The sum over the ranks of a distributed training, in place; without one, as they are."""
+    """Sum over the ranks of a distributed training, in place; without one, return the counts unchanged."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
     return counts

@@ -1,4 +1,4 @@
-"""What a budget keeps: which rates, at which update, of which sub-modules, and the check that routers can."""
+"""Spec of a budget: target rates and their schedule, and checks that routers can reach them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from sma.spec import FrozenMapping, Spec
 
 
 class BudgetSpec(Spec):
-    """Spec of `BudgetController`: which rates to keep, and how to come there."""
+    """Spec of `BudgetController`: target rates and their schedule."""
 
     target: float | FrozenMapping[float] | tuple[float | FrozenMapping[float], ...] = Field(
         description="activation rate to keep, above 0 and at most 1: one for all sub-modules, one per name (others are "
-        "left alone), or a list with such a thing for every routed layer"
+        "not steered), or a list with one of these for every routed layer"
     )
     over: Literal["each", "total"] = Field(
         default="each",
@@ -71,16 +71,15 @@ class BudgetSpec(Spec):
 
     @property
     def settled(self) -> int:
-        """Updates after which the rate stands at its target, but for swings that never fade."""
+        """Update from which the rate is at its target, except for swings that never fade."""
         return max(self.hold + self.anneal, (self.until or 0) if self.exploration else 0)
 
     def scheduled(self, target: float, update: int) -> float:
-        """The rate to keep at update number `update`, counted from 0."""
+        """The rate to keep at update `update`, counted from 0."""
         done = min(1.0, max(0.0, (update - self.hold) / self.anneal)) if self.anneal else float(update >= self.hold)
         if self.hold == self.anneal == 0:
             done = 1.0
-        # In the logarithm, because what a router learns depends on the ratio of the tokens it keeps to those it gives
-        # up.
+        # Geometric, because learning depends on the ratio of the tokens that a router keeps to those that it drops.
         rate = self.start * (target / self.start) ** done
         fading = 1.0 if self.until is None else max(0.0, 1 - update / self.until)
         swing = self.exploration * fading * 0.5 * (1 - math.cos(2 * math.pi * update / self.period))
@@ -91,7 +90,7 @@ class Steered(NamedTuple):
     """A sub-module that is steered.
 
     Attributes:
-        layer: number of its routed layer.
+        layer: index of its routed layer.
         column: index in the router's names.
         target: rate to keep.
         cost: weight in a total budget.
@@ -104,10 +103,10 @@ class Steered(NamedTuple):
 
 
 def steered_by(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None) -> list[Steered]:
-    """The sub-modules that a budget steers, layer by layer; see `BudgetController`.
+    """Return the sub-modules that a budget steers, layer by layer; see `BudgetController`.
 
     Raises:
-        InputError: a target names no sub-module, or a router cannot reach its target, or a cost is impossible.
+        InputError: a target names an unknown sub-module, a router cannot reach its target, or a cost is invalid.
     """
     if costs is None:
         costs = [[1.0] * len(router.names) for router in routers]
@@ -166,8 +165,8 @@ def _check_total(target: float, pairs: Sequence[tuple[SteerableRouter, Sequence[
     )
     if not low - 1e-6 <= target <= high + 1e-6:
         raise InputError(
-            f"weighted by cost the rates of these routers come to between {low:.4g} and {high:.4g} in total, and the "
-            f"target is {target:g}; ask for one in between"
+            f"weighted by cost the rates of these routers sum to between {low:.4g} and {high:.4g}, and the target is "
+            f"{target:g}; give one in between"
         )
     if high - low > 1e-6 and all(
         router.minimum_total_rate >= min(router.maximum_total_rate, len(router.names)) for router, _ in pairs
@@ -179,7 +178,7 @@ def _check_total(target: float, pairs: Sequence[tuple[SteerableRouter, Sequence[
 
 
 def _first(count: float, costs: Sequence[float]) -> float:
-    """The sum of the first so many costs; of a broken number, part of the last one."""
+    """The sum of the first `count` costs; a fractional count includes a part of the last one."""
     return math.fsum(cost * min(1.0, max(0.0, count - index)) for index, cost in enumerate(costs))
 
 

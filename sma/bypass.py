@@ -11,10 +11,10 @@ from sma.init import truncated_normal_
 
 
 class LinearBypass(nn.Module):
-    """W x + b of every token, and the tokens that are routed.
+    """W x + b of every token, and the gather of the routed tokens.
 
-    Both in one place, because backward can then add the routed tokens' gradient in place: separately it would be laid
-    out in a tensor of zeros as large as the batch, which is added in another pass.
+    In one function, so that backward can add the gradient of the routed tokens in place. Separately it would need a
+    tensor of zeros as large as the batch, and another pass.
     """
 
     def __init__(self, width: int) -> None:
@@ -29,7 +29,7 @@ class LinearBypass(nn.Module):
     def forward(
         self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
-        """Return the mapped tokens and the tokens at `index`, none of which comes twice."""
+        """Return the mapped tokens, and the tokens at `index`, which has no duplicates."""
         if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
             return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
         results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)

@@ -1,4 +1,4 @@
-"""Calibration: turn the activation rates of a trained model up or down."""
+"""Calibration: set the activation rates of a trained model."""
 
 import math
 import warnings
@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any, Literal
 
 import torch
+from einops import pack, unpack
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,7 +23,7 @@ from sma.score_histogram import BINS
 from sma.stats import RateCount, count_rates
 from sma.submodule import device_and_dtype
 
-ONCE = "batches can be gone through only once: give a list of them"
+ONCE = "batches can be iterated over only once: give a list of them"
 
 
 @torch.no_grad()
@@ -35,40 +36,39 @@ def calibrate(
     passes: int = 8,
     tolerance: float = 0.005,
 ) -> RateCount:
-    """Turn the activation rates of a trained model up or down, by moving the score biases of its routers.
+    """Set the activation rates of a trained model through the score biases of its routers, without training.
 
-    Nothing is trained. The rates are measured on the data in evaluation mode, and pass by pass the score biases are set
-    to
-    what reaches the target; several passes, because later layers see what earlier ones then do. A target that is missed
-    after all passes is a warning.
+    Each pass measures the rates on the data in evaluation mode and sets the score biases that would reach the target.
+    Several passes are needed, because earlier layers change the inputs of later ones. A target that is missed after all
+    passes is a warning.
 
-    In a distributed process group every rank calls it with data of its own, of any number of batches; all come to the
-    same score biases.
+    In a distributed process group every rank calls it with any number of batches of its own; all ranks get the same
+    score biases.
 
     Args:
         model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an
-            object with the attribute `decisions`; its routers' score biases are changed, nothing else.
-        data: batches that can be gone through again, such as a list or a DataLoader: inputs, pairs of inputs and valid
-            mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
-        rate: above 0 and at most 1: one for all sub-modules, one per name, or a list with such a thing for every routed
-            layer.
+            object with the attribute `decisions`; only the score biases of its routers are changed.
+        data: batches that can be iterated over repeatedly, such as a list or a DataLoader: inputs, pairs of inputs and
+            valid mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
+        rate: target above 0 and at most 1: one for all sub-modules, one per name, or a list with one of these for every
+            routed layer.
         over: `each` sub-module of each layer, or the `total`, weighted by MACs on rows of the mean length.
-        passes: through the data, at most.
+        passes: maximum number of passes through the data.
         tolerance: largest distance from the target at which it stops early.
 
     Returns:
-        the rates that were reached, measured in the last pass, over all ranks.
+        the rates of the last pass, over all ranks.
 
     Raises:
-        InputError: the data has no valid token, is of another form or can be gone through only once; the model returns
+        InputError: the data has no valid token, has another form or can be iterated over only once; the model returns
             no decisions; or a router cannot be steered to the rate.
     """
     if batches_of(data, "calibrate") is data:
         raise InputError(
-            "calibrate goes through the data several times, and this can be gone through only once: "
+            "calibrate iterates over the data several times, and this can be iterated over only once: "
             "give a list of batches"
         )
-    check_count(passes, "passes", 0, ": how often calibrate goes through the data to move the score biases")
+    check_count(passes, "passes", 0, ": how often calibrate iterates over the data to move the score biases")
     check_number(tolerance, "tolerance")
     if not tolerance >= 0:
         raise InputError(f"tolerance={tolerance} must be at least 0: how far from the target the rates may be")
@@ -105,14 +105,14 @@ def calibrate(
 def _measure(
     model: nn.Module, data: Iterable[Any], controller: BudgetController, before: int
 ) -> tuple[RateCount, Tensor, int, int]:
-    """The rates and the counts of the data of all ranks, the mean number of tokens of a row, and the batches of this
+    """Return rates and counts over all ranks, the mean number of tokens of a row, and the number of batches of this
     rank.
 
     Args:
-        model: in evaluation mode.
-        data: of this rank.
-        controller: counts.
-        before: batches of this rank in the pass before; 0 in the first.
+        model: the model in evaluation mode.
+        data: batches of this rank.
+        controller: counts the tokens by margin.
+        before: number of batches of this rank in the previous pass; 0 in the first.
     """
     device, layers = device_and_dtype(model, None, None)[0], tuple(router.names for router in controller.routers)
     shapes = (
@@ -133,15 +133,12 @@ def _measure(
         sizes += sizes.new_tensor([1, inputs.shape[0], tokens, 0])
     own = int(sizes[0])
     sizes[3] = int(before > 0 and own == 0)
-    # Once in a pass and in one piece, so that the ranks meet however many batches each of them has.
-    total = over_all_ranks(torch.cat([sizes, active.flatten(), counts.flatten()]))
-    sizes, active, counts = (
-        part.view(shape)
-        for part, shape in zip(total.split([math.prod(shape) for shape in shapes]), shapes, strict=True)
-    )
+    # Summed once per pass, so that ranks may have different numbers of batches.
+    packed, packed_shapes = pack([sizes, active, counts], "*")
+    sizes, active, counts = unpack(over_all_ranks(packed), packed_shapes, "*")
     batches, rows, tokens, exhausted = sizes.tolist()
     if exhausted:
-        raise InputError(f"calibrate goes through the data several times, and its {ONCE}")
+        raise InputError(f"calibrate iterates over the data several times, and its {ONCE}")
     if not batches:
         raise InputError("calibrate got no batch; give it some of the data that the model is to run on")
     if not tokens:
@@ -150,10 +147,9 @@ def _measure(
 
 
 def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """The batches of this rank, and whether each is a new one.
+    """Yield the batches of this rank, and whether each is new.
 
-    Where the model is sharded, every rank has to run as often as the others: one that has no more batches repeats its
-    last.
+    With a sharded model all ranks have to run equally often: a rank without further batches repeats its last one.
     """
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     sharded |= any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
@@ -200,7 +196,7 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
 
 
 def _numbers(rate: Any) -> Any:
-    """A target as plain numbers."""
+    """Convert a target to plain numbers."""
     if isinstance(rate, Mapping):
         return {name: _numbers(value) for name, value in rate.items()}
     if isinstance(rate, Sequence) and not isinstance(rate, str):
@@ -212,12 +208,12 @@ def _numbers(rate: Any) -> Any:
         )
     try:
         return float(rate)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer above the largest float
         return math.inf
 
 
 def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, str]:
-    """The largest distance from a target, and what was reached there."""
+    """The largest distance from a target, and a description of it."""
     found, gaps, spent = rates.rates.tolist(), [(0.0, "")], []
     for steered in controller.steered:
         name = controller.routers[steered.layer].names[steered.column]
@@ -225,10 +221,10 @@ def _furthest(rates: RateCount, controller: BudgetController) -> tuple[float, st
         spent.append(reached * steered.cost)
         told = (
             f"{name!r} of routed layer {steered.layer} runs at a rate of {reached:.4f}, "
-            f"and {steered.target:g} was asked"
+            f"the target is {steered.target:g}"
         )
         gaps.append((abs(reached - steered.target), told))
     if controller.spec.over == "each" or not spent:
         return max(gaps)
     mean, target = sum(spent) / sum(steered.cost for steered in controller.steered), controller.steered[0].target
-    return abs(mean - target), f"weighted by cost the rates come to {mean:.4f}, and {target:g} was asked"
+    return abs(mean - target), f"weighted by cost the rates sum to {mean:.4f}, the target is {target:g}"

@@ -1,4 +1,4 @@
-"""What can stand in a spec: the registered kinds and their fields, as plain text generated from the spec classes."""
+"""Reference of the registered kinds and their fields, as plain text generated from the spec classes."""
 
 import inspect
 import re
@@ -11,25 +11,25 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from sma.describe import align
-from sma.errors import SpecError, did_you_mean, quote
+from sma.errors import SpecError, did_you_mean, quote, with_article
 from sma.layer import LayerSpec
+from sma.mistakes import BOUNDS
 from sma.repeat import RepeatSpec
 from sma.spec import Spec, families, find_kind, kinds
 
 COLUMNS = 100
 
-# What a spec is made of besides kinds.
+# Parts of a spec that have no kind.
 PARTS: dict[str, type[Spec]] = {"layer": LayerSpec, "repeat": RepeatSpec}
 
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
-_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 def list_kinds(family: str | None = None) -> str:
     """Every registered kind of a family, or of all, with one sentence each.
 
     Raises:
-        SpecError: there is no such family.
+        SpecError: the family is unknown.
     """
     chosen = families() if family is None else (family,)
     known = {name: kinds(name) for name in chosen}
@@ -48,7 +48,7 @@ def find_kinds(kind: str, family: str | None = None) -> list[type[Spec]]:
     """The spec classes registered under a kind; `layer` and `repeat`, which have no kind, are found too.
 
     Raises:
-        SpecError: nothing is called so; near matches are listed.
+        SpecError: the name is unknown; the message lists similar names.
     """
     if family is not None:
         return [find_kind(family, kind)]
@@ -63,11 +63,11 @@ def find_kinds(kind: str, family: str | None = None) -> list[type[Spec]]:
 
 
 def describe_kind(spec_class: type[Spec]) -> str:
-    """What a kind is, how it is written, and its fields: name, type, default, allowed values and meaning."""
+    """Describe a kind, its notation, and its fields: name, type, default, allowed values and meaning."""
     fields = {name: field for name, field in spec_class.model_fields.items() if name != "kind"}
     kind = spec_class.model_fields["kind"].default if "kind" in spec_class.model_fields else None
-    place = f"{spec_class.__name__} in {spec_class.__module__}"
-    head = f"{kind}: {_article(spec_class.family)} ({place})" if kind else place
+    where = f"{spec_class.__name__} in {spec_class.__module__}"
+    head = f"{kind}: {with_article(spec_class.family)} ({where})" if kind else where
     parts = [f"{head}\n{textwrap.fill(summary(spec_class), COLUMNS)}"]
     keys = [f"kind: {kind}"] * bool(kind) + [f"{name}: ..." for name, field in fields.items() if field.is_required()]
     if keys:
@@ -89,9 +89,7 @@ def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
 
 
 def summary(spec_class: type[Spec]) -> str:
-    """The first sentence on what a spec describes: of the class it builds where its own docstring is only "Spec of
-    `Class`.".
-    """
+    """The first sentence about a spec, from the class that it builds if its docstring is only "Spec of `Class`."."""
     text = inspect.cleandoc(spec_class.__doc__ or "")
     built = re.match(r"Spec of `(\w+)`", text)
     if built:
@@ -102,7 +100,7 @@ def summary(spec_class: type[Spec]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Formulas of docstrings as a terminal can show them."""
+    """Simplify the formulas of a docstring for a terminal."""
     text = re.sub(r"\\math\w+\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text)
     for word, plain in {
@@ -116,10 +114,6 @@ def _plain(text: str) -> str:
         text = text.replace(word, plain)
     text = re.sub(r"_\{([^{}]*)\}", r"_(\1)", text)
     return re.sub(r" +", " ", re.sub(r"[$`\\]", "", text))
-
-
-def _article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _row(name: str, field: FieldInfo) -> list[str]:
@@ -169,7 +163,7 @@ def _allowed(field: FieldInfo) -> str:
     bounds = [
         f"{words} {_number(getattr(item, key))}"
         for item in field.metadata
-        for key, words in _BOUNDS.items()
+        for key, words in BOUNDS.items()
         if hasattr(item, key)
     ]
     return ", ".join([*bounds, *dict.fromkeys(_choices(field.annotation))])

@@ -1,4 +1,4 @@
-"""Saving and loading a model, its spec and its weights; and where its streams stand."""
+"""Saving and loading of models (spec and weights) and of the states of their streams."""
 
 import json
 from collections.abc import Mapping
@@ -33,34 +33,33 @@ from sma.weights import (
 WEIGHTS, SPEC = "model.safetensors", "spec.yaml"
 
 _LONGEST = 1 << 48
-"""Tokens that a stream can have seen at most, which leaves room for all arithmetic with them."""
+"""Maximum number of tokens that a stream can have seen, far below the limits of int64."""
 
 SPEC_BYTES = 4 << 20
-"""Bytes of a spec in a weights file at most."""
+"""Maximum size of a spec in a weights file, in bytes."""
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a model into a folder, replacing what an earlier save left there.
+    """Write a model into a folder, over a model that an earlier save wrote.
 
-    The weights file carries the spec too, and each file is replaced in one step, so an interrupted save leaves the old
-    model or the new one. `spec.yaml` is there to be read and to be run by the recipes. The same model gives the same
-    bytes.
+    The weights file contains the spec too, and each file is replaced atomically, so an interrupted save leaves the old
+    model or the new one. `spec.yaml` is for readers and for the recipes. The same model gives the same bytes.
 
-    What was put around the model or its parts is left out: torch.compile, data parallelism, activation checkpointing,
-    averaged weights (these are what is saved). Parametrised weights are saved as what they come to. Whatever `load`
-    would demand is checked before anything is replaced. Where weights are sharded (FSDP), every rank calls this, and
+    Wrappers of the model or its parts are left out: torch.compile, data parallelism, activation checkpointing, weight
+    averaging (the averaged weights are saved). Parametrised weights are saved as their computed values. All
+    requirements of `load` are checked before a file is replaced. With sharded weights (FSDP) every rank calls this, and
     rank 0 writes.
 
     Args:
-        model: one that was built from a spec, wrapped or not.
-        folder: made where it is missing.
+        model: a model that was built from a spec, wrapped or not.
+        folder: folder of the model, created if missing.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the folder cannot be written, or `load` could not build this model again: it has no spec, its
-            parts or weights are no longer those of its spec, or they are no plain numbers.
+        CheckpointError: the folder cannot be written, or `load` could not rebuild this model: it has no spec, its parts
+            or weights differ from those of its spec, or a weight is not a dense tensor.
     """
     folder = Path(folder)
     model, core = unwrapped(model)
@@ -81,7 +80,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     )
     sharded = any(hasattr(tensor, "full_tensor") for tensor in given.values())
     tensors = {}
-    for name in sorted(given):  # in one order on all ranks, which gather together
+    for name in sorted(given):  # in the same order on all ranks, which gather together
         tensor = whole_tensor(name, given[name])
         if not sharded or torch.distributed.get_rank() == 0:
             tensors[name] = tensor
@@ -105,12 +104,12 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 
 def _spec_to_save(core: nn.Module) -> tuple[ModelSpec, str]:
-    """The spec of a model as it is read back, and its text."""
+    """The spec of a model as it will be read back, and its text."""
     what = f"cannot save this {type(core).__name__}: its spec"
     try:
         text = json.dumps(dump_spec(core.spec))  # type: ignore[arg-type]
         spec = load_spec(json.loads(text))
-    except Exception as error:  # specs of others have methods of their own
+    except Exception as error:  # third-party specs have their own methods
         raise CheckpointError(
             f"{what} cannot be read back: {error if isinstance(error, SmaError) else reason(error)}"
         ) from error
@@ -126,7 +125,7 @@ def _spec_to_save(core: nn.Module) -> tuple[ModelSpec, str]:
 
 
 def _on_first_rank(write: Any) -> None:
-    """Write on rank 0 only; the others wait, and fail where it fails."""
+    """Write on rank 0 only; the others wait, and raise its error."""
     failed: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -139,18 +138,18 @@ def _on_first_rank(write: Any) -> None:
 
 
 def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> SequenceModel:
-    """Build the model that `save` wrote into a folder, in evaluation mode.
+    """Load a model that `save` wrote, in evaluation mode.
 
-    Before anything is allocated, the names, shapes and dtypes in the file are compared with those that its spec builds.
-    The file is opened once: while another process saves, this is the old model or the new one.
+    Names, shapes and dtypes in the file are compared with those of its spec before memory is allocated. The file is
+    opened once: while another process saves, this loads the old model or the new one.
 
     Args:
-        folder: one that `save` wrote, or a run of the recipes, which has it in `model/`.
-        device: where to put the model; on `meta` it has sizes and no weights. None: where torch makes tensors now.
+        folder: a folder that `save` wrote, or the run folder of a recipe, which has it in `model/`.
+        device: device of the model; on `meta` it has no values. None: torch's default device.
 
     Raises:
-        CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or there is no such
-            device.
+        CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or the device does not
+            exist.
     """
     place = usable_device(device, CheckpointError)
     with open_tensors(_weights_file(Path(folder))) as file:
@@ -159,22 +158,22 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
         if place.type == "meta":
             model = reference.to(place)
         else:
-            # With a seed and on the CPU, so that the weights that are replaced at once leave the caller's random states
-            # alone.
+            # With a seed and on the CPU, so that initial weights do not advance the caller's random states.
             with parsing(f"the spec saved in {file.path}", CheckpointError), torch.device("cpu"):
                 model = build(spec, seed=0).to(place)
         present = renamed(file.entries, reference.state_dict())
         tensors = {present.get(name, name): file.read(name, place) for name in file.entries}
     shared = shared_names(model)
     model.load_state_dict(tensors, assign=True)
-    for first, *others in shared:
-        for name in others:  # which were given a copy each
-            _replace(model, name, _at(model, first))
+    for names in shared:  # each name was given a copy
+        owners = [(model.get_submodule(path), leaf) for path, _, leaf in (name.rpartition(".") for name in names)]
+        for owner, leaf in owners[1:]:
+            setattr(owner, leaf, getattr(*owners[0]))
     return model.eval()
 
 
 def _weights_file(folder: Path) -> Path:
-    """The weights in a folder, or in the folder `model` of a run."""
+    """The weights file in a folder, or in the folder `model` of a run."""
     found = next((path for path in (folder / WEIGHTS, folder / "model" / WEIGHTS) if _exists(path)), None)
     if found is None and folder.is_file():
         raise CheckpointError(f"{quote(str(folder))} is a file; give the folder in which sma.save wrote {WEIGHTS}")
@@ -186,7 +185,7 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something stands at a path; what cannot be looked at is said by its reader."""
+    """Whether a path exists; True on errors, which are reported where the file is read."""
     try:
         return path.exists()
     except OSError:
@@ -208,23 +207,24 @@ def _saved_spec(file: TensorFile) -> ModelSpec:
         spec: ModelSpec = load_spec(given)
     except CheckpointError:
         raise
-    except Exception as error:  # JSON, and the validators of others' kinds
+    except Exception as error:  # of JSON, or of validators of third-party kinds
         raise CheckpointError(f"{what}: {error if isinstance(error, SmaError) else reason(error)}") from error
     return spec
 
 
 def _reference(file: TensorFile, spec: ModelSpec) -> SequenceModel:
-    """What the spec builds, without its memory, and known to fit the file."""
+    """Build the model of a spec without memory, and check that the weights of the file fit."""
     held = sum(entry.numel for entry in file.entries.values())
     with parsing(f"the spec saved in {file.path}", CheckpointError):
         try:
             predicted = spec.num_parameters()
-        except TypeError:  # a kind of others that predicts nothing
+        except TypeError:  # a third-party kind without a prediction
             predicted = 0
-        if predicted > held:  # before thousands of layers are made of a few bytes
+        if predicted > held:  # before a small file can make thousands of layers
+            count = f"{predicted:,}" if predicted < 10**18 else "10^18 or more"
             raise CheckpointError(
                 f"{file.path} does not fit its spec: it holds {held:,} numbers, "
-                f"and the spec has {_count(predicted)} parameters; save the model again"
+                f"and the spec has {count} parameters; save the model again"
             )
         try:
             reference = build_without_memory(spec)
@@ -236,27 +236,11 @@ def _reference(file: TensorFile, spec: ModelSpec) -> SequenceModel:
     return reference
 
 
-def _count(number: int) -> str:
-    return f"{number:,}" if number < 10**18 else "10^18 or more"
-
-
-def _at(model: nn.Module, name: str) -> Tensor | None:
-    path, _, leaf = name.rpartition(".")
-    found: Tensor | None = getattr(model.get_submodule(path), leaf)
-    return found
-
-
-def _replace(model: nn.Module, name: str, tensor: Tensor | None) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, tensor)
-
-
 def save_state(state: State, path: str | Path) -> None:
-    """Write where the streams of a model, a layer or a sub-module stand into one safetensors file, in one step.
+    """Write the state of the streams of a model, a layer or a sub-module into one safetensors file, atomically.
 
     Raises:
-        CheckpointError: the file cannot be written, or there is no state, as in the output of a model that was given
-            none.
+        CheckpointError: the file cannot be written, or the state is None, as in an output without a state.
     """
     path = Path(path)
     parts = {name: whole_tensor(name, tensor) for name, tensor in named_tensors(state).items()}
@@ -274,15 +258,15 @@ def save_state(state: State, path: str | Path) -> None:
 
 
 def load_state(path: str | Path, like: StateKind) -> StateKind:
-    """Read what `save_state` wrote.
+    """Read a state that `save_state` wrote.
 
     Args:
         path: the file.
-        like: a state of the same model for any number of streams, such as `model.init_state(1)`; gives the structure
-            and the device.
+        like: a state of the same model for any number of streams, such as `model.init_state(1)`, which determines
+            structure and device.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is the state of something else.
+        CheckpointError: the file does not exist, is damaged, or holds the state of another model.
     """
     path, wanted = Path(path), named_tensors(like)
     if not wanted:
@@ -300,8 +284,8 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
 
 
 def _check_state(file: TensorFile, like: State) -> None:
-    """Check names, dtypes and sizes; the batch may have any size, and what grows with its stream any length, but one
-    each.
+    """Check names, dtypes and sizes. All tensors have the same batch size, and those that grow with a stream the same
+    length, which are otherwise free.
     """
     wanted, growing = named_tensors(like), _growing(like)
     other = f"{quote(str(file.path))} is the state of another model"
@@ -325,7 +309,7 @@ def _check_state(file: TensorFile, like: State) -> None:
 
 
 def _check_counts(path: Path, state: State) -> None:
-    """Check the numbers of tokens that streams have seen: memory and time are taken by them."""
+    """Check the number of tokens that streams have seen, which determines memory and time."""
 
     def check(part: Any) -> None:
         for field in fields(part):
@@ -351,9 +335,9 @@ def _check_counts(path: Path, state: State) -> None:
 
 
 def _growing(like: State) -> dict[str, str]:
-    """The tensors whose axis 1 grows with the stream, with the state that they belong to."""
+    """Names of the tensors whose axis 1 grows with the stream, each with the path of its state."""
     parts, _ = _pytree.tree_flatten_with_path(
         like, is_leaf=lambda part: isinstance(part, State) and getattr(part, "grows", False)
     )
     owners = [(_pytree.keystr(path), part) for path, part in parts if isinstance(part, State)]
-    return {f"{place}{name}": place for place, part in owners for name in named_tensors(part)}
+    return {f"{path}{name}": path for path, part in owners for name in named_tensors(part)}

@@ -1,4 +1,4 @@
-"""A model in numbers: what each part costs in parameters and MACs, predicted from its spec alone."""
+"""Parameters and MACs of every part of a model, predicted from its spec."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from sma.spec import dump_spec
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model: its kind and what it costs.
+    """One part of a model and its cost.
 
     Attributes:
         name: `backbone`, `router`, `norm`, or the name of a routed sub-module.
-        kind: its registered kind, with what else tells it from others of the kind.
+        kind: its registered kind, with details that distinguish it from others of the kind.
         parameters: predicted number of parameters.
-        macs: MACs of one row at the activation rate asked about; 0 also where the spec predicts none.
-        all_active: the same with every token active.
+        macs: MACs of one row at the given activation rate; 0 also where the spec predicts none.
+        all_active: MACs of one row with every token active.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers that are alike.
+    """A group of equal layers.
 
     Attributes:
-        places: which layers of the model they are, from 0.
+        indices: indices of the layers in the model, from 0.
         parts: the parts of one of them.
     """
 
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     parts: tuple[Part, ...]
 
     @property
@@ -55,9 +55,11 @@ class Layers:
     @property
     def all(self) -> Part:
         """All of them together."""
-        count = len(self.places)
+        count = len(self.indices)
         return _sum(
-            f"layer{'s' if count > 1 else ''} {_ranges(self.places)}", f"{count} alike" if count > 1 else "", self.parts
+            f"layer{'s' if count > 1 else ''} {_ranges(self.indices)}",
+            f"{count} alike" if count > 1 else "",
+            self.parts,
         ).times(count)
 
 
@@ -66,12 +68,12 @@ class Description:
     """What `python -m sma describe` prints: the parts of a model in the order in which its tokens pass them.
 
     Attributes:
-        name: what the spec was called.
-        spec: the model.
-        length: tokens of the row whose MACs are counted.
-        rate: activation rate of the sub-modules whose router is free to choose.
+        name: name of the model in the output.
+        spec: the spec of the model.
+        length: number of tokens of the row whose MACs are counted.
+        rate: activation rate of the sub-modules whose router does not determine it.
         before: encoder and sinusoid.
-        layers: the layers, alike ones together.
+        layers: groups of equal layers.
         after: final norm and head.
     """
 
@@ -89,12 +91,10 @@ class Description:
         return _sum("total", "", (*self.before, *(group.all for group in self.layers), *self.after))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; MACs are those of a whole row, and a layer's numbers are those of
-        one layer.
-        """
+        """Plain data for JSON, with the MACs of a whole row and the numbers of one layer of each group."""
         groups = [
             {
-                "layers": list(group.places),
+                "layers": list(group.indices),
                 **_numbers(group.one),
                 "parts": [_part_numbers(part) for part in group.parts],
             }
@@ -142,12 +142,12 @@ class Description:
     def _lines(self) -> Iterator[Part]:
         yield from self.before
         for group in self.layers:
-            count = len(group.places)
+            count = len(group.indices)
             yield group.all
             for part in group.parts:
-                yield _renamed(part.times(count), f"  {part.name}")
+                yield replace(part.times(count), name=f"  {part.name}")
             if count > 1:
-                yield _renamed(group.one, f"  {group.one.name}")
+                yield replace(group.one, name=f"  {group.one.name}")
         yield from self.after
         yield self.total
 
@@ -161,14 +161,13 @@ class Description:
 
 
 def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: float = 0.25) -> Description:
-    """Predict what every part of a model costs.
+    """Predict the parameters and MACs of every part of a model.
 
     Args:
-        spec: the model.
-        name: what to call it.
-        length: tokens of the row whose MACs are counted.
-        rate: share of the tokens that every routed sub-module runs on, where its router has no
-            `RouterSpec.expected_rate`.
+        spec: the spec of the model.
+        name: name of the model in the output.
+        length: number of tokens of the row whose MACs are counted.
+        rate: activation rate of every routed sub-module whose router has no `RouterSpec.expected_rate`.
 
     Raises:
         SpecError: the length is less than 1, or the rate is not in [0, 1].
@@ -190,21 +189,21 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
         after.append(Part("head", spec.head_spec.kind, spec.head_spec.num_parameters(spec.head_width)))
     keys = {id(layer): layer_key(layer) for layer in {id(layer): layer for layer in spec.layer_specs}.values()}
     alike: dict[str, tuple[LayerSpec, list[int]]] = {}
-    for place, layer in enumerate(spec.layer_specs):
-        alike.setdefault(keys[id(layer)], (layer, []))[1].append(place)
+    for index, layer in enumerate(spec.layer_specs):
+        alike.setdefault(keys[id(layer)], (layer, []))[1].append(index)
     groups = [
-        Layers(tuple(places), tuple(_layer_parts(layer, width, length, rate))) for layer, places in alike.values()
+        Layers(tuple(indices), tuple(_layer_parts(layer, width, length, rate))) for layer, indices in alike.values()
     ]
     return Description(name, spec, length, rate, tuple(before), tuple(groups), tuple(after))
 
 
 def layer_key(layer: LayerSpec) -> str:
-    """What is equal for equal layers; the specs of others need not be hashable."""
+    """A key that is equal for equal layers; third-party specs may not be hashable."""
     return json.dumps(dump_spec(layer), sort_keys=True)
 
 
 def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iterator[Part]:
-    """The parts of a layer in the order in which a token passes them; together they are what `LayerSpec` predicts."""
+    """Yield the parts of a layer in the order of computation; they add up to the predictions of `LayerSpec`."""
     if layer.norm is not None and layer.norm.place == "pre":
         yield _norm(layer.norm, width)
     if layer.backbone is not None:
@@ -245,29 +244,25 @@ def _numbers(part: Part) -> dict[str, Any]:
     return {"parameters": part.parameters, "macs": part.macs, "macs_all_active": part.all_active}
 
 
-def _renamed(part: Part, name: str) -> Part:
-    return replace(part, name=name)
-
-
-def _ranges(places: Sequence[int]) -> str:
-    """`0-2, 4` for 0, 1, 2, 4; cut where the list gets long."""
+def _ranges(indices: Sequence[int]) -> str:
+    """Write 0, 1, 2, 4 as `0-2, 4`, and cut a long list."""
     runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place - 1:
-            runs[-1][1] = place
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
         else:
-            runs.append([place, place])
+            runs.append([index, index])
     texts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
     return ", ".join(texts if len(texts) <= 4 else [*texts[:3], "..."])
 
 
 def align(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lay rows of cells out in columns two blanks apart; the columns in `right` end flush."""
+    """Align rows of cells in columns with two blanks between them; the columns in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]

@@ -1,4 +1,4 @@
-"""Devices: what the user named, checked before anything is put there; and whether autocast is on there."""
+"""Checks of devices, and their autocast state."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,16 +9,15 @@ from sma.errors import InputError, SmaError, quote, reason
 
 
 def usable_device(device: torch.device | str | int | None, error: type[SmaError] = InputError) -> torch.device:
-    """Return the device of a name, with which a tensor can be made here; None is the one on which torch makes tensors
-    now.
+    """Return a device by name, after a check that it works; None is torch's default device.
 
     Raises:
-        SmaError: `error`: torch has none of this name, or not here; says which there are.
+        SmaError: `error`: the device does not exist; the message lists those that do.
     """
     try:
         found = torch.get_default_device() if device is None else torch.device(device)
         torch.empty(1, device=found)
-    except Exception as cause:  # every kind of device refuses in its own way
+    except Exception as cause:  # the exception depends on the kind of device
         raise error(
             f"the device {quote(device)} cannot be used: {reason(cause)}; there are {', '.join(devices())}"
         ) from cause
@@ -26,20 +25,18 @@ def usable_device(device: torch.device | str | int | None, error: type[SmaError]
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast converts what is computed on a device now; on `meta`, about which torch cannot be asked, it
-    converts nothing.
-    """
+    """Whether autocast is enabled on a device; False on `meta`, where torch has no autocast."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this rank holds a part."""
+    """Whether a tensor is a DTensor, of which this rank holds a shard."""
     return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the dtypes that stand there, whatever autocast says."""
-    # Entering the context costs a step of a stream more than a router's scores do.
+    """Disable autocast temporarily."""
+    # Conditional, because in a step of a stream the context costs more than the scores of a router.
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 

@@ -19,10 +19,9 @@ class EncoderSpec(Spec):
     """Root of the encoder kinds.
 
     Attributes:
-        reads: inputs of a position: the id of a token, one number, or a vector of numbers; None: something else, which
-            no task checks.
-        scores_tokens: whether the encoder scores tokens too: `forward(hidden, scores=True)`, the tied output of a
-            language model.
+        reads: input of a position: the id of a token, one number, or a vector of numbers; None for other inputs, which
+            tasks do not check.
+        scores_tokens: whether `forward(hidden, scores=True)` scores tokens, as the tied output of a language model.
     """
 
     family: ClassVar[str] = "encoder"
@@ -43,7 +42,7 @@ class Encoder(nn.Module):
     """From the inputs of a task to vectors.
 
     Attributes:
-        input_dtype: to which an error says to convert inputs that are no tensors; None where any will do.
+        input_dtype: dtype of the conversion proposed for inputs that are not tensors; None for any.
     """
 
     input_dtype: torch.dtype | None = torch.float32
@@ -52,7 +51,7 @@ class Encoder(nn.Module):
         """Check shape and dtype of a batch of inputs.
 
         Raises:
-            InputError: what was given and what is required.
+            InputError: they do not fit; the message gives what is required.
         """
 
     def random_inputs(self, rows: int, length: int) -> Tensor:
@@ -119,8 +118,8 @@ class TokenEmbedding(Encoder):
     def check(self, inputs: Tensor) -> None:
         """Check shape, dtype and range of the ids; see `Encoder.check`."""
         check_integers(inputs, "token ids are", {"B": None, "L": None})
-        # On an accelerator the range check would wait for the device, and a compiled graph cannot raise; there the
-        # embedding itself reports ids out of range.
+        # An accelerator would have to wait for the range check, and a compiled graph cannot raise; there the embedding
+        # itself reports ids out of range.
         if not torch.compiler.is_compiling() and inputs.device.type == "cpu" and inputs.numel():
             low, high = (int(bound) for bound in _signed(inputs).aminmax())
             if low < 0 or high >= self.spec.vocabulary:
@@ -138,12 +137,12 @@ class TokenEmbedding(Encoder):
     def forward(
         self, inputs: Integer[Tensor, "B L"] | Float[Tensor, "*N D"], *, scores: bool = False
     ) -> Float[Tensor, "*N E"]:
-        """Look the vectors up; or, with `scores`, score every id.
+        """Look up the vectors; with `scores`, score every id.
 
         Args:
-            inputs: ids; with `scores` hidden states.
-            scores: return the inner products with every id's vector, the tied output of a language model. A call of the
-                module, so that its hooks run and weights that are sharded are there.
+            inputs: ids; with `scores`, hidden states.
+            scores: return the inner products with the vectors of all ids, the tied output of a language model. It is
+                part of `forward` so that hooks run and sharded weights are gathered.
         """
         if scores:
             return nn.functional.linear(inputs, self.weight.to(inputs.dtype))
@@ -154,12 +153,12 @@ class TokenEmbedding(Encoder):
         return vectors * self.weight.shape[1] ** 0.5 if self.spec.scaled else vectors
 
     def scores(self, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N V"]:
-        """The inner product with every id's vector: `self(hidden, scores=True)`."""
+        """Return `self(hidden, scores=True)`, the inner products with the vectors of all ids."""
         return cast(Tensor, self(hidden, scores=True))
 
 
 def _signed(ids: Tensor) -> Tensor:
-    """Ids in a dtype that torch computes with; those of uint64 from 2^63 on become negative."""
+    """Convert ids to a dtype that torch computes with; uint64 ids from 2^63 on become negative."""
     return ids.long() if ids.dtype in _UNSIGNED else ids
 
 
@@ -178,7 +177,7 @@ class RealNumberSpec(EncoderSpec):
 
 
 class RealNumber(Encoder):
-    """x w + b for a sequence of single numbers: pixels, samples of a sound. w ~ N(0, 1), b ~ N(0, 0.1).
+    """x w + b for a sequence of single numbers, such as pixels or audio samples. w ~ N(0, 1), b ~ N(0, 0.1).
 
     Shape:
         numbers `(B, L)` in, `(B, L, D)` out.
@@ -244,7 +243,6 @@ class LinearEncoder(Encoder):
         """Encode every position."""
         out: Tensor = self.linear(inputs)
         if autocasts(inputs.device):
-            # The residual stream starts here and is not narrowed by autocast. The weight of a map that was replaced may
-            # be packed.
+            # Autocast must not narrow the residual stream, which starts here. A replaced map may have a packed weight.
             return out.to(floating_dtype(self.linear) or out.dtype)
         return out

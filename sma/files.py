@@ -1,4 +1,4 @@
-"""Files: read with bounds, written whole or not at all."""
+"""Bounded reads and atomic writes of files."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ from filelock import lock_descriptor
 from sma.errors import DataError, SmaError, quote, reason
 
 DRAFT = ".draft"
-"""How the name of a file ends that is being written, and of one whose writer was killed."""
+"""Suffix of files that are being written, or whose writer was killed."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -26,14 +26,13 @@ _KINDS = {
 
 
 def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedReader:
-    """Open a plain file for reading; its handle has a size (`os.fstat`), which a pipe or a device has not.
+    """Open a regular file for reading.
 
     Raises:
-        SmaError: `error`: there is none, it cannot be read, or it is a pipe, a device or a folder. Nothing is waited
-            for.
+        SmaError: `error`: it does not exist, cannot be read, or is a pipe, a device or a folder. It never blocks.
     """
     try:
-        # Without blocking: opening a pipe waits for its writer.
+        # Without O_NONBLOCK, the opening of a pipe waits for its writer.
         handle = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         )
@@ -48,10 +47,10 @@ def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedRe
 
 
 def check_file(path: str | Path, error: type[SmaError] = DataError) -> int:
-    """Check that a path names a plain file, for readers that open it themselves, and return its size in bytes.
+    """Check that a path names a regular file, for readers that open it themselves, and return its size in bytes.
 
     Raises:
-        SmaError: `error`: there is none, or it is a pipe, a device or a folder.
+        SmaError: `error`: it does not exist, or is a pipe, a device or a folder.
     """
     try:
         found = os.stat(path)
@@ -62,7 +61,7 @@ def check_file(path: str | Path, error: type[SmaError] = DataError) -> int:
 
 
 def _shown(path: str | Path) -> str:
-    """A path whole, if it can be one."""
+    """Quote a path; completely, unless it is too long for a path."""
     return repr(str(path)) if len(str(path)) <= 4096 else quote(str(path))
 
 
@@ -75,7 +74,7 @@ def read_file(path: str | Path, limit: int, error: type[SmaError] = DataError) -
     """Read a whole file of at most `limit` bytes.
 
     Raises:
-        SmaError: `error`: it is no plain file, cannot be read, or is longer.
+        SmaError: `error`: it is not a regular file, cannot be read, or is longer.
     """
     with open_file(path, error) as file:
         try:
@@ -90,21 +89,20 @@ def read_file(path: str | Path, limit: int, error: type[SmaError] = DataError) -
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in the place of `path` in one step.
+    """Let `write` fill a temporary file beside `path`, then rename it to `path` atomically.
 
-    Whatever goes wrong, `path` holds its old content or the whole new one, and the temporary file is gone. A process
-    that is killed leaves its own behind, without the lock that it had on it: the next call for the same path, by
-    whichever process, removes it. A new file has the mode that the process gives its files (umask), one that is
-    replaced keeps its own.
+    After an error `path` has its old content, and the temporary file is removed. A killed process leaves its temporary
+    file, unlocked, which the next call for the same path in any process removes. A new file has the default mode of the
+    process (umask); a replaced one keeps its mode.
     """
     _remove_abandoned(path.parent, f".{path.name}.")
     temporary, handle = _locked_draft(path)
     try:
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-        write(temporary)  # which may put a file of its own there, as some libraries do
+        write(temporary)  # which may replace the file, as some libraries do
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        with suppress(OSError):  # some file systems have no modes; last, because the file may be for reading only
+        with suppress(OSError):  # some file systems have no modes; last, because the file may become read-only
             if stat.S_IMODE(temporary.stat().st_mode) != mode:
                 temporary.chmod(mode)
         if sys.platform == "win32":
@@ -120,13 +118,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _locked_draft(path: Path) -> tuple[Path, int]:
-    """A new draft beside `path`, and its open file, which holds the lock that says that it is being written."""
+    """Create a draft beside `path`; return it and its open file, which holds a lock while it is being written."""
     while True:
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
-        # Not tempfile: its files are private, and what the umask would have made of them is not known.
+        # Not tempfile, whose files ignore the umask.
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            # Between these two steps another process may have taken it for abandoned.
+            # Before the lock another process may have removed it as abandoned.
             if lock_file(handle) is False or not _stands_at(draft, handle):
                 os.close(handle)
                 continue
@@ -138,15 +136,15 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
 
 
 def lock_file(handle: int, *, wait: bool = False) -> bool | None:
-    """Lock an open file or folder until it is closed or its process ends, however that ends.
+    """Lock an open file or folder until it is closed or its process ends.
 
     Args:
-        handle: of the file or folder.
-        wait: until no other process has it locked.
+        handle: handle of the file or folder.
+        wait: whether to wait until no other process holds the lock.
 
     Returns:
-        whether it is locked now; None on Windows, where a lock would keep the holder's other handles out too, and
-            where the file system has no locks.
+        whether it is locked now; None on file systems without locks, and on Windows, where a lock would exclude other
+            handles of its holder too.
     """
     if sys.platform == "win32":
         return None
@@ -157,15 +155,16 @@ def lock_file(handle: int, *, wait: bool = False) -> bool | None:
 
 
 def _stands_at(path: Path, handle: int) -> bool:
-    """Whether a path still names the file that is open, and is no link to it."""
+    """Whether a path still names the open file, not through a link."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
     return False
 
 
 def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
-    """Delete the drafts whose names begin like this and that nobody writes any more; where that cannot be known, none
-    unless alone.
+    """Delete the drafts with this prefix that no process is writing.
+
+    Where files cannot be locked, drafts are deleted only with `alone`.
     """
     with suppress(OSError):
         found = [path for path in folder.iterdir() if path.name.startswith(prefix) and path.name.endswith(DRAFT)]
@@ -186,8 +185,8 @@ def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder; what another process is writing stays.
+    """Delete the drafts of killed processes in a folder, but not those that a process is writing.
 
-    Where files cannot be locked, no other process may be writing into the folder.
+    Where files cannot be locked, no other process may write into the folder.
     """
     _remove_abandoned(folder, ".", alone=True)

@@ -1,4 +1,4 @@
-"""Versions of the files of weights, and the names that have changed from one to the next."""
+"""Format versions of weights files, and renamed weights between them."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
@@ -7,7 +7,7 @@ from typing import Any
 from sma.errors import CheckpointError
 
 FORMAT = 2
-"""Version of the files that are written now. Files without a version are those of version 0."""
+"""Version of new files. Files without a version have version 0."""
 
 # The weights of a linear map, parametrised by torch.nn.utils.parametrizations or not.
 _OF_A_MAP = r"(?=\.(parametrizations\.)?(weight|bias)(\.\w+)?$)"
@@ -19,15 +19,15 @@ RENAMED = (
     (re.compile(r"(^|\.)fused" + _OF_A_MAP), r"\1in_proj"),
     (re.compile(r"(^|\.)out" + _OF_A_MAP), r"\1out_proj"),
 )
-"""Patterns of names of weights, and what stands in their place."""
+"""Patterns of former names of weights, and their replacements."""
 
 
 def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     """The present names of weights under former names.
 
     Args:
-        names: of a file.
-        wanted: what the model has. A name that it has is not a former one.
+        names: names in a file.
+        wanted: names in the model, which are not former names.
     """
     found = {}
     for name in names:
@@ -40,12 +40,12 @@ def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
 
 
 def rename(weights: MutableMapping[str, Any], wanted: Collection[str], prefix: str = "") -> None:
-    """Give weights under former names their present ones, in place.
+    """Rename weights with former names to their present names, in place.
 
     Args:
-        weights: by name.
-        wanted: names of the model.
-        prefix: of the names of this model in `weights`.
+        weights: weights by name.
+        wanted: names in the model.
+        prefix: prefix of the names of this model in `weights`.
     """
     own = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
     for former, present in renamed(own, wanted).items():
@@ -56,7 +56,7 @@ def check_format(metadata: Mapping[str, Any], what: str) -> None:
     """Check the version of a file.
 
     Raises:
-        CheckpointError: it is newer than this version of the project, or none.
+        CheckpointError: it is invalid, or newer than this version of the project supports.
     """
     found = str(metadata.get("format_version", 0))
     if not found.isascii() or not found.isdigit() or int(found) > FORMAT:

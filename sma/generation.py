@@ -14,9 +14,8 @@ from sma.memory import check_memory
 from sma.model import LanguageModel
 from sma.model_output import ModelState
 
-# Tokens of a prompt that are read at once: enough to keep the products large, and memory small however long the prompt
-# is.
 CHUNK = 4096
+"""Tokens of a prompt that are read at once: large matrix products, in bounded memory for long prompts."""
 
 _EMPTY = "the prompt is empty; give at least one token per row"
 _FEWER = "draw fewer samples at once, or give fewer prompts"
@@ -34,19 +33,19 @@ def generate(
     samples: int = 1,
     valid: Bool[Tensor, "B L"] | None = None,
 ) -> Iterator[Int[Tensor, "R"]]:
-    """Continue prompts, one token at a time, each as soon as it is drawn.
+    """Continue prompts, and yield each token as soon as it is drawn.
 
-    The prompt is read once, in chunks; from then on every token costs the same, however long the text has become, in a
-    model whose sub-modules look back over a window. The model should be in evaluation mode.
+    The prompt is read once, in chunks. In a model whose attention has a window, every token then costs the same,
+    independently of the length of the text. The model should be in evaluation mode.
 
     Args:
         model: a causal language model.
         prompt: token ids, at least one valid one per row.
-        tokens: how many to draw per row.
-        temperature: scores are divided by it; below 1 is more cautious, 0 takes the most probable token.
+        tokens: number of tokens to draw per row.
+        temperature: divisor of the scores; below 1 sharpens the distribution, 0 takes the most probable token.
         top_k: draw from the k most probable tokens only.
-        top_p: draw from the most probable tokens whose probabilities add up to p, in (0, 1].
-        seed: of the draws; the same seed gives the same text on the same machine.
+        top_p: draw from the most probable tokens whose probabilities sum to p, in (0, 1].
+        seed: seed of the draws; the same seed gives the same text on the same machine.
         samples: continuations per prompt; the prompt is read once for all of them.
         valid: False at padding of the prompt, on whichever side.
 
@@ -54,14 +53,14 @@ def generate(
         the next token of each of R = B x samples rows; the samples of a prompt are neighbours.
 
     Raises:
-        InputError: a setting out of its range, or a row without a valid token.
+        InputError: a setting is out of range, or a row has no valid token.
     """
     _check(model, prompt, valid, tokens, temperature, top_k, top_p, samples)
     check_count(seed, "seed", -(2**63))
     if seed >= 2**64:
         raise InputError(f"seed={quote(seed)} must have at most 64 bits")
     _check_rows(model, prompt, samples)
-    # A generator function would raise only when the first token is asked for.
+    # A generator function would raise only when the first token is requested.
     return _generate(
         model,
         prompt,
@@ -98,10 +97,10 @@ def _generate(
     )
     rows = torch.arange(prompt.shape[0], device=prompt.device).repeat_interleave(samples)
     logits, state = logits.index_select(0, rows), state.select(rows)
-    for place in range(tokens):
+    for step in range(tokens):
         token = draw(logits, generator, temperature=temperature, top_k=top_k, top_p=top_p)
         yield token
-        if place + 1 < tokens:
+        if step + 1 < tokens:
             output = model(token[:, None], state=state)
             logits, state = cast(Tensor, output.logits)[:, 0], cast(ModelState, output.state)
 
@@ -112,7 +111,7 @@ def read(
     """Read prompts in chunks.
 
     Returns:
-        the scores `(B, V)` of the token after each row's last valid one, and where the streams stand.
+        the scores `(B, V)` of the token after the last valid one of each row, and the state of the streams.
     """
     state = model.init_state(prompt.shape[0])
     logits = None
@@ -126,8 +125,7 @@ def read(
         if mask is None:
             logits = scores[:, -1]
             continue
-        places = torch.arange(mask.shape[1], device=mask.device)
-        last = places.where(mask, -1).amax(1)
+        last = torch.arange(mask.shape[1], device=mask.device).where(mask, -1).amax(1)
         found = scores[torch.arange(mask.shape[0], device=mask.device), last.clamp(min=0)]
         logits = found if logits is None else found.where((last >= 0)[:, None], logits)
     if logits is None:
@@ -143,9 +141,7 @@ def draw(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Int[Tensor, "R"]:
-    """Draw one token per row from softmax(logits / temperature), cut to the `top_k` or `top_p` most probable; see
-    `generate`.
-    """
+    """Draw one token per row from softmax(logits / temperature), restricted by `top_k` and `top_p`; see `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
     scores = logits.double() / temperature
@@ -155,7 +151,7 @@ def draw(
     probability = scores.softmax(-1)
     if top_p is not None and top_p < 1:
         ranked, order = probability.sort(dim=-1, descending=True)
-        # A token stays while the more probable ones before it have not reached p: the first always does.
+        # A token stays while the probabilities before it sum to less than p, so the first one always stays.
         ranked = ranked.where(ranked.cumsum(-1) - ranked < top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, ranked)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
@@ -192,7 +188,7 @@ def _check(
     check_valid(prompt, valid)
     if valid is not None and not bool(valid.any(1).all()):
         row = int((~valid.any(1)).nonzero()[0])
-        raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one to go on from")
+        raise InputError(f"row {row} of the prompt has no valid token; every row needs at least one")
     check_count(tokens, "tokens")
     check_count(samples, "samples", 1)
     check_number(temperature, "temperature")

@@ -1,4 +1,4 @@
-"""Heads: from what the layers computed to the scores of a task."""
+"""Heads: from pooled hidden states to the scores of a task."""
 
 from typing import ClassVar, Literal
 

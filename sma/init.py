@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 def truncated_normal_(tensor: Tensor, std: float = 0.02) -> Tensor:
-    """Fill a tensor from a normal distribution of mean 0, cut at two standard deviations."""
+    """Fill a tensor from a normal distribution of mean 0, truncated at two standard deviations."""
     return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
 
 
 @torch.no_grad()
 def reset_linear_(linear: nn.Linear, std: float = 0.02) -> None:
-    """Draw the weights of a linear map; its bias, if it has one, starts at 0."""
+    """Draw the weights of a linear map from a truncated normal distribution, and set its bias to 0."""
     truncated_normal_(linear.weight, std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
@@ -22,13 +22,11 @@ def reset_linear_(linear: nn.Linear, std: float = 0.02) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the random state that a seed gives, on the device on which torch makes tensors now; then put the old
-    states back.
-    """
-    place = torch.get_default_device().type
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if place == "cuda" else []):
-        if place in ("cpu", "meta"):
-            torch.default_generator.manual_seed(seed)  # and not torch.manual_seed, which seeds every accelerator
+    """Seed torch's default device temporarily, and restore its random state afterwards."""
+    device = torch.get_default_device().type
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
+        if device in ("cpu", "meta"):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds all accelerators
         else:
             torch.manual_seed(seed)
         yield

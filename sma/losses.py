@@ -1,12 +1,13 @@
-"""Losses of routing, as functions of decisions: nothing is stored on a module, so recomputation cannot count one twice.
+"""Losses of routing, as functions of decisions. Nothing is stored on modules, so recomputation cannot count one twice.
 
-Each takes the decisions of one forward pass, one per routed layer as `ModelOutput.decisions`, and gives one number that
-is added to the loss of the task with a weight.
+Each takes the decisions of one forward pass, one per routed layer as in `ModelOutput.decisions`, and returns a scalar
+to be added to the loss of the task with a weight.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -20,13 +21,13 @@ def budget_loss(
 ) -> Float[Tensor, ""]:
     r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
 
-    The value is that of the real rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too.
-    It is 0, and its gradient 0, exactly at the target, and for a batch without a valid token, which has no rate. A
-    gentle alternative to `sma.budget.BudgetController`, which does not change the loss.
+    The value uses the actual rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. Value
+    and gradient are 0 exactly at the target, and for a batch without a valid token, which has no rate. It is an
+    alternative to `sma.budget.BudgetController`, which does not change the loss.
 
     Args:
         decisions: one per routed layer.
-        target: the rate, in [0, 1]: one for all, or one per sub-module; sub-modules that are not named are left alone.
+        target: the rate, in [0, 1]: one for all sub-modules, or one per name; others are not affected.
         valid: False at padding; None where there is none.
 
     Raises:
@@ -36,22 +37,22 @@ def budget_loss(
     gaps = []
     targets = _targets(decisions, target)
     for decision in decisions:
-        chosen = [place for place, name in enumerate(decision.names) if name in targets]
+        chosen = [index for index, name in enumerate(decision.names) if name in targets]
         if chosen:
             soft = _mean(decision.p_on, valid)[chosen]
             real = decision.rate(valid).to(soft.dtype)[chosen]
-            wanted = soft.new_tensor([targets[decision.names[place]] for place in chosen])
+            wanted = soft.new_tensor([targets[decision.names[index]] for index in chosen])
             gaps.append((real + (soft - soft.detach()) - wanted) * _has_tokens(decision, valid))
     return torch.cat(gaps).square().mean() if gaps else _zero(decisions)
 
 
 def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
-    r"""How unevenly the sub-modules of a layer are used: $M \sum_m f_m P_m$, meant over the layers; 1 where they are
-    used alike.
+    r"""How unevenly the sub-modules of a layer are used: the mean of $M \sum_m f_m P_m$ over the layers; 1 for uniform
+    use.
 
-    f is each sub-module's share of the layer's activations and P its share of the mean probability `p_on`; the gradient
-    goes through P. For routers under which sub-modules compete (`top_k`, `exclusive`); a layer of one sub-module
-    gives 1.
+    f is the share of a sub-module in the activations of the layer, P its share in the mean probability `p_on`. The
+    gradient flows through P. It is for routers under which sub-modules compete (`top_k`, `exclusive`); a layer with one
+    sub-module gives 1.
 
     Args:
         decisions: one per routed layer.
@@ -74,14 +75,13 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
 def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
     r"""How large the scores are: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
 
-    u are the two scores of the decision, score bias included, before the temperature. Keeps scores small, where half
-    precision and the softmax still tell them apart.
+    u are the two scores of the decision, with the score bias, before the temperature. The loss keeps scores small,
+    where half precision and the softmax still distinguish them.
 
-    The paper's sum runs over the scores of all experts of a token, once per token. Here it runs over the pair of each
-    sub-module: for `sma`, `gumbel` and `bernoulli`, which have a softmax for each, that is the same equation; under
-    `threshold` and `expert_choice` $u_0$ is the threshold; where sub-modules compete (`exclusive`, `top_k`) $u_0$ is
-    the best score against which the sub-module stands, so that of n scores that are all 0 it gives $(\log 2)^2$ and not
-    $(\log n)^2$.
+    In the paper the sum runs over the scores of all experts of a token, once per token; here over the pair of each
+    sub-module. For `sma`, `gumbel` and `bernoulli`, which have a softmax per sub-module, that is the same equation.
+    Under `threshold` and `expert_choice` $u_0$ is the threshold. Where sub-modules compete (`exclusive`, `top_k`)
+    $u_0$ is the best competing score, so n scores that are all 0 give $(\log 2)^2$, not $(\log n)^2$.
 
     Args:
         decisions: one per routed layer.
@@ -104,21 +104,20 @@ def policy_gradient_loss(
 ) -> Float[Tensor, ""]:
     r"""The score function of sampled decisions: minus the mean of $A_{bt} (a_{bt} - p_{bt}) (u_1 - u_0)_{bt}$.
 
-    a is the draw, p its probability and u are the scores, so that the gradient is that of $A \log P(a)$: an unbiased
-    estimate of that of the expected loss over the draws, up to the positive factors by which the advantages A are
-    standardised. Its value means nothing. The advantage says how much less a row lost than the other rows of the batch,
-    in standard deviations. Where losses are given at positions, it counts those from the token's own position on: a
-    causal model owes a token nothing that came before it, and the variance is less. The mean is over valid tokens,
-    sub-modules and layers.
+    a is the draw, p its probability and u are the scores, so the gradient is that of $A \log P(a)$: an unbiased
+    estimate of the gradient of the expected loss over the draws, up to the positive factors that standardise the
+    advantages A. Only the gradient is meaningful, not the value. The advantage is the number of standard deviations by
+    which the loss of a row is below that of the other rows of the batch. With losses by position it sums those from the
+    token's own position on: in a causal model a token does not affect earlier losses, and the variance is smaller. The
+    mean is over valid tokens, sub-modules and layers.
 
     Args:
-        decisions: those of routers that sample, whose `p_on` is the probability of having been active.
-        losses: of every row; or, of a causal model, of every position, 0 where nothing is asked. Their gradient is not
-            used.
+        decisions: decisions of routers that sample, whose `p_on` is the probability of being active.
+        losses: loss of every row; or, of a causal model, of every position, 0 where there is no target. Their gradient
+            is not used.
         valid: False at padding; None where there is none.
-        rates_are_held: a budget holds the rates, so that only the differences between tokens count: the gradient then
-            has a mean of 0 over the tokens. Without this, what all tokens have in common and the budget work against
-            each other without end.
+        rates_are_held: whether a budget holds the rates, so that only differences between tokens count. The gradient
+            then has mean 0 over the tokens; its common part and the budget would counteract each other.
 
     Raises:
         InputError: the losses or the mask do not fit.
@@ -140,17 +139,17 @@ def policy_gradient_loss(
     total = []
     for decision in decisions:
         drawn = decision.active.double() - decision.p_on.detach()
-        praise_BLM = (advantage_BL[..., None] * drawn).where(valid[..., None], 0)
+        reward_BLM = (advantage_BL[..., None] * drawn).where(valid[..., None], 0)
         if rates_are_held:
-            praise_BLM = praise_BLM - _mean(praise_BLM, valid)
+            reward_BLM = reward_BLM - _mean(reward_BLM, valid)
         margins = decision.logits[..., 1] - decision.logits[..., 0]
-        total.append(_mean(praise_BLM.to(margins.dtype) * margins, valid).mean())
+        total.append(_mean(reward_BLM.to(margins.dtype) * margins, valid).mean())
     return -torch.stack(total).mean()
 
 
 def _advantage(losses: Tensor, valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
-    """Standard deviations by which each row loses less than the mean of the rows that have a token there."""
-    ahead = losses[:, None].expand(valid.shape) if losses.ndim == 1 else losses.flip(1).cumsum(1).flip(1)
+    """Standard deviations by which the loss of each row is below the mean of the rows that have a token there."""
+    ahead = repeat(losses, "B -> B L", L=valid.shape[1]) if losses.ndim == 1 else losses.flip(1).cumsum(1).flip(1)
     ahead = ahead.double().where(valid, 0)
     count = valid.sum(0).clamp(min=1)
     gap = (ahead.sum(0) / count - ahead).where(valid, 0)

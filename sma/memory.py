@@ -1,4 +1,4 @@
-"""Memory: what there is, and a refusal of what cannot fit before anything is allocated."""
+"""Free memory, and checks of memory requirements before allocation."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -14,33 +14,30 @@ from torch import Tensor
 from sma.errors import InputError, SmaError, SpecError
 
 ALWAYS_FITS = 1 << 26
-"""Bytes that are allocated without asking whether they are free, so that small models and states pay nothing for the
-check.
-"""
+"""Size in bytes below which free memory is not checked, so that the check costs small models and states nothing."""
 
 ADDRESSABLE = (1 << 63) - 1
-"""Bytes that a tensor can have at most, wherever it lies."""
-
+"""Maximum size of a tensor in bytes on any device."""
 
 FEWER = "take fewer streams or a shorter window"
-"""What to do about a state that does not fit."""
+"""Advice for a state that does not fit."""
 
 
 def free_memory(device: torch.device | str | None = None) -> int | None:
-    """Return the bytes that can still be allocated on a device; None where the system does not say.
+    """Return the number of bytes that can be allocated on a device; None where it is unknown.
 
-    Of the main memory this is the least of what the system has available (page cache that it would give up and swap
-    included), what the control groups of the process leave (containers, batch schedulers) and what its resource limits
-    leave. Of an accelerator it is what the driver has, and what torch's allocator keeps for reuse.
+    For main memory this is the minimum of the available memory of the system (with reclaimable page cache and swap) and
+    of the remainders of the control groups (containers, batch schedulers) and resource limits of the process. For an
+    accelerator it is the free memory of the driver and of torch's allocator.
 
     Args:
-        device: default the device on which torch makes tensors now.
+        device: the device; default torch's default device.
     """
     place = torch.get_default_device() if device is None else torch.device(device)
     if place.type == "cpu":
         return min(_main_memory(Path("/")), default=None)
     driver = getattr(torch, place.type, None)
-    with suppress(Exception):  # a driver that is not there, or cannot say
+    with suppress(Exception):  # without a driver, or without its information
         free = int(driver.mem_get_info(place)[0])  # type: ignore[union-attr]
         return free + int(driver.memory_reserved(place)) - int(driver.memory_allocated(place))  # type: ignore[union-attr]
     return None
@@ -54,18 +51,17 @@ def check_memory(
     error: type[SmaError] = SpecError,
     hint: str = "make it smaller",
 ) -> None:
-    """Check that `needed` bytes can be allocated; on the meta device, where nothing is, only that a tensor can be that
-    large.
+    """Check that `needed` bytes can be allocated; on the meta device only that a tensor can have this size.
 
     Args:
-        needed: bytes, an estimate from below.
-        what: is to be allocated; the subject of the sentence, in the singular.
-        device: default the device on which torch makes tensors now.
+        needed: lower bound of the required bytes.
+        what: subject of the message, in the singular.
+        device: the device; default torch's default device.
         error: class of the error.
-        hint: what to do about it.
+        hint: advice at the end of the message.
 
     Raises:
-        SmaError: `error`; says how many bytes are needed and how many are free.
+        SmaError: `error`; the message gives the required and the free bytes.
     """
     if needed <= ALWAYS_FITS:
         return
@@ -80,13 +76,13 @@ def check_memory(
 
 
 def _allocates_nothing(device: torch.device | str | None) -> bool:
-    """Whether tensors have no memory now: on the meta device, or as torch traces with fake ones."""
+    """Whether new tensors have no memory: on the meta device, or while torch traces with fake tensors."""
     probe = torch.empty(0, device=device)
     return probe.is_meta or type(probe) is not Tensor
 
 
 def format_bytes(count: int) -> str:
-    """Write a number of bytes for a sentence: exactly, and in GiB where that is easier to read."""
+    """Format a number of bytes: exactly, with GiB for large ones."""
     if count > ADDRESSABLE:
         return f"about 10^{int((count.bit_length() - 1) * 0.30103)} bytes"
     return f"{count:,} bytes ({count / 2**30:,.1f} GiB)" if count >= 1 << 28 else f"{count:,} bytes"
@@ -95,10 +91,10 @@ def format_bytes(count: int) -> str:
 def zeros(
     shape: Sequence[int], what: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Make a tensor of zeros for a state, where it fits.
+    """Make a tensor of zeros for a state.
 
     Raises:
-        InputError: it does not, or a size is negative; `what` names it in the sentence.
+        InputError: it does not fit into memory, or a size is negative; `what` names it in the message.
     """
     if min(shape, default=0) < 0:
         raise InputError(f"{what} has the sizes {tuple(shape)}; none may be negative")
@@ -108,13 +104,13 @@ def zeros(
 
 
 def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for the method `build` of a spec: refuse parameters that cannot fit before any of them is made.
+    """Decorator for the method `build` of a spec: check the memory for its parameters before they are made.
 
-    They are what the spec predicts: `num_parameters` of the same arguments, of a list its length. A spec that predicts
-    nothing, or fails to, is built unchecked.
+    Their number is that of `num_parameters` with the same arguments, and lengths in place of lists. A spec without a
+    working prediction is built unchecked.
 
     Raises:
-        SpecError: the parameters do not fit into what is free where torch makes tensors now.
+        SpecError: the parameters do not fit into the free memory of torch's default device.
     """
 
     @wraps(build)
@@ -122,7 +118,7 @@ def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
         sizes = [len(value) if isinstance(value, Sized) else value for value in (*args, *options.values())]
         try:
             needed = int(self.num_parameters(*sizes)) * torch.get_default_dtype().itemsize
-        except Exception:  # no method, or no arithmetic for these arguments: `build` says what is wrong with them
+        except Exception:  # `build` reports what is wrong with the arguments
             needed = 0
         check_memory(
             needed,
@@ -135,7 +131,7 @@ def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _main_memory(root: Path) -> Iterator[int]:
-    """Every bound on the main memory that this process can still take."""
+    """Yield all upper bounds of the main memory that this process can allocate."""
     numbers = _numbers(root / "proc/meminfo")
     swap = 1024 * numbers.get("SwapFree", 0)
     if "MemAvailable" in numbers:
@@ -148,7 +144,7 @@ def _main_memory(root: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """The folders of the control groups that bound the memory of this process, innermost first, of either version."""
+    """Yield the folders of the control groups, of both versions, that limit the memory of this process."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -156,12 +152,12 @@ def _control_groups(root: Path) -> Iterator[Path]:
             continue
         top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         inner = top / path.strip("/")
-        # In a container the path may be that of the host, and its own group stand at the top.
+        # In a container the path may be that of the host, and the group of the container be at the top.
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top) and folder.is_dir())
 
 
 def _left_in_group(folder: Path, swap: int) -> Iterator[int]:
-    """What a control group leaves; page cache counts as used there, and is given up when memory runs short."""
+    """Yield the memory that a control group leaves, with page cache, which counts as used there but is reclaimable."""
     pages = _numbers(folder / "memory.stat")
     limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
     if limit is not None and used is not None:  # version 2, in which swap has a limit of its own
@@ -186,13 +182,13 @@ def _left_by_limits(root: Path) -> Iterator[int]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The numbers of a file of the kernel, by the words in front of them."""
+    """The numbers in a file of the kernel, by the preceding words."""
     rows = (line.replace(":", " ").split() for line in _text(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _number(path: Path) -> int | None:
-    """The number that a file of the kernel holds; None where it holds none, such as `max`, which is no limit."""
+    """The number in a file of the kernel; None for other text, such as `max`."""
     text = _text(path).strip()
     return int(text) if text.isdigit() else None
 

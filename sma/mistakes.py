@@ -1,4 +1,4 @@
-"""Mistakes in specs as sentences: what pydantic found, in the words of all other errors."""
+"""Mistakes in specs: the errors of pydantic in the format of all other errors."""
 
 from types import UnionType
 from typing import Any
@@ -9,16 +9,15 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from sma.errors import SpecError, did_you_mean, quote
 
 SENTENCES = 10
-"""Mistakes of a spec that one error lists."""
+"""Maximum number of mistakes in one error."""
 
 
 def custom(head: str, tail: str) -> PydanticCustomError:
-    """An error of two halves."""
-    # Two halves, because the path of the field stands between them and is known only at the top.
+    """Make an error of two halves, between which the path of the field is inserted later."""
     return PydanticCustomError("sma", "{head}{tail}", {"head": head, "tail": tail})
 
 
-_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 _TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
@@ -27,13 +26,11 @@ _TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
     "bool_type": (str | int | float, ", true or false"),
     "string_type": (int | float, "; put it in quotes, which in a shell are two: '\"…\"'"),
 }
-"""What is added to what pydantic says of a value of these types."""
+"""Hints after pydantic's message, by type of error, for values of these types."""
 
 
 def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
-    """One pydantic error as one of ours: the class, the field, what was given, what is required, what the field
-    means.
-    """
+    """Convert an error of pydantic to one with class, field, given value, requirement and meaning of the field."""
     loc, given = item["loc"], item["input"]
     if item["type"] == "sma":
         problem = custom(item["ctx"]["head"], item["ctx"]["tail"])
@@ -42,7 +39,7 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
     field = cls.model_fields.get(name)
     meaning = f"; {name}: {field.description}" if field is not None and field.description else ""
     context = item.get("ctx", {})
-    bound = next((f"must be {words} {context[key]}" for key, words in _BOUNDS.items() if key in context), None)
+    bound = next((f"must be {words} {context[key]}" for key, words in BOUNDS.items() if key in context), None)
     if item["type"] == "missing":
         sentence = f"{name!r} is required{meaning}"
     elif item["type"] == "value_error":
@@ -56,7 +53,7 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
         )
         sentence = f"{name}={quote(given)} must be {context['expected']}{near}{meaning}"
     elif loc and loc[-1] == "[key]":
-        # Without the key, which need not be one that a path can be made of.
+        # Without the key, which may not fit into a path.
         sentence, loc = f"the name {quote(given)} must be a text{meaning}", (*loc[:-2], "")
     else:
         types, words = _TYPE_HINTS.get(item["type"], (object, ""))
@@ -64,16 +61,14 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
         sentence = (
             f"{f'{name}=' if name else ''}{quote(given)}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}{meaning}"
         )
-    # The sentence names the field; the path then says only in which part of the spec it stands.
+    # The sentence names the field, so the path ends at its part of the spec.
     return InitErrorDetails(
         type=custom(cls.__name__, f": {sentence}"), loc=() if len(loc) <= 1 else loc[:-1], input=given
     )
 
 
 def spec_error(error: ValidationError | RecursionError) -> SpecError:
-    """All mistakes that a validation found as one error, one sentence each, with the path of the part; the first ones
-    if there are many.
-    """
+    """Convert the mistakes of a validation to one error, with a sentence and a path for each of the first ones."""
     if isinstance(error, RecursionError):
         return SpecError("the spec holds itself, or parts inside each other too deep; write it flat")
     sentences: list[str] = []

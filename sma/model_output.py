@@ -1,4 +1,4 @@
-"""What a model returns, and where its streams stand."""
+"""Output and state of a model."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from sma.submodule import State
 @register_output
 @dataclass(frozen=True)
 class ModelState(State):
-    """Where the streams of a model stand.
+    """State of a model for B streams.
 
     Attributes:
-        seen: valid tokens of each row so far.
+        seen: number of valid tokens of each row so far.
         total: sum of the hidden states of those tokens, in float64.
-        layers: of every layer.
+        layers: states of the layers.
     """
 
     seen: Int[Tensor, "B"]
@@ -30,15 +30,15 @@ class ModelState(State):
 @register_output
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a model returns.
+    """Output of a model.
 
     Attributes:
         hidden: the tokens after the last layer and the final norm; zeros at padding.
-        pooled: mean over the valid tokens of each row, those seen before included; zeros for a row without one.
-        logits: scores: of every row, of every pair of rows, or in a language model of the next token at every position;
+        pooled: mean over the valid tokens of each row, with those of earlier chunks; zeros for a row without any.
+        logits: scores of every row, of every pair of rows, or in a language model of the next token at every position;
             None in a model without a head.
-        decisions: one per layer that routes, in order.
-        state: where the stream stands; None unless one was given.
+        decisions: one per routing layer, in order.
+        state: state of the streams after this call; None unless one was given.
     """
 
     hidden: Float[Tensor, "B L D"]

@@ -30,7 +30,7 @@ class NormSpec(Spec):
 
 
 class Norm(nn.Module):
-    """What a layer normalises with."""
+    """Base of the norms of a layer."""
 
     to_stream: ClassVar[str] = "call model.eval() first"
 
@@ -117,7 +117,7 @@ class ScaleNormSpec(NormSpec):
     """Spec of `ScaleNorm`."""
 
     kind: Literal["scale_norm"] = "scale_norm"
-    affine: bool = Field(default=True, description="learn the number g; false is g = 1")
+    affine: bool = Field(default=True, description="learn the factor g; false sets g = 1")
 
     def build(self, width: int) -> "ScaleNorm":
         return ScaleNorm(self, width)
@@ -127,7 +127,7 @@ class ScaleNormSpec(NormSpec):
 
 
 class ScaleNorm(Norm):
-    r"""$g \, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$ with one learned number g.
+    r"""$g \, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$ with one learned factor g.
 
     Reference:
         Nguyen and Salazar, "Transformers without Tears", arXiv 1910.05895; the mean instead of the sum is the SeqBoat
@@ -166,7 +166,7 @@ class BatchNormSpec(NormSpec):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; torch's own, with a gradient, is deprecated without a public heir."""
+    """Differentiable sum of a tensor over all processes; that of torch is deprecated without a public successor."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -183,35 +183,33 @@ class BatchNorm(Norm, nn.BatchNorm1d):
     r"""$(x - \mathrm{mean}) / \sqrt{\mathrm{var} + \epsilon} \cdot w + b$ per channel, over all valid tokens of the
     batch.
 
-    In training the statistics are the batch's and the running ones are updated (their variance unbiased, as in
-    `torch.nn.BatchNorm1d`); in evaluation the running ones are used. A batch of fewer than two valid tokens has no
-    variance: the running statistics then serve in training too, and are left alone.
+    Training uses the statistics of the batch and updates the running statistics (with the unbiased variance, as
+    `torch.nn.BatchNorm1d`); evaluation uses the running statistics. A batch of fewer than two valid tokens has no
+    variance: training then uses the running statistics too, and does not update them.
 
     With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process
-    with the whole batch would. Every one of them then has to call the norm in training, as under
-    DistributedDataParallel they do.
+    with the whole batch would. Every process then has to call the norm in training, as under DistributedDataParallel.
 
-    A `BatchNorm1d` for torch's own tools: `torch.optim.swa_utils.update_bn` and Lightning's averaging find it.
-    update_bn passes the inputs alone, so padding would count: use `sma.update_statistics` there.
-    `convert_sync_batchnorm` puts torch's `SyncBatchNorm` in its place, which takes no mask, so the layer refuses it and
-    names `synchronized`.
+    As a subclass of `BatchNorm1d` it is found by `torch.optim.swa_utils.update_bn` and by Lightning's averaging.
+    update_bn passes no mask, so padding would count: use `sma.update_statistics` instead. `convert_sync_batchnorm`
+    replaces the norm by torch's `SyncBatchNorm`, which takes no mask; the layer then raises an error that names
+    `synchronized`.
     """
 
     @property
     def causal(self) -> bool:
-        """Only in evaluation: in training a token's result depends on the whole batch."""
+        """False in training, where the result at a token depends on the whole batch."""
         return not self._of_the_batch
 
     def __init__(self, spec: BatchNormSpec, width: int) -> None:
         super().__init__(width, spec.epsilon, spec.momentum, spec.affine)
         self.spec = spec
-        # Counts for `momentum = None` alone, by which the tools above ask for the mean of all batches. No checkpoint
-        # holds it.
+        # Used only with `momentum = None`, by which the tools above request the mean of all batches. Not saved.
         self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
 
     @property
     def _of_the_batch(self) -> bool:
-        # torch.func.replace_all_batch_norm_modules_ takes the running statistics away.
+        # torch.func.replace_all_batch_norm_modules_ removes the running statistics.
         return self.training or self.running_mean is None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
@@ -255,15 +253,15 @@ class BatchNorm(Norm, nn.BatchNorm1d):
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load as any module: `BatchNorm1d` would ask for the counter."""
+        """Load like any module; `BatchNorm1d` would require the counter."""
         nn.Module._load_from_state_dict(self, *args)
 
 
 def check_norm(name: str, norm: nn.Module | None) -> None:
-    """Check that torch did not put a module of its own into the place of a norm.
+    """Check that a norm was not replaced by a norm of torch.
 
     Raises:
-        InputError: says what to use instead.
+        InputError: it was; the message names an alternative.
     """
     if norm is None or isinstance(norm, Norm) or not type(norm).__module__.startswith("torch.nn.modules."):
         return
@@ -276,12 +274,10 @@ def check_norm(name: str, norm: nn.Module | None) -> None:
     raise InputError(f"{what}; use one of sma.norms, a subclass of sma.norms.Norm, or None")
 
 
-# An operator, because a compiler cannot ask: it would keep the answer that it got when it compiled.
+# A custom operator, because a compiler would freeze the value from the time of compilation.
 @torch.library.custom_op("sma::first_pass", mutates_args=())
 def _first_pass(like: Tensor) -> Tensor:
-    """1, but 0 where activation checkpointing runs the forward pass again, inside backward: that batch has been
-    counted.
-    """
+    """1; or 0 where activation checkpointing repeats the forward pass in backward, as that batch has been counted."""
     return like.new_ones(()) if torch._C._current_graph_task_id() == -1 else like.new_zeros(())
 
 

@@ -1,8 +1,9 @@
-"""Models that score pairs of rows: whether two documents belong together."""
+"""Models that score pairs of rows, such as two documents."""
 
 from typing import ClassVar, Literal, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
@@ -42,7 +43,7 @@ class PairClassifierSpec(ModelSpec):
 class PairClassifier(SequenceModel):
     r"""A `SequenceModel` that reads rows 2i and 2i + 1 of its inputs as the two documents of sample i.
 
-    One encoder reads both, each for itself. With a and b the means of their tokens, the head scores
+    One encoder reads both independently. With a and b the means of their tokens, the head scores
     $[b, a, a \odot b, a - b]$.
 
     Shape:
@@ -63,7 +64,7 @@ class PairClassifier(SequenceModel):
         """Run the model on pairs of rows; otherwise as `SequenceModel.forward`.
 
         Raises:
-            InputError: also where the number of rows is odd.
+            InputError: also if the number of rows is odd.
         """
         check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
         if inputs.ndim and inputs.shape[0] % 2:
@@ -74,5 +75,5 @@ class PairClassifier(SequenceModel):
         return super().forward(inputs, valid, state, capacity)
 
     def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Tensor:
-        a, b = pooled[0::2], pooled[1::2]
+        a, b = rearrange(pooled, "(B pair) D -> pair B D", pair=2)
         return cast(Head, self.head)(torch.cat((b, a, a * b, a - b), -1))

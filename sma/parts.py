@@ -1,4 +1,4 @@
-"""What a module remembers of its making: the spec that built it, and its width."""
+"""Modules keep the spec that built them, and their width."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def remembering(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the `build` of a spec so that the modules it makes keep `spec` and `width`, unless they have their own.
+    """Wrap the `build` of a spec so that its modules get the attributes `spec` and `width`, unless they have them.
 
-    By these a module is shown, and named in errors, even if its author stores neither.
+    Reprs and errors use both, also for modules whose authors store neither.
     """
     if hasattr(build, "_remembers"):
         return build

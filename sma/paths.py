@@ -1,7 +1,6 @@
 """Field paths: `layers.layer.modules.attention.window` names one value of a spec, for `--set` and for sweeps.
 
-Values are set in the plain data before anything is validated, so a value may complete a spec that is invalid without
-it.
+Values are set in the plain data before validation, so a value can complete a spec that is invalid without it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _STEP = re.compile(r"\.?([^.\[\]]+)|\[([0-9]+)\]")
 _INDEX = re.compile(r"[0-9]{1,9}")
 
 STEPS = 32
-"""Steps of a path at most; no spec is as deep."""
+"""Maximum number of steps of a path, more than the depth of any spec."""
 
 
 def parse_path(path: str) -> tuple[str | int, ...]:
@@ -39,7 +38,7 @@ def parse_path(path: str) -> tuple[str | int, ...]:
             break
         name, index = match.groups()
         step = index if name is None else name
-        # An index of more digits stays a word, which is no index of any list.
+        # A longer number stays a word, because no list has such an index.
         steps.append(int(step) if _INDEX.fullmatch(step) else step)
         end = match.end()
     if not steps or end != len(path):
@@ -51,12 +50,12 @@ def parse_path(path: str) -> tuple[str | int, ...]:
 
 
 def override(root: type[Spec], data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of plain `data` with `values`, given by field path, put in.
+    """Return a copy of plain `data` with values set by field path.
 
-    A part that the data leaves to its default is written out first, so that any field of it can be reached.
+    Defaults on a path are written out first, so that all their fields can be set.
 
     Raises:
-        SpecError: a path leads nowhere; near matches are listed.
+        SpecError: a path does not exist; the message lists similar names.
     """
     changed = _plain(data)
     for path, value in values.items():
@@ -65,7 +64,7 @@ def override(root: type[Spec], data: Mapping[str, Any], values: Mapping[str, Any
 
 
 def _plain(data: Any) -> Any:
-    """A copy of spec data down to its values, specs in it written out."""
+    """A deep copy of spec data, with specs in it converted to plain data."""
     if isinstance(data, BaseModel):
         return data.model_dump(mode="json")
     if isinstance(data, Mapping):
@@ -79,7 +78,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
     step, rest = steps[0], steps[1:]
     if isinstance(node, list):
         if not isinstance(step, int) or step >= len(node):
-            raise SpecError(f"{quote(path)}: {quote(step)} is not a place in a list of {len(node)}; count from 0")
+            raise SpecError(f"{quote(path)}: {quote(step)} is not an index of a list of {len(node)}; count from 0")
         key: Any = step
         inner = _item_type(annotation)
     elif isinstance(node, dict):
@@ -95,7 +94,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
             if isinstance(default, BaseModel | Mapping | tuple):
                 node[key] = _plain(default)
             elif any(_spec_types(inner)) and (spec_class is not None or rest == ("kind",)):
-                node[key] = {}  # a part that is null or missing; validation says what else it needs
+                node[key] = {}  # a null or missing part, whose other fields validation requires
             else:
                 known = (
                     node
@@ -114,7 +113,7 @@ def _set(annotation: Any, node: Any, steps: tuple[str | int, ...], value: Any, p
 
 
 def _drop_foreign_fields(annotation: Any, node: dict[str, Any]) -> None:
-    """Another kind was chosen: it starts from its own defaults where the old kind's fields mean nothing to it."""
+    """Delete the fields of the old kind that a new kind does not have, so that it starts from its defaults."""
     fields = [
         set(spec.model_fields) for spec in (root.concrete(node) for root in _spec_types(annotation)) if spec is not None
     ]
@@ -130,14 +129,14 @@ def _nowhere(path: str, key: str, known: list[str]) -> SpecError:
 
 
 def _spec_class(annotation: Any, node: dict[str, Any]) -> type[Spec] | None:
-    """The spec class that the annotation means for this node; None for a mapping of free names."""
+    """The spec class of a node with this annotation; None for a mapping of free names."""
     candidates = [spec.concrete(node) for spec in _spec_types(annotation)]
     fitting = [spec for spec in candidates if spec is not None and set(node) <= set(spec.model_fields)]
     return next(iter(fitting or [spec for spec in candidates if spec is not None]), None)
 
 
 def _spec_types(annotation: Any) -> Iterator[type[Spec]]:
-    """The spec classes that a value of this annotation itself can be; the items of lists and mappings are not it."""
+    """Yield the spec classes that the annotation allows for a value itself, not for the items of a collection."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         for choice in get_args(annotation):
@@ -149,7 +148,7 @@ def _spec_types(annotation: Any) -> Iterator[type[Spec]]:
 
 
 def _item_type(annotation: Any) -> Any:
-    """The annotation of the items of a list or of the values of a mapping, looked for inside unions too."""
+    """The annotation of the items of a list or of the values of a mapping, also in a union."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return next((found for found in map(_item_type, get_args(annotation)) if found is not None), None)
@@ -161,12 +160,12 @@ def _item_type(annotation: Any) -> Any:
 
 
 def field_paths(data: Any, prefix: str = "") -> Iterator[str]:
-    """List the path of every value in plain spec data, such as `dump_spec` gives."""
+    """Yield the path of every value in plain spec data, as from `dump_spec`."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             yield from field_paths(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(data, list | tuple) and data and isinstance(data[0], Mapping):
-        for place, value in enumerate(data):
-            yield from field_paths(value, f"{prefix}[{place}]")
+        for index, value in enumerate(data):
+            yield from field_paths(value, f"{prefix}[{index}]")
     else:
         yield prefix

@@ -1,4 +1,4 @@
-"""Where a token stands: relative bias tables, rotary angles, and the additive sinusoid."""
+"""Position encodings: relative bias tables, rotary angles, and the additive sinusoid."""
 
 from typing import ClassVar, Literal
 
@@ -11,13 +11,13 @@ from sma.spec import Spec, register
 
 
 class PositionSpec(Spec):
-    """Root of the position kinds: how an attention knows positions.
+    """Root of the position kinds of an attention.
 
-    A kind may add biases to the scores from a table, turn queries and keys, or do neither.
+    A kind can add biases from a table to the scores, rotate queries and keys, or do neither.
 
     Attributes:
         has_table: whether a learned number per distance is added to the scores.
-        turns: whether queries and keys are turned by their positions.
+        turns: whether queries and keys are rotated by their positions.
     """
 
     family: ClassVar[str] = "position"
@@ -34,28 +34,28 @@ class PositionSpec(Spec):
         """Check that an attention can have these positions.
 
         Args:
-            window: of the attention; None reaches all tokens.
-            channels: of a query.
-            what: sets that number, for the message: `query_size=3`.
+            window: window of the attention; None for all tokens.
+            channels: number of channels of a query.
+            what: setting that determines the channels, for the message: `query_size=3`.
 
         Raises:
             ValueError: what is required.
         """
 
     def table_size(self, window: int | None) -> int:
-        """Entries of the bias table, for an attention with this window; 0 where there is no table."""
+        """Number of entries of the bias table, for an attention with this window; 0 without a table."""
         return 0
 
     def table_center(self, window: int | None) -> int:
-        """Entry of distance 0 in the bias table."""
+        """Index of distance 0 in the bias table."""
         return 0
 
     def without_window(self) -> "PositionSpec":
-        """The same positions for an attention that reaches all tokens."""
+        """The same positions for an attention to all tokens."""
         return self
 
     def turn(self, x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"]) -> Float[Tensor, "T *H Z"]:
-        """Turn queries and keys by their positions."""
+        """Rotate queries or keys by their positions."""
         return x
 
 
@@ -104,7 +104,7 @@ class RelativeBiasSpec(PositionSpec):
 
 @register
 class RotarySpec(PositionSpec):
-    """Queries and keys turned by an angle proportional to their original position, in interleaved pairs of channels."""
+    """Rotates interleaved channel pairs of queries and keys by an angle proportional to their original position."""
 
     kind: Literal["rotary"] = "rotary"
     turns: ClassVar[bool] = True
@@ -120,15 +120,15 @@ class RotarySpec(PositionSpec):
 
 @register
 class NoPositionSpec(PositionSpec):
-    """Attention that does not know positions."""
+    """Attention without positions."""
 
     kind: Literal["none"] = "none"
 
 
 def rotate(x: Float[Tensor, "T *H Z"], positions: Int[Tensor, "T"], base: float) -> Float[Tensor, "T *H Z"]:
-    """Turn the channel pairs (2i, 2i + 1) of every token by position * base^(-2i/Z).
+    """Rotate the channel pairs (2i, 2i + 1) of every token by position * base^(-2i/Z).
 
-    Angles are computed in float64: in float32 one near position 10^6 is off by 0.03 rad.
+    Angles are computed in float64: in float32 the error near position 10^6 is 0.03 rad.
 
     Reference:
         Su et al., "RoFormer", arXiv 2104.09864.
@@ -156,7 +156,7 @@ class Sinusoid(nn.Module):
         return f"width={self.width}"
 
     def forward(self, positions: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Return what to add to tokens at these positions."""
+        """Return the vectors to add to tokens at these positions."""
         half = self.width // 2
         speed = 10000.0 ** (-2 * torch.arange(half, device=positions.device, dtype=torch.float64) / self.width)
         angle = positions.double()[..., None] * speed

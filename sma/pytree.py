@@ -1,6 +1,4 @@
-"""Registers the dataclasses that forward returns as pytrees, so that torch.export, compile and vmap see through
-them.
-"""
+"""Registration of output dataclasses as pytrees, for torch.export, torch.compile and vmap."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -14,14 +12,13 @@ Class = TypeVar("Class", bound=type[Any])
 
 
 def register_output(cls: Class) -> Class:
-    """Class decorator for a frozen dataclass: fields marked `metadata={"static": True}` are constants, all others are
-    children.
+    """Class decorator for a frozen dataclass: fields with `metadata={"static": True}` are constants, others children.
 
-    A child that is None is no leaf: vmap would ask it for an axis. The repr is one line, unless the class defines its
-    own.
+    A child that is None is not a leaf, because vmap would require an axis of it. The repr is one line, unless the class
+    defines its own.
     """
     written = getattr(vars(cls).get("__repr__"), "__globals__", {}).get("__name__")
-    if written in ("dataclasses", "reprlib"):  # made by the decorator, not by the author: it would print every number
+    if written in ("dataclasses", "reprlib"):  # generated, and would print all elements
         cls.__repr__ = summary  # type: ignore[assignment]
     children = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     constants = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
@@ -35,7 +32,7 @@ def register_output(cls: Class) -> Class:
         return [(_pytree.GetAttrKey(name), leaf) for name, leaf in zip(context[0], leaves, strict=True)], context
 
     def unflatten(values: Any, context: Any) -> Any:
-        # Without __init__: torch also rebuilds the tree with placeholders that are no tensors.
+        # Without __init__, because torch also rebuilds the tree with placeholders.
         made = object.__new__(cls)
         present, *rest = context
         found = dict(zip((*present, *constants), (*values, *rest), strict=True))
@@ -56,7 +53,7 @@ def register_output(cls: Class) -> Class:
 
 
 def _hashable(context: Any) -> Any:
-    """JSON turns tuples into lists; a constant has none."""
+    """Convert lists, which JSON makes of tuples, back to tuples."""
     return tuple(map(_hashable, context)) if isinstance(context, list) else context
 
 
@@ -66,18 +63,18 @@ def map_tensors(function: Any, value: Any) -> Any:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor of a registered dataclass, tuple or dictionary, in order."""
+    """All tensors of a registered dataclass, tuple or dictionary, in order."""
     return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def named_tensors(value: Any) -> dict[str, Tensor]:
-    """Every tensor of a registered dataclass, tuple or dictionary by its path, such as `.layers[0].backbone.hidden`."""
+    """All tensors of a registered dataclass, tuple or dictionary by path, such as `.layers[0].backbone.hidden`."""
     leaves, _ = _pytree.tree_flatten_with_path(value)
     return {_pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def with_tensors(value: Any, named: dict[str, Tensor]) -> Any:
-    """The same value with other tensors at the paths of `named_tensors`."""
+    """The same value with its tensors replaced, by the paths of `named_tensors`."""
     return _pytree.tree_map_with_path(
         lambda path, leaf: named[_pytree.keystr(path)] if isinstance(leaf, Tensor) else leaf, value
     )

@@ -1,4 +1,4 @@
-"""The same layers several times, each with parameters of its own."""
+"""Repeated layers, each with its own parameters."""
 
 from typing import Annotated, Any, Self
 
@@ -8,24 +8,22 @@ from sma.layer import LayerSpec
 from sma.spec import Spec
 
 LAYERS = 10_000
-"""Layers of a model at most."""
+"""Maximum number of layers of a model."""
 
 _LAYERS = TypeAdapter(tuple[LayerSpec, ...])
 
 
 def one_or_many(value: Any) -> Any:
-    """Validate a layer or a list of layers; the form is chosen before validation, so that an error speaks of the one
-    that was written.
-    """
+    """Validate a layer or a list of layers; the form is chosen first, so that errors refer to it."""
     if isinstance(value, list | tuple):
         return _LAYERS.validate_python(tuple(value))
     return value if isinstance(value, Spec) else LayerSpec.__pydantic_validator__.validate_python(value)
 
 
 class RepeatSpec(Spec):
-    """The same layer, or the same few layers, several times, each with parameters of its own."""
+    """A layer, or a list of layers, repeated with separate parameters."""
 
-    repeat: int = Field(ge=1, le=LAYERS, description="how often")
+    repeat: int = Field(ge=1, le=LAYERS, description="number of repetitions")
     layer: Annotated[LayerSpec | tuple[LayerSpec, ...], BeforeValidator(one_or_many)] = Field(
         description="what to repeat: a layer, or a list of layers"
     )

@@ -1,4 +1,4 @@
-"""Specs: typed, validated, serialisable descriptions from which parts are built, and the registry of their kinds."""
+"""Specs, the typed, validated and serialisable descriptions of parts, and the registry of their kinds."""
 
 import json
 import warnings
@@ -50,7 +50,7 @@ _registry: dict[str, dict[str, type["Spec"]]] = {}
 
 
 class FrozenDict(dict[str, Any]):
-    """A dictionary that cannot be changed after it is made, so that a spec is frozen all the way down."""
+    """An immutable dictionary, so that specs are deeply frozen."""
 
     def _refuse(self, *args: object, **kwargs: object) -> Never:
         raise TypeError("specs are frozen: make a changed copy with spec.replace(field=value)")
@@ -58,7 +58,7 @@ class FrozenDict(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))  # dictionaries of another order are equal
+        return hash(frozenset(self.items()))  # independent of the order, as equality is
 
     def __reduce__(self) -> tuple[type["FrozenDict"], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)
@@ -79,15 +79,13 @@ class _SpecMeta(ModelMetaclass):
 
 
 class Spec(BaseModel, metaclass=_SpecMeta):
-    """Base of every spec: frozen, without unknown keys, without infinities or NaN. No text and no true or false stands
-    for a number.
+    """Base of all specs: frozen, without unknown keys, infinities or NaN, and with strict numbers and booleans.
 
-    A class that names a `family` is the root of a family of kinds (sub-modules, routers, norms …). A field annotated
-    with the root accepts every registered kind of the family: an instance, or a mapping whose `kind` says which class
-    it is.
+    A class with a `family` is the root of a family of kinds (sub-modules, routers, norms …). A field annotated with the
+    root accepts every registered kind of the family: an instance, or a mapping whose `kind` selects the class.
 
     Raises:
-        SpecError: one sentence per wrong field, with its path in the spec.
+        SpecError: a field is wrong; the message has one sentence with the path for each.
     """
 
     model_config = ConfigDict(
@@ -106,7 +104,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         if "family" not in cls.__dict__:
-            # Outermost, so that the cross-field checks of a class are explained too.
+            # Outermost, to include the cross-field checks of a class.
             return core_schema.no_info_wrap_validator_function(cls._explain, strict(handler(source)))
         return core_schema.no_info_plain_validator_function(
             cls._resolve,
@@ -116,7 +114,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     @classmethod
     def concrete(cls, data: Mapping[str, Any]) -> "type[Spec] | None":
-        """The class that a mapping describes: this one, or the kind it names; None for a kind nobody registered."""
+        """The class that a mapping describes: this one, or that of its kind; None for an unknown kind."""
         if "family" not in cls.__dict__:
             return cls
         kind = data.get("kind", cls.default_kind)
@@ -124,7 +122,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     @classmethod
     def _resolve(cls, data: Any) -> "Spec":
-        """Find the class of a nested spec by its `kind`, before anything else is validated."""
+        """Validate a nested spec by the class of its `kind`."""
         if isinstance(data, cls):
             return data
         if not isinstance(data, Mapping):
@@ -141,9 +139,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     @classmethod
     def _explain(cls, data: Any, handler: Any) -> Any:
-        """Say what is wrong with the fields of this class in sentences of its own; errors of nested specs pass
-        through.
-        """
+        """Convert errors in the fields of this class to our messages; those of nested specs are not changed."""
         if isinstance(data, Mapping):
             fields = [name for name in cls.model_fields if name != "kind"]
             unknown = [key for key in data if key not in cls.model_fields]
@@ -160,7 +156,7 @@ class Spec(BaseModel, metaclass=_SpecMeta):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        """Validate a mapping or an instance; the same as pydantic's, with a `SpecError`."""
+        """Validate a mapping or an instance like pydantic, but with a `SpecError`."""
         try:
             return super().model_validate(obj, **options)
         except (ValidationError, RecursionError) as error:
@@ -179,12 +175,12 @@ Registered = TypeVar("Registered", bound=Spec)
 
 
 def register(spec_class: type[Registered]) -> type[Registered]:
-    """Class decorator: make a kind known to YAML, the command line, the JSON schema, the conformance kit and sweeps.
+    """Class decorator: register a kind for YAML, the command line, the JSON schema, the conformance kit and sweeps.
 
-    Registering the same class again is harmless.
+    A second registration of the same class has no effect.
 
     Raises:
-        SpecError: the kind is taken by another class of the family; both places are named.
+        SpecError: another class of the family has this kind; the message names both.
     """
     if not hasattr(spec_class, "family"):
         raise SpecError(
@@ -199,10 +195,10 @@ def register(spec_class: type[Registered]) -> type[Registered]:
         raise SpecError(f'{spec_class.__name__} names no kind; add the field  kind: Literal["my_kind"] = "my_kind"')
     family = _registry.setdefault(spec_class.family, {})
     other = family.get(kind)
-    if other is not None and _place(other) != _place(spec_class):
+    if other is not None and _full_name(other) != _full_name(spec_class):
         raise SpecError(
-            f"the {spec_class.family} kind {kind!r} is registered by {_place(other)} and again by "
-            f"{_place(spec_class)}; rename one of them"
+            f"the {spec_class.family} kind {kind!r} is registered by {_full_name(other)} and again by "
+            f"{_full_name(spec_class)}; rename one of them"
         )
     family[kind] = spec_class
     if "build" in dir(spec_class):
@@ -210,7 +206,7 @@ def register(spec_class: type[Registered]) -> type[Registered]:
     return spec_class
 
 
-def _place(spec_class: type[Spec]) -> str:
+def _full_name(spec_class: type[Spec]) -> str:
     return f"{spec_class.__module__}.{spec_class.__qualname__}"
 
 
@@ -230,7 +226,7 @@ def _load_plugin(plugin: EntryPoint) -> None:
         plugin.load()
     except SpecError:
         raise
-    except Exception as error:  # a broken plugin of somebody else must not take the whole framework down
+    except Exception as error:  # a broken third-party plugin must not break the framework
         owner = plugin.dist.name if plugin.dist is not None else "an unknown distribution"
         warnings.warn(
             f"the plugin {plugin.name!r} of {owner} could not be imported: {type(error).__name__}: {error}",
@@ -242,7 +238,7 @@ def kinds(family: str) -> dict[str, type[Spec]]:
     """Return the registered kinds of a family, in alphabetical order.
 
     Raises:
-        SpecError: there is no such family.
+        SpecError: the family is unknown.
     """
     _load_plugins()
     if family not in _registry:
@@ -251,7 +247,7 @@ def kinds(family: str) -> dict[str, type[Spec]]:
 
 
 def families() -> tuple[str, ...]:
-    """Return the names of the families that have a registered kind."""
+    """Return the names of the families with a registered kind."""
     _load_plugins()
     return tuple(sorted(_registry))
 
@@ -260,7 +256,7 @@ def find_kind(family: str, kind: str) -> type[Spec]:
     """Return the spec class of a kind.
 
     Raises:
-        SpecError: the kind is unknown; near matches and the known kinds are listed.
+        SpecError: the kind is unknown; the message lists similar and known kinds.
     """
     known = kinds(family)
     if kind not in known:
@@ -276,7 +272,7 @@ def read_spec_file(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file into a mapping, without validating it.
 
     Raises:
-        SpecError: it cannot be read, or holds something else.
+        SpecError: it cannot be read, or its content is not a mapping.
     """
     try:
         content = read_file(path, 4 * LIMIT, SpecError)
@@ -325,15 +321,15 @@ def load_spec(source: Source | Spec, family: str = "model", overrides: Settings 
     """Validate a spec of a family from a YAML or JSON file or from a mapping.
 
     Args:
-        source: path of a file, or the mapping itself; a spec is one too.
-        family: what the spec describes: `model`, `sub-module`, `router`, …
-        overrides: values to set first, by field path: `{"layers.layer.modules.attention.window": 64}`.
+        source: path of a file, a mapping, or a spec.
+        family: family of the spec: `model`, `sub-module`, `router`, …
+        overrides: values to set before validation, by field path: `{"layers.layer.modules.attention.window": 64}`.
 
     Returns:
         an instance of the registered spec class.
 
     Raises:
-        SpecError: the file cannot be read, or the spec is wrong; one sentence per wrong field.
+        SpecError: the file cannot be read, or the spec is wrong; the message has one sentence per wrong field.
     """
     root = _root(family)
     if not isinstance(source, str | Path | Mapping | Spec):
@@ -353,19 +349,19 @@ def _root(family: str) -> type[Spec]:
 
 
 def dump_spec(spec: Spec) -> dict[str, Any]:
-    """Return a spec as plain data, every default written out; `load_spec` gives the same spec back."""
+    """Return a spec as plain data with all defaults; `load_spec` restores the spec."""
     return spec.model_dump(mode="json")
 
 
 def dump_yaml(spec: Spec) -> str:
-    """Return a spec as YAML, every default written out."""
+    """Return a spec as YAML with all defaults."""
     return write_yaml(dump_spec(spec))
 
 
 def json_schema(family: str = "model") -> dict[str, Any]:
     """Return one JSON schema for a family, with the definitions of every registered kind of every family.
 
-    Editors use it to complete and check spec files.
+    Editors can complete and check spec files with it.
     """
     definitions: dict[str, Any] = {}
     for name in families():

@@ -1,6 +1,6 @@
-"""What decisions say: activation rates, how far attention reaches, how much work routing saves.
+"""Statistics of decisions: activation rates, attention spans, and the MACs that routing saves.
 
-Pure functions of what a model returned: nothing is kept, logged or moved to another device.
+Pure functions of a model's output: nothing is stored, logged or moved to another device.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,14 +25,13 @@ Health = Literal["ok", "dead", "saturated"]
 @register_output
 @dataclass(frozen=True)
 class RateCount:
-    """Counts from which activation rates over many batches follow; counts of batches, chunks or ranks are added with
-    `+`.
+    """Counts for activation rates over many batches; `+` adds those of batches, chunks or ranks.
 
     Attributes:
-        active: `(K, M)` active valid tokens of each routing layer and sub-module.
-        valid: `()` valid tokens, the same for every layer.
-        layers: the sub-modules of each of the K layers. M counts the different names in all of them; a sub-module that
-            a layer does not have counts 0 there and has no rate.
+        active: `(K, M)` number of active valid tokens of each routing layer and sub-module.
+        valid: `()` number of valid tokens, the same for every layer.
+        layers: names of the sub-modules of each of the K layers. M is the number of different names; a name that a
+            layer lacks has the count 0 and no rate there.
     """
 
     active: Int[Tensor, "K M"]
@@ -41,7 +40,7 @@ class RateCount:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sub-modules, in the order of the last axis."""
+        """Names of the sub-modules, in the order of the last axis."""
         return _union(self.layers)
 
     @property
@@ -76,7 +75,7 @@ class RateCount:
         return RateCount(self.active + other.active, self.valid + other.valid, self.layers)
 
     def __radd__(self, other: int) -> "RateCount":
-        """Let `sum(counts)` begin with 0."""
+        """Support `sum(counts)`, which starts with 0."""
         return self if other == 0 else NotImplemented
 
 
@@ -92,7 +91,7 @@ def count_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None
         valid: False at padding; None where there is none.
 
     Raises:
-        InputError: the mask is not boolean or has another shape than the decisions.
+        InputError: the mask is not boolean or its shape is not that of the decisions.
     """
     check_decisions(decisions, "count_rates", valid)
     layers = tuple(decision.names for decision in decisions)
@@ -112,7 +111,7 @@ def count_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None
 def activation_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, "K M"]:
     r"""Activation rate of every layer and sub-module in one batch: $\sum_t a_t^m / \sum_t 1$ over the valid tokens.
 
-    Rates of batches of different sizes must not be averaged; add up `count_rates` instead.
+    Do not average rates of batches of different sizes; add `count_rates` instead.
 
     Args:
         decisions: one per routing layer, as `ModelOutput.decisions`.
@@ -126,27 +125,24 @@ def activation_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] |
 
 
 def module_names(decisions: Sequence[Decision]) -> tuple[str, ...]:
-    """The sub-modules of all layers, each once, in the order in which they first appear: the last axis of
-    `activation_rates`.
-    """
+    """Names of the sub-modules of all layers in order of first appearance: the last axis of `activation_rates`."""
     check_decisions(decisions, "module_names")
     return _union(decision.names for decision in decisions)
 
 
 def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999) -> Health:
-    """Judge the activation rate of one sub-module, measured over enough tokens for rates of 0.1 % to show.
+    """Classify the activation rate of one sub-module, measured over enough tokens to resolve 0.1 %.
 
-    A dead one runs on (almost) no token, and a router that learns only from active tokens cannot come back by itself. A
-    saturated one runs on (almost) every token: nothing is saved and nothing was decided. `always` and `never` routers
-    are so on purpose.
+    A dead sub-module runs on (almost) no token; a router that learns only from active tokens cannot recover by itself.
+    A saturated one runs on (almost) every token, so routing has no effect. Under `always` and `never` that is intended.
 
     Args:
-        rate: in [0, 1].
-        dead: below it a sub-module is dead.
-        saturated: above it a sub-module is saturated.
+        rate: activation rate in [0, 1].
+        dead: rate below which a sub-module is dead.
+        saturated: rate above which a sub-module is saturated.
 
     Raises:
-        InputError: the rate is no number in [0, 1].
+        InputError: the rate is not a number in [0, 1].
     """
     check_rate(rate, "the activation rate")
     if rate < dead:
@@ -160,21 +156,20 @@ def attention_span(
     valid: Bool[Tensor, "B L"] | None = None,
     positions: Int[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "M"]:
-    r"""Mean true distance back to the earliest token that a windowed attention over the active tokens still sees.
+    r"""Mean true distance back to the earliest token within the window of an attention over the active tokens.
 
     $\mathrm{span} = \frac{1}{T} \sum_i (p_i - p_{\max(0, i - W)})$ per row, over its active tokens i at positions
     $p_i$, T of them in the batch. With every token active it is at most W; the sparser the activation, the further the
-    same window reaches, up to the whole row. A bidirectional attention reaches ahead in the same way, which is not
-    counted here.
+    same window reaches, up to the whole row. The equal reach ahead of a bidirectional attention is not included.
 
     Args:
         decision: which tokens are active.
-        window: active tokens in reach, W; None for all of them.
-        valid: False at padding; only needed to count positions, since padding is never active.
+        window: active tokens in reach, W; None for all.
+        valid: False at padding; needed only for default positions, since padding is never active.
         positions: position of each token in its row's stream; default its rank among the valid tokens of its row.
 
     Returns:
-        `(M,)` in float64, in tokens, for every sub-module as if it attended; 0 where nothing was active.
+        `(M,)` in float64, in tokens, for every sub-module as if it were an attention; 0 without active tokens.
 
     Raises:
         InputError: the window is less than 1, or the mask does not fit.
@@ -215,13 +210,13 @@ class MACCount(NamedTuple):
 def count_macs(spec: ModelSpec, length: int, rates: float | Sequence[float | Mapping[str, float]]) -> MACCount:
     """Predict the MACs of a model at measured activation rates.
 
-    The prediction is the specs' own: matmul, FFT and elementwise MACs of the layers. Encoder, norms, activations
-    and head are not counted.
+    The specs predict the matmul, FFT and elementwise MACs of the layers. Encoder, norms, activations and head are not
+    counted.
 
     Args:
-        spec: the model, as `model.spec`.
-        length: tokens of one row.
-        rates: one entry per layer that routes, a number or one per sub-module, as `RateCount.by_layer` gives; or one
+        spec: the spec of the model.
+        length: number of tokens of a row.
+        rates: one entry per routing layer, a number or a mapping by sub-module, as from `RateCount.by_layer`; or one
             number for all.
 
     Raises:
@@ -235,8 +230,8 @@ def count_macs(spec: ModelSpec, length: int, rates: float | Sequence[float | Map
         raise InputError(f"there are rates for {len(given)} layers; the model has {len(routing)} that route")
     each = iter(given)
     actual, full = 0, 0
-    for place, layer in enumerate(spec.layer_specs):
-        chosen = _by_name(next(each), layer.modules, place) if layer.modules else {}
+    for index, layer in enumerate(spec.layer_specs):
+        chosen = _by_name(next(each), layer.modules, index) if layer.modules else {}
         actual += layer.macs(spec.width, length, chosen).total
         full += layer.macs(spec.width, length, 1.0).total
     return MACCount(actual / length, full / length)
@@ -245,12 +240,12 @@ def count_macs(spec: ModelSpec, length: int, rates: float | Sequence[float | Map
 __getattr__ = former_names(__name__, operation_count="sma.stats.count_macs", OperationCount="sma.stats.MACCount")
 
 
-def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], place: int) -> dict[str, float]:
+def _by_name(rate: float | Mapping[str, float], modules: Iterable[str], index: int) -> dict[str, float]:
     names = list(modules)
     given = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(names, rate)
-    check_known(given, names, f"the rate of layer {place}")
+    check_known(given, names, f"the rate of layer {index}")
     for name in names:
         if name not in given:
-            raise InputError(f"there is no rate for {name!r} of layer {place}; give one for each of {', '.join(names)}")
-        check_rate(given[name], f"the rate of {name!r} of layer {place}")
+            raise InputError(f"there is no rate for {name!r} of layer {index}; give one for each of {', '.join(names)}")
+        check_rate(given[name], f"the rate of {name!r} of layer {index}")
     return given

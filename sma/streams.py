@@ -1,6 +1,4 @@
-"""Standard streams of commands: text that the terminal's encoding lacks, streams that are closed, and readers that go
-away.
-"""
+"""Standard streams of commands: unencodable characters, closed streams, and readers that exit early."""
 
 import io
 import os
@@ -12,22 +10,22 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 READER_GONE = 141
-"""Exit status of a command whose output nobody reads any more, such as before `| head`: that of SIGPIPE in a shell."""
+"""Exit status of a command whose reader exited, as in `| head`: that of SIGPIPE in a shell."""
 
 ABANDONED = "abandoned"
-"""Name of threads that call a library which cannot be interrupted, such as Ray; see `end_process`."""
+"""Name of threads in uninterruptible library calls, such as of Ray; see `end_process`."""
 
 
 def run_command(command: Callable[[], int | None], name: str = "error") -> int:
-    """Run a command; no sign that it prints, and no stream that is closed, makes it fail.
+    """Run a command that does not fail on unencodable characters or closed streams.
 
     Args:
         command: returns its exit status; None is 0.
-        name: what a sentence on stderr begins with.
+        name: beginning of a message on stderr.
 
     Returns:
-        the exit status of the command; 141 where the reader of stdout or stderr went away; 1, after a sentence on
-        stderr, where the output cannot be written.
+        the exit status of the command; 141 if the reader of stdout or stderr exited; 1, after a message on stderr, if
+        the output cannot be written.
     """
     make_tolerant()
     try:
@@ -36,14 +34,14 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
         finally:
             _flush()
     except SystemExit as error:
-        # Of a pipe without a reader, rich makes an exit of its own, and argparse, which prints help, says nothing.
+        # On a pipe without a reader rich exits by itself, and the help of argparse ignores the error.
         if not isinstance(error.__context__, BrokenPipeError) and (error.code or not _is_broken(sys.stdout)):
             raise
         _drop(sys.stdout, sys.stderr)
         return READER_GONE
     except BrokenPipeError:
         broken = [stream for stream in (sys.stdout, sys.stderr) if _is_broken(stream)]
-        if not broken:  # a pipe of somebody else, such as one to a worker
+        if not broken:  # another pipe, such as to a worker
             raise
         _drop(*broken)
         return READER_GONE
@@ -57,8 +55,8 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
 def end_process(status: int) -> NoReturn:
     """Exit with a status, after `run_command`.
 
-    If a thread named `ABANDONED` is alive, the process exits without the interpreter's cleanup, in which a library may
-    wait for what is gone, and end the process with a status of its own.
+    If a thread named `ABANDONED` is alive, the process skips the interpreter's cleanup, in which a library could hang
+    or change the exit status.
     """
     if has_abandoned():
         os._exit(status)
@@ -71,11 +69,8 @@ def has_abandoned() -> bool:
 
 
 def make_tolerant() -> None:
-    """Let this process print whatever it wants: what an encoding lacks becomes `?`, or an escape on stderr; what is
-    closed is nowhere.
-    """
-    # The lowest numbers are the standard streams: where one is closed, the next file to be opened would get what is
-    # printed.
+    """Replace unencodable characters by `?`, or an escape on stderr, and closed streams by the null device."""
+    # The lowest descriptors are the standard streams: the next file that is opened would take that of a closed one.
     with suppress(OSError):
         while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -93,16 +88,14 @@ class _Unwritable(Exception):
 
 
 def write_out(text: str) -> None:
-    """Print a line of the output of a command that is run by `run_command`."""
+    """Print a line of the output of a command under `run_command`."""
     with _writing():
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
 
 def _flush() -> None:
-    """Write what is buffered now: when the interpreter does it at its end, an error is a message and an exit status of
-    its own.
-    """
+    """Flush the streams now: an error in the interpreter's last flush would change the exit status."""
     for stream in (sys.stdout, sys.stderr):
         with _writing(), suppress(ValueError):  # the command may have closed it
             stream.flush()
@@ -125,14 +118,14 @@ def _is_broken(stream: Any) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     if not hasattr(select, "poll"):
-        return True  # who knows
+        return True  # not known
     poll = select.poll()
     poll.register(handle, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop(*streams: Any) -> None:
-    """Let the interpreter's last flush of streams that cannot be written go nowhere, instead of failing again."""
+    """Redirect unwritable streams to the null device, so that the interpreter's last flush does not fail."""
     for stream in streams:
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

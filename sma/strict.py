@@ -1,6 +1,4 @@
-"""Strict numbers and switches: pydantic by itself takes `true` and `"1"` for the number 1, and `"yes"` and 1 for
-`true`.
-"""
+"""Strict numbers and booleans: pydantic itself accepts `true` and `"1"` as the number 1, `"yes"` and 1 as `true`."""
 
 import math
 from collections.abc import Callable
@@ -11,15 +9,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 _LARGE = 2**63
 _PARTS = ("schema", "items_schema", "keys_schema", "values_schema")
 _NAMED = ("fields", "choices")
-"""Parts of a schema that are a list, or a mapping by name: the fields of a model, the choices of a union with a
-discriminator.
-"""
+"""Parts of a schema that are a list, or a mapping by name: fields of a model, choices of a discriminated union."""
 
 
 def strict(schema: Any) -> Any:
-    """A schema of pydantic whose numbers take nothing but numbers, of 64 bits, and whose switches nothing but true and
-    false.
-    """
+    """Make a schema of pydantic accept only numbers of at most 64 bits as numbers, and only booleans as booleans."""
     if isinstance(schema, list | tuple):
         return type(schema)(map(strict, schema))
     if not isinstance(schema, dict) or schema.get("function") in _CHECKED:
@@ -67,7 +61,7 @@ def _switch(value: Any) -> Any:
 
 
 def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # those of numpy too
+    return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # also those of numpy
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {"float": _number, "int": _integer, "bool": _switch}

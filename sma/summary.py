@@ -1,4 +1,4 @@
-"""One-line reprs: of what `forward` returns and carries, and of modules by the specs they were built from."""
+"""One-line reprs of outputs and states, and of modules by their specs."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -11,15 +11,15 @@ from sma.errors import quote
 from sma.spec import Spec
 
 SHOWN = 8
-"""Items of a collection that a repr shows at most."""
+"""Maximum number of items of a collection in a repr."""
 
 
 def summary(value: Any, *, depth: int = 1) -> str:
-    """Return the repr of a dataclass of tensors: dtype and shape of every tensor instead of its numbers.
+    """Return the repr of a dataclass of tensors, with dtype and shape of every tensor instead of its elements.
 
     Args:
-        value: an instance of a dataclass; its fields may hold anything, such as the placeholders of a tracer.
-        depth: levels of dataclasses inside of it that are shown too.
+        value: an instance of a dataclass, whose fields may be placeholders of a tracer.
+        depth: number of levels of inner dataclasses to show.
     """
     fields = [field.name for field in dataclasses.fields(value) if field.repr]
     parts = [f"{name}={brief(getattr(value, name, None), depth=depth)}" for name in fields]
@@ -27,9 +27,7 @@ def summary(value: Any, *, depth: int = 1) -> str:
 
 
 def brief(value: Any, *, depth: int = 0) -> str:
-    """Return one line about a value: a tensor as `float32[2, 5]`, a dataclass by its repr or, below `depth`, by its
-    class.
-    """
+    """Return a value in one line: a tensor as `float32[2, 5]`, a dataclass as its repr or, beyond `depth`, class."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -45,15 +43,13 @@ def brief(value: Any, *, depth: int = 0) -> str:
 
 
 def listed(items: Iterable[str]) -> str:
-    """Join items by commas, the first few of them and the number of the others."""
+    """Join the first items by commas, with the number of the others."""
     every = list(items)
     return ", ".join(every[:SHOWN] + ([f"... {len(every) - SHOWN} more"] if len(every) > SHOWN else []))
 
 
 def is_known(tensor: Any) -> bool:
-    """Whether the numbers of a tensor can be read now: not on meta, and not while a program is traced, compiled or
-    captured.
-    """
+    """Whether the elements of a tensor can be read: not on meta, nor in a traced, compiled or captured program."""
     if type(tensor) is not Tensor or tensor.is_meta or torch.compiler.is_compiling():
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -62,10 +58,9 @@ def is_known(tensor: Any) -> bool:
 
 
 def settings(part: nn.Module) -> str:
-    """Return the settings of a module as `extra_repr` shows them: its width and the fields of the spec it was built
-    from.
+    """Return the settings of a module for `extra_repr`: its width and the fields of its spec.
 
-    Fields that describe modules inside of it are left out: those show theirs.
+    Fields that describe inner modules are left out, because these show their own settings.
     """
     spec = getattr(part, "spec", None)
     width = getattr(part, "width", getattr(spec, "width", None))
@@ -102,7 +97,7 @@ def _class(item: Any) -> str:
 
 
 def _nests(value: Any) -> bool:
-    """Whether a dataclass holds collections or dataclasses, so that its repr is long."""
+    """Whether a dataclass contains mappings or dataclasses, so that its repr is long."""
     own = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     return any(dataclasses.is_dataclass(part) or isinstance(part, Mapping) for part in own)
 

@@ -1,8 +1,7 @@
-"""Files of tensors in the safetensors format: read by one open file, within bounds, and written with the same bytes
-each time.
+"""Files of tensors in the safetensors format: read through one open file, within bounds, and written reproducibly.
 
-The library of that name opens a file twice, for its header and for its tensors, so that a reader can see two files
-where another process replaces one; and the order of its metadata changes from run to run.
+The library safetensors opens a file twice, for its header and for its tensors, so a reader can see two files while
+another process replaces one. The order of its metadata changes from run to run.
 """
 
 import json
@@ -23,7 +22,7 @@ from sma.files import open_file
 from sma.memory import ADDRESSABLE, check_memory
 
 HEADER = 32 << 20
-"""Bytes of a header at most: some 200,000 tensors."""
+"""Maximum size of a header in bytes, enough for some 200,000 tensors."""
 
 _METADATA = "__metadata__"
 _CODES = {
@@ -49,12 +48,12 @@ _NAMES = {dtype: code for code, dtype in _CODES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file, as its header describes it.
+    """Description of a tensor in the header of a file.
 
     Attributes:
-        dtype: of its numbers.
-        shape: its sizes.
-        start: where its bytes begin in the file.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        start: offset of its first byte in the file.
     """
 
     dtype: torch.dtype
@@ -63,12 +62,12 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """Numbers that it holds."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def size(self) -> int:
-        """Bytes that it takes."""
+        """Size in bytes."""
         return self.numel * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -77,12 +76,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file of tensors. Whatever happens at its path meanwhile, this is the file that was opened.
+    """An open file of tensors, which stays the same when its path is replaced.
 
     Attributes:
-        path: where it was.
+        path: path from which it was opened.
         metadata: texts by name.
-        entries: what its tensors are, by name.
+        entries: descriptions of its tensors, by name.
     """
 
     path: Path
@@ -91,10 +90,10 @@ class TensorFile:
     _file: BufferedReader
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """Read a tensor; onto the meta device, its sizes alone.
+        """Read a tensor; on the meta device only its shape and dtype.
 
         Raises:
-            CheckpointError: the file was cut short since it was opened, or the tensor does not fit into memory.
+            CheckpointError: the file was truncated since it was opened, or the tensor does not fit into memory.
         """
         entry = self.entries[name]
         if torch.device(device).type == "meta":
@@ -116,10 +115,10 @@ class TensorFile:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a file of tensors and read its header; nothing is allocated but what the header takes.
+    """Open a file of tensors and read its header, without allocation of the tensors.
 
     Raises:
-        CheckpointError: there is no such file, or it is damaged.
+        CheckpointError: the file does not exist or is damaged.
     """
     with open_file(path, CheckpointError) as file:
         with parsing(path, CheckpointError):
@@ -144,7 +143,7 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 
 
 def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
-    """Metadata and tensors of a header; the tensors follow each other without gaps, up to the end of the file."""
+    """Check a header, whose tensors must fill the rest of the file without gaps; return metadata and entries."""
     if not isinstance(header, dict):
         raise _damaged(path, f"its header is {quote(header)}, and no mapping")
     metadata = header.pop(_METADATA, {})
@@ -168,20 +167,20 @@ def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, s
         begin, end = given["data_offsets"]
         entries[name] = Entry(dtype, tuple(given["shape"]), start + begin)
         ends[name] = start + end
-    place = start
+    position = start
     for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].start, ends[pair[0]])):
-        if entry.start != place or ends[name] != place + entry.size:
+        if entry.start != position or ends[name] != position + entry.size:
             raise _damaged(
                 path, f"{quote(name)}, {entry}, stands at bytes {entry.start:,} to {ends[name]:,} of the file"
             )
-        place = ends[name]
-    if place != size:
-        raise _damaged(path, f"it has {size:,} bytes, and its tensors end at {place:,}")
+        position = ends[name]
+    if position != size:
+        raise _damaged(path, f"it has {size:,} bytes, and its tensors end at {position:,}")
     return metadata, entries
 
 
 def _counts(value: Any) -> bool:
-    """Whether this is a short list of sizes that a tensor can have."""
+    """Whether a value is a short list of valid sizes of a tensor."""
     return (
         isinstance(value, list)
         and len(value) <= 64
@@ -190,27 +189,26 @@ def _counts(value: Any) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors: the same bytes for the same content, whatever the order of the mappings. Nothing is
-    synchronised.
+    """Write a file of tensors, whose bytes do not depend on the order of the mappings, without a sync to disk.
 
     Raises:
-        CheckpointError: the format has no name for a dtype, or there are too many tensors.
+        CheckpointError: the format does not support a dtype, or there are too many tensors.
         OSError: the file cannot be written.
     """
-    # The wide dtypes first, as the library does, so that every tensor is aligned.
+    # Wide dtypes first, as in the library, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
-    place = 0
+    position = 0
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
             raise CheckpointError(
-                f"{name!r} has the dtype {tensor.dtype}, which safetensors has not; "
+                f"{name!r} has the dtype {tensor.dtype}, which safetensors does not support; "
                 "convert it, such as by model.float()"
             )
-        end = place + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER:
@@ -220,6 +218,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            # One at a time, so that what lies on an accelerator or is not contiguous takes no second copy of the whole.
+            # One at a time, so that copies from an accelerator or to contiguous memory are not all held at once.
             tensor = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,6 +1,4 @@
-"""The weights of a model as its spec describes it: without what was put around it or its parts, and compared with what
-the spec builds.
-"""
+"""The weights of a model without wrappers, and their comparison with the weights that its spec builds."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,16 +21,15 @@ from sma.spec import Spec
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 
-# Under these names torch.compile, activation checkpointing and FSDP keep what they are put around.
+# Names under which torch.compile, activation checkpointing and FSDP keep the module that they wrap.
 _HIDDEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model that has a spec: with what `plain_weights` takes off it (torch.compile, data parallelism, averaged
-    weights), and bare.
+    """Return the model that has a spec: with wrappers that `plain_weights` removes (torch.compile, data parallelism,
+    averaged weights), and without any.
 
-    Wrappers that are not known there keep a model in `module` too. Both are the module given where no model is inside
-    of it.
+    Unknown wrappers are unwrapped through their attribute `module`. Both are the given module if it contains no model.
     """
     outer: Any = model
     while isinstance(outer, nn.Module):
@@ -44,10 +41,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def plain_weights(model: nn.Module) -> dict[str, Any]:
-    """The entries of a model's `state_dict` by the names that its spec gives them.
+    """Return the entries of a model's `state_dict` under the names of its spec.
 
-    What was put around the model or a part of it leaves no trace in them, and parametrised weights are what they come
-    to in evaluation. Neither the model nor its parametrisations change.
+    Wrappers of the model or its parts are removed, and parametrised weights have their values in evaluation. Neither
+    the model nor its parametrisations change.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -64,7 +61,7 @@ def plain_weights(model: nn.Module) -> dict[str, Any]:
                 for own in owned:
                     found.pop(f"{prefix}{own}", None)
                 found[f"{prefix}{name}"] = value
-        # From the inside out, so that the names that are left are still those of the module tree.
+        # From the inside out, so that the remaining names are still those of the module tree.
         for path, part in reversed(list(model.named_modules(remove_duplicate=False))):
             kept, prefix = _wrapped(part), f"{path}." if path else ""
             if kept is not None:
@@ -75,7 +72,7 @@ def plain_weights(model: nn.Module) -> dict[str, Any]:
                 }
     except CheckpointError:
         raise
-    except Exception as error:  # the methods of modules that are not ours
+    except Exception as error:  # of methods of third-party modules
         raise CheckpointError(
             f"cannot save this {type(model).__name__}: its weights cannot be read: {reason(error)}"
         ) from error
@@ -83,7 +80,7 @@ def plain_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def _wrapped(part: nn.Module) -> str | None:
-    """Under which name a module that only stands around another keeps it."""
+    """Name under which a wrapper keeps its module; None for other modules."""
     if isinstance(part, DistributedDataParallel | DataParallel | AveragedModel):
         return "module"
     return next((name for name in _HIDDEN if name in part._modules), None)
@@ -91,7 +88,7 @@ def _wrapped(part: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
-    """The weights that a module computes from others: name, value, and the names that these others have beside
+    """Yield the weights that a module computes from others: name, value, and names of the others outside of
     parametrisations.
     """
     if parametrize.is_parametrized(part):
@@ -99,7 +96,7 @@ def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
             with _evaluating(steps):
                 yield name, getattr(part, name).detach(), []
     for hook in list(part._forward_pre_hooks.values()):
-        # These leave the value of the last forward on the module, from before the last update.
+        # Their attribute on the module has the value of the last forward, before the last update.
         if isinstance(hook, WeightNorm):
             yield hook.name, hook.compute_weight(part).detach(), [f"{hook.name}_g", f"{hook.name}_v"]
         elif isinstance(hook, SpectralNorm):
@@ -112,7 +109,7 @@ def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
 
 @contextmanager
 def _evaluating(part: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation, in which spectral norms take no step of their iteration, and then back."""
+    """Set a module to evaluation mode temporarily, in which spectral norms do not iterate."""
     training = [child for child in part.modules() if child.training]
     for child in training:
         child.training = False
@@ -124,9 +121,7 @@ def _evaluating(part: nn.Module) -> Iterator[None]:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Draws nothing for tensors without memory: torch imports its whole compiler for a normal distribution there, which
-    takes seconds.
-    """
+    """Skips random initialisation of meta tensors, for which torch would import its compiler, which takes seconds."""
 
     _draws = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
 
@@ -137,43 +132,35 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def build_without_memory(spec: ModelSpec) -> SequenceModel:
-    """Build a model on the meta device, where tensors have sizes and no memory; for real where a part of it cannot be
-    built so.
-    """
+    """Build a model on the meta device; with memory where a part cannot be built there."""
     try:
         with torch.device("meta"), _WithoutValues():
             return build(spec, seed=0)
     except SmaError:
         raise
-    except Exception:  # a part that is not ours looks at values, which are not there, in whatever way
+    except Exception:  # a third-party part reads values, which do not exist there
         return build(spec, seed=0)
 
 
 def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hint: str) -> None:
-    """Check that weights fit the model that a spec builds: names, shapes and dtypes. Their values may be anything, NaN
-    included.
+    """Check the names, shapes and dtypes of weights against the model that a spec builds. Values may be NaN.
 
-    Floating-point weights may be of any precision, as after `model.to(dtype)`; those that torch computes with, not of 8
-    bits.
+    Floating-point weights may have any precision from 16 to 64 bits, as after `model.to(dtype)`.
 
     Args:
-        what: begins the sentence.
-        reference: the model, on whatever device.
-        given: things with `shape` and `dtype`, by name.
-        hint: ends the sentence.
+        what: beginning of the message.
+        reference: the model, on any device.
+        given: objects with `shape` and `dtype`, by name.
+        hint: end of the message.
 
     Raises:
-        CheckpointError: they do not fit; names the first few.
+        CheckpointError: they do not fit; the message names the first few.
     """
     wanted = reference.state_dict()
     missing, unknown = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     if missing or unknown:
-        listed = [
-            f"{word} {quote(names)}"
-            for word, names in (("missing", missing or "nothing"), ("unknown", unknown or "nothing"))
-        ]
-        listed = [text.replace("'nothing'", "nothing") for text in listed]
-        raise CheckpointError(f"{what} does not fit its spec: {', '.join(listed)}{hint}")
+        lacks, has = (quote(names) if names else "nothing" for names in (missing, unknown))
+        raise CheckpointError(f"{what} does not fit its spec: missing {lacks}, unknown {has}{hint}")
     for name, tensor in wanted.items():
         found = given[name]
         if not (isinstance(tensor, Tensor) and hasattr(found, "shape") and hasattr(found, "dtype")):
@@ -195,14 +182,13 @@ def _kind(tensor: Any) -> str:
 
 
 def check_parts(model: nn.Module, reference: nn.Module) -> None:
-    """Check that the parts of a model are those that its spec builds: another part can have weights of the same names
-    and sizes.
+    """Check that the parts of a model are those of its spec: another part can have weights of the same names and sizes.
 
     Raises:
-        CheckpointError: a part is of another class, or has another spec.
+        CheckpointError: a part has another class or another spec.
     """
     what, hint = f"cannot save this {type(model).__name__}", "undo that, or save model.state_dict() with torch.save"
-    for path, wanted in reversed(list(reference.named_modules())):  # the innermost that differs says it best
+    for path, wanted in reversed(list(reference.named_modules())):  # to name the innermost difference
         part = _part_at(model, path)
         if part is None:  # its weights are missing too, if it has any
             continue
@@ -222,7 +208,7 @@ def check_parts(model: nn.Module, reference: nn.Module) -> None:
 
 
 def _part_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The part at a path of the spec's names, what was put around it or its owners left out."""
+    """The part at a path, without wrappers of it or its owners; None if missing."""
     part: nn.Module | None = model
     for name in path.split(".") if path else []:
         part = None if part is None else _bare(part)._modules.get(name)
@@ -236,7 +222,7 @@ def _bare(part: nn.Module) -> nn.Module:
 
 
 def shared_names(model: nn.Module) -> list[list[str]]:
-    """The names under which a model has the same parameter or buffer more than once."""
+    """Groups of names of a model that share one parameter or buffer."""
     found: dict[int, list[str]] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     for name, tensor in named:
@@ -245,11 +231,10 @@ def shared_names(model: nn.Module) -> list[list[str]]:
 
 
 def whole_tensor(name: str, tensor: Tensor) -> Tensor:
-    """A tensor that can be written: gathered from all ranks where it is sharded, cut off from the graph.
+    """Gather a sharded tensor from all ranks, and detach it, so that it can be written.
 
     Raises:
-        CheckpointError: it has no values, or they are not simply numbers in memory: quantised, sparse, on the meta
-            device.
+        CheckpointError: it has no values in dense memory: quantised, sparse, or on the meta device.
     """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -269,9 +254,7 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
 
 
 def warn_of_copies(tensors: Mapping[str, Tensor], shared: Sequence[Sequence[str]]) -> None:
-    """Warn of weights that are one tensor in the model and will be several when it is loaded, because its spec does not
-    share them.
-    """
+    """Warn of weights that share a tensor in the model but not in its spec, so that loading copies them."""
     known = {name: names[0] for names in shared for name in names}
     found: dict[tuple[int, torch.Size], list[str]] = {}
     for name, tensor in tensors.items():

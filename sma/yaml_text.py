@@ -1,7 +1,7 @@
-"""YAML text: read by the core schema of YAML 1.2 within bounds, and written so that every reader reads the same values.
+"""YAML text: read by the core schema of YAML 1.2 within bounds, and written unambiguously for YAML 1.1 and 1.2.
 
-JSON is a part of it. Merge keys (`<<`), which YAML 1.2 leaves out, are read too. Every other rule of YAML 1.1 is not:
-`yes`, `on`, `1_000`, `12:30` and `2001-01-01` are words, and `1e-3` is a number.
+JSON is included, and so are merge keys (`<<`), which YAML 1.2 dropped. Other rules of YAML 1.1 do not apply: `yes`,
+`on`, `1_000`, `12:30` and `2001-01-01` are words, and `1e-3` is a number.
 """
 
 import re
@@ -17,13 +17,13 @@ from yaml.scanner import Scanner
 from sma.errors import SpecError, parsing, quote, reason
 
 LIMIT = 1 << 20
-"""Characters of a text at most."""
+"""Maximum number of characters of a text."""
 NODES = 50_000
-"""Values of a text at most, counted where its aliases are written out."""
+"""Maximum number of values of a text, with aliases expanded."""
 DEPTH = 64
-"""Lists and mappings inside each other at most."""
+"""Maximum nesting depth of lists and mappings."""
 NUMBER = 100
-"""Characters of a number at most."""
+"""Maximum number of characters of a number."""
 
 _CORE = "tag:yaml.org,2002:"
 _MERGE = f"{_CORE}merge"
@@ -42,16 +42,14 @@ _PATTERNS = {f"{_CORE}{name}": re.compile(rf"(?:{form})\Z") for name, (form, _) 
 
 
 class _Problem(yaml.MarkedYAMLError):
-    """YAML that is well formed, and that no spec is written in."""
+    """Well-formed YAML that is not allowed in specs."""
 
     def __init__(self, problem: str, node: yaml.Node | yaml.Event) -> None:
         super().__init__(problem=problem, problem_mark=cast(yaml.Mark, node.start_mark))
 
 
 class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
-    """Makes plain data of a text. Nodes are counted while they are composed, so that nothing is made that is too
-    large.
-    """
+    """Loads plain data from a text, with limits that are checked while nodes are composed."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -60,12 +58,12 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         Composer.__init__(self)
         BaseResolver.__init__(self)
         self.level = self.composed = 0
-        self.extents: dict[int, tuple[int, int]] = {}  # of finished nodes: values and levels, aliases written out
+        self.extents: dict[int, tuple[int, int]] = {}  # number of values and depth of finished nodes, aliases expanded
 
     def scan_to_next_token(self) -> None:
         super().scan_to_next_token()
         while self.flow_level and self.peek() == "\t":
-            # JSON may be indented with tabs, which PyYAML knows in no place.
+            # JSON may be indented with tabs, which PyYAML does not support.
             self.forward()
             super().scan_to_next_token()
 
@@ -122,7 +120,7 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         return {**(merged or {}), **own}
 
     def _merged(self, node: yaml.Node) -> dict[str, Any]:
-        """What `<<` brings into a mapping: another one, or a list of them, of which earlier ones take precedence."""
+        """The value of `<<`: a mapping, or a list of mappings, of which earlier ones take precedence."""
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(part, yaml.MappingNode) for part in parts):
             raise _Problem("'<<' takes a mapping, or a list of mappings", node)
@@ -130,11 +128,11 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes words that are numbers, or true, false or null, by YAML 1.1 or by 1.2."""
+    """Quotes words that YAML 1.1 or 1.2 would read as a number, true, false or null."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # With escapes where a character is not printable: PyYAML folds some of them to blanks.
+    # Escaped where a character is not printable: PyYAML folds some of these to blanks.
     return dumper.represent_scalar(f"{_CORE}str", text, style=None if text.isprintable() else '"')
 
 
@@ -188,11 +186,11 @@ def read_yaml(content: str | bytes, where: str) -> Any:
 
     Args:
         content: the text; bytes are UTF-8.
-        where: names the source in the error.
+        where: name of the source in the error.
 
     Raises:
-        SpecError: it is not valid, a key stands twice in a mapping or is no text, or it passes the bounds of this file.
-            Names the line.
+        SpecError: it is not valid, a key is repeated or not a text, or a limit of this module is exceeded. The message
+            names the line.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -234,5 +232,5 @@ def _explained(error: yaml.YAMLError, text: str) -> str:
 
 
 def write_yaml(data: Any) -> str:
-    """Return plain data as YAML; readers of YAML 1.1 and of 1.2 read the same values from it."""
+    """Return plain data as YAML with the same meaning in YAML 1.1 and 1.2."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

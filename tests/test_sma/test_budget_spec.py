@@ -114,7 +114,7 @@ class TestTotal:
         ],
     )
     def test_totals_that_no_routing_reaches_are_refused(self, target, specs, costs, low, high):
-        ends = f"come to between {low} and {high} in total, and the target is {target}; ask for one in between"
+        ends = f"sum to between {low} and {high}, and the target is {target}; give one in between"
         with pytest.raises(InputError, match=exactly(f"weighted by cost the rates of these routers {ends}")):
             self._controller(target, specs, costs)
 

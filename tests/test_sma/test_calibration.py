@@ -84,7 +84,7 @@ class TestCalibrate:
         assert reached.rates.tolist() == [pytest.approx([0.6, 0.2], abs=0.02), pytest.approx([0.4, 0.4], abs=0.02)]
 
     def test_data_that_can_be_gone_through_only_once_is_refused(self):
-        with pytest.raises(InputError, match="this can be gone through only once: give a list of batches"):
+        with pytest.raises(InputError, match="this can be iterated over only once: give a list of batches"):
             calibrate(_model({"kind": "sma"}), iter([normal(1, 4, 3)]), 0.5)
 
     def test_no_data_is_refused(self):
@@ -118,10 +118,10 @@ class TestCalibrate:
         )
         with pytest.warns(
             UserWarning,
-            match=rf"^{sentence} (0|1)\.0000, and 0.4 was asked; give it more data or passes, or a rate that",
+            match=rf"^{sentence} (0|1)\.0000, the target is 0.4; give it more data or passes, or a rate that",
         ):
             calibrate(_model({"kind": "sma"}, layers=1), [same], {"mlp": 0.4}, passes=3)
-        with pytest.warns(UserWarning, match=r"weighted by cost the rates come to \d\.\d{4}, and 0.4 was asked"):
+        with pytest.warns(UserWarning, match=r"weighted by cost the rates sum to \d\.\d{4}, the target is 0.4"):
             calibrate(_model({"kind": "sma"}, layers=1), [same], 0.4, over="total", passes=3)
 
     def test_a_total_of_rows_of_different_lengths_is_weighted_at_their_mean(self):
@@ -279,7 +279,7 @@ class Once:
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        pytest.param(Once(), "and its batches can be gone through only once: give a list of them", id="exhausted"),
+        pytest.param(Once(), "and its batches can be iterated over only once: give a list of them", id="exhausted"),
         pytest.param(
             normal(2, 9, 3),
             "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches",
@@ -291,7 +291,7 @@ class Once:
             id="array",
         ),
         pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
-        pytest.param(3, "is an int; required are batches, such as a list or a DataLoader", id="number"),
+        pytest.param(3, "is an int; required are batches, such as a list of them or a DataLoader", id="number"),
         pytest.param([], "got no batch; give it some of the data that the model is to run on", id="nothing"),
     ],
 )

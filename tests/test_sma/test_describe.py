@@ -130,10 +130,10 @@ def test_totals_are_those_of_the_spec_and_of_the_built_model(data, length, rate)
 def test_each_group_of_layers_is_what_its_layer_predicts(data, length, rate):
     spec = load_spec(data)
     described = describe(spec, length=length, rate=rate)
-    assert sorted(place for group in described.layers for place in group.places) == list(range(len(spec.layer_specs)))
+    assert sorted(index for group in described.layers for index in group.indices) == list(range(len(spec.layer_specs)))
     own = {"always": 1.0, "never": 0.0, "random": 0.5, "expert_choice": 0.5}
     for group in described.layers:
-        layers = [spec.layer_specs[place] for place in group.places]
+        layers = [spec.layer_specs[index] for index in group.indices]
         assert all(layer == layers[0] for layer in layers)
         assert group.one.parameters == layers[0].num_parameters(spec.width)
         expected = layers[0].macs(spec.width, length, own.get(layers[0].router.kind, rate))
@@ -151,7 +151,7 @@ def test_a_description_fits_a_terminal(data):
 
 def test_alike_layers_are_one_entry_wherever_they_stand():
     described = describe(load_spec(read_yaml(HYBRID, "test")))
-    assert [(group.places, group.all.name) for group in described.layers] == [
+    assert [(group.indices, group.all.name) for group in described.layers] == [
         ((0, 2, 4), "layers 0, 2, 4"),
         ((1, 3, 5), "layers 1, 3, 5"),
     ]

@@ -55,12 +55,12 @@ def test_broken_path_is_refused(path):
     ("path", "complaint"),
     [
         pytest.param(
-            "layers[99999999999]", r"'layers\[99999999999\]': '99999999999' is not a place in a list of 2", id="far"
+            "layers[99999999999]", r"'layers\[99999999999\]': '99999999999' is not an index of a list of 2", id="far"
         ),
-        pytest.param(f"layers[{'9' * 5000}]", "'layers.*99.* is not a place in a list of 2", id="5,000 digits"),
+        pytest.param(f"layers[{'9' * 5000}]", "'layers.*99.* is not an index of a list of 2", id="5,000 digits"),
         pytest.param(
             "layers.\N{SUPERSCRIPT TWO}",
-            "'\N{SUPERSCRIPT TWO}' is not a place in a list of 2",
+            "'\N{SUPERSCRIPT TWO}' is not an index of a list of 2",
             id="a digit that is no number",
         ),
         pytest.param(
@@ -256,13 +256,13 @@ def test_a_built_spec_can_be_overridden_too():
         pytest.param(
             LISTED,
             "layers[2].bypass",
-            "'layers[2].bypass': 2 is not a place in a list of 2; count from 0",
+            "'layers[2].bypass': 2 is not an index of a list of 2; count from 0",
             id="beyond the list",
         ),
         pytest.param(
             LISTED,
             "layers.bypass",
-            "'layers.bypass': 'bypass' is not a place in a list of 2; count from 0",
+            "'layers.bypass': 'bypass' is not an index of a list of 2; count from 0",
             id="a name in a list",
         ),
         pytest.param(REPEATED, "width.x", "'width.x' leads into 4, which has no fields", id="into a number"),

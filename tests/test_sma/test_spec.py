@@ -230,7 +230,7 @@ class TestErrors:
             ),
             pytest.param(
                 _model(layers={"repeat": 0, "layer": {"norm": {"kind": "layer"}}}),
-                "RepeatSpec in layers: repeat=0 must be at least 1; repeat: how often\n"
+                "RepeatSpec in layers: repeat=0 must be at least 1; repeat: number of repetitions\n"
                 "unknown norm kind 'layer' in layers.layer.norm; did you mean 'layer_norm'? "
                 "known kinds: batch_norm, layer_norm, rms_norm, scale_norm",
                 id="one sentence per wrong field",

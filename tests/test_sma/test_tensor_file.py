@@ -92,7 +92,7 @@ def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path):
 
 def test_a_dtype_that_the_format_has_not_is_refused(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"'it' has the dtype torch\.complex128, which safetensors has not; convert it"
+        CheckpointError, match=r"'it' has the dtype torch\.complex128, which safetensors does not support; convert it"
     ):
         write_tensors(tmp_path / "file", {"it": torch.zeros(1, dtype=torch.complex128)}, {})
     assert not (tmp_path / "file").exists()
