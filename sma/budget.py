@@ -12,8 +12,9 @@ from sma.budget_spec import BudgetSpec as BudgetSpec
 from sma.budget_spec import Steered, steered_by
 from sma.checks import check_decisions, check_names
 from sma.decision import Decision
-from sma.errors import InputError, former_names
+from sma.errors import InputError
 from sma.model import ModelSpec
+from sma.moved import former_names
 from sma.routers import Router
 from sma.routers.steerable import steerable
 from sma.score_histogram import BINS, ZERO, histograms, shares_above, shift_to

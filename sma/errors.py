@@ -4,7 +4,7 @@ import difflib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Never
+from typing import Any
 
 QUOTED = 120
 """Maximum number of characters that an error quotes of a value."""
@@ -109,22 +109,6 @@ def quote(value: object, limit: int = QUOTED) -> str:
     """
     text = " ".join(_Quotes().repr(value).split("\n"))
     return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
-
-
-def former_names(module: str, **present: str) -> Callable[[str], Never]:
-    """Make the `__getattr__` of a module that answers an import of a former name with its present one.
-
-    Args:
-        module: name of the module.
-        **present: the present name by the former one.
-    """
-
-    def __getattr__(name: str) -> Never:
-        if name in present:
-            raise ImportError(f"{module}.{name} is now {present[name]}", name=module)
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-
-    return __getattr__
 
 
 @contextmanager

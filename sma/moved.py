@@ -1,9 +1,10 @@
-"""Former names of modules: an import of one fails with the present name."""
+"""Former names of modules and of their attributes: an import of one fails with the present name."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import Never
 
 
 class _Moved(MetaPathFinder):
@@ -24,3 +25,19 @@ def moved(package: str, present: Mapping[str, str]) -> None:
         present: the present name of each former one, both within the package.
     """
     sys.meta_path.append(_Moved(package, present))
+
+
+def former_names(module: str, **present: str) -> Callable[[str], Never]:
+    """Make the `__getattr__` of a module that answers an import of a former name with its present one.
+
+    Args:
+        module: name of the module.
+        **present: the present name by the former one.
+    """
+
+    def __getattr__(name: str) -> Never:
+        if name in present:
+            raise ImportError(f"{module}.{name} is now {present[name]}", name=module)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return __getattr__

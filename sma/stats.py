@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sma.checks import check_count, check_decisions, check_integers, check_known, check_rate
 from sma.decision import Decision
-from sma.errors import InputError, former_names, quote
+from sma.errors import InputError, quote
 from sma.model import ModelSpec
+from sma.moved import former_names
 from sma.pytree import register_output
 from sma.ragged import locate
 from sma.summary import is_known, listed, summary

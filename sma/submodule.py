@@ -12,8 +12,9 @@ from torch.utils import _pytree
 
 from sma.checks import check_booleans, check_causal, check_count, check_floating, check_rows, check_state, check_tensor
 from sma.devices import usable_device
-from sma.errors import StateError, former_names
+from sma.errors import StateError
 from sma.memory import zeros
+from sma.moved import former_names
 from sma.pytree import map_tensors, register_output, tensors
 from sma.ragged import Ragged, check_ragged
 from sma.spec import Spec
