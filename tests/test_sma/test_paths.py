@@ -65,7 +65,7 @@ def test_broken_path_is_refused(path):
         ),
         pytest.param(
             "layers.\N{ARABIC-INDIC DIGIT ONE}",
-            "'\N{ARABIC-INDIC DIGIT ONE}' is not a place",
+            "'\N{ARABIC-INDIC DIGIT ONE}' is not an index",
             id="a digit of another script",
         ),
         pytest.param("x" * 100_000, "unknown field path 'xxx.*xxx': there is no 'xxx.*xxx' here", id="long"),
