@@ -23,7 +23,7 @@ from sma.model import LanguageModel
 from sma.recipes.io.command import CommandOptions, exit_code, parse
 from sma.recipes.io.option_parser import Folder
 from sma.recipes.training.options import OneRunOptions
-from sma.recipes.training.single_run import run
+from sma.recipes.training.single_run import train_or_evaluate
 
 
 class Options(OneRunOptions):
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["generate"]:
         return exit_code(lambda: write(parse(GenerateOptions, given[1:])))
-    return exit_code(lambda: run(parse(Options, given)))
+    return exit_code(lambda: train_or_evaluate(parse(Options, given)))
 
 
 def write(options: GenerateOptions) -> None:

@@ -16,7 +16,7 @@ from pydantic_settings import SettingsConfigDict
 
 from sma.recipes.io.command import exit_code, parse
 from sma.recipes.training.options import OneRunOptions
-from sma.recipes.training.single_run import run
+from sma.recipes.training.single_run import train_or_evaluate
 
 
 class Options(OneRunOptions):
@@ -35,7 +35,7 @@ class Options(OneRunOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: run(parse(Options, sys.argv[1:] if arguments is None else arguments)))
+    return exit_code(lambda: train_or_evaluate(parse(Options, sys.argv[1:] if arguments is None else arguments)))
 
 
 if __name__ == "__main__":

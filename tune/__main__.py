@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -25,64 +25,66 @@ from pydantic_settings import SettingsConfigDict
 from sma.errors import SmaError, SpecError, did_you_mean
 from sma.recipes.io.claims import claim_folder
 from sma.recipes.io.command import CommandOptions, exit_code, parse
-from sma.recipes.io.folders import cache_folder, lend_home
+from sma.recipes.io.folders import lend_home
 from sma.recipes.io.names import plain, shell_word
-from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Names, Setting
+from sma.recipes.io.option_parser import Cluster, File, FolderOrURI, Name, Names, Setting
 from sma.recipes.io.presets import check_preset
+from sma.recipes.training.options import CallOptions
 from sma.streams import end_process
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
-from sma.tune.train import TrainOptions, endable, train
+from sma.tune.train import ParallelOptions, endable, train_model
 
 if TYPE_CHECKING:
-    from sma.tune.cluster import ResourceSpec
     from sma.tune.storage import Storage
 
 COMMANDS = ("report", "train")
 
 
-class Options(CommandOptions):
+class Options(CallOptions):
     """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune.
 
-    Two commands besides: `sma report` writes the results of a sweep again, `python -m sma.tune train` trains one model
+    Two more commands: `sma report` writes the results of a sweep again, `python -m sma.tune train` trains one model
     with several workers.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune")
 
-    repeatable: ClassVar[frozenset[str]] = frozenset(
-        {"cpus", "gpus", "accelerator", "concurrent", "address", "data", "silence", "progress"}
-    )
+    repeatable: ClassVar[frozenset[str]] = CallOptions.repeatable | {"cpus", "gpus", "concurrent", "address", "silence"}
 
     task: Name = Field(
-        default="listops", description="what to learn; with --preset the name of a shipped sweep, such as listops_tiny"
+        default="listops", description="the task; with --preset the name of a shipped sweep, such as listops_tiny"
     )
-    preset: Name = Field(default="tiny", description="which sweep of the task")
+    preset: Name = Field(default="tiny", description="the sweep of the task, such as tiny")
     space: File | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
     spec: File | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
     set: list[Setting] = Field(
         default=[],
         description="change a field in all trials, such as training.updates=2000; may be repeated",
     )
-    seed: int | None = Field(default=None, description="of the trainings; default the experiment's")
-    search_seed: int | None = Field(default=None, description="of the search; default 0")
+    seed: int | None = Field(default=None, description="seed of the trainings; default the experiment's")
+    search_seed: int | None = Field(default=None, description="seed of the search; default 0")
     samples: int | None = Field(
-        default=None, description="trials, trial 0 among them, which is the experiment as it is; default 16"
+        default=None, description="number of trials, including trial 0, the unchanged experiment; default 16"
     )
     objectives: Names | None = Field(
-        default=None, description="of quality, rate, time, macs, with commas; default quality,rate"
+        default=None,
+        description="objectives of the search, separated by commas: quality, rate, time, macs; "
+        "default quality,rate",
     )
-    stop: bool = Field(default=True, description="stop the weak by their quality")
+    stop: bool = Field(
+        default=True, description="stop trials early that rank low among the others after equally many updates"
+    )
     grace: int | None = Field(
         default=None, description="updates before which no trial is stopped; default a quarter of them"
     )
     reduction: float | None = Field(
-        default=None, description="one in so many trials goes on from one rung to the next; default 2"
+        default=None, description="one in this many trials continues to the next rung; default 2"
     )
     silence: float | None = Field(
         default=None,
         gt=0.0,
-        description="seconds without a batch trained or evaluated after which the process of a trial is replaced; "
-        "default 1800",
+        description="seconds without a batch of training or evaluation after which the process of a trial is "
+        "replaced; default 1800",
     )
     storage: FolderOrURI | None = Field(
         default=None, description="the folder of the sweep, or a URI; default runs/sweep-TASK-PRESET-TIME"
@@ -90,62 +92,58 @@ class Options(CommandOptions):
     resume: FolderOrURI | None = Field(default=None, description="resume the sweep in this folder")
     cpus: int = Field(default=1, ge=1, description="cores of a trial")
     gpus: float | None = Field(
-        default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if there are any"
+        default=None, ge=0.0, description="GPUs of a trial, such as 0.25; default one if the machines have any"
     )
-    concurrent: int | None = Field(default=None, ge=1, description="trials at once; default as many as fit")
+    concurrent: int | None = Field(
+        default=None, ge=1, description="number of concurrent trials; default as many as fit on the machines"
+    )
     address: Cluster | None = Field(
         default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
     )
-    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
-    accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
-    progress: bool = Field(default=True, description="show bars, and a table of the trials")
 
 
 class ReportOptions(CommandOptions):
-    """Write tables, figure, best specs and summary of a sweep again, from the records of its trials."""
+    """Write the tables, the figure, the best specs and the summary of a sweep again, from the records of its trials."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune report")
 
-    folder: FolderOrURI = Field(description="the folder of the sweep, or its URI")
+    folder: FolderOrURI = Field(description="the folder or the URI of the sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in COMMANDS:
-        name, rest = given[0], given[1:]
-    elif any(word.partition("=")[0] == "--workers" for word in given):
-        # Only a training has them, also without the word.
-        name, rest = "train", given
-    else:
-        name, rest = "", given
-    return exit_code(lambda: _run(name, rest))
+    return exit_code(lambda: _run(given))
 
 
-def _run(name: str, given: list[str]) -> None:
-    if name == "report":
-        report(parse(ReportOptions, given, positional="folder"))
-    elif name == "train":
-        train(parse(TrainOptions, given))
-    elif given and not given[0].startswith("-"):
+def _run(given: list[str]) -> None:
+    command = given[0] if given else ""
+    if command == "report":
+        report(parse(ReportOptions, given[1:], positional="folder"))
+    elif command == "train":
+        train_model(parse(ParallelOptions, given[1:]))
+    elif any(word.partition("=")[0] == "--workers" for word in given):  # only `train` has this option
+        train_model(parse(ParallelOptions, given))
+    elif command and not command.startswith("-"):
         raise SpecError(
-            f"unknown command {given[0]!r}{did_you_mean(given[0], COMMANDS, 'commands')}; without one a sweep is run"
+            f"unknown command {command!r}{did_you_mean(command, COMMANDS, 'commands')}; without one a sweep is run"
         )
     else:
         search(parse(Options, given))
 
 
 def search(options: Options) -> dict[str, Any]:
-    """Run a sweep as the options say; returns the summary.
+    """Run a sweep with these options; returns the summary.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     lend_home()
     # Ray takes seconds to import; --help and a wrong --set need not wait for it.
     from sma.tune.cluster import ResourceSpec, check_resources
-    from sma.tune.folder import load_sweep, start_sweep
+    from sma.tune.driver import run_sweep
     from sma.tune.storage import Storage
+    from sma.tune.sweep_folder import load_sweep, start_sweep
 
     resources = ResourceSpec(**{name: getattr(options, name) for name in ResourceSpec.model_fields})
     with ExitStack() as stack:
@@ -161,23 +159,17 @@ def search(options: Options) -> dict[str, Any]:
             start_sweep(sweep, storage)
         if options.silence is not None:
             sweep = sweep.replace(silence=options.silence)
-        return _search(sweep, storage, resources, options)
-
-
-def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", options: Options) -> dict[str, Any]:
-    from sma.tune.driver import run_sweep
-
-    print(
-        f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> "
-        f"{plain(storage.address(''))}",
-        flush=True,
-    )
-    with endable(options, storage):
-        summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
+        print(
+            f"{sweep.samples} trials of {sweep.updates:,} updates on {sweep.experiment.task.kind} -> "
+            f"{plain(storage.address(''))}",
+            flush=True,
+        )
+        with endable(options, storage):
+            summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
     _describe(summary, storage, sweep.quality.name)
     if summary["failed"] == summary["trials"]:
         raise SmaError(
-            "all trials failed, see why above; start a new sweep when that is mended: "
+            "all trials failed, for the reasons above; correct the cause and start a new sweep: "
             f"{storage.address('')} keeps the records"
         )
     return summary
@@ -185,7 +177,7 @@ def _search(sweep: SweepSpec, storage: "Storage", resources: "ResourceSpec", opt
 
 @contextmanager
 def _claimed(options: Options) -> "Iterator[Storage]":
-    """The folder of a new sweep, which no other process has or takes meanwhile."""
+    """The folder of a new sweep, locked against other processes."""
     from sma.tune.storage import Storage
 
     if options.storage is None:
@@ -202,12 +194,12 @@ def report(options: ReportOptions) -> dict[str, Any]:
     """Write the results of a sweep again; returns the summary.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     lend_home()
-    from sma.tune.folder import load_sweep
-    from sma.tune.results import write_results
     from sma.tune.storage import Storage
+    from sma.tune.sweep_folder import load_sweep
+    from sma.tune.sweep_results import write_results
 
     storage = Storage(options.folder)
     sweep = load_sweep(storage)
@@ -218,24 +210,21 @@ def report(options: ReportOptions) -> dict[str, Any]:
 
 
 def _sweep(options: Options) -> SweepSpec:
-    stopping: dict[str, Any] = {
-        name: getattr(options, name) for name in ("grace", "reduction") if getattr(options, name) is not None
-    }
     if options.space is not None:
         options.refuse(["task", "preset"], "--space is a sweep of its own")
     else:
         check_preset(f"{options.task}_{options.preset}", shipped_sweeps(), "sweep")
     if not options.stop:
         options.refuse(["grace", "reduction"], "--no-stop trains every trial to its end")
+    stopping = {name: value for name in ("grace", "reduction") if (value := getattr(options, name)) is not None}
     source = read_sweep(options.space or f"{options.task}_{options.preset}", options.spec)
     settings = [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])]
+    objectives = options.objectives
     sweep = make_sweep(
         source,
         settings=settings,
         samples=options.samples,
-        objectives=None
-        if options.objectives is None
-        else tuple(name.strip() for name in options.objectives.split(",")),
+        objectives=None if objectives is None else tuple(name.strip() for name in objectives.split(",")),
         seed=options.search_seed,
         stopping=stopping or None,
     )
@@ -245,9 +234,12 @@ def _sweep(options: Options) -> SweepSpec:
     return sweep if options.stop else sweep.replace(stopping=None)
 
 
-def _describe(summary: dict[str, Any], storage: Any, quality: str) -> None:
-    """Print the end of a sweep in words; `quality` is the column of the metric."""
-    from sma.tune.results import FIGURE, TABLE
+def _describe(summary: dict[str, Any], storage: "Storage", quality: str) -> None:
+    """Print the results of a sweep; `quality` is the column of the metric."""
+    from sma.tune.sweep_results import FIGURE, TABLE
+
+    def measures(point: dict[str, Any]) -> str:
+        return f"{quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}"
 
     print(f"{summary['finished']} trials finished, {summary['stopped']} stopped early, {summary['failed']} failed")
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -255,40 +247,24 @@ def _describe(summary: dict[str, Any], storage: Any, quality: str) -> None:
         reasons[failure["reason"]].append(str(failure["trial"]))
     for reason, trials in reasons.items():
         print(f"  trial{'s' if len(trials) > 1 else ''} {', '.join(trials)} failed: {plain(reason)}")
-    if quality in (summary["best"] or {}):
-        for title, key in (
-            ("trial 0", "baseline"),
-            ("best", "best"),
-            ("sparsest as good", "sparsest_as_good_as_baseline"),
-        ):
-            point = summary[key]
-            if point is not None and quality in point:
-                where = (
-                    f"trial {point['trial']}, {storage.address(point['spec'])}"
-                    if key != "baseline"
-                    else "the experiment as it is"
-                )
-                print(
-                    f"{title:<17} {quality.replace('_', ' ')} {point[quality]:.4f}, "
-                    f"rate {point['rate']:.3f}: {plain(where)}"
-                )
-    _describe_front(summary, storage, quality)
+    for key, title in _POINTS.items() if summary["best"] is not None else ():
+        point = summary[key]
+        if point is not None and quality in point:
+            own = f"trial {point['trial']}, {storage.address(point['spec'])}"
+            print(f"{title:<17} {measures(point)}: {plain('the experiment as it is' if key == 'baseline' else own)}")
+    if points := summary["pareto"]:
+        print(f"Pareto front      {len(points)} of {summary['finished']} finished trials")
+        for point in points:
+            print(f"  trial {point['trial']:<9} {measures(point)}")
+        if storage.folder is not None:
+            print(f"train one         sma train --spec {shell_word(storage.address(points[0]['spec']))}")
     if summary["idle_share"] is not None:
         print(f"{summary['seconds']:,.0f} s in {summary['slots']} slots, {summary['idle_share']:.0%} of them idle")
     print(f"results           {plain(storage.address(''))}: summary.json, trials.csv, {TABLE}, {FIGURE}, best/")
 
 
-def _describe_front(summary: dict[str, Any], storage: Any, quality: str) -> None:
-    """Print the trials of the Pareto front, and the command that trains one of them."""
-    points = summary["pareto"]
-    if not points:
-        return
-    print(f"Pareto front      {len(points)} of {summary['finished']} finished trials")
-    for point in points:
-        print(f"  trial {point['trial']:<9} {quality.replace('_', ' ')} {point[quality]:.4f}, rate {point['rate']:.3f}")
-    if storage.folder is not None:
-        spec = storage.address(points[0]["spec"])
-        print(f"train one         sma train --spec {shell_word(spec)}")
+_POINTS = {"baseline": "trial 0", "best": "best", "sparsest_as_good_as_baseline": "sparsest as good"}
+"""Titles of the printed trials, by their keys in the summary."""
 
 
 if __name__ == "__main__":

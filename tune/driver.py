@@ -10,15 +10,15 @@ from ray.tune.schedulers import FIFOScheduler
 
 from sma.errors import SmaError, reason
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
-from sma.tune.environment import TUNE, ray_settings
-from sma.tune.folder import add_driver, driver_folder
 from sma.tune.lifeline import follow
+from sma.tune.ray_settings import TUNE, ray_settings
 from sma.tune.records import load_records
-from sma.tune.results import write_results
 from sma.tune.search import Halving, Search, quiet
 from sma.tune.sharing import pack_data
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
+from sma.tune.sweep_folder import add_driver, driver_folder
+from sma.tune.sweep_results import write_results
 from sma.tune.trial import run_trial
 from sma.tune.watch import Recorder
 

@@ -29,8 +29,8 @@ from sma.recipes.training.objective import load_objective
 from sma.recipes.training.run import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
-from sma.tune.environment import ray_settings
 from sma.tune.lifeline import follow
+from sma.tune.ray_settings import ray_settings
 from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import PackedData, pack_data, unpack_data
 from sma.tune.storage import Storage
@@ -154,7 +154,7 @@ def train_parallel(
     *,
     data_folder: Path,
     progress: bool = True,
-    say: Callable[[str], None] = print,
+    on_line: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train one model with several processes; returns the summary. The run folder equals that of a single process.
 
@@ -169,7 +169,7 @@ def train_parallel(
         workers: the number of workers, and their resources.
         data_folder: folder in which data is kept between runs.
         progress: whether to show progress bars while the data is prepared.
-        say: a function that is called with every line about the training.
+        on_line: a function that is called with every line about the training.
 
     Raises:
         SmaError: the training cannot run; the message is for the user.
@@ -207,7 +207,7 @@ def train_parallel(
                 checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             ),
         )
-        _follow(trainer, status, workers, say)
+        _follow(trainer, status, workers, on_line)
     summary: dict[str, Any] | None = storage.read_json(SUMMARY)
     if summary is None:
         raise CheckpointError(
@@ -217,7 +217,7 @@ def train_parallel(
     return summary
 
 
-def _follow(trainer: TorchTrainer, status: Any, workers: Workers, say: Callable[[str], None]) -> None:
+def _follow(trainer: TorchTrainer, status: Any, workers: Workers, on_line: Callable[[str], None]) -> None:
     """Wait for the end of the training, and pass on the messages of the workers."""
     count, failure = 0, None
 
@@ -227,7 +227,7 @@ def _follow(trainer: TorchTrainer, status: Any, workers: Workers, say: Callable[
             lines, failure = ray.get(status.read.remote(count), timeout=_PATIENCE)
             count += len(lines)
             for line in lines:
-                say(line)
+                on_line(line)
 
     try:
         follow(trainer.fit, look)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from ray.experimental import internal_kv
 
@@ -29,24 +28,14 @@ class Pulse(Callback):
         self._last = -INTERVAL
         self.beat()
 
-    def beat(self, *_: Any) -> None:
+    def beat(self, *_: Any, **__: Any) -> None:
         """Write a heartbeat, unless the last is less than `INTERVAL` seconds old."""
         now = time.monotonic()
         if now - self._last >= INTERVAL:
             self._last = now
             internal_kv._internal_kv_put(self.key.encode(), repr(time.time()).encode())
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write a heartbeat after an update."""
-        self.beat()
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write a heartbeat after a batch of an evaluation."""
-        self.beat()
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write a heartbeat after a batch of the test."""
-        self.beat()
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = beat
 
 
 def read_pulse(key: str) -> bytes | None:

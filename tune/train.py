@@ -4,10 +4,11 @@ python -m sma.tune train --task listops --preset tiny --workers 2 --out FOLDER
 python -m sma.tune train --resume FOLDER --workers 2
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -16,71 +17,68 @@ from sma.errors import CheckpointError, SmaError
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import DRIVER, claim_folder
 from sma.recipes.io.command import CommandOptions, resumable, resuming
-from sma.recipes.io.folders import cache_folder, lend_home
+from sma.recipes.io.folders import lend_home
 from sma.recipes.io.names import plain
-from sma.recipes.io.option_parser import Cluster, File, Folder, FolderOrURI, Name, Setting
-from sma.recipes.io.presets import check_preset
+from sma.recipes.io.option_parser import Cluster, FolderOrURI, Name
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
 from sma.recipes.io.signals import Preempted, on_preemption
+from sma.recipes.training.options import ExperimentOptions
+from sma.recipes.training.start import load_requested
 from sma.spec import dump_yaml
 from sma.yaml_text import read_fields
 
 if TYPE_CHECKING:
-    from sma.tune.parallel import Workers
     from sma.tune.storage import Storage
 
 
-class TrainOptions(CommandOptions):
-    """Train one model data-parallel on Ray Train: the recipe's experiment and run folder, several processes, one
-    machine or a cluster.
+class ParallelOptions(ExperimentOptions):
+    """Train one model data-parallel on Ray Train, on one machine or a cluster. The experiment and the run folder are
+    those of the recipes.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.tune train")
 
-    repeatable: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "cpus", "restarts", "address", "data", "accelerator", "progress"}
-    )
+    repeatable: ClassVar[frozenset[str]] = ExperimentOptions.repeatable | {"workers", "cpus", "restarts", "address"}
 
     task: Name = Field(
-        default="listops", description="what to learn; with --preset the name of a preset, such as listops_tiny"
+        default="listops", description="the task; with --preset the name of a preset, such as listops_tiny"
     )
-    preset: Name = Field(default="tiny", description="which experiment of the task")
-    spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
-    set: list[Setting] = Field(default=[], description="change a field, such as training.updates=2000; may be repeated")
-    seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
+    preset: Name = Field(default="tiny", description="the experiment of the task, such as tiny or paper")
     workers: int = Field(
-        default=2, ge=1, description="processes; each takes an equal part of every batch of training.batch_size samples"
+        default=2, ge=1, description="number of processes; each gets an equal shard of the training.batch_size samples"
     )
     cpus: int = Field(default=1, ge=1, description="cores of a worker")
     restarts: int = Field(
-        default=3, ge=0, description="how often all go on from the last checkpoint after one has died"
+        default=3,
+        ge=0,
+        description="maximum number of times that all workers resume from the last checkpoint after one has died",
     )
     address: Cluster | None = Field(
         default=None, description="a running Ray cluster: auto or HOST:PORT; default: one on this machine"
     )
     out: FolderOrURI | None = Field(
-        default=None, description="the run folder, which all machines see, or a URI; default runs/TASK-PRESET-TIME"
+        default=None,
+        description="the run folder, on a file system that all machines share, or a URI; default runs/TASK-PRESET-TIME",
     )
     resume: FolderOrURI | None = Field(
         default=None, description="resume the run in this folder or URI, with any number of workers"
     )
-    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
-    accelerator: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="the device; with GPUs each worker gets one"
-    )
-    progress: bool = Field(default=True, description="show bars while data is prepared, and every evaluation")
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}_{self.preset}"
 
 
-def train(options: TrainOptions) -> dict[str, Any]:
-    """Train as the options say; returns the summary.
+def train_model(options: ParallelOptions) -> dict[str, Any]:
+    """Train a model with these options; returns the summary.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     lend_home()
     # A wrong --set need not wait for Ray, which takes seconds to import.
-    spec = None if options.resume is not None else _fresh(options)
-    from sma.tune.parallel import Workers
+    spec = None if options.resume is not None else load_requested(options)
+    from sma.tune.parallel import Workers, train_parallel
     from sma.tune.storage import Storage
 
     workers = Workers(options.workers, options.cpus, options.address, options.accelerator, options.restarts)
@@ -88,36 +86,37 @@ def train(options: TrainOptions) -> dict[str, Any]:
         storage = Storage(str(options.resume))
         spec = _resumed(options, storage)
         workers.check_experiment(spec)
-        with storage.locked():  # which the first worker will do; whether another one has the folder is known now
+        with storage.locked():  # The first worker locks the folder later; this raises the error of a busy folder now.
             pass
     else:
         workers.check_experiment(spec)
         workers.check_room()
         storage = _claim(options, spec)
-    # The workers begin after seconds, and this process writes, too.
+    # The workers start seconds later, and this process writes the folder too.
     with storage.locked(DRIVER):
-        return _train(spec, storage, workers, options)
-
-
-def _train(spec: ExperimentSpec, storage: "Storage", workers: "Workers", options: TrainOptions) -> dict[str, Any]:
-    from sma.tune.parallel import train_parallel
-
-    print(
-        f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of "
-        f"{spec.training.batch_size} samples, {workers.number} workers -> {plain(storage.address(''))}",
-        flush=True,
-    )
-    with endable(options, storage):
-        return train_parallel(spec, storage, workers, data_folder=options.data, progress=options.progress, say=_say)
+        print(
+            f"{spec.task.kind}: {spec.model.num_parameters():,} parameters, {spec.training.updates:,} updates of "
+            f"{spec.training.batch_size} samples, {workers.number} workers -> {plain(storage.address(''))}",
+            flush=True,
+        )
+        with endable(options, storage):
+            return train_parallel(
+                spec,
+                storage,
+                workers,
+                data_folder=options.data,
+                progress=options.progress,
+                on_line=partial(print, flush=True),
+            )
 
 
 @contextmanager
 def endable(options: CommandOptions, storage: "Storage") -> Iterator[None]:
-    """Add the whole command that resumes to what ends the block from outside: Ctrl-C, SIGTERM, SIGUSR1, a full disk, or
-    the end of the cluster.
+    """Add the command that resumes to the error that ends the block: Ctrl-C, SIGTERM, SIGUSR1, a full disk, or the loss
+    of the cluster.
 
     Args:
-        options: of the command.
+        options: the options of the command.
         storage: the folder.
 
     Raises:
@@ -125,28 +124,23 @@ def endable(options: CommandOptions, storage: "Storage") -> Iterator[None]:
     """
     from sma.tune.lifeline import ClusterLost
 
-    where = storage.address("")
+    where, received = storage.address(""), False
+
+    def preempt(number: int) -> None:
+        nonlocal received
+        if not received:  # further signals do not interrupt the end
+            received = True
+            raise Preempted(number, "what is done is kept")
+
     try:
-        with on_preemption(_end_once()), resumable(options, where, lambda: True):
+        with on_preemption(preempt), resumable(options, where, lambda: True):
             yield
     except ClusterLost as error:
         raise SmaError(f"{error}; resume with: {resuming(options, where)}") from error
 
 
-def _end_once() -> Callable[[int], None]:
-    """What ends the work at the first signal; further ones do not disturb the end."""
-    numbers: list[int] = []
-
-    def act(number: int) -> None:
-        numbers.append(number)
-        if len(numbers) == 1:
-            raise Preempted(number, "what is done is kept")
-
-    return act
-
-
-def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
-    """The folder of a new run, which no other process can take once the experiment stands in it."""
+def _claim(options: ParallelOptions, spec: ExperimentSpec) -> "Storage":
+    """The folder of a new run. No other process can claim it after the experiment is written into it."""
     from sma.tune.storage import Storage
 
     storage = Storage(options.out or f"runs/{options.task}-{options.preset}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -163,21 +157,7 @@ def _claim(options: TrainOptions, spec: ExperimentSpec) -> "Storage":
     return claimed
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _fresh(options: TrainOptions) -> ExperimentSpec:
-    name = f"{options.task}_{options.preset}"
-    if options.spec is not None:
-        options.refuse(["task", "preset"], "--spec has the task and the training of its own")
-    else:
-        check_preset(name)
-    source = options.spec if options.spec is not None else name
-    return load_experiment(source, [*options.set, *([f"seed={options.seed}"] if options.seed is not None else [])])
-
-
-def _resumed(options: TrainOptions, storage: "Storage") -> ExperimentSpec:
+def _resumed(options: ParallelOptions, storage: "Storage") -> ExperimentSpec:
     options.refuse_all_but(["resume"], "--resume continues the experiment as it was", "start a new run")
     content = storage.read(EXPERIMENT)
     if content is None:
@@ -186,6 +166,6 @@ def _resumed(options: TrainOptions, storage: "Storage") -> ExperimentSpec:
         )
     if storage.read(SUMMARY) is not None:
         raise CheckpointError(
-            f"the run in {storage.address('')!r} is finished; its results stand in {storage.address(SUMMARY)}"
+            f"the run in {storage.address('')!r} is finished; its results are in {storage.address(SUMMARY)}"
         )
     return load_experiment(read_fields(content, storage.address(EXPERIMENT)))

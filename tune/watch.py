@@ -24,11 +24,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sma.errors import SmaError
-from sma.tune.folder import SWEEP, check_same
 from sma.tune.pulse import Listener, forget_pulses
 from sma.tune.records import TrialRecord, load_clock, save_clock
 from sma.tune.storage import Storage
 from sma.tune.sweep import RATE, SweepSpec
+from sma.tune.sweep_folder import SWEEP, check_same
 from sma.tune.trial import Unwritable
 
 IDLE = 300.0

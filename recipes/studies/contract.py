@@ -14,7 +14,7 @@ from sma.recipes.reports.table import Table
 from sma.recipes.studies.grid import Results, Run
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.training.options import RunOptions
-from sma.recipes.training.start import asked_experiment
+from sma.recipes.training.start import requested_experiment
 
 
 def variants_field(known: Sequence[str] = ()) -> Any:
@@ -105,7 +105,7 @@ class Study(Generic[Options, Asked]):
 
     def experiment(self, options: Options) -> ExperimentSpec:
         """The experiment that the options ask for."""
-        return asked_experiment(options)
+        return requested_experiment(options)
 
     def settings(self, options: Options) -> dict[str, Any]:
         """The values of the fields of `chosen` that do not select runs."""

@@ -1,4 +1,4 @@
-"""Evaluation of a finished run: its model on its test split, beside the recorded result, and its report again."""
+"""Evaluation of a finished run: a test of its model, compared with the recorded result, and its report again."""
 
 import json
 from collections.abc import Mapping
@@ -25,22 +25,22 @@ from sma.recipes.training.trainer import make_trainer, run_test
 
 
 def evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
-    """Test the model of a finished run, print the result and write `evaluation.json`, and `confusion.png` of a
-    classifier, into its folder.
+    """Test the model of a finished run, print the result, and write `evaluation.json` into the folder of the run, with
+    the figure of the breakdown, such as `confusion.png` of a classifier.
 
-    On the machine that trained the model, the result equals the recorded one to the last bit; on another, rounding may
-    flip a decision of a router.
+    On the machine that trained the model the result equals the recorded one bit for bit. On another machine rounding
+    may change a decision of a router.
 
     Args:
         folder: the run folder.
-        options: where data is kept, the device, whether to show progress.
+        options: the folder of the data, the device, and whether to show progress.
 
     Returns:
         the content of `evaluation.json`: the measures of the test, such as accuracy and loss, and their breakdown, such
         as the confusion matrix; the recorded measures, and whether both are equal.
 
     Raises:
-        SmaError: there is no finished run in the folder, or its data cannot be had.
+        SmaError: the folder has no finished run, or the data is not available.
     """
     _check_finished(folder)
     with run_lock(folder):
@@ -48,17 +48,17 @@ def evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
 
 
 def report(folder: Path, options: CallOptions) -> dict[str, Any]:
-    """Print the results of a finished run again, and draw its figures again, after another test of its model.
+    """Test the model of a finished run, print the recorded results, and draw the figures of the run again.
 
     Args:
         folder: the run folder.
-        options: where data is kept, the device, whether to show progress.
+        options: the folder of the data, the device, and whether to show progress.
 
     Returns:
         the recorded summary of the run.
 
     Raises:
-        SmaError: there is no finished run in the folder, or its data cannot be had.
+        SmaError: the folder has no finished run, or the data is not available.
     """
     _check_finished(folder)
     with run_lock(folder):
@@ -75,13 +75,13 @@ def report(folder: Path, options: CallOptions) -> dict[str, Any]:
 
 
 def _subject(folder: Path, objective: Objective[Any, Any]) -> str:
-    """Start of the titles of a run's figures: in a study of many models the name of the run."""
+    """The start of the titles of figures. It is the name of the run if the run belongs to a study."""
     in_study = any((parent / EXPERIMENT).is_file() for parent in folder.resolve().parents[:2])
     return label(folder.resolve().name) if in_study else f"SeqBoat on {label(objective.subject)}"
 
 
 class _Tested(NamedTuple):
-    """A finished run whose model was tested again: with its recorded summary, and the measures by logged names."""
+    """A finished run, its recorded summary, and the measures of another test of its model by their logged names."""
 
     spec: ExperimentSpec
     recorded: dict[str, Any]
@@ -92,7 +92,8 @@ class _Tested(NamedTuple):
 
 
 def _test(folder: Path, options: CallOptions) -> _Tested:
-    spec, recorded = _finished(folder)
+    spec = load_experiment(folder / EXPERIMENT)
+    recorded = read_summary(folder, *objective_class(spec.task).recorded(spec.task))
     check_device(options.accelerator, spec.precision)
     objective = load_objective(spec.task, spec.task.prepare(options.data, progress=options.progress))
     prepare(spec)
@@ -142,12 +143,12 @@ def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
 
 
 def describe(result: Mapping[str, Any], metric: Metric, tested: str, recorded: Mapping[str, Any]) -> str:
-    """The result in words: both values of every measure, whether they are equal, and the possible reasons if not.
+    """The result as text: both values of every measure, whether they are equal, and the possible reasons if not.
 
     Args:
         result: the content of `evaluation.json`.
         metric: the metric of the task.
-        tested: what the metric was computed from, in words.
+        tested: the items over which the metric was computed.
         recorded: the summary of the run.
     """
     before: Mapping[str, Any] = result["recorded"]
@@ -177,11 +178,5 @@ def _check_finished(folder: Path) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"there is no finished run in {str(folder)!r}: {name} is missing; "
-                "give the folder of a run that came to its end"
+                "give the folder of a finished run"
             )
-
-
-def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
-    _check_finished(folder)
-    spec = load_experiment(folder / EXPERIMENT)
-    return spec, read_summary(folder, *objective_class(spec.task).recorded(spec.task))

@@ -32,7 +32,7 @@ from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 from sma.recipes.training.metrics import MetricsLogger
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective
-from sma.recipes.training.preemption import Preemption, owes_evaluation
+from sma.recipes.training.preemption import Preemption, has_pending_evaluation
 from sma.recipes.training.provenance import versions
 from sma.recipes.training.resuming import REPLACE, Origin, check_weights, checkpoint_to_resume
 from sma.recipes.training.stopwatch import Stopwatch
@@ -113,7 +113,7 @@ def fit(
     bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
     watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *bars, *callbacks]
     # After the last update Lightning returns at once; one update more lets it make the evaluation that is due.
-    more = 1 if found is not None and owes_evaluation(found) else 0
+    more = 1 if found is not None and has_pending_evaluation(found) else 0
     trainer = _trainer(spec, out, accelerator, objective.task.metric, watching, distributed, more)
     if spec.precision == "64-true":
         # Lightning converts the model after loading the weights of a checkpoint, which would round them to float32.
@@ -129,15 +129,12 @@ def fit(
             preemption.install = watched.enter_context(on_preemption(preemption.note))
         try:
             trainer.fit(module, batches, validation, ckpt_path=str(out / LAST) if done else None)
-        except SmaError as error:
-            if done and not origin.started:
-                raise CheckpointError(f"cannot resume from {str(out / LAST)!r}: {error}; {REPLACE}") from error
-            raise
         except Exception as error:
             if done and not origin.started:
-                raise CheckpointError(f"cannot resume from {str(out / LAST)!r}: {reason(error)}; {REPLACE}") from error
+                why = error if isinstance(error, SmaError) else reason(error)
+                raise CheckpointError(f"cannot resume from {str(out / LAST)!r}: {why}; {REPLACE}") from error
             raise
-    if preemption.number is not None:  # the signal came after the last update
+    if preemption.number is not None:  # after the last update
         raise Preempted(preemption.number, preemption.words(trainer.global_step))
     # On a shared file system only rank 0 is sure to read the file that it wrote.
     best: Any = trainer.strategy.broadcast(read_checkpoint(out / BEST) if distributed.is_rank_zero else None)

@@ -14,13 +14,13 @@ class CallOptions(CommandOptions):
 
     repeatable: ClassVar[frozenset[str]] = frozenset({"data", "accelerator", "progress"})
 
-    data: Folder = Field(default_factory=cache_folder, description="where data is kept between runs")
+    data: Folder = Field(default_factory=cache_folder, description="folder in which data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
     progress: bool = Field(default=True, description="show a progress bar")
 
 
-class RunOptions(CallOptions):
-    """The options of every recipe that trains."""
+class ExperimentOptions(CallOptions):
+    """The options that select an experiment."""
 
     spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
     set: list[Setting] = Field(
@@ -28,18 +28,26 @@ class RunOptions(CallOptions):
         description="change a field before validation, such as layers.layer.router.temperature_scale=0.5; "
         "may be repeated",
     )
-    seed: int | None = Field(default=None, description="of weights, sample order and dropout; default the preset's")
-    out: Folder | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
-    resume: Folder | None = Field(default=None, description="resume the run in this folder")
-    auto_resume: bool = Field(
-        default=False,
-        description="resume what is in the folder --out, where it began: a command that a job scheduler may repeat",
+    seed: int | None = Field(
+        default=None, description="seed of the weights, the sample order and dropout; default the preset's"
     )
 
     @property
     def name(self) -> str:
         """The name of the preset, such as `listops_tiny`."""
         raise TypeError(f"{type(self).__name__} must define name")
+
+
+class RunOptions(ExperimentOptions):
+    """The options of every recipe that trains."""
+
+    out: Folder | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
+    resume: Folder | None = Field(default=None, description="resume the run in this folder")
+    auto_resume: bool = Field(
+        default=False,
+        description="resume the run in the folder --out if it has one, otherwise start it: for a command that a job "
+        "scheduler repeats",
+    )
 
 
 class OneRunOptions(RunOptions):

@@ -14,11 +14,11 @@ PRESETS = tuple(dict.fromkeys(preset for presets in TASKS.values() for preset in
 
 
 class TrainOptions(RunOptions):
-    """Train SeqBoat on a task, test it, and write everything worth keeping into a run folder."""
+    """Train SeqBoat on a task, test it, and write the results into a run folder."""
 
-    task: Name = Field(default="", description=f"what to learn: {', '.join(TASKS)}")
+    task: Name = Field(default="", description=f"the task: {', '.join(TASKS)}")
     preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(
-        default=PRESETS[0], description="minutes on two cores, or the paper's setting where there is one"
+        default=PRESETS[0], description="tiny: minutes on two cores; paper: the setting of the paper, if there is one"
     )
 
     @property
@@ -32,8 +32,8 @@ class EvaluateOptions(CallOptions):
     run: Folder = Field(description="the folder of the run")
 
 
-def run(options: OneRunOptions) -> dict[str, Any]:
-    """Train and test SeqBoat as the options say, or with `--evaluate` test the model of a run again; see `train`."""
+def train_or_evaluate(options: OneRunOptions) -> dict[str, Any]:
+    """Train and test SeqBoat, or with `--evaluate` test the model of a run again; see `train`."""
     if options.evaluate is None:
         return train(options)
     options.refuse_all_but(["evaluate"], "--evaluate tests the run as it was")
@@ -56,7 +56,7 @@ def _evaluate(folder: Folder, options: CallOptions) -> dict[str, Any]:
 
 
 def train(options: RunOptions) -> dict[str, Any]:
-    """Train and test SeqBoat as the options say; returns the summary of the run.
+    """Train and test SeqBoat with these options; returns the summary of the run.
 
     Raises:
         SmaError: an error message for the user.

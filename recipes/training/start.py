@@ -1,8 +1,8 @@
-"""The beginning of the commands that train: what they are asked for, its run folder, and what is there already."""
+"""The start of the commands that train: the requested experiment, its run folder, and the work that is resumed."""
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,17 +17,17 @@ from sma.recipes.io.presets import check_preset
 from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY, read_summary, refuse_another
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.estimates import check_data_fits, check_update_fits
-from sma.recipes.training.options import RunOptions
+from sma.recipes.training.options import ExperimentOptions, RunOptions
 
 
 class Start(NamedTuple):
-    """What a recipe that trains one model is to do.
+    """The experiment and the run folder of a command that trains one model.
 
     Attributes:
         spec: the experiment.
         out: the run folder, whose lock is held.
-        resume: whether to go on with what is in it.
-        summary: of a run that is finished, with which nothing is to be done; None: it is not.
+        resume: whether the run in the folder is resumed.
+        summary: summary of a finished run, of which nothing is left to do; None for other runs.
     """
 
     spec: ExperimentSpec
@@ -38,26 +38,26 @@ class Start(NamedTuple):
 
 @contextmanager
 def experiment(options: RunOptions) -> Iterator[Start]:
-    """Yield the experiment and the run folder that the options ask for; the folder is locked as long.
+    """Yield the experiment and the run folder of the options; the folder is locked inside the block.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     if options.resume is not None:
         options.refuse_all_but(
             ["resume", "auto_resume"], "--resume continues the experiment as it was", "start a new run"
         )
-    asked = None if options.resume is not None else asked_experiment(options)
-    with folder_of(options, EXPERIMENT, "run") as (out, began):
-        if not began:
-            yield Start(cast(ExperimentSpec, asked), out, False)
+    requested = None if options.resume is not None else requested_experiment(options)
+    with folder_of(options, EXPERIMENT, "run") as (out, started):
+        if not started:
+            yield Start(cast(ExperimentSpec, requested), out, False)
             return
         kept = load_experiment(out / EXPERIMENT)
-        refuse_another(kept, asked or kept, out / EXPERIMENT)
+        refuse_another(kept, requested or kept, out / EXPERIMENT)
         if (out / SUMMARY).exists():
-            if asked is None:
-                raise CheckpointError(f"the run in {str(out)!r} is finished; its results stand in {out / SUMMARY}")
-            print(f"the run in {plain(out)} is finished; its results stand in {plain(out / SUMMARY)}")
+            if requested is None:
+                raise CheckpointError(f"the run in {str(out)!r} is finished; its results are in {out / SUMMARY}")
+            print(f"the run in {plain(out)} is finished; its results are in {plain(out / SUMMARY)}")
             yield Start(kept, out, True, read_summary(out))
             return
         check_fits(kept, options)
@@ -66,75 +66,74 @@ def experiment(options: RunOptions) -> Iterator[Start]:
         yield Start(kept, out, True)
 
 
-def asked_experiment(options: RunOptions) -> ExperimentSpec:
-    """The experiment that the options describe, on a device that there is.
+def requested_experiment(options: RunOptions) -> ExperimentSpec:
+    """The experiment of the options, after the check that it can run on the device.
 
     Raises:
-        SpecError: it is not valid, or there is no such preset or device.
+        SpecError: the experiment is not valid or does not fit, or the preset or the device does not exist.
+    """
+    spec = load_requested(options)
+    check_fits(spec, options)
+    return spec
+
+
+def load_requested(options: ExperimentOptions) -> ExperimentSpec:
+    """The experiment of the options.
+
+    Raises:
+        SpecError: the experiment is not valid, or the preset does not exist.
     """
     if options.spec is not None:
         options.refuse(("task", "preset"), "--spec has the task and the training of its own")
     else:
         check_preset(options.name)
-    source = options.spec if options.spec is not None else options.name
     seed = [f"seed={options.seed}"] if options.seed is not None else []
-    spec = load_experiment(source, [*options.set, *seed])
-    check_fits(spec, options)
-    return spec
+    return load_experiment(options.name if options.spec is None else options.spec, [*options.set, *seed])
 
 
 def check_fits(spec: ExperimentSpec, options: RunOptions) -> None:
-    """Check that an experiment can be run with these options: that there is the device, and that data and model can
-    fit.
+    """Check that the device exists, and that the data and the model fit into memory and onto the disk.
 
     Raises:
-        SpecError: what is missing.
+        SpecError: one of them does not.
     """
     check_update_fits(spec, check_device(options.accelerator, spec.precision))
     check_data_fits(spec, options.data)
 
 
 @contextmanager
-def folder_of(options: RunOptions, began_by: str, what: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the folder that the options name, locked, and whether there is something in it to go on with.
+def folder_of(options: RunOptions, marker: str, what: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folder of the options, locked, and whether it holds work that can be resumed.
 
     Args:
         options: the command line.
-        began_by: the file in it by which that is known.
-        what: is in it, in a word.
+        marker: the file that a folder with such work has.
+        what: the noun for the work in error messages, such as `run`.
 
     Raises:
-        SmaError: there is nothing to go on with, something else is in it, or another process writes it.
+        SmaError: the folder has no such work to resume, holds something else, or is locked by another process.
     """
+    folder = options.out if options.resume is None else options.resume
     if options.resume is not None:
         if options.auto_resume:
             raise SpecError("--resume resumes in any case; leave --auto-resume out, or give --out instead of --resume")
-        if not (options.resume / began_by).is_file():
+        if not (options.resume / marker).is_file():
             raise CheckpointError(
-                f"there is no {what} in {str(options.resume)!r}: {began_by} is missing; "
+                f"there is no {what} in {str(options.resume)!r}: {marker} is missing; "
                 "give the folder of an earlier --out"
             )
-        check_run_folder(options.resume)
-        with run_lock(options.resume), _resumable(options, options.resume, began_by):
-            yield options.resume, True
-        return
-    if options.auto_resume:
-        if options.out is None:
-            raise SpecError("--auto-resume needs --out: without it the folder has another name every time")
-        if (options.out / began_by).is_file():
-            with run_lock(options.out), _resumable(options, options.out, began_by):
-                yield options.out, True
+    elif options.auto_resume and folder is None:
+        raise SpecError("--auto-resume needs --out: without it the folder has another name every time")
+    if folder is not None:
+        check_run_folder(folder)
+        if options.resume is not None or (options.auto_resume and (folder / marker).is_file()):
+            with run_lock(folder), resumable(options, folder, (folder / marker).is_file):
+                yield folder, True
             return
-    if options.out is not None:
-        check_run_folder(options.out)
     name = options.spec.stem if options.spec is not None else options.name.replace("_", "-")
     default = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     with (
-        claim_folder(options.out or default, numbered=options.out is None) as out,
-        _resumable(options, out, began_by),
+        claim_folder(folder or default, numbered=folder is None) as out,
+        resumable(options, out, (out / marker).is_file),
     ):
         yield out, False
-
-
-def _resumable(options: RunOptions, out: Path, began_by: str) -> AbstractContextManager[None]:
-    return resumable(options, out, lambda: (out / began_by).is_file())

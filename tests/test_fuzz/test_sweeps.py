@@ -13,10 +13,10 @@ import pytest
 
 from sma.errors import CheckpointError
 from sma.spec import dump_yaml
-from sma.tune.folder import load_drivers, load_sweep
 from sma.tune.records import load_clock, load_records
-from sma.tune.results import front_table, summarise, trial_row
 from sma.tune.storage import Storage
+from sma.tune.sweep_folder import load_drivers, load_sweep
+from sma.tune.sweep_results import front_table, summarise, trial_row
 from sma.tune.trial import HISTORY, TrialReporter
 from tests.test_fuzz.harness import Target, fuzz, mutate
 from tests.test_recipes.tiny import tiny

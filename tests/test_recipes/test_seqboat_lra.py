@@ -246,7 +246,7 @@ def test_finished_run_is_not_resumed(finished, capsys):
     assert main(["--resume", str(out)]) == 2
     assert _said(capsys) == (
         "",
-        f"error: the run in '{out}' is finished; its results stand in {out / 'summary.json'}\n",
+        f"error: the run in '{out}' is finished; its results are in {out / 'summary.json'}\n",
     )
     assert (out / "summary.json").stat().st_mtime_ns == before
 

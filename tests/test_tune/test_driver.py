@@ -14,11 +14,11 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY
 from sma.tune.cluster import ResourceSpec
 from sma.tune.driver import run_sweep
-from sma.tune.folder import start_sweep
 from sma.tune.records import TrialRecord, load_records
 from sma.tune.search import Search
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
+from sma.tune.sweep_folder import start_sweep
 from sma.tune.trial import TrialReporter, _run
 from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
 from tests.test_tune.faulty import FaultySpec

@@ -7,9 +7,9 @@ import pytest
 
 from sma.__main__ import main as sma_main
 from sma.tune.__main__ import Options, _claimed, main
-from sma.tune.folder import load_sweep, start_sweep
 from sma.tune.records import TrialRecord
 from sma.tune.storage import Storage
+from sma.tune.sweep_folder import load_sweep, start_sweep
 from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
 
 
@@ -117,7 +117,7 @@ def test_a_sweep_of_failures_is_one(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["--resume", storage.location]) == 2
     shown = capsys.readouterr()
     assert "trials 0, 2 failed: no GPU\n  trial 1 failed: out of memory" in shown.out
-    assert "error: all trials failed, see why above" in shown.err
+    assert "error: all trials failed, for the reasons above; correct the cause" in shown.err
     assert main(["report", storage.location]) == 0
 
 

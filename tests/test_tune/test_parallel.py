@@ -68,10 +68,10 @@ def recorded(out: Path) -> list[dict[str, float]]:
 
 
 def team_run(
-    spec: ExperimentSpec, out: Path | str, data_folder: Path, *, restarts: int = 3, say: Any = lambda line: None
+    spec: ExperimentSpec, out: Path | str, data_folder: Path, *, restarts: int = 3, on_line: Any = lambda line: None
 ) -> dict[str, Any]:
     workers = Workers(2, accelerator="cpu", restarts=restarts)
-    return train_parallel(spec, Storage(out), workers, data_folder=data_folder, progress=False, say=say)
+    return train_parallel(spec, Storage(out), workers, data_folder=data_folder, progress=False, on_line=on_line)
 
 
 def files(folder: Path) -> set[str]:
@@ -165,7 +165,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
 ) -> None:
     killer, out = Killer(), tmp_path / "out"
     out.mkdir()
-    team_run(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, say=killer)
+    team_run(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, on_line=killer)
     assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     for name in (LAST, BEST):
         for part in ("state_dict", "optimizer_states", "global_step"):
@@ -201,7 +201,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     killer, spec = Killer(), language(data_folder, threads=1, **LONG)
-    team_run(spec, tmp_path / "killed", data_folder, say=killer)
+    team_run(spec, tmp_path / "killed", data_folder, on_line=killer)
     assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     assert re.search(r"update 120 of 120: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
     team_run(spec, tmp_path / "whole", data_folder)
@@ -243,7 +243,7 @@ def test_one_process_goes_on_with_what_two_workers_left(
         else language(data_folder, **exact, model__layers__layer__dropout=0.0)
     )
     with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*valid up to its last checkpoint"):
-        team_run(spec, tmp_path / "out", data_folder, restarts=0, say=Killer())
+        team_run(spec, tmp_path / "out", data_folder, restarts=0, on_line=Killer())
     assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
     alone(spec, tmp_path / "out", data_folder, resume=True)
     alone(spec, tmp_path / "alone", data_folder)
@@ -256,7 +256,7 @@ def test_what_would_fail_again_is_a_sentence_and_is_not_tried_again(
 ) -> None:
     lines: list[str] = []
     with pytest.raises(SmaError, match=r"the loss of update \d+ is (nan|inf); .*a lower training.learning_rate"):
-        team_run(tiny(threads=1, training__learning_rate=1e30), tmp_path / "out", data_folder, say=lines.append)
+        team_run(tiny(threads=1, training__learning_rate=1e30), tmp_path / "out", data_folder, on_line=lines.append)
     assert len([line for line in lines if line.startswith("worker 1")]) == 1
 
 
@@ -336,4 +336,4 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, capsys: pytest.Capt
     Storage(tmp_path).write("experiment.yaml", "task: {}")
     Storage(tmp_path).write(SUMMARY, "{}")
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert "is finished; its results stand in" in capsys.readouterr().err
+    assert "is finished; its results are in" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import pytest
 
 from sma.errors import CheckpointError, DataError
 from sma.tune.cluster import Slots
-from sma.tune.folder import add_driver, check_same, load_sweep, start_sweep
 from sma.tune.records import TrialRecord, load_clock, load_records
 from sma.tune.storage import Storage
+from sma.tune.sweep_folder import add_driver, check_same, load_sweep, start_sweep
 from tests.test_tune.sweeps import done_trial, small_sweep
 
 

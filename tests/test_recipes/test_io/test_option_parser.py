@@ -108,7 +108,7 @@ def test_variables_of_the_environment_are_read(monkeypatch):
             sma.recipes.tasks.pathfinder.sheet.SheetOptions,
             sma.tune.__main__.Options,
             sma.tune.__main__.ReportOptions,
-            sma.tune.train.TrainOptions,
+            sma.tune.train.ParallelOptions,
         )
     ],
 )

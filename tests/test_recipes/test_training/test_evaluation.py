@@ -97,7 +97,8 @@ def test_hashes_are_compared_by_name():
 def test_run_that_is_not_finished_is_refused(run, name):
     (run / name).unlink()
     with pytest.raises(
-        CheckpointError, match=rf"there is no finished run in '.*run': {name} is missing; give the folder of a run"
+        CheckpointError,
+        match=rf"there is no finished run in '.*run': {name} is missing; give the folder of a finished run",
     ):
         evaluate(run, _options())
 

@@ -9,10 +9,10 @@ import pytest
 from sma.errors import CheckpointError
 from sma.recipes.experiment import load_experiment
 from sma.tune.cluster import Slots
-from sma.tune.folder import add_driver, load_drivers, start_sweep
 from sma.tune.records import TrialRecord
-from sma.tune.results import best_trial, front_table, pareto_front, sparsest_as_good, write_results
 from sma.tune.storage import Storage
+from sma.tune.sweep_folder import add_driver, load_drivers, start_sweep
+from sma.tune.sweep_results import best_trial, front_table, pareto_front, sparsest_as_good, write_results
 from tests.test_tune.sweeps import done_trial, small_sweep
 
 WINDOW, TARGET = "layers.layer.modules.attention.window", "training.budget.target"

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from sma.tune.environment import TUNE, ray_settings
+from sma.tune.ray_settings import TUNE, ray_settings
 
 
 def test_variables_of_ray_that_nobody_asked_for_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.reports.figures import attempt
 from sma.spec import dump_yaml
 from sma.tune.figure import draw_front
-from sma.tune.folder import load_drivers
 from sma.tune.pareto import front
 from sma.tune.records import FOLDER, TrialRecord, load_clock, load_records
 from sma.tune.space import searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import MACS, RATE, TIME, SweepSpec
+from sma.tune.sweep_folder import load_drivers
 
 CSV, PARQUET, TABLE, FIGURE = "trials.csv", "trials.parquet", "pareto.md", "pareto.png"
 BEST = "best"
