@@ -1,35 +1,22 @@
 """Distributions from which a sweep draws the values of a field, and their codes for the search."""
 
 import math
-import random
 from collections.abc import Hashable, Mapping
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sma.errors import quote
 from sma.spec import Spec, register
 
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
 CHOICES = 1000
 """Maximum number of values of a choice. Every value is tried on the experiment."""
 
 _INSIDE = 0.381966
 """Fraction of a range at which it is probed. It is irrational, so that integer ends give a non-integer probe."""
-
-
-class Sampler(Protocol):
-    """The interface from which distributions draw: that of a trial of Optuna."""
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """Draw a number."""
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Draw an integer."""
-
-    def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        """Draw one of several values."""
 
 
 class DistributionSpec(Spec):
@@ -45,9 +32,9 @@ class DistributionSpec(Spec):
         """
         raise TypeError(f"{type(self).__name__} must define probes")
 
-    def draw(self, sampler: Sampler, name: str) -> Any:
-        """Draw a value."""
-        raise TypeError(f"{type(self).__name__} must define draw(self, sampler, name)")
+    def draw(self, trial: "BaseTrial", name: str) -> Any:
+        """Draw a value for the parameter `name` of a trial of Optuna."""
+        raise TypeError(f"{type(self).__name__} must define draw(self, trial, name)")
 
     def encode(self, value: Any) -> int | float | None:
         """The number by which the search represents a value; None if the distribution never draws the value."""
@@ -103,8 +90,8 @@ class Uniform(_Range):
     low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value")
 
-    def draw(self, sampler: Sampler, name: str) -> float:
-        return sampler.suggest_float(name, self.low, self.high)
+    def draw(self, trial: "BaseTrial", name: str) -> float:
+        return trial.suggest_float(name, self.low, self.high)
 
 
 @register
@@ -119,8 +106,8 @@ class LogUniform(_Range):
     def _inside(self) -> float:
         return math.exp(math.log(self.low) + _INSIDE * (math.log(self.high) - math.log(self.low)))
 
-    def draw(self, sampler: Sampler, name: str) -> float:
-        return sampler.suggest_float(name, self.low, self.high, log=True)
+    def draw(self, trial: "BaseTrial", name: str) -> float:
+        return trial.suggest_float(name, self.low, self.high, log=True)
 
 
 @register
@@ -143,8 +130,8 @@ class QUniform(_Range):
         # If this value and the low end are integers, all values are.
         return _short(self.low + self.step)
 
-    def draw(self, sampler: Sampler, name: str) -> float:
-        return _short(sampler.suggest_float(name, self.low, self.high, step=self.step))
+    def draw(self, trial: "BaseTrial", name: str) -> float:
+        return _short(trial.suggest_float(name, self.low, self.high, step=self.step))
 
     def _reaches(self, value: float) -> bool:
         return _multiple(value - self.low, self.step)
@@ -171,8 +158,8 @@ class Int(_Range):
     def _inside(self) -> int:
         return (self.low + self.high) // 2
 
-    def draw(self, sampler: Sampler, name: str) -> int:
-        return sampler.suggest_int(name, self.low, self.high, log=self.log)
+    def draw(self, trial: "BaseTrial", name: str) -> int:
+        return trial.suggest_int(name, self.low, self.high, log=self.log)
 
     def _reaches(self, value: float) -> bool:
         return value == int(value)
@@ -213,8 +200,8 @@ class Choice(DistributionSpec):
     def probes(self) -> tuple[Any, ...]:
         return self.values
 
-    def draw(self, sampler: Sampler, name: str) -> Any:
-        return self.values[sampler.suggest_categorical(name, list(range(len(self.values))))]
+    def draw(self, trial: "BaseTrial", name: str) -> Any:
+        return self.values[trial.suggest_categorical(name, list(range(len(self.values))))]
 
     def encode(self, value: Any) -> int | None:
         return next((code for code, known in enumerate(self.values) if comparable(known) == comparable(value)), None)
@@ -231,35 +218,8 @@ class Fixed(DistributionSpec):
     def probes(self) -> tuple[Any, ...]:
         return (self.value,)
 
-    def draw(self, sampler: Sampler, name: str) -> Any:
+    def draw(self, trial: "BaseTrial", name: str) -> Any:
         return self.value
 
     def encode(self, value: Any) -> int | None:
         return 0
-
-
-class RandomSampler:
-    """A `Sampler` that draws at random, without an estimator."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.random = random.Random(seed)
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """Draw a number."""
-        if step is not None:
-            return low + step * self.random.randint(0, round((high - low) / step))
-        return (
-            min(high, math.exp(self.random.uniform(math.log(low), math.log(high))))
-            if log
-            else self.random.uniform(low, high)
-        )
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """Draw an integer."""
-        return int(self.suggest_float(name, low, high + 0.999, log=True)) if log else self.random.randint(low, high)
-
-    def suggest_categorical(self, name: str, choices: list[int]) -> int:
-        """Draw one of several values."""
-        return self.random.choice(choices)

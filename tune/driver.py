@@ -45,10 +45,10 @@ def run_sweep(
     """
     resources = resources or ResourceSpec()
     with storage.locked(), ray_settings(TUNE):
-        return _run(sweep, storage, resources, data_folder, progress)
+        return _run_trials(sweep, storage, resources, data_folder, progress)
 
 
-def _run(
+def _run_trials(
     sweep: SweepSpec, storage: Storage, resources: ResourceSpec, data_folder: Path, progress: bool
 ) -> dict[str, Any]:
     records = load_records(storage, sweep)
@@ -93,7 +93,7 @@ def _run(
                 follow(tuner.fit, recorder.look)
             except (SmaError, MemoryError):
                 raise
-            except Exception as error:  # Tune has many exceptions
+            except Exception as error:  # Tune raises many kinds of exceptions
                 raise SmaError(
                     f"the sweep ended: {type(error).__name__}: {reason(error)}; "
                     "its records are kept; resume it with --resume"

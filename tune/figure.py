@@ -5,6 +5,7 @@ from typing import Any
 
 from sma.recipes.io.names import plain
 from sma.recipes.reports.figures import drawing, png
+from sma.tune.pareto import front
 from sma.tune.records import TrialRecord
 from sma.tune.space import searched
 from sma.tune.sweep import RATE, SweepSpec
@@ -79,8 +80,6 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
 
 def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
     """The trials of the front that are also on the front of the two drawn objectives."""
-    from sma.tune.pareto import front
-
     sign = -1 if sweep.quality.mode == "max" else 1
     return [
         chosen[index]

@@ -32,7 +32,7 @@ from sma.tune.cluster import ResourceSpec, check_resources, cluster
 from sma.tune.lifeline import follow
 from sma.tune.ray_settings import ray_settings
 from sma.tune.scratch import scratch_folder
-from sma.tune.sharing import PackedData, pack_data, unpack_data
+from sma.tune.sharing import pack_data, unpack_data
 from sma.tune.storage import Storage
 
 RAY = "ray"
@@ -191,10 +191,11 @@ def train_parallel(
             "data": ray.put(packed),
             "status": status,
             "cpus": slots.cpus,
+            "accelerator": slots.accelerator,
         }
         trainer = TorchTrainer(
             _work,
-            train_loop_config={**task, "accelerator": slots.accelerator},
+            train_loop_config=task,
             scaling_config=train.ScalingConfig(
                 num_workers=workers.number,
                 use_gpu=slots.gpus > 0,
@@ -259,59 +260,38 @@ def _work(task: dict[str, Any]) -> None:
     )
     with nullcontext(Path(storage.location)) if storage.is_local else scratch_folder() as folder:
         try:
-            _train(
-                task["spec"],
-                unpack_data(_packed(task["data"])),
-                storage,
-                folder,
-                distributed,
-                status,
-                task["accelerator"],
-            )
+            _train(task, storage, folder, distributed)
         except SmaError as error:
             ray.get(status.fail.remote(str(error)))
             raise
 
 
-def _packed(reference: Any) -> PackedData:
-    packed: PackedData = ray.get(reference)
-    return packed
-
-
-def _train(
-    spec: ExperimentSpec,
-    data: Any,
-    storage: Storage,
-    folder: Path,
-    distributed: DistributedContext,
-    status: Any,
-    accelerator: str,
-) -> None:
+def _train(task: dict[str, Any], storage: Storage, folder: Path, distributed: DistributedContext) -> None:
     """Run the recipe in a folder, after the download of the last checkpoint if the run folder is a URI."""
-    if storage.is_local and not (folder / EXPERIMENT).is_file():
+    spec, status, uploaded = task["spec"], task["status"], None if storage.is_local else folder
+    if uploaded is None and not (folder / EXPERIMENT).is_file():
         raise CheckpointError(
             f"the run folder {str(folder)!r} does not exist on {socket.gethostname()}; "
             "give a shared folder or a URI as --out"
         )
-    checkpoint = None if storage.is_local else train.get_checkpoint()
-    if checkpoint is not None:
+    if uploaded is not None and (checkpoint := train.get_checkpoint()) is not None:
         checkpoint.to_directory(str(folder))
     if distributed.is_rank_zero and (folder / LAST).is_file():
         status.add_line.remote("resuming from the last checkpoint")
     finished = run_experiment(
         spec,
         folder,
-        data,
+        unpack_data(ray.get(task["data"])),
         resume=True,
-        accelerator=accelerator,
+        accelerator=task["accelerator"],
         progress=False,
-        callbacks=[WorkerReporter(status, spec.task.metric, None if storage.is_local else folder)],
+        callbacks=[WorkerReporter(status, spec.task.metric, uploaded)],
         distributed=distributed,
         title=f"{spec.task.kind}, {distributed.world_size} workers",
     )
     if not distributed.is_rank_zero:
         return
-    if not storage.is_local:
+    if uploaded is not None:
         copy_files(str(folder), storage.root, source_filesystem=LocalFileSystem(), destination_filesystem=storage.files)
     text = finished.report.describe(finished.summary, folder)
     ray.get(status.add_line.remote(text.replace(str(folder), storage.location)))

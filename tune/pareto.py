@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 
-def beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a point dominates another: in no coordinate larger, and in at least one smaller."""
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a point dominates another: no coordinate is larger, and at least one is smaller."""
     return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))
 
 
@@ -19,6 +19,6 @@ def front(points: Sequence[Sequence[float]]) -> list[int]:
     """
     kept: list[int] = []
     for index in sorted(range(len(points)), key=lambda index: tuple(points[index])):
-        if not any(beats(points[other], points[index]) for other in kept):
+        if not any(dominates(points[other], points[index]) for other in kept):
             kept.append(index)
     return sorted(kept)

@@ -14,6 +14,9 @@ from sma.tune.sweep import RATE, SweepSpec, present_names
 FOLDER = "records"
 CLOCK = "clock.json"
 
+_HINT = "remove it to run its trial again"
+_CLOCK_HINT = "remove it to resume without the seconds of earlier drivers"
+
 Status = Literal["running", "finished", "stopped", "failed"]
 
 _LARGEST = 10**15
@@ -86,8 +89,7 @@ class TrialRecord:
             first = error.errors(include_url=False)[0]
             at = f"{quote('.'.join(map(str, first['loc'])))}: " if first["loc"] else ""
             raise CheckpointError(
-                f"{where} is not a record of a trial of this version: {at}{first['msg'].lower()}; "
-                "remove it to run the trial again"
+                f"{where} is not a record of a trial of this version: {at}{first['msg'].lower()}; {_HINT}"
             ) from error
         record.metrics, record.history = present_names(record.metrics), [present_names(each) for each in record.history]
         return record
@@ -108,13 +110,10 @@ def load_records(storage: Storage, sweep: SweepSpec | None = None) -> list[Trial
         if not name.endswith(".json"):
             continue
         where = storage.address(f"{FOLDER}/{name}")
-        record = TrialRecord.parse(storage.read_json(f"{FOLDER}/{name}", HINT), where)
+        record = TrialRecord.parse(storage.read_json(f"{FOLDER}/{name}", _HINT), where)
         _check(record, name, where, sweep)
         found.append(record)
     return sorted(found, key=lambda record: record.number)
-
-
-HINT = "remove it to run its trial again"
 
 
 def _check(record: TrialRecord, name: str, where: str, sweep: SweepSpec | None) -> None:
@@ -134,7 +133,7 @@ def _check(record: TrialRecord, name: str, where: str, sweep: SweepSpec | None) 
         elif record.status == "finished" and not needed <= record.metrics.keys():
             wrong = f"the trial is finished, and metrics has no {' and '.join(sorted(needed - record.metrics.keys()))}"
     if wrong is not None:
-        raise CheckpointError(f"{where} is not a record of a trial of this sweep: {wrong}; {HINT}")
+        raise CheckpointError(f"{where} is not a record of a trial of this sweep: {wrong}; {_HINT}")
 
 
 def load_clock(storage: Storage) -> dict[str, float]:
@@ -143,15 +142,15 @@ def load_clock(storage: Storage) -> dict[str, float]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    found = storage.read_json(CLOCK, "remove it to resume without the seconds of earlier drivers")
+    found = storage.read_json(CLOCK, _CLOCK_HINT)
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(
         isinstance(value, int | float) and 0 <= value < 1e12 for value in found.values()
     ):
         raise CheckpointError(
-            f"{storage.address(CLOCK)!r} is damaged: {quote(found)}; required are the seconds of every driver: "
-            "remove it to resume without the seconds of earlier drivers"
+            f"{storage.address(CLOCK)!r} is damaged: {quote(found)}; required are the seconds of every driver; "
+            f"{_CLOCK_HINT}"
         )
     return found
 

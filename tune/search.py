@@ -18,9 +18,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sma.tune.pareto import beats
+from sma.tune.pareto import dominates
 from sma.tune.records import TrialRecord
-from sma.tune.space import starting_code
+from sma.tune.space import random_trials, starting_code
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 
@@ -57,7 +57,6 @@ class Search(Searcher):
         pulse_key: Callable[[int], str] = str,
     ) -> None:
         super().__init__()
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.storage, self.pulse_key = sweep, storage, pulse_key
         self.unfinished = [record for record in records if record.status == "running"]
         # Copies, because the results here change only when Ray reports them, and the driver shares the records.
@@ -68,7 +67,11 @@ class Search(Searcher):
         self._directions: list[Literal["maximize", "minimize"]] = [
             "maximize" if measure.mode == "max" else "minimize" for measure in sweep.measures
         ]
-        self._distributions = self._optuna_distributions()
+        trial = next(random_trials())
+        for path, distribution in sweep.space.items():
+            distribution.draw(trial, path)
+        # The trial has recorded Optuna's distributions of the searched paths.
+        self._distributions = dict(trial.distributions)
         self._start = {path: starting_code(sweep.experiment, path, sweep.space[path]) for path in self._distributions}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -156,15 +159,6 @@ class Search(Searcher):
             values=values if finished else None,
         )
 
-    def _optuna_distributions(self) -> dict[str, Any]:
-        """Optuna's distributions of the searched paths, recorded by a trial from which the space draws once."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            trial = optuna.create_study(directions=self._directions, sampler=optuna.samplers.RandomSampler(0)).ask()
-        for path, distribution in self.sweep.space.items():
-            distribution.draw(trial, path)
-        return dict(trial.distributions)
-
 
 _STATES = {
     "running": optuna.trial.TrialState.RUNNING,
@@ -174,7 +168,7 @@ _STATES = {
 
 
 def measured_in(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a report in Ray's format, which joins the keys of nested dictionaries with slashes."""
+    """The metrics of a report in Ray's format, in which the keys of nested dictionaries are joined by slashes."""
     return {name.removeprefix("metrics/"): value for name, value in result.items() if name.startswith("metrics/")}
 
 
@@ -200,7 +194,7 @@ class Halving(FIFOScheduler):
             rung *= self.reduction
         for record in records:
             for entry in record.history:
-                self._is_weak(record.number, entry)
+                self._ranks_low(record.number, entry)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """The decision whether a trial continues."""
@@ -208,22 +202,22 @@ class Halving(FIFOScheduler):
         # After the last update only the test is left.
         if result["update"] >= self.sweep.updates or result["status"] != "running":
             return str(TrialScheduler.CONTINUE)
-        weak = self._is_weak(number, measured_in(result))
-        return str(TrialScheduler.STOP if weak and number != 0 else TrialScheduler.CONTINUE)
+        ranks_low = self._ranks_low(number, measured_in(result))
+        return str(TrialScheduler.STOP if ranks_low and number != 0 else TrialScheduler.CONTINUE)
 
-    def _is_weak(self, number: int, measured: Mapping[str, float]) -> bool:
+    def _ranks_low(self, number: int, measured: Mapping[str, float]) -> bool:
         """Add a trial to the rung that it has reached; returns whether too many trials of the rung rank better."""
         found = self.rungs.get(max((rung for rung in self.rungs if rung <= measured["update"]), default=math.inf))
         if found is None or number in found:
             return False
         found[number] = [measure.oriented(measured) for measure in self.sweep.measures]
-        ranks = {one: sum(beats(other, point) for other in found.values()) for one, point in found.items()}
+        ranks = {one: sum(dominates(other, point) for other in found.values()) for one, point in found.items()}
         better = sum(rank < ranks[number] for rank in ranks.values())
         return better > max(0.0, (len(found) - 2) / self.reduction)
 
 
 def quiet() -> None:
-    """Silence Ray's messages about trials, which the table replaces."""
+    """Silence Ray's messages about trials, because the table replaces them."""
     for name in ("ray.tune", "ray.train", "ray.air"):
         # Ray's errors are tracebacks of trials. Their reasons are in the records.
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -9,14 +9,17 @@ A space maps field paths to distributions, in YAML or in Python:
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sma.errors import SpecError, quote
 from sma.mistakes import SENTENCES
 from sma.paths import override, parse_path
 from sma.recipes.experiment import ExperimentSpec, full_path
 from sma.spec import dump_spec
-from sma.tune.distributions import Choice, DistributionSpec, Fixed, RandomSampler, comparable
+from sma.tune.distributions import Choice, DistributionSpec, Fixed, comparable
+
+if TYPE_CHECKING:
+    from optuna import Trial
 
 DRAWS = 50
 """Number of random combinations that are tried on the experiment before a sweep starts."""
@@ -80,8 +83,8 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
     """Try the ends and the inside of every range, every choice, and some random combinations on an experiment.
 
     Raises:
-        SpecError: the space is empty, a path leads nowhere, stands there twice or changes what trials are compared by,
-            or the experiment refuses a value.
+        SpecError: the space is empty; a path does not exist, occurs twice, or changes a field by which trials are
+            compared; or the experiment refuses a value.
     """
     if not searched(space):
         raise SpecError(
@@ -99,7 +102,7 @@ def check_space(space: Space, experiment: ExperimentSpec) -> None:
             with_values(experiment, values)
         except SpecError as error:
             hint = _hint(space, experiment, values, changed)
-            raise SpecError(f"the experiment refuses {_words(values, changed)}: {error}{hint}") from None
+            raise SpecError(f"the experiment refuses {_describe_combination(values, changed)}: {error}{hint}") from None
 
 
 def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
@@ -114,15 +117,22 @@ def _tries(space: Space) -> Iterator[tuple[dict[str, Any], str]]:
         for value in distribution.probes[1:]:
             yield {**first, path: value}, path
     yield largest(space), "all largest values together"
-    sampler = RandomSampler()
-    for number in range(DRAWS):
-        yield (
-            {path: distribution.draw(sampler, path) for path, distribution in space.items()},
-            f"the values of random draw {number}",
-        )
+    for number, trial in enumerate(itertools.islice(random_trials(), DRAWS)):
+        drawn = {path: distribution.draw(trial, path) for path, distribution in space.items()}
+        yield drawn, f"the values of random draw {number}"
 
 
-def _words(values: Mapping[str, Any], changed: str) -> str:
+def random_trials() -> Iterator["Trial"]:
+    """Yield trials of Optuna whose values are drawn at random, always the same."""
+    import optuna  # here, because the help of the commands is available without it
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    while True:
+        yield study.ask()
+
+
+def _describe_combination(values: Mapping[str, Any], changed: str) -> str:
     """A description of the combination: the one value that differs from the first ones, or all values."""
     if changed in values:
         return f"a value of the search space, {changed}={quote(values[changed])}"

@@ -88,7 +88,7 @@ class SweepSpec(Spec):
         "time per token, MACs per token",
     )
     stopping: StoppingSpec | None = Field(
-        default=StoppingSpec(), description="stops weak trials early; null trains all trials to the end"
+        default=StoppingSpec(), description="stops low-ranked trials early; null trains all trials to the end"
     )
     restarts: int = Field(
         default=3, ge=0, description="maximum number of restarts of a trial whose process died, from its checkpoint"

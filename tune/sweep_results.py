@@ -1,10 +1,11 @@
-"""What a sweep leaves: a table of all trials, the Pareto front, its specs, a figure and a summary. All of it is made
-from the records.
+"""The results of a sweep, made from its records: a table of all trials, the Pareto front, its specs, a figure and a
+summary.
 """
 
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sma.errors import CheckpointError, SpecError
-from sma.recipes.io.names import markdown_cell, shell_word
+from sma.recipes.io.names import markdown_table, shell_word
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.reports.figures import attempt
 from sma.spec import dump_yaml
@@ -29,17 +30,16 @@ BEST = "best"
 
 
 def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
-    """One line of the table of all trials."""
-    measures = {name: value for name, value in record.metrics.items() if name != "update"}
+    """The line of a trial in the table of all trials."""
     return {
         "trial": record.number,
         "status": record.status,
         "reason": record.reason,
         "seed": record.seed,
-        **{path: sweep.value(record.values, path) for path in searched(sweep.space)},
+        **_values(record, sweep),
         "updates": record.update,
         "best_update": record.metrics.get("update"),
-        **measures,
+        **_measures(record),
         "busy_seconds": round(record.seconds, 3),
         "restarts": record.restarts,
         "node": record.node,
@@ -48,39 +48,39 @@ def trial_row(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
 
 
 def pareto_front(records: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecord]:
-    """The finished trials that no finished trial beats, the best quality first: all of them were trained equally
-    long.
-    """
-    done = [record for record in records if record.status == "finished"]
+    """The Pareto front of the finished trials, which were trained equally long; the best quality comes first."""
+    done = _finished(records)
     points = [[measure.oriented(record.metrics) for measure in sweep.measures] for record in done]
-    chosen = [done[place] for place in front(points)]
+    chosen = [done[index] for index in front(points)]
     return sorted(chosen, key=lambda record: (sweep.quality.oriented(record.metrics), record.number))
 
 
+def _finished(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    return [record for record in records if record.status == "finished"]
+
+
 def best_trial(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
-    """The finished trial of the best quality, of equals the sparsest."""
-    done = [record for record in records if record.status == "finished"]
+    """The finished trial with the best quality, and among equals the sparsest."""
     return min(
-        done,
+        _finished(records),
         key=lambda record: (sweep.quality.oriented(record.metrics), record.metrics[RATE.name], record.number),
         default=None,
     )
 
 
 def sparsest_as_good(records: Sequence[TrialRecord], sweep: SweepSpec) -> TrialRecord | None:
-    """The finished trial of the lowest activation rate that is at least as good as trial 0; None without such, or
-    without trial 0.
+    """The finished trial with the lowest activation rate among those at least as good as trial 0; None if there is none
+    or if trial 0 is not finished.
     """
-    done = {record.number: record for record in records if record.status == "finished"}
-    if 0 not in done:
-        return None
-    least = sweep.quality.oriented(done[0].metrics)
-    good = [record for record in done.values() if record.number and sweep.quality.oriented(record.metrics) <= least]
+    quality = {record.number: sweep.quality.oriented(record.metrics) for record in _finished(records)}
+    good = [
+        record for record in _finished(records) if record.number and quality[record.number] <= quality.get(0, -math.inf)
+    ]
     return min(good, key=lambda record: (record.metrics[RATE.name], record.number), default=None)
 
 
 def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
-    """Write everything that can be made from the records, over what is there; returns the summary.
+    """Write the results again from the records; returns the summary.
 
     Raises:
         CheckpointError: the folder has no records, or cannot be written.
@@ -101,7 +101,7 @@ def write_results(sweep: SweepSpec, storage: Storage) -> dict[str, Any]:
     for record in {record.number: record for record in [*chosen, *extremes]}.values():
         storage.write(_spec_name(record), _with_origin(record, sweep))
     storage.write(TABLE, front_table(records, sweep))
-    # Drawing may fail and becomes a warning; a folder that cannot be written is an error.
+    # A failure to draw becomes a warning; a failure to write is an error.
     drawn: list[bytes] = []
     if attempt("the figure of the sweep", lambda: drawn.append(draw_front(records, chosen, sweep))):
         storage.write(FIGURE, drawn[0])
@@ -132,10 +132,10 @@ def summarise(records: Sequence[TrialRecord], sweep: SweepSpec, storage: Storage
         ],
         "updates": sweep.updates,
         "objectives": {measure.name: measure.mode for measure in sweep.measures},
-        "baseline": _point(baseline, sweep) if baseline is not None else None,
+        "baseline": _point(baseline, sweep),
         "best": _point(best_trial(records, sweep), sweep),
         "sparsest_as_good_as_baseline": _point(sparsest, sweep),
-        "rate_ratio": _ratio(sparsest, baseline),
+        "rate_ratio": _rate_ratio(sparsest, baseline),
         "pareto": [_point(record, sweep) for record in pareto_front(records, sweep)],
         "busy_slot_seconds": round(busy, 1),
         "slots": slots,
@@ -153,13 +153,12 @@ def front_table(records: Sequence[TrialRecord], sweep: SweepSpec) -> str:
     shown = [*[record for record in records if record.number == 0 and record not in chosen], *chosen]
     quality = sweep.quality.name
     columns = ["trial", quality, f"test_{quality}", RATE.name, TIME.name, MACS.name, *searched(sweep.space)]
-    lines = [f"| {' | '.join(map(markdown_cell, columns))} |", f"|{'---|' * len(columns)}"]
+    lines = []
     for record in shown:
         row = trial_row(record, sweep)
         note = "" if record in chosen else " (not on the front)"
-        cells = [f"{row['trial']}{note}", *(markdown_cell(_cell(row.get(name))) for name in columns[1:])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        lines.append([f"{record.number}{note}", *(_cell(row.get(name)) for name in columns[1:])])
+    return markdown_table(columns, lines) + "\n"
 
 
 def _cell(value: Any) -> str:
@@ -167,15 +166,22 @@ def _cell(value: Any) -> str:
 
 
 def _point(record: TrialRecord | None, sweep: SweepSpec) -> dict[str, Any] | None:
-    """A trial in the summary: the values of its spec and what was measured."""
+    """A trial in the summary: its values and its measures."""
     if record is None:
         return None
-    measures = {name: value for name, value in record.metrics.items() if name != "update"}
-    values = {path: sweep.value(record.values, path) for path in searched(sweep.space)}
-    return {"trial": record.number, "status": record.status, "values": values, **measures, "spec": _spec_name(record)}
+    point = {"trial": record.number, "status": record.status, "values": _values(record, sweep)}
+    return {**point, **_measures(record), "spec": _spec_name(record)}
 
 
-def _ratio(sparsest: TrialRecord | None, baseline: TrialRecord | None) -> float | None:
+def _values(record: TrialRecord, sweep: SweepSpec) -> dict[str, Any]:
+    return {path: sweep.value(record.values, path) for path in searched(sweep.space)}
+
+
+def _measures(record: TrialRecord) -> dict[str, Any]:
+    return {name: value for name, value in record.metrics.items() if name != "update"}
+
+
+def _rate_ratio(sparsest: TrialRecord | None, baseline: TrialRecord | None) -> float | None:
     """Activation rate of the sparsest trial that is as good as trial 0, over that of trial 0."""
     if sparsest is None or baseline is None or not baseline.metrics.get(RATE.name):
         return None
@@ -188,12 +194,9 @@ def _spec_name(record: TrialRecord) -> str:
 
 def _with_origin(record: TrialRecord, sweep: SweepSpec) -> str:
     quality, metrics = sweep.quality.name, record.metrics
-    head = (
-        f"# Trial {record.number} of a sweep: {quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in "
-        "validation.\n"
-    )
+    measured = f"{quality} {metrics[quality]:.4f} at the rate {metrics[RATE.name]:.3f} in validation"
     try:
-        return head + dump_yaml(sweep.trial(record.values))
+        return f"# Trial {record.number} of a sweep: {measured}.\n{dump_yaml(sweep.trial(record.values))}"
     except SpecError as error:
         raise CheckpointError(
             f"the record of trial {record.number} ({FOLDER}/{record.name}.json) does not fit its sweep: {error}"
@@ -215,12 +218,12 @@ def _write_tables(rows: Sequence[Mapping[str, Any]], storage: Storage) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Parts of specs as JSON: a cell holds one value."""
+    """A value for one cell: parts of specs become JSON."""
     return json.dumps(value) if isinstance(value, dict | list | tuple) else value
 
 
 def _column(values: list[Any]) -> Any:
-    """A column of one type: of mixed ones, such as a rate or null or a mapping, the words."""
+    """A column of one type. Values of different types become strings."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

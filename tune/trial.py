@@ -71,14 +71,14 @@ class TrialReporter(Checkpoint):
         Raises:
             CheckpointError: its file is damaged.
         """
-        kept = self.out / HISTORY
-        if not os.path.lexists(kept):
+        path = self.out / HISTORY
+        if not os.path.lexists(path):
             return
-        with parsing(repr(str(kept)), CheckpointError):
-            found = json.loads(read_file(kept, LIMIT, CheckpointError))
+        with parsing(repr(str(path)), CheckpointError):
+            found = json.loads(read_file(path, LIMIT, CheckpointError))
         if not isinstance(found, list) or not all(_is_evaluation(entry) for entry in found):
             raise CheckpointError(
-                f"{str(kept)!r} is damaged: {quote(found)}; required are evaluations with their updates"
+                f"{str(path)!r} is damaged: {quote(found)}; required are evaluations with their updates"
             )
         self.history = [present_names(entry) for entry in found]
 
@@ -189,7 +189,7 @@ def run_trial(config: Mapping[str, Any], *, sweep: SweepSpec, data: PackedData, 
         try:
             source = _restore(config, folder)
             pulse.beat()
-            _run(config, sweep, unpack_data(data), folder, accelerator, began, pulse, source)
+            train_trial(config, sweep, unpack_data(data), folder, accelerator, began, pulse, source)
         except Stopped:
             raise SystemExit(0) from None  # Ray expects this exit from a stopped trial
 
@@ -207,7 +207,7 @@ def _restore(config: Mapping[str, Any], folder: Path) -> str:
     return str(PurePosixPath(checkpoint.path))
 
 
-def _run(
+def train_trial(
     config: Mapping[str, Any],
     sweep: SweepSpec,
     data: Any,
@@ -217,7 +217,9 @@ def _run(
     pulse: Pulse,
     source: str,
 ) -> None:
-    """Train and report. A failure of the trial itself is reported, not raised, because a restart would repeat it."""
+    """Train a trial in a folder and report. A failure of the trial itself is reported, not raised, because a restart
+    would repeat it.
+    """
     reporter = TrialReporter(sweep.experiment, folder, sweep.experiment.task.metric, 1, began)
     try:
         reporter.restore()
@@ -230,12 +232,12 @@ def _run(
     except Stopped:
         raise
     except Exception as error:
-        _refuse_unwritable(error)
+        _check_writable(error)
         reason = reason_of(error).replace(str(folder), source)  # the scratch folder is removed at the end
         reporter.report("failed", reporter.history[-1] if reporter.history else {}, reason)
 
 
-def _refuse_unwritable(error: BaseException) -> None:
+def _check_writable(error: BaseException) -> None:
     """Raise another error if a failure comes from the storage, which stops all trials.
 
     Raises:

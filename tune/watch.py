@@ -143,7 +143,7 @@ class Recorder(tune.Callback):
         if record.status == "running":
             record.status = "stopped"
         self._keep(record)
-        self._say(record)
+        self._print_line(record)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record the failure of a trial whose process died more often than `restarts` allows."""
@@ -151,7 +151,7 @@ class Recorder(tune.Callback):
         cause = self._check_cause(trial)
         record.status, record.reason = "failed", self._reason(record, cause)
         self._keep(record)
-        self._say(record)
+        self._print_line(record)
 
     def __enter__(self) -> "Recorder":
         """Open the table."""
@@ -226,13 +226,13 @@ class Recorder(tune.Callback):
         """The reason of the failure of a trial whose process died, in one line."""
         times = f"its process died {record.restarts + 1} times" if record.restarts else "its process died"
         if record.number in self._silenced:
-            return f"{times}, the last time because it gave no sign of life for {self.sweep.silence:g} s (--silence)"
+            return f"{times}, the last time because it had no heartbeat for {self.sweep.silence:g} s (--silence)"
         if cause is None:
             return f"{times}, and Ray kept no reason"
         text = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
         return f"{times}: {' '.join(text.split())[:500]}"
 
-    def _say(self, record: TrialRecord) -> None:
+    def _print_line(self, record: TrialRecord) -> None:
         if self.progress and self.live is None:
             done = sum(other.status != "running" for other in self.records.values())
             cells = "  ".join(cell for cell in _cells(record, self.sweep) if cell)

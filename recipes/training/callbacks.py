@@ -106,17 +106,13 @@ class RouterHealth(Callback):
 
     def _message(self, condition: str, layer: str, module: str, rate: float, step: int) -> str:
         where = f"the router of {module!r} in layer {layer.removeprefix('layer')}"
-        if condition == "dead":
-            return (
-                f"warning: {where} is dead at update {step}: rate {rate:.4f}, so it gets no gradient; "
-                "set training.budget.target"
-            )
-        if condition == "saturated":
-            return (
-                f"warning: {where} is saturated at update {step}: rate {rate:.4f}, so nothing is skipped; "
-                "set training.budget.target"
-            )
-        return f"{where} is alive again at update {step}: rate {rate:.4f}"
+        effects = {"dead": "it gets no gradient", "saturated": "nothing is skipped"}
+        if condition not in effects:
+            return f"{where} is alive again at update {step}: rate {rate:.4f}"
+        return (
+            f"warning: {where} is {condition} at update {step}: rate {rate:.4f}, so {effects[condition]}; "
+            "set training.budget.target"
+        )
 
 
 class Bar(TQDMProgressBar):

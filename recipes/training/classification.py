@@ -1,7 +1,7 @@
 """The objective of classification: one class per sample, or per scored position."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from sma.recipes.reports.confusion import Confusion, check_names
 from sma.recipes.tasks.batch import UNSCORED, Batch, scatter_scored, select_scored
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
-from sma.recipes.training.module import RateMetric, TrainingModule
+from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
 from sma.recipes.training.objective import Objective, Split
 from sma.recipes.training.sampling import UpdateSampler
 
@@ -27,32 +27,7 @@ EVALUATION_TOKENS = 2**17
 """Maximum number of positions in a batch, which bounds the memory for long samples."""
 
 
-class Scores(nn.Module):
-    """Measures of one split: accuracy, and the activation rates of the routed layers.
-
-    Args:
-        classes: number of classes.
-        layers: names of the sub-modules of every routed layer.
-    """
-
-    def __init__(self, classes: int, layers: Sequence[tuple[str, ...]]) -> None:
-        super().__init__()
-        self.accuracy = MulticlassAccuracy(classes, average="micro")
-        self.rates = RateMetric(layers)
-
-    def update(self, output: ModelOutput, logits: Tensor, batch: Batch) -> None:
-        """Add one batch."""
-        self.accuracy.update(logits, batch.targets[batch.targets != UNSCORED])
-        self.rates.update(output.decisions, batch.valid)
-
-    def compute(self, split: str) -> dict[str, float]:
-        """The measures by their logged names; resets them."""
-        measures = {f"{split}_accuracy": float(self.accuracy.compute())}
-        self.accuracy.reset()
-        return measures | self.rates.measures(split)
-
-
-class Classifier(TrainingModule):
+class Classifier(ScoredModule):
     """Cross-entropy, accuracy and activation rates of a `SequenceModel` with a classifying head.
 
     Args:
@@ -62,25 +37,15 @@ class Classifier(TrainingModule):
     """
 
     def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
-        super().__init__(model, training)
-        self.fit_scores, self.val_scores, self.test_scores = (Scores(classes, self.module_names) for _ in range(3))
+        super().__init__(model, training, "accuracy", lambda: MulticlassAccuracy(classes, average="micro"))
         self.confusion = MulticlassConfusionMatrix(classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
-        output, logits, losses = self._run(batch)
-        loss = losses.mean()
+        output, logits, losses = self._run(batch, self.fit_scores)
         self.tokens_seen += int(batch.valid.sum())
-        self.fit_scores.update(output, logits, batch)
-        self.log("loss", loss.detach(), prog_bar=True, sync_dist=True)
-        if (self.global_step + 1) % self.training_spec.log_every == 0:
-            measures = self.fit_scores.compute("fit")
-            self.log_dict(measures)
-            self.log("accuracy", measures["fit_accuracy"], prog_bar=True, logger=False)
-            if self.module_names:
-                self.log("rate", measures["fit_rate"], prog_bar=True, logger=False)
-        self.steer(output.decisions, batch.valid)
-        return loss + self.routing_loss(output.decisions, batch.valid, scatter_scored(losses, batch.targets))
+        losses_by_row = scatter_scored(losses, batch.targets)
+        return self.complete_update(losses.mean(), output.decisions, batch.valid, losses_by_row)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
@@ -91,21 +56,12 @@ class Classifier(TrainingModule):
         logits = self._score(batch, "test", self.test_scores)
         self.confusion.update(logits.argmax(-1), batch.targets[batch.targets != UNSCORED])
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the measures of the whole split."""
-        self.log_dict(self.val_scores.compute("val"))
-
     def on_test_epoch_start(self) -> None:
         """Reset the confusion matrix."""
         self.confusion.reset()
 
-    def on_test_epoch_end(self) -> None:
-        """Log the measures of the whole split."""
-        self.log_dict(self.test_scores.compute("test"))
-
     def _score(self, batch: Batch, split: str, scores: Scores) -> Tensor:
-        output, logits, losses = self._run(batch)
-        scores.update(output, logits, batch)
+        _, logits, losses = self._run(batch, scores)
         self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets), sync_dist=True)
         return logits
 
@@ -113,13 +69,15 @@ class Classifier(TrainingModule):
         """Mean loss over the scored positions of a batch."""
         return self._run(batch)[2].mean()
 
-    def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Tensor]:
+    def _run(self, batch: Batch, scores: Scores | None = None) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         # The spec of an experiment is valid only if its model has a head, so there are logits.
         logits, targets = select_scored(cast(Tensor, output.logits), batch.targets)
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         self.check_loss(losses.mean())
+        if scores is not None:
+            scores.add(output.decisions, batch.valid, logits, targets)
         return output, logits, losses
 
 

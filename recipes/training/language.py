@@ -19,7 +19,7 @@ from sma.recipes.reports.reference_scores import reference_scores
 from sma.recipes.tasks.language.corpus import Corpus
 from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
-from sma.recipes.training.module import RateMetric, TrainingModule
+from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
 from sma.recipes.training.objective import Objective, Split
 
 
@@ -135,27 +135,7 @@ class EvaluationSegments(Dataset[Segment]):
         return Segment(found[:, :-1], found[:, 1:], scored, number == 0 or self.context is not None)
 
 
-class LanguageScores(nn.Module):
-    """Measures of one split: bits per character, and the activation rates of the routed layers."""
-
-    def __init__(self, layers: list[tuple[str, ...]]) -> None:
-        super().__init__()
-        self.bits = MeanMetric()
-        self.rates = RateMetric(layers)
-
-    def update(self, output: ModelOutput, losses: Tensor, scored: Tensor) -> None:
-        """Add one segment; `losses` are those of the scored targets, in nats."""
-        self.bits.update(losses.double() / math.log(2))
-        self.rates.update(output.decisions, scored)
-
-    def compute(self, split: str) -> dict[str, float]:
-        """The measures by their logged names; resets them."""
-        measures = {f"{split}_bits_per_character": float(self.bits.compute())}
-        self.bits.reset()
-        return measures | self.rates.measures(split)
-
-
-class LanguageModule(TrainingModule):
+class LanguageModule(ScoredModule):
     """Cross-entropy of the next byte, bits per character and activation rates of a `LanguageModel`.
 
     With `carry_state` a segment continues from the detached state at the end of the last one (truncated backpropagation
@@ -178,11 +158,10 @@ class LanguageModule(TrainingModule):
         carry_state: bool,
         distributed: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        super().__init__(model, training)
+        super().__init__(model, training, "bits_per_character", MeanMetric, short="bits")
         self.carry_state, self.distributed = carry_state, distributed
         self.carried: ModelState | None = None
         self.streamed: ModelState | None = None
-        self.fit_scores, self.val_scores, self.test_scores = (LanguageScores(self.module_names) for _ in range(3))
 
     def training_step(self, batch: Segment, batch_idx: int) -> Tensor:
         """Compute the loss of one update."""
@@ -192,22 +171,11 @@ class LanguageModule(TrainingModule):
             if state is None or batch.fresh:
                 state = self._own(self.model.init_state(len(batch.inputs) * self.distributed.world_size))
             state = state.to(self.device)  # a checkpoint is read on the CPU
-        output, losses = self._run(batch, state)
+        output, losses = self._run(batch, state, self.fit_scores)
         self.carried = None if output.state is None else output.state.detach()
-        loss = losses.mean()
         self.tokens_seen += batch.inputs.numel()
-        self.fit_scores.update(output, losses.detach(), batch.scored)
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
-        if (self.global_step + 1) % self.training_spec.log_every == 0:
-            measures = self.fit_scores.compute("fit")
-            self.log_dict(measures, batch_size=1)
-            self.log("bits", measures["fit_bits_per_character"], prog_bar=True, logger=False, batch_size=1)
-            if self.module_names:
-                self.log("rate", measures["fit_rate"], prog_bar=True, logger=False, batch_size=1)
-        self.steer(output.decisions, None)
-        return loss + self.routing_loss(
-            output.decisions, None, losses.new_zeros(batch.scored.shape).masked_scatter(batch.scored, losses.detach())
-        )
+        by_position = losses.new_zeros(batch.scored.shape).masked_scatter(batch.scored, losses.detach())
+        return self.complete_update(losses.mean(), output.decisions, None, by_position)
 
     def validation_step(self, batch: Segment, batch_idx: int) -> None:
         """Score one window of the validation split."""
@@ -216,14 +184,6 @@ class LanguageModule(TrainingModule):
     def test_step(self, batch: Segment, batch_idx: int) -> None:
         """Score one window of the test split."""
         self._score(batch, self.test_scores)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the measures of the whole split."""
-        self.log_dict(self.val_scores.compute("val"))
-
-    def on_test_epoch_end(self) -> None:
-        """Log the measures of the whole split."""
-        self.log_dict(self.test_scores.compute("test"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the states of the streams of all ranks; all ranks must call it."""
@@ -243,19 +203,18 @@ class LanguageModule(TrainingModule):
         """The rows of this rank in the state of a whole batch."""
         return state.select(self.distributed.shard(torch.arange(state.batch_size, device=state.seen.device)))
 
-    def _score(self, batch: Segment, scores: LanguageScores) -> None:
+    def _score(self, batch: Segment, scores: Scores) -> None:
         state = self.model.init_state(len(batch.inputs)) if batch.fresh or self.streamed is None else self.streamed
-        output, losses = self._run(batch, state)
-        self.streamed = output.state
-        scores.update(output, losses, batch.scored)
+        self.streamed = self._run(batch, state, scores)[0].state
 
-    def _run(self, batch: Segment, state: ModelState | None) -> tuple[ModelOutput, Tensor]:
+    def _run(self, batch: Segment, state: ModelState | None, scores: Scores) -> tuple[ModelOutput, Tensor]:
         output: ModelOutput = self.model(batch.inputs, state=state)
         logits = cast(Tensor, output.logits)
         losses = nn.functional.cross_entropy(
             logits[batch.scored].float(), batch.targets[batch.scored], reduction="none"
         )
         self.check_loss(losses.sum())
+        scores.add(output.decisions, batch.scored, losses.detach().double() / math.log(2))
         return output, losses
 
 

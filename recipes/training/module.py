@@ -1,11 +1,11 @@
 """The base class of training modules: optimiser, schedule, routing losses, activation rates, check of the loss."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from sma.budget import BudgetController, routers_of
@@ -58,6 +58,33 @@ class RateMetric(Metric):
         self.reset()
         mean = {f"{split}_rate": sum(rates.values()) / len(rates)} if rates else {}
         return mean | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
+
+
+class Scores(nn.ModuleDict):
+    """Measures of one split: the metric of the task, and the activation rates of the routed layers.
+
+    Args:
+        name: name of the metric, which is logged as `SPLIT_NAME`.
+        metric: the metric.
+        layers: names of the sub-modules of every routed layer.
+        short: name of the metric in the progress bar and in checkpoints; None: `name`.
+    """
+
+    def __init__(self, name: str, metric: Metric, layers: Sequence[tuple[str, ...]], short: str | None = None) -> None:
+        super().__init__({short or name: metric, "rates": RateMetric(layers)})
+        self.name, self.short = name, short or name
+
+    def add(self, decisions: Sequence[Decision], valid: Tensor, *values: Tensor) -> None:
+        """Add one batch; `values` are the arguments of the metric."""
+        cast(Metric, self[self.short]).update(*values)
+        cast(RateMetric, self["rates"]).update(decisions, valid)
+
+    def compute(self, split: str) -> dict[str, float]:
+        """The measures by their logged names; resets them."""
+        metric = cast(Metric, self[self.short])
+        measures = {f"{split}_{self.name}": float(metric.compute())}
+        metric.reset()
+        return measures | cast(RateMetric, self["rates"]).measures(split)
 
 
 class TrainingModule(lightning.LightningModule):
@@ -203,3 +230,58 @@ class TrainingModule(lightning.LightningModule):
                 f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
                 "start a new run with a lower training.learning_rate or another seed"
             )
+
+
+class ScoredModule(TrainingModule):
+    """A training module that logs the `Scores` of the training, the validation and the test split.
+
+    Args:
+        model: the model.
+        training: optimiser and schedule.
+        name: name of the metric of the task.
+        metric: function that makes the metric.
+        short: name of the metric in the progress bar; None: `name`.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        training: TrainingSpec,
+        name: str,
+        metric: Callable[[], Metric],
+        short: str | None = None,
+    ) -> None:
+        super().__init__(model, training)
+        self.fit_scores, self.val_scores, self.test_scores = (
+            Scores(name, metric(), self.module_names, short) for _ in range(3)
+        )
+
+    def complete_update(
+        self, loss: Tensor, decisions: Sequence[Decision], valid: Tensor | None, losses: Tensor
+    ) -> Tensor:
+        """Log the measures of an update and update the budget controller; returns the loss with the routing losses.
+
+        Args:
+            loss: the loss of the task.
+            decisions: the decisions of this update.
+            valid: False at padding.
+            losses: see `routing_loss`.
+        """
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
+        if (self.global_step + 1) % self.training_spec.log_every == 0:
+            scores: Scores = self.fit_scores
+            measures = scores.compute("fit")
+            self.log_dict(measures, batch_size=1)
+            shown = {scores.short: f"fit_{scores.name}", **({"rate": "fit_rate"} if self.module_names else {})}
+            for short, name in shown.items():
+                self.log(short, measures[name], prog_bar=True, logger=False, batch_size=1)
+        self.steer(decisions, valid)
+        return loss + self.routing_loss(decisions, valid, losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures of the whole split."""
+        self.log_dict(self.val_scores.compute("val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures of the whole split."""
+        self.log_dict(self.test_scores.compute("test"))

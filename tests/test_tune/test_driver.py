@@ -19,7 +19,7 @@ from sma.tune.search import Search
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec, make_sweep, read_sweep, shipped_sweeps
 from sma.tune.sweep_folder import start_sweep
-from sma.tune.trial import TrialReporter, _run
+from sma.tune.trial import TrialReporter, train_trial
 from tests.test_recipes.tiny import MODEL, checkpoint, same, tiny, tiny_data, train
 from tests.test_tune.faulty import FaultySpec
 from tests.test_tune.sweeps import few, small_sweep
@@ -158,7 +158,7 @@ def test_trials_of_every_shipped_sweep_train(
         assert config is not None
         assert config["number"] == number
         (tmp_path / str(number)).mkdir()
-        _run(config, sweep, data, tmp_path / str(number), "cpu", time.time(), Callback(), "")  # type: ignore[arg-type]
+        train_trial(config, sweep, data, tmp_path / str(number), "cpu", time.time(), Callback(), "")  # type: ignore[arg-type]
     assert [(status, reason) for status, _, reason in reports] == [("running", ""), ("finished", "")] * 2
     for _, measured, _ in reports:
         assert {sweep.quality.name, "rate", "macs_per_token"} <= measured.keys()

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from ray.tune.search import Searcher
 from ray.tune.utils import flatten_dict
 
-from sma.tune.distributions import RandomSampler
 from sma.tune.records import TrialRecord
 from sma.tune.search import Halving, Search
-from sma.tune.space import searched
+from sma.tune.space import random_trials, searched
 from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from tests.test_tune.sweeps import SPACE, done_trial, small_sweep
@@ -160,7 +159,8 @@ def test_the_first_trials_are_drawn_by_seed_and_number_alone() -> None:
 
 
 def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
-    values = {path: distribution.draw(RandomSampler(), path) for path, distribution in small_sweep().space.items()}
+    trial = next(random_trials())
+    values = {path: distribution.draw(trial, path) for path, distribution in small_sweep().space.items()}
     search = Search(
         small_sweep(samples=6),
         Storage(tmp_path),

@@ -9,7 +9,7 @@ import torch
 from sma.errors import CheckpointError
 from sma.recipes.tasks.contract import ClassificationTask, Metric
 from sma.recipes.tasks.language.task import LanguageTask
-from sma.tune.trial import HISTORY, TrialReporter, Unwritable, _refuse_unwritable
+from sma.tune.trial import HISTORY, TrialReporter, Unwritable, _check_writable
 from tests.test_recipes.tiny import tiny
 
 
@@ -42,8 +42,8 @@ def test_a_full_disk_is_no_fault_of_the_trial(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "last.ckpt")
     for error in (full, chained(CheckpointError("cannot write"), full)):
         with pytest.raises(Unwritable, match=r"cannot write: .*No space left on device.*; make room.*--resume"):
-            _refuse_unwritable(error)
-    _refuse_unwritable(chained(ValueError("of the trial's own"), FileNotFoundError(errno.ENOENT, "no such file")))
+            _check_writable(error)
+    _check_writable(chained(ValueError("of the trial's own"), FileNotFoundError(errno.ENOENT, "no such file")))
 
 
 def chained(error: Exception, cause: Exception) -> Exception:
