@@ -68,8 +68,7 @@ class Options(CallOptions):
     )
     objectives: Names | None = Field(
         default=None,
-        description="objectives of the search, separated by commas: quality, rate, time, macs; "
-        "default quality,rate",
+        description="objectives of the search, separated by commas: quality, rate, time, macs; default quality,rate",
     )
     stop: bool = Field(
         default=True, description="stop trials early that rank low among the others after equally many updates"

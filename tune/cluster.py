@@ -15,9 +15,9 @@ from sma.errors import SmaError, SpecError, quote, reason
 from sma.recipes.io.isolation import changed_environment
 from sma.spec import Spec
 from sma.tune.lifeline import ClusterLost, leave_cluster, signals_kept
-from sma.tune.scratch import remove_abandoned
+from sma.tune.scratch import remove_abandoned_folders
 
-LEAST_STORE = 200 * 2**20
+MIN_STORE = 200 * 2**20
 """Minimum size of the object store, in bytes."""
 
 _DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
@@ -149,22 +149,17 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
     """
     check_resources(resources, samples)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        try:
-            yield plan_slots(resources, _nodes(), samples)
-        except ClusterLost:
-            leave_cluster(lost=True)
-            raise
-        return
-    node = local_node()
-    # The processes of the trials inherit the variables. More threads than cores would slow down all of them.
-    inherited = {"OMP_NUM_THREADS": str(resources.cpus), _DEVICES: os.environ.get(_DEVICES, "0")}
-    with changed_environment(lambda name: False, inherited):
-        start_ray(
-            num_cpus=int(node["CPU"]),
-            num_gpus=int(node["GPU"]),
-            object_store_memory=max(LEAST_STORE, int(1.25 * data_bytes) + LEAST_STORE // 2),
-        )
+    started = not ray.is_initialized()
+    if started:
+        node = local_node()
+        # The processes of the trials inherit the variables. More threads than cores would slow down all of them.
+        inherited = {"OMP_NUM_THREADS": str(resources.cpus), _DEVICES: os.environ.get(_DEVICES, "0")}
+        with changed_environment(lambda name: False, inherited):
+            start_ray(
+                num_cpus=int(node["CPU"]),
+                num_gpus=int(node["GPU"]),
+                object_store_memory=max(MIN_STORE, int(1.25 * data_bytes) + MIN_STORE // 2),
+            )
     lost = False
     try:
         yield plan_slots(resources, _nodes(), samples)
@@ -172,8 +167,10 @@ def cluster(resources: ResourceSpec, samples: int, data_bytes: int) -> Iterator[
         lost = True
         raise
     finally:
-        leave_cluster(lost)
-        remove_abandoned()
+        if started or lost:
+            leave_cluster(lost)
+        if started:
+            remove_abandoned_folders()
 
 
 def _join(address: str) -> None:
@@ -190,7 +187,7 @@ def _join(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         with signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray has many exceptions for an unreachable cluster
+    except Exception as error:  # Ray raises many kinds of exceptions for an unreachable cluster
         raise SpecError(
             f"there is no Ray cluster at {quote(address)}: {reason(error)}; start one with: "
             "ray start --head --port 6379"

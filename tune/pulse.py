@@ -38,12 +38,6 @@ class Pulse(Callback):
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = beat
 
 
-def read_pulse(key: str) -> bytes | None:
-    """The last heartbeat under a key."""
-    found: bytes | None = internal_kv._internal_kv_get(key.encode())
-    return found
-
-
 def forget_pulses(keys: Iterable[str]) -> None:
     """Remove the heartbeats of a sweep that ends, from a cluster that may continue."""
     with contextlib.suppress(Exception):  # the cluster may be lost
@@ -63,7 +57,7 @@ class Listener:
     def __init__(
         self,
         limit: float,
-        read: Callable[[str], bytes | None] = read_pulse,
+        read: Callable[[str], bytes | None] = lambda key: internal_kv._internal_kv_get(key.encode()),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit, self._read, self._clock = limit, read, clock

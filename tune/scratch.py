@@ -14,7 +14,7 @@ _PREFIX = f"sma-ray-{socket.gethostname()}-"
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Make an empty folder for this process, and remove it at the end."""
-    remove_abandoned()
+    remove_abandoned_folders()
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     try:
         yield folder
@@ -22,7 +22,7 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_abandoned() -> None:
+def remove_abandoned_folders() -> None:
     """Remove the folders of processes that no longer exist, because a killed process cannot remove its own."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         process = folder.name.removeprefix(_PREFIX).partition("-")[0]
@@ -33,8 +33,6 @@ def remove_abandoned() -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # the process of another user
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # the process of another user
     return True

@@ -129,21 +129,15 @@ class Search(Searcher):
 
     def _new(self, number: int) -> TrialRecord:
         """A record with values for a new trial; without values for trial 0."""
-        trial = self.study(number).ask() if number else None
-        values = (
-            {}
-            if trial is None
-            else {path: distribution.draw(trial, path) for path, distribution in self.sweep.space.items()}
-        )
+        space = self.sweep.space if number else {}
+        trial = self.study(number).ask()
+        values = {path: distribution.draw(trial, path) for path, distribution in space.items()}
         return TrialRecord(number, values, self.sweep.experiment.seed)
 
     def _frozen(self, record: TrialRecord) -> optuna.trial.FrozenTrial | None:
         """A trial in Optuna's format; None if the estimator cannot use it."""
-        codes: dict[str, Any] = {}
-        for path in self._distributions:
-            codes[path] = (
-                self._start[path] if record.number == 0 else self.sweep.space[path].encode(record.values.get(path))
-            )
+        drawn = {path: self.sweep.space[path].encode(record.values.get(path)) for path in self._distributions}
+        codes: dict[str, Any] = drawn if record.number else self._start
         # A missing measure becomes NaN.
         values = [
             float(math.nan if (value := record.metrics.get(measure.name)) is None else value)

@@ -20,7 +20,7 @@ from sma.yaml_text import read_fields
 
 Value = TypeVar("Value")
 
-Objective = Annotated[
+ObjectiveName = Annotated[
     Literal["quality", "rate", "time", "macs"],
     BeforeValidator(lambda name: "macs" if name == "operations" else name),  # its former name
 ]
@@ -81,7 +81,7 @@ class SweepSpec(Spec):
         description="the search space: distributions by the paths of the fields that differ between trials"
     )
     samples: int = Field(default=16, ge=1, le=100_000, description="number of trials, including trial 0")
-    objectives: tuple[Objective, ...] = Field(
+    objectives: tuple[ObjectiveName, ...] = Field(
         default=("quality", "rate"),
         min_length=1,
         description="objectives of the search: quality (the metric of the task, such as accuracy), activation rate, "

@@ -301,7 +301,10 @@ def describe_values(record: TrialRecord) -> str:
     ends = Counter(_end(path, 1) for path in record.values)
     names = {path: _end(path, 1 if ends[_end(path, 1)] == 1 else 2) for path in record.values}
     return (
-        ", ".join(f"{names[path]}={_number(value)}" for path, value in record.values.items())
+        ", ".join(
+            f"{names[path]}={value:.3g}" if isinstance(value, float) else f"{names[path]}={value}"
+            for path, value in record.values.items()
+        )
         or "the experiment as it is"
     )
 
@@ -315,10 +318,6 @@ def _cells(record: TrialRecord, sweep: SweepSpec) -> list[str]:
     numbers = [f"{record.metrics[name]:{style}}" if name in record.metrics else "" for name, style in measures]
     values = f"{record.reason} ({describe_values(record)})" if record.reason else describe_values(record)
     return [str(record.number), record.status, f"{record.update:,}", *numbers, values]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def cause_of(trial: Trial) -> BaseException | str | None:

@@ -81,8 +81,6 @@ class ClassificationReport(NamedTuple):
             "",
             f"figure            {where_figure(out)}",
             f"model             {plain(out / 'model')}   (sma.load reads it)",
-        ]
-        lines += [
             f"metrics           {plain(out / 'metrics')}, {plain(out / 'tensorboard')}",
             f"summary           {plain(out / 'summary.json')}",
             "",
@@ -109,7 +107,7 @@ class ClassificationReport(NamedTuple):
 
 
 @torch.no_grad()
-def measure(
+def measure_activation(
     model: SequenceModel, samples: Samples, data: TaskData, *, limit: int = 1000, shown: int = 4
 ) -> ClassificationReport:
     """Measure the positions that activate sub-modules, on up to `limit` samples of a split.
@@ -243,7 +241,7 @@ def _caption(report: ClassificationReport, example: Example) -> str:
     answer, guess = (label(names[index], 40) if names else str(index) for index in (example.target, example.guess))
     verdict = "right" if example.guess == example.target else "wrong"
     mark = "orange" if report.modality.image_shape is not None else "dark"
-    return f"answer {answer}, model says {guess} ({verdict}); {mark}: {' or '.join(report.modules)} ran here"
+    return f"class {answer}, predicted {guess} ({verdict}); {mark}: {' or '.join(report.modules)} active"
 
 
 def draw_rates(axis: Any, out: Path) -> None:

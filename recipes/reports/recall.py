@@ -1,12 +1,13 @@
 """The activation rates of models of associative recall by the role of the token, and their figure."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from sma.recipes.reports.classification import ClassificationReport, rates_over_training
 from sma.recipes.reports.figures import drawing, save_figure
-from sma.recipes.reports.results import Row, Summary
+from sma.recipes.reports.results import Row, Summary, groups
 from sma.recipes.reports.variants import highest_rate
 
 FIGURE = "recall.png"
@@ -15,22 +16,20 @@ ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
 
 def first_seed(rows: Sequence[Row]) -> list[Row]:
     """Return the first row of every variant."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        found.setdefault(row["variant"], row)
-    return list(found.values())
+    return [group[0] for group in groups(rows)]
 
 
 def rates_by_role(report: ClassificationReport) -> dict[str, list[float]]:
     """The activation rate per layer of keys, values, queries and distractors."""
-    total: dict[str, list[float]] = {}
-    count: dict[str, int] = defaultdict(int)
-    for text, (rates, number) in report.by_text.items():
-        role = ROLES[text[0]]
-        before = total.get(role, [0.0] * len(rates))
-        total[role] = [a + number * b for a, b in zip(before, rates, strict=True)]
-        count[role] += number
-    return {role: [rate / count[role] for rate in total[role]] for role in ROLES.values() if role in total}
+    found = defaultdict(list)
+    for text, counted in report.by_text.items():
+        found[ROLES[text[0]]].append(counted)
+    return {
+        role: [statistics.fmean(layer, numbers) for layer in zip(*rates, strict=True)]
+        for role in ROLES.values()
+        if role in found
+        for rates, numbers in [zip(*found[role], strict=True)]
+    }
 
 
 def describe_roles(report: ClassificationReport) -> str:
@@ -47,7 +46,7 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
     with drawing(16, 1.3 * len(examples) + 4) as figure:
-        figure.suptitle(f"{title}: dark where {shown} ran attention", fontsize=13)
+        figure.suptitle(f"{title}: dark where {shown} activated attention", fontsize=13)
         grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
         for row, example in enumerate(examples):
             axis = figure.add_subplot(grid[row, :])
@@ -59,7 +58,7 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
                 label.set_color(colours[ROLES[text[0]]])
             axis.tick_params(which="both", length=0)
             axis.set_title(
-                f"{example.guess} of {example.target} queries answered right; k key, v value, ? the key asked for",
+                f"{example.guess} of {example.target} queries answered correctly; k: key, v: value, ?: queried key",
                 fontsize=9,
                 loc="left",
             )

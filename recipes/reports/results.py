@@ -6,32 +6,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 
-class Failure(TypedDict):
-    """A failed run.
+class Labels(TypedDict):
+    """The labels of a run.
 
     Attributes:
         name: folder of the run, relative to that of the study.
         variant: name of the variant.
         column: part of the table, if it has several.
         seed: seed of the experiment.
-        error: reason of the failure, on one line.
     """
 
     name: str
     variant: str
     column: NotRequired[str]
     seed: int
+
+
+class Failure(Labels):
+    """A failed run.
+
+    Attributes:
+        error: reason of the failure, on one line.
+    """
+
     error: str
 
 
-class Row(TypedDict):
+class Row(Labels):
     """A finished run.
 
     Attributes:
-        name: folder of the run, relative to that of the study.
-        variant: name of the variant.
-        column: part of the table, if it has several.
-        seed: seed of the experiment.
         accuracy: accuracy on the test split.
         activation_rate: mean activation rate of the routed layers on the test split; None without routed layers.
         rates: activation rate of every sub-module of every routed layer on the test split.
@@ -45,10 +49,6 @@ class Row(TypedDict):
         measured_on: hardware of these two measurements.
     """
 
-    name: str
-    variant: str
-    column: NotRequired[str]
-    seed: int
     accuracy: float
     activation_rate: float | None
     rates: list[dict[str, float]]

@@ -26,17 +26,11 @@ def router_table(summary: Summary) -> Table:
     rows: list[Row] = summary["rows"]
     seed = summary["seeds"][0]
     columns = list(dict.fromkeys(row["column"] for row in rows))
-    first = [
-        Block(ONE_SEED, groups([row for row in rows if row["column"] == column and row["seed"] == seed]), title)
-        for column in columns
-        for title in [f"{column}, seed {seed}"]
-    ]
-    repeated = [
-        Block(
-            SEVERAL_SEEDS, [group for group in groups(rows) if len(group) > 1 and group[0]["column"] == column], title
-        )
-        for column in columns
-        for title in [f"{column}, several seeds: mean (min to max)"]
-    ]
+    first, repeated = [], []
+    for column in columns:
+        own = [row for row in rows if row["column"] == column]
+        first.append(Block(ONE_SEED, groups([row for row in own if row["seed"] == seed]), f"{column}, seed {seed}"))
+        several = [group for group in groups(own) if len(group) > 1]
+        repeated.append(Block(SEVERAL_SEEDS, several, f"{column}, several seeds: mean (min to max)"))
     sentences = MACS_NOTE.format(length=summary["length"]), speed_note(summary)
     return Table(summary, [*first, *repeated], caption(summary, *sentences))

@@ -13,7 +13,7 @@ from sma.checkpoint import load
 from sma.model import SequenceModel
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses
 from sma.recipes.io.option_parser import Names
-from sma.recipes.reports.classification import measure
+from sma.recipes.reports.classification import measure_activation
 from sma.recipes.reports.figures import attempt
 from sma.recipes.reports.recall import FIGURE, describe_roles, draw_recall, first_seed
 from sma.recipes.reports.results import Summary
@@ -68,7 +68,7 @@ class Recall(VariantsStudy[RecallOptions]):
         rows = first_seed(summary["rows"])
         # Of what the folder holds, so that a study that is resumed shows the same.
         models = {row["variant"]: load(begun.out / row["name"] / "model") for row in rows}
-        reports = {name: measure(model, data.test, data) for name, model in models.items()}
+        reports = {name: measure_activation(model, data.test, data) for name, model in models.items()}
         for name, report in reports.items():
             print(f"{name}: which tokens run attention\n{describe_roles(report)}")
         if "seqboat" in models:

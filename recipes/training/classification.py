@@ -13,7 +13,7 @@ from sma.errors import DataError, SpecError
 from sma.model import SequenceModel
 from sma.model_output import ModelOutput
 from sma.recipes.experiment import TrainingSpec
-from sma.recipes.reports.classification import ClassificationReport, measure
+from sma.recipes.reports.classification import ClassificationReport, measure_activation
 from sma.recipes.reports.confusion import Confusion, check_names
 from sma.recipes.tasks.batch import UNSCORED, Batch, scatter_scored, select_scored
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
@@ -151,7 +151,7 @@ class Classification(Objective[ClassificationTask, TaskData]):
                 raise SpecError(f"the {name} split has {len(split)} samples for {workers} workers; lower --workers")
 
     def report(self, module: TrainingModule) -> ClassificationReport:
-        return measure(module.model, self.data.test, self.data)._replace(confusion=self.breakdown(module))
+        return measure_activation(module.model, self.data.test, self.data)._replace(confusion=self.breakdown(module))
 
     def results(self, report: ClassificationReport, measures: Mapping[str, float]) -> dict[str, Any]:
         per_class = {} if report.confusion is None else report.confusion.per_class

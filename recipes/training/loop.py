@@ -1,8 +1,8 @@
 """The training loop: Lightning's, with checkpoints in a run folder from which a run resumes bit for bit."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,16 +54,15 @@ class Fitted(NamedTuple):
     stopwatch: Stopwatch
 
 
-@contextmanager
-def writing(out: Path, distributed: DistributedContext = SINGLE_PROCESS) -> Iterator[None]:
-    """Hold the lock of a run folder while it is written. Rank 0 holds it for all ranks.
+def writing(out: Path, distributed: DistributedContext = SINGLE_PROCESS) -> AbstractContextManager[object]:
+    """Hold the lock of a run folder inside the block. Rank 0 holds it for all ranks.
 
     Raises:
         CheckpointError: another process holds the lock.
     """
     # A restarted rank may begin before its predecessor has ended.
-    with run_lock(out, wait=60.0 if distributed.world_size > 1 else 0.0) if distributed.is_rank_zero else nullcontext():
-        yield
+    wait = 60.0 if distributed.world_size > 1 else 0.0
+    return run_lock(out, wait=wait) if distributed.is_rank_zero else nullcontext()
 
 
 def fit(

@@ -90,7 +90,14 @@ def checkpoint_to_resume(
     _check_counts(state, spec.training.updates, path)
     if (out / DATA).exists():  # runs of older versions have none
         hint = "delete it to resume without comparing the data"
-        _refuse_other_data(read_checked(out / DATA, is_words, "the hashes of the data", hint), hashes, out)
+        names = changed(read_checked(out / DATA, is_words, "the hashes of the data", hint), hashes)
+        if names:
+            listed = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
+            raise DataError(
+                f"the data differs from that with which the run in {str(out)!r} began: {listed} "
+                f"{'has' if len(names) == 1 else 'have'} another hash; "
+                "restore the original data, give its folder (--data), or start a new run"
+            )
     return state
 
 
@@ -149,14 +156,3 @@ def check_weights(module: TrainingModule, state: Mapping[str, Any], path: Path) 
 def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The names of the splits or files whose hash differs from the recorded one, or which only one side has."""
     return sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
-
-
-def _refuse_other_data(recorded: Mapping[str, str], hashes: Mapping[str, str], out: Path) -> None:
-    names = changed(recorded, hashes)
-    if names:
-        listed = ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
-        raise DataError(
-            f"the data differs from that with which the run in {str(out)!r} began: {listed} "
-            f"{'has' if len(names) == 1 else 'have'} another hash; "
-            "restore the original data, give its folder (--data), or start a new run"
-        )

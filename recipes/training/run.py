@@ -156,8 +156,10 @@ def _quiet() -> None:
     """Silence Lightning's messages about its defaults."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # The sampler resumes in the middle of an epoch.
-    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+    for message in (
+        "does not have many workers",
+        "exists and is not empty",
+        "isinstance.treespec, LeafSpec",
+        "resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes inside an epoch
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")

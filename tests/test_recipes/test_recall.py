@@ -12,7 +12,7 @@ from sma.errors import SpecError
 from sma.model import build
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.recall import main
-from sma.recipes.reports.classification import ClassificationReport, measure
+from sma.recipes.reports.classification import ClassificationReport, measure_activation
 from sma.recipes.reports.recall import rates_by_role
 from sma.recipes.studies.recall import RATES, VARIANTS, Recall, rate_sweep
 from sma.recipes.studies.variants import with_routers
@@ -189,7 +189,7 @@ def test_rates_by_role_are_those_of_a_loop_over_tokens():
     spec = load_experiment(TINY)
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
-    report = measure(model, data.test, data)
+    report = measure_activation(model, data.test, data)
     ran = {"key": [], "value": [], "query": [], "distractor": []}
     roles = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
     for number in range(len(data.test)):
@@ -206,7 +206,7 @@ def test_examples_count_the_queries_that_were_answered_right():
     spec = load_experiment(TINY)
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
-    examples = measure(model, data.test, data, shown=2).examples
+    examples = measure_activation(model, data.test, data, shown=2).examples
     samples = {" ".join(data.show(data.test[number][0])): data.test[number] for number in range(len(data.test))}
     assert examples
     for example in examples:

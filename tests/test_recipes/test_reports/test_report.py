@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sma.model import build
-from sma.recipes.reports.classification import ClassificationReport, measure, rates_over_training
+from sma.recipes.reports.classification import ClassificationReport, measure_activation, rates_over_training
 from tests.test_recipes.tiny import tiny, train
 
 SUMMARY = {
@@ -24,7 +24,7 @@ REPORT = ClassificationReport(0.187, 60, {"9": ([0.0, 0.25], 40), "[MAX": ([0.1,
 def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
     _, done = finished
     model = done.module.model.eval()
-    report = measure(model, data.test, data, limit=25)
+    report = measure_activation(model, data.test, data, limit=25)
     ran = {}
     for number in torch.randperm(60, generator=torch.Generator().manual_seed(0))[:25].tolist():
         ids, _ = data.test[number]
@@ -73,18 +73,18 @@ def test_report_of_data_that_is_sorted_by_class_is_of_all_classes(finished, data
             ids, target = test[by_class[place]]
             return ids.repeat(12)[:12], target
 
-    report = measure(finished[1].module.model, Sorted(), data, limit=half, shown=8)
+    report = measure_activation(finished[1].module.model, Sorted(), data, limit=half, shown=8)
     assert report.samples == half
     assert len({example.target for example in report.examples}) >= 3
     assert max(example.target for example in report.examples) > test[by_class[half]][1]
     assert (
         report.examples[0].texts
-        == measure(finished[1].module.model, Sorted(), data, limit=half, shown=8).examples[0].texts
+        == measure_activation(finished[1].module.model, Sorted(), data, limit=half, shown=8).examples[0].texts
     )
 
 
 def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
-    report = measure(finished[1].module.model, data.test, data, limit=2)
+    report = measure_activation(finished[1].module.model, data.test, data, limit=2)
     assert (report.samples, len(report.examples)) == (2, 2)
 
 
@@ -207,5 +207,5 @@ def test_model_that_routes_nothing_is_described_too(data, tmp_path):
 def test_measuring_leaves_the_model_as_it_was(data):
     model = build(tiny().model, seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    measure(model, data.test, data, limit=3)
+    measure_activation(model, data.test, data, limit=3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -204,7 +204,7 @@ def test_checkpoints_of_a_run_hold_weights_optimiser_schedule_and_random_states(
 def test_last_checkpoint_is_the_last_evaluation_even_when_it_was_not_the_best(data, tmp_path, monkeypatch):
     # A score that only falls: the first evaluation stays the best.
     falling = iter([0.9, 0.5, 0.4])
-    compute = "sma.recipes.training.classification.Scores.compute"
+    compute = "sma.recipes.training.module.Scores.compute"
     monkeypatch.setattr(
         compute, lambda self, split: {f"{split}_accuracy": next(falling, 0.1) if split == "val" else 0.1}
     )

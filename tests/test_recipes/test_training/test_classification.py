@@ -3,25 +3,26 @@
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
 
 from sma.errors import DataError
 from sma.recipes.experiment import load_experiment
-from sma.recipes.tasks.batch import Batch, collate
+from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.contract import TaskData
-from sma.recipes.training.classification import Classification, Scores, check_finite
+from sma.recipes.training.classification import Classification, check_finite
+from sma.recipes.training.module import Scores
 from tests.cases import generator
 from tests.test_recipes.decisions import LAYERS, batches
 from tests.test_recipes.tiny import EXPERIMENT, tiny, train
 
 
 def _scored(layers, split):
-    scores, right, samples = Scores(10, layers), 0, 0
+    scores, right, samples = Scores("accuracy", MulticlassAccuracy(10, average="micro"), layers), 0, 0
     for seed, (decisions, valid) in enumerate(batches(layers)):
         logits = torch.randn(valid.shape[0], 10, generator=generator(70 + seed))
         # Every second answer is right.
         targets = torch.where(torch.arange(valid.shape[0]) % 2 == 0, logits.argmax(-1), (logits.argmax(-1) + 1) % 10)
-        output = type("Output", (), {"decisions": decisions})()
-        scores.update(output, logits, Batch(torch.zeros(valid.shape, dtype=torch.int64), valid, targets))
+        scores.add(decisions, valid, logits, targets)
         right += sum(int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True))
         samples += len(targets)
     return scores, scores.compute(split), right / samples
@@ -33,12 +34,9 @@ def test_accuracy_is_the_share_of_right_answers():
     rates = [value for name, value in measures.items() if name.startswith("val_rate/")]
     assert len(rates) == 5
     assert measures["val_rate"] == pytest.approx(sum(rates) / 5)
-    scores.update(type("Output", (), {"decisions": next(batches(LAYERS))[0]})(), torch.eye(10)[:3], _targets([0, 1, 9]))
+    decisions, valid = next(batches(LAYERS))
+    scores.add(decisions, valid, torch.eye(10)[:3], torch.tensor([0, 1, 9]))
     assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
-
-
-def _targets(targets):
-    return Batch(torch.zeros(3, 7, dtype=torch.int64), torch.ones(3, 7, dtype=torch.bool), torch.tensor(targets))
 
 
 def test_model_that_routes_nothing_has_accuracy_alone():
