@@ -4,7 +4,8 @@ it midway.
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import BEST, LAST
-from sma.recipes.tasks.batch import Batch
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.tasks.listops.expressions import prepare_listops
 from sma.recipes.training.classification import Classifier
+from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.run import Finished, run_experiment
 
 DATA = {"min_length": 3, "max_length": 30, "max_depth": 4, "max_arity": 4, "train": 120, "validation": 40, "test": 60}
@@ -73,21 +74,32 @@ def train(spec: ExperimentSpec, out: Path, data: TaskData, accelerator: str = "c
     return run_experiment(spec, out, data, accelerator=accelerator, progress=False, resume=resume)
 
 
-def before_update(patch: pytest.MonkeyPatch, update: int, act: Callable[[Classifier], None]) -> None:
-    """Let `act` do something, such as raise, before update number `update`, counted from 0."""
-    original = Classifier.training_step
+def before_update(
+    patch: pytest.MonkeyPatch, update: int, act: Callable[[Any], object], module: type[TrainingModule] = Classifier
+) -> None:
+    """Call `act`, which may raise, before update number `update`, counted from 0."""
+    original = module.training_step
 
-    def step(self: Classifier, batch: Batch, batch_idx: int) -> Tensor:
+    def step(self: TrainingModule, *batch: Any) -> Any:
         if self.global_step == update:
             act(self)
-        return original(self, batch, batch_idx)
+        return original(self, *batch)
 
-    patch.setattr(Classifier, "training_step", step)
+    patch.setattr(module, "training_step", step)
 
 
-def fail(_: Classifier) -> None:
-    """What a machine does that goes down."""
+def fail(_: Any) -> None:
+    """Simulate a power failure."""
     raise RuntimeError("the power went out")
+
+
+@contextmanager
+def power_failure(update: int, module: type[TrainingModule] = Classifier) -> Iterator[None]:
+    """Assert that the training inside the block fails, which it does in an update."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_update(patch, update, fail, module)
+        with pytest.raises(RuntimeError, match="the power went out"):
+            yield
 
 
 def checkpoint(out: Path, name: str = LAST) -> dict[str, Any]:

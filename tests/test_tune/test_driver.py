@@ -74,9 +74,7 @@ def test_trial_0_is_what_the_recipe_trains(
     assert records[0].metrics["test_accuracy"] == own.summary["test_accuracy"]
 
 
-def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(
-    two_slots: None, data_folder: Path, tmp_path: Path
-) -> None:
+def test_failed_trials_are_recorded_and_the_sweep_continues(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     layer = {**MODEL["layers"]["layer"], "modules": {"attention": FaultySpec().model_dump()}}  # type: ignore[index]
     space = {FAULT: {"kind": "choice", "values": ["none", "crash", "memory", "nan", "exit"]}}
     sweep = small_sweep({"layers.layer": layer}, space=space, samples=6, stopping=None, restarts=1)
@@ -99,7 +97,7 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(
     assert storage.names("best") == ["trial_0000.yaml", "trial_0005.yaml"]
 
 
-def test_the_weak_are_stopped_early(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+def test_low_ranked_trials_are_stopped_early(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     layer = {**MODEL["layers"]["layer"], "router": {"kind": "always"}}  # type: ignore[index]
     space = {SIZE: {"kind": "choice", "values": [4, 8, 16]}}
     # How many MACs a trial takes is known beforehand, as everything is active: trial 0 has a size of 8.

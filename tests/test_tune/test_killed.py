@@ -88,17 +88,26 @@ def start(tmp_path: Path, samples: int, settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def test_a_killed_worker_is_replaced_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        pytest.param(signal.SIGKILL, [], id="killed"),
+        pytest.param(signal.SIGSTOP, ["--silence=20"], id="suspended"),
+    ],
+)
+def test_a_worker_that_ends_or_hangs_is_replaced_and_resumes_from_its_checkpoint(
+    number: signal.Signals, options: list[str], tmp_path: Path
+) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
-    with driver(*start(tmp_path, 1, LONG), log=log) as process:
+    with driver(*start(tmp_path, 1, {**LONG, "training.updates": 200}), *options, log=log) as process:
         before = wait_for(lambda: evaluated(folder, 0, 2), PATIENCE, "an evaluation")
-        os.kill(process_of(before), signal.SIGKILL)
+        os.kill(process_of(before), number)
         assert process.wait(PATIENCE) == 0, log.read_text()
     after = records(folder)[0]
-    assert (after["status"], after["restarts"]) == ("finished", 1)
-    assert len(after["busy"]) == 2
-    assert updates(after) == list(range(20, 601, 20))
+    assert (after["status"], after["restarts"], len(after["busy"])) == ("finished", 1, 2)
+    assert updates(after) == list(range(20, 201, 20))
     assert after["history"][: len(before["history"])] == before["history"]
+    assert not alive(process_of(before))
 
 
 def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Path) -> None:
@@ -139,7 +148,7 @@ def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Pa
         pytest.param(signal.SIGUSR1, PREEMPTED, "preempted by SIGUSR1: what is done is kept", id="usr1"),
     ],
 )
-def test_a_signal_leaves_a_sweep_that_goes_on(number: signal.Signals, status: int, words: str, tmp_path: Path) -> None:
+def test_after_a_signal_a_sweep_resumes(number: signal.Signals, status: int, words: str, tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     with driver(*start(tmp_path, 1, LONG), log=log) as process:
         wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
@@ -164,18 +173,6 @@ def test_a_signal_leaves_a_sweep_that_goes_on(number: signal.Signals, status: in
     assert updates(after) == list(range(20, 601, 20))
 
 
-def test_a_stopped_worker_is_replaced_after_a_silence(tmp_path: Path) -> None:
-    folder, log = tmp_path / "s", tmp_path / "log"
-    with driver(*start(tmp_path, 1, {**LONG, "training.updates": 200}), "--silence=20", log=log) as process:
-        before = wait_for(lambda: evaluated(folder, 0, 2), PATIENCE, "an evaluation")
-        os.kill(process_of(before), signal.SIGSTOP)
-        assert process.wait(PATIENCE) == 0, log.read_text()
-    after = records(folder)[0]
-    assert (after["status"], after["restarts"]) == ("finished", 1)
-    assert updates(after) == list(range(20, 201, 20))
-    assert not alive(process_of(before))
-
-
 @pytest.mark.parametrize(
     ("end", "words"),
     [
@@ -194,7 +191,7 @@ def test_a_stopped_worker_is_replaced_after_a_silence(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_sweep_that_loses_what_it_needs_ends_with_a_sentence(end: str, words: str, tmp_path: Path) -> None:
+def test_a_sweep_that_loses_its_storage_or_cluster_ends_with_an_error(end: str, words: str, tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
     with driver(*start(tmp_path, 1, LONG), log=log) as process:
         wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")

@@ -65,9 +65,30 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         pytest.param(["--sampels", "3"], "--sampels: unknown option; did you mean --samples?", id="option"),
         pytest.param(["--resume", "nowhere"], "there is no sweep in", id="resume-nothing"),
         pytest.param(["--resume", "nowhere", "--samples", "3"], "leave --samples out", id="resume-another"),
+        *(
+            pytest.param(["train", "--accelerator", "cpu", *arguments], message, id=f"train-{name}")
+            for name, arguments, message in (
+                ("set", ["--set", "training.updats=3"], "unknown field path 'training.updats'"),
+                ("no-workers", ["--workers", "0"], "--workers='0'"),
+                ("batch", ["--workers", "7"], "cannot be shared evenly by 7 workers"),
+                (
+                    "workers",
+                    ["--workers", "4096", "--set", "training.batch_size=4096"],
+                    "4096 workers of 1 CPUs do not fit; there is room for",
+                ),
+                ("cpus", ["--cpus", "4096"], "no machine has 4096 CPUs and 0 GPUs for a worker"),
+                (
+                    "language",
+                    ["--task", "language", "--workers", "3"],
+                    "a batch of 4 samples cannot be shared evenly by 3 workers",
+                ),
+                ("resume-nothing", ["--resume", "nowhere"], "there is no run in"),
+                ("resume-another", ["--resume", "nowhere", "--seed", "3"], "leave --seed out"),
+            )
+        ),
     ],
 )
-def test_wrong_arguments_end_in_a_sentence(
+def test_wrong_arguments_are_refused_with_an_error_message(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -82,7 +103,7 @@ def test_wrong_arguments_end_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_another_sweep_ends_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_another_sweep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_sweep(small_sweep(), Storage(tmp_path / "sweep"))
     assert main(["--space", str(write_sweep(tmp_path)), "--storage", str(tmp_path / "sweep")]) == 2
     assert "belongs to another sweep" in capsys.readouterr().err
@@ -109,7 +130,7 @@ def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == f"error: {complaint}\n"
 
 
-def test_a_sweep_of_failures_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_a_successful_trial_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = Storage(tmp_path)
     start_sweep(small_sweep(samples=3), storage)
     for number, reason in enumerate(("no GPU", "out of memory", "no GPU")):
@@ -132,7 +153,7 @@ def test_a_sweep_of_failures_is_one(tmp_path: Path, capsys: pytest.CaptureFixtur
         ),
     ],
 )
-def test_after_control_c_the_whole_command_that_goes_on_is_shown_once(
+def test_after_control_c_the_command_that_resumes_is_shown_once(
     given: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*arguments: Any, **options: Any) -> None:

@@ -75,7 +75,7 @@ def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
     assert [trial.state.name for trial in search.study(9).trials] == ["COMPLETE"] * 2
 
 
-def test_a_new_driver_goes_on_where_the_records_end(tmp_path: Path) -> None:
+def test_a_new_driver_resumes_from_the_records(tmp_path: Path) -> None:
     sweep = small_sweep(samples=6)
     values = {
         "training.learning_rate": 0.005,
@@ -205,7 +205,7 @@ def halving_sweep(**fields: Any) -> SweepSpec:
     return small_sweep({"training.updates": 40}, stopping={"grace": 10, "reduction": 2}, **fields)
 
 
-def test_the_weak_half_is_stopped_at_equal_updates() -> None:
+def test_the_lower_half_is_stopped_at_equal_updates() -> None:
     halving = Halving(halving_sweep())
     assert [decide(halving, number, 5, 0.0) for number in (1, 2)] == ["CONTINUE", "CONTINUE"]
     assert [decide(halving, number, 10, accuracy) for number, accuracy in ((1, 0.5), (2, 0.4), (3, 0.6))] == [
@@ -230,7 +230,7 @@ def test_a_trial_that_is_through_is_not_stopped_before_its_test() -> None:
     assert decide(halving, 4, 10, 0.0, status="failed") == "CONTINUE"
 
 
-def test_what_nothing_beats_goes_on() -> None:
+def test_trials_on_the_pareto_front_continue() -> None:
     halving = Halving(halving_sweep())
     points = {1: (0.5, 0.5), 2: (0.3, 0.1), 3: (0.7, 0.9), 4: (0.4, 0.6), 5: (0.2, 0.2), 6: (0.6, 0.5)}
     decided = {number: decide(halving, number, 10, *point) for number, point in points.items()}

@@ -99,10 +99,6 @@ def test_words_say_what_was_learned_and_where_things_are(tmp_path):
         assert str(tmp_path / name) in said
 
 
-def test_words_say_that_there_is_no_figure(tmp_path):
-    assert "figure            none: it could not be drawn, see the warning above" in REPORT.describe(SUMMARY, tmp_path)
-
-
 def test_words_say_what_to_try_next(tmp_path):
     said = REPORT.describe(SUMMARY, tmp_path)
     assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in said
@@ -112,23 +108,24 @@ def test_words_say_what_to_try_next(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rates", "hint"),
+    ("changes", "line"),
     [
         pytest.param(
-            [0.95, 0.5],
-            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1",
+            {"activation_rate": [0.95, 0.5]},
+            "next: a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1",
             id="saturated",
         ),
-        pytest.param([0.0, 0.5], "a router is dead: its layer is the backbone alone", id="dead"),
+        pytest.param(
+            {"activation_rate": [0.0, 0.5]}, "next: a router is dead: its layer is the backbone alone", id="dead"
+        ),
+        pytest.param(
+            {"tokens_per_second": None}, "time              12 s, 67,890 parameters, seed 3", id="only-tested"
+        ),
+        pytest.param({}, "figure            none: it could not be drawn, see the warning above", id="no-figure"),
     ],
 )
-def test_hint_fits_what_the_routers_did(tmp_path, rates, hint):
-    assert f"next: {hint}" in REPORT.describe({**SUMMARY, "activation_rate": rates}, tmp_path)
-
-
-def test_run_that_was_only_tested_has_no_speed(tmp_path):
-    said = REPORT.describe({**SUMMARY, "tokens_per_second": None}, tmp_path)
-    assert "time              12 s, 67,890 parameters, seed 3" in said
+def test_text_fits_the_summary(tmp_path, changes, line):
+    assert line in REPORT.describe({**SUMMARY, **changes}, tmp_path)
 
 
 def _pixels(path):

@@ -21,6 +21,7 @@ from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import DistributedContext, unshard
 from sma.recipes.training.language import EvaluationSegments, LanguageModule, TrainingSegments
 from sma.recipes.training.run import Finished, run_experiment
+from tests.test_recipes.tiny import power_failure
 
 MODEL = {
     "kind": "language_model",
@@ -118,9 +119,9 @@ def test_the_workers_read_the_rows_of_one_process(size: int, carry: bool) -> Non
         experiment_training(6),
     )
     alone = TrainingSegments(text, task, training, seed=3)
-    team = [TrainingSegments(text, task, training, 3, DistributedContext(rank, size)) for rank in range(size)]
+    ranks = [TrainingSegments(text, task, training, 3, DistributedContext(rank, size)) for rank in range(size)]
     for update in range(alone.per_pass + 2):
-        wanted, parts = alone[update], [part[update] for part in team]
+        wanted, parts = alone[update], [part[update] for part in ranks]
         assert {part.fresh for part in parts} == {wanted.fresh}
         assert all(part.scored.shape == part.inputs.shape for part in parts)
         for row in range(6):
@@ -150,32 +151,32 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
     spec = experiment(text, "training.batch_size=6", f"model.layers.layer.{setting}")
     corpus, model = load_text(spec.task.data), sma.build(spec.model, seed=0).double().eval()  # type: ignore[attr-defined]
     alone = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
-    team = [LanguageModule(model, spec.training, True, DistributedContext(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
+    ranks = [LanguageModule(model, spec.training, True, DistributedContext(rank, size)) for rank in range(size)]  # type: ignore[arg-type]
 
-    def read(learner: LanguageModule, update: int) -> torch.Tensor:
-        segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, learner.distributed)[update]  # type: ignore[arg-type]
-        output, losses = learner._run(segment, learner.carried)
-        learner.carried = output.state
+    def read(module: LanguageModule, update: int) -> torch.Tensor:
+        segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, module.distributed)[update]  # type: ignore[arg-type]
+        output, losses = module._run(segment, module.carried, module.fit_scores)
+        module.carried = output.state
         return losses.detach().unflatten(0, segment.scored.shape)
 
-    for learner in (alone, *team):
-        learner.carried = learner._own(model.init_state(6))
-        read(learner, 0)
+    for module in (alone, *ranks):
+        module.carried = module._own(model.init_state(6))
+        read(module, 0)
     saved: dict[str, Any] = {}
     alone.on_save_checkpoint(saved)
     monkeypatch.setattr(
         "sma.recipes.training.language.all_gather_object",
-        lambda own: [named_tensors(learner.carried) for learner in team],
+        lambda own: [named_tensors(module.carried) for module in ranks],
     )
-    for learner in team:
+    for module in ranks:
         found: dict[str, Any] = {}
-        learner.on_save_checkpoint(found)
+        module.on_save_checkpoint(found)
         torch.testing.assert_close(found, saved, rtol=0, atol=1e-12)
-    for learner in (alone, *team):
-        learner.carried = None
-        learner.on_load_checkpoint(saved)
+    for module in (alone, *ranks):
+        module.carried = None
+        module.on_load_checkpoint(saved)
     wanted = read(alone, 1)
-    torch.testing.assert_close(unshard([read(learner, 1) for learner in team]), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(unshard([read(module, 1) for module in ranks]), wanted, rtol=0, atol=1e-12)
 
 
 def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path: Path) -> None:
@@ -200,13 +201,13 @@ def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None
     spec = experiment(text)
     corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
     model = sma.build(spec.model, seed=0).eval()
-    learner = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
+    module = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
     segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
     first, second = segments[0], segments[1]
-    _, losses = learner._run(first, model.init_state(3))
+    _, losses = module._run(first, model.init_state(3), module.fit_scores)
     output = model(first.inputs, state=model.init_state(3))
     assert output.state is not None
-    _, carried = learner._run(second, output.state.detach())
+    _, carried = module._run(second, output.state.detach(), module.fit_scores)
     whole = model(torch.cat([first.inputs, second.inputs], 1)).logits
     assert whole is not None
     wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")
@@ -214,22 +215,11 @@ def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None
     assert not torch.allclose(losses.mean(), carried.mean())
 
 
-def test_a_run_goes_on_with_the_text_that_it_began_with_alone(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_only_with_its_own_text(text: Path, tmp_path: Path) -> None:
     mine = tmp_path / "book.txt"
     mine.write_bytes(text.read_bytes())
-    step = LanguageModule.training_step
-
-    def stopping(self: LanguageModule, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == 14:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModule, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(experiment(mine), tmp_path / "run")
+    with power_failure(14, LanguageModule):
+        train(experiment(mine), tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())
     mine.write_bytes(text.read_bytes().replace(b"fox", b"cat"))
     with pytest.raises(
@@ -242,22 +232,11 @@ def test_a_run_goes_on_with_the_text_that_it_began_with_alone(
 
 
 @pytest.mark.parametrize("update", [7, 14, 25])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    text: Path, tmp_path: Path, update: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(text: Path, tmp_path: Path, update: int) -> None:
     spec = experiment(text, "training.evaluate_every=5")
     whole = train(spec, tmp_path / "whole")
-    step = LanguageModule.training_step
-
-    def stopping(self: LanguageModule, batch: Any, batch_idx: int) -> Any:
-        if self.global_step == update:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModule, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(spec, tmp_path / "parts")
+    with power_failure(update, LanguageModule):
+        train(spec, tmp_path / "parts")
     assert (tmp_path / "parts" / LAST).is_file()
     parts = train(spec, tmp_path / "parts", resume=True)
     ours, theirs = parts.module.model.state_dict(), whole.module.model.state_dict()

@@ -20,7 +20,7 @@ from sma.recipes.training.objective import load_objective
 from sma.recipes.training.run import Finished, run_experiment
 from sma.spec import dump_yaml, kinds
 from tests.test_recipes.regression import LENGTH, Regressor, RowMeanTask
-from tests.test_recipes.tiny import MODEL, TRAINING, checkpoint, same
+from tests.test_recipes.tiny import MODEL, TRAINING, checkpoint, power_failure, same
 
 EXPERIMENT = {
     "task": {"kind": "row_mean"},
@@ -74,19 +74,10 @@ def test_the_best_checkpoint_is_the_one_of_the_metric(tmp_path: Path, monkeypatc
     assert train(experiment(), tmp_path).summary["best_update"] == 20
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     whole = train(experiment(), tmp_path / "whole")
-    step = Regressor.training_step
-
-    def stopping(self: Regressor, *batch: Any) -> Any:
-        if self.global_step == 14:
-            raise KeyboardInterrupt
-        return step(self, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Regressor, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(experiment(), tmp_path / "parts")
+    with power_failure(14, Regressor):
+        train(experiment(), tmp_path / "parts")
     assert train(experiment(), tmp_path / "parts", resume=True).summary["error"] == whole.summary["error"]
     assert same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("parts", "whole")))
 
@@ -119,7 +110,7 @@ def test_a_sweep_compares_trials_by_its_metric(tmp_path: Path, monkeypatch: pyte
     )
     data = sweep.experiment.task.prepare(tmp_path)
     values = {"training.learning_rate": 0.02}
-    trial._run({"values": values}, sweep, data, tmp_path / "trial", "cpu", 0.0, trial.Checkpoint(), "")  # type: ignore[arg-type]
+    trial.train_trial({"values": values}, sweep, data, tmp_path / "trial", "cpu", 0.0, trial.Checkpoint(), "")  # type: ignore[arg-type]
     assert [status for status, _ in reports] == ["running"] * 3 + ["finished"]
     last = reports[-1][1]
     assert last["test_squared_error"] == json.loads((tmp_path / "trial" / SUMMARY).read_text())["error"]

@@ -27,8 +27,8 @@ from tests.test_recipes.tiny import (
     assert_same_run,
     before_update,
     checkpoint,
-    fail,
     metrics_of,
+    power_failure,
     same,
     tiny,
     train,
@@ -102,10 +102,8 @@ def test_evaluation_in_which_the_signal_came_is_made_again(finished, data, tmp_p
 def test_many_signals_and_a_crash_between(finished, data, tmp_path, monkeypatch):
     for update in (2, 3, 9, 10, 28):
         _preempted(tmp_path, data, update, monkeypatch)
-    with monkeypatch.context() as patch:
-        before_update(patch, 29, fail)
-        with pytest.raises(RuntimeError, match="the power went out"):
-            train(tiny(), tmp_path, data, resume=True)
+    with power_failure(29):
+        train(tiny(), tmp_path, data, resume=True)
     _preempted(tmp_path, data, 29, monkeypatch)
     train(tiny(), tmp_path, data, resume=True)
     assert_same_run(tmp_path, finished[0])
@@ -172,15 +170,8 @@ def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
         run_experiment(spec, out, corpus, accelerator="cpu", progress=False, resume=resume)
 
     run(tmp_path / "whole")
-    original = LanguageModule.training_step
-
-    def step(self, batch, batch_idx):
-        if self.global_step == 13:
-            _send()()
-        return original(self, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModule, "training_step", step)
+        before_update(patch, 13, _send(), LanguageModule)
         with pytest.raises(Preempted, match="update 14 of 20 is saved"):
             run(tmp_path / "parts")
     run(tmp_path / "parts", resume=True)

@@ -15,17 +15,15 @@ from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.io.signals import Preempted, end_at_once
 from sma.recipes.seqboat_lra import main
 from sma.recipes.training.callbacks import BestCheckpoint
-from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, fail, tiny, train
+from tests.test_recipes.tiny import EXPERIMENT, before_update, checkpoint, power_failure, tiny, train
 
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
     """A run that stopped after update 13, with a checkpoint of update 10."""
     out = tmp_path_factory.mktemp("resuming") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        before_update(patch, 13, fail)
-        with pytest.raises(RuntimeError, match="the power went out"):
-            train(tiny(), out, data)
+    with power_failure(13):
+        train(tiny(), out, data)
     return out
 
 

@@ -22,7 +22,17 @@ from sma.recipes.training.callbacks import RandomStates
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.provenance import commit, hardware, versions
 from sma.recipes.training.run import run_experiment
-from tests.test_recipes.tiny import assert_same_run, before_update, checkpoint, fail, metrics_of, same, tiny, train
+from tests.test_recipes.tiny import (
+    assert_same_run,
+    before_update,
+    checkpoint,
+    fail,
+    metrics_of,
+    power_failure,
+    same,
+    tiny,
+    train,
+)
 
 
 def _weights(out, name=LAST):
@@ -71,8 +81,8 @@ def test_versions_name_the_software_and_the_commit(finished):
     }
 
 
-def test_hashes_of_the_data_are_there_before_the_first_update(data, tmp_path, monkeypatch):
-    _interrupted(tmp_path, data, 0, monkeypatch)
+def test_hashes_of_the_data_are_there_before_the_first_update(data, tmp_path):
+    _interrupted(tmp_path, data, 0)
     assert json.loads((tmp_path / "data.json").read_text()) == data.hashes
 
 
@@ -163,11 +173,9 @@ def test_another_seed_gives_another_result(finished, data, tmp_path):
     assert [name for name in mine if mine[name].dim() > 1 and torch.equal(mine[name], theirs[name])] == []
 
 
-def _interrupted(out, data, update, monkeypatch, spec=None):
-    with monkeypatch.context() as patch:
-        before_update(patch, update, fail)
-        with pytest.raises(RuntimeError, match="the power went out"):
-            train(spec or tiny(), out, data, resume=True)
+def _interrupted(out, data, update, spec=None):
+    with power_failure(update):
+        train(spec or tiny(), out, data, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -180,19 +188,19 @@ def _interrupted(out, data, update, monkeypatch, spec=None):
         pytest.param([12, 14, 25], id="three-times"),
     ],
 )
-def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tmp_path, monkeypatch, updates):
+def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tmp_path, updates):
     for update in updates:
-        _interrupted(tmp_path, data, update, monkeypatch)
+        _interrupted(tmp_path, data, update)
         assert not (tmp_path / "summary.json").exists()
         torch.rand(7)  # another process has other random states
     train(tiny(), tmp_path, data, resume=True)
     assert_same_run(tmp_path, finished[0])
 
 
-def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(data, tmp_path, monkeypatch):
+def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(data, tmp_path):
     spec = tiny(training__updates=11, training__evaluate_every=4)
     train(spec, tmp_path / "whole", data)
-    _interrupted(tmp_path / "parts", data, 9, monkeypatch, spec)
+    _interrupted(tmp_path / "parts", data, 9, spec)
     train(spec, tmp_path / "parts", data, resume=True)
     assert checkpoint(tmp_path / "parts")["global_step"] == 11
     assert same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
@@ -200,7 +208,7 @@ def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(d
 
 def test_dropout_needs_the_random_states(finished, data, tmp_path, monkeypatch):
     # Without them the test above must fail: it would prove nothing of a model that draws no numbers.
-    _interrupted(tmp_path, data, 13, monkeypatch)
+    _interrupted(tmp_path, data, 13)
     monkeypatch.setattr(RandomStates, "on_train_start", lambda *_: None)
     train(tiny(), tmp_path, data, resume=True)
     assert not same(_weights(tmp_path), _weights(finished[0]))
@@ -218,8 +226,8 @@ def test_run_that_was_trained_and_not_yet_tested_is_only_tested(finished, data, 
     assert_same_run(tmp_path, finished[0])
 
 
-def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path, monkeypatch):
-    _interrupted(tmp_path, data, 13, monkeypatch)
+def test_time_and_tokens_are_those_of_all_parts(finished, data, tmp_path):
+    _interrupted(tmp_path, data, 13)
     state = checkpoint(tmp_path)
     assert 0 < state["callbacks"]["Stopwatch"]["updating"] < state["callbacks"]["Stopwatch"]["elapsed"]
     state["callbacks"]["Stopwatch"]["elapsed"] += 1000
@@ -236,7 +244,7 @@ def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, mo
         self.log_dict({**self.val_scores.compute("val"), "val_accuracy": next(scores)})
 
     monkeypatch.setattr(Classifier, "on_validation_epoch_end", scored)
-    _interrupted(tmp_path / "here", data, 13, monkeypatch)
+    _interrupted(tmp_path / "here", data, 13)
     (tmp_path / "here").rename(tmp_path / "there")
     assert train(tiny(), tmp_path / "there", data, resume=True).summary["best_update"] == 10
     assert checkpoint(tmp_path / "there", BEST)["global_step"] == 10
@@ -250,8 +258,8 @@ def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, mo
     assert best["best_model_path"] == str(tmp_path / "there" / BEST)
 
 
-def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_path, monkeypatch):
-    _interrupted(tmp_path, data, 13, monkeypatch)
+def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_path):
+    _interrupted(tmp_path, data, 13)
     other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
     with pytest.raises(
         DataError,
@@ -262,8 +270,8 @@ def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_
     assert_same_run(tmp_path, finished[0])
 
 
-def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, tmp_path, monkeypatch):
-    _interrupted(tmp_path, data, 5, monkeypatch)
+def test_run_without_a_checkpoint_begins_anew_with_whatever_data_there_is(data, tmp_path):
+    _interrupted(tmp_path, data, 5)
     other = data._replace(hashes={"train": "0" * 64})
     assert train(tiny(training__updates=6), tmp_path, other).summary["data"] == {"train": "0" * 64}
     assert json.loads((tmp_path / "data.json").read_text()) == {"train": "0" * 64}
@@ -273,7 +281,7 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
     first = {**versions(), "commit": "an earlier one"}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "versions", lambda: first)
-        _interrupted(tmp_path, data, 13, monkeypatch)
+        _interrupted(tmp_path, data, 13)
     train(tiny(), tmp_path, data, resume=True)
     assert json.loads((tmp_path / "versions.json").read_text()) == [
         {"update": 0, **first},
@@ -317,8 +325,8 @@ def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path, mon
     assert titles == [f"short lists: test accuracy {accuracy:.1%}, seed {spec.seed}"]
 
 
-def test_resuming_says_nothing_on_its_own(data, tmp_path, monkeypatch, recwarn, capfd):
-    _interrupted(tmp_path, data, 13, monkeypatch)
+def test_resuming_says_nothing_on_its_own(data, tmp_path, recwarn, capfd):
+    _interrupted(tmp_path, data, 13)
     train(tiny(), tmp_path, data, resume=True)
     assert [str(warning.message) for warning in recwarn] == []
     assert not [line for line in capfd.readouterr().err.splitlines() if "router of" not in line]
@@ -369,7 +377,7 @@ def test_interrupted_summary_leaves_no_half_of_it(data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "measure", half)
+        patch.setattr(training, "measure_activation", half)
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
             train(tiny(training__updates=6), tmp_path, data)
     assert not (tmp_path / "summary.json").exists()

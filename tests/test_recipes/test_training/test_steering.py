@@ -12,7 +12,7 @@ from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, scatter_scored
 from sma.recipes.training.classification import Classifier
 from sma.routers import BernoulliRouterSpec, SMARouterSpec
-from tests.test_recipes.tiny import before_update, checkpoint, fail, same, tiny, train
+from tests.test_recipes.tiny import checkpoint, power_failure, same, tiny, train
 
 BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
 
@@ -27,13 +27,11 @@ def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
 
 
 @pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}"])
-def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, tmp_path, monkeypatch, router):
+def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, tmp_path, router):
     spec = tiny(training__budget=BUDGET, model__layers__layer__router=router)
     train(spec, tmp_path / "whole", data)
-    with monkeypatch.context() as patch:
-        before_update(patch, 17, fail)
-        with pytest.raises(RuntimeError, match="the power went out"):
-            train(spec, tmp_path / "parts", data)
+    with power_failure(17):
+        train(spec, tmp_path / "parts", data)
     train(spec, tmp_path / "parts", data, resume=True)
     whole, parts = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
     assert same(whole, parts)
