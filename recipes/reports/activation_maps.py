@@ -153,7 +153,7 @@ def _draw_short_text(figure: Any, example: Example, title: str) -> None:
 def _draw_long_text(figure: Any, example: Example, title: str) -> None:
     """Draw the whole sample as a strip per layer, and its beginning as text.
 
-    The background of a token is the darker the more layers were active on it.
+    The background of a token is darker if more layers were active on it.
     """
     layers, positions = example.active.shape
     lines = wrapped(example.texts)
@@ -179,7 +179,7 @@ def _draw_long_text(figure: Any, example: Example, title: str) -> None:
     page.tick_params(length=0)
     shown = lines[-1].first + len(lines[-1].columns)
     page.set_xlabel(
-        f"positions 0 to {shown - 1:,} of {positions:,}; the darker, the more of the {layers} layers ran", fontsize=8
+        f"positions 0 to {shown - 1:,} of {positions:,}; darker: more of the {layers} layers active", fontsize=8
     )
 
 

@@ -74,7 +74,7 @@ class ClassificationReport(NamedTuple):
             common = sorted(self.by_text, key=lambda text: -self.by_text[text][1])[:16]
             ranked = sorted(common, key=lambda text: -self.by_text[text][0][busiest])
             shares = ", ".join(f"{plain(text, 40)} {self.by_text[text][0][busiest]:.0%}" for text in ranked)
-            lines.append(f"what layer {busiest} runs  {shares}")
+            lines.append(f"active in layer {busiest} {shares}")
         if self.confusion is not None:
             lines += ["", self.confusion.table()]
         lines += [

@@ -1,4 +1,4 @@
-"""A sweep whose trials take a second each, and ways to look at what it left."""
+"""A sweep whose trials take a second each, and helpers that read its results."""
 
 import time
 from collections.abc import Callable

@@ -68,7 +68,7 @@ def test_a_cluster_of_its_own_is_started_whatever_runs_already(monkeypatch: pyte
     assert [options["address"] for options in started] == ["local"]
 
 
-def test_what_the_processes_of_ray_inherit_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_for_the_processes_of_ray_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     monkeypatch.setattr("sma.tune.cluster.ray.is_initialized", lambda: False)
     monkeypatch.setattr("sma.tune.cluster.start_ray", lambda **_: started.append(dict(os.environ)))

@@ -163,7 +163,7 @@ def test_trials_of_every_shipped_sweep_train(
         assert all(map(math.isfinite, measured.values()))
 
 
-def test_threads_of_a_trial_leave_the_other_cores_alone(
+def test_trials_use_one_thread_and_their_time_fits_into_the_slots(
     finished: tuple[dict[str, Any], Storage, list[TrialRecord]],
 ) -> None:
     summary, _, records = finished

@@ -1,4 +1,4 @@
-"""A sweep on a cluster of several nodes that runs already."""
+"""A sweep on a running cluster of several nodes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One model trained by several workers: what one process makes of it, also where a worker is killed on the way."""
+"""Training by several workers gives the result of a single process, also if a worker is killed."""
 
 import csv
 import json
@@ -242,9 +242,7 @@ def test_one_process_resumes_the_run_of_two_workers(
 
 
 @pytest.mark.slow
-def test_what_would_fail_again_is_a_sentence_and_is_not_tried_again(
-    two_slots: None, data_folder: Path, tmp_path: Path
-) -> None:
+def test_a_failure_that_would_repeat_is_not_retried(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     with pytest.raises(SmaError, match=r"the loss of update \d+ is (nan|inf); .*a lower training.learning_rate"):
         train_with_2(tiny(threads=1, training__learning_rate=1e30), tmp_path / "out", data_folder, on_line=lines.append)

@@ -1,4 +1,4 @@
-"""Silence, by a clock of the test's own."""
+"""Processes without heartbeats, by a simulated clock."""
 
 import pytest
 
@@ -19,13 +19,13 @@ class World:
         return self.listener.silent("a", process)
 
 
-def test_a_process_is_silent_when_its_sign_does_not_change_for_longer_than_the_limit() -> None:
+def test_a_process_is_silent_if_its_heartbeat_does_not_change_for_longer_than_the_limit() -> None:
     world = World()
     assert [world.silent(now) for now in (0.0, 9.0, 10.0, 10.5)] == [False, False, False, True]
     assert [world.silent(11.0, b"1"), world.silent(20.0), world.silent(21.5)] == [False, False, True]
 
 
-def test_the_time_begins_again_with_another_process_and_after_something_was_done() -> None:
+def test_the_time_restarts_with_another_process_and_after_a_restart() -> None:
     world = World()
     assert [world.silent(0.0), world.silent(50.0, process="other"), world.silent(55.0, process="other")] == [False] * 3
     assert world.silent(61.0, process="other")
@@ -33,14 +33,14 @@ def test_the_time_begins_again_with_another_process_and_after_something_was_done
     assert not world.silent(62.0, process="other")
 
 
-def test_one_that_never_gave_a_sign_is_silent_too() -> None:
+def test_a_process_without_any_heartbeat_is_silent_too() -> None:
     world = World()
     world.signs.clear()
     assert [world.silent(0.0), world.silent(11.0)] == [False, True]
 
 
 @pytest.mark.parametrize(("limit", "times"), [(1800.0, [0.0, 1.9, 2.1]), (2.0, [0.0, 0.4, 0.6])])
-def test_signs_are_asked_for_now_and_then(limit: float, times: list[float]) -> None:
+def test_heartbeats_are_checked_at_intervals(limit: float, times: list[float]) -> None:
     world = World(limit)
     asked = []
     for world.now in times:

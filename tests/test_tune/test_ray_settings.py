@@ -5,7 +5,7 @@ import pytest
 from sma.tune.ray_settings import TUNE, ray_settings
 
 
-def test_variables_of_ray_that_nobody_asked_for_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_variables_of_ray_are_hidden_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "TUNE_RESULT_DELIM": ".",
         "RAY_TRAIN_V2_ENABLED": "0",
@@ -27,7 +27,7 @@ def test_variables_of_ray_that_nobody_asked_for_are_hidden_and_come_back(monkeyp
     assert dict(os.environ) == before
 
 
-def test_a_choice_about_usage_statistics_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_choice_about_usage_statistics_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
     with ray_settings({}):
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"

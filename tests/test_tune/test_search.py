@@ -52,7 +52,7 @@ def test_the_same_seed_searches_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["in-the-space", "outside"])
-def test_trial_0_teaches_the_search_where_the_space_has_it(tmp_path: Path, known: bool) -> None:
+def test_trial_0_is_added_to_the_study_if_the_space_contains_it(tmp_path: Path, known: bool) -> None:
     space = (
         {path: SPACE[path] for path in (RATE, WINDOW)}
         if known
@@ -63,7 +63,7 @@ def test_trial_0_teaches_the_search_where_the_space_has_it(tmp_path: Path, known
     assert [trial.params for trial in search.study(1).trials] == ([{RATE: 0.003, WINDOW: 1}] if known else [])
 
 
-def test_a_failed_trial_is_no_measure(tmp_path: Path) -> None:
+def test_a_failed_trial_is_not_added_to_the_study(tmp_path: Path) -> None:
     search = Search(small_sweep(), Storage(tmp_path))
     for place, result in enumerate(
         [None, {"status": "failed", "metrics/accuracy": 0.9, "metrics/rate": 0.1}, {"metrics/accuracy": float("nan")}]
@@ -170,7 +170,7 @@ def test_a_number_without_a_record_is_run(tmp_path: Path) -> None:
     assert search.suggest("end") == Searcher.FINISHED
 
 
-def test_stopped_trials_teach_the_search_that_they_are_worse(tmp_path: Path) -> None:
+def test_stopped_trials_count_as_worse_than_finished_ones(tmp_path: Path) -> None:
     search = Search(small_sweep(samples=32), Storage(tmp_path))
     for place in range(31):
         config = search.suggest(f"t{place}")
@@ -217,14 +217,14 @@ def test_the_lower_half_is_stopped_at_equal_updates() -> None:
     assert decide(halving, 3, 20, 0.6) == "STOP"
 
 
-def test_trial_0_is_never_stopped_and_is_what_others_are_measured_by() -> None:
+def test_trial_0_is_never_stopped_and_is_ranked_with_the_others() -> None:
     halving = Halving(halving_sweep())
     assert decide(halving, 1, 10, 0.9) == "CONTINUE"
     assert decide(halving, 0, 10, 0.8) == "CONTINUE"
     assert decide(halving, 2, 10, 0.82) == "STOP"
 
 
-def test_a_trial_that_is_through_is_not_stopped_before_its_test() -> None:
+def test_a_trial_is_not_stopped_after_its_last_update() -> None:
     halving = Halving(halving_sweep())
     assert [decide(halving, number, 40, 1 / (1 + number)) for number in (1, 2, 3)] == ["CONTINUE"] * 3
     assert decide(halving, 4, 10, 0.0, status="failed") == "CONTINUE"

@@ -26,7 +26,7 @@ def test_data_comes_back_the_same_without_a_copy() -> None:
     assert packed.num_bytes >= numbers.nbytes
 
 
-def test_tensors_that_are_no_arrays_are_pickled() -> None:
+def test_tensors_without_an_array_are_pickled() -> None:
     made = [torch.ones(3, dtype=torch.bfloat16), torch.ones(2, requires_grad=True), torch.eye(2).to_sparse()]
     packed = pack_data(made)
     found = unpack_data(packed)

@@ -61,7 +61,7 @@ def test_a_value_that_is_never_drawn_has_no_code(distribution: DistributionSpec,
         pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-among-parts"),
     ],
 )
-def test_the_experiments_own_value_is_known_however_it_is_written(path: str, values: str, code: int | None) -> None:
+def test_the_experiments_own_value_has_a_code_in_every_spelling(path: str, values: str, code: int | None) -> None:
     experiment = tiny(training__weight_decay=0.0)
     assert starting_code(experiment, path, Choice(values=read_yaml(values, "values"))) == code
 
@@ -73,7 +73,7 @@ def test_large_choice_is_checked_in_bounded_time() -> None:
 
 
 @given(st.integers(-20, 20), st.integers(1, 30), st.sampled_from([0.05, 0.1, 0.25, 1.0, 3.0]))
-def test_quniform_knows_all_of_its_steps(first: int, steps: int, step: float) -> None:
+def test_quniform_encodes_all_of_its_steps(first: int, steps: int, step: float) -> None:
     distribution = QUniform(low=first * step, high=first * step + steps * step, step=step)
     assert None not in [distribution.encode(first * step + number * step) for number in range(steps + 1)]
     assert distribution.encode(first * step + step / 2) is None
@@ -185,7 +185,7 @@ def test_combinations_are_drawn_that_no_single_value_shows() -> None:
         small_sweep({"training.budget.target": 0.3}, space=space)
 
 
-def test_no_path_is_blamed_for_what_the_fixed_values_do_together() -> None:
+def test_fixed_values_that_do_not_fit_together_are_named() -> None:
     space = {
         **SPACE,
         "training.budget.hold": {"kind": "fixed", "value": 20},
@@ -245,7 +245,7 @@ def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
     assert sweep.trial({}) == sweep.experiment
 
 
-def test_values_that_are_no_numbers_are_refused_by_the_experiment() -> None:
+def test_non_finite_values_are_refused() -> None:
     for value in (".inf", "-.inf", ".nan"):
         space = {
             "layers.layer.modules.attention.window": {"kind": "choice", "values": read_yaml(f"[8, {value}]", "values")}
@@ -256,7 +256,7 @@ def test_values_that_are_no_numbers_are_refused_by_the_experiment() -> None:
             small_sweep(space=space)
 
 
-def test_an_experiment_that_is_no_word_is_refused() -> None:
+def test_an_experiment_that_is_neither_mapping_nor_string_is_refused() -> None:
     program = (
         "from sma.tune.sweep import make_sweep\n"
         "try: make_sweep({'experiment': 3, 'space': {}})\n"

@@ -89,7 +89,7 @@ def test_a_uri_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) 
             Storage(uri)
 
 
-def test_what_is_no_number_is_not_written(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         Storage(tmp_path).write_json("a.json", {"loss": float("nan")})
 
@@ -110,7 +110,7 @@ def test_seconds_of_a_trial_are_those_of_all_its_processes() -> None:
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "x::y", "~no-such-user/x"])
-def test_folder_that_cannot_be_the_storage_is_a_sentence(name: str, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_the_storage_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"the path of the run folder .* (is not valid Unicode|contains '::')|begins with the home folder",
@@ -161,7 +161,7 @@ def test_a_record_that_contradicts_itself_is_named(change: dict[str, Any], messa
         load_records(storage, small_sweep())
 
 
-def test_a_number_that_is_none_is_no_json(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_not_read(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for text in ("NaN", "-Infinity", "1e999"):
         storage.write("clock.json", f'{{"1.0": {text}}}')

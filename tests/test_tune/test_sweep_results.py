@@ -48,7 +48,7 @@ def test_the_front_is_of_trials_that_were_trained_equally_long() -> None:
     assert [record.number for record in pareto_front(TRIALS, sweep.replace(objectives=("quality", "time")))] == [1, 0]
 
 
-def test_the_answer_is_the_sparsest_that_is_as_good_as_trial_0() -> None:
+def test_the_sparsest_trial_as_good_as_trial_0_is_found() -> None:
     sweep = small_sweep()
     best, sparsest = best_trial(TRIALS, sweep), sparsest_as_good(TRIALS, sweep)
     assert best is not None
@@ -59,7 +59,7 @@ def test_the_answer_is_the_sparsest_that_is_as_good_as_trial_0() -> None:
     assert best_trial(TRIALS[6:], sweep) is None
 
 
-def test_the_summary_says_what_was_found(storage: Storage) -> None:
+def test_the_summary_has_the_counts_and_the_best_trials(storage: Storage) -> None:
     summary = write_results(small_sweep(samples=8), storage)
     assert json.loads(storage.read("summary.json") or b"") == summary
     counts = {name: summary[name] for name in ("trials", "samples", "finished", "stopped", "failed", "running")}
@@ -97,7 +97,7 @@ def test_the_best_specs_are_experiments_of_the_recipes(storage: Storage) -> None
         assert load_experiment(storage.address(point["spec"])) == sweep.trial(TRIALS[point["trial"]].values)
 
 
-def test_results_are_made_again_from_the_records_alone(storage: Storage) -> None:
+def test_results_are_a_function_of_the_records(storage: Storage) -> None:
     sweep = small_sweep(samples=8)
     first = write_results(sweep, storage)
     for name in ("summary.json", "trials.csv", "trials.parquet", "pareto.md", "pareto.png"):
@@ -137,7 +137,7 @@ def test_every_driver_is_noted_once(tmp_path: Path) -> None:
     assert load_drivers(storage)[0]["hardware"].endswith(", 3 threads")
 
 
-def test_the_table_has_trial_0_even_where_others_beat_it() -> None:
+def test_the_table_has_trial_0_even_if_others_dominate_it() -> None:
     lines = front_table(TRIALS, small_sweep()).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["0 (not on the front)", "1", "2", "4"]
     assert lines[3].split("|")[2].strip() == "0.55"

@@ -24,21 +24,19 @@ def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, **m
     return reporter.history[-1]
 
 
-def test_a_measure_that_there_is_not_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_measure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "loss" not in evaluated(tmp_path, monkeypatch, LanguageTask.metric, val_bits_per_character=2.0)
     assert evaluated(tmp_path, monkeypatch, ClassificationTask.metric, val_accuracy=0.5, val_loss=0.75)["loss"] == 0.75
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
-def test_a_measure_that_is_no_number_fails_the_trial(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_measure_fails_the_trial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"val_accuracy": 0.5, "val_loss": 0.5, f"val_{name}": float("nan")}
     with pytest.raises(FloatingPointError, match=f"the {name} at update 10 is nan"):
         evaluated(tmp_path, monkeypatch, ClassificationTask.metric, **measured)
 
 
-def test_a_full_disk_is_no_fault_of_the_trial(tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_sweep_and_not_the_trial(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "last.ckpt")
     for error in (full, chained(CheckpointError("cannot write"), full)):
         with pytest.raises(Unwritable, match=r"cannot write: .*No space left on device.*; make room.*--resume"):

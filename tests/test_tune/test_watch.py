@@ -53,7 +53,7 @@ def test_running_trials_stand_first_then_the_best_then_the_latest() -> None:
     assert "60 trials of 30 updates: 2 running, 37 finished, 1 failed" in found[0]
 
 
-def test_values_go_by_the_last_step_of_their_path_where_that_says_it_all() -> None:
+def test_values_are_named_by_the_shortest_unique_end_of_their_paths() -> None:
     record = TrialRecord(1, {WINDOW: 8, "layers.layer.modules.other.window": None, TARGET: 0.25}, 0)
     assert describe_values(record) == "attention.window=8, other.window=None, target=0.25"
     assert describe_values(TrialRecord(0, {}, 0)) == "the experiment as it is"

@@ -100,6 +100,6 @@ def test_full_disk_and_interruption_are_raised(error):
         attempt("a figure", draw)
 
 
-def test_drawn_figure_says_nothing(caplog):
+def test_drawn_figure_gives_no_warning(caplog):
     assert attempt("a figure", lambda: None) is True
     assert caplog.records == []

@@ -1,4 +1,4 @@
-"""What a run says about itself, in words and in the figure."""
+"""The report of a run: text and figure."""
 
 import matplotlib.image
 import pytest
@@ -88,18 +88,18 @@ def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
     assert (report.samples, len(report.examples)) == (2, 2)
 
 
-def test_words_say_what_was_learned_and_where_things_are(tmp_path):
+def test_text_has_the_results_and_the_paths(tmp_path):
     (tmp_path / "activation.png").touch()
     said = REPORT.describe(SUMMARY, tmp_path)
     assert "test accuracy     45.7%   (chance 10.0%, majority class 18.7%)" in said
     assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
     assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in said
-    assert "what layer 1 runs  [MAX 100%, ] 50%, 9 25%" in said
+    assert "active in layer 1 [MAX 100%, ] 50%, 9 25%" in said
     for name in ("activation.png", "model", "metrics", "tensorboard", "summary.json"):
         assert str(tmp_path / name) in said
 
 
-def test_words_say_what_to_try_next(tmp_path):
+def test_text_has_suggestions(tmp_path):
     said = REPORT.describe(SUMMARY, tmp_path)
     assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in said
     assert "next: --set training.updates=800 trains twice as long" in said

@@ -1,4 +1,4 @@
-"""What watches a training: its warnings, its random states, its checkpoints, its bar."""
+"""Callbacks of a training: warnings, random states, checkpoints, progress bar."""
 
 import errno
 import logging
@@ -53,7 +53,7 @@ def said(caplog):
     return read
 
 
-def test_dead_saturated_and_alive_again_are_said_once_per_change(said):
+def test_every_change_of_a_router_is_reported_once(said):
     health = RouterHealth([SMARouterSpec()] * 2)
     _watch(health, [0.5, 0.5])
     assert said() == []

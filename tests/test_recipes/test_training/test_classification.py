@@ -39,7 +39,7 @@ def test_accuracy_is_the_share_of_right_answers():
     assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
 
 
-def test_model_that_routes_nothing_has_accuracy_alone():
+def test_model_without_routers_has_no_rates():
     assert set(_scored([], "test")[1]) == {"test_accuracy"}
 
 

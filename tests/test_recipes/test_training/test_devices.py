@@ -1,4 +1,4 @@
-"""A device that is not there, or cannot do what is asked, is one sentence before anything is made."""
+"""A missing or unsuitable device is refused with one error message, before anything is written."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def test_no_more_samples_than_there_are_make_a_batch():
     check_update_fits(tiny(training__batch_size=HUGE))  # of 120 expressions
 
 
-def test_every_preset_fits_here_or_says_so(tmp_path):
+def test_every_preset_fits(tmp_path):
     for name in shipped("presets"):
         spec = load_experiment(name)
         check_data_fits(spec, tmp_path)

@@ -1,4 +1,4 @@
-"""Evaluating a finished run again: the recorded figures come out exactly, and where they cannot, it is said why."""
+"""Evaluation of a finished run reproduces the recorded results exactly, or reports why it cannot."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_training_writes_what_an_evaluation_writes(run, finished):
     assert finished[1].report.confusion.counts.tolist() == before["confusion"]
 
 
-def test_data_that_is_not_that_of_the_run_is_said(run, capsys):
+def test_changed_data_is_reported(run, capsys):
     summary = json.loads((run / "summary.json").read_text())
     name = next(iter(summary["data"]))
     summary["data"][name] = "0" * 64
@@ -72,7 +72,7 @@ def test_data_that_is_not_that_of_the_run_is_said(run, capsys):
     assert f"data              not that of the run: {name} has another hash" in capsys.readouterr().out
 
 
-def test_model_that_is_not_that_of_the_run_is_said(run, capsys):
+def test_changed_model_is_reported(run, capsys):
     weights = run / "model" / "model.safetensors"
     from safetensors import safe_open
 
@@ -103,7 +103,7 @@ def test_run_that_is_not_finished_is_refused(run, name):
         evaluate(run, _options())
 
 
-def test_damaged_summary_is_a_sentence(run):
+def test_damaged_summary_is_refused(run):
     (run / "summary.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"summary\.json' cannot be read: .*; the run must be repeated"):
         evaluate(run, _options())

@@ -81,7 +81,7 @@ def test_every_byte_but_the_first_is_scored_once_after_the_one_before_it(
 
 
 @given(length=st.integers(30, 90), rows=st.integers(1, 4), size=st.integers(1, 9))
-def test_carried_segments_go_on_where_the_last_ones_ended(length: int, rows: int, size: int) -> None:
+def test_carried_segments_start_at_the_end_of_the_last_ones(length: int, rows: int, size: int) -> None:
     text = torch.arange(length, dtype=torch.uint8)
     task = LanguageTask(segment=size, carry_state=True)
     segments = TrainingSegments(text, task, experiment_training(rows), seed=3)
@@ -197,7 +197,7 @@ def test_training_learns(text: Path, tmp_path: Path) -> None:
     assert bits < 3  # letters alone take about 4.4
 
 
-def test_gradient_stops_at_the_segment_but_the_state_goes_on(text: Path) -> None:
+def test_gradient_stops_at_the_segment_and_the_state_does_not(text: Path) -> None:
     spec = experiment(text)
     corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
     model = sma.build(spec.model, seed=0).eval()

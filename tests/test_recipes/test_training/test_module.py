@@ -92,7 +92,7 @@ def test_learning_rate_of_every_update_is_the_schedules(data, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("clip", "changed"), [(1e-3, True), ("null", False)], ids=["clipped", "not-clipped"])
-def test_gradient_is_clipped_to_the_norm_asked_for(data, tmp_path, clip, changed):
+def test_gradient_is_clipped_to_the_given_norm(data, tmp_path, clip, changed):
     norms = []
 
     def measure(optimizer, *_):
@@ -163,7 +163,7 @@ def _break(classifier: Classifier) -> None:
         next(classifier.parameters()).fill_(float("nan"))
 
 
-def test_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
     before_update(monkeypatch, 23, _break)
     with pytest.raises(
         DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"

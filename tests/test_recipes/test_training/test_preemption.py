@@ -1,6 +1,4 @@
-"""A signal of a job scheduler ends a training cleanly, whenever it comes, and the run goes on from there to the last
-bit.
-"""
+"""A signal of a job scheduler ends a training cleanly at any time, and the run resumes bit for bit."""
 
 import os
 import signal
@@ -69,9 +67,7 @@ def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1)
         pytest.param(29, 30, signal.SIGUSR1, id="last-update"),
     ],
 )
-def test_run_goes_on_from_the_update_in_which_the_signal_came(
-    finished, data, tmp_path, monkeypatch, update, saved, number
-):
+def test_run_resumes_after_the_update_of_the_signal(finished, data, tmp_path, monkeypatch, update, saved, number):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert f"update {saved} of 30 is saved" in _preempted(tmp_path, data, update, monkeypatch, number=number)
@@ -82,7 +78,7 @@ def test_run_goes_on_from_the_update_in_which_the_signal_came(
 
 
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
-def test_evaluation_in_which_the_signal_came_is_made_again(finished, data, tmp_path, monkeypatch, evaluation):
+def test_interrupted_evaluation_is_repeated(finished, data, tmp_path, monkeypatch, evaluation):
     original, count = Classifier.validation_step, [0]
 
     def step(self, batch, batch_idx):
@@ -110,7 +106,7 @@ def test_many_signals_and_a_crash_between(finished, data, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_signal_that_comes_while_lightning_prepares_the_training_ends_it_too(data, tmp_path, monkeypatch, number):
+def test_signal_during_the_setup_of_lightning_ends_the_training(data, tmp_path, monkeypatch, number):
     original = Trainer._run_stage
 
     def run_stage(self):
@@ -125,7 +121,7 @@ def test_signal_that_comes_while_lightning_prepares_the_training_ends_it_too(dat
 
 
 @pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}", "{kind: bernoulli}"])
-def test_routers_that_draw_and_budgets_go_on_too(data, tmp_path, monkeypatch, router):
+def test_stochastic_routers_and_budgets_resume(data, tmp_path, monkeypatch, router):
     more = {"training__losses__policy": 1.0} if "bernoulli" in router else {}
     spec = tiny(training__budget=BUDGET, model__layers__layer__router=router, **more)
     train(spec, tmp_path / "whole", data)
@@ -150,7 +146,7 @@ def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monk
     assert parts == whole
 
 
-def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
+def test_language_model_with_carried_state_resumes(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 80)
     task = {
         "kind": "language",
@@ -179,14 +175,14 @@ def test_language_model_that_carries_its_state_goes_on(tmp_path, monkeypatch):
         assert same(checkpoint(tmp_path / "parts")[part], checkpoint(tmp_path / "whole")[part]), part
 
 
-def test_handlers_are_those_of_before_afterwards(data, tmp_path, monkeypatch):
+def test_handlers_are_restored(data, tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)]
     _preempted(tmp_path, data, 3, monkeypatch)
     train(tiny(), tmp_path, data, resume=True)
     assert [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_handler_of_another_stays_in_force(data, tmp_path, monkeypatch):
+def test_existing_handler_is_kept(data, tmp_path, monkeypatch):
     got = []
     signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
     try:
@@ -213,13 +209,13 @@ def test_thread_trains_without_handlers(data, tmp_path):
     assert failed == []
 
 
-def test_exit_that_somebody_asks_for_is_not_taken_for_ctrl_c(data, tmp_path, monkeypatch):
+def test_sys_exit_is_not_converted_to_keyboard_interrupt(data, tmp_path, monkeypatch):
     before_update(monkeypatch, 3, lambda _: sys.exit(3))
     with pytest.raises(SystemExit, match="3"):
         train(tiny(training__updates=6), tmp_path, data)
 
 
-def test_ctrl_c_that_lightning_turned_into_an_exit_is_one_in_a_thread_too():
+def test_exit_of_lightning_after_ctrl_c_is_a_keyboard_interrupt_in_a_thread_too():
     ended = []
 
     def run():
@@ -238,7 +234,7 @@ def test_ctrl_c_that_lightning_turned_into_an_exit_is_one_in_a_thread_too():
     assert ended == [KeyboardInterrupt]
 
 
-def test_handlers_nest_and_let_go():
+def test_handlers_nest_and_are_released():
     got = []
     before = signal.getsignal(signal.SIGUSR1)
     with on_preemption(lambda _: got.append("outer")):
@@ -253,7 +249,7 @@ def test_handlers_nest_and_let_go():
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_command_ends_with_a_status_of_its_own(capsys, number):
+def test_preempted_command_has_its_own_exit_status(capsys, number):
     def work():
         _send(number)()
         time.sleep(5)
@@ -265,12 +261,12 @@ def test_command_ends_with_a_status_of_its_own(capsys, number):
     assert capsys.readouterr().err == expected
 
 
-def test_no_loop_over_failed_runs_takes_it_for_a_failure():
+def test_preemption_is_not_caught_as_an_error():
     assert not issubclass(Preempted, Exception)
     assert not issubclass(Preempted, SmaError)
 
 
-def test_what_was_written_is_whole(data, tmp_path, monkeypatch):
+def test_no_partial_file_is_left(data, tmp_path, monkeypatch):
     _preempted(tmp_path, data, 6, monkeypatch)
     assert {path.name for path in (tmp_path / Path(LAST).parent).iterdir()} == {"last.ckpt"}
     assert not list(tmp_path.rglob(".*"))

@@ -1,4 +1,4 @@
-"""A run that goes on keeps every digit of its weights, in every precision of the weights."""
+"""A resumed run has bit-identical weights in every precision."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""A run resumes when it is asked to, from a whole checkpoint of the same experiment; everything else is refused in one
-sentence.
-"""
+"""A run resumes on request from an intact checkpoint of the same experiment; anything else is refused."""
 
 import shutil
 import threading
@@ -33,7 +31,7 @@ def run(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_folder_with_a_run_is_not_resumed_unless_asked(run, data):
+def test_folder_with_a_run_is_not_resumed_without_the_option(run, data):
     with pytest.raises(CheckpointError, match=r"run' already holds a run \(checkpoints/last\.ckpt\); resume it"):
         train(tiny(), run, data)
 
@@ -77,7 +75,7 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
     ],
 )
 @pytest.mark.parametrize("name", [LAST, BEST])
-def test_something_else_in_the_place_of_a_checkpoint_is_a_sentence(run, data, monkeypatch, name, content, complaint):
+def test_file_that_is_not_a_checkpoint_is_refused(run, data, monkeypatch, name, content, complaint):
     # The best one is read at the end, and is not to be replaced.
     monkeypatch.setattr(BestCheckpoint, "on_validation_end", lambda *_: None)
     (run / name).write_bytes(b"\x00" * 5000) if content is None else torch.save(content, run / name)
@@ -116,7 +114,7 @@ def _change(path, *keys, value):
         ),
     ],
 )
-def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, complaint):
+def test_checkpoint_with_wrong_parts_is_refused(run, data, keys, value, complaint):
     _change(run / LAST, *keys, value=value)
     with pytest.raises(CheckpointError, match=complaint):
         train(tiny(), run, data, resume=True)
@@ -126,7 +124,7 @@ def test_forged_parts_of_a_checkpoint_are_a_sentence(run, data, keys, value, com
     ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without the versions of the")]
 )
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
-def test_damaged_json_is_a_sentence(run, data, name, hint, content):
+def test_damaged_json_is_refused(run, data, name, hint, content):
     (run / name).write_text(content)
     if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
         return
@@ -170,7 +168,7 @@ def command(tmp_path, capsys):
     return call
 
 
-def test_one_command_starts_goes_on_and_does_nothing_when_it_is_finished(command, tmp_path, monkeypatch):
+def test_one_command_starts_resumes_and_recognises_a_finished_run(command, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         before_update(patch, 13, lambda _: end_at_once(15))

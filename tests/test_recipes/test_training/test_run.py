@@ -39,7 +39,7 @@ def _weights(out, name=LAST):
     return checkpoint(out, name)["state_dict"]
 
 
-def test_folder_holds_what_is_worth_keeping(finished):
+def test_folder_has_the_listed_files(finished):
     out, _ = finished
     found = {
         re.sub(r"events\.out.*", "events", str(path.relative_to(out))) for path in out.rglob("*") if path.is_file()
@@ -258,7 +258,7 @@ def test_run_whose_folder_was_moved_keeps_its_best_checkpoint(data, tmp_path, mo
     assert best["best_model_path"] == str(tmp_path / "there" / BEST)
 
 
-def test_run_goes_on_with_the_data_that_it_began_with_alone(finished, data, tmp_path):
+def test_run_resumes_only_with_its_own_data(finished, data, tmp_path):
     _interrupted(tmp_path, data, 13)
     other = data._replace(hashes={**data.hashes, next(iter(data.hashes)): "0" * 64})
     with pytest.raises(
@@ -291,7 +291,7 @@ def test_versions_of_every_part_are_kept(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [LAST, BEST])
 @pytest.mark.parametrize("left", [0, 1000], ids=["empty", "cut"])
-def test_damaged_checkpoint_is_a_sentence(finished, data, tmp_path, name, left):
+def test_damaged_checkpoint_is_refused(finished, data, tmp_path, name, left):
     shutil.copytree(finished[0], tmp_path / "run")
     os.truncate(tmp_path / "run" / name, left)
     complaint = rf"the checkpoint '.*{name}' cannot be read: .*; replace it with an intact checkpoint"
@@ -325,7 +325,7 @@ def test_figures_are_drawn_before_the_run_counts_as_finished(data, tmp_path, mon
     assert titles == [f"short lists: test accuracy {accuracy:.1%}, seed {spec.seed}"]
 
 
-def test_resuming_says_nothing_on_its_own(data, tmp_path, recwarn, capfd):
+def test_resuming_prints_no_warning(data, tmp_path, recwarn, capfd):
     _interrupted(tmp_path, data, 13)
     train(tiny(), tmp_path, data, resume=True)
     assert [str(warning.message) for warning in recwarn] == []
@@ -366,7 +366,7 @@ def test_hardware_is_named_in_words():
     assert re.search(r"\w", hardware())
 
 
-def test_folder_that_cannot_be_written_is_a_sentence(data, tmp_path):
+def test_folder_that_cannot_be_written_is_refused(data, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(CheckpointError, match=r"cannot write '.*run': Not a directory; the folder must be writable"):
         train(tiny(), tmp_path / "file" / "run", data)

@@ -150,7 +150,7 @@ def test_signal_and_then_the_kill_lose_nothing(job, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_of_two_starts_at_once_one_trains_and_the_other_says_who(tmp_path, data):
+def test_second_of_two_concurrent_starts_is_refused(tmp_path, data):
     experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)

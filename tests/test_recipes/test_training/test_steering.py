@@ -109,7 +109,7 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_kept_is_refused(settings, sentence):
+def test_impossible_budgets_and_losses_are_refused(settings, sentence):
     with pytest.raises(SpecError, match=re.escape(sentence)):
         tiny(**settings)
 
@@ -139,7 +139,7 @@ def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data):
         learner.steer(decisions, batch.valid)
 
 
-def test_policy_gradient_is_of_the_routers_that_sample_alone(data):
+def test_policy_gradient_uses_only_stochastic_routers(data):
     mixed = with_routers(tiny(**{**POLICY, "training__budget": "null"}), [SMARouterSpec(), BernoulliRouterSpec()])
     learner = Classifier(mixed.model.build(), mixed.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
@@ -148,7 +148,7 @@ def test_policy_gradient_is_of_the_routers_that_sample_alone(data):
     torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.arange(6.0)), wanted)
 
 
-def test_every_row_of_a_pair_owes_the_loss_of_its_sample(data):
+def test_every_row_of_a_pair_has_the_loss_of_its_sample(data):
     spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
     learner = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])

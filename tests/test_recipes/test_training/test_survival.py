@@ -61,7 +61,7 @@ def _spec(folder, experiment):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("task", EXPERIMENTS)
-def test_killed_run_goes_on_to_the_weights_of_the_uninterrupted_one(task, tmp_path):
+def test_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(task, tmp_path):
     spec = _spec(tmp_path, EXPERIMENTS[task])
     common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
     assert main(["--spec", str(spec), "--out", str(tmp_path / "whole"), *common]) == 0
@@ -99,7 +99,7 @@ def _disk_that_is_full_after(monkeypatch, checkpoints):
     monkeypatch.setattr(callbacks, "write_atomically", limited)
 
 
-def test_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch, capsys):
+def test_run_resumes_after_a_full_disk(tmp_path, monkeypatch, capsys):
     experiment = {**EXPERIMENTS["digits"], "training": {**TRAINING, "updates": 12, "warmup": 2, "evaluate_every": 4}}
     spec, out = _spec(tmp_path, experiment), tmp_path / "run"
     common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
@@ -117,7 +117,7 @@ def test_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(tmp_path
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["disk", "quota"])
-def test_full_disk_anywhere_else_is_a_sentence_too(tmp_path, monkeypatch, capsys, code):
+def test_full_disk_in_other_places_is_an_error_message(tmp_path, monkeypatch, capsys, code):
     def full(*_, **__):
         raise OSError(code, os.strerror(code), "metrics.csv")
 
