@@ -44,8 +44,8 @@ class DistributionSpec(Spec):
 class _Range(DistributionSpec):
     """Base class of the distributions between `low` and `high`."""
 
-    low: float
-    high: float
+    low: float = Field(description="the smallest value")
+    high: float = Field(description="the largest value")
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> Self:
@@ -87,8 +87,6 @@ class Uniform(_Range):
     """Uniform distribution of the numbers between `low` and `high`."""
 
     kind: Literal["uniform"] = "uniform"
-    low: float = Field(description="the smallest value")
-    high: float = Field(description="the largest value")
 
     def draw(self, trial: "BaseTrial", name: str) -> float:
         return trial.suggest_float(name, self.low, self.high)
@@ -115,7 +113,6 @@ class QUniform(_Range):
     """Uniform distribution of the numbers `low`, `low + step`, … `high`."""
 
     kind: Literal["quniform"] = "quniform"
-    low: float = Field(description="the smallest value")
     high: float = Field(description="the largest value; a whole number of steps above the smallest")
     step: float = Field(gt=0.0, description="difference between consecutive values")
 

@@ -90,11 +90,11 @@ def _relative_columns(work: Work, reference: Mapping[str, Any]) -> list[Column]:
 
 def _relative_values(row: Row, reference: Mapping[str, Any]) -> dict[str, float | None]:
     """The columns `inference_relative_speed` and so on of the CSV file: the transformer's is 1."""
-    values: dict[str, float | None] = {}
-    for work in WORKS:
-        for what, times in zip(("speed", "memory"), _relative(row, reference, work), strict=True):
-            values[f"{work}_relative_{what}"] = None if times is None else round(times, 4)
-    return values
+    return {
+        f"{work}_relative_{what}": None if times is None else round(times, 4)
+        for work in WORKS
+        for what, times in zip(("speed", "memory"), _relative(row, reference, work), strict=True)
+    }
 
 
 def _relative(row: Row, reference: Mapping[str, Any], work: Work) -> tuple[float | None, float | None]:

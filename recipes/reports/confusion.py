@@ -88,7 +88,7 @@ class Confusion(NamedTuple):
 
     def draw(self, path: Path, title: str) -> Path:
         """Draw the matrix into a PNG file, every row as shares of its class."""
-        # Not torchmetrics' plot: it colours counts, so that small classes look wrong, and sets names off their ticks.
+        # Not torchmetrics' plot: it colours counts, which hides small classes, and places names beside their ticks.
         classes = len(self.names)
         totals = self.counts.sum(1, keepdim=True)
         shares = self.counts.double() / totals.clamp(min=1)
@@ -100,19 +100,10 @@ class Confusion(NamedTuple):
             if classes <= _MOST:
                 axis.set_xticks(range(classes), names, rotation=45, ha="right")
                 axis.set_yticks(range(classes), names)
-                for row in range(classes):
-                    for column in range(classes):
-                        if int(self.counts[row, column]):
-                            colour = "white" if float(shares[row, column]) > 0.6 else "black"
-                            axis.text(
-                                column,
-                                row,
-                                str(int(self.counts[row, column])),
-                                ha="center",
-                                va="center",
-                                fontsize=8,
-                                color=colour,
-                            )
+                for row, column in self.counts.nonzero().tolist():
+                    colour = "white" if float(shares[row, column]) > 0.6 else "black"
+                    count = str(int(self.counts[row, column]))
+                    axis.text(column, row, count, ha="center", va="center", fontsize=8, color=colour)
             axis.set(xlabel="answer", ylabel="class", title=title)
             figure.colorbar(image, ax=axis, label="share of the class", shrink=0.8)
             return save_figure(figure, path)

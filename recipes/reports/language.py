@@ -78,16 +78,9 @@ class LanguageReport(NamedTuple):
             colours = [colormaps["tab10"](layer % 10) for layer in range(layers)]
             for position, byte in enumerate(self.text):
                 row, column = divmod(position, LINE)
-                for layer in range(layers):
-                    if self.active[layer, position]:
-                        bar = Rectangle(
-                            (column, row + 0.62 + 0.34 * layer / layers),
-                            1,
-                            0.34 / layers,
-                            color=colours[layer],
-                            linewidth=0,
-                        )
-                        page.add_patch(bar)
+                for layer in self.active[:, position].nonzero().flatten().tolist():
+                    corner, height = (column, row + 0.62 + 0.34 * layer / layers), 0.34 / layers
+                    page.add_patch(Rectangle(corner, 1, height, color=colours[layer], linewidth=0))
                 # A byte with a high loss is red.
                 surprise = min(1.0, float(self.bits[position]) / 8)
                 character = chr(byte) if 32 < byte < 127 else {10: "¶", 32: ""}.get(byte, "·")

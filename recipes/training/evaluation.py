@@ -160,9 +160,11 @@ def describe(result: Mapping[str, Any], metric: Metric, tested: str, recorded: M
         lines.append("reproduced        exactly")
     else:
         reasons = [f"the data differs ({', '.join(result['changed_data'])})"] if result["changed_data"] else []
-        for name in ("hardware", "commit"):
-            if recorded.get(name) != result[name]:
-                reasons.append(f"the {name} is {result[name]} now and was {recorded.get(name)}")
+        reasons += [
+            f"the {name} is {result[name]} now and was {recorded.get(name)}"
+            for name in ("hardware", "commit")
+            if recorded.get(name) != result[name]
+        ]
         why = "; ".join(reasons) or (
             "data, hardware and commit are those of the run: versions of torch, or the model in the folder, may differ"
         )

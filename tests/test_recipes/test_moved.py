@@ -13,6 +13,7 @@ import pytest
         ("sma.recipes.data.documents", "sma.recipes.data has moved to sma.recipes.tasks and sma.recipes.io"),
         ("sma.recipes.baselines", "sma.recipes.baselines has moved to sma.recipes.studies.baselines"),
         ("sma.recipes.signals", "sma.recipes.signals has moved to sma.recipes.io.signals"),
+        ("sma.tune.results", "sma.tune.results has moved to sma.tune.sweep_results"),
         ("sma.modules.whole", "sma.modules.whole has moved to sma.modules.full_attention"),
         ("sma.modules.windowed", "sma.modules.windowed has moved to sma.modules.sliding_window"),
     ],

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import time
@@ -160,6 +161,33 @@ def test_a_distribution_that_makes_no_sense_is_refused(make: Any, message: str) 
             id="data",
         ),
         pytest.param({"training..x": {"kind": "int", "low": 10, "high": 20}}, r"is not a field path", id="path"),
+        *(
+            pytest.param(
+                {WINDOW: {"kind": kind, "low": 4, "high": 30, **step}},
+                rf"{WINDOW}=\d+\.\d+: .*valid integer.*for whole numbers write {WINDOW}: {{kind: int, …}}",
+                id=f"fraction-{kind}",
+            )
+            for kind, step in (("uniform", {}), ("loguniform", {}), ("quniform", {"step": 0.5}))
+        ),
+        *(
+            pytest.param(
+                {WINDOW: {"kind": "choice", "values": [8, value]}},
+                r"the experiment refuses a value of the search space, .*: input should be a finite number",
+                id=f"value-{value}",
+            )
+            for value in (math.inf, -math.inf, math.nan)
+        ),
+        *(
+            pytest.param(
+                {path: {"kind": "choice", "values": [4, 8]} for path in (WINDOW, other)},
+                rf"'{WINDOW}' and '{other}' {message}",
+                id=name,
+            )
+            for name, other, message in (
+                ("two-spellings", f"model.{WINDOW}", "are the same field"),
+                ("part-and-child", "layers.layer.modules", "set the same part"),
+            )
+        ),
     ],
 )
 def test_a_space_that_does_not_fit_the_experiment_is_refused(space: dict[str, Any], message: str) -> None:
@@ -199,30 +227,6 @@ def test_fixed_values_that_do_not_fit_together_are_named() -> None:
         small_sweep(space=space)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "loguniform", "quniform"])
-def test_numbers_with_a_fraction_are_refused_for_a_whole_one(kind: str) -> None:
-    step = {"step": 0.5} if kind == "quniform" else {}
-    with pytest.raises(
-        SpecError, match=rf"{WINDOW}=\d+\.\d+: .*valid integer.*for whole numbers write {WINDOW}: {{kind: int, …}}"
-    ):
-        small_sweep(space={WINDOW: {"kind": kind, "low": 4, "high": 30, **step}})
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        pytest.param(f"model.{WINDOW}", rf"'{WINDOW}' and 'model.{WINDOW}' are the same field", id="two-spellings"),
-        pytest.param(
-            "layers.layer.modules", rf"'{WINDOW}' and 'layers.layer.modules' set the same part", id="part-and-child"
-        ),
-    ],
-)
-def test_a_field_that_stands_twice_is_refused(other: str, message: str) -> None:
-    choice = {"kind": "choice", "values": [4, 8]}
-    with pytest.raises(SpecError, match=message):
-        small_sweep(space={WINDOW: choice, other: choice})
-
-
 def test_a_path_may_leave_out_the_model() -> None:
     short, full = (
         with_values(tiny(), {f"{prefix}layers.layer.modules.attention.window": 3}) for prefix in ("", "model.")
@@ -243,17 +247,6 @@ def test_fixed_values_come_with_the_drawn_ones_and_not_with_trial_0() -> None:
     assert budget is not None
     assert budget.hold == 5
     assert sweep.trial({}) == sweep.experiment
-
-
-def test_non_finite_values_are_refused() -> None:
-    for value in (".inf", "-.inf", ".nan"):
-        space = {
-            "layers.layer.modules.attention.window": {"kind": "choice", "values": read_yaml(f"[8, {value}]", "values")}
-        }
-        with pytest.raises(
-            SpecError, match=r"the experiment refuses a value of the search space, .*: input should be a finite number"
-        ):
-            small_sweep(space=space)
 
 
 def test_an_experiment_that_is_neither_mapping_nor_string_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Reference scores of a byte corpus: Witten-Bell counts against a slow oracle, xz against the lzma module and the program."""
+"""Reference scores of a byte corpus: Witten-Bell counts against a slow oracle, xz against `lzma` and the program."""
 
 import lzma
 import math

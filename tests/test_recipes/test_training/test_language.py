@@ -155,7 +155,7 @@ def test_what_all_workers_carry_is_saved_as_one_process_saves_it(
 
     def read(module: LanguageModule, update: int) -> torch.Tensor:
         segment = TrainingSegments(corpus.train, spec.task, spec.training, 0, module.distributed)[update]  # type: ignore[arg-type]
-        output, losses = module._run(segment, module.carried, module.fit_scores)
+        output, losses = module._run(segment, module.carried, module.val_scores)
         module.carried = output.state
         return losses.detach().unflatten(0, segment.scored.shape)
 
@@ -204,10 +204,10 @@ def test_gradient_stops_at_the_segment_and_the_state_does_not(text: Path) -> Non
     module = LanguageModule(model, spec.training, carry_state=True)  # type: ignore[arg-type]
     segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
     first, second = segments[0], segments[1]
-    _, losses = module._run(first, model.init_state(3), module.fit_scores)
+    _, losses = module._run(first, model.init_state(3), module.val_scores)
     output = model(first.inputs, state=model.init_state(3))
     assert output.state is not None
-    _, carried = module._run(second, output.state.detach(), module.fit_scores)
+    _, carried = module._run(second, output.state.detach(), module.val_scores)
     whole = model(torch.cat([first.inputs, second.inputs], 1)).logits
     assert whole is not None
     wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sma.errors import DataError
 from sma.model import build
 from sma.recipes.experiment import load_experiment
-from sma.recipes.io.run_folder import BEST
+from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.training.classification import Classification, Classifier
 from sma.recipes.training.module import RateMetric
 from tests.test_recipes.decisions import LAYERS, batches
@@ -158,30 +158,32 @@ def _check_precision(done, precision):
     assert {tensor.dtype for tensor in done.module.model.state_dict().values()} == {weights}
 
 
-def _break(classifier: Classifier) -> None:
+def _break_weights(classifier: Classifier) -> None:
     with torch.no_grad():
         next(classifier.parameters()).fill_(float("nan"))
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(data, tmp_path, monkeypatch):
-    before_update(monkeypatch, 23, _break)
+def _break_gradient(classifier: Classifier) -> None:
+    next(classifier.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("update", "act", "failed", "kept"),
+    [
+        pytest.param(23, _break_weights, 23, 20, id="weights"),
+        # Update 19 is the last before an evaluation, and no later loss shows that its gradient is not finite.
+        pytest.param(19, _break_gradient, 20, 10, id="gradient-before-an-evaluation"),
+    ],
+)
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoints(
+    data, tmp_path, monkeypatch, update, act, failed, kept
+):
+    before_update(monkeypatch, update, act)
     with pytest.raises(
-        DataError, match="the loss of update 23 is nan; the last checkpoint is still good: start a new run with a lower"
+        DataError,
+        match=f"the loss of update {failed} is nan; the last checkpoint is still good: start a new run with a lower",
     ):
         train(tiny(), tmp_path, data)
-    left = checkpoint(tmp_path)
-    assert left["global_step"] == 20
-    assert all(tensor.isfinite().all() for tensor in left["state_dict"].values())
-
-
-def test_weights_broken_just_before_an_evaluation_do_not_replace_the_checkpoint(data, tmp_path, monkeypatch):
-    # Update 19 is the last before the evaluation, and its gradient is none: no later loss could tell in time.
-    before_update(
-        monkeypatch, 19, lambda self: next(self.parameters()).register_hook(lambda gradient: gradient * float("nan"))
-    )
-    with pytest.raises(DataError, match="the loss of update 20 is nan; the last checkpoint is still good"):
-        train(tiny(), tmp_path, data)
-    for name in ("checkpoints/last.ckpt", BEST):
-        left = checkpoint(tmp_path, name)
-        assert left["global_step"] == 10
-        assert all(tensor.isfinite().all() for tensor in left["state_dict"].values())
+    assert checkpoint(tmp_path)["global_step"] == kept
+    for name in (LAST, BEST):
+        assert all(tensor.isfinite().all() for tensor in checkpoint(tmp_path, name)["state_dict"].values())
