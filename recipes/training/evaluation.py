@@ -179,6 +179,5 @@ def _check_finished(folder: Path) -> None:
     for name in (EXPERIMENT, SUMMARY):
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"there is no finished run in {str(folder)!r}: {name} is missing; "
-                "give the folder of a finished run"
+                f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a finished run"
             )
