@@ -1,8 +1,8 @@
-"""Archives: tar and zip, unpacked whole or not at all, with nothing that leaves the folder.
+"""Archives: tar and zip, unpacked atomically, and only into their folder.
 
-The standard library writes the files: `tarfile` through its `data` filter, `zipfile` through `extract`. What is checked
-here is what they lack: bounds on size and number, one rule for the names of both formats on every system (`zipfile`
-and the filter rename a member that they could refuse), no links at all, no member twice, and all files or none.
+The standard library writes the files: `tarfile` with its `data` filter, and `zipfile` with `extract`. The checks here
+are those that they lack: limits of size and number, the same rule for names in both formats and on every system
+(`zipfile` and the filter rename members instead of refusing them), no links, no duplicates, and all files or none.
 
 Reference:
     Python documentation, "tarfile: Extraction filters" (PEP 706).
@@ -11,6 +11,7 @@ Reference:
 import bz2
 import gzip
 import lzma
+import math
 import os
 import platform
 import re
@@ -22,27 +23,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from sma.errors import DataError, parsing, quote
 from sma.files import open_file
 from sma.memory import format_bytes
 from sma.recipes.io.drafts import draft_folder
 
-_HINT = "it is truncated, damaged, or no tar or zip: delete it and get it again"
+_HINT = "it is truncated, damaged, or not a tar or zip: delete it and get it again"
 _BLOCK = 1 << 20
 
-# What no archive of data has, and one that is made to fill disks or memory does.
-_RATIO = 200  # bytes that a packed one becomes
-_SPARE = 1 << 26  # and more, for small archives
+# Limits against archives that are made to fill disks or memory.
+_RATIO = 200  # maximum ratio of unpacked to packed bytes
+_SPARE = 1 << 26  # bytes added to the maximum, for small archives
 _MEMBERS = 20_000_000  # the release of the Long Range Arena has a few million
 _FILES = 2_000_000
-_AT_ONCE = 1 << 16  # bytes that are read at once: tarfile reads a name or a list of attributes whole, however long
+_AT_ONCE = 1 << 16  # maximum bytes of one read: tarfile reads names and lists of attributes at once
 _ATTRIBUTES = 1_000
-_NAME, _PART = 1_000, 255  # bytes of a path, and of a name in it; the latter is the limit of most file systems
+_NAME, _PART = 1_000, 255  # maximum bytes of a path, and of a name in it, which is the limit of most file systems
 
+# Control characters, and names of devices on Windows, which may have a suffix.
 _UNWRITABLE = re.compile(r"[\x00-\x1f]|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)
-"""Control characters, and names that are devices on Windows, whatever their suffix."""
 
 
 def unpack_archive(
@@ -50,21 +51,20 @@ def unpack_archive(
 ) -> Path:
     """Unpack a tar (plain, gzip, bzip2, xz) or a zip into `folder`, and return it.
 
-    The files are written to a new folder beside it, which gets its name when all of them are there: a folder that
-    exists is whole, and is returned as it is. Modes and owners are not taken over. Links among the wanted files are
-    refused, those that stay inside too: no data set here has any. What an archive says of itself is not believed:
-    neither it nor what comes out of it may be larger than is plausible.
+    The files are written to a new folder beside it, which is renamed when it is complete. An existing folder is
+    therefore complete, and is returned unchanged. Modes and owners are not set. Links are refused, because no data set
+    has any. The sizes in the archive are not trusted: the archive and the files have maximum sizes.
 
     Args:
-        archive: the file; its content, not its name, says what it is.
-        folder: the folder to make.
-        members: says by a name in the archive, with `/` between folders, whether that file is wanted; None: all are.
-        most: bytes that the wanted files may have together; None: what the disk and the size of the archive allow.
+        archive: the archive; its format is detected from its content.
+        folder: the folder of the unpacked files.
+        members: whether a member, given by its name with `/` between folders, is unpacked; None: all are.
+        most: maximum total size of the unpacked files, in bytes; None: limited by the disk and the archive.
 
     Raises:
-        DataError: the archive cannot be read, is truncated or damaged, holds none of the files, has one twice, or
-            becomes too large; one of them is no plain file or has a name that cannot be written, or any member leaves
-            the folder; or the folder cannot be written.
+        DataError: the archive cannot be read, is truncated or damaged, has none of the files, or has one twice, or is
+            too large; a file is not a plain file, or has an invalid name; a member is outside of the folder; or the
+            folder cannot be written.
     """
     archive, folder = Path(archive), Path(folder)
     with _disk_errors(archive, folder):
@@ -77,15 +77,15 @@ def unpack_archive(
                 archive, folder, draft, members or (lambda name: True), os.fstat(file.fileno()).st_size, most
             )
             with parsing(archive, hint=_HINT):
-                zipped = file.read(2) == b"PK"  # the directory of a zip stands at its end, which a truncated one lacks
+                zipped = file.read(2) == b"PK"  # zipfile.is_zipfile is false for a truncated zip
                 file.seek(0)
                 (_unzip if zipped else _untar)(file, target)
             if not target.files:
-                raise DataError(f"{archive} holds none of the files that are looked for; is it the right archive?")
+                raise DataError(f"{archive} has none of the required files; is it the right archive?")
             try:
                 os.rename(draft, folder)
             except OSError:
-                if not folder.is_dir():  # else another process was first
+                if not folder.is_dir():  # otherwise another process was first
                     raise
     return folder
 
@@ -95,7 +95,7 @@ def _disk_errors(archive: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a decompressor, and no failure of the disk
+        if error.errno is None:  # an error of a decompressor, not of the disk
             raise
         raise DataError(
             f"cannot unpack {archive} into {folder}: {error.strerror or error}; make room there or choose another"
@@ -103,7 +103,7 @@ def _disk_errors(archive: Path, folder: Path) -> Iterator[None]:
 
 
 class _Target:
-    """Where the wanted files go, how many there are, and how large they may be."""
+    """The folder of the unpacked files, with their number and size so far, and the limits of both."""
 
     def __init__(
         self, archive: Path, folder: Path, draft: Path, wanted: Callable[[str], bool], packed: int, most: int | None
@@ -112,13 +112,15 @@ class _Target:
         self.archive, self.draft, self.wanted, self.most = archive, draft, wanted, most
         self.allowed = _SPARE + _RATIO * packed
         self.members = self.files = self.bytes = 0
-        self.free: int | None = None
+        self.free: float = math.inf
         with suppress(OSError):
             self.free = shutil.disk_usage(draft).free
 
-    def place_of(self, name: str) -> PurePosixPath | None:
-        """The place of a member below the folder; None where it is not wanted. Refuses one that leaves it, on any
-        system.
+    def path_of(self, name: str) -> PurePosixPath | None:
+        """Return the path of a member in the folder; None if the member is not unpacked.
+
+        Raises:
+            DataError: the member is outside of the folder, on any system.
         """
         self.members += 1
         if self.members > _MEMBERS:
@@ -130,138 +132,140 @@ class _Target:
             )
         return path if self.wanted(path.as_posix()) else None
 
-    def extract(self, write: Callable[[], object], place: PurePosixPath, size: int, name: str) -> None:
-        """Have the library write a file, of which the archive says that it has `size` bytes."""
-        self._check_name(place, name)
+    def extract(self, write: Callable[[], object], path: PurePosixPath, size: int, name: str) -> None:
+        """Unpack a file, by a call of the library, and check it.
+
+        Args:
+            write: function that writes the file.
+            path: path of the file in the folder.
+            size: size of the file in bytes, as given in the archive.
+            name: name of the member.
+        """
+        self._check_name(path, name)
         self.files += 1
         self.bytes += size
         if self.files > _FILES:
-            self.refuse_size(f"has more than {_FILES:,} of the files that are looked for")
+            self.refuse_size(f"has more than {_FILES:,} of the required files")
         if self.most is not None and self.bytes > self.most:
-            self.refuse_size(f"has more than {self.most:,} bytes of the files that are looked for")
+            self.refuse_size(f"has more than {self.most:,} bytes of the required files")
         if self.bytes > self.allowed:
             self.refuse_size(f"unpacks to more than {self.allowed:,} bytes")
-        if self.free is not None and self.bytes > self.free:
+        if self.bytes > self.free:
             raise DataError(
-                f"cannot unpack {self.archive}: {format_bytes(self.bytes)} and more are needed, "
-                f"{format_bytes(self.free)} are free; make room there or choose another folder"
+                f"cannot unpack {self.archive}: at least {format_bytes(self.bytes)} are needed, "
+                f"{format_bytes(int(self.free))} are free; make room there or choose another folder"
             )
         with _disk_errors(self.archive, self.folder):
-            target = self.draft / place
+            target = self.draft / path
             if target.exists():
                 raise DataError(
-                    f"{self.archive}: member {quote(name)} is there twice, and which is meant cannot be known; "
+                    f"{self.archive}: member {quote(name)} occurs twice, so its content is ambiguous; "
                     "get the archive again"
                 )
             try:
                 write()
             except (FileExistsError, NotADirectoryError) as error:
                 raise DataError(
-                    f"{self.archive}: member {quote(name)} lies in a folder that is a file there; {_HINT}"
+                    f"{self.archive}: member {quote(name)} is in a folder that is a file in the archive; {_HINT}"
                 ) from error
             if (written := target.stat().st_size) != size:
                 raise DataError(
                     f"{self.archive} cannot be read: {quote(name)} has {written:,} of {size:,} bytes; {_HINT}"
                 )
 
-    def _check_name(self, place: PurePosixPath, name: str) -> None:
+    def _check_name(self, path: PurePosixPath, name: str) -> None:
         try:
-            lengths = [len(os.fsencode(part)) for part in place.parts]
+            lengths = [len(os.fsencode(part)) for part in path.parts]
         except UnicodeError:
             lengths = [_NAME]
         if (
-            any(map(_UNWRITABLE.search, place.parts))
+            any(map(_UNWRITABLE.search, path.parts))
             or sum(lengths) + len(lengths) > _NAME
             or max(lengths, default=0) > _PART
         ):
             raise DataError(
-                f"{self.archive}: member {quote(name)} has a name that not every system can write; no data set here "
-                "has such a one: get the archive again"
+                f"{self.archive}: the name of member {quote(name)} is invalid on some systems, which no data set "
+                "has: get the archive again"
             )
 
     def refuse_size(self, what: str) -> NoReturn:
-        """Refuse an archive that holds more than is plausible."""
-        raise DataError(f"{self.archive} {what}, which no data set here does; nothing was unpacked: get it again")
+        """Refuse an archive that exceeds a limit."""
+        raise DataError(f"{self.archive} {what}, which no data set has; nothing was unpacked: get it again")
 
     def refuse_kind(self, name: str, link: bool) -> NoReturn:
-        """Refuse a member that is no plain file."""
-        what = "a link" if link else "a device or something else that is no file"
-        raise DataError(
-            f"{self.archive}: member {quote(name)} is {what}; only plain files are unpacked, so nothing was"
-        )
+        """Refuse a member that is not a plain file."""
+        what = "a link" if link else "a device or another special file"
+        raise DataError(f"{self.archive}: member {quote(name)} is {what}; only archives of plain files are unpacked")
 
 
 class _Tape:
-    """The unpacked bytes of a tar, read from the beginning to the end, with bounds on all of them and on what is read
-    at once.
+    """The decompressed bytes of a tar, read once from start to end, with limits of their number and of one read.
 
     Attributes:
-        last: what was read last.
+        last: the bytes of the last read.
     """
 
     def __init__(self, packed: BinaryIO, target: _Target) -> None:
         magic = packed.read(6)
         packed.seek(0)
-        self._file: BinaryIO | gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile = packed
-        if magic[:2] == b"\x1f\x8b":
-            self._file = gzip.GzipFile(fileobj=packed)
-        elif magic[:3] == b"BZh":
-            self._file = bz2.BZ2File(packed)
-        elif magic == b"\xfd7zXZ\0" or magic[:3] == b"]\0\0":
-            self._file = lzma.LZMAFile(packed)  # noqa: SIM115  # it keeps nothing open: the file is the caller's
-        self._target, self._place = target, 0
-        self.last = b""
+        openers: dict[bytes, Callable[..., Any]] = {
+            b"\x1f\x8b": gzip.open,
+            b"BZh": bz2.open,
+            b"\xfd7zXZ\0": lzma.open,
+            b"]\0\0": lzma.open,
+        }
+        opener = next((opener for start, opener in openers.items() if magic.startswith(start)), None)
+        self._file: Any = opener(packed) if opener else packed
+        self._target, self._position, self.last = target, 0, b""
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= _AT_ONCE:
-            raise tarfile.ReadError(f"a header of {count:,} bytes, where {_AT_ONCE:,} are the most that is read")
+            raise tarfile.ReadError(f"a header has {count:,} bytes, and the maximum is {_AT_ONCE:,}")
         self.last = self._file.read(count)
-        self._advance(self._place + len(self.last))
+        self._advance(len(self.last))
         return self.last
 
-    def seek(self, place: int) -> None:
-        if place < self._place:  # a negative size, which would have it read the same for ever
-            raise tarfile.ReadError("a header leads back to where it was")
-        while self._place < place:
-            skipped = self._file.read(min(_BLOCK, place - self._place))
-            if not skipped:
-                break  # tarfile reads on, and finds that there is nothing
-            self._advance(self._place + len(skipped))
+    def seek(self, position: int) -> None:
+        if position < self._position:  # a negative size, which would be an endless loop
+            raise tarfile.ReadError("a header has a negative size")
+        # At the end of the file the loop ends, and the next read of tarfile finds the end.
+        while self._position < position and (skipped := self._file.read(min(_BLOCK, position - self._position))):
+            self._advance(len(skipped))
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
-    def _advance(self, place: int) -> None:
-        self._place = place
-        if place > self._target.allowed:
+    def _advance(self, count: int) -> None:
+        self._position += count
+        if self._position > self._target.allowed:
             self._target.refuse_size(f"unpacks to more than {self._target.allowed:,} bytes")
 
 
 def _untar(file: BinaryIO, target: _Target) -> None:
     if not hasattr(tarfile, "data_filter"):
         raise DataError(
-            f"cannot unpack {target.archive}: Python {platform.python_version()} has no filter for archives of data; "
+            f"cannot unpack {target.archive}: Python {platform.python_version()} has no filter for data archives; "
             "update Python to 3.11.4 or newer"
         )
     tape = _Tape(file, target)
-    # It asks for no more than is there.
+    # mypy requires a complete file; read, seek and tell are used.
     with tarfile.open(fileobj=tape, mode="r:", errorlevel=2, copybufsize=_AT_ONCE) as tar:  # type: ignore[call-overload]
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all
-            if len(tar.pax_headers) > _ATTRIBUTES:  # which hold for all members that follow
+            tar.members.clear()  # to save memory
+            if len(tar.pax_headers) > _ATTRIBUTES:  # the attributes of all following members
                 target.refuse_size(f"has more than {_ATTRIBUTES:,} attributes")
-            place = target.place_of(member.name)
-            if member.isdir() or place is None:
+            path = target.path_of(member.name)
+            if member.isdir() or path is None:
                 continue
             if not member.isreg() or member.sparse is not None:
                 target.refuse_kind(member.name, member.issym() or member.islnk())
-            name, member.name = member.name, place.as_posix()
+            name, member.name = member.name, path.as_posix()
             write = partial(tar.extract, member, target.draft, set_attrs=False, filter="data")
-            target.extract(write, place, member.size, name)
-    # Iterating ends without a word where the archive stops between two members, and a whole one ends in zeros.
+            target.extract(write, path, member.size, name)
+    # The iteration raises no error if the archive is cut between two members; a complete one ends in zeros.
     if tape.last != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end is missing")
-    # Reading on to the last byte has the compression check what it keeps at the end: lengths and a checksum.
+    # The decompressor checks lengths and a checksum at the end of the file.
     while tape.read(_AT_ONCE):
         pass
 
@@ -269,11 +273,11 @@ def _untar(file: BinaryIO, target: _Target) -> None:
 def _unzip(file: BinaryIO, target: _Target) -> None:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            place = target.place_of(member.filename)
-            if member.is_dir() or place is None:
+            path = target.path_of(member.filename)
+            if member.is_dir() or path is None:
                 continue
-            mode = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was not made by Unix
+            mode = stat.S_IFMT(member.external_attr >> 16)  # 0 if the zip was not created on Unix
             if mode not in (0, stat.S_IFREG):
                 target.refuse_kind(member.filename, stat.S_ISLNK(mode))
-            name, member.filename = member.filename, place.as_posix()
-            target.extract(partial(archive.extract, member, target.draft), place, member.file_size, name)
+            name, member.filename = member.filename, path.as_posix()
+            target.extract(partial(archive.extract, member, target.draft), path, member.file_size, name)

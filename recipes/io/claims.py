@@ -1,10 +1,10 @@
-"""Folders that one process at a time may write.
+"""Folders with exclusive access for one process at a time.
 
-The lock is the kernel's, by `filelock` (`flock`; on Windows `LockFileEx`): it ends with its process, however that ends,
-so that no lock is ever stale. A child that is forked does not keep it, and the thread that holds it may take it again.
-What `filelock` lacks is here: the file `.lock` names its holder for the refusal of others, is removed in the end, and
-must be a plain file; where a file system cannot lock, a warning stands in for the lock. Nothing is decided by what the
-file says: the same host name can stand for several machines.
+The lock is that of the kernel, through `filelock` (`flock`; on Windows `LockFileEx`). It ends with its process, so it
+is never stale. A forked child does not hold it, and the thread that holds it can acquire it again. This file adds what
+`filelock` lacks: the file `.lock` has the name of its holder for error messages, is deleted afterwards, and must be a
+plain file; on a file system without locks, a warning is logged instead. The content of the file decides nothing,
+because several machines can have the same host name.
 """
 
 import errno
@@ -28,26 +28,26 @@ from sma.recipes.io.names import shell_word
 log = logging.getLogger("sma.recipes")
 
 LOCK = ".lock"
-"""The file by which a folder is locked; it is there while a process has the lock, and after one was killed."""
+"""File name of the lock of a folder; the file exists while a process holds the lock, and after a process was killed."""
 
 DRIVER = ".driver.lock"
-"""The same of a process that has others write the folder: they hold the lock of the folder itself."""
+"""File name of the lock of a process whose children write the folder, and hold `LOCK`."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextmanager
 def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[None]:
-    """Hold the lock of a folder, which is made where it is missing. The thread that holds it may take it again.
+    """Hold the lock of a folder inside the block. The thread that holds it can acquire it again.
 
     Args:
-        folder: what is going to be written.
-        wait: seconds to wait for another process that ends.
-        name: of the lock, `LOCK` or `DRIVER`.
+        folder: the folder; created if missing.
+        wait: maximum time to wait for another process, in seconds.
+        name: name of the lock, `LOCK` or `DRIVER`.
 
     Raises:
-        CheckpointError: another process or thread holds it, named by host and process id, or the folder cannot be
-            written.
+        CheckpointError: another process or thread holds the lock, or the folder cannot be written. The message has the
+            host and the process id of the holder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[N
         yield
     finally:
         with suppress(OSError):
-            # Not in a forked process, and not a file that was put there since.
+            # Not in a forked process, and not another file of this name.
             if lock.lock_counter == 1 and os.path.samestat(own, path.lstat()):
                 path.unlink()
         lock.release()
@@ -71,20 +71,20 @@ def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[N
 
 @contextmanager
 def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
-    """Take a folder that is empty or not there for something new, and hold its lock; yields the folder.
+    """Create a folder, or use an empty one, and hold its lock inside the block; yields the folder.
 
-    Of several processes that ask for the same one at once, one gets it. A folder that was made here and is still empty
-    in the end is removed, with the folders above it that were made.
+    Only one of several concurrent processes gets the folder. If it was created here and is still empty afterwards, it
+    is deleted with its created parents.
 
     Args:
         path: the folder.
-        numbered: where there is something of this name, take the name with `-2`, `-3`, … after it.
+        numbered: whether to append `-2`, `-3`, … if the path exists.
 
     Raises:
-        CheckpointError: it is not empty, another process has it, or it cannot be made.
+        CheckpointError: the folder is not empty, is locked by another process, or cannot be created.
     """
-    made = [parent for parent in path.parents if not parent.exists()]
-    folder, new = _make(path, numbered)
+    parents = [parent for parent in path.parents if not parent.exists()]
+    folder, new = _create(path, numbered)
     try:
         with run_lock(folder):
             if not is_empty(folder):
@@ -94,49 +94,40 @@ def claim_folder(path: Path, *, numbered: bool = False) -> Iterator[Path]:
                 )
             yield folder
     finally:
-        with suppress(OSError):  # a folder that holds anything is not removed
-            for each in [folder, *made] if new else ():
+        with suppress(OSError):  # a folder that is not empty is kept
+            for each in [folder, *parents] if new else ():
                 each.rmdir()
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is nothing in a folder but locks and drafts that killed processes left."""
+    """Whether a folder has no files except locks and drafts of killed processes."""
     return all(path.name in (LOCK, DRIVER) or path.name.endswith(DRAFT) for path in folder.iterdir())
 
 
-def _make(path: Path, numbered: bool) -> tuple[Path, bool]:
-    """A folder of this name, and whether it is new; making one is a single step, also for several machines."""
+def _create(path: Path, numbered: bool) -> tuple[Path, bool]:
+    """Return a folder of this name, and whether it is new; `mkdir` is atomic, also between machines."""
     folder, number = path, 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot make the folder {str(path)!r}: {_reason(error)}; give another folder") from error
-    while True:
-        try:
-            folder.mkdir()
-            return folder, True
-        except FileExistsError as error:
-            if not numbered:
-                if path.is_dir():
+        while True:
+            try:
+                folder.mkdir()
+                return folder, True
+            except FileExistsError:
+                if not numbered and path.is_dir():
                     return path, False
-                raise CheckpointError(f"{str(path)!r} is no folder; give another --out") from error
-            number += 1
-            folder = path.with_name(f"{path.name}-{number}")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot make the folder {str(folder)!r}: {reason(error)}; give another folder"
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Why a folder cannot be made; a file in the place of the folder above it is named."""
-    if isinstance(error, FileExistsError) and error.filename is not None:
-        return f"{str(error.filename)!r} is no folder"
-    return reason(error)
+                if not numbered:
+                    raise
+                number += 1
+                folder = path.with_name(f"{path.name}-{number}")
+    except (OSError, ValueError) as error:
+        file = error.filename if isinstance(error, FileExistsError) else None
+        why = reason(error) if file is None else f"{str(file)!r} is not a folder"
+        raise CheckpointError(f"cannot make the folder {str(folder)!r}: {why}; give another folder") from error
 
 
 def _acquire(path: Path, wait: float) -> BaseFileLock | None:
-    """The lock of this file, held; None where there are no locks. One object for all of a thread that has it twice."""
+    """Acquire the lock of a file; None if the file system has no locks. A thread gets the same object twice."""
     lock = FileLock(path, is_singleton=True, on_acquired=_sign)
     try:
         lock.acquire(timeout=wait, poll_interval=0.1)
@@ -146,8 +137,8 @@ def _acquire(path: Path, wait: float) -> BaseFileLock | None:
             "wait for it or end it, or give another folder"
         ) from None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # also of a link
-            raise CheckpointError(f"{str(path)!r} is no plain file; delete it") from error
+        if error.errno == errno.ELOOP:  # raised by `_sign`, and by the system for a link
+            raise CheckpointError(f"{str(path)!r} is not a plain file; delete it") from error
         if error.errno not in _NO_LOCKS:
             raise CheckpointError(
                 f"cannot write {str(path)!r}: {reason(error)}; the folder must be writable"
@@ -160,14 +151,14 @@ def _acquire(path: Path, wait: float) -> BaseFileLock | None:
 
 
 def _sign(handle: int) -> None:
-    """Leave the name of the holder; where the disk is full the lock holds without it.
+    """Write the name of the holder; if the disk is full, the lock is valid without it.
 
     Raises:
-        OSError: writing would change a file of another name, or a device.
+        OSError: the file is a device, or has another name too.
     """
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise OSError(errno.ELOOP, "no plain file")
+        raise OSError(errno.ELOOP, "not a plain file")
     own = {"host": socket.gethostname(), "process": os.getpid(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"}
     with suppress(OSError):
         os.ftruncate(handle, 0)
@@ -178,8 +169,8 @@ def _holder(path: Path) -> str:
     try:
         with open_file(path) as file:
             if sys.platform == "win32":
-                file.seek(1)  # the first byte is what is locked, and nobody else can read it
+                file.seek(1)  # the first byte is locked, and cannot be read by others
             found = json.loads(file.read(1000))
         return f"process {int(found['process'])} on {quote(str(found['host']))} since {quote(str(found['since']))}"
-    except Exception:  # whatever stands there
+    except Exception:  # the content may be anything
         return "another process"

@@ -1,12 +1,12 @@
-"""Downloads: resumed where they stopped, checked against a hash, and written whole or not at all.
+"""Downloads: resumed after interruptions, checked against a hash, and completed atomically.
 
-Bytes go to `NAME.part` beside the final place, and what the server said about the file (length, ETag, date) to
-`NAME.part.json`. The next call asks for the rest alone, on condition that the file is still the same one; a server that
-knows no ranges, or has another file by now, sends all of it. `NAME` appears when every byte is there and the hash fits.
-`torch.hub` has a downloader too; it begins anew after every break, which archives of some gigabytes cannot afford.
+The bytes are written to `NAME.part` beside the final path, and the length, ETag and date of the file to
+`NAME.part.json`. The next call requests only the rest, on condition that the file has not changed. A server without
+ranges, or with another file, sends the complete file. `NAME` is created when all bytes are there and the hash is right.
+The downloader of `torch.hub` is not used, because it restarts after every interruption, which is too slow for archives
+of several gigabytes.
 """
 
-import hashlib
 import http.client
 import json
 import os
@@ -22,32 +22,22 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sma.errors import DataError, parsing, quote, reason
-from sma.files import check_file, open_file, read_file
+from sma.files import check_file, read_file
 from sma.recipes.io.drafts import locked_file
-from sma.recipes.io.generated import check_disk
+from sma.recipes.io.generated import check_disk, digest_of
 
 _BLOCK = 1 << 20
-_SECONDS = 30.0
-"""How long a silent server is waited for."""
-
-_ATTEMPTS = 5
-"""Failures in a row, none of which brought `_SLOW` bytes, before giving up."""
-
+_SECONDS = 30.0  # time limit for a server that sends nothing
+_ATTEMPTS = 5  # consecutive failures with fewer than `_SLOW` bytes each before the download fails
+# An attempt fails if the server sends fewer bytes in this time; `_SECONDS` alone would accept one byte at a time.
 _SLOW = 1 << 16
 _SLOW_SECONDS = 60.0
-"""A server that sends fewer bytes in so many seconds is given up: `_SECONDS` alone would wait for one byte after the
-other.
-"""
-
-_NOTES = 1 << 16
-"""Bytes of the notes at most."""
-
-_PAUSE = 1.0
-"""Seconds before the second attempt; twice as many before each further one."""
+_NOTES = 1 << 16  # maximum bytes of the notes
+_PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
 
 
-class _Again(Exception):
-    """The connection failed in a way that another attempt may mend."""
+class _Retry(Exception):
+    """A failure of the connection after which another attempt may succeed."""
 
 
 def fetch(
@@ -59,41 +49,39 @@ def fetch(
     most: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Return `path`, downloading it from `url` first unless it is there.
+    """Return `path`, after downloading the file from `url` if it does not exist.
 
-    A file that is there already is hashed too, if a hash is given. One process at a time downloads to one path; the
-    others wait for it.
+    The hash of an existing file is checked too. Only one process at a time downloads to a path; the others wait for it.
 
     Args:
-        url: http or https.
-        path: where the file shall be; its folder is made if missing.
-        sha256: what the file must have, in hexadecimal digits; None takes any.
-        md5: the same, for files whose publisher gives no better hash.
-        most: bytes that it may have; None: as many as there is room for.
-        progress: whether to show a bar.
+        url: URL of the file, http or https.
+        path: path of the file; its folder is created if missing.
+        sha256: SHA-256 of the file, in hexadecimal digits; None accepts any.
+        md5: MD5 of the file, if no better hash is published; None accepts any.
+        most: maximum bytes of the file; None: the free space.
+        progress: whether to show a progress bar.
 
     Raises:
-        DataError: the server cannot be reached, does not give the file or gives more than that, the disk is full, or
-            the hash is another one. What was downloaded so far stays, so that the next call goes on from there; only a
-            file that is too long or has a wrong hash does not.
+        DataError: the server cannot be reached, or does not send the file, or sends a longer one; the disk is full; or
+            the hash is wrong. The bytes so far are kept, and the next call resumes after them, unless the file is too
+            long or has a wrong hash.
     """
     path = Path(path)
     wanted = {name: value.lower() for name, value in (("sha256", sha256), ("md5", md5)) if value}
     with _disk_errors(path):
-        if _is_there(path, url, wanted):
+        if _exists(path, url, wanted):
             return path
     if not url.startswith(("http://", "https://")):
         raise DataError(f"cannot download {quote(url)}: the address must begin with http:// or https://")
-    part = path.with_name(path.name + ".part")
-    notes = path.with_name(path.name + ".part.json")
+    part, notes = (path.with_name(path.name + suffix) for suffix in (".part", ".part.json"))
     waiting = f"another process downloads {path.name}; waiting for it" if progress else ""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for place in (part, notes):
-            if place.exists():
-                check_file(place)
+        for file in (part, notes):
+            if file.exists():
+                check_file(file)
         with locked_file(part, waiting):
-            if _is_there(path, url, wanted):  # by now, through another process
+            if _exists(path, url, wanted):  # another process may have been first
                 return path
             _Download(url, part, notes, most).run(progress)
             try:
@@ -104,14 +92,14 @@ def fetch(
                     "try again, or get the file elsewhere",
                 )
             except DataError:
-                _forget(part, notes)
+                _restart(part, notes)
                 raise
             os.replace(part, path)
             notes.unlink(missing_ok=True)
     return path
 
 
-def _is_there(path: Path, url: str, wanted: Mapping[str, str]) -> bool:
+def _exists(path: Path, url: str, wanted: Mapping[str, str]) -> bool:
     if path.exists():
         _check(path, wanted, f"{path} is not the file that {url} should give; move it away to download it again")
         return True
@@ -125,19 +113,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror or error}; "
-            "make room there or choose another folder (the next call goes on from what was downloaded)"
+            "make room there or choose another folder (the next call resumes the download)"
         ) from error
 
 
 class _Download:
-    """One file on its way, in as many requests as that takes."""
+    """The download of one file, in one or more requests."""
 
     def __init__(self, url: str, part: Path, notes: Path, most: int | None) -> None:
         self.url, self.part, self.notes, self.most = url, part, notes, most
-        self.yourself = f"put the file at {part.with_name(part.name.removesuffix('.part'))} yourself"
+        self.hint = f"put the file at {part.with_suffix('')} yourself"
 
     def run(self, progress: bool) -> None:
-        """Bring the file to its full length."""
+        """Download the complete file."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -147,78 +135,77 @@ class _Download:
         )
         failures = 0
         with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task(self.part.name.removesuffix(".part"), total=None)
+            task = bar.add_task(self.part.stem, total=None)
             while True:
                 before = _size(self.part)
                 try:
                     self._request(bar, task)
                     return
-                except _Again as error:
+                except _Retry as error:
                     failures = failures + 1 if _size(self.part) < before + _SLOW else 1
                     if failures >= _ATTEMPTS:
                         raise DataError(
                             f"cannot download {self.url}: {error} (after {failures} attempts, with "
-                            f"{_size(self.part):,} bytes here); check the network and call again, or {self.yourself}"
+                            f"{_size(self.part):,} bytes here); check the network and call again, or {self.hint}"
                         ) from error
                     time.sleep(_PAUSE * 2 ** (failures - 1))
 
     def _request(self, bar: Progress, task: Any) -> None:
-        """Ask once for what is missing, and append it; raise `_Again` where it ends too early."""
+        """Request the missing bytes once, and append them.
+
+        Raises:
+            _Retry: the connection ended too early.
+        """
         known = _read_notes(self.notes, self.url)
         here = _size(self.part) if known else 0
         if here and here == known.get("length"):
             return
-        # Accept-Encoding: the bytes of the file itself are hashed and counted, not a compressed form of them.
+        # Accept-Encoding, because the bytes of the file are hashed and counted, not those of a compressed form.
         headers = {"User-Agent": "sparse-modular-activation", "Accept-Encoding": "identity"}
         if here:
             headers |= {"Range": f"bytes={here}-", "If-Range": known["validator"]}
         with self._open(headers) as reply:
-            start, total = _place(reply, here, known.get("length"))
+            start, total = _range_of(reply, here, known.get("length"))
             if start is None:
-                _forget(self.part, self.notes)
-                raise _Again("the file changed on the server, or its answer has the wrong range")
+                _restart(self.part, self.notes)
+                raise _Retry("the file changed on the server, or its answer has the wrong range")
             if start == 0:
-                _forget(self.part, self.notes)
-            self._check_room(start, total)
+                _restart(self.part, self.notes)
+            if total is not None:
+                self._check_length(total)
+                check_disk(self.part.parent, total - start, f"the rest of {self.url}" if start else self.url)
             if start == 0:
                 _write_notes(self.notes, self.url, reply.headers, total)
             bar.update(task, completed=start, total=total)
             self._append(reply, bar, task)
         if total is not None and _size(self.part) != total:
             if _size(self.part) > total:
-                _forget(self.part, self.notes)
-            raise _Again(f"the connection ended before byte {total:,}")
+                _restart(self.part, self.notes)
+            raise _Retry(f"the connection ended before byte {total:,}")
 
     def _open(self, headers: Mapping[str, str]) -> Any:
         try:
             return urllib.request.urlopen(urllib.request.Request(self.url, headers=dict(headers)), timeout=_SECONDS)
         except urllib.error.HTTPError as error:
-            says = f"the server answers {error.code} {reason(ValueError(error.reason))}"
+            status = f"the server answers {error.code} {reason(ValueError(error.reason))}"
             error.close()
-            if error.code == 416:  # what is here is longer than the file
-                _forget(self.part, self.notes)
+            if error.code == 416:  # the file is shorter than the bytes so far
+                _restart(self.part, self.notes)
             if error.code in (408, 416, 429) or error.code >= 500:
-                raise _Again(says) from error
+                raise _Retry(status) from error
             raise DataError(
-                f"cannot download {self.url}: {says}; look for a newer address, or {self.yourself}"
+                f"cannot download {self.url}: {status}; look for a newer address, or {self.hint}"
             ) from error
-        except Exception as error:  # of the network, of the answer, or of an address that is none
+        except Exception as error:  # of the network, the response or the URL
             inner = getattr(error, "reason", error)
-            raise _Again(reason(inner) if isinstance(inner, Exception) else str(inner)) from error
-
-    def _check_room(self, start: int, total: int | None) -> None:
-        """Refuse a file that is longer than it can be, or than the disk is large, before it comes."""
-        if total is None:
-            return
-        self._check_length(total)
-        check_disk(self.part.parent, total - start, f"the rest of {self.url}" if start else self.url)
+            raise _Retry(reason(inner) if isinstance(inner, Exception) else str(inner)) from error
 
     def _check_length(self, length: int) -> None:
         if self.most is not None and length > self.most:
-            _forget(self.part, self.notes)
+            _restart(self.part, self.notes)
             raise DataError(
-                f"cannot download {self.url}: the server gives more than the {self.most:,} bytes that the file can "
-                f"have; look for a newer address, or {self.yourself}"
+                f"cannot download {self.url}: the server sends more than {self.most:,} bytes, the maximum of the file; "
+                f"look for a newer address, or {self.hint}"
             )
 
     def _append(self, reply: Any, bar: Progress, task: Any) -> None:
@@ -229,7 +216,7 @@ class _Download:
                     block = reply.read1(_BLOCK)
                 except (OSError, ValueError, http.client.HTTPException) as error:
                     file.write(getattr(error, "partial", b""))
-                    raise _Again(reason(error)) from error
+                    raise _Retry(reason(error)) from error
                 if not block:
                     break
                 file.write(block)
@@ -238,20 +225,20 @@ class _Download:
                 received += len(block)
                 if (waited := time.monotonic() - began) > _SLOW_SECONDS:
                     if received < _SLOW:
-                        raise _Again(f"the server sent only {received:,} bytes in {waited:.0f} seconds")
+                        raise _Retry(f"the server sent only {received:,} bytes in {waited:.0f} seconds")
                     began, received = time.monotonic(), 0
             file.flush()
             os.fsync(file.fileno())
 
 
-def _place(reply: Any, here: int, length: int | None) -> tuple[int | None, int | None]:
-    """Where in the file the answer begins, and how long the file is; None in the first place if it does not fit what is
-    here.
+def _range_of(reply: Any, here: int, length: int | None) -> tuple[int | None, int | None]:
+    """Return the position in the file of the first byte of a response, and the length of the file.
+
+    The position is None if the response does not continue the bytes so far.
     """
     if reply.status == 206:
-        found = re.fullmatch(
-            r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", reply.headers.get("Content-Range", "")
-        )
+        pattern = r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)"
+        found = re.fullmatch(pattern, reply.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != here:
             return None, None
         total = length if found[2] == "*" else int(found[2])
@@ -264,16 +251,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _forget(part: Path, notes: Path) -> None:
-    """Begin anew; the file stays, for it carries the lock."""
+def _restart(part: Path, notes: Path) -> None:
+    """Delete the bytes so far; the file is kept, because it holds the lock."""
     part.write_bytes(b"")
     notes.unlink(missing_ok=True)
 
 
 def _write_notes(notes: Path, url: str, headers: Any, total: int | None) -> None:
-    """Note what identifies the file; without that, a later call could not know that the rest belongs to it, and starts
-    again.
-    """
+    """Write the identity of the file, without which a later call cannot resume."""
     etag = headers.get("ETag", "")
     validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
     if _is_validator(validator):
@@ -289,18 +274,11 @@ def _read_notes(notes: Path, url: str) -> dict[str, Any]:
 
 
 def _is_validator(value: object) -> bool:
-    """Whether something can stand in the header of a request."""
+    """Whether a value is valid in the header of a request."""
     return isinstance(value, str) and value.isascii() and value.isprintable()
 
 
 def _check(path: Path, wanted: Mapping[str, str], otherwise: str) -> None:
-    if not wanted:
-        return
-    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in wanted}
-    with open_file(path) as file, parsing(path):
-        while block := file.read(_BLOCK):
-            for total in hashes.values():
-                total.update(block)
     for name, value in wanted.items():
-        if (found := hashes[name].hexdigest()) != value:
+        if (found := digest_of(path, name)) != value:
             raise DataError(f"{otherwise}: its {name} is {found}, expected {value}")

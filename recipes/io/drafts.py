@@ -1,8 +1,8 @@
-"""Locks between processes, and folders for what is not finished yet.
+"""Locks between processes, and folders for incomplete data.
 
-A lock ends with the process that holds it, however that process ends, and leaves no file: not `filelock.FileLock`,
-which leaves one in every folder of data. Windows cannot lock a folder, and some network file systems cannot lock at
-all: there nobody waits for another, and what killed processes leave is not removed.
+A lock ends with the process that holds it, and leaves no file, unlike `filelock.FileLock`, which would leave one in
+every folder of data. Windows has no locks of folders, and some network file systems have no locks. There, processes do
+not wait for each other, and the drafts of killed processes are not deleted.
 """
 
 import os
@@ -18,14 +18,14 @@ from sma.files import lock_file
 from sma.recipes.io.names import plain
 
 PATIENCE = 2.0
-"""Seconds that a lock is waited for in silence."""
+"""Time without a message while waiting for a lock, in seconds."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int | None]:
-    """Keep other processes out of `folder`, and yield its handle, or None where folders have none.
+    """Hold the lock of a folder inside the block; yields its handle, or None on Windows.
 
-    Others hold the lock for moments. Who waits longer is told for what: a process that is stopped keeps its locks.
+    Locks are held for moments only. After `PATIENCE` a message is printed, because a stopped process keeps its locks.
     """
     if sys.platform == "win32":
         yield None
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[int | None]:
 
 
 def remove_abandoned(folder: Path, name: str) -> None:
-    """Remove the drafts of a name that killed processes left in `folder`, whose lock the caller has."""
+    """Delete the drafts of killed processes in `folder`, whose lock the caller holds."""
     for path in folder.iterdir():
         if path.name.startswith(f".{name}.") and path.suffix == ".tmp" and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -53,9 +53,9 @@ def remove_abandoned(folder: Path, name: str) -> None:
 
 @contextmanager
 def draft_folder(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a new folder `.NAME.….tmp` in `folder`; what is then still in it goes with it.
+    """Yield a new folder `.NAME.….tmp` in `folder`, and delete it afterwards with its remaining files.
 
-    A process that is killed leaves its own behind. Its lock is gone, though, so that `remove_abandoned` removes it.
+    The draft of a killed process has no lock, so `remove_abandoned` deletes it.
     """
     made = folder / f".{name}.{secrets.token_hex(4)}.tmp"
     with ExitStack() as owner:
@@ -71,14 +71,13 @@ def draft_folder(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
-    """Keep other processes from `path`, which is made where it is missing, and removed in the end where it is still
-    empty.
+    """Hold the lock of a file inside the block. It is created if missing, and deleted afterwards if it is empty.
 
-    Whoever has the lock may move or delete the file: those who waited lock the one that stands there then.
+    The holder may move or delete the file; waiting processes then lock the new file at `path`.
 
     Args:
         path: the file.
-        waiting: printed where another process has the lock.
+        waiting: message that is printed if another process holds the lock.
     """
     if sys.platform == "win32":
         yield
@@ -95,7 +94,7 @@ def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
 
 
 def _is_at(path: Path, handle: int, waiting: str) -> bool:
-    """Lock an open file, and say whether it still stands at `path`."""
+    """Lock an open file; returns whether it is still the file at `path`."""
     locked = lock_file(handle)
     if locked is False:
         if waiting:
@@ -107,7 +106,7 @@ def _is_at(path: Path, handle: int, waiting: str) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody holds a draft any more; never where that cannot be known."""
+    """Whether no process holds the lock of a draft; False if this is unknown."""
     if sys.platform == "win32":
         return False
     with suppress(OSError):

@@ -21,7 +21,7 @@ PATIENCE = 60.0
 
 
 class Processes:
-    """Runs functions in their own processes, at most `jobs` at a time.
+    """Functions in their own processes, at most `jobs` at a time.
 
     The processes are spawned, not forked, because a fork of a process that has used torch's threads can hang. Leaving
     the block ends those that still run, and so does the end of this process, even by SIGKILL. Otherwise they could

@@ -1,4 +1,4 @@
-"""The files of a run folder: their names, and how they are written whole, and read with bounds and checked."""
+"""The files of a run folder: their names, atomic writes, and reads with limits and checks."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,6 @@ from sma.errors import CheckpointError, parsing, quote
 from sma.files import read_file, write_atomically
 from sma.spec import Spec, dump_spec
 
-# The files of a run folder.
 EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = (
     "experiment.yaml",
     "data.json",
@@ -22,13 +21,13 @@ EXPERIMENT, DATA, VERSIONS, SUMMARY, EVALUATION = (
 LAST, BEST = "checkpoints/last.ckpt", "checkpoints/best.ckpt"
 
 LIMIT = 1 << 24
-"""Bytes that no JSON file of a run comes near."""
+"""Maximum bytes of a JSON file of a run."""
 
 Number = float | int
 
 
 class _Summary(BaseModel):
-    """What the values of `summary.json` are, where they are there; others are not looked at."""
+    """Types of the optional values of `summary.json`; other values are not checked."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -54,7 +53,7 @@ class _Summary(BaseModel):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of a run folder, whole or not at all.
+    """Write a file of a run folder atomically.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -69,14 +68,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path, hint: str = "the run must be repeated") -> Any:
-    """Read a JSON file of a folder that recipes write.
+    """Read a JSON file of a run folder.
 
     Args:
         path: the file.
-        hint: what to do where it is damaged.
+        hint: end of the error message: advice for a damaged file.
 
     Raises:
-        CheckpointError: it cannot be read, or is damaged.
+        CheckpointError: the file cannot be read, or is damaged.
     """
     content = read_file(path, LIMIT, CheckpointError)
     with parsing(repr(str(path)), CheckpointError, hint):
@@ -84,16 +83,16 @@ def read_json(path: Path, hint: str = "the run must be repeated") -> Any:
 
 
 def read_checked(path: Path, is_right: Callable[[Any], bool], what: str, hint: str = "the run must be repeated") -> Any:
-    """Read a JSON file of which it is known what it holds.
+    """Read a JSON file, and check its value.
 
     Args:
         path: the file.
-        is_right: whether a value is of this kind.
-        what: the kind, in words.
-        hint: what to do where it is another.
+        is_right: whether a value is valid.
+        what: noun for a valid value, for the error message.
+        hint: end of the error message: advice for another value.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: the file cannot be read, or holds another value.
     """
     found = read_json(path, hint)
     if not is_right(found):
@@ -106,10 +105,10 @@ def read_summary(folder: Path, *needed: str) -> dict[str, Any]:
 
     Args:
         folder: the run folder.
-        needed: what it must have.
+        needed: required keys.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or something is missing in it.
+        CheckpointError: the summary is missing or damaged, or lacks a key.
     """
     path = folder / SUMMARY
     found: dict[str, Any] = read_checked(path, lambda value: isinstance(value, dict), "the summary of a run")
@@ -125,19 +124,17 @@ def read_summary(folder: Path, *needed: str) -> dict[str, Any]:
 
 
 def is_words(value: Any) -> bool:
-    """Whether a value maps names to words, as `data.json` does."""
+    """Whether a value is a mapping to strings, as in `data.json`."""
     return isinstance(value, dict) and all(isinstance(word, str) for word in value.values())
 
 
 def is_list_of(value: Any, known: Collection[str]) -> bool:
-    """Whether a value is a list of known names, and not empty."""
+    """Whether a value is a non-empty list of known names."""
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name in known for name in value)
 
 
 def is_parts(value: Any) -> bool:
-    """Whether a value is what `versions.json` holds: an object, as older versions wrote it, or one for every part of a
-    run.
-    """
+    """Whether a value is that of `versions.json`: a mapping per part of a run, or one mapping (older versions)."""
     return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(part, dict) for part in value))
 
 
@@ -148,25 +145,25 @@ def difference(one: Any, other: Any, path: str = "") -> str:
             if one.get(name) != other.get(name):
                 return difference(one.get(name), other.get(name), f"{path}.{name}" if path else str(name))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        for place, (left, right) in enumerate(zip(one, other, strict=True)):
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
             if left != right:
-                return difference(left, right, f"{path}[{place}]")
+                return difference(left, right, f"{path}[{index}]")
     return f"{path} is {quote(one)} there, and {quote(other)} is asked for"
 
 
 def refuse_another(
     there: Spec, asked: Spec, path: Path, hint: str = "give another folder, or resume it as it was"
 ) -> None:
-    """Refuse to go on with another experiment than the one that is asked for.
+    """Check that a folder or a checkpoint belongs to the requested experiment.
 
     Args:
-        there: what a folder or a checkpoint has.
-        asked: what it should be.
-        path: the file that says so.
-        hint: what to do about it.
+        there: its spec.
+        asked: the requested spec.
+        path: the file of its spec.
+        hint: end of the error message: advice for the user.
 
     Raises:
-        CheckpointError: they differ; names the first field.
+        CheckpointError: the specs differ; the message has the first field.
     """
     if there != asked:
         what = difference(dump_spec(there), dump_spec(asked))

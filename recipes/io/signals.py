@@ -1,6 +1,4 @@
-"""Signals by which job schedulers announce that they will end a process: SIGTERM, and SIGUSR1, which `sbatch --signal`
-asks for.
-"""
+"""Signals of job schedulers before they end a process: SIGTERM, and SIGUSR1 with `sbatch --signal=USR1@…`."""
 
 import signal
 import threading
@@ -9,21 +7,19 @@ from contextlib import contextmanager
 from types import FrameType
 
 PREEMPTED = 75
-"""Exit status of a command that such a signal ended: what it did is kept, and it can be repeated (EX_TEMPFAIL of
-sysexits.h).
-"""
+"""Exit status of a command that was ended by such a signal, and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
-# Windows has one of them.
+# Windows has only SIGTERM.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(BaseException):
-    """The process was told to end. Like `KeyboardInterrupt` no `Exception`, for what goes on after a failure is to end
-    too.
+    """The process received a signal to end. Not an `Exception`, as `KeyboardInterrupt`, so that no handler of failures
+    continues.
 
     Args:
-        number: of the signal.
-        words: what was saved.
+        number: number of the signal.
+        words: end of the message: what was saved.
     """
 
     def __init__(self, number: int, words: str) -> None:
@@ -31,7 +27,7 @@ class Preempted(BaseException):
 
 
 class _Handler:
-    """Ours, to be told from handlers of others."""
+    """A handler with its own type, which distinguishes it from the handlers of other packages."""
 
     def __init__(self, act: Callable[[int], object]) -> None:
         self.act = act
@@ -42,19 +38,14 @@ class _Handler:
 
 @contextmanager
 def on_preemption(act: Callable[[int], object]) -> Iterator[Callable[[], None]]:
-    """Call `act` with the number of every such signal for as long as the block runs.
+    """Call `act` with the number of every such signal during the block.
 
-    Only the main thread can; in another nothing happens, and handlers of others stay in force. Yields a function that
-    puts the handlers back in force where something has replaced them meanwhile.
+    Only the main thread can handle signals; in another thread nothing changes. Handlers of other packages are kept.
+    Yields a function that installs the handlers again if another package has replaced them.
     """
-    before = (
-        {number: signal.getsignal(number) for number in SIGNALS}
-        if threading.current_thread() is threading.main_thread()
-        else {}
-    )
-    before = {
-        number: found for number, found in before.items() if found == signal.SIG_DFL or isinstance(found, _Handler)
-    }
+    main = threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in SIGNALS if main}
+    before = {number: old for number, old in found.items() if old == signal.SIG_DFL or isinstance(old, _Handler)}
     handler = _Handler(act)
 
     def install() -> None:
@@ -65,12 +56,12 @@ def on_preemption(act: Callable[[int], object]) -> Iterator[Callable[[], None]]:
     try:
         yield install
     finally:
-        for number, found in before.items():
-            signal.signal(number, found)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def end_at_once(number: int) -> None:
-    """End the work where it is; whatever is being written stays as it was.
+    """End the process immediately; atomic writes leave the old files.
 
     Raises:
         Preempted: always.

@@ -1,11 +1,11 @@
-"""WAV files: the samples of one channel as 16-bit numbers, whichever program wrote the file.
+"""WAV files: the samples of one channel as 16-bit integers.
 
-RIFF, RF64 and BW64 are read, with whole numbers of 8, 16, 24 or 32 bits or floating-point numbers of 32 or 64, in the
-plain form or in the extensible one, and with any other chunks around them. 8 and 16 bits are exact, longer numbers are
-rounded to 16 bits.
+RIFF, RF64 and BW64 are read, with integers of 8, 16, 24 or 32 bits or floating-point numbers of 32 or 64 bits, in the
+plain or the extensible form, with any other chunks. Samples of 8 and 16 bits are exact; others are rounded to 16 bits.
+The module `wave` of the standard library reads none of RF64, BW64, floating-point numbers and streamed files.
 
-A program that writes to a pipe cannot go back and write how much it wrote. Its header holds 0 or a number near 2 or 4
-GiB instead: there the samples go on to the end of the file. Any other size is believed, and a file that is shorter is
+A program that writes to a pipe cannot write the size of the samples into the header afterwards. Its header has 0 or a
+number near 2 or 4 GiB instead, and the samples extend to the end of the file. With any other size, a shorter file is
 truncated.
 
 Reference:
@@ -36,23 +36,15 @@ _CODECS = {
     0xF1AC: "FLAC",
 }
 _INTEGER, _FLOAT, _EXTENSIBLE = 0x0001, 0x0003, 0xFFFE
-_SUBFORMAT = bytes.fromhex("000000001000800000aa00389b71")
-"""How the identifier of a sub-format goes on after its codec."""
-
+_SUBFORMAT = bytes.fromhex("000000001000800000aa00389b71")  # the identifier of a sub-format after its codec
 _IN_DS64 = 0xFFFFFFFF
+# Sizes of streamed files, unknown when the header was written: sox writes 0x7FFFF000, ffmpeg 0xFFFFFFFF, Python 0.
 _STREAMED = (range(0x7FFF0000, 0x80010000), range(0xFFFF0000, 1 << 32), range((1 << 63) - (1 << 16), 1 << 64))
-"""Sizes that stand for one that was not known when the header was written: sox writes 0x7FFFF000, ffmpeg 0xFFFFFFFF,
-Python 0.
-"""
-
-_CHUNKS = 10_000
-"""Chunks before the samples at most."""
+_CHUNKS = 10_000  # maximum number of chunks before the samples
 
 
 class _Header(NamedTuple):
-    """What a file says of its samples: codec, channels, samples per second, bits and bytes of one, and where they begin
-    and end.
-    """
+    """The format of the samples, their position in the file, and their size in bytes; `rate` is in Hz."""
 
     codec: int
     channels: int
@@ -68,14 +60,14 @@ def read_wav(path: str | Path, rate: int = 16_000, *, only: int | None = None) -
 
     Args:
         path: the file.
-        rate: samples per second that it must have.
-        only: number of samples that is wanted; a file with another number is not read any further.
+        rate: required sample rate, in Hz.
+        only: required number of samples; None: any.
 
     Returns:
-        The samples; None where their number is not `only`.
+        The samples; None if their number is not `only`.
 
     Raises:
-        DataError: it is no such file, has another rate, more channels or a codec that is not read, or is truncated.
+        DataError: the file is not a WAV file, has another rate, more channels or an unsupported codec, or is truncated.
     """
     with open_file(path) as file, parsing(path, hint="get it again"):
         length = os.fstat(file.fileno()).st_size
@@ -86,37 +78,38 @@ def read_wav(path: str | Path, rate: int = 16_000, *, only: int | None = None) -
                 f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; required are 1 channel, 16 "
                 f"bits, {rate:,} Hz (8, 24 and 32 bits are read too): convert it"
             )
-        promised = header.size // header.width
-        there = min(promised, (length - header.start) // header.width)
-        if there < promised:
+        count, present = header.size // header.width, (length - header.start) // header.width
+        if present < count:
             raise DataError(
-                f"{path} is truncated: it has {there:,} of the {promised:,} samples that its header promises; "
-                "get it again"
+                f"{path} is truncated: it has {present:,} of the {count:,} samples in its header; get it again"
             )
-        if only is not None and there != only:
+        if only not in (None, count):
             return None
         file.seek(header.start)
-        content = file.read(there * header.width)
-        if len(content) < there * header.width:
+        content = file.read(count * header.width)
+        if len(content) < count * header.width:
             raise DataError(f"{path} is truncated: it became shorter while it was read; get it again")
         return _to_16_bits(content, header, path)
 
 
 def _read_header(file: BinaryIO, length: int, path: str | Path) -> _Header:
-    """Walk through the chunks to the samples."""
+    """Read the chunks before the samples."""
     head = file.read(12)
     if head[:4] == b"RIFX" and head[8:] == b"WAVE":
         raise DataError(f"{path} is a big-endian WAV file (RIFX), which is not read; convert it")
     if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
-        _refuse(path, "it does not begin as one" if len(head) == 12 else "it ends too early")
+        _refuse(path, "its header is another one" if len(head) == 12 else "it ends too early")
     form: tuple[int, int, int, int, int] | None = None
     large: int | None = None
     for _ in range(_CHUNKS):
-        name, size = _next_chunk(file, path)
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            _refuse(path, "it ends before its samples")
+        name, size = struct.unpack("<4sI", chunk)
         start = file.tell()
         if name == b"data":
             if form is None:
-                _refuse(path, "its samples come before the chunk 'fmt ' that says what they are")
+                _refuse(path, "its samples come before the chunk 'fmt ' with their format")
             if size == _IN_DS64 and head[:4] != b"RIFF" and large is not None:
                 size = large
             ends = 8 + struct.unpack("<I", head[4:8])[0]
@@ -128,28 +121,16 @@ def _read_header(file: BinaryIO, length: int, path: str | Path) -> _Header:
         elif name == b"ds64" and size >= 16:
             large = struct.unpack("<8xQ", file.read(16))[0]
         file.seek(start + size)
-        if size % 2:
-            _skip_padding(file)
+        if size % 2:  # a byte of padding follows, which some programs omit
+            after = file.read(4)
+            file.seek(-len(after) + (after not in (b"data", b"fmt ", b"fact", b"LIST")), os.SEEK_CUR)
     _refuse(path, f"it has no samples among its first {_CHUNKS:,} chunks")
 
 
-def _next_chunk(file: BinaryIO, path: str | Path) -> tuple[bytes, int]:
-    head = file.read(8)
-    if len(head) < 8:
-        _refuse(path, "it ends before its samples")
-    return head[:4], struct.unpack("<I", head[4:])[0]
-
-
-def _skip_padding(file: BinaryIO) -> None:
-    """A chunk of an odd size is followed by a byte that does not count, which some programs forget."""
-    after = file.read(4)
-    file.seek(-len(after) + (after not in (b"data", b"fmt ", b"fact", b"LIST")), os.SEEK_CUR)
-
-
 def _size_of(size: int, start: int, length: int, ends: int) -> int:
-    """Bytes of the samples: what the header says, or all that is there where it could not know."""
+    """Bytes of the samples: the size in the header, or the rest of a streamed file; `ends` is the end in the header."""
     left = length - start
-    if size == 0:  # right where the header knows where the file ends
+    if size == 0:  # correct if the header has the end of the file
         return 0 if ends in (length, length - 1) else left
     return left if size > left and any(size in sizes for sizes in _STREAMED) else size
 
@@ -163,18 +144,17 @@ def _read_form(content: bytes, path: str | Path) -> tuple[int, int, int, int, in
             _refuse(path, f"its chunk 'fmt ' has {len(content)} bytes, fewer than the 40 of the extensible form")
         if content[26:] != _SUBFORMAT:
             raise DataError(
-                f"{path} has the sub-format {content[24:].hex()}, which is not known; "
-                "convert it to plain numbers of 16 bits"
+                f"{path} has the unknown sub-format {content[24:].hex()}; convert it to plain integers of 16 bits"
             )
         codec = struct.unpack("<H", content[24:26])[0]
     width = (bits + 7) // 8
     if codec in (_INTEGER, _FLOAT) and channels * width != block:
-        _refuse(path, f"{channels} channel(s) of {bits} bits do not make the {block} bytes that its chunk 'fmt ' names")
+        _refuse(path, f"{channels} channel(s) of {bits} bits do not have the {block} bytes of its chunk 'fmt '")
     return codec, channels, rate, bits, width
 
 
 def _describe(header: _Header) -> tuple[str, bool]:
-    """What the samples are, and whether such samples are read."""
+    """A noun for the samples, and whether they are supported."""
     if header.codec == _INTEGER:
         return f"{header.bits} bits", 1 <= header.width <= 4
     if header.codec == _FLOAT:
@@ -187,9 +167,9 @@ def _to_16_bits(content: bytes, header: _Header, path: str | Path) -> Int16[np.n
     if header.codec == _FLOAT:
         waves = np.frombuffer(content, dtype=f"<f{header.width}").astype(np.float64)
         if not np.isfinite(waves).all():
-            raise DataError(f"{path} has samples that are no finite numbers; get it again")
+            raise DataError(f"{path} has non-finite samples; get it again")
         return np.rint(32_768 * waves.clip(-1, 1)).clip(-32_768, 32_767).astype("<i2")
-    if header.width == 1:  # without a sign, silence is 128
+    if header.width == 1:  # unsigned, with 128 as zero
         return ((np.frombuffer(content, dtype=np.uint8).astype("<i2") - 128) * 256).astype("<i2")
     if header.width == 2:
         return np.frombuffer(content, dtype="<i2")
@@ -200,4 +180,4 @@ def _to_16_bits(content: bytes, header: _Header, path: str | Path) -> Int16[np.n
 
 
 def _refuse(path: str | Path, why: str) -> NoReturn:
-    raise DataError(f"{path} is no WAV file of plain samples, or it is truncated ({why}); get it again")
+    raise DataError(f"{path} is not a WAV file of plain samples, or it is truncated ({why}); get it again")

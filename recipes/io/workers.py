@@ -1,7 +1,7 @@
-"""Work shared among processes, with results in order: what is made does not depend on how many processes made it.
+"""Parallel computation with results in order, so that they do not depend on the number of processes.
 
-The pool is the standard library's. Ours are the bound on what is computed ahead, and workers that end with their
-parent: those of a pool wait for ever where it was killed.
+The pool is that of the standard library. This file adds a limit of the results computed in advance, and workers that
+end with their parent, even if it is killed.
 """
 
 import itertools
@@ -26,13 +26,13 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for every item, in their order, computed by `workers` processes.
 
-    Close the generator (`contextlib.closing`) to end the processes before the items are at their end. A daemon, which
-    may not have children, does the work itself.
+    Close the generator (`contextlib.closing`) to end the processes before the last item. A daemon computes the results
+    itself, because it must not have children.
 
     Args:
-        function: can be pickled: one of a module, or a `functools.partial` of one.
-        items: taken as they are needed, a few ahead.
-        workers: None: one per core that this process may use.
+        function: a function that can be pickled, such as one of a module, or a `functools.partial` of one.
+        items: the items, consumed a few in advance.
+        workers: number of processes; None: one per core that this process may use.
 
     Raises:
         SpecError: `workers` is below 1.
@@ -45,7 +45,7 @@ def in_order(
         yield from map(function, items)
         return
     source = iter(items)
-    pool = ProcessPoolExecutor(workers, initializer=_follow_the_parent)
+    pool = ProcessPoolExecutor(workers, initializer=_initialise_worker)
     waiting: deque[Future[Result]] = deque()
     try:
         while True:
@@ -57,7 +57,7 @@ def in_order(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a process that generates data died; with too little memory give workers=1, and in a script keep the call "
+            "a process that generates data died; with too little memory give workers=1, and in a script put the call "
             "under 'if __name__ == \"__main__\":'"
         ) from error
     finally:
@@ -65,11 +65,11 @@ def in_order(
 
 
 def free_cores() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _follow_the_parent() -> None:
-    """Leave interrupts to the parent process, and end when it ends: a worker waiting for tasks would not notice."""
+def _initialise_worker() -> None:
+    """Ignore interrupts, which the parent handles, and exit when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()

@@ -227,7 +227,9 @@ def test_folder_with_something_in_it_is_refused(spec, tmp_path, capsys):
 def test_file_in_the_place_of_the_folder_is_refused(spec, cache, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["--spec", str(spec), "--data", str(cache), "--out", str(tmp_path / "file"), "--no-progress"]) == 2
-    assert re.search(r"error: '.*file' is no folder; give another --out", _said(capsys)[1])
+    assert re.search(
+        r"error: cannot make the folder '.*file': '.*file' is not a folder; give another folder", _said(capsys)[1]
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 

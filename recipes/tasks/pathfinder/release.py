@@ -117,7 +117,7 @@ def _read_list(path: Path, root: Path) -> list[Record]:
                 f"{path}, line {number} names {quote(str(name))}, which cannot be read: {reason(error)}"
             ) from error
         if not stat.S_ISREG(image.st_mode):
-            raise DataError(f"{path}, line {number} names {quote(str(name))}, which is no plain file; get it again")
+            raise DataError(f"{path}, line {number} names {quote(str(name))}, which is not a plain file; get it again")
         if image.st_size:
             found.append(Record(str(name), int(fields[3]), image.st_size, image.st_mtime_ns))
     return found
@@ -167,4 +167,4 @@ def _open_png(content: bytes) -> "ImageFile":
     try:
         return Image.open(io.BytesIO(content), formats=("PNG",))
     except UnidentifiedImageError:  # its message has the address of an object in memory
-        raise ValueError("it is no PNG image") from None
+        raise ValueError("it is not a PNG image") from None

@@ -53,7 +53,7 @@ def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
         file.write(b"x" * (1 << 22))
     with pytest.raises(
         DataError,
-        match=r"archive cannot be read: a header of 3,221,225,472 bytes, where 65,536 are the most that is read",
+        match=r"archive cannot be read: a header has 3,221,225,472 bytes, and the maximum is 65,536",
     ):
         unpack_archive(tmp_path / "archive", tmp_path / "out")
 
@@ -61,7 +61,7 @@ def test_headers_of_any_length_are_not_read_whole(kind, tmp_path):
 def test_size_below_zero_does_not_have_the_same_read_for_ever(tmp_path):
     minus = (-1536).to_bytes(12, "big", signed=True)
     archive = written(tmp_path / "archive", raw_header(b"a", 0), raw_header(b"b", encoded=minus), bytes(10_240))
-    with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or no tar or zip"):
+    with pytest.raises(DataError, match=r"archive cannot be read: .*; it is truncated, damaged, or not a tar or zip"):
         unpack_archive(archive, tmp_path / "out")
 
 
@@ -72,7 +72,7 @@ def test_sparse_members_are_refused(claimed, tmp_path):
         tmp_path / "archive", attributes, raw_header(b"set/a", 512), b"0\n".ljust(512, b"\0"), bytes(1024)
     )
     with pytest.raises(
-        DataError, match=r"member 'set/a' is a device or something else that is no file; only plain files are unpacked"
+        DataError, match=r"member 'set/a' is a device or another special file; only archives of plain files"
     ):
         unpack_archive(archive, tmp_path / "out")
 
@@ -92,7 +92,7 @@ def test_attributes_of_all_members_are_not_gathered_without_end(tmp_path):
     ]
     archive = written(tmp_path / "archive", *headers, bytes(10_240))
     with pytest.raises(
-        DataError, match=r"archive has more than 1,000 attributes, which no data set here does; nothing was unpacked"
+        DataError, match=r"archive has more than 1,000 attributes, which no data set has; nothing was unpacked"
     ):
         unpack_archive(archive, tmp_path / "out")
 
@@ -104,7 +104,7 @@ def test_tar_that_becomes_far_larger_than_it_is_is_refused(pack, wanted, tmp_pat
     archive = written(tmp_path / "archive", pack(raw_header(b"set/a", 1 << 25) + bytes(1 << 25) + bytes(10_240)))
     with pytest.raises(
         DataError,
-        match=r"archive unpacks to more than [0-9,]+ bytes, which no data set here does; nothing was unpacked",
+        match=r"archive unpacks to more than [0-9,]+ bytes, which no data set has; nothing was unpacked",
     ):
         unpack_archive(archive, tmp_path / "out", members=lambda name: wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["archive"]

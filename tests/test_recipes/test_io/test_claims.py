@@ -155,7 +155,7 @@ def test_something_else_in_the_place_of_the_lock_is_a_sentence(tmp_path, kind):
     os.mkfifo(tmp_path / LOCK) if kind == "pipe" else (tmp_path / LOCK).mkdir()
     with (
         pytest.raises(
-            CheckpointError, match=r"\.lock' is no plain file; delete it|cannot write '.*\.lock': Is a directory"
+            CheckpointError, match=r"\.lock' is not a plain file; delete it|cannot write '.*\.lock': Is a directory"
         ),
         run_lock(tmp_path),
     ):
@@ -169,7 +169,7 @@ def test_link_in_the_place_of_the_lock_leads_nowhere(tmp_path, link):
     if link != "to-nothing":
         victim.write_text("precious", encoding="utf-8")
     os.link(victim, tmp_path / "run" / LOCK) if link == "hard" else (tmp_path / "run" / LOCK).symlink_to(victim)
-    with pytest.raises(CheckpointError, match=r"\.lock' is no plain file; delete it"), run_lock(tmp_path / "run"):
+    with pytest.raises(CheckpointError, match=r"\.lock' is not a plain file; delete it"), run_lock(tmp_path / "run"):
         pytest.fail("locked")
     assert not victim.exists() if link == "to-nothing" else victim.read_text(encoding="utf-8") == "precious"
 
@@ -185,12 +185,12 @@ def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
         pytest.raises(
             CheckpointError,
             match=r"cannot make the folder '.*run': Not a directory|cannot make the folder '.*run': "
-            r"'.*file' is no folder; give",
+            r"'.*file' is not a folder; give",
         ),
         claim_folder(tmp_path / "file" / "run"),
     ):
         pytest.fail("claimed")
-    with pytest.raises(CheckpointError, match=r"file' is no folder"), claim_folder(tmp_path / "file"):
+    with pytest.raises(CheckpointError, match=r"file' is not a folder"), claim_folder(tmp_path / "file"):
         pytest.fail("claimed")
     with pytest.raises(CheckpointError, match="embedded null"), claim_folder(tmp_path / "a\0b"):
         pytest.fail("claimed")

@@ -261,7 +261,7 @@ def test_full_disk_is_a_sentence_and_keeps_what_came(server, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(download.os, "fsync", full)
         with pytest.raises(
-            DataError, match=r"cannot write .*file: No space left on device; make room there .* goes on from what"
+            DataError, match=r"cannot write .*file: No space left on device; make room there .*the next call resumes"
         ):
             get(server, tmp_path / "file")
     assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
@@ -304,7 +304,7 @@ def test_file_that_cannot_be_hashed_is_named(server, tmp_path):
 def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, tmp_path):
     with pytest.raises(
         DataError,
-        match=r"the server gives more than the 1,000 bytes that the file can have; look for a newer address, or",
+        match=r"the server sends more than 1,000 bytes, the maximum of the file; look for a newer address, or",
     ):
         get(server, tmp_path / "file", most=1000)
     assert list(tmp_path.iterdir()) == []
@@ -313,7 +313,7 @@ def test_file_that_says_that_it_is_too_long_is_refused_before_it_comes(server, t
 @pytest.mark.parametrize("breaks", [[], [200_000]], ids=["at once", "after a break"])
 def test_file_without_a_length_that_does_not_end_is_refused_where_it_is_too_long(server, tmp_path, breaks):
     server.length, server.breaks_after = False, breaks
-    with pytest.raises(DataError, match=r"the server gives more than the 100,000 bytes that the file can have"):
+    with pytest.raises(DataError, match=r"the server sends more than 100,000 bytes, the maximum of the file"):
         get(server, tmp_path / "file", most=100_000)
     assert list(tmp_path.iterdir()) == []
     server.breaks_after = []

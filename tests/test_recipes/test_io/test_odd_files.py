@@ -173,7 +173,7 @@ def test_name_of_a_list_that_only_looks_like_a_number_is_refused(name, tmp_path,
             id="long",
         ),
         pytest.param(b"x" * 1_000_000, r"line 1: 'x+\.\.\.x*' is not 'folder file number label", id="line"),
-        pytest.param(b"imgs 9 0 1\n", r"line 1 names 'imgs/9', which is no plain file", id="folder"),
+        pytest.param(b"imgs 9 0 1\n", r"line 1 names 'imgs/9', which is not a plain file", id="folder"),
     ],
 )
 def test_lines_that_no_list_has_are_refused(content, complaint, tmp_path):

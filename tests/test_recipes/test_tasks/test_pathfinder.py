@@ -310,7 +310,7 @@ GREY = np.zeros((32, 32), dtype=np.uint8)
         ),
         pytest.param(
             b"not an image",
-            r"sample_2.png cannot be read: it is no PNG image; it is truncated or damaged: get it again",
+            r"sample_2.png cannot be read: it is not a PNG image; it is truncated or damaged: get it again",
             id="no-image",
         ),
         pytest.param(

@@ -269,7 +269,7 @@ def test_truncated_recording_is_named(tmp_path, size):
 
 def test_file_that_is_no_wav_and_file_that_is_not_there_are_named(tmp_path):
     (tmp_path / "text.wav").write_bytes(b"these are no samples of a sound, but it is long enough to be some")
-    with pytest.raises(DataError, match=r"text\.wav is no WAV file of plain samples, or it is truncated"):
+    with pytest.raises(DataError, match=r"text\.wav is not a WAV file of plain samples, or it is truncated"):
         read_wav(tmp_path / "text.wav")
     with pytest.raises(DataError, match=r"cannot read '.*none\.wav': No such file"):
         read_wav(tmp_path / "none.wav")
