@@ -67,16 +67,10 @@ class DocumentDataset(Dataset[tuple[Tensor, int]]):
     @classmethod
     def of(cls, documents: Iterable[tuple[bytes, int]]) -> "DocumentDataset":
         """Make a data set from documents and their classes."""
-        content, lengths, targets = bytearray(), [0], []
-        for document, target in documents:
-            content += document
-            lengths.append(len(document))
-            targets.append(target)
-        return cls(
-            np.frombuffer(content, dtype=np.uint8),
-            torch.tensor(lengths).cumsum(0),
-            torch.tensor(targets, dtype=torch.int64),
-        )
+        contents, targets = zip(*documents, strict=True)
+        offsets = torch.tensor([0, *map(len, contents)]).cumsum(0)
+        content = np.frombuffer(b"".join(contents), dtype=np.uint8)
+        return cls(content, offsets, torch.tensor(targets, dtype=torch.int64))
 
     def select(self, numbers: Int64[Tensor, " M"]) -> "DocumentDataset":
         """Some of the documents, in the order of their numbers."""

@@ -23,13 +23,14 @@ _ARCHIVE_BYTES = 12 << 30
 _TOPS = (".", "lra_release", "lra_release/lra_release")
 
 
-def in_release(
+def release_folder(
     data: str | Path,
     name: str,
-    what: str,
+    files: Sequence[str] = (),
     *,
-    unpacked: str,
-    members: Callable[[str], bool],
+    what: str = "",
+    unpacked: str = "lra_release_text",
+    members: Callable[[str], bool] = lambda member: member.endswith(".tsv"),
     download: bool = False,
     progress: bool = True,
     option: str = "task.data.download",
@@ -40,25 +41,26 @@ def in_release(
     Args:
         data: the data folder.
         name: name of the folder in the release, such as `listops-1000`.
-        what: description of the folder and its content, for the error message.
+        files: names of the required files in the folder.
+        what: description of the folder and its content, for the error message; empty: its name and files.
         unpacked: name of the folder in the data folder into which an archive is unpacked.
-        members: whether a member of the archive is unpacked.
+        members: whether a member of the archive is unpacked; by default, whether it is a text file.
         download: download the release if nothing is found.
         progress: whether to show a progress bar of the download.
         option: the setting that enables the download.
         instead: end of the error message: an alternative for the user.
 
     Raises:
-        DataError: the folder is not found.
+        DataError: the folder is not found, or lacks one of the files.
     """
-    data = Path(data)
-    return published_folder(
+    data, listed = Path(data), ", ".join(files)
+    found = published_folder(
         [data / base / top / name for base in (".", unpacked) for top in _TOPS],
         [data / archive for archive in _ARCHIVES],
         data / unpacked,
         url=URL,
         archive_most=_ARCHIVE_BYTES,
-        missing=f"there is no {what} in {data}, "
+        missing=f"there is no {what or f'{name}/ with {listed}'} in {data}, "
         f"nor in its lra_release/ or lra_release/lra_release/, nor a {_ARCHIVES[0]} to unpack",
         members=members,
         download=download,
@@ -66,41 +68,7 @@ def in_release(
         option=option,
         instead=instead,
     )
-
-
-def release_folder(
-    data: str | Path,
-    name: str,
-    files: Sequence[str],
-    *,
-    download: bool = False,
-    progress: bool = True,
-    option: str = "task.data.download",
-) -> Path:
-    """Return a folder of the release with text files.
-
-    Args:
-        data: the data folder.
-        name: name of the folder in the release, such as `listops-1000`.
-        files: names of the required files.
-        download: download the release if nothing is found.
-        progress: whether to show a progress bar of the download.
-        option: the setting that enables the download.
-
-    Raises:
-        DataError: the folder is not found, or lacks one of the files.
-    """
-    found = in_release(
-        data,
-        name,
-        f"{name}/ with {', '.join(files)}",
-        unpacked="lra_release_text",
-        members=lambda member: member.endswith(".tsv"),
-        download=download,
-        progress=progress,
-        option=option,
-    )
     missing = [file for file in files if not (found / file).is_file()]
     if missing:
-        raise DataError(f"{found} lacks {', '.join(missing)}; it must hold {', '.join(files)} of {URL}")
+        raise DataError(f"{found} lacks {', '.join(missing)}; it must hold {listed} of {URL}")
     return found

@@ -25,7 +25,7 @@ from sma.files import read_file
 from sma.recipes.io.published import is_visible
 from sma.recipes.tasks.contract import SPLITS
 from sma.recipes.tasks.grey import Chunk
-from sma.recipes.tasks.lra import in_release
+from sma.recipes.tasks.lra import release_folder
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -57,10 +57,10 @@ def find_release(folder: Path, size: int, *, download: bool = False, progress: b
         DataError: the folder is not found.
     """
     level = f"pathfinder{size}/{LEVEL}"
-    lists = in_release(
+    lists = release_folder(
         folder,
         f"{level}/metadata",
-        f"{level} with imgs/ and metadata/",
+        what=f"{level} with imgs/ and metadata/",
         unpacked=f"lra_release_pathfinder{size}",
         members=lambda name: f"/{level}/" in f"/{name}",
         download=download,
