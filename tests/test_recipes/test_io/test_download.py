@@ -150,38 +150,22 @@ def test_broken_connections_are_continued_where_they_broke(server, tmp_path):
     assert server.asked == [None, "bytes=100000-", "bytes=150000-", "bytes=150000-", "bytes=150001-"]
 
 
-def test_next_call_goes_on_where_the_last_gave_up(server, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "requests"),
+    [
+        pytest.param({}, 1, id="same file"),
+        pytest.param({"ranges": False}, 1, id="no ranges"),
+        pytest.param({"content": CONTENT[::-1], "etag": '"two"'}, 1, id="another file"),
+        pytest.param({"content": CONTENT + b"more"}, 2, id="another length"),
+        pytest.param({"content": CONTENT[:1000]}, 2, id="shorter than the bytes so far"),
+    ],
+)
+def test_next_call_resumes_if_the_server_still_has_the_file(server, tmp_path, changes, requests):
     interrupted(server, tmp_path / "file")
     assert not (tmp_path / "file").exists()
-    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == ["bytes=100000-"]
-
-
-def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
-    interrupted(server, tmp_path / "file")
-    server.ranges = False
-    assert get(server, tmp_path / "file", sha256=SHA256).read_bytes() == CONTENT
-    assert server.asked == ["bytes=100000-"]
-
-
-def test_changed_file_is_read_from_the_start(server, tmp_path):
-    interrupted(server, tmp_path / "file")
-    server.content, server.etag = CONTENT[::-1], '"two"'
-    assert get(server, tmp_path / "file").read_bytes() == CONTENT[::-1]
-
-
-def test_file_that_changed_its_length_alone_is_read_from_the_start(server, tmp_path):
-    interrupted(server, tmp_path / "file")
-    server.content = CONTENT + b"more"
-    assert get(server, tmp_path / "file").read_bytes() == CONTENT + b"more"
-    assert server.asked == ["bytes=100000-", None]
-
-
-def test_file_that_became_shorter_than_what_is_here_is_read_from_the_start(server, tmp_path):
-    interrupted(server, tmp_path / "file")
-    server.content = CONTENT[:1000]
-    assert get(server, tmp_path / "file").read_bytes() == CONTENT[:1000]
-    assert server.asked == ["bytes=100000-", None]
+    vars(server).update(changes)
+    assert get(server, tmp_path / "file").read_bytes() == server.content
+    assert server.asked == ["bytes=100000-", None][:requests]
 
 
 def test_another_address_is_another_file(server, tmp_path):

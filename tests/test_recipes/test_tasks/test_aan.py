@@ -160,14 +160,6 @@ def test_release_is_downloaded_when_asked_for(tmp_path, monkeypatch):
     assert len(load_aan(AANSettings(download=True), tmp_path).test) == len(PAIRS)
 
 
-def test_missing_release_is_a_sentence(tmp_path):
-    with pytest.raises(
-        DataError,
-        match=r"there is no tsv_data/ with new_aan_pairs\.train\.tsv.* put https.*, or set task\.data\.download=true",
-    ):
-        load_aan(AANSettings(), tmp_path)
-
-
 def test_archive_that_lacks_the_folder_is_named(tmp_path):
     archive_of(tmp_path / "lra_release.gz", {"lra_release/lra_release/listops-1000/basic_train.tsv": HEAD})
     with pytest.raises(
@@ -193,13 +185,6 @@ def test_listops_is_read_from_the_release(tmp_path):
     ids, target = data.test[0]
     assert (data.show(ids), target) == (["[MAX", "2", "9", "]"], 9)
     assert set(data.hashes) == set(LISTOPS_FILES.values())
-
-
-def test_missing_listops_names_its_own_setting(tmp_path):
-    with pytest.raises(
-        DataError, match=r"there is no listops-1000/ with basic_train\.tsv.*, or set task\.download=true"
-    ):
-        ListOpsTask(source="released").prepare(tmp_path, progress=False)
 
 
 def test_pairs_are_padded_to_one_length_and_lie_in_neighbouring_rows():

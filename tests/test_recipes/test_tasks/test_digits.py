@@ -9,9 +9,8 @@ import torch
 from sklearn import datasets
 
 from sma.errors import DataError, SpecError
-from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks.digits import DigitsSettings, DigitsTask, load_digits, read_digits, split_digits
-from sma.spec import dump_spec, kinds
+from sma.spec import kinds
 
 SPLITS = ("train", "validation", "test")
 
@@ -125,26 +124,3 @@ def test_task_gives_batches_of_real_numbers(tmp_path):
     assert set(data.hashes) == set(SPLITS)
     assert len(data.show(batch.inputs[0])) == 64
     assert list(tmp_path.iterdir()) == []  # nothing to keep
-
-
-@pytest.mark.parametrize(
-    ("encoder", "complaint"),
-    [
-        (
-            "{kind: token_embedding, vocabulary: 17}",
-            "model.encoder.kind='token_embedding' does not read grey values; use kind 'real_number'",
-        ),
-        (
-            "{kind: linear, features: 64}",
-            "model.encoder.kind='linear' does not read grey values; use kind 'real_number'",
-        ),
-    ],
-)
-def test_model_that_does_not_read_pixels_is_refused(encoder, complaint):
-    with pytest.raises(SpecError, match=complaint):
-        load_experiment("digits_routed_mlp_tiny", [f"encoder={encoder}"])
-
-
-def test_model_with_other_classes_is_refused():
-    with pytest.raises(SpecError, match=r"head\.classes=9 must be 10, the classes of the task 'digits'"):
-        load_experiment(dump_spec(load_experiment("digits_routed_mlp_tiny")), ["head.classes=9"])

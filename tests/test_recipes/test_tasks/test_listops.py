@@ -18,7 +18,6 @@ from sma.recipes.tasks.listops import expressions as listops
 from sma.recipes.tasks.listops import trees as listops_trees
 from sma.recipes.tasks.listops.expressions import (
     FILES,
-    TINY,
     VOCABULARY,
     ListOpsSettings,
     decode,
@@ -59,26 +58,6 @@ EXPRESSIONS = st.recursive(
 def small_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     return folder, prepare_listops(SMALL, folder, workers=1, progress=False)
-
-
-def test_splits_have_their_sizes_and_share_no_tree(small_data):
-    _, data = small_data
-    splits = [data.train, data.validation, data.test]
-    assert [len(split) for split in splits] == [300, 40, 60]
-    assert len({decode(ids) for split in splits for ids, _ in split}) == 400
-
-
-def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
-    many = TINY.model_copy(update={"train": 2000})  # many chunks
-    for workers in (1, 2):
-        prepare_listops(many, tmp_path / str(workers), workers=workers, progress=False)
-    assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
-
-
-def test_another_seed_gives_other_files(small_data, tmp_path):
-    _, data = small_data
-    other = prepare_listops(SMALL.model_copy(update={"seed": 4}), tmp_path, workers=1, progress=False)
-    assert all(other.hashes[name] != data.hashes[name] for name in FILES.values())
 
 
 def test_bytes_of_a_generator_version_never_change(small_data):

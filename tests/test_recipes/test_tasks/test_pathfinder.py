@@ -21,9 +21,7 @@ from sma.recipes.tasks.pathfinder import images as pathfinder
 from sma.recipes.tasks.pathfinder.images import PathfinderSettings, PathXSettings, prepare_pathfinder
 from sma.recipes.tasks.pathfinder.release import LEVEL, list_release
 from sma.recipes.tasks.pathfinder.stimulus import StimulusSettings, draw_stimulus
-from sma.recipes.tasks.pathfinder.task import PathfinderTask, PathXTask
 from sma.recipes.training.run import run_experiment
-from sma.spec import dump_spec, kinds, load_spec
 
 SMALL = {"size": 20, "contour_length": 4, "distractors": 1, "distractor_length": 2, "seed_frame": 6}
 SIZES = {"train": 150, "validation": 20, "test": 30}
@@ -240,16 +238,6 @@ def test_release_is_found_in_the_folder_of_its_archive_too(release, tmp_path):
     assert sum(map(len, prepare_pathfinder(RELEASE, tmp_path, workers=1, progress=False)[:3])) == len(made)
 
 
-def test_missing_release_is_a_sentence_with_the_layout(tmp_path):
-    complaint = (
-        r"there is no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*, nor a lra_release.gz to "
-        r"unpack; put https.* there, "
-        r"or set task\.data\.download=true, or generate the images: task\.data\.source=generated"
-    )
-    with pytest.raises(DataError, match=complaint):
-        prepare_pathfinder(RELEASE, tmp_path, progress=False)
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -338,14 +326,6 @@ def test_size_that_was_never_released_is_refused():
         PathfinderSettings(source="release", **SMALL)
 
 
-@pytest.mark.parametrize(
-    "task", [PathfinderTask(data={**SMALL, **SIZES}), PathXTask(data={"distractors": 2})], ids=["pathfinder", "pathx"]
-)
-def test_tasks_are_kinds_that_survive_saving(task):
-    assert kinds("task")[task.kind] is type(task)
-    assert load_spec(dump_spec(task), family="task") == task
-
-
 def experiment(**data):
     settings = [
         f"training.{key}={value}"
@@ -377,10 +357,3 @@ def test_shown_pixels_are_the_grey_values(generated):
     data = generated[1]
     for number in range(5):
         assert data.show(data.test[number][0]) == [str(value) for value in data.test.pixels[number]]
-
-
-def test_model_that_does_not_read_pixels_is_refused():
-    with pytest.raises(
-        SpecError, match=r"encoder.kind='token_embedding' does not read grey values; use kind 'real_number'"
-    ):
-        load_experiment("pathfinder_tiny", ["encoder={kind: token_embedding, vocabulary: 17}"])

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,40 +15,22 @@ from sma.recipes.tasks.contract import ClassificationTask
 from sma.recipes.tasks.digits import load_digits
 from sma.recipes.tasks.image import ImageTask
 from sma.recipes.tasks.language import corpus as text
-from sma.recipes.tasks.listops import expressions as listops
-from sma.recipes.tasks.listops.expressions import FILES, decode, evaluate_expression
+from sma.recipes.tasks.listops.expressions import decode
 from sma.recipes.tasks.listops.task import ListOpsTask
 from sma.recipes.training.run import run_experiment
 from sma.spec import dump_spec, kinds, load_spec
 from tests.test_recipes.tiny import DATA
+
+ALL = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech", "language", "recall")
+PIXELS = ("image", "pathfinder", "digits")
+NUMBERS = r"model\.encoder\.kind='token_embedding' does not read {}; use kind 'real_number'"
+RELEASE = ["task.data.source=release"]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     return cache, ListOpsTask(data=DATA).prepare(cache, progress=False)
-
-
-def test_tasks_are_kinds_of_a_family():
-    assert kinds("task")["listops"] is ListOpsTask
-    task = load_spec({"kind": "listops", "data": DATA}, family="task")
-    assert load_spec(dump_spec(task), family="task") == task
-
-
-def test_splits_hold_what_was_asked_for(prepared):
-    _, data = prepared
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [120, 40, 60]
-    for split in (data.train, data.validation, data.test):
-        assert split.lengths.tolist() == [len(split[number][0]) for number in range(len(split))]
-        assert 3 < int(split.lengths.min()) <= int(split.lengths.max()) < 30
-
-
-def test_targets_are_the_values_of_the_expressions(prepared):
-    task, (_, data) = ListOpsTask(data=DATA), prepared
-    for number in range(len(data.test)):
-        ids, target = data.test[number]
-        assert 0 <= target < task.classes
-        assert target == evaluate_expression(decode(ids).split())
 
 
 def test_every_position_of_a_sample_has_a_text(prepared):
@@ -57,21 +40,6 @@ def test_every_position_of_a_sample_has_a_text(prepared):
         texts = data.show(batch.inputs[row][batch.valid[row]])
         assert len(texts) == int(batch.valid[row].sum())
         assert " ".join(texts) == decode(data.test[row][0])
-
-
-def test_hash_of_every_file_is_recorded(prepared):
-    cache, data = prepared
-    assert set(data.hashes) == set(FILES.values())
-    (folder,) = cache.iterdir()
-    assert data.hashes == {name: listops.digest_of(folder / name) for name in FILES.values()}
-
-
-def test_second_run_reads_the_data_of_the_first(prepared, monkeypatch):
-    cache, data = prepared
-    monkeypatch.setattr(listops, "generate_lines", None)
-    again = ListOpsTask(data=DATA).prepare(cache, progress=False)
-    assert again.hashes == data.hashes
-    assert torch.equal(again.train.lengths, data.train.lengths)
 
 
 def test_data_of_other_settings_lies_beside_it(prepared):
@@ -118,16 +86,32 @@ def test_validation_share_of_the_photographs_is_too_large_for_the_digits(tmp_pat
         ImageTask(data={"source": "digits"}).prepare(tmp_path)
 
 
-RELEASED = {
-    "listops": ["task.source=released"],
-    "text": [],
-    "retrieval": [],
-    "image": [],
-    "pathfinder": ["task.data.source=release"],
-    "pathx": ["task.data.source=release"],
-    "speech": [],
-    "language": [],
-}
+@pytest.mark.parametrize("task", ALL)
+def test_tasks_are_kinds_that_survive_saving(task):
+    made = load_experiment(f"{task}_tiny").task
+    assert kinds("task")[task] is type(made)
+    assert load_spec(dump_spec(made), family="task") == made
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "complaint"),
+    [
+        *((task, "{kind: token_embedding, vocabulary: 17}", NUMBERS.format("grey values")) for task in PIXELS),
+        ("digits", "{kind: linear, features: 64}", r"kind='linear' does not read grey values; use kind 'real_number'"),
+        ("speech", "{kind: token_embedding, vocabulary: 17}", NUMBERS.format("samples of a sound")),
+        ("text", "{kind: token_embedding, vocabulary: 256}", "encoder.vocabulary=256 must be at least 257: padding"),
+        ("text", "{kind: real_number}", r"model\.encoder\.vocabulary=0 must be at least 257"),
+    ],
+)
+def test_model_that_does_not_read_the_inputs_is_refused(task, setting, complaint):
+    with pytest.raises(SpecError, match=complaint):
+        load_experiment(f"{task}_tiny", [f"encoder={setting}"])
+
+
+@pytest.mark.parametrize("task", sorted({*ALL} - {"language", "recall"}))
+def test_model_with_other_classes_is_refused(task):
+    with pytest.raises(SpecError, match=rf"head\.classes=99 must be \d+, the classes of the task '{task}'"):
+        load_experiment(dump_spec(load_experiment(f"{task}_tiny")), ["head.classes=99"])
 
 
 def what_is_missing(task, folder, settings):
@@ -137,37 +121,61 @@ def what_is_missing(task, folder, settings):
     return str(caught.value), re.findall(r"[\w.]+=[a-z]\w*", str(caught.value))
 
 
-@pytest.mark.parametrize("task", RELEASED)
-def test_advice_for_missing_data_can_be_followed(task, tmp_path, monkeypatch):
-    def fetch(url, *arguments, **keywords):
-        raise DataError(f"asked for {url}")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(published, "fetch", fetch)
-    monkeypatch.setattr(text, "fetch", fetch)
-    said, advice = what_is_missing(task, tmp_path, RELEASED[task])
-    (download,) = [setting for setting in advice if setting.endswith("download=true")]
-    asked, _ = what_is_missing(task, tmp_path, [*RELEASED[task], download])
-    assert asked.removeprefix("asked for ") in said
-    for setting in set(advice) - {download}:
-        before, after = (
-            load_experiment(f"{task}_paper", settings) for settings in (RELEASED[task], [*RELEASED[task], setting])
-        )
-        assert before.task != after.task
-
-
 def test_advice_beside_the_pickled_photographs_can_be_followed(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").touch()
     _, advice = what_is_missing("image", tmp_path, [])
     assert load_experiment("image_paper", advice).task.data.download
 
 
+@pytest.mark.parametrize(
+    ("task", "settings", "complaint"),
+    [
+        ("listops", ["task.source=released"], r"no listops-1000/ with basic_train\.tsv"),
+        ("text", [], r"no IMDB reviews in .*imdb: neither aclImdb/\{train,test\}.* nor aclImdb_v1\.tar\.gz; put"),
+        ("retrieval", [], r"no tsv_data/ with new_aan_pairs\.train\.tsv"),
+        ("image", [], r"neither cifar-10-batches-bin \(with data_batch_1.bin to .*\) nor cifar-10-binary.tar.gz in"),
+        ("pathfinder", RELEASE, r"no pathfinder32/curv_contour_length_14 with imgs/ and metadata/ in .*, nor a"),
+        ("pathx", RELEASE, "no pathfinder128/curv_contour_length_14"),
+        ("speech", [], r"neither the folder .*speech_commands_v0.02, with yes/\*.wav and so on, nor the archive"),
+        ("language", [], "no file 'enwik8.zip'"),
+    ],
+)
+def test_missing_data_is_described_with_advice_that_can_be_followed(task, settings, complaint, tmp_path, monkeypatch):
+    def fetch(url, *arguments, **keywords):
+        raise DataError(f"asked for {url}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(text, "fetch", fetch)
+    said, advice = what_is_missing(task, tmp_path, settings)
+    assert re.search(complaint, said)
+    assert list(tmp_path.iterdir()) == []
+    (download,) = [setting for setting in advice if setting.endswith("download=true")]
+    asked, _ = what_is_missing(task, tmp_path, [*settings, download])
+    assert asked.removeprefix("asked for ") in said
+    for setting in set(advice) - {download}:
+        before, after = (load_experiment(f"{task}_paper", chosen) for chosen in (settings, [*settings, setting]))
+        assert before.task != after.task
+
+
+def no_route(*arguments, **keywords):
+    raise ConnectionError("no route")
+
+
 @pytest.mark.parametrize("task", ["text", "image"])
-@pytest.mark.parametrize("module", [None, object()], ids=["no package", "another package"])
-def test_advice_where_the_hub_cannot_be_had_can_be_followed(task, module, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "complaint"),
+    [
+        pytest.param(None, "reads .* through the package datasets, which is not installed; pip", id="no package"),
+        pytest.param(object(), "cannot get .* from the Hub", id="another package"),
+        pytest.param(SimpleNamespace(load_dataset=no_route), "from the Hub: no route; check the", id="no network"),
+    ],
+)
+def test_advice_where_the_hub_cannot_be_had_can_be_followed(task, module, complaint, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", module)
     hub = "task.data.source=hub"
-    _, advice = what_is_missing(task, tmp_path, [hub])
+    said, advice = what_is_missing(task, tmp_path, [hub])
+    assert re.search(complaint, said)
     (instead,) = set(advice) - {hub}
     assert load_experiment(f"{task}_paper", [instead]).task == load_experiment(f"{task}_paper").task
 
