@@ -19,17 +19,17 @@ VOCABULARY_SIZE = 257
 """Padding, and 256 bytes."""
 
 
-def check_vocabulary(model: ModelSpec) -> None:
+def check_vocabulary(
+    model: ModelSpec, required: int = VOCABULARY_SIZE, what: str = "padding, and one for every byte"
+) -> None:
     """Check that a model has an embedding for every id.
 
     Raises:
         ValueError: its vocabulary is too small.
     """
     vocabulary = getattr(model.encoder, "vocabulary", 0)
-    if vocabulary < VOCABULARY_SIZE:
-        raise ValueError(
-            f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}: padding, and one for every byte"
-        )
+    if vocabulary < required:
+        raise ValueError(f"model.encoder.vocabulary={vocabulary} must be at least {required}: {what}")
 
 
 def ids_of(content: UInt8[np.ndarray, " L"]) -> Int64[Tensor, " L"]:

@@ -5,7 +5,7 @@ into memory, so a data set may be larger than the memory, and read without pickl
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def cached_grey(
     sizes: Mapping[str, int],
     side: int,
     class_names: tuple[str, ...],
-    chunks: Callable[[str], Iterable[Chunk]],
+    chunks: Callable[[str], Generator[Chunk, None, None]],
     mean: float,
     std: float,
     title: str,
@@ -91,7 +91,7 @@ def cached_grey(
         sizes: number of images of every split, by `SPLITS`.
         side: height and width of an image, in pixels.
         class_names: names of the classes, in their order.
-        chunks: function that yields the images of a split, `sizes[split]` of them in all. A generator is closed.
+        chunks: function that yields the images of a split, `sizes[split]` of them in all.
         mean, std: see `GreyDataset`; the scale is 255.
         title: title of the progress bar.
         progress: whether to show the bar.
@@ -111,8 +111,8 @@ def cached_grey(
                 images, labels = files[f"{split}_images.npy"], files[f"{split}_labels.npy"]
                 _write_header(images, (sizes[split], pixels))
                 _write_header(labels, (sizes[split],))
-                with closing(_iterate(chunks(split))) as parts:
-                    for grey, targets in parts:
+                with closing(chunks(split)) as made:
+                    for grey, targets in made:
                         images.write(np.ascontiguousarray(grey).tobytes())
                         labels.write(targets.tobytes())
                         update(advance=len(targets))
@@ -151,10 +151,6 @@ def read_array(path: Path, shape: tuple[int, ...]) -> Mapped:
             f"{shape} and uint8 are required: {again}"
         )
     return map_file(path, "u1", shape, offset)
-
-
-def _iterate(chunks: Iterable[Chunk]) -> Generator[Chunk, None, None]:
-    yield from chunks  # closing this closes a generator that it delegates to
 
 
 def _write_header(file: HashedFile, shape: tuple[int, ...]) -> None:

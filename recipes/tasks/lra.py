@@ -17,9 +17,7 @@ from sma.recipes.io.published import published_folder
 
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 _ARCHIVES = ("lra_release.gz", "lra_release.tar.gz")
-_ARCHIVE_BYTES = 12 << 30
-"""Maximum size of the archive, which has 7.7 GB and no published hash."""
-
+_ARCHIVE_BYTES = 12 << 30  # maximum size of the archive, which has 7.7 GB and no published hash
 _TOPS = (".", "lra_release", "lra_release/lra_release")
 
 

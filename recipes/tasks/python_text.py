@@ -37,6 +37,7 @@ INTERNET = frozenset({
 protocols.
 """
 
+# Modules without prose, such as tables, and modules that some installations lack.
 _LEFT_OUT = frozenset(
     {
         "antigravity",
@@ -52,7 +53,6 @@ _LEFT_OUT = frozenset(
         "turtledemo",
     }
 )
-"""Modules without prose, such as tables, and modules that some installations lack."""
 
 
 def python_modules() -> dict[str, bytes]:

@@ -103,7 +103,21 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         with parsing(f"the data set {HUB_NAME} of the Hub", hint="set task.data.source=files"):
             everything, test = (_of_rows(found[split], settings.length) for split in ("train", "test"))
     else:
-        root = _find(Path(folder), settings.download, progress)
+        home = Path(folder) / "imdb"
+        root = published_folder(
+            [home / _FOLDER, home / "unpacked" / _FOLDER],
+            [home / _ARCHIVE],
+            home / "unpacked",
+            url=URL,
+            md5=MD5,
+            archive_most=1 << 27,  # the archive has 84 MB, and the reviews have 66 MB
+            files_most=1 << 28,
+            missing=f"there are no IMDB reviews in {home}: "
+            f"neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
+            members=_is_review,
+            download=settings.download,
+            progress=progress,
+        )
         everything, test = (DocumentDataset.of(_read(root / split, settings.length)) for split in ("train", "test"))
     if settings.split == "lra":
         train, validation = everything, test
@@ -111,25 +125,6 @@ def load_imdb(settings: ImdbSettings, folder: str | Path, *, progress: bool = Tr
         held_out = _held_out(everything.targets, settings)
         train, validation = (everything.select(chosen.nonzero().flatten()) for chosen in (~held_out, held_out))
     return TaskData.of((train, validation, test), show, class_names=CLASSES)
-
-
-def _find(folder: Path, download: bool, progress: bool) -> Path:
-    home = folder / "imdb"
-    unpacked = home / "unpacked"
-    return published_folder(
-        [home / _FOLDER, unpacked / _FOLDER],
-        [home / _ARCHIVE],
-        unpacked,
-        url=URL,
-        md5=MD5,
-        archive_most=1 << 27,  # the archive has 84 MB, and the reviews have 66 MB
-        files_most=1 << 28,
-        missing=f"there are no IMDB reviews in {home}: "
-        f"neither {_FOLDER}/{{train,test}}/{{neg,pos}}/*.txt nor {_ARCHIVE}",
-        members=_is_review,
-        download=download,
-        progress=progress,
-    )
 
 
 def _is_review(name: str) -> bool:

@@ -60,7 +60,7 @@ def test_preset_names_the_experiment():
             id="evaluate",
         ),
         pytest.param(
-            ["--preset", "paper", "--data", "nowhere"], "error: there is no Speech Commands data: looked for", id="data"
+            ["--preset", "paper", "--data", "nowhere"], "error: there is no Speech Commands data: neither", id="data"
         ),
     ],
 )

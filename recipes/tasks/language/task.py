@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from sma.memory import check_memory
 from sma.model import ModelSpec
 from sma.recipes.tasks.contract import Metric, TaskSpec
+from sma.recipes.tasks.documents import check_vocabulary
 from sma.recipes.tasks.language.corpus import PYTHON_TEXT, VOCABULARY_SIZE, Corpus, TextSettings, load_text
 from sma.spec import register
 
@@ -43,11 +44,7 @@ class LanguageTask(TaskSpec):
     def check_model(self, model: ModelSpec) -> None:
         if not model.scores_positions:
             raise ValueError(f"the model kind {model.kind!r} does not score the next token; use kind 'language_model'")
-        vocabulary = getattr(model.encoder, "vocabulary", 0)
-        if vocabulary < VOCABULARY_SIZE:
-            raise ValueError(
-                f"model.encoder.vocabulary={vocabulary} must be at least {VOCABULARY_SIZE}, one for every byte"
-            )
+        check_vocabulary(model, VOCABULARY_SIZE, "one for every byte")
 
     @property
     def least_length(self) -> int:

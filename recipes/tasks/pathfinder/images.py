@@ -1,7 +1,7 @@
 """The images of Pathfinder and Path-X, generated or read from the release of the Long Range Arena."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -111,7 +111,7 @@ def prepare_pathfinder(
         cache = copy_folder(folder, f"pathfinder{size}-release-{listing}")
         groups, decode = split_records(records), partial(read_images, root, size)
 
-    def chunks(split: str) -> Iterator[Chunk]:
+    def chunks(split: str) -> Generator[Chunk, None, None]:
         group = groups[split]
         items = (group[first : first + _CHUNK] for first in range(0, len(group), _CHUNK))
         return in_order(decode, items, workers=workers)

@@ -257,8 +257,8 @@ def test_reading_notes_what_ran_and_what_every_byte_cost(text: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        (["task.context=50"], r"context=50 must be below window=50; nothing would be scored"),
-        (["model.encoder.vocabulary=99"], r"model.encoder.vocabulary=99 must be at least 256, one for every byte"),
+        (["task.context=50"], r"context=50 must be below window=50; else no byte is scored"),
+        (["model.encoder.vocabulary=99"], r"model.encoder.vocabulary=99 must be at least 256: one for every byte"),
         (
             ["model.layers.layer.backbone.bidirectional=true"],
             r"layer 0 'backbone' sees the token that is to be predicted",
