@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from sma.recipes.io.names import markdown_table
-from sma.recipes.reports.results import Row, Summary, groups
+from sma.recipes.reports.results import Row, Summary, groups, metric_of
 from sma.recipes.reports.table import (
-    ACCURACY,
     MEAN_RATE,
     PARAMETERS,
     Block,
@@ -14,6 +13,7 @@ from sma.recipes.reports.table import (
     Table,
     caption,
     markdown,
+    measured,
     variants,
 )
 
@@ -26,9 +26,9 @@ Line = Sequence[Row]
 
 
 def comparison_table(summary: Summary) -> Table:
-    """Accuracy, parameters, activation rate, and speed and memory relative to those of the transformer."""
+    """The metric, parameters, activation rate, and speed and memory relative to those of the transformer."""
     reference = _cost_of(REFERENCE, summary["rows"])
-    columns = [variants("model"), ACCURACY, PARAMETERS, MEAN_RATE]
+    columns = [variants("model"), measured(metric_of(summary)), PARAMETERS, MEAN_RATE]
     for work in WORKS:
         columns += _relative_columns(work, reference)
     minutes = summary["minutes"]
@@ -42,14 +42,17 @@ def comparison_table(summary: Summary) -> Table:
 
 
 def tasks_table(summaries: Mapping[str, Summary]) -> str:
-    """The accuracies on several tasks as Markdown, followed by the table of each task."""
+    """The results on several tasks as Markdown, followed by the table of each task."""
+    columns = [measured(metric_of(summary)) for summary in summaries.values()]
     names = list(dict.fromkeys(row["variant"] for summary in summaries.values() for row in summary["rows"]))
     lines = []
     for name in names:
         found = [[row for row in summary["rows"] if row["variant"] == name] for summary in summaries.values()]
-        lines.append([name, *(ACCURACY.cell(rows) if rows else "-" for rows in found)])
+        cells = zip(columns, found, strict=True)
+        lines.append([name, *(column.cell(rows) if rows else "-" for column, rows in cells)])
     tables = (f"**{task}**\n\n{markdown(comparison_table(summary)).rstrip()}" for task, summary in summaries.items())
-    return "\n\n".join([markdown_table(["accuracy", *summaries], lines), *tables]) + "\n"
+    head = " / ".join(dict.fromkeys(column.head for column in columns))
+    return "\n\n".join([markdown_table([head, *summaries], lines), *tables]) + "\n"
 
 
 def _speed_note(summary: Summary) -> str:

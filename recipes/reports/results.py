@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from sma.recipes.tasks.contract import ClassificationTask, Metric
+
 
 class Labels(TypedDict):
     """The labels of a run.
@@ -33,10 +35,10 @@ class Failure(Labels):
 
 
 class Row(Labels):
-    """A finished run.
+    """A finished run. Its metric of the task stands under the name of the metric; see `value_of`.
 
     Attributes:
-        accuracy: accuracy on the test split.
+        accuracy: accuracy on the test split, if that is the metric of the task.
         activation_rate: mean activation rate of the routed layers on the test split; None without routed layers.
         rates: activation rate of every sub-module of every routed layer on the test split.
         macs_per_token: multiply-accumulates of the layers at these rates, in a row of the test split's mean length.
@@ -49,7 +51,7 @@ class Row(Labels):
         measured_on: hardware of these two measurements.
     """
 
-    accuracy: float
+    accuracy: NotRequired[float]
     activation_rate: float | None
     rates: list[dict[str, float]]
     macs_per_token: float
@@ -62,15 +64,16 @@ class Row(Labels):
     measured_on: NotRequired[str]
 
 
-SPREAD = ("accuracy", "activation_rate", "macs_per_token")
-"""Measures whose spread over seeds is in a summary."""
+SPREAD = ("activation_rate", "macs_per_token")
+"""Measures whose spread over seeds is in a summary, after that of the metric of the task."""
 
 Summary = Mapping[str, Any]
 """Content of the `summary.json` of a study:
 
 | key | value |
 |---|---|
-| `task`, `chance`, `majority`, `data` | facts of the task; missing until a run is finished |
+| `task`, `data`, and `chance`, `majority` of a classification | facts of the task; missing until a run is finished |
+| `metric` | the metric of the task, a `Metric`; summaries without it have accuracies |
 | `updates` | number of updates of every run; null if they differ |
 | `seeds` | seeds of all runs, that of the experiment first |
 | `commit`, `hardware`, `date` | provenance of all runs, separated by commas if they differ |
@@ -81,6 +84,17 @@ Summary = Mapping[str, Any]
 
 A study may add keys.
 """
+
+
+def metric_of(summary: Summary) -> Metric:
+    """Return the metric by which the runs of a study are compared."""
+    return Metric(**summary["metric"]) if "metric" in summary else ClassificationTask.metric
+
+
+def value_of(row: Row, metric: Metric) -> float:
+    """Return the value of the metric of a run on the test split."""
+    value: float = row[metric.name]  # type: ignore[literal-required]
+    return value
 
 
 def layer_rates(rates: Sequence[Mapping[str, float]]) -> list[float]:
@@ -96,12 +110,12 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
     return list(found.values())
 
 
-def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def over_seeds(rows: Sequence[Row], metric: Metric = ClassificationTask.metric) -> list[dict[str, Any]]:
     """Summarise the rows that differ only in their seeds.
 
     Returns:
-        for each variant with several seeds: its labels, `seeds`, and `mean`, `min` and `max` of each measure in
-        `SPREAD` that all rows have.
+        for each variant with several seeds: its labels, `seeds`, and `mean`, `min` and `max` of the metric, and of each
+        measure in `SPREAD` that all rows have.
     """
     spreads = []
     for group in groups(rows):
@@ -109,7 +123,7 @@ def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
             continue
         labels = {key: value for key, value in group[0].items() if key in ("column", "variant")}
         measures: dict[str, Any] = {}
-        for measure in SPREAD:
+        for measure in (metric.name, *SPREAD):
             values = [value for row in group if (value := row[measure]) is not None]  # type: ignore[literal-required]
             if len(values) == len(group):
                 measures[measure] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sma.recipes.io.names import markdown_table, plain
-from sma.recipes.reports.results import Failure, Row, Summary
+from sma.recipes.reports.results import Failure, Row, Summary, metric_of, value_of
+from sma.recipes.tasks.contract import ClassificationTask, Metric
 
 
 class Column(NamedTuple):
@@ -112,8 +113,14 @@ def spread(values: Sequence[float], form: str = ",.0f", unit: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _accuracy(line: Sequence[Row]) -> str:
-    return spread([100 * row["accuracy"] for row in line], ".1f", "%")
+def measured(metric: Metric) -> Column:
+    """Return the column of the metric of a task."""
+
+    def cell(line: Sequence[Row]) -> str:
+        values = [value_of(row, metric) for row in line]
+        return spread([100 * value for value in values], ".1f", "%") if metric.percent else spread(values, ".3f")
+
+    return Column(metric.name.replace("_", " "), cell)
 
 
 def _mean_rate(unit: str) -> Callable[[Sequence[Row]], str]:
@@ -141,7 +148,7 @@ def _tokens_per_second(line: Sequence[Row]) -> str:
     return spread(speeds) if speeds else "-"
 
 
-ACCURACY = Column("accuracy", _accuracy)
+ACCURACY = measured(ClassificationTask.metric)
 PARAMETERS = Column("parameters", lambda line: f"{line[0]['parameters']:,}")
 MEAN_RATE = Column("activation rate", _mean_rate("%"))
 MEAN_RATE_PERCENT = Column("rate, %", _mean_rate(""))
@@ -182,11 +189,15 @@ def caption(summary: Summary, *sentences: str) -> str:
     made = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
     seeds = sorted({row["seed"] for row in rows})
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}: mean (min to max)"
-    samples, minutes = summary["test_samples"], summary["seconds"] / 60
+    samples, minutes, metric = summary["test_samples"], summary["seconds"] / 60, metric_of(summary)
+    error = f": one standard error is at most {50 / samples**0.5:.1f} points" if metric.percent else ""
+    facts = [f"{summary['task']}, {made} updates; {which}.", f"{samples:,} test samples{error}."]
+    if metric.mode == "min":
+        facts.append(f"A lower {metric.name.replace('_', ' ')} is better.")
+    if "chance" in summary:
+        facts.append(f"Chance {summary['chance']:.1%}, majority class {summary['majority']:.1%}.")
     sentences = (
-        f"{summary['task']}, {made} updates; {which}.",
-        f"{samples:,} test samples: one standard error is at most {50 / samples**0.5:.1f} points.",
-        f"Chance {summary['chance']:.1%}, majority class {summary['majority']:.1%}.",
+        *facts,
         *sentences,
         f"{len(rows)} run{'s' if len(rows) > 1 else ''} in {minutes:.1f} minutes, {summary['jobs']} at a time,",
         f"commit {summary['commit']}, {summary['hardware']}, {summary['date']}.",

@@ -3,9 +3,10 @@
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -241,30 +242,33 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
     """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole
     schedule.
     """
-    from sma.recipes.training.classification import Classification
+    # Lightning takes seconds to import; --help need not wait for it.
+    from sma.recipes.training.objective import load_objective
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     training = spec.training
-    objective = Classification(spec.task, data)  # type: ignore[arg-type]
-    learner = objective.module(spec.model.build(), training)
-    optimizer = torch.optim.AdamW(learner.parameters())
+    objective = load_objective(spec.task, data)
+    module = objective.module(spec.model.build(), training)
+    controller = module.controller
+    if controller is not None:  # each update moves to the next rate of the schedule at once
+        move = controller.move
+        module.steer = lambda decisions, valid: move(  # type: ignore[method-assign]
+            controller.count(decisions, valid), speed=1.0
+        )
+    optimizer = torch.optim.AdamW(module.parameters())
+    batches = objective.training_batches(training.replace(updates=max(tried + 1, training.updates)), spec.seed)
     times = []
-    for number, batch in enumerate(
-        objective.training_batches(training.replace(updates=max(tried + 1, training.updates)), spec.seed)
-    ):
-        if learner.controller is not None:
-            learner.controller.updates.fill_(number * training.updates // tried)
-            with torch.no_grad():
-                decisions = learner.model(batch.inputs, batch.valid).decisions
-            learner.controller.move(learner.controller.count(decisions, batch.valid), speed=1.0)
-        since = time.perf_counter()
-        learner.loss_of(batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - since)
-        if number == tried:
-            break
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the module has no trainer to log to
+        for number, batch in zip(range(tried + 1), batches, strict=False):
+            if controller is not None:
+                controller.updates.fill_(number * training.updates // tried)
+            since = time.perf_counter()
+            cast(torch.Tensor, module.training_step(batch, number)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - since)
     return max(2, round(seconds / statistics.fmean(times[2:])))
 
 

@@ -9,7 +9,6 @@ from sma.errors import CheckpointError, SpecError, did_you_mean, parsing, quote
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, difference, read_json, refuse_another, write_text
 from sma.recipes.studies.contract import Asked, Begun, Chosen, Options, Study
-from sma.recipes.studies.grid import check_task
 from sma.recipes.training.start import folder_of
 from sma.spec import dump_yaml
 
@@ -53,7 +52,7 @@ def asked_study(study: Study[Options, Asked], options: Options) -> tuple[Experim
         SpecError: one of them is not valid, or the runs cannot be made of the experiment.
     """
     spec = study.experiment(options)
-    check_task(spec.task)
+    spec.task.check_trainable()
     every = {field: list(known) for field, known in study.names(spec).items()}
     fields: dict[str, Any] = {**study.settings(options), **every, **_selected(study, spec, options)}
     chosen = study.chosen(study=study.name, **fields)

@@ -15,20 +15,19 @@ from sma.recipes.io.names import plain
 from sma.recipes.io.processes import Processes
 from sma.recipes.io.run_folder import EXPERIMENT, LIMIT, SUMMARY, read_summary, refuse_another, write_text
 from sma.recipes.reports.results import Failure, Row, layer_rates
-from sma.recipes.tasks.contract import TaskData, TaskSpec
+from sma.recipes.tasks.contract import ClassificationTask, Metric, TaskData, TaskSpec
 from sma.stats import count_macs
 from sma.streams import make_tolerant
 
 ERROR, LOG = "error.txt", "log.txt"
 """The files of a run that failed: the reason on one line, and its output with the traceback."""
 
-SHARED = ("task", "chance", "majority", "data")
+SHARED, OPTIONAL = ("task", "data"), ("chance", "majority")
 ORIGIN = ("commit", "hardware", "date")
 """What a study states of its runs together."""
 
-MEASURE = "test_accuracy"
-NEEDED = (MEASURE, "activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
-"""What a row holds of the summary of its run."""
+NEEDED = ("activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
+"""What a row holds of the summary of its run, besides the metric of the task."""
 
 Experiment = ExperimentSpec | Callable[[Mapping[str, Row]], ExperimentSpec]
 
@@ -143,8 +142,7 @@ def run_grid(
         CheckpointError: a folder holds a run of another experiment.
         SpecError: the runs have several tasks, or one needs a run that does not stand before it.
     """
-    _check(runs, out)
-    grid = _Grid(runs, out, data)
+    grid = _Grid(runs, out, data, _check(runs, out))
     waiting = [run for run in runs if run.name not in grid.rows and (only is None or run.name in only)]
     grid.tried = [run.name for run in waiting]
     for name in grid.tried:
@@ -181,10 +179,11 @@ def run_grid(
 class _Grid:
     """The rows of a grid as its runs end."""
 
-    def __init__(self, runs: Sequence[Run], out: Path, data: TaskData) -> None:
+    def __init__(self, runs: Sequence[Run], out: Path, data: TaskData, task: TaskSpec) -> None:
         self.runs = runs
         self.out = out
-        self.length = max(1, round(float(data.test.lengths.double().mean())))
+        self.metric = task.metric
+        self.length = _mean_length(task, data)
         self.samples = len(data.test)
         self.tried: list[str] = []
         self.ended = 0
@@ -197,7 +196,7 @@ class _Grid:
         """Read what a run left, and print how it ended."""
         self._read(run)
         self.ended += 1
-        print(f"[{self.ended}/{len(self.tried)}] {run.name}: {in_words(self.out / run.name)}", flush=True)
+        print(f"[{self.ended}/{len(self.tried)}] {run.name}: {in_words(self.out / run.name, self.metric)}", flush=True)
 
     def results(self) -> Results:
         """What stands in the folders."""
@@ -212,7 +211,8 @@ class _Grid:
         summaries = [self.summaries[row["name"]] for row in rows]
         updates = {row["updates"] for row in rows}
         return {
-            **({key: summaries[0][key] for key in SHARED} if summaries else {}),
+            **{key: summaries[0][key] for key in (*SHARED, *OPTIONAL) if summaries and key in summaries[0]},
+            "metric": self.metric._asdict(),
             "updates": updates.pop() if len(updates) == 1 else None,
             # Runs that were made at several times can have several.
             **{key: ", ".join(sorted({str(run.get(key)) for run in summaries})) for key in ORIGIN},
@@ -225,14 +225,14 @@ class _Grid:
         folder = self.out / run.name
         if not (folder / SUMMARY).is_file():
             return
-        found = read_summary(folder, *SHARED, *NEEDED)
+        found = read_summary(folder, *SHARED, self.metric.key, *NEEDED)
         spec = run.experiment if isinstance(run.experiment, ExperimentSpec) else load_experiment(folder / EXPERIMENT)
         rates = found["activation_rates"]
         layers = layer_rates(rates)
         self.summaries[run.name] = found
         row: dict[str, Any] = {
             **run.labels,
-            "accuracy": found[MEASURE],
+            self.metric.name: found[self.metric.key],
             "activation_rate": sum(layers) / len(layers) if layers else None,
             "rates": rates,
             "macs_per_token": count_macs(spec.model, self.length, rates).per_token,
@@ -250,31 +250,28 @@ def failure(folder: Path) -> str | None:
     )
 
 
-def in_words(folder: Path) -> str:
+def in_words(folder: Path, metric: Metric = ClassificationTask.metric) -> str:
     """Return how a run ended."""
     if (reason := failure(folder)) is not None:
         return f"failed: {reason}"
-    run = read_summary(folder, MEASURE, "seconds")
-    return f"accuracy {run[MEASURE]:.1%} after {run['seconds']:.0f} s"
+    run = read_summary(folder, metric.key, "seconds")
+    return f"{metric.headline(run[metric.key]).removeprefix('test ')} after {run['seconds']:.0f} s"
 
 
-def check_task(task: TaskSpec) -> None:
-    """Check that runs of a task can be compared.
+def _mean_length(task: TaskSpec, data: Any) -> int:
+    """Mean number of positions of a test sample."""
+    if (lengths := getattr(data.test, "lengths", None)) is not None:
+        return max(1, round(float(lengths.double().mean())))
+    # Lightning takes seconds to import, and most data has lengths.
+    from sma.recipes.training.objective import load_objective
 
-    Raises:
-        SpecError: the task has no accuracy.
-    """
-    task.check_trainable()
-    if task.metric.key != MEASURE:
-        raise SpecError(
-            f"the task {task.kind!r} is measured by {task.metric.name!r}, and a study compares accuracies; "
-            "use a classification task"
-        )
+    return load_objective(task, data).typical_row
 
 
-def _check(runs: Sequence[Run], out: Path) -> None:
+def _check(runs: Sequence[Run], out: Path) -> TaskSpec:
+    """Check a grid; returns its task."""
     before: set[str] = set()
-    task = None
+    task: TaskSpec | None = None
     for run in runs:
         if missing := [name for name in run.needs if name not in before]:
             raise SpecError(f"the run {run.name!r} needs {missing[0]!r}, which must stand before it in the grid")
@@ -287,8 +284,11 @@ def _check(runs: Sequence[Run], out: Path) -> None:
                 f"the run {run.name!r} has the task {run.experiment.task} and the runs before it {task}; "
                 "the runs of a grid must have one task"
             )
-        check_task(task)
+        task.check_trainable()
         _refuse_another(run.experiment, out / run.name)
+    if task is None:
+        raise SpecError("a grid needs at least one run whose experiment is given")
+    return task
 
 
 def _refuse_another(spec: ExperimentSpec, folder: Path) -> None:

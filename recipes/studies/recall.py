@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sma.calibration import calibrate
 from sma.checkpoint import load
+from sma.errors import SpecError
 from sma.model import SequenceModel
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses
 from sma.recipes.io.option_parser import Names
@@ -21,7 +22,7 @@ from sma.recipes.reports.variants import FIGURE as COMPARISON
 from sma.recipes.studies.contract import Begun, Chosen, variants_field
 from sma.recipes.studies.variants import Variant, VariantsOptions, VariantsStudy, at_random, with_routers
 from sma.recipes.tasks.batch import select_scored
-from sma.recipes.tasks.contract import TaskData
+from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
 from sma.stats import count_rates
 
@@ -49,6 +50,13 @@ class Recall(VariantsStudy[RecallOptions]):
     known = VARIANTS
     figures: ClassVar[Sequence[str]] = (COMPARISON, FIGURE)
     draws_runs = False  # a sample has several answers, which those figures do not show
+
+    def check(self, spec: ExperimentSpec, chosen: Chosen) -> None:
+        if not isinstance(spec.task, ClassificationTask):
+            raise SpecError(
+                f"the task {spec.task.kind!r} is measured by {spec.task.metric.name!r}, and the study of recall "
+                "compares accuracies; use a classification task"
+            )
 
     def subject(self, spec: ExperimentSpec) -> str:
         return "Associative recall"

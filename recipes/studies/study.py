@@ -16,7 +16,7 @@ from sma.recipes.io.claims import run_lock
 from sma.recipes.io.command import resuming
 from sma.recipes.io.names import plain
 from sma.recipes.io.run_folder import SUMMARY, read_checked, write_text
-from sma.recipes.reports.results import over_seeds
+from sma.recipes.reports.results import metric_of, over_seeds
 from sma.recipes.reports.table import comma_separated, markdown
 from sma.recipes.studies.contract import Asked, Begun, Options, Study, StudyOptions
 from sma.recipes.studies.folder import begin, read_study, refuse_changes
@@ -139,7 +139,7 @@ def _write(
 ) -> dict[str, Any]:
     summary = {**results.facts, **clock.read(), "rows": results.rows, "failed": results.failed}
     summary |= study.summarise(results, chosen, out)
-    summary |= {"spread": over_seeds(summary["rows"]), **(more or {})}
+    summary |= {"spread": over_seeds(summary["rows"], metric_of(summary)), **(more or {})}
     table = study.table(summary)
     for name, text in (
         (TABLE, markdown(table)),

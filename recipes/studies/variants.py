@@ -86,7 +86,7 @@ class VariantsStudy(Study[Options, Chosen]):
     def conclude(self, summary: Summary, begun: Begun[Chosen], data: TaskData) -> dict[str, Any]:
         seeds = ", ".join(map(str, dict.fromkeys(row["seed"] for row in summary["rows"])))
         title = f"{self.subject(begun.spec)}, seed {seeds}"
-        attempt(f"the figure of the study in {begun.out}", lambda: draw_variants(summary["rows"], begun.out, title))
+        attempt(f"the figure of the study in {begun.out}", lambda: draw_variants(summary, begun.out, title))
         return {}
 
     def table(self, summary: Summary) -> Table:

@@ -65,10 +65,6 @@ class Classifier(ScoredModule):
         self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets), sync_dist=True)
         return logits
 
-    def loss_of(self, batch: Batch) -> Tensor:
-        """Mean loss over the scored positions of a batch."""
-        return self._run(batch)[2].mean()
-
     def _run(self, batch: Batch, scores: Scores | None = None) -> tuple[ModelOutput, Tensor, Tensor]:
         check_finite(batch, self.global_step)
         output: ModelOutput = self.model(batch.inputs, batch.valid)

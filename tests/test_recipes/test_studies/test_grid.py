@@ -79,6 +79,7 @@ def test_rows_hold_what_the_runs_measured(data, tmp_path):
         "test_samples": len(data.test),
         "length": length,
         "seeds": [0, 1],
+        "metric": {"name": "accuracy", "mode": "max", "key": "test_accuracy", "percent": True},
     }
 
 

@@ -6,15 +6,17 @@ from functools import partial
 import pytest
 import yaml
 
+import sma.spec
 from sma.__main__ import main as report
-from sma.recipes import compare, routed_conv, routed_mlp, router_table
+from sma.recipes import compare, recall, routed_conv, routed_mlp, router_table
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.studies import comparison, study
 from sma.recipes.studies.folder import STUDY
 from sma.recipes.studies.grid import run_grid
-from sma.spec import dump_yaml
+from sma.spec import dump_yaml, kinds
 from tests.test_recipes import fake, tiny
+from tests.test_recipes.regression import LENGTH, RowMeanTask
 
 SETTINGS = {"seeds": 1, "minutes": None, "length": 64}
 
@@ -70,11 +72,32 @@ def test_variant_that_is_named_twice_is_trained_once(command, spec, tmp_path):
         assert fake.trainings(tmp_path / "out" / run["name"]) == 1
 
 
-def test_task_without_an_accuracy_is_refused_before_anything_is_made(command, tmp_path, capsys):
-    call, _ = command
+def test_models_are_compared_by_the_metric_of_a_task_of_another_package(monkeypatch, tmp_path, capsys):
+    kinds("task")
+    monkeypatch.setitem(sma.spec._registry["task"], "row_mean", RowMeanTask)
+    monkeypatch.setattr(study, "run_grid", run_grid)
+    model = {**tiny.MODEL, "encoder": {"kind": "real_number"}, "head": {"kind": "mean_pool_linear", "classes": 1}}
+    experiment = {"task": {"kind": "row_mean"}, "model": model, "training": tiny.TRAINING, "threads": 1}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    out = tmp_path / "out"
+    command = ["--spec", tmp_path / "spec.yaml", "--variants", "transformer,seqboat", "--minutes", "0.001"]
+    here = ["--out", out, "--accelerator", "cpu", "--no-progress"]
+    assert compare.main([*map(str, [*command, *here])]) == 0, capsys.readouterr().err
+    summary = json.loads((out / SUMMARY).read_text())
+    errors = {row["variant"]: json.loads((out / row["name"] / SUMMARY).read_text())["error"] for row in summary["rows"]}
+    assert {row["variant"]: row["squared_error"] for row in summary["rows"]} == errors
+    assert (summary["metric"], summary["length"]) == ({**RowMeanTask.metric._asdict()}, LENGTH)
+    table = (out / "table.md").read_text()
+    assert table.startswith("| model | squared error | parameters |")
+    assert f"| seqboat | {errors['seqboat']:.3f} |" in table
+    assert "64 test samples. A lower squared error is better. Training time" in table
+    assert f"seqboat-0: {errors['seqboat']:.3f} squared error after" in capsys.readouterr().out
+
+
+def test_study_of_recall_refuses_a_task_without_an_accuracy(tmp_path, capsys):
     (tmp_path / "language.yaml").write_text(dump_yaml(load_experiment("language_tiny")), encoding="utf-8")
-    assert call("--spec", tmp_path / "language.yaml", "--out", tmp_path / "out") == 2
-    complaint = "the task 'language' is measured by 'bits_per_character', and a study compares accuracies; use a"
+    assert recall.main(["--spec", str(tmp_path / "language.yaml"), "--out", str(tmp_path / "out")]) == 2
+    complaint = "the task 'language' is measured by 'bits_per_character', and the study of recall compares accuracies; "
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

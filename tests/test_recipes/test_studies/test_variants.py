@@ -106,7 +106,7 @@ def test_table_has_a_line_per_variant(done):
 
 
 def test_figure_is_an_image_with_something_on_it(done, tmp_path):
-    image = matplotlib.image.imread(draw_variants([*done[1].values()], tmp_path, "the title"))
+    image = matplotlib.image.imread(draw_variants({"rows": [*done[1].values()]}, tmp_path, "the title"))
     assert min(image.shape[:2]) > 200
     assert 0.5 < image[..., :3].mean() < 1.0
 
