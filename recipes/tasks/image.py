@@ -128,6 +128,13 @@ def to_grey(colours: UInt8[np.ndarray, "N 3 L"]) -> UInt8[np.ndarray, "N L"]:
 
 def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[Images, Images]:
     unpacked = folder / ARCHIVE.removesuffix(".tar.gz")
+    missing = (
+        f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) "
+        f"nor {ARCHIVE} in {folder}"
+    )
+    for name in _PICKLED:
+        if os.path.exists(folder / name):  # unlike Path.exists, false for invalid names
+            missing += f" but {name}, which is not read, because unpickling it could run any code"
     source = published_folder(
         [folder / FOLDER, unpacked / FOLDER],
         [folder / ARCHIVE],
@@ -136,7 +143,7 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
         md5=MD5,
         archive_most=1 << 28,  # the archive has 170 MB
         files_most=(len(TRAIN_FILES) + 1) * RECORDS * _RECORD,
-        missing=_missing(folder),
+        missing=missing,
         members=lambda name: name.rpartition("/")[2] in (*TRAIN_FILES, TEST_FILE),
         download=settings.download,
         progress=progress,
@@ -144,17 +151,6 @@ def _from_files(settings: CifarSettings, folder: Path, progress: bool) -> tuple[
     parts = [read_batch(source / name) for name in TRAIN_FILES]
     train = np.concatenate([pixels for pixels, _ in parts]), np.concatenate([targets for _, targets in parts])
     return train, read_batch(source / TEST_FILE)
-
-
-def _missing(folder: Path) -> str:
-    missing = (
-        f"there is neither {FOLDER} (with {TRAIN_FILES[0]} to {TRAIN_FILES[-1]} and {TEST_FILE}) "
-        f"nor {ARCHIVE} in {folder}"
-    )
-    for name in _PICKLED:
-        if os.path.exists(folder / name):  # unlike Path.exists, false for invalid names
-            missing += f" but {name}, which is not read, because unpickling it could run any code"
-    return missing
 
 
 def _from_digits() -> tuple[Images, Images]:

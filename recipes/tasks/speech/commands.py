@@ -74,7 +74,22 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
         DataError: nothing is found; a word is missing; a file is not a WAV file of one channel at 16 kHz, or is
             truncated; or the copy cannot be written.
     """
-    source = _source(folder, download, progress)
+    source, archive = folder / NAME, folder / f"{NAME}.tar.gz"
+    published_folder(
+        [source],
+        [archive],
+        source,
+        url=URL,
+        sha256=SHA256,
+        archive_most=3 << 30,  # the archive has 2.3 GiB, and the ten words have 1.2 GB
+        files_most=2 << 30,
+        missing=f"there is no Speech Commands data: neither the folder {source}, "
+        f"with {CLASSES[0]}/*.wav and so on, nor the archive {archive}",
+        members=_is_wanted,
+        download=download,
+        progress=progress,
+        instead=", or try task.data.source=synthetic",
+    )
     files = {name: path for word in CLASSES for name, path in _files_of(source, word)}
     listing = "".join(_entry(name, path) for name, path in files.items())
     fingerprint = hashlib.sha256(listing.encode(errors=_ANY_NAME)).hexdigest()
@@ -105,25 +120,6 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
             )
     clips = map_file(copy / _FILES[0], "<i2", (len(names), SAMPLES))
     return Clips(clips, names, {name: _read_list(source / name) for name in LISTS})
-
-
-def _source(folder: Path, download: bool, progress: bool) -> Path:
-    source, archive = folder / NAME, folder / f"{NAME}.tar.gz"
-    return published_folder(
-        [source],
-        [archive],
-        source,
-        url=URL,
-        sha256=SHA256,
-        archive_most=3 << 30,  # the archive has 2.3 GiB, and the ten words have 1.2 GB
-        files_most=2 << 30,
-        missing=f"there is no Speech Commands data: neither the folder {source}, "
-        f"with {CLASSES[0]}/*.wav and so on, nor the archive {archive}",
-        members=_is_wanted,
-        download=download,
-        progress=progress,
-        instead=", or try task.data.source=synthetic",
-    )
 
 
 def _is_wanted(name: str) -> bool:
