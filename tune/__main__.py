@@ -165,7 +165,7 @@ def search(options: Options) -> dict[str, Any]:
         )
         with endable(options, storage):
             summary = run_sweep(sweep, storage, resources, data_folder=options.data, progress=options.progress)
-    _describe(summary, storage, sweep.quality.name)
+    _print_results(summary, storage, sweep.quality.name)
     if summary["failed"] == summary["trials"]:
         raise SmaError(
             "all trials failed, for the reasons above; correct the cause and start a new sweep: "
@@ -204,7 +204,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
     sweep = load_sweep(storage)
     with storage.locked():
         summary = write_results(sweep, storage)
-    _describe(summary, storage, sweep.quality.name)
+    _print_results(summary, storage, sweep.quality.name)
     return summary
 
 
@@ -233,7 +233,7 @@ def _sweep(options: Options) -> SweepSpec:
     return sweep if options.stop else sweep.replace(stopping=None)
 
 
-def _describe(summary: dict[str, Any], storage: "Storage", quality: str) -> None:
+def _print_results(summary: dict[str, Any], storage: "Storage", quality: str) -> None:
     """Print the results of a sweep; `quality` is the column of the metric."""
     from sma.tune.sweep_results import FIGURE, TABLE
 

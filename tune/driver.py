@@ -74,8 +74,8 @@ def _run_trials(
                     num_samples=sweep.samples - sum(record.status != "running" for record in records),
                     max_concurrent_trials=slots.concurrent,
                     reuse_actors=True,
-                    trial_name_creator=_name,
-                    trial_dirname_creator=_name,
+                    trial_name_creator=_trial_name,
+                    trial_dirname_creator=_trial_name,
                 ),
                 run_config=tune.RunConfig(
                     # Every driver has its own folder, because Tune numbers the checkpoints from 0.
@@ -101,5 +101,5 @@ def _run_trials(
     return write_results(sweep, storage)
 
 
-def _name(trial: Trial) -> str:
+def _trial_name(trial: Trial) -> str:
     return f"{trial.config['number']:04d}"

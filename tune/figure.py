@@ -28,7 +28,7 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
         if quality.name in record.metrics and RATE.name in record.metrics and record.status != "failed"
     ]
     path = next((path for path in searched(sweep.space) if path.endswith("window")), None)
-    colours = _colours([_window(record, sweep, path) for record in shown])
+    colours = _colours([_window_of(record, sweep, path) for record in shown])
     with drawing(8, 5) as figure:
         axis = figure.subplots()
         for record in shown:
@@ -37,7 +37,7 @@ def draw_front(records: Sequence[TrialRecord], chosen: Sequence[TrialRecord], sw
                 record.metrics[quality.name],
                 marker=_MARKS[record.status],
                 s=42,
-                color=colours[_window(record, sweep, path)],
+                color=colours[_window_of(record, sweep, path)],
                 zorder=3,
             )
             axis.annotate(
@@ -89,7 +89,7 @@ def _outline(chosen: Sequence[TrialRecord], sweep: SweepSpec) -> list[TrialRecor
     ]
 
 
-def _window(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
+def _window_of(record: TrialRecord, sweep: SweepSpec, path: str | None) -> Any:
     window = None if path is None else sweep.value(record.values, path)
     # The field of a third-party sub-module may hold anything.
     return window if isinstance(window, int | float | None) else plain(window, 40)

@@ -15,7 +15,6 @@ FOLDER = "records"
 CLOCK = "clock.json"
 
 _HINT = "remove it to run its trial again"
-_CLOCK_HINT = "remove it to resume without the seconds of earlier drivers"
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -111,12 +110,12 @@ def load_records(storage: Storage, sweep: SweepSpec | None = None) -> list[Trial
             continue
         where = storage.address(f"{FOLDER}/{name}")
         record = TrialRecord.parse(storage.read_json(f"{FOLDER}/{name}", _HINT), where)
-        _check(record, name, where, sweep)
+        _check_record(record, name, where, sweep)
         found.append(record)
     return sorted(found, key=lambda record: record.number)
 
 
-def _check(record: TrialRecord, name: str, where: str, sweep: SweepSpec | None) -> None:
+def _check_record(record: TrialRecord, name: str, where: str, sweep: SweepSpec | None) -> None:
     """Check that a record agrees with itself, its file name and its sweep."""
     wrong = None
     if record.number < 0 or name != f"{record.name}.json":
@@ -142,17 +141,15 @@ def load_clock(storage: Storage) -> dict[str, float]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    found = storage.read_json(CLOCK, _CLOCK_HINT)
-    if found is None:
-        return {}
-    if not isinstance(found, dict) or not all(
+    hint = "remove it to resume without the seconds of earlier drivers"
+    found: dict[str, float] | None = storage.read_json(CLOCK, hint, _is_clock, "are the seconds of every driver")
+    return found or {}
+
+
+def _is_clock(found: Any) -> bool:
+    return isinstance(found, dict) and all(
         isinstance(value, int | float) and 0 <= value < 1e12 for value in found.values()
-    ):
-        raise CheckpointError(
-            f"{storage.address(CLOCK)!r} is damaged: {quote(found)}; required are the seconds of every driver; "
-            f"{_CLOCK_HINT}"
-        )
-    return found
+    )
 
 
 def save_clock(storage: Storage, clock: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from sma.errors import CheckpointError, SmaError, parsing, reason
+from sma.errors import CheckpointError, SmaError, parsing, quote, reason
 from sma.files import read_file, write_atomically
 from sma.recipes.io.claims import LOCK, run_lock
 from sma.recipes.io.folders import check_run_folder, expand
@@ -140,19 +140,27 @@ class Storage:
             )
         return content
 
-    def read_json(self, name: str, hint: str = "") -> Any:
-        """The content of a JSON file; None if it does not exist.
+    def read_json(
+        self, name: str, hint: str = "", is_valid: Callable[[Any], bool] = lambda found: True, required: str = ""
+    ) -> Any:
+        """The content of a JSON file; None if it does not exist or is null.
 
         Args:
             name: name of the file.
             hint: remedy for a damaged file, for the error message.
+            is_valid: whether the content is as required.
+            required: the requirement, for the error message.
 
         Raises:
-            CheckpointError: the file is not JSON.
+            CheckpointError: the file is not JSON, or its content is not as required.
         """
         content = self.read(name)
         with parsing(repr(self.address(name)), CheckpointError, hint):
-            return None if content is None else json.loads(content, parse_constant=_finite, parse_float=_finite)
+            found = None if content is None else json.loads(content, parse_constant=_finite, parse_float=_finite)
+        if found is not None and not is_valid(found):
+            hint = f"; {hint}" if hint else ""
+            raise CheckpointError(f"{self.address(name)!r} is damaged: {quote(found)}; required {required}{hint}")
+        return found
 
     def names(self, folder: str = "") -> list[str]:
         """The sorted names of the files and folders in a folder; none if it does not exist.

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from sma.errors import CheckpointError, quote
+from sma.errors import CheckpointError
 from sma.recipes.io.claims import LOCK
 from sma.recipes.training.provenance import commit, hardware
 from sma.spec import dump_yaml
@@ -99,17 +99,16 @@ def load_drivers(storage: Storage) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    found = storage.read_json(DRIVERS)
-    if found is None:
-        return []
-    if not isinstance(found, list) or not all(
-        isinstance(driver, dict) and _is_count(driver.get("concurrent")) for driver in found
-    ):
-        raise CheckpointError(
-            f"{storage.address(DRIVERS)!r} is damaged: {quote(found)}; required is a list of drivers with their slots"
-        )
-    return found
+    found: list[dict[str, Any]] | None = storage.read_json(
+        DRIVERS, "", _are_drivers, "is a list of drivers with their slots"
+    )
+    return found or []
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10**6
+def _are_drivers(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(driver, dict)
+        and type(count := driver.get("concurrent")) is int  # not a Boolean
+        and 1 <= count <= 10**6
+        for driver in found
+    )

@@ -255,7 +255,7 @@ def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> 
         rows: maximum number of trials.
     """
     known = sorted(records, key=lambda record: record.number)
-    shown = _selected(known, sweep, rows)
+    shown = _select_rows(known, sweep, rows)
     counts = {
         status: sum(record.status == status for record in known)
         for status in ("running", "finished", "stopped", "failed")
@@ -277,7 +277,7 @@ def trial_table(records: Iterable[TrialRecord], sweep: SweepSpec, rows: int) -> 
     return table
 
 
-def _selected(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -> list[TrialRecord]:
+def _select_rows(records: Sequence[TrialRecord], sweep: SweepSpec, rows: int) -> list[TrialRecord]:
     """At most `rows` trials: first the running ones, then the best, then the latest."""
     running = [record for record in records if record.status == "running"]
     others = [record for record in records if record.status != "running"]

@@ -11,10 +11,10 @@ from sma.errors import DataError, quote
 from sma.recipes.io.names import plain
 from sma.recipes.reports.figures import drawing, label, save_figure
 
-_MOST = 20
+_MAX_CLASSES = 20
 """Maximum number of classes of a matrix that is printed, or drawn with numbers."""
 
-_WIDEST = 24
+_MAX_NAME = 24
 """Maximum number of characters of a name in tables and figures."""
 
 
@@ -59,10 +59,10 @@ class Confusion(NamedTuple):
 
         Of more than 20 classes it has the least accurate, with their most frequent wrong prediction.
         """
-        return self._matrix() if len(self.names) <= _MOST else self._worst()
+        return self._matrix() if len(self.names) <= _MAX_CLASSES else self._worst()
 
     def _matrix(self) -> str:
-        names = [plain(name, _WIDEST) for name in self.names]
+        names = [plain(name, _MAX_NAME) for name in self.names]
         width = 1 + max(*map(len, names), len(str(int(self.counts.max()))))
         first = max(len("class"), *map(len, names))
         head = f"{'class':<{first}} {'accuracy':>8}   answered" + "".join(f"{name:>{width}}" for name in names)
@@ -74,8 +74,8 @@ class Confusion(NamedTuple):
 
     def _worst(self) -> str:
         accuracies = {index: accuracy for index, accuracy in enumerate(self.per_class.values()) if accuracy is not None}
-        worst = sorted(accuracies, key=lambda index: (accuracies[index], index))[:_MOST]
-        names = [plain(name, _WIDEST) for name in self.names]
+        worst = sorted(accuracies, key=lambda index: (accuracies[index], index))[:_MAX_CLASSES]
+        names = [plain(name, _MAX_NAME) for name in self.names]
         first = max([len("class"), *(len(names[index]) for index in worst)])
         lines = [f"{'class':<{first}} {'accuracy':>8} {'samples':>8}   most often taken for"]
         for index in worst:
@@ -93,11 +93,11 @@ class Confusion(NamedTuple):
         totals = self.counts.sum(1, keepdim=True)
         shares = self.counts.double() / totals.clamp(min=1)
         side = min(14.0, 2.5 + 0.55 * classes)
-        names = [label(name, _WIDEST) for name in self.names]
+        names = [label(name, _MAX_NAME) for name in self.names]
         with drawing(side + 1.2, side) as figure:
             axis = figure.subplots()
             image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            if classes <= _MOST:
+            if classes <= _MAX_CLASSES:
                 axis.set_xticks(range(classes), names, rotation=45, ha="right")
                 axis.set_yticks(range(classes), names)
                 for row, column in self.counts.nonzero().tolist():

@@ -23,12 +23,12 @@ from sma.errors import DataError, SpecError
 Text = bytes | bytearray | memoryview | NDArray[np.uint8] | Tensor
 """Bytes; a tensor of them is uint8, `(T,)`, on the CPU."""
 
-MOST_BEFORE = 100_000_000
+MAX_BEFORE = 100_000_000
 """Maximum number of bytes of training text, the last ones, that `reference_scores` uses: all of enwik8."""
 
 _PRESET = 9  # xz -9
 _BLOCK = 1 << 20
-_MOST_ORDER = 7  # a context and the byte after it are one unsigned integer of 8 bytes
+_MAX_ORDER = 7  # a context and the byte after it are one unsigned integer of 8 bytes
 _BYTE = np.uint64(8)  # bits
 
 
@@ -51,8 +51,8 @@ def reference_scores(train: Text, test: Text) -> dict[str, float]:
         DataError: one of the texts is empty, or a tensor is not uint8 of one dimension.
     """
     before, held_out = _bytes_of(train, "training"), _bytes_of(test, "held-out")
-    limit = "" if len(before) <= MOST_BEFORE else f"_last_{MOST_BEFORE // 1_000_000}MB"
-    before = before[-MOST_BEFORE:]
+    limit = "" if len(before) <= MAX_BEFORE else f"_last_{MAX_BEFORE // 1_000_000}MB"
+    before = before[-MAX_BEFORE:]
     return {
         "xz": xz_alone(held_out),
         f"witten_bell_5{limit}": witten_bell(before, held_out, order=5),
@@ -127,9 +127,9 @@ def witten_bell_probabilities(train: Text, test: Text, order: int = 5) -> NDArra
     Reference:
         Witten and Bell 1991; Chen and Goodman 1999, section 2.5 (see the top of this file).
     """
-    if not 0 <= order <= _MOST_ORDER:
+    if not 0 <= order <= _MAX_ORDER:
         raise SpecError(
-            f"order={order} must be 0 to {_MOST_ORDER}, the number of bytes from which the next one is predicted"
+            f"order={order} must be 0 to {_MAX_ORDER}, the number of bytes from which the next one is predicted"
         )
     before, held_out = _bytes_of(train, "training"), _bytes_of(test, "held-out")
     counts = np.bincount(before, minlength=256)
@@ -175,10 +175,10 @@ def _refine(
         contexts, totals, types = contexts[firsts], np.add.reduceat(numbers, firsts), np.diff(firsts, append=len(seen))
 
         windows = _windows(held_out, predicted, length)
-        context, known = _find(contexts, windows >> _BYTE)
+        context, known = _indices_of(contexts, windows >> _BYTE)
         # If a context is unknown, so are all longer ones.
         predicted, windows, context = predicted[known], windows[known], context[known]
-        window, known = _find(seen, windows)
+        window, known = _indices_of(seen, windows)
         number = np.where(known, numbers[window], 0)
         backed_off = types[context] * probabilities[predicted]
         probabilities[predicted] = (number + backed_off) / (totals[context] + types[context])
@@ -192,8 +192,8 @@ def _windows(text: NDArray[np.uint8], positions: NDArray[np.int64], length: int)
     return windows
 
 
-def _find(known: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The index of every wanted integer in the sorted `known`, and whether it is there."""
+def _indices_of(known: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The index of every wanted integer in the sorted `known`, and whether `known` contains it."""
     indices = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     return indices, known[indices] == wanted
 

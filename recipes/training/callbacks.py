@@ -165,7 +165,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or is not a checkpoint of a run.
     """
-    loaded: Any = _load(path)
+    loaded: Any = _load_checkpoint(path)
     for part, kind in _PARTS.items():
         if not isinstance(loaded, dict) or not isinstance(loaded.get(part), kind) or isinstance(loaded[part], bool):
             raise CheckpointError(f"the checkpoint {str(path)!r} is not one of a run: it has no {part}; {_HINT}")
@@ -174,7 +174,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _load(path: Path, map_location: Any = "cpu") -> Any:
+def _load_checkpoint(path: Path, map_location: Any = "cpu") -> Any:
     size = check_file(path, CheckpointError)
     with parsing(f"the checkpoint {str(path)!r}", CheckpointError, _HINT):
         with zipfile.ZipFile(path) as parts:
@@ -201,5 +201,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read a checkpoint."""
-        loaded: dict[str, Any] = _load(Path(path), map_location or "cpu")
+        loaded: dict[str, Any] = _load_checkpoint(Path(path), map_location or "cpu")
         return loaded

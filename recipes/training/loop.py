@@ -146,13 +146,13 @@ def _begin_part(spec: ExperimentSpec, out: Path, hashes: Mapping[str, str], done
     """Write the experiment, the hashes of the data, and the list of software versions of all parts of the run."""
     for folder in (out, *(out / path for path in ("checkpoints", "model"))):
         remove_drafts(folder)
-    parts = _parts(out / VERSIONS) if done and (out / VERSIONS).exists() else []
+    parts = _read_versions(out / VERSIONS) if done and (out / VERSIONS).exists() else []
     write_text(out / EXPERIMENT, dump_yaml(spec))
     write_text(out / DATA, json.dumps(dict(hashes), indent=1))
     write_text(out / VERSIONS, json.dumps([*parts, {"update": done, **versions()}], indent=1))
 
 
-def _parts(path: Path) -> list[dict[str, Any]]:
+def _read_versions(path: Path) -> list[dict[str, Any]]:
     found = read_checked(
         path, is_parts, "the versions of a run", "delete it to resume without the versions of the earlier parts"
     )

@@ -143,7 +143,7 @@ class TrainingModule(lightning.LightningModule):
             total = total + weights.load_balance * load_balance_loss(decisions, valid)
         if weights.z:
             total = total + weights.z * z_loss(decisions, valid)
-        # While the budget holds its first rate the losses do not yet tell which tokens need a sub-module.
+        # While the budget holds its first rate the losses do not yet depend on which tokens need a sub-module.
         if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
             routers = routers_of(self.model)
             drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.stochastic]

@@ -176,7 +176,7 @@ def test_what_is_set_in_all_trials_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sma.tune.driver.run_sweep", lambda *arguments, **options: {"trials": 1, "failed": 0})
-    monkeypatch.setattr("sma.tune.__main__._describe", lambda *arguments: None)
+    monkeypatch.setattr("sma.tune.__main__._print_results", lambda *arguments: None)
     space = write_sweep(tmp_path, {"training.updates": 20})
     assert (
         main(["--space", str(space), "--set", "training.warmup=2", "--seed=3", "--storage", str(tmp_path / "s")]) == 0

@@ -45,14 +45,14 @@ def language(data_folder: Path, **settings: Any) -> ExperimentSpec:
 
 
 def alone(spec: ExperimentSpec, out: Path, data_folder: Path, resume: bool = False) -> dict[str, Any]:
-    """What one process makes of it."""
+    """The summary of a run of a single process."""
     return run_experiment(
         spec, out, spec.task.prepare(data_folder, progress=False), accelerator="cpu", progress=False, resume=resume
     ).summary
 
 
 def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str = LAST) -> None:
-    """Whether two runs left the same weights, but for rounding."""
+    """Assert that two runs have the same weights up to rounding."""
     left, right = (checkpoint(folder, name)["state_dict"] for folder in (ours, theirs))
     assert left.keys() == right.keys()
     for key, tensor in left.items():
@@ -61,8 +61,15 @@ def assert_equal_weights(ours: Path, theirs: Path, tolerance: float, name: str =
         )
 
 
+def assert_equal_checkpoints(ours: Path, theirs: Path, *parts: str) -> None:
+    """Assert that parts of the checkpoints of two runs are equal bit for bit."""
+    for name in (LAST, BEST):
+        for part in parts:
+            assert same(checkpoint(ours, name)[part], checkpoint(theirs, name)[part]), f"{part} of {name}"
+
+
 def recorded(out: Path) -> list[dict[str, float]]:
-    """What was logged on the way."""
+    """The logged metrics."""
     with (out / "metrics" / "version_0" / "metrics.csv").open() as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
@@ -85,8 +92,8 @@ def files(folder: Path) -> set[str]:
 
 
 class Killer:
-    """Kills the second worker once, when the first has told of update 40: the checkpoint of update 20 is then safe
-    everywhere.
+    """Kills the second worker once, after the first has reported update 40, when the checkpoint of update 20 is
+    complete.
     """
 
     def __init__(self) -> None:
@@ -167,9 +174,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
     out.mkdir()
     train_with_2(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, on_line=killer)
     assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
-    for name in (LAST, BEST):
-        for part in ("state_dict", "optimizer_states", "global_step"):
-            assert same(checkpoint(out, name)[part], checkpoint(uninterrupted, name)[part]), f"{part} of {name}"
+    assert_equal_checkpoints(out, uninterrupted, "state_dict", "optimizer_states", "global_step")
     assert not (out / RAY).exists()
     assert {*files(uninterrupted)} <= files(out)
 
@@ -192,8 +197,7 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
     with driver("train", f"--resume={out}", *common, log=log) as process:
         assert process.wait(PATIENCE) == 0, log.read_text()
     assert log.read_text().count("resuming from the last checkpoint") == 1
-    for name in (LAST, BEST):
-        assert same(checkpoint(out, name)["state_dict"], checkpoint(uninterrupted, name)["state_dict"]), name
+    assert_equal_checkpoints(out, uninterrupted, "state_dict")
     assert not (out / RAY).exists()
     assert (out / SUMMARY).is_file()
 
@@ -205,11 +209,8 @@ def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_
     assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     assert re.search(r"update 120 of 120: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
     train_with_2(spec, tmp_path / "whole", data_folder)
-    for name in (LAST, BEST):
-        for part in ("state_dict", "optimizer_states", "carried", "global_step"):
-            assert same(checkpoint(tmp_path / "killed", name)[part], checkpoint(tmp_path / "whole", name)[part]), (
-                f"{part} of {name}"
-            )
+    parts = ("state_dict", "optimizer_states", "carried", "global_step")
+    assert_equal_checkpoints(tmp_path / "killed", tmp_path / "whole", *parts)
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_reference_scores_are_the_three_of_the_same_bytes_given_in_any_form():
 
 
 def test_keys_of_scores_of_the_end_of_a_long_text_have_the_limit(monkeypatch):
-    monkeypatch.setattr(scores_module, "MOST_BEFORE", 2_000_000)
+    monkeypatch.setattr(scores_module, "MAX_BEFORE", 2_000_000)
     train, test = noise(300_000, 1) + bytes(2_000_000), words(100, 1)
     found = reference_scores(train, test)
     assert found == {
