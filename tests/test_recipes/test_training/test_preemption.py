@@ -128,6 +128,9 @@ def test_stochastic_routers_and_budgets_resume(data, tmp_path, monkeypatch, rout
     _preempted(tmp_path / "parts", data, 13, monkeypatch, spec)
     train(spec, tmp_path / "parts", data, resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    weights = checkpoint(tmp_path / "whole")["state_dict"]
+    assert int(weights["controller.updates"]) == 30
+    assert any(value.any() for name, value in weights.items() if name.endswith("router.score_bias"))
 
 
 def test_metrics_between_two_evaluations_count_every_update(data, tmp_path, monkeypatch):

@@ -197,13 +197,20 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, data, tm
     assert_same_run(tmp_path, finished[0])
 
 
-def test_resumed_run_evaluates_at_the_same_updates_when_something_is_left_over(data, tmp_path):
-    spec = tiny(training__updates=11, training__evaluate_every=4)
+@pytest.mark.parametrize(
+    ("settings", "update"),
+    [
+        pytest.param({"training__updates": 11, "training__evaluate_every": 4}, 9, id="evaluations-do-not-divide"),
+        pytest.param({"precision": "64-true"}, 15, id="float64"),
+    ],
+)
+def test_resumed_run_with_other_settings_is_the_uninterrupted_one(data, tmp_path, settings, update):
+    spec = tiny(**settings)
     train(spec, tmp_path / "whole", data)
-    _interrupted(tmp_path / "parts", data, 9, spec)
+    _interrupted(tmp_path / "parts", data, update, spec)
     train(spec, tmp_path / "parts", data, resume=True)
-    assert checkpoint(tmp_path / "parts")["global_step"] == 11
-    assert same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
+    for part in ("global_step", "state_dict", "optimizer_states"):
+        assert same(checkpoint(tmp_path / "parts")[part], checkpoint(tmp_path / "whole")[part]), part
 
 
 def test_dropout_needs_the_random_states(finished, data, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, scatter_scored
 from sma.recipes.training.classification import Classifier
 from sma.routers import BernoulliRouterSpec, SMARouterSpec
-from tests.test_recipes.tiny import checkpoint, power_failure, same, tiny, train
+from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
 BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
 
@@ -24,19 +24,6 @@ def test_a_budget_brings_the_rates_to_its_target(data, tmp_path):
         tiny(training__budget=budget, training__updates=120, training__evaluate_every=120), tmp_path, data
     ).summary
     assert summary["activation_rate"] == pytest.approx([0.3, 0.3], abs=0.1)
-
-
-@pytest.mark.parametrize("router", ["{kind: sma}", "{kind: gumbel, anneal: 20}"])
-def test_a_steered_training_that_was_interrupted_is_the_uninterrupted_one(data, tmp_path, router):
-    spec = tiny(training__budget=BUDGET, model__layers__layer__router=router)
-    train(spec, tmp_path / "whole", data)
-    with power_failure(17):
-        train(spec, tmp_path / "parts", data)
-    train(spec, tmp_path / "parts", data, resume=True)
-    whole, parts = (checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts"))
-    assert same(whole, parts)
-    assert int(whole["controller.updates"]) == 30
-    assert any(value.any() for name, value in whole.items() if name.endswith("router.score_bias"))
 
 
 def test_a_model_is_the_best_one_only_after_its_rates_have_settled(data, tmp_path, monkeypatch):
