@@ -16,7 +16,7 @@ class CallOptions(CommandOptions):
 
     data: Folder = Field(default_factory=cache_folder, description="folder in which data is kept between runs")
     accelerator: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="the device")
-    progress: bool = Field(default=True, description="show a progress bar")
+    progress: bool = Field(default=True, description="show progress")
 
 
 class ExperimentOptions(CallOptions):

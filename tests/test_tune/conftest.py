@@ -12,8 +12,7 @@ from sma.tune.cluster import start_ray
 def two_slots() -> Iterator[None]:
     """A local cluster of two cores, which a sweep in this process then uses.
 
-    One for each file: the clusters of other files end in this process too, and Ray then ends whoever still belongs to
-    an older one.
+    Every file has its own, because the end of a cluster in this process also ends the processes of older clusters.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     start_ray(num_cpus=2, num_gpus=0, object_store_memory=200 * 2**20)

@@ -11,7 +11,7 @@ GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "samples", "expected"),
+    ("requested", "nodes", "samples", "expected"),
     [
         pytest.param({}, TWO, 16, Slots(2, 1, 0.0), id="two-of-one-core"),
         pytest.param({}, TWO, 1, Slots(1, 1, 0.0), id="no-more-than-trials"),
@@ -27,13 +27,13 @@ GPUS = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 4.0}]
     ],
 )
 def test_slots_are_what_fits(
-    asked: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots
+    requested: dict[str, Any], nodes: list[dict[str, float]], samples: int, expected: Slots
 ) -> None:
-    assert plan_slots(ResourceSpec(**asked), nodes, samples) == expected
+    assert plan_slots(ResourceSpec(**requested), nodes, samples) == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "message"),
+    ("requested", "nodes", "message"),
     [
         pytest.param(
             {"cpus": 3}, [{"CPU": 2.0}, {"CPU": 2.0}], r"no machine has 3 CPUs.*2 CPUs and 0 GPUs; 2 CPUs", id="cpus"
@@ -51,9 +51,11 @@ def test_slots_are_what_fits(
         ),
     ],
 )
-def test_an_impossible_demand_is_refused(asked: dict[str, Any], nodes: list[dict[str, float]], message: str) -> None:
+def test_impossible_resources_are_refused(
+    requested: dict[str, Any], nodes: list[dict[str, float]], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
-        plan_slots(ResourceSpec(**asked), nodes, 16)
+        plan_slots(ResourceSpec(**requested), nodes, 16)
 
 
 def test_a_trial_without_a_gpu_runs_on_the_cpu() -> None:
@@ -87,7 +89,7 @@ def test_this_machine_has_a_core() -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        pytest.param("127.0.0.1:1", r"there is no Ray cluster at '127.0.0.1:1'.*ray start --head", id="nobody-there"),
+        pytest.param("127.0.0.1:1", r"there is no Ray cluster at '127.0.0.1:1'.*ray start --head", id="no-server"),
         pytest.param("somewhere", r"there is no Ray cluster at 'somewhere'", id="no-port"),
         pytest.param(
             "ray://127.0.0.1:10001", r"start the sweep on a node of the cluster, with --address auto", id="client"

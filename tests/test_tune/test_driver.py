@@ -149,7 +149,7 @@ def test_trials_of_every_shipped_sweep_train(
     data = few(sweep.experiment.task.prepare(data_folder, progress=False))
     # In this process: one of Ray's takes longer to start than these trials take to train.
     reports: list[tuple[str, dict[str, float], str]] = []
-    monkeypatch.setattr(TrialReporter, "report", lambda self, *said: reports.append((*said, "")[:3]))
+    monkeypatch.setattr(TrialReporter, "report", lambda self, *arguments: reports.append((*arguments, "")[:3]))
     search = Search(sweep, Storage(tmp_path / "s"))
     for number in range(2):
         config = search.suggest(str(number))

@@ -27,7 +27,7 @@ PATIENCE = 600.0  # seconds on a free machine
 @contextmanager
 def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A sweep in a process of its own, killed at the end if it still runs."""
-    # That of a cluster that there is not: without --address nobody may look for it.
+    # RAY_ADDRESS names no cluster: without --address it must have no effect.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "127.0.0.1:1"}
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -66,7 +66,7 @@ def process_of(record: dict[str, Any]) -> int:
 
 
 def alive(process: int) -> bool:
-    """Whether there is such a process, and it is more than an entry that nobody has asked for."""
+    """Whether a process exists and is not a zombie."""
     try:
         return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:

@@ -6,16 +6,16 @@ from sma.tune.pulse import Listener
 
 
 class World:
-    """A clock and the signs of life at its time."""
+    """A simulated clock and the heartbeats."""
 
     def __init__(self, limit: float = 10.0) -> None:
-        self.now, self.signs = 0.0, {"a": b"0"}
-        self.listener = Listener(limit, self.signs.get, lambda: self.now)
+        self.now, self.heartbeats = 0.0, {"a": b"0"}
+        self.listener = Listener(limit, self.heartbeats.get, lambda: self.now)
 
-    def silent(self, now: float, sign: bytes | None = None, process: str = "one") -> bool:
+    def silent(self, now: float, heartbeat: bytes | None = None, process: str = "one") -> bool:
         self.now = now
-        if sign is not None:
-            self.signs["a"] = sign
+        if heartbeat is not None:
+            self.heartbeats["a"] = heartbeat
         return self.listener.silent("a", process)
 
 
@@ -35,14 +35,14 @@ def test_the_time_restarts_with_another_process_and_after_a_restart() -> None:
 
 def test_a_process_without_any_heartbeat_is_silent_too() -> None:
     world = World()
-    world.signs.clear()
+    world.heartbeats.clear()
     assert [world.silent(0.0), world.silent(11.0)] == [False, True]
 
 
 @pytest.mark.parametrize(("limit", "times"), [(1800.0, [0.0, 1.9, 2.1]), (2.0, [0.0, 0.4, 0.6])])
 def test_heartbeats_are_checked_at_intervals(limit: float, times: list[float]) -> None:
     world = World(limit)
-    asked = []
+    checked = []
     for world.now in times:
-        asked.append(world.listener.due)
-    assert asked == [True, False, True]
+        checked.append(world.listener.due)
+    assert checked == [True, False, True]

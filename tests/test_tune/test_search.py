@@ -113,7 +113,7 @@ def simulate(
 ) -> dict[int, dict[str, Any]]:
     """The values of all trials of a sweep of several slots, in which trials end in a given order of the slots.
 
-    At one end the driver dies, and another one goes on from the records.
+    At one of these ends the driver is replaced by one that resumes from the records.
     """
     search, records, running, values = Search(sweep, Storage(folder)), {}, {}, {}
     for end in range(2 * sweep.samples):

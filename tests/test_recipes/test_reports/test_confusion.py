@@ -84,7 +84,7 @@ def test_figure_of_odd_names_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "sentence"),
+    ("names", "message"),
     [
         pytest.param(
             ["a", "b"], "the data names 2 classes and the task has 3; give every class a name, or none", id="too few"
@@ -94,8 +94,8 @@ def test_figure_of_odd_names_is_drawn(tmp_path):
         ),
     ],
 )
-def test_names_that_cannot_list_the_classes_are_refused(names, sentence):
-    with pytest.raises(DataError, match=sentence):
+def test_names_that_cannot_list_the_classes_are_refused(names, message):
+    with pytest.raises(DataError, match=message):
         check_names(names, 3)
 
 

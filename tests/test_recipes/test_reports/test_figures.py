@@ -86,9 +86,9 @@ def test_failed_figure_is_one_line_of_warning(caplog, error):
     with caplog.at_level(logging.WARNING):
         assert attempt("the figure of %s\n{x}", fail) is False
     (record,) = caplog.records
-    said = record.getMessage()
-    assert said.startswith(f"warning: the figure of %s\\n{{x}} was not drawn: {type(error).__name__}")
-    assert "\n" not in said
+    printed = record.getMessage()
+    assert printed.startswith(f"warning: the figure of %s\\n{{x}} was not drawn: {type(error).__name__}")
+    assert "\n" not in printed
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

@@ -90,21 +90,21 @@ def test_measuring_fewer_samples_than_shown_is_fine(finished, data):
 
 def test_text_has_the_results_and_the_paths(tmp_path):
     (tmp_path / "activation.png").touch()
-    said = REPORT.describe(SUMMARY, tmp_path)
-    assert "test accuracy     45.7%   (chance 10.0%, majority class 18.7%)" in said
-    assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in said
-    assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in said
-    assert "active in layer 1 [MAX 100%, ] 50%, 9 25%" in said
+    printed = REPORT.describe(SUMMARY, tmp_path)
+    assert "test accuracy     45.7%   (chance 10.0%, majority class 18.7%)" in printed
+    assert "activation rate   layer 0: 3.0%   layer 1: 50.0%" in printed
+    assert "time              12 s, 12,345 tokens/s in training, 67,890 parameters, seed 3" in printed
+    assert "active in layer 1 [MAX 100%, ] 50%, 9 25%" in printed
     for name in ("activation.png", "model", "metrics", "tensorboard", "summary.json"):
-        assert str(tmp_path / name) in said
+        assert str(tmp_path / name) in printed
 
 
 def test_text_has_suggestions(tmp_path):
-    said = REPORT.describe(SUMMARY, tmp_path)
-    assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in said
-    assert "next: --set training.updates=800 trains twice as long" in said
-    assert "dead" not in said
-    assert "nearly every token" not in said
+    printed = REPORT.describe(SUMMARY, tmp_path)
+    assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in printed
+    assert "next: --set training.updates=800 trains twice as long" in printed
+    assert "dead" not in printed
+    assert "nearly every token" not in printed
 
 
 @pytest.mark.parametrize(

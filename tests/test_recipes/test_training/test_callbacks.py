@@ -31,18 +31,18 @@ def _watch(health, rates, step=10, module="attention"):
     health.on_validation_end(trainer, None)
 
 
-def test_routers_on_the_way_to_a_budget_are_not_judged(said):
+def test_routers_are_not_checked_before_the_budget_has_settled(new_warnings):
     health, metrics = RouterHealth([SMARouterSpec()]), {"val_rate/layer0/attention": torch.tensor(1.0)}
     trainer = SimpleNamespace(callback_metrics=metrics, global_step=3)
     health.on_validation_end(trainer, SimpleNamespace(settled=False))
-    assert said() == []
+    assert new_warnings() == []
     health.on_validation_end(trainer, SimpleNamespace(settled=True))
-    assert len(said()) == 1
+    assert len(new_warnings()) == 1
 
 
 @pytest.fixture
-def said(caplog):
-    """What was said since the last call."""
+def new_warnings(caplog):
+    """The warnings since the last call."""
     caplog.set_level(logging.WARNING, logger="sma.recipes")
 
     def read():
@@ -53,28 +53,28 @@ def said(caplog):
     return read
 
 
-def test_every_change_of_a_router_is_reported_once(said):
+def test_every_change_of_a_router_is_reported_once(new_warnings):
     health = RouterHealth([SMARouterSpec()] * 2)
     _watch(health, [0.5, 0.5])
-    assert said() == []
+    assert new_warnings() == []
     _watch(health, [0.0004, 0.5], step=500)
     dead = (
         "the router of 'attention' in layer 0 is dead at update 500: rate 0.0004, so it gets no gradient; "
         "set training.budget.target"
     )
-    assert said() == [f"warning: {dead}"]
+    assert new_warnings() == [f"warning: {dead}"]
     _watch(health, [0.0, 1.0], step=1000)
     saturated = (
         "the router of 'attention' in layer 1 is saturated at update 1000: rate 1.0000, so nothing is skipped; "
         "set training.budget.target"
     )
-    assert said() == [f"warning: {saturated}"]
+    assert new_warnings() == [f"warning: {saturated}"]
     _watch(health, [0.0, 1.0], step=1500)
-    assert said() == []
+    assert new_warnings() == []
     _watch(health, [0.02, 1.0], step=2000)
-    assert said() == ["the router of 'attention' in layer 0 is alive again at update 2000: rate 0.0200"]
+    assert new_warnings() == ["the router of 'attention' in layer 0 is alive again at update 2000: rate 0.0200"]
     _watch(health, [0.0, 0.0], step=2500)
-    assert [message.split(" at ")[0] for message in said()] == [
+    assert [message.split(" at ")[0] for message in new_warnings()] == [
         "warning: the router of 'attention' in layer 0 is dead",
         "warning: the router of 'attention' in layer 1 is dead",
     ]
@@ -93,28 +93,28 @@ def test_every_change_of_a_router_is_reported_once(said):
     ],
 )
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_routers_of_a_fixed_rate_are_not_watched(said, router: RouterSpec, rate: float):
+def test_routers_of_a_fixed_rate_are_not_watched(new_warnings, router: RouterSpec, rate: float):
     _watch(RouterHealth([router]), [rate])
-    assert said() == []
+    assert new_warnings() == []
 
 
-def test_layers_and_modules_are_told_apart(said):
+def test_warnings_name_the_layer_and_the_module(new_warnings):
     health = RouterHealth([AlwaysRouterSpec(), SMARouterSpec()])
     _watch(health, [1.0, 1.0], module="mlp")
-    assert [message.split(" is ")[0] for message in said()] == ["warning: the router of 'mlp' in layer 1"]
+    assert [message.split(" is ")[0] for message in new_warnings()] == ["warning: the router of 'mlp' in layer 1"]
 
 
-def test_run_without_a_learning_router_is_silent(data, tmp_path, said):
+def test_run_without_a_learning_router_is_silent(data, tmp_path, new_warnings):
     spec = tiny(layers__layer__router="{kind: never}", training__updates=6)
     summary = train(spec, tmp_path, data).summary
-    assert said() == []
+    assert new_warnings() == []
     assert summary["activation_rate"] == [0.0, 0.0]
 
 
-def test_run_warns_of_a_router_that_nothing_passes(data, tmp_path, said, monkeypatch):
+def test_run_warns_of_a_dead_router(data, tmp_path, new_warnings, monkeypatch):
     monkeypatch.setattr("sma.recipes.training.callbacks.router_health", lambda rate: "dead")
     train(tiny(training__updates=6, training__evaluate_every=2), tmp_path, data)
-    assert [message.split(":")[1] for message in said()] == [
+    assert [message.split(":")[1] for message in new_warnings()] == [
         " the router of 'attention' in layer 0 is dead at update 2",
         " the router of 'attention' in layer 1 is dead at update 2",
     ]

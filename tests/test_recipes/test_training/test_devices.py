@@ -64,9 +64,9 @@ def test_command_refuses_it_before_a_folder_is_made(none, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--out", str(tmp_path / "run")]):
         assert main(["--data", str(tmp_path / "data"), *options, *more]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(complaint)
-        assert len(said.splitlines()) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith(complaint)
+        assert len(printed.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

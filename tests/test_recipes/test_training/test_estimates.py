@@ -106,9 +106,9 @@ def test_disk_counts_for_what_lies_on_it(tmp_path, monkeypatch):
 def test_command_refuses_in_a_line_and_makes_nothing(tmp_path, capsys, monkeypatch, command, setting):
     monkeypatch.chdir(tmp_path)
     assert command(["--set", setting, "--data", str(tmp_path / "data")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,10 +34,10 @@ def test_recorded_figures_come_out_to_the_last_bit(run, finished, capsys):
     assert (result["test_accuracy"], result["test_loss"]) == tuple(
         finished[1].summary[name] for name in ("test_accuracy", "test_loss")
     )
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     accuracy = f"{result['test_accuracy']:.4%}"
-    assert f"test accuracy     {accuracy} of 60 answers, recorded {accuracy}\n" in said
-    assert "reproduced        exactly" in said
+    assert f"test accuracy     {accuracy} of 60 answers, recorded {accuracy}\n" in printed
+    assert "reproduced        exactly" in printed
     assert json.loads((run / "evaluation.json").read_text()) == result
     assert (run / "confusion.png").stat().st_size > 5_000
 
@@ -84,9 +84,9 @@ def test_changed_model_is_reported(run, capsys):
     save_file(tensors, weights, metadata=metadata)
     result = evaluate(run, _options())
     assert not result["reproduced"]
-    said = capsys.readouterr().out
-    assert "reproduced        no, " in said
-    assert "points: " in said
+    printed = capsys.readouterr().out
+    assert "reproduced        no, " in printed
+    assert "points: " in printed
 
 
 def test_hashes_are_compared_by_name():

@@ -47,7 +47,7 @@ def _send(number=signal.SIGUSR1):
 
 
 def _preempted(out, data, update, monkeypatch, spec=None, number=signal.SIGUSR1):
-    """Send a signal in an update, which is counted from 0; returns what was said."""
+    """Send a signal in an update, which is counted from 0; returns the error message."""
     with monkeypatch.context() as patch:
         before_update(patch, update, _send(number))
         with pytest.raises(Preempted, match=rf"preempted by {signal.Signals(number).name}: update .* is saved$") as end:

@@ -157,7 +157,7 @@ def test_run_that_is_being_written_is_refused(run, data):
 
 @pytest.fixture
 def command(tmp_path, capsys):
-    """Runs the command line on a small experiment; returns its exit code and what it said."""
+    """Runs the command line on a small experiment; returns its exit code and its output."""
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(EXPERIMENT), encoding="utf-8")
 
     def call(*options, spec=True):
@@ -174,14 +174,14 @@ def test_one_command_starts_resumes_and_recognises_a_finished_run(command, tmp_p
         before_update(patch, 13, lambda _: end_at_once(15))
         assert command("--out", out, "--auto-resume")[0] == 75
     assert checkpoint(out)["global_step"] == 10
-    code, said = command("--out", out, "--auto-resume", "--seed", "1")
+    code, printed = command("--out", out, "--auto-resume", "--seed", "1")
     assert code == 2
-    assert "belongs to another experiment: seed is 0 there, and 1 is asked for" in said.err
+    assert "belongs to another experiment: seed is 0 there, and 1 is asked for" in printed.err
     assert command("--out", out, "--auto-resume")[0] == 0
     assert checkpoint(out)["global_step"] == 30
-    code, said = command("--out", out, "--auto-resume")
-    assert (code, said.err) == (0, "")
-    assert f"the run in {out} is finished" in said.out
+    code, printed = command("--out", out, "--auto-resume")
+    assert (code, printed.err) == (0, "")
+    assert f"the run in {out} is finished" in printed.out
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_one_command_starts_resumes_and_recognises_a_finished_run(command, tmp_p
     ],
 )
 def test_options_that_do_not_go_together_are_refused(command, options, complaint):
-    code, said = command(*options, spec="--resume" not in options)
+    code, printed = command(*options, spec="--resume" not in options)
     assert code == 2
-    assert complaint in said.err
+    assert complaint in printed.err
 
 
 def test_link_to_a_lost_checkpoint_is_no_beginning(command, tmp_path):
@@ -206,17 +206,17 @@ def test_link_to_a_lost_checkpoint_is_no_beginning(command, tmp_path):
         command("--out", out)
     (out / LAST).unlink()
     (out / LAST).symlink_to("moved.ckpt")
-    code, said = command("--resume", out, spec=False)
+    code, printed = command("--resume", out, spec=False)
     assert code == 2
-    assert "last.ckpt': No such file" in said.err
+    assert "last.ckpt': No such file" in printed.err
 
 
 def test_folder_of_something_else_is_not_taken(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    code, said = command("--out", tmp_path / "run", "--auto-resume")
+    code, printed = command("--out", tmp_path / "run", "--auto-resume")
     assert code == 2
-    assert "run' is not empty; give another --out" in said.err
+    assert "run' is not empty; give another --out" in printed.err
 
 
 def test_preempted_is_told_from_a_failure():

@@ -1,6 +1,4 @@
-"""The page about Slurm: its script is valid, and does with a run what it says; Slurm is played by its signals and
-variables.
-"""
+"""The script on the page about Slurm works as described. Slurm is simulated by its signals and variables."""
 
 import os
 import re
@@ -105,9 +103,9 @@ def _wait(process, ready):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job, tmp_path):
-    out, said = tmp_path / "runs" / "listops", tmp_path / "said.txt"
+    out, printed = tmp_path / "runs" / "listops", tmp_path / "printed.txt"
     sent = []
-    with said.open("w") as output:
+    with printed.open("w") as output:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             process = job(output)
             _wait(process, lambda: _updates_seen(out) if not sent else (tmp_path / "task").exists())
@@ -121,8 +119,8 @@ def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job,
         assert 0 < checkpoint(out)["global_step"] < UPDATES
         assert job(output).wait(timeout=400) == 0  # the same command
         assert job(output).wait(timeout=200) == 0  # once more: there is nothing to do
-    assert "preempted by SIGUSR1: update " in said.read_text()
-    assert f"the run in {Path('runs') / 'listops'} is finished" in said.read_text()
+    assert "preempted by SIGUSR1: update " in printed.read_text()
+    assert f"the run in {Path('runs') / 'listops'} is finished" in printed.read_text()
     assert list(out.rglob("hpc_ckpt*")) == []
     assert_same_run(out, _whole(tmp_path))
 
@@ -169,9 +167,9 @@ def test_second_of_two_concurrent_starts_is_refused(tmp_path, data):
         )
 
     pair = [start("--spec", "spec.yaml", "--out", "run", "--auto-resume") for _ in range(2)]
-    said = [process.communicate(timeout=400) for process in pair]
+    printed = [process.communicate(timeout=400) for process in pair]
     assert sorted(process.returncode for process in pair) == [0, 2]
-    first, second = sorted(zip(pair, said, strict=True), key=lambda each: each[0].returncode)
+    first, second = sorted(zip(pair, printed, strict=True), key=lambda each: each[0].returncode)
     assert f"'run' is being written by process {first[0].pid} on" in second[1][1]
     # Without a name each gets a folder of its own, and trains its own seed.
     pair = [start("--spec", "spec.yaml", "--seed", str(seed)) for seed in (0, 1)]

@@ -40,15 +40,15 @@ def test_a_model_is_the_best_one_only_after_its_rates_have_settled(data, tmp_pat
 
 def test_losses_of_the_decisions_are_added_with_their_weights(data):
     spec = tiny(training__losses="{budget: 2.0, target: 0.25, load_balance: 0.5, z: 0.1}")
-    learner = Classifier(spec.model.build(), spec.training, 10)
+    module = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
-    decisions = learner.model.eval()(batch.inputs, batch.valid).decisions
+    decisions = module.model.eval()(batch.inputs, batch.valid).decisions
     wanted = (
         2.0 * budget_loss(decisions, 0.25, batch.valid)
         + 0.5 * load_balance_loss(decisions, batch.valid)
         + 0.1 * z_loss(decisions, batch.valid)
     )
-    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.zeros(6)), wanted)
+    torch.testing.assert_close(module.routing_loss(decisions, batch.valid, torch.zeros(6)), wanted)
     assert Classifier(spec.model.build(), tiny().training, 10).routing_loss(decisions, batch.valid, torch.zeros(6)) == 0
 
 
@@ -62,7 +62,7 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "message"),
     [
         pytest.param(
             {"training__budget": "{target: 0.3, hold: 20, anneal: 10}"},
@@ -96,8 +96,8 @@ def test_activation_checkpointing_changes_no_weight(data, tmp_path):
         ),
     ],
 )
-def test_impossible_budgets_and_losses_are_refused(settings, sentence):
-    with pytest.raises(SpecError, match=re.escape(sentence)):
+def test_impossible_budgets_and_losses_are_refused(settings, message):
+    with pytest.raises(SpecError, match=re.escape(message)):
         tiny(**settings)
 
 
@@ -115,33 +115,33 @@ POLICY = {
 
 def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data):
     spec = tiny(**POLICY)
-    learner = Classifier(spec.model.build(), spec.training, 10)
+    module = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
-    decisions = learner.model(batch.inputs, batch.valid).decisions
+    decisions = module.model(batch.inputs, batch.valid).decisions
     losses = torch.arange(6.0)
     for update in range(8):
-        found = learner.routing_loss(decisions, batch.valid, losses)
+        found = module.routing_loss(decisions, batch.valid, losses)
         wanted = 0.5 * policy_gradient_loss(decisions, losses, batch.valid, rates_are_held=True) if update > 5 else 0.0
         torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
-        learner.steer(decisions, batch.valid)
+        module.steer(decisions, batch.valid)
 
 
 def test_policy_gradient_uses_only_stochastic_routers(data):
     mixed = with_routers(tiny(**{**POLICY, "training__budget": "null"}), [SMARouterSpec(), BernoulliRouterSpec()])
-    learner = Classifier(mixed.model.build(), mixed.training, 10)
+    module = Classifier(mixed.model.build(), mixed.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
-    decisions = learner.model(batch.inputs, batch.valid).decisions
+    decisions = module.model(batch.inputs, batch.valid).decisions
     wanted = 0.5 * policy_gradient_loss(decisions[1:], torch.arange(6.0), batch.valid)
-    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.arange(6.0)), wanted)
+    torch.testing.assert_close(module.routing_loss(decisions, batch.valid, torch.arange(6.0)), wanted)
 
 
 def test_every_row_of_a_pair_has_the_loss_of_its_sample(data):
     spec = tiny(layers__layer__router="{kind: bernoulli}", training__losses="{policy: 1.0}")
-    learner = Classifier(spec.model.build(), spec.training, 10)
+    module = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
-    decisions = learner.model(batch.inputs, batch.valid).decisions
+    decisions = module.model(batch.inputs, batch.valid).decisions
     wanted = policy_gradient_loss(decisions, torch.tensor([1.0, 1.0, 5.0, 5.0, 2.0, 2.0]), batch.valid)
-    torch.testing.assert_close(learner.routing_loss(decisions, batch.valid, torch.tensor([1.0, 5.0, 2.0])), wanted)
+    torch.testing.assert_close(module.routing_loss(decisions, batch.valid, torch.tensor([1.0, 5.0, 2.0])), wanted)
 
 
 def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_path):

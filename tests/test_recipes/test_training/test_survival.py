@@ -1,6 +1,4 @@
-"""A run survives: killed on any sort of task it goes on to the weights of the uninterrupted one, and a full disk is a
-sentence.
-"""
+"""A killed run of any task resumes to the weights of the uninterrupted one, and a full disk is an error message."""
 
 import errno
 import os
@@ -128,7 +126,7 @@ def test_full_disk_in_other_places_is_an_error_message(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err == expected
 
 
-def test_other_trouble_of_the_system_is_not_hidden(tmp_path, monkeypatch):
+def test_other_errors_of_the_system_are_raised(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
