@@ -16,6 +16,7 @@ from sma.layer import LayerSpec, RoutedLayer
 from sma.model import SequenceModel, build
 from sma.model_output import ModelOutput
 from sma.ragged import Ragged, compress, extract
+from sma.replay import load_decisions, save_decisions
 from sma.routers import Router
 from sma.spec import load_spec, register
 from sma.submodule import State, SubModule, SubModuleSpec
@@ -49,10 +50,12 @@ __all__ = [
     "compress",
     "extract",
     "load",
+    "load_decisions",
     "load_spec",
     "load_state",
     "register",
     "save",
+    "save_decisions",
     "save_state",
     "update_statistics",
 ]

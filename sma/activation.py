@@ -17,6 +17,7 @@ from sma.checks import (
     check_count,
     check_decision,
     check_dtype,
+    check_selection,
     check_sizes,
     check_state,
     require_seen,
@@ -215,6 +216,7 @@ class SparseModularActivation(nn.Module):
         positions: Int[Tensor, "B L"] | None = None,
         state: RoutedState | None = None,
         capacity: Capacity | None = None,
+        decision: Decision | Bool[Tensor, "B L M"] | None = None,
         around: Around | None = None,
     ) -> RoutedOutput:
         """Route every token.
@@ -229,6 +231,8 @@ class SparseModularActivation(nn.Module):
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
                 integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
                 sub-module. No shape then depends on the data. None sets no maximum.
+            decision: a decision to replay, or its mask: which tokens run which sub-modules. Scores and confidences are
+                those of the router as it is now, see `Router.replay`; padding is never active. None: the router's.
             around: computations of a layer, which has checked and aligned the batch and counts the tokens of its
                 streams; None without one.
 
@@ -242,6 +246,7 @@ class SparseModularActivation(nn.Module):
         seen = None
         if around is None:
             seen = self._check_inputs(x_BLD, control_BLD, valid, positions, state, capacity)
+            decision = None if decision is None else check_selection(decision, self.router.names, x_BLD, "decision")
             if positions is None and (valid is not None or seen is not None):
                 rank = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None] if valid is None else valid.cumsum(1) - 1
                 positions = (rank if seen is None else rank + seen[:, None]).expand(x_BLD.shape[:2])
@@ -249,7 +254,8 @@ class SparseModularActivation(nn.Module):
             if valid is not None:
                 control_BLD = control_BLD.where(valid[..., None], 0)
             around = _ALONE
-        routing = self._route(control_BLD, valid, positions, state, capacity)
+        selected = decision.active if isinstance(decision, Decision) else decision
+        routing = self._route(control_BLD, valid, positions, state, capacity, selected)
         values, after = keeping_nothing(around.recompute, self._combine, x_BLD, routing, state, around)
         if after is not None and seen is not None:
             after = replace(after, seen=seen + (x_BLD.shape[1] if valid is None else valid.sum(1)))
@@ -284,10 +290,13 @@ class SparseModularActivation(nn.Module):
         positions: Int[Tensor, "B L"] | None,
         state: RoutedState | None,
         capacity: Capacity | None,
+        selected: Bool[Tensor, "B L M"] | None,
     ) -> Routing:
         """Decide for every token and locate the tokens of each sub-module; only the router's decision is checked."""
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
         check_decision(self.router.names, decision, control_BLD, f"the decision of {type(self.router).__name__}")
+        if selected is not None:
+            decision = self.router.replay(decision, selected)
         if valid is not None:  # third-party routers may activate padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from sma.checks import (
     check_count,
     check_dtype,
     check_frame,
+    check_selection,
     check_sizes,
     check_state,
     require_seen,
@@ -27,7 +28,7 @@ from sma.decision import Decision
 from sma.errors import quote
 from sma.memory import zeros
 from sma.norms import NormSpec, check_norm
-from sma.padding import move, right_padding
+from sma.padding import inverse_order, move, right_padding
 from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
 from sma.routers import RouterSpec, SMARouterSpec
@@ -237,6 +238,7 @@ class RoutedLayer(nn.Module):
         valid: Bool[Tensor, "B L"] | Ragged | None = None,
         state: LayerState | None = None,
         capacity: Capacity | None = None,
+        decision: Decision | Bool[Tensor, "B L M"] | None = None,
     ) -> LayerOutput:
         """Run the layer on a batch.
 
@@ -248,6 +250,7 @@ class RoutedLayer(nn.Module):
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
                 integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
                 sub-module. No shape then depends on the data. None sets no maximum.
+            decision: a decision to replay, or its mask, see `SparseModularActivation.forward`; None: the router's.
 
         Raises:
             InputError: the shapes or dtypes do not fit, the capacity is impossible, or a norm of torch has replaced
@@ -256,22 +259,31 @@ class RoutedLayer(nn.Module):
         """
         if isinstance(valid, Ragged):
             check_frame(x_BLD, valid)
-            return self._run(x_BLD, valid, state, capacity)
+            return self._run(x_BLD, valid, state, capacity, cast("Tensor | None", decision))
         check_batch(x_BLD, valid, self.width)
         check_dtype(self, x_BLD)
         check_capacity(capacity, self.routed_names, state)
+        selected = None if decision is None else check_selection(decision, self.routed_names, x_BLD, "decision")
         seen = None
         if state is not None:
             self.check_causal()
             self.check(check_state(self, state, LayerState, x_BLD.shape[0]))
             seen = require_seen(self, state.seen)
         x_BLD, frame, inverse = align(x_BLD, valid, seen, static=capacity is not None)
-        output = self._run(x_BLD, frame, state, capacity)
+        selected = selected if selected is None or inverse is None else move(selected, inverse_order(inverse))
+        output = self._run(x_BLD, frame, state, capacity, selected)
         if output.state is not None and seen is not None:
             output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
         return restore(output, inverse)
 
-    def _run(self, x_BLD: Tensor, frame: Ragged, state: LayerState | None, capacity: Capacity | None) -> LayerOutput:
+    def _run(
+        self,
+        x_BLD: Tensor,
+        frame: Ragged,
+        state: LayerState | None,
+        capacity: Capacity | None,
+        selected: Tensor | None,
+    ) -> LayerOutput:
         valid = frame.mask.reshape(x_BLD.shape[:2]) if frame.holes else None
         norm, routed = self.norm, self.routed
         check_norm("norm", norm)
@@ -283,7 +295,15 @@ class RoutedLayer(nn.Module):
             out, decision, routed_state = keeping_nothing(self.recompute, self._pass_all, mixed, around), None, None
         else:
             positions, before = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
-            result = routed(mixed, valid=valid, positions=positions, state=before, capacity=capacity, around=around)
+            result = routed(
+                mixed,
+                valid=valid,
+                positions=positions,
+                state=before,
+                capacity=capacity,
+                decision=selected,
+                around=around,
+            )
             out, decision, routed_state = result.values, result.decision, result.state
         new = None if state is None else LayerState(state.seen, backbone_state, routed_state)
         return LayerOutput(out if norm is None or first else norm(out, valid), decision, new)
@@ -363,10 +383,7 @@ def align(
     inverse = None
     if order is not None:
         x_BLD = move(x_BLD, order)
-        # Scattered, which costs less than a second sort.
-        inverse = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
+        inverse = inverse_order(order)
     return x_BLD, rectangular(x_BLD.new_empty(*x_BLD.shape[:2], 0), lengths, positions), inverse
 
 

@@ -1,6 +1,6 @@
 """Models: an encoder, layers, and a head, built from one spec."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
@@ -16,11 +16,13 @@ from sma.checks import (
     check_count,
     check_device,
     check_dtype,
+    check_selections,
     check_sizes,
     check_state,
     check_tensor,
     check_valid,
 )
+from sma.decision import Decision
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
 from sma.formats import rename
@@ -30,7 +32,7 @@ from sma.layer import LayerSpec, RoutedLayer, align
 from sma.memory import FEWER, check_memory, zeros
 from sma.model_output import ModelOutput, ModelState
 from sma.norms import NormSpec, check_norm
-from sma.padding import move
+from sma.padding import inverse_order, move
 from sma.positions import Sinusoid
 from sma.repeat import RepeatSpec, one_or_many
 from sma.spec import Spec, load_spec, register
@@ -266,6 +268,7 @@ class SequenceModel(nn.Module):
         valid: Bool[Tensor, "B L"] | None = None,
         state: ModelState | None = None,
         capacity: Capacity | None = None,
+        decisions: Sequence[Decision | Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model on a batch of whole rows or, with a state, of the next chunk of each stream.
 
@@ -277,9 +280,13 @@ class SequenceModel(nn.Module):
                 integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each name
                 of a sub-module in any layer. No shape then depends on the data; `Decision.overflow` counts the active
                 tokens beyond the maximum. None sets no maximum.
+            decisions: decisions to replay, such as those of an earlier output, or masks `(B, L, M)` of which tokens run
+                which sub-modules: one for each routed layer, for the same tokens. Scores and confidences are those of
+                the routers as they are now, see `Router.replay`; padding is never active. None: the routers decide.
 
         Raises:
-            InputError: the shapes, dtypes or ids do not fit, or the capacity is impossible.
+            InputError: the shapes, dtypes or ids do not fit, the capacity is impossible, or the decisions are not those
+                of these layers and tokens.
             StateError: the state does not fit, the model cannot continue a stream, or a capacity comes with a state.
         """
         check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
@@ -295,6 +302,7 @@ class SequenceModel(nn.Module):
             )
         if state is not None:
             self._check(state, inputs)
+        selected = [None] * len(self.layers) if decisions is None else self._selected(decisions, inputs)
         if valid is not None and inputs.is_floating_point():
             # The gradient of the encoder's weights multiplies padding by 0, and 0 x NaN is NaN.
             inputs = inputs.where(valid.reshape(*valid.shape, *[1] * (inputs.ndim - 2)), 0)
@@ -304,14 +312,17 @@ class SequenceModel(nn.Module):
         if self.sinusoid is not None:
             hidden = hidden + self.sinusoid(frame.positions.unflatten(0, hidden.shape[:2])).to(hidden.dtype)
         hidden = nn.functional.dropout(hidden, self.spec.embedding_dropout) if self.training else hidden
-        decisions, states = [], []
+        made, states = [], []
         for index, layer in enumerate(self.layers):
             # The output of a layer is undefined at padding.
             hidden = hidden if mask is None else hidden.where(mask, 0)
-            output = layer(hidden, frame, None if state is None else state.layers[index], capacity)
+            mask_BLM = selected[index]
+            if mask_BLM is not None and inverse is not None:
+                mask_BLM = move(mask_BLM, inverse_order(inverse))
+            output = layer(hidden, frame, None if state is None else state.layers[index], capacity, mask_BLM)
             hidden = output.hidden
             if output.decision is not None:
-                decisions.append(output.decision if inverse is None else output.decision.move(inverse))
+                made.append(output.decision if inverse is None else output.decision.move(inverse))
             if output.state is not None:
                 states.append(output.state)
         check_norm("final_norm", self.final_norm)
@@ -325,7 +336,13 @@ class SequenceModel(nn.Module):
             after = ModelState(seen, total, tuple(states))
         pooled = (total / seen.clamp(min=1)[:, None]).to(hidden.dtype)
         hidden = hidden if inverse is None else move(hidden, inverse)
-        return ModelOutput(hidden, pooled, self._logits(hidden, pooled), tuple(decisions), after)
+        return ModelOutput(hidden, pooled, self._logits(hidden, pooled), tuple(made), after)
+
+    def _selected(self, decisions: Sequence[Decision | Tensor], inputs: Tensor) -> list[Tensor | None]:
+        """For each layer the mask of the decision that it replays; None where it routes nothing."""
+        names = [layer.routed_names for layer in self.routed_layers]
+        masks = iter(check_selections(decisions, [each for each in names if each], inputs))
+        return [next(masks) if each else None for each in names]
 
     def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Tensor | None:
         return self.head(pooled) if self.head is not None else None

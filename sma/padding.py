@@ -49,6 +49,12 @@ def right_padding(
     return lengths, torch.argsort(~valid_BL, dim=1, stable=True)
 
 
+def inverse_order(order_BL: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """The order by which `move` undoes a move by `order_BL`, without a sort."""
+    positions = torch.arange(order_BL.shape[1], device=order_BL.device)
+    return torch.empty_like(order_BL).scatter_(1, order_BL, positions.expand_as(order_BL))
+
+
 def move(x_BLD: Tensor, order_BL: Int[Tensor, "B L"]) -> Tensor:
     """Reorder the positions of every row: result[b, t] = x[b, order[b, t]]."""
     index = order_BL.reshape(*order_BL.shape, *[1] * (x_BLD.ndim - 2)).expand(*order_BL.shape, *x_BLD.shape[2:])

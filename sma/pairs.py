@@ -1,5 +1,6 @@
 """Models that score pairs of rows, such as two documents."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sma.capacity import Capacity
 from sma.checks import check_tensor
+from sma.decision import Decision
 from sma.errors import InputError
 from sma.heads import Head, HeadSpec
 from sma.model import ModelSpec, SequenceModel
@@ -60,6 +62,7 @@ class PairClassifier(SequenceModel):
         valid: Bool[Tensor, "B L"] | None = None,
         state: ModelState | None = None,
         capacity: Capacity | None = None,
+        decisions: Sequence[Decision | Tensor] | None = None,
     ) -> ModelOutput:
         """Run the model on pairs of rows; otherwise as `SequenceModel.forward`.
 
@@ -72,7 +75,7 @@ class PairClassifier(SequenceModel):
                 f"inputs have {inputs.shape[0]} rows, which are no pairs; a pair_classifier takes an even number: rows "
                 "2i and 2i + 1 are the documents of sample i"
             )
-        return super().forward(inputs, valid, state, capacity)
+        return super().forward(inputs, valid, state, capacity, decisions)
 
     def _logits(self, hidden: Float[Tensor, "B L D"], pooled: Float[Tensor, "B D"]) -> Tensor:
         a, b = rearrange(pooled, "(B pair) D -> pair B D", pair=2)

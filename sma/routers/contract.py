@@ -1,6 +1,7 @@
 """The contract of a router."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -120,6 +121,18 @@ class Router(nn.Module):
         """
         check_causal(self)
         return no_state(batch_size, *device_and_dtype(self, device, dtype))
+
+    def replay(self, decision: Decision, active: Bool[Tensor, "B L M"]) -> Decision:
+        """The decision that this router would have made, had it chosen `active`.
+
+        The scores are those of `decision`; so is the confidence, unless it depends on the choice: a router of which
+        that is true overrides this.
+
+        Args:
+            decision: what `forward` returned for the same tokens.
+            active: which tokens run which sub-modules, such as a recorded decision.
+        """
+        return replace(decision, active=active)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"names=[{listed(map(quote, self.names))}]", settings(self))))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -63,6 +64,12 @@ class SMARouter(TemperedRouter):
         # The scores decide, because at a high temperature the probability rounds to a tie.
         active = keep_valid(scores[..., 1] > scores[..., 0], valid)
         return Decision(active, torch.maximum(p_on, 1 - p_on), scores, p_on, self.names)
+
+    def replay(self, decision: Decision, active: Tensor) -> Decision:
+        # The larger of the two probabilities is that of the router's own choice.
+        return replace(
+            decision, active=active, confidence=decision.p_on.clamp(min=torch.finfo(decision.p_on.dtype).tiny)
+        )
 
 
 @register

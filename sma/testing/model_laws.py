@@ -1,5 +1,6 @@
 """The laws of a model, each checked on one random example at a time."""
 
+import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -254,6 +255,34 @@ def survives_saving(case: ModelCase, example: Example) -> None:
     require_prediction(case.spec, case.spec.num_parameters(), model)
 
 
+def replay_is_the_identity(case: ModelCase, example: Example) -> None:
+    """Replaying a model's own decisions gives the same results; other decisions are followed at valid positions."""
+    model = case.make()
+    inputs, valid = inputs_of(model, example)
+    output = model(inputs, valid)
+    again = model(inputs, valid, decisions=output.decisions)
+    for name, tensor in meaningful(again, valid).items():
+        require_near(tensor, meaningful(output, valid)[name], f"{name} of the model's own decisions")
+    reversed_masks = [~decision.active for decision in output.decisions]
+    found = model(inputs, valid, decisions=reversed_masks).decisions
+    for index, (decision, mask) in enumerate(zip(found, reversed_masks, strict=True)):
+        followed = torch.equal(decision.active, mask & valid[..., None])
+        require(followed, f"layer {index} did not follow the decision that it was given")
+
+
+def hooks_fire(case: ModelCase, example: Example) -> None:
+    """Forward hooks fire on every layer and on its norm, backbone, bypass, router and routed part."""
+    model = case.make()
+    parts = {name: part for name, part in model.named_modules() if re.fullmatch(_HOOKED, name)}
+    silent = set(parts)
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: silent.discard(name))
+    model(*inputs_of(model, example))
+    require(not silent, f"forward hooks on {sorted(silent)} did not fire")
+
+
+_HOOKED = r"encoder|final_norm|head|layers\.\d+(\.(norm|backbone|bypass|routed(\.router)?))?"
+
 MODEL_LAWS: tuple[Law, ...] = (
     padding_changes_nothing,
     rows_are_independent,
@@ -264,4 +293,6 @@ MODEL_LAWS: tuple[Law, ...] = (
     chunks_equal_the_whole_in_float32,
     states_can_be_moved,
     survives_saving,
+    replay_is_the_identity,
+    hooks_fire,
 )

@@ -63,6 +63,23 @@ def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
         require_same(again, first, valid, "the same tokens decided twice")
 
 
+def replay_is_the_identity(case: RouterCase, example: Example) -> None:
+    """The router's own choice, replayed, has the same confidence; another choice keeps the scores."""
+    control, valid = case.control(example), example.active()
+    for router in (case.make(), case.make().train()):
+        decision = decide(router, control, valid)
+        own = router.replay(decision, decision.active)
+        require(
+            torch.equal(own.confidence[decision.active], decision.confidence[decision.active]),
+            "the confidence of the router's own choice changed",
+        )
+        other = router.replay(decision, ~decision.active)
+        require(torch.equal(other.active, ~decision.active), "the choice that was given was not followed")
+        require(torch.equal(other.logits, decision.logits), "the scores changed with the choice")
+        sure = other.confidence[valid]
+        require(bool(((sure > 0) & (sure <= 1)).all()), "a confidence of another choice is not in (0, 1]")
+
+
 def active_is_where_on_beats_off(case: RouterCase, example: Example) -> None:
     """A router that can be steered activates valid tokens where on scores higher than off, none where it scores lower.
 
@@ -310,6 +327,7 @@ def spec_predicts_and_survives(case: RouterCase, example: Example) -> None:
 
 ROUTER_LAWS: tuple[Law, ...] = (
     returns_a_decision,
+    replay_is_the_identity,
     active_is_where_on_beats_off,
     ties_are_inactive,
     a_score_bias_steers_the_rate,

@@ -1,0 +1,97 @@
+"""Files of routing decisions: which tokens ran which sub-modules, one bit each."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sma.checks import check_decisions
+from sma.decision import Decision
+from sma.errors import CheckpointError, InputError, quote, reason
+from sma.files import write_atomically
+from sma.formats import FORMAT, check_format
+from sma.memory import check_memory
+from sma.tensor_file import open_tensors, write_tensors
+
+_FORMAT = "sparse-modular-activation-decisions"
+
+
+def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
+    """Write the masks of decisions into one safetensors file, in one step: B L M / 8 bytes for each.
+
+    Args:
+        decisions: of the routed layers, such as `output.decisions`.
+        path: the file.
+
+    Raises:
+        InputError: they are no decisions.
+        CheckpointError: the file cannot be written.
+    """
+    check_decisions(decisions, "save_decisions")
+    masks = [decision.active.detach().cpu() for decision in decisions]
+    bits = {str(index): torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for index, mask in enumerate(masks)}
+    layers = [
+        {"names": list(decision.names), "shape": list(mask.shape)}
+        for decision, mask in zip(decisions, masks, strict=True)
+    ]
+    metadata = {"format": _FORMAT, "format_version": str(FORMAT), "layers": json.dumps(layers)}
+    try:
+        write_atomically(Path(path), lambda temporary: write_tensors(temporary, bits, metadata))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot save the decisions in {quote(str(path))}: {reason(error)}; the folder must be writable and have "
+            "space"
+        ) from error
+
+
+def load_decisions(path: str | Path, names: Sequence[Sequence[str]] | None = None) -> tuple[Tensor, ...]:
+    """Read what `save_decisions` wrote: masks `(B, L, M)` for `model(inputs, decisions=…)`, one for each routed layer.
+
+    Args:
+        path: the file.
+        names: the sub-modules of each routed layer, against which those of the file are checked; None: no check.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is something else.
+        InputError: the decisions are about other sub-modules.
+    """
+    path = Path(path)
+    with open_tensors(path) as file:
+        if file.metadata.get("format") != _FORMAT:
+            raise CheckpointError(f"{quote(str(path))} holds no decisions; give a file that sma.save_decisions wrote")
+        check_format(file.metadata, str(path))
+        layers = _layers(path, file.metadata.get("layers", ""))
+        sizes = {str(index): -(-int(np.prod(shape, dtype=object)) // 8) for index, (_, shape) in enumerate(layers)}
+        found = {name: entry.numel if entry.dtype is torch.uint8 else -1 for name, entry in file.entries.items()}
+        if found != sizes:
+            raise CheckpointError(f"{quote(str(path))} is damaged: its bits are not those of the layers it names")
+        if names is not None and [list(each) for each in names] != [each for each, _ in layers]:
+            raise InputError(
+                f"{quote(str(path))} holds decisions about {quote([each for each, _ in layers])}; required are "
+                f"{quote([list(each) for each in names])}, one list for each routed layer"
+            )
+        masks = []
+        for index, (_, shape) in enumerate(layers):
+            count = int(np.prod(shape))
+            check_memory(count, f"mask {index} of {path}", device="cpu", error=CheckpointError, hint="free some memory")
+            bits = np.unpackbits(file.read(str(index)).numpy(), count=count)
+            masks.append(torch.from_numpy(bits).bool().reshape(shape))
+    return tuple(masks)
+
+
+def _layers(path: Path, text: str) -> list[tuple[list[str], list[int]]]:
+    """Names and shape of each mask, as the metadata has them."""
+    damaged = CheckpointError(f"{quote(str(path))} is damaged: its layers are {quote(text)}")
+    try:
+        layers = [(layer["names"], layer["shape"]) for layer in json.loads(text)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise damaged from None
+    for names, shape in layers:
+        named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        sized = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        if not (named and sized and len(shape) == 3 and shape[2] == len(names)):
+            raise damaged
+    return layers
