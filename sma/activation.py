@@ -17,7 +17,6 @@ from sma.checks import (
     check_count,
     check_decision,
     check_dtype,
-    check_selection,
     check_sizes,
     check_state,
     require_seen,
@@ -28,6 +27,7 @@ from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
+from sma.replay import check_selection
 from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
 from sma.spec import load_spec

@@ -19,7 +19,6 @@ from sma.checks import (
     check_count,
     check_dtype,
     check_frame,
-    check_selection,
     check_sizes,
     check_state,
     require_seen,
@@ -31,6 +30,7 @@ from sma.norms import NormSpec, check_norm
 from sma.padding import inverse_order, move, right_padding
 from sma.pytree import register_output
 from sma.ragged import Ragged, rectangular
+from sma.replay import check_selection
 from sma.routers import RouterSpec, SMARouterSpec
 from sma.spec import FrozenDict, FrozenMapping, Spec
 from sma.submodule import MACs, State, SubModuleSpec, device_and_dtype

@@ -16,7 +16,6 @@ from sma.checks import (
     check_count,
     check_device,
     check_dtype,
-    check_selections,
     check_sizes,
     check_state,
     check_tensor,
@@ -35,6 +34,7 @@ from sma.norms import NormSpec, check_norm
 from sma.padding import inverse_order, move
 from sma.positions import Sinusoid
 from sma.repeat import RepeatSpec, one_or_many
+from sma.replay import check_selections
 from sma.spec import Spec, load_spec, register
 from sma.submodule import MACs, device_and_dtype
 from sma.summary import settings

@@ -1,4 +1,4 @@
-"""Files of routing decisions: which tokens ran which sub-modules, one bit each."""
+"""Replayed decisions: their checks, and their files of one bit per token and sub-module."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sma.checks import check_decisions
+from sma.checks import check_booleans, check_decisions, check_device, check_names, what_came
 from sma.decision import Decision
 from sma.errors import CheckpointError, InputError, quote, reason
 from sma.files import write_atomically
@@ -17,6 +17,59 @@ from sma.memory import check_memory
 from sma.tensor_file import open_tensors, write_tensors
 
 _FORMAT = "sparse-modular-activation-decisions"
+
+
+def check_selection(selection: object, names: Sequence[str], like: Tensor, what: str) -> Tensor:
+    """Check a decision that is to be replayed, and return its mask `(B, L, M)`.
+
+    Args:
+        selection: a decision or a mask.
+        names: the sub-modules of the layer.
+        like: the batch `(B, L, …)`.
+        what: its name.
+
+    Raises:
+        InputError: it is neither, about other sub-modules or other tokens, or on another device.
+    """
+    if isinstance(selection, Decision):
+        check_names(selection, names, what)
+        selection = selection.active
+    elif not isinstance(selection, Tensor):
+        raise InputError(
+            f"{what} is {what_came(selection)}; required is a Decision or a boolean mask (B, L, M) of which tokens run "
+            "which sub-modules"
+        )
+    axes = {"B": like.shape[0], "L": like.shape[1], "M": len(names)}
+    check_booleans(selection, f"{what} is", axes)
+    check_device(selection.device, like.device, what)
+    return selection
+
+
+def check_selections(decisions: object, layers: Sequence[Sequence[str]], like: Tensor) -> list[Tensor]:
+    """Check decisions that a model is to replay, and return their masks.
+
+    Args:
+        decisions: one decision or mask for each routed layer.
+        layers: the sub-modules of each routed layer.
+        like: the inputs `(B, L, …)`.
+
+    Raises:
+        InputError: there are more or fewer, or one does not fit; names it.
+    """
+    if not isinstance(decisions, Sequence):
+        cure = ": give output.decisions" if hasattr(decisions, "decisions") else ""
+        raise InputError(
+            f"decisions is {what_came(decisions)}; required is a sequence of a Decision or a mask for each of the "
+            f"{len(layers)} routed layers{cure}"
+        )
+    if len(decisions) != len(layers):
+        raise InputError(
+            f"decisions has {len(decisions)} elements; required is one for each of the {len(layers)} routed layers"
+        )
+    return [
+        check_selection(given, names, like, f"decisions[{index}]")
+        for index, (given, names) in enumerate(zip(decisions, layers, strict=True))
+    ]
 
 
 def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
