@@ -49,6 +49,15 @@ class GAUSpec(SubModuleSpec):
         self.position.check_attention(self.window, self.query_size, f"query_size={self.query_size}")
         return self
 
+    def attending_to_all(self) -> Self:
+        """The same attention over all active tokens instead of a window."""
+        return self.replace(window=None, position=self.position.without_window())
+
+    def in_chunks(self, window: int) -> "ChunkedGAUSpec":
+        """The same attention inside fixed chunks of `window` active tokens."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name not in ("kind", "window")}
+        return ChunkedGAUSpec(window=window, **fields)
+
     def build(self, width: int) -> "GatedAttentionUnit":
         return GatedAttentionUnit(self, width)
 

@@ -3,7 +3,7 @@ same trainer.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast, runtime_checkable
 
 from sma.errors import SpecError, did_you_mean
 from sma.layer import LayerSpec
@@ -16,8 +16,26 @@ from sma.submodule import SubModuleSpec
 
 # Below, modules are imported where they are used: a command whose help lists the names of the baselines need not wait
 # for them.
-if TYPE_CHECKING:
-    from sma.modules.gau import GAUSpec
+
+
+@runtime_checkable
+class RoutedAttention(Protocol):
+    """The spec of an attention of which the baselines are made, such as `GAUSpec`.
+
+    Attributes:
+        window: active tokens in reach on each side; None attends to all.
+        bidirectional: whether it attends to later tokens too.
+    """
+
+    window: int | None
+    bidirectional: bool
+
+    def attending_to_all(self) -> SubModuleSpec:
+        """The same attention over all active tokens instead of a window."""
+
+    def in_chunks(self, window: int) -> SubModuleSpec:
+        """The same attention inside fixed chunks of `window` active tokens."""
+
 
 ATTENTION_ONLY_RATE = 0.001
 """Learning rate of models without a backbone, where the experiment's own is larger: transformers do not learn at the
@@ -44,31 +62,32 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     The parameters differ, and the table says them.
 
     Raises:
-        SpecError: an unknown name, or an experiment whose layers are no SeqBoat layers: EMA and one routed `gau`.
+        SpecError: an unknown name, or a layer that is no SeqBoat layer: a backbone and one routed attention.
     """
     if name not in BASELINES:
         raise SpecError(f"unknown model {name!r}{did_you_mean(name, BASELINES, 'models')}")
-    for place, layer in enumerate(spec.model.layer_specs):
-        if layer.backbone is None or [part.kind for part in layer.modules.values()] != ["gau"]:
+    for index, layer in enumerate(spec.model.layer_specs):
+        parts = list(layer.modules.values())
+        if layer.backbone is None or len(parts) != 1 or not isinstance(parts[0], RoutedAttention):
             raise SpecError(
-                f"layer {place} of the experiment must be a SeqBoat layer: "
-                "a backbone and one routed sub-module of kind 'gau'"
+                f"layer {index} of the experiment must be a SeqBoat layer: "
+                "a backbone and one routed sub-module that is an attention with a window, such as the kind 'gau'"
             )
     return BASELINES[name](spec)
 
 
-def _gau(layer: LayerSpec) -> "tuple[str, GAUSpec]":
-    ((name, part),) = layer.modules.items()
-    return name, cast("GAUSpec", part)  # `baseline` looked
+def _attention(layer: LayerSpec) -> RoutedAttention:
+    (part,) = layer.modules.values()
+    return cast(RoutedAttention, part)  # `baseline` checked it
 
 
 def _window(layer: LayerSpec) -> int:
-    """What the attention reaches; models that need a window for one that has none take 128."""
-    return _gau(layer)[1].window or 128
+    """The window of a layer's attention; models that need one where it has none take 128."""
+    return _attention(layer).window or 128
 
 
-def _without_window(gau: "GAUSpec") -> "GAUSpec":
-    return gau.replace(window=None, position=gau.position.without_window())
+def _with_attention(layer: LayerSpec, attention: SubModuleSpec) -> LayerSpec:
+    return layer.replace(modules=FrozenDict(dict.fromkeys(layer.modules, attention)))
 
 
 def _each_layer(
@@ -84,21 +103,13 @@ def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
 
 
 def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
-    def change(layer: LayerSpec) -> list[LayerSpec]:
-        name, gau = _gau(layer)
-        return [layer.replace(modules=FrozenDict({name: _without_window(gau)}))]
-
-    return _each_layer(spec, change)
+    return _each_layer(spec, lambda layer: [_with_attention(layer, _attention(layer).attending_to_all())])
 
 
 def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
-    from sma.modules.gau import ChunkedGAUSpec
-
     def change(layer: LayerSpec) -> list[LayerSpec]:
-        name, gau = _gau(layer)
-        fields = {field: getattr(gau, field) for field in type(gau).model_fields if field not in ("kind", "window")}
-        unit = ChunkedGAUSpec(window=_window(layer), **fields)
-        return [layer.replace(modules=FrozenDict({name: unit}), router=AlwaysRouterSpec())]
+        chunked = _with_attention(layer, _attention(layer).in_chunks(_window(layer)))
+        return [chunked.replace(router=AlwaysRouterSpec())]
 
     return _each_layer(spec, change, _unrouted(spec))
 
@@ -111,7 +122,7 @@ def _s4d(spec: ExperimentSpec) -> ExperimentSpec:
     from sma.modules.s4d import S4DSpec
 
     def change(layer: LayerSpec) -> list[LayerSpec]:
-        s4d = S4DSpec(state_size=S4D_STATES, bidirectional=_gau(layer)[1].bidirectional)
+        s4d = S4DSpec(state_size=S4D_STATES, bidirectional=_attention(layer).bidirectional)
         return [layer.replace(backbone=s4d, backbone_activation="none", modules=FrozenDict())]
 
     return _each_layer(spec, change, _unrouted(spec))
@@ -138,7 +149,7 @@ def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
         )
 
     def change(layer: LayerSpec) -> list[LayerSpec]:
-        both_ways = _gau(layer)[1].bidirectional
+        both_ways = _attention(layer).bidirectional
         attention: SubModuleSpec = AttentionSpec(heads=heads, bidirectional=both_ways, position=RotarySpec())
         if local:
             attention = LocalAttentionSpec(

@@ -1,8 +1,8 @@
 """The study of routers: every router with every sub-module."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import AliasChoices, Field
 
@@ -17,19 +17,8 @@ from sma.recipes.studies.contract import Chosen, Study, StudyOptions, variants_f
 from sma.recipes.studies.grid import Run
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.contract import TaskData
-from sma.routers import (
-    AlwaysRouterSpec,
-    BernoulliRouterSpec,
-    ExclusiveRouterSpec,
-    ExpertChoiceRouterSpec,
-    GumbelRouterSpec,
-    NeverRouterSpec,
-    RandomRouterSpec,
-    RouterSpec,
-    SMARouterSpec,
-    ThresholdRouterSpec,
-    TopKRouterSpec,
-)
+from sma.routers import RouterSpec
+from sma.spec import kinds
 
 BUDGET = "+budget"
 ROUTERS = (
@@ -193,22 +182,15 @@ def _with_modules(layer: LayerSpec, column: str) -> LayerSpec:
 
 
 def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
-    if not isinstance(own, SMARouterSpec):
+    """The spec of a registered router in the place of another, whose settings it keeps where it has the same fields."""
+    if own.kind != ROUTERS[0]:
         raise SpecError(
-            f"the table is made of an experiment whose routers are of the kind 'sma', not {own.kind!r}; "
+            f"the table is made of an experiment whose routers are of the kind {ROUTERS[0]!r}, not {own.kind!r}; "
             "the rows replace them"
         )
-    scale = own.temperature_scale
-    made: dict[str, Callable[[], RouterSpec]] = {
-        "sma": lambda: own,
-        "threshold": ThresholdRouterSpec,
-        "gumbel": lambda: GumbelRouterSpec(anneal=updates, seed=seed),
-        "bernoulli": lambda: BernoulliRouterSpec(seed=seed),
-        "exclusive": lambda: ExclusiveRouterSpec(temperature_scale=scale),
-        "top_k": lambda: TopKRouterSpec(k=1, skips=1, temperature_scale=scale),
-        "expert_choice": lambda: ExpertChoiceRouterSpec(share=rate),
-        "random": lambda: RandomRouterSpec(rate=rate, seed=seed),
-        "always": AlwaysRouterSpec,
-        "never": NeverRouterSpec,
-    }
-    return made[kind]()
+    if kind == own.kind:
+        return own
+    made = kinds("router")[kind]
+    # A skip beside the sub-modules, so that a router that always takes the best of them can run none.
+    values = {**dict(own), "kind": kind, "rate": rate, "share": rate, "anneal": updates, "seed": seed, "skips": 1}
+    return cast(RouterSpec, made.model_validate({name: values[name] for name in made.model_fields if name in values}))

@@ -15,7 +15,9 @@ from sma.decision import Decision
 from sma.describe import describe
 from sma.encoders import Encoder, EncoderSpec
 from sma.errors import InputError, SpecError
+from sma.modules.gau import GAUSpec
 from sma.recipes.experiment import ExperimentSpec, load_experiment
+from sma.recipes.studies.baselines import BASELINES, baseline
 from sma.recipes.studies.efficiency import random_rows
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.training.callbacks import RouterHealth
@@ -132,12 +134,18 @@ class SpectrumSpec(DecibelSpec):
     reads: ClassVar[Literal["vectors"]] = "vectors"  # type: ignore[assignment]
 
 
+class GatedAttentionSpec(GAUSpec):
+    """Spec of an attention with a window that is no `gau`."""
+
+    kind: Literal["gated_attention"] = "gated_attention"  # type: ignore[assignment]
+
+
 @pytest.fixture(autouse=True)
 def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds("model")
     known = {family: dict(members) for family, members in sma.spec._registry.items()}
     monkeypatch.setattr(sma.spec, "_registry", known)
-    for spec in (EveryOtherSpec, CoinSpec, DecibelSpec, SpectrumSpec):
+    for spec in (EveryOtherSpec, CoinSpec, DecibelSpec, SpectrumSpec, GatedAttentionSpec):
         register(spec)
 
 
@@ -212,6 +220,16 @@ def test_encoder_is_accepted_by_the_tasks_whose_inputs_it_reads() -> None:
     assert isinstance(spec.model.encoder, DecibelSpec)
     with pytest.raises(SpecError, match=r"encoder\.kind='spectrum' does not read grey values; use kind 'real_number'"):
         _experiment(encoder="{kind: spectrum}")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_made_of_any_attention_that_can_lose_its_window_and_be_chunked(name: str) -> None:
+    ours = _experiment()
+    theirs = _experiment(layers__layer__modules__attention__kind="gated_attention")
+    made = baseline(name, theirs).model
+    assert made.num_parameters() == baseline(name, ours).model.num_parameters()
+    if name in ("seqboat", "seqboat_full"):
+        assert {part.kind for layer in made.layer_specs for part in layer.modules.values()} == {"gated_attention"}
 
 
 def test_random_rows_are_what_the_encoder_reads() -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import yaml
 
+import sma.recipes.tasks.kinds  # registers the tasks
 import sma.spec
 from sma.__main__ import main as report
 from sma.recipes import compare, recall, routed_conv, routed_mlp, router_table
@@ -14,7 +15,7 @@ from sma.recipes.io.run_folder import SUMMARY
 from sma.recipes.studies import comparison, study
 from sma.recipes.studies.folder import STUDY
 from sma.recipes.studies.grid import run_grid
-from sma.spec import dump_yaml, kinds
+from sma.spec import dump_yaml
 from tests.test_recipes import fake, tiny
 from tests.test_recipes.regression import LENGTH, RowMeanTask
 
@@ -73,7 +74,6 @@ def test_variant_that_is_named_twice_is_trained_once(command, spec, tmp_path):
 
 
 def test_models_are_compared_by_the_metric_of_a_task_of_another_package(monkeypatch, tmp_path, capsys):
-    kinds("task")
     monkeypatch.setitem(sma.spec._registry["task"], "row_mean", RowMeanTask)
     monkeypatch.setattr(study, "run_grid", run_grid)
     model = {**tiny.MODEL, "encoder": {"kind": "real_number"}, "head": {"kind": "mean_pool_linear", "classes": 1}}
