@@ -1,4 +1,4 @@
-"""The zoo: one file is one spec, one module and its registration."""
+"""The zoo of sub-modules: one file has one spec, one module and its registration."""
 
 from sma.moved import moved
 

@@ -1,4 +1,4 @@
-"""Multi-head attention over all tokens of a row."""
+"""Multi-head attention to all tokens of a row."""
 
 from typing import Literal
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sma.modules.cache import Cache
-from sma.modules.multihead import MultiHead, MultiHeadSpec, finite
+from sma.modules.finite import finite
+from sma.modules.multihead import MultiHead, MultiHeadSpec
 from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import MACs
@@ -29,9 +30,9 @@ class Attention(MultiHead):
     r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over all tokens of the row, by PyTorch's
     fused kernels.
 
-    Streaming it keeps every key and value, so memory and the cost of a step grow. On a GPU it runs by flash attention
-    if causal, or if the rows have equally many tokens; otherwise their ends are masked, and the memory-efficient kernel
-    runs.
+    A stream keeps every key and value, so memory and the cost of a step grow. On a GPU, flash attention runs if it is
+    causal or if all rows have equally many tokens. Otherwise a mask hides the ends of rows, and the memory-efficient
+    kernel runs.
 
     Args:
         spec: heads, direction, positions.
@@ -41,7 +42,7 @@ class Attention(MultiHead):
         tokens `(T, D)` in, `(T, D)` out. `in_proj` holds the weights of queries, keys and values.
 
     Raises:
-        SpecError: the width is no multiple of the heads, or a head has an odd width under rotary positions.
+        SpecError: the width is not a multiple of the heads, or a head has an odd width under rotary positions.
 
     Reference:
         Vaswani et al., "Attention Is All You Need", arXiv 1706.03762.
@@ -50,33 +51,32 @@ class Attention(MultiHead):
     def __init__(self, spec: AttentionSpec, width: int) -> None:
         super().__init__(spec, width)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
-        longest = tokens.longest  # asked once: on a GPU the program waits for the answer
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
+        longest = tokens.longest  # read once: on a GPU it is a synchronisation
         (q, mask), (k, _), (v, _) = (tokens.with_values(x).to_padded(longest) for x in (q, k, v))
         if not self.causal:
             return tokens.from_padded(self._product(q, k, v, self._mask(mask, tokens)))
-        # What lies behind a row's tokens is never seen by them, so no mask is needed.
-        k, v, broken = finite(k, v)
+        # A causal query never sees the padding after its row, so no mask is needed.
+        (k, v), broken = finite(k, v, axes=2)
         attended = self._product(q, k, v, is_causal=True)
         if broken is not None:
             attended = attended.masked_fill((broken.cumsum(1) > 0)[..., None], torch.nan)
         return tokens.from_padded(attended)
 
-    def _onward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
+    def _attend_stream(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
         q, _ = tokens.with_values(q).to_padded()
         newest = before.seen[:, None] + torch.arange(q.shape[1], device=q.device)
-        # What lies behind a row's tokens is empty, and a padded query sees something, so that it has weights.
+        # Slots after a row's tokens are empty; a padded query sees the tokens before it, so its weights are defined.
         allowed = torch.arange(after.size, device=q.device) <= newest[..., None]
         keys, values = (entry.to(q.dtype) for entry in after.entries)
         return tokens.from_padded(self._contained(q, keys, values, allowed))
 
     def _mask(self, mask_BS: Tensor, tokens: Ragged) -> Tensor | None:
-        # Without a mask the flash kernel can run. Rows that are all as long as the longest need none.
+        # Without a mask the flash kernel can run. Rows of equal length need none.
         if not tokens.holes and (
             tokens.stride is not None or (tokens.bound is None and tokens.rows.shape[0] == mask_BS.numel())
         ):
             return None
-        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the
-        # result.
+        # A row without tokens attends to its first hole, so that its weights are defined; no result is read there.
         first = torch.arange(mask_BS.shape[1], device=mask_BS.device) == 0
         return (mask_BS | first)[:, None, :]

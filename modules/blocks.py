@@ -1,4 +1,4 @@
-"""Ragged tokens cut into blocks, each of which sees the slots around it: the layout of attention inside a window."""
+"""Ragged tokens cut into blocks that see the slots around them: the layout of sliding-window attention."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +11,7 @@ from sma.ragged import Ragged
 
 
 class BlockShape(NamedTuple):
-    """How rows are cut: a block of `queries` slots sees `before` slots ahead of it, itself, and `after` slots behind
-    it.
-    """
+    """Sizes of a block: `queries` slots, which see themselves, `before` earlier slots and `after` later ones."""
 
     queries: int
     before: int
@@ -25,15 +23,15 @@ class BlockShape(NamedTuple):
         return self.before + self.queries + self.after
 
     def pairs(self, tokens: int) -> int:
-        """Pairs of slots that are multiplied for a row of `tokens` tokens, those out of reach included."""
+        """Pairs of slots that are multiplied for a row of `tokens` tokens, including those out of reach."""
         return -(-tokens // self.queries) * self.queries * self.keys
 
 
 def block_shape(longest: int, window: int, causal: bool) -> BlockShape:
-    """Choose the blocks for rows of up to `longest` tokens.
+    """Choose the sizes of blocks for rows of up to `longest` tokens.
 
-    A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window:
-    they see 2.5 windows, against 3 for blocks of a whole one; the products of still smaller blocks are less efficient.
+    A row that fits into one window is one block that sees itself. A longer one is cut into blocks of half a window.
+    They see 2.5 windows, where blocks of a whole window see 3; the products of smaller blocks are less efficient.
     """
     longest = max(longest, 1)
     if longest <= max(window, 32):
@@ -44,30 +42,32 @@ def block_shape(longest: int, window: int, causal: bool) -> BlockShape:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The tokens of a batch laid out in blocks.
+class BlockLayout:
+    """The indices of a batch's tokens in blocks of C slots: with the margins, S = before + n C + after slots.
 
     Attributes:
-        shape: slots of a block and what it sees.
-        count: blocks of all rows together, n.
-        places: `(T,)` slot of each token in the flattened `(n * C)` blocks.
-        allowed: `(n, C, K)` which slot a slot may attend; a slot without a token always sees itself.
-        positions: `(before + n C + after,)` position in the stream at each slot.
-        slots: `(before + n C + after,)` rank in its row at each slot.
+        shape: sizes of a block.
+        count: blocks of all rows, n.
+        indices: slot of each token in the flattened `(n * C)` blocks, shape (T,).
     """
 
     shape: BlockShape
     count: int
-    places: Int[Tensor, "T"]
-    allowed: Bool[Tensor, "n C K"]
-    positions: Int[Tensor, "S"]
-    slots: Int[Tensor, "S"]
+    indices: Int[Tensor, "T"]
 
     def fill(self, values: Shaped[Tensor, "T *E"]) -> Shaped[Tensor, "S *E"]:
-        """Lay values out in blocks, zeros elsewhere."""
+        """Lay values out in blocks, with zeros in slots without a token."""
         shape = self.shape
         padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, *values.shape[1:])
-        return padded.index_copy(0, self.places + shape.before if shape.before else self.places, values)
+        return padded.index_copy(0, self.indices + shape.before if shape.before else self.indices, values)
+
+    def tokens_of(self, blocks: Shaped[Tensor, "n C *E"]) -> Shaped[Tensor, "T *E"]:
+        """The values of the tokens in blocks."""
+        return blocks.flatten(0, 1).index_select(0, self.indices)
+
+    def tokens_of_filled(self, filled: Shaped[Tensor, "S *E"]) -> Shaped[Tensor, "T *E"]:
+        """The values of the tokens in what `fill` laid out."""
+        return filled.index_select(0, self.indices + self.shape.before)
 
     def queries_of(self, filled: Tensor) -> Shaped[Tensor, "n C ..."]:
         """The slots of every block."""
@@ -78,7 +78,7 @@ class Blocks:
 
     def keys_of(self, filled: Tensor) -> Shaped[Tensor, "n K ..."]:
         """The slots that every block sees; an overlapping view, unless compiled."""
-        if torch.compiler.is_compiling():  # the compiler knows no overlapping views of a size that it does not know
+        if torch.compiler.is_compiling():  # a compiler supports no overlapping views of unknown sizes
             starts = torch.arange(self.count, device=filled.device)[:, None] * self.shape.queries
             return filled[starts + torch.arange(self.shape.keys, device=filled.device)]
         step = filled.stride(0)
@@ -86,33 +86,44 @@ class Blocks:
         return filled.as_strided(size, (self.shape.queries * step, step, *filled.stride()[1:]), filled.storage_offset())
 
     def seen_by(self, values: Float[Tensor, "T *E"]) -> Float[Tensor, "n K *E"]:
-        """The values that every block sees, for operators that PyTorch differentiates: gradients are added up by
-        `fold`.
-        """
+        """The values that every block sees, for operators that PyTorch differentiates; `fold` sums the gradients."""
         if torch.compiler.is_compiling():
             return self.keys_of(self.fill(values))
         seen: Tensor = _Seen.apply(values, self)
         return seen
 
     def fold(self, windows: Float[Tensor, "n K E"]) -> Float[Tensor, "S E"]:
-        """Add up what every block says of the slots it sees: the transpose of `keys_of`."""
+        """Sum over the blocks that see a slot: the transpose of `keys_of`."""
         shape = self.shape
         channels = windows.shape[2]
         if shape.keys == shape.queries:
             return windows.reshape(-1, channels)
         out = windows.new_zeros(shape.before + self.count * shape.queries + shape.after, channels)
-        for start in range(0, shape.keys, shape.queries):  # parts of different blocks that do not overlap
+        for start in range(0, shape.keys, shape.queries):  # these parts of different blocks do not overlap
             part = windows[:, start : start + shape.queries]
             out.as_strided(part.shape, (shape.queries * channels, channels, 1), start * channels).add_(part)
         return out
 
 
+@dataclass(frozen=True)
+class Blocks(BlockLayout):
+    """The layout of a batch's tokens in blocks, and which pairs of slots attend.
+
+    Attributes:
+        allowed: which slots a slot attends to, shape (n, C, K); a slot without a token attends to itself.
+        positions: position in the stream at each slot, shape (S,).
+    """
+
+    allowed: Bool[Tensor, "n C K"]
+    positions: Int[Tensor, "S"]
+
+
 def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
     """Lay out the tokens of a batch in blocks."""
-    device, slots = tokens.rows.device, tokens.slots
+    device = tokens.rows.device
     if tokens.stride is not None or tokens.bound is not None:
         shape = block_shape(tokens.longest, window, causal)
-    else:  # longest row and number of blocks by one look at the lengths: on a GPU the program waits for it
+    else:  # the lengths give the longest row and the number of blocks: on a GPU this is the only synchronisation
         counts = (tokens.offsets[1:] - tokens.offsets[:-1]).tolist()
         shape = block_shape(max(counts, default=0), window, causal)
     size = shape.queries
@@ -123,54 +134,42 @@ def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
     else:
         per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
         starts = per_row_B.cumsum(0) - per_row_B
-        # As many blocks as there can be where the rows cannot be looked at.
+        # Where the lengths are unknown, the largest possible number of blocks.
         count = (
             sum(-(-each // size) for each in counts)
             if tokens.bound is None
             else tokens.rows.shape[0] // size + tokens.num_rows
         )
-    places = starts[tokens.rows] * size + slots
-
-    def lay(values: Tensor, empty: int) -> Tensor:
-        line = values.new_full((shape.before + count * size + shape.after,), empty)
-        return line.index_copy_(0, places + shape.before, values)
-
-    row_of = tokens.rows.where(tokens.mask, -1) if tokens.holes else tokens.rows
-    blocks = Blocks(
-        shape, count, places, torch.empty(0, 0, 0, dtype=torch.bool), lay(tokens.positions, 0), lay(slots, 0)
-    )
-    rows = lay(row_of, -1)
-    allowed = blocks.queries_of(rows)[:, :, None] == blocks.keys_of(rows)[:, None, :]
-    # Slots of one block run on, so the distance of a pair depends on its places in the block alone.
+    layout = BlockLayout(shape, count, starts[tokens.rows] * size + tokens.slots)
+    numbers = tokens.rows + 1  # 0 where there is no token
+    rows = layout.fill(numbers.where(tokens.mask, 0) if tokens.holes else numbers)
+    allowed = layout.queries_of(rows)[:, :, None] == layout.keys_of(rows)[:, None, :]
+    # Slots of one block are consecutive, so the distance of a pair depends on its indices in the block alone.
     distance = torch.arange(shape.keys, device=device) - shape.before - torch.arange(size, device=device)[:, None]
     if causal:
         allowed &= distance <= 0
     if shape.keys > window:
         allowed &= distance.abs() <= window
-    return Blocks(shape, count, places, allowed, blocks.positions, blocks.slots)
+    return Blocks(shape, count, layout.indices, allowed, layout.fill(tokens.positions))
 
 
 class _Seen(torch.autograd.Function):
-    """PyTorch's own gradient of an overlapping view goes through an index of every element."""
+    """Overlapping views whose gradient `fold` sums; PyTorch's own gradient indexes every element."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, blocks: Blocks) -> Tensor:
-        ctx.save_for_backward(blocks.places)
-        ctx.shape, ctx.count = blocks.shape, blocks.count
-        return blocks.keys_of(blocks.fill(values))
+    def forward(ctx: Any, values: Tensor, layout: BlockLayout) -> Tensor:
+        ctx.save_for_backward(layout.indices)
+        ctx.shape, ctx.count = layout.shape, layout.count
+        return layout.keys_of(layout.fill(values))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        nothing = places[:0]  # the rest of the layout is for the scores alone
-        blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
-        return blocks.fold(grad.flatten(2)).index_select(0, places + blocks.shape.before).unflatten(
-            1, grad.shape[2:]
-        ), None
+        layout = BlockLayout(ctx.shape, ctx.count, *ctx.saved_tensors)
+        return layout.tokens_of_filled(layout.fold(grad.flatten(2))).unflatten(1, grad.shape[2:]), None
 
 
 def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: bool) -> Bool[Tensor, "T"]:
-    """Whether a marked token is within reach of each token; of no meaning at holes."""
+    """Whether a marked token is within reach of each token; at holes the result has no meaning."""
     first, slots = tokens.offsets[tokens.rows], tokens.slots
     nearest = slots if causal else (slots + window).minimum(tokens.lengths[tokens.rows] - 1)
     before = torch.nn.functional.pad(marked.cumsum(0), (1, 0))

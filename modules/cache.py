@@ -1,4 +1,4 @@
-"""The newest tokens of every stream: the state of sub-modules that look back."""
+"""The newest tokens of every stream: the state of sub-modules that look back, and the base class of those."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -8,23 +8,24 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from sma.checks import check_count
+from sma.checks import check_causal, check_count, check_sizes
 from sma.errors import InputError
 from sma.memory import FEWER, check_memory, zeros
+from sma.padding import pack
 from sma.pytree import register_output
 from sma.ragged import Ragged
-from sma.submodule import State
+from sma.submodule import State, SubModule, device_and_dtype
 
 
 @register_output
 @dataclass(frozen=True)
 class Cache(State):
-    """What a sub-module keeps of the newest S tokens of every row, in rings: slot s stands at place s modulo S.
+    """Tensors of the newest S tokens of every row, in ring buffers: slot s has index s modulo S.
 
     Attributes:
-        entries: tensors `(B, S, …)`; zeros where a row has seen fewer than S tokens.
-        seen: `(B,)` tokens of each row so far.
-        grows: keep every token instead, so S and the cost of a step grow with the stream.
+        entries: tensors of shape (B, S, …), with zeros where a row has seen fewer than S tokens.
+        seen: number of tokens of each row so far, shape (B,).
+        grows: whether every token is kept instead, so that S and the cost of a step grow with the stream.
     """
 
     entries: tuple[Shaped[Tensor, "B S ..."], ...]
@@ -33,27 +34,27 @@ class Cache(State):
 
     @property
     def size(self) -> int:
-        """Places per row, S."""
+        """Tokens that a row can hold, S."""
         return int(self.entries[0].shape[1])
 
     @property
     def sizes(self) -> tuple[object, ...]:
-        """Tokens per row, None where it grows, and the sizes of what it keeps of each."""
+        """Tokens per row, None where it grows, and the sizes of the entries of one token."""
         return (None if self.grows else self.size, *(tuple(entry.shape[2:]) for entry in self.entries))
 
     @property
     def held(self) -> Int[Tensor, "B"]:
-        """Tokens that each row holds."""
+        """Number of tokens that each row holds."""
         return self.seen.clamp(max=self.size)
 
     @property
     def slots(self) -> Int[Tensor, "B S"]:
-        """The slot of the token at every place, negative at a place that is still empty."""
+        """Slot of the token at every index, negative where there is none yet."""
         newest = self.seen[:, None] - 1
         return newest - (newest - torch.arange(self.size, device=newest.device)) % max(self.size, 1)
 
     def append(self, tokens: Ragged, *values: Shaped[Tensor, "T ..."]) -> Self:
-        """Put tokens behind those of their rows; the oldest make room.
+        """Append tokens to their rows, in the place of the oldest ones.
 
         Args:
             tokens: packed, without holes.
@@ -72,18 +73,19 @@ class Cache(State):
         if size == 0:
             return type(self)(entries, seen, self.grows)
         slot = self.seen[tokens.rows] + tokens.slots
-        # Where a row brings more tokens than fit, its last ones stay.
-        if not self.grows and tokens.rows.shape[0] > size:
-            kept = (slot >= seen[tokens.rows] - size).nonzero().squeeze(1)
-            values = tuple(value.index_select(0, kept) for value in values)
-            slot, rows = slot[kept], tokens.rows[kept]
-        else:
-            rows = tokens.rows
-        place = rows * size + slot % size
-        return type(self)(tuple(_put(*pair, place) for pair in zip(entries, values, strict=True)), seen, self.grows)
+        rows = tokens.rows
+        if not self.grows and rows.shape[0] > size:  # of a row with more new tokens than fit, the last ones are kept
+            kept = (slot >= seen[rows] - size).nonzero().squeeze(1)
+            slot, rows, *values = (part.index_select(0, kept) for part in (slot, rows, *values))  # type: ignore[assignment]
+        index = rows * size + slot % size
+        written = (
+            entry.flatten(0, 1).index_copy(0, index, value.to(entry.dtype)).unflatten(0, entry.shape[:2])
+            for entry, value in zip(entries, values, strict=True)
+        )
+        return type(self)(tuple(written), seen, self.grows)
 
     def join(self, tokens: Ragged) -> "Joined":
-        """Lay out the tokens of every row behind those that it holds.
+        """Lay out the new tokens of every row after those that it holds.
 
         Args:
             tokens: packed, without holes.
@@ -102,7 +104,7 @@ class Cache(State):
         frame = Ragged(
             values=tokens.values.new_empty(old.shape[0] + new.shape[0], 0),
             index=torch.arange(old.shape[0] + new.shape[0], device=old.device),
-            positions=torch.cat([old, new]),  # of no meaning; `fill` makes real ones where they are kept
+            positions=torch.cat([old, new]),  # without meaning: a kind that holds positions fills in real ones
             rows=_lay(old, row, new, tokens.rows),
             offsets=offsets,
             lengths=lengths,
@@ -115,10 +117,10 @@ class Joined(NamedTuple):
     """Held tokens and new ones of every row, one after another.
 
     Attributes:
-        tokens: all of them, packed; without values.
-        old: where the held ones stand.
-        new: where the new ones stand, in their order.
-        source: where the held ones stood in the flattened cache.
+        tokens: all of them, packed, without values.
+        old: indices of the held ones.
+        new: indices of the new ones, in their order.
+        source: indices of the held ones in the flattened cache.
     """
 
     tokens: Ragged
@@ -127,7 +129,7 @@ class Joined(NamedTuple):
     source: Int[Tensor, "H"]
 
     def fill(self, entry: Shaped[Tensor, "B S *E"], values: Shaped[Tensor, "T *E"]) -> Shaped[Tensor, "U *E"]:
-        """One entry of the cache and the same of the new tokens, laid out."""
+        """An entry of the cache and the same values of the new tokens, laid out."""
         held = entry.flatten(0, 1).index_select(0, self.source)
         return _lay(self.old, held.to(values.dtype), self.new, values)
 
@@ -139,7 +141,7 @@ def empty_cache(
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
 ) -> Cache:
-    """Make the cache of streams that have seen nothing; size None grows."""
+    """Make the cache of streams that have seen no token; with `size=None` it grows."""
     check_count(batch_size, "batch_size")
     seen = zeros((batch_size,), "a cache", device=device, dtype=torch.int64)
     needed = sum(
@@ -153,8 +155,37 @@ def empty_cache(
     return Cache(tuple(entries), seen, grows=size is None)
 
 
-def _put(entry: Tensor, values: Tensor, place: Tensor) -> Tensor:
-    return entry.flatten(0, 1).index_copy(0, place, values.to(entry.dtype)).unflatten(0, entry.shape[:2])
+class CachedSubModule(SubModule):
+    """A sub-module whose state is a `Cache`.
+
+    Args:
+        size: number of the newest tokens of each row that a stream keeps; None for all of them.
+        shapes: sizes of each entry of one token, in the dtype of the tokens; an entry of shape () holds positions.
+    """
+
+    def __init__(self, size: int | None, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.cache_size, self.entry_shapes = size, shapes
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Cache:
+        """Make the state of streams that have seen no token; see `SubModule.init_state`.
+
+        Where the state keeps all tokens, memory and the cost of a step grow with the stream.
+        """
+        check_causal(self)
+        device, dtype = device_and_dtype(self, device, dtype)
+        dtypes = tuple(dtype if shape else torch.int64 for shape in self.entry_shapes)
+        return empty_cache(batch_size, self.cache_size, self.entry_shapes, device, dtypes)
+
+    def _resume(self, state: State | None, tokens: Ragged) -> tuple[Cache | None, Ragged, Int[Tensor, "P"] | None]:
+        """Check the state that `forward` was given, and drop the holes of tokens that continue from one."""
+        cache = self._continue(state, Cache, tokens)
+        if cache is None:
+            return None, tokens, None
+        check_sizes(self, cache.sizes, (self.cache_size, *self.entry_shapes))
+        return cache, *pack(tokens)
 
 
 def _lay(old: Tensor, held: Tensor, new: Tensor, values: Tensor) -> Tensor:

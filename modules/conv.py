@@ -7,12 +7,11 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.checks import check_causal, check_sizes
-from sma.modules.cache import Cache, empty_cache
-from sma.padding import pack, unpack
+from sma.modules.cache import CachedSubModule
+from sma.padding import unpack
 from sma.ragged import Ragged
 from sma.spec import register
-from sma.submodule import MACs, State, SubModule, SubModuleSpec, device_and_dtype
+from sma.submodule import MACs, State, SubModuleSpec
 
 
 @register
@@ -20,7 +19,9 @@ class ConvSpec(SubModuleSpec):
     """Spec of `Conv`."""
 
     kind: Literal["conv"] = "conv"
-    kernel_size: int = Field(default=4, ge=1, le=256, description="tokens that one result depends on, its own included")
+    kernel_size: int = Field(
+        default=4, ge=1, le=256, description="tokens that one result depends on, including its own"
+    )
     bidirectional: bool = Field(default=False, description="centre the kernel on the token; false looks back only")
     activation: Literal["silu", "none"] = Field(default="silu", description="applied to the result")
 
@@ -43,7 +44,7 @@ class ConvSpec(SubModuleSpec):
         return MACs(elementwise=tokens * width * self.kernel_size)
 
 
-class Conv(SubModule):
+class Conv(CachedSubModule):
     r"""$y_t = \mathrm{silu}(\sum_j w_j \odot x_{t+j} + b)$ over slots: routed, it convolves neighbouring *active*
     tokens.
 
@@ -52,14 +53,15 @@ class Conv(SubModule):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `weight` is `(D, K)`, the last tap on the newest token.
+        tokens `(T, D)` in, `(T, D)` out. `weight` is `(D, K)`, the last tap on the newest token. A stream keeps the
+            last K - 1 tokens of each row.
 
     Reference:
         the short convolution of Mamba; Gu and Dao, arXiv 2312.00752.
     """
 
     def __init__(self, spec: ConvSpec, width: int) -> None:
-        super().__init__()
+        super().__init__(spec.kernel_size - 1, (width,))
         self.spec = spec
         self.causal = not spec.bidirectional
         self.weight = nn.Parameter(torch.empty(width, spec.kernel_size))
@@ -73,23 +75,11 @@ class Conv(SubModule):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        """Make the state of streams that have seen nothing: the last K - 1 tokens of each row; see
-        `SubModule.init_state`.
-        """
-        check_causal(self)
-        device, dtype = device_and_dtype(self, device, dtype)
-        return empty_cache(batch_size, self.spec.kernel_size - 1, ((self.weight.shape[0],),), device, (dtype,))
-
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Convolve along every row; see `SubModule.forward`."""
-        cache = self._continue(state, Cache, tokens)
+        cache, fresh, real = self._resume(state, tokens)
         if cache is None:
             return self._convolve(tokens), None
-        check_sizes(self, cache.sizes, (self.spec.kernel_size - 1, (self.weight.shape[0],)))
-        fresh, real = pack(tokens)
         joined = cache.join(fresh)
         along = joined.tokens.with_values(joined.fill(cache.entries[0], fresh.values))
         out = self._convolve(along).index_select(0, joined.new)
@@ -105,7 +95,7 @@ class Conv(SubModule):
 
 
 def _shifted(tokens: Ragged, by: int) -> Tensor:
-    """The values `by` slots further on in the same row; zeros beyond its ends."""
+    """The values `by` slots later in the same row; zeros beyond its ends."""
     values = tokens.values
     if by == 0:
         return values

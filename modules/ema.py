@@ -13,7 +13,7 @@ from sma.checks import check_sizes
 from sma.init import truncated_normal_
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import convolution_macs
-from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, scan_macs
+from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, kernel_macs, scan_macs
 from sma.modules.state_space import StateSpace
 from sma.padding import pack
 from sma.pytree import register_output
@@ -49,9 +49,8 @@ class EMASpec(SubModuleSpec):
             return MACs()
         if self.bidirectional:
             taps = min(tokens, self.truncation or tokens)
-            inner = max(1, math.isqrt(taps))
-            kernel = 2 * width * self.state_size * inner * -(-taps // inner)
-            return MACs(matmul=kernel, fft=convolution_macs(width, tokens, taps))
+            kernels = kernel_macs(width, self.state_size, taps)
+            return MACs(matmul=kernels, fft=convolution_macs(width, tokens, taps))
         kernel = width * self.state_size * min(CHUNK, tokens)
         passes = 2 if self.truncation is not None and self.truncation < tokens else 1
         return MACs(matmul=passes * (kernel + scan_macs(width, tokens, self.state_size)))
@@ -61,8 +60,8 @@ class EMA(StateSpace[Recurrence]):
     r"""A bank of damped exponential moving averages per channel.
 
     $p = \sigma(\delta)$, $q = 1 - p\,\sigma(\alpha)$, $s_t = q s_{t-1} + p \beta x_t$, $y_t = \sum_n \gamma_n s_{t,n} /
-    \sqrt N + \omega x_t$. Bidirectional adds a second recurrence, with parameters of its own, that runs from the right;
-    both include the token itself.
+    \sqrt N + \omega x_t$. A bidirectional one adds a second recurrence, with its own parameters, that runs from the
+    right; both include the token itself.
 
     Args:
         spec: states per channel, direction and truncation.
@@ -79,7 +78,7 @@ class EMA(StateSpace[Recurrence]):
     spec: EMASpec
 
     def __init__(self, spec: EMASpec, width: int) -> None:
-        super().__init__(spec, width, EMAState, (width, spec.state_size))
+        super().__init__(spec, width, EMAState, (width, spec.state_size), spec.truncation)
         rows, states = spec.directions * width, spec.state_size
         self.delta = nn.Parameter(torch.empty(rows, states, 1))
         self.alpha = nn.Parameter(torch.empty(rows, states, 1))
@@ -90,7 +89,7 @@ class EMA(StateSpace[Recurrence]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters, as the authors do."""
+        """Draw new parameters from the authors' distributions."""
         truncated_normal_(self.delta, 0.2)
         truncated_normal_(self.alpha, 0.2)
         truncated_normal_(self.beta, 0.02)
@@ -102,8 +101,7 @@ class EMA(StateSpace[Recurrence]):
     def recurrences(self, dtype: torch.dtype) -> list[Recurrence]:
         """The recurrence of each direction, forward first."""
         step = torch.sigmoid(self.delta.to(dtype).squeeze(-1))
-        # A decay that rounds to 0 has no logarithm, and the gradient there would be 0 / 0: keep it at the rounding
-        # error instead.
+        # A decay that rounds to 0 has no logarithm, and its gradient would be 0 / 0: the rounding error is its minimum.
         damping = (step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
         log_decay = torch.log1p(-damping)
         inward = step * self.beta.to(dtype).squeeze(-1)
@@ -126,9 +124,6 @@ class EMA(StateSpace[Recurrence]):
         kept = None if before.recent is None else before.recent.size
         check_sizes(self, (*before.hidden.shape[1:], kept), (*self.hidden_shape, self.spec.truncation))
 
-    def _taps(self, length: int) -> int:
-        return min(length, self.spec.truncation or length)
-
     def _scan(self, x_BSD: Tensor, ahead: Recurrence) -> Tensor:
         out, length, truncation = super()._scan(x_BSD, ahead), x_BSD.shape[1], self.spec.truncation
         if truncation is not None and truncation < length:
@@ -137,7 +132,7 @@ class EMA(StateSpace[Recurrence]):
         return out
 
     def _leaving(self, ahead: Recurrence) -> Recurrence:
-        """s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): the late inputs leave by a recurrence of their own."""
+        """s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): a second recurrence subtracts the late inputs."""
         return ahead._replace(inward=ahead.inward * torch.exp(ahead.log_decay * (self.spec.truncation or 0)))
 
     def _advance(
@@ -152,9 +147,9 @@ class EMA(StateSpace[Recurrence]):
         return Scanned(scanned.out - late.out, scanned.final - late.final), recent
 
     def _delayed(self, tokens: Ragged, recent: Cache, dtype: torch.dtype) -> tuple[Tensor, Cache]:
-        """The inputs `truncation` slots before those of a chunk, `(B, S, D)`, and the cache with the chunk in it."""
+        """The inputs `truncation` slots before those of a chunk, `(B, S, D)`, and the cache that includes the chunk."""
         real, _ = pack(tokens)
-        if tokens.longest == 1:  # the token that the new one displaces
+        if tokens.longest == 1:  # the token that the new one overwrites
             late = recent.entries[0].gather(1, (recent.seen % recent.size)[:, None, None].expand(-1, 1, self.width))
             return late.to(dtype), recent.append(real, real.values)
         joined = recent.join(real)
@@ -167,11 +162,11 @@ class EMA(StateSpace[Recurrence]):
 @register_output
 @dataclass(frozen=True)
 class EMAState(State):
-    """Where the averages of every row stand.
+    """State of the averages of every row.
 
     Attributes:
         hidden: s, in float32 or wider.
-        recent: the last K inputs, which a truncated kernel must forget one day; None without truncation.
+        recent: the last K inputs, which a truncated kernel subtracts later; None without truncation.
     """
 
     hidden: Float[Tensor, "B D N"]

@@ -1,6 +1,4 @@
-"""Attention of ragged tokens along their whole rows, a slice of queries at a time: every pair of a row, but memory T
-C.
-"""
+"""Full attention of ragged tokens: every pair of a row, by slices of C queries, so that memory is T C."""
 
 from functools import partial
 
@@ -10,19 +8,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sma.devices import without_autocast
-from sma.modules.finite import all_finite
+from sma.modules.finite import finite
 from sma.modules.sliding_window import Bias, Weighting, narrowed, weigh
 from sma.ragged import Ragged
 
-# Queries of a slice, C. Its scores stay in a CPU's cache; all of a row of 4,096 took four times the memory, and were
-# slower.
+# Queries of a slice, C. Its scores stay in a CPU's cache; a whole row of 4,096 took four times the memory, and longer.
 SLICE = 512
 
 
 def pairs(tokens: int, causal: bool) -> int:
-    """Pairs that are multiplied for a row of `tokens` tokens: all, or causal those with the keys up to the end of a
-    slice.
-    """
+    """Pairs that are multiplied for a row of `tokens` tokens: all; if causal, those with keys up to the slice's end."""
     return sum((stop - start) * (stop if causal else tokens) for start, stop in _slices(tokens, SLICE))
 
 
@@ -37,7 +32,7 @@ def attend_all(
     bias: Bias | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H"]:
-    """`sma.modules.sliding_window.attend` without a window; for backward the scores of a slice are computed again.
+    """`sma.modules.sliding_window.attend` without a window; backward recomputes the scores of a slice.
 
     Args:
         q, k, v, tokens, causal, weighting, bias, dropout: as there; the bias counts original positions.
@@ -45,22 +40,19 @@ def attend_all(
     longest, compiling = tokens.longest, torch.compiler.is_compiling()
     with without_autocast(q.device):
         (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
-        places = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
-        # A row without tokens would have nothing to attend to; its first hole is harmless, since nobody reads the
-        # result.
+        positions = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
+        # A row without tokens attends to its first hole, so that its weights are defined; no result is read there.
         seen = real | (torch.arange(longest, device=real.device) == 0)
-        broken = None if all_finite(v) else ~v.isfinite().all(-1)
-        if broken is not None:  # a weight of 0 times NaN is NaN
-            v = v.masked_fill(broken[..., None], 0)
+        (v,), broken = finite(v)
         table = None if bias is None else bias.table
         parts = []
-        # A compiler does not unroll a number of slices that it does not know, and chooses itself what to keep.
+        # A compiler cannot unroll an unknown number of slices, and chooses itself what to save.
         for start, stop in _slices(longest, longest if compiling else SLICE):
             keys = slice(0, stop if causal else longest)
             part = partial(
                 _attend_slice,
-                places_BC=places[:, start:stop],
-                places_BK=places[:, keys],
+                positions_BC=positions[:, start:stop],
+                positions_BK=positions[:, keys],
                 seen_BK=seen[:, keys],
                 broken_BK=None if broken is None else broken[:, keys],
                 start=start if causal else None,
@@ -77,7 +69,7 @@ def attend_all(
 
 
 def _padded(values: Int[Tensor, "T"], tokens: Ragged, longest: int) -> Int[Tensor, "B S"]:
-    """What `Ragged.to_padded` does with numbers, for integers."""
+    """`Ragged.to_padded` for integers."""
     if tokens.stride is not None:
         return values.unflatten(0, (tokens.num_rows, longest))
     line = values.new_zeros(tokens.num_rows * longest)
@@ -96,8 +88,8 @@ def _attend_slice(
     v_BKH: Tensor,
     table: Tensor | None,
     *,
-    places_BC: Int[Tensor, "B C"],
-    places_BK: Int[Tensor, "B K"],
+    positions_BC: Int[Tensor, "B C"],
+    positions_BK: Int[Tensor, "B K"],
     seen_BK: Tensor,
     broken_BK: Tensor | None,
     start: int | None,
@@ -105,11 +97,11 @@ def _attend_slice(
     weighting: Weighting,
     dropout: float,
 ) -> Tensor:
-    """Queries from slot `start` on, None if they see later keys too, with all their keys."""
+    """Attention of the queries from slot `start` on to all their keys; None where they see later keys too."""
     wide = torch.promote_types(v_BKH.dtype, torch.float32)
     scores = torch.bmm(q_BCZ, k_BKZ.transpose(1, 2)).to(wide)
     if table is not None:
-        index = (places_BK[:, None, :] - places_BC[:, :, None]).add_(middle).clamp_(0, table.shape[0] - 1)
+        index = (positions_BK[:, None, :] - positions_BC[:, :, None]).add_(middle).clamp_(0, table.shape[0] - 1)
         scores = scores + table.to(wide).index_select(0, index.reshape(-1)).reshape(scores.shape)
     hidden = ~seen_BK[:, None]
     if start is not None:

@@ -1,4 +1,4 @@
-"""Gated attention unit: the sub-module that SeqBoat routes, and the same inside fixed chunks."""
+"""Gated attention unit: the sub-module that SeqBoat routes, and its variant inside fixed chunks."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.checks import check_causal, check_sizes
+from sma.checks import check_causal
 from sma.init import reset_linear_, truncated_normal_
 from sma.memory import zeros
 from sma.modules.blocks import block_shape
-from sma.modules.cache import Cache, empty_cache
+from sma.modules.cache import Cache, CachedSubModule
 from sma.modules.full_attention import attend_all, pairs
 from sma.modules.sliding_window import Bias, Weighting, attend, attend_one
 from sma.padding import pack, unpack
@@ -35,8 +35,8 @@ class GAUSpec(SubModuleSpec):
         default=None, ge=1, description="active tokens in reach on each side, W; use window=null to attend to all"
     )
     bidirectional: bool = Field(default=True, description="attend to later tokens too; false is causal")
-    attention: Weighting = Field(default="softmax", description="what turns scores into weights")
-    position: PositionSpec = Field(default=RelativeBiasSpec(), description="how attention knows positions")
+    attention: Weighting = Field(default="softmax", description="function from scores to weights")
+    position: PositionSpec = Field(default=RelativeBiasSpec(), description="how positions enter the scores")
     value_dropout: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel of a value"
     )
@@ -66,15 +66,19 @@ class GAUSpec(SubModuleSpec):
         table = self.position.table_size(self.window)
         return (width + 1) * projected + 4 * self.query_size + (self.hidden_size + 1) * width + table
 
+    def pairs(self, tokens: int) -> int:
+        """Pairs of slots that are multiplied for a row of `tokens` tokens."""
+        if self.window is None:
+            return pairs(tokens, not self.bidirectional)
+        return block_shape(tokens, self.window, not self.bidirectional).pairs(tokens)
+
     def macs(self, width: int, tokens: int) -> MACs:
         dense = width * (self.query_size + 3 * self.hidden_size)
-        causal = not self.bidirectional
-        seen = pairs(tokens, causal) if self.window is None else block_shape(tokens, self.window, causal).pairs(tokens)
-        return MACs(matmul=tokens * dense + seen * (self.query_size + self.hidden_size))
+        return MACs(matmul=tokens * dense + self.pairs(tokens) * (self.query_size + self.hidden_size))
 
 
-class GatedAttentionUnit(SubModule):
-    r"""One-head attention with a gate, over the tokens it is given.
+class GatedAttentionUnit(CachedSubModule):
+    r"""One-head attention with a gate.
 
     $(z, r, v) = \mathrm{silu}(W x + b)$; $q = g_0 z + b_0$, $k = g_1 z + b_1$; $y = W_o (\mathrm{attend}(q, k, v) \odot
     r) + b_o$. Scores: `softmax` $q \cdot k / \sqrt Z$ plus bias; `relu2` and `laplace` $q \cdot k / n$ plus bias, n =
@@ -85,14 +89,15 @@ class GatedAttentionUnit(SubModule):
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out; reach |slot distance| <= W, causal: only back.
+        tokens `(T, D)` in, `(T, D)` out. The reach is |slot distance| <= W, causal: only back. A stream keeps keys,
+            values and positions of the last W tokens of each row; without a window, of all tokens.
 
     Reference:
         Hua et al., "Transformer Quality in Linear Time", arXiv 2202.10447; Ma et al., arXiv 2209.10655.
     """
 
     def __init__(self, spec: GAUSpec, width: int) -> None:
-        super().__init__()
+        super().__init__(spec.window, (spec.query_size,), (spec.hidden_size,), ())
         self.spec = spec
         self.causal = not spec.bidirectional
         self.in_proj = nn.Linear(width, spec.query_size + 2 * spec.hidden_size)
@@ -105,7 +110,7 @@ class GatedAttentionUnit(SubModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters, as the authors do."""
+        """Draw new parameters from the authors' distributions."""
         for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
         truncated_normal_(self.gain)
@@ -113,37 +118,20 @@ class GatedAttentionUnit(SubModule):
         if self.bias_table is not None:
             truncated_normal_(self.bias_table)
 
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        """Make the state of streams that have seen nothing: the keys, values and positions of the last W tokens of each
-        row.
-
-        Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
-        """
-        check_causal(self)
-        device, dtype = device_and_dtype(self, device, dtype)
-        shapes = ((self.spec.query_size,), (self.spec.hidden_size,), ())
-        return empty_cache(batch_size, self.spec.window, shapes, device, (dtype, dtype, torch.int64))
-
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Attend along every row; see `SubModule.forward`."""
-        cache = self._continue(state, Cache, tokens)
-        given, real = tokens, None
         spec = self.spec
-        if cache is not None:
-            check_sizes(self, cache.sizes, (spec.window, (spec.query_size,), (spec.hidden_size,), ()))
-            tokens, real = pack(tokens)
-        hidden = nn.functional.silu(self.in_proj(tokens.values))
+        cache, packed, real = self._resume(state, tokens)
+        hidden = nn.functional.silu(self.in_proj(packed.values))
         z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
         gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)
         q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
         if spec.position.turns:
-            q, k = spec.position.turn(torch.stack([q, k], 1), tokens.positions).unbind(1)
-        q = self._scaled(q, tokens, cache)
+            q, k = spec.position.turn(torch.stack([q, k], 1), packed.positions).unbind(1)
+        q = self._scaled(q, packed, cache)
         v = nn.functional.dropout(v, spec.value_dropout, self.training)
-        attended, after = self._attend(q, k, v, tokens, cache)
-        return unpack(self.out_proj(attended * gate), real, given), after
+        attended, after = self._attend(q, k, v, packed, cache)
+        return unpack(self.out_proj(attended * gate), real, tokens), after
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, cache: Cache | None
@@ -173,7 +161,7 @@ class GatedAttentionUnit(SubModule):
             count = tokens.lengths[tokens.rows]
         else:
             count = tokens.slots + 1 if cache is None else tokens.slots + 1 + cache.seen[tokens.rows]
-        # Wide, because in float16 a row of 65,520 tokens has infinitely many.
+        # Wide, because a number of 65,520 tokens overflows float16.
         wide = torch.promote_types(q.dtype, torch.float32)
         return (q.to(wide) / count.clamp(min=1).to(wide)[:, None]).to(q.dtype)
 
@@ -191,27 +179,24 @@ class ChunkedGAUSpec(GAUSpec):
     kind: Literal["chunked_gau"] = "chunked_gau"  # type: ignore[assignment]
     window: int = Field(
         ge=1,
-        description="active tokens of a chunk: each attends to those of its own chunk, W at most, and to no others",
+        description="active tokens of a chunk, W; each attends to the tokens of its own chunk alone",
     )
 
     def build(self, width: int) -> "ChunkedGAU":  # type: ignore[override]
         return ChunkedGAU(self, width)
 
-    def macs(self, width: int, tokens: int) -> MACs:
-        chunk = min(self.window, tokens)
-        seen = chunks_of(tokens, self.window) * block_shape(chunk, self.window, not self.bidirectional).pairs(chunk)
-        dense = width * (self.query_size + 3 * self.hidden_size)
-        return MACs(matmul=tokens * dense + seen * (self.query_size + self.hidden_size))
+    def pairs(self, tokens: int) -> int:
+        return chunks_of(tokens, self.window) * super().pairs(min(self.window, tokens))
 
 
 @register_output
 @dataclass(frozen=True)
 class ChunkedState(State):
-    """Where the streams of `ChunkedGAU` stand.
+    """State of the streams of `ChunkedGAU`.
 
     Attributes:
-        unit: of the attention unit, in the chunk that is being read.
-        seen: tokens of each row so far.
+        unit: state of the attention unit in the current chunk.
+        seen: number of tokens of each row so far, shape (B,).
     """
 
     unit: State
@@ -219,14 +204,14 @@ class ChunkedState(State):
 
 
 class ChunkedGAU(SubModule):
-    r"""$y_t = f(x_{cW}, \dots, x_{cW + W - 1})_{t - cW}$, $c = \lfloor t / W \rfloor$: chunks of W tokens that know
-    nothing of each other.
+    r"""$y_t = f(x_{cW}, \dots, x_{cW + W - 1})_{t - cW}$, $c = \lfloor t / W \rfloor$: independent chunks of W
+    tokens.
 
-    f is the gated attention unit. Chunks count the tokens that it is given, so routed ones hold W active tokens,
-    wherever those stand. Positions stay those of the row.
+    f is the gated attention unit. Chunks count the given tokens: routed, a chunk holds W active tokens, at any
+    distance. Positions stay those of the row.
 
     Args:
-        spec: as of the unit; its window is W.
+        spec: that of the unit; its window is W.
         width: channels of every token, D.
 
     Shape:
@@ -245,7 +230,7 @@ class ChunkedGAU(SubModule):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ChunkedState:
-        """Make the state of streams that have seen nothing; see `SubModule.init_state`."""
+        """Make the state of streams that have seen no token; see `SubModule.init_state`."""
         check_causal(self)
         device, dtype = device_and_dtype(self, device, dtype)
         inner = self.unit.init_state(batch_size, device=device, dtype=dtype)
@@ -256,7 +241,7 @@ class ChunkedGAU(SubModule):
         before = self._continue(state, ChunkedState, tokens)
         if before is not None:
             packed, real = pack(tokens)
-            values, after = self._go_on(packed, before)
+            values, after = self._continue_chunks(packed, before)
             return unpack(values, real, tokens), after
         if not tokens.holes:  # then rectangular tokens are packed ones too
             tokens = replace(tokens, stride=None)
@@ -264,46 +249,44 @@ class ChunkedGAU(SubModule):
             values, _ = self.unit(cut_packed(tokens, self.spec.window))
             return values, None
         rows, length = tokens.num_rows, tokens.stride
-        if not length:  # there is nothing to cut, and the unit gives zero gradients
+        if not length:  # the unit gives zero gradients without tokens
             return self.unit(tokens)[0], None
         chunks = cut_rectangular(tokens, self.spec.window)
         values, _ = self.unit(chunks)
         filled = chunks_of(length, self.spec.window) * (chunks.stride or 0)
         return values.reshape(rows, filled, values.shape[1])[:, :length].flatten(0, 1), None
 
-    def _go_on(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
-        """Every row ends its chunk, reads the chunks that it has whole, and begins its last one: three calls, whatever
-        the tokens are.
-        """
+    def _continue_chunks(self, tokens: Ragged, state: ChunkedState) -> tuple[Tensor, ChunkedState]:
+        """Run the unit three times: on the ends of current chunks, on whole chunks, on the beginnings of new ones."""
         size, seen = self.spec.window, state.seen
         first = torch.div(seen, size, rounding_mode="floor")
         last = torch.div(seen + tokens.lengths - 1, size, rounding_mode="floor") - first
         turn = torch.div(seen[tokens.rows] + tokens.slots, size, rounding_mode="floor") - first[tokens.rows]
         begins, ends = turn == 0, (turn > 0) & (turn == last[tokens.rows])
-        # A row that has filled its chunk starts afresh with its next token, and only then; whole chunks need no state.
+        # A row resets the state of a full chunk with its next token, and not earlier; whole chunks need no state.
         steps = ((begins, seen % size == 0), (~(begins | ends), None), (ends, torch.ones_like(seen, dtype=torch.bool)))
         inner, found = state.unit, []
-        for chosen, afresh in steps:
-            places = chosen.nonzero().squeeze(1)
-            if may_skip(self.unit) and places.shape[0] == 0:
+        for chosen, reset in steps:
+            indices = chosen.nonzero().squeeze(1)
+            if may_skip(self.unit) and indices.shape[0] == 0:
                 continue
-            part = _part(tokens, places)
-            if afresh is None:
+            part = _select(tokens, indices)
+            if reset is None:
                 values, _ = self.unit(cut_packed(part, size))
             else:
-                values, after = self.unit(part, inner.reset(afresh & (part.lengths > 0)))
+                values, after = self.unit(part, inner.reset(reset & (part.lengths > 0)))
                 inner = cast(State, after)
-            found.append((places, values))
+            found.append((indices, values))
         if not found:
             return tokens.values, state
         order, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         return torch.empty_like(values).index_copy(0, order, values), ChunkedState(inner, seen + tokens.lengths)
 
 
-def _part(tokens: Ragged, places: Int[Tensor, "P"]) -> Ragged:
+def _select(tokens: Ragged, indices: Int[Tensor, "P"]) -> Ragged:
     """Some of packed tokens, in their order, as packed tokens of the same rows."""
     values, index, positions, rows = (
-        part.index_select(0, places) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
+        part.index_select(0, indices) for part in (tokens.values, tokens.index, tokens.positions, tokens.rows)
     )
     lengths = torch.bincount(rows, minlength=tokens.num_rows)
     return Ragged(
@@ -312,12 +295,12 @@ def _part(tokens: Ragged, places: Int[Tensor, "P"]) -> Ragged:
 
 
 def chunks_of(length: int, size: int) -> int:
-    """Chunks of `size` that hold `length` tokens; at least one."""
+    """Number of chunks of `size` that hold `length` tokens; at least one."""
     return max(1, -(-length // size))
 
 
 def cut_packed(tokens: Ragged, size: int) -> Ragged:
-    """Make rows of at most `size` tokens of packed ones; a row gives as many as the longest, empty ones too."""
+    """Cut rows of packed tokens into rows of at most `size`, as many of each row as of the longest; some are empty."""
     each = chunks_of(tokens.longest, size)
     lengths = (
         (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)
@@ -330,7 +313,7 @@ def cut_packed(tokens: Ragged, size: int) -> Ragged:
 
 
 def cut_rectangular(tokens: Ragged, size: int) -> Ragged:
-    """Make rows of `size` tokens of rectangular ones; the last of each row is filled up with holes."""
+    """Cut rows of rectangular tokens into rows of `size`; holes fill up the last of each row."""
     rows, length = tokens.num_rows, tokens.stride or 0
     each = chunks_of(length, size)
     size = min(size, max(length, 1))

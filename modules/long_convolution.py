@@ -1,4 +1,4 @@
-"""Convolution as long as the sequence, in both directions at once, by Fourier transform."""
+"""Convolution with kernels as long as the sequence, in both directions at once, by Fourier transform."""
 
 import math
 from typing import Any
@@ -11,41 +11,39 @@ from sma.autograd import first_derivative
 
 
 def fast_length(least: int) -> int:
-    """Return an even length of at least `least`, and little more, whose only prime factors are 2, 3 and 5."""
+    """Return a small even length of at least `least` whose only prime factors are 2, 3 and 5."""
     best = 0
     for power3 in (1, 3, 9, 27):
         for factor in (power3, power3 * 5, power3 * 25):
             size = 2 * factor
-            while size < least:  # only compared: a compiler then knows the result for a range of lengths
+            while size < least:  # comparisons alone: one compiled program then serves a range of lengths
                 size *= 2
             best = min(best or size, size)
     return best
 
 
 def circular_kernel(
-    ahead_DK: Float[Tensor, "D K"], reverse_DK: Float[Tensor, "D K"] | None, skip_D: Float[Tensor, "D"], length: int
+    ahead_DK: Float[Tensor, "D K"], reverse_DK: Float[Tensor, "D K"], skip_D: Float[Tensor, "D"], length: int
 ) -> Float[Tensor, "D F"]:
     """Lay out the kernels of both directions for one circular convolution over sequences of `length`.
 
-    Lag l of the forward kernel stands at place l, lag -l of the reverse kernel at place F - l, and `skip_D` is added at
-    lag 0.
-    F is at least length + K - 1, so nothing wraps around onto a place that is read.
+    Lag l of the forward kernel has index l, lag -l of the reverse kernel has index F - l, and `skip_D` is added at lag
+    0. F is at least length + K - 1, so nothing wraps around to an index that is read.
     """
     channels, taps = ahead_DK.shape
     size = fast_length(length + taps - 1)
     circular = ahead_DK.new_zeros(channels, size)
     circular[:, :taps] = ahead_DK
     circular[:, 0] += skip_D
-    if reverse_DK is not None:
-        circular[:, 0] += reverse_DK[:, 0]
-        circular[:, size - taps + 1 :] = reverse_DK[:, 1:].flip(1)
+    circular[:, 0] += reverse_DK[:, 0]
+    circular[:, size - taps + 1 :] = reverse_DK[:, 1:].flip(1)
     return circular
 
 
 def long_convolution(
     x_BLD: Float[Tensor, "B L D"],
     ahead_DK: Float[Tensor, "D K"],
-    reverse_DK: Float[Tensor, "D K"] | None,
+    reverse_DK: Float[Tensor, "D K"],
     skip_D: Float[Tensor, "D"],
 ) -> Float[Tensor, "B L D"]:
     r"""$y_t = \sum_{l<K} a_l x_{t-l} + \sum_{l<K} r_l x_{t+l} + s x_t$ for every channel; beyond its ends a sequence
@@ -53,8 +51,8 @@ def long_convolution(
 
     Args:
         x_BLD: sequences, in float32 or float64.
-        ahead_DK: a, what reaches later places; K at most L.
-        reverse_DK: r, what reaches earlier places; None for nothing.
+        ahead_DK: a, the kernel towards later positions; K at most L.
+        reverse_DK: r, the kernel towards earlier positions.
         skip_D: s.
     """
     if torch.compiler.is_compiling():  # a compiler differentiates transforms itself
@@ -83,8 +81,8 @@ def _channel_slices(channels: int, device: torch.device) -> list[slice]:
 
 
 def _put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
-    """Copy rows into columns; rows a power of two apart would share one set of the cache, so they are spread first (2.5
-    times faster).
+    """Copy rows into columns. Rows that lie a power of two apart share one set of the cache, so they are spread first,
+    which is 2.5 times faster.
     """
     if rows_BCL.device.type == "cpu":
         spread = rows_BCL.new_empty(*rows_BCL.shape[:2], rows_BCL.shape[2] + 16)[..., : rows_BCL.shape[2]]
@@ -93,10 +91,10 @@ def _put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
 
 
 class _LongConvolution(torch.autograd.Function):
-    """Autograd of rfft goes through a full complex transform; written out, backward costs three half transforms."""
+    """Backward by three half transforms, where autograd of rfft takes a full complex one."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor | None, skip_D: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor, skip_D: Tensor) -> Tensor:
         _, length, channels = x_BLD.shape
         circular = circular_kernel(ahead_DK, reverse_DK, skip_D, length)
         size = circular.shape[1]
@@ -109,23 +107,21 @@ class _LongConvolution(torch.autograd.Function):
             _put_transposed(out[..., part], torch.fft.irfft(spectrum * kernel[part], n=size)[..., :length])
             spectra.append(spectrum)
         ctx.save_for_backward(kernel, *spectra)
-        ctx.slices, ctx.size, ctx.taps, ctx.reverse = slices, size, ahead_DK.shape[1], reverse_DK is not None
+        ctx.slices, ctx.size, ctx.taps = slices, size, ahead_DK.shape[1]
         return out
 
     @staticmethod
     @first_derivative("the long convolution of a bidirectional ema or an s4d")
-    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, ...]:
         kernel, *spectra = ctx.saved_tensors
         length, size, taps = grad_BLD.shape[1], ctx.size, ctx.taps
         x_grad = torch.empty_like(grad_BLD, memory_format=torch.contiguous_format)
         kernel_grad = grad_BLD.new_empty(grad_BLD.shape[2], size)
         for part, spectrum in zip(ctx.slices, spectra, strict=True):
             grad = torch.fft.rfft(grad_BLD[..., part].transpose(1, 2), n=size)
-            # Everything is real, so a correlation is a product with the conjugate.
+            # All sequences are real, so a correlation is a product with the conjugate.
             back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size)
             _put_transposed(x_grad[..., part], back[..., :length])
             kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
-        reverse_grad = None
-        if ctx.reverse:
-            reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)
+        reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)
         return x_grad, kernel_grad[:, :taps].contiguous(), reverse_grad, kernel_grad[:, 0].contiguous()

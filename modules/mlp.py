@@ -57,7 +57,6 @@ class GatedMLP(SubModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters."""
         for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 

@@ -1,4 +1,4 @@
-"""What the multi-head attentions share: fields, projections, streams, and products that a NaN cannot cross."""
+"""The base of the multi-head attentions: fields, projections, streams, and products that a NaN cannot cross."""
 
 from typing import Self
 
@@ -7,19 +7,18 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.checks import check_causal, check_sizes
 from sma.errors import SpecError
 from sma.init import reset_linear_
-from sma.modules.cache import Cache, empty_cache
-from sma.modules.finite import all_finite
-from sma.padding import pack, unpack
+from sma.modules.cache import Cache, CachedSubModule
+from sma.modules.finite import finite
+from sma.padding import unpack
 from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged
-from sma.submodule import State, SubModule, SubModuleSpec, device_and_dtype
+from sma.submodule import State, SubModuleSpec
 
 
 class MultiHeadSpec(SubModuleSpec):
-    """Fields of every multi-head attention; no kind by itself."""
+    """Fields of every multi-head attention."""
 
     heads: int = Field(default=4, ge=1, description="attention heads; they share the channels equally")
     bidirectional: bool = Field(default=True, description="attend to later tokens too; false is causal")
@@ -41,8 +40,10 @@ class MultiHeadSpec(SubModuleSpec):
         return 4 * width * (width + 1)
 
 
-class MultiHead(SubModule):
-    """Queries, keys and values of every head, and a result mixed from all heads; subclasses say who attends to whom.
+class MultiHead(CachedSubModule):
+    """Projections to queries, keys and values of every head, and from all heads to the result.
+
+    A subclass defines which tokens attend to which.
 
     Args:
         spec: heads, direction, positions.
@@ -50,15 +51,14 @@ class MultiHead(SubModule):
         window: tokens of each row that a stream keeps; None for all.
 
     Raises:
-        SpecError: the width is no multiple of the heads, or a head has an odd width under rotary positions.
+        SpecError: the width is not a multiple of the heads, or a head has an odd width under rotary positions.
     """
 
     def __init__(self, spec: MultiHeadSpec, width: int, window: int | None = None) -> None:
-        super().__init__()
         _check_heads(spec, width, window)
+        head = spec.heads, width // spec.heads
+        super().__init__(window, head, head)
         self.spec = spec
-        self.width = width
-        self.window = window
         self.causal = not spec.bidirectional
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
@@ -66,51 +66,28 @@ class MultiHead(SubModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters."""
         for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 
-    @property
-    def _head(self) -> tuple[int, int]:
-        """The shape of a key and of a value."""
-        return self.spec.heads, self.width // self.spec.heads
-
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Cache:
-        """Make the state of streams that have seen nothing: the keys and values of the last W tokens of each row.
-
-        Without a window it keeps all of them, so memory and the cost of a step grow; see `SubModule.init_state`.
-        """
-        check_causal(self)
-        device, dtype = device_and_dtype(self, device, dtype)
-        return empty_cache(batch_size, self.window, (self._head, self._head), device, (dtype, dtype))
-
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Attend along every row; see `SubModule.forward`."""
-        cache = self._continue(state, Cache, tokens)
-        given, real = tokens, None
-        if cache is not None:
-            check_sizes(self, cache.sizes, (self.window, self._head, self._head))
-            tokens, real = pack(tokens)
-        qkv = self.in_proj(tokens.values).unflatten(-1, (3, *self._head))
-        q, k, v = qkv.unbind(1)
+        cache, packed, real = self._resume(state, tokens)
+        q, k, v = self.in_proj(packed.values).unflatten(-1, (3, *self.entry_shapes[0])).unbind(1)
         if self.spec.position.turns:
-            q, k = self.spec.position.turn(torch.stack([q, k], 1), tokens.positions).unbind(1)
+            q, k = self.spec.position.turn(torch.stack([q, k], 1), packed.positions).unbind(1)
         if cache is None:
-            attended, after = self._whole(q, k, v, tokens), None
-        else:
-            after = cache.append(tokens, k, v)
-            attended = self._onward(q, k, v, tokens, cache, after)
-        return unpack(self.out_proj(attended), real, given), after
+            return self.out_proj(self._attend(q, k, v, packed)), None
+        after = cache.append(packed, k, v)
+        attended = self._attend_stream(q, k, v, packed, cache, after)
+        return unpack(self.out_proj(attended), real, tokens), after
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
         """Attend along rows from their beginning; `(T, heads, d)` in, `(T, D)` out."""
-        raise TypeError(f"{type(self).__name__} must define _whole(self, q, k, v, tokens)")
+        raise TypeError(f"{type(self).__name__} must define _attend(self, q, k, v, tokens)")
 
-    def _onward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
-        """Attend where streams go on; the tokens are packed, without holes."""
-        raise TypeError(f"{type(self).__name__} must define _onward(self, q, k, v, tokens, before, after)")
+    def _attend_stream(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
+        """Attend where streams continue; the tokens are packed, without holes."""
+        raise TypeError(f"{type(self).__name__} must define _attend_stream(self, q, k, v, tokens, before, after)")
 
     def _product(
         self,
@@ -121,7 +98,7 @@ class MultiHead(SubModule):
         *,
         is_causal: bool = False,
     ) -> Float[Tensor, "N Q D"]:
-        """Attend by PyTorch's fused kernels; every query must be allowed something."""
+        """Attend by PyTorch's fused kernels; every query needs at least one allowed key."""
         dropout = self.spec.attention_dropout if self.training else 0.0
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = None if allowed is None else allowed[:, None]
@@ -137,28 +114,12 @@ class MultiHead(SubModule):
         v: Float[Tensor, "N K H d"],
         allowed: Bool[Tensor, "N Q K"],
     ) -> Float[Tensor, "N Q D"]:
-        """Attend so that a key or value that is not finite makes NaN of the queries that are allowed it, and of no
-        others.
-        """
-        k, v, broken = finite(k, v)
+        """Attend so that a non-finite key or value gives NaN to the queries that may see it, and to no others."""
+        (k, v), broken = finite(k, v, axes=2)
         attended = self._product(q, k, v, allowed)
-        return (
-            attended
-            if broken is None
-            else attended.masked_fill((allowed & broken[:, None]).any(-1, keepdim=True), torch.nan)
-        )
-
-
-def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values `(…, heads, d)` with zeros for tokens that are not finite: a weight of 0 times NaN is NaN.
-
-    Returns:
-        the keys, the values, and a mask `(…)` of the tokens that are not finite; None where all are.
-    """
-    if all_finite(k, v):
-        return k, v, None
-    broken = ~(k.isfinite() & v.isfinite()).flatten(-2).all(-1)
-    return k.masked_fill(broken[..., None, None], 0), v.masked_fill(broken[..., None, None], 0), broken
+        if broken is None:
+            return attended
+        return attended.masked_fill((allowed & broken[:, None]).any(-1, keepdim=True), torch.nan)
 
 
 def _check_heads(spec: MultiHeadSpec, width: int, window: int | None) -> None:

@@ -14,7 +14,7 @@ from sma.init import reset_linear_
 from sma.modules.cache import Cache
 from sma.modules.complex_recurrence import ComplexRecurrence, minus_one
 from sma.modules.long_convolution import convolution_macs
-from sma.modules.scan import scan_macs
+from sma.modules.scan import kernel_macs, scan_macs
 from sma.modules.state_space import StateSpace
 from sma.pytree import register_output
 from sma.spec import register
@@ -23,9 +23,7 @@ from sma.submodule import MACs, State, SubModuleSpec
 
 @register
 class S4DSpec(SubModuleSpec):
-    """Spec of `S4D`; `activation: none, mixing: none` leaves the linear core, the counterpart of `ema` as a
-    backbone.
-    """
+    """Spec of `S4D`; `activation: none, mixing: none` is the linear core, the counterpart of `ema` as a backbone."""
 
     kind: Literal["s4d"] = "s4d"
     state_size: int = Field(
@@ -67,7 +65,7 @@ class S4DSpec(SubModuleSpec):
 
     @property
     def mixed_width(self) -> int:
-        """Channels that the mixing map gives per channel: 2 of a gated linear unit, 0 without a map."""
+        """Outputs of the mixing map per channel: 2 for a gated linear unit, 0 without a map."""
         return {"glu": 2, "linear": 1, "none": 0}[self.mixing]
 
     def num_parameters(self, width: int) -> int:
@@ -79,8 +77,7 @@ class S4DSpec(SubModuleSpec):
             return MACs()
         mixing = self.mixed_width * tokens * width * width
         if self.bidirectional:
-            inner = math.isqrt(tokens)
-            kernels = 2 * width * self.state_size * inner * -(-tokens // inner)
+            kernels = kernel_macs(width, self.state_size, tokens)
             return MACs(matmul=kernels + mixing, fft=convolution_macs(width, tokens, tokens))
         return MACs(matmul=scan_macs(width, tokens, self.state_size) + mixing)
 
@@ -90,9 +87,9 @@ class S4D(StateSpace[ComplexRecurrence]):
 
     $s' = A s + x$, $y = 2\,\mathrm{Re} \sum_p C_p s_p + D x$ with $A_p = -e^{\alpha_p} + i \omega_p$, held constant for
     a step $\Delta$ (zero-order hold): $q = e^{\Delta A}$, $s_t = q s_{t-1} + x_t$, $y_t = 2\,\mathrm{Re} \sum_p C_p
-    \frac{q_p - 1}{A_p} s_{t,p} + D x_t$. B is part of C. Bidirectional adds a second readout C of the same oscillators
-    run from the right; both include the token itself. The result is $\mathrm{mix}(\mathrm{gelu}(y))$, where the gated
-    linear unit is $(W_1 y + b_1) \odot \sigma(W_2 y + b_2)$.
+    \frac{q_p - 1}{A_p} s_{t,p} + D x_t$. B is part of C. A bidirectional one adds a second readout C of the same
+    oscillators run from the right; both include the token itself. The result is $\mathrm{mix}(\mathrm{gelu}(y))$, where
+    the gated linear unit is $(W_1 y + b_1) \odot \sigma(W_2 y + b_2)$.
 
     Routed, it runs over the slots: a step $\Delta$ passes per *active* token.
 
@@ -128,7 +125,6 @@ class S4D(StateSpace[ComplexRecurrence]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new parameters."""
         nn.init.uniform_(self.log_dt, math.log(self.spec.dt_min), math.log(self.spec.dt_max))
         nn.init.constant_(self.log_a_re, math.log(0.5))
         number = torch.arange(self.spec.pairs, dtype=torch.float64)
@@ -143,10 +139,10 @@ class S4D(StateSpace[ComplexRecurrence]):
             reset_linear_(self.mix)
 
     def recurrences(self, dtype: torch.dtype) -> list[ComplexRecurrence]:
-        """The discretised recurrence of each direction, forward first; the directions differ in how they are read."""
-        # In float64 throughout: these are few numbers, and q is raised to the length of the row.
+        """The discretised recurrence of each direction, forward first; the directions differ in their readout alone."""
+        # In float64: these are few numbers, and q is raised to the length of the row.
         dt = torch.exp(self.log_dt.double())[:, None]
-        # A state outlasts a million million tokens at most, so that A is never 0 and the quotient below has a value.
+        # A decay of at least 1e-12 per token, so that A is never 0 and the quotient below is finite.
         log_decay = (-dt * torch.exp(self.log_a_re.double())).clamp(max=-1e-12)
         angle = dt * self.a_im.double()
         held = dt * torch.complex(*minus_one(log_decay, angle)) / torch.complex(log_decay, angle)
@@ -176,7 +172,7 @@ class S4D(StateSpace[ComplexRecurrence]):
 @register_output
 @dataclass(frozen=True)
 class S4DState(State):
-    """Where the oscillators of every row stand.
+    """State of the oscillators of every row.
 
     Attributes:
         hidden: real parts of s, then imaginary parts, in float32 or wider.

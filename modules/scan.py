@@ -11,12 +11,12 @@ CHUNK = 64
 
 
 class ChunkWeights(NamedTuple):
-    """What the inputs and states of a chunk of C tokens contribute.
+    """Weights of the inputs and states of a chunk of C tokens.
 
     Attributes:
-        kernel: the impulse response: of an input to the outputs of its chunk, its own first.
-        arriving: of each input to the state at the end of the chunk.
-        leaving: of the state before the chunk to each output.
+        kernel: impulse response from an input to the outputs of its chunk, its own first.
+        arriving: weights of each input in the state at the end of the chunk.
+        leaving: weights of the state before the chunk in each output.
     """
 
     kernel: Float[Tensor, "D C"]
@@ -25,29 +25,27 @@ class ChunkWeights(NamedTuple):
 
 
 class LinearRecurrence(Protocol):
-    """What a scan needs to know of a recurrence with constant decay; `outward` `(D, N)` reads its states."""
+    """A recurrence with constant decay, as a scan uses it."""
 
     @property
     def outward(self) -> Tensor:
-        """Factors of the states in the output."""
+        """Factors of the states in the output, shape (D, N)."""
 
     def over(self, chunk: int) -> ChunkWeights:
-        """The weights of a chunk of so many tokens."""
+        """Weights of a chunk of `chunk` tokens."""
 
     def kernels(self, reverse: Self, taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
-        """The impulse responses of this recurrence and of one that runs from the right, for lags 0 … taps - 1."""
+        """Impulse responses of this recurrence and of one that runs from the right, for lags 0 … taps - 1."""
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
-        """The states so many tokens later, without inputs; a tensor of tokens is broadcast against all axes but the
-        first.
-        """
+        """The states after `tokens` more tokens without inputs; a tensor is broadcast to all axes but the first."""
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
         """The states after one more input of every row."""
 
 
 class Recurrence(NamedTuple):
-    r"""$s_t = q s_{t-1} + b x_t$, $y_t = \sum_n g_n s_{t,n}$, for every channel.
+    r"""A `LinearRecurrence`: $s_t = q s_{t-1} + b x_t$, $y_t = \sum_n g_n s_{t,n}$, for every channel.
 
     Attributes:
         log_decay: log q, at most 0.
@@ -71,24 +69,20 @@ class Recurrence(NamedTuple):
         return (coarse.transpose(1, 2) @ powers(self.log_decay, inner)).flatten(1)[:, :taps]
 
     def kernels(self, reverse: "Recurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
-        """See `LinearRecurrence`."""
         return self.kernel(taps), reverse.kernel(taps)
 
     def over(self, chunk: int) -> ChunkWeights:
-        """See `LinearRecurrence`."""
         decays = powers(self.log_decay, chunk + 1)
         kernel = ((self.inward * self.outward)[:, None] @ decays[..., :chunk]).squeeze(1)
         arriving = (decays[..., :chunk].flip(-1) * self.inward[..., None]).transpose(1, 2)
         return ChunkWeights(kernel, arriving, decays[..., 1:] * self.outward[..., None])
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
-        """See `LinearRecurrence`. As a difference: a factor just below 1 would round alike in every step of a long
-        stream, and add up.
-        """
+        # As a difference: a factor just below 1 would round equally in every step of a long stream, and the errors
+        # would add up.
         return torch.addcmul(states, states, torch.expm1(along(self.log_decay, states) * tokens))
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
-        """See `LinearRecurrence`."""
         return torch.addcmul(before_BDN, before_BDN, torch.expm1(self.log_decay)) + self.inward * x_BD[..., None]
 
 
@@ -96,13 +90,13 @@ def _near_root(taps: int) -> int:
     if not torch.compiler.is_compiling():
         return max(1, math.isqrt(taps))
     inner = 1
-    while 4 * inner * inner <= taps:  # only compared: a compiler then knows the result for a range of lengths
+    while 4 * inner * inner <= taps:  # comparisons alone: one compiled program then serves a range of lengths
         inner *= 2
     return inner
 
 
 def along(factors_DN: Float[Tensor, "D N"], states: Float[Tensor, "D ... N"]) -> Float[Tensor, "D ... N"]:
-    """Lay factors out beside states."""
+    """Factors with the axes of states."""
     return factors_DN.reshape(factors_DN.shape[0], *[1] * (states.ndim - 2), factors_DN.shape[1])
 
 
@@ -113,49 +107,22 @@ def powers(log_decay_DN: Float[Tensor, "D N"], count: int, *, step: int = 1) -> 
 
 
 class Scanned(NamedTuple):
-    """What a scan gives: the outputs, and the states where the rows end."""
+    """Outputs of a scan, and the states at the ends of the rows."""
 
     out: Float[Tensor, "B L D"]
     final: Float[Tensor, "B D N"]
 
 
-def causal_scan(
-    x_BLD: Float[Tensor, "B L D"], recurrence: LinearRecurrence, initial_BDN: Float[Tensor, "B D N"] | None = None
-) -> Float[Tensor, "B L D"]:
-    """Run the recurrence: products inside chunks, states passed between them.
+def causal_scan(x_BLD: Float[Tensor, "B L D"], recurrence: LinearRecurrence) -> Float[Tensor, "B L D"]:
+    """Run the recurrence from states of 0: products inside chunks, states passed between them.
 
-    No later input touches an earlier output, not even by rounding or by a NaN; a Fourier transform could not promise
-    that.
+    A later input never changes an earlier output, not even by rounding or by a NaN, as it would in a Fourier transform.
 
     Args:
         x_BLD: inputs in the dtype of the recurrence.
         recurrence: decay, inward and outward factors.
-        initial_BDN: states to go on from; None for zeros.
     """
-    return _outputs(_scan(x_BLD, recurrence, initial_BDN), x_BLD)
-
-
-def causal_scan_with_state(
-    x_BLD: Float[Tensor, "B L D"],
-    lengths_B: Int[Tensor, "B"],
-    recurrence: LinearRecurrence,
-    initial_BDN: Float[Tensor, "B D N"] | None,
-) -> Scanned:
-    """`causal_scan`, and the states after the first `lengths_B[b]` inputs of every row; the inputs after them are 0."""
-    if initial_BDN is None:
-        initial_BDN = x_BLD.new_zeros(x_BLD.shape[0], *recurrence.outward.shape)
-    if x_BLD.shape[1] == 0:
-        return Scanned(x_BLD, initial_BDN)
-    scan = _scan(x_BLD, recurrence, initial_BDN)
-    chunk, size = scan.inputs.shape[3], recurrence.outward.shape[1]
-    whole, rest = lengths_B // chunk, lengths_B % chunk
-    before = scan.states.gather(2, whole[:, None, None].expand(scan.states.shape[0], -1, 1, size)).squeeze(2)
-    # The inputs since the last whole chunk, on the right of a chunk of their own.
-    at = lengths_B[:, None] - chunk + torch.arange(chunk, device=x_BLD.device)
-    flat = scan.inputs.flatten(2)
-    since = flat.gather(2, at.clamp(min=0).expand(flat.shape[0], -1, chunk)).where(at >= (whole * chunk)[:, None], 0)
-    final = recurrence.decayed(before, rest[:, None]) + since @ scan.weights.arriving
-    return Scanned(_outputs(scan, x_BLD), final.transpose(0, 1))
+    return _outputs(_scan(x_BLD, recurrence, None), x_BLD)
 
 
 def advance(
@@ -164,11 +131,35 @@ def advance(
     recurrence: LinearRecurrence,
     before_BDN: Float[Tensor, "B D N"],
 ) -> Scanned:
-    """`causal_scan_with_state`; of a single token its step, with fewer operations."""
-    if x_BLD.shape[1] != 1:
-        return causal_scan_with_state(x_BLD, lengths_B, recurrence, before_BDN)
-    after = recurrence.step(x_BLD[:, 0], before_BDN)
-    return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
+    """`causal_scan` that continues from states; a single token takes one step, with fewer operations.
+
+    Args:
+        x_BLD: inputs in the dtype of the recurrence; those after the first `lengths_B[b]` of a row are 0.
+        lengths_B: number of inputs after which the states of each row are returned; 1 in every row of a single token.
+        recurrence: decay, inward and outward factors.
+        before_BDN: states before the first inputs.
+    """
+    if x_BLD.shape[1] == 0:
+        return Scanned(x_BLD, before_BDN)
+    if x_BLD.shape[1] == 1:
+        after = recurrence.step(x_BLD[:, 0], before_BDN)
+        return Scanned((after * recurrence.outward).sum(-1)[:, None], after)
+    scan = _scan(x_BLD, recurrence, before_BDN)
+    chunk, size = scan.inputs.shape[3], recurrence.outward.shape[1]
+    whole, rest = lengths_B // chunk, lengths_B % chunk
+    before = scan.states.gather(2, whole[:, None, None].expand(scan.states.shape[0], -1, 1, size)).squeeze(2)
+    # The inputs since the last whole chunk, right-aligned in a chunk of their own.
+    at = lengths_B[:, None] - chunk + torch.arange(chunk, device=x_BLD.device)
+    flat = scan.inputs.flatten(2)
+    since = flat.gather(2, at.clamp(min=0).expand(flat.shape[0], -1, chunk)).where(at >= (whole * chunk)[:, None], 0)
+    final = recurrence.decayed(before, rest[:, None]) + since @ scan.weights.arriving
+    return Scanned(_outputs(scan, x_BLD), final.transpose(0, 1))
+
+
+def kernel_macs(width: int, states: int, taps: int) -> int:
+    """MACs of the kernels of two directions, products of powers of the decays."""
+    inner = max(1, math.isqrt(taps))
+    return 2 * width * states * inner * -(-taps // inner)
 
 
 def scan_macs(width: int, tokens: int, states: int) -> int:
@@ -204,8 +195,8 @@ def _scan(x_BLD: Tensor, recurrence: LinearRecurrence, initial_BDN: Tensor | Non
     finite = flat.where(flat.isfinite(), 0)
     weights = recurrence.over(chunk)
     out = finite @ _toeplitz(weights.kernel)
-    # 0 x NaN is NaN, so a product would carry a NaN to earlier places too; it is cleared above and marks its own and
-    # later ones here.
+    # 0 x NaN is NaN, so a product would carry a NaN to earlier outputs too. It is zeroed above, and makes its own and
+    # later outputs NaN here.
     out = out + (flat - finite).cumsum(-1)
     if initial_BDN is None:
         initial = inputs.new_zeros(channels, rows, 1, recurrence.outward.shape[1])
@@ -221,9 +212,7 @@ def _scan(x_BLD: Tensor, recurrence: LinearRecurrence, initial_BDN: Tensor | Non
 
 
 class _GradientInRows(torch.autograd.Function):
-    """The same tensor; its gradient, which arrives with channels innermost, is laid out once for the products that
-    follow.
-    """
+    """Identity whose gradient, which arrives with channels innermost, is made contiguous once for the next products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -235,7 +224,7 @@ class _GradientInRows(torch.autograd.Function):
 
 
 def _states(added_DBJN: Tensor, recurrence: LinearRecurrence, chunk: int) -> Float[Tensor, "D B J N"]:
-    """S_j = q^chunk S_{j-1} + added_j by doubling: after step k every state holds the last 2^k additions."""
+    """S_j = q^chunk S_{j-1} + added_j by doubling: after step k every state is the sum of the last 2^k additions."""
     states, reach = added_DBJN, 1
     while reach < added_DBJN.shape[2]:
         earlier = recurrence.decayed(states[:, :, :-reach], chunk * reach)
@@ -245,10 +234,10 @@ def _states(added_DBJN: Tensor, recurrence: LinearRecurrence, chunk: int) -> Flo
 
 
 def _toeplitz(kernel_DC: Float[Tensor, "D C"]) -> Float[Tensor, "D C C"]:
-    """Upper triangular matrices whose entry (j, i) is kernel[i - j]: what input j of a chunk adds to its output i.
+    """Upper triangular matrices whose entry (j, i) is kernel[i - j], the weight of a chunk's input j in its output i.
 
-    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1: each begins one
-    place later in its turn. Views and one copy, forward and backward, where indexing would gather and scatter.
+    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1, so that each is
+    shifted by one. Forward and backward are views and one copy, where indexing would gather and scatter.
     """
     channels, taps = kernel_DC.shape
     turns = torch.nn.functional.pad(kernel_DC, (0, taps))[:, None].expand(channels, taps, 2 * taps).flatten(1)

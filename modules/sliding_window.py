@@ -1,16 +1,16 @@
-"""Attention of ragged tokens inside a window, cut into blocks: cost T (2 W + C), no padding to the batch maximum."""
+"""Sliding-window attention of ragged tokens in blocks of C slots: cost T (2 W + C), no padding to the longest row."""
 
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sma.autograd import first_derivative
 from sma.devices import without_autocast
-from sma.modules.blocks import Blocks, cut
+from sma.modules.blocks import BlockLayout, Blocks, cut
 from sma.modules.cache import Cache
-from sma.modules.finite import all_finite
+from sma.modules.finite import finite
 from sma.ragged import Ragged
 
 Weighting = Literal["softmax", "relu2", "laplace"]
@@ -20,12 +20,12 @@ LAPLACE_MEAN, LAPLACE_STD = 0.707107, 0.282095
 
 
 class Bias(NamedTuple):
-    """A learned number per distance, added to the scores.
+    """Learned numbers per distance, added to the scores.
 
     Attributes:
-        table: one entry per distance.
-        middle: the entry of distance 0; distances that lead out of the table take its last entry on their side.
-        over_slots: count active tokens instead of original positions.
+        table: one entry per distance, shape (P,).
+        middle: index of distance 0; distances beyond the table take the last entry on their side.
+        over_slots: whether distances count active tokens instead of original positions.
     """
 
     table: Float[Tensor, "P"]
@@ -45,15 +45,15 @@ def attend(
     bias: Bias | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H"]:
-    r"""Windowed attention of one head: $o_i = \sum_j w(q_i \cdot k_j + b_{ij}) v_j$ over the tokens j of the row in
-    reach of i.
+    r"""Sliding-window attention of one head: $o_i = \sum_j w(q_i \cdot k_j + b_{ij}) v_j$ over the tokens j of the
+    row in reach of i.
 
     Args:
         q, k, v: queries, already scaled, keys and values of the tokens.
-        tokens: where they stand.
+        tokens: rows and positions of the tokens.
         window: slots in reach, |i - j| <= window.
         causal: only j <= i.
-        weighting: `softmax` over the reach; `relu2` or `laplace` of each score. A pair out of reach weighs exactly 0.
+        weighting: `softmax` over the reach; `relu2` or `laplace` of each score. A pair out of reach has weight 0.
         bias: added to the scores.
         dropout: probability of dropping a weight.
     """
@@ -78,15 +78,15 @@ def attend_one(
     bias: Bias | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "T H"]:
-    """`attend`, causal, for at most one new token per row: to itself and to all that its row's cache holds. No blocks.
+    """Causal `attend` for at most one new token per row, which attends to itself and to the cache of its row.
 
     Args:
         q, k, v, tokens, weighting, bias, dropout: as in `attend`; the tokens are packed, without holes.
         cache: keys, values and positions.
     """
-    everyone = tokens.rows.shape[0] == tokens.num_rows
+    all_rows = tokens.rows.shape[0] == tokens.num_rows
     keys, values, positions, slots, seen = (
-        part if everyone else part.index_select(0, tokens.rows) for part in (*cache.entries, cache.slots, cache.seen)
+        part if all_rows else part.index_select(0, tokens.rows) for part in (*cache.entries, cache.slots, cache.seen)
     )
     with without_autocast(q.device):
         wide = torch.promote_types(v.dtype, torch.float32)
@@ -104,23 +104,23 @@ def attend_one(
 
 
 def _bias_index(blocks: Blocks, bias: Bias, given: Int[Tensor, "T"]) -> Int[Tensor, "n C K"] | Int[Tensor, "C K"]:
-    """The table entry of every pair; over slots it is the same for every block."""
+    """Index into the table of every pair; over slots it is the same for every block."""
     last = bias.table.shape[0] - 1
     if bias.over_slots:
-        keys = torch.arange(blocks.shape.keys, device=blocks.places.device, dtype=torch.int32) - blocks.shape.before
+        keys = torch.arange(blocks.shape.keys, device=blocks.indices.device, dtype=torch.int32) - blocks.shape.before
         return (keys - keys[blocks.shape.before :][: blocks.shape.queries, None] + bias.middle).clamp_(0, last)
-    # Where there is no token, which is never attended, any position will do.
+    # A slot without a token is never attended, so its position does not matter.
     positions = narrowed(blocks.positions, given)
     distance = blocks.keys_of(positions)[:, None, :] - blocks.queries_of(positions)[:, :, None]
     return distance.add_(bias.middle).clamp_(0, last).int()
 
 
 def narrowed(positions: Int[Tensor, "*S"], given: Int[Tensor, "T"]) -> Int[Tensor, "*S"]:
-    """Positions as 32-bit numbers where all differences of the given ones fit into 30 bits; else as they are.
+    """Positions as 32-bit numbers where all differences of the given ones fit into 30 bits; else unchanged.
 
-    Differences of every pair are the largest tensor of an attention with a bias, so half of their size counts. On an
-    accelerator the program would wait for the answer, and a compiler writes no differences to memory: there they stay
-    wide.
+    The differences of all pairs are the largest tensor of an attention with a bias, so this halves its size. On an
+    accelerator the comparison would be a synchronisation, and a compiler writes no differences to memory: there
+    positions stay wide.
     """
     if torch.compiler.is_compiling() or given.device.type != "cpu" or given.numel() == 0:
         return positions
@@ -129,7 +129,7 @@ def narrowed(positions: Int[Tensor, "*S"], given: Int[Tensor, "T"]) -> Int[Tenso
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Keeps one (n, C, K) tensor for backward, where a chain of operators would keep four."""
+    """Saves one (n, C, K) tensor for backward, where a chain of operators would save four."""
 
     @staticmethod
     def forward(
@@ -147,11 +147,7 @@ class _BlockAttention(torch.autograd.Function):
         with without_autocast(q.device):
             wide = torch.promote_types(v.dtype, torch.float32)
             q, k = q.to(v.dtype), k.to(v.dtype)
-            # A weight of 0 times NaN is NaN: a value that is not finite would reach tokens that do not attend to it.
-            broken = None
-            if not all_finite(v):
-                broken = ~v.isfinite().all(-1, keepdim=True)
-                v = v.masked_fill(broken, 0)
+            (v,), broken = finite(v)
             filled_q, filled_k, filled_v = blocks.fill(q), blocks.fill(k), blocks.fill(v)
             scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
             if table is not None:
@@ -161,15 +157,12 @@ class _BlockAttention(torch.autograd.Function):
             keep = torch.rand_like(weights) >= dropout if dropout else None
             used = weights if keep is None else weights * keep / (1 - dropout)
             out = torch.bmm(used.to(v.dtype), blocks.keys_of(filled_v))
-            if broken is not None:  # the tokens that reach a value which is not finite, and no others
-                out = out.masked_fill(
-                    (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & allowed).any(-1, keepdim=True),
-                    torch.nan,
-                )
-            out = out.flatten(0, 1).index_select(0, blocks.places)
+            if broken is not None:
+                out = out.masked_fill(_reached(broken, blocks), torch.nan)
+            out = blocks.tokens_of(out)
         kept = weights if weighting == "softmax" else scores
-        # What is kept beside save_for_backward stays there even if activations are to be computed again: sizes only.
-        ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index, blocks.places)
+        # Activation checkpointing cannot free what is not in save_for_backward, so the rest is sizes alone.
+        ctx.save_for_backward(filled_q, filled_k, filled_v, kept, keep, out, index, blocks.indices)
         ctx.shape, ctx.count, ctx.weighting, ctx.dropout = blocks.shape, blocks.count, weighting, dropout
         ctx.table = None if table is None else (table.shape[0], table.dtype)
         return out
@@ -177,10 +170,8 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @first_derivative("sliding-window attention")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        filled_q, filled_k, filled_v, kept, keep, out, index, places = ctx.saved_tensors
-        nothing = places[:0]  # the rest of the layout is for the scores alone
-        blocks = Blocks(ctx.shape, ctx.count, places, nothing.bool().reshape(0, 0, 0), nothing, nothing)
-        weighting = ctx.weighting
+        filled_q, filled_k, filled_v, kept, keep, out, index, indices = ctx.saved_tensors
+        blocks, weighting = BlockLayout(ctx.shape, ctx.count, indices), ctx.weighting
         narrow, wide = filled_v.dtype, kept.dtype
         weights = kept if weighting == "softmax" else weigh(kept, weighting)
         share = keep / (1 - ctx.dropout) if keep is not None else None
@@ -202,10 +193,10 @@ class _BlockAttention(torch.autograd.Function):
             pairs = grad_scores if index.ndim == 3 else grad_scores.sum(0)
             grad_table = grad_scores.new_zeros(size).index_add_(0, index.reshape(-1), pairs.reshape(-1)).to(dtype)
         grad_scores = grad_scores.to(narrow)
-        grad_q = torch.bmm(grad_scores, blocks.keys_of(filled_k)).flatten(0, 1).index_select(0, blocks.places)
+        grad_q = blocks.tokens_of(torch.bmm(grad_scores, blocks.keys_of(filled_k)))
         grad_k = blocks.fold(torch.bmm(grad_scores.transpose(1, 2), blocks.queries_of(filled_q)))
-        at = blocks.places + blocks.shape.before
-        return grad_q, grad_k.index_select(0, at), grad_v.index_select(0, at), grad_table, None, None, None, None
+        grad_k, grad_v = blocks.tokens_of_filled(grad_k), blocks.tokens_of_filled(grad_v)
+        return grad_q, grad_k, grad_v, grad_table, None, None, None, None
 
 
 def _attend_compiled(
@@ -218,13 +209,11 @@ def _attend_compiled(
     weighting: Weighting,
     dropout: float,
 ) -> Tensor:
-    """`_BlockAttention` as a chain of operators: a compiler differentiates and fuses it, and chooses itself what to
-    keep.
-    """
+    """`_BlockAttention` as a chain of operators, which a compiler differentiates, fuses and saves as it chooses."""
     with without_autocast(q.device):
         wide = torch.promote_types(v.dtype, torch.float32)
-        broken = ~v.isfinite().all(-1, keepdim=True)
-        filled_q, filled_k, filled_v = (blocks.fill(x.to(v.dtype)) for x in (q, k, v.masked_fill(broken, 0)))
+        (v,), broken = finite(v)
+        filled_q, filled_k, filled_v = (blocks.fill(x.to(v.dtype)) for x in (q, k, v))
         scores = torch.bmm(blocks.queries_of(filled_q), blocks.keys_of(filled_k).transpose(1, 2)).to(wide)
         if table is not None and index is not None:
             scores = scores + table.to(wide)[index]
@@ -232,12 +221,16 @@ def _attend_compiled(
             weigh(scores.masked_fill(~blocks.allowed, -torch.inf), weighting), dropout
         )
         out = torch.bmm(weights.to(v.dtype), blocks.keys_of(filled_v))
-        reached = (blocks.keys_of(blocks.fill(broken)).squeeze(-1)[:, None] & blocks.allowed).any(-1, keepdim=True)
-        return out.masked_fill(reached, torch.nan).flatten(0, 1).index_select(0, blocks.places)
+        return blocks.tokens_of(out if broken is None else out.masked_fill(_reached(broken, blocks), torch.nan))
+
+
+def _reached(broken: Bool[Tensor, "T"], blocks: Blocks) -> Bool[Tensor, "n C 1"]:
+    """The slots that attend to a broken token."""
+    return (blocks.keys_of(blocks.fill(broken))[:, None] & blocks.allowed).any(-1, keepdim=True)
 
 
 def weigh(scores: Tensor, weighting: Weighting) -> Tensor:
-    """Weights of scores; -inf, a pair out of reach, weighs exactly 0."""
+    """Weights of scores; a score of -inf, that of a pair out of reach, gives exactly 0."""
     if weighting == "softmax":
         return torch.softmax(scores, dim=-1)
     if weighting == "relu2":

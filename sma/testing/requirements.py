@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sma.checkpoint import load_state, save_state
 from sma.errors import StateError
 from sma.spec import Spec, dump_spec, load_spec
-from sma.submodule import StateKind
+from sma.submodule import State
 from sma.testing.examples import Example
 
 Law = Callable[[Any, Example], None]
@@ -91,8 +91,8 @@ def require_prediction(spec: Spec, predicted: int, module: nn.Module, family: st
     require(load_spec(dump_spec(spec), family=family) == spec, "the spec changed on the way through dump and load")
 
 
-def saved_and_loaded(state: StateKind, like: StateKind) -> StateKind:
-    """A state, written into a file and read back; `like` is a state of the same module."""
+def saved_and_loaded(state: State, like: State) -> Any:
+    """A state, written into a file and read back; `like` is a state of the same module for any number of rows."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
         save_state(state, path)

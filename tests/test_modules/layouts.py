@@ -50,6 +50,12 @@ def spread(values: Tensor, tokens: Ragged, like_BLD: Tensor) -> Tensor:
     return out.index_add(0, tokens.index[real], values[real]).unflatten(0, like_BLD.shape[:2])
 
 
+def along(module: nn.Module, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
+    """Run a sub-module on all tokens of a batch."""
+    out: Tensor = module(rectangular(x_BLD, None, positions_BL))[0].unflatten(0, x_BLD.shape[:2])
+    return out
+
+
 def run(
     module: nn.Module, x_BLD: Tensor, active_BL: Tensor, layout: Layout, positions_BL: Tensor | None = None
 ) -> Tensor:

@@ -142,7 +142,9 @@ def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
         if spec.position.kind == "rotary":
             q, k = rotary_loop(q, positions), rotary_loop(k, positions)
         heads.append(
-            attend_loop(q / size**0.5, k, v, window=module.window, causal=not spec.bidirectional, weighting="softmax")
+            attend_loop(
+                q / size**0.5, k, v, window=module.cache_size, causal=not spec.bidirectional, weighting="softmax"
+            )
         )
     return torch.cat(heads, 1) @ module.out_proj.weight.T + module.out_proj.bias
 

@@ -32,6 +32,13 @@ def lay_chunk(x_BLD: Tensor, active_BL: Tensor, layout: StreamLayout, positions_
     return tokens.with_values(tokens.values.where(tokens.mask[:, None], 1e3))
 
 
+def in_chunks(module: SubModule, x_BLD: Tensor, size: int) -> Tensor:
+    """Run a sub-module on all tokens of a batch, `size` of each row at a time."""
+    active = torch.ones(x_BLD.shape[:2], dtype=torch.bool)
+    starts = range(0, x_BLD.shape[1], size)
+    return stream(module, x_BLD, active, [slice(start, start + size) for start in starts], "front")[0]
+
+
 def stream(
     module: SubModule,
     x_BLD: Tensor,

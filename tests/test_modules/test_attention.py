@@ -10,11 +10,13 @@ from torch import Tensor
 
 from sma.errors import SpecError
 from sma.modules.attention import Attention, AttentionSpec
+from sma.modules.local_attention import LocalAttentionSpec
+from sma.modules.multihead import MultiHeadSpec
 from sma.positions import NoPositionSpec, RelativeBiasSpec, RotarySpec
-from sma.ragged import rectangular
 from tests.test_modules.layouts import (
     LAYOUTS,
     Layout,
+    along,
     assert_matches_loop,
     assert_near_under_autocast,
     draw,
@@ -25,6 +27,10 @@ from tests.test_modules.layouts import (
 from tests.test_modules.loops import attention_loop
 
 POSITIONS = {"rotary": RotarySpec(), "none": NoPositionSpec()}
+both_kinds = pytest.mark.parametrize(
+    ("kind", "window"),
+    [pytest.param(AttentionSpec, {}, id="attention"), pytest.param(LocalAttentionSpec, {"window": 6}, id="local")],
+)
 DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
 
 
@@ -42,10 +48,6 @@ def matches(module: Attention, active: Tensor, layout: Layout, positions: Tensor
     assert_matches_loop(
         module, lambda values, places: attention_loop(module, values, places), x, active, layout, positions
     )
-
-
-def along(module: Attention, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
-    return module(rectangular(x_BLD, None, positions_BL))[0].unflatten(0, x_BLD.shape[:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,8 +85,10 @@ def test_any_activity_agrees_with_the_loop(
     matches(module, torch.rand(rows, length) < rate, layout, positions)
 
 
-def test_rotary_angles_far_along_a_stream_are_exact() -> None:
-    module = make("rotary", dtype=torch.float32)
+@both_kinds
+def test_rotary_angles_far_along_a_stream_are_exact(kind: type[MultiHeadSpec], window: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    module = draw(kind(**window, heads=2, position=RotarySpec()).build(8), 0.7)
     x, places = torch.randn(2, 20, 8), torch.arange(20).expand(2, 20)
     torch.testing.assert_close(along(module, x, places + 10**6), along(module, x, places), rtol=1e-4, atol=1e-4)
 
@@ -132,7 +136,7 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
 @pytest.mark.parametrize(
     ("fields", "width", "complaint"),
     [
-        pytest.param({"heads": 3}, 8, "AttentionSpec: heads=3 must divide the width 8 of the tokens", id="heads"),
+        pytest.param({"heads": 3}, 8, "{kind}: heads=3 must divide the width 8 of the tokens", id="heads"),
         pytest.param(
             {"heads": 4, "position": RotarySpec()},
             12,
@@ -141,18 +145,22 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
         ),
     ],
 )
-def test_widths_that_do_not_fit_are_refused(fields: dict[str, Any], width: int, complaint: str) -> None:
-    with pytest.raises(SpecError, match=complaint):
-        AttentionSpec(**fields).build(width)
+@both_kinds
+def test_widths_that_do_not_fit_are_refused(
+    kind: type[MultiHeadSpec], window: dict[str, int], fields: dict[str, Any], width: int, complaint: str
+) -> None:
+    with pytest.raises(SpecError, match=complaint.format(kind=kind.__name__)):
+        kind(**window, **fields).build(width)
 
 
-def test_a_bias_table_is_refused() -> None:
+@both_kinds
+def test_a_bias_table_is_refused(kind: type[MultiHeadSpec], window: dict[str, int]) -> None:
     with pytest.raises(
         SpecError,
         match=r"position kind 'relative_bias' adds a table, which needs the gau sub-module; use \{kind: rotary\} or "
         r"\{kind: none\}",
     ):
-        AttentionSpec(position=RelativeBiasSpec())
+        kind(**window, position=RelativeBiasSpec())
 
 
 @pytest.mark.parametrize(("lengths", "needed"), [([6, 6], False), ([6], False), ([6, 5], True), ([6, 0], True)])

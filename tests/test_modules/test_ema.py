@@ -6,23 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sma.errors import SpecError
-from sma.modules.ema import EMA, EMASpec, EMAState
-from sma.ragged import rectangular
+from sma.modules.ema import EMA, EMASpec
 from tests.test_modules.layouts import (
     LAYOUTS,
     Layout,
+    along,
     assert_matches_loop,
     assert_truncated_normal,
     draw,
     first,
     grad,
     run,
-    saved_bytes,
 )
 from tests.test_modules.loops import ema_loop
+from tests.test_modules.streams import in_chunks
 
 DIRECTIONS = [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
 
@@ -38,11 +37,6 @@ def make(
         module.delta.mul_(spread)
         module.alpha.mul_(spread)
     return module
-
-
-def along(module: EMA, x_BLD: Tensor, lengths: list[int] | None = None) -> Tensor:
-    tokens = rectangular(x_BLD, None if lengths is None else torch.tensor(lengths))
-    return module(tokens)[0].unflatten(0, x_BLD.shape[:2])
 
 
 def matches(module: EMA, lengths: list[int], layout: Layout, length: int | None = None) -> None:
@@ -114,62 +108,12 @@ def test_layouts_agree(bidirectional: bool, truncation: int | None, layout: Layo
     torch.testing.assert_close(run(module, x, active, layout), run(module, x, active, "packed"), rtol=1e-10, atol=1e-10)
 
 
-def test_routed_tokens_are_averaged_by_slots_and_not_by_positions() -> None:
-    module = make(2, bidirectional=False)
-    x, active = (
-        torch.randn(1, 30, 2, dtype=torch.float64),
-        torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4,
-    )
-    alone = along(module, x[active][None])
-    torch.testing.assert_close(run(module, x, active, "packed")[active][None], alone, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("truncation", [None, 7, 64])
-@pytest.mark.parametrize("bad", [1e4, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("place", [0, 1, 63, 64, 100, 149])
-def test_causal_average_leaves_earlier_outputs_bit_equal(place: int, bad: float, truncation: int | None) -> None:
-    module = make(2, bidirectional=False, truncation=truncation, dtype=torch.float32)
-    x = torch.randn(2, 150, 2)
-    changed = x.clone()
-    changed[0, place, 0] = bad
-    before, after = along(module, x), along(module, changed)
-    assert torch.equal(after[0, :place], before[0, :place])
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(after[0, :, 1], before[0, :, 1])
-    assert not torch.equal(after[0, place, 0], before[0, place, 0])
-
-
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_no_later_output_hides_that_an_input_was_not_finite(bad: float) -> None:
     module = make(1, bidirectional=False, spread=0.2, dtype=torch.float32)
     x = torch.randn(1, 200, 1)
     x[0, 70] = bad
     assert not along(module, x)[0, 70:].isfinite().any()
-
-
-def in_chunks(module: EMA, x_BLD: Tensor, size: int) -> Tensor:
-    state, out = module.init_state(x_BLD.shape[0]), []
-    for start in range(0, x_BLD.shape[1], size):
-        values, after = module(rectangular(x_BLD[:, start : start + size]), state)
-        assert isinstance(after, EMAState)
-        state = after
-        out.append(values.unflatten(0, (x_BLD.shape[0], -1)))
-    return torch.cat(out, 1)
-
-
-@pytest.mark.parametrize("truncation", [None, 7, 64])
-@pytest.mark.parametrize("bad", [1e4, float("inf"), float("nan")])
-@pytest.mark.parametrize("size", [1, 40, 70])
-def test_a_stream_leaves_earlier_outputs_bit_equal(size: int, bad: float, truncation: int | None) -> None:
-    module = make(2, bidirectional=False, truncation=truncation, dtype=torch.float32)
-    x, place = torch.randn(2, 140, 2), 101
-    changed = x.clone()
-    changed[0, place, 0] = bad
-    before, after = in_chunks(module, x, size), in_chunks(module, changed, size)
-    assert torch.equal(after[0, :place], before[0, :place])
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(after[0, :, 1], before[0, :, 1])
-    assert not torch.equal(after[0, place, 0], before[0, place, 0])
 
 
 @pytest.mark.parametrize("size", [1, 3, 21])
@@ -201,18 +145,6 @@ def test_bidirectional_average_sees_both_sides() -> None:
     out = along(module, x)[0, :, 0]
     assert (out[:10].abs() > 0).all()
     assert (out[11:].abs() > 0).all()
-
-
-def test_directions_have_parameters_of_their_own() -> None:
-    module = make(1, spread=0.2)
-    x = torch.zeros(1, 21, 1, dtype=torch.float64)
-    x[0, 10] = 1
-    before = along(module, x)[0, :, 0]
-    with torch.no_grad():
-        module.gamma[1].zero_()
-    after = along(module, x)[0, :, 0]
-    torch.testing.assert_close(after[11:], before[11:], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(after[:10], torch.zeros(10, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_truncation_ends_what_an_input_acts_on() -> None:
@@ -271,35 +203,6 @@ def test_float32_stays_near_float64_over_thousands_of_tokens(bidirectional: bool
         results.append([tensor.double() for tensor in (out, *gradients)])
     for name, wanted, found in zip(["output", "x", *dict(exact.named_parameters())], *results, strict=True):
         assert (found - wanted).norm() <= 2e-6 * wanted.norm(), name
-
-
-@pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_no_tensor_of_every_state_and_token_is_kept(bidirectional: bool) -> None:
-    length, states = 4096, 64
-    module = make(1, state_size=states, bidirectional=bidirectional, dtype=torch.float32)
-    assert saved_bytes(lambda: along(module, torch.randn(1, length, 1))) < 4 * length * states
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_half_precision_tokens_give_results_of_their_dtype(bidirectional: bool, dtype: torch.dtype) -> None:
-    module = make(3, spread=1.0, bidirectional=bidirectional, dtype=torch.float32)
-    x = torch.randn(2, 300, 3).to(dtype).requires_grad_()
-    out = along(module, x)
-    out.float().square().mean().backward()
-    assert out.dtype is dtype
-    assert grad(x).isfinite().all()
-    torch.testing.assert_close(out.float(), along(module, x.float()), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bidirectional", DIRECTIONS)
-def test_autocast_never_reaches_the_recurrence(bidirectional: bool, dtype: torch.dtype) -> None:
-    module = make(3, bidirectional=bidirectional, dtype=torch.float32)
-    x = torch.randn(2, 300, 3)
-    with torch.autocast("cpu", dtype=dtype):
-        out = along(module, x)
-    assert torch.equal(out, along(module, x))
 
 
 @pytest.mark.parametrize("bidirectional", DIRECTIONS)

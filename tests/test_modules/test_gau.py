@@ -19,6 +19,7 @@ from sma.routers import AlwaysRouterSpec
 from tests.test_modules.layouts import (
     LAYOUTS,
     Layout,
+    along,
     assert_matches_loop,
     assert_near_under_autocast,
     assert_truncated_normal,
@@ -59,10 +60,6 @@ def make(
 def matches(module: GatedAttentionUnit, active: Tensor, layout: Layout, positions: Tensor | None = None) -> None:
     x = torch.randn(*active.shape, WIDTH, dtype=torch.float64)
     assert_matches_loop(module, lambda values, places: gau_loop(module, values, places), x, active, layout, positions)
-
-
-def along(module: GatedAttentionUnit, x_BLD: Tensor, positions_BL: Tensor | None = None) -> Tensor:
-    return module(rectangular(x_BLD, None, positions_BL))[0].unflatten(0, x_BLD.shape[:2])
 
 
 COMBINATIONS = [

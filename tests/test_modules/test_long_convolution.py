@@ -10,7 +10,7 @@ from sma.modules.long_convolution import circular_kernel, fast_length, long_conv
 from tests.test_modules.layouts import assert_same_program
 
 
-def convolve_loop(x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor | None, skip_D: Tensor) -> Tensor:
+def convolve_loop(x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor, skip_D: Tensor) -> Tensor:
     """y_t = skip x_t + sum over l of ahead_l x_{t-l} + reverse_l x_{t+l}."""
     length, columns = x_BLD.shape[1], []
     for t in range(length):
@@ -18,41 +18,33 @@ def convolve_loop(x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor | None, sk
         for lag in range(ahead_DK.shape[1]):
             if t - lag >= 0:
                 column = column + ahead_DK[:, lag] * x_BLD[:, t - lag]
-            if reverse_DK is not None and t + lag < length:
+            if t + lag < length:
                 column = column + reverse_DK[:, lag] * x_BLD[:, t + lag]
         columns.append(column)
     return torch.stack(columns, 1)
 
 
-def assert_is_the_loop(rows: int, length: int, channels: int, taps: int, both: bool) -> None:
-    kernels = {"ahead": torch.randn(channels, taps, dtype=torch.float64, requires_grad=True)}
-    if both:
-        kernels["reverse"] = torch.randn(channels, taps, dtype=torch.float64, requires_grad=True)
-    kernels["skip"] = torch.randn(channels, dtype=torch.float64, requires_grad=True)
-    parts = (kernels["ahead"], kernels.get("reverse"), kernels["skip"])
+def assert_is_the_loop(rows: int, length: int, channels: int, taps: int) -> None:
+    shapes = {"ahead": (channels, taps), "reverse": (channels, taps), "skip": (channels,)}
+    kernels = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
     assert_same_program(
-        lambda x: long_convolution(x, *parts),
-        lambda x: convolve_loop(x, *parts),
+        lambda x: long_convolution(x, *kernels.values()),
+        lambda x: convolve_loop(x, *kernels.values()),
         torch.randn(rows, length, channels, dtype=torch.float64),
         kernels,
     )
 
 
-BOTH = pytest.mark.parametrize("both", [pytest.param(True, id="both-directions"), pytest.param(False, id="forward")])
-
-
-@BOTH
 @pytest.mark.parametrize(
     ("length", "taps"), [(1, 1), (2, 2), (2, 1), (3, 3), (8, 8), (9, 5), (16, 1), (17, 17), (25, 24)]
 )
-def test_convolution_is_the_sum_over_lags(length: int, taps: int, both: bool) -> None:
-    assert_is_the_loop(2, length, 3, taps, both)
+def test_convolution_is_the_sum_over_lags(length: int, taps: int) -> None:
+    assert_is_the_loop(2, length, 3, taps)
 
 
-@BOTH
 @pytest.mark.parametrize("channels", [1, 31, 32, 33, 64, 65])
-def test_channels_around_a_group_are_the_sum_over_lags(channels: int, both: bool) -> None:
-    assert_is_the_loop(3, 6, channels, 4, both)
+def test_channels_around_a_group_are_the_sum_over_lags(channels: int) -> None:
+    assert_is_the_loop(3, 6, channels, 4)
 
 
 @given(
@@ -60,12 +52,9 @@ def test_channels_around_a_group_are_the_sum_over_lags(channels: int, both: bool
     length=st.integers(1, 20),
     channels=st.integers(1, 3),
     share=st.floats(0, 1),
-    both=st.booleans(),
 )
-def test_convolution_of_any_size_is_the_sum_over_lags(
-    rows: int, length: int, channels: int, share: float, both: bool
-) -> None:
-    assert_is_the_loop(rows, length, channels, 1 + round(share * (length - 1)), both)
+def test_convolution_of_any_size_is_the_sum_over_lags(rows: int, length: int, channels: int, share: float) -> None:
+    assert_is_the_loop(rows, length, channels, 1 + round(share * (length - 1)))
 
 
 def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
@@ -78,10 +67,8 @@ def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
     torch.testing.assert_close(long_convolution(x.flip(1), reverse, ahead, skip), x.flip(1), rtol=0, atol=1e-14)
 
 
-@BOTH
-def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution(both: bool) -> None:
-    x, ahead, skip = torch.randn(2, 7, 3), torch.randn(3, 5), torch.randn(3)
-    reverse = torch.randn(3, 5) if both else None
+def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution() -> None:
+    x, ahead, reverse, skip = (torch.randn(shape) for shape in ((2, 7, 3), (3, 5), (3, 5), (3,)))
     circular = circular_kernel(ahead, reverse, skip, 7)
     size = circular.shape[1]
     assert size >= 7 + 5 - 1
@@ -89,14 +76,9 @@ def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution(both: bool) 
     torch.testing.assert_close(torch.stack(columns, 1), convolve_loop(x, ahead, reverse, skip))
 
 
-@BOTH
-def test_convolution_passes_gradcheck(both: bool) -> None:
-    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 2), (2, 5), (2,), (2, 5))]
-
-    def program(x: Tensor, ahead: Tensor, skip: Tensor, reverse: Tensor | None = None) -> Tensor:
-        return long_convolution(x, ahead, reverse, skip)
-
-    assert torch.autograd.gradcheck(program, tuple(parts if both else parts[:3]))
+def test_convolution_passes_gradcheck() -> None:
+    parts = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 2), (2, 5), (2, 5), (2,)))
+    assert torch.autograd.gradcheck(long_convolution, tuple(parts))
 
 
 def test_convolution_of_a_non_contiguous_batch_is_the_same() -> None:

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sma.errors import SpecError, StateError
-from sma.modules.s4d import S4D, S4DSpec, S4DState
+from sma.modules.s4d import S4D, S4DSpec
 from sma.ragged import rectangular
 from sma.testing import check_submodule
-from tests.test_modules.layouts import LAYOUTS, Layout, assert_matches_loop, draw, first, grad, run, saved_bytes
+from tests.test_modules.layouts import LAYOUTS, Layout, along, assert_matches_loop, draw, first, grad
+from tests.test_modules.streams import in_chunks
 
 DIRECTIONS = pytest.mark.parametrize(
     "bidirectional", [pytest.param(True, id="bidirectional"), pytest.param(False, id="causal")]
 )
+
 CORE = {"activation": "none", "mixing": "none"}
 
 
@@ -56,10 +58,6 @@ def s4d_loop(module: S4D, x: Tensor) -> Tensor:
     if module.mix is not None:
         y = y @ module.mix.weight.T + module.mix.bias
     return y[:, :width] * torch.sigmoid(y[:, width:]) if spec.mixing == "glu" else y
-
-
-def along(module: S4D, x_BLD: Tensor) -> Tensor:
-    return module(rectangular(x_BLD))[0].unflatten(0, x_BLD.shape[:2])
 
 
 def matches(module: S4D, active: Tensor, layout: Layout) -> None:
@@ -132,43 +130,6 @@ def test_gradients_pass_gradcheck(bidirectional: bool) -> None:
     assert torch.autograd.gradcheck(program, (x, *parameters), fast_mode=True)
 
 
-@pytest.mark.parametrize("bad", [1e4, float("inf"), float("-inf"), float("nan")])
-@pytest.mark.parametrize("place", [0, 1, 63, 64, 100, 149])
-def test_causal_model_leaves_earlier_outputs_bit_equal(place: int, bad: float) -> None:
-    module = make(2, spread=0.05, bidirectional=False, dtype=torch.float32, **CORE)
-    x = torch.randn(2, 150, 2)
-    changed = x.clone()
-    changed[0, place, 0] = bad
-    before, after = along(module, x), along(module, changed)
-    assert torch.equal(after[0, :place], before[0, :place])
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(after[0, :, 1], before[0, :, 1])
-    assert not torch.equal(after[0, place, 0], before[0, place, 0])
-
-
-def in_chunks(module: S4D, x_BLD: Tensor, size: int) -> Tensor:
-    state, out = module.init_state(x_BLD.shape[0]), []
-    for part in x_BLD.split(size, dim=1):
-        values, after = module(rectangular(part), state)
-        assert isinstance(after, S4DState)
-        state = after
-        out.append(values.unflatten(0, part.shape[:2]))
-    return torch.cat(out, 1)
-
-
-@pytest.mark.parametrize("bad", [1e4, float("inf"), float("nan")])
-@pytest.mark.parametrize("size", [1, 40, 70])
-def test_a_stream_leaves_earlier_outputs_bit_equal(size: int, bad: float) -> None:
-    module = make(2, spread=0.05, bidirectional=False, dtype=torch.float32)
-    x, place = torch.randn(2, 140, 2), 101
-    changed = x.clone()
-    changed[0, place] = bad
-    before, after = in_chunks(module, x, size), in_chunks(module, changed, size)
-    assert torch.equal(after[0, :place], before[0, :place])
-    assert torch.equal(after[1], before[1])
-    assert not torch.equal(after[0, place], before[0, place])
-
-
 @pytest.mark.parametrize("size", [1, 2, 64, 100, 200])
 def test_chunks_and_steps_equal_the_whole(size: int) -> None:
     module, x = make(3, spread=0.02, bidirectional=False), torch.randn(2, 200, 3, dtype=torch.float64)
@@ -229,58 +190,6 @@ def test_extreme_parameters_stay_finite(
         assert (out[0].double() - wanted).norm() <= (1e-5 if dtype is torch.float32 else 1e-9) * wanted.norm()
     else:  # a token turns by 1e13 radians without decay: no program knows the phase after many
         assert out.isfinite().all()
-
-
-@DIRECTIONS
-def test_no_tensor_of_every_state_and_token_is_kept(bidirectional: bool) -> None:
-    length, states = 4096, 64
-    module = make(1, state_size=states, bidirectional=bidirectional, dtype=torch.float32)
-    assert saved_bytes(lambda: along(module, torch.randn(1, length, 1))) < 4 * length * states
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@DIRECTIONS
-def test_half_precision_tokens_give_results_of_their_dtype(bidirectional: bool, dtype: torch.dtype) -> None:
-    module = make(3, spread=0.1, bidirectional=bidirectional, dtype=torch.float32, **CORE)
-    x = torch.randn(2, 300, 3).to(dtype).requires_grad_()
-    out = along(module, x)
-    out.float().square().mean().backward()
-    assert out.dtype is dtype
-    assert grad(x).isfinite().all()
-    torch.testing.assert_close(out.float(), along(module, x.float()), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@DIRECTIONS
-def test_autocast_never_reaches_the_recurrence(bidirectional: bool, dtype: torch.dtype) -> None:
-    module = make(3, bidirectional=bidirectional, dtype=torch.float32, **CORE)
-    x = torch.randn(2, 300, 3)
-    with torch.autocast("cpu", dtype=dtype):
-        out = along(module, x)
-    assert torch.equal(out, along(module, x))
-
-
-def test_routed_tokens_are_read_by_slots_and_not_by_positions() -> None:
-    module = make(2, spread=0.1, bidirectional=False)
-    x, active = (
-        torch.randn(1, 30, 2, dtype=torch.float64),
-        torch.rand(1, 30, generator=torch.Generator().manual_seed(0)) < 0.4,
-    )
-    alone = along(module, x[active][None])
-    torch.testing.assert_close(run(module, x, active, "packed")[active][None], alone, rtol=1e-12, atol=1e-12)
-
-
-def test_directions_have_readouts_of_their_own() -> None:
-    module = make(1, spread=0.1, **CORE)
-    x = torch.zeros(1, 21, 1, dtype=torch.float64)
-    x[0, 10] = 1
-    before = along(module, x)[0, :, 0]
-    assert (before.abs() > 1e-9).all()
-    with torch.no_grad():
-        module.c[1].zero_()
-    after = along(module, x)[0, :, 0]
-    torch.testing.assert_close(after[11:], before[11:], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(after[:10], torch.zeros(10, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
