@@ -14,6 +14,7 @@ from sma.budget import over_all_ranks
 from sma.errors import InputError
 from sma.pytree import map_tensors
 from sma.submodule import device_and_dtype
+from sma.weights import evaluating
 
 _END = object()
 
@@ -47,34 +48,31 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     }
     if not norms:
         return 0
-    device, training = device_and_dtype(model, None, None)[0], [part for part in model.modules() if part.training]
+    device, _ = device_and_dtype(model, None, None)
     momenta = {name: norm.momentum for name, norm in norms.items()}
     before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
-    model.eval()
-    try:
-        for norm in norms.values():
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all batches
-        count = 0
-        for item in _in_step(batches, device):
-            _call(model, item, device)
-            count += 1
-        if not count:
-            raise InputError("update_statistics got no batch; give it some of the data that the model is trained on")
-        for name, norm in norms.items():
-            _settle(name, norm)
-    except BaseException:
-        for name, norm in norms.items():
-            for buffer, old in zip(norm.buffers(), before[name], strict=True):
-                buffer.copy_(old)
-        raise
-    finally:
-        model.eval()
-        for part in training:
-            part.training = True
-        for name, norm in norms.items():
-            norm.momentum = momenta[name]
+    with evaluating(model):
+        try:
+            for norm in norms.values():
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            count = 0
+            for item in _in_step(batches, device):
+                _call(model, item, device)
+                count += 1
+            if not count:
+                raise InputError("update_statistics got no batch; give it some of the data of the training")
+            for name, norm in norms.items():
+                _settle(name, norm)
+        except BaseException:
+            for name, norm in norms.items():
+                for buffer, old in zip(norm.buffers(), before[name], strict=True):
+                    buffer.copy_(old)
+            raise
+        finally:
+            for name, norm in norms.items():
+                norm.momentum = momenta[name]
     return len(norms)
 
 

@@ -22,6 +22,7 @@ from sma.model import SequenceModel
 from sma.score_histogram import BINS
 from sma.stats import RateCount, count_rates
 from sma.submodule import device_and_dtype
+from sma.weights import evaluating
 
 ONCE = "batches can be iterated over only once: give a list of them"
 
@@ -75,12 +76,11 @@ def calibrate(
     if isinstance(model, DistributedDataParallel):
         model = model.module  # whose forward does not wait for ranks that have fewer batches
     spec = BudgetSpec(target=_numbers(rate), over=over, floor=0.0)
-    controller, training = BudgetController.of(model, spec), [part for part in model.modules() if part.training]
+    controller = BudgetController.of(model, spec)
     if not controller.routers:
         raise InputError(f"{type(model).__name__} has no routed layer, so there are no rates to calibrate")
-    model.eval()
     batches = 0
-    try:
+    with evaluating(model):
         for number in range(passes + 1):
             rates, counts, length, batches = _measure(model, data, controller, batches)
             if over == "total" and number == 0:
@@ -96,9 +96,6 @@ def calibrate(
                 "more data or passes, or a rate that the scores allow (equal ones are decided alike)",
                 stacklevel=3,  # past the decorator
             )
-    finally:
-        for part in training:
-            part.training = True
     return rates
 
 

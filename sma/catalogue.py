@@ -78,9 +78,8 @@ def describe_kind(spec_class: type[Spec]) -> str:
 
 
 def _table(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
-    title, *lines = align(
-        [["field", "type", "default", "allowed"], *(_row(name, field) for name, field in fields.items())]
-    )
+    rows = ([name, _type(field.annotation), _default(field), _allowed(field)] for name, field in fields.items())
+    title, *lines = align([["field", "type", "default", "allowed"], *rows])
     yield title
     allowed = " " * title.index("allowed")
     for line, field in zip(lines, fields.values(), strict=True):
@@ -114,10 +113,6 @@ def _plain(text: str) -> str:
         text = text.replace(word, plain)
     text = re.sub(r"_\{([^{}]*)\}", r"_(\1)", text)
     return re.sub(r" +", " ", re.sub(r"[$`\\]", "", text))
-
-
-def _row(name: str, field: FieldInfo) -> list[str]:
-    return [name, _type(field.annotation), _default(field), _allowed(field)]
 
 
 def _type(annotation: Any) -> str:

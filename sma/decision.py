@@ -52,7 +52,7 @@ class Decision:
         """One line: rows, positions, and the share of all positions that are active, padding included."""
         if not isinstance(self.active, Tensor) or self.active.ndim != 3:
             return summary(self)
-        rates = self._known_rates()
+        rates = self.rate().tolist() if is_known(self.active) else None
         if rates is None:
             what = f"names=[{listed(map(quote, self.names))}]"
         else:
@@ -61,10 +61,6 @@ class Decision:
         rows, length = self.active.shape[:2]
         dtype = brief(self.confidence).partition("[")[0]
         return f"Decision(B={rows}, L={length}, {what}, dtype={dtype}, device={str(self.active.device)!r})"
-
-    def _known_rates(self) -> list[float] | None:
-        """The rates as plain numbers; None on the meta device and while a program is traced, compiled or captured."""
-        return [float(rate) for rate in self.rate().tolist()] if is_known(self.active) else None
 
     def move(self, order: Int[Tensor, "B L"]) -> "Decision":
         """Reorder the positions of every row, as `sma.padding.move` does."""

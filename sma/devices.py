@@ -42,12 +42,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def devices() -> list[str]:
     """The devices on which tensors can be made here."""
-    found = ["'cpu'"]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        found += (
-            [f"'{kind.type}:{number}'" for number in range(torch.accelerator.device_count())]
-            if kind is not None
-            else []
-        )
-    return [*found, "'meta' (sizes without values)"]
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = 0 if kind is None else torch.accelerator.device_count()
+    return ["'cpu'", *(f"'{kind}:{index}'" for index in range(count)), "'meta' (sizes without values)"]

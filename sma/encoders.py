@@ -116,7 +116,6 @@ class TokenEmbedding(Encoder):
             nn.init.zeros_(self.weight[spec.padding])
 
     def check(self, inputs: Tensor) -> None:
-        """Check shape, dtype and range of the ids; see `Encoder.check`."""
         check_integers(inputs, "token ids are", {"B": None, "L": None})
         # An accelerator would have to wait for the range check, and a compiled graph cannot raise; there the embedding
         # itself reports ids out of range.
@@ -191,7 +190,6 @@ class RealNumber(Encoder):
         nn.init.normal_(self.bias, std=0.1)
 
     def check(self, inputs: Tensor) -> None:
-        """Check shape and dtype of the numbers; see `Encoder.check`."""
         check_floats(inputs, "numbers are", {"B": None, "L": None})
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L"]:
@@ -199,7 +197,6 @@ class RealNumber(Encoder):
         return torch.randn(rows, length, device=self.weight.device, dtype=self.weight.dtype)
 
     def forward(self, inputs: Float[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """Encode every number."""
         return inputs[..., None] * self.weight + self.bias
 
 
@@ -231,7 +228,6 @@ class LinearEncoder(Encoder):
         self.linear = nn.Linear(spec.features, width)
 
     def check(self, inputs: Tensor) -> None:
-        """Check shape and dtype of the features; see `Encoder.check`."""
         check_floats(inputs, "features are", {"B": None, "L": None, "F": self.spec.features})
 
     def random_inputs(self, rows: int, length: int) -> Float[Tensor, "B L F"]:
@@ -240,7 +236,6 @@ class LinearEncoder(Encoder):
         return torch.randn(rows, length, self.spec.features, device=device, dtype=dtype)
 
     def forward(self, inputs: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
-        """Encode every position."""
         out: Tensor = self.linear(inputs)
         if autocasts(inputs.device):
             # Autocast must not narrow the residual stream, which starts here. A replaced map may have a packed weight.

@@ -59,7 +59,11 @@ def generate(
     check_count(seed, "seed", -(2**63))
     if seed >= 2**64:
         raise InputError(f"seed={quote(seed)} must have at most 64 bits")
-    _check_rows(model, prompt, samples)
+    # The streams of all samples, and the scores of one token of each, must fit into memory.
+    rows, vocabulary = prompt.shape[0] * samples, cast(TokenEmbedding, model.encoder).weight.shape[0]
+    needed = model.init_state(rows, device="meta").num_bytes + rows * vocabulary * torch.float64.itemsize
+    what = f"the generation of {len(prompt)} x {samples} samples"
+    check_memory(needed, what, device=prompt.device, error=InputError, hint=_FEWER)
     # A generator function would raise only when the first token is requested.
     return _generate(
         model,
@@ -159,15 +163,6 @@ def draw(
 
 def _unsuitable(model: object) -> str:
     return f"{type(model).__name__} does not score the next token; generate needs a model of kind language_model"
-
-
-def _check_rows(model: LanguageModel, prompt: Tensor, samples: int) -> None:
-    """Check that the streams of all samples, and the scores of a token of each, fit into memory."""
-    rows = prompt.shape[0] * samples
-    vocabulary = cast(TokenEmbedding, model.encoder).weight.shape[0]
-    needed = model.init_state(rows, device="meta").num_bytes + rows * vocabulary * torch.float64.itemsize
-    what = f"the generation of {len(prompt)} x {samples} samples"
-    check_memory(needed, what, device=prompt.device, error=InputError, hint=_FEWER)
 
 
 def _check(

@@ -69,7 +69,6 @@ class MeanPoolMLP(Head):
         nn.init.xavier_uniform_(self.outer.weight)
 
     def forward(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
-        """Score every row."""
         hidden = nn.functional.dropout(self.inner(pooled), self.spec.dropout, self.training)
         return self.outer(nn.functional.gelu(hidden))
 
@@ -101,5 +100,4 @@ class MeanPoolLinear(Head):
         self.linear = nn.Linear(width, spec.classes)
 
     def forward(self, pooled: Float[Tensor, "B D"]) -> Float[Tensor, "B C"]:
-        """Score every row."""
         return self.linear(pooled)

@@ -42,7 +42,8 @@ def budget_loss(
             soft = _mean(decision.p_on, valid)[chosen]
             real = decision.rate(valid).to(soft.dtype)[chosen]
             wanted = soft.new_tensor([targets[decision.names[index]] for index in chosen])
-            gaps.append((real + (soft - soft.detach()) - wanted) * _has_tokens(decision, valid))
+            any_token = decision.active.shape[:2].numel() > 0 if valid is None else valid.any()
+            gaps.append((real + (soft - soft.detach()) - wanted) * any_token)
     return torch.cat(gaps).square().mean() if gaps else _zero(decisions)
 
 
@@ -163,11 +164,6 @@ def _mean(values_BLM: Tensor, valid: Tensor | None) -> Float[Tensor, "M"]:
     if valid is None:
         return values_BLM.sum((0, 1)) / max(rows * length, 1)
     return values_BLM.where(valid[..., None], 0).sum((0, 1)) / valid.sum().clamp(min=1)
-
-
-def _has_tokens(decision: Decision, valid: Tensor | None) -> Tensor | bool:
-    """Whether there is a valid token."""
-    return decision.active.shape[:2].numel() > 0 if valid is None else valid.any()
 
 
 def _zero(decisions: Sequence[Decision]) -> Tensor:

@@ -67,18 +67,13 @@ def check_memory(
         return
     if needed > ADDRESSABLE:
         raise error(f"{what} needs {format_bytes(needed)}, more than any machine can address; {hint}")
-    if _allocates_nothing(device):
+    probe = torch.empty(0, device=device)
+    if probe.is_meta or type(probe) is not Tensor:  # torch traces with fake tensors
         return
     free = free_memory(device)
     if free is not None and needed > free:
         where = "" if device is None or torch.device(device).type == "cpu" else f" on {device}"
         raise error(f"{what} needs {format_bytes(needed)}, and {format_bytes(free)} are free{where}; {hint}")
-
-
-def _allocates_nothing(device: torch.device | str | None) -> bool:
-    """Whether new tensors have no memory: on the meta device, or while torch traces with fake tensors."""
-    probe = torch.empty(0, device=device)
-    return probe.is_meta or type(probe) is not Tensor
 
 
 def format_bytes(count: int) -> str:

@@ -76,7 +76,6 @@ class LayerNorm(Norm):
         self.bias = nn.Parameter(torch.zeros(width)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
-        """Normalise every token; see `Norm.forward`."""
         return nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.spec.epsilon)
 
 
@@ -107,7 +106,6 @@ class RMSNorm(Norm):
         self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
-        """Normalise every token; see `Norm.forward`."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return nn.functional.rms_norm(x, x.shape[-1:], weight, self.spec.epsilon)
 
@@ -140,7 +138,6 @@ class ScaleNorm(Norm):
         self.scale = nn.Parameter(torch.ones(1)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
-        """Normalise every token; see `Norm.forward`."""
         normal = nn.functional.rms_norm(x, x.shape[-1:], None, self.spec.epsilon)
         return normal if self.scale is None else normal * self.scale.to(x.dtype)
 
@@ -213,7 +210,6 @@ class BatchNorm(Norm, nn.BatchNorm1d):
         return self.training or self.running_mean is None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
-        """Normalise every token; see `Norm.forward`."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
         before = (wide.new_zeros(()), wide.new_ones(()))
         if self.running_mean is not None and self.running_var is not None:

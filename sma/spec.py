@@ -134,7 +134,9 @@ class Spec(BaseModel, metaclass=_SpecMeta):
             raise custom(f"a {cls.family} needs a 'kind'", f"; known kinds: {', '.join(kinds(cls.family))}")
         found = cls.concrete(data)
         if found is None:
-            raise custom(f"unknown {cls.family} kind {quote(kind)}", _kinds_hint(cls.family, str(kind)))
+            raise custom(
+                f"unknown {cls.family} kind {quote(kind)}", did_you_mean(str(kind), kinds(cls.family), "known kinds")
+            )
         return cast(Spec, found.__pydantic_validator__.validate_python({**data, "kind": kind}))
 
     @classmethod
@@ -260,12 +262,8 @@ def find_kind(family: str, kind: str) -> type[Spec]:
     """
     known = kinds(family)
     if kind not in known:
-        raise SpecError(f"unknown {family} kind {quote(kind)}{_kinds_hint(family, kind)}")
+        raise SpecError(f"unknown {family} kind {quote(kind)}{did_you_mean(kind, known, 'known kinds')}")
     return known[kind]
-
-
-def _kinds_hint(family: str, kind: str) -> str:
-    return did_you_mean(kind, kinds(family), "known kinds")
 
 
 def read_spec_file(path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
@@ -30,28 +31,13 @@ def _each(parts: Any) -> Any:
     return {name: strict(part) for name, part in parts.items()} if isinstance(parts, dict) else strict(parts)
 
 
-def _number(value: Any) -> Any:
-    return _without_words(value, "float_type")
-
-
-def _integer(value: Any) -> Any:
-    _without_words(value, "int_type")
-    if isinstance(value, float) and math.isfinite(value):
-        _check_size(value)
-    return value
-
-
-def _without_words(value: Any, problem: Literal["int_type", "float_type"]) -> Any:
+def _number(value: Any, problem: Literal["int_type", "float_type"], bounded: Any) -> Any:
+    """Refuse words and booleans, and values of the `bounded` types beyond 64 bits, except infinities and NaN."""
     if _is_switch(value) or isinstance(value, str | bytes | bytearray):
         raise PydanticKnownError(problem)
-    if isinstance(value, int):
-        _check_size(value)
-    return value
-
-
-def _check_size(value: int | float) -> None:
-    if not -_LARGE <= value < _LARGE:
+    if isinstance(value, bounded) and (value < -_LARGE or value >= _LARGE) and abs(value) != math.inf:
         raise PydanticCustomError("too_large", "Input should be between -2^63 and 2^63")
+    return value
 
 
 def _switch(value: Any) -> Any:
@@ -64,5 +50,9 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")  # also those of numpy
 
 
-_CHECKS: dict[str, Callable[[Any], Any]] = {"float": _number, "int": _integer, "bool": _switch}
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "float": partial(_number, problem="float_type", bounded=int),
+    "int": partial(_number, problem="int_type", bounded=int | float),
+    "bool": _switch,
+}
 _CHECKED = [{"type": "no-info", "function": check} for check in _CHECKS.values()]

@@ -93,7 +93,7 @@ def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
     """
     if parametrize.is_parametrized(part):
         for name, steps in cast(nn.ModuleDict, part.parametrizations).items():
-            with _evaluating(steps):
+            with evaluating(steps):  # where spectral norms do not iterate
                 yield name, getattr(part, name).detach(), []
     for hook in list(part._forward_pre_hooks.values()):
         # Their attribute on the module has the value of the last forward, before the last update.
@@ -108,16 +108,15 @@ def _computed(part: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[str]]]:
 
 
 @contextmanager
-def _evaluating(part: nn.Module) -> Iterator[None]:
-    """Set a module to evaluation mode temporarily, in which spectral norms do not iterate."""
-    training = [child for child in part.modules() if child.training]
-    for child in training:
-        child.training = False
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a module to evaluation mode temporarily, and restore the modes of all its parts afterwards."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
     try:
         yield
     finally:
-        for child in training:
-            child.training = True
+        for part, training in modes:
+            part.training = training
 
 
 class _WithoutValues(TorchFunctionMode):
@@ -167,14 +166,11 @@ def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hin
             raise CheckpointError(
                 f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; required is a tensor{hint}"
             )
-        if tuple(found.shape) != tuple(tensor.shape) or not _suits(tensor.dtype, found.dtype):
+        alike = any(found.dtype in group and tensor.dtype in group for group in (_FLOATING, _COMPLEX, (tensor.dtype,)))
+        if tuple(found.shape) != tuple(tensor.shape) or not alike:
             raise CheckpointError(
                 f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; required is {_kind(tensor)}{hint}"
             )
-
-
-def _suits(wanted: torch.dtype, given: torch.dtype) -> bool:
-    return given == wanted or any(wanted in alike and given in alike for alike in (_FLOATING, _COMPLEX))
 
 
 def _kind(tensor: Any) -> str:

@@ -40,7 +40,6 @@ class _FixedRouter(Router):
         positions: Int[Tensor, "B L"] | None = None,
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
-        """Decide for every token; see `Router.forward`."""
         check_batch(control_BLD, valid, what="control_BLD is")
         streams = self._continue(state, self.state_kind, control_BLD)
         shape = (*control_BLD.shape[:2], len(self.names))

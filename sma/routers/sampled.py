@@ -115,16 +115,13 @@ class GumbelRouter(SampledRouter):
 
     def _sample(self, scores: Tensor, noise: Tensor, valid: Tensor | None) -> Decision:
         noisy = scores + noise
-        relaxed = probability_on(noisy, self._temperature.to(scores.dtype))
+        spec: Any = self.spec
+        done = (self.updates.double() / spec.anneal).clamp(max=1.0) if spec.anneal else self.updates.double().fill_(1.0)
+        temperature = spec.temperature * (spec.final_temperature / spec.temperature) ** done
+        relaxed = probability_on(noisy, temperature.to(scores.dtype))
         confidence = 1 + (relaxed - relaxed.detach())
         active = keep_valid(noisy[..., 1] > noisy[..., 0], valid)
         return Decision(active, confidence, scores, probability_on(scores), self.names)
-
-    @property
-    def _temperature(self) -> Tensor:
-        spec: Any = self.spec
-        done = (self.updates.double() / spec.anneal).clamp(max=1.0) if spec.anneal else self.updates.double().fill_(1.0)
-        return spec.temperature * (spec.final_temperature / spec.temperature) ** done
 
 
 @register

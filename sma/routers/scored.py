@@ -62,7 +62,6 @@ class LinearRouter(Router):
         positions: Int[Tensor, "B L"] | None = None,
         state: State | None = None,
     ) -> tuple[Decision, State | None]:
-        """Decide for every token; see `Router.forward`."""
         check_batch(control_BLD, valid, self.width, "control_BLD is")
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device):
