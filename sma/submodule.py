@@ -108,13 +108,7 @@ class State:
             return part.masked_fill(rows.reshape(-1, *[1] * (part.ndim - 1)), 0) if isinstance(part, Tensor) else part
 
         parts = {field.name: getattr(self, field.name) for field in fields(self) if not field.metadata.get("static")}
-        return replace(
-            self,
-            **{
-                name: _pytree.tree_map(begin, part, is_leaf=lambda part: isinstance(part, State))
-                for name, part in parts.items()
-            },
-        )
+        return replace(self, **{name: _pytree.tree_map(begin, part, is_leaf=_is_state) for name, part in parts.items()})
 
     def detach(self) -> Self:
         """The same state, detached from the graph."""

@@ -12,7 +12,7 @@ from sma import RoutedLayer, State
 from sma.errors import StateError
 from sma.layer import LayerState
 from tests.cases import normal
-from tests.streams import Plan, copied, even, exactly, few, flow, near, near_states, plans, same_bits, steps
+from tests.streams import Plan, even, exactly, few, flow, near, near_states, plans, steps
 from tests.test_sma.causal import WIDTH, causal_layers, make_layer
 from tests.test_sma.layers import LAYERS, layers, make
 
@@ -39,29 +39,6 @@ def test_whole_equals_chunked_equals_step_by_step(spec: dict[str, Any], plan: Pl
                 near(ours, theirs)
             assert state.seen.tolist() == [LENGTH] * ROWS
             near_states(state, run(layer, x, None, layer.init_state(ROWS))[1])
-
-
-@causal_layers
-def test_a_state_is_never_changed_and_idle_rows_keep_theirs(spec: dict[str, Any]) -> None:
-    layer, x = make_layer(spec), normal(ROWS, LENGTH, WIDTH)
-    state = layer(x, None, layer.init_state(ROWS)).state
-    kept, valid = copied(state), torch.tensor([[False, True], [False, False], [False, False]])
-    once, again = (layer(x[:, :2], valid, state) for _ in range(2))
-    assert same_bits(state, kept)
-    assert torch.equal(once.hidden[0], again.hidden[0])
-    near_states(once.state.select(torch.tensor([1, 2])), state.select(torch.tensor([1, 2])), 0.0)
-    assert once.state.seen.tolist() == [LENGTH + 1, LENGTH, LENGTH]
-
-
-@causal_layers
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e4])
-def test_what_comes_later_never_touches_what_was_said(spec: dict[str, Any], bad: float) -> None:
-    layer, x, cut = make_layer(spec), normal(ROWS, 40, WIDTH), 7
-    changed = x.clone()
-    changed[:, cut:] = bad
-    with torch.no_grad():
-        for ours, theirs in zip(run(layer, changed, None, None)[0], run(layer, x, None, None)[0], strict=True):
-            near(ours[:, :cut], theirs[:, :cut])
 
 
 @layers

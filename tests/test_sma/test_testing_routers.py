@@ -2,43 +2,27 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
 from sma.errors import InputError
 from sma.routers import Router, RouterSpec
-from sma.spec import kinds, load_spec
 from sma.testing import ConformanceError, check_router
 from sma.testing.router_laws import ROUTER_LAWS
 from tests.test_sma.broken_routers import BROKEN, Rising, Tied
+from tests.test_sma.test_routers.each import routers
 
 LAWS = {law.__name__ for law in ROUTER_LAWS}
-OURS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"kind": "sma", "temperature_scale": 0.3}, ()),
-    ({"kind": "always"}, ()),
-    ({"kind": "never"}, ()),
-    ({"kind": "random", "rate": 0.4}, ()),
-    ({"kind": "threshold", "threshold": 0.2}, ()),
-    ({"kind": "exclusive"}, ()),
-    ({"kind": "top_k", "k": 2}, ("ties_are_inactive",)),
-    ({"kind": "top_k", "k": 2, "skips": 2}, ("ties_are_inactive",)),
-    ({"kind": "expert_choice", "share": 0.3}, ()),
-    ({"kind": "gumbel"}, ("training_decides_as_evaluation", "active_is_where_on_beats_off", "gradients_are_right")),
-    ({"kind": "bernoulli"}, ("training_decides_as_evaluation", "active_is_where_on_beats_off")),
-]
+EXEMPT = {
+    "top_k": ["ties_are_inactive"],
+    "gumbel": ["training_decides_as_evaluation", "active_is_where_on_beats_off", "gradients_are_right"],
+    "bernoulli": ["training_decides_as_evaluation", "active_is_where_on_beats_off"],
+}
 
 
-@pytest.mark.parametrize(
-    ("spec", "exempt"), [pytest.param(*case, id="-".join(map(str, case[0].values()))) for case in OURS]
-)
-def test_every_router_of_ours_conforms(spec: dict[str, Any], exempt: tuple[str, ...], as_users_run: None) -> None:
-    check_router(load_spec(spec, "router"), exempt=exempt, effort=4)
-
-
-def test_no_router_of_ours_is_left_out() -> None:
-    ours = {kind for kind, spec in kinds("router").items() if spec.__module__.startswith("sma.")}
-    assert {spec["kind"] for spec, _ in OURS} == ours
+@routers()
+def test_every_router_of_ours_conforms(spec: RouterSpec, as_users_run: None) -> None:
+    check_router(spec, exempt=EXEMPT.get(spec.kind, []), effort=4)
 
 
 def test_a_router_without_a_spec_conforms(as_users_run: None) -> None:

@@ -4,15 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sma.errors import InputError, StateError
 from sma.routers import Router, RouterSpec, SMARouterSpec
 from sma.spec import kinds
 from sma.submodule import State
-from tests.cases import generator, gradients, masks, normal, pad, sides, strided
-from tests.streams import copied, cuts, exactly, near, same_bits
+from tests.cases import gradients, normal, strided
+from tests.streams import exactly, near
 from tests.test_sma.test_routers.each import (
     FIELDS,
     NAMES,
@@ -32,89 +30,7 @@ def test_these_tests_know_every_router():
     }
 
 
-@routers()
-@given(valid=masks())
-def test_decision_has_the_shapes_and_ranges_of_the_contract(spec, valid):
-    decision, state = router(spec)(normal(*valid.shape, 5), valid)
-    assert state is None
-    assert decision.names == NAMES
-    assert decision.active.shape == decision.confidence.shape == decision.p_on.shape == (*valid.shape, 3)
-    assert decision.logits.shape == (*valid.shape, 3, 2)
-    assert decision.active.dtype == torch.bool
-    assert ((decision.confidence > 0) & (decision.confidence <= 1)).all()
-    assert ((decision.p_on >= 0) & (decision.p_on <= 1)).all()
-    assert decision.logits.isfinite().all()
-
-
-class TestPadding:
-    @routers()
-    @given(valid=masks())
-    def test_padding_is_never_active(self, spec, valid):
-        part, control = router(spec), normal(*valid.shape, 5)
-        active = part(control, valid)[0].active
-        assert not active[~valid].any()
-        if is_causal(spec):
-            assert torch.equal(active, part(control)[0].active & valid[..., None])
-
-    @routers()
-    @pytest.mark.parametrize("junk", [1e4, math.nan, math.inf])
-    def test_what_stands_at_padding_is_ignored(self, spec, junk):
-        part, control, valid = router(spec), normal(2, 7, 5), torch.rand(2, 7, generator=generator(0)) < 0.6
-        same(part(control.where(valid[..., None], junk), valid)[0], part(control, valid)[0], at=valid)
-
-    @routers()
-    @sides
-    @given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=3), extra=st.integers(0, 4))
-    def test_where_the_padding_stands_changes_no_valid_token(self, spec, side, lengths, extra):
-        part, rows = router(spec), [normal(length, 5, seed=place) for place, length in enumerate(lengths)]
-        batch, valid = pad(rows, side, extra=extra, fill=9.0)
-        decision = part(batch, valid, valid.cumsum(1) - 1)[0]
-        right, mask = pad(rows, "right", extra=0)
-        wanted = part(right, mask)[0]
-        for name in FIELDS:
-            near(getattr(decision, name)[valid], getattr(wanted, name)[mask])
-
-
 class TestIndependence:
-    @routers()
-    def test_other_rows_of_the_batch_do_not_matter(self, spec):
-        part, control = router(spec), normal(3, 7, 5)
-        for junk in (0.0, -1e4, math.nan):
-            other = control.clone()
-            other[[0, 2]] = junk
-            same(part(other)[0], part(control)[0], at=torch.tensor([1]))
-
-    @routers(is_causal)
-    def test_later_tokens_do_not_matter(self, spec):
-        part, control = router(spec), normal(2, 7, 5)
-        assert part.causal
-        for junk in (1e4, math.nan):
-            changed = torch.cat([control[:, :4], torch.full((2, 3, 5), junk, dtype=torch.float64)], dim=1)
-            same(part(changed)[0], part(control)[0], at=(slice(None), slice(0, 4)))
-
-    @routers(lambda spec: spec.kind != "random" and not draws(spec))
-    @given(count=st.integers(1, 4), row=st.integers(0, 3))
-    def test_a_row_alone_is_decided_as_in_a_batch(self, spec, count, row):
-        part, control = router(spec), normal(count, 6, 5)
-        batch, alone = part(control)[0], part(control[row % count : row % count + 1])[0]
-        for name in FIELDS:
-            near(getattr(alone, name)[0], getattr(batch, name)[row % count])
-
-    @routers(lambda spec: not draws(spec))
-    def test_training_and_evaluation_decide_alike(self, spec):
-        part, control = router(spec), normal(2, 7, 5)
-        same(part.train()(control)[0], part.eval()(control)[0])
-
-    @routers()
-    def test_forward_changes_nothing_and_draws_nothing(self, spec):
-        part, control = router(spec), normal(2, 7, 5)
-        kept, given_control, drawn = copied(dict(part.state_dict())), control.clone(), torch.get_rng_state()
-        first = part(control)[0]
-        same(part(control)[0], first)
-        assert all(torch.equal(kept[name], tensor) for name, tensor in part.state_dict().items())
-        assert torch.equal(control, given_control)
-        assert torch.equal(torch.get_rng_state(), drawn)
-
     @routers()
     def test_control_state_that_is_not_contiguous_gives_the_same_decision(self, spec):
         part, control = router(spec), normal(2, 7, 5)
@@ -124,31 +40,6 @@ class TestIndependence:
 
 
 class TestStreams:
-    @routers(is_causal)
-    @given(valid=masks(rows=3, length=8), chunks=cuts(8))
-    def test_decisions_of_chunks_are_those_of_the_whole(self, spec, valid, chunks):
-        part, control, positions = router(spec), normal(*valid.shape, 5), valid.cumsum(1) - 1
-        whole, none = part(control, valid, positions)
-        assert none is None
-        state, parts = part.init_state(valid.shape[0]), []
-        kept = copied(state)
-        for chunk in chunks:
-            decision, after = part(control[:, chunk], valid[:, chunk], positions[:, chunk], state)
-            parts.append(decision)
-            assert type(after) is type(state)
-            assert same_bits(state, kept)
-            state = after
-        for name in FIELDS:
-            near(torch.cat([getattr(decision, name) for decision in parts], 1), getattr(whole, name))
-
-    @routers(is_causal)
-    def test_rows_keep_their_decisions_wherever_their_states_are_moved(self, spec):
-        part, control, positions = router(spec), normal(4, 6, 5), torch.arange(6).expand(4, 6)
-        whole = part(control, None, positions)[0].active
-        rows = torch.tensor([3, 1, 1])
-        state = part.init_state(4).select(rows).reset(torch.tensor([True, False, False]))
-        assert torch.equal(part(control[rows], None, positions[rows], state)[0].active, whole[rows])
-
     @routers(is_causal)
     def test_a_state_of_another_part_is_refused(self, spec):
         part, wanted = router(spec), "RandomState" if spec.kind == "random" or draws(spec) else "NoState"
@@ -180,18 +71,6 @@ class TestStreams:
 
 
 class TestNumerics:
-    @routers()
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-    def test_scores_and_confidences_are_never_below_float32(self, spec, dtype):
-        decision = spec.build(5, NAMES).to(dtype)(normal(1, 4, 5, dtype=dtype))[0]
-        for name in ("confidence", "logits", "p_on"):
-            assert getattr(decision, name).dtype == torch.promote_types(dtype, torch.float32)
-
-    @routers()
-    def test_half_precision_is_decided_as_the_same_numbers_in_float32(self, spec):
-        part, control = router(spec).float(), normal(2, 9, 5, dtype=torch.bfloat16)
-        same(part(control)[0], part(control.float())[0])
-
     @routers()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_does_not_reach_the_scores(self, spec, dtype):
