@@ -336,9 +336,6 @@ def test_is_causal_if_router_and_all_sub_modules_are():
 
 @pytest.mark.usefixtures("as_users_run")
 class TestWrongInput:
-    def _run(self, x=None, **options):
-        return _routed()(normal(2, 4, WIDTH) if x is None else x, **options)
-
     def test_names_that_do_not_match(self):
         with pytest.raises(
             InputError, match=r"the router decides about \['a'\], but the sub-modules are \['b'\]; use the same names"
@@ -352,29 +349,6 @@ class TestWrongInput:
             match=f"the sub-module name '{name}' is taken by torch.nn.ModuleDict; choose another, such as '{name}_'",
         ):
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Double()})
-
-    def test_tokens_without_a_row_axis(self):
-        with pytest.raises(InputError, match=r"the tokens are of shape \(4, 3\) .*; required is .* \(B, L, D\)$"):
-            self._run(normal(4, WIDTH))
-
-    def test_tokens_that_are_whole_numbers(self):
-        with pytest.raises(
-            InputError,
-            match=r"the tokens are .* dtype torch\.int64; required is a floating-point tensor .*\.float\(\)$",
-        ):
-            self._run(torch.ones(2, 4, WIDTH, dtype=torch.long))
-
-    def test_mask_of_numbers(self):
-        with pytest.raises(
-            InputError,
-            match=r"valid is .* dtype torch\.float32; required is a boolean tensor .*: convert with \.bool\(\)$",
-        ):
-            self._run(valid=torch.ones(2, 4))
-
-    @pytest.mark.parametrize("shape", [(2, 5), (1, 4), (4,), (2, 4, 1)])
-    def test_mask_of_another_shape(self, shape):
-        with pytest.raises(InputError, match=r"valid is of shape \(.*\) .*; required is .* \(B = 2, L = 4\)$"):
-            self._run(valid=torch.ones(shape, dtype=torch.bool))
 
     def test_sub_module_without_a_forward(self):
         with pytest.raises(TypeError, match=r"SubModule must define forward\(self, tokens, state=None\)"):

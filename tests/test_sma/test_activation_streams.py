@@ -155,20 +155,6 @@ class TestRefusals:
             "choose a causal router, such as 'sma', to stream the model",
         )
 
-    def test_state_of_another_class(self) -> None:
-        sentence = "SparseModularActivation got a state of class State; required is RoutedState: use init_state"
-        with pytest.raises(StateError, match=exactly(sentence)):
-            make(SMARouterSpec())(normal(2, 3, WIDTH), state=State())
-
-    def test_state_of_another_number_of_streams(self) -> None:
-        routed = make(SMARouterSpec())
-        sentence = (
-            "SparseModularActivation got a state of 5 streams for a batch of 2 rows; "
-            "make one with init_state(2), or take rows with state.select"
-        )
-        with pytest.raises(StateError, match=exactly(sentence)):
-            routed(normal(2, 3, WIDTH), state=routed.init_state(5))
-
     def test_state_of_sub_modules_of_other_names(self) -> None:
         one, other = (
             SparseModularActivation(AlwaysRouterSpec().build(WIDTH, [name]), {name: Counting()})

@@ -13,7 +13,7 @@ from torch import Tensor
 import sma
 from sma.budget import BudgetController, BudgetSpec
 from sma.calibration import calibrate
-from sma.errors import InputError
+from sma.errors import InputError, StateError
 from sma.generation import generate
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.ragged import compress, extract, extract_add, rectangular, segment_reduce
@@ -140,6 +140,42 @@ def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
         TENSORS[entry][0](VALID.to(dtype))
 
 
+@pytest.mark.parametrize("entry", MASKS)
+@pytest.mark.parametrize("shape", [(2, 4), (1, 5), (5,), (2, 5, 1)])
+def test_a_mask_of_another_shape_says_which_is_required(entry, shape):
+    with pytest.raises(InputError, match=r"of shape \(.*\) and dtype torch\.bool; required is .* \(B = 2, L = 5\)$"):
+        TENSORS[entry][0](torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("entry", ["layer tokens", "routed tokens"])
+def test_tokens_without_a_row_axis_say_which_shape_is_required(entry):
+    with pytest.raises(InputError, match=r"^the tokens are of shape \(5, 8\) .*; required is .* \(B, L, D(?: = 8)?\)$"):
+        TENSORS[entry][0](X[0])
+
+
+@pytest.mark.parametrize(
+    ("entry", "part", "required"),
+    [
+        ("model inputs", MODEL, "ModelState"),
+        ("layer tokens", LAYER, "LayerState"),
+        ("routed tokens", ROUTED, "RoutedState"),
+        ("router control", ROUTED.router, "NoState"),
+    ],
+)
+def test_a_state_of_another_class_or_number_of_streams_is_refused(entry, part, required):
+    name, right = type(part).__name__, TENSORS[entry][1]
+    with pytest.raises(
+        StateError, match=exactly(f"{name} got a state of class State; required is {required}: use init_state")
+    ):
+        part(right, state=sma.State())
+    sentence = (
+        f"{name} got a state of 3 streams for a batch of 2 rows; "
+        "make one with init_state(2), or take rows with state.select"
+    )
+    with pytest.raises(StateError, match=exactly(sentence)):
+        part(right, state=part.init_state(3))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "uint16", "uint32", "uint64"])
 def test_ids_of_every_integer_dtype_are_looked_up(dtype):
     ids = IDS.to(getattr(torch, dtype))
@@ -173,8 +209,8 @@ def test_ids_of_another_dtype_say_how_to_convert_them(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_whole_numbers_for_an_encoder_of_floats_say_how_to_convert_them(dtype):
-    for entry in ("numbers", "features"):
+def test_whole_numbers_where_floats_are_required_say_how_to_convert_them(dtype):
+    for entry in ("numbers", "features", "layer tokens", "routed tokens"):
         call, right = TENSORS[entry]
         with pytest.raises(
             InputError,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from sma import RoutedLayer, State
+from sma import RoutedLayer
 from sma.errors import StateError
 from sma.layer import LayerState
 from tests.cases import normal
@@ -106,21 +106,6 @@ class TestRefusals:
                 ),
             ):
                 call()
-
-    def test_state_of_another_class(self) -> None:
-        with pytest.raises(
-            StateError, match=exactly("RoutedLayer got a state of class State; required is LayerState: use init_state")
-        ):
-            make("causal seqboat")(normal(2, 3, WIDTH), None, State())
-
-    def test_state_of_another_number_of_streams(self) -> None:
-        layer = make("causal seqboat")
-        sentence = (
-            "RoutedLayer got a state of 1 streams for a batch of 2 rows; "
-            "make one with init_state(2), or take rows with state.select"
-        )
-        with pytest.raises(StateError, match=exactly(sentence)):
-            layer(normal(2, 3, WIDTH), None, layer.init_state(1))
 
     def test_state_out_of_that_of_a_model_which_counts_no_tokens(self) -> None:
         layer = make("causal seqboat")

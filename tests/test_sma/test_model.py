@@ -272,20 +272,6 @@ class TestWrongInput:
         with pytest.raises(InputError, match=complaint):
             make_model(name, torch.float32)(inputs)
 
-    @models
-    @pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 4), (2, 3, 1)])
-    def test_mask_of_another_shape(self, name, shape):
-        with pytest.raises(InputError, match=r"valid is of shape \(.*\) .*; required is .* \(B = 2, L = 3\)$"):
-            make_model(name)(inputs_of(name, 2, 3), torch.ones(shape, dtype=torch.bool))
-
-    @models
-    def test_mask_of_numbers(self, name):
-        with pytest.raises(
-            InputError,
-            match=r"valid is .* dtype torch\.int64; required is a boolean tensor .*: convert with \.bool\(\)$",
-        ):
-            make_model(name)(inputs_of(name, 2, 3), torch.ones(2, 3, dtype=torch.long))
-
     def test_heads_that_do_not_divide_the_width(self):
         layer = LayerSpec.model_validate({"modules": {"a": {"kind": "attention", "heads": 3}}})
         with pytest.raises(SpecError, match="AttentionSpec: heads=3 must divide the width 4 of the tokens"):

@@ -198,18 +198,6 @@ class TestRefusals:
             model, "'final_norm' (kind batch_norm, causal=False) cannot continue from a state; call model.eval() first"
         )
 
-    def test_state_of_another_class(self) -> None:
-        sentence = "SequenceModel got a state of class State; required is ModelState: use init_state"
-        self._refuses(make_model("seqboat"), sentence, State())
-
-    def test_state_of_another_number_of_streams(self) -> None:
-        model = make_model("seqboat")
-        sentence = (
-            "SequenceModel got a state of 3 streams for a batch of 2 rows; "
-            "make one with init_state(2), or take rows with state.select"
-        )
-        self._refuses(model, sentence, model.init_state(3))
-
     def test_state_of_another_number_of_layers(self) -> None:
         model = make_model("seqboat")
         state = model.init_state(2)
