@@ -291,7 +291,7 @@ class Hidden(Rising):
 
 
 class Demanding(Rising):
-    """Takes it for granted that a mask is given."""
+    """Requires a mask."""
 
     def forward(
         self, control: Tensor, valid: Any = None, positions: Any = None, state: Any = None
@@ -307,7 +307,7 @@ class Wrong(Rising):
 
 
 class Pretending(Rising):
-    """Says that it looks ahead, and makes a state all the same."""
+    """Declares that it looks ahead, but makes a state."""
 
     causal = False
 

@@ -108,10 +108,10 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
     """A causal model in evaluation whose routers are undecided."""
     model = build({**CAUSAL[name], **changes}, seed=0).to(dtype).eval()
     far_from_the_start(model)
-    for place, layer in enumerate([layer for layer in model.routed_layers if layer.routed is not None]):
+    for index, layer in enumerate([layer for layer in model.routed_layers if layer.routed is not None]):
         router = layer.routed.router
         if isinstance(router, SMARouter):
-            balance(router, model(inputs_of(model, 3, 12, dtype=dtype)).decisions[place])
+            balance(router, model(inputs_of(model, 3, 12, dtype=dtype)).decisions[index])
             with torch.no_grad():  # sharper scores: a decision that differs then shows
                 router.log_temperature -= 2
     return model

@@ -69,7 +69,7 @@ def batches() -> list[tuple[Tensor, Tensor | None]]:
 
 
 def logits_and_gradients(model: nn.Module, inputs: Tensor, valid: Tensor | None, **options: Any) -> list[Tensor]:
-    """What the model says, and the gradients of every parameter."""
+    """The logits, and the gradients of every parameter."""
     logits = model(inputs, valid, **options).logits
     return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
 
@@ -164,10 +164,10 @@ def step() -> None:
     inputs = torch.randint(0, 9, (2, 8), generator=generator(0))
     one = other = model.init_state(2)
     with torch.no_grad():
-        for place in range(inputs.shape[1]):
+        for step in range(inputs.shape[1]):
             found, wanted = (
-                compiled(inputs[:, place : place + 1], state=one),
-                model(inputs[:, place : place + 1], state=other),
+                compiled(inputs[:, step : step + 1], state=one),
+                model(inputs[:, step : step + 1], state=other),
             )
             torch.testing.assert_close(named_tensors(found), named_tensors(wanted), rtol=1e-4, atol=1e-5)
             one, other = found.state, wanted.state

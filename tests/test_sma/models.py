@@ -69,9 +69,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
     model = build({**MODELS[name], **changes}, seed=0).to(dtype)
     spread(model)
     routers = [layer.routed.router for layer in model.routed_layers if layer.routed is not None]
-    for place, router in enumerate(routers):
+    for index, router in enumerate(routers):
         assert isinstance(router, SMARouter)
-        balance(router, model(inputs_of(name, 3, 6, dtype=dtype)).decisions[place])
+        balance(router, model(inputs_of(name, 3, 6, dtype=dtype)).decisions[index])
     return model.eval()
 
 

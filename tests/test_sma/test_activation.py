@@ -1,4 +1,4 @@
-"""Sparse modular activation from plain modules: what it computes, who gets gradients, and what it refuses."""
+"""Sparse modular activation from plain modules: values, gradients, and errors."""
 
 import itertools
 from typing import Any
@@ -24,7 +24,7 @@ WIDTH = 3
 
 
 class Chosen(Router):
-    """A router that was told what to decide."""
+    """A router with a given decision."""
 
     def __init__(self, names: list[str], active: Tensor, confidence: Tensor) -> None:
         super().__init__(names)
@@ -37,7 +37,7 @@ class Chosen(Router):
 
 
 class Double(nn.Module):
-    """Neither a `SubModule` nor a spec: only something that takes tokens."""
+    """A plain module that takes ragged tokens."""
 
     causal = True
 

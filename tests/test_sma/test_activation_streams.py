@@ -1,4 +1,4 @@
-"""Sparse modular activation that goes on from a state: whole = chunked = step by step, and what it refuses."""
+"""Streams of sparse modular activation: whole = chunked = step by step, and errors."""
 
 from dataclasses import replace
 from typing import Any
@@ -115,7 +115,7 @@ def test_positions_that_are_given_replace_those_that_are_counted() -> None:
 
 
 class Counting(SubModule):
-    """A sub-module of somebody else that keeps no state."""
+    """A third-party sub-module without a state."""
 
     causal = True
 

@@ -1,6 +1,4 @@
-"""Running statistics measured anew: means over batches, of valid tokens; torch's own tools; norms that torch put into
-the place of ours.
-"""
+"""Running statistics of batch norms: means over batches of valid tokens, torch's own tools, and replaced norms."""
 
 import copy
 from typing import Any, NamedTuple
@@ -45,7 +43,7 @@ def _model(**changes: Any) -> sma.SequenceModel:
 
 
 def _batches() -> list[Pair]:
-    """Of different sizes and padding, filled with what must not count."""
+    """Batches of different sizes, with garbage at padding."""
     lengths = [[4, 1], [2, 2], [5, 5]]
     found = []
     for number, rows in enumerate(lengths):
@@ -59,7 +57,7 @@ def _statistics(model: nn.Module) -> list[Tensor]:
 
 
 def _first_by_hand(model: sma.SequenceModel, batches: list[Pair]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the first norm's tokens, each meant over the batches."""
+    """Mean and unbiased variance of the first norm's tokens, averaged over the batches."""
     tokens = [model.encoder(inputs)[valid] for inputs, valid in batches]
     return torch.stack([each.mean(0) for each in tokens]).mean(0), torch.stack([each.var(0) for each in tokens]).mean(0)
 

@@ -1,6 +1,4 @@
-"""The controller of the rate: it comes to its target from anywhere, follows its schedule, and touches nothing but
-offsets.
-"""
+"""The budget controller reaches its target from any start, follows its schedule, and changes only score biases."""
 
 import copy
 import math
@@ -323,7 +321,7 @@ def test_a_budget_that_steers_nothing_meets_no_other_rank(tmp_path):
 
 
 def _score_bias_of_rank(rank: int, folder: str, ranks: int) -> None:
-    """What one of the processes does: its tokens are its own."""
+    """Run one rank with its own tokens."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     router = _router(SMARouterSpec())

@@ -1,4 +1,4 @@
-"""Targets of a budget: those that cannot be are refused, in a sentence, before anything is moved."""
+"""Targets that a budget cannot reach are errors before a score bias is moved."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`sma.build`, `load_spec`, the version, and what editors know of them."""
+"""`sma.build`, `load_spec`, the version, and their types for editors."""
 
 import re
 import subprocess

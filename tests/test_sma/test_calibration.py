@@ -1,6 +1,4 @@
-"""The dial on a trained model: it reaches the rates that were asked for, over all ranks, and says so where it does
-not.
-"""
+"""Calibration of a trained model reaches the target rates, over all ranks, or warns."""
 
 import copy
 import itertools
@@ -267,7 +265,7 @@ def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run
 
 
 class Once:
-    """Data that is exhausted after one pass, though it can be asked for an iterator again."""
+    """Data that is exhausted after one pass, although it can return another iterator."""
 
     def __init__(self) -> None:
         self.batches = iter([normal(2, 30, 3), normal(2, 30, 3, seed=1)])
@@ -307,7 +305,7 @@ def test_passes_and_tolerance_are_numbers(settings, as_users_run):
 
 
 class Wrapped(nn.Module):
-    """As DistributedDataParallel does it."""
+    """A wrapper like DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -170,7 +170,7 @@ def test_sub_modules_get_the_same_shapes_whatever_is_active():
 
 
 def test_a_value_that_is_not_finite_stays_where_it_is():
-    """The holes of a row are filled from its first place, whatever stands there."""
+    """The holes of a row are filled from its first position, whatever its value."""
     layer = make("bare")
     with torch.no_grad():
         layer.routed.router.weight.zero_()

@@ -1,4 +1,4 @@
-"""Saving and loading: the same bits back, an interrupted save leaves the old model, and damage is named."""
+"""Saving and loading: equal bits, an old model that survives an interrupted save, and errors for damaged files."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Saving while others load, save or are killed: a folder always holds one whole model, and drafts do not stay."""
+"""Saving while others load, save or are killed: a folder always holds one complete model, and drafts are removed."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ WIDTHS = (128, 256)
 
 
 def made(width: int) -> sma.SequenceModel:
-    """A model whose weights and buffers say of which width it is."""
+    """A model whose weights and buffers identify its width."""
     model = sma.build({**SPEC, "width": width}, seed=width)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -103,7 +103,7 @@ def test_load_sees_one_model_while_another_process_saves(tmp_path):
 
 
 def kill_at_random_moments(folder: str, kills: int = 60) -> dict[str, Any]:
-    """Kill processes that save two models in turn, and look at what they leave."""
+    """Kill processes that save two models in turn, and check the folder."""
     torch.set_num_threads(1)
     rng, drafts, ends = random.Random(0), 0, []
     models = [made(width) for width in WIDTHS]

@@ -1,6 +1,4 @@
-"""What is given to `SparseModularActivation`, layers and models is checked in a sentence, and so is what a router
-decides.
-"""
+"""Checks of the arguments of `SparseModularActivation`, layers and models, and of the decisions of routers."""
 
 import importlib
 import re
@@ -27,7 +25,7 @@ REAL: dict[str, Any] = {
 
 
 class Twice(nn.Module):
-    """Something that takes tokens."""
+    """A plain module that takes ragged tokens."""
 
     causal = True
 
@@ -36,7 +34,7 @@ class Twice(nn.Module):
 
 
 class Edited(Router):
-    """A router of somebody else: everything is active at confidence 1, padding too, but for what is said otherwise."""
+    """A third-party router: by default everything is active at confidence 1, also padding."""
 
     def __init__(self, **changes: Any) -> None:
         super().__init__(["a", "b"])

@@ -87,9 +87,9 @@ def test_a_mask_that_does_not_fit_is_refused(valid, problem, as_users_run):
 @given(valid=masks())
 def test_move_takes_every_field_along(valid):
     decision = _decision(_active(valid))
-    places = torch.rand(valid.shape, generator=generator(5)).argsort(1)
-    moved = decision.move(places)
+    order = torch.rand(valid.shape, generator=generator(5)).argsort(1)
+    moved = decision.move(order)
     for name in ("active", "confidence", "logits", "p_on"):
-        assert torch.equal(getattr(moved, name), move(getattr(decision, name), places))
+        assert torch.equal(getattr(moved, name), move(getattr(decision, name), order))
     assert moved.names == decision.names
-    assert torch.equal(moved.move(places.argsort(1)).confidence, decision.confidence)
+    assert torch.equal(moved.move(order.argsort(1)).confidence, decision.confidence)

@@ -1,4 +1,4 @@
-"""Devices: what can be used is, and of what cannot one sentence says what there is."""
+"""Devices that work are returned; the error for others lists those that exist."""
 
 import pytest
 import torch

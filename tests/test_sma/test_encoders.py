@@ -1,4 +1,4 @@
-"""Encoders: their formulas, their initialisation, and what they refuse."""
+"""Encoders: formulas, initialisation, and errors."""
 
 import pytest
 import torch

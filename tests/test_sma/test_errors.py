@@ -1,4 +1,4 @@
-"""The errors: one base, and hints that name near matches."""
+"""Errors: one base class, and hints with similar names."""
 
 import time
 from typing import Any

@@ -1,6 +1,4 @@
-"""Estimates: what cannot fit is refused in a sentence before anything is allocated, whatever it is that is too
-large.
-"""
+"""Estimates of memory: whatever does not fit is an error before anything is allocated."""
 
 import resource
 from collections.abc import Callable

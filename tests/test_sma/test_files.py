@@ -1,4 +1,4 @@
-"""Files: nothing waits, nothing grows without a bound, modes are those of the user."""
+"""Files: no read blocks or is unbounded, and modes are those of the user."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
 
 
 def _replaces(path: Path) -> None:
-    """Writes as safetensors does: a private file of its own, moved to the path."""
+    """Write like safetensors: a private file, moved to the path."""
     path.with_suffix(".own").touch(0o600)
     path.with_suffix(".own").replace(path)
 

@@ -1,4 +1,4 @@
-"""The state of another model is refused in a sentence, and is unharmed."""
+"""The state of another model is an error, and is not changed."""
 
 from typing import Any
 

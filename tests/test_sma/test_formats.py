@@ -1,4 +1,4 @@
-"""Weights under former names load everywhere, and files of a newer version are refused."""
+"""Weights under former names load everywhere; files of a newer version are an error."""
 
 import shutil
 from pathlib import Path

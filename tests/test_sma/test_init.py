@@ -1,4 +1,4 @@
-"""Initial values: a normal distribution that is cut where it says."""
+"""Initial values: a truncated normal distribution."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_loop(name):
 
 
 def test_loop_sees_tokens_that_are_on_and_off():
-    """The cases above are worth little where every token decides the same."""
+    """The cases above need tokens with different decisions."""
     for name in ("seqboat", "causal seqboat", "several modules", "no bypass", "bare"):
         rates = make(name)(normal(3, 7, WIDTH, seed=1)).decision.rate()
         assert ((rates > 0) & (rates < 1)).all(), name
@@ -76,8 +76,8 @@ def test_loop_sees_tokens_that_are_on_and_off():
     ],
 )
 def test_an_always_active_module_is_a_dense_layer(module):
-    """Two specs, one function: routed with confidence 1 past no bypass, and as the backbone of a layer that routes
-    nothing.
+    """Two specs of one function: routed with confidence 1 and without a bypass, or the backbone of a layer without
+    routing.
     """
     routed = LayerSpec(router={"kind": "always"}, modules={"module": module}, bypass="none").build(WIDTH).double()
     dense = LayerSpec(backbone=module, backbone_activation="none", bypass="identity").build(WIDTH).double()

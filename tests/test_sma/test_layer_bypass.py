@@ -1,4 +1,4 @@
-"""The linear bypass that also gathers the routed tokens: one program with its two plain operators."""
+"""The linear bypass that also gathers the routed tokens: equal to its two plain operators."""
 
 from typing import Any
 
@@ -67,9 +67,9 @@ def test_an_output_that_nobody_uses_costs_nothing_of_the_gradient(which: int) ->
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("places", [[], [2], [4, 0, 1]], ids=str)
-def test_bypass_passes_gradcheck(places: list[int]) -> None:
-    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor(places, dtype=torch.long)
+@pytest.mark.parametrize("indices", [[], [2], [4, 0, 1]], ids=str)
+def test_bypass_passes_gradcheck(indices: list[int]) -> None:
+    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor(indices, dtype=torch.long)
 
     def program(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.functional_call(bypass, {"weight": weight, "bias": bias}, (x, index))
@@ -90,7 +90,7 @@ def test_gradients_that_come_in_are_not_changed() -> None:
 
 
 def test_both_outputs_are_tensors_of_their_own() -> None:
-    """What is added to them in place reaches neither the tokens nor the gradients."""
+    """In-place changes of the outputs reach neither the tokens nor the gradients."""
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.arange(5)
     wanted = results(plain, bypass, x, index, (1.0, 1.0))[2:]
     mapped, routed = bypass(x, index)

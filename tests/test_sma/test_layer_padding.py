@@ -1,4 +1,4 @@
-"""Padding of a layer's batch: on no side does it change a valid token, a gradient or another row."""
+"""Padding of a layer's batch: on any side it changes no valid token, gradient or other row."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_a_batch_without_a_valid_token_gives_zero_gradients_not_none(name, shape
 
 @sides
 def test_decision_is_returned_in_the_original_places(side):
-    """A token that looks like a marker is the only one that routes, wherever the padding stands."""
+    """A marker token is the only one that is routed, for padding on any side."""
     layer = LayerSpec(modules=FrozenDict(skip={"kind": "identity"}), bypass="identity").build(WIDTH).double()
     router = layer.routed.router
     assert isinstance(router, SMARouter)

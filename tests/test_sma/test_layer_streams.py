@@ -1,4 +1,4 @@
-"""Layers that go on from a state, and rows that never touch each other."""
+"""Streams of layers, and independence of rows."""
 
 from dataclasses import replace
 from typing import Any

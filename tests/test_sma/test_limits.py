@@ -1,4 +1,4 @@
-"""What docs/execution.md says does not work raises, and is never wrong in silence."""
+"""The limits of docs/execution.md raise errors, and never give silently wrong results."""
 
 from collections.abc import Callable
 from typing import Any

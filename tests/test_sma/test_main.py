@@ -1,4 +1,4 @@
-"""The command line as its users meet it: what it prints, what it answers to mistakes, and how it ends."""
+"""The command line of users: output, messages about mistakes, and exit status."""
 
 import json
 import os

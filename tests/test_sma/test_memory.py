@@ -1,4 +1,4 @@
-"""Memory: what is free by every bound, and what cannot fit is refused before anything is allocated."""
+"""Memory: free memory by every bound, and errors before allocation."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 
 def _system(root: Path, files: dict[str, str]) -> Path:
-    """A tree of the files by which a kernel says what memory there is."""
+    """A tree of the kernel's files about memory."""
     for name, text in {"proc/meminfo": "MemAvailable: 9437184 kB\nSwapFree: 1048576 kB\n", **files}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

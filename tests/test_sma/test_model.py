@@ -1,4 +1,4 @@
-"""Models against a loop over rows and tokens; padding, pooling, building, and what they refuse."""
+"""Models against a loop over rows and tokens; padding, pooling, building, and errors."""
 
 import copy
 import pickle

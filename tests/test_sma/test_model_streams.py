@@ -1,6 +1,4 @@
-"""Models that go on from a state: whole = chunked = step by step, however the chunks are padded; what they promise and
-refuse.
-"""
+"""Streams of models: whole = chunked = step by step, for any padding of the chunks; and errors."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,7 +22,7 @@ DECIDED = ("active", "confidence", "logits", "p_on")
 def run(
     model: SequenceModel, inputs: Tensor, valid: Tensor | None, state: ModelState | None
 ) -> tuple[list[Tensor], Any]:
-    """Everything that a model says of single tokens, and its state."""
+    """All outputs of a model for single tokens, and its state."""
     output = model(inputs, valid, state)
     decided = [getattr(decision, name) for decision in output.decisions for name in DECIDED]
     of_tokens = [output.logits] if output.logits is not None and output.logits.ndim == 3 else []

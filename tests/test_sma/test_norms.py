@@ -1,4 +1,4 @@
-"""Norms against one formula per token, and batch norm against torch's over the valid tokens alone."""
+"""Norms against one formula per token, and batch norm against torch's over the valid tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Padding moved to the right of a batch, ragged tokens without their holes, and both back."""
+"""Padding moved to the right of a batch and back; holes dropped from ragged tokens and restored."""
 
 from itertools import chain
 
@@ -46,24 +46,24 @@ def test_unpack_undoes_pack_and_gives_zeros_at_the_holes(active, capacity):
 
 @given(valid=masks())
 def test_right_padding_moves_valid_tokens_left_in_their_order(valid):
-    lengths, places = right_padding(valid)
+    lengths, order = right_padding(valid)
     assert lengths.tolist() == [sum(row) for row in valid.tolist()]
     x = normal(*valid.shape, 3, seed=valid.numel())
-    if places is None:
+    if order is None:
         assert all(row == sorted(row, reverse=True) for row in valid.tolist())
         return
-    moved = move(x, places)
+    moved = move(x, order)
     for b in range(valid.shape[0]):
         assert torch.equal(moved[b, : lengths[b]], x[b][valid[b]])
-        assert sorted(places[b].tolist()) == list(range(valid.shape[1]))
-    assert torch.equal(move(moved, places.argsort(1)), x)
+        assert sorted(order[b].tolist()) == list(range(valid.shape[1]))
+    assert torch.equal(move(moved, order.argsort(1)), x)
 
 
 @given(valid=masks())
 def test_move_is_a_gather_along_the_positions(valid):
-    places = torch.rand(valid.shape, generator=generator(3)).argsort(1)
+    order = torch.rand(valid.shape, generator=generator(3)).argsort(1)
     for x in (normal(*valid.shape, 3, seed=valid.numel()), normal(*valid.shape, 2, 2, seed=valid.numel()), valid):
-        moved = move(x, places)
+        moved = move(x, order)
         for b in range(valid.shape[0]):
             for t in range(valid.shape[1]):
-                assert torch.equal(moved[b, t], x[b, places[b, t]])
+                assert torch.equal(moved[b, t], x[b, order[b, t]])

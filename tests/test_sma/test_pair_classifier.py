@@ -1,4 +1,4 @@
-"""Pairs of documents: two plain runs of one encoder, and the four features of both, written out."""
+"""Pairs of documents against two runs of one encoder and the four features of both."""
 
 import pytest
 import torch

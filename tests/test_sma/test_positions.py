@@ -34,7 +34,7 @@ def test_rotary_scores_depend_on_distance_alone(query, key, shift):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_angles_are_exact_far_out(dtype):
-    """A float32 angle near position 10^6 would be off by 0.03 rad."""
+    """A float32 angle near position 10^6 would have an error of 0.03 rad."""
     x, positions = normal(3, 8), torch.tensor([10**6, 10**6 + 1, 10**7])
     exact = rotate(x.to(dtype).double(), positions, 1e4)
     assert rotate(x.to(dtype), positions, 1e4).dtype == dtype

@@ -1,4 +1,4 @@
-"""What forward returns is a pytree: torch.export, compile and vmap see its tensors."""
+"""Outputs are pytrees, for torch.export, compile and vmap."""
 
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any

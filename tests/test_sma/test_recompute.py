@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients in less memory, with the decision that was taken."""
+"""Activation checkpointing: the same gradients in less memory, with the decision that was made."""
 
 import copy
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Models whose linear maps were replaced: quantised, parametrised, or wrapped by adapters. Nothing reads a weight that
-is not its own.
+"""Models whose linear maps were replaced: quantised, parametrised, or wrapped by adapters. No part reads
+weights of another.
 """
 
 import copy

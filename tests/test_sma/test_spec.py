@@ -1,4 +1,4 @@
-"""Specs: frozen, the same after any journey, and clear about what is wrong."""
+"""Specs: frozen, equal after every round trip, with clear errors."""
 
 import copy
 import json

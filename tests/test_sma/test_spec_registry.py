@@ -1,4 +1,4 @@
-"""The registry of kinds: who is known, who may not be, and plugins."""
+"""The registry of kinds: registration, errors, and plugins."""
 
 import warnings
 from importlib.metadata import EntryPoint
@@ -47,7 +47,7 @@ class TestRegistry:
         assert kinds("sub-module")["gau"] is GAUSpec
 
     def test_a_reloaded_class_takes_the_place_of_its_old_self(self):
-        """A notebook runs a cell twice: the class has the same place, and is another."""
+        """A notebook runs a cell twice: another class with the same full name."""
         made = []
         for default in (1, 2):
 

@@ -1,4 +1,4 @@
-"""The JSON schema: complete, without loose ends, and of the same opinion as the specs."""
+"""The JSON schema: complete, without dangling references, and consistent with the specs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""States in files: what comes back, and what is refused."""
+"""States in files: round trips and errors."""
 
 import os
 from pathlib import Path

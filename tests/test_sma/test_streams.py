@@ -1,4 +1,4 @@
-"""Standard streams: what no terminal can show, streams that are closed, readers that go away; in real processes."""
+"""Standard streams: unencodable characters, closed streams, and readers that exit early; in real processes."""
 
 import ast
 import os
@@ -39,7 +39,7 @@ def _run(body, **options):
 
 @pytest.fixture
 def gone():
-    """A pipe that nobody reads."""
+    """A pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     yield write

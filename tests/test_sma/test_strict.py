@@ -1,4 +1,4 @@
-"""Strict fields: nothing but a number is a number, and nothing but true and false is a switch."""
+"""Strict fields: only numbers are numbers, and only true and false are booleans."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal

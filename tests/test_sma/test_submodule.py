@@ -1,4 +1,4 @@
-"""States as values: their rows, their size, and what they refuse; the defaults of a sub-module."""
+"""States as values: rows, sizes, and errors; the defaults of a sub-module."""
 
 import re
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def state(rows: int = 4) -> Outer:
 
 
 def rows_of(found: State) -> list[set[float]]:
-    """The numbers that each row holds, wherever."""
+    """The values of each row, from all tensors."""
     parts = [tensor.double() for tensor in tensors(found) if tensor.dtype is not torch.bool]
     return [{number for part in parts for number in part[row].reshape(-1).tolist()} for row in range(found.batch_size)]
 

@@ -1,4 +1,4 @@
-"""Reprs: one line, whatever was routed, and the settings of every module."""
+"""Reprs: one line for every output, and the settings of every module."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,5 +1,5 @@
-"""Files of tensors: what the library of safetensors writes is read, what is written here the library reads, and damage
-is named.
+"""Files of tensors: compatible with the library safetensors in both directions, with errors for damaged
+files.
 """
 
 import json

@@ -158,7 +158,7 @@ class Padded(Mean):
 
 
 class Slotted(SubModule):
-    """Turns by the place in the chunk instead of the position in the stream."""
+    """Rotates by the index in the chunk instead of the position in the stream."""
 
     causal = True
 
@@ -194,7 +194,7 @@ class Greedy(Mean):
 
 
 class Widening(Mean):
-    """Answers in float64 whatever it is given."""
+    """Returns float64 for every dtype."""
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Tensor, State | None]:
         values, after = super().forward(tokens, state)
@@ -249,7 +249,7 @@ class WrongGradient(Mean):
 
 
 class Pretending(Mean):
-    """Says that it looks ahead, and makes a state all the same."""
+    """Declares that it looks ahead, but makes a state."""
 
     causal = False
 

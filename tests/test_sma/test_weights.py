@@ -1,6 +1,4 @@
-"""Models that were wrapped, changed or taken apart: saved as what they compute, or refused while the old model
-stands.
-"""
+"""Wrapped or changed models: saved with their computed weights, or refused without a change of the old model."""
 
 import copy
 import warnings
@@ -24,7 +22,7 @@ from tests.test_sma.test_testing import MODELS
 
 
 class Doubled(nn.Module):
-    """A parametrisation by somebody."""
+    """A third-party parametrisation."""
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return 2 * weight

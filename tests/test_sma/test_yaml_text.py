@@ -1,4 +1,4 @@
-"""YAML text: the values of YAML 1.2, merge keys, bounds, and what is written is read the same by every reader."""
+"""YAML text: the values of YAML 1.2, merge keys, bounds, and output with the same meaning in YAML 1.1."""
 
 import json
 import math

@@ -121,7 +121,7 @@ def clear_score_bias(part: Router) -> None:
 
 
 def same(found: Decision, wanted: Decision, at: Tensor | None = None) -> None:
-    """Equal to the last bit, at some places or at all."""
+    """Equal to the last bit, at some positions or all."""
     for name in FIELDS:
         one, other = getattr(found, name), getattr(wanted, name)
         assert torch.equal(one if at is None else one[at], other if at is None else other[at]), name

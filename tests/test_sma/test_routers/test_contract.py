@@ -1,4 +1,4 @@
-"""Every router keeps the contract, whatever it decides by."""
+"""The contract of routers, beyond the laws of the conformance kit."""
 
 import math
 

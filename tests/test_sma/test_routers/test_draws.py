@@ -1,4 +1,4 @@
-"""Draws depend on their keys alone."""
+"""Draws depend only on their keys."""
 
 import pytest
 import torch
@@ -20,22 +20,22 @@ def test_draws_are_uniform():
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 45  # chi-squared with 19 degrees of freedom: 1 in 1000
 
 
-@given(seed=st.integers(0, 2**31 - 1), position=st.integers(0, 2**40), row=st.integers(0, 99), place=st.integers(0, 9))
-def test_a_draw_is_splitmix64_of_its_keys(seed, position, row, place):
-    draw = keyed_uniform(seed, torch.tensor(row), torch.tensor(position), torch.tensor(place))
-    assert draw.item() == oracles.uniform(seed, row, position, place)
+@given(seed=st.integers(0, 2**31 - 1), position=st.integers(0, 2**40), row=st.integers(0, 99), column=st.integers(0, 9))
+def test_a_draw_is_splitmix64_of_its_keys(seed, position, row, column):
+    draw = keyed_uniform(seed, torch.tensor(row), torch.tensor(position), torch.tensor(column))
+    assert draw.item() == oracles.uniform(seed, row, position, column)
 
 
 @given(
-    rows=st.integers(0, 3), length=st.integers(0, 4), places=st.integers(0, 3), update=st.none() | st.integers(0, 2**40)
+    rows=st.integers(0, 3), length=st.integers(0, 4), columns=st.integers(0, 3), update=st.none() | st.integers(0, 2**40)
 )
-def test_tokens_draw_by_update_row_position_and_place(rows, length, places, update):
+def test_tokens_draw_by_update_row_position_and_column(rows, length, columns, update):
     keys = [] if update is None else [update]
-    draws = draw_for_tokens(torch.zeros(rows, length, places), None, None, 5, *map(torch.tensor, keys))
-    assert draws.shape == (rows, length, places)
+    draws = draw_for_tokens(torch.zeros(rows, length, columns), None, None, 5, *map(torch.tensor, keys))
+    assert draws.shape == (rows, length, columns)
     for b in range(rows):
         for t in range(length):
-            assert draws[b, t].tolist() == [oracles.uniform(5, *keys, b, t, m) for m in range(places)]
+            assert draws[b, t].tolist() == [oracles.uniform(5, *keys, b, t, m) for m in range(columns)]
 
 
 def test_streams_draw_by_the_numbers_of_their_rows():

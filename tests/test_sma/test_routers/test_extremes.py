@@ -1,4 +1,4 @@
-"""Routers at extreme temperatures and scores: what decides is the scores, and every rate can still be reached."""
+"""Routers at extreme temperatures and scores: the scores decide, and every rate can be reached."""
 
 import math
 from collections.abc import Iterable
@@ -88,7 +88,7 @@ def test_so_it_is_in_every_dtype(name, dtype, temperature):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_score_one_rounding_above_another_decides(name):
-    """Neighbouring numbers: no softmax tells them apart, and no half way lies between them."""
+    """Adjacent floats: equal after the softmax, and without a value in between."""
     router = _router(name, 0.0, 1e4 if name in TEMPERED else 1.0)
     above = float(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""SMA, threshold and gumbel: each sub-module is switched by itself."""
+"""SMA, threshold and gumbel: independent decisions about every sub-module."""
 
 import math
 from itertools import product
