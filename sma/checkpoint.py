@@ -151,18 +151,18 @@ def load(folder: str | Path, *, device: torch.device | str | None = "cpu") -> Se
         CheckpointError: there is no saved model, it is damaged, its weights do not fit its spec, or the device does not
             exist.
     """
-    place = usable_device(device, CheckpointError)
+    device = usable_device(device, CheckpointError)
     with open_tensors(_weights_file(Path(folder))) as file:
         spec = _saved_spec(file)
         reference = _reference(file, spec)
-        if place.type == "meta":
-            model = reference.to(place)
+        if device.type == "meta":
+            model = reference.to(device)
         else:
             # With a seed and on the CPU, so that initial weights do not advance the caller's random states.
             with parsing(f"the spec saved in {file.path}", CheckpointError), torch.device("cpu"):
-                model = build(spec, seed=0).to(place)
+                model = build(spec, seed=0).to(device)
         present = renamed(file.entries, reference.state_dict())
-        tensors = {present.get(name, name): file.read(name, place) for name in file.entries}
+        tensors = {present.get(name, name): file.read(name, device) for name in file.entries}
     shared = shared_names(model)
     model.load_state_dict(tensors, assign=True)
     for names in shared:  # each name was given a copy

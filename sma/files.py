@@ -37,9 +37,12 @@ def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedRe
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         )
     except (OSError, ValueError) as cause:
-        raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
+        shown = repr(str(path)) if len(str(path)) <= 4096 else quote(str(path))
+        raise error(f"cannot read {shown}: {reason(cause)}") from cause
     try:
-        _check_plain(path, os.fstat(handle).st_mode, error)
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise error(f"{str(path)!r} is {_KINDS.get(stat.S_IFMT(mode), 'no plain file')}; a plain file is required")
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -52,22 +55,8 @@ def check_file(path: str | Path, error: type[SmaError] = DataError) -> int:
     Raises:
         SmaError: `error`: it does not exist, or is a pipe, a device or a folder.
     """
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError) as cause:
-        raise error(f"cannot read {_shown(path)}: {reason(cause)}") from cause
-    _check_plain(path, found.st_mode, error)
-    return found.st_size
-
-
-def _shown(path: str | Path) -> str:
-    """Quote a path; completely, unless it is too long for a path."""
-    return repr(str(path)) if len(str(path)) <= 4096 else quote(str(path))
-
-
-def _check_plain(path: str | Path, mode: int, error: type[SmaError]) -> None:
-    if not stat.S_ISREG(mode):
-        raise error(f"{str(path)!r} is {_KINDS.get(stat.S_IFMT(mode), 'no plain file')}; a plain file is required")
+    with open_file(path, error) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def read_file(path: str | Path, limit: int, error: type[SmaError] = DataError) -> bytes:

@@ -33,13 +33,13 @@ def free_memory(device: torch.device | str | None = None) -> int | None:
     Args:
         device: the device; default torch's default device.
     """
-    place = torch.get_default_device() if device is None else torch.device(device)
-    if place.type == "cpu":
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "cpu":
         return min(_main_memory(Path("/")), default=None)
-    driver = getattr(torch, place.type, None)
+    driver = getattr(torch, device.type, None)
     with suppress(Exception):  # without a driver, or without its information
-        free = int(driver.mem_get_info(place)[0])  # type: ignore[union-attr]
-        return free + int(driver.memory_reserved(place)) - int(driver.memory_allocated(place))  # type: ignore[union-attr]
+        free = int(driver.mem_get_info(device)[0])  # type: ignore[union-attr]
+        return free + int(driver.memory_reserved(device)) - int(driver.memory_allocated(device))  # type: ignore[union-attr]
     return None
 
 

@@ -164,10 +164,10 @@ def step() -> None:
     inputs = torch.randint(0, 9, (2, 8), generator=generator(0))
     one = other = model.init_state(2)
     with torch.no_grad():
-        for step in range(inputs.shape[1]):
+        for t in range(inputs.shape[1]):
             found, wanted = (
-                compiled(inputs[:, step : step + 1], state=one),
-                model(inputs[:, step : step + 1], state=other),
+                compiled(inputs[:, t : t + 1], state=one),
+                model(inputs[:, t : t + 1], state=other),
             )
             torch.testing.assert_close(named_tensors(found), named_tensors(wanted), rtol=1e-4, atol=1e-5)
             one, other = found.state, wanted.state

@@ -27,7 +27,10 @@ def test_a_draw_is_splitmix64_of_its_keys(seed, position, row, column):
 
 
 @given(
-    rows=st.integers(0, 3), length=st.integers(0, 4), columns=st.integers(0, 3), update=st.none() | st.integers(0, 2**40)
+    rows=st.integers(0, 3),
+    length=st.integers(0, 4),
+    columns=st.integers(0, 3),
+    update=st.none() | st.integers(0, 2**40),
 )
 def test_tokens_draw_by_update_row_position_and_column(rows, length, columns, update):
     keys = [] if update is None else [update]
