@@ -78,7 +78,7 @@ class BudgetController(nn.Module):
             model_spec = getattr(unwrapped(model)[1], "spec", None)
             if not isinstance(model_spec, ModelSpec):
                 raise InputError(
-                    f"{type(model).__name__} has no spec that says what its sub-modules cost, by which a total budget "
+                    f"{type(model).__name__} has no spec with the costs of its sub-modules, by which a total budget "
                     "is weighted; give the costs: BudgetController(spec, routers_of(model), costs)"
                 )
             costs = module_costs(model_spec, length)

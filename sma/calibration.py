@@ -186,7 +186,7 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     inner = [path for path, part in model.named_modules() if path and isinstance(part, SequenceModel)]
     cure = f", or calibrate the part model.{inner[0]} alone, with what that takes" if inner else ""
     raise InputError(
-        f"{name} returned {what_came(output)}, which tells no decisions; required is an output with the attribute "
+        f"{name} returned {what_came(output)}, which has no decisions; required is an output with the attribute "
         f"decisions, one for each of its {layers} routed layers, as sma.ModelOutput has it: "
         f"let forward return that{cure}"
     )

@@ -40,9 +40,7 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
         _check_value(value, f"capacity[{quote(name)}]={quote(value)}")
     missing = [name for name in names if name not in capacity]
     if missing:
-        raise InputError(
-            f"capacity says nothing about {missing[0]!r}; give every sub-module one, or one number for all"
-        )
+        raise InputError(f"capacity has no value for {missing[0]!r}; give every sub-module one, or one number for all")
 
 
 def _check_value(value: object, what: str) -> None:

@@ -317,7 +317,7 @@ def check_floating(dtype: object) -> torch.dtype:
         InputError: it is not a floating-point dtype that torch computes with.
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise InputError(f"the dtype {quote(dtype)} is none of floating-point numbers; give one such as torch.float32")
+        raise InputError(f"the dtype {quote(dtype)} is not a floating-point dtype; give one such as torch.float32")
     return dtype
 
 

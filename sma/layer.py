@@ -78,7 +78,9 @@ class LayerSpec(Spec):
             )
         long = [name for name in self.modules if len(name) > NAME]
         if long:
-            raise ValueError(f"the module name {quote(long[0])} has {len(long[0]):,} characters; {NAME} are the most")
+            raise ValueError(
+                f"the module name {quote(long[0])} has {len(long[0]):,} characters; at most {NAME} are allowed"
+            )
         check_free(self.modules, "module", ValueError)
         return self
 

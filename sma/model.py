@@ -388,8 +388,7 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
     if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
         raise SpecError(
-            f"a model is built from a model spec, and {type(spec).__name__} is none; "
-            "its own build(width) makes that part"
+            f"sma.build takes the spec of a model, and {type(spec).__name__} is another one; call its own build(width)"
         )
     spec = load_spec(spec)
     if seed is None:

@@ -170,9 +170,7 @@ def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, s
     position = start
     for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].start, ends[pair[0]])):
         if entry.start != position or ends[name] != position + entry.size:
-            raise _damaged(
-                path, f"{quote(name)}, {entry}, stands at bytes {entry.start:,} to {ends[name]:,} of the file"
-            )
+            raise _damaged(path, f"{quote(name)}, {entry}, is at bytes {entry.start:,} to {ends[name]:,} of the file")
         position = ends[name]
     if position != size:
         raise _damaged(path, f"it has {size:,} bytes, and its tensors end at {position:,}")

@@ -199,7 +199,7 @@ def check_parts(model: nn.Module, reference: nn.Module) -> None:
                 ", ".join(f"{name}={quote(getattr(one, name, None))}" for name in fields[:4]) for one in (given, spec)
             )
             raise CheckpointError(
-                f"{what}: {where} was built with {found}, and the spec of the model says {built}; {hint}"
+                f"{what}: {where} was built with {found}, and the spec of the model has {built}; {hint}"
             )
 
 

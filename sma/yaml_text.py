@@ -72,23 +72,23 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self.extents:
-                raise _Problem(f"the alias {quote('*' + str(event.anchor))} stands inside of what it names", event)
+                raise _Problem(
+                    f"the alias {quote('*' + str(event.anchor))} is inside of the value that it names", event
+                )
             return node
         self.level += 1
         self.composed += 1
         if self.level > DEPTH:
-            raise _Problem(f"lists and mappings stand inside each other more than {DEPTH} deep", event)
+            raise _Problem(f"lists and mappings are nested more than {DEPTH} deep", event)
         node = super().compose_node(parent, index)
         self.level -= 1
         children = [id(child) for child in _children(node)]
         count = 1 + sum(self.extents[child][0] for child in children)
         depth = 1 + max((self.extents[child][1] for child in children), default=0)
         if count > NODES or self.composed > NODES:
-            raise _Problem(f"there are more than {NODES:,} values, aliases written out", event)
+            raise _Problem(f"there are more than {NODES:,} values, aliases expanded", event)
         if depth > DEPTH:
-            raise _Problem(
-                f"with aliases written out, lists and mappings stand inside each other more than {DEPTH} deep", event
-            )
+            raise _Problem(f"with aliases expanded, lists and mappings are nested more than {DEPTH} deep", event)
         self.extents[id(node)] = count, depth
         return node
 
@@ -108,14 +108,14 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         for key_node, value_node in node.value:
             if key_node.tag == _MERGE:
                 if merged is not None:
-                    raise _Problem("the key '<<' stands twice in one mapping; write <<: [*one, *other]", key_node)
+                    raise _Problem("the key '<<' is repeated in one mapping; write <<: [*one, *other]", key_node)
                 merged = self._merged(value_node)
                 continue
             key = self.value(key_node)
             if not isinstance(key, str):
                 raise _Problem(f"the key {quote(key)} must be a word; put it in quotes if it is a name", key_node)
             if key in own:
-                raise _Problem(f"the key {quote(key)} stands twice in one mapping", key_node)
+                raise _Problem(f"the key {quote(key)} is repeated in one mapping", key_node)
             own[key] = self.value(value_node)
         return {**(merged or {}), **own}
 
@@ -178,7 +178,7 @@ def _whole_characters(node: yaml.ScalarNode) -> str:
 
 def _unknown_tag(node: yaml.Node) -> _Problem:
     tag = node.tag.replace(_CORE, "!!", 1)
-    return _Problem(f"the tag {quote(tag)} does not fit, or is none that specs know; leave it out", node)
+    return _Problem(f"the tag {quote(tag)} does not fit, or is not supported in specs; leave it out", node)
 
 
 def read_yaml(content: str | bytes, where: str) -> Any:

@@ -51,7 +51,7 @@ def test_a_model_is_built_from_a_path_a_mapping_or_a_spec(mine):
         pytest.param("x" * 100_000, "cannot read 'xxx.*xxx': File name too long; give the path of", id="long"),
         pytest.param(
             {**FIELDS, "layers": [{"modules": {"x" * 5000: {"kind": "conv"}}}]},
-            "the module name 'xxx.*xxx' has 5,000 characters; 100 are the most",
+            "the module name 'xxx.*xxx' has 5,000 characters; at most 100 are allowed",
             id="long name",
         ),
         pytest.param({}, "a model needs a 'kind'; known kinds: ", id="empty"),
@@ -96,7 +96,7 @@ def test_arguments_of_other_types_are_named():
     assert lines[2].startswith("a spec is read from a path or a mapping, not from [{'encoder'")
     assert lines[3] == "a spec is read from a path or a mapping, not from b'mine.yaml'"
     assert lines[4:6] == [
-        f"a model is built from a model spec, and {name} is none; its own build(width) makes that part"
+        f"sma.build takes the spec of a model, and {name} is another one; call its own build(width)"
         for name in ("LayerSpec", "ConvSpec")
     ]
     assert lines[6:8] == [

@@ -229,7 +229,7 @@ class TestModulesOfOnesOwn:
         )
         with pytest.raises(
             InputError,
-            match=rf"^Own returned {came}, which tells no decisions; {required}: .* the part model\.body alone",
+            match=rf"^Own returned {came}, which has no decisions; {required}: .* the part model\.body alone",
         ):
             calibrate(Own(told), [normal(2, 9, 3)], 0.3)
 

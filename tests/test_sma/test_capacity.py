@@ -218,7 +218,7 @@ class TestRefusals:
 
     def test_sub_module_that_is_left_out(self):
         with pytest.raises(
-            InputError, match="capacity says nothing about 'conv'; give every sub-module one, or one number for all"
+            InputError, match="capacity has no value for 'conv'; give every sub-module one, or one number for all"
         ):
             build(MODEL, 0).double()(normal(2, 3, 2), capacity={"attention": 3, "mlp": 2})
 

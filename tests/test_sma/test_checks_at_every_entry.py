@@ -285,7 +285,7 @@ def test_a_state_of_an_impossible_number_of_streams_device_or_dtype_is_refused(p
     with pytest.raises(InputError, match=r"^the device 'gpu' cannot be used: .*; there are 'cpu', .*'meta'"):
         part.init_state(2, device="gpu")
     for dtype in (torch.int64, "float32", np.float32):
-        with pytest.raises(InputError, match=r"is none of floating-point numbers; give one such as torch\.float32$"):
+        with pytest.raises(InputError, match=r"is not a floating-point dtype; give one such as torch\.float32$"):
             part.init_state(2, dtype=dtype)
 
 

@@ -171,7 +171,8 @@ def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
         (["--set", f"width={'9' * 5000}"], "error: the value of --set width is not valid YAML: '999999"),
         (
             ["--set", "width=&a [*a]"],
-            "error: the value of --set width is not valid YAML: the alias '*a' stands inside of what it names (line 1)",
+            "error: the value of --set width is not valid YAML: "
+            "the alias '*a' is inside of the value that it names (line 1)",
         ),
         (["--set", "x" * 100_000], "error: --set 'xxx"),
         (["--length", "9" * 5000], "error: --length: invalid int value: '999"),

@@ -324,12 +324,12 @@ class TestFiles:
         [
             pytest.param(
                 b"kind: sma\nkind: always\n",
-                r"spec\.yaml is not valid YAML: the key 'kind' stands twice in one mapping \(line 2\)",
+                r"spec\.yaml is not valid YAML: the key 'kind' is repeated in one mapping \(line 2\)",
                 id="twice",
             ),
             pytest.param(
                 b"kind: x\nhead:\n  a: 1\n  b: 2\n  a: 3\n",
-                r"spec\.yaml is not valid YAML: the key 'a' stands twice in one mapping \(line 5\)",
+                r"spec\.yaml is not valid YAML: the key 'a' is repeated in one mapping \(line 5\)",
                 id="twice further in",
             ),
             pytest.param(

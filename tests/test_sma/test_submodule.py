@@ -128,11 +128,11 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
         (lambda s: s.to("gpu"), "the device 'gpu' cannot be used"),
         (
             lambda s: s.to(torch.int32),
-            "the dtype torch.int32 is none of floating-point numbers; give one such as torch.float32",
+            "the dtype torch.int32 is not a floating-point dtype; give one such as torch.float32",
         ),
         (
             lambda s: s.to(torch.float8_e4m3fn),
-            "the dtype torch.float8_e4m3fn is none of floating-point numbers; give one such as",
+            "the dtype torch.float8_e4m3fn is not a floating-point dtype; give one such as",
         ),
     ],
 )

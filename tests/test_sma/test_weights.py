@@ -233,7 +233,7 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
         pytest.param(
             _then(_replace_window),
             r"its part 'layers\.1\.routed\.submodules\.attention' was built with window=77, "
-            r"and the spec of the model says window=None",
+            r"and the spec of the model has window=None",
             id="part of another spec",
         ),
         pytest.param(
