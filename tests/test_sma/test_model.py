@@ -52,6 +52,24 @@ def test_gradients_are_those_of_the_loop(name):
 
 @sides
 @models
+def test_a_row_alone_and_the_same_row_in_a_padded_batch_agree(name, side):
+    model = make_model(name)
+    rows = [inputs_of(name, 1, length)[0] for length in (4, 1, 6)]
+    batch, valid = pad(rows, side, fill=torch.nan if batch_is_real(name) else 3)
+    output = model(batch, valid)
+    for b, row in enumerate(rows):
+        alone = model(row[None])
+        torch.testing.assert_close(output.hidden[b][valid[b]], alone.hidden[0])
+        torch.testing.assert_close(output.pooled[b], alone.pooled[0])
+        if output.logits is not None:
+            torch.testing.assert_close(output.logits[b], alone.logits[0])
+        for decision, other in zip(output.decisions, alone.decisions, strict=True):
+            assert torch.equal(decision.active[b][valid[b]], other.active[0])
+            assert not decision.active[b][~valid[b]].any()
+
+
+@sides
+@models
 def test_padding_never_changes_a_gradient(name, side):
     model = make_model(name)
     rows = [inputs_of(name, 1, length)[0] for length in (4, 1, 6)]
@@ -106,6 +124,23 @@ def test_a_batch_without_a_valid_token_gives_zero_gradients_not_none(name, shape
         if not parameter_name.startswith("head."):
             assert parameter.grad is not None, parameter_name
             assert not parameter.grad.any(), parameter_name
+
+
+@models
+def test_nan_in_one_row_never_reaches_another(name):
+    model, inputs = make_model(name), inputs_of(name, 3, 6)
+    before = model(inputs).hidden
+    with torch.no_grad():
+        if batch_is_real(name):
+            inputs[1, 2] = torch.nan
+        else:
+            inputs[[0, 2]] = inputs[[0, 2]].clamp(max=5)
+            inputs[1, 2] = 6
+            before = model(inputs).hidden
+            model.encoder.weight[6] = torch.nan
+    after = model(inputs).hidden
+    assert after[1].isnan().any()
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
 
 
 @models

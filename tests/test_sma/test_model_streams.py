@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sma import SequenceModel, State
 from sma.errors import StateError
 from sma.model_output import ModelState
 from sma.pytree import tensors
-from tests.streams import Plan, even, exactly, few, flow, near, near_states, plans, same_bits, steps
+from tests.streams import Plan, copied, even, exactly, few, flow, near, near_states, plans, same_bits, steps
 from tests.test_sma.causal import CAUSAL, WINDOWED, causal_models, inputs_of, make_model, model_of
 
 ROWS, LENGTH = 3, 12
@@ -51,6 +52,14 @@ def test_whole_equals_chunked_with_padding_on_any_side(name: str, plan: Plan) ->
 
 
 @causal_models
+@pytest.mark.parametrize("graph", [False, True], ids=["no_grad", "grad"])
+def test_whole_equals_step_by_step(name: str, graph: bool) -> None:
+    model = model_of(name)
+    with torch.set_grad_enabled(graph):
+        assert_streams_as_the_whole(model, inputs_of(model, ROWS, LENGTH), even(steps(LENGTH), ROWS))
+
+
+@causal_models
 def test_tokens_in_these_models_are_on_and_off(name: str) -> None:
     model = model_of(name)
     routed = [part for part in model.routed_layers if part.routed is not None]
@@ -68,6 +77,35 @@ def test_a_chunk_of_padding_or_of_nothing_gives_every_state_back(name: str, leng
     assert same_bits(after.state, state)
     near(after.pooled, model(inputs).pooled)
     assert after.hidden.shape == (ROWS, length, model.spec.width)
+
+
+@causal_models
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_state_is_a_value_that_can_be_continued_twice(name: str, length: int) -> None:
+    model, inputs = model_of(name), inputs_of(model_of(name), ROWS, LENGTH)
+    state = model(inputs[:, :7], None, model.init_state(ROWS)).state
+    kept, valid = copied(state), torch.arange(length) < torch.tensor([length, 0, 1])[:, None]
+    once, again = (model(inputs[:, 7 : 7 + length], valid, state) for _ in range(2))
+    assert same_bits(state, kept)
+    assert torch.equal(once.hidden, again.hidden)
+    assert same_bits(once.state, again.state)
+    near_states(once.state.select(torch.tensor([1])), state.select(torch.tensor([1])), 0.0)
+
+
+@causal_models
+@few
+@given(rows=st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4), cut=st.integers(0, LENGTH), reset=st.booleans())
+def test_rows_of_a_state_are_streams_of_their_own(name: str, rows: list[int], cut: int, reset: bool) -> None:
+    model, chosen = model_of(name), torch.tensor(rows)
+    inputs = inputs_of(model, ROWS, LENGTH)
+    with torch.no_grad():
+        state = model(inputs[:, :cut], None, model.init_state(ROWS)).state.select(chosen)
+        again = torch.arange(len(rows)) % 2 == (0 if reset else 2)
+        found = model(inputs[chosen, cut:], None, state.reset(again))
+        going = model(inputs[:, cut:], None, model(inputs[:, :cut], None, model.init_state(ROWS)).state)
+        fresh = model(inputs[:, cut:])
+        for ours, on, anew in ((found.hidden, going.hidden, fresh.hidden), (found.pooled, going.pooled, fresh.pooled)):
+            near(ours, anew[chosen].where(again.reshape(-1, *[1] * (ours.ndim - 1)), on[chosen]))
 
 
 @causal_models
@@ -117,6 +155,18 @@ def test_a_state_never_grows(name: str) -> None:
         state = model(inputs_of(model, ROWS, length), None, state).state
         assert state.num_bytes == size
         assert [(tensor.shape, tensor.dtype) for tensor in tensors(state)] == layout
+
+
+@pytest.mark.parametrize("name", ["everything", "drawn"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e4])
+def test_what_comes_later_never_touches_what_was_said(name: str, bad: float) -> None:
+    model, cut = model_of(name), 5
+    inputs = inputs_of(model, ROWS, 40)
+    changed = inputs.clone()
+    changed[:, cut:] = bad
+    with torch.no_grad():
+        for ours, theirs in zip(run(model, changed, None, None)[0], run(model, inputs, None, None)[0], strict=True):
+            near(ours[:, :cut], theirs[:, :cut])
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "language model"])
