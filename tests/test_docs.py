@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import sma.spec
-
 # What it registers must be there before the first page, which forgets what is registered meanwhile.
+import sma.recipes.tasks.kinds
+import sma.spec
 import sma.tune.sweep
 from sma.testing.model_laws import MODEL_LAWS
 from sma.testing.router_laws import ROUTER_LAWS
