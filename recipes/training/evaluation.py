@@ -1,7 +1,8 @@
 """Evaluation of a finished run: a test of its model, compared with the recorded result, and its report again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +43,34 @@ def evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
     Raises:
         SmaError: the folder has no finished run, or the data is not available.
     """
-    _check_finished(folder)
-    with run_lock(folder):
-        return _evaluate(folder, options)
+    with _tested(folder, options) as tested:
+        spec, recorded, objective, module, logged, device = tested
+        metric = spec.task.metric
+        measures = {key: logged[name] for key, name in objective.recorded(spec.task).items()}
+        before = {key: recorded.get(key) for key in measures}
+        breakdown = objective.breakdown(module)
+        result = {
+            "task": spec.task.kind,
+            **measures,
+            **({} if breakdown is None else breakdown.record()),
+            "recorded": before,
+            "reproduced": measures == before,
+            "changed_data": changed(recorded.get("data", objective.hashes), objective.hashes),
+            "commit": commit(),
+            "hardware": hardware(device),
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        write_text(folder / EVALUATION, json.dumps(result, indent=1))
+        print(describe(result, metric, objective.tested(module), recorded))
+        if breakdown is not None:
+            print(f"\n{breakdown.table()}")
+        print(f"\nevaluation        {plain(folder / EVALUATION)}")
+        if breakdown is not None:
+            title = f"{label(folder.name)}: {spec.task.kind}, {metric.headline(measures[metric.key])}"
+            path = folder / breakdown.file
+            if attempt(f"the figure {path}", lambda: breakdown.draw(path, title)):
+                print(f"figure            {plain(path)}")
+        return result
 
 
 def report(folder: Path, options: CallOptions) -> dict[str, Any]:
@@ -60,9 +86,7 @@ def report(folder: Path, options: CallOptions) -> dict[str, Any]:
     Raises:
         SmaError: the folder has no finished run, or the data is not available.
     """
-    _check_finished(folder)
-    with run_lock(folder):
-        tested = _test(folder, options)
+    with _tested(folder, options) as tested:
         spec, recorded = tested.spec, tested.recorded
         made = tested.objective.report(tested.module)
         headline = f"{spec.task.metric.headline(recorded[spec.task.metric.key])}, seed {spec.seed}"
@@ -91,55 +115,38 @@ class _Tested(NamedTuple):
     device: str
 
 
-def _test(folder: Path, options: CallOptions) -> _Tested:
+@contextmanager
+def _tested(folder: Path, options: CallOptions) -> Iterator[_Tested]:
+    """Test the model of a finished run, and hold the lock of its folder inside the block."""
+    spec, recorded = _finished(folder)
+    with run_lock(folder):
+        check_device(options.accelerator, spec.precision)
+        objective = load_objective(spec.task, spec.task.prepare(options.data, progress=options.progress))
+        prepare(spec)
+        model = load(folder / "model")
+        refuse_another(model.spec, spec.model, folder / "model")
+        module = objective.module(model, spec.training)
+        trainer = make_trainer(
+            accelerator=options.accelerator,
+            precision=spec.precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=options.progress,
+            enable_model_summary=False,
+        )
+        logged = run_test(trainer, module, objective.evaluation_batches("test"))
+        yield _Tested(spec, recorded, objective, module, logged, trainer.strategy.root_device.type)
+
+
+def _finished(folder: Path) -> tuple[ExperimentSpec, dict[str, Any]]:
+    """The experiment and the summary of a finished run."""
+    for name in (EXPERIMENT, SUMMARY):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a finished run"
+            )
     spec = load_experiment(folder / EXPERIMENT)
-    recorded = read_summary(folder, *objective_class(spec.task).recorded(spec.task))
-    check_device(options.accelerator, spec.precision)
-    objective = load_objective(spec.task, spec.task.prepare(options.data, progress=options.progress))
-    prepare(spec)
-    model = load(folder / "model")
-    refuse_another(model.spec, spec.model, folder / "model")
-    module = objective.module(model, spec.training)
-    trainer = make_trainer(
-        accelerator=options.accelerator,
-        precision=spec.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=options.progress,
-        enable_model_summary=False,
-    )
-    logged = run_test(trainer, module, objective.evaluation_batches("test"))
-    return _Tested(spec, recorded, objective, module, logged, trainer.strategy.root_device.type)
-
-
-def _evaluate(folder: Path, options: CallOptions) -> dict[str, Any]:
-    spec, recorded, objective, module, logged, device = _test(folder, options)
-    metric = spec.task.metric
-    measures = {key: logged[name] for key, name in objective.recorded(spec.task).items()}
-    before = {key: recorded.get(key) for key in measures}
-    breakdown = objective.breakdown(module)
-    result = {
-        "task": spec.task.kind,
-        **measures,
-        **({} if breakdown is None else breakdown.record()),
-        "recorded": before,
-        "reproduced": measures == before,
-        "changed_data": changed(recorded.get("data", objective.hashes), objective.hashes),
-        "commit": commit(),
-        "hardware": hardware(device),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    write_text(folder / EVALUATION, json.dumps(result, indent=1))
-    print(describe(result, metric, objective.tested(module), recorded))
-    if breakdown is not None:
-        print(f"\n{breakdown.table()}")
-    print(f"\nevaluation        {plain(folder / EVALUATION)}")
-    if breakdown is not None:
-        title = f"{label(folder.name)}: {spec.task.kind}, {metric.headline(measures[metric.key])}"
-        path = folder / breakdown.file
-        if attempt(f"the figure {path}", lambda: breakdown.draw(path, title)):
-            print(f"figure            {plain(path)}")
-    return result
+    return spec, read_summary(folder, *objective_class(spec.task).recorded(spec.task))
 
 
 def describe(result: Mapping[str, Any], metric: Metric, tested: str, recorded: Mapping[str, Any]) -> str:
@@ -173,11 +180,3 @@ def describe(result: Mapping[str, Any], metric: Metric, tested: str, recorded: M
     if result["changed_data"] and result["reproduced"]:
         lines.append(f"data              not that of the run: {', '.join(result['changed_data'])} has another hash")
     return "\n".join(lines)
-
-
-def _check_finished(folder: Path) -> None:
-    for name in (EXPERIMENT, SUMMARY):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"there is no finished run in {str(folder)!r}: {name} is missing; give the folder of a finished run"
-            )

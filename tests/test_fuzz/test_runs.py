@@ -35,7 +35,7 @@ from sma.recipes.training.classification import Classifier
 from sma.recipes.training.evaluation import _finished
 from sma.recipes.training.resuming import check_weights, checkpoint_to_resume
 from tests.test_fuzz.harness import Target, fuzz, mutate
-from tests.test_recipes.tiny import fail, tiny, tiny_data, train
+from tests.test_recipes.tiny import power_failure, tiny, tiny_data, train
 
 SPEC = tiny(training__updates=6, training__evaluate_every=3, training__warmup=1)
 VALUES: tuple[Any, ...] = (
@@ -69,15 +69,8 @@ def _sources() -> tuple[Any, Path, Path]:
     """The data, a run that stopped after 3 of 6 updates, and one that is finished."""
     folder = Path(tempfile.mkdtemp())
     data = tiny_data(folder / "data")
-    with pytest.MonkeyPatch.context() as patch:
-        original = Classifier.training_step
-        patch.setattr(
-            Classifier,
-            "training_step",
-            lambda self, *rest: fail(self) if self.global_step == 4 else original(self, *rest),
-        )
-        with pytest.raises(RuntimeError, match="the power went out"):
-            train(SPEC, folder / "stopped", data)
+    with power_failure(4):
+        train(SPEC, folder / "stopped", data)
     train(SPEC, folder / "finished", data)
     for path in (folder / "stopped", folder / "finished"):
         shutil.rmtree(path / "tensorboard")
