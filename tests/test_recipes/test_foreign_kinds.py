@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sma.recipes.tasks.kinds  # registers the tasks
 import sma.spec
 from sma.budget import BudgetController
 from sma.decision import Decision
