@@ -75,7 +75,7 @@ def write(options: GenerateOptions) -> None:
     """Print the continuations, a single one as it is produced.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     if options.temperature == 0:
         options.refuse(["top_k", "top_p", "seed"], "--temperature 0 takes the most probable byte and draws nothing")

@@ -22,9 +22,9 @@ class Command(NamedTuple):
     """A command of the core.
 
     Attributes:
-        what: it does.
-        add: adds its arguments to a parser.
-        run: yields what it prints.
+        what: the help of the command.
+        add: function that adds its arguments to a parser.
+        run: function that yields its output.
     """
 
     what: str
@@ -36,13 +36,13 @@ class Experiments(NamedTuple):
     """A command of the recipes or of the sweeps.
 
     Attributes:
-        what: it does.
-        module: where it stands.
-        options: the class of its options in there.
-        run: the function in there that takes them.
+        what: the help of the command.
+        module: the module of the command.
+        options: name of the class of its options in the module.
+        run: name of the function in the module that takes the options.
         positional: the field of the options that is given without an option.
-        unless: those of which one is given instead; none: it is required.
-        extra: of the distribution, without which it does not run.
+        unless: fields of which one may be given instead; none: the positional field is required.
+        extra: the extra of the distribution that the command needs.
     """
 
     what: str
@@ -121,7 +121,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> ArgumentParser:
-    """The parser of the line as a whole, which is only asked for help."""
+    """The parser of the whole line, for help, the version and unknown options."""
     parser = ArgumentParser(
         prog="sma",
         description="Train, compare, describe and check models of sparse modular activation.",
@@ -193,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; default those it was called with.
 
     Returns:
-        the exit status: 0; 2 where something is wrong with what was asked, after one message on stderr; 1 where the
-        output cannot be written; 130 after Ctrl-C and 141 where the reader of the output went away, as the shell has
-        it. The commands that train have the statuses of `sma.recipes.io.command.exit_code`.
+        the exit status: 0; 2 after one error message on stderr; 1 if the output cannot be written; 130 after Ctrl-C
+        and 141 after the reader of the output went away, as in a shell. The
+        commands that train have the statuses of `sma.recipes.io.command.exit_code`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     return run_command(lambda: _main(words))
@@ -219,7 +219,7 @@ def _main(words: Sequence[str]) -> int:
             raise SpecError(f"unknown command {quote(name)}{did_you_mean(name, known, 'commands')}")
         _parser().read(words)
     except SmaError as error:
-        print("\n".join(f"error: {sentence}" for sentence in str(error).splitlines()), file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are answered as those of specs are: one message, with the nearest word that exists."""
+"""Command lines whose errors have the form of those of specs: one message, with the nearest known word."""
 
 import argparse
 from collections.abc import Sequence

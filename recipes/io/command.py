@@ -1,4 +1,4 @@
-"""What all command lines share: options, errors with one message, exit codes."""
+"""The base of all command lines: options, error messages, exit codes."""
 
 import errno
 import os
@@ -138,13 +138,13 @@ def _name(options: type[CommandOptions]) -> str:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; errors become sentences and exit codes, and so does a reader of the output that goes away
+    """Run a command; errors become messages and exit codes, and so does a reader of the output that goes away
     (`sma.streams`).
 
     | exit code | |
     |---|---|
     | 0 | done |
-    | 2 | an error, in one sentence |
+    | 2 | an error, with one message |
     | 75 | ended by SIGTERM or SIGUSR1 (`sma.recipes.io.signals.PREEMPTED`): what is done is kept |
     | 130 | ended by Ctrl-C |
     """
@@ -156,23 +156,23 @@ def _exit_code(command: Callable[[], object]) -> int:
         with hidden_variables(), on_preemption(end_at_once):
             command()
     except (SmaError, SettingsError) as error:
-        _say("\n".join(f"error: {line}" for line in str(error).split("\n")))
+        _print_error("\n".join(f"error: {line}" for line in str(error).split("\n")))
         return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and error.filename is None:
             raise
         where = f" ({quote(str(error.filename))})" if error.filename else ""
-        _say(
+        _print_error(
             f"error: {reason(error)}{where}"
             + (f"; make room, and {_last_note(error) or 'repeat the command'}" if full else "")
         )
         return 2
     except Preempted as end:
-        _say(f"{end}; {_last_note(end) or 'repeat the command'}")
+        _print_error(f"{end}; {_last_note(end) or 'repeat the command'}")
         return PREEMPTED
     except KeyboardInterrupt as end:
-        _say("; ".join(filter(None, ["interrupted", _last_note(end)])))
+        _print_error("; ".join(filter(None, ["interrupted", _last_note(end)])))
         return 130
     return 0
 
@@ -185,6 +185,6 @@ def _last_note(error: BaseException) -> str:
     return _last_note(error.__context__)
 
 
-def _say(sentences: str) -> None:
-    """Print sentences, one a line; what stands in a name is not for the terminal to carry out."""
-    print("\n".join(plain(line) for line in sentences.split("\n")), file=sys.stderr)
+def _print_error(text: str) -> None:
+    """Print lines on stderr, with escapes for control characters in names, which a terminal would execute."""
+    print("\n".join(plain(line) for line in text.split("\n")), file=sys.stderr)

@@ -106,7 +106,7 @@ def _add_switch(parser: ArgumentParser, flag: str, name: str, field: FieldInfo) 
 
 
 def _metavar(field: FieldInfo) -> str:
-    """What stands for the value in the help."""
+    """The word for the value in the help."""
     for each in (*field.metadata, *_parts(field.annotation)):
         if isinstance(each, Metavar):
             return each.word

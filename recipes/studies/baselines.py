@@ -59,7 +59,7 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     | `transformer` | pre-norm blocks of multi-head attention over the whole row and a gated MLP, rotary positions |
     | `local_attention` | the same with attention inside the window |
 
-    The parameters differ, and the table says them.
+    The numbers of parameters differ; the table lists them.
 
     Raises:
         SpecError: an unknown name, or a layer that is no SeqBoat layer: a backbone and one routed attention.

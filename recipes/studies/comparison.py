@@ -93,18 +93,18 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
     def runs(self, spec: ExperimentSpec, chosen: ComparisonChosen, data: TaskData, out: Path) -> list[Run]:
         runs = []
         for name in chosen.variants:
-            mine = baseline(name, spec)
+            model = baseline(name, spec)
             if chosen.minutes is not None:
                 first = out / f"{name}-{spec.seed}" / EXPERIMENT
                 # A run that began keeps the updates that it was given.
                 updates = (
                     load_experiment(first).training.updates
                     if first.is_file()
-                    else updates_in(60 * chosen.minutes, mine, data)
+                    else updates_in(60 * chosen.minutes, model, data)
                 )
-                mine = with_updates(mine, updates)
+                model = with_updates(model, updates)
             for seed in range(spec.seed, spec.seed + (chosen.seeds or 1)):
-                runs.append(Run(f"{name}-{seed}", name, seed, mine.replace(seed=seed)))
+                runs.append(Run(f"{name}-{seed}", name, seed, model.replace(seed=seed)))
         return runs
 
     def summarise(self, results: Results, chosen: ComparisonChosen, out: Path) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
         the summary of the task, or of several theirs by task.
 
     Raises:
-        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
+        SmaError: an error message for the user: an unknown name, a folder of something else, or which runs failed.
     """
     study = Comparison()
     if options.resume is not None:
@@ -169,7 +169,7 @@ def report_tasks(out: Path, options: CallOptions) -> dict[str, Any]:
     """Write the tables and the summaries of a comparison on several tasks again; returns the summaries by task.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     with run_lock(out):
         summaries = {task: report_study(Comparison(), out / task, options) for task in _read_tasks(out)}
@@ -239,7 +239,7 @@ def _is_efficiency(value: Any) -> bool:
 
 
 def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
-    """About how many updates a model makes in a time, by the mean of some; under a budget at the rates of its whole
+    """Estimate the number of updates in a time by the mean of some updates; with a budget, at the rates of its whole
     schedule.
     """
     # Lightning takes seconds to import; --help need not wait for it.

@@ -92,8 +92,8 @@ class Study(Generic[Options, Asked]):
         name: of the study, as `study.json` keeps it.
         chosen: the class of what is asked for.
         older: the file in which earlier versions kept that.
-        selections: the fields of `chosen` that select runs, which a command that resumes may change, and what one of
-            their values is called.
+        selections: the fields of `chosen` that select runs, which a command that resumes may change, and the noun for
+            one of their values.
         figures: the files that `conclude` draws into the folder.
     """
 
@@ -104,7 +104,7 @@ class Study(Generic[Options, Asked]):
     figures: ClassVar[Sequence[str]] = ()
 
     def experiment(self, options: Options) -> ExperimentSpec:
-        """The experiment that the options ask for."""
+        """The experiment of the options."""
         return requested_experiment(options)
 
     def settings(self, options: Options) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def efficiency(
         what the process held before its first pass; and `device` and `hardware`, on which it was measured.
 
     Raises:
-        CheckpointError: there is no finished run, or a measurement failed; says what it said.
+        CheckpointError: there is no finished run, or a measurement failed; the message has its last line.
     """
     from sma.recipes.training.provenance import (
         hardware,  # Lightning takes seconds to import, and the processes that measure do without
@@ -114,8 +114,8 @@ def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
 
 
 def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:
-    """Random rows would activate who knows how many tokens: set every sub-module of every layer to its rate in the
-    run's test.
+    """Set every sub-module of every layer to its activation rate in the test of the run, because random rows activate
+    other numbers of tokens.
     """
     tokens = inputs.shape[0] * inputs.shape[1]
     routers = routers_of(model)

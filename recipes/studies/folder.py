@@ -21,12 +21,12 @@ def begin(study: Study[Options, Asked], options: Options) -> Iterator[Begun[Aske
     """Begin a study or take up the one in the folder, which is locked as long.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     asked = asked_study(study, options) if options.resume is None else None
-    place = options.resume if options.resume is not None else options.out
+    folder = options.resume if options.resume is not None else options.out
     # A folder that an earlier version began is resumed as it is.
-    older = place is not None and not (place / STUDY).is_file() and (place / study.older).is_file()
+    older = folder is not None and not (folder / STUDY).is_file() and (folder / study.older).is_file()
     with folder_of(options, study.older if older else STUDY, "study") as (out, began):
         if asked is not None and not (began and (out / EXPERIMENT).exists()):
             write_down(out, *asked)
@@ -46,7 +46,7 @@ def begin(study: Study[Options, Asked], options: Options) -> Iterator[Begun[Aske
 
 
 def asked_study(study: Study[Options, Asked], options: Options) -> tuple[ExperimentSpec, Asked]:
-    """Return the experiment and what else the options ask for.
+    """Return the experiment of the options, and the rest of what they choose.
 
     Raises:
         SpecError: one of them is not valid, or the runs cannot be made of the experiment.

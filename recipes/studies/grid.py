@@ -24,7 +24,7 @@ ERROR, LOG = "error.txt", "log.txt"
 
 SHARED, OPTIONAL = ("task", "data"), ("chance", "majority")
 ORIGIN = ("commit", "hardware", "date")
-"""What a study states of its runs together."""
+"""Provenance that a study states once for all its runs."""
 
 NEEDED = ("activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
 """What a row holds of the summary of its run, besides the metric of the task."""
@@ -41,8 +41,8 @@ class Run:
         variant: what is compared.
         seed: of the experiment.
         experiment: the experiment, or a function that makes it from the finished rows by name.
-        needs: names of the runs whose rows that function reads; they stand before this one in the grid.
-        column: the part of the table in which the run stands, where it has several.
+        needs: names of the runs whose rows that function reads; they precede this one in the grid.
+        column: the part of the table that has the run, if there are several.
         title: start of the titles of the figures of the run; None draws none.
     """
 
@@ -62,7 +62,7 @@ class Run:
 
 
 class Results(NamedTuple):
-    """What stands in the folders of a grid.
+    """The contents of the folders of a grid.
 
     Attributes:
         rows: of the finished runs, in the order of the grid.
@@ -123,7 +123,7 @@ def run_grid(
 ) -> Results:
     """Train the runs of a grid that are not finished, and resume those that were interrupted.
 
-    A run that fails does not stop the others: the reason stands in `error.txt` of its folder, the traceback in
+    A run that fails does not stop the others: `error.txt` of its folder has the reason, the traceback is in
     `log.txt`. A run fails as well where one that it needs has failed, or is neither finished nor to be trained.
 
     Args:
@@ -140,7 +140,7 @@ def run_grid(
 
     Raises:
         CheckpointError: a folder holds a run of another experiment.
-        SpecError: the runs have several tasks, or one needs a run that does not stand before it.
+        SpecError: the runs have several tasks, or one needs a run that does not precede it.
     """
     grid = _Grid(runs, out, data, _check(runs, out))
     waiting = [run for run in runs if run.name not in grid.rows and (only is None or run.name in only)]
@@ -199,7 +199,7 @@ class _Grid:
         print(f"[{self.ended}/{len(self.tried)}] {run.name}: {in_words(self.out / run.name, self.metric)}", flush=True)
 
     def results(self) -> Results:
-        """What stands in the folders."""
+        """The contents of the folders."""
         failed: list[Failure] = []
         for run in self.runs:
             if run.name not in self.rows and (reason := failure(self.out / run.name)) is not None:

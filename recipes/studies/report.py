@@ -21,7 +21,7 @@ def report_folder(folder: Path, options: CallOptions) -> dict[str, Any]:
     """Write the figures and tables of a run or of a study again, from what its folder holds; returns its summary.
 
     Raises:
-        SmaError: a sentence for the user: the folder holds neither, or is damaged.
+        SmaError: an error message for the user: the folder holds neither, or is damaged.
     """
     study = None if (folder / SEVERAL).is_file() else _study_in(folder)
     if study is None and not (folder / SEVERAL).is_file():

@@ -144,7 +144,7 @@ def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
 def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int) -> ExperimentSpec:
     """The experiment of a run: that of the table with the column's sub-modules, the row's routers, and the seed.
 
-    `expert_choice` and `random` run as often as the budget says.
+    `expert_choice` and `random` have the rate of the budget.
 
     Args:
         spec: has all sub-modules in its layers, `sma` routers, and a budget with one target.
@@ -166,7 +166,7 @@ def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int)
         seed=seed,
     )
     own = [layer.router for layer in layers if layer.modules]
-    seeds = [(seed * len(own) + place) % 2**31 for place in range(len(own))]
+    seeds = [(seed * len(own) + index) % 2**31 for index in range(len(own))]
     made = [
         _router(kind, each, budget.target, spec.training.updates, draws) for each, draws in zip(own, seeds, strict=True)
     ]
@@ -182,7 +182,7 @@ def _with_modules(layer: LayerSpec, column: str) -> LayerSpec:
 
 
 def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
-    """The spec of a registered router in the place of another, whose settings it keeps where it has the same fields."""
+    """The spec of a registered router that replaces another; it keeps the settings of the fields that both have."""
     if own.kind != ROUTERS[0]:
         raise SpecError(
             f"the table is made of an experiment whose routers are of the kind {ROUTERS[0]!r}, not {own.kind!r}; "

@@ -1,6 +1,6 @@
 """Studies: many runs of one experiment, and one table.
 
-Below the folder of a study stand the folders of the runs; `table.md`, `table.csv` and `summary.json` are written after
+The folder of a study holds the folders of the runs; `table.md`, `table.csv` and `summary.json` are written after
 every run.
 """
 
@@ -32,7 +32,7 @@ def run_study(study: Study[Options, Asked], options: Options) -> dict[str, Any]:
     """Train what is not finished yet, and write the table and the summary after every run; returns the summary.
 
     Raises:
-        SmaError: a sentence for the user: an unknown name, a folder of something else, or which runs failed.
+        SmaError: an error message for the user: an unknown name, a folder of something else, or which runs failed.
     """
     if options.resume is not None:
         refuse_changes(study, options)
@@ -65,7 +65,7 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
     """Run a study; returns its summary, the names of the runs that failed, and its folder.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     with begin(study, options) as begun:
         spec, chosen, now, out = begun
@@ -83,7 +83,7 @@ def report_study(study: Study[Any, Asked], out: Path, options: CallOptions) -> d
     """Write the table, the figures and the summary of a study again, from its finished runs; returns the summary.
 
     Raises:
-        SmaError: a sentence for the user.
+        SmaError: an error message for the user.
     """
     with run_lock(out):
         spec, chosen = read_study(study, out)
@@ -170,7 +170,7 @@ class _Clock:
         self._jobs = max(earlier.get("jobs", 1), jobs)
 
     def stop(self) -> None:
-        """Count no further."""
+        """Stop the clock."""
         self._stopped = self._stopped or time.perf_counter()
 
     def read(self) -> dict[str, Any]:

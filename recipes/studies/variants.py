@@ -56,7 +56,7 @@ class VariantsStudy(Study[Options, Chosen]):
 
     @abstractmethod
     def variants(self, spec: ExperimentSpec) -> dict[str, Variant]:
-        """The variants of an experiment by name; those whose rates others need stand before them."""
+        """The variants of an experiment by name; those whose rates others need come first."""
 
     @abstractmethod
     def subject(self, spec: ExperimentSpec) -> str:
@@ -118,16 +118,16 @@ def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec
     Raises:
         SpecError: the number of routers is not that of the layers that route.
     """
-    places = [place for place, layer in enumerate(spec.model.layer_specs) if layer.modules]
-    each = [routers] * len(places) if isinstance(routers, RouterSpec) else list(routers)
-    if len(each) != len(places):
+    routed = [index for index, layer in enumerate(spec.model.layer_specs) if layer.modules]
+    each = [routers] * len(routed) if isinstance(routers, RouterSpec) else list(routers)
+    if len(each) != len(routed):
         raise SpecError(
-            f"there are {len(each)} routers for {len(places)} layers that route; "
+            f"there are {len(each)} routers for {len(routed)} layers that route; "
             "give one for each of them, or one for all"
         )
     layers = list(spec.model.layer_specs)
-    for place, router in zip(places, each, strict=True):
-        layers[place] = layers[place].replace(router=router)
+    for index, router in zip(routed, each, strict=True):
+        layers[index] = layers[index].replace(router=router)
     training = spec.training
     if all(router.fixed_rate for router in each):
         training = training.replace(budget=None, losses=RoutingLosses())

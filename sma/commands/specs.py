@@ -105,7 +105,7 @@ def _sort(data: dict[str, Any]) -> Sort:
 
 @contextmanager
 def _recipes(source: str, what: str) -> Iterator[None]:
-    """Let what an experiment needs beyond the core be missing with one message."""
+    """Raise one error message where the extra of an experiment is missing."""
     try:
         yield
     except ImportError as error:
@@ -216,7 +216,7 @@ def _updates(experiment: "ExperimentSpec") -> str:
 
 
 def _with_layers_once(spec: ModelSpec) -> ModelSpec:
-    """The same model with each of many layers once: what one of them says of its spec, all that are like it say."""
+    """The same model with each of many layers once: equal layers have equal mistakes."""
     layers = spec.layer_specs
     if len(layers) <= MANY:
         return spec
