@@ -148,7 +148,7 @@ def difference(one: Any, other: Any, path: str = "") -> str:
         for index, (left, right) in enumerate(zip(one, other, strict=True)):
             if left != right:
                 return difference(left, right, f"{path}[{index}]")
-    return f"{path} is {quote(one)} there, and {quote(other)} is asked for"
+    return f"{path} is {quote(one)} there, and {quote(other)} is requested"
 
 
 def refuse_another(

@@ -309,7 +309,7 @@ def test_run_of_another_experiment_is_refused(done, spec, cache, capsys):
     path.write_text(text)
     complaint = capsys.readouterr().err
     assert (
-        "never-0/experiment.yaml' belongs to another experiment: training.updates is 5 there, and 4 is asked for; give"
+        "never-0/experiment.yaml' belongs to another experiment: training.updates is 5 there, and 4 is requested; give"
         in complaint
     )
 

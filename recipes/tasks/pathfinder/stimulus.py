@@ -298,15 +298,12 @@ class _Drawing:
 def _starts(settings: StimulusSettings, margin: int) -> tuple[list[Offset], ...]:
     """For every direction, the possible pivots of the first dash."""
     stencils, frame = stencils_of(settings, margin), settings.seed_frame
-    allowed = range(frame, settings.size - frame)
-    found = [
-        [
-            (y, x)
-            for y, x in _free_pivots(stencils, number, stencils.border).tolist()
-            if y + direction.near[0] in allowed and x + direction.near[1] in allowed
-        ]
-        for number, direction in enumerate(stencils.directions)
-    ]
+    found = []
+    for number, direction in enumerate(stencils.directions):
+        pivots = _free_pivots(stencils, number, stencils.border)
+        near = pivots + direction.near
+        inside = ((near >= frame) & (near < settings.size - frame)).all(axis=1)
+        found.append([(y, x) for y, x in pivots[inside].tolist()])
     if not any(found):
         raise DataError(
             f"no dash fits where the first contour may start; lower seed_frame={frame}, "

@@ -175,7 +175,7 @@ def test_auto_resume_repeats_a_command_and_refuses_another(command, spec, tmp_pa
         assert call("--spec", spec, "--out", out, "--variants", first, "--seeds", 2, "--auto-resume") == 0
     assert ", 0 to do" in capsys.readouterr().out
     assert call("--spec", spec, "--out", out, "--variants", first, "--seeds", 3, "--auto-resume") == 2
-    assert "holds another study: seeds is 2 there, and 3 is asked for; give another --out" in capsys.readouterr().err
+    assert "holds another study: seeds is 2 there, and 3 is requested; give another --out" in capsys.readouterr().err
     changed = ["--spec", spec, "--set", "training.updates=9", "--seeds", 2]
     assert call(*changed, "--out", out, "--auto-resume") == 2
     assert "belongs to another experiment: training.updates is 6 there" in capsys.readouterr().err

@@ -41,12 +41,12 @@ def test_folder_with_a_run_is_not_resumed_without_the_option(run, data):
     [
         pytest.param(
             {"seed": 1},
-            r"experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is asked for; give",
+            r"experiment\.yaml' belongs to another experiment: seed is 0 there, and 1 is requested; give",
             id="seed",
         ),
         pytest.param(
             {"model__width": 16},
-            r"belongs to another experiment: model\.width is 8 there, and 16 is asked for",
+            r"belongs to another experiment: model\.width is 8 there, and 16 is requested",
             id="width",
         ),
     ],
@@ -59,7 +59,7 @@ def test_another_experiment_is_refused_before_it_trains(run, data, setting, comp
     text = yaml.safe_load((run / "experiment.yaml").read_text())
     (run / "experiment.yaml").write_text(yaml.safe_dump({**text, "seed": 1}))
     with pytest.raises(
-        CheckpointError, match=r"last\.ckpt' belongs to another experiment: seed is 0 there, and 1 is asked for"
+        CheckpointError, match=r"last\.ckpt' belongs to another experiment: seed is 0 there, and 1 is requested"
     ):
         train(tiny(seed=1), run, data, resume=True)
     assert (run / LAST).read_bytes() == before
@@ -176,7 +176,7 @@ def test_one_command_starts_resumes_and_recognises_a_finished_run(command, tmp_p
     assert checkpoint(out)["global_step"] == 10
     code, printed = command("--out", out, "--auto-resume", "--seed", "1")
     assert code == 2
-    assert "belongs to another experiment: seed is 0 there, and 1 is asked for" in printed.err
+    assert "belongs to another experiment: seed is 0 there, and 1 is requested" in printed.err
     assert command("--out", out, "--auto-resume")[0] == 0
     assert checkpoint(out)["global_step"] == 30
     code, printed = command("--out", out, "--auto-resume")
