@@ -8,7 +8,7 @@ from sma.spec import families, kinds
 
 GAU = """\
 gau: a sub-module (GAUSpec in sma.modules.gau)
-One-head attention with a gate, over the tokens it is given
+One-head attention with a gate
 
 {kind: gau, query_size: ..., hidden_size: ...}
 
@@ -22,7 +22,7 @@ window             integer or null  null           at least 1
 bidirectional      true or false    true
     attend to later tokens too; false is causal
 attention          word             softmax        softmax, relu2, laplace
-    what turns scores into weights
+    function from scores to weights
 """
 
 
