@@ -122,8 +122,8 @@ class Marks:
     def _advance(self, length: int, state: ModelState | None) -> Any:
         output = self.model(self.ids(length), state=state)
         self.seen += length
-        for place, decision in enumerate(output.decisions):
-            self.active[place] += float(decision.rate()[0]) * length
+        for index, decision in enumerate(output.decisions):
+            self.active[index] += float(decision.rate()[0]) * length
         return output.state
 
     def recompute(self) -> Iterator[tuple[Step, int]]:
@@ -172,8 +172,8 @@ def take_turns(
     for turn in range(rounds):
         if until is not None and turn >= 5 and time.perf_counter() > until:
             break
-        for place in range(len(calls)):
-            chosen = (turn + place) % len(calls)
+        for call in range(len(calls)):
+            chosen = (turn + call) % len(calls)
             with stopwatch(device) as elapsed:
                 calls[chosen]()
             times[chosen].append(elapsed[0])
@@ -251,7 +251,7 @@ def processes(options: argparse.Namespace) -> Iterator[list[str]]:
                         model,
                         str(batch),
                         str(rate),
-                        *(word for place in positions for word in ("--position", str(place))),
+                        *(word for position in positions for word in ("--position", str(position))),
                     ]
 
 

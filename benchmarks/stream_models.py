@@ -133,8 +133,8 @@ class CachedTransformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Take one more token of every row; return its scores."""
-        place = torch.full((1, 1), self.position, device=ids.device)
-        hidden = self.embedding(ids[:, 0]) + self.sinusoid(place)[0]
+        position = torch.full((1, 1), self.position, device=ids.device)
+        hidden = self.embedding(ids[:, 0]) + self.sinusoid(position)[0]
         for block, cache in zip(self.blocks, self.caches, strict=True):
             hidden = block(hidden, cache, self.position)
         self.position += 1

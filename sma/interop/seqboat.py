@@ -39,7 +39,7 @@ Kind = Literal["standalone_layer", "unit", "standalone_model", "lra_encoder"]
 
 
 class Entry(NamedTuple):
-    """One tensor of the authors, and the part of ours that holds it: rows `rows` of their tensor, in their shape."""
+    """A tensor of the authors, and ours that holds it, or that holds the rows `rows` of it, in their shape."""
 
     name: str
     ours: Tensor
@@ -55,12 +55,12 @@ def from_reference(kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, 
         tensors: parameters and buffers by the authors' names.
 
     Raises:
-        CheckpointError: an unknown kind, an argument that is missing or has no equal here, a tensor too few or too
-            many, or one of another shape.
+        CheckpointError: an unknown kind; an argument that is missing or has no counterpart here; a tensor that is
+            missing, unknown, or of another shape.
     """
     module = _empty(kind, config)
     entries = list(_entries(module))
-    # Constants and counters of theirs, which decide no output.
+    # Without their constants and counters, which affect no output.
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(("inv_freq", "num_batches_tracked"))}
     wanted = {entry.name for entry in entries}
     if wanted != set(given):
@@ -84,7 +84,7 @@ def to_reference(module: RoutedLayer | SequenceModel, *, gradients: bool = False
     shapes.
 
     Raises:
-        CheckpointError: a part has no counterpart in the authors' code, or a gradient is asked for and there is none.
+        CheckpointError: a part has no counterpart in the authors' code, or a requested gradient is missing.
     """
     parts: dict[str, list[Tensor]] = {}
     for entry in _entries(module):
@@ -120,8 +120,8 @@ def _entries(module: RoutedLayer | SequenceModel) -> Iterator[Entry]:
 def _standalone_entries(model: SequenceModel) -> Iterator[Entry]:
     encoder, head = cast(LinearEncoder, model.encoder).linear, cast(MeanPoolLinear, model.head).linear
     yield from (Entry("encoder.weight", encoder.weight), Entry("encoder.bias", encoder.bias))
-    for place, layer in enumerate(model.routed_layers):
-        yield from _layer_entries(layer, f"seq_layers.{place}.", "ssm")
+    for index, layer in enumerate(model.routed_layers):
+        yield from _layer_entries(layer, f"seq_layers.{index}.", "ssm")
     yield from _norm_entries(model.final_norm, "final_norm.norm.")
     yield from (Entry("decoder.weight", head.weight), Entry("decoder.bias", head.bias))
 
@@ -134,8 +134,8 @@ def _lra_entries(model: SequenceModel) -> Iterator[Entry]:
         yield from (Entry("embed_tokens.weight", encoder.weight), Entry("embed_tokens.bias", encoder.bias))
     if model.sinusoid is not None:
         yield Entry("pos_emb.scale", model.sinusoid.scale)
-    for place, layer in enumerate(model.routed_layers):
-        yield from _layer_entries(layer, f"layers.{place}.mega_layer.", "move")
+    for index, layer in enumerate(model.routed_layers):
+        yield from _layer_entries(layer, f"layers.{index}.mega_layer.", "move")
     yield from _norm_entries(model.final_norm, "final_norm.norm.")
 
 
@@ -242,7 +242,7 @@ def _position(config: Mapping[str, Any]) -> PositionSpec:
     return RelativeBiasSpec(distance=distance, max_positions=config.get("max_positions", 1024))
 
 
-# The names of the authors' norms, and what each is here; every one of theirs has the same epsilon, 1e-5.
+# The specs of the authors' norms, by their names; all of theirs have the same epsilon, 1e-5.
 _NORMS: dict[str, Callable[..., NormSpec]] = {
     "layernorm": LayerNormSpec,
     "rmsnorm": RMSNormSpec,
@@ -259,10 +259,10 @@ def _norm(config: Mapping[str, Any]) -> NormSpec:
 
 
 def _one_of(config: Mapping[str, Any], argument: str, known: Sequence[str], default: str) -> str:
-    """One of the authors' names that has an equal here.
+    """A value of an argument of the authors, if it has a counterpart here.
 
     Raises:
-        CheckpointError: it has none; those that do are listed.
+        CheckpointError: it has none; the message lists the values that have one.
     """
     name = config.get(argument, default)
     if name not in known:
