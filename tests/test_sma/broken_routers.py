@@ -312,12 +312,20 @@ class Pretending(Rising):
     causal = False
 
 
+class Unmoved(Rising):
+    """Ignores the choice that it replays."""
+
+    def replay(self, decision, active):
+        return decision
+
+
 BROKEN = [
     (Sure, "returns_a_decision"),
     (Contrary, "active_is_where_on_beats_off"),
     (Greedy, "active_is_where_on_beats_off"),
     (Tied, "ties_are_inactive"),
     (Opposite, "a_score_bias_steers_the_rate"),
+    (Unmoved, "replay_is_the_identity"),
     (Jittering, "changes_nothing_and_repeats"),
     (Counting, "changes_nothing_and_repeats"),
     (Moody, "training_decides_as_evaluation"),

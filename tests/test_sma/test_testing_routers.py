@@ -49,7 +49,7 @@ class MiscountedSpec(RouterSpec):
 
 def test_the_kit_finds_a_wrong_prediction_and_says_so(as_users_run: None) -> None:
     sentence = (
-        "the router 'miscounted' breaks 1 of 24 laws:\n"
+        f"the router 'miscounted' breaks 1 of {len(LAWS)} laws:\n"
         "  spec_predicts_and_survives: num_parameters predicts 4, and the router has 10"
     )
     with pytest.raises(ConformanceError, match=f"^{sentence}"):
