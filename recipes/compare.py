@@ -25,7 +25,7 @@ class Options(ComparisonOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: run_comparison(parse(Options, sys.argv[1:] if arguments is None else arguments)))
+    return exit_code(lambda: run_comparison(parse(Options, arguments)))
 
 
 if __name__ == "__main__":

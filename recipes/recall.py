@@ -31,7 +31,7 @@ class Options(RecallOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: run_study(Recall(), parse(Options, sys.argv[1:] if arguments is None else arguments)))
+    return exit_code(lambda: run_study(Recall(), parse(Options, arguments)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Options(RoutedOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: run_study(Routed(), parse(Options, sys.argv[1:] if arguments is None else arguments)))
+    return exit_code(lambda: run_study(Routed(), parse(Options, arguments)))
 
 
 if __name__ == "__main__":

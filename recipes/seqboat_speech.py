@@ -35,7 +35,7 @@ class Options(OneRunOptions):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return exit_code(lambda: train_or_evaluate(parse(Options, sys.argv[1:] if arguments is None else arguments)))
+    return exit_code(lambda: train_or_evaluate(parse(Options, arguments)))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ Options = TypeVar("Options", bound=CommandOptions)
 
 def parse(
     options: type[Options],
-    words: Sequence[str],
+    words: Sequence[str] | None,
     *,
     program: str | None = None,
     positional: str | None = None,
@@ -113,7 +113,7 @@ def parse(
 
     Args:
         options: what the command takes.
-        words: those after the name of the command.
+        words: those after the name of the command; None: those of this process.
         program: the name of the command; None: that of the class.
         positional: the field that is given without an option, such as the task in `sma train listops`.
         unless: the fields of which one must be given where that one is not, although it has a default.
@@ -121,7 +121,7 @@ def parse(
     Raises:
         SpecError: one message per mistake.
     """
-    given = option_parser(options, program or _name(options), positional).read(words)
+    given = option_parser(options, program or _name(options), positional).read(sys.argv[1:] if words is None else words)
     try:
         made = options(**vars(given))
     except ValidationError as error:
