@@ -25,6 +25,7 @@ from sma.checks import (
 from sma.decision import Decision
 from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
+from sma.plain_modules import check_submodules, width_of
 from sma.pytree import register_output
 from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
 from sma.replay import check_selection
@@ -32,7 +33,6 @@ from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
 from sma.spec import load_spec
 from sma.submodule import State, SubModule, device_and_dtype, may_skip
-from sma.wrap import check_submodules, width_of
 
 
 @register_output
@@ -145,14 +145,16 @@ class SparseModularActivation(nn.Module):
         check_submodules(modules)
         if isinstance(router, str | Mapping | RouterSpec):
             source = {"kind": router} if isinstance(router, str) else router
-            router = load_spec(source, "router").build(width_of(modules) if width is None else width, list(modules))
+            router = load_spec(source, "router").build(width_of(modules, width), list(modules))
+        if not hasattr(router, "names"):
+            raise InputError(
+                f"the router is {what_came(router)}; required is a Router, a spec of one, or a kind: 'sma'"
+            )
         if set(router.names) != set(modules):
             raise InputError(
                 f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; "
                 "use the same names"
             )
-        if not modules:
-            raise InputError("there are no sub-modules to choose from; give at least one")
         dotted = [name for name in router.names if "." in name or not name]
         if dotted:
             raise InputError(
@@ -296,7 +298,9 @@ class SparseModularActivation(nn.Module):
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
         check_decision(self.router.names, decision, control_BLD, f"the decision of {type(self.router).__name__}")
         if selected is not None:
-            decision = self.router.replay(decision, selected)
+            # A router that is no `Router` keeps its confidences.
+            replay = getattr(self.router, "replay", None)
+            decision = replace(decision if replay is None else replay(decision, selected), active=selected)
         if valid is not None:  # third-party routers may activate padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:

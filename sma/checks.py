@@ -325,13 +325,13 @@ def check_causal(part: Any, name: str = "") -> None:
     """Check that a part can continue a stream.
 
     Args:
-        part: the part, with the attribute `causal`, and optionally `streams` and the advice `to_stream`.
+        part: the part, with the attribute `causal`, and optionally `keeps_state` and the advice `to_stream`.
         name: name of the part in the layer or model that checks it.
 
     Raises:
         StateError: it looks ahead, or keeps no state.
     """
-    if not getattr(part, "streams", part.causal):
+    if not (part.causal and getattr(part, "keeps_state", True)):
         kind = getattr(getattr(part, "spec", None), "kind", type(part).__name__ if name else None)
         known = "" if kind is None else f"kind {kind}, "
         cure = getattr(part, "to_stream", "build the model with bidirectional=false to stream it")

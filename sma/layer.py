@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -252,7 +252,8 @@ class RoutedLayer(nn.Module):
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
                 integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
                 sub-module. No shape then depends on the data. None sets no maximum.
-            decision: a decision to replay, or its mask, see `SparseModularActivation.forward`; None: the router's.
+            decision: a decision to replay, or its mask, see `SparseModularActivation.forward`, in the order of the
+                tokens; None: the router's.
 
         Raises:
             InputError: the shapes or dtypes do not fit, the capacity is impossible, or a norm of torch has replaced
@@ -261,11 +262,11 @@ class RoutedLayer(nn.Module):
         """
         if isinstance(valid, Ragged):
             check_frame(x_BLD, valid)
-            return self._run(x_BLD, valid, state, capacity, cast("Tensor | None", decision))
+            return self._run(x_BLD, valid, state, capacity, self._selected(decision, x_BLD))
         check_batch(x_BLD, valid, self.width)
         check_dtype(self, x_BLD)
         check_capacity(capacity, self.routed_names, state)
-        selected = None if decision is None else check_selection(decision, self.routed_names, x_BLD, "decision")
+        selected = self._selected(decision, x_BLD)
         seen = None
         if state is not None:
             self.check_causal()
@@ -277,6 +278,9 @@ class RoutedLayer(nn.Module):
         if output.state is not None and seen is not None:
             output = replace(output, state=replace(output.state, seen=seen + frame.lengths))
         return restore(output, inverse)
+
+    def _selected(self, decision: Decision | Tensor | None, x_BLD: Tensor) -> Tensor | None:
+        return None if decision is None else check_selection(decision, self.routed_names, x_BLD, "decision")
 
     def _run(
         self,
@@ -297,14 +301,10 @@ class RoutedLayer(nn.Module):
             out, decision, routed_state = keeping_nothing(self.recompute, self._pass_all, mixed, around), None, None
         else:
             positions, before = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
+            # What wraps a part need not know of decisions unless one is replayed.
+            replayed = {} if selected is None else {"decision": selected}
             result = routed(
-                mixed,
-                valid=valid,
-                positions=positions,
-                state=before,
-                capacity=capacity,
-                decision=selected,
-                around=around,
+                mixed, valid=valid, positions=positions, state=before, capacity=capacity, around=around, **replayed
             )
             out, decision, routed_state = result.values, result.decision, result.state
         new = None if state is None else LayerState(state.seen, backbone_state, routed_state)

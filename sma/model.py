@@ -319,7 +319,9 @@ class SequenceModel(nn.Module):
             mask_BLM = selected[index]
             if mask_BLM is not None and inverse is not None:
                 mask_BLM = move(mask_BLM, inverse_order(inverse))
-            output = layer(hidden, frame, None if state is None else state.layers[index], capacity, mask_BLM)
+            # What wraps a layer need not know of decisions unless one is replayed.
+            replayed = {} if mask_BLM is None else {"decision": mask_BLM}
+            output = layer(hidden, frame, None if state is None else state.layers[index], capacity, **replayed)
             hidden = output.hidden
             if output.decision is not None:
                 made.append(output.decision if inverse is None else output.decision.move(inverse))

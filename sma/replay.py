@@ -1,6 +1,7 @@
 """Replayed decisions: their checks, and their files of one bit per token and sub-module."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sma.decision import Decision
 from sma.errors import CheckpointError, InputError, quote, reason
 from sma.files import write_atomically
 from sma.formats import FORMAT, check_format
-from sma.memory import check_memory
+from sma.memory import ADDRESSABLE, check_memory
 from sma.tensor_file import open_tensors, write_tensors
 
 _FORMAT = "sparse-modular-activation-decisions"
@@ -84,6 +85,13 @@ def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
         CheckpointError: the file cannot be written.
     """
     check_decisions(decisions, "save_decisions")
+    for index, decision in enumerate(decisions):
+        axes = {"B": None, "L": None, "M": len(decision.names)}
+        check_booleans(decision.active, f"active of decision {index} is", axes)
+        if decision.active.is_meta:
+            raise InputError(
+                f"decision {index} is on the meta device, which holds no values; save decisions of a real run"
+            )
     masks = [decision.active.detach().cpu() for decision in decisions]
     bits = {str(index): torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for index, mask in enumerate(masks)}
     layers = [
@@ -100,12 +108,13 @@ def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
         ) from error
 
 
-def load_decisions(path: str | Path, names: Sequence[Sequence[str]] | None = None) -> tuple[Tensor, ...]:
+def load_decisions(path: str | Path, names: Sequence[Sequence[str]]) -> tuple[Tensor, ...]:
     """Read what `save_decisions` wrote: masks `(B, L, M)` for `model(inputs, decisions=…)`, one for each routed layer.
 
     Args:
         path: the file.
-        names: the sub-modules of each routed layer, against which those of the file are checked; None: no check.
+        names: the sub-modules of each routed layer of the model that replays them, such as
+            `[layer.routed_names for layer in model.routed_layers]`.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is something else.
@@ -121,10 +130,11 @@ def load_decisions(path: str | Path, names: Sequence[Sequence[str]] | None = Non
         found = {name: entry.numel if entry.dtype is torch.uint8 else -1 for name, entry in file.entries.items()}
         if found != sizes:
             raise CheckpointError(f"{quote(str(path))} is damaged: its bits are not those of the layers it names")
-        if names is not None and [list(each) for each in names] != [each for each, _ in layers]:
+        wanted = [list(each) for each in names if each]
+        if wanted != [each for each, _ in layers]:
             raise InputError(
                 f"{quote(str(path))} holds decisions about {quote([each for each, _ in layers])}; required are "
-                f"{quote([list(each) for each in names])}, one list for each routed layer"
+                f"{quote(wanted)}, one list for each routed layer"
             )
         masks = []
         for index, (_, shape) in enumerate(layers):
@@ -144,7 +154,9 @@ def _layers(path: Path, text: str) -> list[tuple[list[str], list[int]]]:
         raise damaged from None
     for names, shape in layers:
         named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        sized = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-        if not (named and sized and len(shape) == 3 and shape[2] == len(names)):
+        sized = isinstance(shape, list) and all(type(size) is int and 0 <= size <= ADDRESSABLE for size in shape)
+        if not (named and sized and len(shape) == 3 and shape[2] == len(names) > 0):
+            raise damaged
+        if math.prod(max(size, 1) for size in shape) > ADDRESSABLE:
             raise damaged
     return layers

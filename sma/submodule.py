@@ -166,7 +166,7 @@ class SubModule(nn.Module):
 
     Attributes:
         causal: whether the result at a token depends on no later token of its row.
-        streams: whether it continues from a state; by default, whether it is causal.
+        keeps_state: False in a causal part that cannot continue from a state.
         to_stream: advice for a part that cannot continue from a state, in the message about it.
     """
 
@@ -174,11 +174,8 @@ class SubModule(nn.Module):
         __call__: Callable[..., tuple[Tensor, State | None]]  # which nn.Module types as Any
 
     causal: bool = False
+    keeps_state: ClassVar[bool] = True
     to_stream: ClassVar[str] = "build the model with bidirectional=false to stream it"
-
-    @property
-    def streams(self) -> bool:
-        return self.causal
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
         """Compute the result of every token.

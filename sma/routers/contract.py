@@ -130,7 +130,8 @@ class Router(nn.Module):
 
         Args:
             decision: what `forward` returned for the same tokens.
-            active: which tokens run which sub-modules, such as a recorded decision.
+            active: which tokens run which sub-modules, such as a recorded decision. A state that `forward` returned is
+                that of its own choice.
         """
         return replace(decision, active=active)
 

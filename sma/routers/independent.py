@@ -62,8 +62,8 @@ class SMARouter(TemperedRouter):
         scores = scores.unflatten(-1, (len(self.names), 2))
         p_on = probability_on(scores, self.log_temperature.to(scores.dtype).exp())
         # The scores decide, because at a high temperature the probability rounds to a tie.
-        active = keep_valid(scores[..., 1] > scores[..., 0], valid)
-        return Decision(active, torch.maximum(p_on, 1 - p_on), scores, p_on, self.names)
+        on = scores[..., 1] > scores[..., 0]
+        return Decision(keep_valid(on, valid), p_on.where(on, 1 - p_on), scores, p_on, self.names)
 
     def replay(self, decision: Decision, active: Tensor) -> Decision:
         # The larger of the two probabilities is that of the router's own choice.

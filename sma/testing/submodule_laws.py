@@ -40,7 +40,8 @@ class SubModuleCase:
     @cached_property
     def streams(self) -> bool:
         """Whether the module continues from a state."""
-        return self.make().streams
+        module = self.make()
+        return module.causal and module.keeps_state
 
     def tokens(self, example: Example, dtype: torch.dtype = torch.float64) -> Tensor:
         """A random batch `(B, L, D)`."""

@@ -251,6 +251,35 @@ def test_a_layer_and_its_routed_part_refuse_what_does_not_fit():
         make("no modules")(x, decision=torch.ones(3, 7, 1, dtype=torch.bool))
 
 
+def test_wrappers_of_layers_need_not_know_of_decisions():
+    class Wrapper(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, valid=None, state=None, capacity=None):
+            return self.layer(x, valid, state, capacity)
+
+    model, inputs = model_of(), normal(3, 9, 2)
+    wanted = model(inputs).logits
+    model.layers[0] = Wrapper(model.layers[0])
+    assert torch.equal(model(inputs).logits, wanted)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_a_router_without_replay_keeps_its_confidences():
+    class Foreign(nn.Module):
+        names, causal = ("copy",), True
+
+        def forward(self, control_BLD, valid=None, positions=None, state=None):
+            half = torch.full((*control_BLD.shape[:2], 1), 0.5, dtype=control_BLD.dtype)
+            return Decision(half > 1, half, torch.stack([half, half], -1), half, self.names), None
+
+    x, selected = normal(2, 4, WIDTH), torch.rand(2, 4, 1, generator=generator(0)) < 0.5
+    routed = sma.SparseModularActivation(Foreign(), {"copy": sma.TokenWise(nn.Identity())})
+    torch.testing.assert_close(routed(x, decision=selected).values, (x / 2).where(selected, 0))
+
+
 def _recorded(shapes: list[tuple[int, int, int]]) -> list[Decision]:
     masks = [torch.rand(shape, generator=generator(seed)) < 0.3 for seed, shape in enumerate(shapes)]
     return [
@@ -303,19 +332,25 @@ def _file(path: Path, change: Any = lambda text: text) -> Path:
         pytest.param(lambda content: content.replace(b"[2, 5, 2]", b"[2, 9, 2]"), "its bits are not", id="shape"),
         pytest.param(lambda content: content.replace(b"[2, 5, 2]", b"[2, 5, 3]"), "its layers are", id="names"),
         pytest.param(lambda content: content.replace(b"[2, 5, 2]", b"[2,-5, 2]"), "its layers are", id="negative"),
+        pytest.param(
+            lambda content: content.replace(b"[2, 5, 2]", b"[0,1" + b"0" * 25 + b",2]"), "damaged|bytes", id="huge"
+        ),
         pytest.param(lambda content: content.replace(b'\\"shape\\"', b'\\"shapf\\"'), "its layers are", id="key"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, said):
     with pytest.raises(CheckpointError, match=said):
-        sma.load_decisions(_file(tmp_path / "d", change))
+        sma.load_decisions(_file(tmp_path / "d", change), ["ab"])
 
 
 @pytest.mark.usefixtures("as_users_run")
 def test_a_file_that_is_missing_or_cannot_be_written_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        sma.load_decisions(tmp_path / "nowhere")
+        sma.load_decisions(tmp_path / "nowhere", [])
     with pytest.raises(CheckpointError, match="cannot save the decisions in"):
         sma.save_decisions(_recorded([(1, 2, 1)]), tmp_path)
+    for active in (torch.ones(1, 2, 1), torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
+        with pytest.raises(InputError, match="active of decision 0 is of shape"):
+            sma.save_decisions([replace(_recorded([(1, 2, 1)])[0], active=active)], tmp_path / "d")
     with pytest.raises(InputError, match="save_decisions got"):
         sma.save_decisions([torch.ones(1, 2, 1)], tmp_path / "d")

@@ -43,6 +43,28 @@ class SelfAttention(nn.Module):
         return self.attention(hidden, hidden, hidden, key_padding_mask=~attention_mask)[0]
 
 
+class Mixing(nn.Module):
+    """Subtracts the mean of all tokens that it gets, whichever rows they are of."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x - x.mean(0)) if len(x) else self.linear(x)
+
+
+class Unmasked(nn.Module):
+    """Attends to padding too, because it takes no mask."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
 class LoRALinear(nn.Module):
     """A frozen linear map beside a trained one of low rank."""
 
@@ -229,6 +251,75 @@ def test_a_compiled_layer_with_a_capacity_is_the_eager_one():
     assert done.stdout.strip() == "equal", done.stderr
 
 
+@pytest.mark.parametrize("active", ["all", "some"])
+@pytest.mark.parametrize("wrap", [TokenWise, lambda module: RowWise(module, mask_argument=None)])
+def test_modules_that_work_in_place_work_on_a_copy(wrap, active):
+    """The residual stream, and the tokens of the next sub-module, stay as they were."""
+
+    def routed(inplace: bool) -> sma.SparseModularActivation:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.ReLU(inplace=inplace), nn.Linear(WIDTH, WIDTH))
+        parts = {"a": wrap(module), "b": TokenWise(nn.Linear(WIDTH, WIDTH))}
+        return sma.SparseModularActivation("always" if active == "all" else "threshold", parts)
+
+    results = []
+    for inplace in (False, True):
+        x = torch.randn(3, 5, WIDTH, generator=torch.manual_seed(1), requires_grad=True)
+        hidden = x * 1
+        result = hidden + routed(inplace)(hidden).values
+        result.square().sum().backward()
+        results.append((result.detach(), x.grad))
+    assert_close(results[1], results[0])
+
+
+def test_padding_gives_no_gradient_that_is_not_finite():
+    class Directions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.linear(x)
+            return x / x.square().sum(-1, keepdim=True).sqrt()
+
+    part = RowWise(Directions(), mask_argument="mask")
+    tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
+    part(tokens)[0].sum().backward()
+    assert part.module.linear.weight.grad.isfinite().all()
+
+
+def test_width_is_the_size_with_which_a_call_returns_as_many_channels():
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.inward = nn.Linear(32, 4), nn.Linear(4, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.inward(x))
+
+    assert sma.SparseModularActivation("sma", {"a": TokenWise(Reversed())}).router.width == 4
+
+
+@pytest.mark.parametrize("wrap", [TokenWise, lambda module: RowWise(module, mask_argument=None)])
+def test_a_module_that_cannot_reshape_nothing_is_not_called_on_nothing(wrap):
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(*x.shape[:-1], 2, -1).flip(-2).flatten(-2)
+
+    part = wrap(Halves())
+    for shape in ((2, 3, WIDTH), (2, 0, WIDTH), (0, 3, WIDTH)):
+        assert part(compress(torch.randn(shape), torch.zeros(shape[:2], dtype=torch.bool)))[0].shape == (0, WIDTH)
+
+
+def test_an_attention_inside_a_wrapper_gets_query_key_and_value():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    module = attention(WIDTH)
+    tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
+    wanted = RowWise(module, mask_argument="key_padding_mask")(tokens)[0]
+    assert_close(RowWise(checkpoint_wrapper(module), mask_argument="key_padding_mask")(tokens)[0], wanted)
+
+
 def test_a_layer_of_plain_modules_needs_neither_spec_nor_router():
     routed = sma.SparseModularActivation("sma", {"mlp": TokenWise(feed_forward(6)), "row": RowWise(encoder_layer(6))})
     assert routed.router.names == ("mlp", "row")
@@ -258,13 +349,13 @@ def test_a_router_may_be_a_kind_or_a_spec():
 @pytest.mark.usefixtures("as_users_run")
 def test_the_kit_finds_a_module_that_mixes_rows_declared_token_wise():
     with pytest.raises(ConformanceError, match="rows_are_independent"):
-        check_submodule(lambda width: TokenWise(encoder_layer(width)), effort=5)
+        check_submodule(lambda width: TokenWise(Mixing(width)), effort=5)
 
 
 @pytest.mark.usefixtures("as_users_run")
 def test_the_kit_finds_a_mask_that_is_missing_or_turned_round():
     with pytest.raises(ConformanceError, match="rows_are_independent"):
-        check_submodule(lambda width: RowWise(encoder_layer(width), mask_argument=None), effort=5)
+        check_submodule(lambda width: RowWise(Unmasked(width), mask_argument=None), effort=5)
     with pytest.raises(ConformanceError, match=r"layouts_agree|rows_are_independent"):
         check_submodule(lambda width: RowWise(encoder_layer(width), mask_true_is="valid"), effort=5)
 
