@@ -21,6 +21,14 @@ class SMARouterSpec(TemperedSpec):
     """Spec of `SMARouter`."""
 
     kind: Literal["sma"] = "sma"
+    gate: Literal["probability", "margin", "root_margin", "straight_through"] = Field(
+        default="probability",
+        description="confidence of a token of probability p: p (the paper's); 2p - 1; its square root; 1, with the "
+        "gradient of p",
+    )
+    initial_bias: float = Field(
+        default=0.0, ge=-100.0, le=100.0, description="initial log-odds of being active; 4 starts with 98 % active"
+    )
 
     def build(self, width: int, names: Sequence[str]) -> "SMARouter":
         return SMARouter(self, width, names)
@@ -35,14 +43,18 @@ class SMARouter(TemperedRouter):
 
     $u = W h + b$ holds two scores per sub-module, off and on; $p = \mathrm{softmax}(u / \tau)$ over the two,
     $\tau = e^s$.
-    Active iff $p_1 > p_0$: a tie is inactive. Confidence $c = \max(p)$, which is $p_1$ where active.
+    Active iff $p_1 > p_0$: a tie is inactive. With $p = \max(p_0, p_1)$, which is $p_1$ where active, the confidence is
+
+    - `probability`: $p$, which jumps from 0 to one half where a token becomes active;
+    - `margin`: $2p - 1$, which starts at 0 there;
+    - `root_margin`: $\sqrt{2p - 1 + 10^{-5}}$, at most 1;
+    - `straight_through`: 1, with the gradient of $p$: with everything active, a layer is its dense baseline bit by bit.
 
     Causal. The gradient flows through the softmax of the active tokens only, so a router without active tokens stops
-    learning; `sma.budget` revives it. Training and evaluation decide alike, without sampling. Confidences are at least
-    one half. Use it by default.
+    learning; `sma.budget` revives it. Training and evaluation decide alike, without sampling. Use it by default.
 
     Args:
-        spec: the initial temperature.
+        spec: the initial temperature, the gate, and the initial log-odds of being active.
         width: channels of the control state, D.
         names: the sub-modules, M of them.
 
@@ -50,8 +62,16 @@ class SMARouter(TemperedRouter):
         control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
 
     Reference:
-        Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197.
+        Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197; the root of the
+        margin: github.com/microsoft/ArchScale.
     """
+
+    spec: SMARouterSpec
+
+    def __init__(self, spec: SMARouterSpec, width: int, names: Sequence[str]) -> None:
+        super().__init__(spec, width, names)
+        with torch.no_grad():
+            self.bias[1::2] = spec.initial_bias * spec.temperature_scale * math.sqrt(width)
 
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)
@@ -63,13 +83,25 @@ class SMARouter(TemperedRouter):
         p_on = probability_on(scores, self.log_temperature.to(scores.dtype).exp())
         # The scores decide, because at a high temperature the probability rounds to a tie.
         on = scores[..., 1] > scores[..., 0]
-        return Decision(keep_valid(on, valid), p_on.where(on, 1 - p_on), scores, p_on, self.names)
+        confidence = self._confidence(p_on.where(on, 1 - p_on))
+        return Decision(keep_valid(on, valid), confidence, scores, p_on, self.names)
 
     def replay(self, decision: Decision, active: Tensor) -> Decision:
         # The larger of the two probabilities is that of the router's own choice.
-        return replace(
-            decision, active=active, confidence=decision.p_on.clamp(min=torch.finfo(decision.p_on.dtype).tiny)
-        )
+        return replace(decision, active=active, confidence=self._confidence(decision.p_on))
+
+    def _confidence(self, p: Tensor) -> Tensor:
+        """Confidence of a choice of probability p, in (0, 1]."""
+        least = torch.finfo(p.dtype).tiny
+        match self.spec.gate:
+            case "probability":
+                return p.clamp(min=least)
+            case "margin":
+                return (2 * p - 1).clamp(min=least)
+            case "root_margin":
+                return ((2 * p - 1).clamp(min=0) + 1e-5).sqrt().clamp(max=1)
+            case "straight_through":
+                return 1 + (p - p.detach())
 
 
 @register
