@@ -17,6 +17,7 @@ from sma.model import SequenceModel, build
 from sma.model_output import ModelOutput
 from sma.ragged import Ragged, compress, extract
 from sma.replay import load_decisions, save_decisions
+from sma.retrofit import collect_decisions, retrofit
 from sma.routers import Router
 from sma.spec import load_spec, register
 from sma.submodule import State, SubModule, SubModuleSpec
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "build",
     "calibrate",
+    "collect_decisions",
     "compress",
     "extract",
     "load",
@@ -54,6 +56,7 @@ __all__ = [
     "load_spec",
     "load_state",
     "register",
+    "retrofit",
     "save",
     "save_decisions",
     "save_state",

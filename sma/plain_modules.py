@@ -29,7 +29,7 @@ ATTENDING = (
     nn.TransformerDecoder,
     nn.Transformer,
 )
-_WIDTHS = ("width", "in_features", "embed_dim", "d_model", "input_size", "normalized_shape", "in_channels")
+_WIDTHS = ("width", "in_features", "embed_dim", "d_model", "input_size", "normalized_shape", "in_channels", "nx")
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
