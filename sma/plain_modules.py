@@ -30,7 +30,8 @@ ATTENDING = (
     nn.Transformer,
 )
 _WIDTHS = ("width", "in_features", "embed_dim", "d_model", "input_size", "normalized_shape", "in_channels", "nx")
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which torch.compile, activation checkpointing and FSDP keep the module that they wrap."""
 
 
 def check_submodules(modules: Mapping[str, nn.Module]) -> None:
@@ -113,7 +114,7 @@ def keeps_contract(module: nn.Module) -> bool:
 
 def bare(module: nn.Module) -> nn.Module:
     """A module without what `torch.compile`, activation checkpointing or FSDP put around it."""
-    while (name := next((each for each in _WRAPPERS if each in module._modules), None)) is not None:
+    while (name := next((each for each in WRAPPERS if each in module._modules), None)) is not None:
         module = module.get_submodule(name)
     return module
 

@@ -16,13 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from sma.errors import CheckpointError, SmaError, quote, reason
 from sma.model import ModelSpec, SequenceModel, build
+from sma.plain_modules import WRAPPERS
 from sma.spec import Spec
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
-
-# Names under which torch.compile, activation checkpointing and FSDP keep the module that they wrap.
-_HIDDEN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -83,7 +81,7 @@ def _wrapped(part: nn.Module) -> str | None:
     """Name under which a wrapper keeps its module; None for other modules."""
     if isinstance(part, DistributedDataParallel | DataParallel | AveragedModel):
         return "module"
-    return next((name for name in _HIDDEN if name in part._modules), None)
+    return next((name for name in WRAPPERS if name in part._modules), None)
 
 
 @torch.no_grad()
