@@ -304,11 +304,6 @@ class SparseModularActivation(nn.Module):
         if valid is not None:  # third-party routers may activate padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
-            if decision.active.is_meta:
-                raise InputError(
-                    "how many tokens are active is not known on the meta device; "
-                    "give a capacity, or load the model elsewhere"
-                )
             return Routing(decision, locate(decision.active, positions), after)
         active, slots = decision.active, slots_per_row(capacity, decision.names, decision.active.shape[1])
         kept = earliest(active, capacity, decision.names, valid)

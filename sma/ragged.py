@@ -207,12 +207,15 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
 
     Returns:
         M ragged tokens without values; rectangular, so without a gather, where every token is active.
+
+    Raises:
+        InputError: the mask is on the meta device.
     """
     rows, length, modules = active_BLM.shape
     if torch.compiler.is_compiling():
         return [_locate_compiled(active_BL, positions_BL) for active_BL in active_BLM.unbind(-1)]
     counts_MB = active_BLM.sum(1).T
-    found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
+    found = _search(active_BLM.permute(2, 0, 1))
     sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
     nothing = torch.empty(rows, length, 0, device=active_BLM.device)
     frames = []
@@ -223,6 +226,15 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
         index = index - column * rows * length if column else index
         frames.append(_packed(index, counts_MB[column], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
     return frames
+
+
+def _search(mask: Tensor) -> Int[Tensor, "T"]:
+    try:
+        return mask.reshape(-1).nonzero().squeeze(1)
+    except NotImplementedError as cause:
+        raise InputError(
+            "how many tokens are active is not known on the meta device; give a capacity, or load the model elsewhere"
+        ) from cause
 
 
 def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:

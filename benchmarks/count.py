@@ -1,0 +1,377 @@
+"""Count the kernel launches and the bytes of one layer, forward + backward, as a CUDA device would run it; no device is
+needed.
+
+    python -m benchmarks.count --json
+
+The layers are those of the presets, at their sizes. They run on torch's `meta` device, where operators have shapes and
+no values: code takes the path of an accelerator, and a whole batch costs no memory. A mode notes every operator and
+answers the questions that a program asks of the host, such as how many tokens are active, and counts them.
+
+An operator is one launch that reads its inputs and writes its outputs once, unless a rule says otherwise. A fused
+operator counts its own work, from its grid: `register_work`. Nothing here is timed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sma.layer import LayerSpec, RoutedLayer
+from sma.spec import load_spec
+from sma.streams import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = (0.1, 0.3, 1.0)
+
+
+class Shape(NamedTuple):
+    """A preset's model, and the batch of its training."""
+
+    model: str
+    batch: int
+    length: int
+
+
+SHAPES = {
+    "text": Shape("seqboat_text", 50, 4000),
+    "image": Shape("seqboat_image", 50, 1024),
+    "enwik8": Shape("seqboat_language", 8, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Launches, bytes and floating-point operations of products."""
+
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.launches + other.launches,
+            self.read + other.read,
+            self.written + other.written,
+            self.flops + other.flops,
+        )
+
+    @staticmethod
+    def sum(parts: Iterable["Work"]) -> "Work":
+        """Sum of the work of several operators."""
+        return sum(parts, Work())
+
+
+Rule = Callable[[tuple[Any, ...], dict[str, Any], Any], Work]
+"""Maps the arguments, the keyword arguments and the results of an operator to its work."""
+
+_RULES: dict[str, Rule] = {}
+
+
+def register_work(operator: str, rule: Rule) -> None:
+    """Set the rule of an operator, such as `sma::windowed_attention`; names of torch's own have no `aten::`."""
+    _RULES[operator] = rule
+
+
+def nbytes(values: Any) -> int:
+    """Bytes of the distinct elements of all tensors in a tree: broadcast and overlapping ones count once, and so does a
+    tensor that is given twice.
+    """
+    total, seen = 0, set()
+    for tensor in tree_leaves(values):
+        if not isinstance(tensor, Tensor) or not tensor.numel():
+            continue
+        same = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if same not in seen:
+            seen.add(same)
+            sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
+            extent = 1 + sum((size - 1) * abs(step) for size, step in sizes)
+            distinct = 1
+            for size, step in sizes:
+                distinct *= size if step else 1
+            total += min(distinct, extent) * tensor.element_size()
+    return total
+
+
+def _one_pass(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    written = nbytes(out)
+    return Work(int(written > 0), nbytes((args, kwargs)), written)
+
+
+def _made(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    written = nbytes(out)
+    return Work(int(written > 0), 0, written)
+
+
+def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    return Work()
+
+
+def _copy(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    written = nbytes(args[0])
+    return Work(int(written > 0), nbytes(args[1]), written)
+
+
+def _gather(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    written = nbytes(out)
+    return Work(int(written > 0), written + nbytes(args[1:]), written)
+
+
+def _add_rows(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    index, rows = nbytes(args[2]), nbytes(args[3])
+    return Work(int(rows > 0), index + 2 * rows, rows)
+
+
+def _put_rows(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    index, rows = nbytes(args[2]), nbytes(args[3])
+    return Work(int(rows > 0), index + rows, rows)
+
+
+def _out_of_place(rule: Rule) -> Rule:
+    """The rule of an operator that clones what its in-place form changes."""
+
+    def work(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        whole = nbytes(args[0])
+        return Work(1, whole, whole) + rule(args, kwargs, out)
+
+    return work
+
+
+def _padded(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    part = nbytes(args[0])
+    return Work(2, part, nbytes(out) + part)
+
+
+def _matmul(left: int) -> Rule:
+    """The rule of a product whose first factor is the argument `left`."""
+
+    def work(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        return _one_pass(args, kwargs, out) + Work(flops=2 * out.numel() * args[left].shape[-1])
+
+    return work
+
+
+def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    return Work(2, 2 * nbytes(args), nbytes(out))  # a count, and a pass that places
+
+
+def _fft_to_real(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    # cuFFT overwrites its input, so torch clones it, and normalises in a pass of its own.
+    spectrum, real, scaled = nbytes(args[0]), nbytes(out), int(args[2] != 0)
+    return Work(2 + scaled, 2 * spectrum + scaled * real, spectrum + (1 + scaled) * real)
+
+
+for _names, _rule in {
+    "empty new_empty empty_like empty_strided new_empty_strided": _nothing,
+    "zeros new_zeros zeros_like zero_ ones new_ones ones_like full new_full full_like fill_ arange": _made,
+    "rand_like randn_like bernoulli_ uniform_ normal_ random_ scalar_tensor": _made,
+    "copy_": _copy,
+    "index_select gather embedding index": _gather,
+    "index_add_": _add_rows,
+    "index_add": _out_of_place(_add_rows),
+    "index_copy_": _put_rows,
+    "index_copy": _out_of_place(_put_rows),
+    "constant_pad_nd slice_backward select_backward": _padded,
+    "nonzero": _nonzero,
+    "mm bmm": _matmul(0),
+    "addmm baddbmm": _matmul(1),
+    "_fft_c2r": _fft_to_real,
+}.items():
+    for _name in _names.split():
+        register_work(_name, _rule)
+
+
+class Call(NamedTuple):
+    """One operator of a program.
+
+    Attributes:
+        phase: `forward` or `backward`.
+        operator: its name.
+        place: file of the project that called it; `autograd` for the derivative of an operator.
+        work: what it costs.
+    """
+
+    phase: str
+    operator: str
+    place: str
+    work: Work
+
+
+class Counter(TorchDispatchMode):
+    """Notes every operator that runs inside it, and answers questions to the host for tensors without values.
+
+    Args:
+        active: number of active tokens of the batch, the answer to `nonzero`.
+        longest: the largest number of active tokens of a row, the answer to all other questions.
+
+    Attributes:
+        calls: the operators, in order.
+        questions: the place of every question to the host.
+    """
+
+    def __init__(self, active: int = 0, longest: int = 0) -> None:
+        super().__init__()
+        self.active, self.longest, self.phase = active, longest, "forward"
+        self.calls: list[Call] = []
+        self.questions: list[str] = []
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Note the operators of a block under the name of a phase."""
+        before, self.phase = self.phase, phase
+        yield
+        self.phase = before
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note a call and run it."""
+        kwargs = kwargs or {}
+        name = function._schema.name.removeprefix("aten::")
+        out = self._answer(name, args, kwargs)
+        if out is not None:
+            self.questions.append(_place())
+            if name != "nonzero":
+                return out
+        else:
+            out = function(*args, **kwargs)
+        if not _is_view(function, args, out):
+            work = _RULES.get(name, _one_pass)(args, kwargs, out)
+            if work != Work():
+                self.calls.append(Call(self.phase, name, _place(), work))
+        return out
+
+    def _answer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operator that waits for the device; None for any other."""
+        asked = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if asked is None or not asked.is_meta:
+            return None
+        if name == "nonzero":
+            return asked.new_empty(self.active, asked.ndim, dtype=torch.int64)
+        number = True if asked.dtype is torch.bool else self.longest
+        if name == "_local_scalar_dense":
+            return number
+        target = kwargs.get("device")
+        if name == "_to_copy" and target is not None and torch.device(target).type == "cpu":
+            return torch.full(asked.shape, number, dtype=kwargs.get("dtype") or asked.dtype)
+        return None
+
+    def work(self, phase: str | None = None) -> Work:
+        """Work of all operators, or of those of one phase."""
+        return Work.sum(call.work for call in self.calls if phase in (None, call.phase))
+
+
+def _is_view(function: Any, args: tuple[Any, ...], out: Any) -> bool:
+    if function._schema.is_mutable:
+        return False
+    made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+    return bool(made) and all(leaf.untyped_storage()._cdata in given for leaf in made)
+
+
+def _place() -> str:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and path.parent.name != "benchmarks" and ".venv" not in path.parts:
+            return path.resolve().relative_to(ROOT).as_posix()
+        frame = frame.f_back
+    return "autograd"
+
+
+class _OneKernelDropout(TorchFunctionMode):
+    """Dropout by one kernel, which torch has for CUDA; on other devices it takes three."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.dropout:
+            values, share, training = _dropout_arguments(*args, **kwargs)
+            return torch.native_dropout(values, share, True)[0] if training and share else values
+        return function(*args, **kwargs)
+
+
+def _dropout_arguments(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Tensor, float, bool]:
+    return input, p, training
+
+
+def layer_spec(model: str) -> tuple[int, LayerSpec]:
+    """Width and first layer of a preset's model."""
+    spec: Any = load_spec(ROOT / "recipes" / "specs" / f"{model}.yaml", "model")
+    return spec.width, cast(LayerSpec, spec.layer_specs[0])
+
+
+def count(layer: RoutedLayer, batch: int, length: int, rate: float, capacity: float | None = None) -> Counter:
+    """Count forward + backward of a layer on the meta device at an activation rate."""
+    x = torch.empty(batch, length, layer.width, device="meta", requires_grad=True)
+    layer.zero_grad()
+    counter = Counter(round(rate * batch * length), round(rate * length))
+    with _OneKernelDropout(), counter:
+        hidden = layer(x, capacity=capacity).hidden
+        gradient = torch.empty_like(hidden)
+        with counter.during("backward"):
+            hidden.backward(gradient)
+    return counter
+
+
+def measure(name: str, rate: float, capacity: bool = False) -> dict[str, Any]:
+    """Count the layer of one preset at one rate, ragged or with a capacity of the rate."""
+    shape = SHAPES[name]
+    width, spec = layer_spec(shape.model)
+    with torch.device("meta"):
+        layer = spec.build(width).train()
+    counter = count(layer, shape.batch, shape.length, rate, rate if capacity else None)
+    places: dict[str, Work] = {}
+    for call in counter.calls:
+        places[call.place] = places.get(call.place, Work()) + call.work
+    total = counter.work()
+    return {
+        "layer": name,
+        "batch": shape.batch,
+        "length": shape.length,
+        "rate": rate,
+        "capacity": capacity,
+        "launches": total.launches,
+        "forward_launches": counter.work("forward").launches,
+        "gigabytes": round((total.read + total.written) / 1e9, 2),
+        "gigaflops": round(total.flops / 1e9, 1),
+        "questions": len(counter.questions),
+        "questions_at": counter.questions,
+        "places": {place: asdict(work) for place, work in sorted(places.items(), key=lambda item: -_bytes(item[1]))},
+    }
+
+
+def _bytes(work: Work) -> int:
+    return work.read + work.written
+
+
+def main() -> None:
+    """Count every point and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON, with the work of every file")
+    parser.add_argument("--layer", action="append", choices=list(SHAPES), help="only this one; may be repeated")
+    parser.add_argument("--capacity", action="store_true", help="count the static mode, with a capacity of the rate")
+    options = parser.parse_args()
+    points = [measure(name, rate, options.capacity) for name in options.layer or SHAPES for rate in RATES]
+    if options.json:
+        print(json.dumps(points, indent=1))
+        return
+    print(f"{'layer':8} {'tokens':>10} {'rate':>5} {'launches':>9} {'GB':>7} {'GFLOP':>7} {'questions':>9}")
+    for point in points:
+        print(
+            f"{point['layer']:8} {point['batch']:>3} x {point['length']:>5} {point['rate']:>5} {point['launches']:>8} "
+            f"{point['gigabytes']:>8.2f} {point['gigaflops']:>7.1f} {point['questions']:>9}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,129 @@
+"""The counter of launches and bytes: exact on chains that can be counted by hand."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.count import SHAPES, Counter, Work, count, layer_spec, nbytes, register_work
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOAT, LONG = 4, 8
+
+
+def _x() -> Tensor:
+    return torch.ones(6, 8)
+
+
+def _rows() -> Tensor:
+    return torch.tensor([0, 2, 5])
+
+
+WHOLE, ROWS = 6 * 8 * FLOAT, 3 * 8 * FLOAT
+INDEX = 3 * LONG
+CASES: list[Any] = [
+    pytest.param(lambda x, rows: x * 2, Work(1, WHOLE, WHOLE), id="one-pass"),
+    pytest.param(lambda x, rows: x.mul_(2), Work(1, WHOLE, WHOLE), id="in-place"),
+    pytest.param(lambda x, rows: x.T.reshape(8, 2, 3)[1:].transpose(0, 1), Work(0), id="views"),
+    pytest.param(lambda x, rows: x[:1].expand(6, 8) + x, Work(1, 8 * FLOAT + WHOLE, WHOLE), id="broadcast-read-once"),
+    pytest.param(lambda x, rows: x.as_strided((5, 16), (8, 1)).abs(), Work(1, WHOLE, 80 * FLOAT), id="overlapping"),
+    pytest.param(lambda x, rows: torch.zeros(6, 8), Work(1, 0, WHOLE), id="zeros"),
+    pytest.param(lambda x, rows: torch.empty(6, 8), Work(0), id="empty"),
+    pytest.param(lambda x, rows: x[:0] * 2, Work(0), id="no-elements"),
+    pytest.param(lambda x, rows: torch.empty(6, 8).copy_(x), Work(1, WHOLE, WHOLE), id="copy"),
+    pytest.param(lambda x, rows: x.index_select(0, rows), Work(1, ROWS + INDEX, ROWS), id="gather"),
+    pytest.param(
+        lambda x, rows: x.index_add_(0, rows, x[:3].clone()),
+        Work(2, ROWS + INDEX + 2 * ROWS, 2 * ROWS),
+        id="index_add_",
+    ),
+    pytest.param(
+        lambda x, rows: x.index_copy_(0, rows, x[:3].clone()), Work(2, ROWS + INDEX + ROWS, 2 * ROWS), id="index_copy_"
+    ),
+    pytest.param(
+        lambda x, rows: x.index_copy(0, rows, x[:3]), Work(2, WHOLE + INDEX + ROWS, WHOLE + ROWS), id="index_copy"
+    ),
+    pytest.param(lambda x, rows: x @ x.T, Work(1, 2 * WHOLE, 36 * FLOAT, 2 * 6 * 8 * 6), id="mm"),
+    pytest.param(
+        lambda x, rows: torch.addmm(x[0, :6], x, x.T),
+        Work(1, 6 * FLOAT + 2 * WHOLE, 36 * FLOAT, 2 * 6 * 8 * 6),
+        id="addmm",
+    ),
+    pytest.param(
+        lambda x, rows: nn.functional.pad(x, (0, 1)), Work(2, WHOLE, 6 * 9 * FLOAT + WHOLE), id="fill-and-copy"
+    ),
+]
+
+
+@pytest.mark.parametrize(("program", "wanted"), CASES)
+def test_an_operator_counts_what_it_reads_and_writes(program: Callable[[Tensor, Tensor], Tensor], wanted: Work) -> None:
+    x, rows = _x(), _rows()
+    with Counter() as counter:
+        program(x, rows)
+    assert counter.work() == wanted
+
+
+def test_a_chain_counts_the_sum_forward_and_backward() -> None:
+    x = _x().requires_grad_()
+    with Counter() as counter:
+        y = (x * x).sum()
+        with counter.during("backward"):
+            y.backward()
+    # forward: a product and a sum; backward: a one, expanded as a view, x times it twice, and the sum of both.
+    assert counter.work("forward") == Work(2, WHOLE + WHOLE, WHOLE + FLOAT)
+    assert counter.work("backward") == Work(4, 2 * (WHOLE + FLOAT) + 2 * WHOLE, FLOAT + 3 * WHOLE)
+    assert counter.work() == counter.work("forward") + counter.work("backward")
+    assert {call.place for call in counter.calls} == {"tests/test_benchmarks_count.py"}
+
+
+def test_a_fused_operator_counts_its_own_work() -> None:
+    @torch.library.custom_op("sma_test::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x + x + 0
+
+    def work(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+        return Work(3, nbytes(args), nbytes(out), 7)
+
+    register_work("sma_test::twice", work)
+    x = _x()
+    with Counter() as counter:
+        twice(x)
+    assert counter.work() == Work(3, WHOLE, WHOLE, 7)
+    assert [call.operator for call in counter.calls] == ["sma_test::twice"]
+
+
+def test_questions_to_the_host_are_counted_and_answered() -> None:
+    x = torch.empty(4, 6, device="meta")
+    with Counter(active=9, longest=4) as counter:
+        assert (x > 0).nonzero().shape == (9, 2)
+        assert bool((x > 0).any()) is True
+        assert int(x.long().max()) == 4
+        assert x.long()[0].tolist() == [4] * 6
+    assert counter.questions == ["tests/test_benchmarks_count.py"] * 4
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_more_active_tokens_move_more_bytes_by_as_many_launches(name: str) -> None:
+    width, spec = layer_spec(SHAPES[name].model)
+    with torch.device("meta"):
+        layer = spec.build(width)
+    few, many = (count(layer, 2, 16384, rate).work() for rate in (0.2, 0.4))
+    assert few.launches == many.launches
+    assert few.read + few.written < many.read + many.written
+    assert few.flops < many.flops
+
+
+@pytest.mark.slow
+def test_the_command_prints_every_point_as_json() -> None:
+    command = [sys.executable, "-m", "benchmarks.count", "--json", "--layer", "image"]
+    points = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert [point["rate"] for point in points] == [0.1, 0.3, 1.0]
+    for point in points:
+        assert point["launches"] == sum(work["launches"] for work in point["places"].values())
+        assert len(point["questions_at"]) == point["questions"]
