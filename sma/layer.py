@@ -102,10 +102,13 @@ class LayerSpec(Spec):
         """Predict the MACs of one row of `tokens` tokens, each sub-module on its share (rate) of them."""
         by_name = rates if isinstance(rates, dict) else dict.fromkeys(self.modules, rates)
         bypass = width * width if self.bypass == "linear" else 0
-        router = self.router.macs_per_token(width, len(self.modules)) if self.modules else 0
+        count = len(self.modules)
+        router = self.router.macs_per_token(width, count) if count else 0
+        elementwise = self.router.elementwise_macs_per_token(width, count) if count else 0
+        own = MACs(matmul=tokens * (bypass + router - elementwise), elementwise=tokens * elementwise)
         backbone = MACs() if self.backbone is None else self.backbone.macs(width, tokens)
         routed = [spec.macs(width, round(by_name[name] * tokens)) for name, spec in self.modules.items()]
-        return MACs.sum([MACs(matmul=tokens * (bypass + router)), backbone, *routed])
+        return MACs.sum([own, backbone, *routed])
 
 
 @register_output

@@ -62,6 +62,10 @@ class RouterSpec(Spec):
             raise TypeError(f"{type(self).__name__}.operations(self, width, modules) is now macs_per_token; rename it")
         return 0
 
+    def elementwise_macs_per_token(self, width: int, modules: int) -> int:
+        """Predict how many of the MACs per token multiply channel by channel, outside of matrix products."""
+        return 0
+
 
 class Router(nn.Module):
     """Reads the control state of each token and decides which sub-modules run on it.

@@ -9,11 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sma.checks import check_count, check_sizes
 from sma.decision import Decision
 from sma.routers.contract import keep_valid
+from sma.routers.control import ControlConv, ControlState
 from sma.routers.scored import LinearSpec, ScoredRouter, TemperedRouter, TemperedSpec, probability_on
 from sma.spec import register
-from sma.submodule import State
+from sma.submodule import State, device_and_dtype
 
 
 @register
@@ -30,11 +32,29 @@ class SMARouterSpec(TemperedSpec):
         default=0.0, ge=-100.0, le=100.0, description="initial log-odds of being active; 4 starts with 98 % active"
     )
 
+    control_conv: int | None = Field(
+        default=None,
+        ge=2,
+        le=256,
+        description="tokens of a causal depthwise convolution with silu over the control states, which are then "
+        "scored; null: each token is scored by itself",
+    )
+
     def build(self, width: int, names: Sequence[str]) -> "SMARouter":
         return SMARouter(self, width, names)
 
     def choices(self, modules: int) -> int:
         return 2 * modules
+
+    def num_parameters(self, width: int, modules: int) -> int:
+        conv = 0 if self.control_conv is None else width * (self.control_conv + 1)
+        return super().num_parameters(width, modules) + conv
+
+    def macs_per_token(self, width: int, modules: int) -> int:
+        return super().macs_per_token(width, modules) + self.elementwise_macs_per_token(width, modules)
+
+    def elementwise_macs_per_token(self, width: int, modules: int) -> int:
+        return width * (self.control_conv or 0)
 
 
 class SMARouter(TemperedRouter):
@@ -50,11 +70,14 @@ class SMARouter(TemperedRouter):
     - `root_margin`: $\sqrt{2p - 1 + 10^{-5}}$, at most 1;
     - `straight_through`: 1, with the gradient of $p$: with everything active, a layer is its dense baseline bit by bit.
 
+    With `control_conv`, h is first convolved over the last K valid tokens of its row, see `ControlConv`; a stream keeps
+    K - 1 of them.
+
     Causal. The gradient flows through the softmax of the active tokens only, so a router without active tokens stops
     learning; `sma.budget` revives it. Training and evaluation decide alike, without sampling. Use it by default.
 
     Args:
-        spec: the initial temperature, the gate, and the initial log-odds of being active.
+        spec: the initial temperature, the gate, the initial log-odds of being active, and the convolution.
         width: channels of the control state, D.
         names: the sub-modules, M of them.
 
@@ -63,7 +86,7 @@ class SMARouter(TemperedRouter):
 
     Reference:
         Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197; the root of the
-        margin: github.com/microsoft/ArchScale.
+        margin and the convolution: github.com/microsoft/ArchScale.
     """
 
     spec: SMARouterSpec
@@ -72,6 +95,26 @@ class SMARouter(TemperedRouter):
         super().__init__(spec, width, names)
         with torch.no_grad():
             self.bias[1::2] = spec.initial_bias * spec.temperature_scale * math.sqrt(width)
+        self.conv = None if spec.control_conv is None else ControlConv(width, spec.control_conv)
+        if self.conv is not None:
+            self.state_kind = ControlState
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Make the initial state of `batch_size` streams; see `Router.init_state`."""
+        if self.conv is None:
+            return super().init_state(batch_size, device=device, dtype=dtype)
+        check_count(batch_size, "batch_size")
+        return self.conv.init_state(batch_size, *device_and_dtype(self, device, dtype))
+
+    def _mix(self, control_BLD: Tensor, valid: Tensor | None, state: State | None) -> tuple[Tensor, State | None]:
+        if self.conv is None:
+            return control_BLD, state
+        if isinstance(state, ControlState):
+            check_sizes(self, tuple(state.newest.shape[1:]), self.conv.sizes, "control states")
+        wide = torch.promote_types(control_BLD.dtype, torch.float32)
+        return self.conv(control_BLD.to(wide), valid, state)
 
     def _spread(self, score_bias: Tensor) -> Tensor:
         return torch.nn.functional.pad(score_bias[:, None], (1, 0)).reshape(-1)

@@ -65,7 +65,12 @@ class LinearRouter(Router):
         check_batch(control_BLD, valid, self.width, "control_BLD is")
         streams = self._continue(state, self.state_kind, control_BLD)
         with without_autocast(control_BLD.device):
-            return self._decide(self._scores(control_BLD), valid, positions, streams), state
+            control_BLD, after = self._mix(control_BLD, valid, streams)
+            return self._decide(self._scores(control_BLD), valid, positions, streams), after
+
+    def _mix(self, control_BLD: Tensor, valid: Tensor | None, state: State | None) -> tuple[Tensor, State | None]:
+        """What is scored, and the state after these tokens; by default the tokens, each by itself."""
+        return control_BLD, state
 
     def _scores(self, control_BLD: Tensor) -> Tensor:
         """One score per choice."""

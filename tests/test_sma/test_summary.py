@@ -161,7 +161,8 @@ def test_the_repr_of_an_author_is_kept():
 
 def test_modules_show_the_settings_of_their_specs():
     assert repr(SMARouterSpec(temperature_scale=0.3).build(8, ["attention"])) == (
-        "SMARouter(names=['attention'], width=8, temperature_scale=0.3, gate='probability', initial_bias=0.0)"
+        "SMARouter(names=['attention'], width=8, temperature_scale=0.3, gate='probability', initial_bias=0.0, "
+        "control_conv=None)"
     )
     assert repr(LayerNormSpec(affine=False).build(8)) == "LayerNorm(width=8, place='pre', epsilon=1e-05, affine=False)"
     shown = repr(_streaming())
