@@ -1,5 +1,6 @@
 """What all tests share: checked shapes, seeds, profiles of hypothesis, and what needs a GPU."""
 
+import importlib.util
 import os
 import pkgutil
 import sys
@@ -19,11 +20,24 @@ ROOT = Path(__file__).resolve().parents[1]
 if "sma" in sys.modules:
     raise RuntimeError("sma was imported before its shape annotations could be checked; import it in test files only")
 # Not the recipes: their generators call small functions millions of times, and what they do with tensors is done by the
-# rest.
+# rest. Not the device programs: Triton compiles their source.
 _CHECKED = [
-    f"sma.{part.name}" for part in pkgutil.iter_modules([str(ROOT / "sma")]) if part.name not in ("recipes", "tune")
+    f"{package}.{part.name}"
+    for package in ("sma", "sma.kernels")
+    for part in pkgutil.iter_modules([str(ROOT / package.replace(".", "/"))])
+    if part.name not in ("kernels", "gpu", "recipes", "tune")
 ]
 jaxtyping.install_import_hook(_CHECKED, f"{tests.shapes.__name__}.check")
+
+# Without a GPU, kernels run in Triton's interpreter, which its import chooses. The processes that tests start, such as
+# compilers, must not see the variable.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    knobs = importlib.import_module("triton.knobs")
+    importlib.import_module("triton.language")
+    del os.environ["TRITON_INTERPRET"]
+    knobs.propagate_env = False
+    knobs.runtime.interpret = True
 
 # The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
 _ALL = hypothesis.settings(

@@ -18,7 +18,7 @@ CHAIN = [
     ["files", "memory"],
     ["yaml_text", "strict", "mistakes"],
     ["spec"],
-    ["ragged", "decision", "submodule", "norms", "positions"],
+    ["ragged", "decision", "submodule", "norms", "positions", "kernels"],
     ["wrap"],
     ["routers", "activation"],
     ["layer", "encoders", "heads"],
@@ -49,6 +49,7 @@ THIRD_PARTY = {
     "jaxtyping",
     "numpy",
     "torch_scatter",
+    "triton",
 }
 EXPERIMENTS_ONLY = {
     "lightning",
@@ -218,7 +219,7 @@ def test_only_experiments_import_what_trains_and_draws(path: Path) -> None:
 
 
 def test_importing_sma_stays_light() -> None:
-    heavy = sorted(EXPERIMENTS_ONLY | {"ray", "optuna", "pandas", "scipy"})
+    heavy = sorted(EXPERIMENTS_ONLY | {"triton", "ray", "optuna", "pandas", "scipy"})
     program = f"import sys, sma; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,0 +1,100 @@
+"""Launches of kernels: on a device, in the interpreter, or recorded so that they can be compiled without a device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes of shared memory that a block can have, where no device says so: the interpreter has no limit, and small tiles
+# are quick to test.
+_INTERPRETER = 101_376
+
+
+class Launch(NamedTuple):
+    """A recorded launch.
+
+    Attributes:
+        kernel: the function under `triton.jit`.
+        grid: programs along each axis.
+        arguments: tensors and numbers, in order.
+        constants: compile-time constants by name.
+        num_warps, num_stages: options of the compiler.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+class _Recorder(NamedTuple):
+    launches: list[Launch]
+    shared_memory: int
+
+
+_recorders: list[_Recorder] = []
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Run a kernel on the device of its first tensor; an empty grid runs nothing.
+
+    Args:
+        kernel: function under `triton.jit`.
+        grid: programs along each axis.
+        arguments: tensors and numbers, in the order of its parameters.
+        num_warps, num_stages: options of the compiler.
+        constants: its parameters of type `tl.constexpr`.
+    """
+    if _recorders:
+        recorded = Launch(kernel, grid, arguments, constants, num_warps, num_stages)
+        _recorders[-1].launches.append(recorded)
+        return
+    if 0 in grid:
+        return
+    device = next(each.device for each in arguments if isinstance(each, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+@contextmanager
+def recording(shared_memory: int) -> Iterator[list[Launch]]:
+    """Record launches instead of running them, so that tensors may be on the device `meta`.
+
+    Args:
+        shared_memory: bytes that a block has on the card in question.
+    """
+    recorder = _Recorder([], shared_memory)
+    _recorders.append(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _recorders.pop()
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have on a device."""
+    if _recorders:
+        return _recorders[-1].shared_memory
+    if device.type != "cuda":
+        return _INTERPRETER
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How products read float32 numbers: as TF32 where PyTorch's own products on CUDA do, else exactly."""
+    if dtype is not torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 has this setting; reading the older one raises an error where both were written.
+    setting = getattr(matmul, "fp32_precision", None)
+    return "tf32" if (matmul.allow_tf32 if setting is None else setting == "tf32") else "ieee"
