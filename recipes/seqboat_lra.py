@@ -1,4 +1,4 @@
-"""SeqBoat on the tasks of the Long Range Arena.
+"""SeqBoat on the tasks of the Long Range Arena, and on synthetic recall.
 
 python recipes/seqboat_lra.py --task listops --preset tiny
 python recipes/seqboat_lra.py --resume RUN
@@ -20,11 +20,11 @@ from sma.recipes.training.single_run import train_or_evaluate
 
 
 class Options(OneRunOptions):
-    """Train SeqBoat on a task of the Long Range Arena and evaluate it."""
+    """Train SeqBoat on a task of the Long Range Arena, or on associative recall, and evaluate it."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lra")
 
-    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits"] = Field(
+    task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "recall", "mqar"] = Field(
         default="listops", description="what to learn"
     )
     preset: Literal["tiny", "paper"] = Field(default="tiny", description="minutes on two cores, or the paper's setting")

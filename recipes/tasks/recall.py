@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Int64, Integer, UInt8
@@ -158,38 +158,47 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     return Batch(inputs, torch.ones_like(inputs, dtype=torch.bool), targets)
 
 
-@register
-class RecallTask(ClassificationTask):
-    """Associative recall: the target at a query is the value of its key."""
+class QueriesTask(ClassificationTask):
+    """Base of the tasks whose targets stand at the queries of a row of token ids.
 
-    kind: Literal["recall"] = "recall"
-    data: RecallSettings = Field(default=RecallSettings(), description="settings of the generated samples")
+    Attributes:
+        tokens: noun for the tokens of the vocabulary, for the message about a model with another one.
+    """
+
+    tokens: ClassVar[str]
+    data: Any
 
     @property
     def classes(self) -> int:
-        return self.data.vocabulary
+        return int(self.data.vocabulary)
 
     @property
     def chance(self) -> float:
-        return 1 / self.data.values
+        return 1 / int(self.data.values)
 
     def check_model(self, model: ModelSpec) -> None:
         if not model.scores_positions:
             raise ValueError(f"the model kind {model.kind!r} does not score every position; use kind 'language_model'")
         vocabulary = getattr(model.encoder, "vocabulary", 0)
         if vocabulary != self.classes:
-            raise ValueError(
-                f"model.encoder.vocabulary={vocabulary} must be {self.classes}: "
-                "values, keys and distractors of the task"
-            )
+            raise ValueError(f"model.encoder.vocabulary={vocabulary} must be {self.classes}: {self.tokens} of the task")
 
     @property
     def training_samples(self) -> int | None:
-        return self.data.train
+        return int(self.data.train)
 
     @property
     def least_length(self) -> int:
-        return self.data.length
+        return int(self.data.length)
+
+
+@register
+class RecallTask(QueriesTask):
+    """Associative recall: the target at a query is the value of its key."""
+
+    tokens: ClassVar[str] = "values, keys and distractors"
+    kind: Literal["recall"] = "recall"
+    data: RecallSettings = Field(default=RecallSettings(), description="settings of the generated samples")
 
     @property
     def least_memory(self) -> int:

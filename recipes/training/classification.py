@@ -26,6 +26,9 @@ EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
 """Maximum number of positions in a batch, which bounds the memory for long samples."""
 
+_MAX_CLASSES = 1024
+"""Maximum number of classes of a confusion matrix; one of 8,192 tokens would have 512 MB."""
+
 
 class Classifier(ScoredModule):
     """Cross-entropy, accuracy and activation rates of a `SequenceModel` with a classifying head.
@@ -38,7 +41,7 @@ class Classifier(ScoredModule):
 
     def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
         super().__init__(model, training, "accuracy", lambda: MulticlassAccuracy(classes, average="micro"))
-        self.confusion = MulticlassConfusionMatrix(classes)
+        self.confusion = MulticlassConfusionMatrix(classes) if classes <= _MAX_CLASSES else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
@@ -54,11 +57,13 @@ class Classifier(ScoredModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the test split."""
         logits = self._score(batch, "test", self.test_scores)
-        self.confusion.update(logits.argmax(-1), batch.targets[batch.targets != UNSCORED])
+        if self.confusion is not None:
+            self.confusion.update(logits.argmax(-1), batch.targets[batch.targets != UNSCORED])
 
     def on_test_epoch_start(self) -> None:
         """Reset the confusion matrix."""
-        self.confusion.reset()
+        if self.confusion is not None:
+            self.confusion.reset()
 
     def _score(self, batch: Batch, split: str, scores: Scores) -> Tensor:
         _, logits, losses = self._run(batch, scores)
@@ -154,8 +159,10 @@ class Classification(Objective[ClassificationTask, TaskData]):
         data = super().results(report, measures)
         return {"chance": self.task.chance, "majority": report.majority, "per_class": per_class, **data}
 
-    def breakdown(self, module: TrainingModule) -> Confusion:
-        return Confusion.of(cast(Classifier, module).confusion.compute(), self.data.class_names)
+    def breakdown(self, module: TrainingModule) -> Confusion | None:
+        confusion = cast(Classifier, module).confusion
+        return None if confusion is None else Confusion.of(confusion.compute(), self.data.class_names)
 
     def tested(self, module: TrainingModule) -> str:
-        return f"{self.breakdown(module).samples:,} answers"
+        breakdown = self.breakdown(module)
+        return super().tested(module) if breakdown is None else f"{breakdown.samples:,} answers"

@@ -18,7 +18,9 @@ class TrainOptions(RunOptions):
 
     task: Name = Field(default="", description=f"the task: {', '.join(TASKS)}")
     preset: Annotated[str, Metavar(f"{{{','.join(PRESETS)}}}")] = Field(
-        default=PRESETS[0], description="tiny: minutes on two cores; paper: the setting of the paper, if there is one"
+        default=PRESETS[0],
+        description="tiny: minutes on two cores; paper: the setting of the paper, if there is one; standard: the usual "
+        "setting of a synthetic task",
     )
 
     @property

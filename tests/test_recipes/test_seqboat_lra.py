@@ -158,9 +158,15 @@ def test_wrong_option_is_a_sentence_and_exit_code_2(arguments, complaint, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("task", ["digits", "recall", "mqar"])
+def test_tasks_that_the_paper_does_not_have_are_tiny(task):
+    assert load_experiment(Options(task=task).name).task.kind == task
+
+
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 @pytest.mark.parametrize(
-    "task", [task for task in get_args(Options.model_fields["task"].annotation) if task != "digits"]
+    "task",
+    [task for task in get_args(Options.model_fields["task"].annotation) if task not in ("digits", "recall", "mqar")],
 )
 def test_every_task_of_the_arena_has_both_presets(task, preset):
     assert load_experiment(Options(task=task, preset=preset).name).task.kind == task

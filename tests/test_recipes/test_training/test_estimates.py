@@ -17,7 +17,19 @@ from sma.recipes.training.estimates import check_data_fits, check_update_fits
 from tests.test_recipes.tiny import tiny, train
 
 HUGE = 10**12
-TASKS = ("digits", "image", "language", "listops", "pathfinder", "pathx", "recall", "retrieval", "speech", "text")
+TASKS = (
+    "digits",
+    "image",
+    "language",
+    "listops",
+    "mqar",
+    "pathfinder",
+    "pathx",
+    "recall",
+    "retrieval",
+    "speech",
+    "text",
+)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +37,7 @@ TASKS = ("digits", "image", "language", "listops", "pathfinder", "pathx", "recal
     [
         *(
             pytest.param(task, f"task.data.{split}", id=f"{task}-{split}")
-            for task in ("listops", "recall", "pathfinder")
+            for task in ("listops", "recall", "mqar", "pathfinder")
             for split in ("train", "validation", "test")
         ),
         pytest.param("pathx", "task.data.train", id="pathx"),
@@ -43,7 +55,7 @@ def test_data_that_cannot_fit_is_refused(task, field, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_batch_that_cannot_fit_is_refused(task):
-    samples = [f"task.data.train={HUGE}"] if task in ("listops", "recall", "pathfinder", "pathx") else []
+    samples = [f"task.data.train={HUGE}"] if task in ("listops", "recall", "mqar", "pathfinder", "pathx") else []
     spec = load_experiment(f"{task}_tiny", [f"training.batch_size={HUGE}", *samples])
     with pytest.raises(
         SpecError, match=rf"one update needs .*; lower training\.batch_size={HUGE}, or the length of the samples"

@@ -40,6 +40,7 @@ EXPERIMENTS = {
     "pathfinder": _shipped("pathfinder", *IMAGES, *BUDGET),
     "pathx": _shipped("pathx", *IMAGES, *BUDGET),
     "recall": _shipped("recall", *IMAGES, *BUDGET),
+    "mqar": _shipped("mqar", *IMAGES, *BUDGET),
 }
 # Runs of ListOps are killed at random moments in test_seqboat_lra_killed.py, language models in test_seqboat_lm.py.
 ELSEWHERE = {"listops", "language"}
