@@ -59,7 +59,7 @@ class BlockLayout:
         """Lay values out in blocks, with zeros in slots without a token."""
         shape = self.shape
         padded = values.new_zeros(shape.before + self.count * shape.queries + shape.after, *values.shape[1:])
-        return padded.index_copy(0, self.indices + shape.before if shape.before else self.indices, values)
+        return padded.index_copy_(0, self.indices + shape.before if shape.before else self.indices, values)
 
     def tokens_of(self, blocks: Shaped[Tensor, "n C *E"]) -> Shaped[Tensor, "T *E"]:
         """The values of the tokens in blocks."""

@@ -190,4 +190,4 @@ class CachedSubModule(SubModule):
 
 def _lay(old: Tensor, held: Tensor, new: Tensor, values: Tensor) -> Tensor:
     line = values.new_empty(old.shape[0] + new.shape[0], *values.shape[1:])
-    return line.index_copy(0, old, held).index_copy(0, new, values)
+    return line.index_copy_(0, old, held).index_copy_(0, new, values)

@@ -1,5 +1,6 @@
 """Non-finite tokens: a weight of 0 times NaN is NaN, so attention zeroes them and marks the tokens that they reach."""
 
+import math
 from functools import reduce
 
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 def all_finite(*values: Tensor) -> bool:
     """Whether the sums of values are finite, and so all values; False where a program cannot read them.
 
-    This costs far less than a mask. But a compiled program cannot branch on a number, the capture of a CUDA graph
-    cannot wait for one, and the meta device has none.
+    On a CPU this costs far less than a mask. But a compiled program cannot branch on a number, and an accelerator would
+    make the host wait for it.
     """
-    first = values[0]
-    if torch.compiler.is_compiling() or first.is_meta or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or values[0].device.type != "cpu":
         return False
     return bool(reduce(torch.add, (each.detach().sum() for each in values)).isfinite())
 
@@ -30,6 +30,8 @@ def finite(*values: Tensor, axes: int = 1) -> tuple[tuple[Tensor, ...], Tensor |
     """
     if all_finite(*values):
         return values, None
-    broken = ~torch.stack([each.isfinite().flatten(-axes).all(-1) for each in values]).all(0)
+    # The largest magnitude is one pass; a NaN is its own largest magnitude.
+    sizes = (torch.linalg.vector_norm(each.detach().flatten(-axes), math.inf, -1) for each in values)
+    broken = ~reduce(torch.maximum, sizes).isfinite()
     wide = broken.reshape(*broken.shape, *[1] * axes)
     return tuple(each.masked_fill(wide, 0) for each in values), broken

@@ -73,7 +73,7 @@ def _padded(values: Int[Tensor, "T"], tokens: Ragged, longest: int) -> Int[Tenso
     if tokens.stride is not None:
         return values.unflatten(0, (tokens.num_rows, longest))
     line = values.new_zeros(tokens.num_rows * longest)
-    return line.index_copy(0, tokens.rows * longest + tokens.slots, values).unflatten(0, (tokens.num_rows, longest))
+    return line.index_copy_(0, tokens.rows * longest + tokens.slots, values).unflatten(0, (tokens.num_rows, longest))
 
 
 def _slices(tokens: int, size: int) -> list[tuple[int, int]]:

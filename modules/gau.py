@@ -147,7 +147,7 @@ class GatedAttentionUnit(CachedSubModule):
             return block(q, k, v, tokens), None
         joined, (keys, values, positions) = cache.join(tokens), cache.entries
         along = replace(joined.tokens, positions=joined.fill(positions, tokens.positions))
-        queries = q.new_zeros(along.rows.shape[0], q.shape[1]).index_copy(0, joined.new, q)
+        queries = q.new_zeros(along.rows.shape[0], q.shape[1]).index_copy_(0, joined.new, q)
         attended = block(queries, joined.fill(keys, k), joined.fill(values, v), along)
         return attended.index_select(0, joined.new), cache.append(tokens, k, v, tokens.positions)
 
@@ -280,7 +280,7 @@ class ChunkedGAU(SubModule):
         if not found:
             return tokens.values, state
         order, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return torch.empty_like(values).index_copy(0, order, values), ChunkedState(inner, seen + tokens.lengths)
+        return torch.empty_like(values).index_copy_(0, order, values), ChunkedState(inner, seen + tokens.lengths)
 
 
 def _select(tokens: Ragged, indices: Int[Tensor, "P"]) -> Ragged:

@@ -76,7 +76,7 @@ class LocalAttention(MultiHead):
         if longest <= max(1, self.spec.window // 2):
             return self._short(q, k, v, tokens, before, longest)
         joined, (keys, values) = before.join(tokens), before.entries
-        queries = q.new_zeros(joined.tokens.rows.shape[0], *q.shape[1:]).index_copy(0, joined.new, q)
+        queries = q.new_zeros(joined.tokens.rows.shape[0], *q.shape[1:]).index_copy_(0, joined.new, q)
         attended = self._attend(queries, joined.fill(keys, k), joined.fill(values, v), joined.tokens)
         return attended.index_select(0, joined.new)
 

@@ -58,8 +58,8 @@ def long_convolution(
     if torch.compiler.is_compiling():  # a compiler differentiates transforms itself
         circular = circular_kernel(ahead_DK, reverse_DK, skip_D, x_BLD.shape[1])
         size = circular.shape[1]
-        product = torch.fft.rfft(x_BLD.transpose(1, 2), n=size) * torch.fft.rfft(circular)
-        return torch.fft.irfft(product, n=size)[..., : x_BLD.shape[1]].transpose(1, 2)
+        product = torch.fft.rfft(x_BLD.transpose(1, 2), n=size) * torch.fft.rfft(circular, norm="forward")
+        return torch.fft.irfft(product, n=size, norm="forward")[..., : x_BLD.shape[1]].transpose(1, 2)
     result: Tensor = _LongConvolution.apply(x_BLD, ahead_DK, reverse_DK, skip_D)
     return result
 
@@ -98,13 +98,15 @@ class _LongConvolution(torch.autograd.Function):
         _, length, channels = x_BLD.shape
         circular = circular_kernel(ahead_DK, reverse_DK, skip_D, length)
         size = circular.shape[1]
-        kernel = torch.fft.rfft(circular)
+        # The kernel carries the factor 1 / n: cuFFT would apply it in a pass over the whole batch.
+        kernel = torch.fft.rfft(circular, norm="forward")
         slices = _channel_slices(channels, x_BLD.device)
         spectra = []
         out = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
         for part in slices:
             spectrum = torch.fft.rfft(x_BLD[..., part].transpose(1, 2), n=size)
-            _put_transposed(out[..., part], torch.fft.irfft(spectrum * kernel[part], n=size)[..., :length])
+            rows = torch.fft.irfft(spectrum * kernel[part], n=size, norm="forward")
+            _put_transposed(out[..., part], rows[..., :length])
             spectra.append(spectrum)
         ctx.save_for_backward(kernel, *spectra)
         ctx.slices, ctx.size, ctx.taps = slices, size, ahead_DK.shape[1]
@@ -120,7 +122,7 @@ class _LongConvolution(torch.autograd.Function):
         for part, spectrum in zip(ctx.slices, spectra, strict=True):
             grad = torch.fft.rfft(grad_BLD[..., part].transpose(1, 2), n=size)
             # All sequences are real, so a correlation is a product with the conjugate.
-            back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size)
+            back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size, norm="forward")
             _put_transposed(x_grad[..., part], back[..., :length])
             kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
         reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)

@@ -27,7 +27,7 @@ def unpack(values: Float[Tensor, "P *D"], real: Int[Tensor, "P"] | None, tokens:
     """Undo `pack` for results, with zeros at the holes."""
     if real is None:
         return values
-    return values.new_zeros(tokens.rows.shape[0], *values.shape[1:]).index_copy(0, real, values)
+    return values.new_zeros(tokens.rows.shape[0], *values.shape[1:]).index_copy_(0, real, values)
 
 
 def right_padding(

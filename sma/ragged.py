@@ -110,7 +110,7 @@ class Ragged:
             return (padded.where(_expand(mask, padded), 0) if self.holes else padded), mask
         padded = self.values.new_zeros((rows * longest, *self.values.shape[1:]))
         values = self.values.where(_expand(self.mask, self.values), 0) if self.holes else self.values
-        return padded.index_copy(0, self._padded_index(longest), values).unflatten(0, (rows, longest)), mask
+        return padded.index_copy_(0, self._padded_index(longest), values).unflatten(0, (rows, longest)), mask
 
     def from_padded(self, padded: Float[Tensor, "B S *E"]) -> Float[Tensor, "T *E"]:
         """Undo `to_padded` for values of its shape."""
@@ -369,11 +369,11 @@ def segment_reduce(
     )
     out = values.new_zeros((counts.shape[0], *values.shape[1:]))
     if reduce == "sum":
-        return out.index_add(0, rows, values)
+        return out.index_add_(0, rows, values)
     if reduce == "mean":
         # In float32 or wider, because in float16 the sum and the length of a long row overflow.
         wide = torch.promote_types(values.dtype, torch.float32)
-        total = out.to(wide).index_add(0, rows, values.to(wide))
+        total = out.to(wide).index_add_(0, rows, values.to(wide))
         return (total / _expand(counts.clamp(min=1), total)).to(values.dtype)
     index = _expand(rows, values).expand_as(values)
     return out.scatter_reduce(0, index, values, "amax" if reduce == "max" else "amin", include_self=False)

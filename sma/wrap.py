@@ -160,7 +160,7 @@ class TokenWise(_Wrapped):
         if index is None:
             return self._run(tokens.values, "(T, D)"), state
         result = self._run(tokens.values.index_select(0, index), "(T, D)")
-        return result.new_zeros(tokens.values.shape).index_copy(0, index, result), state
+        return result.new_zeros(tokens.values.shape).index_copy_(0, index, result), state
 
     def _run_on_one(self, one_BSD: Tensor) -> Tensor:
         return self._run(one_BSD.flatten(0, 1), "(T, D)")
@@ -239,7 +239,7 @@ class RowWise(_Wrapped):
         if rows.shape[0] == tokens.num_rows:
             return tokens.from_padded(self._run_rows(padded, mask)), None
         result = self._run_rows(padded.index_select(0, rows), mask.index_select(0, rows))
-        return tokens.from_padded(result.new_zeros(padded.shape).index_copy(0, rows, result)), None
+        return tokens.from_padded(result.new_zeros(padded.shape).index_copy_(0, rows, result)), None
 
     def _run_rows(self, padded_BSD: Tensor, mask_BS: Bool[Tensor, "B S"]) -> Tensor:
         if self.mask_argument is None:

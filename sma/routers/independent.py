@@ -178,10 +178,10 @@ class ThresholdRouter(ScoredRouter):
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
         # In double precision, because in float32 a threshold near 0 or 1 rounds to it and its score would be infinite.
-        threshold = scores.new_tensor(math.log(self.spec.threshold / (1 - self.spec.threshold)))
+        threshold = math.log(self.spec.threshold / (1 - self.spec.threshold))
         # The smallest normal number, because a confidence must be above 0, to which a sigmoid can round.
         confidence = torch.sigmoid(scores).clamp(min=torch.finfo(scores.dtype).tiny)
-        logits = torch.stack([threshold.expand_as(scores), scores], dim=-1)
+        logits = torch.stack([torch.full_like(scores, threshold), scores], dim=-1)
         return Decision(
             keep_valid(scores > threshold, valid), confidence, logits, torch.sigmoid(scores - threshold), self.names
         )

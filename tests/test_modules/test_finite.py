@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sma.modules.finite
-from sma.modules.finite import all_finite
+from sma.modules.finite import all_finite, finite
 from tests.test_modules import zoo
 from tests.test_modules.layouts import LAYOUTS, Layout, first, run
 from tests.test_modules.zoo import SPECS, WIDTH
@@ -35,3 +35,25 @@ def test_attention_that_may_not_look_gives_the_same(
     wanted = run(module, x, active, layout)
     monkeypatch.setattr(sma.modules.finite, "all_finite", lambda *values: False)
     torch.testing.assert_close(run(module, x, active, layout), wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_a_device_is_asked_nothing_and_gives_the_mask() -> None:
+    values = torch.ones(4, 3, device="meta")  # which has no numbers to answer with
+    assert not all_finite(values)
+    (zeroed,), broken = finite(values)
+    assert zeroed.shape == (4, 3)
+    assert broken is not None
+    assert broken.shape == (4,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_mask_marks_the_tokens_that_are_not_finite_and_no_large_ones(dtype: torch.dtype) -> None:
+    values = torch.full((5, 2, 3), torch.finfo(dtype).max, dtype=dtype)
+    values[1, 0, 2], values[2, 1, 0], values[3, 1, 1] = torch.nan, torch.inf, -torch.inf
+    other = torch.zeros(5, 1, 1, dtype=dtype)
+    other[4] = torch.nan
+    (zeroed, _), broken = finite(values, other, axes=2)
+    assert broken is not None
+    assert broken.tolist() == [False, True, True, True, True]
+    assert bool(zeroed.isfinite().all())
+    torch.testing.assert_close(zeroed[0], values[0])
