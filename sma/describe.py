@@ -182,6 +182,9 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     before = [Part("encoder", spec.encoder.kind, spec.encoder.num_parameters(width))]
     if spec.sinusoid:
         before.append(Part("sinusoid", "", 1))
+    if spec.shared_router:
+        router, names = spec.routers[0]
+        before.append(Part("shared router", router.kind, router.num_parameters(width, len(names))))
     after = []
     if spec.final_norm_spec is not None:
         after.append(Part("final norm", spec.final_norm_spec.kind, spec.final_norm_spec.num_parameters(width)))
@@ -192,7 +195,8 @@ def describe(spec: ModelSpec, *, name: str = "model", length: int = 2000, rate: 
     for index, layer in enumerate(spec.layer_specs):
         alike.setdefault(keys[id(layer)], (layer, []))[1].append(index)
     groups = [
-        Layers(tuple(indices), tuple(_layer_parts(layer, width, length, rate))) for layer, indices in alike.values()
+        Layers(tuple(indices), tuple(_layer_parts(layer, width, length, rate, spec.shared_router)))
+        for layer, indices in alike.values()
     ]
     return Description(name, spec, length, rate, tuple(before), tuple(groups), tuple(after))
 
@@ -202,8 +206,10 @@ def layer_key(layer: LayerSpec) -> str:
     return json.dumps(dump_spec(layer), sort_keys=True)
 
 
-def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iterator[Part]:
-    """Yield the parts of a layer in the order of computation; they add up to the predictions of `LayerSpec`."""
+def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float, shared_router: bool) -> Iterator[Part]:
+    """Yield the parts of a layer in the order of computation; they add up to the predictions of `LayerSpec`, without
+    the parameters of a router that all layers share.
+    """
     if layer.norm is not None and layer.norm.place == "pre":
         yield _norm(layer.norm, width)
     if layer.backbone is not None:
@@ -215,7 +221,7 @@ def _layer_parts(layer: LayerSpec, width: int, length: int, rate: float) -> Iter
         count = len(layer.modules)
         macs = length * layer.router.macs_per_token(width, count)
         kind = layer.router.kind if own is None else f"{layer.router.kind} (rate {own:g})"
-        yield Part("router", kind, layer.router.num_parameters(width, count), macs, macs)
+        yield Part("router", kind, 0 if shared_router else layer.router.num_parameters(width, count), macs, macs)
     for name, module in layer.modules.items():
         active, full = (module.macs(width, tokens).total for tokens in (round(rate * length), length))
         yield Part(f"routed {name}", module.kind, module.num_parameters(width), active, full)

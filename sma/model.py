@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.capacity import Capacity, check_capacity
@@ -33,17 +33,13 @@ from sma.model_output import ModelOutput, ModelState
 from sma.norms import NormSpec, check_norm
 from sma.padding import inverse_order, move
 from sma.positions import Sinusoid
-from sma.repeat import RepeatSpec, one_or_many
+from sma.repeat import Layers, RepeatSpec
 from sma.replay import check_selections
+from sma.routers import RouterSpec
+from sma.routers.shared import check_alike, place_routers
 from sma.spec import Spec, load_spec, register
 from sma.submodule import MACs, device_and_dtype
 from sma.summary import settings
-
-
-def _repeated_or_listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return RepeatSpec.__pydantic_validator__.validate_python(value)
-    return one_or_many(value)
 
 
 class ModelSpec(Spec):
@@ -64,8 +60,9 @@ class ModelSpec(Spec):
     embedding_dropout: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="probability of dropping a channel after the encoder"
     )
-    layers: Annotated[RepeatSpec | tuple[LayerSpec, ...], BeforeValidator(_repeated_or_listed)] = Field(
-        description="a list of layers, or {repeat: …, layer: …}"
+    layers: Layers = Field(description="a list of layers, or {repeat: …, layer: …}")
+    shared_router: bool = Field(
+        default=False, description="one router for all layers, whose parameters exist once; score biases stay by layer"
     )
     final_norm: NormSpec | None = Field(
         default=None,
@@ -74,7 +71,9 @@ class ModelSpec(Spec):
     )
 
     @model_validator(mode="after")
-    def _sinusoid_fits(self) -> Self:
+    def _fits(self) -> Self:
+        if self.shared_router:
+            check_alike(self.routers)
         if self.sinusoid and self.width % 2:
             raise ValueError(
                 f"width={self.width} must be even with sinusoid=true: half of the channels are sines, half cosines"
@@ -98,10 +97,12 @@ class ModelSpec(Spec):
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """The specs of all layers, with repeats expanded."""
-        if not isinstance(self.layers, RepeatSpec):
-            return self.layers
-        block = self.layers.layer
-        return (block if isinstance(block, tuple) else (block,)) * self.layers.repeat
+        return self.layers.expanded if isinstance(self.layers, RepeatSpec) else self.layers
+
+    @property
+    def routers(self) -> list[tuple[RouterSpec, tuple[str, ...]]]:
+        """The router and the names of the sub-modules of every routed layer."""
+        return [(layer.router, tuple(layer.modules)) for layer in self.layer_specs if layer.modules]
 
     @property
     def final_norm_spec(self) -> NormSpec | None:
@@ -113,11 +114,11 @@ class ModelSpec(Spec):
 
     def num_parameters(self) -> int:
         """Predict the number of parameters of the model."""
-        ends = [spec.num_parameters(self.width) for spec in (self.encoder, self.final_norm_spec) if spec is not None]
+        parts = (self.encoder, self.final_norm_spec, *self.layer_specs)
         head = self.head_spec.num_parameters(self.head_width) if self.head_spec is not None else 0
-        return (
-            sum(ends) + head + int(self.sinusoid) + sum(layer.num_parameters(self.width) for layer in self.layer_specs)
-        )
+        shared = [router.num_parameters(self.width, len(names)) for router, names in self.routers[1:]]
+        own = sum(part.num_parameters(self.width) for part in parts if part is not None)
+        return own + head + int(self.sinusoid) - sum(shared) * self.shared_router
 
     def macs(self, length: int, rates: float | dict[str, float] = 1.0) -> MACs:
         """Predict the MACs of the layers on one row of `length` tokens, at these activation rates."""
@@ -188,9 +189,8 @@ class SequenceModel(nn.Module):
         self.encoder = spec.encoder.build(spec.width)
         self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
         self.layers = nn.ModuleList([layer.build(spec.width) for layer in spec.layer_specs])
-        for index, layer in enumerate(self.routed_layers):
-            if layer.routed is not None:
-                layer.routed.router.layer_index = index
+        routed = {index: layer.routed for index, layer in enumerate(self.routed_layers) if layer.routed is not None}
+        place_routers({index: part.router for index, part in routed.items()}, share=spec.shared_router)
         self.final_norm = spec.final_norm_spec.build(spec.width) if spec.final_norm_spec is not None else None
         self.head = spec.head_spec.build(spec.head_width) if spec.head_spec is not None else None
 

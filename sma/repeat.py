@@ -1,5 +1,6 @@
 """Repeated layers, each with its own parameters."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
@@ -37,3 +38,18 @@ class RepeatSpec(Spec):
                 f"a model has {LAYERS:,} at most"
             )
         return self
+
+    @property
+    def expanded(self) -> tuple[LayerSpec, ...]:
+        """All layers, one after another."""
+        return (self.layer if isinstance(self.layer, tuple) else (self.layer,)) * self.repeat
+
+
+def _repeated_or_listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return RepeatSpec.__pydantic_validator__.validate_python(value)
+    return one_or_many(value)
+
+
+Layers = Annotated[RepeatSpec | tuple[LayerSpec, ...], BeforeValidator(_repeated_or_listed)]
+"""The layers of a model: a list of them, or `{repeat: …, layer: …}`."""

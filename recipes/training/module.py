@@ -214,7 +214,8 @@ class TrainingModule(lightning.LightningModule):
         spec = self.training_spec
         if spec.router_learning_rate is None:
             return [{"params": list(self.parameters())}]
-        routers = [part for router in routers_of(self.model) for part in router.parameters()]
+        # Layers may share one router.
+        routers = list(dict.fromkeys(part for router in routers_of(self.model) for part in router.parameters()))
         known = {id(part) for part in routers}
         others = [part for part in self.parameters() if id(part) not in known]
         return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]

@@ -167,7 +167,7 @@ def test_modules_show_the_settings_of_their_specs():
     assert repr(LayerNormSpec(affine=False).build(8)) == "LayerNorm(width=8, place='pre', epsilon=1e-05, affine=False)"
     shown = repr(_streaming())
     for line in (
-        "SequenceModel(\n  width=8, sinusoid=False, embedding_dropout=0.0\n",
+        "SequenceModel(\n  width=8, sinusoid=False, embedding_dropout=0.0, shared_router=False\n",
         "(encoder): RealNumber(width=8)",
         (
             "2 x RoutedLayer(\n"

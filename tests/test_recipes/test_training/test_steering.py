@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import sma
 from sma.errors import SpecError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.recipes.io.run_folder import BEST, LAST
@@ -163,6 +164,8 @@ def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_pat
     groups = finished.module._groups()
     assert sum(len(group["params"]) for group in groups) == len(list(finished.module.parameters()))
     assert len(groups[1]["params"]) == 4  # weight and bias of two routers
+    finished.module.model = sma.build(spec.model.replace(shared_router=True))
+    assert len(finished.module._groups()[1]["params"]) == 2
 
 
 @pytest.mark.parametrize("targets", [torch.tensor([3, 1]), torch.tensor([[UNSCORED, 2, UNSCORED], [1, UNSCORED, 0]])])
