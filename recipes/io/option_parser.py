@@ -32,6 +32,7 @@ FolderOrURI = Annotated[str, Metavar("FOLDER")]
 Name = Annotated[str, Metavar("NAME")]
 Names = Annotated[str, Metavar("NAME,NAME")]
 Setting = Annotated[str, Metavar("PATH=VALUE")]
+Settings = Annotated[str, Metavar("PATH=VALUE,PATH=VALUE")]
 Cluster = Annotated[str, Metavar("HOST:PORT")]
 
 

@@ -1,13 +1,18 @@
-"""The table of SeqBoat and its baselines."""
+"""The table and the figure of SeqBoat and its baselines."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sma.recipes.io.names import markdown_table
-from sma.recipes.reports.results import Row, Summary, groups, metric_of
+from sma.recipes.reports.figures import drawing, label, save_figure
+from sma.recipes.reports.results import Row, Summary, groups, layer_rates, metric_of, value_of
 from sma.recipes.reports.table import (
     MEAN_RATE,
     PARAMETERS,
+    RATES_BY_LAYER,
     Block,
     Column,
     Table,
@@ -16,6 +21,8 @@ from sma.recipes.reports.table import (
     measured,
     variants,
 )
+
+FIGURE = "comparison.png"
 
 REFERENCE = "transformer"
 """The reference model, whose relative speed and memory are 1."""
@@ -42,17 +49,69 @@ def comparison_table(summary: Summary) -> Table:
 
 
 def tasks_table(summaries: Mapping[str, Summary]) -> str:
-    """The results on several tasks as Markdown, followed by the table of each task."""
-    columns = [measured(metric_of(summary)) for summary in summaries.values()]
-    names = list(dict.fromkeys(row["variant"] for summary in summaries.values() for row in summary["rows"]))
+    """The results of several comparisons as Markdown, the activation rates, and the table of each.
+
+    Args:
+        summaries: the summary of every comparison, by its task or its settings.
+    """
+    head = " / ".join(dict.fromkeys(measured(metric_of(summary)).head for summary in summaries.values()))
+    parts = [_across(head, summaries, [measured(metric_of(summary)) for summary in summaries.values()])]
+    routed = {
+        part: {**summary, "rows": [row for row in summary["rows"] if row["rates"]]}
+        for part, summary in summaries.items()
+    }
+    if any(summary["rows"] for summary in routed.values()):
+        parts.append(_across(RATES_BY_LAYER.head, routed, [RATES_BY_LAYER] * len(routed)))
+    parts += [f"**{part}**\n\n{markdown(comparison_table(summary)).rstrip()}" for part, summary in summaries.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _across(head: str, summaries: Mapping[str, Summary], columns: Sequence[Column]) -> str:
+    """A table with a line for every model and a column for every comparison."""
     lines = []
-    for name in names:
+    for name in _models(summaries):
         found = [[row for row in summary["rows"] if row["variant"] == name] for summary in summaries.values()]
         cells = zip(columns, found, strict=True)
         lines.append([name, *(column.cell(rows) if rows else "-" for column, rows in cells)])
-    tables = (f"**{task}**\n\n{markdown(comparison_table(summary)).rstrip()}" for task, summary in summaries.items())
-    head = " / ".join(dict.fromkeys(column.head for column in columns))
-    return "\n\n".join([markdown_table([head, *summaries], lines), *tables]) + "\n"
+    return markdown_table([head, *summaries], lines)
+
+
+def _models(summaries: Mapping[str, Summary]) -> list[str]:
+    return list(dict.fromkeys(row["variant"] for summary in summaries.values() for row in summary["rows"]))
+
+
+def draw_parts(summaries: Mapping[str, Summary], out: Path) -> Path:
+    """Draw the metric of every model over several comparisons, and its rates, into `comparison.png`."""
+    metrics = [metric_of(summary) for summary in summaries.values()]
+    scale, unit = (100, ", %") if all(metric.percent for metric in metrics) else (1, "")
+    names = " / ".join(dict.fromkeys(metric.name.replace("_", " ") for metric in metrics))
+    with drawing(12, 4.5) as figure:
+        measure, rates_axis = figure.subplots(1, 2)
+        for name in _models(summaries):
+            rows = [
+                (index, row)
+                for index, summary in enumerate(summaries.values())
+                for row in summary["rows"]
+                if row["variant"] == name
+            ]
+            points = [(index, scale * value_of(row, metrics[index])) for index, row in rows]
+            (line,) = measure.plot(*zip(*points, strict=True), "-o", markersize=5, label=label(name, 40))
+            by_layer: dict[int, list[tuple[int, float]]] = defaultdict(list)
+            for index, row in rows:
+                for layer, rate in enumerate(layer_rates(row["rates"])):
+                    by_layer[layer].append((index, 100 * rate))
+            for (layer, points), style in zip(by_layer.items(), cycle(("-o", "--s", ":^", "-.d")), strict=False):
+                text = f"{label(name, 40)}, layer {layer}"
+                rates_axis.plot(*zip(*points, strict=True), style, color=line.get_color(), label=text)
+        measure.set(ylabel=f"test {names}{unit}")
+        rates_axis.set(ylabel="activation rate, %", ylim=(-3, 103))
+        for axis in (measure, rates_axis):
+            axis.set_xticks(range(len(summaries)), [label(part, 40) for part in summaries], fontsize=8)
+            axis.margins(x=0.1)
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=7)
+        return save_figure(figure, out / FIGURE)
 
 
 def _speed_note(summary: Summary) -> str:

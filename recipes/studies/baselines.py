@@ -54,12 +54,13 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     | `seqboat` | as they are |
     | `seqboat_full` | attention over all active tokens instead of a window |
     | `ema` | the backbone and the bypass alone |
+    | `always` | attention on every token |
     | `mega_chunk` | attention on every token, inside fixed chunks of a window's length |
     | `s4d` | S4D instead of EMA, and no attention |
     | `transformer` | pre-norm blocks of multi-head attention over the whole row and a gated MLP, rotary positions |
     | `local_attention` | the same with attention inside the window |
 
-    The numbers of parameters differ; the table lists them.
+    The numbers of parameters differ, and the table lists them; `with_parameters` makes them equal.
 
     Raises:
         SpecError: an unknown name, or a layer that is no SeqBoat layer: a backbone and one routed attention.
@@ -74,6 +75,31 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
                 "a backbone and one routed sub-module that is an attention with a window, such as the kind 'gau'"
             )
     return BASELINES[name](spec)
+
+
+def with_parameters(name: str, spec: ExperimentSpec, step: int = 8) -> ExperimentSpec:
+    """Make a baseline of the width at which its number of parameters is nearest to that of the experiment.
+
+    Args:
+        name: see `baseline`.
+        spec: the experiment.
+        step: the width is a multiple of it, so that the heads of an attention can share the channels.
+    """
+
+    def made(width: int) -> ExperimentSpec:
+        return baseline(name, spec.replace(model=spec.model.replace(width=width)))
+
+    asked = spec.model.num_parameters()
+    last = baseline(name, spec)
+    width = spec.model.width - spec.model.width % step
+    up = last.model.num_parameters() < asked
+    while (width := width + (step if up else -step)) > 0:
+        following = made(width)
+        distances = [abs(each.model.num_parameters() - asked) for each in (last, following)]
+        if distances[1] >= distances[0]:
+            break
+        last = following
+    return last
 
 
 def _attention(layer: LayerSpec) -> RoutedAttention:
@@ -104,6 +130,10 @@ def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
 
 def _attend_to_all(spec: ExperimentSpec) -> ExperimentSpec:
     return _each_layer(spec, lambda layer: [_with_attention(layer, _attention(layer).attending_to_all())])
+
+
+def _always(spec: ExperimentSpec) -> ExperimentSpec:
+    return _each_layer(spec, lambda layer: [layer.replace(router=AlwaysRouterSpec())], _unrouted(spec))
 
 
 def _mega_chunk(spec: ExperimentSpec) -> ExperimentSpec:
@@ -166,6 +196,7 @@ BASELINES: dict[str, Callable[[ExperimentSpec], ExperimentSpec]] = {
     "local_attention": lambda spec: _transformer(spec, local=True),
     "s4d": _s4d,
     "ema": _backbone_alone,
+    "always": _always,
     "mega_chunk": _mega_chunk,
     "seqboat_full": _attend_to_all,
     "seqboat": lambda spec: spec,

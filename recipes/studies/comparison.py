@@ -1,6 +1,7 @@
 """SeqBoat beside its baselines on one task or several, at equal updates or equal time."""
 
 import json
+import re
 import statistics
 import time
 import warnings
@@ -11,16 +12,17 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from pydantic import Field
 
-from sma.errors import CheckpointError, SpecError, did_you_mean
+from sma.errors import CheckpointError, SpecError, did_you_mean, quote
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.io.claims import run_lock
 from sma.recipes.io.names import plain
-from sma.recipes.io.option_parser import Names
-from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, is_list_of, read_checked, read_summary, write_text
-from sma.recipes.reports.comparison import WORKS, comparison_table, tasks_table
+from sma.recipes.io.option_parser import Names, Settings
+from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY, read_checked, read_summary, write_text
+from sma.recipes.reports.comparison import FIGURE, WORKS, comparison_table, draw_parts, tasks_table
+from sma.recipes.reports.figures import attempt
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.table import Table
-from sma.recipes.studies.baselines import BASELINES, baseline
+from sma.recipes.studies.baselines import BASELINES, baseline, with_parameters
 from sma.recipes.studies.contract import Begun, Chosen, Study, StudyOptions, variants_field
 from sma.recipes.studies.efficiency import efficiency
 from sma.recipes.studies.folder import NEW, asked_study, refuse_changes, write_down
@@ -30,9 +32,10 @@ from sma.recipes.tasks.contract import TaskData
 from sma.recipes.training.options import CallOptions
 from sma.recipes.training.start import folder_of
 
-TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech")
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "speech", "recall", "mqar")
 EFFICIENCY, SEVERAL = "efficiency.json", "tasks.json"
 MEASURES = ("milliseconds", "megabytes")
+_PART = re.compile(r"\w[\w.=,+-]*").fullmatch
 
 
 class ComparisonOptions(StudyOptions):
@@ -51,6 +54,14 @@ class ComparisonOptions(StudyOptions):
         description="train each model so long, in as many updates as its speed allows, instead of equal updates",
     )
     length: int = Field(default=4096, ge=1, description="tokens of the rows on which speed and memory are measured")
+    equal_parameters: bool = Field(
+        default=False, description="give every baseline the width at which it has about as many parameters as SeqBoat"
+    )
+    vary: list[Settings] = Field(
+        default=[],
+        description="compare once under each of several settings, such as --vary task.data.length=64,task.data.pairs=4 "
+        "--vary task.data.length=128,task.data.pairs=8",
+    )
 
     @property
     def name(self) -> str:
@@ -63,10 +74,12 @@ class ComparisonChosen(Chosen):
     Attributes:
         minutes: of the training of each model, instead of equal updates.
         length: tokens of the rows on which speed and memory are measured.
+        equal_parameters: whether the baselines have about as many parameters as SeqBoat.
     """
 
     minutes: float | None = Field(gt=0.0)
     length: int = Field(ge=1)
+    equal_parameters: bool = False
 
 
 class Comparison(Study[ComparisonOptions, ComparisonChosen]):
@@ -78,7 +91,8 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
     selections: ClassVar[Mapping[str, str]] = {"variants": "model"}
 
     def settings(self, options: ComparisonOptions) -> dict[str, Any]:
-        return {**super().settings(options), "minutes": options.minutes, "length": options.length}
+        own = ("minutes", "length", "equal_parameters")
+        return {**super().settings(options), **{name: getattr(options, name) for name in own}}
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
         return {"variants": tuple(BASELINES)}
@@ -93,7 +107,7 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
     def runs(self, spec: ExperimentSpec, chosen: ComparisonChosen, data: TaskData, out: Path) -> list[Run]:
         runs = []
         for name in chosen.variants:
-            model = baseline(name, spec)
+            model = with_parameters(name, spec) if chosen.equal_parameters else baseline(name, spec)
             if chosen.minutes is not None:
                 first = out / f"{name}-{spec.seed}" / EXPERIMENT
                 # A run that began keeps the updates that it was given.
@@ -134,11 +148,11 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
 
 
 def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
-    """Compare on one task, or on several, each in a folder of its own below that of the comparison, with one table of
-    all.
+    """Compare on one task, or on several and under several settings, each in a folder of its own below that of the
+    comparison, with one table of all.
 
     Returns:
-        the summary of the task, or of several theirs by task.
+        the summary of the task, or of several theirs by folder.
 
     Raises:
         SmaError: an error message for the user: an unknown name, a folder of something else, or which runs failed.
@@ -148,17 +162,17 @@ def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
         refuse_changes(study, options)
         if not (options.resume / SEVERAL).is_file():
             return run_study(study, options)
-    elif len(_tasks(options.task)) == 1:
+    elif len(_parts(options)) == 1 and not options.vary:
         return run_study(study, options)
     named = options.model_copy(update={"task": f"compare-{options.task.replace(',', '-').replace(' ', '')}"})
     with folder_of(named, SEVERAL, "study of several tasks") as (out, began):
-        tasks = _begun_tasks(options, out) if began else _begin_tasks(study, options, out)
+        parts = _begun_parts(options, out) if began else _begin_parts(study, options, out)
         summaries: dict[str, Any] = {}
         failures: list[str] = []
-        for task in tasks:
-            how = {"task": task, "out": out / task} if options.auto_resume else {"resume": out / task, "out": None}
-            summaries[task], failed, _ = conduct(study, options.model_copy(update=how))
-            failures += [f"{task}/{name}" for name in failed]
+        for part, asked in parts.items():
+            how = {**asked, "out": out / part} if options.auto_resume else {"resume": out / part, "out": None}
+            summaries[part], failed, _ = conduct(study, options.model_copy(update=how))
+            failures += [f"{part}/{name}" for name in failed]
             _write_tasks(summaries, out)
         _show_tasks(summaries, out)
         refuse_failures(failures, out, options)
@@ -172,7 +186,7 @@ def report_tasks(out: Path, options: CallOptions) -> dict[str, Any]:
         SmaError: an error message for the user.
     """
     with run_lock(out):
-        summaries = {task: report_study(Comparison(), out / task, options) for task in _read_tasks(out)}
+        summaries = {part: report_study(Comparison(), out / part, options) for part in _read_parts(out)}
         _write_tasks(summaries, out)
         _show_tasks(summaries, out)
     return summaries
@@ -184,30 +198,68 @@ def _write_tasks(summaries: Mapping[str, Any], out: Path) -> None:
 
 
 def _show_tasks(summaries: Mapping[str, Any], out: Path) -> None:
+    attempt(f"the figure of the comparison in {out}", lambda: draw_parts(summaries, out))
     print(f"\n{tasks_table(summaries)}\ntable    {plain(out / TABLE)}\nsummary  {plain(out / SUMMARY)}")
+    if (out / FIGURE).is_file():
+        print(f"figure   {plain(out / FIGURE)}")
 
 
-def _begin_tasks(study: Comparison, options: ComparisonOptions, out: Path) -> list[str]:
-    tasks = _tasks(options.task)
+def _begin_parts(study: Comparison, options: ComparisonOptions, out: Path) -> dict[str, dict[str, Any]]:
+    parts = _parts(options)
     # All before the first is trained: what is wrong with one of them is an error at once, and --resume finds what was
     # asked for.
-    asked = [(out / task, *asked_study(study, options.model_copy(update={"task": task}))) for task in tasks]
-    write_text(out / SEVERAL, json.dumps(tasks))
+    asked = [(out / part, *asked_study(study, options.model_copy(update=how))) for part, how in parts.items()]
+    write_text(out / SEVERAL, json.dumps(list(parts)))
     for folder, spec, chosen in asked:
         write_down(folder, spec, chosen)
-    return tasks
+    return parts
 
 
-def _begun_tasks(options: ComparisonOptions, out: Path) -> list[str]:
-    tasks = _read_tasks(out)
-    if options.resume is None and tasks != _tasks(options.task):
-        raise CheckpointError(f"{str(out)!r} holds a study of other tasks: {', '.join(tasks)}; give another --out")
-    return tasks
+def _begun_parts(options: ComparisonOptions, out: Path) -> dict[str, dict[str, Any]]:
+    begun = _read_parts(out)
+    if options.resume is not None:
+        return {part: {} for part in begun}
+    parts = _parts(options)
+    if begun != list(parts):
+        raise CheckpointError(f"{str(out)!r} holds a study of other tasks: {', '.join(begun)}; give another --out")
+    return parts
 
 
-def _read_tasks(out: Path) -> list[str]:
-    tasks: list[str] = read_checked(out / SEVERAL, lambda found: is_list_of(found, TASKS), "a list of tasks", NEW)
-    return tasks
+def _read_parts(out: Path) -> list[str]:
+    parts: list[str] = read_checked(out / SEVERAL, _are_parts, "a list of tasks", NEW)
+    return parts
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether a value is a list of tasks, or of settings under which one is compared."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) and _PART(each) for each in value)
+
+
+def _parts(options: ComparisonOptions) -> dict[str, dict[str, Any]]:
+    """The options of every part of a comparison, by the name of its folder: a task, the settings that vary, or both.
+
+    Raises:
+        SpecError: an unknown task, or two parts with the same settings.
+    """
+    tasks = _tasks(options.task)
+    parts: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        own: dict[str, Any] = {"task": task} if len(tasks) > 1 else {}
+        if not options.vary:
+            parts[task] = own
+        for given in options.vary:
+            settings = re.split(r",(?=[\w.]+=)", given)
+            name = re.sub(r"[^\w.=,+-]", "", ",".join([*own.values(), *map(_short, settings)]))
+            if name in parts:
+                raise SpecError(f"--vary {quote(given)} is given twice; give every combination of settings once")
+            parts[name] = {**own, "set": [*options.set, *settings]}
+    return parts
+
+
+def _short(setting: str) -> str:
+    """A setting without the path of its field."""
+    path, _, value = setting.partition("=")
+    return f"{path.rpartition('.')[2]}={value}"
 
 
 def _tasks(given: str) -> list[str]:

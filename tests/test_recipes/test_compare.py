@@ -238,6 +238,41 @@ def test_resumed_comparison_of_several_tasks_is_the_one_that_was_asked_for(
     )
 
 
+def test_one_task_is_compared_under_several_settings(tmp_path, without_training, without_data, capsys):
+    out = tmp_path / "out"
+    asked = ["--task", "listops", "--models", "seqboat,s4d", "--data", tmp_path, "--out", out, "--set", "width=24"]
+    varied = ["--vary", "training.updates=4001,training.betas=[0.9, 0.95]", "--vary", "training.updates=4002"]
+    assert _main(*asked, *varied, "--equal-parameters") == 0
+    names = ["updates=4001,betas=0.9,0.95", "updates=4002"]
+    began = {(part, name): spec for part, name, spec in without_training.began}
+    assert list(began) == [(part, name) for part in names for name in ("seqboat-0", "s4d-0")]
+    for (part, name), spec in began.items():
+        assert spec.training.updates == (4001 if part == names[0] else 4002)
+        assert spec.training.betas == ((0.9, 0.95) if part == names[0] else (0.9, 0.98))
+        assert (spec.model.width == 24) == (name == "seqboat-0")
+    assert f"| accuracy | {names[0]} | {names[1]} |" in (printed := capsys.readouterr().out)
+    assert "| rate per layer, % | " in printed
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert _main("--resume", out, "--data", tmp_path) == 0
+    assert _main(*asked, "--vary", "training.updates=5", "--equal-parameters", "--auto-resume") == 2
+    assert f"holds a study of other tasks: {', '.join(names)}; give another --out" in capsys.readouterr().err
+    assert len(without_training.began) == 4
+
+
+@pytest.mark.parametrize(
+    ("varied", "complaint"),
+    [
+        pytest.param(["training.updates=5"] * 2, "--vary 'training.updates=5' is given twice; give every", id="twice"),
+        pytest.param(["training.update=5"], "there is no 'update' here; did you mean 'updates'", id="field"),
+    ],
+)
+def test_settings_that_cannot_vary_are_refused(varied, complaint, tmp_path, capsys):
+    words = [word for each in varied for word in ("--vary", each)]
+    assert _main("--task", "digits", "--out", tmp_path / "out", *words) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_failure_in_one_task_stops_no_other(tmp_path, without_training, without_data, capsys):
     without_training.fails = ["seqboat-0"]
     asked = ["--task", "digits,listops", "--models", "seqboat,ema", "--out", tmp_path / "out", "--data", tmp_path]

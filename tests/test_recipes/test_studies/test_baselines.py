@@ -8,7 +8,7 @@ import torch
 from sma.errors import SpecError
 from sma.ragged import rectangular
 from sma.recipes.experiment import load_experiment
-from sma.recipes.studies.baselines import BASELINES, baseline
+from sma.recipes.studies.baselines import BASELINES, baseline, with_parameters
 from tests.test_recipes.tiny import EXPERIMENT, tiny
 
 
@@ -32,6 +32,8 @@ def test_what_the_baselines_are():
     assert [(layer.router.kind, layer.modules["attention"].window) for layer in layers["mega_chunk"]] == [
         ("always", 8)
     ] * 2
+    assert [layer.router.kind for layer in layers["always"]] == ["always"] * 2
+    assert [layer.modules for layer in layers["always"]] == [layer.modules for layer in layers["seqboat"]]
     assert {layer.modules["attention"].kind for layer in layers["mega_chunk"]} == {"chunked_gau"}
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["ema"]] == [("ema", {})] * 2
     assert [(layer.backbone.kind, dict(layer.modules)) for layer in layers["s4d"]] == [("s4d", {})] * 2
@@ -40,6 +42,19 @@ def test_what_the_baselines_are():
     for name in set(BASELINES) - {"seqboat", "seqboat_full"}:  # nothing is left that only a router learns from
         training = baseline(name, spec).training
         assert (training.budget, training.losses.z) == (None, 0.0)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("width", [24, 40])
+def test_equal_parameters_are_those_of_the_nearest_of_all_widths(name, width):
+    spec = load_experiment("mqar_tiny", [f"model.width={width}"])
+    asked = spec.model.num_parameters()
+    widths = [spec.replace(model=spec.model.replace(width=each)) for each in range(8, 400, 8)]
+    sizes = [baseline(name, each).model.num_parameters() for each in widths]
+    made = with_parameters(name, spec)
+    assert abs(made.model.num_parameters() - asked) == min(abs(size - asked) for size in sizes)
+    assert made.replace(model=baseline(name, spec).model) == baseline(name, spec)
+    assert with_parameters("seqboat", spec) == spec
 
 
 def test_mega_chunk_is_the_always_active_unit_inside_fixed_chunks():
