@@ -43,11 +43,18 @@ bench-stream: setup ## time one more token after a thousand and after a million;
 bench-routing: setup ## time what routing costs beside the work it saves; ARGS="--device cuda" and so on
 	@$(BIN)/python -m benchmarks.routing $(ARGS)
 
-check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel
+docs: .venv/.dev ## build the site into build/site; a dead link or a name without a description fails
+	@$(BIN)/python .ci/build_site.py
+
+docs-serve: docs ## build the site and serve it on this machine: http://127.0.0.1:8000
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
+
+check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel, the site
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check --output-format concise .
 	@$(BIN)/python .ci/check_types.py
-	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py
+	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py tests/test_site.py
+	@$(BIN)/python .ci/build_site.py
 
 clean: ## remove .venv, build outputs and caches; runs/ and data/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -100,5 +107,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo sweep test test-all bench bench-stream bench-routing check clean
+.PHONY: help setup demo sweep test test-all bench bench-stream bench-routing docs docs-serve check clean
 .DELETE_ON_ERROR:

@@ -36,6 +36,7 @@ class ComplexRecurrence(NamedTuple):
         return ahead, back
 
     def over(self, chunk: int) -> ChunkWeights:
+        """See `LinearRecurrence.over`."""
         cosine, sine = powers(self, chunk + 1, self.outward.dtype)
         read = _turned_weights(self.outward, cosine, sine)
         arriving = torch.cat([cosine, sine], dim=1)[..., :chunk].flip(-1).transpose(1, 2)
@@ -43,11 +44,13 @@ class ComplexRecurrence(NamedTuple):
         return ChunkWeights(read.chunk(2, dim=1)[0].sum(1)[:, :chunk], arriving, read[..., 1:])
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
+        """See `LinearRecurrence.decayed`."""
         parts = states.chunk(2, dim=-1)
         log_decay, angle = (along(part, parts[0]) * tokens for part in (self.log_decay, self.angle))
         return torch.cat(_turned(parts, log_decay, angle), dim=-1)
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
+        """See `LinearRecurrence.step`."""
         real, imaginary = _turned(before_BDN.chunk(2, dim=-1), self.log_decay, self.angle)
         return torch.cat([real + x_BD[..., None], imaginary], dim=-1)
 

@@ -57,6 +57,7 @@ class GatedMLP(SubModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draw new weights from a truncated normal distribution, standard deviation 0.02, and set the biases to 0."""
         for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 

@@ -66,6 +66,7 @@ class MultiHead(CachedSubModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draw new weights of both linear maps, and set their biases to 0."""
         for linear in (self.in_proj, self.out_proj):
             reset_linear_(linear)
 

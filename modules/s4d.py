@@ -125,6 +125,7 @@ class S4D(StateSpace[ComplexRecurrence]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Set the parameters to their initial values, which are drawn or follow from the spec."""
         nn.init.uniform_(self.log_dt, math.log(self.spec.dt_min), math.log(self.spec.dt_max))
         nn.init.constant_(self.log_a_re, math.log(0.5))
         number = torch.arange(self.spec.pairs, dtype=torch.float64)

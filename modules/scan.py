@@ -69,20 +69,24 @@ class Recurrence(NamedTuple):
         return (coarse.transpose(1, 2) @ powers(self.log_decay, inner)).flatten(1)[:, :taps]
 
     def kernels(self, reverse: "Recurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
+        """See `LinearRecurrence.kernels`."""
         return self.kernel(taps), reverse.kernel(taps)
 
     def over(self, chunk: int) -> ChunkWeights:
+        """See `LinearRecurrence.over`."""
         decays = powers(self.log_decay, chunk + 1)
         kernel = ((self.inward * self.outward)[:, None] @ decays[..., :chunk]).squeeze(1)
         arriving = (decays[..., :chunk].flip(-1) * self.inward[..., None]).transpose(1, 2)
         return ChunkWeights(kernel, arriving, decays[..., 1:] * self.outward[..., None])
 
     def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
+        """See `LinearRecurrence.decayed`."""
         # As a difference: a factor just below 1 would round equally in every step of a long stream, and the errors
         # would add up.
         return torch.addcmul(states, states, torch.expm1(along(self.log_decay, states) * tokens))
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
+        """See `LinearRecurrence.step`."""
         return torch.addcmul(before_BDN, before_BDN, torch.expm1(self.log_decay)) + self.inward * x_BD[..., None]
 
 
