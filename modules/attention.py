@@ -23,12 +23,12 @@ class AttentionSpec(MultiHeadSpec):
         return Attention(self, width)
 
     def macs(self, width: int, tokens: int) -> MACs:
-        return MACs(matmul=4 * tokens * width * width + 2 * tokens * tokens * width)
+        return self.matmuls(width, tokens, tokens * tokens)
 
 
 class Attention(MultiHead):
-    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over all tokens of the row, by PyTorch's
-    fused kernels.
+    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = `head_size` or D / heads, over all tokens of the
+    row, by PyTorch's fused kernels.
 
     A stream keeps every key and value, so memory and the cost of a step grow. On a GPU, flash attention runs if it is
     causal or if all rows have equally many tokens. Otherwise a mask hides the ends of rows, and the memory-efficient

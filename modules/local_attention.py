@@ -27,12 +27,12 @@ class LocalAttentionSpec(MultiHeadSpec):
 
     def macs(self, width: int, tokens: int) -> MACs:
         pairs = block_shape(tokens, self.window, not self.bidirectional).pairs(tokens)
-        return MACs(matmul=4 * tokens * width * width + 2 * pairs * width)
+        return self.matmuls(width, tokens, pairs)
 
 
 class LocalAttention(MultiHead):
-    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = D / heads, over the tokens within W slots, by PyTorch's
-    fused kernels.
+    r"""$\mathrm{softmax}(Q K^\top / \sqrt{d}) V$ per head, d = `head_size` or D / heads, over the tokens within
+    W slots, by PyTorch's fused kernels.
 
     Token i attends to tokens j of its row with $|i - j| \le W$, causal $0 \le i - j \le W$, where i and j count the
     given tokens: routed, the window holds the last W *active* tokens, at any distance. With W of at least the row's

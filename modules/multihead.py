@@ -14,13 +14,16 @@ from sma.modules.finite import finite
 from sma.padding import unpack
 from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged
-from sma.submodule import State, SubModuleSpec
+from sma.submodule import MACs, State, SubModuleSpec
 
 
 class MultiHeadSpec(SubModuleSpec):
     """Fields of every multi-head attention."""
 
     heads: int = Field(default=4, ge=1, description="attention heads; they share the channels equally")
+    head_size: int | None = Field(
+        default=None, ge=1, description="channels of a head; null: the width divided by the number of heads"
+    )
     bidirectional: bool = Field(default=True, description="attend to later tokens too; false is causal")
     position: PositionSpec = Field(default=NoPositionSpec(), description="rotary or none")
     attention_dropout: float = Field(
@@ -36,14 +39,24 @@ class MultiHeadSpec(SubModuleSpec):
             )
         return self
 
+    def channels(self, width: int) -> int:
+        """Channels of all heads together."""
+        return width if self.head_size is None else self.heads * self.head_size
+
     def num_parameters(self, width: int) -> int:
-        return 4 * width * (width + 1)
+        channels = self.channels(width)
+        return 3 * channels * (width + 1) + (channels + 1) * width
+
+    def matmuls(self, width: int, tokens: int, pairs: int) -> MACs:
+        """MACs of a row of `tokens` tokens in which `pairs` pairs of a query and a key are multiplied."""
+        return MACs(matmul=(4 * tokens * width + 2 * pairs) * self.channels(width))
 
 
 class MultiHead(CachedSubModule):
     """Projections to queries, keys and values of every head, and from all heads to the result.
 
-    A subclass defines which tokens attend to which.
+    A subclass defines which tokens attend to which. The result is the sum of what each head contributes, so heads can
+    also be sub-modules of their own, each with a decision per token: `heads=1`, and `head_size` channels.
 
     Args:
         spec: heads, direction, positions.
@@ -56,12 +69,13 @@ class MultiHead(CachedSubModule):
 
     def __init__(self, spec: MultiHeadSpec, width: int, window: int | None = None) -> None:
         _check_heads(spec, width, window)
-        head = spec.heads, width // spec.heads
+        channels = spec.channels(width)
+        head = spec.heads, channels // spec.heads
         super().__init__(window, head, head)
         self.spec = spec
         self.causal = not spec.bidirectional
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = nn.Linear(width, 3 * channels)
+        self.out_proj = nn.Linear(channels, width)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -125,10 +139,11 @@ class MultiHead(CachedSubModule):
 
 def _check_heads(spec: MultiHeadSpec, width: int, window: int | None) -> None:
     name = type(spec).__name__
-    if width % spec.heads:
-        raise SpecError(f"{name}: heads={spec.heads} must divide the width {width} of the tokens")
-    channels = width // spec.heads
+    if spec.head_size is None and width % spec.heads:
+        raise SpecError(f"{name}: heads={spec.heads} must divide the width {width} of the tokens; or set head_size")
+    channels = spec.channels(width) // spec.heads
+    given = f"heads={spec.heads} give {channels} channels each" if spec.head_size is None else f"head_size={channels}"
     try:
-        spec.position.check_attention(window, channels, f"heads={spec.heads} give {channels} channels each")
+        spec.position.check_attention(window, channels, given)
     except ValueError as error:
         raise SpecError(f"{name}: {error}") from None

@@ -133,7 +133,7 @@ def gau_loop(module: GatedAttentionUnit, x: Tensor, positions: Tensor) -> Tensor
 
 def attention_loop(module: MultiHead, x: Tensor, positions: Tensor) -> Tensor:
     """Multi-head softmax attention on one row, head by head and query by query."""
-    spec, width = module.spec, x.shape[1]
+    spec, width = module.spec, module.out_proj.in_features
     size = width // spec.heads
     hidden = x @ module.in_proj.weight.T + module.in_proj.bias
     heads = []

@@ -58,6 +58,15 @@ def test_attention_agrees_with_the_loop(bidirectional: bool, position: str, head
     matches(make(position, heads=heads, bidirectional=bidirectional), first([9, 0, 1, 4], 9), layout)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("heads", "head_size"), [(1, 2), (3, 4), (2, 10)])
+@pytest.mark.parametrize("bidirectional", DIRECTIONS)
+def test_heads_of_any_size_agree_with_the_loop(bidirectional: bool, heads: int, head_size: int, layout: Layout) -> None:
+    module = make(heads=heads, head_size=head_size, bidirectional=bidirectional)
+    x, active = torch.randn(4, 9, 8, dtype=torch.float64), first([9, 0, 1, 4], 9)
+    assert_matches_loop(module, lambda values, places: attention_loop(module, values, places), x, active, layout)
+
+
 @given(
     position=st.sampled_from(sorted(POSITIONS)),
     heads=st.sampled_from([1, 2]),
@@ -136,12 +145,20 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
 @pytest.mark.parametrize(
     ("fields", "width", "complaint"),
     [
-        pytest.param({"heads": 3}, 8, "{kind}: heads=3 must divide the width 8 of the tokens", id="heads"),
+        pytest.param(
+            {"heads": 3}, 8, "{kind}: heads=3 must divide the width 8 of the tokens; or set head_size", id="heads"
+        ),
         pytest.param(
             {"heads": 4, "position": RotarySpec()},
             12,
             "heads=4 give 3 channels each: rotary positions turn pairs of channels",
             id="odd",
+        ),
+        pytest.param(
+            {"heads": 3, "head_size": 5, "position": RotarySpec()},
+            12,
+            "head_size=5: rotary positions turn pairs of channels",
+            id="odd-size",
         ),
     ],
 )

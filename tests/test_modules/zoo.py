@@ -20,6 +20,7 @@ NEAR = RelativeBiasSpec(max_positions=9)
 SPECS: dict[str, SubModuleSpec] = {
     "attention-bidirectional": AttentionSpec(heads=2),
     "attention-causal": AttentionSpec(heads=2, bidirectional=False, position=RotarySpec()),
+    "attention-of-small-heads": AttentionSpec(heads=3, head_size=2, bidirectional=False, position=RotarySpec()),
     "chunked-gau": ChunkedGAUSpec(query_size=4, hidden_size=3, window=5, position=NEAR),
     "chunked-gau-causal": ChunkedGAUSpec(
         query_size=4, hidden_size=3, window=4, bidirectional=False, position=RotarySpec()
@@ -37,6 +38,7 @@ SPECS: dict[str, SubModuleSpec] = {
     "identity": IdentitySpec(),
     "local-bidirectional": LocalAttentionSpec(heads=2, window=3),
     "local-causal": LocalAttentionSpec(heads=2, window=5, bidirectional=False, position=RotarySpec()),
+    "local-of-large-heads": LocalAttentionSpec(heads=2, head_size=6, window=3),
     "s4d-bidirectional": S4DSpec(state_size=4),
     "s4d-causal": S4DSpec(state_size=6, bidirectional=False),
     "s4d-causal-core": S4DSpec(state_size=4, bidirectional=False, activation="none", mixing="none"),
