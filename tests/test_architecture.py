@@ -33,7 +33,10 @@ FLOORS = [
     ["reports"],
     ["training"],
     ["studies"],
-    ["seqboat_lra", "seqboat_speech", "seqboat_lm", "routed_mlp", "routed_conv", "recall", "compare", "router_table"],
+    [
+        *("seqboat_lra", "seqboat_speech", "seqboat_lm", "routed_mlp", "routed_conv"),
+        *("recall", "reach", "compare", "router_table"),
+    ],
 ]
 # These may import everything, so nothing else of the core may import them.
 TOP = ("sma.testing", "sma.interop", "sma.commands", "sma.__main__")

@@ -77,7 +77,7 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
     return BASELINES[name](spec)
 
 
-def with_parameters(name: str, spec: ExperimentSpec, step: int = 8) -> ExperimentSpec:
+def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> ExperimentSpec:
     """Make a baseline of the width at which its number of parameters is nearest to that of the experiment.
 
     Args:

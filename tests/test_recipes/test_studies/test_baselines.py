@@ -49,7 +49,7 @@ def test_what_the_baselines_are():
 def test_equal_parameters_are_those_of_the_nearest_of_all_widths(name, width):
     spec = load_experiment("mqar_tiny", [f"model.width={width}"])
     asked = spec.model.num_parameters()
-    widths = [spec.replace(model=spec.model.replace(width=each)) for each in range(8, 400, 8)]
+    widths = [spec.replace(model=spec.model.replace(width=each)) for each in range(4, 400, 4)]
     sizes = [baseline(name, each).model.num_parameters() for each in widths]
     made = with_parameters(name, spec)
     assert abs(made.model.num_parameters() - asked) == min(abs(size - asked) for size in sizes)
