@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sma.activation import SparseModularActivation
 from sma.budget_spec import BudgetSpec as BudgetSpec
-from sma.budget_spec import Steered, steered_by
+from sma.budget_spec import steered_by
 from sma.checks import check_decisions, check_names
 from sma.decision import Decision
 from sma.errors import InputError
@@ -17,7 +17,7 @@ from sma.model import ModelSpec
 from sma.moved import former_names
 from sma.routers import Router
 from sma.routers.steerable import steerable
-from sma.score_histogram import BINS, ZERO, histograms, shares_above, shift_to
+from sma.score_histogram import BINS, EDGES, ZERO, histograms, shares_above, shift_to
 from sma.weights import unwrapped
 
 SURE = 4.0
@@ -47,6 +47,9 @@ class BudgetController(nn.Module):
 
     updates: Tensor
     usual_tokens: Tensor
+    targets: Tensor
+    costs: Tensor
+    edges: Tensor
 
     def __init__(
         self, spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequence[float]] | None = None
@@ -63,6 +66,13 @@ class BudgetController(nn.Module):
         self.skipping = [layer for layer, router in self._steerable.items() if router.competing]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("usual_tokens", torch.zeros((), dtype=torch.float64))
+        # Constants of `move`, on its device. Not saved: they follow from the spec and the costs.
+        for name, values in (
+            ("targets", [each.target for each in self.steered]),
+            ("costs", [each.cost for each in self.steered]),
+            ("edges", EDGES),
+        ):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64), persistent=False)
 
     @classmethod
     def of(cls, model: nn.Module, spec: BudgetSpec, length: int = 1024) -> Self:
@@ -97,7 +107,7 @@ class BudgetController(nn.Module):
         """
         counts = self.count(decisions, valid)
         if self.steered:  # the same on all ranks, so that none waits
-            counts = over_all_ranks(counts).cpu()
+            counts = over_all_ranks(counts).to(self.updates.device)
             self.move(counts, self.spec.speed * self._weight(counts))
         self.updates += 1
 
@@ -116,17 +126,16 @@ class BudgetController(nn.Module):
             )
         for layer, (decision, router) in enumerate(zip(decisions, self.routers, strict=True)):
             check_names(decision, router.names, f"decision {layer}")
-        update = int(self.updates)
-        own, skipping = [torch.zeros(0, BINS, dtype=torch.int64)], []
+        own, skipping = [torch.zeros(0, BINS, dtype=torch.int64, device=self.updates.device)], []
         for layer, numbers in self._by_layer.items():
             decision, router = decisions[layer], self._steerable[layer]
             off, on = decision.logits.unbind(-1)
             margins = (on - off) / router.temperature
             if len(numbers) < len(router.names):
-                margins = margins[..., [self.steered[number].column for number in numbers]]
-            more = [self._more(self.steered[number], update) for number in numbers]
-            if any(more):
-                margins = margins - margins.new_tensor(more)
+                margins = torch.stack([margins[..., self.steered[number].column] for number in numbers], -1)
+            if router.stochastic:  # at a rate of 1 a token counts as active only where almost every draw says so
+                everyone = self.spec.schedule(self.targets[_span(numbers)], self.updates) >= 1.0
+                margins = margins - (SURE * everyone).to(margins)
             skip = router.skip_margins(decision)
             counts = histograms(margins if skip is None else torch.cat([margins, skip[..., None]], -1), valid)
             own.append(counts[: len(numbers)])
@@ -134,81 +143,88 @@ class BudgetController(nn.Module):
                 skipping.append(counts[len(numbers) :] if skip is not None else torch.zeros_like(counts[:1]))
         return torch.cat([part.to(own[-1].device) for part in (*own, *skipping)])
 
-    def _more(self, steered: Steered, update: int) -> float:
-        """Log-odds above the threshold from which a token counts as active."""
-        everyone = self.spec.scheduled(steered.target, update) >= 1.0
-        return SURE if everyone and self.routers[steered.layer].stochastic else 0.0
-
-    def _weight(self, counts: Tensor) -> float:
+    def _weight(self, counts: Tensor) -> Tensor:
         """Tokens of this update over the usual number: in batches by length, short rows would count too much."""
-        tokens, usual = float(counts.sum(1).max()), float(self.usual_tokens)
-        if not tokens:
-            return 1.0
-        usual += (tokens - usual) * (0.02 if usual else 1.0)
-        self.usual_tokens.fill_(usual)
-        return min(tokens / usual, 1 / self.spec.speed)
+        tokens, usual = counts.sum(1).max().double(), self.usual_tokens
+        updated = usual + (tokens - usual) * (0.02 + 0.98 * (usual == 0).double())
+        weight = (tokens / updated).clamp(max=1 / self.spec.speed).where(tokens > 0, 1.0)
+        usual.copy_(updated.where(tokens > 0, usual))
+        return weight
 
     @torch.no_grad()
-    def move(self, counts: Int[Tensor, "S N"], speed: float) -> None:
-        """Move the score biases a share `speed` of the way to those that the counts require, where there are tokens."""
-        counts = counts.cpu()
-        shares, seen, update = shares_above(counts), counts.any(1).tolist(), int(self.updates)
-        wanted = self._in_total(shares, seen, update) if self.spec.over == "total" else self._each(shares, seen, update)
+    def move(self, counts: Int[Tensor, "S N"], speed: float | Tensor) -> None:
+        """Move the score biases a share `speed` of the way to those that the counts require, where there are tokens.
+
+        All of it runs on the device of the controller, and asks the host nothing.
+        """
+        if not self.steered:
+            return
+        counts = counts.to(self.updates.device)
+        shares, seen = shares_above(counts), counts.any(1)
+        steps = speed * (self._in_total(shares, seen) if self.spec.over == "total" else self._each(shares, seen))
+        # A dying router does not learn, so it returns to the floor at once.
+        own, some = shares[: len(self.steered)], seen[: len(self.steered)]
+        floor = steps.maximum(shift_to(torch.full_like(self.targets, self.spec.floor), own, self.edges))
+        steps = floor.where(some & (own[:, ZERO] < self.spec.floor), steps)
         for layer, numbers in self._by_layer.items():
             router = self._steerable[layer]
-            steps = [0.0] * len(router.names)
-            for number in numbers:
-                step = speed * wanted[number]
-                # A dying router does not learn, so it returns to the floor at once.
-                if seen[number] and float(shares[number, ZERO]) < self.spec.floor:
-                    step = max(step, shift_to(self.spec.floor, shares[number]))
-                steps[self.steered[number].column] = step
-            change = router.score_bias.new_tensor(steps) * router.temperature
+            change = steps[_span(numbers)]
+            if len(numbers) < len(router.names):
+                by_column = {self.steered[number].column: steps[number] for number in numbers}
+                none = steps.new_zeros(())
+                change = torch.stack([by_column.get(column, none) for column in range(len(router.names))])
+            change = change.to(router.score_bias) * router.temperature
             router.score_bias.add_(change.where(change.isfinite(), 0))
 
-    def _in_total(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+    def _in_total(self, shares: Tensor, seen: Tensor) -> Float[Tensor, "S"]:
         """One shift for all, so that the mean weighted by cost reaches the target; 0 for layers at their limits."""
-        wanted = [0.0] * len(self.steered)
-        weights = torch.tensor(
-            [steered.cost * some for steered, some in zip(self.steered, seen, strict=False)], dtype=torch.float64
-        )
-        if not weights.any():
-            return wanted
-        mean = (shares[: len(self.steered)] * (weights / weights.sum())[:, None]).sum(0)
-        step = shift_to(self.spec.scheduled(self.steered[0].target, update), mean)
+        own, seen = shares[: len(self.steered)], seen[: len(self.steered)]
+        weights = self.costs * seen
+        mean = ((weights / weights.sum())[:, None] * own).sum(0, keepdim=True)
+        step = shift_to(self.spec.schedule(self.targets[:1], self.updates), mean, self.edges)
+        moving = []
         for layer, numbers in self._by_layer.items():
             router = self._steerable[layer]
             low, high = router.minimum_total_rate, min(router.maximum_total_rate, len(numbers))
-            total = float(shares[numbers, ZERO].sum())
+            total = own[_span(numbers), ZERO].sum()
             # At a limit the score bias would drift without an effect on the rates.
-            stuck = low >= high or (total > high - 1e-9 if step > 0 else total < low + 1e-9)
-            for number in numbers:
-                wanted[number] = step if seen[number] and not stuck else 0.0
-        return wanted
+            free = torch.where(step > 0, total <= high - 1e-9, total >= low + 1e-9) & (low < high)
+            moving.append(free.expand(len(numbers)))
+        return step.where(torch.cat(moving) & seen & (weights.sum() > 0), 0)
 
-    def _each(self, shares: Tensor, seen: Sequence[bool], update: int) -> list[float]:
+    def _each(self, shares: Tensor, seen: Tensor) -> Float[Tensor, "S"]:
         """The shift of each sub-module; with competition, a common shift against running nothing and one against the
         others.
         """
-        targets = [self.spec.scheduled(steered.target, update) for steered in self.steered]
-        wanted = [0.0] * len(targets)
+        targets = self.spec.schedule(self.targets, self.updates)
+        rates, totals = [], {}
         for layer, numbers in self._by_layer.items():
-            router = self._steerable[layer]
-            total = sum(targets[number] for number in numbers)
-            scale = min(1.0, router.maximum_total_rate / total)
-            for number in numbers:
-                wanted[number] = shift_to(scale * targets[number], shares[number]) if seen[number] else 0.0
-            if router.competing and len(numbers) == len(router.names):
-                common = sum(wanted[number] for number in numbers) / len(numbers)
-                skip = len(targets) + self.skipping.index(layer)
-                together = shift_to(scale * total, shares[skip]) if seen[skip] else 0.0
-                for number in numbers:
-                    # All competitors move, so each makes a part of the relative shift.
-                    wanted[number] = together + (len(numbers) - 1) / len(numbers) * (wanted[number] - common)
-        return wanted
+            router, own = self._steerable[layer], targets[_span(numbers)]
+            if router.maximum_total_rate < len(numbers):
+                own = own * (router.maximum_total_rate / own.sum()).clamp(max=1.0)
+            rates.append(own)
+            if router.competing:
+                totals[layer] = own.sum(0, keepdim=True)
+        shifts = shift_to(torch.cat([*rates, *totals.values()]), shares, self.edges).where(seen, 0)
+        wanted, together = shifts[: len(self.steered)], shifts[len(self.steered) :]
+        if not totals:
+            return wanted
+        parts = []
+        for layer, numbers in self._by_layer.items():
+            own, count = wanted[_span(numbers)], len(numbers)
+            if layer in totals and count == len(self._steerable[layer].names):
+                # All competitors move, so each makes a part of the relative shift.
+                own = together[self.skipping.index(layer)] + (count - 1) / count * (own - own.sum() / count)
+            parts.append(own)
+        return torch.cat(parts)
 
     def extra_repr(self) -> str:
         return f"target={self.spec.target}, over={self.spec.over!r}, routers={len(self.routers)}"
+
+
+def _span(numbers: Sequence[int]) -> slice:
+    """The sub-modules of one layer, which follow one another."""
+    return slice(numbers[0], numbers[-1] + 1)
 
 
 def over_all_ranks(counts: Tensor) -> Tensor:

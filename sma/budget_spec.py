@@ -4,7 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Self
 
+import torch
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from sma.checks import check_known
 from sma.errors import InputError
@@ -76,14 +79,17 @@ class BudgetSpec(Spec):
 
     def scheduled(self, target: float, update: int) -> float:
         """The rate to keep at update `update`, counted from 0."""
-        done = min(1.0, max(0.0, (update - self.hold) / self.anneal)) if self.anneal else float(update >= self.hold)
-        if self.hold == self.anneal == 0:
-            done = 1.0
+        return float(self.schedule(torch.tensor([target], dtype=torch.float64), torch.tensor(update))[0])
+
+    def schedule(self, targets: Float[Tensor, "S"], update: Int[Tensor, ""]) -> Float[Tensor, "S"]:
+        """The rates to keep at an update, counted from 0, on the device of the targets."""
+        done = (((update - self.hold) / self.anneal).clamp(0, 1) if self.anneal else update >= self.hold).double()
         # Geometric, because learning depends on the ratio of the tokens that a router keeps to those that it drops.
-        rate = self.start * (target / self.start) ** done
-        fading = 1.0 if self.until is None else max(0.0, 1 - update / self.until)
-        swing = self.exploration * fading * 0.5 * (1 - math.cos(2 * math.pi * update / self.period))
-        return min(1.0, rate * (1 + swing))
+        rates = self.start * (targets / self.start) ** done
+        if self.exploration:
+            fading = 1.0 if self.until is None else (1 - update / self.until).clamp(min=0)
+            rates = rates * (1 + self.exploration * fading * 0.5 * (1 - (2 * math.pi * update / self.period).cos()))
+        return rates.clamp(max=1.0)
 
 
 class Steered(NamedTuple):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from jaxtyping import Bool
@@ -59,7 +60,7 @@ def _check_value(value: object, what: str) -> None:
 def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
     """Number of slots per row of each sub-module, at most `length`, the positions of the batch; shares round up."""
     values = [_of(capacity, name) for name in names]
-    tokens = [max(1, math.ceil(value * length - _ROUNDING)) if isinstance(value, float) else value for value in values]
+    tokens = [max(1, math.ceil(_share(value) * length)) if isinstance(value, float) else value for value in values]
     return [min(count, length) for count in tokens]
 
 
@@ -73,13 +74,15 @@ def earliest(
     for active_BL, name in zip(active_BLM.unbind(-1), names, strict=True):
         most: int | float | Tensor = _of(capacity, name)
         if isinstance(most, float):
-            most = (lengths_B.double() * most - _ROUNDING).ceil().clamp(min=1)[:, None]
+            # In whole numbers: in floating point 0.1 * 30 is slightly above 3, and must not give 4.
+            share = _share(most)
+            most = ((lengths_B * share.numerator + share.denominator - 1) // share.denominator).clamp(min=1)[:, None]
         kept.append(active_BL & (active_BL.cumsum(1) <= most))
     return torch.stack(kept, -1)
 
 
-# In floating point 0.1 * 30 is slightly above 3, and must not give 4.
-_ROUNDING = 1e-9
+def _share(value: float) -> Fraction:
+    return Fraction(value).limit_denominator(10**6)
 
 
 def _of(capacity: Capacity, name: str) -> int | float:

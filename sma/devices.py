@@ -45,3 +45,20 @@ def devices() -> list[str]:
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = 0 if kind is None else torch.accelerator.device_count()
     return ["'cpu'", *(f"'{kind}:{index}'" for index in range(count)), "'meta' (sizes without values)"]
+
+
+def running_sum(x: torch.Tensor) -> torch.Tensor:
+    """Cumulative sum over the last axis; with `torch.use_deterministic_algorithms` always in the same order, where
+    torch has no such sum of floating-point numbers for accelerators.
+    """
+    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    return _sum_by_doubling(x)
+
+
+def _sum_by_doubling(x: torch.Tensor) -> torch.Tensor:
+    reach = 1
+    while reach < x.shape[-1]:
+        x = x + torch.nn.functional.pad(x[..., :-reach], (reach, 0))
+        reach *= 2
+    return x

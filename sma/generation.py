@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sma.checks import check_count, check_integers, check_number, check_valid
+from sma.devices import running_sum
 from sma.encoders import TokenEmbedding
 from sma.errors import InputError, quote
 from sma.memory import check_memory
@@ -156,7 +157,7 @@ def draw(
     if top_p is not None and top_p < 1:
         ranked, order = probability.sort(dim=-1, descending=True)
         # A token stays while the probabilities before it sum to less than p, so the first one always stays.
-        ranked = ranked.where(ranked.cumsum(-1) - ranked < top_p, 0)
+        ranked = ranked.where(running_sum(ranked) - ranked < top_p, 0)
         probability = torch.zeros_like(probability).scatter(-1, order, ranked)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
 

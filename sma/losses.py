@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sma.checks import check_decisions, check_known, check_rate, check_tensor
 from sma.decision import Decision
+from sma.devices import running_sum
 from sma.errors import InputError
 
 
@@ -37,14 +38,13 @@ def budget_loss(
     gaps = []
     targets = _targets(decisions, target)
     for decision in decisions:
-        chosen = [index for index, name in enumerate(decision.names) if name in targets]
-        if chosen:
-            soft = _mean(decision.p_on, valid)[chosen]
-            real = decision.rate(valid).to(soft.dtype)[chosen]
-            wanted = soft.new_tensor([targets[decision.names[index]] for index in chosen])
-            any_token = decision.active.shape[:2].numel() > 0 if valid is None else valid.any()
-            gaps.append((real + (soft - soft.detach()) - wanted) * any_token)
-    return torch.cat(gaps).square().mean() if gaps else _zero(decisions)
+        soft = _mean(decision.p_on, valid)
+        rates = decision.rate(valid).to(soft.dtype) + (soft - soft.detach())
+        any_token = decision.active.shape[:2].numel() > 0 if valid is None else valid.any()
+        for name, rate in zip(decision.names, rates.unbind(), strict=True):
+            if name in targets:
+                gaps.append((rate - targets[name]) * any_token)
+    return torch.stack(gaps).square().mean() if gaps else _zero(decisions)
 
 
 def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
@@ -150,7 +150,10 @@ def policy_gradient_loss(
 
 def _advantage(losses: Tensor, valid: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
     """Standard deviations by which the loss of each row is below the mean of the rows that have a token there."""
-    ahead = repeat(losses, "B -> B L", L=valid.shape[1]) if losses.ndim == 1 else losses.flip(1).cumsum(1).flip(1)
+    if losses.ndim == 1:
+        ahead = repeat(losses, "B -> B L", L=valid.shape[1])
+    else:
+        ahead = running_sum(losses.flip(1)).flip(1)
     ahead = ahead.double().where(valid, 0)
     count = valid.sum(0).clamp(min=1)
     gap = (ahead.sum(0) / count - ahead).where(valid, 0)

@@ -38,11 +38,25 @@ def shares_above(counts: Int[Tensor, "S N"]) -> Float[Tensor, "S N1"]:
     return torch.nn.functional.pad(above, (0, 1)) / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def shift_to(rate: float, shares: Float[Tensor, "N1"]) -> float:
-    """Log-odds to add to all scores so that this share of them is above 0."""
-    below = int((shares > rate).sum()) - 1  # the last edge with too many tokens above it
-    above = int((shares >= rate).sum())  # the first one with too few
-    if above - below > 1:  # every edge in between fits: take the nearest to the threshold
-        return -EDGES[min(max(ZERO, below + 1), above - 1)]
-    weight = float((shares[below] - rate) / (shares[below] - shares[above]))
-    return -(EDGES[below] + weight * (EDGES[above] - EDGES[below]))
+def shift_to(
+    rate: Float[Tensor, "#S"], shares: Float[Tensor, "S N1"], edges: Float[Tensor, "N1"]
+) -> Float[Tensor, "S"]:
+    """Log-odds to add to all scores so that this share of them is above 0; undefined without tokens.
+
+    Computed on the device of the shares, without a question to the host.
+
+    Args:
+        rate: the shares to reach.
+        shares: result of `shares_above`.
+        edges: `EDGES`, as a tensor.
+    """
+    below = (shares > rate[:, None]).sum(1) - 1  # the last edge with too many tokens above it
+    above = (shares >= rate[:, None]).sum(1)  # the first one with too few
+    # Where every edge in between fits, the nearest to the threshold; otherwise a point between two neighbours.
+    nearest = (below + 1).clamp(min=ZERO).minimum(above - 1)
+    last = edges.shape[0] - 1
+    below_it, above_it = below.clamp(0, last), above.clamp(0, last)
+    more, fewer = (shares.gather(1, index[:, None]).squeeze(1) for index in (below_it, above_it))
+    low, high = edges[below_it], edges[above_it]
+    between = low + (more - rate) / (more - fewer) * (high - low)
+    return -torch.where(above - below > 1, edges[nearest.clamp(0, last)], between)

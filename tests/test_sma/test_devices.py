@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sma
-from sma.devices import usable_device
+from sma.devices import _sum_by_doubling, running_sum, usable_device
 from sma.errors import CheckpointError, InputError
+from tests.no_host import NoHost
 from tests.test_sma.test_checkpoint import INPUTS, _model
 
 
@@ -99,3 +100,22 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(tmp_path, devic
 def test_no_device_is_where_torch_makes_tensors_now():
     with torch.device("meta"):
         assert usable_device(None).type == "meta"
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 65])
+def test_a_running_sum_by_doubling_is_the_running_sum(length):
+    x = torch.randint(-9, 9, (3, length)).double()
+    assert torch.equal(_sum_by_doubling(x), x.cumsum(-1))
+    assert torch.equal(running_sum(x), x.cumsum(-1))
+
+
+def test_a_deterministic_running_sum_calls_no_operator_that_torch_refuses():
+    x = torch.ones(3, 9, device="meta")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with NoHost() as host:
+            assert running_sum(x).shape == x.shape
+        assert host.calls
+    finally:
+        torch.use_deterministic_algorithms(before)
