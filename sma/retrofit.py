@@ -198,7 +198,8 @@ class Retrofitted:
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         made = [(target, _routed_part(target, spec)) for target, spec in targets.values()]
         known = set(model.modules())
-        for target, part in made:
+        for index, (target, part) in enumerate(made):
+            part.routed.router.layer_index = index  # a key of what a router draws
             self.parts[target.path] = part
             for path, module in target.replacements(part).items():
                 self._replaced[path] = model.get_submodule(path)

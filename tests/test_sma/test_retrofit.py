@@ -147,6 +147,15 @@ def test_a_skipped_token_passes_by_the_part():
     torch.testing.assert_close(found, wanted.where(active[..., None], skipped))
 
 
+def test_parts_that_draw_draw_differently():
+    model = made()
+    retrofit(model, {"layers.*.mlp": {"kind": "random", "rate": 0.5}})
+    with collect_decisions(model) as decisions:
+        model(ids(4, 50))
+    first, second = (decision.active for decision in decisions)
+    assert 0.3 < (first == second).double().mean() < 0.7
+
+
 def test_post_norm_blocks_normalise_what_is_skipped():
     model, original = made(TwoModules).eval(), made(TwoModules).eval()
     retrofit(model, {intermediate_and_output: {"kind": "never"}})
