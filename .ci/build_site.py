@@ -1,6 +1,7 @@
 """Build the site from docs/ into build/site, and make sure that it reads without a network."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ LOADED_BY_STYLE = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//[
 
 def main() -> int:
     """Return the exit status: Sphinx's own, or 1 if a page loads something from elsewhere."""
+    shutil.rmtree(SITE, ignore_errors=True)  # pages that were removed would stay
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-E", "-W", "--keep-going"]
     status = subprocess.run([*command, "-d", "build/doctrees", "docs", "build/site"], cwd=ROOT).returncode
     if status:

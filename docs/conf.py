@@ -17,10 +17,10 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",  # the source of every name, inside the site
-    "site_bases",
     "site_docstrings",
     "site_fields",
     "site_formulas",
+    "site_members",
     "site_names",
     "site_pages",
 ]
@@ -63,6 +63,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_math_renderer = "mathml"
+html_sidebars = {page: [] for page in ("index", "first_hour", "concepts", "site/benchmarks", "reliability")}
 html_theme_options = {
     "navbar_align": "left",
     "header_links_before_dropdown": 8,

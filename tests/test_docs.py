@@ -1,8 +1,8 @@
 """Every example of the pages is run, and what it prints is compared with what stands beside it.
 
-In a page, a `yaml` block whose first line is `# name.yaml` is written to that file; a `python` block is run, and a
-`text` block right after it is its output; in a `console` block, lines after `$ command` are its output. Blocks of other
-languages are not run.
+In a page, a `yaml` or `python` block whose first line is a file name, such as `# name.yaml`, is written to that file;
+another `python` block is run, and a `text` block right after it is its output; in a `console` block, lines after
+`$ command` are its output. Blocks of other languages are not run.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ def test_every_example_prints_what_the_page_says(
     printed = ""
     ran = 0
     for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
-        title = re.match(r"# (\S+\.yaml)\n", text)
-        if language == "yaml" and title:
+        title = re.match(r"# (\S+\.(?:yaml|py))\n", text)
+        if language in ("yaml", "python") and title:
             (tmp_path / title[1]).write_text(text, encoding="utf-8")
         elif language == "python":
             output = io.StringIO()

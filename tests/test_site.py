@@ -78,6 +78,11 @@ def test_everything_in_the_reference_is_documented(name: str) -> None:
     assert [missing for key, part in public.items() for missing in undocumented(part, key)] == []
 
 
+def test_figures_are_those_that_the_script_draws() -> None:
+    for name, draw in load(ROOT / "docs" / "draw.py").FIGURES.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw()
+
+
 def test_a_name_without_a_docstring_is_found() -> None:
     class Bare(BaseModel):
         width: int

@@ -1,8 +1,10 @@
 """Docstrings of the project are Markdown in Google's sections: code spans and formulas as reStructuredText."""
 
 import re
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 FORMULA = re.compile(r"(?<![\\\w$])\$(?=\S)([^$]+?)(?<=\S)\$(?![\w$])")
@@ -22,15 +24,15 @@ def markdown_to_rst(text: str) -> str:
     return "".join([*parts, LITERAL.sub(r"\\\g<0>", text[end:])])
 
 
-def _convert(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def _convert(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = markdown_to_rst("\n".join(lines)).split("\n")
 
 
-def _escape_types(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def _escape_types(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = [line.replace("*", "\\*") if line.startswith(":vartype") else line for line in lines]
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     """Convert docstrings before napoleon reads their sections, and escape what napoleon writes."""
     app.connect("autodoc-process-docstring", _convert, priority=400)
     app.connect("autodoc-process-docstring", _escape_types, priority=900)  # a shape such as 'T *D'

@@ -4,8 +4,10 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -47,7 +49,7 @@ def point(text: str, page: str) -> str:
     return outside_code(text, lambda prose: LINK.sub(replace, prose))
 
 
-def _read(app: Sphinx, name: str, source: list[str]) -> None:
+def _read(app: "Sphinx", name: str, source: list[str]) -> None:
     page = f"{name}.md"
     if page in ORIGINS:
         origin = ROOT / ORIGINS[page]
@@ -57,7 +59,7 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = point(source[0], page)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(app: "Sphinx") -> dict[str, bool]:
     """Register the reader."""
     app.connect("source-read", _read)
     return {"parallel_read_safe": True}
