@@ -17,6 +17,7 @@ from sma.routers import (
     BernoulliRouter,
     ExclusiveRouter,
     ExpertChoiceRouter,
+    ExploreRouter,
     GumbelRouter,
     LinearRouter,
     Router,
@@ -252,8 +253,13 @@ def choices(router: Router, control: Tensor, row: int = 0) -> list[list[Choice]]
         return [
             [tossed(router, off, on, row, t, m) for m, (off, on) in enumerate(token)] for t, token in enumerate(pairs)
         ]
-    assert isinstance(router, SMARouter)
+    assert isinstance(router, SMARouter | ExploreRouter)
     temperature = router.log_temperature.exp()[0]
+    if isinstance(router, ExploreRouter):
+        return [
+            [tried(router, off / temperature, on / temperature, (row, t, m)) for m, (off, on) in enumerate(token)]
+            for t, token in enumerate(pairs)
+        ]
     return [[switched(off / temperature, on / temperature) for off, on in token] for token in pairs]
 
 
@@ -266,6 +272,17 @@ def switched(off: Tensor, on: Tensor) -> Choice:
     """SMA: the softmax of two scores."""
     p_on = 1 / (1 + torch.exp(off - on))
     return Choice(bool(on > off), p_on if on > off else 1 - p_on, p_on)
+
+
+def tried(router: ExploreRouter, off: Tensor, on: Tensor, place: tuple[int, int, int]) -> Choice:
+    """SMA with trials: in training a draw below the share of trials reverses the decision."""
+    p_on = 1 / (1 + torch.exp(off - on))
+    if not router.training:
+        return Choice(bool(on > off), p_on, p_on)
+    share = router.spec.tries
+    chance = 1 - share if on > off else share
+    reversed_ = uniform(router.spec.seed, int(router.updates), *place) < share
+    return Choice(bool(on > off) != reversed_, p_on, torch.tensor(chance, dtype=torch.float64))
 
 
 def above(score: Tensor, threshold: float) -> Choice:

@@ -19,7 +19,14 @@ from sma.routers.fixed import (
     RandomRouterSpec,
 )
 from sma.routers.independent import SMARouter, SMARouterSpec, ThresholdRouter, ThresholdRouterSpec
-from sma.routers.sampled import BernoulliRouter, BernoulliRouterSpec, GumbelRouter, GumbelRouterSpec
+from sma.routers.sampled import (
+    BernoulliRouter,
+    BernoulliRouterSpec,
+    ExploreRouter,
+    ExploreRouterSpec,
+    GumbelRouter,
+    GumbelRouterSpec,
+)
 from sma.routers.scored import LinearRouter, ScoredRouter
 from sma.routers.steerable import SteerableRouter
 
@@ -32,6 +39,8 @@ __all__ = [
     "ExclusiveRouterSpec",
     "ExpertChoiceRouter",
     "ExpertChoiceRouterSpec",
+    "ExploreRouter",
+    "ExploreRouterSpec",
     "GumbelRouter",
     "GumbelRouterSpec",
     "LinearRouter",

@@ -10,7 +10,7 @@ from torch import Tensor
 from sma.decision import Decision
 from sma.routers.contract import keep_valid
 from sma.routers.draws import DrawingRouter, draw_for_tokens
-from sma.routers.scored import LinearSpec, ScoredRouter, probability_on
+from sma.routers.scored import LinearSpec, ScoredRouter, TemperedRouter, TemperedSpec, probability_on
 from sma.spec import register
 from sma.submodule import State
 
@@ -165,3 +165,56 @@ class BernoulliRouter(SampledRouter):
         p_on = probability_on(scores)
         confidence = 1 + 0 * p_on  # gradients of zeros, never None, for every loss
         return Decision(keep_valid(noisy[..., 1] > noisy[..., 0], valid), confidence, scores, p_on, self.names)
+
+
+@register
+class ExploreRouterSpec(SampledSpec, TemperedSpec):
+    """Spec of `ExploreRouter`."""
+
+    kind: Literal["explore"] = "explore"
+    tries: float = Field(
+        default=0.02, gt=0.0, lt=0.5, description="probability that a decision is reversed in training, as a trial"
+    )
+
+    def build(self, width: int, names: Sequence[str]) -> "ExploreRouter":
+        return ExploreRouter(self, width, names)
+
+
+class ExploreRouter(SampledRouter, TemperedRouter):
+    r"""The decisions of `sma`, some of which are reversed in training: $p = \mathrm{softmax}(u / \tau)$, active iff
+    $p_1 > p_0$, in training with probability `tries` iff not. Confidence $c = p_1$.
+
+    Two gradients reach it. That of the confidence also comes from the tokens that were tried, so a token that is off
+    learns what its own result would be worth, and a router without active tokens still learns. With
+    `sma.losses.policy_gradient_loss`, rows that lost less than the others make what was reversed in them more likely:
+    that includes what a token is worth to *other* tokens, of which `bernoulli` learns by drawing every decision.
+
+    Causal. Training and evaluation differ in the trials only, which change few tokens of a row; `p_on` is the
+    probability of being active, `tries` or 1 - `tries` in training.
+
+    Args:
+        spec: the initial temperature, the probability and the seed of the trials.
+        width: channels of the control state, D.
+        names: the sub-modules, M of them.
+
+    Shape:
+        control `(B, L, D)`; rows 2m and 2m + 1 of `weight` `(2M, D)` are off and on of sub-module m.
+
+    Reference:
+        the trials are those of an epsilon-greedy policy; Sutton and Barto, "Reinforcement Learning", 2018, section 2.2.
+    """
+
+    def _decide(
+        self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
+    ) -> Decision:
+        scores = scores.unflatten(-1, (len(self.names), 2))
+        p = probability_on(scores, self.log_temperature.to(scores.dtype).exp())
+        active, p_on = scores[..., 1] > scores[..., 0], p
+        if self.training:
+            spec: Any = self.spec
+            tried = draw_for_tokens(p, positions, streams, self.draws, self.updates) < spec.tries
+            # The value is the probability of the draw, the gradient that of p, for losses of the rate.
+            p_on = torch.where(active, 1 - spec.tries, spec.tries) + (1 - 2 * spec.tries) * (p - p.detach())
+            active = (active ^ tried) & p.isfinite()
+        confidence = p.clamp(min=torch.finfo(p.dtype).tiny)
+        return Decision(keep_valid(active, valid), confidence, scores, p_on, self.names)

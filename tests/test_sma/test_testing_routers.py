@@ -17,6 +17,7 @@ EXEMPT = {
     "top_k": ["ties_are_inactive"],
     "gumbel": ["training_decides_as_evaluation", "active_is_where_on_beats_off", "gradients_are_right"],
     "bernoulli": ["training_decides_as_evaluation", "active_is_where_on_beats_off"],
+    "explore": ["training_decides_as_evaluation", "active_is_where_on_beats_off"],
 }
 
 

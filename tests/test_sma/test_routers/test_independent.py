@@ -29,7 +29,7 @@ SUBSETS = [frozenset(m for m, on in enumerate(switches) if on) for switches in p
 
 
 def _is_independent(spec: RouterSpec) -> bool:
-    return spec.kind in ("sma", "threshold", "gumbel", "bernoulli")
+    return spec.kind in ("sma", "threshold", "gumbel", "bernoulli", "explore")
 
 
 @routers(_is_independent)
