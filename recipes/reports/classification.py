@@ -1,9 +1,11 @@
 """The report of a classifier: text and figures."""
 
 import csv
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +41,7 @@ class ClassificationReport(NamedTuple):
         modality: kind of the inputs.
         class_names: names of the classes; empty if they have only numbers.
         confusion: confusion matrix of the whole split; None if it was not counted.
+        roles: role of a position by the first character of its text; empty if positions have no roles.
     """
 
     majority: float
@@ -49,6 +52,30 @@ class ClassificationReport(NamedTuple):
     modality: Modality = Modality()
     class_names: tuple[str, ...] = ()
     confusion: Confusion | None = None
+    roles: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def rates_by_role(self) -> dict[str, list[float]]:
+        """The activation rate per layer of the positions of every role, in the order of the roles."""
+        found = defaultdict(list)
+        for text, counted in self.by_text.items():
+            if role := self.roles.get(text[:1]):
+                found[role].append(counted)
+        return {
+            role: [statistics.fmean(layer, numbers) for layer in zip(*rates, strict=True)]
+            for role in self.roles.values()
+            if role in found
+            for rates, numbers in [zip(*found[role], strict=True)]
+        }
+
+    def describe_roles(self) -> str:
+        """The activation rates of every role, layer by layer, in aligned lines."""
+        rows = self.rates_by_role
+        width = max(map(len, rows), default=0)
+        return "\n".join(
+            f"  {role:<{width}}  " + "  ".join(f"layer {layer}: {rate:6.1%}" for layer, rate in enumerate(rates))
+            for role, rates in rows.items()
+        )
 
     def describe(self, summary: Mapping[str, Any], out: Path) -> str:
         """The results of a run as text: accuracy, activation rates, files, and suggestions."""
@@ -69,7 +96,9 @@ class ClassificationReport(NamedTuple):
                 f"{summary['parameters']:,} parameters, seed {summary['seed']}"
             ),
         ]
-        if self.by_text and any(rates):
+        if self.roles and any(rates):
+            lines += ["by role", self.describe_roles()]
+        elif self.by_text and any(rates):
             busiest = max(range(len(rates)), key=lambda layer: (0.02 <= rates[layer] <= 0.98, -abs(rates[layer] - 0.5)))
             common = sorted(self.by_text, key=lambda text: -self.by_text[text][1])[:16]
             ranked = sorted(common, key=lambda text: -self.by_text[text][0][busiest])
@@ -153,7 +182,9 @@ def measure_activation(
     majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
     by_text = _by_text(indices, torch.tensor(text_ids), torch.cat(activity, 1)) if text_ids else {}
     chosen = _right_and_wrong([examples[number] for number in wanted if number in examples], shown)
-    return ClassificationReport(majority, len(drawn), by_text, chosen, modules, modality, data.class_names)
+    return ClassificationReport(
+        majority, len(drawn), by_text, chosen, modules, modality, data.class_names, roles=data.roles
+    )
 
 
 def _by_text(indices: dict[str, int], text_ids: Tensor, active: Tensor) -> dict[str, tuple[list[float], int]]:

@@ -1,7 +1,5 @@
-"""The activation rates of models of associative recall by the role of the token, and their figure."""
+"""The figure of models of associative recall."""
 
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,36 +7,14 @@ from sma.recipes.reports.classification import ClassificationReport, rates_over_
 from sma.recipes.reports.figures import drawing, save_figure
 from sma.recipes.reports.results import Row, Summary, groups
 from sma.recipes.reports.variants import highest_rate
+from sma.recipes.tasks.recall import ROLES
 
 FIGURE = "recall.png"
-ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
 
 
 def first_seed(rows: Sequence[Row]) -> list[Row]:
     """Return the first row of every variant."""
     return [group[0] for group in groups(rows)]
-
-
-def rates_by_role(report: ClassificationReport) -> dict[str, list[float]]:
-    """The activation rate per layer of keys, values, queries and distractors."""
-    found = defaultdict(list)
-    for text, counted in report.by_text.items():
-        found[ROLES[text[0]]].append(counted)
-    return {
-        role: [statistics.fmean(layer, numbers) for layer in zip(*rates, strict=True)]
-        for role in ROLES.values()
-        if role in found
-        for rates, numbers in [zip(*found[role], strict=True)]
-    }
-
-
-def describe_roles(report: ClassificationReport) -> str:
-    """Return the activation rates of every role, layer by layer, in aligned lines."""
-    rows = rates_by_role(report)
-    return "\n".join(
-        f"  {role:<11}" + "  ".join(f"layer {layer}: {rate:6.1%}" for layer, rate in enumerate(rows[role]))
-        for role in rows
-    )
 
 
 def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out: Path, title: str) -> Path:

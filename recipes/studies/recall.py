@@ -16,7 +16,7 @@ from sma.recipes.experiment import ExperimentSpec, RoutingLosses
 from sma.recipes.io.option_parser import Names
 from sma.recipes.reports.classification import measure_activation
 from sma.recipes.reports.figures import attempt
-from sma.recipes.reports.recall import FIGURE, describe_roles, draw_recall, first_seed
+from sma.recipes.reports.recall import FIGURE, draw_recall, first_seed
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.variants import FIGURE as COMPARISON
 from sma.recipes.studies.contract import Begun, Chosen, variants_field
@@ -78,7 +78,7 @@ class Recall(VariantsStudy[RecallOptions]):
         models = {row["variant"]: load(begun.out / row["name"] / "model") for row in rows}
         reports = {name: measure_activation(model, data.test, data) for name, model in models.items()}
         for name, report in reports.items():
-            print(f"{name}: which tokens run attention\n{describe_roles(report)}")
+            print(f"{name}: which tokens run attention\n{report.describe_roles()}")
         if "seqboat" in models:
             found["calibrated"] = rate_sweep(models["seqboat"], data)
             print("seqboat at other rates, without training")

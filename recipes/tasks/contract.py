@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class TaskData(NamedTuple):
         class_names: names of the classes, in their order; empty if they have only numbers.
         image_shape: height and width of images whose pixels, row after row, are the positions; None for other inputs.
         sample_rate: sample rate of sounds whose samples are the positions, in Hz; None for other inputs.
+        roles: role of a position by the first character of its text; empty if positions have no roles.
     """
 
     train: Samples
@@ -52,6 +54,7 @@ class TaskData(NamedTuple):
     class_names: tuple[str, ...] = ()
     image_shape: tuple[int, int] | None = None
     sample_rate: int | None = None
+    roles: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def of(

@@ -29,6 +29,9 @@ from sma.recipes.tasks.recall import QueriesTask, collate
 from sma.routers import keyed_uniform
 from sma.spec import Spec, register
 
+ROLES = {"k": "key", "v": "value", "?": "query", "~": "filler like keys", "·": "filler"}
+"""Role of a token by the first character of its text."""
+
 _BLOCK = 2**20
 """Maximum number of positions that are drawn at once for a hash, if a row has no more."""
 
@@ -195,19 +198,24 @@ def make_mqar(settings: MQARSettings) -> TaskData:
     needed = 8 * (12 * max(settings.length, _BLOCK) + max(sizes.values()))
     check_memory(needed, "the task mqar", error=DataError, hint="lower train, validation, test or length of task.data")
     splits = [MQARDataset(settings, number, size) for number, size in enumerate(sizes.values())]
-    return TaskData.of(splits, partial(show, settings), collate=collate)
+    return TaskData.of(splits, partial(show, settings), collate=collate, roles=ROLES)
 
 
 def show(settings: MQARSettings, ids: Int64[Tensor, "L"]) -> list[str]:
-    """Every token of a sample as text: `k5` a key, `v3` its value, `?5` the key as a query, `·` filler.
+    """Every token of a sample as text: `k5` a key, `v3` its value, `?5` the key as a query, `~` filler from the tokens
+    that are keys, `·` other filler.
 
-    Of random filler a key of the sample at an even distance is shown as a query too: only the targets tell them apart.
+    Random filler that is a key of the sample, at an even distance, is shown as a query too: only the targets tell them
+    apart.
     """
     texts = []
     keys: set[int] = set()
     for position, token in enumerate(ids.tolist()):
         if position >= 2 * settings.pairs:
-            texts.append(f"?{token}" if token in keys and position % 2 == 0 else "·")
+            if token in keys and position % 2 == 0:
+                texts.append(f"?{token}")
+            else:
+                texts.append("~" if 0 < token < settings.vocabulary // 2 else "·")
         elif position % 2:
             texts.append(f"v{token - settings.vocabulary // 2}")
         else:

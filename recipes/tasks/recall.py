@@ -28,6 +28,9 @@ from sma.recipes.tasks.batch import UNSCORED, Batch
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.spec import Spec, register
 
+ROLES = {"k": "key", "v": "value", "?": "query", "·": "distractor"}
+"""Role of a token by the first character of its text."""
+
 
 class RecallSettings(Spec):
     """Settings of the samples. The first token ids are the values, the next the keys, the last the distractors."""
@@ -114,7 +117,7 @@ def make_recall(settings: RecallSettings) -> TaskData:
         _draw(settings, size, torch.Generator().manual_seed(settings.seed * 1_000_003 + number))
         for number, size in enumerate(sizes)
     ]
-    return TaskData.of(splits, partial(show, settings), collate=collate)
+    return TaskData.of(splits, partial(show, settings), collate=collate, roles=ROLES)
 
 
 def _draw(settings: RecallSettings, size: int, generator: torch.Generator) -> RecallDataset:

@@ -157,7 +157,8 @@ class Classification(Objective[ClassificationTask, TaskData]):
     def results(self, report: ClassificationReport, measures: Mapping[str, float]) -> dict[str, Any]:
         per_class = {} if report.confusion is None else report.confusion.per_class
         data = super().results(report, measures)
-        return {"chance": self.task.chance, "majority": report.majority, "per_class": per_class, **data}
+        roles = {"rates_by_role": report.rates_by_role} if report.roles else {}
+        return {"chance": self.task.chance, "majority": report.majority, "per_class": per_class, **roles, **data}
 
     def breakdown(self, module: TrainingModule) -> Confusion | None:
         confusion = cast(Classifier, module).confusion

@@ -13,7 +13,6 @@ from sma.model import build
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.recall import main
 from sma.recipes.reports.classification import ClassificationReport, measure_activation
-from sma.recipes.reports.recall import rates_by_role
 from sma.recipes.studies.recall import RATES, VARIANTS, Recall, rate_sweep
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, Batch, select_scored
@@ -198,7 +197,7 @@ def test_rates_by_role_are_those_of_a_loop_over_tokens():
             active = model(ids[None]).decisions[0].active[0, :, 0].tolist()
         for text, mine in zip(data.show(ids), active, strict=True):
             ran[roles[text[0]]].append(mine)
-    for role, rates in rates_by_role(report).items():
+    for role, rates in report.rates_by_role.items():
         assert rates == pytest.approx([sum(ran[role]) / len(ran[role])])
 
 
@@ -279,4 +278,4 @@ def test_a_batch_is_not_padded():
 
 
 def test_report_without_routed_layers_has_no_roles():
-    assert rates_by_role(ClassificationReport(0.1, 3, {}, [])) == {}
+    assert ClassificationReport(0.1, 3, {}, [], roles={"k": "key"}).rates_by_role == {}

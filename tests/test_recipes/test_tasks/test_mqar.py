@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sma.errors import DataError, SpecError
 from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks.batch import UNSCORED
-from sma.recipes.tasks.mqar import MQARDataset, MQARSettings, MQARTask, draw, make_mqar, show
+from sma.recipes.tasks.mqar import ROLES, MQARDataset, MQARSettings, MQARTask, draw, make_mqar, show
 from sma.recipes.training.run import run_experiment
 from tests.streams import exactly
 
@@ -254,7 +254,11 @@ def test_texts_name_the_role_of_every_token(chosen):
         assert all(roles[place] == "?" for place in asked)
         if chosen.filler == "zero":
             assert roles.count("?") == chosen.pairs
-        assert all(text[1:] == str(int(token)) for text, token in zip(texts, ids, strict=True) if text[0] in "k?")
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            assert text[0] in ROLES
+            assert text[0] not in "k?" or text[1:] == str(token)
+            assert text != "~" or 0 < token < chosen.vocabulary // 2
+            assert text != "·" or token == 0 or token >= chosen.vocabulary // 2
 
 
 def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
