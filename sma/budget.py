@@ -80,18 +80,20 @@ class BudgetController(nn.Module):
         `length` tokens.
 
         Raises:
-            InputError: as for the class; or the budget is a total, and the model has no spec with the costs of its
-                sub-modules.
+            InputError: as for the class; or the budget is a total, and the model has neither a spec with the costs of
+                its sub-modules nor an attribute `costs`.
         """
         costs = None
         if spec.over == "total":
-            model_spec = getattr(unwrapped(model)[1], "spec", None)
-            if not isinstance(model_spec, ModelSpec):
+            inner = unwrapped(model)[1]
+            model_spec, costs = getattr(inner, "spec", None), getattr(inner, "costs", None)
+            if isinstance(model_spec, ModelSpec):
+                costs = module_costs(model_spec, length)
+            elif costs is None:
                 raise InputError(
                     f"{type(model).__name__} has no spec with the costs of its sub-modules, by which a total budget "
                     "is weighted; give the costs: BudgetController(spec, routers_of(model), costs)"
                 )
-            costs = module_costs(model_spec, length)
         return cls(spec, routers_of(model), costs)
 
     @torch.no_grad()

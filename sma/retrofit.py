@@ -1,29 +1,25 @@
 """Routed parts in a model that is not ours: token-wise modules, such as feed-forward blocks, routed in place."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from sma.activation import SparseModularActivation
 from sma.batches import batches_of, takes
 from sma.budget import BudgetController
 from sma.budget_spec import BudgetSpec
 from sma.calibration import calibrate
-from sma.checks import check_instance, check_valid, what_came
+from sma.checks import check_instance, what_came
 from sma.decision import Decision
 from sma.describe import align
 from sma.errors import InputError, did_you_mean, quote
+from sma.routed_part import RoutedPart as RoutedPart
+from sma.routed_part import collect_decisions as collect_decisions
 from sma.routers import RouterSpec
 from sma.spec import load_spec
 from sma.stats import RateCount
-from sma.submodule import floating_dtype
-from sma.wrap import TokenWise
 
 
 @dataclass(frozen=True)
@@ -43,37 +39,6 @@ class Target:
 
 Adapter = Callable[[nn.Module], Iterable[Target]]
 """Finds the parts of a model that are no single module."""
-
-
-class RoutedPart(nn.Module):
-    """A token-wise module of another model, run on the tokens that a router chooses; the others get zeros.
-
-    Args:
-        path: path of the module in the model; its last word is the name of the sub-module.
-        module: the module.
-        router: spec of the router.
-
-    Shape:
-        hidden states `(B, L, D)` or `(L, D)` in and out.
-    """
-
-    def __init__(self, path: str, module: nn.Module, router: RouterSpec) -> None:
-        super().__init__()
-        self.path = path
-        self.routed = SparseModularActivation(router, {_name_of(path): TokenWise(module)})
-        parameter = next(module.parameters(), None)
-        self.routed.router.to(device=None if parameter is None else parameter.device, dtype=floating_dtype(module))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Route the tokens, and give the decision to the collectors that are open."""
-        x_BLD = hidden if hidden.ndim == 3 else hidden[None]
-        valid = _valid_for(self, x_BLD)
-        output = self.routed(x_BLD, valid=valid)
-        _record(self, output.decision)
-        return output.values.view_as(hidden)
-
-    def extra_repr(self) -> str:
-        return f"path={self.path!r}"
 
 
 class _PassOn(nn.Module):
@@ -128,61 +93,6 @@ def intermediate_and_output(model: nn.Module) -> list[Target]:
     ]
 
 
-class _Collector(NamedTuple):
-    parts: frozenset[int]
-    valid: Tensor | None
-    decisions: list[Decision]
-
-
-_collectors: ContextVar[tuple[_Collector, ...]] = ContextVar("collectors", default=())
-
-
-@contextmanager
-def collect_decisions(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Decision]]:
-    """Collect the decisions of the routed parts of a model, in the order of their calls.
-
-    Nothing is stored on modules. Contexts nest, each with decisions of its own; a forward pass that activation
-    checkpointing repeats in backward is collected once, and two forward passes twice.
-
-    Args:
-        model: a model that `retrofit` has changed.
-        valid: mask `(B, L)`, False at padding, which the routed parts do not get from the model: padding is never
-            active. None: no token is padding.
-
-    Raises:
-        InputError: the model has no routed part; or, in the forward pass, the mask does not fit the tokens.
-    """
-    parts = frozenset(id(part) for part in model.modules() if isinstance(part, RoutedPart))
-    if not parts:
-        raise InputError(f"{type(model).__name__} has no routed part; call sma.retrofit first")
-    decisions: list[Decision] = []
-    token = _collectors.set((*_collectors.get(), _Collector(parts, valid, decisions)))
-    try:
-        yield decisions
-    finally:
-        _collectors.reset(token)
-
-
-def _valid_for(part: RoutedPart, x_BLD: Tensor) -> Tensor | None:
-    """The mask of the innermost collector that has one."""
-    masks = [each.valid for each in _collectors.get() if id(part) in each.parts and each.valid is not None]
-    if not masks:
-        return None
-    try:
-        check_valid(x_BLD, masks[-1])
-    except InputError as error:
-        raise InputError(f"{part.path} has tokens of shape {tuple(x_BLD.shape)}, but {error}") from None
-    return masks[-1]
-
-
-def _record(part: RoutedPart, decision: Decision) -> None:
-    if torch._C._current_graph_task_id() != -1:  # in backward, where activation checkpointing repeats the pass
-        return
-    for collector in _collectors.get():
-        if id(part) in collector.parts:
-            collector.decisions.append(decision)
-
-
 class Retrofitted:
     """A model of somebody else with routed parts: what was routed, and how to steer and undo it.
 
@@ -193,20 +103,18 @@ class Retrofitted:
 
     def __init__(self, model: nn.Module, targets: Mapping[str, tuple[Target, RouterSpec]]) -> None:
         self.model = model
-        self.parts: dict[str, RoutedPart] = {}
-        self._replaced: dict[str, nn.Module] = {}
-        self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        made = [(target, _routed_part(target, spec)) for target, spec in targets.values()]
-        known = set(model.modules())
-        for index, (target, part) in enumerate(made):
+        self.parts = {path: _routed_part(target, spec) for path, (target, spec) in targets.items()}
+        for index, part in enumerate(self.parts.values()):
             part.routed.router.layer_index = index  # a key of what a router draws
-            self.parts[target.path] = part
-            for path, module in target.replacements(part).items():
-                self._replaced[path] = model.get_submodule(path)
-                for new in module.modules():
-                    if new not in known:
-                        new.training = self._replaced[path].training
-                _set(model, path, module)
+        new = {path: dict(target.replacements(self.parts[path])) for path, (target, _) in targets.items()}
+        self._replaced = _check_replacements(model, new)
+        self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        known = set(model.modules())
+        for path, module in (item for modules in new.values() for item in modules.items()):
+            for each in module.modules():
+                if each not in known:
+                    each.training = self._replaced[path].training
+            _set(model, path, module)
 
     def preview(self) -> str:
         """A table of the routed parts: parameters of the part and of its router, MACs per token, and the MACs that a
@@ -226,6 +134,15 @@ class Retrofitted:
         """MACs per token of a token-wise part: the sizes of its matrices."""
         return sum(parameter.numel() for parameter in part.routed.submodules.parameters() if parameter.ndim == 2)
 
+    @property
+    def costs(self) -> list[list[float]]:
+        """MACs per token of every part, in the form that `BudgetController` takes."""
+        return [[float(self._macs(part))] for part in self.parts.values()]
+
+    def _check_routed(self) -> None:
+        if not self.parts:
+            raise InputError(f"the retrofit of {type(self.model).__name__} was undone; call sma.retrofit again")
+
     def budget(self, spec: BudgetSpec | float | Mapping[str, Any]) -> BudgetController:
         """The controller that holds the rates of the parts at a target: call its `update(decisions, valid)` after every
         update, with what `collect_decisions` collected.
@@ -234,12 +151,12 @@ class Retrofitted:
             spec: the budget, its fields, or its target.
 
         Raises:
-            InputError: a router cannot be steered to the target.
+            InputError: a router cannot be steered to the target, or the model is no longer routed.
         """
+        self._check_routed()
         fields = spec if isinstance(spec, Mapping) else {"target": spec}
         made = spec if isinstance(spec, BudgetSpec) else BudgetSpec(**fields)
-        parts = list(self.parts.values())
-        return BudgetController(made, [part.routed.router for part in parts], [[float(self._macs(p))] for p in parts])
+        return BudgetController(made, [part.routed.router for part in self.parts.values()], self.costs)
 
     def calibrate(self, data: Sequence[Any], rate: Any, **options: Any) -> RateCount:
         """Set the activation rates without training, as `sma.calibrate`.
@@ -251,8 +168,9 @@ class Retrofitted:
             options: further arguments of `sma.calibrate`.
 
         Raises:
-            InputError: as `sma.calibrate`.
+            InputError: as `sma.calibrate`, or the model is no longer routed.
         """
+        self._check_routed()
         batches_of(data, "calibrate")
         return calibrate(_WithDecisions(self), data, rate, **options)
 
@@ -281,6 +199,7 @@ class _WithDecisions(nn.Module):
     def __init__(self, retrofitted: Retrofitted) -> None:
         super().__init__()
         self.model = retrofitted.model
+        self.costs = retrofitted.costs
 
     def forward(self, inputs: Tensor, valid: Tensor | None = None) -> _Output:
         with collect_decisions(self.model, valid) as decisions:
@@ -327,16 +246,10 @@ def retrofit(
     found: dict[str, tuple[Target, RouterSpec]] = {}
     for key, router in targets.items():
         spec = load_spec({"kind": router} if isinstance(router, str) else router, "router")
-        matching = _matching(model, key) if isinstance(key, str) else list(key(model))
-        if not matching:
-            raise InputError(f"the adapter {getattr(key, '__name__', key)} finds no part in {type(model).__name__}")
-        for target in matching:
+        for target in _matching(model, key) if isinstance(key, str) else _adapted(model, key):
             if target.path in found:
                 raise InputError(f"two targets match {quote(target.path)}; route each part once")
             found[target.path] = (target, spec)
-    inside = [(a, b) for a in found for b in found if b.startswith(f"{a}.")]
-    if inside:
-        raise InputError(f"the target {quote(inside[0][1])} lies inside of {quote(inside[0][0])}; route one of them")
     made = Retrofitted(model, found)
     if train == "routers":
         model.requires_grad_(False)
@@ -362,10 +275,6 @@ def _matching(model: nn.Module, pattern: str) -> list[Target]:
     }
     if not matching:
         raise InputError(f"no module of {type(model).__name__} matches {quote(pattern)}{_nearest(pattern, paths)}")
-    for path, module in matching.items():
-        others = [other for other, each in paths.items() if each is module and other != path]
-        if others:
-            raise InputError(f"{quote(path)} is also {quote(others[0])}; a part that is shared cannot be routed")
 
     def replacing(path: str) -> Callable[[nn.Module], Mapping[str, nn.Module]]:
         return lambda routed: {path: routed}
@@ -373,14 +282,53 @@ def _matching(model: nn.Module, pattern: str) -> list[Target]:
     return [Target(path, module, replacing(path)) for path, module in matching.items()]
 
 
+def _adapted(model: nn.Module, adapter: Adapter) -> list[Target]:
+    """The targets that an adapter finds."""
+    if not callable(adapter):
+        raise InputError(
+            f"a target is {what_came(adapter)}; required is a pattern of paths, such as 'layers.*.mlp', or an adapter"
+        )
+    name, found = getattr(adapter, "__name__", type(adapter).__name__), adapter(model)
+    targets = list(found) if isinstance(found, Iterable) else [found]
+    for target in targets:
+        check_instance(target, Target, f"the adapter {name} returned", "see sma.retrofit.Target")
+    if not targets:
+        raise InputError(f"the adapter {name} finds no part in {type(model).__name__}")
+    return targets
+
+
+def _check_replacements(model: nn.Module, new: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Check which modules are to be replaced, and return them by their paths.
+
+    Args:
+        model: the model.
+        new: the new modules by their paths, by target.
+
+    Raises:
+        InputError: the model lacks one, it is shared, or two targets replace it or a module inside of it.
+    """
+    paths = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[str, str] = {}
+    for target, modules in new.items():
+        for path in modules:
+            if path not in paths or not path:
+                raise InputError(f"the target {quote(target)} replaces {quote(path)}, which the model does not have")
+            if path in owners:
+                raise InputError(f"the targets {quote(owners[path])} and {quote(target)} both replace {quote(path)}")
+            owners[path] = target
+            shared = [other for other, each in paths.items() if each is paths[path] and other != path]
+            if shared:
+                raise InputError(f"{quote(path)} is also {quote(shared[0])}; a part that is shared cannot be routed")
+    inside = [(a, b) for a in owners for b in owners if b.startswith(f"{a}.")]
+    if inside:
+        raise InputError(f"the target {quote(inside[0][1])} lies inside of {quote(inside[0][0])}; route one of them")
+    return {path: paths[path] for path in owners}
+
+
 def _nearest(pattern: str, paths: Iterable[str]) -> str:
     """The hint of the pattern that was meant: paths in which numbers are stars."""
     patterns = sorted({".".join("*" if word.isdigit() else word for word in path.split(".")) for path in paths if path})
     return did_you_mean(pattern, patterns, "patterns")
-
-
-def _name_of(path: str) -> str:
-    return path.rpartition(".")[2] or "part"
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -1,96 +1,15 @@
 """Routed parts in models that are not ours: what is skipped, what stays, and the way back."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sma.errors import InputError
+from sma.errors import InputError, SmaError
 from sma.retrofit import RoutedPart, Target, collect_decisions, intermediate_and_output, retrofit
 from tests.cases import generator
-
-WIDTH = 8
-OPEN = {"kind": "sma", "gate": "straight_through", "initial_bias": 60.0}
-HALF = {"kind": "sma", "gate": "straight_through"}
-
-
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.attention = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        normal = self.norm(x)
-        x = x + self.attention(normal, normal, normal, key_padding_mask=None if mask is None else ~mask)[0]
-        return x + self.mlp(x)
-
-
-class Intermediate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(WIDTH, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(self.dense(x))
-
-
-class Output(nn.Module):
-    def __init__(self, norm: bool) -> None:
-        super().__init__()
-        self.dense, self.dropout = nn.Linear(16, WIDTH), nn.Dropout(0.5)
-        if norm:
-            self.LayerNorm = nn.LayerNorm(WIDTH)
-
-    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        hidden = self.dropout(self.dense(hidden)) + residual
-        return self.LayerNorm(hidden) if hasattr(self, "LayerNorm") else hidden
-
-
-class TwoModules(nn.Module):
-    """A feed-forward block in two modules, as in BERT, and without its norm as in older ViT."""
-
-    def __init__(self, norm: bool = True) -> None:
-        super().__init__()
-        self.intermediate, self.output = Intermediate(), Output(norm)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.output(self.intermediate(x), x)
-
-
-class Model(nn.Module):
-    """Somebody's model; takes its mask as transformers does."""
-
-    def __init__(self, *blocks: nn.Module) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, WIDTH)
-        self.layers = nn.ModuleList(blocks)
-        self.head = nn.Linear(WIDTH, 11)
-        self.recompute = False
-
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = (
-                checkpoint(layer, x, attention_mask, use_reentrant=False)
-                if self.recompute
-                else layer(x, attention_mask)
-            )
-        return self.head(x)
-
-
-def made(*blocks: type[nn.Module], dtype: torch.dtype = torch.float64) -> Model:
-    torch.manual_seed(0)
-    return Model(*(block() for block in blocks or (Block, Block))).to(dtype)
-
-
-def ids(rows: int = 3, length: int = 9) -> Tensor:
-    return torch.randint(11, (rows, length), generator=generator(1))
+from tests.test_sma.foreign_models import HALF, OPEN, Block, TwoModules, ids, made
 
 
 def losses_and_gradients(model: nn.Module, *inputs: Any) -> list[Tensor]:
@@ -163,6 +82,16 @@ def test_post_norm_blocks_normalise_what_is_skipped():
     torch.testing.assert_close(model(ids()), original.head(original.layers[0].output.LayerNorm(x)))
 
 
+@pytest.mark.usefixtures("as_users_run")
+def test_a_handle_that_was_undone_steers_nothing():
+    handle = retrofit(made(), {"layers.*.mlp": HALF})
+    handle.undo()
+    handle.undo()
+    for call in (lambda: handle.budget(0.3), lambda: handle.calibrate([ids()], 0.3)):
+        with pytest.raises(InputError, match="the retrofit of Model was undone"):
+            call()
+
+
 def test_undo_puts_everything_back():
     model, original = made(), made()
     before = [(name, id(part)) for name, part in model.named_modules()]
@@ -194,52 +123,6 @@ def test_preview_counts_what_is_routed():
     assert lines[1].split() == ["layers.0.mlp", "296", "19", "256"]
 
 
-def test_collected_padding_is_never_active():
-    model = made()
-    retrofit(model, {"layers.*.mlp": OPEN})
-    valid = torch.rand(3, 9, generator=generator(2)) < 0.6
-    with collect_decisions(model, valid) as decisions:
-        model(ids(), valid | (torch.arange(9) == 0))
-    assert len(decisions) == 2
-    for decision in decisions:
-        assert torch.equal(decision.active[..., 0], valid)
-
-
-def test_contexts_nest_and_two_passes_are_collected_twice():
-    model = made()
-    retrofit(model, {"layers.*.mlp": HALF})
-    with collect_decisions(model) as outer:
-        model(ids())
-        with collect_decisions(model) as inner:
-            model(ids())
-        model(ids())
-    model(ids())
-    assert (len(outer), len(inner)) == (6, 2)
-    assert all(a is b for a, b in zip(outer[2:4], inner, strict=True))
-
-
-def test_a_pass_that_is_repeated_in_backward_is_collected_once():
-    model = made().train()
-    retrofit(model, {"layers.*.mlp": HALF})
-    other = copy.deepcopy(model)
-    model.recompute = True
-    for each in (model, other):
-        with collect_decisions(each) as decisions:
-            each(ids()).square().sum().backward()
-        assert len(decisions) == 2
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_nothing_is_stored_on_modules():
-    model = made()
-    retrofit(model, {"layers.*.mlp": HALF})
-    before = [dict(part.__dict__) for part in model.modules()]
-    with collect_decisions(model):
-        model(ids())
-    assert [dict(part.__dict__) for part in model.modules()] == before
-
-
 def test_a_budget_and_calibrate_reach_their_rate():
     model = made().eval()
     handle = retrofit(model, {"layers.*.mlp": HALF})
@@ -257,6 +140,8 @@ def test_a_budget_and_calibrate_reach_their_rate():
     valid = torch.rand(8, 32, generator=generator(5)) < 0.5
     valid[:, 0] = True
     handle.calibrate([(batch, valid) for batch in data], 0.6)
+    counted = handle.calibrate(data, 0.4, over="total")
+    assert abs(counted.rates.mean() - 0.4) < 0.02
 
 
 def _shared() -> nn.Module:
@@ -269,6 +154,26 @@ def _retrofitted() -> nn.Module:
     model = made()
     retrofit(model, {"layers.0.mlp": HALF})
     return model
+
+
+def adapted(*targets: Any) -> Any:
+    """An adapter that finds these, each a path and the path that it replaces."""
+
+    def adapter(model: nn.Module) -> list[Any]:
+        return [_target(model, *each) if isinstance(each, tuple) else each for each in targets]
+
+    return adapter
+
+
+def _target(model: nn.Module, path: str, replaced: str) -> Target:
+    return Target(path, model.get_submodule(path), lambda routed: {replaced: routed})
+
+
+def nothing(model: nn.Module) -> None:
+    """An adapter that forgets to return."""
+
+
+FIRST = ("layers.0.mlp", "layers.0.mlp")
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -286,12 +191,30 @@ def _retrofitted() -> nn.Module:
         pytest.param(_shared, {"layers.0.mlp": HALF}, "a part that is shared cannot be routed", id="shared"),
         pytest.param(_retrofitted, {"layers.1.mlp": HALF}, "is retrofitted already", id="again"),
         pytest.param(lambda: 3, {"layers.*.mlp": HALF}, "required is a Module", id="no-model"),
+        pytest.param(made, {3: HALF}, "a target is an int; required is a pattern of paths", id="number"),
+        pytest.param(made, {"layers.*.mlp": 3}, "a spec is read from a path or a mapping", id="no-router"),
+        pytest.param(made, {nothing: HALF}, "the adapter nothing returned None; required is a Target", id="no-list"),
+        pytest.param(made, {adapted(): HALF}, "the adapter adapter finds no part in Model", id="no-target"),
+        pytest.param(made, {adapted(5): HALF}, "the adapter adapter returned an int", id="no-targets"),
+        pytest.param(made, {adapted(FIRST, ("layers.1.mlp", "x.y")): HALF}, "replaces 'x.y', which", id="nowhere"),
+        pytest.param(
+            made,
+            {adapted(FIRST, ("layers.1.mlp", "layers.0.mlp")): HALF},
+            "both replace 'layers.0.mlp'",
+            id="same-place",
+        ),
+        pytest.param(
+            lambda: made(TwoModules), {adapted(("layers.0.output.dropout", "layers.0")): HALF}, "cannot", id="dropout"
+        ),
+        pytest.param(made, {"layers.*.mlp.1": HALF}, r"Linear does not map tokens \(…, D\) alone", id="half-block"),
+        pytest.param(made, {"head": HALF}, r"'head' cannot be routed: Linear does not map", id="head"),
+        pytest.param(made, {"layers.*.mlp": "smaa"}, "unknown router kind 'smaa'", id="kind"),
     ],
 )
 def test_what_cannot_be_routed_is_refused_and_changes_nothing(model, targets, said):
     given = model()
     before = list(given.named_modules()) if isinstance(given, nn.Module) else None
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(SmaError, match=said):
         retrofit(given, targets)
     assert before is None or list(given.named_modules()) == before
 
@@ -300,15 +223,6 @@ def test_what_cannot_be_routed_is_refused_and_changes_nothing(model, targets, sa
 def test_wrong_arguments_are_named():
     with pytest.raises(InputError, match="required is 'all' or 'routers'"):
         retrofit(made(), {"layers.*.mlp": HALF}, train="router")
-    with pytest.raises(InputError, match="has no routed part"), collect_decisions(made()):
-        pass
-    model = made()
-    retrofit(model, {"layers.*.mlp": HALF})
-    with (
-        collect_decisions(model, torch.ones(3, 8, dtype=torch.bool)),
-        pytest.raises(InputError, match=r"layers\.0\.mlp has tokens"),
-    ):
-        model(ids())
 
 
 def test_an_adapter_of_your_own_finds_parts_by_itself():
