@@ -12,6 +12,7 @@ OUT := runs/listops-tiny-$(shell date +%Y%m%d-%H%M%S)
 endif
 
 BIN := .venv/bin
+INTEROP := .venv/interop/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Each worker of the tests gets one thread: more would fight over the cores. Slow tests go to them by file (loadfile): what the tests of a file share,
 # such as a run of two workers, takes a minute to make, and is then made once.
@@ -31,8 +32,12 @@ sweep: .venv/.tune ## search how sparse and how wide SeqBoat should be on a smal
 test: .venv/.dev ## run the tests a contributor runs
 	@$(PYTEST) -m "not slow"
 
-test-all: test .venv/.scatter ## those, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel
+test-all: test .venv/.scatter .venv/.interop ## those, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel, other libraries
 	@$(PYTEST) -m slow --dist loadfile
+	@OMP_NUM_THREADS=1 $(INTEROP) -m pytest -m "not extras" tests/test_interop
+
+test-extras: .venv/.interop ## all tests with transformers and torchvision, also the heavier ones
+	@OMP_NUM_THREADS=1 $(INTEROP) -m pytest tests/test_interop
 
 bench: setup ## time one layer at several lengths and activation rates; ARGS="--device cuda" and so on
 	@$(BIN)/python -m benchmarks.layer $(ARGS)
@@ -95,6 +100,15 @@ $(BIN)/pip:
 	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# An environment of its own, which sees .venv: where torchvision is built for another build of torch, its import fails, and so does that of torchmetrics.
+.venv/.interop: .venv/.dev
+	@echo "installing transformers and torchvision in .venv/interop"
+	@$(BIN)/python -m venv .venv/interop
+	@packages() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	    echo "import site; site.addsitedir('$$(packages $(BIN)/python)')" > "$$(packages $(INTEROP))/environment.pth"
+	@$(INTEROP) -m pip --disable-pip-version-check install -qq -c constraints.txt 'sparse-modular-activation[interop]'
+	@touch $@
+
 # It has no wheel for this torch and is compiled against the installed one, once per version of torch and Python; with
 # ninja on all cores.
 .venv/.scatter: .venv/.dev
@@ -107,5 +121,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo sweep test test-all bench bench-stream bench-routing docs docs-serve check clean
+.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve check clean
 .DELETE_ON_ERROR:
