@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 JOBS ?= 2
 
 ifndef OUT
-OUT := runs/listops-tiny-$(shell date +%Y%m%d-%H%M%S)
+OUT := runs/pathfinder-tiny-$(shell date +%Y%m%d-%H%M%S)
 endif
 
 BIN := .venv/bin
@@ -23,8 +23,8 @@ help: ## list the targets
 
 setup: .venv/.setup ## make .venv with what the recipes need
 
-demo: setup ## train SeqBoat on a small ListOps and evaluate it; OUT=folder says where the run goes
-	@$(BIN)/python -m sma.recipes.seqboat_lra --task listops --preset tiny --out "$(OUT)"
+demo: setup ## train SeqBoat on small images of contours and evaluate it; OUT=folder says where the run goes
+	@$(BIN)/python -m sma.recipes.seqboat_lra --task pathfinder --preset tiny --out "$(OUT)"
 
 sweep: .venv/.tune ## search how sparse and how wide SeqBoat should be on a small ListOps; ARGS="--samples 4" and so on
 	@$(BIN)/python -m sma.tune --task listops --preset tiny --samples 16 $(ARGS)

@@ -66,6 +66,11 @@ def height_of(example: Example, modality: Modality) -> float:
     return 0.95 + 0.14 * layers + 0.17 * len(wrapped(example.texts))
 
 
+def beside(example: Example, modality: Modality) -> int:
+    """Number of maps that fit beside each other: two images of up to three layers, one map of anything else."""
+    return 2 if modality.image_shape is not None and len(example.active) <= 3 else 1
+
+
 def draw_map(figure: Any, example: Example, modality: Modality, title: str) -> None:
     """Draw one sample into an empty figure or sub-figure."""
     if modality.image_shape is not None and example.values is not None:

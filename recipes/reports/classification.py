@@ -4,6 +4,7 @@ import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sma.decision import Decision
 from sma.model import SequenceModel
 from sma.recipes.io.names import plain
-from sma.recipes.reports.activation_maps import Example, Modality, draw_map, height_of
+from sma.recipes.reports.activation_maps import Example, Modality, beside, draw_map, height_of
 from sma.recipes.reports.confusion import Confusion
 from sma.recipes.reports.figures import drawing, label, save_figure
-from sma.recipes.tasks.batch import UNSCORED
+from sma.recipes.tasks.batch import UNSCORED, Batch
 from sma.recipes.tasks.contract import Samples, TaskData
 from sma.stats import module_names
 
@@ -42,6 +44,7 @@ class ClassificationReport(NamedTuple):
         class_names: names of the classes; empty if they have only numbers.
         confusion: confusion matrix of the whole split; None if it was not counted.
         roles: role of a position by the first character of its text; empty if positions have no roles.
+        without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
     """
 
     majority: float
@@ -53,6 +56,7 @@ class ClassificationReport(NamedTuple):
     class_names: tuple[str, ...] = ()
     confusion: Confusion | None = None
     roles: Mapping[str, str] = MappingProxyType({})
+    without_layer: tuple[float, ...] = ()
 
     @property
     def rates_by_role(self) -> dict[str, list[float]]:
@@ -96,6 +100,9 @@ class ClassificationReport(NamedTuple):
                 f"{summary['parameters']:,} parameters, seed {summary['seed']}"
             ),
         ]
+        if self.without_layer and any(rates):
+            off = "   ".join(f"layer {layer}: {accuracy:.1%}" for layer, accuracy in enumerate(self.without_layer))
+            lines.insert(3, f"switched off      {off}   (test accuracy without one layer, {self.samples:,} samples)")
         if self.roles and any(rates):
             lines += ["by role", self.describe_roles()]
         elif self.by_text and any(rates):
@@ -122,12 +129,15 @@ class ClassificationReport(NamedTuple):
         Pixels are drawn as images, sounds as waves, everything else as text; see `activation_maps`. The confusion
         matrix, if there is one, is drawn into `confusion.png`.
         """
-        heights = [*(height_of(example, self.modality) for example in self.examples), 2.9]
+        count = beside(self.examples[0], self.modality) if self.examples else 1
+        rows = [self.examples[start : start + count] for start in range(0, len(self.examples), count)]
+        heights = [*(max(height_of(example, self.modality) for example in row) for row in rows), 2.9]
         with drawing(14, sum(heights) + 0.6) as figure:
             figure.suptitle(title, fontsize=13)
             parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-            for part, example in zip(parts, self.examples, strict=False):
-                draw_map(part, example, self.modality, _caption(self, example))
+            for part, row in zip(parts, rows, strict=False):
+                for own, example in zip(part.subfigures(1, count, squeeze=False)[0], row, strict=False):
+                    draw_map(own, example, self.modality, _caption(self, example))
             draw_rates(parts[-1].subplots(), out)
             path = save_figure(figure, out / FIGURE)
         if self.confusion is not None:
@@ -154,6 +164,7 @@ def measure_activation(
     examples: dict[int, Example] = {}
     modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
+    right, scored = [0] * len(model.routed_layers), 0
     # Samples of about 40 positions fill one line of the figure; ties are resolved by the order of the draws.
     wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
     for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
@@ -163,6 +174,9 @@ def measure_activation(
         if not output.decisions:
             continue
         modules = module_names(output.decisions)
+        scored += int((batch.targets != UNSCORED).sum())
+        for layer in range(len(output.decisions)):
+            right[layer] += _right_without(layer, model, batch, output.decisions)
         active = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
         rows = model.spec.rows_per_sample
         for row, number in enumerate(part.tolist()):
@@ -182,9 +196,19 @@ def measure_activation(
     majority = float(targets[targets != UNSCORED].bincount().max() / (targets != UNSCORED).sum())
     by_text = _by_text(indices, torch.tensor(text_ids), torch.cat(activity, 1)) if text_ids else {}
     chosen = _right_and_wrong([examples[number] for number in wanted if number in examples], shown)
-    return ClassificationReport(
-        majority, len(drawn), by_text, chosen, modules, modality, data.class_names, roles=data.roles
-    )
+    without = tuple(count / scored for count in right[: len(output.decisions)]) if scored else ()
+    report = ClassificationReport(majority, len(drawn), by_text, chosen, modules, modality, data.class_names)
+    return report._replace(roles=data.roles, without_layer=without)
+
+
+def _right_without(layer: int, model: SequenceModel, batch: Batch, decisions: Sequence[Decision]) -> int:
+    """Number of right answers with one routed layer off and the decisions of the others as given."""
+    kept = [
+        replace(decision, active=torch.zeros_like(decision.active)) if number == layer else decision
+        for number, decision in enumerate(decisions)
+    ]
+    logits = model(batch.inputs, batch.valid, decisions=kept).logits
+    return 0 if logits is None else int(((logits.argmax(-1) == batch.targets) & (batch.targets != UNSCORED)).sum())
 
 
 def _by_text(indices: dict[str, int], text_ids: Tensor, active: Tensor) -> dict[str, tuple[list[float], int]]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sma.model import build
+from sma.recipes.reports.activation_maps import Example, Modality
 from sma.recipes.reports.classification import ClassificationReport, measure_activation, rates_over_training
 from tests.test_recipes.tiny import tiny, train
 
@@ -38,6 +39,22 @@ def test_rates_by_symbol_equal_a_loop_over_samples(finished, data):
         rates, count = report.by_text[text]
         assert count == len(rows)
         assert rates == pytest.approx(torch.tensor(rows).mean(0).tolist(), abs=2 / count)
+
+
+def test_accuracy_without_a_layer_equals_a_loop_over_samples(finished, data):
+    _, done = finished
+    model = done.module.model.eval()
+    report = measure_activation(model, data.test, data, limit=25)
+    assert len(report.without_layer) == 2
+    for off, accuracy in enumerate(report.without_layer):
+        right = 0
+        for number in torch.randperm(60, generator=torch.Generator().manual_seed(0))[:25].tolist():
+            ids, target = data.test[number]
+            with torch.no_grad():
+                masks = [decision.active & (layer != off) for layer, decision in enumerate(model(ids[None]).decisions)]
+                right += int(model(ids[None], decisions=masks).logits.argmax()) == target
+        assert accuracy == right / 25
+    assert tuple(done.summary["without_layer"]) == done.report.without_layer
 
 
 def test_majority_is_the_share_of_the_majority_class(finished, data):
@@ -97,6 +114,28 @@ def test_text_has_the_results_and_the_paths(tmp_path):
     assert "active in layer 1 [MAX 100%, ] 50%, 9 25%" in printed
     for name in ("activation.png", "model", "metrics", "tensorboard", "summary.json"):
         assert str(tmp_path / name) in printed
+
+
+def test_text_has_the_accuracy_without_each_layer_where_layers_run(tmp_path):
+    report = REPORT._replace(without_layer=(0.25, 0.4))
+    wanted = "switched off      layer 0: 25.0%   layer 1: 40.0%   (test accuracy without one layer, 60 samples)"
+    assert wanted in report.describe(SUMMARY, tmp_path).splitlines()
+    assert "switched off" not in report.describe({**SUMMARY, "activation_rate": [0.0, 0.0]}, tmp_path)
+    assert "switched off" not in REPORT.describe(SUMMARY, tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(1, 2), (3, 2), (4, 4)])
+def test_images_of_few_layers_are_drawn_two_in_a_row(tmp_path, monkeypatch, layers, rows):
+    values = torch.rand(4)
+    examples = [Example([], 0, 0, torch.rand(layers, 4) < 0.5, values) for _ in range(4)]
+    report = ClassificationReport(0.5, 4, {}, examples, ("attention",), Modality(image_shape=(2, 2)))
+    sizes = []
+    monkeypatch.setattr(
+        "sma.recipes.reports.classification.save_figure",
+        lambda figure, path: sizes.append((len(figure.subfigs), sum(len(part.subfigs) for part in figure.subfigs))),
+    )
+    report.draw(tmp_path, "title")
+    assert sizes == [(rows + 1, 4)]
 
 
 def test_text_has_suggestions(tmp_path):
