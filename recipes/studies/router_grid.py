@@ -21,12 +21,26 @@ from sma.routers import RouterSpec
 from sma.spec import kinds
 
 BUDGET = "+budget"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "margin": {"gate": "margin"},
+    "root_margin": {"gate": "root_margin"},
+    "straight_through": {"gate": "straight_through"},
+    "open": {"initial_bias": 4.0},
+    "conv": {"control_conv": 4},
+    "shared": {},
+}
+"""What the rows `sma-OPTION` set in the router; `shared` gives all layers one router."""
+
+POLICY = "explore-policy"
+"""The row of the router `explore` that the policy gradient trains too."""
+
 ROUTERS = (
     "sma",
-    *(kind + BUDGET for kind in ("sma", "threshold", "gumbel", "bernoulli", "exclusive", "top_k")),
+    *(kind + BUDGET for kind in ("sma", "threshold", "gumbel", "bernoulli", "explore", POLICY, "exclusive", "top_k")),
+    *(f"sma-{option}{budget}" for option in OPTIONS for budget in ("", BUDGET)),
     *("expert_choice", "random", "always", "never"),
 )
-"""The rows: the kind of the router, and whether a budget steers its rate."""
+"""The rows: the kind of the router and its option, and whether a budget steers its rate."""
 
 MIXED = "mixed"
 """The column of the layers that have all sub-modules."""
@@ -41,7 +55,10 @@ SEEDS = 3
 class TableOptions(StudyOptions):
     """The options of the table of routers."""
 
-    preset: Literal["tiny"] = Field(default="tiny", description="52 runs of less than a minute on one core each")
+    task: Literal["listops", "pathfinder", "recall", "mqar"] = Field(default="listops", description="what to learn")
+    preset: Literal["tiny"] = Field(
+        default="tiny", description="listops: 108 runs of less than a minute on one core each; others: minutes each"
+    )
     variants: Names | None = variants_field(ROUTERS)
     columns: Names | None = Field(
         default=None,
@@ -59,7 +76,7 @@ class TableOptions(StudyOptions):
 
     @property
     def name(self) -> str:
-        return f"listops_router_table_{self.preset}"
+        return f"{self.task}_router_table_{self.preset}" if self.task == "listops" else f"{self.task}_{self.preset}"
 
 
 class TableChosen(Chosen):
@@ -89,7 +106,7 @@ class RouterTable(Study[TableOptions, TableChosen]):
         return spec
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
-        return {"variants": ROUTERS, "columns": columns(spec)}
+        return {"variants": rows(spec), "columns": columns(spec)}
 
     def upgrade(self, older: Any) -> dict[str, Any]:
         return {"variants": older["routers"], "columns": older["modules"], "seeds": None}
@@ -113,6 +130,11 @@ def columns(spec: ExperimentSpec) -> list[str]:
     return [*names, MIXED] if len(names) > 1 else names
 
 
+def rows(spec: ExperimentSpec) -> list[str]:
+    """The routers of the table: all, but in a language model those that look ahead."""
+    return [row for row in ROUTERS if not (spec.model.scores_positions and row == "expert_choice")]
+
+
 def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
     """All runs of the table.
 
@@ -124,7 +146,7 @@ def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
         SpecError: the table cannot be made of the experiment.
     """
     known = columns(spec)
-    cells = [(column, router, 0) for column in known for router in ROUTERS]
+    cells = [(column, router, 0) for column in known for router in rows(spec)]
     if seeds is None:
         cells += [(known[0], router, more) for more in range(1, SEEDS) for router in REPEATED]
     else:
@@ -147,19 +169,21 @@ def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int)
     `expert_choice` and `random` have the rate of the budget.
 
     Args:
-        spec: has all sub-modules in its layers, `sma` routers, and a budget with one target.
+        spec: has all sub-modules in its layers, and a budget with one target. The rows replace its routers; those of
+            kind `sma` keep its settings where its own are of that kind.
         column: the sub-module that is routed, or `MIXED`.
         router: one of `ROUTERS`.
         seed: of the run.
 
     Raises:
-        SpecError: the experiment has other routers, or no such budget.
+        SpecError: the experiment has no such budget.
     """
     budget = spec.training.budget
     if budget is None or not isinstance(budget.target, float):
         raise SpecError("the table needs one rate for all rows that keep one; set training.budget.target to a number")
     layers = tuple(_with_modules(layer, column) for layer in spec.model.layer_specs)
-    kind, steered = router.removesuffix(BUDGET), router.endswith(BUDGET)
+    steered = router.endswith(BUDGET)
+    kind, _, option = router.removesuffix(BUDGET).partition("-")
     spec = spec.replace(
         model=spec.model.replace(layers=layers),
         training=spec.training.replace(budget=budget if steered else None),
@@ -167,30 +191,33 @@ def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int)
     )
     own = [layer.router for layer in layers if layer.modules]
     seeds = [(seed * len(own) + index) % 2**31 for index in range(len(own))]
+    taught = spec.training.losses.policy
     made = [
-        _router(kind, each, budget.target, spec.training.updates, draws) for each, draws in zip(own, seeds, strict=True)
+        _router(kind, option, each, budget.target, spec.training.updates, draws)
+        for each, draws in zip(own, seeds, strict=True)
     ]
-    if any(router.needs_policy_gradient for router in made):  # which is noisy, so they learn slowly
-        training = spec.training
+    spec = with_routers(spec, made)
+    training = spec.training
+    if option == "shared":
+        spec = spec.replace(model=spec.model.replace(shared_router=True))
+    if option == "policy" or any(router.needs_policy_gradient for router in made):
+        # Its gradient is noisy, so routers learn slowly.
         slow = training.router_learning_rate or 0.1 * training.learning_rate
-        spec = spec.replace(training=training.replace(router_learning_rate=slow))
-    return with_routers(spec, made)
+        losses = training.losses.replace(policy=taught or 1.0)
+        training = training.replace(router_learning_rate=slow, losses=losses)
+    elif taught:  # the preset's settings are for a router that learns from it
+        training = training.replace(router_learning_rate=None, losses=training.losses.replace(policy=0.0))
+    return spec.replace(training=training)
 
 
 def _with_modules(layer: LayerSpec, column: str) -> LayerSpec:
     return layer.replace(modules={name: part for name, part in layer.modules.items() if column in (name, MIXED)})
 
 
-def _router(kind: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
+def _router(kind: str, option: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
     """The spec of a registered router that replaces another; it keeps the settings of the fields that both have."""
-    if own.kind != ROUTERS[0]:
-        raise SpecError(
-            f"the table is made of an experiment whose routers are of the kind {ROUTERS[0]!r}, not {own.kind!r}; "
-            "the rows replace them"
-        )
-    if kind == own.kind:
-        return own
-    made = kinds("router")[kind]
     # A skip beside the sub-modules, so that a router that always takes the best of them can run none.
-    values = {**dict(own), "kind": kind, "rate": rate, "share": rate, "anneal": updates, "seed": seed, "skips": 1}
+    given = {"kind": kind, "rate": rate, "share": rate, "anneal": updates, "seed": seed, "skips": 1}
+    values = {**dict(own), **given, **OPTIONS.get(option, {})}
+    made = kinds("router")[kind]
     return cast(RouterSpec, made.model_validate({name: values[name] for name in made.model_fields if name in values}))

@@ -19,8 +19,9 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import EXPERIMENT, SUMMARY
 from sma.recipes.reports.routers import router_table as table_of
 from sma.recipes.reports.table import comma_separated, markdown
-from sma.recipes.studies.router_grid import REPEATED, ROUTERS, columns, grid, router_experiment
+from sma.recipes.studies.router_grid import OPTIONS, REPEATED, ROUTERS, columns, grid, router_experiment
 from sma.recipes.training import run as training
+from sma.routers import SMARouterSpec
 from sma.stats import count_macs
 from tests.test_recipes import tiny
 
@@ -71,8 +72,8 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
     spec = load_experiment(PRESET)
     assert columns(spec) == ["gau", "gated_mlp", "conv", "mixed"]
     assert [layer.modules["conv"].kernel_size for layer in spec.model.layer_specs] == [5] * 3
-    assert len(ALL) == len({run.name for run in ALL}) == 52
-    assert Counter(run.seed for run in ALL) == {0: 44, 1: 4, 2: 4}
+    assert len(ALL) == len({run.name for run in ALL}) == 108
+    assert Counter(run.seed for run in ALL) == {0: 100, 1: 4, 2: 4}
     assert {(run.column, run.variant) for run in ALL if not run.seed} == {
         (column, row) for column in columns(spec) for row in ROUTERS
     }
@@ -81,9 +82,9 @@ def test_grid_is_every_router_with_every_column_and_more_seeds_of_four():
 
 def test_seeds_that_are_asked_for_are_those_of_every_run():
     runs = grid(load_experiment(PRESET, ["seed=5"]), 2)
-    assert len({run.name for run in runs}) == 88
+    assert len({run.name for run in runs}) == 200
     assert {run.seed for run in runs} == {run.experiment.seed for run in runs} == {5, 6}
-    assert len(grid(load_experiment(PRESET), 1)) == 44
+    assert len(grid(load_experiment(PRESET), 1)) == 100
 
 
 @pytest.mark.parametrize("run", [pytest.param(run, id=run.name) for run in ALL])
@@ -94,14 +95,18 @@ def test_every_run_builds_and_differs_in_its_modules_routers_and_seed_alone(run)
     layers = spec.model.layer_specs
     names = {"gau", "gated_mlp", "conv"} if run.column == "mixed" else {run.column}
     assert [set(layer.modules) for layer in layers] == [names] * 3
-    assert {layer.router.kind for layer in layers} == {run.variant.removesuffix("+budget")}
+    kind, _, option = run.variant.removesuffix("+budget").partition("-")
+    assert {layer.router.kind for layer in layers} == {kind}
+    assert spec.model.shared_router == (option == "shared")
+    for field, value in OPTIONS.get(option, {}).items():
+        assert {getattr(layer.router, field) for layer in layers} == {value}
     kept = tuple(
         mine.replace(router=own.router, modules=own.modules)
         for mine, own in zip(layers, base.model.layer_specs, strict=True)
     )
-    assert spec.model.replace(layers=kept) == base.model.replace(layers=base.model.layer_specs)
+    assert spec.model.replace(layers=kept, shared_router=False) == base.model.replace(layers=base.model.layer_specs)
     steered = base.training if run.variant.endswith("+budget") else base.training.replace(budget=None)
-    if run.variant.startswith("bernoulli"):
+    if run.variant.startswith(("bernoulli", "explore-policy")):
         assert spec.training.losses.policy == 1
         slow = spec.training.router_learning_rate
         assert slow is not None
@@ -123,6 +128,19 @@ def test_rows_of_a_fixed_rate_have_that_of_the_budget():
     assert (layers["top_k+budget"][0].router.k, layers["top_k+budget"][0].router.skips) == (1, 1)
 
 
+@pytest.mark.parametrize("task", ["pathfinder", "recall", "mqar"])
+def test_other_tasks_have_every_router_that_their_models_can_have(task):
+    base = load_experiment(router_table.Options.model_validate({"task": task}).name)
+    runs = {run.variant: run.experiment for run in grid(base, 1)}
+    assert set(ROUTERS) - set(runs) == ({"expert_choice"} if task != "pathfinder" else set())
+    for row, spec in runs.items():
+        policy = row.startswith(("bernoulli", "explore-policy"))
+        assert (spec.training.losses.policy, spec.training.router_learning_rate is not None) == (policy, policy)
+        build(spec.model, seed=0)
+    plain = {layer.router for layer in runs["sma"].model.layer_specs}
+    assert plain == {SMARouterSpec(temperature_scale=1.0)}
+
+
 def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
     base = load_experiment(PRESET)
     specs = [router_experiment(base, "gau", "random", seed) for seed in (0, 1, 2, 2**31 - 1)]
@@ -138,9 +156,6 @@ def test_draws_have_seeds_of_their_own_in_every_layer_and_run():
             id="no-budget",
         ),
         pytest.param(["training.budget.target={gau: 0.3}"], "the table needs one rate", id="budget-by-name"),
-        pytest.param(
-            ["layers.layer.router={kind: always}"], "whose routers are of the kind 'sma', not 'always'", id="router"
-        ),
     ],
 )
 def test_experiment_that_makes_no_table_is_refused(settings, complaint):
