@@ -183,7 +183,7 @@ class TestErrors:
             pytest.param(
                 {**MODEL, "foo": 1, "bar": 2},
                 "SequenceClassifierSpec: unknown fields 'foo', 'bar'; fields: "
-                "width, encoder, sinusoid, embedding_dropout, layers, final_norm, head",
+                "width, encoder, sinusoid, embedding_dropout, layers, shared_router, final_norm, head",
                 id="two fields",
             ),
             pytest.param(
