@@ -1,6 +1,6 @@
-"""Modules keep the spec that built them, and their width."""
+"""Parts keep the spec that built them, and their width; equal specs in a row are shown once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -26,3 +26,19 @@ def remembering(build: Callable[..., Any]) -> Callable[..., Any]:
 
     remember._remembers = True  # type: ignore[attr-defined]
     return remember
+
+
+class Repeated:
+    """The repr of a sequence of equal items: `[item] * 12`."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __repr__(self) -> str:
+        return f"[{self.items[0]!r}] * {len(self.items)}"
+
+
+def is_repeated(value: Any) -> bool:
+    """Whether a value is a sequence of several equal items that are no plain numbers or words."""
+    several = isinstance(value, tuple | list) and len(value) > 1
+    return several and not isinstance(value[0], str | int | float) and all(item == value[0] for item in value)

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -15,7 +15,7 @@ from sma.errors import SpecError, did_you_mean, quote
 from sma.files import read_file
 from sma.memory import within_memory
 from sma.mistakes import SENTENCES, custom, explained, spec_error
-from sma.parts import remembering
+from sma.parts import Repeated, is_repeated, remembering
 from sma.paths import override
 from sma.strict import strict
 from sma.yaml_text import LIMIT, read_fields, read_yaml, write_yaml
@@ -71,11 +71,13 @@ FrozenMapping = Annotated[dict[str, Value], AfterValidator(FrozenDict)]
 class _SpecMeta(ModelMetaclass):
     """Turns the validation error of a direct construction, `GAUSpec(window=0)`, into one `SpecError`."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        try:
-            return super().__call__(*args, **fields)
-        except (ValidationError, RecursionError) as error:
-            raise spec_error(error) from None
+    if not TYPE_CHECKING:  # editors would take this signature for that of every spec
+
+        def __call__(cls, *args: Any, **fields: Any) -> Any:
+            try:
+                return super().__call__(*args, **fields)
+            except (ValidationError, RecursionError) as error:
+                raise spec_error(error) from None
 
 
 class Spec(BaseModel, metaclass=_SpecMeta):
@@ -163,6 +165,13 @@ class Spec(BaseModel, metaclass=_SpecMeta):
             return super().model_validate(obj, **options)
         except (ValidationError, RecursionError) as error:
             raise spec_error(error) from None
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """The fields that differ from their defaults, so that a model is one line; the class names the kind."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name != "kind" and (field.is_required() or value != field.get_default(call_default_factory=True)):
+                yield name, Repeated(value) if is_repeated(value) else value
 
     def replace(self, **changes: Any) -> Self:
         """Return a validated copy with some fields changed."""

@@ -15,15 +15,20 @@ SHOWN = 8
 
 
 def summary(value: Any, *, depth: int = 1) -> str:
-    """Return the repr of a dataclass of tensors, with dtype and shape of every tensor instead of its elements.
+    """Return the repr of a dataclass or named tuple of tensors, with dtype and shape of every tensor instead of its
+    elements.
 
     Args:
-        value: an instance of a dataclass, whose fields may be placeholders of a tracer.
+        value: an instance, whose fields may be placeholders of a tracer.
         depth: number of levels of inner dataclasses to show.
     """
-    fields = [field.name for field in dataclasses.fields(value) if field.repr]
-    parts = [f"{name}={brief(getattr(value, name, None), depth=depth)}" for name in fields]
-    return f"{type(value).__name__}({', '.join([*parts, *_device(value)])})"
+    if dataclasses.is_dataclass(value):
+        every = [field.name for field in dataclasses.fields(value)]
+        shown = [field.name for field in dataclasses.fields(value) if field.repr]
+    else:
+        every = shown = list(value._fields)
+    parts = [f"{name}={brief(getattr(value, name, None), depth=depth)}" for name in shown]
+    return f"{type(value).__name__}({', '.join([*parts, *_device(value, every)])})"
 
 
 def brief(value: Any, *, depth: int = 0) -> str:
@@ -102,7 +107,7 @@ def _nests(value: Any) -> bool:
     return any(dataclasses.is_dataclass(part) or isinstance(part, Mapping) for part in own)
 
 
-def _device(value: Any) -> list[str]:
-    own = (getattr(value, field.name, None) for field in dataclasses.fields(value))
+def _device(value: Any, fields: Iterable[str]) -> list[str]:
+    own = (getattr(value, name, None) for name in fields)
     devices = {str(part.device) for part in own if isinstance(part, Tensor)}
     return [f"device={devices.pop()!r}"] if len(devices) == 1 else []

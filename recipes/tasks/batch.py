@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import DataError
+from sma.summary import summary
 
 UNSCORED = -1
 """Target of a position that is not scored."""
@@ -26,6 +27,9 @@ class Batch(NamedTuple):
     inputs: Shaped[Tensor, "B L"]
     valid: Bool[Tensor, "B L"]
     targets: Int64[Tensor, " B"] | Int64[Tensor, "B L"]
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on `device`."""

@@ -56,6 +56,12 @@ class TaskData(NamedTuple):
     sample_rate: int | None = None
     roles: Mapping[str, str] = MappingProxyType({})
 
+    def __repr__(self) -> str:
+        """One line: the number of samples of each split, and the facts that are known."""
+        known = ("class_names", "image_shape", "sample_rate")
+        facts = [f"{name}={getattr(self, name)!r}" for name in known if getattr(self, name)]
+        return f"TaskData({', '.join([*(f'{split}={len(getattr(self, split))}' for split in SPLITS), *facts])})"
+
     @classmethod
     def of(
         cls,

@@ -21,6 +21,7 @@ from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
 from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
 from sma.recipes.training.objective import Objective, Split
+from sma.summary import summary
 
 
 class Segment(NamedTuple):
@@ -37,6 +38,9 @@ class Segment(NamedTuple):
     targets: Int64[Tensor, "B L"]
     scored: Bool[Tensor, "B L"]
     fresh: bool
+
+    def __repr__(self) -> str:
+        return summary(self)
 
 
 class TrainingSegments(Dataset[Segment]):

@@ -35,6 +35,7 @@ from sma.recipes.io.download import fetch
 from sma.recipes.io.folders import expand
 from sma.recipes.tasks.contract import SPLITS
 from sma.spec import Spec
+from sma.summary import summary
 
 VOCABULARY_SIZE = 256
 
@@ -115,6 +116,9 @@ class Corpus(NamedTuple):
     test: UInt8[Tensor, " T_test"]
     sha256: str
     name: str
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     @property
     def hashes(self) -> dict[str, str]:

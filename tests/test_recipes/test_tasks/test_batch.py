@@ -27,6 +27,12 @@ def test_real_numbers_keep_their_dtype_in_a_batch():
     assert batch.inputs.tolist() == [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]
 
 
+def test_batch_is_shown_in_one_line():
+    batch = collate([(torch.ones(2), 1), (torch.ones(3), 0)])
+    shown = "Batch(inputs=float32[2, 3], valid=bool[2, 3], targets=int64[2], device='cpu')"
+    assert (repr(batch), repr(batch.to("meta"))) == (shown, shown.replace("cpu", "meta"))
+
+
 def test_batch_moves_to_a_device_whole():
     batch = collate([(torch.ones(2), 1)]).to("meta")
     assert {part.device.type for part in batch} == {"meta"}
