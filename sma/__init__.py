@@ -2,8 +2,10 @@
 it.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
 from sma.activation import RoutedOutput, SparseModularActivation
 from sma.averaging import update_statistics
@@ -22,6 +24,18 @@ from sma.routers import Router
 from sma.spec import load_spec, register
 from sma.submodule import State, SubModule, SubModuleSpec
 from sma.wrap import RowWise, TokenWise
+
+if TYPE_CHECKING:
+    from sma import modules as modules
+    from sma import routers as routers
+else:
+
+    def __getattr__(name):
+        """Import the zoo where it is first used, such as for `sma.modules.GAUSpec`."""
+        if name == "modules":
+            return _import_module("sma.modules")
+        raise AttributeError(f"module 'sma' has no attribute {name!r}")
+
 
 try:
     __version__ = _version("sparse-modular-activation")

@@ -22,6 +22,7 @@ from sma.checks import (
     require_seen,
     what_came,
 )
+from sma.containers import dict_of
 from sma.decision import Decision
 from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
@@ -162,7 +163,7 @@ class SparseModularActivation(nn.Module):
             )
         check_free(router.names, "sub-module", InputError)
         self.router = router
-        self.submodules = nn.ModuleDict({name: modules[name] for name in router.names})
+        self.submodules = dict_of({name: cast(SubModule, modules[name]) for name in router.names})
         self.dropout = dropout
 
     @property
@@ -207,7 +208,7 @@ class SparseModularActivation(nn.Module):
 
     @property
     def _parts(self) -> dict[str, SubModule]:
-        return {name: cast(SubModule, part) for name, part in self.submodules.items()}
+        return dict(self.submodules.items())
 
     def forward(
         self,

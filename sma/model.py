@@ -21,6 +21,7 @@ from sma.checks import (
     check_tensor,
     check_valid,
 )
+from sma.containers import list_of
 from sma.decision import Decision
 from sma.encoders import EncoderSpec
 from sma.errors import InputError, SpecError, StateError, quote
@@ -188,7 +189,7 @@ class SequenceModel(nn.Module):
         self.spec = spec
         self.encoder = spec.encoder.build(spec.width)
         self.sinusoid = Sinusoid(spec.width) if spec.sinusoid else None
-        self.layers = nn.ModuleList([layer.build(spec.width) for layer in spec.layer_specs])
+        self.layers = list_of(layer.build(spec.width) for layer in spec.layer_specs)
         routed = {index: layer.routed for index, layer in enumerate(self.routed_layers) if layer.routed is not None}
         place_routers({index: part.router for index, part in routed.items()}, share=spec.shared_router)
         self.final_norm = spec.final_norm_spec.build(spec.width) if spec.final_norm_spec is not None else None
