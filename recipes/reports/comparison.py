@@ -36,14 +36,16 @@ def comparison_table(summary: Summary) -> Table:
     """The metric, parameters, activation rate, and speed and memory relative to those of the transformer."""
     reference = _cost_of(REFERENCE, summary["rows"])
     columns = [variants("model"), measured(metric_of(summary)), PARAMETERS, MEAN_RATE]
-    for work in WORKS:
-        columns += _relative_columns(work, reference)
     minutes = summary["minutes"]
-    times = [] if minutes is None else [f"Training time of each model: {minutes:g} min."]
+    notes = [] if minutes is None else [f"Training time of each model: {minutes:g} min."]
+    if summary["measured_length"] is not None:
+        notes.append(_speed_note(summary))
+        for work in WORKS:
+            columns += _relative_columns(work, reference)
     return Table(
         summary,
         [Block(columns, groups(summary["rows"]))],
-        caption(summary, *times, _speed_note(summary)),
+        caption(summary, *notes),
         lambda row: _relative_values(row, reference),
     )
 

@@ -54,6 +54,7 @@ class ComparisonOptions(StudyOptions):
         description="train each model so long, in as many updates as its speed allows, instead of equal updates",
     )
     length: int = Field(default=4096, ge=1, description="tokens of the rows on which speed and memory are measured")
+    speed: bool = Field(default=True, description="measure speed and memory")
     equal_parameters: bool = Field(
         default=False, description="give every baseline the width at which it has about as many parameters as SeqBoat"
     )
@@ -74,11 +75,13 @@ class ComparisonChosen(Chosen):
     Attributes:
         minutes: of the training of each model, instead of equal updates.
         length: tokens of the rows on which speed and memory are measured.
+        speed: whether speed and memory are measured.
         equal_parameters: whether the baselines have about as many parameters as SeqBoat.
     """
 
     minutes: float | None = Field(gt=0.0)
     length: int = Field(ge=1)
+    speed: bool = True
     equal_parameters: bool = False
 
 
@@ -91,7 +94,7 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
     selections: ClassVar[Mapping[str, str]] = {"variants": "model"}
 
     def settings(self, options: ComparisonOptions) -> dict[str, Any]:
-        own = ("minutes", "length", "equal_parameters")
+        own = ("minutes", "length", "speed", "equal_parameters")
         return {**super().settings(options), **{name: getattr(options, name) for name in own}}
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
@@ -127,12 +130,16 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
             if (path := out / row["name"] / EFFICIENCY).is_file():
                 costs[row["variant"]] = read_efficiency(path)
         rows = [row | costs.get(row["variant"], {}) for row in results.rows]
-        return {"rows": rows, "minutes": chosen.minutes, "measured_length": chosen.length}
+        return {
+            "rows": rows,
+            "minutes": chosen.minutes,
+            "measured_length": chosen.length if chosen.speed else None,
+        }
 
     def conclude(self, summary: Summary, begun: Begun[ComparisonChosen], data: TaskData) -> dict[str, Any]:
         """Measure the models whose speed and memory are not known, each by its first finished run."""
         measured = set()
-        for row in summary["rows"]:
+        for row in summary["rows"] if begun.chosen.speed else []:
             if WORKS[0] in row or row["variant"] in measured:
                 continue
             measured.add(row["variant"])

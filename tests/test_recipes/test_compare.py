@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -242,7 +243,8 @@ def test_one_task_is_compared_under_several_settings(tmp_path, without_training,
     out = tmp_path / "out"
     asked = ["--task", "listops", "--models", "seqboat,s4d", "--data", tmp_path, "--out", out, "--set", "width=24"]
     varied = ["--vary", "training.updates=4001,training.betas=[0.9, 0.95]", "--vary", "training.updates=4002"]
-    assert _main(*asked, *varied, "--equal-parameters") == 0
+    assert _main(*asked, *varied, "--equal-parameters", "--no-speed") == 0
+    assert without_training.devices == []
     names = ["updates=4001,betas=0.9,0.95", "updates=4002"]
     began = {(part, name): spec for part, name, spec in without_training.began}
     assert list(began) == [(part, name) for part in names for name in ("seqboat-0", "s4d-0")]
@@ -252,9 +254,10 @@ def test_one_task_is_compared_under_several_settings(tmp_path, without_training,
         assert (spec.model.width == 24) == (name == "seqboat-0")
     assert f"| accuracy | {names[0]} | {names[1]} |" in (printed := capsys.readouterr().out)
     assert "| rate per layer, % | " in printed
+    assert not {"speed", "memory"} & {*re.findall(r"\w+", (out / names[0] / "table.md").read_text())}
     assert (out / "comparison.png").stat().st_size > 10_000
     assert _main("--resume", out, "--data", tmp_path) == 0
-    assert _main(*asked, "--vary", "training.updates=5", "--equal-parameters", "--auto-resume") == 2
+    assert _main(*asked, "--vary", "training.updates=5", "--equal-parameters", "--no-speed", "--auto-resume") == 2
     assert f"holds a study of other tasks: {', '.join(names)}; give another --out" in capsys.readouterr().err
     assert len(without_training.began) == 4
 
