@@ -1,4 +1,4 @@
-"""Complete experiments that a user runs, and behind them `io`, `tasks`, `reports`, `training` and `studies`."""
+"""Complete experiments, and their parts `io`, `tasks`, `reports`, `training` and `studies`."""
 
 from sma.moved import moved
 

@@ -1,4 +1,4 @@
-"""SeqBoat beside its baselines on one task, at equal updates or equal time: one table.
+"""Comparison of SeqBoat with its baselines on one task, at equal updates or equal time, as one table.
 
 python -m sma.recipes.compare --task digits
 python -m sma.recipes.compare --task listops --variants transformer,seqboat --seeds 3 --out runs/compare

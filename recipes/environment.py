@@ -1,8 +1,8 @@
 """A check of the Python that runs a recipe, before anything else is imported: `python recipes/seqboat_lra.py` or
 `python -m sma.recipes.seqboat_lra`.
 
-Importing this file ends the program with one message where the package or its extra `recipes` is not installed. Until
-the package is found, the file uses the standard library alone, and syntax that older versions of Python can read.
+Importing this file ends the program with one message if the package or its extra `recipes` is not installed. Until the
+package is found, the file uses only the standard library and syntax of older versions of Python.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ ACTIVATE = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin") / 
 
 
 def complaint() -> str:
-    """What is missing and what to do; an empty text where nothing is."""
+    """The error message with the remedy; empty if nothing is missing."""
     here = f"this Python ({sys.executable}, {sys.version_info[0]}.{sys.version_info[1]})"
     advice = f". {ACTIVATE}" if ACTIVATE.exists() else f"make setup && . {ACTIVATE}"
     if sys.version_info < (3, 11):  # noqa: UP036 (pip refuses older versions, a script does not)

@@ -1,4 +1,4 @@
-"""Token-wise blocks whose convolutions are routed, beside their dense baseline and the controls.
+"""Token-wise blocks with routed convolutions, compared with their dense baseline and controls.
 
 python recipes/routed_conv.py --task listops
 python recipes/routed_conv.py --task digits --router "{kind: sma, temperature_scale: 0.3}" --variants routed,always

@@ -1,4 +1,4 @@
-"""Transformer blocks whose feed-forward layers are routed, beside their dense baseline and the controls.
+"""Transformer blocks with routed feed-forward layers, compared with their dense baseline and controls.
 
 python recipes/routed_mlp.py --task listops
 python recipes/routed_mlp.py --task digits --router "{kind: sma, temperature_scale: 0.3}" --variants routed,always

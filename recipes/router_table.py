@@ -1,4 +1,4 @@
-"""Every router with every sub-module, at equal updates, and the most important ones with three seeds: one table.
+"""Every router with every sub-module at equal updates, the most important pairs with three seeds, as one table.
 
 python recipes/router_table.py --out runs/routers
 python recipes/router_table.py --variants sma,always --modules gau,conv

@@ -27,14 +27,12 @@ from sma.recipes.training.single_run import train_or_evaluate
 
 
 class Options(OneRunOptions):
-    """Train a byte-level language model and evaluate it in bits per character; `seqboat_lm generate --help` writes
-    text.
-    """
+    """Train a byte-level language model and evaluate it in bits per character. `seqboat_lm generate` generates text."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lm")
 
     preset: Literal["tiny", "paper"] = Field(
-        default="tiny", description="minutes on two cores, or enwik8 in the paper's setting"
+        default="tiny", description="tiny: minutes on two cores; paper: enwik8 in the paper's setting"
     )
 
     @property
@@ -47,19 +45,19 @@ class GenerateOptions(CommandOptions):
 
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lm generate")
 
-    run: Folder = Field(description="the folder of a run, or of a model that sma.save wrote")
-    prompt: str = Field(default="\n", description="the beginning of the text")
-    tokens: int = Field(default=500, ge=0, description="bytes to write")
+    run: Folder = Field(description="the folder of a run, or of a model saved by sma.save")
+    prompt: str = Field(default="\n", description="the start of the text")
+    tokens: int = Field(default=500, ge=0, description="number of bytes to generate")
     temperature: float = Field(
-        default=0.8, ge=0.0, description="below 1 is more cautious; 0 takes the most probable byte"
+        default=0.8, ge=0.0, description="temperature of the distribution; 0 takes the most probable byte"
     )
-    top_k: int | None = Field(default=None, ge=1, description="draw from the k most probable bytes only")
+    top_k: int | None = Field(default=None, ge=1, description="sample from the k most probable bytes only")
     top_p: float | None = Field(
-        default=None, gt=0.0, le=1.0, description="draw from the most probable bytes that add up to p"
+        default=None, gt=0.0, le=1.0, description="sample from the most probable bytes with a total probability of p"
     )
-    seed: int = Field(default=0, description="of the draws")
+    seed: int = Field(default=0, description="seed of the samples")
     samples: int = Field(
-        default=1, ge=1, description="texts to write at once; several are printed one after another at the end"
+        default=1, ge=1, description="number of texts; several are generated in parallel and printed at the end"
     )
 
 
@@ -72,20 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(options: GenerateOptions) -> None:
-    """Print the continuations, a single one as it is produced.
+    """Print the continuations; a single one is printed while it is generated.
 
     Raises:
         SmaError: an error message for the user.
     """
     if options.temperature == 0:
-        options.refuse(["top_k", "top_p", "seed"], "--temperature 0 takes the most probable byte and draws nothing")
+        options.refuse(["top_k", "top_p", "seed"], "--temperature 0 takes the most probable byte without sampling")
     folder = options.run / "model" if (options.run / "model").is_dir() else options.run
     model = load(folder)
     if not isinstance(model, LanguageModel):
         raise CheckpointError(
-            f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can write text"
+            f"the model in {str(folder)!r} is of kind {model.spec.kind!r}; only a 'language_model' can generate text"
         )
-    # Of a prompt that is not UTF-8, its bytes as they were given.
+    # The original bytes of a prompt that is not UTF-8.
     prompt = options.prompt.encode(errors="surrogateescape")
     if not prompt:
         raise InputError("--prompt is empty; give at least one character")
@@ -105,7 +103,7 @@ def write(options: GenerateOptions) -> None:
         for number, row in enumerate(rows):
             print(f"--- {number + 1} of {options.samples}\n{options.prompt}{bytes(row).decode(errors='replace')}")
         return
-    # A character may be several bytes; it is printed when its last one has come.
+    # A character of several bytes is printed after its last byte.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(options.prompt, end="", flush=True)
     for token in stream:

@@ -25,9 +25,11 @@ class Options(OneRunOptions):
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_lra")
 
     task: Literal["listops", "text", "retrieval", "image", "pathfinder", "pathx", "digits", "recall", "mqar"] = Field(
-        default="listops", description="what to learn"
+        default="listops", description="the task"
     )
-    preset: Literal["tiny", "paper"] = Field(default="tiny", description="minutes on two cores, or the paper's setting")
+    preset: Literal["tiny", "paper"] = Field(
+        default="tiny", description="tiny: minutes on two cores; paper: the paper's setting"
+    )
 
     @property
     def name(self) -> str:

@@ -25,7 +25,8 @@ class Options(OneRunOptions):
     model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.seqboat_speech")
 
     preset: Literal["tiny", "paper"] = Field(
-        default="tiny", description="synthetic words in minutes on one core, or Speech Commands in the paper's setting"
+        default="tiny",
+        description="tiny: synthetic words, minutes on one core; paper: Speech Commands in the paper's setting",
     )
 
     @property

@@ -41,7 +41,7 @@ COMMANDS = ("report", "train")
 
 
 class Options(CallOptions):
-    """Search how sparse and how wide a model should be: many trainings of one experiment on Ray Tune.
+    """Search for the best sparsity and width of a model, with many trainings of one experiment on Ray Tune.
 
     Two more commands: `sma report` writes the results of a sweep again, `python -m sma.tune train` trains one model
     with several workers.
@@ -55,13 +55,13 @@ class Options(CallOptions):
         default="listops", description="the task; with --preset the name of a shipped sweep, such as listops_tiny"
     )
     preset: Name = Field(default="tiny", description="the sweep of the task, such as tiny")
-    space: File | None = Field(default=None, description="a sweep of your own instead of a shipped one: a YAML file")
-    spec: File | None = Field(default=None, description="an experiment of your own as trial 0: a YAML file")
+    space: File | None = Field(default=None, description="your own sweep instead of a shipped one: a YAML file")
+    spec: File | None = Field(default=None, description="your own experiment as trial 0: a YAML file")
     set: list[Setting] = Field(
         default=[],
         description="change a field in all trials, such as training.updates=2000; may be repeated",
     )
-    seed: int | None = Field(default=None, description="seed of the trainings; default the experiment's")
+    seed: int | None = Field(default=None, description="seed of the trainings; default: that of the experiment")
     search_seed: int | None = Field(default=None, description="seed of the search; default 0")
     samples: int | None = Field(
         default=None, description="number of trials, including trial 0, the unchanged experiment; default 16"
@@ -210,7 +210,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
 
 def _sweep(options: Options) -> SweepSpec:
     if options.space is not None:
-        options.refuse(["task", "preset"], "--space is a sweep of its own")
+        options.refuse(["task", "preset"], "--space replaces the shipped sweep")
     else:
         check_preset(f"{options.task}_{options.preset}", shipped_sweeps(), "sweep")
     if not options.stop:
@@ -250,7 +250,7 @@ def _print_results(summary: dict[str, Any], storage: "Storage", quality: str) ->
         point = summary[key]
         if point is not None and quality in point:
             own = f"trial {point['trial']}, {storage.address(point['spec'])}"
-            print(f"{title:<17} {measures(point)}: {plain('the experiment as it is' if key == 'baseline' else own)}")
+            print(f"{title:<17} {measures(point)}: {plain('the unchanged experiment' if key == 'baseline' else own)}")
     if points := summary["pareto"]:
         print(f"Pareto front      {len(points)} of {summary['finished']} finished trials")
         for point in points:

@@ -217,7 +217,7 @@ def start_ray(**options: Any) -> None:
                     logging_level=logging.ERROR,
                 )
             return
-        # A busy machine exceeds one of several time limits, each with an exception of its own.
+        # A busy machine exceeds one of several time limits, each with its own exception.
         except Exception as error:
             ray.shutdown()
             if attempt == 2:

@@ -85,7 +85,7 @@ class Storage:
             self.files.delete_file(self._path("writable.tmp"))
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write a file atomically. Object stores guarantee this by themselves.
+        """Write a file atomically. Object stores guarantee this.
 
         Raises:
             CheckpointError: the folder cannot be written.

@@ -182,7 +182,7 @@ def read_sweep(source: str | Path, experiment: str | Path | None = None) -> dict
     else:
         hint = did_you_mean(str(source), names, "shipped sweeps")
         raise SpecError(
-            f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes one of your own"
+            f"there is no file and no shipped sweep {quote(str(source))}{hint}; --space FILE takes your own"
         )
     known = [*SweepSpec.model_fields, "settings"]
     for name in data:
@@ -260,7 +260,7 @@ def _settle(
             raise SpecError(
                 f"--set {quote(setting)[1:-1]}: the sweep {'fixes' if kind == 'fixed' else 'searches'} {quote(name)}, "
                 "which would replace this value in all trials but trial 0; "
-                "leave it out, or give a --space of your own without this field"
+                "leave it out, or give your own --space without this field"
             )
         settled[name] = Fixed(value=value)
         # Trial 0 may lack the part: setting the schedule of a budget does not add a budget to it.

@@ -130,7 +130,7 @@ def endable(options: CommandOptions, storage: "Storage") -> Iterator[None]:
         nonlocal received
         if not received:  # further signals do not interrupt the end
             received = True
-            raise Preempted(number, "what is done is kept")
+            raise Preempted(number, "completed work is kept")
 
     try:
         with on_preemption(preempt), resumable(options, where, lambda: True):

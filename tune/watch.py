@@ -305,7 +305,7 @@ def describe_values(record: TrialRecord) -> str:
             f"{names[path]}={value:.3g}" if isinstance(value, float) else f"{names[path]}={value}"
             for path, value in record.values.items()
         )
-        or "the experiment as it is"
+        or "the unchanged experiment"
     )
 
 

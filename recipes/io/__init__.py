@@ -1,1 +1,1 @@
-"""Files, archives, downloads, caches and processes: what tasks and runs stand on. Knows no task and no model."""
+"""Files, archives, downloads, caches and processes, independent of tasks and models."""

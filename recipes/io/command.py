@@ -26,7 +26,7 @@ class CommandOptions(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SMA_", extra="forbid")
 
     repeatable: ClassVar[frozenset[str]] = frozenset()
-    """Names of the options that belong to one call of the command: a call that resumes its work may give them again."""
+    """Names of the options that apply to one call of the command, so a call that resumes may repeat them."""
 
     _program: str | None = PrivateAttr(default=None)
     _positional: str | None = PrivateAttr(default=None)
@@ -46,12 +46,12 @@ class CommandOptions(BaseSettings):
         """Refuse options that would be ignored.
 
         Args:
-            names: of the fields.
-            why: they would be, such as `--spec has a task of its own`.
-            instead: what to do if the options were meant.
+            names: names of the fields.
+            why: reason, such as `--spec has its own task`.
+            instead: an alternative for the user.
 
         Raises:
-            SpecError: one of them is given; names all that are.
+            SpecError: at least one of them is given; the message lists all of them.
         """
         given = [name for name in type(self).model_fields if name in self.model_fields_set & set(names)]
         if given:
@@ -63,7 +63,7 @@ class CommandOptions(BaseSettings):
         self.refuse(set(type(self).model_fields) - {*names, *self.repeatable}, why, instead)
 
     def _shown(self, name: str) -> str:
-        """A field as the command line, or the environment, gives it."""
+        """The name of a field on the command line or in the environment."""
         if name == self._positional:
             return name.upper()
         flag, variable = f"--{name.replace('_', '-')}", f"SMA_{name.upper()}"
@@ -72,14 +72,14 @@ class CommandOptions(BaseSettings):
 
 @contextmanager
 def resumable(options: CommandOptions, folder: object, begun: Callable[[], bool]) -> Iterator[None]:
-    """Add the command that resumes to what ends the block from outside: Ctrl-C, a signal, or a full disk.
+    """Add a note with the resuming command to an external interruption of the block: Ctrl-C, a signal, or a full disk.
 
-    Of nested blocks the outermost counts.
+    The note of the outermost block is shown.
 
     Args:
-        options: of the command. The `repeatable` ones that are given are given again.
-        folder: of what is resumed.
-        begun: whether the folder holds something that can be resumed.
+        options: options of the command. The note repeats the given `repeatable` ones.
+        folder: folder of the interrupted work.
+        begun: whether the folder has work that can be resumed.
     """
     try:
         yield
@@ -90,7 +90,7 @@ def resumable(options: CommandOptions, folder: object, begun: Callable[[], bool]
 
 
 def resuming(options: CommandOptions, folder: object) -> str:
-    """The whole command that resumes; see `resumable`."""
+    """The complete command that resumes; see `resumable`."""
     words = [options.program, "--resume", shell_word(folder)]
     for name in sorted(options.model_fields_set & options.repeatable):
         value, flag = getattr(options, name), name.replace("_", "-")
@@ -112,11 +112,11 @@ def parse(
     """Read a command line.
 
     Args:
-        options: what the command takes.
-        words: those after the name of the command; None: those of this process.
-        program: the name of the command; None: that of the class.
+        options: class of the options.
+        words: arguments after the name of the command; None: those of this process.
+        program: name of the command; None: that of the class.
         positional: the field that is given without an option, such as the task in `sma train listops`.
-        unless: the fields of which one must be given where that one is not, although it has a default.
+        unless: fields of which one is required if the positional field is not given, although it has a default.
 
     Raises:
         SpecError: one message per mistake.
@@ -138,14 +138,13 @@ def _name(options: type[CommandOptions]) -> str:
 
 
 def exit_code(command: Callable[[], object]) -> int:
-    """Run a command; errors become messages and exit codes, and so does a reader of the output that goes away
-    (`sma.streams`).
+    """Run a command. Errors become messages and exit codes; so does a closed reader of the output (`sma.streams`).
 
     | exit code | |
     |---|---|
     | 0 | done |
     | 2 | an error, with one message |
-    | 75 | ended by SIGTERM or SIGUSR1 (`sma.recipes.io.signals.PREEMPTED`): what is done is kept |
+    | 75 | ended by SIGTERM or SIGUSR1 (`sma.recipes.io.signals.PREEMPTED`): completed work is kept |
     | 130 | ended by Ctrl-C |
     """
     return run_command(lambda: _exit_code(command))
@@ -178,7 +177,7 @@ def _exit_code(command: Callable[[], object]) -> int:
 
 
 def _last_note(error: BaseException) -> str:
-    """What the outermost `resumable` block added, also where a second signal disturbed the end."""
+    """The note of the outermost `resumable` block, even if a second signal interrupted the end."""
     notes = getattr(error, "__notes__", [])
     if notes or error.__context__ is None:
         return notes[-1] if notes else ""

@@ -79,7 +79,7 @@ def digest_of(path: Path, algorithm: str = "sha256") -> str:
 def counting_bar(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
     """Show a progress bar; yields a function that takes `advance=` or `completed=`, a number of samples.
 
-    The bar has no thread of its own, because processes may be forked.
+    The bar does not use a thread, because processes may be forked.
     """
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, auto_refresh=False, disable=not shown) as bar:

@@ -17,10 +17,10 @@ from sma.recipes.io.names import plain
 
 @dataclass(frozen=True)
 class Metavar:
-    """What the help writes for the value of an option.
+    """Placeholder for the value of an option in the help.
 
     Attributes:
-        word: such as `FOLDER`.
+        word: the placeholder, such as `FOLDER`.
     """
 
     word: str
@@ -37,11 +37,11 @@ Cluster = Annotated[str, Metavar("HOST:PORT")]
 
 
 def option_parser(options: type[BaseModel], program: str, positional: str | None = None) -> ArgumentParser:
-    """Return the parser of a command line; what is not given is missing from its result.
+    """Return the parser of a command line; its result has only the given options.
 
     Args:
-        options: a field `top_k` is the option `--top-k`; its other aliases, names of earlier versions, are accepted
-            and not listed.
+        options: class of the options. The field `top_k` becomes `--top-k`. Further aliases, the names in earlier
+            versions, are accepted but not listed.
         program: the name of the command.
         positional: the field that is given without an option, such as the task in `sma train listops`.
     """
@@ -74,7 +74,7 @@ def option_parser(options: type[BaseModel], program: str, positional: str | None
 
 
 def mistakes(error: ValidationError, options: type[BaseModel], positional: str | None = None) -> list[str]:
-    """Return one message for each value that is not valid, as `option_parser` names its option."""
+    """Return one message per invalid value, with the name of its option."""
     messages = []
     for item in error.errors():
         name = str(item["loc"][0])
@@ -91,13 +91,13 @@ def mistakes(error: ValidationError, options: type[BaseModel], positional: str |
 
 
 def option_names(name: str, field: FieldInfo) -> list[str]:
-    """The names by which a field is set, its own first."""
+    """The names of a field on the command line; the current one is first."""
     alias = field.validation_alias
     return [str(each) for each in alias.choices] if isinstance(alias, AliasChoices) else [name]
 
 
 def _add_switch(parser: ArgumentParser, flag: str, name: str, field: FieldInfo) -> None:
-    """Add both forms of an option without a value; the help lists the one that changes something, or both."""
+    """Add both forms of a Boolean option; the help lists the form that changes the default, or both."""
     off = f"--no-{flag[2:]}"
     if field.default:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, dest=name, help=_help(field))
@@ -107,7 +107,7 @@ def _add_switch(parser: ArgumentParser, flag: str, name: str, field: FieldInfo) 
 
 
 def _metavar(field: FieldInfo) -> str:
-    """The word for the value in the help."""
+    """The placeholder for the value in the help."""
     for each in (*field.metadata, *_parts(field.annotation)):
         if isinstance(each, Metavar):
             return each.word
@@ -118,7 +118,7 @@ def _metavar(field: FieldInfo) -> str:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The types and the metadata that an annotation is made of."""
+    """The types and the metadata of an annotation."""
     if get_origin(annotation) in (Union, UnionType, Annotated, list):
         return [part for each in get_args(annotation) for part in _parts(each)]
     return [annotation]

@@ -1,4 +1,4 @@
-"""The YAML files that come with the recipes: model specs in `specs`, experiments in `presets`."""
+"""The shipped YAML files of the recipes: model specs in `specs`, experiments in `presets`."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ def tasks(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the tasks of shipped experiments or sweeps, and the presets of each, the smallest first.
 
     Args:
-        names: such as `listops_tiny`. Those with more words, such as `listops_router_table_tiny`, belong to studies.
+        names: names such as `listops_tiny`. Longer names, such as `listops_router_table_tiny`, belong to studies.
     """
     found: dict[str, list[str]] = {}
     for name in names:
@@ -31,22 +31,22 @@ def tasks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def check_preset(name: str, names: Sequence[str] | None = None, what: str = "preset") -> None:
-    """Check that there is a preset of a task.
+    """Check that a preset exists.
 
     Args:
-        name: such as `listops_tiny`.
-        names: those that there are; None: the experiments in `presets`.
-        what: they are, in a word.
+        name: name of the preset, such as `listops_tiny`.
+        names: existing names; None: the experiments in `presets`.
+        what: noun for a preset in error messages.
 
     Raises:
-        SpecError: there is no such task, or it has no such preset.
+        SpecError: the task or its preset does not exist.
     """
     names = shipped("presets") if names is None else names
     if name in names:
         return
     task, _, preset = name.rpartition("_")
     known = tasks(names)
-    # A study has presets of its own, such as those of `listops_router_table`.
+    # Studies have their own presets, such as those of `listops_router_table`.
     others = known.get(task) or [each.removeprefix(f"{task}_") for each in names if each.startswith(f"{task}_")]
     if not others:
         raise SpecError(f"unknown task {quote(task)}{did_you_mean(task, known, 'tasks')}")
@@ -58,11 +58,11 @@ def read_shipped(source: str | Path, folder: str) -> dict[str, Any]:
     """Read a shipped file by its name, or any YAML or JSON file by its path, without validating it.
 
     Raises:
-        SpecError: there is no such name or file, or it holds no mapping.
+        SpecError: the name or file does not exist, or is not a mapping.
     """
     if not isinstance(source, str | Path):
         raise SpecError(
-            f"{quote(source)} must be a mapping, or a word: "
+            f"{quote(source)} must be a mapping or a string: "
             f"the name of one of the shipped {folder} or the path of a file"
         )
     names, path = shipped(folder), Path(source)

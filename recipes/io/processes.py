@@ -17,7 +17,7 @@ from typing import Any, Self
 from sma.recipes.io.signals import PREEMPTED, Preempted
 
 PATIENCE = 60.0
-"""Time for processes to end by themselves, in seconds: a training first completes and saves its update."""
+"""Time for processes to end without being killed, in seconds: a training first completes and saves its update."""
 
 
 class Processes:
@@ -55,8 +55,8 @@ class Processes:
         """Wait for one of the processes to end.
 
         Returns:
-            its name and exit code: 0 for a function that returned, 1 for one that raised, -n for a process that signal
-            number n ended.
+            its name and exit code: 0 for a function that returned, 1 for one that raised, -n for a process ended by
+            signal number n.
         """
         name, ended = self._running.pop(wait(list(self._running))[0])
         ended.join()

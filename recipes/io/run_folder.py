@@ -152,7 +152,7 @@ def difference(one: Any, other: Any, path: str = "") -> str:
 
 
 def refuse_another(
-    there: Spec, asked: Spec, path: Path, hint: str = "give another folder, or resume it as it was"
+    there: Spec, asked: Spec, path: Path, hint: str = "give another folder, or resume it with its own experiment"
 ) -> None:
     """Check that a folder or a checkpoint belongs to the requested experiment.
 

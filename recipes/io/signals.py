@@ -14,8 +14,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 class Preempted(BaseException):
-    """The process received a signal to end. Not an `Exception`, as `KeyboardInterrupt`, so that no handler of failures
-    continues.
+    """The process received a signal to end. Like `KeyboardInterrupt` it is not an `Exception`, so handlers of failures
+    do not catch it.
 
     Args:
         number: number of the signal.
@@ -66,4 +66,4 @@ def end_at_once(number: int) -> None:
     Raises:
         Preempted: always.
     """
-    raise Preempted(number, "what is done is kept")
+    raise Preempted(number, "completed work is kept")

@@ -98,7 +98,7 @@ def _read_header(file: BinaryIO, length: int, path: str | Path) -> _Header:
     if head[:4] == b"RIFX" and head[8:] == b"WAVE":
         raise DataError(f"{path} is a big-endian WAV file (RIFX), which is not read; convert it")
     if len(head) < 12 or head[:4] not in (b"RIFF", b"RF64", b"BW64") or head[8:] != b"WAVE":
-        _refuse(path, "its header is another one" if len(head) == 12 else "it ends too early")
+        _refuse(path, "it has another header" if len(head) == 12 else "it ends too early")
     form: tuple[int, int, int, int, int] | None = None
     large: int | None = None
     for _ in range(_CHUNKS):

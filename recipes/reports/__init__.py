@@ -1,1 +1,1 @@
-"""What a run has learned, in words and figures: plain data in, text and images out."""
+"""Reports of runs and studies: plain data in, text and figures out."""

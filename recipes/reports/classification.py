@@ -248,14 +248,14 @@ def where_figure(out: Path) -> str:
 
 
 def _hints(rates: Sequence[float], updates: int) -> list[str]:
-    hints = ["--set layers.layer.router='{kind: never}' shows what the backbone does without attention"]
+    hints = ["--set layers.layer.router='{kind: never}' trains the backbone without attention"]
     if rates and max(rates) > 0.9:
         hints.append(
-            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 decides more sharply"
+            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 sharpens its decisions"
         )
     if rates and min(rates) < 0.001:
         hints.append(
-            "a router is dead: its layer is the backbone alone; --set training.budget.target=0.3 keeps routers alive"
+            "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers alive"
         )
     hints.append(f"--set training.updates={2 * updates} trains twice as long")
     return hints

@@ -22,7 +22,7 @@ def draw_recall(report: ClassificationReport, shown: str, summary: Summary, out:
     examples = report.examples[:3]
     colours = {"key": "tab:orange", "value": "tab:red", "query": "tab:green", "distractor": "0.75"}
     with drawing(16, 1.3 * len(examples) + 4) as figure:
-        figure.suptitle(f"{title}: dark where {shown} activated attention", fontsize=13)
+        figure.suptitle(f"{title}; dark: {shown} activated attention", fontsize=13)
         grid = figure.add_gridspec(len(examples) + 1, 3, height_ratios=[1.0] * len(examples) + [3.0])
         for row, example in enumerate(examples):
             axis = figure.add_subplot(grid[row, :])

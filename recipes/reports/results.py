@@ -35,7 +35,7 @@ class Failure(Labels):
 
 
 class Row(Labels):
-    """A finished run. Its metric of the task stands under the name of the metric; see `value_of`.
+    """A finished run. The metric of the task has its own key, its name; see `value_of`.
 
     Attributes:
         accuracy: accuracy on the test split, if that is the metric of the task.

@@ -102,7 +102,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float], form: str = ",.0f", unit: str = "") -> str:
-    """Write values of several seeds as `mean (min to max)`, and a single one by itself.
+    """Write values of several seeds as `mean (min to max)`, and a single value without a range.
 
     Args:
         values: at least one value.

@@ -1,6 +1,4 @@
-"""Baselines: the models that SeqBoat is compared with, made of its experiment by the same parts, and trained by the
-same trainer.
-"""
+"""Baselines of SeqBoat, derived from its experiment, with the same components and trainer."""
 
 from collections.abc import Callable
 from typing import Protocol, cast, runtime_checkable
@@ -14,16 +12,15 @@ from sma.routers import AlwaysRouterSpec
 from sma.spec import FrozenDict
 from sma.submodule import SubModuleSpec
 
-# Below, modules are imported where they are used: a command whose help lists the names of the baselines need not wait
-# for them.
+# Modules are imported where they are used, so the help of a command can list the baselines without delay.
 
 
 @runtime_checkable
 class RoutedAttention(Protocol):
-    """The spec of an attention of which the baselines are made, such as `GAUSpec`.
+    """The spec of an attention from which baselines are derived, such as `GAUSpec`.
 
     Attributes:
-        window: active tokens in reach on each side; None attends to all.
+        window: number of active tokens in reach on each side; None attends to all.
         bidirectional: whether it attends to later tokens too.
     """
 
@@ -38,12 +35,10 @@ class RoutedAttention(Protocol):
 
 
 ATTENTION_ONLY_RATE = 0.001
-"""Learning rate of models without a backbone, where the experiment's own is larger: transformers do not learn at the
-rates of SeqBoat.
-"""
+"""Maximum learning rate of models without a backbone; transformers do not learn at the rates of SeqBoat."""
 
 S4D_STATES = 64
-"""States per channel of S4D, as its authors have them."""
+"""States per channel of S4D, as in its paper."""
 
 
 def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
@@ -51,19 +46,19 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
 
     | name | layers |
     |---|---|
-    | `seqboat` | as they are |
+    | `seqboat` | unchanged |
     | `seqboat_full` | attention over all active tokens instead of a window |
-    | `ema` | the backbone and the bypass alone |
+    | `ema` | the backbone and the bypass only |
     | `always` | attention on every token |
-    | `mega_chunk` | attention on every token, inside fixed chunks of a window's length |
+    | `mega_chunk` | attention on every token, inside fixed chunks of the window's length |
     | `s4d` | S4D instead of EMA, and no attention |
     | `transformer` | pre-norm blocks of multi-head attention over the whole row and a gated MLP, rotary positions |
-    | `local_attention` | the same with attention inside the window |
+    | `local_attention` | the same, with attention limited to the window |
 
     The numbers of parameters differ, and the table lists them; `with_parameters` makes them equal.
 
     Raises:
-        SpecError: an unknown name, or a layer that is no SeqBoat layer: a backbone and one routed attention.
+        SpecError: the name is unknown, or a layer is not a SeqBoat layer (a backbone and one routed attention).
     """
     if name not in BASELINES:
         raise SpecError(f"unknown model {name!r}{did_you_mean(name, BASELINES, 'models')}")
@@ -78,12 +73,12 @@ def baseline(name: str, spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> ExperimentSpec:
-    """Make a baseline of the width at which its number of parameters is nearest to that of the experiment.
+    """Make a baseline with the width that gives the number of parameters nearest to that of the experiment.
 
     Args:
         name: see `baseline`.
         spec: the experiment.
-        step: the width is a multiple of it, so that the heads of an attention can share the channels.
+        step: the width is a multiple of it, so that the heads of an attention can divide the channels.
     """
 
     def made(width: int) -> ExperimentSpec:
@@ -104,11 +99,11 @@ def with_parameters(name: str, spec: ExperimentSpec, step: int = 4) -> Experimen
 
 def _attention(layer: LayerSpec) -> RoutedAttention:
     (part,) = layer.modules.values()
-    return cast(RoutedAttention, part)  # `baseline` checked it
+    return cast(RoutedAttention, part)  # checked by `baseline`
 
 
 def _window(layer: LayerSpec) -> int:
-    """The window of a layer's attention; models that need one where it has none take 128."""
+    """The window of a layer's attention; 128 if it has none and the model needs one."""
     return _attention(layer).window or 128
 
 
@@ -124,7 +119,7 @@ def _each_layer(
 
 
 def _unrouted(spec: ExperimentSpec) -> TrainingSpec:
-    """The training without what only routers can learn from."""
+    """The training without budget and losses of decisions, which need routers."""
     return spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None)
 
 
@@ -164,7 +159,7 @@ def _transformer(spec: ExperimentSpec, local: bool = False) -> ExperimentSpec:
     from sma.modules.mlp import GatedMLPSpec
 
     width = spec.model.width
-    # As many heads as leave each an even number of channels, for the rotary positions, and at least 16 of them.
+    # The most heads with at least 16 channels each, an even number for the rotary positions.
     heads = next((heads for heads in (8, 4, 2) if width % (2 * heads) == 0 and width // heads >= 16), 1)
 
     def block(part: SubModuleSpec, layer: LayerSpec) -> LayerSpec:

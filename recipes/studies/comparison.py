@@ -1,4 +1,4 @@
-"""SeqBoat beside its baselines on one task or several, at equal updates or equal time."""
+"""Comparison of SeqBoat with its baselines on one or several tasks, at equal updates or equal time."""
 
 import json
 import re
@@ -41,22 +41,22 @@ _PART = re.compile(r"\w[\w.=,+-]*").fullmatch
 class ComparisonOptions(StudyOptions):
     """The options of the comparison."""
 
-    task: str = Field(
-        default="listops", description=f"what to learn: {', '.join(TASKS)}, or several with commas between"
-    )
+    task: str = Field(default="listops", description=f"the task: {', '.join(TASKS)}, or several separated by commas")
     preset: Literal["tiny", "paper"] = Field(
-        default="tiny", description="the SeqBoat experiment that the others are made of"
+        default="tiny", description="the SeqBoat experiment from which the baselines are derived"
     )
     variants: Names | None = variants_field(tuple(BASELINES))
     minutes: float | None = Field(
         default=None,
         gt=0.0,
-        description="train each model so long, in as many updates as its speed allows, instead of equal updates",
+        description="training time of each model, in minutes; default: equal updates",
     )
-    length: int = Field(default=4096, ge=1, description="tokens of the rows on which speed and memory are measured")
+    length: int = Field(
+        default=4096, ge=1, description="number of tokens of the rows on which speed and memory are measured"
+    )
     speed: bool = Field(default=True, description="measure speed and memory")
     equal_parameters: bool = Field(
-        default=False, description="give every baseline the width at which it has about as many parameters as SeqBoat"
+        default=False, description="give every baseline the width with the number of parameters nearest to SeqBoat's"
     )
     vary: list[Settings] = Field(
         default=[],
@@ -70,13 +70,13 @@ class ComparisonOptions(StudyOptions):
 
 
 class ComparisonChosen(Chosen):
-    """What a comparison was asked for.
+    """The settings of a comparison.
 
     Attributes:
-        minutes: of the training of each model, instead of equal updates.
-        length: tokens of the rows on which speed and memory are measured.
+        minutes: training time of each model, in minutes; None trains for equal updates.
+        length: number of tokens of the rows on which speed and memory are measured.
         speed: whether speed and memory are measured.
-        equal_parameters: whether the baselines have about as many parameters as SeqBoat.
+        equal_parameters: whether the widths of the baselines are chosen for SeqBoat's number of parameters.
     """
 
     minutes: float | None = Field(gt=0.0)
@@ -86,7 +86,7 @@ class ComparisonChosen(Chosen):
 
 
 class Comparison(Study[ComparisonOptions, ComparisonChosen]):
-    """Every baseline of a SeqBoat experiment, with its speed and memory."""
+    """All baselines of a SeqBoat experiment, with their speed and memory."""
 
     name = "compare"
     chosen = ComparisonChosen
@@ -113,7 +113,7 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
             model = with_parameters(name, spec) if chosen.equal_parameters else baseline(name, spec)
             if chosen.minutes is not None:
                 first = out / f"{name}-{spec.seed}" / EXPERIMENT
-                # A run that began keeps the updates that it was given.
+                # A started run keeps its number of updates.
                 updates = (
                     load_experiment(first).training.updates
                     if first.is_file()
@@ -137,7 +137,7 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
         }
 
     def conclude(self, summary: Summary, begun: Begun[ComparisonChosen], data: TaskData) -> dict[str, Any]:
-        """Measure the models whose speed and memory are not known, each by its first finished run."""
+        """Measure the models whose speed and memory are unknown, each with its first finished run."""
         measured = set()
         for row in summary["rows"] if begun.chosen.speed else []:
             if WORKS[0] in row or row["variant"] in measured:
@@ -155,14 +155,13 @@ class Comparison(Study[ComparisonOptions, ComparisonChosen]):
 
 
 def run_comparison(options: ComparisonOptions) -> dict[str, Any]:
-    """Compare on one task, or on several and under several settings, each in a folder of its own below that of the
-    comparison, with one table of all.
+    """Compare on one task, or on several tasks and settings, each in its own subfolder, with one common table.
 
     Returns:
-        the summary of the task, or of several theirs by folder.
+        the summary of the task, or the summaries of several by folder.
 
     Raises:
-        SmaError: an error message for the user: an unknown name, a folder of something else, or which runs failed.
+        SmaError: a name is unknown, the folder has other content, or runs failed; the message is for the user.
     """
     study = Comparison()
     if options.resume is not None:
@@ -213,8 +212,7 @@ def _show_tasks(summaries: Mapping[str, Any], out: Path) -> None:
 
 def _begin_parts(study: Comparison, options: ComparisonOptions, out: Path) -> dict[str, dict[str, Any]]:
     parts = _parts(options)
-    # All before the first is trained: what is wrong with one of them is an error at once, and --resume finds what was
-    # asked for.
+    # All of them before the first training, so that a mistake is an error at once and --resume finds all settings.
     asked = [(out / part, *asked_study(study, options.model_copy(update=how))) for part, how in parts.items()]
     write_text(out / SEVERAL, json.dumps(list(parts)))
     for folder, spec, chosen in asked:
@@ -238,15 +236,15 @@ def _read_parts(out: Path) -> list[str]:
 
 
 def _are_parts(value: Any) -> bool:
-    """Whether a value is a list of tasks, or of settings under which one is compared."""
+    """Whether a value is a list of tasks or of settings of a comparison."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) and _PART(each) for each in value)
 
 
 def _parts(options: ComparisonOptions) -> dict[str, dict[str, Any]]:
-    """The options of every part of a comparison, by the name of its folder: a task, the settings that vary, or both.
+    """The options of every part of a comparison, by the name of its folder: a task, its varied settings, or both.
 
     Raises:
-        SpecError: an unknown task, or two parts with the same settings.
+        SpecError: a task is unknown, or two parts have the same settings.
     """
     tasks = _tasks(options.task)
     parts: dict[str, dict[str, Any]] = {}
@@ -278,18 +276,18 @@ def _tasks(given: str) -> list[str]:
 
 
 def read_efficiency(path: Path) -> dict[str, Any]:
-    """Read what `efficiency` measured, as a row holds it.
+    """Read a measurement of `efficiency` in the format of a row.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     measured = read_checked(path, _is_efficiency, "what was measured", "delete it to measure again")
-    # Earlier versions measured on the CPU only, and did not write where.
+    # Earlier versions measured on the CPU only and did not write the device.
     return {**{work: measured[work] for work in WORKS}, "measured_on": measured.get("hardware", "the CPU")}
 
 
 def _is_efficiency(value: Any) -> bool:
-    """Whether a value is what `efficiency` returns."""
+    """Whether a value is a result of `efficiency`."""
     measured = [value.get(name) for name in WORKS] if isinstance(value, dict) else [None]
     return all(
         isinstance(each, dict) and all(isinstance(each.get(name), int | float) for name in MEASURES)
@@ -298,10 +296,8 @@ def _is_efficiency(value: Any) -> bool:
 
 
 def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int = 12) -> int:
-    """Estimate the number of updates in a time by the mean of some updates; with a budget, at the rates of its whole
-    schedule.
-    """
-    # Lightning takes seconds to import; --help need not wait for it.
+    """Estimate the number of updates in a time from some timed updates; with a budget, at the rates of its schedule."""
+    # Lightning takes seconds to import, which --help does not need.
     from sma.recipes.training.objective import load_objective
 
     if spec.threads is not None:
@@ -310,7 +306,7 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
     objective = load_objective(spec.task, data)
     module = objective.module(spec.model.build(), training)
     controller = module.controller
-    if controller is not None:  # each update moves to the next rate of the schedule at once
+    if controller is not None:  # each update uses the next rate of the schedule
         move = controller.move
         module.steer = lambda decisions, valid: move(  # type: ignore[method-assign]
             controller.count(decisions, valid), speed=1.0
@@ -332,7 +328,7 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
 
 
 def with_updates(spec: ExperimentSpec, updates: int) -> ExperimentSpec:
-    """The same experiment in another number of updates; its warm-up and its evaluations keep their shares."""
+    """The same experiment with another number of updates; warm-up and evaluations are scaled."""
     training = spec.training
     share = updates / training.updates
     changes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a study is: its options, what is asked for, the runs of its grid, and its table."""
+"""The contract of a study: its options, its settings, the runs of its grid, and its table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,44 +18,47 @@ from sma.recipes.training.start import requested_experiment
 
 
 def variants_field(known: Sequence[str] = ()) -> Any:
-    """Return the field of `StudyOptions.variants`, whose description lists what there is.
+    """Return the field of `StudyOptions.variants`, whose description lists the known variants.
 
     `--arms`, `--models` and `--only` are its names in earlier versions.
     """
     return Field(
         default=None,
         validation_alias=AliasChoices("variants", "arms", "models", "only"),
-        description=f"which to train, with commas between; default {','.join(known) or 'all'}",
+        description=f"variants to train, separated by commas; default {','.join(known) or 'all'}",
     )
 
 
 class StudyOptions(RunOptions):
     """The options of every study."""
 
-    # Without the target a variable MODELS of the environment would be read: a prefix leaves aliases alone.
+    # Without the target the environment variable MODELS would be read, because a prefix does not apply to aliases.
     model_config = SettingsConfigDict(env_prefix_target="all")
 
     repeatable: ClassVar[frozenset[str]] = RunOptions.repeatable | {"jobs"}
 
     variants: Names | None = variants_field()
     seeds: int | None = Field(
-        default=1, ge=1, le=100, description="runs of every variant, with the seeds from the experiment's own on"
+        default=1,
+        ge=1,
+        le=100,
+        description="number of runs of every variant, with consecutive seeds from that of the experiment",
     )
     jobs: int = Field(
         default=1,
         ge=1,
-        description="runs at a time, each in a process of its own; 1 trains in this one. "
-        "The speeds of runs side by side cannot be compared",
+        description="number of concurrent runs, each in its own process; 1 trains in this process. "
+        "The speeds of concurrent runs cannot be compared",
     )
 
 
 class Chosen(BaseModel):
-    """What a study was asked for besides its experiment, as `study.json` keeps it.
+    """The settings of a study besides its experiment, in the format of `study.json`.
 
     Attributes:
-        study: the name of the study.
-        variants: what is compared.
-        seeds: of every variant.
+        study: name of the study.
+        variants: names of the variants.
+        seeds: number of seeds of every variant.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -73,9 +76,9 @@ class Begun(NamedTuple, Generic[Asked]):
     """A study whose folder is locked.
 
     Attributes:
-        spec: the experiment that the runs are made of.
-        chosen: all that was asked for since the study began.
-        now: the same with what this command trains.
+        spec: the experiment from which the runs are derived.
+        chosen: all settings since the start of the study.
+        now: the same, with the selections of this command.
         out: the folder.
     """
 
@@ -86,15 +89,15 @@ class Begun(NamedTuple, Generic[Asked]):
 
 
 class Study(Generic[Options, Asked]):
-    """A grid of runs that are made of one experiment, and its table; subclasses define both.
+    """A grid of runs derived from one experiment, and its table; subclasses define both.
 
     Attributes:
-        name: of the study, as `study.json` keeps it.
-        chosen: the class of what is asked for.
-        older: the file in which earlier versions kept that.
-        selections: the fields of `chosen` that select runs, which a command that resumes may change, and the noun for
-            one of their values.
-        figures: the files that `conclude` draws into the folder.
+        name: name of the study in `study.json`.
+        chosen: class of the settings.
+        older: file of the settings in earlier versions.
+        selections: fields of `chosen` that select runs and may change on resuming, with the noun for one of their
+            values.
+        figures: files that `conclude` draws into the folder.
     """
 
     name: ClassVar[str]
@@ -112,15 +115,15 @@ class Study(Generic[Options, Asked]):
         return {"seeds": options.seeds}
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
-        """The values that there are of each of `selections`."""
+        """The known values of each of `selections`."""
         raise TypeError(f"{type(self).__name__} must define names")
 
     def upgrade(self, older: Any) -> dict[str, Any]:
-        """What earlier versions wrote into the file `older` as fields of `chosen`, besides `study`."""
+        """Convert the content of the file `older` to fields of `chosen` other than `study`."""
         raise TypeError(f"{type(self).__name__} must define upgrade")
 
     def runs(self, spec: ExperimentSpec, chosen: Asked, data: TaskData, out: Path) -> list[Run]:
-        """All runs of the grid; those that `selects` leaves out are listed where they are finished."""
+        """All runs of the grid; runs that `selects` omits are listed if they are finished."""
         raise TypeError(f"{type(self).__name__} must define runs")
 
     def selects(self, run: Run, chosen: Asked) -> bool:
@@ -128,18 +131,18 @@ class Study(Generic[Options, Asked]):
         return run.variant in chosen.variants
 
     def check(self, spec: ExperimentSpec, chosen: Asked) -> None:
-        """Check that the runs can be made of an experiment, before anything is written.
+        """Check that the runs can be derived from an experiment, before anything is written.
 
         Raises:
-            SpecError: they cannot.
+            SpecError: the runs cannot be derived from the experiment.
         """
 
     def summarise(self, results: Results, chosen: Asked, out: Path) -> dict[str, Any]:
-        """What the study adds to its summary, or replaces in it."""
+        """Entries that the study adds to its summary or replaces."""
         return {}
 
     def conclude(self, summary: Summary, begun: Begun[Asked], data: TaskData) -> dict[str, Any]:
-        """Measure and draw what needs the finished runs; returns what is added to the summary."""
+        """Measure and draw results of the finished runs; returns the added entries of the summary."""
         return {}
 
     def table(self, summary: Summary) -> Table:

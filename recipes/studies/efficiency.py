@@ -2,7 +2,7 @@
 
 python -m sma.recipes.studies.efficiency RUN --length 4096
 
-Prints JSON. A process of its own measures each, because the peak of a process never falls.
+Prints JSON. Each is measured in a separate process, because the peak memory of a process never falls.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from sma.streams import run_command
 def efficiency(
     run: Path, length: int, *, batch: int = 1, device: str = "cpu", threads: int | None = None
 ) -> dict[str, Any]:
-    """Measure the model of a finished run on random rows, its layers as active as in the run's test.
+    """Measure the model of a finished run on random rows, at the activation rates of the run's test.
 
     Returns:
-        for `inference` and `training`: `milliseconds`, the median of a pass, and `megabytes`, the peak of memory beyond
-        what the process held before its first pass; and `device` and `hardware`, on which it was measured.
+        for `inference` and `training`: `milliseconds`, the median of a pass, and `megabytes`, the increase of the peak
+        memory over that before the first pass; `device` and `hardware` of the measurement.
 
     Raises:
-        CheckpointError: there is no finished run, or a measurement failed; the message has its last line.
+        CheckpointError: there is no finished run, or a measurement failed; the message has the last line of its output.
     """
     from sma.recipes.training.provenance import (
-        hardware,  # Lightning takes seconds to import, and the processes that measure do without
+        hardware,  # Lightning takes seconds to import, and the measuring processes do not need it
     )
 
     if not (run / SUMMARY).is_file():
@@ -52,7 +52,7 @@ def efficiency(
         )
     if device == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(
-            f"{str(run)!r} is to be measured on cuda, and torch sees no GPU here; measure it where there is one"
+            f"{str(run)!r} requires cuda, and torch finds no GPU here; measure it on a machine with a GPU"
         )
     found: dict[str, Any] = {"device": device, "hardware": hardware(device, threads)}
     for work in WORKS:
@@ -79,7 +79,7 @@ def efficiency(
 
 
 def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds: float = 3.0) -> dict[str, float]:
-    """Measure one kind of work in this process."""
+    """Measure inference or training in this process."""
     torch.manual_seed(0)
     model = load(run / "model").to(device)
     rates = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["activation_rates"]
@@ -109,17 +109,15 @@ def measure(run: Path, length: int, batch: int, device: str, work: Work, seconds
 
 
 def random_rows(model: SequenceModel, batch: int, length: int) -> torch.Tensor:
-    """Random inputs of a model, on its device: what its encoder reads."""
+    """Random inputs for the encoder of a model, on its device."""
     return model.encoder.random_inputs(batch * model.spec.rows_per_sample, length)
 
 
 def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str, float]]) -> None:
-    """Set every sub-module of every layer to its activation rate in the test of the run, because random rows activate
-    other numbers of tokens.
-    """
+    """Set every sub-module to its activation rate in the test of the run, because random rows have other rates."""
     tokens = inputs.shape[0] * inputs.shape[1]
     routers = routers_of(model)
-    if not routers:  # a transformer has none to set
+    if not routers:  # a transformer has no routers
         return
     calibrate(
         model,
@@ -128,31 +126,29 @@ def _set_rates(model: SequenceModel, inputs: torch.Tensor, rates: list[dict[str,
             _targets(layer, tokens) if isinstance(router, SteerableRouter) else {}
             for layer, router in zip(rates, routers, strict=True)
         ],
-        passes=32,  # sub-modules that compete need more than others
+        passes=32,  # competing sub-modules need more passes
     )
 
 
 def _targets(rates: dict[str, float], tokens: int) -> dict[str, float]:
-    """Rates that a router can be set to: 0 is no target, one token of all of them instead; those that compete cannot
-    sum to more.
-    """
+    """Valid target rates of a router: at least one token each, scaled to the same sum."""
     wanted = {name: max(rate, 1 / tokens) for name, rate in rates.items()}
     share = sum(rates.values()) / sum(wanted.values()) or 1.0
     return {name: share * rate for name, rate in wanted.items()}
 
 
 def _forget_peak(device: str) -> float:
-    """Start the peak afresh, where the system can; gives the bytes that are held now.
+    """Reset the peak memory if the system supports it; returns the current memory in bytes.
 
-    Loading a model takes more than a small one's passes do, so its peak must not count. Linux alone can forget it for a
-    process; elsewhere the peak so far is what a pass has to exceed.
+    Loading a small model takes more memory than its passes, so its peak must not count. Only Linux can reset the peak
+    of a process; on other systems a pass is measured only beyond the previous peak.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.memory_allocated())
     if sys.platform == "linux":
         gc.collect()
-        # Glibc keeps what is freed, and a pass would be served from that.
+        # Glibc keeps freed memory, which a pass would reuse.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
@@ -161,7 +157,7 @@ def _forget_peak(device: str) -> float:
 
 
 def _peak(device: str) -> float:
-    """Bytes that were held at most."""
+    """Peak memory in bytes."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
     if sys.platform == "linux":
@@ -177,13 +173,13 @@ def main() -> int:
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description="Speed and peak memory of a trained model on random rows.")
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--batch", type=int, default=1, help="rows, or pairs of rows")
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--length", type=int, default=4096, help="number of tokens of a row")
+    parser.add_argument("--batch", type=int, default=1, help="number of rows, or of pairs of rows")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
     parser.add_argument(
-        "--work", choices=WORKS, help="measure one in this process; default both, each in one of its own"
+        "--work", choices=WORKS, help="measure only this one, in this process; default: both, each in its own process"
     )
     options = parser.parse_args()
     if options.threads:

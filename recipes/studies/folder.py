@@ -1,4 +1,4 @@
-"""The folder of a study: `experiment.yaml`, and `study.json` with what was asked for besides."""
+"""The folder of a study: `experiment.yaml`, and `study.json` with its settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ NEW = "start a new study"
 
 @contextmanager
 def begin(study: Study[Options, Asked], options: Options) -> Iterator[Begun[Asked]]:
-    """Begin a study or take up the one in the folder, which is locked as long.
+    """Start a study or resume the one in the folder, which is locked inside the block.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the study cannot start; the message is for the user.
     """
     asked = asked_study(study, options) if options.resume is None else None
     folder = options.resume if options.resume is not None else options.out
-    # A folder that an earlier version began is resumed as it is.
+    # The folder of an earlier version is resumed unchanged.
     older = folder is not None and not (folder / STUDY).is_file() and (folder / study.older).is_file()
     with folder_of(options, study.older if older else STUDY, "study") as (out, began):
         if asked is not None and not (began and (out / EXPERIMENT).exists()):
@@ -46,10 +46,10 @@ def begin(study: Study[Options, Asked], options: Options) -> Iterator[Begun[Aske
 
 
 def asked_study(study: Study[Options, Asked], options: Options) -> tuple[ExperimentSpec, Asked]:
-    """Return the experiment of the options, and the rest of what they choose.
+    """Return the experiment and the settings of the options.
 
     Raises:
-        SpecError: one of them is not valid, or the runs cannot be made of the experiment.
+        SpecError: an option is not valid, or the runs cannot be derived from the experiment.
     """
     spec = study.experiment(options)
     spec.task.check_trainable()
@@ -61,16 +61,16 @@ def asked_study(study: Study[Options, Asked], options: Options) -> tuple[Experim
 
 
 def refuse_changes(study: Study[Options, Asked], options: Options) -> None:
-    """Refuse options that would change a study that is resumed; those that select runs do not.
+    """Refuse options that would change a resumed study; options that select runs are allowed.
 
     Raises:
-        SpecError: names them.
+        SpecError: there are such options; the message lists them.
     """
     options.refuse_all_but(["resume", "auto_resume", *study.selections], "--resume continues the study as it was", NEW)
 
 
 def write_down(out: Path, spec: ExperimentSpec, chosen: Chosen) -> None:
-    """Write what a study is asked for into its folder."""
+    """Write the settings of a study into its folder."""
     # In this order: a folder is one of a study by the first, and --auto-resume writes the second where a start was
     # killed.
     write_text(out / STUDY, chosen.model_dump_json())
@@ -78,10 +78,10 @@ def write_down(out: Path, spec: ExperimentSpec, chosen: Chosen) -> None:
 
 
 def read_study(study: Study[Any, Asked], out: Path) -> tuple[ExperimentSpec, Asked]:
-    """Read what `write_down` wrote, or an earlier version.
+    """Read the settings that `write_down` or an earlier version wrote.
 
     Raises:
-        CheckpointError: it is damaged, or that of another study.
+        CheckpointError: the file is damaged or belongs to another study.
     """
     path = out / STUDY if (out / STUDY).is_file() else out / study.older
     found = read_json(path, NEW)
@@ -110,7 +110,7 @@ def _refuse_other_settings(study: Study[Any, Asked], chosen: Asked, asked: Asked
 
 
 def _selected(study: Study[Options, Asked], spec: ExperimentSpec, options: Options) -> dict[str, list[str]]:
-    """The values of the options that select runs, where they are given."""
+    """The values of the given options that select runs."""
     selected = {}
     for field, known in study.names(spec).items():
         word = study.selections[field]

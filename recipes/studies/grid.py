@@ -1,4 +1,4 @@
-"""Grids of runs, one at a time or side by side; a run that fails does not stop the others."""
+"""Grids of runs, sequential or concurrent; a failed run does not stop the others."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ from sma.stats import count_macs
 from sma.streams import make_tolerant
 
 ERROR, LOG = "error.txt", "log.txt"
-"""The files of a run that failed: the reason on one line, and its output with the traceback."""
+"""The files of a failed run: the reason on one line, and its output with the traceback."""
 
 SHARED, OPTIONAL = ("task", "data"), ("chance", "majority")
 ORIGIN = ("commit", "hardware", "date")
-"""Provenance that a study states once for all its runs."""
+"""Provenance that a study records once for all its runs."""
 
 NEEDED = ("activation_rates", "tokens_per_second", "seconds", "parameters", "updates")
-"""What a row holds of the summary of its run, besides the metric of the task."""
+"""Entries of a run's summary in its row, besides the metric of the task."""
 
 Experiment = ExperimentSpec | Callable[[Mapping[str, Row]], ExperimentSpec]
 
@@ -37,13 +37,13 @@ class Run:
     """A run of a study.
 
     Attributes:
-        name: its folder below that of the study.
-        variant: what is compared.
-        seed: of the experiment.
+        name: its subfolder in the folder of the study.
+        variant: name of the variant.
+        seed: seed of the experiment.
         experiment: the experiment, or a function that makes it from the finished rows by name.
-        needs: names of the runs whose rows that function reads; they precede this one in the grid.
-        column: the part of the table that has the run, if there are several.
-        title: start of the titles of the figures of the run; None draws none.
+        needs: names of the runs whose rows this function reads; they precede this run in the grid.
+        column: part of the table that has the run, if there are several.
+        title: start of the titles of the figures of the run; None draws no figures.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """What identifies the run in a summary."""
+        """The labels of the run in a summary."""
         column = {} if self.column is None else {"column": self.column}
         return {"name": self.name, **column, "variant": self.variant, "seed": self.seed}
 
@@ -65,10 +65,10 @@ class Results(NamedTuple):
     """The contents of the folders of a grid.
 
     Attributes:
-        rows: of the finished runs, in the order of the grid.
-        failed: the runs that failed, in the order of the grid.
-        tried: names of the runs that were to be trained.
-        facts: what all have in common, see `sma.recipes.reports.results.Summary`.
+        rows: rows of the finished runs, in the order of the grid.
+        failed: the failed runs, in the order of the grid.
+        tried: names of the runs selected for training.
+        facts: common facts of all runs, see `sma.recipes.reports.results.Summary`.
     """
 
     rows: list[Row]
@@ -78,12 +78,12 @@ class Results(NamedTuple):
 
     @property
     def failures(self) -> list[str]:
-        """Names of the runs that were tried and failed."""
+        """Names of the failed runs among those selected."""
         return [run["name"] for run in self.failed if run["name"] in self.tried]
 
 
 class Trainer(Protocol):
-    """Trains an experiment in a folder, or resumes it there, and leaves its summary."""
+    """Trains or resumes an experiment in a folder, and writes its summary."""
 
     def __call__(
         self,
@@ -95,14 +95,14 @@ class Trainer(Protocol):
         progress: bool,
         title: str | None,
     ) -> object:
-        """Train, test, and write `summary.json`, with which the run counts as finished."""
+        """Train, test, and write `summary.json`, which marks the run as finished."""
 
 
 def train(
     spec: ExperimentSpec, folder: Path, data: TaskData, *, accelerator: str, progress: bool, title: str | None
 ) -> None:
     """Train an experiment, or resume it from its last checkpoint."""
-    # Lightning takes seconds to import; --help need not wait for it.
+    # Lightning takes seconds to import, which --help does not need.
     from sma.recipes.training.run import run_experiment
 
     run_experiment(spec, folder, data, resume=True, accelerator=accelerator, progress=progress, title=title)
@@ -121,22 +121,22 @@ def run_grid(
     write: Callable[[Results], object] = lambda results: None,
     trainer: Trainer = train,
 ) -> Results:
-    """Train the runs of a grid that are not finished, and resume those that were interrupted.
+    """Train the unfinished runs of a grid, and resume the interrupted ones.
 
-    A run that fails does not stop the others: `error.txt` of its folder has the reason, the traceback is in
-    `log.txt`. A run fails as well where one that it needs has failed, or is neither finished nor to be trained.
+    A failed run does not stop the others. Its folder has the reason in `error.txt` and the traceback in `log.txt`. A
+    run also fails if a run that it needs has failed, or is neither finished nor selected.
 
     Args:
         runs: the grid.
-        out: the folder of the study.
-        data: of their task, for runs in this process.
-        cache: where the data is kept, for runs in other processes.
+        out: folder of the study.
+        data: data of their task, for runs in this process.
+        cache: the data folder, for runs in other processes.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        jobs: runs at a time, each in a process of its own; 1 trains in this process.
-        progress: show a bar, for runs in this process.
-        only: names of the runs to train; of the others those that are finished are listed. None: all.
-        write: called with the results at the beginning and after every run.
-        trainer: trains one run; a function that can be imported.
+        jobs: number of concurrent runs, each in its own process; 1 trains in this process.
+        progress: whether to show a bar, for runs in this process.
+        only: names of the runs to train; other finished runs are listed. None: all.
+        write: function called with the results at the start and after every run.
+        trainer: an importable function that trains one run.
 
     Raises:
         CheckpointError: a folder holds a run of another experiment.
@@ -177,7 +177,7 @@ def run_grid(
 
 
 class _Grid:
-    """The rows of a grid as its runs end."""
+    """The rows of a grid, updated when a run ends."""
 
     def __init__(self, runs: Sequence[Run], out: Path, data: TaskData, task: TaskSpec) -> None:
         self.runs = runs
@@ -193,7 +193,7 @@ class _Grid:
             self._read(run)
 
     def note_end(self, run: Run) -> None:
-        """Read what a run left, and print how it ended."""
+        """Read the result of a run, and print it."""
         self._read(run)
         self.ended += 1
         print(f"[{self.ended}/{len(self.tried)}] {run.name}: {in_words(self.out / run.name, self.metric)}", flush=True)
@@ -214,7 +214,7 @@ class _Grid:
             **{key: summaries[0][key] for key in (*SHARED, *OPTIONAL) if summaries and key in summaries[0]},
             "metric": self.metric._asdict(),
             "updates": updates.pop() if len(updates) == 1 else None,
-            # Runs that were made at several times can have several.
+            # Runs of different times can have different values.
             **{key: ", ".join(sorted({str(run.get(key)) for run in summaries})) for key in ORIGIN},
             "test_samples": self.samples,
             "length": self.length,
@@ -262,7 +262,7 @@ def _mean_length(task: TaskSpec, data: Any) -> int:
     """Mean number of positions of a test sample."""
     if (lengths := getattr(data.test, "lengths", None)) is not None:
         return max(1, round(float(lengths.double().mean())))
-    # Lightning takes seconds to import, and most data has lengths.
+    # Lightning takes seconds to import, and is not needed if the data has lengths.
     from sma.recipes.training.objective import load_objective
 
     return load_objective(task, data).typical_row
@@ -274,7 +274,7 @@ def _check(runs: Sequence[Run], out: Path) -> TaskSpec:
     task: TaskSpec | None = None
     for run in runs:
         if missing := [name for name in run.needs if name not in before]:
-            raise SpecError(f"the run {run.name!r} needs {missing[0]!r}, which must stand before it in the grid")
+            raise SpecError(f"the run {run.name!r} needs {missing[0]!r}, which must precede it in the grid")
         before.add(run.name)
         if not isinstance(run.experiment, ExperimentSpec):
             continue
@@ -298,7 +298,7 @@ def _refuse_another(spec: ExperimentSpec, folder: Path) -> None:
 
 
 def _experiment(run: Run, rows: Mapping[str, Row], out: Path) -> ExperimentSpec | None:
-    """Return the experiment of a run; None where it cannot be made, which is noted in its folder."""
+    """Return the experiment of a run; None if it cannot be made, with the reason in its folder."""
     if isinstance(run.experiment, ExperimentSpec):
         return run.experiment
     try:
@@ -319,7 +319,7 @@ def _experiment(run: Run, rows: Mapping[str, Row], out: Path) -> ExperimentSpec 
 def _train_alone(
     trainer: Trainer, spec: ExperimentSpec, folder: Path, cache: Path, accelerator: str, title: str | None
 ) -> None:
-    """Train in a process of its own, whose output goes to the folder: lines of several runs would be mixed."""
+    """Train in a separate process with its output in the folder, because lines of concurrent runs would be mixed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
@@ -339,7 +339,7 @@ def _train(
 ) -> None:
     try:
         trainer(spec, folder, data(), accelerator=accelerator, progress=progress, title=title)
-    except Exception as error:  # whatever it is: the other runs are trained
+    except Exception as error:  # any exception: the other runs continue
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
             traceback.print_exc(file=log)
@@ -347,7 +347,7 @@ def _train(
 
 
 def _note_death(folder: Path, code: int) -> None:
-    """Write down why a process ended that did not write it itself."""
+    """Write the reason of a process that ended without writing it."""
     if code and not (folder / ERROR).is_file():
         name = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         write_text(folder / ERROR, f"ended {name}")

@@ -1,4 +1,4 @@
-"""Associative recall in noise: five models that differ in their routers alone."""
+"""Associative recall in noise: five models that differ only in their routers."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -42,19 +42,19 @@ class RecallOptions(VariantsOptions):
 
 
 class Recall(VariantsStudy[RecallOptions]):
-    """`seqboat` (sampled decisions under a budget), `sma` (the paper's router, by itself), `always`, `never`, and
-    `random` at the rates of seqboat; then the trained seqboat at other rates, without training.
+    """`seqboat` (sampled decisions under a budget), `sma` (the paper's router without a budget), `always`, `never`, and
+    `random` at the rates of seqboat; then the trained seqboat at other rates without further training.
     """
 
     name = "recall"
     known = VARIANTS
     figures: ClassVar[Sequence[str]] = (COMPARISON, FIGURE)
-    draws_runs = False  # a sample has several answers, which those figures do not show
+    draws_runs = False  # those figures cannot show the several answers of a sample
 
     def check(self, spec: ExperimentSpec, chosen: Chosen) -> None:
         if not isinstance(spec.task, ClassificationTask):
             raise SpecError(
-                f"the task {spec.task.kind!r} is measured by {spec.task.metric.name!r}, and the study of recall "
+                f"the metric of the task {spec.task.kind!r} is {spec.task.metric.name!r}, and the study of recall "
                 "compares accuracies; use a classification task"
             )
 
@@ -74,14 +74,14 @@ class Recall(VariantsStudy[RecallOptions]):
     def conclude(self, summary: Summary, begun: Begun[Chosen], data: TaskData) -> dict[str, Any]:
         found = super().conclude(summary, begun, data)
         rows = first_seed(summary["rows"])
-        # Of what the folder holds, so that a study that is resumed shows the same.
+        # From the files of the folder, so that a resumed study shows the same.
         models = {row["variant"]: load(begun.out / row["name"] / "model") for row in rows}
         reports = {name: measure_activation(model, data.test, data) for name, model in models.items()}
         for name, report in reports.items():
-            print(f"{name}: which tokens run attention\n{report.describe_roles()}")
+            print(f"{name}: tokens that run attention\n{report.describe_roles()}")
         if "seqboat" in models:
             found["calibrated"] = rate_sweep(models["seqboat"], data)
-            print("seqboat at other rates, without training")
+            print("seqboat at other rates, without further training")
             for point in found["calibrated"]:
                 print(
                     f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
@@ -102,7 +102,7 @@ def _free(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def rate_sweep(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
-    """Accuracy on the test split at other activation rates, calibrated on the validation split, without training."""
+    """Test accuracy at other activation rates, calibrated on the validation split without further training."""
     points = []
     validation, test = (
         [data.collate([split[n] for n in part.tolist()]) for part in torch.arange(len(split)).split(200)]

@@ -1,4 +1,4 @@
-"""The report of a folder again: of a run, or of any study."""
+"""Recreation of the report of a run or a study."""
 
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,31 @@ STUDIES: tuple[Study[Any, Any], ...] = (Comparison(), RouterTable(), Routed(), R
 
 
 def report_folder(folder: Path, options: CallOptions) -> dict[str, Any]:
-    """Write the figures and tables of a run or of a study again, from what its folder holds; returns its summary.
+    """Write the figures and tables of a run or a study again, from the files of its folder; returns its summary.
 
     Raises:
-        SmaError: an error message for the user: the folder holds neither, or is damaged.
+        SmaError: the folder holds neither or is damaged; the message is for the user.
     """
     study = None if (folder / SEVERAL).is_file() else _study_in(folder)
     if study is None and not (folder / SEVERAL).is_file():
         if not (folder / EXPERIMENT).is_file():
             raise CheckpointError(
                 f"the folder {str(folder)!r} holds no run, no study and no sweep: {EXPERIMENT} is missing; "
-                "give a folder that sma train, sma compare or sma sweep wrote"
+                "give a folder of sma train, sma compare or sma sweep"
             )
-        from sma.recipes.training import evaluation  # Lightning takes seconds to import; a study needs no test
+        from sma.recipes.training import evaluation  # Lightning takes seconds to import, and a study needs no test
 
         return evaluation.report(folder, options)
-    options.refuse(["accelerator"], "a study is reported without training and test")
+    options.refuse(["accelerator"], "the report of a study needs no training and no test")
     return report_tasks(folder, options) if study is None else report_study(study, folder, options)
 
 
 def _study_in(folder: Path) -> Study[Any, Any] | None:
-    """The study whose folder it is; None: it is none."""
+    """The study of the folder; None if there is none."""
     path = folder / STUDY
     if (
         not path.is_file()
-    ):  # of an earlier version, perhaps: of two studies with one name of the file, the one that fits
+    ):  # possibly of an earlier version, in which two studies share a file name: take the one that fits
         older = [study for study in STUDIES if (folder / study.older).is_file()]
         return next((study for study in older[:-1] if _fits(study, folder)), older[-1] if older else None)
     with parsing(repr(str(path)), CheckpointError, NEW):

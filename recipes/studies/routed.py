@@ -1,4 +1,4 @@
-"""Models with routed modules under five routers."""
+"""Comparison of five routers in one model with routed modules."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -19,11 +19,11 @@ VARIANTS = ("routed", "expert_choice", "always", "never", "random")
 class RoutedOptions(VariantsOptions):
     """The options of the recipes that compare routers."""
 
-    task: Literal["listops", "digits"] = Field(default="listops", description="what to learn")
+    task: Literal["listops", "digits"] = Field(default="listops", description="the task")
     router: str | None = Field(
         default=None,
-        description="of the routed variant: a kind, or YAML such as '{kind: sma, temperature_scale: 0.5}'; "
-        "default the preset's",
+        description="router of the variant routed: a kind, or YAML such as '{kind: sma, temperature_scale: 0.5}'; "
+        "default: that of the preset",
     )
     variants: Names | None = variants_field(VARIANTS)
 
@@ -33,11 +33,11 @@ class Routed(VariantsStudy[RoutedOptions]):
 
     | variant | router |
     |---|---|
-    | `routed` | the experiment's own |
-    | `expert_choice` | each layer runs its best-scoring tokens, as many as ran there in `routed`: Mixture of Depths |
+    | `routed` | that of the experiment |
+    | `expert_choice` | each layer runs its tokens with the highest scores, at the rate of `routed`: Mixture of Depths |
     | `always` | every token: the dense baseline |
-    | `never` | no token: what the rest of the model does alone |
-    | `random` | tokens drawn at random, as many as in `routed`: the control for claims that routing learned something |
+    | `never` | no token: the model without its routed modules |
+    | `random` | random tokens at the rate of `routed`: the control for claims that the router learned something |
 
     Reference:
         Raposo et al., "Mixture-of-Depths: Dynamically allocating compute in transformer-based language models", arXiv
@@ -58,7 +58,7 @@ class Routed(VariantsStudy[RoutedOptions]):
     def variants(self, spec: ExperimentSpec) -> dict[str, Variant]:
         return {
             "routed": spec,
-            # A share of nothing is no share: where no token ran, none does.
+            # `expert_choice` and `random` need a positive share; at a rate of 0 no token runs.
             "expert_choice": AtRatesOf(
                 "routed",
                 lambda rates: with_routers(

@@ -29,10 +29,10 @@ TABLE, VALUES = "table.md", "table.csv"
 
 
 def run_study(study: Study[Options, Asked], options: Options) -> dict[str, Any]:
-    """Train what is not finished yet, and write the table and the summary after every run; returns the summary.
+    """Train the unfinished runs, and write the table and the summary after every run; returns the summary.
 
     Raises:
-        SmaError: an error message for the user: an unknown name, a folder of something else, or which runs failed.
+        SmaError: a name is unknown, the folder has other content, or runs failed; the message is for the user.
     """
     if options.resume is not None:
         refuse_changes(study, options)
@@ -42,15 +42,15 @@ def run_study(study: Study[Options, Asked], options: Options) -> dict[str, Any]:
 
 
 def refuse_failures(failures: Sequence[str], out: Path, options: StudyOptions) -> None:
-    """Raise one error that names the runs that failed.
+    """Raise one error that lists the failed runs.
 
     Args:
-        failures: their names; empty: nothing is raised.
-        out: the folder to resume.
-        options: of the command that resumes it.
+        failures: names of the failed runs; without any, nothing is raised.
+        out: folder of the study.
+        options: options of the command, for the resuming command.
 
     Raises:
-        SmaError: there are any.
+        SmaError: a run failed.
     """
     if failures:
         command = resuming(options, out)
@@ -62,7 +62,7 @@ def refuse_failures(failures: Sequence[str], out: Path, options: StudyOptions) -
 
 
 def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, Any], list[str], Path]:
-    """Run a study; returns its summary, the names of the runs that failed, and its folder.
+    """Run a study; returns its summary, the names of the failed runs, and its folder.
 
     Raises:
         SmaError: an error message for the user.
@@ -101,7 +101,7 @@ def _fill(
     options: CallOptions,
     jobs: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Train some runs of a study, write and print its results; returns its summary, and which runs failed."""
+    """Train some runs of a study, write and print its results; returns its summary and the names of the failed runs."""
     out = begun.out
     clock = _Clock(out, min(jobs, sum(not (out / name / SUMMARY).is_file() for name in only)))
     if not only:
@@ -151,11 +151,11 @@ def _write(
 
 
 class _Clock:
-    """The time that the runs of a study have taken, with that of the commands before this one.
+    """The total time of the runs of a study, including that of earlier commands.
 
     Args:
         out: the folder of the study.
-        jobs: runs at a time.
+        jobs: number of concurrent runs.
     """
 
     def __init__(self, out: Path, jobs: int) -> None:
@@ -163,9 +163,9 @@ class _Clock:
         self._stopped: float | None = None
         earlier: dict[str, Any] = {}
         if (out / SUMMARY).exists():
-            hint = "delete it to count the time anew"
+            hint = "delete it to restart the count of time"
             earlier = read_checked(out / SUMMARY, _is_summary, "the summary of a study", hint)
-        # Those of earlier versions may state neither.
+        # Summaries of earlier versions may lack both.
         self._seconds = earlier.get("seconds", 0.0)
         self._jobs = max(earlier.get("jobs", 1), jobs)
 
@@ -174,7 +174,7 @@ class _Clock:
         self._stopped = self._stopped or time.perf_counter()
 
     def read(self) -> dict[str, Any]:
-        """Seconds, and runs at a time at most."""
+        """Total seconds, and the maximum number of concurrent runs."""
         until = time.perf_counter() if self._stopped is None else self._stopped
         return {"jobs": self._jobs, "seconds": round(self._seconds + until - self._started, 1)}
 

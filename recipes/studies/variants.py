@@ -1,4 +1,4 @@
-"""Variants of one experiment that differ in their routers alone, trained side by side."""
+"""Variants of one experiment that differ only in their routers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,11 @@ from sma.routers import RandomRouterSpec, RouterSpec
 
 
 class AtRatesOf(NamedTuple):
-    """An experiment whose layers run as often as those of another variant.
+    """An experiment whose layers have the activation rates of another variant.
 
     Attributes:
-        variant: the other one.
-        make: makes the experiment from the activation rate of every routed layer there.
+        variant: name of the other variant.
+        make: function that makes the experiment from the activation rate of every routed layer of the other variant.
     """
 
     variant: str
@@ -37,7 +37,7 @@ Variant = ExperimentSpec | AtRatesOf
 class VariantsOptions(StudyOptions):
     """The options of the recipes that compare variants."""
 
-    preset: Literal["tiny"] = Field(default="tiny", description="all variants in some minutes on one core")
+    preset: Literal["tiny"] = Field(default="tiny", description="tiny: all variants in some minutes on one core")
 
 
 class VariantsStudy(Study[Options, Chosen]):
@@ -45,7 +45,7 @@ class VariantsStudy(Study[Options, Chosen]):
 
     Attributes:
         known: names of the variants, in the order of training.
-        draws_runs: whether every run draws figures of its own.
+        draws_runs: whether every run draws its own figures.
     """
 
     chosen = Chosen
@@ -56,11 +56,11 @@ class VariantsStudy(Study[Options, Chosen]):
 
     @abstractmethod
     def variants(self, spec: ExperimentSpec) -> dict[str, Variant]:
-        """The variants of an experiment by name; those whose rates others need come first."""
+        """The variants of an experiment by name; variants whose rates others need are first."""
 
     @abstractmethod
     def subject(self, spec: ExperimentSpec) -> str:
-        """What is compared, for titles."""
+        """The subject of the comparison, for titles."""
 
     def names(self, spec: ExperimentSpec) -> dict[str, Sequence[str]]:
         return {"variants": self.known}
@@ -71,7 +71,7 @@ class VariantsStudy(Study[Options, Chosen]):
     def runs(self, spec: ExperimentSpec, chosen: Chosen, data: TaskData, out: Path) -> list[Run]:
         runs = []
         for seed in range(spec.seed, spec.seed + (chosen.seeds or 1)):
-            # The first seed has no number in its folder, as when there was only one.
+            # The folder of the first seed has no number, as with a single seed.
             folders = {name: name if seed == spec.seed else f"{name}-{seed}" for name in self.known}
             for name, variant in self.variants(spec.replace(seed=seed)).items():
                 title = f"{self.subject(spec)}, {name}" if self.draws_runs else None
@@ -98,32 +98,30 @@ def _at_rates(variant: AtRatesOf, needed: str) -> Callable[[Mapping[str, Row]], 
 
 
 def at_random(spec: ExperimentSpec, variant: str) -> AtRatesOf:
-    """Return the same experiment with every layer run on tokens drawn at random, as often as in another variant."""
+    """Return the same experiment with random tokens in every layer, at the rates of another variant."""
     return AtRatesOf(
         variant, lambda rates: with_routers(spec, [RandomRouterSpec(rate=rate, seed=spec.seed) for rate in rates])
     )
 
 
 def with_routers(spec: ExperimentSpec, routers: RouterSpec | Sequence[RouterSpec]) -> ExperimentSpec:
-    """Return the same experiment with other routers, and with the budget and the losses of decisions that they can
-    learn from.
+    """Return the same experiment with other routers, and with the applicable budget and losses of decisions.
 
-    Where none of them learns a rate there is no budget and no such loss; where none samples, no policy gradient; and
-    routers that learn from it alone get one of the weight 1 if there is none.
+    If no router learns a rate, the budget and these losses are removed. If no router is stochastic, the policy gradient
+    is removed. Routers that learn only from a policy gradient get one with weight 1 if there is none.
 
     Args:
         spec: the experiment.
-        routers: one for all layers that route, or one for each of them.
+        routers: one router for all routed layers, or one per routed layer.
 
     Raises:
-        SpecError: the number of routers is not that of the layers that route.
+        SpecError: the number of routers differs from that of the routed layers.
     """
     routed = [index for index, layer in enumerate(spec.model.layer_specs) if layer.modules]
     each = [routers] * len(routed) if isinstance(routers, RouterSpec) else list(routers)
     if len(each) != len(routed):
         raise SpecError(
-            f"there are {len(each)} routers for {len(routed)} layers that route; "
-            "give one for each of them, or one for all"
+            f"there are {len(each)} routers for {len(routed)} routed layers; give one for each of them, or one for all"
         )
     layers = list(spec.model.layer_specs)
     for index, router in zip(routed, each, strict=True):

@@ -162,7 +162,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
 
 
 class QueriesTask(ClassificationTask):
-    """Base of the tasks whose targets stand at the queries of a row of token ids.
+    """Base of the tasks with targets at the queries of a row of token ids.
 
     Attributes:
         tokens: noun for the tokens of the vocabulary, for the message about a model with another one.

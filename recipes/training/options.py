@@ -22,14 +22,14 @@ class CallOptions(CommandOptions):
 class ExperimentOptions(CallOptions):
     """The options that select an experiment."""
 
-    spec: File | None = Field(default=None, description="an experiment of your own instead of a preset: a YAML file")
+    spec: File | None = Field(default=None, description="your own experiment instead of a preset: a YAML file")
     set: list[Setting] = Field(
         default=[],
         description="change a field before validation, such as layers.layer.router.temperature_scale=0.5; "
         "may be repeated",
     )
     seed: int | None = Field(
-        default=None, description="seed of the weights, the sample order and dropout; default the preset's"
+        default=None, description="seed of the weights, the sample order and dropout; default: that of the preset"
     )
 
     @property
@@ -41,7 +41,7 @@ class ExperimentOptions(CallOptions):
 class RunOptions(ExperimentOptions):
     """The options of every recipe that trains."""
 
-    out: Folder | None = Field(default=None, description="the run folder; default runs/TASK-PRESET-TIME")
+    out: Folder | None = Field(default=None, description="the run folder; default: runs/TASK-PRESET-TIME")
     resume: Folder | None = Field(default=None, description="resume the run in this folder")
     auto_resume: bool = Field(
         default=False,

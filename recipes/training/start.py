@@ -27,7 +27,7 @@ class Start(NamedTuple):
         spec: the experiment.
         out: the run folder, whose lock is held.
         resume: whether the run in the folder is resumed.
-        summary: summary of a finished run, of which nothing is left to do; None for other runs.
+        summary: summary of a finished run; None for other runs.
     """
 
     spec: ExperimentSpec
@@ -84,7 +84,7 @@ def load_requested(options: ExperimentOptions) -> ExperimentSpec:
         SpecError: the experiment is not valid, or the preset does not exist.
     """
     if options.spec is not None:
-        options.refuse(("task", "preset"), "--spec has the task and the training of its own")
+        options.refuse(("task", "preset"), "--spec has its own task and training")
     else:
         check_preset(options.name)
     seed = [f"seed={options.seed}"] if options.seed is not None else []

@@ -55,7 +55,7 @@ def test_an_extra_that_is_missing_is_one_message(module, package, extra, tmp_pat
     done = run_without([package], module, [], tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: python -m {module} needs the extra {extra!r}, of which {package} is not installed; "
+        f"error: python -m {module} needs the extra {extra!r}, but its package {package} is not installed; "
         f"run: pip install 'sparse-modular-activation[{extra}]'\n"
     )
     assert list(tmp_path.iterdir()) == []

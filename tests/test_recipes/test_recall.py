@@ -242,7 +242,7 @@ def test_command_trains_the_variants_that_are_asked_for(tmp_path, capsys):
     assert (out / "comparison.png").stat().st_size > 10_000
     assert (out / "recall.png").stat().st_size > 10_000
     assert [point["asked"] for point in summary["calibrated"]] == list(RATES)
-    assert "seqboat: which tokens run attention\n  key" in capsys.readouterr().out
+    assert "seqboat: tokens that run attention\n  key" in capsys.readouterr().out
 
 
 def test_rate_sweep_measures_what_the_model_does_at_each_rate():

@@ -224,7 +224,7 @@ def test_a_folder_without_a_model_is_a_sentence(tmp_path: Path, capsys: pytest.C
 def test_another_kind_of_model_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sma.save(sma.build(sma.load_spec({**MODEL, "kind": "sequence_encoder"}), seed=0), tmp_path)
     assert main(["generate", "--run", str(tmp_path)]) == 2
-    assert "is of kind 'sequence_encoder'; only a 'language_model' can write text" in capsys.readouterr().err
+    assert "is of kind 'sequence_encoder'; only a 'language_model' can generate text" in capsys.readouterr().err
 
 
 @pytest.mark.slow

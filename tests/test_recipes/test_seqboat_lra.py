@@ -118,12 +118,12 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
         ),
         pytest.param(
             ["--spec", "x.yaml", "--task", "digits"],
-            "error: --spec has the task and the training of its own; leave --task out$",
+            "error: --spec has its own task and training; leave --task out$",
             id="spec-and-task",
         ),
         pytest.param(
             ["--spec", "x.yaml", "--task", "digits", "--preset=paper"],
-            "error: --spec has the task and the training of its own; leave --task, --preset out$",
+            "error: --spec has its own task and training; leave --task, --preset out$",
             id="spec-and-preset",
         ),
         pytest.param(

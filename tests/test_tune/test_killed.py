@@ -145,7 +145,7 @@ def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Pa
     ("number", "status", "words"),
     [
         pytest.param(signal.SIGINT, 130, "interrupted", id="control-c"),
-        pytest.param(signal.SIGUSR1, PREEMPTED, "preempted by SIGUSR1: what is done is kept", id="usr1"),
+        pytest.param(signal.SIGUSR1, PREEMPTED, "preempted by SIGUSR1: completed work is kept", id="usr1"),
     ],
 )
 def test_after_a_signal_a_sweep_resumes(number: signal.Signals, status: int, words: str, tmp_path: Path) -> None:

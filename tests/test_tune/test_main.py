@@ -45,7 +45,9 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
             id="no-paper",
         ),
         pytest.param(
-            ["--space", "x.yaml", "--task", "digits"], "--space is a sweep of its own; leave --task out", id="space"
+            ["--space", "x.yaml", "--task", "digits"],
+            "--space replaces the shipped sweep; leave --task out",
+            id="space",
         ),
         pytest.param(
             ["--no-stop", "--grace", "3", "--reduction", "2"],
@@ -54,7 +56,7 @@ from tests.test_tune.sweeps import done_trial, small_sweep, write_sweep
         ),
         pytest.param(
             ["--workers", "2", "--spec", "x.yaml", "--preset", "tiny"],
-            "--spec has the task and the training of its own; leave --preset out",
+            "--spec has its own task and training; leave --preset out",
             id="workers-spec",
         ),
         pytest.param(
@@ -126,7 +128,7 @@ def test_report_makes_the_results_of_a_folder(tmp_path: Path, capsys: pytest.Cap
     assert sma_main(["report", storage.location]) == 0
     assert capsys.readouterr().out == shown
     assert sma_main(["report", storage.location, "--data", "x"]) == 2
-    complaint = "a sweep is reported from the records of its trials; leave --data out"
+    complaint = "the report of a sweep uses the records of its trials only; leave --data out"
     assert capsys.readouterr().err == f"error: {complaint}\n"
 
 

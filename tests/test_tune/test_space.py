@@ -259,5 +259,5 @@ def test_an_experiment_that_is_neither_mapping_nor_string_is_refused() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (
         result.stdout
-        == "3 must be a mapping, or a word: the name of one of the shipped presets or the path of a file\n"
+        == "3 must be a mapping or a string: the name of one of the shipped presets or the path of a file\n"
     )

@@ -56,4 +56,4 @@ def test_running_trials_stand_first_then_the_best_then_the_latest() -> None:
 def test_values_are_named_by_the_shortest_unique_end_of_their_paths() -> None:
     record = TrialRecord(1, {WINDOW: 8, "layers.layer.modules.other.window": None, TARGET: 0.25}, 0)
     assert describe_values(record) == "attention.window=8, other.window=None, target=0.25"
-    assert describe_values(TrialRecord(0, {}, 0)) == "the experiment as it is"
+    assert describe_values(TrialRecord(0, {}, 0)) == "the unchanged experiment"

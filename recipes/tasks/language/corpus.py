@@ -176,7 +176,7 @@ def load_text(settings: TextSettings = PYTHON_TEXT, folder: Path | None = None, 
     if is_enwik8 and sha256 != ENWIK8_SHA256:
         raise DataError(
             f"{ENWIK8} in {path} has the SHA-256 {sha256}; that of {ENWIK8} is {ENWIK8_SHA256}: download it again, or "
-            "give a text of your own another name"
+            "give your own text another name"
         )
     if settings.sha256 not in (None, sha256):
         cause = "versions of Python differ" if settings.file is None else "the file was changed, or is another one"
@@ -247,7 +247,7 @@ def _check_size(path: Path, length: int, size: int | None) -> None:
     if size is not None and length != size:
         raise DataError(
             f"{ENWIK8} in {path} has {length:,} bytes; it must have exactly {size:,}: "
-            "download it again, or give a text of your own another name"
+            "download it again, or give your own text another name"
         )
     check_memory(length, f"the text {path}", error=DataError, hint="give a shorter one")
 

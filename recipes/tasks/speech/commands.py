@@ -104,7 +104,7 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
                 samples.write(clip.tobytes())
                 names.write(f"{name}\n".encode(errors=_ANY_NAME))
 
-    # In a key of its own, because the manifest has a key `files` too.
+    # In a separate key, because the manifest has a key `files` too.
     cached_files(copy, {"source": recipe}, _FILES, write)
     names = _lines_of(copy / _FILES[1])
     found = {name.split("/")[0] for name in names}

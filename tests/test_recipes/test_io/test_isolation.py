@@ -121,7 +121,7 @@ ENVIRONMENTS = {
 
 # What Lightning and torchmetrics read besides, and why it is no matter.
 HARMLESS = {
-    "FREEZE_REQUIREMENTS": "for whoever builds Lightning",
+    "FREEZE_REQUIREMENTS": "for developers of Lightning",
     "OMP_NUM_THREADS": "threads are for the user to choose; only launchers set it",
     "POSSIBLE_USER_WARNINGS": "which warnings are shown",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "set by Lightning itself",

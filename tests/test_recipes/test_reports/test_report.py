@@ -140,7 +140,7 @@ def test_images_of_few_layers_are_drawn_two_in_a_row(tmp_path, monkeypatch, laye
 
 def test_text_has_suggestions(tmp_path):
     printed = REPORT.describe(SUMMARY, tmp_path)
-    assert "next: --set layers.layer.router='{kind: never}' shows what the backbone does without attention" in printed
+    assert "next: --set layers.layer.router='{kind: never}' trains the backbone without attention" in printed
     assert "next: --set training.updates=800 trains twice as long" in printed
     assert "dead" not in printed
     assert "nearly every token" not in printed
@@ -155,7 +155,7 @@ def test_text_has_suggestions(tmp_path):
             id="saturated",
         ),
         pytest.param(
-            {"activation_rate": [0.0, 0.5]}, "next: a router is dead: its layer is the backbone alone", id="dead"
+            {"activation_rate": [0.0, 0.5]}, "next: a router is dead: its layer has only the backbone", id="dead"
         ),
         pytest.param(
             {"tokens_per_second": None}, "time              12 s, 67,890 parameters, seed 3", id="only-tested"

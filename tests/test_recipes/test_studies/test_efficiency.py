@@ -18,7 +18,7 @@ def test_gpu_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        CheckpointError, match="is to be measured on cuda, and torch sees no GPU here; measure it where there is one"
+        CheckpointError, match="requires cuda, and torch finds no GPU here; measure it on a machine with a GPU"
     ):
         efficiency(tmp_path, 16, device="cuda")
 

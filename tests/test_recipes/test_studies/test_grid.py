@@ -185,7 +185,7 @@ def test_runs_of_several_tasks_are_refused(data, tmp_path):
 
 
 def test_a_run_before_the_one_that_it_needs_is_refused(data, tmp_path):
-    with pytest.raises(SpecError, match="the run 'random-0' needs 'routed-0', which must stand before it in the grid"):
+    with pytest.raises(SpecError, match="the run 'random-0' needs 'routed-0', which must precede it in the grid"):
         _grid(_runs((0,))[::-1], tmp_path, data)
 
 

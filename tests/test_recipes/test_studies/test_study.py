@@ -97,7 +97,9 @@ def test_models_are_compared_by_the_metric_of_a_task_of_another_package(monkeypa
 def test_study_of_recall_refuses_a_task_without_an_accuracy(tmp_path, capsys):
     (tmp_path / "language.yaml").write_text(dump_yaml(load_experiment("language_tiny")), encoding="utf-8")
     assert recall.main(["--spec", str(tmp_path / "language.yaml"), "--out", str(tmp_path / "out")]) == 2
-    complaint = "the task 'language' is measured by 'bits_per_character', and the study of recall compares accuracies; "
+    complaint = (
+        "the metric of the task 'language' is 'bits_per_character', and the study of recall compares accuracies; "
+    )
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -156,7 +158,7 @@ def test_report_writes_tables_and_figures_again_and_trains_nothing(command, spec
     assert shown.endswith(capsys.readouterr().out.lstrip())
     assert {fake.trainings(out / row["name"]) for row in json.loads((out / SUMMARY).read_text())["rows"]} == {1}
     assert report(["report", str(out), *data, "--accelerator", "cpu"]) == 2
-    assert "a study is reported without training and test; leave --accelerator out\n" in capsys.readouterr().err
+    assert "the report of a study needs no training and no test; leave --accelerator out\n" in capsys.readouterr().err
 
 
 def test_report_of_an_unknown_study_lists_the_known_ones(tmp_path, capsys):
@@ -246,5 +248,5 @@ def test_damaged_summary_is_named(command, spec, tmp_path, capsys):
     assert call("--spec", spec, "--out", out, "--variants", first) == 0
     (out / SUMMARY).write_text(json.dumps({"seconds": "many"}))
     assert call("--resume", out) == 2
-    complaint = "does not hold the summary of a study; delete it to count the time anew"
+    complaint = "does not hold the summary of a study; delete it to restart the count of time"
     assert complaint in capsys.readouterr().err

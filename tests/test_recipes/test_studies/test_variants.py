@@ -159,7 +159,7 @@ def test_routers_are_given_once_or_for_every_layer_that_routes():
     assert [layer.router.kind for layer in each.model.layer_specs] == ["always", "never"]
     assert with_routers(spec, [NeverRouterSpec()] * 2) == with_routers(spec, NeverRouterSpec())
     with pytest.raises(
-        SpecError, match="there are 3 routers for 2 layers that route; give one for each of them, or one for all"
+        SpecError, match="there are 3 routers for 2 routed layers; give one for each of them, or one for all"
     ):
         with_routers(spec, [NeverRouterSpec()] * 3)
 

@@ -260,7 +260,7 @@ def test_preempted_command_has_its_own_exit_status(capsys, number):
 
     assert exit_code(work) == PREEMPTED == 75
     name = signal.Signals(number).name
-    expected = f"preempted by {name}: what is done is kept; repeat the command\n"
+    expected = f"preempted by {name}: completed work is kept; repeat the command\n"
     assert capsys.readouterr().err == expected
 
 

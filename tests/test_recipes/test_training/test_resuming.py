@@ -220,5 +220,5 @@ def test_folder_of_something_else_is_not_taken(command, tmp_path):
 
 
 def test_preempted_is_told_from_a_failure():
-    with pytest.raises(Preempted, match="preempted by SIGTERM: what is done is kept"):
+    with pytest.raises(Preempted, match="preempted by SIGTERM: completed work is kept"):
         end_at_once(15)
