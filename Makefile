@@ -26,7 +26,7 @@ setup: .venv/.setup ## make .venv with what the recipes need
 demo: setup ## train SeqBoat on small images of contours and evaluate it; OUT=folder says where the run goes
 	@$(BIN)/python -m sma.recipes.seqboat_lra --task pathfinder --preset tiny --out "$(OUT)"
 
-sweep: .venv/.tune ## search how sparse and how wide SeqBoat should be on a small ListOps; ARGS="--samples 4" and so on
+sweep: .venv/.tune ## search for the best sparsity and width of SeqBoat on a small ListOps; ARGS="--samples 4" and so on
 	@$(BIN)/python -m sma.tune --task listops --preset tiny --samples 16 $(ARGS)
 
 test: .venv/.dev ## run the tests a contributor runs

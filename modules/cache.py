@@ -74,7 +74,7 @@ class Cache(State):
             return type(self)(entries, seen, self.grows)
         slot = self.seen[tokens.rows] + tokens.slots
         rows = tokens.rows
-        if not self.grows and rows.shape[0] > size:  # of a row with more new tokens than fit, the last ones are kept
+        if not self.grows and rows.shape[0] > size:  # a row with more new tokens than slots keeps the last ones
             kept = (slot >= seen[rows] - size).nonzero().squeeze(1)
             slot, rows, *values = (part.index_select(0, kept) for part in (slot, rows, *values))  # type: ignore[assignment]
         index = rows * size + slot % size

@@ -31,7 +31,7 @@ class ComplexRecurrence(NamedTuple):
     outward: Float[Tensor, "D N"]
 
     def kernels(self, reverse: "ComplexRecurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
-        """See `LinearRecurrence`; the directions differ in their outward factors alone."""
+        """See `LinearRecurrence`; the directions differ only in their outward factors."""
         ahead, back = kernels(self, torch.stack([self.outward, reverse.outward]), taps)
         return ahead, back
 

@@ -179,7 +179,7 @@ class ChunkedGAUSpec(GAUSpec):
     kind: Literal["chunked_gau"] = "chunked_gau"  # type: ignore[assignment]
     window: int = Field(
         ge=1,
-        description="active tokens of a chunk, W; each attends to the tokens of its own chunk alone",
+        description="active tokens of a chunk, W; each attends only to the tokens of its own chunk",
     )
 
     def build(self, width: int) -> "ChunkedGAU":  # type: ignore[override]
@@ -237,7 +237,7 @@ class ChunkedGAU(SubModule):
         return ChunkedState(inner, zeros((batch_size,), "the state of ChunkedGAU", dtype=torch.int64, device=device))
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
-        """Run every chunk by itself; see `SubModule.forward`."""
+        """Run every chunk independently; see `SubModule.forward`."""
         before = self._continue(state, ChunkedState, tokens)
         if before is not None:
             packed, real = pack(tokens)
@@ -300,7 +300,7 @@ def chunks_of(length: int, size: int) -> int:
 
 
 def cut_packed(tokens: Ragged, size: int) -> Ragged:
-    """Cut rows of packed tokens into rows of at most `size`, as many of each row as of the longest; some are empty."""
+    """Cut rows of packed tokens into rows of at most `size`; every row gives equally many, some of them empty."""
     each = chunks_of(tokens.longest, size)
     lengths = (
         (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)

@@ -61,7 +61,7 @@ class LocalAttention(MultiHead):
         super().__init__(spec, width, spec.window)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged) -> Tensor:
-        if tokens.holes:  # a weight of 0 does not remove what they hold if it is not finite
+        if tokens.holes:  # a weight of 0 does not remove non-finite values
             q, k, v = (x.where(tokens.mask[:, None, None], 0) for x in (q, k, v))
         (k, v), broken = finite(k, v, axes=2)
         blocks = cut(tokens, self.spec.window, self.causal)

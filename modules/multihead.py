@@ -1,4 +1,4 @@
-"""The base of the multi-head attentions: fields, projections, streams, and products that a NaN cannot cross."""
+"""The base of the multi-head attentions: fields, projections, streams, and products that confine a NaN."""
 
 from typing import Self
 

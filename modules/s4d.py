@@ -140,7 +140,7 @@ class S4D(StateSpace[ComplexRecurrence]):
             reset_linear_(self.mix)
 
     def recurrences(self, dtype: torch.dtype) -> list[ComplexRecurrence]:
-        """The discretised recurrence of each direction, forward first; the directions differ in their readout alone."""
+        """The discretised recurrence of each direction, forward first; the directions differ only in their readout."""
         # In float64: these are few numbers, and q is raised to the length of the row.
         dt = torch.exp(self.log_dt.double())[:, None]
         # A decay of at least 1e-12 per token, so that A is never 0 and the quotient below is finite.

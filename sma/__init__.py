@@ -1,6 +1,4 @@
-"""Sparse modular activation: every token decides, at every layer, which sub-modules it needs, and only those run on
-it.
-"""
+"""Sparse modular activation: in every layer, each token runs only the sub-modules that a router selects for it."""
 
 from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError
@@ -39,7 +37,7 @@ else:
 
 try:
     __version__ = _version("sparse-modular-activation")
-except PackageNotFoundError:  # a checkout that was not installed
+except PackageNotFoundError:  # a checkout without an installation
     __version__ = "0+unknown"
 
 __all__ = [

@@ -57,14 +57,12 @@ class Experiments(NamedTuple):
 COMMANDS = {
     "describe": Command("print the parts of a model with their parameters and MACs", add_describe, run_describe),
     "validate": Command(
-        "check a model, an experiment or a sweep; exit status 2 and one message per mistake where it is wrong",
+        "check a model, an experiment or a sweep; one message per mistake, and exit status 2 if there are any",
         add_validate,
         run_validate,
     ),
     "kinds": Command("list the registered kinds, of all families or of one", add_kinds, run_kinds),
-    "kind": Command(
-        "print the fields of a kind; also of 'layer' and 'repeat', which models are made of", add_kind, run_kind
-    ),
+    "kind": Command("print the fields of a kind, or of 'layer' and 'repeat', the parts of a model", add_kind, run_kind),
     "schema": Command("print the JSON schema of a family, for editors", add_schema, run_schema),
 }
 EXPERIMENTS = {
@@ -84,7 +82,7 @@ EXPERIMENTS = {
         "run",
     ),
     "report": Experiments(
-        "write the figures and tables of a run, a comparison or a sweep again",
+        "recreate the figures and tables of a run, a comparison or a sweep",
         "sma.commands.report",
         "ReportOptions",
         "report",
@@ -94,7 +92,7 @@ EXPERIMENTS = {
         "continue a text with a trained language model", "sma.recipes.seqboat_lm", "GenerateOptions", "write", "run"
     ),
     "compare": Experiments(
-        "train SeqBoat and its baselines on one task or several",
+        "compare SeqBoat with its baselines on one or several tasks",
         "sma.recipes.compare",
         "Options",
         "run_comparison",
@@ -102,7 +100,7 @@ EXPERIMENTS = {
         ("spec", "resume"),
     ),
     "sweep": Experiments(
-        "search how sparse and how wide a model should be",
+        "search for the best sparsity and width of a model",
         "sma.tune.__main__",
         "Options",
         "search",
@@ -121,7 +119,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> ArgumentParser:
-    """The parser of the whole line, for help, the version and unknown options."""
+    """The parser of the command line, for help, the version and unknown options."""
     parser = ArgumentParser(
         prog="sma",
         description="Train, compare, describe and check models of sparse modular activation.",
@@ -190,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after the program's name; default those it was called with.
+        argv: arguments after the name of the program; default: those of this process.
 
     Returns:
-        the exit status: 0; 2 after one error message on stderr; 1 if the output cannot be written; 130 after Ctrl-C
-        and 141 after the reader of the output went away, as in a shell. The
-        commands that train have the statuses of `sma.recipes.io.command.exit_code`.
+        the exit status: 0; 2 after one error message on stderr; 1 if the output cannot be written; 130 after Ctrl-C and
+        141 after the reader of the output exited, as in a shell. The commands that train have the statuses of
+        `sma.recipes.io.command.exit_code`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     return run_command(lambda: _main(words))
@@ -232,7 +230,7 @@ def _main(words: Sequence[str]) -> int:
 
 
 def program() -> NoReturn:
-    """Run the command that this process was started with, and exit."""
+    """Run the command of this process, and exit."""
     end_process(main())
 
 

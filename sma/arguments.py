@@ -1,4 +1,4 @@
-"""Command lines whose errors have the form of those of specs: one message, with the nearest known word."""
+"""Command lines with errors in the format of specs: one message, with the most similar known word."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from sma.errors import QUOTED, SpecError, nearest, quote
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that raises errors of this project, and takes no abbreviation of an option."""
+    """An `argparse.ArgumentParser` that raises errors of this project and does not accept abbreviated options."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse found.
+        """Raise an error of argparse as an error of this project.
 
         Raises:
             SpecError: always.
@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Read a command line.
 
         Raises:
-            SpecError: a word is not known, a value is missing, or it is not valid.
+            SpecError: an argument is unknown, a value is missing, or a value is not valid.
         """
         arguments, unknown = self.parse_known_args(words)
         if not unknown:

@@ -10,7 +10,7 @@ from sma.errors import InputError
 
 
 def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator for the `backward` of an `autograd.Function` whose saved tensors carry no graph of their own.
+    """Decorator for the `backward` of an `autograd.Function` whose saved tensors carry no graph.
 
     PyTorch's `once_differentiable` raises in `backward()` only: `autograd.grad(…, inputs)` does not raise, and returns
     second derivatives without the part of this function.

@@ -25,10 +25,10 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it, because their batch norms
     hold statistics from other weights. `torch.optim.swa_utils.update_bn` does the same without masks, so padding
-    counts. Only batch norms are in training mode: nothing else changes, and nothing is dropped or sampled.
+    counts. Only batch norms are in training mode, so nothing else changes, and there is no dropout and no sampling.
 
-    In a distributed process group every rank calls it with the same number of batches of its own; all ranks get the
-    same statistics.
+    In a distributed process group every rank calls it with its own batches, the same number on all ranks; all ranks get
+    the same statistics.
 
     Args:
         model: a model or any module with batch norms, ours or torch's, wrapped or not. Its modes are restored.
@@ -62,7 +62,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
                 _call(model, item, device)
                 count += 1
             if not count:
-                raise InputError("update_statistics got no batch; give it some of the data of the training")
+                raise InputError("update_statistics got no batch; give it part of the training data")
             for name, norm in norms.items():
                 _settle(name, norm)
         except BaseException:
@@ -85,7 +85,7 @@ def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
             having = int(over_all_ranks(torch.tensor([item is not _END], dtype=torch.int64, device=device)))
             if 0 < having < distributed.get_world_size():
                 raise InputError(
-                    "update_statistics got different numbers of batches on the ranks; give every rank as many"
+                    "update_statistics got different numbers of batches on the ranks; give every rank the same number"
                 )
         if item is _END:
             return

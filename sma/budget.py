@@ -115,8 +115,8 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def count(self, decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Int[Tensor, "S N"]:
-        """Count the tokens of this rank by margin: for every steered sub-module, then for the choice of running nothing
-        in every layer in which sub-modules compete.
+        """Count the tokens of this rank by margin: for every steered sub-module, then for the empty choice of every
+        layer with competing sub-modules.
 
         Raises:
             InputError: the decisions do not belong to the routers, or the mask does not fit.
@@ -195,7 +195,7 @@ class BudgetController(nn.Module):
         return step.where(torch.cat(moving) & seen & (weights.sum() > 0), 0)
 
     def _each(self, shares: Tensor, seen: Tensor) -> Float[Tensor, "S"]:
-        """The shift of each sub-module; with competition, a common shift against running nothing and one against the
+        """The shift of each sub-module; with competition, a common shift against the empty choice and one against the
         others.
         """
         targets = self.spec.schedule(self.targets, self.updates)

@@ -40,10 +40,10 @@ class BudgetSpec(Spec):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="swing of the rate above its target, as a share of the target, so that tokens near the threshold "
-        "are tried now and then; fades out with the training",
+        description="amplitude of the rate above its target, as a share of the target, so tokens near the threshold "
+        "are activated periodically; fades out during the training",
     )
-    period: int = Field(default=100, ge=2, description="updates of one swing")
+    period: int = Field(default=100, ge=2, description="updates of one oscillation")
     until: int | None = Field(
         default=None, ge=1, description="update at which exploration has faded out; null: it never fades"
     )
@@ -64,7 +64,7 @@ class BudgetSpec(Spec):
         bad = [rate for rate in rates if not 0 < rate <= 1]
         if bad:
             raise ValueError(
-                f"target={bad[0]} must be above 0 and at most 1; for no activity at all use the router {{kind: never}}"
+                f"target={bad[0]} must be above 0 and at most 1; for a rate of 0 use the router {{kind: never}}"
             )
         if self.over == "total" and not isinstance(self.target, float):
             raise ValueError("over='total' keeps one rate, so target must be one number")
@@ -74,7 +74,7 @@ class BudgetSpec(Spec):
 
     @property
     def settled(self) -> int:
-        """Update from which the rate is at its target, except for swings that never fade."""
+        """Update from which the rate is at its target, except for oscillations that never fade."""
         return max(self.hold + self.anneal, (self.until or 0) if self.exploration else 0)
 
     def scheduled(self, target: float, update: int) -> float:
@@ -161,9 +161,7 @@ def _check_total(target: float, pairs: Sequence[tuple[SteerableRouter, Sequence[
     """
     everything = math.fsum(cost for _, layer in pairs for cost in layer)
     if not everything:
-        raise InputError(
-            "a total budget weights rates by cost, and all sub-modules cost 0; give costs, or use over='each'"
-        )
+        raise InputError("a total budget weights rates by cost, and all costs are 0; give costs, or use over='each'")
     low = math.fsum(_first(router.minimum_total_rate, sorted(layer)) for router, layer in pairs) / everything
     high = (
         math.fsum(_first(router.maximum_total_rate, sorted(layer, reverse=True)) for router, layer in pairs)

@@ -43,12 +43,12 @@ def calibrate(
     Several passes are needed, because earlier layers change the inputs of later ones. A target that is missed after all
     passes is a warning.
 
-    In a distributed process group every rank calls it with any number of batches of its own; all ranks get the same
-    score biases.
+    In a distributed process group every rank calls it with any number of its own batches; all ranks get the same score
+    biases.
 
     Args:
-        model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or a module of your own that returns an
-            object with the attribute `decisions`; only the score biases of its routers are changed.
+        model: a `SequenceModel`, wrapped by DistributedDataParallel or not, or your own module that returns an object
+            with the attribute `decisions`; only the score biases of its routers are changed.
         data: batches that can be iterated over repeatedly, such as a list or a DataLoader: inputs, pairs of inputs and
             valid mask, or objects with the attributes (mappings with the keys) `inputs` and `valid`.
         rate: target above 0 and at most 1: one for all sub-modules, one per name, or a list with one of these for every
@@ -137,9 +137,9 @@ def _measure(
     if exhausted:
         raise InputError(f"calibrate iterates over the data several times, and its {ONCE}")
     if not batches:
-        raise InputError("calibrate got no batch; give it some of the data that the model is to run on")
+        raise InputError("calibrate got no batch; give it data for which the rates should hold")
     if not tokens:
-        raise InputError("calibrate got no valid token, so there are no rates; give it data with some")
+        raise InputError("calibrate got no valid token, so there are no rates; give it data with valid tokens")
     return RateCount(active, sizes[2], layers), counts, max(1, round(tokens / rows)), own
 
 
@@ -187,7 +187,7 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     cure = f", or calibrate the part model.{inner[0]} alone, with what that takes" if inner else ""
     raise InputError(
         f"{name} returned {what_came(output)}, which has no decisions; required is an output with the attribute "
-        f"decisions, one for each of its {layers} routed layers, as sma.ModelOutput has it: "
+        f"decisions, one for each of its {layers} routed layers, as in sma.ModelOutput: "
         f"let forward return that{cure}"
     )
 

@@ -31,7 +31,7 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
         return
     if state is not None:
         raise StateError(
-            f"capacity={quote(capacity)} cannot go with a state, because a stream keeps every active token; "
+            f"capacity={quote(capacity)} cannot be combined with a state, because a stream keeps every active token; "
             "leave capacity out"
         )
     if not isinstance(capacity, Mapping):

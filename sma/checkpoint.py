@@ -76,7 +76,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         f"cannot save this {type(core).__name__}, because it",
         reference,
         given,
-        "; merge, convert or undo what was changed in its parts",
+        "; merge, convert or undo the changes of its parts",
     )
     sharded = any(hasattr(tensor, "full_tensor") for tensor in given.values())
     tensors = {}
@@ -115,11 +115,11 @@ def _spec_to_save(core: nn.Module) -> tuple[ModelSpec, str]:
         ) from error
     if spec != core.spec:
         raise CheckpointError(
-            f"{what} is read back as another one; its fields must survive JSON, as strings and numbers do"
+            f"{what} changes when it is read back; its fields must survive JSON, as strings and numbers do"
         )
     if len(text) > SPEC_BYTES:
         raise CheckpointError(
-            f"{what} has {len(text):,} bytes; at most {SPEC_BYTES:,} can be read back: repeat alike layers by 'repeat'"
+            f"{what} has {len(text):,} bytes; at most {SPEC_BYTES:,} can be read: use 'repeat' for equal layers"
         )
     return spec, text
 
@@ -271,7 +271,7 @@ def load_state(path: str | Path, like: StateKind) -> StateKind:
     path, wanted = Path(path), named_tensors(like)
     if not wanted:
         raise CheckpointError(
-            f"the state to be like is {quote(like)}; give one of the same model, such as model.init_state(1)"
+            f"the template state is {quote(like)}; give one of the same model, such as model.init_state(1)"
         )
     if not _exists(path):
         raise CheckpointError(f"there is no saved state in {quote(str(path))}; give a file that sma.save_state wrote")

@@ -183,7 +183,7 @@ def check_known(names: Collection[object], known: Collection[str], whose: str) -
     for name in names:
         if name not in known:
             raise InputError(
-                f"{whose} names {quote(name)}, which is no sub-module{did_you_mean(str(name), known, 'sub-modules')}"
+                f"{whose} names {quote(name)}, which is not a sub-module{did_you_mean(str(name), known, 'sub-modules')}"
             )
 
 
@@ -212,7 +212,7 @@ def check_frame(x_BLD: Tensor, frame: "Ragged") -> None:
 
 
 def check_dtype(part: nn.Module, x: Tensor, what: str = "the tokens") -> None:
-    """Check that a tensor has the dtype of a parameter; autocast converts by itself.
+    """Check that a tensor has the dtype of a parameter, unless autocast converts it.
 
     Raises:
         InputError: it has another dtype; the message gives those of the parameters.

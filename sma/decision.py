@@ -25,7 +25,7 @@ class Decision:
         names: the sub-modules, in the order of the last axis.
         overflow: number of tokens of each row that the router activated beyond a static capacity; they are False in
             `active`. None without a capacity.
-        skip_score: score of running nothing, where that is a choice of its own; else None.
+        skip_score: score of the empty choice, if it competes with the sub-modules; else None.
     """
 
     active: Bool[Tensor, "B L M"]

@@ -65,7 +65,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Description:
-    """What `python -m sma describe` prints: the parts of a model in the order in which its tokens pass them.
+    """The output of `python -m sma describe`: the parts of a model in the order of computation.
 
     Attributes:
         name: name of the model in the output.
@@ -120,11 +120,11 @@ class Description:
         rows += [self._row(part, total) for part in self._lines()]
         fixed = any(layer.router.expected_rate is not None for layer in spec.layer_specs if layer.modules)
         legend = [
-            [f"at rate {self.rate:g}", "MACs per token, if each routed sub-module runs on this share of them"],
+            [f"at rate {self.rate:g}", "MACs per token, if each routed sub-module runs on this share of the tokens"],
             *([["", "(routers whose rate is shown: on that share)"]] if fixed else []),
             ["share", "of these MACs; encoder, norms and head are not counted"],
             ["all active", "MACs per token, if each runs on every token"],
-            ["ratio", "of the two: what is left of the work"],
+            ["ratio", "of the two: the remaining share of the work"],
         ]
         return "\n".join(
             [

@@ -42,7 +42,9 @@ def open_file(path: str | Path, error: type[SmaError] = DataError) -> BufferedRe
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise error(f"{str(path)!r} is {_KINDS.get(stat.S_IFMT(mode), 'no plain file')}; a plain file is required")
+            raise error(
+                f"{str(path)!r} is {_KINDS.get(stat.S_IFMT(mode), 'not a plain file')}; a plain file is required"
+            )
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

@@ -19,7 +19,7 @@ CHUNK = 4096
 """Tokens of a prompt that are read at once: large matrix products, in bounded memory for long prompts."""
 
 _EMPTY = "the prompt is empty; give at least one token per row"
-_FEWER = "draw fewer samples at once, or give fewer prompts"
+_FEWER = "reduce the number of samples or prompts"
 
 
 def generate(

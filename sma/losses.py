@@ -20,7 +20,7 @@ from sma.errors import InputError
 def budget_loss(
     decisions: Sequence[Decision], target: float | Mapping[str, float], valid: Bool[Tensor, "B L"] | None = None
 ) -> Float[Tensor, ""]:
-    r"""How far the activation rates are from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
+    r"""Distance of the activation rates from their target: the mean of $(r - r^*)^2$ over layers and sub-modules.
 
     The value uses the actual rate r; the gradient is that of the mean probability `p_on`, at inactive tokens too. Value
     and gradient are 0 exactly at the target, and for a batch without a valid token, which has no rate. It is an
@@ -48,7 +48,7 @@ def budget_loss(
 
 
 def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
-    r"""How unevenly the sub-modules of a layer are used: the mean of $M \sum_m f_m P_m$ over the layers; 1 for uniform
+    r"""Imbalance of the use of a layer's sub-modules: the mean of $M \sum_m f_m P_m$ over the layers; 1 for uniform
     use.
 
     f is the share of a sub-module in the activations of the layer, P its share in the mean probability `p_on`. The
@@ -74,7 +74,7 @@ def load_balance_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] 
 
 
 def z_loss(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None = None) -> Float[Tensor, ""]:
-    r"""How large the scores are: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
+    r"""Size of the scores: the mean of $(\log(e^{u_0} + e^{u_1}))^2$ over valid tokens, sub-modules and layers.
 
     u are the two scores of the decision, with the score bias, before the temperature. The loss keeps scores small,
     where half precision and the softmax still distinguish them.

@@ -155,7 +155,7 @@ def _left_in_group(folder: Path, swap: int) -> Iterator[int]:
     """Yield the memory that a control group leaves, with page cache, which counts as used there but is reclaimable."""
     pages = _numbers(folder / "memory.stat")
     limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
-    if limit is not None and used is not None:  # version 2, in which swap has a limit of its own
+    if limit is not None and used is not None:  # version 2, in which swap has a separate limit
         allowed, taken = _number(folder / "memory.swap.max"), _number(folder / "memory.swap.current")
         more = swap if allowed is None else min(swap, max(allowed - (taken or 0), 0))
         yield max(limit - used + pages.get("active_file", 0) + pages.get("inactive_file", 0) + more, 0)

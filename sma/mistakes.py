@@ -70,7 +70,7 @@ def explained(cls: type[BaseModel], item: Any) -> InitErrorDetails:
 def spec_error(error: ValidationError | RecursionError) -> SpecError:
     """Convert the mistakes of a validation to one error, with a sentence and a path for each of the first ones."""
     if isinstance(error, RecursionError):
-        return SpecError("the spec holds itself, or parts inside each other too deep; write it flat")
+        return SpecError("the spec contains itself, or its parts are nested too deep; reduce the nesting")
     sentences: list[str] = []
     for item in error.errors():
         where = field_path(item["loc"])

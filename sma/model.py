@@ -391,7 +391,7 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")
     if isinstance(spec, Spec) and not isinstance(spec, ModelSpec):
         raise SpecError(
-            f"sma.build takes the spec of a model, and {type(spec).__name__} is another one; call its own build(width)"
+            f"sma.build takes the spec of a model, and {type(spec).__name__} has another family; call its build(width)"
         )
     spec = load_spec(spec)
     if seed is None:

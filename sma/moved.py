@@ -28,7 +28,7 @@ def moved(package: str, present: Mapping[str, str]) -> None:
 
 
 def former_names(module: str, **present: str) -> Callable[[str], Never]:
-    """Make the `__getattr__` of a module that answers an import of a former name with its present one.
+    """Make the `__getattr__` of a module that reports the present name when a former name is imported.
 
     Args:
         module: name of the module.

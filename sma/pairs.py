@@ -72,7 +72,7 @@ class PairClassifier(SequenceModel):
         check_tensor(inputs, "the inputs are", self.encoder.input_dtype)
         if inputs.ndim and inputs.shape[0] % 2:
             raise InputError(
-                f"inputs have {inputs.shape[0]} rows, which are no pairs; a pair_classifier takes an even number: rows "
+                f"inputs have {inputs.shape[0]} rows, which is odd; a pair_classifier takes an even number: rows "
                 "2i and 2i + 1 are the documents of sample i"
             )
         return super().forward(inputs, valid, state, capacity, decisions)

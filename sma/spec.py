@@ -194,16 +194,14 @@ def register(spec_class: type[Registered]) -> type[Registered]:
         SpecError: another class of the family has this kind; the message names both.
     """
     if not hasattr(spec_class, "family"):
-        raise SpecError(
-            f"{spec_class.__name__} belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"
-        )
+        raise SpecError(f"{spec_class.__name__} has no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …")
     if "family" in spec_class.__dict__:
         raise SpecError(
             f"{spec_class.__name__} is the root of the family {spec_class.family!r}; register a class derived from it"
         )
     kind = spec_class.model_fields["kind"].default if "kind" in spec_class.model_fields else None
     if not isinstance(kind, str):
-        raise SpecError(f'{spec_class.__name__} names no kind; add the field  kind: Literal["my_kind"] = "my_kind"')
+        raise SpecError(f'{spec_class.__name__} has no kind; add the field  kind: Literal["my_kind"] = "my_kind"')
     family = _registry.setdefault(spec_class.family, {})
     other = family.get(kind)
     if other is not None and _full_name(other) != _full_name(spec_class):
@@ -237,7 +235,7 @@ def _load_plugin(plugin: EntryPoint) -> None:
         plugin.load()
     except SpecError:
         raise
-    except Exception as error:  # a broken third-party plugin must not break the framework
+    except Exception as error:  # a broken third-party plugin must not affect other kinds
         owner = plugin.dist.name if plugin.dist is not None else "an unknown distribution"
         warnings.warn(
             f"the plugin {plugin.name!r} of {owner} could not be imported: {type(error).__name__}: {error}",

@@ -134,8 +134,9 @@ def module_names(decisions: Sequence[Decision]) -> tuple[str, ...]:
 def router_health(rate: float, *, dead: float = 0.001, saturated: float = 0.999) -> Health:
     """Classify the activation rate of one sub-module, measured over enough tokens to resolve 0.1 %.
 
-    A dead sub-module runs on (almost) no token; a router that learns only from active tokens cannot recover by itself.
-    A saturated one runs on (almost) every token, so routing has no effect. Under `always` and `never` that is intended.
+    A dead sub-module runs on (almost) no token; a router that learns only from active tokens cannot recover without a
+    budget. A saturated one runs on (almost) every token, so routing has no effect. Under `always` and `never` that is
+    intended.
 
     Args:
         rate: activation rate in [0, 1].

@@ -34,7 +34,7 @@ def run_command(command: Callable[[], int | None], name: str = "error") -> int:
         finally:
             _flush()
     except SystemExit as error:
-        # On a pipe without a reader rich exits by itself, and the help of argparse ignores the error.
+        # On a pipe without a reader rich exits the process, and the help of argparse ignores the error.
         if not isinstance(error.__context__, BrokenPipeError) and (error.code or not _is_broken(sys.stdout)):
             raise
         _drop(sys.stdout, sys.stderr)
@@ -70,7 +70,7 @@ def has_abandoned() -> bool:
 
 def make_tolerant() -> None:
     """Replace unencodable characters by `?`, or an escape on stderr, and closed streams by the null device."""
-    # The lowest descriptors are the standard streams: the next file that is opened would take that of a closed one.
+    # The standard streams have the lowest descriptors, so the next opened file would get that of a closed stream.
     with suppress(OSError):
         while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass

@@ -130,7 +130,7 @@ def _is_state(part: object) -> bool:
 @register_output
 @dataclass(frozen=True)
 class NoState(State):
-    """Empty state of a part that looks at single tokens.
+    """Empty state of a part that reads single tokens.
 
     Attributes:
         rows: an empty tensor with B rows.
@@ -197,7 +197,7 @@ class SubModule(nn.Module):
     ) -> State:
         """Make the initial state of `batch_size` streams; recurrent states are never below float32.
 
-        A causal sub-module that looks at single tokens inherits this; any other must override it.
+        A causal sub-module that reads single tokens inherits this; any other must override it.
 
         Args:
             batch_size: streams, B.
@@ -243,7 +243,7 @@ def may_skip(part: nn.Module) -> bool:
 
 
 def no_state(batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> NoState:
-    """Make the empty state of a part that looks at single tokens."""
+    """Make the empty state of a part that reads single tokens."""
     check_count(batch_size, "batch_size")
     return NoState(zeros((batch_size, 0), "a state", dtype=torch.bool, device=device))
 

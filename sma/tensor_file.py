@@ -108,7 +108,7 @@ class TensorFile:
             while left:
                 count = self._file.readinto(left)
                 if not count:
-                    raise CheckpointError(f"{self.path} was cut short while it was read; save it again")
+                    raise CheckpointError(f"{self.path} was truncated while it was read; save it again")
                 left = left[count:]
         return content.view(entry.dtype).reshape(entry.shape).to(device)
 
@@ -145,10 +145,10 @@ def _damaged(path: Path, why: str) -> CheckpointError:
 def _parsed(path: Path, header: Any, start: int, size: int) -> tuple[dict[str, str], dict[str, Entry]]:
     """Check a header, whose tensors must fill the rest of the file without gaps; return metadata and entries."""
     if not isinstance(header, dict):
-        raise _damaged(path, f"its header is {quote(header)}, and no mapping")
+        raise _damaged(path, f"its header is {quote(header)}, not a mapping")
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _damaged(path, f"its metadata is {quote(metadata)}, and no mapping of texts")
+        raise _damaged(path, f"its metadata is {quote(metadata)}, not a mapping of strings")
     entries, ends = {}, {}
     for name, given in header.items():
         described = isinstance(given, dict) and set(given) == {"dtype", "shape", "data_offsets"}

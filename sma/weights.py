@@ -242,7 +242,7 @@ def whole_tensor(name: str, tensor: Tensor) -> Tensor:
     if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_quantized:
         kind = type(plain).__name__ if type(plain) is not Tensor else f"{plain.layout} tensor of {plain.dtype}"
         raise CheckpointError(
-            f"cannot save {name!r}: it is a {kind}, and not plain numbers; convert it back first, such as by dequantize"
+            f"cannot save {name!r}: it is a {kind}, not a dense tensor; convert it back first, such as by dequantize"
         )
     return plain
 
@@ -257,8 +257,8 @@ def warn_of_copies(tensors: Mapping[str, Tensor], shared: Sequence[Sequence[str]
     several = [names for names in found.values() if len({known.get(name, name) for name in names}) > 1]
     if several:
         warnings.warn(
-            f"{quote(several[0])} are one tensor in this model, and its spec has one for each: "
-            "loaded, each has a copy of its own"
+            f"{quote(several[0])} are one tensor in this model and separate tensors in its spec: "
+            "after loading each has its own copy"
             f"{f' ({len(several)} such groups)' if len(several) > 1 else ''}",
             stacklevel=4,
         )

@@ -72,9 +72,7 @@ class _Loader(Reader, Scanner, Parser, Composer, BaseResolver):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self.extents:
-                raise _Problem(
-                    f"the alias {quote('*' + str(event.anchor))} is inside of the value that it names", event
-                )
+                raise _Problem(f"the alias {quote('*' + str(event.anchor))} is inside its own value", event)
             return node
         self.level += 1
         self.composed += 1
@@ -159,7 +157,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     if len(text) > NUMBER:
         raise _Problem(f"{quote(text)} has {len(text):,} characters; no number in a spec has more than {NUMBER}", node)
     if not pattern.match(text):
-        raise _Problem(f"{quote(text)} is no !!{node.tag.removeprefix(_CORE)}", node)
+        raise _Problem(f"{quote(text)} is not !!{node.tag.removeprefix(_CORE)}", node)
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if node.tag == f"{_CORE}float":

@@ -1,4 +1,4 @@
-"""Extras of the distribution: what a command needs beyond the core, and how to install it."""
+"""Checks of the extras of the distribution that a command needs."""
 
 import sys
 from importlib.util import find_spec
@@ -14,17 +14,18 @@ NEEDED = {
 
 
 def missing_extra(subject: str, extra: str, error: ImportError | None = None, package: str = "") -> SpecError:
-    """Return the error that names the extra that is not installed.
+    """Return the error about a missing extra.
 
     Args:
-        subject: what needs it, such as `sma train`.
-        extra: of `NEEDED`.
-        error: what was raised at the import.
-        package: what is missing, where nothing was raised.
+        subject: command or part that needs it, such as `sma train`.
+        extra: name of the extra, a key of `NEEDED`.
+        error: exception of the import.
+        package: missing package, if there is no exception.
     """
     name = (error.name or "") if error is not None else package
+    lacking = f"its package {name}" if name else "a part of it"
     return SpecError(
-        f"{subject} needs the extra {extra!r}, of which {name or 'a part'} is not installed; "
+        f"{subject} needs the extra {extra!r}, but {lacking} is not installed; "
         f"run: pip install '{DISTRIBUTION}[{extra}]'"
     )
 
@@ -33,7 +34,7 @@ def check_extra(subject: str, extra: str) -> None:
     """Check that an extra is installed, without importing it, which would take seconds.
 
     Raises:
-        SpecError: it is not.
+        SpecError: it is not installed.
     """
     for each in ("recipes", extra) if extra == "tune" else (extra,):
         for package in NEEDED[each]:
@@ -55,12 +56,12 @@ def require_extra(extra: str) -> None:
 
 
 def of_an_extra(error: ImportError) -> bool:
-    """Whether an import failed because an extra is not installed, and not by a mistake of this project."""
+    """Whether an import failed because of a missing extra, not because of an error in this project."""
     return (error.name or "").partition(".")[0] in {name for names in NEEDED.values() for name in names}
 
 
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # blocked, or half removed
+    except (ImportError, ValueError):  # blocked, or partly removed
         return False

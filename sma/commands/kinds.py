@@ -1,4 +1,4 @@
-"""The commands `kinds`, `kind` and `schema`: what there is to compose, and its fields."""
+"""The commands `kinds`, `kind` and `schema`: the registered kinds and their fields."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def run_kinds(args: argparse.Namespace) -> Iterator[str]:
         return
     yield list_kinds(args.family)
     if args.family is None:
-        yield "\nFields of a kind: sma kind gau. What models are made of: sma kind layer, sma kind repeat."
+        yield "\nFields of a kind: sma kind gau. Parts of models: sma kind layer, sma kind repeat."
 
 
 def run_kind(args: argparse.Namespace) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The commands `describe` and `validate`: what a model is made of, and whether a file is right."""
+"""The commands `describe` and `validate`: the parts of a model, and the check of a file."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "experiment.yaml"
 MANY = 64
-"""Layers beyond which `validate` builds each different one once."""
+"""Number of layers beyond which `validate` builds only one of equal layers."""
 
 Sort = Literal["model", "experiment", "sweep"]
 FIELDS: tuple[tuple[Sort, tuple[str, ...]], ...] = (
@@ -39,13 +39,17 @@ def add_describe(parser: ArgumentParser) -> None:
     """Add the arguments of `describe`."""
     _add_spec(parser)
     parser.add_argument(
-        "--length", type=int, default=2000, metavar="NUMBER", help="tokens of the row to count for (default: 2000)"
+        "--length",
+        type=int,
+        default=2000,
+        metavar="NUMBER",
+        help="number of tokens of a row for the MACs (default: 2000)",
     )
     parser.add_argument(
         "--rate", type=float, default=0.25, metavar="NUMBER", help="activation rate, 0 to 1 (default: 0.25)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--build", action="store_true", help="build the model too and count its parameters")
+    parser.add_argument("--build", action="store_true", help="also build the model and count its parameters")
 
 
 def add_validate(parser: ArgumentParser) -> None:
@@ -65,7 +69,7 @@ def _add_spec(parser: ArgumentParser) -> None:
         metavar="PATH=VALUE",
         action="append",
         default=[],
-        help="set a field first; the value is YAML; may be repeated",
+        help="change a field before validation; the value is YAML; may be repeated",
     )
 
 
@@ -83,7 +87,7 @@ def read_model_spec(source: str) -> dict[str, Any]:
         if not found:
             raise SpecError(
                 f"the folder {quote(source)} holds no {SPEC}; "
-                "give a spec file, a shipped spec or a folder that sma.save wrote or a run"
+                "give a spec file, a shipped spec, or the folder of a saved model or of a run"
             )
         return read_shipped(found[0], "specs")
     return read_shipped(
@@ -92,7 +96,7 @@ def read_model_spec(source: str) -> dict[str, Any]:
 
 
 def _sort(data: dict[str, Any]) -> Sort:
-    """What a mapping describes, by the fields that only one of them has, or by mistyped ones where it has none."""
+    """The type of a mapping, by the fields that only one type has, or by similar fields if it has none of them."""
     known = {"kind", *ModelSpec.model_fields}
     for sort, fields in FIELDS:
         if "kind" not in data and any(name in data for name in fields):
@@ -105,7 +109,7 @@ def _sort(data: dict[str, Any]) -> Sort:
 
 @contextmanager
 def _recipes(source: str, what: str) -> Iterator[None]:
-    """Raise one error message where the extra of an experiment is missing."""
+    """Raise one error if the extra of an experiment is missing."""
     try:
         yield
     except ImportError as error:
@@ -114,7 +118,7 @@ def _recipes(source: str, what: str) -> Iterator[None]:
 
 
 def _load(args: argparse.Namespace) -> ModelSpec:
-    """The model spec that was asked for; of an experiment or a sweep its model."""
+    """The requested model spec; for an experiment or a sweep that of its model."""
     data = read_model_spec(args.spec)
     sort = _sort(data)
     if sort == "model":
@@ -124,14 +128,14 @@ def _load(args: argparse.Namespace) -> ModelSpec:
 
 def _load_experiment(args: argparse.Namespace, data: dict[str, Any]) -> "ExperimentSpec":
     with _recipes(args.spec, "experiment"):
-        from sma.recipes.experiment import load_experiment  # the core works without the extras that it needs
+        from sma.recipes.experiment import load_experiment  # the core works without the extras
     return load_experiment(data, args.set)
 
 
 def _load_sweep(args: argparse.Namespace, data: dict[str, Any]) -> "SweepSpec":
     with _recipes(args.spec, "sweep"):
         from sma.tune.sweep import make_sweep
-    # By its path, from which the path of its experiment is counted.
+    # By its path, because the path of its experiment is relative to it.
     return make_sweep(args.spec if os.path.isfile(args.spec) else data, settings=args.set)
 
 
@@ -162,7 +166,7 @@ def run_describe(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _build(spec: ModelSpec, device: str) -> SequenceModel:
-    """Build the model and hold the prediction against it; on the device 'meta' this takes no memory.
+    """Build the model and compare it with the prediction; on the device 'meta' this takes no memory.
 
     Raises:
         SpecError: the parts do not fit each other, there is not enough memory, or the prediction is wrong.
@@ -191,7 +195,7 @@ def _bytes(model: SequenceModel) -> int:
 
 
 def run_validate(args: argparse.Namespace) -> Iterator[str]:
-    """Yield what a file is; a mistake in it is an error."""
+    """Yield the type of a valid file; raise an error for an invalid one."""
     data = read_model_spec(args.spec)
     sort = _sort(data)
     if sort == "model":
@@ -216,11 +220,11 @@ def _updates(experiment: "ExperimentSpec") -> str:
 
 
 def _with_layers_once(spec: ModelSpec) -> ModelSpec:
-    """The same model with each of many layers once: equal layers have equal mistakes."""
+    """The same model with one of many equal layers, because equal layers have equal errors."""
     layers = spec.layer_specs
     if len(layers) <= MANY:
         return spec
     different = {id(layer): layer for layer in layers}
     once = {layer_key(layer): layer for layer in [*different.values(), layers[-1]]}
-    last = once.pop(layer_key(layers[-1]))  # the final norm may be one like its
+    last = once.pop(layer_key(layers[-1]))  # the final norm may depend on it
     return spec.replace(layers=(*once.values(), last))

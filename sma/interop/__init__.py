@@ -1,1 +1,1 @@
-"""Weights of other implementations."""
+"""Conversion of the weights of other implementations."""

@@ -1,7 +1,8 @@
-"""Weights of the SeqBoat authors' implementation (renll/SeqBoat), both ways.
+"""Conversion of weights from and to the SeqBoat authors' implementation (renll/SeqBoat).
 
-Their layers, models and encoders become ours, and ours give the tensors back under their names. Two versions of their
-code exist: `standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called `move`).
+`from_reference` converts their layers, models and encoders, and `to_reference` returns the tensors under their names.
+Two versions of their code exist: `standalone_layer` (whose EMA is called `ssm`) and `unit` (whose EMA is called
+`move`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from sma.repeat import RepeatSpec
 from sma.routers import AlwaysRouterSpec, RouterSpec, SMARouter, SMARouterSpec
 from sma.spec import FrozenDict
 
-_MARK = "_reference_kind"  # which of the authors' modules a module of ours stands for
+_MARK = "_reference_kind"  # kind of the authors' module from which a module was made
 
 Kind = Literal["standalone_layer", "unit", "standalone_model", "lra_encoder"]
 
@@ -267,7 +268,7 @@ def _one_of(config: Mapping[str, Any], argument: str, known: Sequence[str], defa
     name = config.get(argument, default)
     if name not in known:
         listed = did_you_mean(str(name), known, "known")
-        raise CheckpointError(f"{argument}={quote(name)} of the authors' modules has no equal here{listed}")
+        raise CheckpointError(f"{argument}={quote(name)} of the authors' modules is not supported here{listed}")
     return str(name)
 
 

@@ -99,17 +99,17 @@ def _check(subject: str, laws: Sequence[Law], case: Any, effort: int, rows_per_s
 
 
 def _complaint(law: Law, case: Any, effort: int, rows_per_sample: int) -> str | None:
-    """The error on the first example that breaks a law; None if none does."""
+    """The error on the first example that breaks a law; None if there is none."""
     tried: list[Example] = []
 
-    # Every run has the same examples, and writes none of them to disk.
+    # Every run has the same examples, and none is written to disk.
     @hypothesis.settings(
         max_examples=effort,
         derandomize=True,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
-        # Shrinking an example takes minutes where a law streams it step by step; the first ones tried are small anyway.
+        # Shrinking takes minutes for laws that stream step by step, and the first examples are small.
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
         verbosity=hypothesis.Verbosity.quiet,
@@ -123,7 +123,7 @@ def _complaint(law: Law, case: Any, effort: int, rows_per_sample: int) -> str | 
 
     try:
         attempt()
-    except Exception as error:  # whatever an author's code may raise is a finding
+    except Exception as error:  # any exception of the tested code counts as a failure
         kind = type(error).__name__
         lines = str(error).strip().splitlines() or [kind]
         return f"{lines[0]} [{kind}; {tried[-1]}]"

@@ -25,7 +25,7 @@ class Example:
         rate: share of the positions that are active.
         cuts: sizes of the first chunks when the batch is streamed; one more chunk holds the rest.
         layout: how active tokens are laid out.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
     """
 
     lengths: tuple[int, ...]
@@ -44,7 +44,7 @@ class Example:
         return torch.arange(self.length) < torch.tensor(self.lengths)[:, None]
 
     def active(self) -> Tensor:
-        """Mask `(B, L)` of random positions, others in every row."""
+        """Mask `(B, L)` of random positions, different in every row."""
         return self.inside() & (torch.rand(len(self.lengths), self.length) < self.rate)
 
     def chunks(self) -> Iterator[slice]:
@@ -106,8 +106,8 @@ def put_back(values: Tensor, tokens: Ragged, shape: torch.Size) -> Tensor:
 
 @torch.no_grad()
 def spread_parameters(module: Module) -> Module:
-    """Move every parameter, most of all those of routers, far from its initial value, where a wrong decay, bias or gain
-    would pass.
+    """Move every parameter, particularly those of routers, far from its initial value, at which a wrong decay, bias or
+    gain could pass.
     """
     for parameter in module.parameters():
         if parameter.is_floating_point():

@@ -114,7 +114,7 @@ def scattered(example: Example) -> Tensor:
 
 
 def padding_changes_nothing(case: ModelCase, example: Example) -> None:
-    """Padding on any side, whatever it holds, changes no valid position; hidden states are 0 at padding."""
+    """Padding on any side, whatever its content, changes no valid position; hidden states are 0 at padding."""
     model, (inputs, _) = case.make(), inputs_of(case.make(), example)
     valid = scattered(example)
     order = torch.argsort(~valid, dim=1, stable=True)
@@ -128,7 +128,7 @@ def padding_changes_nothing(case: ModelCase, example: Example) -> None:
 
 
 def rows_are_independent(case: ModelCase, example: Example) -> None:
-    """The first row gives the same alone and in a batch, whatever the other rows hold."""
+    """The first row gives the same results alone and in a batch, whatever the other rows contain."""
     model, first = case.make(), slice(case.spec.rows_per_sample)
     inputs, valid = inputs_of(model, example)
     alone = model(inputs[first], valid[first])

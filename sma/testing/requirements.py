@@ -1,4 +1,4 @@
-"""What a law requires, for laws of sub-modules, routers and models alike."""
+"""Common requirements of the laws of sub-modules, routers and models."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_unchanged(found: Mapping[str, Tensor], kept: Mapping[str, Tensor], what: str) -> None:
-    """Raise unless tensors are those that were kept, to the last bit."""
+    """Raise unless tensors equal the kept copies bit by bit."""
     changed = [name for name, tensor in found.items() if not torch.equal(tensor, kept[name])]
     require(not changed, f"{what} {changed}")
 
@@ -59,7 +59,7 @@ def require_gradients(module: nn.Module, zero: bool) -> None:
     for name, parameter in module.named_parameters():
         if parameter.grad is None:
             raise AssertionError(
-                f"the gradient of {name!r} is None; another rank of a distributed training would wait for it"
+                f"the gradient of {name!r} is None; other ranks of a distributed training would wait for it"
             )
         require(bool(parameter.grad.isfinite().all()), f"the gradient of {name!r} is not finite")
         require(not (zero and bool(parameter.grad.any())), f"without active tokens the gradient of {name!r} is not 0")
@@ -69,7 +69,7 @@ def require_slope(value: Callable[[float], Tensor], leaves: Sequence[Tensor], di
     """Raise unless gradients agree with differences.
 
     Args:
-        value: the result where the leaves are moved along their directions, by so many times those.
+        value: function from a step size to the result, with the leaves moved by that multiple of their directions.
         leaves: tensors whose gradients are those of `value(0)`, or None where it does not depend on them.
         directions: one per leaf.
     """
@@ -88,7 +88,7 @@ def require_prediction(spec: Spec, predicted: int, module: nn.Module, family: st
     """Raise unless a spec predicts the number of parameters and survives dump and load."""
     counted = sum(parameter.numel() for parameter in module.parameters())
     require(counted == predicted, f"num_parameters predicts {predicted}, and the {family} has {counted}")
-    require(load_spec(dump_spec(spec), family=family) == spec, "the spec changed on the way through dump and load")
+    require(load_spec(dump_spec(spec), family=family) == spec, "the spec changed in dump and load")
 
 
 def saved_and_loaded(state: State, like: State) -> Any:
@@ -100,7 +100,7 @@ def saved_and_loaded(state: State, like: State) -> Any:
 
 
 def if_streams(law: Law) -> Law:
-    """Decorator for a law of parts that continue from a state; the others need not keep it."""
+    """Decorator for a law that applies only to parts that continue from a state."""
 
     @wraps(law)
     def kept(case: Any, example: Example) -> None:

@@ -60,7 +60,7 @@ def changes_nothing_and_repeats(case: RouterCase, example: Example) -> None:
         )
         require(torch.equal(control, given), "forward changed the control state it was given")
         require_unchanged(router.state_dict(), before, "forward changed")
-        require_same(again, first, valid, "the same tokens decided twice")
+        require_same(again, first, valid, "two decisions about the same tokens")
 
 
 def replay_is_the_identity(case: RouterCase, example: Example) -> None:
@@ -130,7 +130,7 @@ def a_score_bias_steers_the_rate(case: RouterCase, example: Example) -> None:
 
 
 def padding_changes_nothing(case: RouterCase, example: Example) -> None:
-    """Padding on any side is never active, and whatever it holds changes no valid decision."""
+    """Padding on any side is never active, and its content changes no valid decision."""
     router, control, valid = case.make(), case.control(example), example.active()
     order = torch.argsort(~valid, dim=1, stable=True)
     packed = move(valid, order)
@@ -160,9 +160,9 @@ def without_padding_nothing_need_be_given(case: RouterCase, example: Example) ->
 
 
 def rows_are_independent(case: RouterCase, example: Example) -> None:
-    """The first row gives the same alone and in a batch, whatever the other rows hold, NaN included.
+    """The first row gives the same decisions alone and in a batch, whatever the other rows contain, NaN included.
 
-    So does every other row in the state of its own stream, which tells a router that draws the number of the row.
+    So does every other row with the state of its own stream, from which a stochastic router gets the number of the row.
     """
     router, control, valid = case.make(), case.control(example), example.active()
     wanted = decide(router, control[:1], valid[:1])
@@ -189,7 +189,7 @@ def names_are_labels(case: RouterCase, example: Example) -> None:
 
 
 def takes_no_tokens(case: RouterCase, example: Example) -> None:
-    """A batch of no positions or of padding alone has no active token, and gradients of zeros, never None."""
+    """A batch without positions or with padding only has no active token, and gradients of zeros, never None."""
     for length in (0, 3):
         router = case.make()
         control = torch.randn(len(example.lengths), length, case.width, dtype=torch.float64)

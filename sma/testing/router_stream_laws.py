@@ -1,4 +1,4 @@
-"""The laws of a router that streams: nothing looks ahead, and a state replaces the tokens before."""
+"""The laws of a router that streams: no decision depends on later tokens, and a state replaces earlier tokens."""
 
 import torch
 
@@ -58,7 +58,7 @@ def gradients_cross_chunks(case: RouterCase, example: Example) -> None:
 
 @if_streams
 def states_are_values(case: RouterCase, example: Example) -> None:
-    """Forward does not change the state it is given; a row without a valid token keeps its own to the last bit."""
+    """Forward does not change the given state; a row without a valid token keeps its state bit by bit."""
     router, control, valid = case.make(), case.control(example), example.active()
     _, state = stream(router, control, valid, example.chunks())
     kept = copied(named_tensors(state))

@@ -113,7 +113,7 @@ def layouts_agree(case: SubModuleCase, example: Example) -> None:
 
 
 def rows_are_independent(case: SubModuleCase, example: Example) -> None:
-    """A row gives the same alone and in a batch, whatever the other rows hold, NaN included."""
+    """A row gives the same results alone and in a batch, whatever the other rows contain, NaN included."""
     module, x, active = case.make(), case.tokens(example), example.active()
     wanted = run(module, x[:1], active[:1], example)
     for stranger in (1.0, 1e4, torch.nan):
@@ -135,7 +135,7 @@ def takes_no_tokens(case: SubModuleCase, example: Example) -> None:
 
 
 def every_parameter_gets_a_gradient(case: SubModuleCase, example: Example) -> None:
-    """Gradients are there and finite."""
+    """Every gradient exists and is finite."""
     module, x = case.make(), case.tokens(example).requires_grad_()
     run(module, x, example.active(), example).square().sum().backward()
     require(x.grad is not None and bool(x.grad.isfinite().all()), "the gradient of the tokens is missing or not finite")
@@ -213,12 +213,12 @@ def states_are_values(case: SubModuleCase, example: Example) -> None:
     kept = copied(named_tensors(state))
     first, again = (stream(module, x, active, example, example.chunks(), state)[0] for _ in range(2))
     require_unchanged(named_tensors(state), kept, "forward changed the state it was given:")
-    require(torch.equal(again, first), "one state was continued to two results")
+    require(torch.equal(again, first), "one state gave two different results")
 
 
 @if_streams
 def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) -> None:
-    """A row's state does not change, to the last bit, by a chunk in which the row has no token."""
+    """A chunk without tokens of a row leaves the row's state unchanged bit by bit."""
     module, x, active = case.make(), case.tokens(example), example.active()
     _, state = stream(module, x, active, example, example.chunks())
     idle = torch.arange(x.shape[0]) % 2 == 0

@@ -287,10 +287,13 @@ def test_an_unknown_kind_is_refused() -> None:
             "norm_type='groupnorm' .* known: layernorm, rmsnorm, scalenorm, batchnorm, syncbatchnorm$",
         ),
         ({"norm_type": "rms_norm"}, r"norm_type='rms_norm' .*; did you mean 'rmsnorm'\? known: layernorm, rmsnorm"),
-        ({"norm_type": ["layernorm"]}, r"norm_type=\['layernorm'\] of the authors' modules has no equal here"),
+        ({"norm_type": ["layernorm"]}, r"norm_type=\['layernorm'\] of the authors' modules is not supported here"),
         ({"attention_activation": "relu"}, "attention_activation='relu' .* known: softmax, relu2, laplace$"),
-        ({"rel_pos_bias": "t5"}, "rel_pos_bias='t5' of the authors' modules has no equal here; known: simple, rotary$"),
-        ({"activation": "gelu"}, "activation='gelu' of the authors' modules has no equal here; .*known: silu$"),
+        (
+            {"rel_pos_bias": "t5"},
+            "rel_pos_bias='t5' of the authors' modules is not supported here; known: simple, rotary$",
+        ),
+        ({"activation": "gelu"}, "activation='gelu' of the authors' modules is not supported here; .*known: silu$"),
     ],
 )
 def test_a_name_of_the_authors_without_an_equal_is_refused(changes: dict[str, Any], complaint: str) -> None:

@@ -162,7 +162,7 @@ def test_a_rank_with_fewer_batches_than_the_others_is_refused(monkeypatch):
     monkeypatch.setattr(
         distributed, "all_reduce", lambda tensor: tensor.add_(1) if tensor.dtype is torch.int64 else tensor.mul_(2)
     )
-    with pytest.raises(InputError, match="different numbers of batches on the ranks; give every rank as many"):
+    with pytest.raises(InputError, match="different numbers of batches on the ranks; give every rank the same number"):
         sma.update_statistics(_model(), _batches())
 
 

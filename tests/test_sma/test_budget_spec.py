@@ -18,7 +18,7 @@ class TestRefused:
         [
             (
                 {"target": 0.0},
-                "target=0.0 must be above 0 and at most 1; for no activity at all use the router {kind: never}",
+                "target=0.0 must be above 0 and at most 1; for a rate of 0 use the router {kind: never}",
             ),
             ({"target": {"mlp": 1.5}}, "target=1.5 must be above 0 and at most 1"),
             ({"target": {"mlp": 0.5}, "over": "total"}, "over='total' keeps one rate, so target must be one number"),
@@ -53,7 +53,7 @@ class TestRefused:
             pytest.param(
                 SMARouterSpec(),
                 {"mpl": 0.5},
-                "the target of the budget names 'mpl', which is no sub-module; did you mean 'mlp'",
+                "the target of the budget names 'mpl', which is not a sub-module; did you mean 'mlp'",
                 id="name",
             ),
         ],
@@ -94,7 +94,7 @@ class TestTotal:
             ),
             pytest.param(
                 [[0.0] * 3],
-                "a total budget weights rates by cost, and all sub-modules cost 0; give costs, or use over='each'",
+                "a total budget weights rates by cost, and all costs are 0; give costs, or use over='each'",
                 id="all zero",
             ),
         ],

@@ -96,7 +96,7 @@ def test_arguments_of_other_types_are_named():
     assert lines[2].startswith("a spec is read from a path or a mapping, not from [{'encoder'")
     assert lines[3] == "a spec is read from a path or a mapping, not from b'mine.yaml'"
     assert lines[4:6] == [
-        f"sma.build takes the spec of a model, and {name} is another one; call its own build(width)"
+        f"sma.build takes the spec of a model, and {name} has another family; call its build(width)"
         for name in ("LayerSpec", "ConvSpec")
     ]
     assert lines[6:8] == [
@@ -108,7 +108,7 @@ def test_arguments_of_other_types_are_named():
 def test_a_spec_that_holds_itself_is_named():
     fields = dict(FIELDS)
     fields["layers"] = fields
-    with pytest.raises(SpecError, match=r"holds itself|RepeatSpec in layers"):
+    with pytest.raises(SpecError, match=r"contains itself|RepeatSpec in layers"):
         load_spec(fields, overrides={"width": 3})
 
 

@@ -86,9 +86,7 @@ class TestCalibrate:
             calibrate(_model({"kind": "sma"}), iter([normal(1, 4, 3)]), 0.5)
 
     def test_no_data_is_refused(self):
-        with pytest.raises(
-            InputError, match="calibrate got no batch; give it some of the data that the model is to run on"
-        ):
+        with pytest.raises(InputError, match="calibrate got no batch; give it data for which the rates should hold"):
             calibrate(_model({"kind": "sma"}), [], 0.5)
 
     @pytest.mark.parametrize(
@@ -149,7 +147,8 @@ class TestCalibrate:
     )
     def test_data_without_a_valid_token_is_refused(self, data):
         with pytest.raises(
-            InputError, match=exactly("calibrate got no valid token, so there are no rates; give it data with some")
+            InputError,
+            match=exactly("calibrate got no valid token, so there are no rates; give it data with valid tokens"),
         ):
             calibrate(_model({"kind": "sma"}), data, 0.5)
 
@@ -225,7 +224,7 @@ class TestModulesOfOnesOwn:
     def test_one_that_returns_none_says_what_is_needed(self, told, came, as_users_run):
         required = (
             "required is an output with the attribute decisions, "
-            "one for each of its 2 routed layers, as sma.ModelOutput has it"
+            "one for each of its 2 routed layers, as in sma.ModelOutput"
         )
         with pytest.raises(
             InputError,
@@ -290,7 +289,7 @@ class Once:
         ),
         pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
         pytest.param(3, "is an int; required are batches, such as a list of them or a DataLoader", id="number"),
-        pytest.param([], "got no batch; give it some of the data that the model is to run on", id="nothing"),
+        pytest.param([], "got no batch; give it data for which the rates should hold", id="nothing"),
     ],
 )
 def test_data_that_is_no_list_of_batches_is_refused(data, problem, as_users_run):

@@ -212,7 +212,7 @@ class TestRefusals:
 
     def test_sub_module_that_is_not_there(self):
         with pytest.raises(
-            InputError, match="capacity names 'atention', which is no sub-module; did you mean 'attention'"
+            InputError, match="capacity names 'atention', which is not a sub-module; did you mean 'attention'"
         ):
             make("seqboat")(normal(2, 3, WIDTH), capacity={"atention": 3})
 
@@ -226,6 +226,6 @@ class TestRefusals:
         layer = make("bare", modules={"attention": {**GAU, "bidirectional": False}})
         with pytest.raises(
             StateError,
-            match="capacity=2 cannot go with a state, because a stream keeps every active token; leave capac",
+            match="capacity=2 cannot be combined with a state, because a stream keeps every active token; leave c",
         ):
             layer(normal(2, 3, WIDTH), state=layer.init_state(2), capacity=2)

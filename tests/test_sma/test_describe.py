@@ -29,10 +29,10 @@ layers 0-5          6 alike               392,196       254,635  100.0%     780,
 head                mean_pool_mlp          14,560             -       -           -      -
 total                                     408,036       254,635  100.0%     780,776   0.33
 
-at rate 0.25  MACs per token, if each routed sub-module runs on this share of them
+at rate 0.25  MACs per token, if each routed sub-module runs on this share of the tokens
 share         of these MACs; encoder, norms and head are not counted
 all active    MACs per token, if each runs on every token
-ratio         of the two: what is left of the work
+ratio         of the two: the remaining share of the work
 """
 
 HYBRID = """\

@@ -177,7 +177,7 @@ def test_states_are_checked_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"samples": 10**10},
-            r"the generation of 1 x 10000000000 samples needs .* are free; draw fewer samples at once",
+            r"the generation of 1 x 10000000000 samples needs .* are free; reduce the number of samples",
         ),
         ({"samples": 10**30}, r"needs about 10\^\d+ bytes, more than any machine can address"),
         ({"seed": 10**30}, r"seed=10+ must have at most 64 bits"),
@@ -197,7 +197,7 @@ def test_a_state_that_grew_with_its_prompt_is_checked_before_it_is_copied(monkey
     monkeypatch.setattr("sma.memory.free_memory", lambda device=None: 10_000)
     with pytest.raises(
         InputError,
-        match=r"the state for samples=3 needs 1\d\d,\d\d\d bytes, and 10,000 bytes are free; draw fewer samples",
+        match=r"the state for samples=3 needs 1\d\d,\d\d\d bytes, and 10,000 bytes are free; reduce the number",
     ):
         next(tokens)
 

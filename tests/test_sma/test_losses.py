@@ -100,7 +100,7 @@ class TestBudget:
     @pytest.mark.parametrize(
         ("target", "sentence"),
         [
-            ({"mpl": 0.5}, r"the target rate names 'mpl', which is no sub-module; did you mean 'mlp'"),
+            ({"mpl": 0.5}, r"the target rate names 'mpl', which is not a sub-module; did you mean 'mlp'"),
             (1.5, "the target rate of 'attention' is 1.5; it must lie between 0 and 1"),
             ({"mlp": math.nan}, "the target rate of 'mlp' is nan; it must lie between 0 and 1"),
         ],

@@ -153,7 +153,7 @@ MISTAKES = [
     ),
     pytest.param(
         ["describe", "."],
-        "the folder '.' holds no spec.yaml; give a spec file, a shipped spec or a folder that ",
+        "the folder '.' holds no spec.yaml; give a spec file, a shipped spec, or the folder of ",
         id="folder",
     ),
     pytest.param(["describe", "list.yaml"], "list.yaml must hold a mapping of fields, not list", id="no-mapping"),
@@ -302,7 +302,7 @@ def test_kinds_prints_the_list(capsys):
     status, out, err = _run(capsys, "kinds")
     assert (status, err) == (0, "")
     assert out.startswith(list_kinds() + "\n")
-    assert out.endswith("Fields of a kind: sma kind gau. What models are made of: sma kind layer, sma kind repeat.\n")
+    assert out.endswith("Fields of a kind: sma kind gau. Parts of models: sma kind layer, sma kind repeat.\n")
     assert _run(capsys, "kinds", "norm") == (0, list_kinds("norm") + "\n", "")
 
 

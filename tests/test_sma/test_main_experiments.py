@@ -127,7 +127,7 @@ def test_an_experiment_without_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sma.recipes.experiment", None)
     status, _, err = _run(capsys, "validate", "experiment.yaml")
     assert status == 2
-    assert err.startswith("error: 'experiment.yaml' is an experiment, which needs the extra 'recipes', of which ")
+    assert err.startswith("error: 'experiment.yaml' is an experiment, which needs the extra 'recipes', but its ")
 
 
 def test_repeating_a_layer_costs_nothing(capsys):
@@ -171,8 +171,7 @@ def test_many_listed_layers_are_counted_as_they_stand(tmp_path, capsys):
         (["--set", f"width={'9' * 5000}"], "error: the value of --set width is not valid YAML: '999999"),
         (
             ["--set", "width=&a [*a]"],
-            "error: the value of --set width is not valid YAML: "
-            "the alias '*a' is inside of the value that it names (line 1)",
+            "error: the value of --set width is not valid YAML: the alias '*a' is inside its own value (line 1)",
         ),
         (["--set", "x" * 100_000], "error: --set 'xxx"),
         (["--length", "9" * 5000], "error: --length: invalid int value: '999"),

@@ -91,7 +91,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
         pytest.param(
             ["train", "digits", "--spec", "x.yaml"],
-            "--spec has the task and the training of its own; leave TASK out\n",
+            "--spec has its own task and training; leave TASK out\n",
             id="task and spec",
         ),
         pytest.param(
@@ -106,7 +106,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
         pytest.param(
             ["compare", "digits", "--spec", "x.yaml"],
-            "--spec has the task and the training of its own; leave TASK out\n",
+            "--spec has its own task and training; leave TASK out\n",
             id="compare and spec",
         ),
         pytest.param(
@@ -114,7 +114,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
         pytest.param(
             ["generate", "nowhere", "--temperature", "0", "--top-k", "5", "--seed", "1"],
-            "--temperature 0 takes the most probable byte and draws nothing; leave --top-k, --seed out\n",
+            "--temperature 0 takes the most probable byte without sampling; leave --top-k, --seed out\n",
             id="generate without draws",
         ),
         pytest.param(
@@ -125,7 +125,7 @@ def test_every_task_with_a_preset_can_be_trained():
         pytest.param(
             ["report", "."],
             "the folder '.' holds no run, no study and no sweep: experiment.yaml is missing; "
-            "give a folder that sma train, sma compare or sma sweep wrote\n",
+            "give a folder of sma train, sma compare or sma sweep\n",
             id="report of nothing",
         ),
         pytest.param(["generate", "nowhere"], "there is no saved model in 'nowhere'", id="generate"),
@@ -148,7 +148,7 @@ def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path,
 def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
     monkeypatch.setenv("SMA_PRESET", "paper")
     assert _run(capsys, "train", "--spec", "x.yaml")[2] == (
-        "error: --spec has the task and the training of its own; leave --preset (from the variable SMA_PRESET) out\n"
+        "error: --spec has its own task and training; leave --preset (from the variable SMA_PRESET) out\n"
     )
 
 
@@ -189,7 +189,7 @@ def test_an_extra_that_is_missing_is_one_message(words, blocked, extra, tmp_path
     done = run_without(blocked, "sma", words, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: sma {words[0]} needs the extra {extra!r}, of which {blocked[0]} is not installed; "
+        f"error: sma {words[0]} needs the extra {extra!r}, but its package {blocked[0]} is not installed; "
         f"run: pip install 'sparse-modular-activation[{extra}]'\n"
     )
     assert list(tmp_path.iterdir()) == []

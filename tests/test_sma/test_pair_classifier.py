@@ -106,7 +106,7 @@ def test_no_pairs_give_no_scores():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_odd_number_of_rows_is_refused(rows):
     with pytest.raises(
-        InputError, match=rf"inputs have {rows} rows, which are no pairs; a pair_classifier takes an even number"
+        InputError, match=rf"inputs have {rows} rows, which is odd; a pair_classifier takes an even number"
     ):
         pair_classifier()(torch.ones(rows, 5, dtype=torch.int64))
 

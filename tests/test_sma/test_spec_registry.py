@@ -84,7 +84,7 @@ class TestRegistry:
             pass
 
         with pytest.raises(
-            SpecError, match=r"NamelessSpec names no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""
+            SpecError, match=r"NamelessSpec has no kind; add the field  kind: Literal\[\"my_kind\"\] = \"my_kind\""
         ):
             register(NamelessSpec)
 
@@ -93,7 +93,7 @@ class TestRegistry:
             kind: Literal["lonely"] = "lonely"
 
         with pytest.raises(
-            SpecError, match="LonelySpec belongs to no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"
+            SpecError, match="LonelySpec has no family; derive it from SubModuleSpec, RouterSpec, NormSpec, …"
         ):
             register(LonelySpec)
 

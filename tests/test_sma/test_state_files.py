@@ -190,7 +190,7 @@ def test_no_state_is_not_saved(tmp_path: Path, as_users_run: None) -> None:
     made = model()
     with pytest.raises(CheckpointError, match=r"there is no state to save, but None; give model\.init_state"):
         sma.save_state(made(made.encoder.random_inputs(1, 3)).state, tmp_path / "state")  # type: ignore[arg-type,operator]
-    with pytest.raises(CheckpointError, match=r"the state to be like is None; give one of the same model"):
+    with pytest.raises(CheckpointError, match=r"the template state is None; give one of the same model"):
         sma.load_state(tmp_path / "state", None)  # type: ignore[type-var]
     with pytest.raises(CheckpointError, match=r"is on the meta device and has no values"):
         sma.save_state(made.init_state(1, device="meta"), tmp_path / "state")

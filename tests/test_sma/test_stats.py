@@ -297,7 +297,7 @@ def test_a_model_without_macs_saves_nothing():
         ),
         pytest.param(
             [{"atention": 0.5}, 0.5],
-            "the rate of layer 0 names 'atention', which is no sub-module; did you mean 'attention'[?] sub-modules: ",
+            "the rate of layer 0 names 'atention', which is not a sub-module; did you mean 'attention'[?]",
             id="name",
         ),
         pytest.param(1.5, "the rate of 'attention' of layer 0 is 1.5; it must lie between 0 and 1", id="range"),

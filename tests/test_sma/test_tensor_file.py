@@ -102,7 +102,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     write_tensors(tmp_path / "file", {"it": torch.zeros(99999)}, {})
     with open_tensors(tmp_path / "file") as file:
         (tmp_path / "file").open("rb+").truncate(5000)
-        with pytest.raises(CheckpointError, match="was cut short while it was read; save it again"):
+        with pytest.raises(CheckpointError, match="was truncated while it was read; save it again"):
             file.read("it")
 
 
@@ -132,13 +132,13 @@ def _entry(**changes: Any) -> dict[str, Any]:
         pytest.param(_file(b"[" * 99999), "its header is not JSON", id="deep header"),
         pytest.param(_file(b'{"__metadata__":{"a":' + b'{"a":' * 99999), "its header is not JSON", id="deep metadata"),
         pytest.param(_file(b'{"a": ' + b"9" * 5000 + b"}"), "its header is not JSON|it describes", id="long number"),
-        pytest.param(_file([]), "its header is \\[\\], and no mapping", id="list"),
+        pytest.param(_file([]), "its header is \\[\\], not a mapping", id="list"),
         pytest.param(
-            _file({"__metadata__": []}), "its metadata is \\[\\], and no mapping of texts", id="metadata of a list"
+            _file({"__metadata__": []}), "its metadata is \\[\\], not a mapping of strings", id="metadata of a list"
         ),
         pytest.param(
             _file({"__metadata__": {"spec": 3}}),
-            "its metadata is {'spec': 3}, and no mapping of texts",
+            "its metadata is {'spec': 3}, not a mapping of strings",
             id="metadata of a number",
         ),
         pytest.param(_file({"a": 3}), "it describes 'a' by 3", id="no description"),
