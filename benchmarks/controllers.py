@@ -1,6 +1,6 @@
-"""Two rules that hold activation rates at a target: the controller of `sma.budget`, which moves a router's score bias
-by the histogram of its scores, and the sign rule, `score_bias += step * sign(target - rate)`, by which OLMo-core and
-DeepSeek-V3 balance experts without a loss.
+"""Comparison of two rules that hold activation rates at a target: the controller of `sma.budget`, which moves a
+router's score bias by the histogram of its scores, and the sign rule, `score_bias += step * sign(target - rate)`, by
+which OLMo-core and DeepSeek-V3 balance experts without a loss.
 
     OMP_NUM_THREADS=1 python -m benchmarks.controllers --json
 
@@ -8,7 +8,7 @@ Both get the decisions of every update and nothing else. Cases:
 
 - listops, digits: the presets `listops_tiny` and `digits_tiny`, shortened; a router in every layer is steered.
 - drift: one router on random tokens, whose log-odds have standard deviation 1; halfway they fall by 3.
-- dead: the same, whose log-odds lie at -10: nothing is active.
+- dead: the same with log-odds of -10: no token is active.
 
 `error` is the mean distance of a batch's rate from the target over the last third of the updates; it includes the
 noise of the batch. `settled` is the number of updates (of drift, after the fall) until the mean rate of the last ten is

@@ -1,10 +1,10 @@
-"""One layer, forward + backward: SeqBoat at several activation rates beside its dense twin, its backbone, and a
+"""One layer, forward + backward: SeqBoat at several activation rates, its dense baseline, its backbone, and a
 transformer.
 
     python -m benchmarks.layer --json
 
-Every point runs in a process of its own, so that its peak memory is its own. `skip_efficiency` is
-(T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)): 1 means that skipping costs nothing.
+Every point runs in a separate process, for its peak memory. `skip_efficiency` is (T_dense - T(rate)) / ((1 - rate)
+(T_dense - T_without)): 1 means that skipping has no overhead.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class DenseLayer(nn.Module):
         """Run the parts of the layer on all tokens."""
         layer, frame = self.layer, rectangular(x_BLD)
         if layer.norm is None or layer.bypass is None or layer.routed is None or layer.backbone is None:
-            raise SystemExit("the dense twin needs every part of the layer")
+            raise SystemExit("the dense baseline needs every part of the layer")
         mixed = nn.functional.silu(layer.backbone(frame.with_values(layer.norm(x_BLD).flatten(0, 1)))[0])
         attended, _ = layer.routed.submodules["attention"](frame.with_values(mixed))
         bypass = nn.functional.linear(mixed, layer.bypass.weight, layer.bypass.bias)
@@ -127,7 +127,7 @@ def measure(model: str, batch: int, length: int, rate: float, device: str) -> di
 
 
 def add_skip_efficiency(points: list[dict[str, Any]]) -> None:
-    """Fill in the skip efficiency of the SeqBoat points from the dense twin and the backbone alone of the same size."""
+    """Fill in the skip efficiency of the SeqBoat points from the dense baseline and the backbone of the same size."""
     for point in points:
         same = {
             other["model"]: other

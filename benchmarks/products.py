@@ -1,4 +1,4 @@
-"""Times the matrix products and Fourier transforms of a computation alone: the least it must cost."""
+"""Times only the matrix products and Fourier transforms of a computation, a lower bound of its time."""
 
 import statistics
 import time
@@ -15,7 +15,7 @@ COUNTED = ("mm", "addmm", "bmm", "baddbmm", "_fft_r2c", "_fft_c2r", "_fft_c2c", 
 
 
 class Layout:
-    """Where a tensor's numbers lie, without the numbers."""
+    """The memory layout of a tensor, without its values."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.size, self.stride, self.dtype, self.device = tensor.size(), tensor.stride(), tensor.dtype, tensor.device

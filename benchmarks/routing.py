@@ -1,19 +1,19 @@
-"""What routing costs: router, compaction, extraction and combination of a routed MLP and a routed convolution,
-forward + backward.
+"""Cost of routing: router, compaction, extraction and combination of a routed MLP and a routed convolution, forward +
+backward.
 
     python -m benchmarks.routing --json
 
-A pre-norm block out = x + f(norm(x)), in which f is routed, at several activation rates. Beside it run, on the same
+A pre-norm block out = x + f(norm(x)) with routed f, at several activation rates, is compared with these, on the same
 tokens:
 
 - dense: the same block with f on every token: no router, no compaction, no confidence.
-- without: what no token can skip, norm and residual: out = x + norm(x).
-- gathered, one for each rate: f alone on as many tokens of the same rows as that rate activates, already gathered.
+- without: the part that no token skips, norm and residual: out = x + norm(x).
+- gathered, one for each rate: only f, on the same number of tokens of the same rows, gathered in advance.
 
-`skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)): 1 means that skipping costs nothing.
-`overhead_milliseconds` is T(rate) - T_gathered(rate) - T_without: all that a token's way to f and back costs. All
-points of a model take turns in one process, so that what else runs on the machine slows all of them; the figures are
-medians over the rounds.
+`skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)): 1 means that skipping has no overhead.
+`overhead_milliseconds` is T(rate) - T_gathered(rate) - T_without: the cost of moving tokens to f and back. All points
+of a model alternate in one process, so that other load on the machine affects all of them; the figures are medians over
+the rounds.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Unrouted(nn.Module):
     def __init__(self, layer: RoutedLayer, *, dense: bool) -> None:
         super().__init__()
         if layer.norm is None or layer.routed is None:
-            raise SystemExit("the twin needs a norm and a routed sub-module")
+            raise SystemExit("the dense baseline needs a norm and a routed sub-module")
         self.norm = layer.norm
         self.part = layer.routed.submodules["part"] if dense else None
 

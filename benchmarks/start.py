@@ -1,4 +1,4 @@
-"""How long commands take to start: `sma --help` and the help of its sub-commands, beside `import torch` alone.
+"""Start-up times: `sma --help` and the help of its sub-commands, compared with `import torch`.
 
 python -m benchmarks.start --json
 """

@@ -1,4 +1,4 @@
-"""One more token of a stream, after a thousand tokens and after a million: time, state and memory.
+"""Time, state and memory of one token of a stream, after a thousand to a million tokens.
 
     python -m benchmarks.stream --json
 
@@ -9,16 +9,16 @@
 - kv_cache_transformer: a pre-norm transformer of the same width and depth, 4 heads, feed-forward 4 x, preallocated keys
   and values. The cache is filled with random numbers instead of a prefill. It has no router, so it is measured once, at
   rate 1.
-  Positions whose caches hold more than 200,000 tokens of the batch (cuda: 4,000,000) are out of its reach and left out.
+  Positions whose caches hold more than 200,000 tokens of the batch (cuda: 4,000,000) are not measured.
 
 microseconds_per_token is the median time of one step of the whole batch divided by the batch size. seqboat takes every
-step that is asked for, the others as many as 10 seconds allow, but 5. The steps of a mark start from the state at that
-mark, and the marks take turns, so that whatever disturbs the machine disturbs all alike. At rate 0.1 and batch 1 most
-steps activate nothing in most layers; the mean says what a long stream costs. peak_megabytes is the peak of the process
-when the mark was reached and one step was taken: resident memory, on cuda allocated memory. Every model, batch and rate
-(kv_cache_transformer: also position) runs in a process of its own. prefill_tokens_per_second is the speed in chunks
-with a state, forward_tokens_per_second that of one stateless call on the same tokens, 65,536 of the batch but at most
-16,384 a row.
+requested step, the others as many as fit into 10 seconds, at least 5. The steps of a mark start from the state at that
+mark. The marks alternate, so that other load on the machine affects all of them. At rate 0.1 and batch 1 most steps
+activate no token in most layers; the mean is the cost per token of a long stream. peak_megabytes is the peak of the
+process when the mark was reached and one step was taken: resident memory, on cuda allocated memory. Every model, batch
+and rate (kv_cache_transformer: also position) runs in a separate process. prefill_tokens_per_second is the speed in
+chunks with a state, forward_tokens_per_second that of one stateless call on the same tokens, 65,536 of the batch but at
+most 16,384 a row.
 """
 
 import argparse
@@ -94,9 +94,7 @@ class Marks:
         return torch.randint(VOCABULARY, (self.batch, length), device=self.device)
 
     def seqboat(self) -> Iterator[tuple[Step, int]]:
-        """Advance in chunks; the steps go on from a copy of the state, in memory that is taken before the first
-        mark.
-        """
+        """Advance in chunks; the steps continue from a copy of the state, in memory allocated before the first mark."""
         chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]

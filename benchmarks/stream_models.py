@@ -1,4 +1,4 @@
-"""The models of the stream benchmark: one more token of every row in, the scores of the next ones out."""
+"""The models of the stream benchmark: one token of every row in, the scores of the next tokens out."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -63,7 +63,7 @@ def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2
 
 
 class Stream:
-    """A model that goes on from a state."""
+    """A model that continues from a state."""
 
     def __init__(self, model: Callable[..., Any], state: ModelState) -> None:
         self.model, self.state = model, state
@@ -142,7 +142,7 @@ class CachedTransformer(nn.Module):
 
 
 def compiled(model: SequenceModel) -> Callable[..., Any]:
-    """The model compiled, as far as that goes: where tokens are counted or found, the graph is told to go on."""
+    """The compiled model; the graph includes operators whose shapes depend on the data."""
     torch._dynamo.config.capture_scalar_outputs = True
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     return torch.compile(model, dynamic=False)
