@@ -1,11 +1,11 @@
-"""How far recall reaches: models trained on short rows answer queries in streams of 4,096 to 65,536 tokens.
+"""Reach of recall: models trained on short rows are tested on streams of 4,096 to 65,536 tokens.
 
 python recipes/reach.py
 python recipes/reach.py --variants seqboat,s4d --lengths 4096 --out runs/reach
 python recipes/reach.py --resume runs/reach
 
-SeqBoat, whose window counts the tokens that it activated, beside the same model on every token, a local attention with
-the same window, and S4D, at equal parameters and updates. The streams are read in chunks, at constant memory.
+SeqBoat, whose window counts active tokens, is compared with the same model on every token, a local attention with the
+same window, and S4D, at equal parameters and updates. The streams are read in chunks, at constant memory.
 """
 
 if __name__ == "__main__":  # its Python may not have the package, or what recipes need

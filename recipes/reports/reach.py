@@ -53,7 +53,7 @@ def _share(head: str, key: str, part: int, form: str = ".1f") -> Column:
 
 
 def _found(row: Row, key: str) -> Mapping[str, float]:
-    """What was measured on the streams; empty if nothing was measured yet."""
+    """The measurements on the streams; empty if there are none yet."""
     found: Mapping[str, float] = cast(Mapping[str, Any], row).get(key, {})
     return found
 

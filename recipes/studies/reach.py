@@ -1,4 +1,4 @@
-"""Recall far beyond the length of the training: models of multi-query associative recall, tested on streams."""
+"""Multi-query associative recall on streams that are much longer than the training samples."""
 
 import json
 import math
@@ -34,16 +34,16 @@ from sma.stats import RateCount, count_rates
 VARIANTS = ("seqboat", "always", "local_attention", "s4d")
 REACH = "reach.json"
 CHUNK = 2048
-"""Tokens of a row that are read at once."""
+"""Number of tokens of a row per chunk."""
 
 
 class ReachOptions(StudyOptions):
     """The options of the recipe."""
 
-    preset: Literal["tiny"] = Field(default="tiny", description="minutes on one core for each model")
+    preset: Literal["tiny"] = Field(default="tiny", description="tiny: minutes on one core for each model")
     variants: Names | None = variants_field(VARIANTS)
     lengths: Names = Field(default="4096,16384,65536", description="numbers of tokens of the tested streams")
-    samples: int = Field(default=16, ge=1, description="streams of every length")
+    samples: int = Field(default=16, ge=1, description="number of streams of every length")
 
     @property
     def name(self) -> str:
@@ -51,11 +51,11 @@ class ReachOptions(StudyOptions):
 
 
 class ReachChosen(Chosen):
-    """What a study of reach was asked for.
+    """The settings of a study of reach.
 
     Attributes:
         lengths: numbers of tokens of the tested streams.
-        samples: streams of every length.
+        samples: number of streams of every length.
     """
 
     lengths: list[int] = Field(min_length=1)
@@ -63,8 +63,8 @@ class ReachChosen(Chosen):
 
 
 class Reach(Study[ReachOptions, ReachChosen]):
-    """SeqBoat, whose window counts active tokens, beside models whose window counts all of them or whose state has a
-    fixed size: trained on short rows, tested on long ones with uniform distances, which are read in chunks.
+    """Comparison of SeqBoat, whose window counts active tokens, with models whose window counts all tokens or whose
+    state has a fixed size. They are trained on short rows and tested on long streams with uniform distances, in chunks.
     """
 
     name = "reach"
@@ -114,7 +114,7 @@ class Reach(Study[ReachOptions, ReachChosen]):
 def _lengths(given: str) -> list[int]:
     words = [word.strip() for word in given.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise SpecError(f"--lengths {given!r} must be numbers of tokens with commas between, such as 4096,16384")
+        raise SpecError(f"--lengths {given!r} must be numbers of tokens separated by commas, such as 4096,16384")
     return [int(word) for word in words]
 
 
@@ -138,13 +138,13 @@ def measure_reach(
     Args:
         model: a causal model of the task.
         settings: settings of its training samples; the streams have other lengths, and uniform distances.
-        lengths: tokens of the streams.
-        samples: streams of each length.
-        chunk: tokens that are read at once.
+        lengths: numbers of tokens of the streams.
+        samples: number of streams of each length.
+        chunk: number of tokens per chunk.
 
     Returns:
-        `recall`: the accuracy by length; `distance`: by the distance of a query from its value, under the power of two
-        that it reaches, over all lengths; `rate`: the mean activation rate by length, where the model routes.
+        `recall`: accuracy by length; `distance`: accuracy over all lengths by the distance of a query from its value,
+        rounded down to a power of two; `rate`: mean activation rate by length, for models with routers.
     """
     model.eval()
     found: dict[str, dict[str, float]] = {"recall": {}, "distance": {}, "rate": {}}
@@ -171,7 +171,7 @@ def measure_reach(
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    """Read what `measure_reach` found; empty if it was not measured yet."""
+    """Read the result of `measure_reach`; empty if there is none yet."""
     if not path.is_file():
         return {}
     found: dict[str, Any] = read_checked(path, _is_measured, "what was measured", "delete it to measure again")

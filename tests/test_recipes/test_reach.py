@@ -77,7 +77,7 @@ def test_command_trains_streams_and_resumes(experiment_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param(["--lengths", "4k"], "--lengths '4k' must be numbers of tokens with commas between", id="word"),
+        pytest.param(["--lengths", "4k"], "--lengths '4k' must be numbers of tokens separated by commas", id="word"),
         pytest.param(["--lengths", "4"], "pairs=2 need a length of at least 8", id="short"),
         pytest.param(
             ["--variants", "s5"], "unknown variant 's5'; variants: seqboat, always, local_attention, s4d", id="variant"

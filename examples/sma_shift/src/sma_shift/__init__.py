@@ -1,1 +1,1 @@
-"""What changes from one token to the next: a sub-module and a router for sparse-modular-activation."""
+"""A sub-module and a router for sparse-modular-activation that compare each token with the previous one."""

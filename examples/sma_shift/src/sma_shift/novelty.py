@@ -1,4 +1,4 @@
-"""A router that activates the tokens that differ from the one before them."""
+"""A router that activates tokens that differ from the previous one."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,8 +19,10 @@ class NoveltyRouterSpec(RouterSpec):
     """Spec of `NoveltyRouter`."""
 
     kind: Literal["novelty"] = "novelty"
-    threshold: float = Field(default=0.5, ge=0.0, le=1.0, description="novelty above which a token is active at first")
-    sharpness: float = Field(default=10.0, gt=0.0, le=1e4, description="log-odds per unit of novelty at first")
+    threshold: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="initial threshold of novelty, above which a token is active"
+    )
+    sharpness: float = Field(default=10.0, gt=0.0, le=1e4, description="initial log-odds per unit of novelty")
 
     def build(self, width: int, names: Sequence[str]) -> "NoveltyRouter":
         return NoveltyRouter(self, width, names)
@@ -33,13 +35,12 @@ class NoveltyRouterSpec(RouterSpec):
 
 
 class NoveltyRouter(SteerableRouter):
-    r"""Independent decisions by how much of a token is new: $n_t = |h_t - h_{t-1}| / (|h_t| + |h_{t-1}|)$ in [0, 1].
+    r"""Independent decisions by the novelty of a token: $n_t = |h_t - h_{t-1}| / (|h_t| + |h_{t-1}|)$ in [0, 1].
 
-    $|h|$ is the sum of absolute values and $h_{t-1}$ the valid token before, zeros at first: the first token of a
-    stream is all new, one that is repeated not at all. The score for on is $g_m (n_t - \theta_m)$ plus the score bias
-    of a budget, for off 0;
-    $p = \mathrm{softmax}$ of the two. Active iff $p_1 > p_0$, confidence $c = \max(p)$. A gain that training turns
-    negative chooses what repeats.
+    $|h|$ is the sum of absolute values and $h_{t-1}$ the previous valid token, zeros before the first one. The first
+    token of a stream has novelty 1, a repeated token 0. The score for on is $g_m (n_t - \theta_m)$ plus the score bias
+    of a budget, for off 0; $p = \mathrm{softmax}$ of the two. Active iff $p_1 > p_0$, confidence $c = \max(p)$. A
+    negative gain, which training may reach, selects repeated tokens.
 
     Causal; its state is one token per row. The gradient goes through the softmax, and only from active tokens.
 
@@ -80,7 +81,7 @@ class NoveltyRouter(SteerableRouter):
         line = line_up(control_BLD, before)
         places = last_valid(control_BLD, valid)
         novelty = self._novelty(control_BLD, line.take_along_dim(places[:, :-1, None], dim=1))
-        # Nothing here is a matrix product, so autocast leaves it alone: float32 or wider throughout.
+        # There is no matrix product, so autocast changes nothing: float32 or wider throughout.
         gain, threshold, bias = (part.to(novelty.dtype) for part in (self.gain, self.threshold, self.score_bias))
         on = gain * (novelty[..., None] - threshold) + bias
         scores = torch.stack([torch.zeros_like(on), on], dim=-1)
@@ -97,7 +98,7 @@ class NoveltyRouter(SteerableRouter):
 
 
 def last_valid(control_BLD: Tensor, valid: Tensor | None) -> Tensor:
-    """`(B, L + 1)`: place in the line of the newest valid token before each token, and after the last one; 0 is the
+    """`(B, L + 1)`: index in the line of the newest valid token before each token, and after the last one; 0 is the
     state.
     """
     rows, length = control_BLD.shape[:2]

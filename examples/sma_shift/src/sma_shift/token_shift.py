@@ -1,4 +1,4 @@
-"""An MLP that sees each token mixed with the one before it."""
+"""An MLP of each token mixed with the previous active one."""
 
 from typing import Literal
 
@@ -32,15 +32,15 @@ class TokenShiftSpec(SubModuleSpec):
 class TokenShift(SubModule):
     r"""An MLP of each token mixed with the active token before it: $y_t = W_2 \mathrm{relu}(W_1 z_t)^2$.
 
-    $z_t = \mu \odot x_t + (1 - \mu) \odot x_{t-1}$, where t - 1 is the token of the row that was active before, zeros
-    at first.
+    $z_t = \mu \odot x_t + (1 - \mu) \odot x_{t-1}$, where t - 1 is the previous active token of the row, zeros before
+    the first one.
 
     Args:
         spec: hidden size.
         width: channels of every token, D.
 
     Shape:
-        tokens `(T, D)` in, `(T, D)` out. `mix` is `(D,)`, one half at first.
+        tokens `(T, D)` in, `(T, D)` out. `mix` is `(D,)`, initially one half.
 
     Reference:
         the channel mixing of RWKV without its gate; Peng et al., arXiv 2305.13048.
