@@ -127,6 +127,24 @@ def test_markdown_of_docstrings_becomes_rst(markdown: str, rst: str) -> None:
     assert load(EXTENSIONS / "site_docstrings.py").markdown_to_rst(markdown) == rst
 
 
+def test_hanging_indents_of_shapes_are_removed() -> None:
+    lines = [
+        "A part.",
+        "",
+        "Args:",
+        "    a: one",
+        "        two",
+        "",
+        "Shape:",
+        "    x in,",
+        "        y out.",
+        "",
+        "End.",
+    ]
+    flush = [*lines[:8], "    y out.", *lines[9:]]
+    assert load(EXTENSIONS / "site_docstrings.py").without_hanging_indents(lines) == flush
+
+
 @pytest.mark.parametrize(
     ("tag", "loads"),
     [

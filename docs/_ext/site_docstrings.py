@@ -24,8 +24,18 @@ def markdown_to_rst(text: str) -> str:
     return "".join([*parts, LITERAL.sub(r"\\\g<0>", text[end:])])
 
 
+def without_hanging_indents(lines: list[str]) -> list[str]:
+    """Return a docstring whose paragraphs on shapes and references are flush, or reStructuredText reads definitions."""
+    found, inside = [], False
+    for line in lines:
+        if line and not line.startswith(" "):
+            inside = line in ("Shape:", "Reference:", "References:")
+        found.append("    " + line.lstrip() if inside and line.startswith(" ") else line)
+    return found
+
+
 def _convert(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    lines[:] = markdown_to_rst("\n".join(lines)).split("\n")
+    lines[:] = markdown_to_rst("\n".join(without_hanging_indents(lines))).split("\n")
 
 
 def _escape_types(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -8,8 +8,8 @@ def _bases(app: Sphinx, name: str, obj: object, options: object, bases: list[typ
 
 
 def _skip(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
-    """Skip the fields of a named tuple, which autodoc shows as `Alias for field number 0`."""
-    return True if type(obj).__name__ == "_tuplegetter" else None
+    """Skip the fields of a named tuple, which autodoc shows as `Alias for field number 0`, and pydantic's settings."""
+    return True if type(obj).__name__ == "_tuplegetter" or name == "model_config" else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
