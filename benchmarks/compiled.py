@@ -38,7 +38,7 @@ INSTRUCTIONS = {
     "ffma": "FFMA",
     "spills": "LDL|STL",
     "barriers": r"BAR",
-    "atomics": "RED|ATOM|ATOMG",
+    "atomics": r"RED\w*|ATOM\w*",
     "shuffles": "SHFL",
 }
 

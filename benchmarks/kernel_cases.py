@@ -1,7 +1,20 @@
 """Launches of every operator at the shapes of the presets, on tensors without values."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sma.layer import LayerSpec
+from sma.modules.gau import GAUSpec
+from sma.recipes.experiment import load_experiment
+from sma.recipes.io.presets import shipped
+
+DTYPES = {"tf32": torch.float32, "ieee": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOKENS = 4096
 
 
 class Case(NamedTuple):
@@ -18,5 +31,66 @@ class Case(NamedTuple):
     run: Callable[[], object]
 
 
+def layers() -> Iterator[tuple[str, LayerSpec, int]]:
+    """Every layer of every preset, with the name of the preset and the width."""
+    for preset in shipped("presets"):
+        model = load_experiment(preset).model
+        for layer in model.layer_specs:
+            yield preset, layer, model.width
+
+
+@contextmanager
+def _products_in(dtype: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def windowed_attention(dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every distinct gated attention unit with a window."""
+    seen = set()
+    for preset, layer, _ in layers():
+        for spec in layer.modules.values():
+            if not isinstance(spec, GAUSpec) or spec.window is None:
+                continue
+            table = spec.position.table_size(spec.window)
+            key = (spec.query_size, spec.hidden_size, spec.window, spec.bidirectional, spec.attention, table)
+            if (*key, spec.attention_dropout) in seen:
+                continue
+            seen.add((*key, spec.attention_dropout))
+            for dtype in dtypes:
+                yield Case(preset, dtype, partial(_attend, spec, table, dtype))
+
+
+def _attend(spec: GAUSpec, entries: int, dtype: str) -> None:
+    from sma.kernels.gpu import windowed_attention
+
+    def numbers(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    q, k = (numbers(TOKENS, spec.query_size, kind=DTYPES[dtype]) for _ in range(2))
+    v = numbers(TOKENS, spec.hidden_size, kind=DTYPES[dtype])
+    table = numbers(entries, kind=torch.float32) if entries else None
+    seed = numbers(1) if spec.attention_dropout else None
+    middle = spec.position.table_center(spec.window) if entries else 0
+    over_slots = bool(entries) and spec.position.over_slots
+    settings: tuple[Any, ...] = (
+        spec.window,
+        not spec.bidirectional,
+        spec.attention,
+        middle,
+        over_slots,
+        spec.attention_dropout,
+        [],
+    )
+    with _products_in(dtype):
+        rows, positions = numbers(TOKENS), numbers(TOKENS)
+        out, kept = windowed_attention.forward(q, k, v, table, rows, positions, numbers(2), None, seed, *settings)
+        windowed_attention.backward(out, out, [q, k, v, *kept], table, seed, *settings)
+
+
 # By operator; the argument lists the dtypes.
-CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {}
+CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {"windowed_attention": windowed_attention}

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sma.kernels.finite import finite
 from sma.modules.cache import Cache
-from sma.modules.finite import finite
 from sma.modules.multihead import MultiHead, MultiHeadSpec
 from sma.ragged import Ragged
 from sma.spec import register

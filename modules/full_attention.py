@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sma.devices import without_autocast
-from sma.modules.finite import finite
-from sma.modules.sliding_window import Bias, Weighting, narrowed, weigh
+from sma.kernels.blocked_attention import narrowed
+from sma.kernels.finite import finite
+from sma.kernels.weighting import Weighting, weigh
+from sma.modules.sliding_window import Bias
 from sma.ragged import Ragged
 
 # Queries of a slice, C. Its scores stay in a CPU's cache; a whole row of 4,096 took four times the memory, and longer.
@@ -40,7 +42,7 @@ def attend_all(
     longest, compiling = tokens.longest, torch.compiler.is_compiling()
     with without_autocast(q.device):
         (q, real), (k, _), (v, _) = (tokens.with_values(x.to(v.dtype)).to_padded(longest) for x in (q, k, v))
-        positions = _padded(narrowed(tokens.positions, tokens.positions), tokens, longest)
+        positions = _padded(narrowed(tokens.positions), tokens, longest)
         # A row without tokens attends to its first hole, so that its weights are defined; no result is read there.
         seen = real | (torch.arange(longest, device=real.device) == 0)
         (v,), broken = finite(v)

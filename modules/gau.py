@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sma.checks import check_causal
 from sma.init import reset_linear_, truncated_normal_
+from sma.kernels.blocks import block_shape
+from sma.kernels.weighting import Weighting
 from sma.memory import zeros
-from sma.modules.blocks import block_shape
 from sma.modules.cache import Cache, CachedSubModule
 from sma.modules.full_attention import attend_all, pairs
-from sma.modules.sliding_window import Bias, Weighting, attend, attend_one
+from sma.modules.sliding_window import Bias, attend, attend_one
 from sma.padding import pack, unpack
 from sma.positions import PositionSpec, RelativeBiasSpec
 from sma.pytree import register_output

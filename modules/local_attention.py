@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sma.modules.blocks import block_shape, cut, in_reach
+from sma.kernels.blocks import block_shape, cut, in_reach
+from sma.kernels.finite import finite
 from sma.modules.cache import Cache
-from sma.modules.finite import finite
 from sma.modules.multihead import MultiHead, MultiHeadSpec
 from sma.ragged import Ragged
 from sma.spec import register

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sma.errors import SpecError
 from sma.init import reset_linear_
+from sma.kernels.finite import finite
 from sma.modules.cache import Cache, CachedSubModule
-from sma.modules.finite import finite
 from sma.padding import unpack
 from sma.positions import NoPositionSpec, PositionSpec
 from sma.ragged import Ragged

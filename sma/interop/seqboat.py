@@ -23,11 +23,11 @@ from sma.encoders import (
 )
 from sma.errors import CheckpointError, did_you_mean, parsing, quote
 from sma.heads import MeanPoolLinear, MeanPoolLinearSpec
+from sma.kernels.weighting import Weighting
 from sma.layer import LayerSpec, RoutedLayer
 from sma.model import SequenceClassifierSpec, SequenceEncoderSpec, SequenceModel
 from sma.modules.ema import EMA, EMASpec
 from sma.modules.gau import GatedAttentionUnit, GAUSpec
-from sma.modules.sliding_window import Weighting
 from sma.norms import BatchNormSpec, LayerNormSpec, Norm, NormSpec, RMSNormSpec, ScaleNorm, ScaleNormSpec
 from sma.positions import PositionSpec, RelativeBiasSpec, RotarySpec
 from sma.repeat import RepeatSpec

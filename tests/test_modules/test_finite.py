@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import sma.modules.finite
-from sma.modules.finite import all_finite, finite
+import sma.kernels.finite
+from sma.kernels.finite import all_finite, finite
 from tests.test_modules import zoo
 from tests.test_modules.layouts import LAYOUTS, Layout, first, run
 from tests.test_modules.zoo import SPECS, WIDTH
@@ -33,7 +33,7 @@ def test_attention_that_may_not_look_gives_the_same(
     x[0, 6] += bad
     module = zoo.make(SPECS[name])
     wanted = run(module, x, active, layout)
-    monkeypatch.setattr(sma.modules.finite, "all_finite", lambda *values: False)
+    monkeypatch.setattr(sma.kernels.finite, "all_finite", lambda *values: False)
     torch.testing.assert_close(run(module, x, active, layout), wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 import sma.modules.full_attention
+from sma.kernels.weighting import Weighting
 from sma.modules.full_attention import attend_all, pairs
-from sma.modules.sliding_window import Bias, Weighting
+from sma.modules.sliding_window import Bias
 from tests.test_modules.layouts import LAYOUTS, Layout, first, lay, saved_bytes, spread
 from tests.test_modules.test_sliding_window import WEIGHTINGS, H, P, Z, assert_is_the_loop
 

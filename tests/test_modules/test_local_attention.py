@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sma.errors import SpecError
+from sma.kernels.blocks import in_reach
 from sma.modules.attention import AttentionSpec
-from sma.modules.blocks import in_reach
 from sma.modules.local_attention import LocalAttention, LocalAttentionSpec
 from sma.modules.multihead import MultiHead
 from sma.positions import NoPositionSpec, RotarySpec

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sma.kernels.weighting import Weighting
 from sma.modules.full_attention import attend_all
-from sma.modules.sliding_window import Bias, Weighting, attend
+from sma.modules.sliding_window import Bias, attend
 from sma.ragged import Ragged
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_same_program, first, lay, run_rows, saved_bytes, spread
 from tests.test_modules.loops import attend_loop, bias_loop

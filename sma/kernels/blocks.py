@@ -105,52 +105,70 @@ class BlockLayout:
         return out
 
 
+def count_blocks(tokens: Ragged, window: int, causal: bool) -> tuple[BlockShape, int]:
+    """Choose the sizes of blocks for a batch, and how many there are.
+
+    A CPU reads the lengths of the rows. On other devices, where that is a synchronisation, and in a compiled graph the
+    sizes follow from those of tensors: for T tokens in B rows at most T // C + B blocks.
+    """
+    if tokens.stride is not None:
+        shape = block_shape(tokens.stride, window, causal)
+        return shape, tokens.num_rows * -(-tokens.stride // shape.queries)
+    total = tokens.rows.shape[0]
+    if tokens.bound is not None or tokens.offsets.device.type != "cpu":
+        shape = block_shape(total if tokens.bound is None else tokens.bound, window, causal)
+        return shape, total // shape.queries + tokens.num_rows
+    counts = (tokens.offsets[1:] - tokens.offsets[:-1]).tolist()
+    shape = block_shape(max(counts, default=0), window, causal)
+    return shape, sum(-(-each // shape.queries) for each in counts)
+
+
+def lay_out(
+    rows: Int[Tensor, "T"], offsets: Int[Tensor, "B1"], shape: BlockShape, count: int
+) -> tuple[BlockLayout, Int[Tensor, "T"]]:
+    """Cut every row into blocks: the layout, and the rank of each token in its row."""
+    size = shape.queries
+    per_row = torch.div(offsets[1:] - offsets[:-1] + size - 1, size, rounding_mode="floor")
+    starts = (per_row.cumsum(0) - per_row) * size
+    slots = torch.arange(rows.shape[0], device=rows.device) - offsets[rows]
+    return BlockLayout(shape, count, starts[rows] + slots), slots
+
+
+def attended(
+    layout: BlockLayout, rows: Int[Tensor, "T"], real: Bool[Tensor, "T"] | None, window: int, causal: bool
+) -> Bool[Tensor, "n C K"]:
+    """Which slots a slot attends to; a slot without a real token attends to itself."""
+    shape = layout.shape
+    numbers = rows + 1  # 0 where there is no token
+    filled = layout.fill(numbers if real is None else numbers.where(real, 0))
+    allowed = layout.queries_of(filled)[:, :, None] == layout.keys_of(filled)[:, None, :]
+    # Slots of one block are consecutive, so the distance of a pair depends on its indices in the block alone.
+    own = torch.arange(shape.queries, device=rows.device)[:, None]
+    distance = torch.arange(shape.keys, device=rows.device) - shape.before - own
+    if causal:
+        allowed &= distance <= 0
+    if shape.keys > window:
+        allowed &= distance.abs() <= window
+    return allowed
+
+
 @dataclass(frozen=True)
 class Blocks(BlockLayout):
     """The layout of a batch's tokens in blocks, and which pairs of slots attend.
 
     Attributes:
         allowed: which slots a slot attends to, shape (n, C, K); a slot without a token attends to itself.
-        positions: position in the stream at each slot, shape (S,).
     """
 
     allowed: Bool[Tensor, "n C K"]
-    positions: Int[Tensor, "S"]
 
 
 def cut(tokens: Ragged, window: int, causal: bool) -> Blocks:
     """Lay out the tokens of a batch in blocks."""
-    device = tokens.rows.device
-    if tokens.stride is not None or tokens.bound is not None:
-        shape = block_shape(tokens.longest, window, causal)
-    else:  # the lengths give the longest row and the number of blocks: on a GPU this is the only synchronisation
-        counts = (tokens.offsets[1:] - tokens.offsets[:-1]).tolist()
-        shape = block_shape(max(counts, default=0), window, causal)
-    size = shape.queries
-    if tokens.stride is not None:
-        per_row = -(-tokens.stride // size)
-        starts = torch.arange(tokens.num_rows, device=device) * per_row
-        count = tokens.num_rows * per_row
-    else:
-        per_row_B = torch.div(tokens.offsets[1:] - tokens.offsets[:-1] + size - 1, size, rounding_mode="floor")
-        starts = per_row_B.cumsum(0) - per_row_B
-        # Where the lengths are unknown, the largest possible number of blocks.
-        count = (
-            sum(-(-each // size) for each in counts)
-            if tokens.bound is None
-            else tokens.rows.shape[0] // size + tokens.num_rows
-        )
-    layout = BlockLayout(shape, count, starts[tokens.rows] * size + tokens.slots)
-    numbers = tokens.rows + 1  # 0 where there is no token
-    rows = layout.fill(numbers.where(tokens.mask, 0) if tokens.holes else numbers)
-    allowed = layout.queries_of(rows)[:, :, None] == layout.keys_of(rows)[:, None, :]
-    # Slots of one block are consecutive, so the distance of a pair depends on its indices in the block alone.
-    distance = torch.arange(shape.keys, device=device) - shape.before - torch.arange(size, device=device)[:, None]
-    if causal:
-        allowed &= distance <= 0
-    if shape.keys > window:
-        allowed &= distance.abs() <= window
-    return Blocks(shape, count, layout.indices, allowed, layout.fill(tokens.positions))
+    shape, count = count_blocks(tokens, window, causal)
+    layout, slots = lay_out(tokens.rows, tokens.offsets, shape, count)
+    real = slots < tokens.lengths[tokens.rows] if tokens.holes else None
+    return Blocks(shape, count, layout.indices, attended(layout, tokens.rows, real, window, causal))
 
 
 class _Seen(torch.autograd.Function):

@@ -1,0 +1,152 @@
+"""Kernels of the backward pass of windowed attention, which recompute the scores."""
+
+import triton
+import triton.language as tl
+
+from sma.kernels.gpu.attention_tiles import (
+    dropout_factors,
+    load_tile,
+    pair_scores,
+    score_gradients,
+    score_weights,
+    store_tile,
+)
+
+# fmt: off
+
+
+@triton.jit
+def inner_products(grad, out, inner, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
+    """Product of every result with its gradient."""
+    i0 = tl.program_id(0) * BM
+    m = tl.arange(0, BM)
+    i = i0 + m
+    total = tl.zeros((BM,), WIDE)
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        total += tl.sum(load_tile(grad, i, h, i < T, H, H).to(WIDE) * load_tile(out, i, h, i < T, H, H).to(WIDE), 1)
+    tl.store(inner + i, total, mask=i < T)
+
+
+@triton.jit
+def grad_queries(
+    q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
+    MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
+    BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ATOMIC: tl.constexpr, COPIES: tl.constexpr
+):
+    """Gradients of BM queries and of the table.
+
+    The table's are added to one of its COPIES; if not ATOMIC, those of all pairs are stored, (T, 2 W + 1), for the
+    queries from `start` on.
+    """
+    i0 = start + tl.program_id(0) * BM
+    m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
+    i = i0 + m
+    qq = load_tile(q, i, z, i < T, Z, Z)
+    rows_i = tl.load(rows + i, mask=i < T, other=-1)
+    norm = tl.load(lse + i, mask=i < T, other=0.0)
+    mean = tl.load(inner + i, mask=i < T, other=0.0)
+    acc = tl.zeros((BM, BZ), WIDE)
+    first = tl.maximum(i0 - W, 0) // BN * BN
+    last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
+    for j0 in range(first, last, BN):
+        j = j0 + n
+        kk = load_tile(k, j, z, j < T, Z, Z)
+        rows_j = tl.load(rows + j, mask=j < T, other=-1)
+        s, ok, index = pair_scores(
+            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False, PRECISION, WIDE
+        )
+        fine = tl.load(broken + j, mask=j < T, other=1) == 0
+        dp = tl.zeros((BM, BN), WIDE)
+        for h0 in range(0, H, BH):
+            h = h0 + tl.arange(0, BH)
+            dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
+            dp = tl.dot(dd, tl.trans(vv), dp, input_precision=PRECISION, out_dtype=WIDE)
+        if DROPOUT > 0:
+            dp = dp * dropout_factors(seed, i[:, None], j[None, :], DROPOUT)
+        ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE)
+        acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION, out_dtype=WIDE)
+        if BIAS > 0:
+            if ATOMIC:
+                copy = (tl.program_id(0) % COPIES) * P
+                tl.atomic_add(dtable + copy + index, ds, mask=ok, sem="relaxed")
+            else:
+                pair = (i - start)[:, None].to(tl.int64) * (2 * W + 1) + (j[None, :] - i[:, None] + W)
+                tl.store(dtable + pair, ds, mask=ok)
+    store_tile(dq, i, z, acc, T, Z, Z)
+
+
+@triton.jit
+def grad_keys(
+    q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dk, T,
+    MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
+    BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+):
+    """Gradients of BN keys."""
+    j0 = tl.program_id(0) * BN
+    m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
+    j = j0 + n
+    kk = load_tile(k, j, z, j < T, Z, Z)
+    rows_j = tl.load(rows + j, mask=j < T, other=-1)
+    fine = tl.load(broken + j, mask=j < T, other=1) == 0
+    acc = tl.zeros((BN, BZ), WIDE)
+    first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
+    last = tl.minimum(j0 + BN + W, T)
+    for i0 in range(first, last, BM):
+        i = i0 + m
+        qq = load_tile(q, i, z, i < T, Z, Z)
+        rows_i = tl.load(rows + i, mask=i < T, other=-1)
+        s, ok, _ = pair_scores(
+            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True, PRECISION, WIDE
+        )
+        dp = tl.zeros((BN, BM), WIDE)
+        for h0 in range(0, H, BH):
+            h = h0 + tl.arange(0, BH)
+            dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
+            dp = tl.dot(vv, tl.trans(dd), dp, input_precision=PRECISION, out_dtype=WIDE)
+        if DROPOUT > 0:
+            dp = dp * dropout_factors(seed, i[None, :], j[:, None], DROPOUT)
+        norm = tl.load(lse + i, mask=i < T, other=0.0)
+        mean = tl.load(inner + i, mask=i < T, other=0.0)
+        ds = score_gradients(s, ok, dp, norm[None, :], mean[None, :], MODE)
+        acc = tl.dot(ds.to(qq.dtype), qq, acc, input_precision=PRECISION, out_dtype=WIDE)
+    store_tile(dk, j, z, acc, T, Z, Z)
+
+
+@triton.jit
+def grad_values(
+    q, k, rows, positions, table, seed, grad, lse, dv, T,
+    MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
+    BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+):
+    """A slice of BH channels of the gradients of BN values."""
+    j0 = tl.program_id(0) * BN
+    m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
+    j = j0 + n
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    kk = load_tile(k, j, z, j < T, Z, Z)
+    rows_j = tl.load(rows + j, mask=j < T, other=-1)
+    acc = tl.zeros((BN, BH), WIDE)
+    first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
+    last = tl.minimum(j0 + BN + W, T)
+    for i0 in range(first, last, BM):
+        i = i0 + m
+        qq = load_tile(q, i, z, i < T, Z, Z)
+        rows_i = tl.load(rows + i, mask=i < T, other=-1)
+        s, ok, _ = pair_scores(
+            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True, PRECISION, WIDE
+        )
+        if MODE == 0:
+            norm = tl.load(lse + i, mask=i < T, other=0.0)
+            p = tl.where(ok, tl.exp(s - norm[None, :]), 0.0)
+        else:
+            p = score_weights(s, ok, MODE)
+        if DROPOUT > 0:
+            p = p * dropout_factors(seed, i[None, :], j[:, None], DROPOUT)
+        dd = load_tile(grad, i, h, i < T, H, H)
+        acc = tl.dot(p.to(dd.dtype), dd, acc, input_precision=PRECISION, out_dtype=WIDE)
+    store_tile(dv, j, h, acc, T, H, H)

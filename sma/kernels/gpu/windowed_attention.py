@@ -1,0 +1,216 @@
+"""Windowed attention in Triton: the launches of its kernels, and the choice of tiles."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sma.kernels.gpu.attention_backward import grad_keys, grad_queries, grad_values, inner_products
+from sma.kernels.gpu.attention_forward import attend, broken_tokens
+from sma.kernels.launch import input_precision, launch, shared_memory
+
+MODES = {"softmax": 0, "relu2": 1, "laplace": 2}
+# Copies of the table that programs add to, so that their atomics rarely meet.
+COPIES = 32
+# Elements of the buffer through which the deterministic gradient of the table goes.
+BUFFER = 2**25
+
+
+class Tiles(NamedTuple):
+    """Sizes of the tiles of one kernel: queries, keys, channels of a slice of values, and options of the compiler."""
+
+    BM: int
+    BN: int
+    BH: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, room: int) -> Tiles:
+    """Choose the tiles of a kernel.
+
+    Args:
+        kernel: `attend`, `grad_queries`, `grad_keys` or `grad_values`.
+        query_size, hidden_size: Z and H.
+        dtype: of the values.
+        room: bytes of shared memory.
+    """
+    # Measured by `python -m benchmarks.compiled`: the largest tiles whose registers do not go to the stack.
+    narrow, small = dtype.itemsize <= 2, power(query_size) < 128
+    if kernel in ("grad_queries", "grad_keys"):
+        light = narrow or small
+        width = min(power(hidden_size), 64 if light else 32)
+        return Tiles(64, 32, width, 4 if light else 8, 2) if kernel == "grad_queries" else Tiles(32, 64, width, 4, 2)
+    if kernel == "grad_values":
+        return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4, 2)
+    width = _slice(query_size, hidden_size, 256 if narrow or room > 200_000 else 128)
+    if width < 256:
+        return Tiles(64, 32, width, 4, 2)
+    return Tiles(64, 64 if narrow or small else 32, width, 8, 2)
+
+
+def _slice(query_size: int, hidden_size: int, widest: int) -> int:
+    """Channels of a slice of values: every slice computes the scores again, and the last one is filled up."""
+    widths = [width for width in (16, 32, 64, 128, 256) if width <= min(widest, power(hidden_size))]
+    return min(widths, key=lambda width: -(-hidden_size // width) * (power(query_size) + width))
+
+
+def power(size: int) -> int:
+    """The next power of two, at least 16, the least side of a product on tensor cores."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _constants(q: Tensor, v: Tensor, table: Tensor | None, settings: tuple[Any, ...]) -> dict[str, Any]:
+    window, causal, weighting, middle, over_slots, dropout, _ = settings
+    return {
+        "MIDDLE": middle,
+        "P": 1 if table is None else table.shape[0],
+        "W": window,
+        "Z": q.shape[1],
+        "H": v.shape[1],
+        "BZ": power(q.shape[1]),
+        "CAUSAL": causal,
+        "BIAS": 0 if table is None else 2 if over_slots else 1,
+        "MODE": MODES[weighting],
+        "DROPOUT": dropout,
+        "PRECISION": input_precision(v.dtype),
+        "WIDE": tl.float64 if v.dtype is torch.float64 else tl.float32,
+    }
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """Attend; keeps the logarithms of the sums of weights, the marks of broken tokens, the rows (-1 at holes) and the
+    positions.
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    T, H = v.shape
+    if lengths is not None:
+        slots = torch.arange(T, device=rows.device) - offsets[rows]
+        rows = rows.where(slots < lengths[rows], -1)
+    rows = rows.int()
+    places = _places(positions, settings[0]) if table is not None and not settings[4] else rows.new_empty(0)
+    out, lse = torch.empty_like(v), v.new_empty(T, dtype=_wide(v.dtype))
+    broken = v.new_empty(T, dtype=torch.int8)
+    kept = [lse, broken, rows, places]
+    launch(broken_tokens, (triton.cdiv(T, 32),), v, broken, T, H=H, BH=min(power(H), 128), BM=32)
+    constants, tile = (
+        _constants(q, v, table, settings),
+        tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device)),
+    )
+    grid = triton.cdiv(T, tile.BM), triton.cdiv(H, tile.BH)
+    launch(
+        attend,
+        grid,
+        q,
+        k,
+        v,
+        rows,
+        places,
+        lse if table is None else table,
+        broken,
+        lse if seed is None else seed,
+        out,
+        lse,
+        T,
+        **constants,
+        **tile._asdict(),
+    )
+    return out, kept
+
+
+def _places(positions: Tensor, window: int) -> Tensor:
+    """Positions as 32-bit numbers with the same differences within a window, up to the size of a table.
+
+    Positions grow along a row, so a gap that is wider than every table can be cut. What overflows cancels in the
+    differences.
+    """
+    widest = 2**30 // window
+    gaps = torch.diff(positions, prepend=positions[:1]).clamp_(-widest, widest)
+    return gaps.cumsum(0).int()
+
+
+def backward(
+    grad: Tensor, out: Tensor, kept: list[Tensor], table: Tensor | None, seed: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys, values and of the table (empty without one).
+
+    All but the table's are the same in every run; under `torch.use_deterministic_algorithms` that is too, by way of
+    the gradients of all pairs.
+    """
+    q, k, v, lse, broken, rows, places = kept
+    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
+    (T, H), wide = v.shape, _wide(v.dtype)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    constants, room = _constants(q, v, table, settings), shared_memory(v.device)
+    inner = torch.empty_like(lse)
+    if constants["MODE"] == 0:
+        slices = {"H": H, "BH": min(power(H), 128), "BM": 32, "WIDE": constants["WIDE"]}
+        launch(inner_products, (triton.cdiv(T, 32),), grad, out, inner, T, **slices)
+    shared = (q, k, v, rows, places, lse if table is None else table, broken, lse if seed is None else seed)
+
+    tile = tiles("grad_keys", q.shape[1], H, v.dtype, room)
+    launch(grad_keys, (triton.cdiv(T, tile.BN),), *shared, grad, lse, inner, dk, T, **constants, **tile._asdict())
+
+    tile = tiles("grad_values", q.shape[1], H, v.dtype, room)
+    few = q, k, rows, places, shared[5], shared[7]
+    grid = triton.cdiv(T, tile.BN), triton.cdiv(H, tile.BH)
+    launch(grad_values, grid, *few, grad, lse, dv, T, **constants, **tile._asdict())
+
+    tile = tiles("grad_queries", q.shape[1], H, v.dtype, room)
+    atomic = table is None or not torch.are_deterministic_algorithms_enabled()
+    options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES}
+
+    def queries(first: int, count: int, into: Tensor) -> None:
+        grid = (triton.cdiv(count, tile.BM),)
+        launch(grad_queries, grid, *shared, grad, lse, inner, dq, into, T, first, **options)
+
+    if table is None:
+        queries(0, T, lse)
+        return dq, dk, dv, grad.new_empty(0)
+    if atomic:
+        copies = table.new_zeros(COPIES, table.shape[0], dtype=wide)
+        queries(0, T, copies)
+        return dq, dk, dv, copies.sum(0).to(table.dtype)
+    reach = 2 * settings[0] + 1
+    total = table.new_zeros(table.shape[0], dtype=wide)
+    size = max(tile.BM, BUFFER // reach // tile.BM * tile.BM)
+    for first in range(0, T, size):
+        count = min(size, T - first)
+        pairs = table.new_zeros(count, reach, dtype=wide)
+        queries(first, count, pairs)
+        total += _by_distance(pairs, first, places, settings, table.shape[0])
+    return dq, dk, dv, total.to(table.dtype)
+
+
+def _by_distance(pairs: Tensor, first: int, places: Tensor, settings: tuple[Any, ...], size: int) -> Tensor:
+    """Sum the gradients of pairs, (count, 2 W + 1), by their index into the table, in an order that is always the
+    same.
+    """
+    window, _, _, middle, over_slots = settings[:5]
+    distance = torch.arange(-window, window + 1, device=pairs.device)
+    if over_slots:
+        pairs, index = pairs.sum(0), distance
+    else:
+        own = torch.arange(first, first + pairs.shape[0], device=pairs.device)
+        # Pairs that do not count have a gradient of 0.
+        other = (own[:, None] + distance).clamp(0, places.shape[0] - 1)
+        index = places[other] - places[own][:, None]
+    index = (index.clamp(-size, size) + middle).clamp(0, size - 1)
+    return pairs.new_zeros(size).index_add_(0, index.reshape(-1), pairs.reshape(-1))
