@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 # Bytes of shared memory that a block can have, where no device says so: the interpreter has no limit, and small tiles
-# are quick to test.
-_INTERPRETER = 101_376
+# are quick to test. Also the least of all cards that have kernels.
+_LEAST = 101_376
 
 
 class Launch(NamedTuple):
@@ -85,9 +85,8 @@ def shared_memory(device: torch.device) -> int:
     if _recorders:
         return _recorders[-1].shared_memory
     if device.type != "cuda":
-        return _INTERPRETER
-    properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+        return _LEAST
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _LEAST))
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from sma.kernels.gpu.attention_tiles import (
 # fmt: off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def inner_products(grad, out, inner, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
     """Product of every result with its gradient."""
     i0 = tl.program_id(0) * BM
@@ -28,7 +28,7 @@ def inner_products(grad, out, inner, T, H: tl.constexpr, BH: tl.constexpr, BM: t
     tl.store(inner + i, total, mask=i < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "start"])
 def grad_queries(
     q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
@@ -78,7 +78,7 @@ def grad_queries(
     store_tile(dq, i, z, acc, T, Z, Z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grad_keys(
     q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dk, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
@@ -116,7 +116,7 @@ def grad_keys(
     store_tile(dk, j, z, acc, T, Z, Z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def grad_values(
     q, k, rows, positions, table, seed, grad, lse, dv, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,

@@ -8,7 +8,7 @@ from sma.kernels.gpu.attention_tiles import dropout_factors, load_tile, pair_sco
 # fmt: off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def broken_tokens(v, broken, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
     """Mark the tokens that have a value which is not finite."""
     i0 = tl.program_id(0) * BM
@@ -21,7 +21,7 @@ def broken_tokens(v, broken, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.conste
     tl.store(broken + i, found.to(tl.int8), mask=i < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend(
     q, k, v, rows, positions, table, broken, seed, out, lse, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,

@@ -37,17 +37,20 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
         dtype: of the values.
         room: bytes of shared memory.
     """
-    # Measured by `python -m benchmarks.compiled`: the largest tiles whose registers do not go to the stack.
-    narrow, small = dtype.itemsize <= 2, power(query_size) < 128
+    # Measured by `python -m benchmarks.compiled`: the largest tiles whose registers do not go to the stack. Cards with
+    # much shared memory multiply 64 rows by a group of 4 warps, and others 16 rows by each warp.
+    narrow, small, groups = dtype.itemsize <= 2, power(query_size) < 128, room > 200_000
     if kernel in ("grad_queries", "grad_keys"):
         light = narrow or small
         width = min(power(hidden_size), 64 if light else 32)
-        return Tiles(64, 32, width, 4 if light else 8, 2) if kernel == "grad_queries" else Tiles(32, 64, width, 4, 2)
+        warps = 4 if groups and (light or kernel == "grad_keys") else 8
+        own_first = kernel == "grad_queries" if groups else kernel == "grad_keys"
+        return Tiles(64, 32, width, warps, 2) if own_first else Tiles(32, 64, width, warps, 2)
     if kernel == "grad_values":
-        return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4, 2)
-    width = _slice(query_size, hidden_size, 256 if narrow or room > 200_000 else 128)
+        return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4 if groups else 8, 2)
+    width = _slice(query_size, hidden_size, 256 if groups else 128)
     if width < 256:
-        return Tiles(64, 32, width, 4, 2)
+        return Tiles(64, 32, width, 4 if groups else 8, 2)
     return Tiles(64, 64 if narrow or small else 32, width, 8, 2)
 
 

@@ -1,0 +1,53 @@
+"""Kernels compile for cards that are not there: no spills, tensor cores, shared memory that fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+# Kernels without a product.
+WITHOUT_PRODUCTS = ("broken_tokens", "inner_products")
+
+
+def compiled(*options: str) -> list[dict[str, Any]]:
+    """The rows that `python -m benchmarks.compiled` prints, in a process that compiles instead of interpreting."""
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json", *options]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[3], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    assert rows
+    return rows
+
+
+def assert_fits(rows: list[dict[str, Any]], shared_memory: int) -> None:
+    """Hold compiled kernels to what a card has."""
+    assert [row for row in rows if row["stack"] or row["spills"]] == []
+    assert [row for row in rows if row["shared_memory"] > shared_memory] == []
+    assert [row for row in rows if not row["tensor"] and row["kernel"] not in WITHOUT_PRODUCTS] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("card", "dtypes", "shared_memory"), [("90", ("tf32", "bf16"), 232_448), ("80", ("bf16",), 166_912)]
+)
+def test_attention_of_every_task_compiles_without_spills(
+    card: str, dtypes: tuple[str, ...], shared_memory: int
+) -> None:
+    tasks = ("image", "language", "listops", "pathfinder", "pathx", "retrieval", "speech", "text")
+    options = [word for task in tasks for word in ("--preset", f"{task}_paper")]
+    options += [word for dtype in dtypes for word in ("--dtype", dtype)]
+    assert_fits(compiled("--operator", "windowed_attention", "--card", card, *options), shared_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_attention_in_exact_float32_compiles() -> None:
+    rows = compiled("--operator", "windowed_attention", "--card", "90", "--preset", "text_paper", "--dtype", "ieee")
+    assert {row["kernel"] for row in rows} > {"attend", "grad_queries", "grad_keys", "grad_values"}
+    assert not any(row["tensor"] for row in rows)

@@ -1,0 +1,224 @@
+"""The kernels of windowed attention in Triton's interpreter, against the loop over tokens and the plain operator."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sma.kernels import implementation, use
+from sma.kernels.weighting import Weighting
+from sma.kernels.windowed_attention import _forward
+from sma.modules.sliding_window import Bias, attend
+from tests.test_modules.layouts import LAYOUTS, Layout, assert_same_program, first, lay, run_rows, spread
+from tests.test_modules.loops import attend_loop, bias_loop
+from tests.test_sma.test_kernels.attention import H, P, Z, assert_close, problem, solve
+
+pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+WEIGHTINGS: tuple[Weighting, ...] = ("softmax", "relu2", "laplace")
+# More than two tiles of queries and of keys; rows that cross them, empty, of one token, and longer than the window.
+LENGTHS, WINDOW = [80, 0, 1, 33, 60, 0], 37
+
+cases = pytest.mark.parametrize(
+    ("weighting", "distance", "causal", "layout"),
+    [
+        pytest.param("softmax", "none", False, "packed", id="softmax"),
+        pytest.param("softmax", "true_distance", False, "static", id="softmax-true-holes"),
+        pytest.param("softmax", "slot_distance", True, "packed", id="softmax-slot-causal"),
+        pytest.param("softmax", "none", True, "rectangular", id="softmax-causal-holes"),
+        pytest.param("relu2", "true_distance", False, "packed", id="relu2-true"),
+        pytest.param("relu2", "slot_distance", False, "static", id="relu2-slot-holes"),
+        pytest.param("relu2", "none", True, "packed", id="relu2-causal"),
+        pytest.param("laplace", "true_distance", True, "packed", id="laplace-true-causal"),
+        pytest.param("laplace", "slot_distance", False, "static", id="laplace-slot-holes"),
+    ],
+)
+
+
+@cases
+def test_kernels_agree_with_the_loop(weighting: Weighting, distance: str, causal: bool, layout: Layout) -> None:
+    active = first(LENGTHS, 80)
+    positions = torch.randint(1, 4, active.shape).cumsum(1)
+    table = {
+        "true_distance": torch.randn(2 * P - 1, dtype=torch.float64, requires_grad=True),
+        "slot_distance": torch.randn(6 * WINDOW - 1, dtype=torch.float64, requires_grad=True),
+    }.get(distance)
+    middle = P - 1 if distance == "true_distance" else 4 * WINDOW - 1
+    bias = None if table is None else Bias(table, middle, over_slots=distance == "slot_distance")
+
+    def ours(x: Tensor) -> Tensor:
+        tokens = lay(x, active, layout, positions)
+        q, k, v = tokens.values.split([Z, Z, H], -1)
+        with use("triton"):
+            out = attend(q, k, v, tokens, window=WINDOW, causal=causal, weighting=weighting, bias=bias)
+        return spread(out, tokens, x)
+
+    def row(values: Tensor, at: Tensor) -> Tensor:
+        q, k, v = values.split([Z, Z, H], -1)
+        added = None if table is None else bias_loop(table, at, distance, WINDOW, P)
+        out = attend_loop(q, k, v, window=WINDOW, causal=causal, weighting=weighting, bias=added)
+        return torch.cat([out, values.new_zeros(len(values), 2 * Z)], 1)
+
+    x = torch.randn(*active.shape, 2 * Z + H, dtype=torch.float64)
+    parameters = {} if table is None else {"table": table}
+    assert_same_program(ours, lambda x: run_rows(row, x, active, positions)[..., :H], x, parameters, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1], [0, 64, 0], [65], [31, 32, 33]], ids=str)
+@pytest.mark.parametrize("window", [1, 64, 500])
+def test_any_tiles_agree_with_the_plain_operator(lengths: list[int], window: int) -> None:
+    given = problem(lengths, window, "true_distance")
+    assert_close(solve("triton", given, window), solve("plain", given, window))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_holes_alone_give_nothing(layout: Layout) -> None:
+    given = problem([0, 0, 0], 3, "slot_distance", layout)
+    found = solve("triton", given, 3)
+    assert not any(value.any() for value in found.values())
+
+
+def test_holes_have_the_result_zero() -> None:
+    given = problem([5, 0, 2], 3, layout="static")
+    q, k, v = given.tokens.values.split([Z, Z, H], -1)
+    with use("triton"):
+        out = attend(q, k, v, given.tokens, window=3, causal=False)
+    assert not out[~given.tokens.mask].any()
+
+
+@pytest.mark.parametrize("hidden", [1, 130, 300])
+def test_values_in_several_slices_agree_with_the_plain_operator(hidden: int) -> None:
+    given = problem([70, 3], 20, "slot_distance", hidden=hidden)
+    assert_close(solve("triton", given, 20), solve("plain", given, 20))
+
+
+@pytest.mark.parametrize("gap", [2**30, 2**31 - 1, 2**32 + 1, 2**60])
+def test_positions_however_far_apart_agree_with_the_plain_operator(gap: int) -> None:
+    given = problem([40, 7], 12, "true_distance", gap=gap)
+    assert_close(solve("triton", given, 12), solve("plain", given, 12))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_other_dtypes_agree_with_float64(dtype: torch.dtype, tolerance: float, weighting: Weighting) -> None:
+    given = problem([70, 0, 30], 20, "true_distance", dtype=dtype)
+    bias = given.bias
+    assert bias is not None
+    wide_bias = bias._replace(table=bias.table.detach().double().requires_grad_())
+    wide = given._replace(
+        tokens=given.tokens.with_values(given.tokens.values.double()), bias=wide_bias, incoming=given.incoming.double()
+    )
+    found = solve("triton", given, 20, weighting=weighting)
+    assert {name: value.dtype for name, value in found.items()} == dict.fromkeys(found, dtype)
+    wanted = solve("plain", wide, 20, weighting=weighting)
+    assert_close({name: value.double() for name, value in found.items()}, wanted, tolerance)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("causal", [pytest.param(False, id="bidirectional"), pytest.param(True, id="causal")])
+@pytest.mark.parametrize(
+    ("part", "bad"),
+    [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.nan), ("v", torch.inf)],
+)
+def test_what_is_not_finite_reaches_what_it_reaches_in_the_plain_operator(
+    weighting: Weighting, causal: bool, part: str, bad: float
+) -> None:
+    given = problem([40, 30, 0, 20], 6, "true_distance")
+    column = {"q": 0, "k": Z, "v": 2 * Z + 1}[part]
+    given.tokens.values[50, column] = bad
+    found, wanted = (
+        solve(name, given, 6, causal=causal, weighting=weighting)["output"] for name in ("triton", "plain")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert found[:40].isfinite().all()
+    assert found[70:].isfinite().all()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_broken_values_give_the_gradients_of_the_plain_operator_where_those_are_finite(weighting: Weighting) -> None:
+    given = problem([40, 30], 6)
+    given.tokens.values[50, -1] = torch.nan
+    found, wanted = (solve(name, given, 6, weighting=weighting) for name in ("triton", "plain"))
+    for name in ("q", "k", "v"):
+        fine = wanted[name].isfinite()
+        torch.testing.assert_close(found[name][fine], wanted[name][fine], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("distance", ["true_distance", "slot_distance"])
+def test_deterministic_gradient_of_the_table_agrees(monkeypatch: pytest.MonkeyPatch, distance: str) -> None:
+    from sma.kernels.gpu import windowed_attention
+
+    given = problem([70, 0, 41], 9, distance, "static")
+    wanted = solve("plain", given, 9)
+    # Several slices of queries.
+    monkeypatch.setattr(windowed_attention, "BUFFER", 64 * 19)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = solve("triton", given, 9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_backward_drops_the_weights_that_forward_dropped(weighting: Weighting) -> None:
+    """The output is linear in the values, and so is its derivative: both see the same weights."""
+    given = problem([50, 20], 12, "slot_distance")
+    bias = given.bias
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        assert bias is not None
+        options: dict[str, Any] = {"weighting": weighting, "bias": bias._replace(table=table), "dropout": 0.4}
+        with use("triton"):
+            return attend(q, k, v, given.tokens, window=12, causal=True, **options)
+
+    assert bias is not None
+    inputs = [*(x.clone().requires_grad_() for x in given.tokens.values.split([Z, Z, H], -1)), bias.table]
+    gradients = torch.autograd.grad(run(*inputs), inputs, given.incoming)
+    step = 1e-6
+    for index, gradient in enumerate(gradients):
+        direction = torch.randn_like(gradient)
+        sides = []
+        for sign in (1, -1):
+            moved = [x.detach() for x in inputs]
+            moved[index] = moved[index] + sign * step * direction
+            sides.append((run(*moved) * given.incoming).sum())
+        difference = (sides[0] - sides[1]) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-6)
+
+
+def test_dropped_weights_are_zero_and_the_others_grow() -> None:
+    tokens = lay(torch.zeros(1, 90, 2 * Z + H, dtype=torch.float64), first([90], 90), "packed")
+    q, k = torch.zeros(2, 90, Z, dtype=torch.float64)
+    v = torch.eye(90, dtype=torch.float64)  # equal scores: a result is the row of weights
+    with use("triton"):
+        weights = attend(q, k, v, tokens, window=100, causal=False, dropout=0.25)
+        others = attend(q, k, v, tokens, window=100, causal=False, dropout=0.25)
+    kept = weights * 90 * 0.75
+    torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-12)
+    assert 0.72 < kept.mean() < 0.78
+    assert not torch.equal(weights, others)
+
+
+@cases
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_operator_passes_torchs_own_checks(
+    weighting: Weighting, distance: str, causal: bool, layout: Layout, dropout: float
+) -> None:
+    given = problem([9, 0, 4], 3, distance, layout)
+    tokens = given.tokens
+    q, k, v = (x.clone().requires_grad_() for x in tokens.values.split([Z, Z, H], -1))
+    calls: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sma.kernels.windowed_attention._forward", lambda *a: calls.append(a) or (v, []))
+        for name in ("plain", "triton"):
+            with use(name):
+                attend(q, k, v, tokens, window=3, causal=causal, weighting=weighting, bias=given.bias, dropout=dropout)
+    for call in calls:
+        torch.library.opcheck(_forward, call)
+
+
+def test_a_cpu_uses_the_plain_operator() -> None:
+    assert implementation("windowed_attention", "cpu").name == "plain"
