@@ -7,8 +7,9 @@ The layers are those of the presets, at their sizes. They run on torch's `meta` 
 no values: code takes the path of an accelerator, and a whole batch costs no memory. A mode notes every operator and
 answers the questions that a program asks of the host, such as how many tokens are active, and counts them.
 
-An operator is one launch that reads its inputs and writes its outputs once, unless a rule says otherwise. A fused
-operator counts its own work, from its grid: `register_work`. Nothing here is timed.
+An operator is one launch that reads its inputs and writes its outputs once, unless a rule says otherwise. An operator
+of `sma.kernels` counts what its implementation does: the kernels that it launches, each of which reads or writes its
+tensors once, or torch's operators. Nothing here is timed.
 """
 
 import argparse
@@ -26,12 +27,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.kernel_cases import products
+from sma.kernels import use
+from sma.kernels.launch import recording
+from sma.kernels.operator import RUNS, Name
 from sma.layer import LayerSpec, RoutedLayer
 from sma.spec import load_spec
 from sma.streams import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (0.1, 0.3, 1.0)
+SHARED_MEMORY = 232_448  # bytes of a block on an H100
 
 
 class Shape(NamedTuple):
@@ -243,7 +249,9 @@ class Counter(TorchDispatchMode):
                 return out
         else:
             out = function(*args, **kwargs)
-        if not _is_view(function, args, out):
+        if name in RUNS:
+            self.calls.append(Call(self.phase, name, _place(), self._inside(RUNS[name], args)))
+        elif not _is_view(function, args, out):
             work = _RULES.get(name, _one_pass)(args, kwargs, out)
             if work != Work():
                 self.calls.append(Call(self.phase, name, _place(), work))
@@ -263,6 +271,13 @@ class Counter(TorchDispatchMode):
         if name == "_to_copy" and target is not None and torch.device(target).type == "cpu":
             return torch.full(asked.shape, number, dtype=kwargs.get("dtype") or asked.dtype)
         return None
+
+    def _inside(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Work:
+        """Work of what an operator of `sma.kernels` does."""
+        with recording(SHARED_MEMORY) as launches, Counter(self.active, self.longest) as inner:
+            run(*args)
+        self.questions += inner.questions
+        return inner.work() + Work.sum(Work(1, nbytes(each.arguments), 0, products(each)) for each in launches)
 
     def work(self, phase: str | None = None) -> Work:
         """Work of all operators, or of those of one phase."""
@@ -310,12 +325,14 @@ def layer_spec(model: str) -> tuple[int, LayerSpec]:
     return spec.width, cast(LayerSpec, spec.layer_specs[0])
 
 
-def count(layer: RoutedLayer, batch: int, length: int, rate: float, capacity: float | None = None) -> Counter:
+def count(
+    layer: RoutedLayer, batch: int, length: int, rate: float, capacity: float | None = None, kernels: Name = "triton"
+) -> Counter:
     """Count forward + backward of a layer on the meta device at an activation rate."""
     x = torch.empty(batch, length, layer.width, device="meta", requires_grad=True)
     layer.zero_grad()
     counter = Counter(round(rate * batch * length), round(rate * length))
-    with _OneKernelDropout(), counter:
+    with use(kernels), _OneKernelDropout(), counter:
         hidden = layer(x, capacity=capacity).hidden
         gradient = torch.empty_like(hidden)
         with counter.during("backward"):
@@ -323,13 +340,13 @@ def count(layer: RoutedLayer, batch: int, length: int, rate: float, capacity: fl
     return counter
 
 
-def measure(name: str, rate: float, capacity: bool = False) -> dict[str, Any]:
+def measure(name: str, rate: float, capacity: bool = False, implementation: Name = "triton") -> dict[str, Any]:
     """Count the layer of one preset at one rate, ragged or with a capacity of the rate."""
     shape = SHAPES[name]
     width, spec = layer_spec(shape.model)
     with torch.device("meta"):
         layer = spec.build(width).train()
-    counter = count(layer, shape.batch, shape.length, rate, rate if capacity else None)
+    counter = count(layer, shape.batch, shape.length, rate, rate if capacity else None, implementation)
     places: dict[str, Work] = {}
     for call in counter.calls:
         places[call.place] = places.get(call.place, Work()) + call.work
@@ -340,6 +357,7 @@ def measure(name: str, rate: float, capacity: bool = False) -> dict[str, Any]:
         "length": shape.length,
         "rate": rate,
         "capacity": capacity,
+        "implementation": implementation,
         "launches": total.launches,
         "forward_launches": counter.work("forward").launches,
         "gigabytes": round((total.read + total.written) / 1e9, 2),
@@ -360,8 +378,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, with the work of every file")
     parser.add_argument("--layer", action="append", choices=list(SHAPES), help="only this one; may be repeated")
     parser.add_argument("--capacity", action="store_true", help="count the static mode, with a capacity of the rate")
+    parser.add_argument("--implementation", default="triton", choices=["plain", "triton"], help="of our operators")
     options = parser.parse_args()
-    points = [measure(name, rate, options.capacity) for name in options.layer or SHAPES for rate in RATES]
+    points = [
+        measure(name, rate, options.capacity, options.implementation)
+        for name in options.layer or SHAPES
+        for rate in RATES
+    ]
     if options.json:
         print(json.dumps(points, indent=1))
         return

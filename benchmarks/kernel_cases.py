@@ -1,5 +1,6 @@
 """Launches of every operator at the shapes of the presets, on tensors without values."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sma.kernels.launch import Launch
 from sma.layer import LayerSpec
 from sma.modules.gau import GAUSpec
 from sma.recipes.experiment import load_experiment
@@ -90,6 +92,28 @@ def _attend(spec: GAUSpec, entries: int, dtype: str) -> None:
         rows, positions = numbers(TOKENS), numbers(TOKENS)
         out, kept = windowed_attention.forward(q, k, v, table, rows, positions, numbers(2), None, seed, *settings)
         windowed_attention.backward(out, out, [q, k, v, *kept], table, seed, *settings)
+
+
+# Widths of the products of a pair in the kernels of attention: constants of their launches.
+_PRODUCTS = {
+    "attend": ("Z", "BH"),
+    "grad_queries": ("Z", "H", "Z"),
+    "grad_keys": ("Z", "H", "Z"),
+    "grad_values": ("Z", "BH"),
+}
+
+
+def products(launch: Launch) -> int:
+    """Floating-point operations of the products of a launch, from its grid; 0 for kernels without products."""
+    widths, sizes = _PRODUCTS.get(launch.kernel.__name__), launch.constants
+    if widths is None:
+        return 0
+    queries_first = launch.kernel.__name__ in ("attend", "grad_queries")
+    own, other = ("BM", "BN") if queries_first else ("BN", "BM")
+    reach = sizes["W"] * (1 if sizes["CAUSAL"] else 2)
+    tiles = -(-(sizes[own] + reach) // sizes[other])
+    pairs = math.prod(launch.grid) * tiles * sizes["BM"] * sizes["BN"]
+    return 2 * pairs * sum(sizes[width] for width in widths)
 
 
 # By operator; the argument lists the dtypes.

@@ -1,5 +1,6 @@
 """Windowed attention in PyTorch, in blocks of C slots: cost T (2 W + C), no padding to the longest row."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def forward(
 
 
 def fake_kept(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, over_slots: bool, sizes: tuple[int, int, int, int]
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, over_slots: bool, sizes: Sequence[Any]
 ) -> list[Tensor]:
     """What `forward` keeps, without values."""
     shape, count = BlockShape(*sizes[:3]), sizes[3]

@@ -24,6 +24,8 @@ _OLDEST = 8
 
 _LIBRARY = Library("sma", "FRAGMENT")
 _operators: list[str] = []
+# What runs under the name of an operator; its last argument is the implementation. For what counts or times them.
+RUNS: dict[str, Callable[..., Any]] = {}
 _forced: list[Name] = []
 
 
@@ -128,6 +130,7 @@ def define(
         with without_autocast(given[0].device):
             return (plain if chosen == "plain" else getattr(_device_programs(family), method))(*given)
 
+    RUNS[f"sma::{name}"] = run
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sma::{name}", fake, lib=_LIBRARY)
     if not backward:

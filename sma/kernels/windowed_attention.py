@@ -60,14 +60,15 @@ _SETTINGS = "int window, bool causal, str weighting, int middle, bool over_slots
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, *rest: Any) -> tuple[Tensor, list[Tensor]]:
-    *_, over_slots, dropout, sizes, chosen = rest
+    *_, weighting, _, over_slots, _, sizes, chosen = rest
     out = v.new_empty(v.shape)
     if chosen == "plain":
         return out, blocked_attention.fake_kept(q, k, v, table, over_slots, sizes)
     wide = torch.promote_types(v.dtype, torch.float32)
-    places = 0 if table is None or over_slots else v.shape[0]
-    kept = [v.new_empty(v.shape[0], dtype=kind) for kind in (wide, torch.int8, torch.int32)]
-    return out, [*kept, v.new_empty(places, dtype=torch.int32)]
+    tokens = v.shape[0]
+    sums = v.new_empty(tokens if weighting == "softmax" else 0, dtype=wide)
+    places = v.new_empty(0 if table is None or over_slots else tokens, dtype=torch.int32)
+    return out, [sums, v.new_empty(tokens, dtype=torch.int8), v.new_empty(tokens, dtype=torch.int32), places]
 
 
 def _fake_backward(

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from sma.kernels.gpu.attention_tiles import (
-    dropout_factors,
+    drop_weights,
     load_tile,
     pair_scores,
     score_gradients,
@@ -46,8 +46,9 @@ def grad_queries(
     i = i0 + m
     qq = load_tile(q, i, z, i < T, Z, Z)
     rows_i = tl.load(rows + i, mask=i < T, other=-1)
-    norm = tl.load(lse + i, mask=i < T, other=0.0)
-    mean = tl.load(inner + i, mask=i < T, other=0.0)
+    norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
+    if MODE == 0:
+        norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
     acc = tl.zeros((BM, BZ), WIDE)
     first = tl.maximum(i0 - W, 0) // BN * BN
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
@@ -65,7 +66,7 @@ def grad_queries(
             dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
             dp = tl.dot(dd, tl.trans(vv), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
-            dp = dp * dropout_factors(seed, i[:, None], j[None, :], DROPOUT)
+            dp = drop_weights(dp, seed, i[:, None], j[None, :], DROPOUT)
         ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE)
         acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION, out_dtype=WIDE)
         if BIAS > 0:
@@ -108,9 +109,10 @@ def grad_keys(
             dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
             dp = tl.dot(vv, tl.trans(dd), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
-            dp = dp * dropout_factors(seed, i[None, :], j[:, None], DROPOUT)
-        norm = tl.load(lse + i, mask=i < T, other=0.0)
-        mean = tl.load(inner + i, mask=i < T, other=0.0)
+            dp = drop_weights(dp, seed, i[None, :], j[:, None], DROPOUT)
+        norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
+        if MODE == 0:
+            norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
         ds = score_gradients(s, ok, dp, norm[None, :], mean[None, :], MODE)
         acc = tl.dot(ds.to(qq.dtype), qq, acc, input_precision=PRECISION, out_dtype=WIDE)
     store_tile(dk, j, z, acc, T, Z, Z)
@@ -146,7 +148,7 @@ def grad_values(
         else:
             p = score_weights(s, ok, MODE)
         if DROPOUT > 0:
-            p = p * dropout_factors(seed, i[None, :], j[:, None], DROPOUT)
+            p = drop_weights(p, seed, i[None, :], j[:, None], DROPOUT)
         dd = load_tile(grad, i, h, i < T, H, H)
         acc = tl.dot(p.to(dd.dtype), dd, acc, input_precision=PRECISION, out_dtype=WIDE)
     store_tile(dv, j, h, acc, T, H, H)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sma.kernels.gpu.attention_tiles import dropout_factors, load_tile, pair_scores, score_weights, store_tile
+from sma.kernels.gpu.attention_tiles import drop_weights, load_tile, pair_scores, score_weights, store_tile
 
 # fmt: off
 
@@ -62,7 +62,7 @@ def attend(
         else:
             p = score_weights(s, ok, MODE)
         if DROPOUT > 0:
-            p = p * dropout_factors(seed, i[:, None], j[None, :], DROPOUT)
+            p = drop_weights(p, seed, i[:, None], j[None, :], DROPOUT)
         # What is not finite makes NaN of all results in reach, and of no other.
         p = tl.where(ok & bad[None, :], float("nan"), p)
         acc = tl.dot(p.to(vv.dtype), vv, acc, input_precision=PRECISION, out_dtype=WIDE)

@@ -111,8 +111,11 @@ def score_gradients(s, ok, dp, norm, mean, MODE: tl.constexpr):
 
 
 @triton.jit
-def dropout_factors(seed, i, j, DROPOUT: tl.constexpr):
-    """Factors of the weights under dropout, drawn by query and key, so that every kernel draws the same."""
+def drop_weights(w, seed, i, j, DROPOUT: tl.constexpr):
+    """Drop weights, or gradients of weights, and scale the others.
+
+    The draw depends on query and key alone, so that every kernel drops the same.
+    """
     zero = i * 0 + j * 0
     bits, _, _, _ = tl.philox(tl.load(seed), zero + i, zero + j, zero, zero)
-    return tl.where(tl.uint_to_uniform_float(bits) >= DROPOUT, 1 / (1 - DROPOUT), 0.0)
+    return tl.where(tl.uint_to_uniform_float(bits) >= DROPOUT, w * (1 / (1 - DROPOUT)), 0.0)

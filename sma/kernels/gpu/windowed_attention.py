@@ -41,11 +41,13 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
     # much shared memory multiply 64 rows by a group of 4 warps, and others 16 rows by each warp.
     narrow, small, groups = dtype.itemsize <= 2, power(query_size) < 128, room > 200_000
     if kernel in ("grad_queries", "grad_keys"):
-        light = narrow or small
+        light = narrow or (small and groups)
         width = min(power(hidden_size), 64 if light else 32)
         warps = 4 if groups and (light or kernel == "grad_keys") else 8
         own_first = kernel == "grad_queries" if groups else kernel == "grad_keys"
-        return Tiles(64, 32, width, warps, 2) if own_first else Tiles(32, 64, width, warps, 2)
+        if not own_first:
+            return Tiles(32, 64 if narrow or small or groups else 32, width, warps, 2)
+        return Tiles(64, 32, width, warps, 2)
     if kernel == "grad_values":
         return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4 if groups else 8, 2)
     width = _slice(query_size, hidden_size, 256 if groups else 128)
@@ -109,7 +111,7 @@ def forward(
         rows = rows.where(slots < lengths[rows], -1)
     rows = rows.int()
     places = _places(positions, settings[0]) if table is not None and not settings[4] else rows.new_empty(0)
-    out, lse = torch.empty_like(v), v.new_empty(T, dtype=_wide(v.dtype))
+    out, lse = torch.empty_like(v), v.new_empty(T if settings[2] == "softmax" else 0, dtype=_wide(v.dtype))
     broken = v.new_empty(T, dtype=torch.int8)
     kept = [lse, broken, rows, places]
     launch(broken_tokens, (triton.cdiv(T, 32),), v, broken, T, H=H, BH=min(power(H), 128), BM=32)
