@@ -73,7 +73,7 @@ def write(options: GenerateOptions) -> None:
     """Print the continuations; a single one is printed while it is generated.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     if options.temperature == 0:
         options.refuse(["top_k", "top_p", "seed"], "--temperature 0 takes the most probable byte without sampling")

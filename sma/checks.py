@@ -52,7 +52,7 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
     """Check that a value is a dense tensor, and return it.
 
     Args:
-        value: what was given.
+        value: the given value.
         what: its name with its verb.
         dtype: dtype of the conversion that the message proposes.
 

@@ -48,7 +48,7 @@ def did_you_mean(word: str, known: Iterable[str], listed: str = "") -> str:
     """Return the hint that ends an error about an unknown word.
 
     Args:
-        word: what was given.
+        word: the unknown word.
         known: known words.
         listed: plural noun for the known words, such as `fields`; empty leaves the list out.
 

@@ -51,8 +51,8 @@ def check_submodules(modules: Mapping[str, nn.Module]) -> None:
         if not keeps_contract(module):
             raise InputError(
                 f"the sub-module {quote(name)} is a plain {type(module).__name__}, which does not take ragged tokens; "
-                f"wrap it: sma.TokenWise(module) if it maps each token by itself, sma.RowWise(module) if it maps rows "
-                f"of tokens. {_fitting(bare(module))}"
+                f"wrap it: sma.TokenWise(module) if it maps each token independently, sma.RowWise(module) if it maps "
+                f"rows of tokens. {_fitting(bare(module))}"
             )
 
 
@@ -144,7 +144,7 @@ def arguments_of(module: nn.Module, required: bool = False) -> tuple[str, ...] |
 
 
 def _fitting(module: nn.Module) -> str:
-    """Which wrapper fits the signature of a module."""
+    """The advice which wrapper fits the signature of a module."""
     name, arguments = type(module).__name__, arguments_of(module) or ()
     needed = arguments_of(module, required=True) or ()
     mask = next((each for each in (*PADDING_MASKS, *VALID_MASKS) if each in arguments), None)

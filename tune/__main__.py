@@ -135,10 +135,10 @@ def search(options: Options) -> dict[str, Any]:
     """Run a sweep with these options; returns the summary.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     lend_home()
-    # Ray takes seconds to import; --help and a wrong --set need not wait for it.
+    # Ray takes seconds to import, which is not needed for --help and a wrong --set.
     from sma.tune.cluster import ResourceSpec, check_resources
     from sma.tune.driver import run_sweep
     from sma.tune.storage import Storage
@@ -193,7 +193,7 @@ def report(options: ReportOptions) -> dict[str, Any]:
     """Write the results of a sweep again; returns the summary.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     lend_home()
     from sma.tune.storage import Storage

@@ -73,10 +73,10 @@ def train_model(options: ParallelOptions) -> dict[str, Any]:
     """Train a model with these options; returns the summary.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     lend_home()
-    # A wrong --set need not wait for Ray, which takes seconds to import.
+    # Ray takes seconds to import, which is not needed for a wrong --set.
     spec = None if options.resume is not None else load_requested(options)
     from sma.tune.parallel import Workers, train_parallel
     from sma.tune.storage import Storage

@@ -39,7 +39,7 @@ class CommandOptions(BaseSettings):
 
     @property
     def program(self) -> str:
-        """The command that was called, such as `sma train`."""
+        """Name of the called command, such as `sma train`."""
         return self._program or _name(type(self))
 
     def refuse(self, names: Iterable[str], why: str, instead: str = "") -> None:

@@ -189,7 +189,7 @@ def report_tasks(out: Path, options: CallOptions) -> dict[str, Any]:
     """Write the tables and the summaries of a comparison on several tasks again; returns the summaries by task.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     with run_lock(out):
         summaries = {part: report_study(Comparison(), out / part, options) for part in _read_parts(out)}

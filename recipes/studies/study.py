@@ -65,7 +65,7 @@ def conduct(study: Study[Options, Asked], options: Options) -> tuple[dict[str, A
     """Run a study; returns its summary, the names of the failed runs, and its folder.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     with begin(study, options) as begun:
         spec, chosen, now, out = begun
@@ -83,7 +83,7 @@ def report_study(study: Study[Any, Asked], out: Path, options: CallOptions) -> d
     """Write the table, the figures and the summary of a study again, from its finished runs; returns the summary.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     with run_lock(out):
         spec, chosen = read_study(study, out)

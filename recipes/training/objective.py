@@ -54,7 +54,7 @@ class Breakdown(Protocol):
 
 
 class Objective(ABC, Generic[TaskT, DataT]):
-    """How models of a task are trained and tested on prepared data.
+    """Training and test of the models of a task on its prepared data.
 
     A task names its objective in `TaskSpec.objective`. Runs, evaluations and sweeps use this interface only, so that a
     new task needs no change in them.

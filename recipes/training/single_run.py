@@ -46,7 +46,7 @@ def evaluate_run(options: EvaluateOptions) -> dict[str, Any]:
     """Test the model of a finished run; returns the content of `evaluation.json`.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     return _evaluate(options.run, options)
 
@@ -61,16 +61,16 @@ def train(options: RunOptions) -> dict[str, Any]:
     """Train and test SeqBoat with these options; returns the summary of the run.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
-    # --help and a mistyped option need not wait for the import of the tasks.
+    # The import of the tasks is not needed for --help and mistyped options.
     from sma.recipes.training.start import experiment
 
     with experiment(options) as start:
         if start.summary is not None:
             return start.summary
         spec, out = start.spec, start.out
-        # The import of Lightning takes seconds; a wrong --set need not wait for it.
+        # Lightning takes seconds to import, which is not needed for a wrong --set.
         from sma.recipes.reports.figures import label
         from sma.recipes.training.objective import load_objective
         from sma.recipes.training.run import run_experiment

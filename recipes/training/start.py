@@ -41,7 +41,7 @@ def experiment(options: RunOptions) -> Iterator[Start]:
     """Yield the experiment and the run folder of the options; the folder is locked inside the block.
 
     Raises:
-        SmaError: an error message for the user.
+        SmaError: the command fails; the message is for the user.
     """
     if options.resume is not None:
         options.refuse_all_but(
