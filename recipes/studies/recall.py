@@ -101,14 +101,14 @@ def _free(spec: ExperimentSpec) -> ExperimentSpec:
     return spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
 
 
-def rate_sweep(model: SequenceModel, data: TaskData) -> list[dict[str, float]]:
+def rate_sweep(model: SequenceModel, data: TaskData, rates: Sequence[float] = RATES) -> list[dict[str, float]]:
     """Test accuracy at other activation rates, calibrated on the validation split without further training."""
     points = []
     validation, test = (
         [data.collate([split[n] for n in part.tolist()]) for part in torch.arange(len(split)).split(200)]
         for split in (data.validation, data.test)
     )
-    for asked_rate in RATES:
+    for asked_rate in rates:
         calibrate(model, validation, asked_rate)
         right, asked_for, counts = 0, 0, []
         for batch in test:
