@@ -1,13 +1,23 @@
 """The rules of the layout: who may import whom, and what every file owes its reader."""
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from pydantic import BaseModel
+
+import sma
+import sma.modules
+import sma.routers
+import sma.testing
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"sma": "sma", "modules": "sma.modules", "recipes": "sma.recipes", "tune": "sma.tune"}
@@ -229,8 +239,6 @@ def test_importing_sma_stays_light() -> None:
 
 
 def test_public_surface_is_tiny() -> None:
-    import sma
-
     assert len(sma.__all__) <= 32
     assert [name for name in sma.__all__ if not hasattr(sma, name)] == []
 
@@ -266,3 +274,67 @@ def test_input_is_never_checked_by_assert(path: Path) -> None:
 def test_a_library_never_prints(path: Path) -> None:
     calls = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
     assert [node.lineno for node in calls if ast.unparse(node.func) == "print"] == []
+
+
+# Files whose names the reference of the site describes.
+DESCRIBED = [
+    name
+    for page in sorted((ROOT / "docs" / "reference").glob("*.rst"))
+    for name in re.findall(r"^\.\. automodule:: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+HINT = "add the module to a page of docs/reference, by `.. automodule::`"
+
+
+@pytest.mark.parametrize(
+    "package",
+    [pytest.param(package, id=package.__name__) for package in (sma, sma.modules, sma.routers, sma.testing)],
+)
+def test_reference_describes_every_exported_name(package: ModuleType) -> None:
+    homes = {name: getattr(package, name).__module__ for name in package.__all__ if not name.startswith("__")}
+    assert {name: home for name, home in homes.items() if home not in DESCRIBED} == {}, HINT
+
+
+def test_reference_describes_every_file_that_registers_a_kind() -> None:
+    names = {
+        f"{inside}.{path.stem}"
+        for folder, inside in (("sma", "sma"), ("sma/routers", "sma.routers"), ("modules", "sma.modules"))
+        for path in (ROOT / folder).glob("*.py")
+        if "@register" in path.read_text(encoding="utf-8").splitlines()
+    }
+    assert sorted(names - set(DESCRIBED)) == [], HINT
+
+
+def undocumented(part: object, name: str) -> list[str]:
+    """Public functions, classes, methods and properties without a docstring, own or inherited, and bare fields."""
+    if inspect.isfunction(part):
+        return [] if part.__doc__ else [name]
+    if not inspect.isclass(part):
+        return []
+    missing = [] if part.__doc__ else [name]
+    for key, member in vars(part).items():
+        is_code = inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod)
+        is_private = getattr(member, "__name__", key).startswith("_")  # such as `pop = _refuse`
+        if is_code and not is_private and not key.startswith("_") and not inspect.getdoc(getattr(part, key)):
+            missing.append(f"{name}.{key}")
+    if issubclass(part, BaseModel):
+        fields = part.model_fields.items()
+        missing += [f"{name}.{key}" for key, field in fields if key != "kind" and not field.description]
+    return missing
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_everything_in_the_reference_is_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    own = {key: part for key, part in vars(module).items() if getattr(part, "__module__", None) == name}
+    public = {key: part for key, part in own.items() if not key.startswith("_")}
+    assert [missing for key, part in public.items() for missing in undocumented(part, key)] == []
+
+
+def test_a_name_without_a_docstring_is_found() -> None:
+    class Bare(BaseModel):
+        width: int
+
+        def run(self) -> None: ...
+
+    assert undocumented(Bare, "Bare") == ["Bare", "Bare.run", "Bare.width"]

@@ -1,29 +1,13 @@
-"""The site: every public name is in the reference and documented, and the pages of other folders link rightly."""
+"""The extensions of the site: links, docstrings and figures; tests/test_architecture.py has the reference itself."""
 
-import importlib
 import importlib.util
-import inspect
-import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pydantic import BaseModel
-
-import sma
-import sma.modules
-import sma.routers
-import sma.testing
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSIONS = ROOT / "docs" / "_ext"
-DESCRIBED = [
-    name
-    for page in sorted((ROOT / "docs" / "reference").glob("*.rst"))
-    for name in re.findall(r"^\.\. automodule:: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-]
-
-HINT = "add the module to a page of docs/reference, by `.. automodule::`"
 
 
 def load(path: Path) -> ModuleType:
@@ -35,63 +19,9 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    "package",
-    [pytest.param(package, id=package.__name__) for package in (sma, sma.modules, sma.routers, sma.testing)],
-)
-def test_reference_describes_every_exported_name(package: ModuleType) -> None:
-    homes = {name: getattr(package, name).__module__ for name in package.__all__ if not name.startswith("__")}
-    assert {name: home for name, home in homes.items() if home not in DESCRIBED} == {}, HINT
-
-
-def test_reference_describes_every_file_that_registers_a_kind() -> None:
-    names = {
-        f"{inside}.{path.stem}"
-        for folder, inside in (("sma", "sma"), ("sma/routers", "sma.routers"), ("modules", "sma.modules"))
-        for path in (ROOT / folder).glob("*.py")
-        if "@register" in path.read_text(encoding="utf-8").splitlines()
-    }
-    assert sorted(names - set(DESCRIBED)) == [], HINT
-
-
-def undocumented(part: object, name: str) -> list[str]:
-    """Public functions, classes, methods and properties without a docstring, own or inherited, and bare fields."""
-    if inspect.isfunction(part):
-        return [] if part.__doc__ else [name]
-    if not inspect.isclass(part):
-        return []
-    missing = [] if part.__doc__ else [name]
-    for key, member in vars(part).items():
-        is_code = inspect.isfunction(member) or isinstance(member, property | classmethod | staticmethod)
-        is_private = getattr(member, "__name__", key).startswith("_")  # such as `pop = _refuse`
-        if is_code and not is_private and not key.startswith("_") and not inspect.getdoc(getattr(part, key)):
-            missing.append(f"{name}.{key}")
-    if issubclass(part, BaseModel):
-        fields = part.model_fields.items()
-        missing += [f"{name}.{key}" for key, field in fields if key != "kind" and not field.description]
-    return missing
-
-
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_everything_in_the_reference_is_documented(name: str) -> None:
-    module = importlib.import_module(name)
-    own = {key: part for key, part in vars(module).items() if getattr(part, "__module__", None) == name}
-    public = {key: part for key, part in own.items() if not key.startswith("_")}
-    assert [missing for key, part in public.items() for missing in undocumented(part, key)] == []
-
-
 def test_figures_are_those_that_the_script_draws() -> None:
     for name, draw in load(ROOT / "docs" / "draw.py").FIGURES.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == draw()
-
-
-def test_a_name_without_a_docstring_is_found() -> None:
-    class Bare(BaseModel):
-        width: int
-
-        def run(self) -> None: ...
-
-    assert undocumented(Bare, "Bare") == ["Bare", "Bare.run", "Bare.width"]
 
 
 @pytest.mark.parametrize(
