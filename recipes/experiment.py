@@ -76,6 +76,20 @@ class TrainingSpec(Spec):
         default=50, ge=1, description="number of batches whose samples are sorted by length together, against padding"
     )
 
+    tf32: bool = Field(
+        default=True,
+        description="round the operands of float32 products to 10 bits (TF32) on a CUDA device; no effect elsewhere",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="processes that prepare batches; null: 2 for an accelerator, 0 on a CPU. The batches are the same",
+    )
+    pinned: bool = Field(
+        default=True, description="copy batches to a CUDA device while it computes, from pinned memory"
+    )
+
     @property
     def log_every(self) -> int:
         """Number of updates per line of the metrics."""

@@ -29,6 +29,7 @@ from sma.recipes.training.callbacks import (
 )
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
+from sma.recipes.training.execution import for_device, product_precision
 from sma.recipes.training.metrics import MetricsLogger
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective
@@ -101,7 +102,7 @@ def fit(
         SpecError: the device does not exist.
         Preempted: a signal ended the training.
     """
-    check_device(accelerator, spec.precision)
+    device = check_device(accelerator, spec.precision)
     stopwatch, origin, states, hashes = Stopwatch(), Origin(spec), RandomStates(), objective.hashes
     preemption = Preemption(out, spec.training, states)
     found = checkpoint_to_resume(spec, out, hashes, resume)
@@ -121,9 +122,9 @@ def fit(
         check_weights(module, found, out / LAST)
     del found
     module.between_updates = lambda: preemption.between_updates(trainer)
-    batches = objective.training_batches(spec.training, spec.seed, done, distributed)
+    batches = for_device(objective.training_batches(spec.training, spec.seed, done, distributed), spec.training, device)
     validation = objective.evaluation_batches("validation", distributed)
-    with isolated(distributed), interruptible(), ExitStack() as watched:
+    with isolated(distributed), interruptible(), product_precision(spec.training, device), ExitStack() as watched:
         if distributed.world_size == 1:
             preemption.install = watched.enter_context(on_preemption(preemption.note))
         try:
