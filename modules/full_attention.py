@@ -12,7 +12,7 @@ from sma.kernels.blocked_attention import narrowed
 from sma.kernels.finite import finite
 from sma.kernels.weighting import Weighting, weigh
 from sma.modules.sliding_window import Bias
-from sma.ragged import Ragged
+from sma.ragged import Ragged, lay_padded
 
 # Queries of a slice, C. Its scores stay in a CPU's cache; a whole row of 4,096 took four times the memory, and longer.
 SLICE = 512
@@ -74,8 +74,7 @@ def _padded(values: Int[Tensor, "T"], tokens: Ragged, longest: int) -> Int[Tenso
     """`Ragged.to_padded` for integers."""
     if tokens.stride is not None:
         return values.unflatten(0, (tokens.num_rows, longest))
-    line = values.new_zeros(tokens.num_rows * longest)
-    return line.index_copy_(0, tokens.rows * longest + tokens.slots, values).unflatten(0, (tokens.num_rows, longest))
+    return lay_padded(values, tokens, longest)
 
 
 def _slices(tokens: int, size: int) -> list[tuple[int, int]]:

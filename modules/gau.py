@@ -307,10 +307,12 @@ def cut_packed(tokens: Ragged, size: int) -> Ragged:
         (tokens.lengths[:, None] - torch.arange(each, device=tokens.lengths.device) * size).clamp(0, size).reshape(-1)
     )
     rows = tokens.rows * each + torch.div(tokens.slots, size, rounding_mode="floor")
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    if tokens.holes:  # they follow the tokens of the last row
+        rows = rows.where(tokens.mask, tokens.num_rows * each - 1)
+        offsets = torch.cat([offsets[:-1], tokens.offsets[-1:]])
     bound = None if tokens.bound is None else min(size, tokens.bound)
-    return replace(
-        tokens, rows=rows, offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), lengths=lengths, bound=bound
-    )
+    return replace(tokens, rows=rows, offsets=offsets, lengths=lengths, bound=bound)
 
 
 def cut_rectangular(tokens: Ragged, size: int) -> Ragged:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sma.capacity import Capacity, check_capacity, earliest, slots_per_row
+from sma.capacity import Capacity, check_capacity, place
 from sma.checks import (
     check_batch,
     check_beside,
@@ -28,7 +28,7 @@ from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
 from sma.plain_modules import check_submodules, width_of
 from sma.pytree import register_output
-from sma.ragged import Ragged, extract_add_, fill_holes, locate, locate_static
+from sma.ragged import Ragged, extract_add_, fill_holes, locate
 from sma.replay import check_selection
 from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
@@ -232,8 +232,8 @@ class SparseModularActivation(nn.Module):
                 it, those of earlier chunks included.
             state: state of the streams; None at their beginning.
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
-                integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
-                sub-module. No shape then depends on the data. None sets no maximum.
+                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows together, or a mapping
+                of these by sub-module. No shape then depends on the data. None sets no maximum.
             decision: a decision to replay, or its mask: which tokens run which sub-modules. Scores and confidences are
                 those of the router as it is now, see `Router.replay`; padding is never active. None: the router's.
             around: computations of a layer, which has checked and aligned the batch and counts the tokens of its
@@ -306,12 +306,9 @@ class SparseModularActivation(nn.Module):
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
             return Routing(decision, locate(decision.active, positions), after)
-        active, slots = decision.active, slots_per_row(capacity, decision.names, decision.active.shape[1])
-        kept = earliest(active, capacity, decision.names, valid)
-        frames = [
-            locate_static(kept_BL, count, positions) for kept_BL, count in zip(kept.unbind(-1), slots, strict=True)
-        ]
-        return Routing(replace(decision, active=kept, overflow=active.sum(1) - kept.sum(1)), frames, after)
+        kept, frames = place(decision.active, capacity, decision.names, valid, positions)
+        overflow = decision.active.sum(1) - kept.sum(1)
+        return Routing(replace(decision, active=kept, overflow=overflow), frames, after)
 
     def _combine(
         self, x_BLD: Float[Tensor, "B L D"], routing: Routing, state: RoutedState | None, around: Around

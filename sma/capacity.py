@@ -1,18 +1,39 @@
-"""Static capacity: maximum number of tokens of a row per sub-module, so that no shape depends on the routing."""
+"""Static capacity: maximum number of tokens of a row, or of a batch, per sub-module, so that no shape depends on the
+routing.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sma.checks import check_known, what_came
 from sma.errors import InputError, StateError, quote
+from sma.ragged import Ragged, locate_packed, locate_static
 
-Capacity = int | float | Mapping[str, int | float]
-"""An integer is a number of tokens per row, a float a share of its valid tokens; a mapping has one per sub-module."""
+
+@dataclass(frozen=True)
+class PerBatch:
+    """A capacity of all rows of a batch together, so that a row with many active tokens may use the slots of others.
+
+    Which tokens fit then depends on the other rows of the batch, but on no later position.
+
+    Attributes:
+        tokens: an integer, or a float in (0, 1] as a share of the positions of the batch, padding included.
+    """
+
+    tokens: int | float
+
+
+Capacity = int | float | PerBatch | Mapping[str, int | float | PerBatch]
+"""An integer is a number of tokens per row, a float a share of its valid tokens; `PerBatch` is one of all rows
+together; a mapping has one per sub-module.
+"""
 
 
 def check_capacity(capacity: Capacity | None, names: Sequence[str], state: object = None) -> None:
@@ -45,6 +66,8 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
 
 
 def _check_value(value: object, what: str) -> None:
+    if isinstance(value, PerBatch):
+        return _check_value(value.tokens, what)
     if type(value) is float:
         fits = 0 < value <= 1
     else:
@@ -57,33 +80,65 @@ def _check_value(value: object, what: str) -> None:
         )
 
 
-def slots_per_row(capacity: Capacity, names: Sequence[str], length: int) -> list[int]:
-    """Number of slots per row of each sub-module, at most `length`, the positions of the batch; shares round up."""
-    values = [_of(capacity, name) for name in names]
-    tokens = [max(1, math.ceil(_share(value) * length)) if isinstance(value, float) else value for value in values]
-    return [min(count, length) for count in tokens]
+class Placed(NamedTuple):
+    """The tokens that sub-modules run on within a capacity.
+
+    Attributes:
+        kept: the active tokens that fit, `(B, L, M)`.
+        frames: those of each sub-module, with holes and without values; no shape depends on the data.
+    """
+
+    kept: Bool[Tensor, "B L M"]
+    frames: list[Ragged]
 
 
-def earliest(
-    active_BLM: Bool[Tensor, "B L M"], capacity: Capacity, names: Sequence[str], valid_BL: Bool[Tensor, "B L"] | None
-) -> Bool[Tensor, "B L M"]:
-    """The earliest active tokens of every row, up to the capacity; a share counts valid tokens, not padding."""
-    whole = active_BLM.new_full(active_BLM.shape[:1], active_BLM.shape[1], dtype=torch.int64)
-    lengths_B = whole if valid_BL is None else valid_BL.sum(1)
-    kept = []
+def place(
+    active_BLM: Bool[Tensor, "B L M"],
+    capacity: Capacity,
+    names: Sequence[str],
+    valid_BL: Bool[Tensor, "B L"] | None,
+    positions_BL: Int[Tensor, "B L"] | None,
+) -> Placed:
+    """Keep the earliest active tokens up to the capacity, and locate them.
+
+    A capacity per row keeps the earliest of every row. One of the whole batch keeps those at the earliest positions of
+    all rows; at one position, those of the first rows.
+    """
+    rows, length, _ = active_BLM.shape
+    kept, frames = [], []
     for active_BL, name in zip(active_BLM.unbind(-1), names, strict=True):
-        most: int | float | Tensor = _of(capacity, name)
-        if isinstance(most, float):
-            # In whole numbers: in floating point 0.1 * 30 is slightly above 3, and must not give 4.
-            share = _share(most)
-            most = ((lengths_B * share.numerator + share.denominator - 1) // share.denominator).clamp(min=1)[:, None]
-        kept.append(active_BL & (active_BL.cumsum(1) <= most))
-    return torch.stack(kept, -1)
+        most = capacity[name] if isinstance(capacity, Mapping) else capacity
+        if isinstance(most, PerBatch):
+            size = _slots(most.tokens, rows * length)
+            rank_BL = active_BL.T.reshape(-1).cumsum(0).unflatten(0, (length, rows)).T
+            kept.append(active_BL & (rank_BL <= size))
+            frames.append(locate_packed(kept[-1], size, positions_BL))
+        else:
+            kept.append(active_BL & (active_BL.cumsum(1) <= _most_per_row(most, active_BL, valid_BL)))
+            frames.append(locate_static(kept[-1], _slots(most, length), positions_BL))
+    return Placed(torch.stack(kept, -1), frames)
+
+
+def slots_per_row(capacity: int | float | Mapping[str, int | float], names: Sequence[str], length: int) -> list[int]:
+    """Number of slots per row of each sub-module, at most `length`, the positions of the batch; shares round up."""
+    values = [capacity[name] if isinstance(capacity, Mapping) else capacity for name in names]
+    return [_slots(value, length) for value in values]
+
+
+def _slots(value: int | float, tokens: int) -> int:
+    return min(tokens, max(1, math.ceil(_share(value) * tokens)) if isinstance(value, float) else value)
+
+
+def _most_per_row(value: int | float, active_BL: Tensor, valid_BL: Tensor | None) -> int | Tensor:
+    """Tokens of a row that fit; a share counts valid tokens, not padding."""
+    if not isinstance(value, float):
+        return value
+    if valid_BL is None:
+        return _slots(value, active_BL.shape[1])
+    # In whole numbers: in floating point 0.1 * 30 is slightly above 3, and must not give 4.
+    share = _share(value)
+    return ((valid_BL.sum(1, keepdim=True) * share.numerator + share.denominator - 1) // share.denominator).clamp(min=1)
 
 
 def _share(value: float) -> Fraction:
     return Fraction(value).limit_denominator(10**6)
-
-
-def _of(capacity: Capacity, name: str) -> int | float:
-    return capacity[name] if isinstance(capacity, Mapping) else capacity

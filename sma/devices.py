@@ -47,6 +47,28 @@ def devices() -> list[str]:
     return ["'cpu'", *(f"'{kind}:{index}'" for index in range(count)), "'meta' (sizes without values)"]
 
 
+class Answer:
+    """Numbers of a device on their way to the host, which waits for them only when it reads them.
+
+    Args:
+        numbers: a tensor of integers.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+        self._copied = None
+        if numbers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[int]:
+        """Wait for the numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers: list[int] = self._numbers.tolist()
+        return numbers
+
+
 def running_sum(x: torch.Tensor) -> torch.Tensor:
     """Cumulative sum over the last axis; with `torch.use_deterministic_algorithms` always in the same order, where
     torch has no such sum of floating-point numbers for accelerators.

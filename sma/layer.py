@@ -253,8 +253,8 @@ class RoutedLayer(nn.Module):
                 instead: it has zeroed the padding, moved it to the right, and counts the tokens of its streams.
             state: state of the streams; None at their beginning.
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
-                integer, a float in (0, 1] as a share of the valid tokens, or a mapping with one of these for each
-                sub-module. No shape then depends on the data. None sets no maximum.
+                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows together, or a mapping
+                of these by sub-module. No shape then depends on the data. None sets no maximum.
             decision: a decision to replay, or its mask, see `SparseModularActivation.forward`, in the order of the
                 tokens; None: the router's.
 

@@ -1,28 +1,26 @@
 """Ragged tokens: the compressed form of a batch, and the operators compress and extract."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from types import ModuleType
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.checks import check_booleans, check_count, check_instance, check_integers, check_tensor
-from sma.errors import InputError, quote
+from sma.errors import InputError
 from sma.pytree import register_output
+from sma.segments import expand_to
+from sma.segments import segment_reduce as segment_reduce
 from sma.summary import brief, summary
-
-Reduce = Literal["sum", "mean", "max", "min"]
-
 
 @register_output
 @dataclass(frozen=True)
 class Ragged:
     """Tokens of all rows one after another.
 
-    There are two layouts. *Packed*: row after row, no gaps. *Rectangular*: `values` is a view of `(B, S, D)`; every row
+    There are two layouts. *Packed*: row after row, no gaps; with holes, they follow the tokens of the last row.
+    *Rectangular*: `values` is a view of `(B, S, D)`; every row
     is a prefix of real tokens and a tail of holes. A hole has arbitrary finite values and must not affect real tokens.
     Elsewhere `offsets` are called `cu_seqlens` and `longest` is called `max_seqlen`.
 
@@ -107,18 +105,29 @@ class Ragged:
         mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
         if self.stride is not None:
             padded = self.values.unflatten(0, (rows, longest))
-            return (padded.where(_expand(mask, padded), 0) if self.holes else padded), mask
-        padded = self.values.new_zeros((rows * longest, *self.values.shape[1:]))
-        values = self.values.where(_expand(self.mask, self.values), 0) if self.holes else self.values
-        return padded.index_copy_(0, self._padded_index(longest), values).unflatten(0, (rows, longest)), mask
+            return (padded.where(expand_to(mask, padded), 0) if self.holes else padded), mask
+        return lay_padded(self.values, self, longest), mask
 
     def from_padded(self, padded: Float[Tensor, "B S *E"]) -> Float[Tensor, "T *E"]:
         """Undo `to_padded` for values of its shape."""
         flat = padded.flatten(0, 1)
-        return flat if self.stride is not None else flat.index_select(0, self._padded_index(padded.shape[1]))
+        if self.stride is not None:
+            return flat
+        index = self.padded_index(padded.shape[1])
+        return flat.index_select(0, index.clamp(max=flat.shape[0] - 1) if self.holes else index)
 
-    def _padded_index(self, longest: int) -> Int[Tensor, "T"]:
-        return self.rows * longest + self.slots
+    def padded_index(self, longest: int) -> Int[Tensor, "T"]:
+        """Index of each token in the flattened rows of `longest` slots; for a hole, the index after the last one."""
+        index = self.rows * longest + self.slots
+        return index.where(self.mask, self.num_rows * longest) if self.holes else index
+
+
+def lay_padded(values: Shaped[Tensor, "T *E"], tokens: Ragged, longest: int) -> Shaped[Tensor, "B S *E"]:
+    """Lay values of packed tokens out in rows of `longest` slots, with zeros where there is no token."""
+    size = tokens.num_rows * longest
+    padded = values.new_zeros((size + tokens.holes, *values.shape[1:]))
+    padded = padded.index_copy_(0, tokens.padded_index(longest), values)
+    return padded[:size].unflatten(0, (tokens.num_rows, longest))
 
 
 def check_ragged(tokens: object, what: str) -> None:
@@ -133,10 +142,6 @@ def check_ragged(tokens: object, what: str) -> None:
         f"{what} got",
         "write sma.ragged.rectangular(x) for all tokens of a batch, or sma.ragged.compress(x, active)",
     )
-
-
-def _expand(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.reshape(*mask.shape, *([1] * (like.ndim - mask.ndim)))
 
 
 def rectangular(
@@ -202,8 +207,17 @@ def compress(
     return frame.with_values(fill_holes(flat.index_select(0, frame.index), frame))
 
 
-def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] | None = None) -> list[Ragged]:
+def locate(
+    active_BLM: Bool[Tensor, "B L M"],
+    positions_BL: Int[Tensor, "B L"] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> list[Ragged]:
     """Find the active tokens of each of M masks, with one search for all of them.
+
+    Args:
+        active_BLM: the masks.
+        positions_BL: position of each token in its row's stream; default `0 … L - 1`.
+        sizes: number of active tokens of each mask, where the host knows them: an accelerator is then asked nothing.
 
     Returns:
         M ragged tokens without values; rectangular, so without a gather, where every token is active.
@@ -215,8 +229,11 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
     if torch.compiler.is_compiling():
         return [_locate_compiled(active_BL, positions_BL) for active_BL in active_BLM.unbind(-1)]
     counts_MB = active_BLM.sum(1).T
-    found = _search(active_BLM.permute(2, 0, 1))
-    sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
+    if sizes is None:
+        found = _search(active_BLM.permute(2, 0, 1))
+        sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
+    else:
+        found = _placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
     nothing = torch.empty(rows, length, 0, device=active_BLM.device)
     frames = []
     for column, index in enumerate(found.split(sizes)):
@@ -226,6 +243,13 @@ def locate(active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] |
         index = index - column * rows * length if column else index
         frames.append(_packed(index, counts_MB[column], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
     return frames
+
+
+def _placed(mask_N: Tensor, size: int, hole: int) -> Int[Tensor, "T"]:
+    """The indices of at most `size` true elements, in order, then `hole`: counted and placed, without a question."""
+    slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
+    every = torch.arange(mask_N.shape[0], device=mask_N.device)
+    return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size]
 
 
 def _search(mask: Tensor) -> Int[Tensor, "T"]:
@@ -278,9 +302,26 @@ def locate_static(
     return replace(rectangular(torch.empty(rows, capacity, 0, device=device), kept.sum(1), positions), index=index)
 
 
+def locate_packed(
+    active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[Tensor, "B L"] | None = None
+) -> Ragged:
+    """Pack the active tokens of a batch, at most `size` of them, into `size` slots; holes follow the last row.
+
+    Returns:
+        packed tokens without values, whose shapes do not depend on the mask. The index of a hole is that of the first
+        position of the last row.
+    """
+    rows, length = active_BL.shape
+    size = min(size, rows * length)
+    index = _placed(active_BL.reshape(-1), size, (rows - 1) * length)
+    frame = _packed(index, active_BL.sum(1), length, positions_BL, torch.empty(size, 0, device=index.device))
+    offsets = torch.cat([frame.offsets[:-1], torch.full_like(frame.offsets[-1:], size)])
+    return replace(frame, offsets=offsets, holes=True, bound=min(length, size))
+
+
 def fill_holes(values: Float[Tensor, "T *D"], tokens: Ragged) -> Float[Tensor, "T *D"]:
     """Set holes to zero: their gathered values belong to another token and may be infinite."""
-    return values.where(_expand(tokens.mask, values), 0) if tokens.holes else values
+    return values.where(expand_to(tokens.mask, values), 0) if tokens.holes else values
 
 
 def extract(
@@ -326,63 +367,3 @@ def extract_add_(
     if not tokens.holes and tokens.stride is not None and tokens.index.shape[0] == into_TD.shape[0]:
         return into_TD.add_(values)
     return into_TD.index_add_(0, tokens.index, fill_holes(values, tokens))
-
-
-def segment_reduce(
-    values: Float[Tensor, "T *D"],
-    offsets: Int[Tensor, "B1"],
-    reduce: Reduce,
-    *,
-    backend: Literal["auto", "torch", "scatter"] = "auto",
-) -> Float[Tensor, "B *D"]:
-    """Reduce the tokens of every row to one value; an empty row gives 0.
-
-    Args:
-        values: tokens of all rows, packed.
-        offsets: `(B + 1,)`, where the tokens of row b are `offsets[b] … offsets[b + 1]`.
-        reduce: `sum`, `mean`, `max` or `min`.
-        backend: `auto` takes torch-scatter for `max` and `min` where it is installed (about 4 times faster there; for
-            sums torch itself is as fast); `torch` and `scatter` force one.
-
-    Raises:
-        InputError: an argument is not a tensor, `reduce` or `backend` is unknown, or torch-scatter is not installed.
-    """
-    check_tensor(values, "the values are")
-    check_integers(offsets, "the offsets are", {"B + 1": None})
-    if not offsets.numel():
-        raise InputError("the offsets are empty; required are B + 1 integers, the first of which is 0")
-    if reduce not in ("sum", "mean", "max", "min"):
-        raise InputError(f"reduce={quote(reduce)} must be 'sum', 'mean', 'max' or 'min'")
-    scatter = _torch_scatter()
-    if backend == "scatter" and scatter is None:
-        raise InputError(
-            "backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scatter"
-        )
-    if backend not in ("auto", "torch", "scatter"):
-        raise InputError(f"backend={quote(backend)} must be 'auto', 'torch' or 'scatter'")
-    if scatter is not None and (backend == "scatter" or (backend == "auto" and reduce in ("max", "min"))):
-        reduced: Tensor = scatter.segment_csr(values.contiguous(), offsets, reduce=reduce)
-        return reduced
-    counts = offsets[1:] - offsets[:-1]
-    rows = torch.repeat_interleave(
-        torch.arange(counts.shape[0], device=values.device), counts, output_size=values.shape[0]
-    )
-    out = values.new_zeros((counts.shape[0], *values.shape[1:]))
-    if reduce == "sum":
-        return out.index_add_(0, rows, values)
-    if reduce == "mean":
-        # In float32 or wider, because in float16 the sum and the length of a long row overflow.
-        wide = torch.promote_types(values.dtype, torch.float32)
-        total = out.to(wide).index_add_(0, rows, values.to(wide))
-        return (total / _expand(counts.clamp(min=1), total)).to(values.dtype)
-    index = _expand(rows, values).expand_as(values)
-    return out.scatter_reduce(0, index, values, "amax" if reduce == "max" else "amin", include_self=False)
-
-
-@cache
-def _torch_scatter() -> ModuleType | Any | None:
-    try:
-        import torch_scatter
-    except ImportError:
-        return None
-    return torch_scatter

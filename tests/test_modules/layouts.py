@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sma.ragged import Ragged, compress, rectangular
+from sma.ragged import Ragged, compress, locate_packed, rectangular
 
-Layout = Literal["packed", "static", "rectangular"]
-LAYOUTS: tuple[Layout, ...] = ("packed", "static", "rectangular")
+Layout = Literal["packed", "static", "rectangular", "total"]
+LAYOUTS: tuple[Layout, ...] = ("packed", "static", "rectangular", "total")
 
 # A row of values (n, D) and its positions (n,) in, results (n, E) out.
 RowLoop = Callable[[Tensor, Tensor], Tensor]
@@ -27,14 +27,18 @@ def lay(
 ) -> Ragged:
     """Lay out the active tokens of a batch; every hole is filled with random numbers of the size of `garbage`.
 
-    `static` leaves two slots more than any row needs; `rectangular` asks for active tokens at the beginning of every
+    `static` leaves two slots more than any row needs, `total` three more than all rows together; `rectangular` asks for active tokens at the beginning of every
     row, and promises that there are no holes where there are none.
     """
     if layout == "packed":
         # Where every token is active, compress returns rectangular tokens.
         return replace(compress(x_BLD, active_BL, positions_BL=positions_BL), stride=None)
     counts = active_BL.sum(1)
-    if layout == "static":
+    if layout == "total":
+        size = 3 + int(counts.sum())
+        tokens = locate_packed(active_BL, size, positions_BL)
+        tokens = tokens.with_values(x_BLD.flatten(0, 1).index_select(0, tokens.index))
+    elif layout == "static":
         tokens = compress(x_BLD, active_BL, positions_BL=positions_BL, capacity=2 + max(counts.tolist(), default=0))
     else:
         assert torch.equal(active_BL, first(counts.tolist(), active_BL.shape[1]))

@@ -1,6 +1,7 @@
 """Static capacity: the ragged result for the earliest active tokens, in shapes that do not depend on the data."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sma import SparseModularActivation, build
-from sma.capacity import Capacity, slots_per_row
+from sma.capacity import Capacity, PerBatch, place, slots_per_row
 from sma.decision import Decision
 from sma.errors import InputError, StateError
 from sma.layer import RoutedLayer
@@ -185,6 +186,64 @@ def test_a_value_that_is_not_finite_stays_where_it_is():
     )
 
 
+def _earliest_of_all(active: Tensor, size: int) -> Tensor:
+    kept, left = torch.zeros_like(active), size
+    for t in range(active.shape[1]):
+        for b in range(active.shape[0]):
+            if active[b, t] and left:
+                kept[b, t], left = True, left - 1
+    return kept
+
+
+class TruncatedInAll(Truncated):
+    """Another router's decision without the tokens that come after the first few active ones of the batch."""
+
+    def forward(self, control_BLD, valid=None, positions=None, state=None):
+        decision, state = self.router(control_BLD, valid, positions, state)
+        size = decision.active.shape[:2].numel()
+        tokens = self.capacity.tokens if isinstance(self.capacity, PerBatch) else 1.0
+        count = max(1, math.ceil(round(tokens * size, 6))) if isinstance(tokens, float) else tokens
+        kept = [_earliest_of_all(active, count) for active in decision.active.unbind(-1)]
+        return replace(decision, active=torch.stack(kept, -1)), state
+
+
+@routed_layers
+@given(valid=masks(rows=3, length=7), tokens=st.integers(1, 22) | st.sampled_from([0.1, 0.34, 0.5, 1.0]))
+@settings(max_examples=10)
+def test_capacity_of_the_batch_equals_the_ragged_layer_without_the_latest_tokens(name, valid, tokens):
+    layer, x = make(name), normal(*valid.shape, WIDTH, seed=1)
+    capacity, cut = PerBatch(tokens), copy.deepcopy(layer)
+    cut.routed.router = TruncatedInAll(cut.routed.router, capacity)
+    cured = valid.sort(1, descending=True).values  # the layer moves padding to the right first
+    wanted, ragged = _results_and_gradients(cut, x, cured)
+    found, static = _results_and_gradients(layer, x, cured, capacity=capacity)
+    torch.testing.assert_close(found, wanted)
+    _assert_same_decision(static.decision, ragged.decision)
+    plain = layer(x, cured)
+    assert torch.equal(static.decision.overflow, plain.decision.active.sum(1) - static.decision.active.sum(1))
+
+
+def test_a_row_may_use_the_slots_of_others_and_overflow_says_whose_tokens_did_not_fit():
+    active = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]).bool()[..., None]
+    kept, (frame,) = place(active, PerBatch(6), ["a"], None, None)
+    assert kept[..., 0].int().tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert frame.index.tolist() == [0, 1, 2, 3, 4, 6]
+    kept, (frame,) = place(active, PerBatch(0.6), ["a"], None, None)
+    assert torch.equal(kept, active)
+    assert frame.mask.tolist() == [True] * 7 + [False] * 2
+    assert frame.rows.tolist() == [0] * 5 + [1, 2, 2, 2]
+    assert (frame.index[7:] == 10).all()
+
+
+def test_no_sub_module_gets_another_shape_with_a_capacity_of_the_batch():
+    layer, shapes = make("several modules"), set()
+    for module in layer.routed.submodules.values():
+        module.register_forward_pre_hook(lambda module, inputs: shapes.add(inputs[0].values.shape))
+    for seed, scale in enumerate((0.0, 1.0, 100.0)):
+        layer(scale * normal(2, 6, WIDTH, seed=seed), capacity=PerBatch(5))
+    assert shapes == {(5, WIDTH)}
+
+
 def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
     assert slots_per_row(0.1, ["a", "b"], 30) == [3, 3]
     assert slots_per_row({"a": 0.1, "b": 7}, ["b", "a"], 31) == [7, 4]
@@ -194,7 +253,7 @@ def test_shares_are_rounded_up_and_numbers_cut_to_the_length():
 
 @pytest.mark.usefixtures("as_users_run")
 class TestRefusals:
-    @pytest.mark.parametrize("capacity", [0, -1, True, 0.0, 1.5, -0.5, float("nan"), float("inf"), "3"])
+    @pytest.mark.parametrize("capacity", [0, -1, True, 0.0, 1.5, -0.5, float("nan"), float("inf"), "3", PerBatch(0)])
     def test_impossible_capacity(self, capacity):
         message = (
             r"capacity=.* must be an integer of at least 1, tokens per row, or a float in \(0, 1\], a share of the row"

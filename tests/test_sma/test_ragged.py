@@ -349,7 +349,7 @@ class TestWrongInput:
             segment_reduce(normal(2, 3), torch.tensor([0, 2]), "sum", backend="numpy")
 
     def test_backend_that_is_not_installed(self, monkeypatch):
-        monkeypatch.setattr("sma.ragged._torch_scatter", lambda: None)
+        monkeypatch.setattr("sma.segments._torch_scatter", lambda: None)
         with pytest.raises(
             InputError,
             match="backend='scatter' needs torch-scatter: python -m pip install --no-build-isolation torch-scat",
