@@ -217,7 +217,7 @@ class Counter(TorchDispatchMode):
     """Notes every operator that runs inside it, and answers questions to the host for tensors without values.
 
     Args:
-        active: number of active tokens of the batch, the answer to `nonzero`.
+        active: number of active tokens of the batch, the answer to `nonzero`, and the sum of numbers that are copied.
         longest: the largest number of active tokens of a row, the answer to all other questions.
 
     Attributes:
@@ -265,11 +265,12 @@ class Counter(TorchDispatchMode):
         if name == "nonzero":
             return asked.new_empty(self.active, asked.ndim, dtype=torch.int64)
         number = True if asked.dtype is torch.bool else self.longest
+        each = True if asked.dtype is torch.bool else self.active // max(1, asked.numel())
         if name == "_local_scalar_dense":
             return number
         target = kwargs.get("device")
         if name == "_to_copy" and target is not None and torch.device(target).type == "cpu":
-            return torch.full(asked.shape, number, dtype=kwargs.get("dtype") or asked.dtype)
+            return torch.full(asked.shape, each, dtype=kwargs.get("dtype") or asked.dtype)
         return None
 
     def _inside(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Work:

@@ -1,6 +1,6 @@
 """Sparse modular activation: a router and the sub-modules it chooses from."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
 from sma.plain_modules import check_submodules, width_of
 from sma.pytree import register_output
-from sma.ragged import Ragged, extract_add_, fill_holes, locate
+from sma.ragged import Ragged, extract_add_, fill_holes, find
 from sma.replay import check_selection
 from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
@@ -74,12 +74,13 @@ class Routing(NamedTuple):
 
     Attributes:
         decision: the routing decision.
-        frames: the tokens of each sub-module, without values; rectangular without holes where it runs on all tokens.
+        frames: returns the tokens of each sub-module, without values; rectangular without holes where it runs on all
+            tokens. The host may have to wait for their numbers.
         state: state of the router.
     """
 
     decision: Decision
-    frames: list[Ragged]
+    frames: Callable[[], list[Ragged]]
     state: State | None
 
 
@@ -91,19 +92,25 @@ class Around(NamedTuple):
     """What a layer computes around its routed sub-modules, in the same call to save passes over the batch.
 
     Attributes:
-        before: maps all tokens `(B L, D)` and indices to the tensor that the results are added to, in place, and to the
-            tokens at the indices.
+        before: maps all tokens `(B L, D)` and a function that returns indices to the tensor that the results are added
+            to, in place, and to the tokens at the indices. It calls the function late, because the host may wait in it.
         after: maps the sum `(B, L, D)` to the values that are returned.
         recompute: whether activations between the decision and the result are recomputed in backward, not kept.
     """
 
-    before: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    before: Callable[[Tensor, Callable[[], Tensor]], tuple[Tensor, Tensor]]
     after: Callable[[Tensor], Tensor]
     recompute: bool = False
 
 
-def _nothing(x_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index)
+def _nothing(x_TD: Tensor, index: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index())
+
+
+def _gathered(frames: Sequence[Ragged], like: Tensor) -> Tensor:
+    """The indices of the tokens of all sub-modules that do not run on the whole batch."""
+    index = [frame.index for frame in frames if _is_gathered(frame)]
+    return index[0] if len(index) == 1 else torch.cat([*index, like.new_zeros(0, dtype=torch.int64)])
 
 
 _ALONE = Around(_nothing, lambda sum_BLD: sum_BLD)
@@ -232,8 +239,8 @@ class SparseModularActivation(nn.Module):
                 it, those of earlier chunks included.
             state: state of the streams; None at their beginning.
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
-                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows together, or a mapping
-                of these by sub-module. No shape then depends on the data. None sets no maximum.
+                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows, or a mapping of
+                these by sub-module. No shape then depends on the data. None sets no maximum.
             decision: a decision to replay, or its mask: which tokens run which sub-modules. Scores and confidences are
                 those of the router as it is now, see `Router.replay`; padding is never active. None: the router's.
             around: computations of a layer, which has checked and aligned the batch and counts the tokens of its
@@ -305,10 +312,10 @@ class SparseModularActivation(nn.Module):
         if valid is not None:  # third-party routers may activate padding
             decision = replace(decision, active=keep_valid(decision.active, valid))
         if capacity is None:
-            return Routing(decision, locate(decision.active, positions), after)
+            return Routing(decision, find(decision.active, positions), after)
         kept, frames = place(decision.active, capacity, decision.names, valid, positions)
         overflow = decision.active.sum(1) - kept.sum(1)
-        return Routing(replace(decision, active=kept, overflow=overflow), frames, after)
+        return Routing(replace(decision, active=kept, overflow=overflow), lambda: frames, after)
 
     def _combine(
         self, x_BLD: Float[Tensor, "B L D"], routing: Routing, state: RoutedState | None, around: Around
@@ -316,13 +323,11 @@ class SparseModularActivation(nn.Module):
         """Run the sub-modules on their tokens, and add the results, in place, to the bypass."""
         x_TD = x_BLD.flatten(0, 1)
         decision, submodules = routing.decision, self.submodules
-        index = [frame.index for frame in routing.frames if _is_gathered(frame)]
-        out_TD, gathered = around.before(
-            x_TD, index[0] if len(index) == 1 else torch.cat([*index, *([x_TD.new_zeros(0).long()] * (not index))])
-        )
-        chosen = iter(gathered.split([part.shape[0] for part in index]))
+        out_TD, gathered = around.before(x_TD, lambda: _gathered(routing.frames(), x_TD))
+        frames = routing.frames()
+        chosen = iter(gathered.split([frame.index.shape[0] for frame in frames if _is_gathered(frame)]))
         states: dict[str, State] = {}
-        for column, frame in enumerate(routing.frames):
+        for column, frame in enumerate(frames):
             # Where all tokens run, the values are the batch itself.
             name, values_TD = decision.names[column], next(chosen) if _is_gathered(frame) else x_TD
             before = None if state is None else state.modules[name]

@@ -1,5 +1,6 @@
 """The linear bypass of a layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,20 +28,26 @@ class LinearBypass(nn.Module):
         return f"width={self.bias.shape[0]}"
 
     def forward(
-        self, x_TD: Float[Tensor, "T D"], index: Int[Tensor, "R"]
+        self, x_TD: Float[Tensor, "T D"], index: Callable[[], Int[Tensor, "R"]]
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
-        """Return the mapped tokens, and the tokens at `index`, which has no duplicates."""
+        """Return the mapped tokens, and the tokens at the indices that `index` returns, which has no duplicates.
+
+        It is called after the product is queued, because the host may wait in it.
+        """
         if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
-            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index)
+            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index())
         results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)
         return results
 
 
 class _LinearAndGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x_TD, weight, index)
-        return torch.addmm(bias, x_TD, weight.T), x_TD.index_select(0, index)
+    def forward(
+        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, index: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        mapped, places = torch.addmm(bias, x_TD, weight.T), index()
+        ctx.save_for_backward(x_TD, weight, places)
+        return mapped, x_TD.index_select(0, places)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

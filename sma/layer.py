@@ -253,8 +253,8 @@ class RoutedLayer(nn.Module):
                 instead: it has zeroed the padding, moved it to the right, and counts the tokens of its streams.
             state: state of the streams; None at their beginning.
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
-                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows together, or a mapping
-                of these by sub-module. No shape then depends on the data. None sets no maximum.
+                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows, or a mapping of
+                these by sub-module. No shape then depends on the data. None sets no maximum.
             decision: a decision to replay, or its mask, see `SparseModularActivation.forward`, in the order of the
                 tokens; None: the router's.
 
@@ -332,7 +332,7 @@ class RoutedLayer(nn.Module):
     def _drops_sum(self) -> bool:
         return self.training and self.spec.dropout_on == "sum" and self.spec.dropout > 0
 
-    def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """The sum of bypass and residual, to which the routed results are added, and the routed tokens.
 
         The sum has the dtype of the residual stream and is a contiguous tensor of its own: the output of the bypass,
@@ -343,7 +343,7 @@ class RoutedLayer(nn.Module):
         if bypass is not None:
             passed, routed = bypass(mixed_TD, index)
         else:
-            routed = mixed_TD.index_select(0, index)
+            routed = mixed_TD.index_select(0, index())
             passed = mixed_TD.contiguous() if self.spec.bypass == "identity" else None
         if self._drops_sum:  # the residual follows the dropout
             passed = torch.zeros_like(mixed_TD) if passed is None else passed
@@ -360,8 +360,8 @@ class RoutedLayer(nn.Module):
     @staticmethod
     def _pass_all(mixed: Tensor, around: Around) -> Tensor:
         """The layer without routed sub-modules."""
-        no_index = torch.zeros(0, dtype=torch.int64, device=mixed.device)
-        return around.after(around.before(mixed.flatten(0, 1), no_index)[0].reshape(mixed.shape))
+        none = partial(torch.zeros, 0, dtype=torch.int64, device=mixed.device)
+        return around.after(around.before(mixed.flatten(0, 1), none)[0].reshape(mixed.shape))
 
 
 def align(

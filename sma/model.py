@@ -278,8 +278,8 @@ class SequenceModel(nn.Module):
             valid: False at padding, on whichever side; None where there is none.
             state: state of the streams; None for whole rows.
             capacity: maximum number of tokens of a row per sub-module, which runs on the earliest active ones: an
-                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows together, or a mapping
-                of these by name of a sub-module in any layer. No shape then depends on the data; `Decision.overflow`
+                integer, a float in (0, 1] as a share of the valid tokens, a `PerBatch` for all rows, or a mapping of
+                these by name of a sub-module in any layer. No shape then depends on the data; `Decision.overflow`
                 counts the active tokens beyond the maximum. None sets no maximum.
             decisions: decisions to replay, such as those of an earlier output, or masks `(B, L, M)` of which tokens run
                 which sub-modules: one for each routed layer, for the same tokens. Scores and confidences are those of

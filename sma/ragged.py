@@ -1,18 +1,21 @@
 """Ragged tokens: the compressed form of a batch, and the operators compress and extract."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.checks import check_booleans, check_count, check_instance, check_integers, check_tensor
+from sma.devices import Answer
 from sma.errors import InputError
 from sma.pytree import register_output
 from sma.segments import expand_to
 from sma.segments import segment_reduce as segment_reduce
 from sma.summary import brief, summary
+
 
 @register_output
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def compress(
         check_integers(positions_BL, "positions are", axes)
     flat = x_BLD.flatten(0, 1)
     if capacity is None:
-        (frame,) = locate(active_BL[..., None], positions_BL)
+        (frame,) = find(active_BL[..., None], positions_BL)()
         return frame.with_values(flat if frame.stride is not None else flat.index_select(0, frame.index))
     check_count(capacity, "capacity", 1, " token per row")
     frame = locate_static(active_BL, capacity, positions_BL)
@@ -221,16 +224,13 @@ def locate(
 
     Returns:
         M ragged tokens without values; rectangular, so without a gather, where every token is active.
-
-    Raises:
-        InputError: the mask is on the meta device.
     """
     rows, length, modules = active_BLM.shape
     if torch.compiler.is_compiling():
         return [_locate_compiled(active_BL, positions_BL) for active_BL in active_BLM.unbind(-1)]
     counts_MB = active_BLM.sum(1).T
     if sizes is None:
-        found = _search(active_BLM.permute(2, 0, 1))
+        found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
         sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
     else:
         found = _placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
@@ -245,20 +245,34 @@ def locate(
     return frames
 
 
+def find(
+    active_BLM: Bool[Tensor, "B L M"], positions_BL: Int[Tensor, "B L"] | None = None
+) -> Callable[[], list[Ragged]]:
+    """Begin to `locate` tokens; the result is a function that returns them.
+
+    The number of tokens is all that the host must know. An accelerator sends it along, and the host waits for it when
+    the function is first called: by then other work can be queued.
+
+    Raises:
+        InputError: the masks are on the meta device.
+    """
+    if torch.compiler.is_compiling() or active_BLM.device.type == "cpu":
+        frames = locate(active_BLM, positions_BL)
+        return lambda: frames
+    try:
+        sizes = Answer(active_BLM.sum((0, 1)))
+    except NotImplementedError as cause:
+        raise InputError(
+            "how many tokens are active is not known on the meta device; give a capacity, or load the model elsewhere"
+        ) from cause
+    return cache(lambda: locate(active_BLM, positions_BL, sizes.read()))
+
+
 def _placed(mask_N: Tensor, size: int, hole: int) -> Int[Tensor, "T"]:
     """The indices of at most `size` true elements, in order, then `hole`: counted and placed, without a question."""
     slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
     every = torch.arange(mask_N.shape[0], device=mask_N.device)
     return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size]
-
-
-def _search(mask: Tensor) -> Int[Tensor, "T"]:
-    try:
-        return mask.reshape(-1).nonzero().squeeze(1)
-    except NotImplementedError as cause:
-        raise InputError(
-            "how many tokens are active is not known on the meta device; give a capacity, or load the model elsewhere"
-        ) from cause
 
 
 def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
@@ -302,9 +316,7 @@ def locate_static(
     return replace(rectangular(torch.empty(rows, capacity, 0, device=device), kept.sum(1), positions), index=index)
 
 
-def locate_packed(
-    active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[Tensor, "B L"] | None = None
-) -> Ragged:
+def locate_packed(active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[Tensor, "B L"] | None = None) -> Ragged:
     """Pack the active tokens of a batch, at most `size` of them, into `size` slots; holes follow the last row.
 
     Returns:

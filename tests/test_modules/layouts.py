@@ -27,8 +27,8 @@ def lay(
 ) -> Ragged:
     """Lay out the active tokens of a batch; every hole is filled with random numbers of the size of `garbage`.
 
-    `static` leaves two slots more than any row needs, `total` three more than all rows together; `rectangular` asks for active tokens at the beginning of every
-    row, and promises that there are no holes where there are none.
+    `static` leaves two slots more than any row needs, `total` three more than all rows together; `rectangular` asks for
+    active tokens at the beginning of every row, and promises that there are no holes where there are none.
     """
     if layout == "packed":
         # Where every token is active, compress returns rectangular tokens.
