@@ -171,6 +171,11 @@ def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
     return Work(2, 2 * nbytes(args), nbytes(out))  # a count, and a pass that places
 
 
+def _two_passes(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    once = _one_pass(args, kwargs, out)
+    return once + once
+
+
 def _fft_to_real(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
     # cuFFT overwrites its input, so torch clones it, and normalises in a pass of its own.
     spectrum, real, scaled = nbytes(args[0]), nbytes(out), int(args[2] != 0)
@@ -192,6 +197,7 @@ for _names, _rule in {
     "mm bmm": _matmul(0),
     "addmm baddbmm": _matmul(1),
     "_fft_c2r": _fft_to_real,
+    "sma::batch_moments": _two_passes,
 }.items():
     for _name in _names.split():
         register_work(_name, _rule)

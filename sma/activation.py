@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sma.around import ALONE, Around
 from sma.capacity import Capacity, check_capacity, place
 from sma.checks import (
     check_batch,
@@ -88,32 +89,10 @@ def _is_gathered(frame: Ragged) -> bool:
     return frame.stride is None or frame.holes
 
 
-class Around(NamedTuple):
-    """What a layer computes around its routed sub-modules, in the same call to save passes over the batch.
-
-    Attributes:
-        before: maps all tokens `(B L, D)` and a function that returns indices to the tensor that the results are added
-            to, in place, and to the tokens at the indices. It calls the function late, because the host may wait in it.
-        after: maps the sum `(B, L, D)` to the values that are returned.
-        recompute: whether activations between the decision and the result are recomputed in backward, not kept.
-    """
-
-    before: Callable[[Tensor, Callable[[], Tensor]], tuple[Tensor, Tensor]]
-    after: Callable[[Tensor], Tensor]
-    recompute: bool = False
-
-
-def _nothing(x_TD: Tensor, index: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index())
-
-
 def _gathered(frames: Sequence[Ragged], like: Tensor) -> Tensor:
     """The indices of the tokens of all sub-modules that do not run on the whole batch."""
     index = [frame.index for frame in frames if _is_gathered(frame)]
     return index[0] if len(index) == 1 else torch.cat([*index, like.new_zeros(0, dtype=torch.int64)])
-
-
-_ALONE = Around(_nothing, lambda sum_BLD: sum_BLD)
 
 
 class SparseModularActivation(nn.Module):
@@ -263,7 +242,7 @@ class SparseModularActivation(nn.Module):
             # The gradient of the router's weights multiplies padding by 0, and 0 x NaN is NaN.
             if valid is not None:
                 control_BLD = control_BLD.where(valid[..., None], 0)
-            around = _ALONE
+            around = ALONE
         selected = decision.active if isinstance(decision, Decision) else decision
         routing = self._route(control_BLD, valid, positions, state, capacity, selected)
         values, after = keeping_nothing(around.recompute, self._combine, x_BLD, routing, state, around)
@@ -327,6 +306,7 @@ class SparseModularActivation(nn.Module):
         frames = routing.frames()
         chosen = iter(gathered.split([frame.index.shape[0] for frame in frames if _is_gathered(frame)]))
         states: dict[str, State] = {}
+        values: Tensor | None = None
         for column, frame in enumerate(frames):
             # Where all tokens run, the values are the batch itself.
             name, values_TD = decision.names[column], next(chosen) if _is_gathered(frame) else x_TD
@@ -334,12 +314,16 @@ class SparseModularActivation(nn.Module):
             # The compiler comes first: in its graph the number of tokens is unknown.
             if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
+                if around.join is not None:
+                    values = around.join(out_TD, None, frame)
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = self._checked(name, submodules[name](tokens, before), values_TD)
-                out_TD = extract_add_(
-                    self._weighted(result_TD, decision.confidence[..., column], tokens), tokens, out_TD
-                )
+                weighted_TD = self._weighted(result_TD, decision.confidence[..., column], tokens)
+                if around.join is not None:
+                    values = around.join(out_TD, weighted_TD, tokens)
+                else:
+                    out_TD = extract_add_(weighted_TD, tokens, out_TD)
             if after is not None:
                 states[name] = after
             elif state is not None:
@@ -347,7 +331,7 @@ class SparseModularActivation(nn.Module):
                     f"{name!r} ({type(self.submodules[name]).__name__}) was given a state and returned none; "
                     "see SubModule.forward"
                 )
-        values = around.after(out_TD.reshape(x_BLD.shape))
+        values = around.after(out_TD.reshape(x_BLD.shape)) if values is None else values.reshape(x_BLD.shape)
         if state is None or routing.state is None:
             return values, None
         return values, RoutedState(routing.state, states, state.seen)

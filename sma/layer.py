@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
@@ -10,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sma.activation import Around, RoutedState, SparseModularActivation, check_free, keeping_nothing
+from sma.activation import RoutedState, SparseModularActivation, check_free, keeping_nothing
+from sma.around import Residual
 from sma.bypass import LinearBypass
 from sma.capacity import Capacity, check_capacity
 from sma.checks import (
@@ -25,6 +25,7 @@ from sma.checks import (
 )
 from sma.decision import Decision
 from sma.errors import quote
+from sma.glue import SiluDropout, fuses
 from sma.memory import zeros
 from sma.norms import NormSpec, check_norm
 from sma.padding import inverse_order, move, right_padding
@@ -299,13 +300,16 @@ class RoutedLayer(nn.Module):
         first = norm is not None and self.spec.norm is not None and self.spec.norm.place == "pre"
         normal = norm(x_BLD, valid) if norm is not None and first else x_BLD
         mixed, backbone_state = keeping_nothing(self.recompute, self._backbone, normal, frame, state)
-        around = Around(partial(self._before, x_BLD.flatten(0, 1)), partial(self._after, x_BLD), self.recompute)
+        spec, on_sum = self.spec, self.training and self.spec.dropout_on == "sum"
+        dropout = spec.dropout if on_sum else 0.0
+        residual = Residual(x_BLD, self.bypass, spec.bypass == "identity", spec.activation == "silu", dropout)
         if routed is None:
-            out, decision, routed_state = keeping_nothing(self.recompute, self._pass_all, mixed, around), None, None
+            out, decision, routed_state = keeping_nothing(self.recompute, residual.without_modules, mixed), None, None
         else:
             positions, before = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
             # What wraps a part need not know of decisions unless one is replayed.
             replayed = {} if selected is None else {"decision": selected}
+            around = residual.around(len(routed.submodules), self.recompute)
             result = routed(
                 mixed, valid=valid, positions=positions, state=before, capacity=capacity, around=around, **replayed
             )
@@ -324,44 +328,13 @@ class RoutedLayer(nn.Module):
             return x_BLD, None
         values, after = backbone(frame.with_values(x_BLD.flatten(0, 1)), None if state is None else state.backbone)
         mixed = values.reshape(x_BLD.shape)
+        dropout = self.spec.dropout if self.training else 0.0
+        if self.spec.backbone_activation == "silu" and dropout and fuses(mixed):
+            dropped: Tensor = SiluDropout.apply(mixed, dropout)
+            return dropped, after
         if self.spec.backbone_activation == "silu":
             mixed = nn.functional.silu(mixed)
-        return nn.functional.dropout(mixed, self.spec.dropout) if self.training else mixed, after
-
-    @property
-    def _drops_sum(self) -> bool:
-        return self.training and self.spec.dropout_on == "sum" and self.spec.dropout > 0
-
-    def _before(self, x_TD: Tensor, mixed_TD: Tensor, index: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """The sum of bypass and residual, to which the routed results are added, and the routed tokens.
-
-        The sum has the dtype of the residual stream and is a contiguous tensor of its own: the output of the bypass,
-        which a hook may hold, is not changed in place.
-        """
-        passed: Tensor | None = None
-        bypass = self.bypass
-        if bypass is not None:
-            passed, routed = bypass(mixed_TD, index)
-        else:
-            routed = mixed_TD.index_select(0, index())
-            passed = mixed_TD.contiguous() if self.spec.bypass == "identity" else None
-        if self._drops_sum:  # the residual follows the dropout
-            passed = torch.zeros_like(mixed_TD) if passed is None else passed
-            return passed.to(x_TD.dtype, memory_format=torch.contiguous_format, copy=True), routed
-        if passed is None:
-            return x_TD.clone(memory_format=torch.contiguous_format), routed
-        return passed.to(x_TD.dtype) + x_TD, routed
-
-    def _after(self, x_BLD: Tensor, sum_BLD: Tensor) -> Tensor:
-        if self._drops_sum:
-            sum_BLD = nn.functional.dropout(sum_BLD, self.spec.dropout).add_(x_BLD)
-        return nn.functional.silu(sum_BLD) if self.spec.activation == "silu" else sum_BLD
-
-    @staticmethod
-    def _pass_all(mixed: Tensor, around: Around) -> Tensor:
-        """The layer without routed sub-modules."""
-        none = partial(torch.zeros, 0, dtype=torch.int64, device=mixed.device)
-        return around.after(around.before(mixed.flatten(0, 1), none)[0].reshape(mixed.shape))
+        return nn.functional.dropout(mixed, dropout) if dropout else mixed, after
 
 
 def align(

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, distributed, nn
 
 from sma.errors import InputError
+from sma.glue import BatchNormFunction, RMSNormFunction, fuses
 from sma.spec import Spec, register
 from sma.summary import settings
 
@@ -106,6 +107,9 @@ class RMSNorm(Norm):
         self.weight = nn.Parameter(torch.ones(width)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        if self.weight is not None and fuses(x):
+            fused: Tensor = RMSNormFunction.apply(x, self.weight, self.spec.epsilon)
+            return fused
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return nn.functional.rms_norm(x, x.shape[-1:], weight, self.spec.epsilon)
 
@@ -138,6 +142,9 @@ class ScaleNorm(Norm):
         self.scale = nn.Parameter(torch.ones(1)) if spec.affine else None
 
     def forward(self, x: Float[Tensor, "*N D"], valid: Bool[Tensor, "*N"] | None = None) -> Float[Tensor, "*N D"]:
+        if self.scale is not None and fuses(x):
+            fused: Tensor = RMSNormFunction.apply(x, self.scale, self.spec.epsilon)
+            return fused
         normal = nn.functional.rms_norm(x, x.shape[-1:], None, self.spec.epsilon)
         return normal if self.scale is None else normal * self.scale.to(x.dtype)
 
@@ -217,6 +224,12 @@ class BatchNorm(Norm, nn.BatchNorm1d):
         if not self._of_the_batch:
             return self._normalise(wide, *before).reshape(x.shape).to(x.dtype)
         keep = torch.ones_like(wide[:, :1], dtype=torch.bool) if valid is None else valid.reshape(-1, 1)
+        if fuses(x) and not self._shares_statistics:
+            normal, mean, var, count = BatchNormFunction.apply(
+                wide, keep, self.weight, self.bias, before, self.spec.epsilon
+            )
+            self._update(mean, var * count / (count - 1).clamp(min=1), count >= 2)
+            return normal.reshape(x.shape).to(x.dtype)
         count = self._over_processes(keep.sum())
         present = wide.where(keep, 0)
         mean = self._over_processes(present.sum(0)) / count.clamp(min=1)
@@ -226,8 +239,12 @@ class BatchNorm(Norm, nn.BatchNorm1d):
         normal = self._normalise(wide, mean.where(enough, before[0]), var.where(enough, before[1]))
         return normal.reshape(x.shape).to(x.dtype)
 
+    @property
+    def _shares_statistics(self) -> bool:
+        return self.spec.synchronized and distributed.is_available() and distributed.is_initialized()
+
     def _over_processes(self, total: Tensor) -> Tensor:
-        if not (self.spec.synchronized and distributed.is_available() and distributed.is_initialized()):
+        if not self._shares_statistics:
             return total
         summed: Tensor = _SumOverProcesses.apply(total)
         return summed

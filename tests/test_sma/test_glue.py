@@ -1,0 +1,191 @@
+"""The fused functions of a layer: those of the operators one by one, in outputs and gradients."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sma import glue
+from sma.glue import JoinParts, RMSNormFunction, SiluDropout
+from sma.layer import RoutedLayer
+from sma.norms import BatchNormSpec
+from tests.cases import normal
+from tests.test_sma.layers import LAYERS, WIDTH, make
+
+N, D = 7, 5
+
+
+def _gradients(result: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    weight = normal(*result.shape, seed=9)
+    return [result.detach(), *torch.autograd.grad((result * weight).sum(), leaves, materialize_grads=True)]
+
+
+def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [normal(*shape, seed=place).requires_grad_() for place, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("passes", [False, True])
+@pytest.mark.parametrize("index", [None, [3, 1, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["all", "some", "listed"])
+@pytest.mark.parametrize("holes", [0, 2])
+def test_the_end_of_a_layer_is_the_chain_of_operators(
+    silu: bool, passes: bool, index: list[int] | None, holes: int
+) -> None:
+    if index is None and holes:
+        pytest.skip("where every token runs there are no holes")
+    count = N if index is None else len(index) + holes
+    x, passed, routed = _leaves((N, D), (N, D), (count, D))
+    where = None if index is None else torch.tensor([*index, *[0] * holes])
+    real = None if not holes or index is None else torch.arange(count) < len(index)
+    found = JoinParts.apply(x, passed if passes else None, routed, where, real, 0.0, silu)
+    total = x + passed if passes else x
+    clean = routed if real is None else routed.where(real[:, None], 0)
+    total = total + clean if where is None else total.index_add(0, where, clean)
+    wanted = nn.functional.silu(total) if silu else total
+    for ours, theirs in zip(
+        _gradients(found, [x, passed, routed]), _gradients(wanted, [x, passed, routed]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_routed_token_the_residual_and_the_bypass_are_left() -> None:
+    x, passed = _leaves((N, D), (N, D))
+    found = JoinParts.apply(x, passed, None, None, None, 0.0, True)
+    wanted = nn.functional.silu(x + passed)
+    for ours, theirs in zip(_gradients(found, [x, passed]), _gradients(wanted, [x, passed]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_dropped_sum_keeps_the_residual_and_drops_the_gradient_alike() -> None:
+    x, passed = _leaves((400, D), (400, D))
+    found = JoinParts.apply(x, passed, None, None, None, 0.25, False)
+    ratio = ((found - x) / passed).detach()
+    kept = ratio.abs() > 0.5
+    torch.testing.assert_close(ratio, kept.double() / 0.75)
+    assert abs(kept.double().mean().item() - 0.75) < 0.05
+    _, x_grad, grad = _gradients(found, [x, passed])
+    torch.testing.assert_close(grad, x_grad * kept / 0.75)
+
+
+def test_dropped_silu_has_the_gradient_of_what_was_kept() -> None:
+    (x,) = _leaves((400, D))
+    found = SiluDropout.apply(x, 0.25)
+    kept = (found != 0).detach()
+    assert abs(kept.double().mean().item() - 0.75) < 0.05
+    wanted = nn.functional.silu(x) * kept / 0.75
+    for ours, theirs in zip(_gradients(found, [x]), _gradients(wanted, [x]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("channels", [1, D])
+def test_rms_norm_is_that_of_torch(channels: int) -> None:
+    x, weight = _leaves((2, N, D), (channels,))
+    found = RMSNormFunction.apply(x, weight, 1e-5)
+    wanted = nn.functional.rms_norm(x, (D,), None, 1e-5) * weight
+    for ours, theirs in zip(_gradients(found, [x, weight]), _gradients(wanted, [x, weight]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("lengths", [[5, 0, 3], [1, 0, 0], [0, 0, 0], None], ids=str)
+def test_batch_norm_is_that_of_the_operators_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, affine: bool, lengths: list[int] | None
+) -> None:
+    x = normal(3, 5, D).requires_grad_()
+    valid = None if lengths is None else torch.arange(5) < torch.tensor(lengths)[:, None]
+    results = []
+    for fused in (False, True):
+        norm = BatchNormSpec(affine=affine).build(D).double()
+        for place, parameter in enumerate(norm.parameters()):
+            parameter.data = normal(D, seed=20 + place)
+        norm.running_mean.copy_(normal(D, seed=30))
+        monkeypatch.setattr("sma.norms.fuses", lambda tensor, fused=fused: fused)
+        found = _gradients(norm(x, valid), [x, *norm.parameters()])
+        results.append([*found, norm.running_mean, norm.running_var, norm.num_batches_tracked.double()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("options", [{}, {"capacity": 3}], ids=["ragged", "static"])
+def test_a_layer_is_the_same_with_fused_functions(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+) -> None:
+    layer, x = make(name), normal(3, 6, WIDTH)
+    valid = torch.arange(6) < torch.tensor([6, 0, 4])[:, None]
+    results = []
+    for fused in (False, True):
+        for module in ("layer", "around", "norms"):
+            monkeypatch.setattr(f"sma.{module}.fuses", lambda tensor, fused=fused: fused)
+        results.append(_results(layer, x.clone().requires_grad_(), valid, options))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def _results(layer: RoutedLayer, x: Tensor, valid: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    hidden = layer(x, valid, **options).hidden.where(valid[..., None], 0)
+    return _gradients(hidden, [x, *layer.parameters()])
+
+
+OPERATORS = [
+    pytest.param(glue.silu_dropout_backward, (normal(N, D), normal(N, D), normal(N, D) > 0, 0.1), id="silu_dropout"),
+    pytest.param(
+        glue.join_parts,
+        (normal(N, D), normal(N, D), normal(2, D), torch.tensor([2, 2, 0, 2, 1, 2, 2]), 0.0, True),
+        id="join_parts",
+    ),
+    pytest.param(glue.join_parts, (normal(N, D), None, None, None, 0.0, False), id="join_nothing"),
+    pytest.param(glue.batch_moments, (normal(N, D), normal(N, 1) > 0), id="batch_moments"),
+    pytest.param(glue.normalise, (normal(N, D), normal(D), normal(D), None), id="normalise"),
+    pytest.param(glue.batch_norm_sums, (normal(N, D), normal(N, D), normal(D)), id="batch_norm_sums"),
+    pytest.param(
+        glue.batch_norm_backward,
+        (normal(N, D), normal(N, D), normal(N, 1) > 0, normal(D), normal(D), normal(D), normal(D)),
+        id="batch_norm_backward",
+    ),
+    pytest.param(glue.rms_norm, (normal(N, D), normal(1), 1e-5), id="rms_norm"),
+    pytest.param(glue.rms_norm_backward, (normal(N, D), normal(N, D), normal(D), normal(N, 1)), id="rms_norm_backward"),
+]
+
+
+@pytest.mark.parametrize(("operator", "arguments"), OPERATORS)
+def test_operators_keep_the_rules_of_torch(operator: glue.Fused, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(operator.operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning() -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    run = glue._with_fallback(broken, torch.add)
+    with pytest.warns(UserWarning, match=r"^a kernel cannot be compiled and runs in parts, slower: .*no compiler"):
+        assert run(torch.ones(1), 2).item() == 3
+    assert run(torch.ones(1), 2).item() == 3
+
+
+COMPILED = """
+import torch
+from tests.test_sma.test_glue import OPERATORS
+for case in OPERATORS:
+    operator, arguments = case.values
+    for _ in range(2):
+        wanted = operator.function(*arguments)
+        found = torch.compile(operator.function, dynamic=True, fullgraph=True)(*arguments)
+        torch.testing.assert_close(found, wanted)
+        long = lambda x: isinstance(x, torch.Tensor) and x.shape[:1] == (7,)
+        arguments = tuple(torch.cat([each, each]) if long(each) else each for each in arguments)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compiled_functions_equal_those_as_written() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr
