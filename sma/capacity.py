@@ -2,11 +2,9 @@
 routing.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -29,6 +27,8 @@ class PerBatch:
 
     tokens: int | float
 
+
+Number = TypeVar("Number", int, Tensor)
 
 Capacity = int | float | PerBatch | Mapping[str, int | float | PerBatch]
 """An integer is a number of tokens per row, a float a share of its valid tokens; `PerBatch` is one of all rows
@@ -126,7 +126,7 @@ def slots_per_row(capacity: int | float | Mapping[str, int | float], names: Sequ
 
 
 def _slots(value: int | float, tokens: int) -> int:
-    return min(tokens, max(1, math.ceil(_share(value) * tokens)) if isinstance(value, float) else value)
+    return min(tokens, max(1, _part(tokens, value)) if isinstance(value, float) else value)
 
 
 def _most_per_row(value: int | float, active_BL: Tensor, valid_BL: Tensor | None) -> int | Tensor:
@@ -135,10 +135,13 @@ def _most_per_row(value: int | float, active_BL: Tensor, valid_BL: Tensor | None
         return value
     if valid_BL is None:
         return _slots(value, active_BL.shape[1])
-    # In whole numbers: in floating point 0.1 * 30 is slightly above 3, and must not give 4.
-    share = _share(value)
-    return ((valid_BL.sum(1, keepdim=True) * share.numerator + share.denominator - 1) // share.denominator).clamp(min=1)
+    return _part(valid_BL.sum(1, keepdim=True), value).clamp(min=1)
 
 
-def _share(value: float) -> Fraction:
-    return Fraction(value).limit_denominator(10**6)
+def _part(tokens: Number, share: float) -> Number:
+    """A share of a number of tokens, rounded up.
+
+    In whole billionths, because in floating point 0.1 * 30 is slightly above 3 and would give 4; one of them less, so
+    that a share that was rounded up does not give one token more.
+    """
+    return (tokens * (int(share * 10**9 + 0.5) - 1) + 10**9 - 1) // 10**9
