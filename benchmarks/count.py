@@ -15,9 +15,9 @@ tensors once, or torch's operators. Nothing here is timed.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernel_cases import products
+from benchmarks.work import RULES, Work, nbytes, one_pass
 from sma.kernels import use
 from sma.kernels.launch import recording
 from sma.kernels.operator import RUNS, Name
@@ -53,154 +54,6 @@ SHAPES = {
     "image": Shape("seqboat_image", 50, 1024),
     "enwik8": Shape("seqboat_language", 8, 8192),
 }
-
-
-@dataclass(frozen=True)
-class Work:
-    """Launches, bytes and floating-point operations of products."""
-
-    launches: int = 0
-    read: int = 0
-    written: int = 0
-    flops: int = 0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.launches + other.launches,
-            self.read + other.read,
-            self.written + other.written,
-            self.flops + other.flops,
-        )
-
-    @staticmethod
-    def sum(parts: Iterable["Work"]) -> "Work":
-        """Sum of the work of several operators."""
-        return sum(parts, Work())
-
-
-Rule = Callable[[tuple[Any, ...], dict[str, Any], Any], Work]
-"""Maps the arguments, the keyword arguments and the results of an operator to its work."""
-
-_RULES: dict[str, Rule] = {}
-
-
-def register_work(operator: str, rule: Rule) -> None:
-    """Set the rule of an operator, such as `sma::windowed_attention`; names of torch's own have no `aten::`."""
-    _RULES[operator] = rule
-
-
-def nbytes(values: Any) -> int:
-    """Bytes of the distinct elements of all tensors in a tree: broadcast and overlapping ones count once, and so does a
-    tensor that is given twice.
-    """
-    total, seen = 0, set()
-    for tensor in tree_leaves(values):
-        if not isinstance(tensor, Tensor) or not tensor.numel():
-            continue
-        same = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        if same not in seen:
-            seen.add(same)
-            sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
-            extent = 1 + sum((size - 1) * abs(step) for size, step in sizes)
-            distinct = 1
-            for size, step in sizes:
-                distinct *= size if step else 1
-            total += min(distinct, extent) * tensor.element_size()
-    return total
-
-
-def _one_pass(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    written = nbytes(out)
-    return Work(int(written > 0), nbytes((args, kwargs)), written)
-
-
-def _made(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    written = nbytes(out)
-    return Work(int(written > 0), 0, written)
-
-
-def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    return Work()
-
-
-def _copy(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    written = nbytes(args[0])
-    return Work(int(written > 0), nbytes(args[1]), written)
-
-
-def _gather(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    written = nbytes(out)
-    return Work(int(written > 0), written + nbytes(args[1:]), written)
-
-
-def _add_rows(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    index, rows = nbytes(args[2]), nbytes(args[3])
-    return Work(int(rows > 0), index + 2 * rows, rows)
-
-
-def _put_rows(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    index, rows = nbytes(args[2]), nbytes(args[3])
-    return Work(int(rows > 0), index + rows, rows)
-
-
-def _out_of_place(rule: Rule) -> Rule:
-    """The rule of an operator that clones what its in-place form changes."""
-
-    def work(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-        whole = nbytes(args[0])
-        return Work(1, whole, whole) + rule(args, kwargs, out)
-
-    return work
-
-
-def _padded(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    part = nbytes(args[0])
-    return Work(2, part, nbytes(out) + part)
-
-
-def _matmul(left: int) -> Rule:
-    """The rule of a product whose first factor is the argument `left`."""
-
-    def work(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-        return _one_pass(args, kwargs, out) + Work(flops=2 * out.numel() * args[left].shape[-1])
-
-    return work
-
-
-def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    return Work(2, 2 * nbytes(args), nbytes(out))  # a count, and a pass that places
-
-
-def _two_passes(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    once = _one_pass(args, kwargs, out)
-    return once + once
-
-
-def _fft_to_real(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    # cuFFT overwrites its input, so torch clones it, and normalises in a pass of its own.
-    spectrum, real, scaled = nbytes(args[0]), nbytes(out), int(args[2] != 0)
-    return Work(2 + scaled, 2 * spectrum + scaled * real, spectrum + (1 + scaled) * real)
-
-
-for _names, _rule in {
-    "empty new_empty empty_like empty_strided new_empty_strided": _nothing,
-    "zeros new_zeros zeros_like zero_ ones new_ones ones_like full new_full full_like fill_ arange": _made,
-    "rand_like randn_like bernoulli_ uniform_ normal_ random_ scalar_tensor": _made,
-    "copy_": _copy,
-    "index_select gather embedding index": _gather,
-    "index_add_": _add_rows,
-    "index_add": _out_of_place(_add_rows),
-    "index_copy_": _put_rows,
-    "index_copy": _out_of_place(_put_rows),
-    "constant_pad_nd slice_backward select_backward": _padded,
-    "nonzero": _nonzero,
-    "mm bmm": _matmul(0),
-    "addmm baddbmm": _matmul(1),
-    "_fft_c2r": _fft_to_real,
-    "sma::batch_moments": _two_passes,
-}.items():
-    for _name in _names.split():
-        register_work(_name, _rule)
 
 
 class Call(NamedTuple):
@@ -258,7 +111,7 @@ class Counter(TorchDispatchMode):
         if name in RUNS:
             self.calls.append(Call(self.phase, name, _place(), self._inside(RUNS[name], args)))
         elif not _is_view(function, args, out):
-            work = _RULES.get(name, _one_pass)(args, kwargs, out)
+            work = RULES.get(name, one_pass)(args, kwargs, out)
             if work != Work():
                 self.calls.append(Call(self.phase, name, _place(), work))
         return out

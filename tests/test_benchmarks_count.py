@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.count import SHAPES, Counter, Work, count, layer_spec, nbytes, register_work
+from benchmarks.count import SHAPES, Counter, count, layer_spec
+from benchmarks.work import Work, nbytes, register_work
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT, LONG = 4, 8
@@ -117,6 +118,16 @@ def test_more_active_tokens_move_more_bytes_by_as_many_launches(name: str) -> No
     assert few.launches == many.launches
     assert few.read + few.written < many.read + many.written
     assert few.flops < many.flops
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_a_layer_asks_the_host_once_and_with_a_capacity_never(name: str, rate: float) -> None:
+    width, spec = layer_spec(SHAPES[name].model)
+    with torch.device("meta"):
+        layer = spec.build(width).train()
+    assert len(count(layer, 2, 4096, rate).questions) == 1
+    assert count(layer, 2, 4096, rate, rate).questions == []
 
 
 @pytest.mark.slow
