@@ -7,7 +7,7 @@ and its operators in place, and a compiler fuses by itself: for both a layer cal
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,28 @@ from sma.errors import reason
 def fuses(x: Tensor) -> bool:
     """Whether a layer calls the functions of this file for a tensor."""
     return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+class Way(NamedTuple):
+    """How the functions of this file run on a device.
+
+    Attributes:
+        name: `compiled`, `written` or `plain`.
+        reason: why, one sentence.
+    """
+
+    name: str
+    reason: str
+
+
+def of_device(device: torch.device | str) -> Way:
+    """How what a layer computes between its operators runs on a device, and why."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return Way("plain", "a CPU has its caches, and operators in place")
+    if kind == "cuda":
+        return Way("compiled", "the device is a GPU; each is compiled when it is first called")
+    return Way("written", f"functions are compiled for CUDA, and the device is {str(device)!r}")
 
 
 class Fused:

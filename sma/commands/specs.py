@@ -14,7 +14,10 @@ from sma.arguments import ArgumentParser
 from sma.checkpoint import SPEC
 from sma.commands.extras import missing_extra
 from sma.describe import describe, layer_key
+from sma.devices import usable_device
 from sma.errors import SpecError, nearest, quote, reason
+from sma.glue import Way, of_device
+from sma.kernels import Implementation, implementation, operators
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.presets import read_shipped, shipped
 from sma.spec import load_spec, parse_setting
@@ -50,6 +53,11 @@ def add_describe(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--build", action="store_true", help="also build the model and count its parameters")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="also say which implementation of each operator runs on a device, and why",
+    )
 
 
 def add_validate(parser: ArgumentParser) -> None:
@@ -147,22 +155,37 @@ def run_describe(args: argparse.Namespace) -> Iterator[str]:
     """Yield the parts of a model with their parameters and MACs."""
     spec = _load(args)
     description = describe(spec, name=_name(args.spec), length=args.length, rate=args.rate)
+    chosen = {} if args.device is None else _implementations(args.device)
     built = _build(spec, "cpu") if args.build else None
     if args.json:
-        facts = (
-            {}
-            if built is None
-            else {"built": {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}}
-        )
+        facts: dict[str, Any] = {}
+        if built is not None:
+            facts["built"] = {"parameters": _count(built), "bytes": _bytes(built), "causal": built.causal}
+        if chosen:
+            facts["implementations"] = {name: each._asdict() for name, each in chosen.items()}
         yield json.dumps(description.as_dict() | facts, indent=2)
         return
     yield description.as_text()
+    if chosen:
+        width = max(map(len, chosen))
+        lines = (f"{name:{width}}  {each.name:8}  {each.reason}" for name, each in chosen.items())
+        yield "\n" + "\n".join([f"operators on {args.device}:", *lines])
     if built is not None:
         reach = "causal" if built.causal else "not causal: a token may see later ones"
         yield (
             "\n"
             f"Built with {_count(built):,} parameters, as predicted; {_bytes(built) / 1e6:,.1f} MB in float32; {reach}."
         )
+
+
+def _implementations(device: str) -> dict[str, Implementation | Way]:
+    """The implementation of every operator on a device, and of what a layer computes between them.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    usable_device(device)
+    return {**{name: implementation(name, device) for name in operators()}, "between_operators": of_device(device)}
 
 
 def _build(spec: ModelSpec, device: str) -> SequenceModel:

@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import sma
 from sma.__main__ import main
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.describe import describe
+from sma.glue import of_device
 from sma.model import ModelSpec
 from sma.recipes.io.presets import shipped
 from sma.spec import dump_spec, families, kinds, load_spec, read_spec_file
@@ -54,6 +56,28 @@ def test_describe_prints_the_table(listops, capsys):
     assert _run(capsys, "describe", "seqboat_listops") == (0, f"{table}\n", "")
     table = describe(listops, name="seqboat_listops", length=512, rate=0.1).as_text()
     assert _run(capsys, "describe", "seqboat_listops", "--length", "512", "--rate", "0.1") == (0, f"{table}\n", "")
+
+
+def test_describe_says_which_implementation_runs_on_a_device_and_why(capsys):
+    status, text, _ = _run(capsys, "describe", "seqboat_listops", "--device", "cpu")
+    assert status == 0
+    assert (
+        "operators on cpu:\nwindowed_attention  plain     kernels exist for NVIDIA GPUs, and the device is 'cpu'"
+        in text
+    )
+    assert "between_operators" in text
+    found = json.loads(_run(capsys, "describe", "seqboat_listops", "--device", "cpu", "--json")[1])["implementations"]
+    assert {"windowed_attention", "between_operators"} <= set(found)
+    assert all(set(each) == {"name", "reason"} for each in found.values())
+    assert of_device("cuda").name == "compiled"
+    assert of_device("mps").name == "written"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_describe_refuses_a_device_that_is_not_there(capsys):
+    status, _, error = _run(capsys, "describe", "seqboat_listops", "--device", "cuda")
+    assert status != 0
+    assert "the device 'cuda' cannot be used" in error
 
 
 @pytest.mark.parametrize("name", shipped("specs"))
