@@ -30,7 +30,8 @@ class _Wrapped(SubModule):
             raise InputError(
                 f"{name} got {type(module).__name__}, which is a sub-module already; use it without {name}"
             )
-        if type(module).forward is nn.Module.forward:
+        # A compiled script has its forward on itself.
+        if getattr(type(module), "forward", None) is nn.Module.forward:
             raise InputError(
                 f"{name} got {type(module).__name__}, which has no forward; give a module that can be called"
             )

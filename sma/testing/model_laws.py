@@ -27,6 +27,7 @@ from sma.testing.requirements import (
     require_prediction,
     require_unchanged,
     saved_and_loaded,
+    trained_parameters,
 )
 
 # Probabilities that are nearer to 1/2 than this may lie on either side after rounding.
@@ -160,12 +161,12 @@ def rows_may_be_empty(case: ModelCase, example: Example) -> None:
 
 
 def every_parameter_gets_a_gradient(case: ModelCase, example: Example) -> None:
-    """Every parameter has a finite gradient in training mode, whichever tokens are active."""
+    """Every parameter that is not frozen has a finite gradient in training mode, whichever tokens are active."""
     model = case.make().train()
     inputs, valid = inputs_of(model, example)
     output = model(inputs, valid)
     (output.pooled if output.logits is None else output.logits).square().sum().backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         if name.startswith(("head.", "final_norm.")) or output.logits is not None:
             require(parameter.grad is not None, f"the gradient of {name!r} is None")
         require(

@@ -54,9 +54,14 @@ def require_unchanged(found: Mapping[str, Tensor], kept: Mapping[str, Tensor], w
     require(not changed, f"{what} {changed}")
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def require_gradients(module: nn.Module, zero: bool) -> None:
-    """Raise unless every parameter has a finite gradient, one of zeros where no token was active."""
-    for name, parameter in module.named_parameters():
+    """Raise unless every parameter that is not frozen has a finite gradient, one of zeros where no token was active."""
+    for name, parameter in trained_parameters(module).items():
         if parameter.grad is None:
             raise AssertionError(
                 f"the gradient of {name!r} is None; other ranks of a distributed training would wait for it"

@@ -22,6 +22,7 @@ from sma.testing.requirements import (
     require_slope,
     require_unchanged,
     saved_and_loaded,
+    trained_parameters,
 )
 
 
@@ -146,14 +147,14 @@ def gradients_are_right(case: SubModuleCase, example: Example) -> None:
     """Backward agrees with differences of forward, in random directions."""
     module, x = case.make(), case.tokens(example)[:2, :9].clone()
     active = torch.ones(x.shape[:2], dtype=torch.bool)
-    leaves = [x.requires_grad_(), *module.parameters()]
+    leaves = [x.requires_grad_(), *trained_parameters(module).values()]
     directions = [torch.randn_like(leaf) for leaf in leaves]
     weight = torch.randn_like(x)
 
     def value(step: float) -> Tensor:
         moved = case.make()
         with torch.no_grad():
-            for parameter, direction in zip(moved.parameters(), directions[1:], strict=True):
+            for parameter, direction in zip(trained_parameters(moved).values(), directions[1:], strict=True):
                 parameter.add_(direction, alpha=step)
         return (run(moved, x + step * directions[0], active, example) * weight).sum()
 
@@ -199,7 +200,7 @@ def gradients_cross_chunks(case: SubModuleCase, example: Example) -> None:
     (stream(parts, other, active, example, example.chunks())[0] * weight).sum().backward()
     if one.grad is not None and other.grad is not None:
         require_near(other.grad, one.grad, "the tokens' gradient through a state", 1e-8)
-    for (name, a), b in zip(parts.named_parameters(), whole.parameters(), strict=True):
+    for (name, a), b in zip(trained_parameters(parts).items(), trained_parameters(whole).values(), strict=True):
         if a.grad is None or b.grad is None:
             raise AssertionError(f"the gradient of {name!r} is None")
         require_near(a.grad, b.grad, f"the gradient of {name!r} through a state", 1e-8)

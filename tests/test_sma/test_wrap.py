@@ -128,8 +128,6 @@ def assert_gradients_agree(one: nn.Module, other: nn.Module) -> None:
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("name", ["sequential", "lora"])  # a norm without epsilon is undefined at zeros
 def test_token_wise_keeps_the_contract(name):
-    if name == "lora":  # frozen weights get no gradient, which the kit takes for a missing one
-        return check_submodule(lambda width: TokenWise(TOKEN_WISE[name](width).requires_grad_(True)), effort=5)
     check_submodule(lambda width: TokenWise(TOKEN_WISE[name](width)), effort=5)
 
 
@@ -318,6 +316,17 @@ def test_an_attention_inside_a_wrapper_gets_query_key_and_value():
     tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
     wanted = RowWise(module, mask_argument="key_padding_mask")(tokens)[0]
     assert_close(RowWise(checkpoint_wrapper(module), mask_argument="key_padding_mask")(tokens)[0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrap", [lambda: TokenWise(feed_forward(WIDTH)), lambda: row_wise("encoder-layer")])
+def test_a_script_is_wrapped_as_the_module(wrap):
+    one, other, tokens = wrap(), wrap(), compress(torch.randn(3, 5, WIDTH), ACTIVE)
+    other.load_state_dict(one.state_dict())
+    other.eval()
+    options = {} if isinstance(one, TokenWise) else {"mask_argument": one.mask_argument}
+    scripted = type(one)(torch.jit.script(one.module.eval()), **options)
+    assert_close(scripted(tokens)[0], other(tokens)[0])
 
 
 def test_a_layer_of_plain_modules_needs_neither_spec_nor_router():
