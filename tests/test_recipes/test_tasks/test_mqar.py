@@ -1,5 +1,6 @@
 """Multi-query associative recall: the law of its samples, what is scored, and what is refused."""
 
+import json
 import math
 import re
 
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sma.__main__ import main
 from sma.errors import DataError, SpecError
 from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks.batch import UNSCORED
@@ -277,6 +279,19 @@ def test_accuracy_of_a_run_is_the_share_of_queries_answered_right(tmp_path):
     assert finished.summary["test_accuracy"] == pytest.approx(right / asked)
     assert finished.summary["chance"] == pytest.approx(1 / 6)
     assert not list(tmp_path.glob("mqar*"))
+
+
+def test_tokens_beyond_a_thousand_have_no_confusion_matrix(tmp_path, capsys):
+    spec = load_experiment(TINY, ["task.data.vocabulary=1026", "encoder.vocabulary=1026", "training.updates=1"])
+    data = spec.task.prepare(tmp_path, progress=False)
+    finished = run_experiment(spec, tmp_path / "run", data, accelerator="cpu", progress=False)
+    assert finished.report.confusion is None
+    assert finished.summary["per_class"] == {}
+    assert {*finished.summary["rates_by_role"]} <= {*ROLES.values()}
+    assert not (tmp_path / "run" / "confusion.png").exists()
+    assert main(["evaluate", str(tmp_path / "run"), "--no-progress", "--accelerator", "cpu"]) == 0
+    assert "of the test split, recorded" in capsys.readouterr().out
+    assert "confusion" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
 
 
 def test_chance_is_that_of_a_value():
