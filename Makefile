@@ -23,35 +23,35 @@ help: ## list the targets
 
 setup: .venv/.setup ## make .venv with what the recipes need
 
-demo: setup ## train SeqBoat on small images of contours and evaluate it; OUT=folder says where the run goes
+demo: setup ## train SeqBoat on small images of contours and evaluate it; OUT=FOLDER sets the run folder
 	@$(BIN)/python -m sma.recipes.seqboat_lra --task pathfinder --preset tiny --out "$(OUT)"
 
-sweep: .venv/.tune ## search for the best sparsity and width of SeqBoat on a small ListOps; ARGS="--samples 4" and so on
+sweep: .venv/.tune ## search for the best sparsity and width of SeqBoat on a small ListOps; options by ARGS, such as ARGS="--samples 4"
 	@$(BIN)/python -m sma.tune --task listops --preset tiny --samples 16 $(ARGS)
 
-test: .venv/.dev ## run the tests a contributor runs
+test: .venv/.dev ## run the fast tests
 	@$(PYTEST) -m "not slow"
 
-test-all: test .venv/.scatter .venv/.interop ## those, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel, other libraries
+test-all: test .venv/.scatter .venv/.interop ## the fast tests, then the slow ones: trainings, killed processes, torch-scatter, compilers, the wheel, other libraries
 	@$(PYTEST) -m slow --dist loadfile
 	@OMP_NUM_THREADS=1 $(INTEROP) -m pytest -m "not extras" tests/test_interop
 
-test-extras: .venv/.interop ## all tests with transformers and torchvision, also the heavier ones
+test-extras: .venv/.interop ## all tests with transformers and torchvision, including the heavy ones
 	@OMP_NUM_THREADS=1 $(INTEROP) -m pytest tests/test_interop
 
-bench: setup ## time one layer at several lengths and activation rates; ARGS="--device cuda" and so on
+bench: setup ## time one layer at several lengths and activation rates; options by ARGS, such as ARGS="--device cuda"
 	@$(BIN)/python -m benchmarks.layer $(ARGS)
 
-bench-stream: setup ## time one more token after a thousand and after a million; ARGS="--batch 1" and so on
+bench-stream: setup ## time one token of a stream after a thousand to a million tokens; options by ARGS, such as ARGS="--batch 1"
 	@$(BIN)/python -m benchmarks.stream $(ARGS)
 
-bench-routing: setup ## time what routing costs beside the work it saves; ARGS="--device cuda" and so on
+bench-routing: setup ## time the cost of routing and the work that it saves; options by ARGS, such as ARGS="--device cuda"
 	@$(BIN)/python -m benchmarks.routing $(ARGS)
 
-docs: .venv/.dev ## build the site into build/site; a dead link or a name without a description fails
+docs: .venv/.dev ## build the site into build/site; dead links and undocumented public names are errors
 	@$(BIN)/python .ci/build_site.py
 
-docs-serve: docs ## build the site and serve it on this machine: http://127.0.0.1:8000
+docs-serve: docs ## build the site and serve it at http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
 
 check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel, the site
@@ -61,7 +61,7 @@ check: .venv/.dev ## format, lint, types, architecture rules, contents of the wh
 	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py tests/test_site.py
 	@$(BIN)/python .ci/build_site.py
 
-clean: ## remove .venv, build outputs and caches; runs/ and data/ stay
+clean: ## remove .venv, build outputs and caches; keeps runs/ and data/
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -71,7 +71,7 @@ $(BIN)/pip:
 	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	    echo "Python 3.11 or newer is needed, and $(or $(PYTHON),python3) is not that: install it, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; \
+	    echo "Python 3.11 or newer is required, and $(or $(PYTHON),python3) is older or missing; install it, or give its path: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	echo "making .venv with $$("$$found" --version)"; \
 	"$$found" -m venv .venv >/dev/null 2>&1 || { \

@@ -4,7 +4,7 @@
 
 A pre-norm block x + mlp(norm(x)) of plain modules, whose MLP `sma.retrofit` routes; the hidden width is four times the
 width. `skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)), with T_dense the block before it
-was retrofitted and T_without x + norm(x). 1 means that skipping costs nothing. All points take turns in one process;
+was retrofitted and T_without x + norm(x). 1 means that skipping has no overhead. All points take turns in one process;
 the figures are medians over the rounds, of a forward pass in inference mode, and of forward + backward with gradients
 of the input and of all parameters.
 """
