@@ -56,28 +56,31 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
             "leave capacity out"
         )
     if not isinstance(capacity, Mapping):
-        return _check_value(capacity, f"capacity={quote(capacity)}")
+        # A compiler traces this function, but no text of an object.
+        return None if _fits(capacity) else _refuse(capacity, f"capacity={quote(capacity)}")
     check_known(capacity, names, "capacity")
     for name, value in capacity.items():
-        _check_value(value, f"capacity[{quote(name)}]={quote(value)}")
+        if not _fits(value):
+            _refuse(value, f"capacity[{quote(name)}]={quote(value)}")
     missing = [name for name in names if name not in capacity]
     if missing:
         raise InputError(f"capacity has no value for {missing[0]!r}; give every sub-module one, or one number for all")
 
 
-def _check_value(value: object, what: str) -> None:
-    if isinstance(value, PerBatch):
-        return _check_value(value.tokens, what)
-    if type(value) is float:
-        fits = 0 < value <= 1
-    else:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not fits:
-        plain = isinstance(value, int | float | str) and type(value).__module__ == "builtins"
-        cure = "" if plain else f"; it is {what_came(value)}: write int(x) or float(x)"
-        raise InputError(
-            f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row{cure}"
-        )
+def _fits(value: object) -> bool:
+    number = value.tokens if isinstance(value, PerBatch) else value
+    if type(number) is float:
+        return 0 < number <= 1
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _refuse(value: object, what: str) -> None:
+    number = value.tokens if isinstance(value, PerBatch) else value
+    plain = isinstance(number, int | float | str) and type(number).__module__ == "builtins"
+    cure = "" if plain else f"; it is {what_came(number)}: write int(x) or float(x)"
+    raise InputError(
+        f"{what} must be an integer of at least 1, tokens per row, or a float in (0, 1], a share of the row{cure}"
+    )
 
 
 class Placed(NamedTuple):

@@ -2,7 +2,10 @@
 
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +291,27 @@ class TestRefusals:
             match="capacity=2 cannot be combined with a state, because a stream keeps every active token; leave c",
         ):
             layer(normal(2, 3, WIDTH), state=layer.init_state(2), capacity=2)
+
+
+COMPILED = """
+import torch
+from sma import build
+from sma.capacity import PerBatch
+from tests.test_sma.test_capacity import MODEL
+model, x = build(MODEL, seed=0), torch.randn(2, 20, 2)
+valid = torch.arange(20) < torch.tensor([[20], [11]])
+for capacity in (0.4, 5, PerBatch(0.3), {"attention": PerBatch(9), "conv": 3, "mlp": 0.1}):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, valid, capacity=capacity).logits, model(x, valid, capacity=capacity).logits)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_capacity_can_be_traced_by_a_compiler():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "equal", done.stderr
