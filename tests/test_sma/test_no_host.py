@@ -13,6 +13,7 @@ from sma.budget import BudgetController, BudgetSpec
 from sma.losses import budget_loss, load_balance_loss, z_loss
 from sma.model import ModelSpec
 from sma.recipes.experiment import load_experiment
+from sma.spec import kinds, load_spec
 from tests.no_host import HostAskedError, NoHost
 
 # More tokens than the histograms of a budget have bins, which are float64.
@@ -102,3 +103,20 @@ def test_a_step_with_a_capacity_asks_the_host_nothing(preset: str, capacity: Any
         group["lr"] = torch.empty((), device="meta")
     for _ in range(2):  # the first step makes the state of the optimiser
         _step(model, capacity, controller, optimizer)
+
+
+NEEDED: dict[str, dict[str, Any]] = {"random": {"rate": 0.3}, "expert_choice": {"share": 0.3}}
+
+
+@pytest.mark.parametrize("kind", kinds("router"))
+def test_no_router_asks_the_host(kind: str) -> None:
+    spec: Any = load_spec({"kind": kind, **NEEDED.get(kind, {})}, "router")
+    with torch.device("meta"):
+        router = spec.build(16, ["a", "b"]).train()
+    control = torch.empty(ROWS, 40, 16, device="meta", requires_grad=True)
+    valid = torch.empty(ROWS, 40, dtype=torch.bool, device="meta")
+    with NoHost() as host:
+        decision, _ = router(control, valid)
+        if decision.confidence.requires_grad:
+            decision.confidence.sum().backward()
+    assert host.calls
