@@ -43,11 +43,11 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
     if kernel in ("grad_queries", "grad_keys"):
         light = narrow or (small and groups)
         width = min(power(hidden_size), 64 if light else 32)
-        warps = 4 if groups and (light or kernel == "grad_keys") else 8
-        own_first = kernel == "grad_queries" if groups else kernel == "grad_keys"
-        if not own_first:
-            return Tiles(32, 64 if narrow or small or groups else 32, width, warps, 2)
-        return Tiles(64, 32, width, warps, 2)
+        if kernel == "grad_keys":
+            return Tiles(32, 64, width, 4, 2) if groups else Tiles(64, 32, width, 8, 2)
+        if groups:
+            return Tiles(64, 32 if light else 16, width, 4 if small else 8, 2)
+        return Tiles(32, 64 if narrow or small else 32, width, 8, 2)
     if kernel == "grad_values":
         return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4 if groups else 8, 2)
     width = _slice(query_size, hidden_size, 256 if groups else 128)
