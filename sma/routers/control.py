@@ -73,7 +73,8 @@ class ControlConv(nn.Module):
         if valid is not None:
             # The gradient of a tap multiplies padding by 0, and 0 x NaN is NaN.
             control_BLD = control_BLD.where(valid[..., None], 0)
-            lengths, order = right_padding(valid, static=valid.is_meta)
+            # On an accelerator the check where padding is would wait for it.
+            lengths, order = right_padding(valid, static=valid.device.type != "cpu")
             control_BLD = control_BLD if order is None else move(control_BLD, order)
         length, before = control_BLD.shape[1], self.weight.shape[1] - 1
         if state is None:
