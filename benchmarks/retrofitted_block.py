@@ -4,16 +4,18 @@
 
 A pre-norm block x + mlp(norm(x)) of plain modules, whose MLP `sma.retrofit` routes; the hidden width is four times the
 width. `skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)), with T_dense the block before it
-was retrofitted and T_without x + norm(x). 1 means that skipping has no overhead. All points take turns in one process;
-the figures are medians over the rounds, of a forward pass in inference mode, and of forward + backward with gradients
-of the input and of all parameters.
+was retrofitted and T_without x + norm(x). 1 means that skipping has no overhead. All points take turns in one process.
+The figures are medians over the rounds, of a forward pass in inference mode, and of forward + backward with gradients
+of the input and of all parameters. On a CPU they are processor time, which other programs disturb less.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +67,17 @@ def forward(block: nn.Module, x_BLD: Tensor) -> Callable[[], None]:
     return run
 
 
+def processor_times(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+    """Seconds of processor time of each call, round after round."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, found in zip(calls, times, strict=True):
+            began = time.process_time()
+            call()
+            found.append(time.process_time() - began)
+    return times
+
+
 def measure(rows: int, length: int, width: int, device: str, rounds: int) -> list[dict[str, Any]]:
     """Measure the blocks at all rates."""
     blocks: dict[float | str, nn.Module] = {}
@@ -78,8 +91,9 @@ def measure(rows: int, length: int, width: int, device: str, rounds: int) -> lis
     points: list[dict[str, Any]] = [{"rate": rate, "measured_rate": round(real[rate], 4)} for rate in RATES]
     for mode in MODES:
         calls = [forward(block, x) if mode == "forward" else step(block, block, x) for block in blocks.values()]
-        take_turns(calls, device, rounds=2)
-        times = take_turns(calls, device, rounds)
+        timed = partial(take_turns, device=device) if device == "cuda" else processor_times
+        timed(calls, rounds=1)
+        times = timed(calls, rounds=rounds)
         median = {key: 1e3 * statistics.median(found) for key, found in zip(blocks, times, strict=True)}
         dense, without = median["dense"], median["without"]
         for point in points:

@@ -16,11 +16,11 @@ def test_a_block_has_the_rate_that_is_asked_for(rate: float) -> None:
 def test_efficiency_is_the_saved_time_over_the_time_that_skipped_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"dense": 1.0, "without": 0.1, 0.1: 0.25, 0.25: 0.325, 0.5: 0.55, 0.75: 1.0, 1.0: 1.1}
 
-    def turns(calls: list[object], device: str, rounds: int) -> list[list[float]]:
+    def turns(calls: list[object], rounds: int) -> list[list[float]]:
         assert len(calls) == len(times)
         return [[9.0, each, 0.0] for each in times.values()]
 
-    monkeypatch.setattr(retrofitted_block, "take_turns", turns)
+    monkeypatch.setattr(retrofitted_block, "processor_times", turns)
     points = measure(1, 100, 8, "cpu", rounds=3)
     for mode in ("forward", "training"):
         assert [point[f"{mode}_milliseconds"] for point in points] == [1e3 * times[rate] for rate in RATES]
