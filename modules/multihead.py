@@ -31,12 +31,14 @@ class MultiHeadSpec(SubModuleSpec):
     )
 
     @model_validator(mode="after")
-    def _has_no_table(self) -> Self:
+    def _position_fits(self) -> Self:
         if self.position.has_table:
             raise ValueError(
                 f"position kind {self.position.kind!r} adds a table, which needs the gau sub-module; "
                 "use {kind: rotary} or {kind: none}"
             )
+        if self.head_size is not None:
+            self.position.check_attention(getattr(self, "window", None), self.head_size, f"head_size={self.head_size}")
         return self
 
     def channels(self, width: int) -> int:
@@ -138,12 +140,13 @@ class MultiHead(CachedSubModule):
 
 
 def _check_heads(spec: MultiHeadSpec, width: int, window: int | None) -> None:
+    if spec.head_size is not None:
+        return
     name = type(spec).__name__
-    if spec.head_size is None and width % spec.heads:
+    if width % spec.heads:
         raise SpecError(f"{name}: heads={spec.heads} must divide the width {width} of the tokens; or set head_size")
-    channels = spec.channels(width) // spec.heads
-    given = f"heads={spec.heads} give {channels} channels each" if spec.head_size is None else f"head_size={channels}"
+    channels = width // spec.heads
     try:
-        spec.position.check_attention(window, channels, given)
+        spec.position.check_attention(window, channels, f"heads={spec.heads} give {channels} channels each")
     except ValueError as error:
         raise SpecError(f"{name}: {error}") from None

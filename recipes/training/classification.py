@@ -158,7 +158,7 @@ class Classification(Objective[ClassificationTask, TaskData]):
         per_class = {} if report.confusion is None else report.confusion.per_class
         data = super().results(report, measures)
         roles = {"rates_by_role": report.rates_by_role} if report.roles else {}
-        shares = {"chance": self.task.chance, "majority": report.majority, "without_layer": report.without_layer}
+        shares = {"chance": self.task.chance, "majority": report.majority, "without_layer": list(report.without_layer)}
         return {**shares, "per_class": per_class, **roles, **data}
 
     def breakdown(self, module: TrainingModule) -> Confusion | None:

@@ -1,5 +1,6 @@
 """The definition of operators with a plain and a Triton implementation, and the choice between the two."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,6 +28,8 @@ _operators: list[str] = []
 # What runs under the name of an operator; its last argument is the implementation. For what counts or times them.
 RUNS: dict[str, Callable[..., Any]] = {}
 _forced: list[Name] = []
+# Formulas that torch's FlopCounterMode does not know yet, by the name of the operator.
+_macs: dict[str, Callable[..., int]] = {}
 
 
 class Implementation(NamedTuple):
@@ -109,6 +112,7 @@ def define(
     *,
     plain: Callable[..., Any],
     fake: Callable[..., Any],
+    macs: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Define the operator `torch.ops.sma.<name>`, whose last argument names the implementation.
 
@@ -118,6 +122,8 @@ def define(
         schema: arguments and results as `torch.library` writes them, without the last argument: `(Tensor x) -> Tensor`.
         plain: the implementation in PyTorch, for every device.
         fake: the shapes of its results, a function of the arguments and of the implementation.
+        macs: multiply-accumulates of its matrix products for torch's FlopCounterMode, from the same arguments;
+            None where it has none.
     """
     backward = name.endswith("_backward")
     family, method = name.removesuffix("_backward"), "backward" if backward else "forward"
@@ -135,6 +141,8 @@ def define(
     torch.library.register_fake(f"sma::{name}", fake, lib=_LIBRARY)
     if not backward:
         _operators.append(name)
+    if macs is not None:
+        _macs[name] = macs
     operator: Callable[..., Any] = getattr(torch.ops.sma, name).default
     return operator
 
@@ -172,6 +180,7 @@ def differentiate(
             return (None, *backward(ctx, *gradients))
 
     def differentiable(*arguments: Any) -> Any:
+        _register_flops()
         tensors = (each for each in arguments if isinstance(each, Tensor))
         if not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
             with torch._C._AutoDispatchBelowAutograd():
@@ -181,6 +190,21 @@ def differentiate(
         return (*results, saved) if isinstance(results, tuple) else (results, saved)
 
     _LIBRARY.impl(operator.name().removeprefix("sma::"), differentiable, "Autograd")  # type: ignore[attr-defined]
+
+
+def _register_flops() -> None:
+    """Tell torch's FlopCounterMode, which cannot see into an operator, of the operators defined since the last call.
+
+    Its module imports Triton, which takes longer than all of ours: nothing is done before the caller has imported it.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    while module is not None and _macs:
+        name, macs = _macs.popitem()
+
+        def flops(*arguments: Any, out_val: Any = None, _macs: Callable[..., int] = macs) -> int:
+            return 2 * _macs(*arguments)
+
+        module.register_flop_formula(getattr(torch.ops.sma, name), get_raw=True)(flops)
 
 
 def _device_programs(family: str) -> Any:

@@ -78,12 +78,32 @@ def _fake_backward(
     return grad_q, grad_k, grad_v, out.new_empty(0) if table is None else torch.empty_like(table)
 
 
+def _pairs(tokens: int, settings: Sequence[Any]) -> int:
+    """Pairs of a query and a key that are multiplied, including those out of reach."""
+    window, causal, *_, sizes, chosen = settings
+    if chosen == "plain":
+        queries, before, after, count = sizes
+        return int(count * queries * (before + queries + after))
+    return tokens * (1 + window * (1 if causal else 2))
+
+
+def _forward_macs(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
+    return _pairs(v.shape[0], rest[6:]) * (q.shape[1] + v.shape[1])
+
+
+def _backward_macs(grad: Tensor, out: Tensor, kept: Sequence[Tensor], table: Any, random: Any, *settings: Any) -> int:
+    # Gradients of weights and values have H channels, those of queries and keys Z; kernels compute scores again.
+    products = 2 if settings[-1] == "plain" else 4
+    return _pairs(out.shape[0], settings) * (2 * out.shape[1] + products * kept[0].shape[1])
+
+
 _forward = define(
     "windowed_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? table, Tensor rows, Tensor positions, Tensor offsets, Tensor? lengths, "
     f"Tensor? random, {_SETTINGS}) -> (Tensor, Tensor[])",
     plain=blocked_attention.forward,
     fake=_fake_forward,
+    macs=_forward_macs,
 )
 _backward = define(
     "windowed_attention_backward",
@@ -91,6 +111,7 @@ _backward = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     plain=blocked_attention.backward,
     fake=_fake_backward,
+    macs=_backward_macs,
 )
 
 

@@ -154,12 +154,6 @@ def test_dropout_acts_in_training_only_and_changes_nothing_on_average() -> None:
             "heads=4 give 3 channels each: rotary positions turn pairs of channels",
             id="odd",
         ),
-        pytest.param(
-            {"heads": 3, "head_size": 5, "position": RotarySpec()},
-            12,
-            "head_size=5: rotary positions turn pairs of channels",
-            id="odd-size",
-        ),
     ],
 )
 @both_kinds
@@ -168,6 +162,12 @@ def test_widths_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(SpecError, match=complaint.format(kind=kind.__name__)):
         kind(**window, **fields).build(width)
+
+
+@both_kinds
+def test_an_odd_head_size_with_rotary_positions_is_refused(kind: type[MultiHeadSpec], window: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="head_size=5: rotary positions turn pairs of channels"):
+        kind(**window, heads=3, head_size=5, position=RotarySpec())
 
 
 @both_kinds
