@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sma.modules.scan import ChunkWeights, along
+from sma.kernels.chunks import along
+from sma.modules.scan import ChunkWeights
 
 
 class ComplexRecurrence(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from sma.checks import check_sizes
 from sma.init import truncated_normal_
+from sma.kernels.chunks import chunk_of, decayed
+from sma.kernels.ema import ema
 from sma.modules.cache import Cache, empty_cache
 from sma.modules.long_convolution import convolution_macs
-from sma.modules.scan import CHUNK, Recurrence, Scanned, advance, causal_scan, kernel_macs, scan_macs
-from sma.modules.state_space import StateSpace
+from sma.modules.scan import kernel_macs
+from sma.modules.state_space import Advanced, StateSpace
 from sma.padding import pack
 from sma.pytree import register_output
 from sma.ragged import Ragged
@@ -51,12 +53,14 @@ class EMASpec(SubModuleSpec):
             taps = min(tokens, self.truncation or tokens)
             kernels = kernel_macs(width, self.state_size, taps)
             return MACs(matmul=kernels, fft=convolution_macs(width, tokens, taps))
-        kernel = width * self.state_size * min(CHUNK, tokens)
+        chunk = chunk_of(tokens)
+        slots = -(-tokens // chunk) * chunk
+        between = width * slots * self.state_size if slots > chunk else 0
         passes = 2 if self.truncation is not None and self.truncation < tokens else 1
-        return MACs(matmul=passes * (kernel + scan_macs(width, tokens, self.state_size)))
+        return MACs(matmul=passes * (width * chunk * self.state_size + width * slots * chunk + between) + between)
 
 
-class EMA(StateSpace[Recurrence]):
+class EMA(StateSpace):
     r"""A bank of damped exponential moving averages per channel.
 
     $p = \sigma(\delta)$, $q = 1 - p\,\sigma(\alpha)$, $s_t = q s_{t-1} + p \beta x_t$, $y_t = \sum_n \gamma_n s_{t,n} /
@@ -78,7 +82,7 @@ class EMA(StateSpace[Recurrence]):
     spec: EMASpec
 
     def __init__(self, spec: EMASpec, width: int) -> None:
-        super().__init__(spec, width, EMAState, (width, spec.state_size), spec.truncation)
+        super().__init__(spec, width, EMAState, (width, spec.state_size))
         rows, states = spec.directions * width, spec.state_size
         self.delta = nn.Parameter(torch.empty(rows, states, 1))
         self.alpha = nn.Parameter(torch.empty(rows, states, 1))
@@ -98,20 +102,15 @@ class EMA(StateSpace[Recurrence]):
         truncated_normal_(self.gamma, 1.0)
         truncated_normal_(self.omega, 1.0)
 
-    def recurrences(self, dtype: torch.dtype) -> list[Recurrence]:
-        """The recurrence of each direction, forward first."""
+    def recurrences(self, dtype: torch.dtype) -> "Recurrences":
+        """The recurrences of all directions, forward first."""
         step = torch.sigmoid(self.delta.to(dtype).squeeze(-1))
         # A decay that rounds to 0 has no logarithm, and its gradient would be 0 / 0: the rounding error is its minimum.
         damping = (step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
-        log_decay = torch.log1p(-damping)
         inward = step * self.beta.to(dtype).squeeze(-1)
         outward = self.gamma.to(dtype) / math.sqrt(self.spec.state_size)
-        parts = zip(log_decay.split(self.width), inward.split(self.width), outward.split(self.width), strict=True)
-        return [Recurrence(*part) for part in parts]
-
-    @property
-    def gain(self) -> Float[Tensor, "D"]:
-        return self.omega
+        ways = (part.unflatten(0, (-1, self.width)) for part in (torch.log1p(-damping), inward, outward))
+        return Recurrences(*ways)
 
     def _state(self, hidden: Tensor, recent: Cache | None) -> "EMAState":
         return EMAState(hidden, recent)
@@ -124,27 +123,24 @@ class EMA(StateSpace[Recurrence]):
         kept = None if before.recent is None else before.recent.size
         check_sizes(self, (*before.hidden.shape[1:], kept), (*self.hidden_shape, self.spec.truncation))
 
-    def _scan(self, x_BSD: Tensor, ahead: Recurrence) -> Tensor:
-        out, length, truncation = super()._scan(x_BSD, ahead), x_BSD.shape[1], self.spec.truncation
-        if truncation is not None and truncation < length:
-            late = nn.functional.pad(x_BSD, (0, 0, truncation, 0))[:, :length]
-            out = out - causal_scan(late, self._leaving(ahead))
-        return out
+    def _run(self, x_BSD: Tensor) -> Tensor:
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        log_decay, inward, outward = self.recurrences(wide)
+        omega = self.omega.to(wide)
+        return ema(x_BSD, log_decay, inward * outward, omega, truncation=self.spec.truncation).out
 
-    def _leaving(self, ahead: Recurrence) -> Recurrence:
-        """s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): a second recurrence subtracts the late inputs."""
-        return ahead._replace(inward=ahead.inward * torch.exp(ahead.log_decay * (self.spec.truncation or 0)))
-
-    def _advance(
-        self, x_BSD: Tensor, tokens: Ragged, ahead: Recurrence, before: "EMAState"
-    ) -> tuple[Scanned, Cache | None]:
-        scanned, _ = super()._advance(x_BSD, tokens, ahead, before)
+    def _advance(self, x_BSD: Tensor, tokens: Ragged, before: "EMAState") -> Advanced:
+        recurrence, hidden = self.recurrences(x_BSD.dtype), before.hidden.to(x_BSD.dtype)
+        omega = self.omega.to(x_BSD.dtype)
+        out, after = recurrence.advance(x_BSD, tokens, omega, hidden)
         if before.recent is None:
-            return scanned, None
+            return Advanced(out, after, None)
+        # s_t = q s_{t-1} + p b (x_t - q^K x_{t-K}): a second recurrence subtracts the late inputs.
         late_BSD, recent = self._delayed(tokens, before.recent, x_BSD.dtype)
-        none = torch.zeros_like(before.hidden, dtype=x_BSD.dtype)
-        late = advance(late_BSD, tokens.lengths, self._leaving(ahead), none)
-        return Scanned(scanned.out - late.out, scanned.final - late.final), recent
+        leaving = torch.exp(recurrence.log_decay * before.recent.size)
+        late = recurrence._replace(inward=recurrence.inward * leaving)
+        late_out, late_after = late.advance(late_BSD, tokens, torch.zeros_like(omega), torch.zeros_like(hidden))
+        return Advanced(out - late_out, after - late_after, recent)
 
     def _delayed(self, tokens: Ragged, recent: Cache, dtype: torch.dtype) -> tuple[Tensor, Cache]:
         """The inputs `truncation` slots before those of a chunk, `(B, S, D)`, and the cache that includes the chunk."""
@@ -157,6 +153,40 @@ class EMA(StateSpace[Recurrence]):
         back = joined.tokens.slots[joined.new] - recent.size
         late = values.index_select(0, (joined.new - recent.size).clamp(min=0)).where((back >= 0)[:, None], 0)
         return real.with_values(late.to(dtype)).to_padded(tokens.longest)[0], recent.append(real, real.values)
+
+
+class Recurrences(NamedTuple):
+    r"""$s_t = q s_{t-1} + b x_t$, $y_t = \sum_n g_n s_{t,n}$ for every channel of S directions.
+
+    Attributes:
+        log_decay: log q, at most 0.
+        inward: b.
+        outward: g.
+    """
+
+    log_decay: Float[Tensor, "S D N"]
+    inward: Float[Tensor, "S D N"]
+    outward: Float[Tensor, "S D N"]
+
+    def advance(
+        self, x_BSD: Float[Tensor, "B S D"], tokens: Ragged, omega: Float[Tensor, "D"], before: Float[Tensor, "B D N"]
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B D N"]]:
+        """Results and states of a chunk of streams; a single token takes one step, with fewer operations."""
+        (log_decay,), (inward,), (outward,) = self
+        if x_BSD.shape[1] == 1:
+            after = decayed(before, log_decay) + inward * x_BSD[:, 0, :, None]
+            return (after * outward).sum(-1)[:, None] + omega * x_BSD, after
+        lengths = tokens.lengths if tokens.holes or tokens.stride is None else None
+        out, end = ema(
+            x_BSD,
+            self.log_decay,
+            self.inward * self.outward,
+            omega,
+            carried_BDN=outward * decayed(before, log_decay),
+            lengths_B=lengths,
+        )
+        passed = log_decay * (x_BSD.shape[1] if lengths is None else lengths[:, None, None])
+        return out, torch.addcmul(decayed(before, passed), inward, end)
 
 
 @register_output

@@ -8,36 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.autograd import first_derivative
-
-
-def fast_length(least: int) -> int:
-    """Return a small even length of at least `least` whose only prime factors are 2, 3 and 5."""
-    best = 0
-    for power3 in (1, 3, 9, 27):
-        for factor in (power3, power3 * 5, power3 * 25):
-            size = 2 * factor
-            while size < least:  # comparisons alone: one compiled program then serves a range of lengths
-                size *= 2
-            best = min(best or size, size)
-    return best
-
-
-def circular_kernel(
-    ahead_DK: Float[Tensor, "D K"], reverse_DK: Float[Tensor, "D K"], skip_D: Float[Tensor, "D"], length: int
-) -> Float[Tensor, "D F"]:
-    """Lay out the kernels of both directions for one circular convolution over sequences of `length`.
-
-    Lag l of the forward kernel has index l, lag -l of the reverse kernel has index F - l, and `skip_D` is added at lag
-    0. F is at least length + K - 1, so nothing wraps around to an index that is read.
-    """
-    channels, taps = ahead_DK.shape
-    size = fast_length(length + taps - 1)
-    circular = ahead_DK.new_zeros(channels, size)
-    circular[:, :taps] = ahead_DK
-    circular[:, 0] += skip_D
-    circular[:, 0] += reverse_DK[:, 0]
-    circular[:, size - taps + 1 :] = reverse_DK[:, 1:].flip(1)
-    return circular
+from sma.kernels.fourier import circular_kernel, convolve, convolve_backward, fast_length
 
 
 def long_convolution(
@@ -58,8 +29,8 @@ def long_convolution(
     if torch.compiler.is_compiling():  # a compiler differentiates transforms itself
         circular = circular_kernel(ahead_DK, reverse_DK, skip_D, x_BLD.shape[1])
         size = circular.shape[1]
-        product = torch.fft.rfft(x_BLD.transpose(1, 2), n=size) * torch.fft.rfft(circular, norm="forward")
-        return torch.fft.irfft(product, n=size, norm="forward")[..., : x_BLD.shape[1]].transpose(1, 2)
+        product = torch.fft.rfft(x_BLD.transpose(1, 2), n=size) * torch.fft.rfft(circular)
+        return torch.fft.irfft(product, n=size)[..., : x_BLD.shape[1]].transpose(1, 2)
     result: Tensor = _LongConvolution.apply(x_BLD, ahead_DK, reverse_DK, skip_D)
     return result
 
@@ -70,60 +41,18 @@ def convolution_macs(width: int, length: int, taps: int) -> int:
     return round(3 * width * 1.25 * size * math.log2(size))
 
 
-def _channel_slices(channels: int, device: torch.device) -> list[slice]:
-    """Groups of channels whose transforms stay in a CPU's cache; an accelerator takes all channels at once.
-
-    On two cores and 160 channels, groups of 32 took 17 / 22 / 60 ms for 8x1024 / 2x4096 / 1x16384 tokens, all at once
-    18 / 23 / 66.
-    """
-    group = min(channels, 32) if device.type == "cpu" else channels
-    return [slice(start, start + group) for start in range(0, channels, group)]
-
-
-def _put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
-    """Copy rows into columns. Rows that lie a power of two apart share one set of the cache, so they are spread first,
-    which is 2.5 times faster.
-    """
-    if rows_BCL.device.type == "cpu":
-        spread = rows_BCL.new_empty(*rows_BCL.shape[:2], rows_BCL.shape[2] + 16)[..., : rows_BCL.shape[2]]
-        rows_BCL = spread.copy_(rows_BCL)
-    into_BLC.copy_(rows_BCL.transpose(1, 2))
-
-
 class _LongConvolution(torch.autograd.Function):
     """Backward by three half transforms, where autograd of rfft takes a full complex one."""
 
     @staticmethod
     def forward(ctx: Any, x_BLD: Tensor, ahead_DK: Tensor, reverse_DK: Tensor, skip_D: Tensor) -> Tensor:
-        _, length, channels = x_BLD.shape
-        circular = circular_kernel(ahead_DK, reverse_DK, skip_D, length)
-        size = circular.shape[1]
-        # The kernel carries the factor 1 / n: cuFFT would apply it in a pass over the whole batch.
-        kernel = torch.fft.rfft(circular, norm="forward")
-        slices = _channel_slices(channels, x_BLD.device)
-        spectra = []
-        out = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
-        for part in slices:
-            spectrum = torch.fft.rfft(x_BLD[..., part].transpose(1, 2), n=size)
-            rows = torch.fft.irfft(spectrum * kernel[part], n=size, norm="forward")
-            _put_transposed(out[..., part], rows[..., :length])
-            spectra.append(spectrum)
-        ctx.save_for_backward(kernel, *spectra)
-        ctx.slices, ctx.size, ctx.taps = slices, size, ahead_DK.shape[1]
+        circular = circular_kernel(ahead_DK, reverse_DK, skip_D, x_BLD.shape[1])
+        out, spectra = convolve(x_BLD, circular)
+        ctx.save_for_backward(*spectra)
+        ctx.size, ctx.taps = circular.shape[1], ahead_DK.shape[1]
         return out
 
     @staticmethod
-    @first_derivative("the long convolution of a bidirectional ema or an s4d")
+    @first_derivative("the long convolution of an s4d")
     def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, ...]:
-        kernel, *spectra = ctx.saved_tensors
-        length, size, taps = grad_BLD.shape[1], ctx.size, ctx.taps
-        x_grad = torch.empty_like(grad_BLD, memory_format=torch.contiguous_format)
-        kernel_grad = grad_BLD.new_empty(grad_BLD.shape[2], size)
-        for part, spectrum in zip(ctx.slices, spectra, strict=True):
-            grad = torch.fft.rfft(grad_BLD[..., part].transpose(1, 2), n=size)
-            # All sequences are real, so a correlation is a product with the conjugate.
-            back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size, norm="forward")
-            _put_transposed(x_grad[..., part], back[..., :length])
-            kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
-        reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)
-        return x_grad, kernel_grad[:, :taps].contiguous(), reverse_grad, kernel_grad[:, 0].contiguous()
+        return convolve_backward(grad_BLD, list(ctx.saved_tensors), ctx.size, ctx.taps)

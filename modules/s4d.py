@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from sma.init import reset_linear_
 from sma.modules.cache import Cache
 from sma.modules.complex_recurrence import ComplexRecurrence, minus_one
-from sma.modules.long_convolution import convolution_macs
-from sma.modules.scan import kernel_macs, scan_macs
-from sma.modules.state_space import StateSpace
+from sma.modules.long_convolution import convolution_macs, long_convolution
+from sma.modules.scan import advance, causal_scan, kernel_macs, scan_macs
+from sma.modules.state_space import Advanced, StateSpace
 from sma.pytree import register_output
+from sma.ragged import Ragged
 from sma.spec import register
 from sma.submodule import MACs, State, SubModuleSpec
 
@@ -82,7 +83,7 @@ class S4DSpec(SubModuleSpec):
         return MACs(matmul=scan_macs(width, tokens, self.state_size) + mixing)
 
 
-class S4D(StateSpace[ComplexRecurrence]):
+class S4D(StateSpace):
     r"""A diagonal state-space model per channel, then an activation and a map over the channels.
 
     $s' = A s + x$, $y = 2\,\mathrm{Re} \sum_p C_p s_p + D x$ with $A_p = -e^{\alpha_p} + i \omega_p$, held constant for
@@ -151,9 +152,18 @@ class S4D(StateSpace[ComplexRecurrence]):
         outward = [torch.cat([2 * part.real, -2 * part.imag], dim=-1).to(dtype) for part in readout]
         return [ComplexRecurrence(log_decay, angle, part) for part in outward]
 
-    @property
-    def gain(self) -> Float[Tensor, "D"]:
-        return self.skip
+    def _run(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
+        ahead, *reverse = self.recurrences(x_BSD.dtype)
+        skip = self.skip.to(x_BSD.dtype)
+        if reverse:
+            return long_convolution(x_BSD, *ahead.kernels(reverse[0], x_BSD.shape[1]), skip)
+        return causal_scan(x_BSD, ahead) + skip * x_BSD
+
+    def _advance(self, x_BSD: Tensor, tokens: Ragged, before: "S4DState") -> Advanced:
+        (ahead,) = self.recurrences(x_BSD.dtype)
+        scanned = advance(x_BSD, tokens.lengths, ahead, before.hidden.to(x_BSD.dtype).flatten(2))
+        return Advanced(scanned.out + self.skip.to(x_BSD.dtype) * x_BSD, scanned.final, None)
 
     def _state(self, hidden: Tensor, recent: Cache | None) -> "S4DState":
         return S4DState(hidden)

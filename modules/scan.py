@@ -1,4 +1,4 @@
-"""Linear recurrences with constant decay: their kernels, and a causal chunked scan."""
+"""Linear recurrences with constant decay, and a causal chunked scan."""
 
 import math
 from typing import Any, NamedTuple, Protocol, Self
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK = 64
+from sma.kernels.chunks import chunk_of, inside
 
 
 class ChunkWeights(NamedTuple):
@@ -42,72 +42,6 @@ class LinearRecurrence(Protocol):
 
     def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
         """The states after one more input of every row."""
-
-
-class Recurrence(NamedTuple):
-    r"""A `LinearRecurrence`: $s_t = q s_{t-1} + b x_t$, $y_t = \sum_n g_n s_{t,n}$, for every channel.
-
-    Attributes:
-        log_decay: log q, at most 0.
-        inward: b.
-        outward: g.
-    """
-
-    log_decay: Float[Tensor, "D N"]
-    inward: Float[Tensor, "D N"]
-    outward: Float[Tensor, "D N"]
-
-    def kernel(self, taps: int) -> Float[Tensor, "D K"]:
-        r"""The impulse response $k_l = \sum_n g b q^l$ for l = 0 … taps - 1.
-
-        $q^{iC + j} = q^{iC} q^j$ with $C \approx \sqrt{taps}$ makes it one batched product, without a (D, N, taps)
-        tensor.
-        """
-        inner = _near_root(taps)
-        outer = -(-taps // inner)
-        coarse = powers(self.log_decay, outer, step=inner) * (self.inward * self.outward)[..., None]
-        return (coarse.transpose(1, 2) @ powers(self.log_decay, inner)).flatten(1)[:, :taps]
-
-    def kernels(self, reverse: "Recurrence", taps: int) -> tuple[Float[Tensor, "D K"], Float[Tensor, "D K"]]:
-        """See `LinearRecurrence.kernels`."""
-        return self.kernel(taps), reverse.kernel(taps)
-
-    def over(self, chunk: int) -> ChunkWeights:
-        """See `LinearRecurrence.over`."""
-        decays = powers(self.log_decay, chunk + 1)
-        kernel = ((self.inward * self.outward)[:, None] @ decays[..., :chunk]).squeeze(1)
-        arriving = (decays[..., :chunk].flip(-1) * self.inward[..., None]).transpose(1, 2)
-        return ChunkWeights(kernel, arriving, decays[..., 1:] * self.outward[..., None])
-
-    def decayed(self, states: Float[Tensor, "D ... N"], tokens: int | Tensor) -> Float[Tensor, "D ... N"]:
-        """See `LinearRecurrence.decayed`."""
-        # As a difference: a factor just below 1 would round equally in every step of a long stream, and the errors
-        # would add up.
-        return torch.addcmul(states, states, torch.expm1(along(self.log_decay, states) * tokens))
-
-    def step(self, x_BD: Float[Tensor, "B D"], before_BDN: Float[Tensor, "B D N"]) -> Float[Tensor, "B D N"]:
-        """See `LinearRecurrence.step`."""
-        return torch.addcmul(before_BDN, before_BDN, torch.expm1(self.log_decay)) + self.inward * x_BD[..., None]
-
-
-def _near_root(taps: int) -> int:
-    if not torch.compiler.is_compiling():
-        return max(1, math.isqrt(taps))
-    inner = 1
-    while 4 * inner * inner <= taps:  # comparisons alone: one compiled program then serves a range of lengths
-        inner *= 2
-    return inner
-
-
-def along(factors_DN: Float[Tensor, "D N"], states: Float[Tensor, "D ... N"]) -> Float[Tensor, "D ... N"]:
-    """Factors with the axes of states."""
-    return factors_DN.reshape(factors_DN.shape[0], *[1] * (states.ndim - 2), factors_DN.shape[1])
-
-
-def powers(log_decay_DN: Float[Tensor, "D N"], count: int, *, step: int = 1) -> Float[Tensor, "D N C"]:
-    """Return 1, q^step, q^(2 step), … for `count` exponents."""
-    exponents = torch.arange(0, count * step, step, device=log_decay_DN.device, dtype=log_decay_DN.dtype)
-    return torch.exp(log_decay_DN[..., None] * exponents)
 
 
 class Scanned(NamedTuple):
@@ -168,7 +102,7 @@ def kernel_macs(width: int, states: int, taps: int) -> int:
 
 def scan_macs(width: int, tokens: int, states: int) -> int:
     """MACs of the matrix products of a scan over one row, without the weights of its chunks."""
-    chunk = min(CHUNK, tokens)
+    chunk = chunk_of(tokens)
     chunks = -(-tokens // chunk)
     between = 2 * width * chunks * chunk * states if chunks > 1 else 0
     return width * chunks * chunk * chunk + between
@@ -191,17 +125,13 @@ def _outputs(scan: _Scan, x_BLD: Tensor) -> Tensor:
 
 def _scan(x_BLD: Tensor, recurrence: LinearRecurrence, initial_BDN: Tensor | None) -> _Scan:
     length = x_BLD.shape[1]
-    chunk = min(CHUNK, max(1, length))
+    chunk = chunk_of(length)
     padded = torch.nn.functional.pad(x_BLD, (0, 0, 0, -length % chunk))
     inputs = padded.permute(2, 0, 1).unflatten(2, (padded.shape[1] // chunk, chunk)).contiguous()
     channels, rows, chunks = inputs.shape[:3]
     flat = inputs.flatten(1, 2)
-    finite = flat.where(flat.isfinite(), 0)
     weights = recurrence.over(chunk)
-    out = finite @ _toeplitz(weights.kernel)
-    # 0 x NaN is NaN, so a product would carry a NaN to earlier outputs too. It is zeroed above, and makes its own and
-    # later outputs NaN here.
-    out = out + (flat - finite).cumsum(-1)
+    out = inside(flat, weights.kernel)
     if initial_BDN is None:
         initial = inputs.new_zeros(channels, rows, 1, recurrence.outward.shape[1])
     else:
@@ -235,14 +165,3 @@ def _states(added_DBJN: Tensor, recurrence: LinearRecurrence, chunk: int) -> Flo
         states = states + torch.nn.functional.pad(earlier, (0, 0, reach, 0))
         reach *= 2
     return states
-
-
-def _toeplitz(kernel_DC: Float[Tensor, "D C"]) -> Float[Tensor, "D C C"]:
-    """Upper triangular matrices whose entry (j, i) is kernel[i - j], the weight of a chunk's input j in its output i.
-
-    Rows of 2C numbers, the kernel and zeros, are written one after another and read as rows of 2C - 1, so that each is
-    shifted by one. Forward and backward are views and one copy, where indexing would gather and scatter.
-    """
-    channels, taps = kernel_DC.shape
-    turns = torch.nn.functional.pad(kernel_DC, (0, taps))[:, None].expand(channels, taps, 2 * taps).flatten(1)
-    return turns[:, : taps * (2 * taps - 1)].unflatten(1, (taps, 2 * taps - 1))[..., :taps]

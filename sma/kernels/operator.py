@@ -72,7 +72,7 @@ def implementation(operator: str, device: torch.device | str) -> Implementation:
 
 def operators() -> list[str]:
     """Names of the operators that have more than one implementation."""
-    return list(_operators)
+    return sorted(_operators)
 
 
 def choose(device: torch.device) -> Name:

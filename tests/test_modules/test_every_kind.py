@@ -9,14 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from sma.modules.gau import ChunkedGAUSpec
 from sma.pytree import map_tensors
 from sma.ragged import rectangular
 from sma.spec import dump_spec, kinds, load_spec
 from sma.submodule import SubModule, SubModuleSpec
+from tests.flops import counted_products
 from tests.test_modules.layouts import LAYOUTS, Layout, assert_near, draw, first, grad, lay, run, spread
 from tests.test_modules.zoo import SPECS, WIDTH, make
 
@@ -280,8 +279,7 @@ def test_the_spec_predicts_the_number_of_parameters(spec: SubModuleSpec, width: 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 40, 200])
 def test_the_spec_predicts_the_matrix_products(spec: SubModuleSpec, tokens: int) -> None:
     module = make(spec, torch.float32)
-    # Only the plain form of scaled_dot_product_attention is counted on a CPU.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with counted_products() as counter, torch.no_grad():
         module(rectangular(torch.randn(1, tokens, WIDTH)))
     assert spec.macs(WIDTH, tokens).matmul == counter.get_total_flops() // 2
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sma.modules.long_convolution import circular_kernel, fast_length, long_convolution
+from sma.modules.long_convolution import long_convolution
 from tests.test_modules.layouts import assert_same_program
 
 
@@ -67,15 +67,6 @@ def test_nothing_wraps_around_from_one_end_to_the_other() -> None:
     torch.testing.assert_close(long_convolution(x.flip(1), reverse, ahead, skip), x.flip(1), rtol=0, atol=1e-14)
 
 
-def test_a_circular_sum_with_the_laid_out_kernel_is_the_convolution() -> None:
-    x, ahead, reverse, skip = (torch.randn(shape) for shape in ((2, 7, 3), (3, 5), (3, 5), (3,)))
-    circular = circular_kernel(ahead, reverse, skip, 7)
-    size = circular.shape[1]
-    assert size >= 7 + 5 - 1
-    columns = [torch.stack([circular[:, (t - u) % size] * x[:, u] for u in range(7)]).sum(0) for t in range(7)]
-    torch.testing.assert_close(torch.stack(columns, 1), convolve_loop(x, ahead, reverse, skip))
-
-
 def test_convolution_passes_gradcheck() -> None:
     parts = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 2), (2, 5), (2, 5), (2,)))
     assert torch.autograd.gradcheck(long_convolution, tuple(parts))
@@ -100,28 +91,3 @@ def test_inputs_are_never_changed() -> None:
     copies = [tensor.detach().clone() for tensor in watched]
     long_convolution(x, ahead, reverse, skip).backward(incoming)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(watched, copies, strict=True))
-
-
-def is_smooth(number: int) -> bool:
-    for prime in (2, 3, 5):
-        while number % prime == 0:
-            number //= prime
-    return number == 1
-
-
-@given(least=st.integers(1, 2**21))
-def test_a_fast_length_is_even_and_has_small_prime_factors(least: int) -> None:
-    length = fast_length(least)
-    assert length >= least
-    assert length % 2 == 0
-    assert is_smooth(length)
-
-
-@given(least=st.integers(43, 2**21))
-def test_a_fast_length_wastes_a_seventh_at_most(least: int) -> None:
-    assert 7 * fast_length(least) <= 8 * least
-
-
-@given(first=st.integers(1, 2**14), second=st.integers(1, 2**14))
-def test_a_longer_sequence_never_needs_a_shorter_transform(first: int, second: int) -> None:
-    assert fast_length(min(first, second)) <= fast_length(max(first, second))

@@ -1,7 +1,6 @@
 """The scan that continues from states and returns those at the ends of rows, against a loop over the tokens."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,42 +8,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sma.kernels.chunks import CHUNK
 from sma.modules.complex_recurrence import ComplexRecurrence
-from sma.modules.scan import CHUNK, Recurrence, advance, causal_scan
+from sma.modules.scan import advance, causal_scan
 from tests.streams import near
-from tests.test_modules import test_complex_recurrence, test_scan
+from tests.test_modules.test_complex_recurrence import as_complex, draw_recurrence
 
-AnyRecurrence = Recurrence | ComplexRecurrence
-Draw = Callable[[int, int, int], AnyRecurrence]
-
-DRAWS: dict[str, Draw] = {"real": test_scan.draw_recurrence, "complex": test_complex_recurrence.draw_recurrence}
-recurrences = pytest.mark.parametrize("draw", [pytest.param(draw, id=name) for name, draw in DRAWS.items()])
 lengths_of_chunks = pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
 
 
-def loop(x_BLD: Tensor, lengths: list[int], recurrence: AnyRecurrence, before_BDN: Tensor) -> tuple[Tensor, Tensor]:
+def loop(x_BLD: Tensor, lengths: list[int], recurrence: ComplexRecurrence, before_BDN: Tensor) -> tuple[Tensor, Tensor]:
     """Row by row and token by token; a row ends after its length, and its later outputs have no meaning."""
-    if isinstance(recurrence, Recurrence):
-        decay, inward, weight = recurrence.log_decay.exp(), recurrence.inward, recurrence.outward
-    else:
-        decay = torch.exp(torch.complex(recurrence.log_decay, recurrence.angle))
-        inward, weight = torch.ones_like(decay), test_complex_recurrence.as_complex(recurrence.outward).conj()
-        before_BDN = test_complex_recurrence.as_complex(before_BDN)
+    decay = torch.exp(torch.complex(recurrence.log_decay, recurrence.angle))
+    weight = as_complex(recurrence.outward).conj()
+    before_BDN = as_complex(before_BDN)
     out, finals = [], []
     for row, length in enumerate(lengths):
         state = final = before_BDN[row]
         line = [x_BLD.new_zeros(0, x_BLD.shape[2])]
         for position in range(x_BLD.shape[1]):
-            state = decay * state + inward * x_BLD[row, position, :, None]
+            state = decay * state + x_BLD[row, position, :, None]
             line.append((weight * state).sum(1).real[None])
             if position == length - 1:
                 final = state
         out.append(torch.cat(line))
-        finals.append(torch.cat([final.real, final.imag], -1) if final.is_complex() else final)
+        finals.append(torch.cat([final.real, final.imag], -1))
     return torch.stack(out), torch.stack(finals)
 
 
-def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: AnyRecurrence, initial: bool) -> None:
+def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: ComplexRecurrence, initial: bool) -> None:
     channels, size = recurrence.outward.shape
     x = torch.randn(len(lengths), longest, channels, dtype=torch.float64)
     # The inputs after a row's tokens are 0.
@@ -62,15 +54,12 @@ def assert_scan_is_the_loop(lengths: list[int], longest: int, recurrence: AnyRec
         near(causal_scan(x, recurrence).detach(), results[1][0].detach())
 
 
-@recurrences
 @pytest.mark.parametrize("initial", [False, True], ids=["from-zeros", "from-states"])
 @lengths_of_chunks
-def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chunks(
-    length: int, initial: bool, draw: Draw
-) -> None:
+def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chunks(length: int, initial: bool) -> None:
     torch.manual_seed(length)
     lengths = [length, 0, 1, length // 2, min(length, CHUNK), length - 1] if length > 1 else [1, 1]
-    assert_scan_is_the_loop(lengths, length, draw(2, 3, 0), initial)
+    assert_scan_is_the_loop(lengths, length, draw_recurrence(2, 3), initial)
 
 
 @given(
@@ -79,19 +68,18 @@ def test_outputs_final_states_and_gradients_are_the_loop_at_every_number_of_chun
     channels=st.integers(1, 3),
     states=st.integers(1, 4),
     initial=st.booleans(),
-    draw=st.sampled_from(list(DRAWS.values())),
     seed=st.integers(0, 2**16),
 )
 def test_scan_is_the_loop_for_any_sizes(
-    lengths: list[int], more: int, channels: int, states: int, initial: bool, draw: Draw, seed: int
+    lengths: list[int], more: int, channels: int, states: int, initial: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    assert_scan_is_the_loop(lengths, max(lengths) + more, draw(channels, states, seed), initial)
+    assert_scan_is_the_loop(lengths, max(lengths) + more, draw_recurrence(channels, states, seed), initial)
 
 
-@given(seed=st.integers(0, 2**16), cut=st.integers(0, 2 * CHUNK + 3), draw=st.sampled_from(list(DRAWS.values())))
-def test_a_scan_continues_where_another_ended(seed: int, cut: int, draw: Draw) -> None:
-    recurrence, length = draw(2, 3, seed), 2 * CHUNK + 3
+@given(seed=st.integers(0, 2**16), cut=st.integers(0, 2 * CHUNK + 3))
+def test_a_scan_continues_where_another_ended(seed: int, cut: int) -> None:
+    recurrence, length = draw_recurrence(2, 3, seed), 2 * CHUNK + 3
     x = torch.randn(2, length, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     zeros = x.new_zeros(2, *recurrence.outward.shape)
     first = advance(x[:, :cut], torch.tensor([cut, cut]), recurrence, zeros)
@@ -101,9 +89,8 @@ def test_a_scan_continues_where_another_ended(seed: int, cut: int, draw: Draw) -
     near(second.final, whole.final)
 
 
-@recurrences
-def test_one_step_is_a_scan_of_one_input(draw: Draw) -> None:
-    recurrence = draw(2, 3, 0)
+def test_one_step_is_a_scan_of_one_input() -> None:
+    recurrence = draw_recurrence(2, 3)
     x = torch.randn(4, 1, 2, dtype=torch.float64)
     before = torch.randn(4, *recurrence.outward.shape, dtype=torch.float64)
     lengths = torch.ones(4, dtype=torch.long)
@@ -113,9 +100,8 @@ def test_one_step_is_a_scan_of_one_input(draw: Draw) -> None:
     near(step.out, scanned.out[:, :1])
 
 
-@recurrences
-def test_scan_with_states_passes_gradcheck(draw: Draw) -> None:
-    recurrence = draw(1, 2, 0)
+def test_scan_with_states_passes_gradcheck() -> None:
+    recurrence = draw_recurrence(1, 2)
     x = torch.randn(2, CHUNK + 6, 1, dtype=torch.float64, requires_grad=True)
     before = torch.randn(2, *recurrence.outward.shape, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([CHUNK + 6, 3])
@@ -127,10 +113,9 @@ def test_scan_with_states_passes_gradcheck(draw: Draw) -> None:
     assert torch.autograd.gradcheck(program, (x, before, *recurrence), fast_mode=True)
 
 
-@recurrences
 @pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2)], ids=["no-rows", "no-tokens"])
-def test_nothing_leaves_the_states_as_they_are_and_has_a_gradient(shape: tuple[int, int, int], draw: Draw) -> None:
-    recurrence, x = draw(2, 3, 0), torch.zeros(shape, dtype=torch.float64)
+def test_nothing_leaves_the_states_as_they_are_and_has_a_gradient(shape: tuple[int, int, int]) -> None:
+    recurrence, x = draw_recurrence(2, 3), torch.zeros(shape, dtype=torch.float64)
     before = torch.randn(shape[0], *recurrence.outward.shape, dtype=torch.float64)
     scanned = advance(x, torch.zeros(shape[0]).long(), recurrence, before)
     assert scanned.out.shape == shape
@@ -140,15 +125,11 @@ def test_nothing_leaves_the_states_as_they_are_and_has_a_gradient(shape: tuple[i
     assert [part.abs().max().item() for part in torch.autograd.grad(out.sum(), list(recurrence))] == [0.0, 0.0, 0.0]
 
 
-@recurrences
 @pytest.mark.parametrize("bad", [1e4, 1e30, torch.inf, torch.nan])
 @pytest.mark.parametrize("position", [1, CHUNK - 1, CHUNK, 3 * CHUNK, 4 * CHUNK - 1])
-def test_no_later_input_changes_an_earlier_output_or_another_row(position: int, bad: float, draw: Draw) -> None:
-    drawn = draw(2, 3, 0)
-    if isinstance(drawn, Recurrence):
-        recurrence: AnyRecurrence = Recurrence(*(part.float() for part in drawn))
-    else:
-        recurrence = drawn._replace(outward=drawn.outward.float())
+def test_no_later_input_changes_an_earlier_output_or_another_row(position: int, bad: float) -> None:
+    drawn = draw_recurrence(2, 3)
+    recurrence = drawn._replace(outward=drawn.outward.float())
     x, before = torch.randn(2, 4 * CHUNK, 2), torch.randn(2, *recurrence.outward.shape)
     changed, lengths = x.clone(), torch.tensor([4 * CHUNK, 4 * CHUNK - 7])
     changed[0, position:] = bad
@@ -161,17 +142,12 @@ def test_no_later_input_changes_an_earlier_output_or_another_row(position: int, 
 
 
 @pytest.mark.usefixtures("as_users_run")  # a thousand calls
-@pytest.mark.parametrize("angle", [None, 1e-6], ids=["real", "complex"])
-def test_small_decays_and_turns_add_up_without_drift(angle: float | None) -> None:
-    # In float32 q = e^(-1e-7 + i angle) rounds equally in every step; a thousand chunks decay by e^-0.0064 and turn by
+def test_small_decays_and_turns_add_up_without_drift() -> None:
+    # In float32 q = e^(-1e-7 + i 1e-6) rounds equally in every step; a thousand chunks decay by e^-0.0064 and turn by
     # 0.064.
-    if angle is None:
-        recurrence: AnyRecurrence = Recurrence(*(torch.full((1, 1), value) for value in (-1e-7, 0.0, 1.0)))
-        state, turned = torch.ones(1, 1, 1), torch.ones(1)
-    else:
-        exponent = (torch.full((1, 1), value, dtype=torch.float64) for value in (-1e-7, angle))
-        recurrence = ComplexRecurrence(*exponent, torch.ones(1, 2))
-        state, turned = torch.tensor([[[1.0, 0.0]]]), torch.tensor([math.cos(0.064), math.sin(0.064)])
+    exponent = (torch.full((1, 1), value, dtype=torch.float64) for value in (-1e-7, 1e-6))
+    recurrence = ComplexRecurrence(*exponent, torch.ones(1, 2))
+    state, turned = torch.tensor([[[1.0, 0.0]]]), torch.tensor([math.cos(0.064), math.sin(0.064)])
     for _ in range(1000):
         state = advance(torch.zeros(1, CHUNK, 1), torch.tensor([CHUNK]), recurrence, state).final
     assert state.flatten().tolist() == pytest.approx((0.9936205 * turned).tolist(), abs=3e-6)

@@ -13,7 +13,7 @@ from tests.cases import normal, spread
 from tests.test_modules.layouts import LAYOUTS, Layout, first, lay
 from tests.test_modules.zoo import SPECS, WIDTH, make
 
-WITHOUT = ("sliding-window attention", "the long convolution")
+WITHOUT = ("sliding-window attention", "the long convolution", "the scan of an ema")
 SLICED = "derivative for aten::_scaled_dot_product"
 
 
@@ -62,9 +62,9 @@ MLP = {"mlp": {"kind": "gated_mlp", "hidden_size": 4}}
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        pytest.param({"backbone": {"kind": "ema", "bidirectional": False}, "modules": MLP}, "", id="causal"),
+        pytest.param({"backbone": {"kind": "ema", "bidirectional": False}, "modules": MLP}, WITHOUT[2], id="causal"),
         pytest.param({"modules": MLP, "norm": {"kind": "layer_norm"}}, "", id="no backbone"),
-        pytest.param({"backbone": {"kind": "ema"}}, WITHOUT[1], id="both ways"),
+        pytest.param({"backbone": {"kind": "ema"}}, WITHOUT[2], id="both ways"),
         pytest.param(
             {"modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 4, "window": 2}}},
             WITHOUT[0],

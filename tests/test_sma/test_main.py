@@ -61,13 +61,11 @@ def test_describe_prints_the_table(listops, capsys):
 def test_describe_says_which_implementation_runs_on_a_device_and_why(capsys):
     status, text, _ = _run(capsys, "describe", "seqboat_listops", "--device", "cpu")
     assert status == 0
-    assert (
-        "operators on cpu:\nwindowed_attention  plain     kernels exist for NVIDIA GPUs, and the device is 'cpu'"
-        in text
-    )
+    reason = "plain     kernels exist for NVIDIA GPUs, and the device is 'cpu'"
+    assert f"operators on cpu:\nema                 {reason}\nwindowed_attention  {reason}" in text
     assert "between_operators" in text
     found = json.loads(_run(capsys, "describe", "seqboat_listops", "--device", "cpu", "--json")[1])["implementations"]
-    assert {"windowed_attention", "between_operators"} <= set(found)
+    assert {"ema", "windowed_attention", "between_operators"} <= set(found)
     assert all(set(each) == {"name", "reason"} for each in found.values())
     assert of_device("cuda").name == "compiled"
     assert of_device("mps").name == "written"

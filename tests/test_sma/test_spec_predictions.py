@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sma import build, load_spec
@@ -16,6 +15,7 @@ from sma.spec import kinds
 from sma.submodule import MACs
 from tests import oracles
 from tests.cases import normal
+from tests.flops import counted_products
 from tests.specs import KINDS, of_class
 
 MODEL: dict[str, Any] = {
@@ -78,8 +78,7 @@ class TestPredictions:
         module = _built(lambda: spec.build(width))
         if module is None:
             return
-        # torch counts no fused attention on a CPU; written out it does the same matrix products.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with counted_products() as counter:
             module(oracles.one_row(normal(tokens, width, dtype=torch.float32)))
         assert spec.macs(width, tokens).matmul == counter.get_total_flops() / 2
 

@@ -1,0 +1,188 @@
+"""Launches of the kernels of the EMA scan."""
+
+import torch
+from torch import Tensor
+
+from sma.kernels.ema import chunk_of, states_shape
+from sma.kernels.gpu.ema_results import results, sums
+from sma.kernels.gpu.ema_states import carry, ends
+from sma.kernels.launch import launch
+
+# One warp: a lane has a channel, and its registers have the states.
+_CHANNELS = 32
+_MOST_STATES = 16
+# States of a program that only passes them on: each takes addresses of its own.
+_CARRIED = 4
+_UNROLL = 4
+# Warps that keep a large GPU busy.
+_WARPS = 4096
+
+
+class _Scan:
+    """The sizes of one call, and its launches; `flip` swaps the directions.
+
+    Args:
+        x: rows.
+        log_decay, weight: parameters.
+        carried: h or None.
+        lengths: tokens of rows or None.
+        truncation: length of the kernels or None.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        log_decay: Tensor,
+        weight: Tensor,
+        carried: Tensor | None,
+        lengths: Tensor | None,
+        truncation: int | None,
+    ) -> None:
+        self.batch, self.length, self.channels = x.shape
+        self.directions, _, self.states = log_decay.shape
+        self.log_decay, self.weight, self.lengths = log_decay.contiguous(), weight.contiguous(), lengths
+        self.chunk = chunk_of(self.batch, self.length, self.channels)
+        self.chunks = -(-self.length // self.chunk)
+        self.late = truncation if truncation is not None and truncation < self.length else 0
+        self.streams = carried is not None
+        self.block = min(_MOST_STATES, 1 << (self.states - 1).bit_length())
+        self.blocks = -(-self.channels // _CHANNELS)
+        self.slices = -(-self.states // self.block)
+        self.shape = states_shape(self.batch, self.length, log_decay.shape)
+        self.sizes = (self.batch, self.length, self.channels, self.states, self.chunks)
+        self.strides = (self.states, 1)
+        self.constants = {
+            "S": self.directions,
+            "ROWS": lengths is not None,
+            "CHUNK": self.chunk,
+            "STATES": self.block,
+            "CHANNELS": _CHANNELS,
+        }
+
+    @property
+    def enters(self) -> bool:
+        """Whether states pass between chunks."""
+        return self.chunks > 1
+
+    def enter(self, x: Tensor, flip: bool, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The states that enter each chunk, and with carried states those after the rows.
+
+        With `before`, the states that enter each chunk, derivatives by log q.
+        """
+        enter, last = x.new_empty(0), self.log_decay.new_empty(0)
+        if not (self.enters or self.streams):
+            return self.log_decay.new_empty(0), last
+        end, enter = (self.log_decay.new_empty(self.shape) for _ in range(2))
+        if self.streams:
+            last = self.log_decay.new_empty(self.batch, self.channels, self.states)
+        programs = self.blocks * self.slices * self.directions * self.batch
+        options = {**self.constants, "FLIP": flip, "FREEZE": self.streams, "num_warps": 1}
+        launch(
+            ends,
+            (programs * self.chunks,),
+            *(x, self.log_decay, self.lengths, before, end),
+            *(*self.sizes, self.late, x.stride(0), x.stride(1), *self.strides),
+            **options,
+            SLOPE=before is not None,
+            TRUNCATED=self.late > 0,
+            UNROLL=_UNROLL,
+        )
+        options["STATES"] = min(_CARRIED, self.block)
+        launch(
+            carry,
+            (self.blocks * -(-self.states // options["STATES"]) * self.directions * self.batch,),
+            *(self.log_decay, self.lengths, end, enter, last),
+            *(*self.sizes, *self.strides),
+            **options,
+        )
+        return enter, last
+
+    def results(self, x: Tensor, skip: Tensor, carried: Tensor | None, enter: Tensor, flip: bool) -> Tensor:
+        """y, from the states that enter each chunk."""
+        make = torch.empty if self.lengths is None else torch.zeros
+        y = make(x.shape, device=x.device, dtype=x.dtype)
+        split = x.dtype != self.log_decay.dtype and self.directions * self.slices > 1
+        part = torch.empty_like(y, dtype=self.log_decay.dtype) if split else y
+        launch(
+            results,
+            (self.blocks * self.chunks * self.batch,),
+            *(x, self.log_decay, self.weight, skip, carried, self.lengths, enter, part, y),
+            *(*self.sizes, self.late, x.stride(0), x.stride(1), *self.strides),
+            **self.constants,
+            FLIP=flip,
+            TRUNCATED=self.late > 0,
+            FREEZE=self.streams,
+            ENTER=self.enters,
+            SPLIT=split,
+            num_warps=1,
+        )
+        return y
+
+    def sums(self, x: Tensor, gradient: Tensor, enter: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of log q, w and omega."""
+        programs = self.blocks * self.slices * self.directions * self.chunks
+        groups = max(1, min(self.batch, -(-_WARPS // max(1, programs))))
+        shape = (self.directions, groups * self.chunks, self.states, self.channels)
+        decay, weight = (self.log_decay.new_empty(shape) for _ in range(2))
+        skip = self.log_decay.new_empty(groups * self.chunks, self.channels)
+        launch(
+            sums,
+            (programs * groups,),
+            *(x, gradient, self.log_decay, self.weight, self.lengths, enter, slope, decay, weight, skip),
+            *(*self.sizes, self.late, x.stride(0), x.stride(1), gradient.stride(0), gradient.stride(1)),
+            *(*self.strides, groups),
+            **self.constants,
+            TRUNCATED=self.late > 0,
+            ENTER=self.enters,
+            UNROLL=_UNROLL,
+            num_warps=1,
+        )
+        decay, weight = (each.sum(1).transpose(1, 2).contiguous() for each in (decay, weight))
+        return decay, weight, skip.sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows whose channels lie side by side."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor,
+    carried: Tensor | None,
+    lengths: Tensor | None,
+    truncation: int | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk."""
+    x, carried = _rows(x), None if carried is None else carried.contiguous()
+    scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
+    enter, end = scan.enter(x, flip=False)
+    return scan.results(x, skip.contiguous(), carried, enter, flip=False), end, [enter]
+
+
+def backward(
+    grad: Tensor,
+    end_grad: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor,
+    carried: Tensor | None,
+    lengths: Tensor | None,
+    truncation: int | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_decay, weight, skip and carried."""
+    x, grad, end_grad = _rows(x), _rows(grad), end_grad.contiguous()
+    scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
+    # The operator is its own adjoint, run from the right; the gradient of the last state is what it carries.
+    back, carried_grad = scan.enter(grad, flip=True)
+    x_grad = scan.results(grad, skip.contiguous(), end_grad if scan.streams else None, back, flip=True)
+    slope, end_slope = scan.enter(x, flip=False, before=saved[0]) if saved[0].numel() else (saved[0], None)
+    decay_grad, weight_grad, skip_grad = scan.sums(x, grad, saved[0], slope)
+    if carried is not None and end_slope is not None:
+        _, back_slope = scan.enter(grad, flip=True, before=back)
+        decay_grad += (carried * back_slope + end_grad * end_slope).sum(0)
+    return x_grad, decay_grad, weight_grad, skip_grad, carried_grad
