@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sma.kernels.launch import Launch
 from sma.layer import LayerSpec
+from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.presets import shipped
@@ -116,5 +117,36 @@ def products(launch: Launch) -> int:
     return 2 * pairs * sum(sizes[width] for width in widths)
 
 
+def ema(dtypes: Sequence[str]) -> Iterator[Case]:
+    """Every distinct moving average; a causal one also with the states of streams."""
+    seen = set()
+    for preset, layer, width in layers():
+        spec = layer.backbone
+        if not isinstance(spec, EMASpec):
+            continue
+        for dtype in dtypes:
+            key = (spec.state_size, spec.directions, spec.truncation is None, DTYPES[dtype])
+            if key not in seen:
+                seen.add(key)
+                for streams in (False,) if spec.bidirectional else (False, True):
+                    yield Case(preset, dtype, partial(_average, spec, width, dtype, streams))
+
+
+def _average(spec: EMASpec, width: int, dtype: str, streams: bool) -> None:
+    from sma.kernels.gpu import ema as programs
+
+    def numbers(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    rows = 8
+    x = numbers(rows, TOKENS, width, kind=DTYPES[dtype])
+    log_decay, weight = (numbers(spec.directions, width, spec.state_size) for _ in range(2))
+    carried = numbers(rows, width, spec.state_size) if streams else None
+    lengths = numbers(rows, kind=torch.int64) if streams else None
+    arguments = x, log_decay, weight, numbers(width), carried, lengths, None if streams else spec.truncation
+    out, end, kept = programs.forward(*arguments)
+    programs.backward(out, end, *arguments, kept)
+
+
 # By operator; the argument lists the dtypes.
-CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {"windowed_attention": windowed_attention}
+CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {"ema": ema, "windowed_attention": windowed_attention}
