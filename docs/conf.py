@@ -34,6 +34,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!sma\.).*"), ("py:.*", r"sma\..*\._\w+")]
 nitpick_ignore = [
     (role, f"sma.{name}")
     for name in (
+        "around.Around",
         "modules.state_space.Kind",
         "pytree.Class",
         "spec.Registered",
@@ -41,7 +42,7 @@ nitpick_ignore = [
         "testing.examples.Module",
     )
     for role in ("py:class", "py:obj")
-]  # type variables
+]  # type variables, and what a layer and its sub-modules tell each other
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 myst_links_external_new_tab = False

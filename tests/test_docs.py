@@ -42,7 +42,8 @@ def console_steps(text: str) -> list[tuple[str, str]]:
 
 
 def run_command(command: str, folder: Path) -> str:
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    words = shlex.split(command.replace("sma ", "python -m sma ", 1) if command.startswith("sma ") else command)
+    words = [sys.executable if word == "python" else word for word in words]
     done = subprocess.run(
         words, cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
