@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from sma.errors import InputError
 from sma.kernels import implementation, operators, use
 from sma.kernels.operator import choose, define, differentiate
+from tests.flops import counted_products
+from tests.test_sma.test_kernels.attention import H, Z, problem, solve
 
 
 def _scale(x: Tensor, factor: float) -> tuple[Tensor, list[Tensor]]:
@@ -102,3 +105,29 @@ def test_importing_operators_imports_no_triton() -> None:
     program = "import sys, sma.kernels; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [pytest.param([0], id="empty"), pytest.param([3, 0, 1], id="short"), pytest.param([80, 0, 1, 33], id="blocks")],
+)
+@pytest.mark.parametrize("causal", [pytest.param(False, id="both-sides"), pytest.param(True, id="causal")])
+def test_torch_counts_the_products_inside_of_windowed_attention(lengths: list[int], causal: bool) -> None:
+    given = problem(lengths, 17)
+    with FlopCounterMode(display=False) as outside:
+        solve("plain", given, 17, causal=causal)
+    with counted_products() as inside:
+        solve("plain", given, 17, causal=causal)
+    assert outside.get_total_flops() == inside.get_total_flops()
+    assert outside.get_total_flops() > 0 or not sum(lengths)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_kernels_are_counted_by_the_pairs_in_reach() -> None:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    given = problem([80, 33], 17)
+    with FlopCounterMode(display=False) as counter:
+        solve("triton", given, 17)
+    tokens, pairs = 113, 113 * 35
+    assert tokens == given.tokens.values.shape[0]
+    assert counter.get_total_flops() == 2 * pairs * ((Z + H) + (4 * Z + 2 * H))
