@@ -26,8 +26,9 @@ from sma.testing.router_laws import ROUTER_LAWS
 from sma.testing.submodule_laws import SUBMODULE_LAWS
 
 ROOT = Path(__file__).resolve().parents[1]
-# docs/index.md only lists the pages of the site.
-GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "index.md")
+# One lists the pages of the site, the other the tables of commands that take minutes.
+WITHOUT_EXAMPLES = ("index.md", "benchmarks.md")
+GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in WITHOUT_EXAMPLES)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -125,10 +125,10 @@ def _save(ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor], kept: S
 
 
 def _backward(ctx: Any, grad: Tensor, end_grad: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, carried, lengths = ctx.saved_tensors[:6]
-    *gradients, carried_grad = _ema_backward(
-        grad, end_grad, *tensors, carried, lengths, ctx.truncation, ctx.saved_tensors[6:], ctx.implementation
-    )
+    # Checkpointing gives saved tensors once.
+    saved = ctx.saved_tensors
+    carried = saved[4]
+    *gradients, carried_grad = _ema_backward(grad, end_grad, *saved[:6], ctx.truncation, saved[6:], ctx.implementation)
     return (*gradients, None if carried is None else carried_grad, None, None, None)
 
 

@@ -275,7 +275,7 @@ class TestErrors:
     def test_a_spec_of_another_family(self):
         with pytest.raises(
             SpecError,
-            match=r"a norm must be a mapping with a 'kind' in norm, not SMARouterSpec\(kind='sma', temperature_sc",
+            match=r"a norm must be a mapping with a 'kind' in norm, not SMARouterSpec\(\); write",
         ):
             LayerSpec(norm=SMARouterSpec())
 

@@ -58,7 +58,7 @@ def test_a_set_value_of_a_searched_field_is_refused(path: str, value: str) -> No
     path = path if path.startswith("model") else f"training.{path}"
     with pytest.raises(
         SpecError,
-        match=rf"--set {path}={value}: the sweep searches '.*{path.split('.')[-1]}'.*leave it out, or give a --space",
+        match=rf"--set {path}={value}: the sweep searches '.*{path.split('.')[-1]}'.*leave it out, or give your own",
     ):
         make_sweep("listops_tiny", settings=[f"{path}={value}"])
 
