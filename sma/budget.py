@@ -157,7 +157,7 @@ class BudgetController(nn.Module):
     def move(self, counts: Int[Tensor, "S N"], speed: float | Tensor) -> None:
         """Move the score biases a share `speed` of the way to those that the counts require, where there are tokens.
 
-        All of it runs on the device of the controller, and asks the host nothing.
+        All of it runs on the device of the controller, without a synchronisation.
         """
         if not self.steered:
             return

@@ -43,7 +43,7 @@ def shift_to(
 ) -> Float[Tensor, "S"]:
     """Log-odds to add to all scores so that this share of them is above 0; undefined without tokens.
 
-    Computed on the device of the shares, without a question to the host.
+    Computed on the device of the shares, without a synchronisation.
 
     Args:
         rate: the shares to reach.
