@@ -1,0 +1,160 @@
+"""Times of single operators: the moving average, the attention, and the functions between them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.count import Shape, layer_spec
+from benchmarks.gpu.measure import Bench, products_in
+from benchmarks.gpu.results import Record
+from benchmarks.work import nbytes
+from sma import glue
+from sma.kernels.ema import ema
+from sma.modules.ema import EMASpec
+from sma.modules.gau import GAUSpec
+from sma.modules.sliding_window import Bias, attend
+from sma.ragged import compress
+
+RATE = 0.3
+
+
+def _shapes(bench: Bench) -> list[tuple[str, Shape]]:
+    """The shapes; of toys only one, for the interpreter is slow."""
+    return list(bench.shapes.items())[: 1 if bench.toy else None]
+
+
+def averages(bench: Bench) -> None:
+    """Time the moving averages, forward and forward + backward."""
+    for name, shape in _shapes(bench):
+        bench.attempt(f"ema {name}", partial(_average, bench, shape))
+
+
+def _average(bench: Bench, shape: Shape) -> Record:
+    width, spec = layer_spec(shape.model)
+    if not isinstance(spec.backbone, EMASpec):
+        raise TypeError(f"the layer of {shape.model} has no moving average")
+    x = bench.random(shape.batch, shape.length, width).requires_grad_()
+    part = spec.backbone.build(width).to(bench.device)
+    recurrences = part.recurrences(torch.float32)
+    log_decay, weight, skip = (
+        each.detach().requires_grad_()
+        for each in (recurrences.log_decay, recurrences.inward * recurrences.outward, part.omega)
+    )
+    leaves = [x, log_decay, weight, skip]
+
+    def forward() -> Tensor:
+        return ema(x, log_decay, weight, skip, truncation=cast(EMASpec, spec.backbone).truncation).out
+
+    return {**_both(bench, forward, leaves), "gigabytes": x.nbytes / 1e9}
+
+
+def attentions(bench: Bench) -> None:
+    """Time the windowed attentions at one activation rate, forward and forward + backward."""
+    for name, shape in _shapes(bench):
+        for precision in ("tf32",) if bench.toy else ("tf32", "bf16"):
+            bench.attempt(f"attention {name} {precision}", partial(_attention, bench, shape, precision))
+
+
+class Attended(NamedTuple):
+    """Inputs of a windowed attention, and its call."""
+
+    leaves: list[Tensor]
+    forward: Callable[[], Tensor]
+    spec: GAUSpec
+    tokens: int
+
+
+def attention_of(bench: Bench, shape: Shape, dtype: torch.dtype, biased: bool = True) -> Attended:
+    """The attention of a preset's layer on random active tokens."""
+    _, layer = layer_spec(shape.model)
+    spec = next(iter(layer.modules.values()))
+    if not isinstance(spec, GAUSpec) or spec.window is None:
+        raise TypeError(f"the layer of {shape.model} has no gated attention unit with a window")
+    window = spec.window
+    active = torch.rand(shape.batch, shape.length, device=bench.device) < RATE
+    tokens = compress(bench.random(shape.batch, shape.length, 1), active)
+    count = tokens.index.shape[0]
+    sizes = (spec.query_size, spec.query_size, spec.hidden_size)
+    q, k, v = (bench.random(count, size, scale=size**-0.25, dtype=dtype).requires_grad_() for size in sizes)
+    entries = spec.position.table_size(window) if biased else 0
+    bias = None
+    if entries:
+        table = bench.random(entries, scale=0.02).requires_grad_()
+        bias = Bias(table, spec.position.table_center(window), spec.position.over_slots)
+
+    def forward() -> Tensor:
+        return attend(
+            q, k, v, tokens, window=window, causal=not spec.bidirectional, weighting=spec.attention, bias=bias
+        )
+
+    return Attended([q, k, v] + ([] if bias is None else [bias.table]), forward, spec, count)
+
+
+def attention_flops(given: Attended) -> tuple[float, float]:
+    """Operations of the products of the pairs in reach, forward and backward.
+
+    Forward has the products of scores and of values; backward those of the gradients of weights, values, queries and
+    keys, and the scores once more.
+    """
+    spec, window = given.spec, cast(int, given.spec.window)
+    pairs = given.tokens * (1 + window * (2 if spec.bidirectional else 1))
+    z, h = spec.query_size, spec.hidden_size
+    return 2.0 * pairs * (z + h), 2.0 * pairs * (3 * z + 2 * h)
+
+
+def _attention(bench: Bench, shape: Shape, precision: str) -> Record:
+    given = attention_of(bench, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
+    with products_in(precision):
+        times = _both(bench, given.forward, given.leaves)
+    forward, backward = attention_flops(given)
+    return {
+        **times,
+        "tokens": given.tokens,
+        "forward_teraflops": forward / times["forward"] / 1e9,
+        "backward_teraflops": backward / max(times["step"] - times["forward"], 1e-6) / 1e9,
+    }
+
+
+def _both(bench: Bench, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Record:
+    """Time of a forward pass that keeps what backward needs, and of both."""
+    weight = torch.randn_like(forward().detach())
+
+    def step() -> None:
+        torch.autograd.grad(forward(), leaves, weight)
+
+    return {
+        "forward": bench.milliseconds(forward, 0.3),
+        "step": bench.milliseconds(step, 0.4),
+        "peak_gigabytes": bench.peak_gigabytes(step),
+    }
+
+
+def fused_functions(bench: Bench) -> None:
+    """Bytes per second of the functions between the operators of a layer, each tensor read or written once."""
+    shape = bench.shapes["text"]
+    width, _ = layer_spec(shape.model)
+    x, grad, passed = (bench.random(shape.batch * shape.length, width) for _ in range(3))
+    routed = bench.random(round(RATE * x.shape[0]), width)
+    index = torch.randperm(x.shape[0], device=bench.device)[: routed.shape[0]].sort().values
+    slots = glue.slots_of(index, None, x.shape[0])
+    weight = bench.random(1)
+    keep = bench.random(*x.shape) > 0
+    calls: dict[str, tuple[glue.Fused, tuple[object, ...]]] = {
+        "silu_dropout": (glue.silu_dropout, (x, 0.1)),
+        "silu_dropout_backward": (glue.silu_dropout_backward, (grad, x, keep, 0.1)),
+        "join_parts": (glue.join_parts, (x, passed, routed, slots, 0.0, True)),
+        "rms_norm": (glue.rms_norm, (x, weight, 1e-5)),
+        "rms_norm_backward": (glue.rms_norm_backward, (grad, x, weight, bench.random(x.shape[0], 1).abs())),
+    }
+    for name, (function, arguments) in calls.items():
+        bench.attempt(f"glue {name}", partial(_glue, bench, function, arguments))
+
+
+def _glue(bench: Bench, function: glue.Fused, arguments: tuple[object, ...]) -> Record:
+    bench.require_gpu("functions are compiled for CUDA")
+    moved = nbytes([arguments, function(*arguments)])
+    milliseconds = bench.milliseconds(lambda: function(*arguments), 0.3)
+    return {"milliseconds": milliseconds, "gigabytes_per_second": moved / milliseconds / 1e6}

@@ -1,0 +1,122 @@
+"""Other programs on the same card: a transformer, FlexAttention, the authors' algorithm, a compiled layer."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.count import layer_spec
+from benchmarks.gpu.measure import Bench, build_layer, products_in, step_of
+from benchmarks.gpu.operators import attention_of
+from benchmarks.gpu.padded import PaddedLayer
+from benchmarks.gpu.results import Record
+from sma.kernels import use
+
+
+class TransformerLayer(nn.Module):
+    """A pre-norm layer of a transformer: attention to all tokens, and a feed-forward block of four times the width.
+
+    Args:
+        width: channels of every token.
+        heads: of the attention.
+        causal: whether tokens attend to earlier ones only.
+        flash: whether the attention must be flash attention.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool, flash: bool) -> None:
+        super().__init__()
+        self.heads, self.causal, self.flash = heads, causal, flash
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, L, D)."""
+        q, k, v = self.in_proj(self.norms[0](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        backends = [SDPBackend.FLASH_ATTENTION] if self.flash else [SDPBackend.MATH]
+        with sdpa_kernel(backends):
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out_proj(attended.transpose(1, 2).flatten(2))
+        mixed: Tensor = x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+        return mixed
+
+
+def run(bench: Bench) -> None:
+    """Measure the peers, the most important first."""
+    names = ("text",) if bench.toy else ("text", "image")
+    for name in names:
+        bench.attempt(f"transformer {name}", partial(_transformer, bench, name, False))
+    for name in names:
+        bench.attempt(f"authors {name}", partial(_authors, bench, name))
+    bench.attempt("flex attention", partial(_flex, bench, False))
+    bench.attempt("flex attention peer", partial(_flex, bench, True))
+    bench.attempt("compiled static", partial(_compiled, bench))
+    bench.attempt("compiled transformer text", partial(_transformer, bench, "text", True))
+
+
+def _transformer(bench: Bench, name: str, compiled: bool) -> Record:
+    if compiled:
+        bench.require_gpu("torch.compile")
+    shape = bench.shapes[name]
+    width, spec = layer_spec(shape.model)
+    causal = spec.backbone is not None and not spec.backbone.bidirectional  # type: ignore[attr-defined]
+    layer: nn.Module = TransformerLayer(width, 4, causal, not bench.toy).to(bench.device)
+    inputs = [bench.random(shape.batch, shape.length, width).requires_grad_() for _ in range(1 if bench.toy else 3)]
+    step = step_of(bench, torch.compile(layer) if compiled else layer, inputs, "bf16")
+    return {"milliseconds": bench.milliseconds(step, 1.0), "peak_gigabytes": bench.peak_gigabytes(step)}
+
+
+def _authors(bench: Bench, name: str) -> Record:
+    """Time and memory at one rate, and the distance of its results from ours, without dropout."""
+    with use("plain" if bench.toy else "triton"), products_in("tf32"):
+        layer, inputs, rate = build_layer(bench, bench.shapes[name], 0.3)
+        peer = PaddedLayer(layer).train()
+        step = step_of(bench, peer, inputs, "tf32")
+        milliseconds, peak = bench.milliseconds(step, 1.0), bench.peak_gigabytes(step)
+        peer.eval()
+        layer.eval()
+        with torch.no_grad(), products_in("fp32"):
+            difference = float((peer(inputs[0]) - layer(inputs[0]).hidden).abs().max())
+    return {"milliseconds": milliseconds, "peak_gigabytes": peak, "real_rate": rate, "difference": difference}
+
+
+def _flex(bench: Bench, attend_flexibly: bool) -> Record:
+    """Sliding-window attention of Text in bfloat16 without a bias: ours, and FlexAttention on the same tokens."""
+    shape = bench.shapes["text"]
+    given = attention_of(bench, shape._replace(batch=min(shape.batch, 14)), torch.bfloat16, biased=False)
+    if attend_flexibly:
+        bench.require_gpu("FlexAttention")
+        q, k, v, *_ = given.leaves
+        forward: Callable[[], Tensor] = _flexible(given.spec.window or 0, q, k, v)
+    else:
+        forward = given.forward
+    weight = torch.randn_like(given.leaves[2])
+
+    def step() -> None:
+        torch.autograd.grad(forward(), given.leaves[:3], weight)
+
+    with use("plain" if bench.toy else "triton"):
+        return {"forward": bench.milliseconds(forward), "step": bench.milliseconds(step), "tokens": given.tokens}
+
+
+def _flexible(window: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """FlexAttention within a window, on one row of all tokens: rows would only remove pairs."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key).abs() <= window
+
+    count = q.shape[0]
+    mask = create_block_mask(near, None, None, count, count, device=q.device.type)
+    attend = torch.compile(flex_attention)
+    return lambda: attend(q[None, None], k[None, None], v[None, None], block_mask=mask, scale=1.0)[0, 0]
+
+
+def _compiled(bench: Bench) -> Record:
+    bench.require_gpu("torch.compile")
+    with use("triton"), products_in("tf32"):
+        layer, inputs, rate = build_layer(bench, bench.shapes["text"], 0.3)
+        step = step_of(bench, torch.compile(layer), inputs, "tf32", capacity=0.375)
+        return {"milliseconds": bench.milliseconds(step), "real_rate": rate}

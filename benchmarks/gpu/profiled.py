@@ -1,0 +1,83 @@
+"""The profile of one step: kernels, launches, questions to the host, the share of time in which the device idles."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.measure import Bench
+from benchmarks.gpu.results import Record
+
+STEPS = 3
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+QUESTIONS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+
+
+class Event(NamedTuple):
+    """A kernel, a copy, or a call of the host, in microseconds."""
+
+    name: str
+    on_device: bool
+    start: float
+    end: float
+
+
+def record(bench: Bench, step: Callable[[], object]) -> list[Event]:
+    """The events of a few steps after others that warm up."""
+    activities = [ProfilerActivity.CPU] + ([] if bench.toy else [ProfilerActivity.CUDA])
+    for _ in range(1 if bench.toy else 3):
+        step()
+    synchronise(bench)
+    with profile(activities=activities) as found:
+        for _ in range(STEPS):
+            step()
+        synchronise(bench)
+    return [_event(each) for each in found.events() or []]
+
+
+def synchronise(bench: Bench) -> None:
+    """Wait for the device."""
+    if not bench.toy:
+        torch.cuda.synchronize()
+
+
+def _event(each: Any) -> Event:
+    return Event(each.name, each.device_type.name == "CUDA", each.time_range.start, each.time_range.end)
+
+
+def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
+    """What a profile says of one step; of a host alone only its operators."""
+    # A name of the host on the device is the span of an annotation, in which the device may idle.
+    host = set() if host_only else {event.name for event in events if not event.on_device}
+    own = [event for event in events if event.on_device != host_only and event.name not in host]
+    times: dict[str, float] = {}
+    for event in own:
+        times[event.name] = times.get(event.name, 0.0) + event.end - event.start
+    longest = sorted(times.items(), key=lambda item: -item[1])[:20]
+    top = [[name[:120], round(time / steps / 1e3, 4)] for name, time in longest]
+    if host_only:
+        return {"top": top, "launches": None, "questions": None, "idle": None}
+    kernels = [event for event in own if not event.name.startswith(("Memcpy", "Memset"))]
+    calls = Counter(event.name for event in events if not event.on_device)
+    return {
+        "top": top,
+        "kernels": len(kernels) / steps,
+        "launches": sum(number for name, number in calls.items() if name.startswith(LAUNCHES)) / steps,
+        "questions": sum(calls[name] for name in QUESTIONS) / steps,
+        "idle": idle_share(own),
+        "busy_milliseconds": sum(times.values()) / steps / 1e3,
+    }
+
+
+def idle_share(events: Sequence[Event]) -> float | None:
+    """Share of the time from the first event to the end of the last in which none runs; None without events."""
+    if not events:
+        return None
+    ordered = sorted(events, key=lambda event: event.start)
+    busy, reached = 0.0, ordered[0].start
+    for event in ordered:
+        busy += max(0.0, event.end - max(event.start, reached))
+        reached = max(reached, event.end)
+    return 1 - busy / (reached - ordered[0].start)

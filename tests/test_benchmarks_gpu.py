@@ -1,0 +1,364 @@
+"""The run on a GPU, without one: all its phases at toy sizes, what a stop leaves, marks from made-up figures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.count import Shape, count, layer_spec
+from benchmarks.gpu import layers, marks, measure, padded, profiled, report
+from benchmarks.gpu.correctness import poisoned
+from benchmarks.gpu.profiled import Event
+from benchmarks.gpu.results import Points, Results
+from sma.layer import RoutedLayer
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+PHASES = ["ceilings", "correctness", "profile", "plain", "kernels", "peers", "steps", "counters"]
+
+
+def _python(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return Results(folder).read()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # It takes 25 s of processor time; a busy machine has little of it.
+    arguments = ["--out", str(folder), "--device", "cpu", "--deadline", "5000"]
+    subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=800, check=True)
+    lines = _lines(folder)
+    assert [line for line in lines if line["kind"] in ("failed", "stopped")] == []
+    assert [line["phase"] for line in lines if line["kind"] == "phase"] == PHASES
+    assert {line["phase"] for line in lines if line["kind"] == "point"} == set(PHASES[:-1])
+    for line in lines:
+        if line["kind"] == "missing":
+            assert line["reason"].startswith("not measured on this device")
+    head = next(line for line in lines if line["kind"] == "run")
+    device = next(line for line in lines if line["kind"] == "device")
+    assert "--device cpu" in head["command"]
+    assert device["torch"] == torch.__version__
+    states = {mark.name: mark.state for mark in marks.marks(Points(lines), timed=False)}
+    assert states.pop("error of the moving average, float32") == "met"
+    assert states.pop("error of the attention, fp32") == "met"
+    assert states.pop("NaN reaches what it reaches in plain PyTorch") == "met"
+    assert states.pop("tensors that differ between two runs, the bias table aside") == "met"
+    assert set(states.values()) == {"not measured"}
+    printed = report.report(folder)
+    assert device["card"] in printed
+    assert "| error of the attention, fp32 | <= 1e-05 |" in printed
+    assert "steps graph: not measured on this device: CUDA graphs" in printed
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_keeps_its_points(tmp_path: Path) -> None:
+    command = [*COMMAND, "--out", str(tmp_path), "--device", "cpu"]
+    run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not any(line["kind"] == "point" for line in _lines(tmp_path)) and time.monotonic() < until:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=30)
+    lines = _lines(tmp_path)
+    assert run.returncode == 143
+    assert lines[-1]["kind"] == "stopped"
+    assert lines[-1]["reason"].startswith("the run was ended by SIGTERM after ")
+    assert any(line["kind"] == "point" for line in lines)
+    assert "the run was ended by SIGTERM" in report.report(tmp_path)
+
+
+FAILING = """
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.gpu import runner
+from benchmarks.gpu.runner import Phase
+
+def raises(bench):
+    bench.attempt("good", lambda: {"number": 1})
+    bench.attempt("bad", lambda: 1 / 0)
+    bench.attempt("better", lambda: {"number": 2})
+    raise ValueError("outside of a point")
+
+def crashes(bench):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def hangs(bench):
+    bench.attempt("before", lambda: {"number": 3})
+    time.sleep(60)
+
+def late(bench):
+    bench.until = 0.0
+    bench.attempt("late", lambda: {"number": 4})
+
+phases = (raises, crashes, hangs, late)
+runner.PHASES = tuple(Phase(each.__name__, 560.0, each) for each in phases)
+runner.PHASES = (*runner.PHASES[:2], runner.PHASES[2]._replace(end=200.0), runner.PHASES[3])
+sys.exit(runner.measure(Path(sys.argv[1]), "cpu", 22.4, "a command"))
+"""
+
+
+@pytest.mark.slow
+def test_a_phase_that_fails_costs_only_what_it_had_left(tmp_path: Path) -> None:
+    done = _python(FAILING, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = _lines(tmp_path)
+    points = Points(lines)
+    assert points.get("raises", "good", "number") == 1
+    assert points.get("raises", "better", "number") == 2
+    assert points.get("hangs", "before", "number") == 3
+    reasons = [(line["phase"], line.get("name"), line["reason"]) for line in lines if "reason" in line]
+    assert reasons == [
+        ("raises", "bad", "ZeroDivisionError: division by zero"),
+        ("raises", None, "ValueError: outside of a point"),
+        ("crashes", None, "the process was ended by SIGSEGV"),
+        ("hangs", None, "the time of the phase was over"),
+        ("late", "late", "no time was left"),
+    ]
+    assert "in attempt" in next(line["trace"] for line in lines if line.get("name") == "bad")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
+    def message(*arguments: str) -> str:
+        done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip()
+
+    assert message("--report", str(tmp_path)) == (
+        f"there are no results in {str(tmp_path)!r}: results.jsonl is missing or has no run; "
+        f"write python -m benchmarks.gpu --out {tmp_path}"
+    )
+    if not torch.cuda.is_available():
+        assert message("--out", str(tmp_path)) == (
+            "torch finds no CUDA device here; run this on a machine with an NVIDIA GPU, or write --device cpu for a "
+            "run at toy sizes"
+        )
+    Results(tmp_path).add("run", command="earlier")
+    taken = str(tmp_path / "results.jsonl")
+    assert message("--out", str(tmp_path), "--device", "cpu") == (
+        f"{taken!r} has the points of another run; give --out a folder without them"
+    )
+    assert message("--out", str(tmp_path), "--deadline", "0") == (
+        "--deadline 0 must be above 0 seconds; write --deadline 560"
+    )
+
+
+def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.add("point", phase="a", name="one", number=1)
+    with results.path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "poi')
+    assert [line["name"] for line in results.read()] == ["one"]
+
+
+# Figures of a run that was never made, so that every ratio can be checked in the head.
+FIGURES: dict[tuple[str, str], dict[str, Any]] = {
+    ("ceilings", "copy"): {"gigabytes_per_second": 3000.0},
+    ("ceilings", "product tf32"): {"teraflops": 400.0},
+    ("ceilings", "product bf16"): {"teraflops": 800.0},
+    ("correctness", "ema causal whole"): {"error": 2e-6},
+    ("correctness", "ema both ways whole"): {"error": 9e-6},
+    ("correctness", "attention softmax causal fp32"): {"error": 2e-5},
+    ("correctness", "attention softmax causal tf32"): {"error": float("nan")},
+    ("correctness", "nan"): {"same_pattern": True},
+    ("correctness", "two runs"): {"differ": ["routed.submodules.attention.bias_table"]},
+    ("kernels", "ema text"): {"forward": 0.3, "step": 0.9, "gigabytes": 0.1},
+    ("plain", "ema text"): {"step": 1.7},
+    ("kernels", "ema enwik8"): {"step": 2.0},
+    ("plain", "ema enwik8"): {"step": 17.0},
+    ("kernels", "attention text tf32"): {"forward_teraflops": 150.0, "backward_teraflops": 90.0},
+    ("kernels", "glue a"): {"gigabytes_per_second": 2400.0},
+    ("kernels", "glue b"): {"gigabytes_per_second": 1800.0},
+    ("kernels", "text 0.3 tf32"): {"milliseconds": 2.4, "roofline": 1.5, "peak_gigabytes": 2.0},
+    ("plain", "text 0.3 tf32"): {"milliseconds": 8.0, "peak_gigabytes": 4.0},
+    ("kernels", "text 1.0 tf32 dense"): {"milliseconds": 6.4},
+    ("kernels", "text 0.0 tf32 without"): {"milliseconds": 1.4},
+    ("kernels", "text 0.3 bf16"): {"milliseconds": 2.0},
+    ("peers", "transformer text"): {"milliseconds": 5.0},
+    ("peers", "authors text"): {"milliseconds": 9.6},
+    ("profile", "ragged"): {"questions": 5.0, "layers": 4},
+    ("profile", "static"): {"questions": 0.0, "layers": 4},
+    ("steps", "graph"): {"idle": 0.03},
+    ("steps", "losses"): {"largest_difference": 0.0},
+}
+JUDGED = {
+    "error of the moving average, float32": (9e-6, "met"),
+    "error of the attention, fp32": (2e-5, "missed"),
+    "error of the attention, tf32": (float("nan"), "missed"),
+    "error of the attention, bf16": (None, "not measured"),
+    "NaN reaches what it reaches in plain PyTorch": (1.0, "met"),
+    "tensors that differ between two runs, the bias table aside": (0.0, "met"),
+    "moving average of Text, forward, over its floor of three passes": (3.0, "met"),  # 0.3 GB at 3 TB/s: 0.1 ms
+    "speed of the moving average of text over that by FFT, forward + backward": (1.7 / 0.9, "missed"),
+    "speed of the moving average of enwik8 causal, over the scan of torch, forward + backward": (8.5, "met"),
+    "attention of Text, forward, tf32, of a product": (37.5, "met"),
+    "attention of Text, backward, tf32, of a product": (22.5, "missed"),
+    "slowest function between operators, of a copy": (60.0, "missed"),
+    "layer of text at 0.3, tf32, over its roofline": (1.6, "met"),
+    "speed over a flash transformer, text at 0.3, bf16": (2.5, "met"),
+    "speed over a flash transformer, text at 0.1, bf16": (None, "not measured"),
+    "speed over the authors' algorithm, text at 0.3": (4.0, "missed"),
+    "skip efficiency, text at 0.3": (4.0 / (0.7 * 5.0), "met"),
+    "peak memory over plain PyTorch, text at 0.3": (0.5, "met"),
+    "questions to the host of a training step, per layer": (1.25, "missed"),
+    "questions to the host of a training step, with a capacity": (0.0, "met"),
+    "idle share of a training step as a graph": (3.0, "met"),
+    "losses of 30 updates, graph against eager, relative": (0.0, "met"),
+}
+
+
+def _made_up() -> list[dict[str, Any]]:
+    return [{"kind": "point", "phase": phase, "name": name, **each} for (phase, name), each in FIGURES.items()]
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_marks_follow_from_the_figures_of_the_same_run(name: str) -> None:
+    figure, state = JUDGED[name]
+    found = {mark.name: mark for mark in marks.marks(Points(_made_up()))}[name]
+    assert found.state == state
+    assert found.figure == (None if figure is None else pytest.approx(figure, nan_ok=True))
+
+
+def test_a_mark_without_ceilings_is_not_measured() -> None:
+    records = [each for each in _made_up() if each["phase"] != "ceilings"]
+    found = {mark.name: mark.state for mark in marks.marks(Points(records))}
+    assert found["moving average of Text, forward, over its floor of three passes"] == "not measured"
+    assert found["attention of Text, forward, tf32, of a product"] == "not measured"
+    assert {mark.state for mark in marks.marks(Points([]))} == {"not measured"}
+
+
+def test_a_report_has_the_card_the_marks_and_the_points(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.add("device", device="cuda", card="Card X", torch="2.11.0", triton="3.6.0", python="3.12.3")
+    results.add("run", command="python -m benchmarks.gpu --out x", commit="0123abc", date="2026-11-27 12:00 UTC")
+    for each in _made_up():
+        results.add(**each)
+    results.add("failed", phase="peers", name="flex attention peer", reason="RuntimeError: no", trace="...")
+    lines = report.report(tmp_path).splitlines()
+    assert lines[0] == "### Card X"
+    assert lines[2] == (
+        "`python -m benchmarks.gpu --out x`, commit 0123abc, 2026-11-27 12:00 UTC, torch 2.11.0, triton 3.6.0, "
+        "python 3.12.3."
+    )
+    assert "| speed over a flash transformer, text at 0.3, bf16 | >= 2x | 2.5 | met |" in lines
+    assert "| error of the attention, tf32 | <= 0.001 | nan | missed |" in lines
+    assert "| ema text | 1.7 |  |  |" in lines[lines.index("**plain**") :]
+    assert lines[-1] == "- peers flex attention peer: RuntimeError: no"
+
+
+def test_a_device_idles_where_no_kernel_runs() -> None:
+    events = [
+        Event("one", True, 0.0, 10.0),
+        Event("inside", True, 2.0, 5.0),
+        Event("overlap", True, 8.0, 14.0),
+        Event("two", True, 18.0, 20.0),
+    ]
+    assert profiled.idle_share(events) == pytest.approx(4 / 20)
+    assert profiled.idle_share([]) is None
+
+
+def test_a_profile_counts_what_the_host_waits_for() -> None:
+    events = [
+        Event("cudaLaunchKernel", False, 0.0, 1.0),
+        Event("cuLaunchKernelEx", False, 1.0, 2.0),
+        Event("cudaStreamSynchronize", False, 2.0, 9.0),
+        Event("cudaEventSynchronize", False, 2.0, 9.0),
+        Event("cudaDeviceSynchronize", False, 9.0, 10.0),
+        Event("Optimizer.step", False, 0.0, 10.0),
+        Event("Optimizer.step", True, 0.0, 10.0),  # the span of an annotation
+        Event("kernel", True, 2.0, 6.0),
+        Event("Memcpy DtoH", True, 6.0, 7.0),
+    ]
+    found = profiled.figures(events, steps=2, host_only=False)
+    assert found["questions"] == 1.0
+    assert found["launches"] == 1.0
+    assert found["kernels"] == 0.5
+    assert found["idle"] == 0.0
+    assert found["top"] == [["kernel", 0.002], ["Memcpy DtoH", 0.0005]]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("model", ["text", "image", "pathx", "language"])
+def test_the_authors_algorithm_computes_the_same_layer(model: str, rate: float, tmp_path: Path) -> None:
+    bench = measure.Bench(Results(tmp_path), "test", "cpu", time.monotonic() + 60)
+    layer, inputs, _ = measure.build_layer(bench, Shape(f"seqboat_{model}_tiny", 2, 150), rate)
+    peer = padded.PaddedLayer(layer)
+    peer.eval()
+    found, wanted = (part(inputs[0]) for part in (peer, lambda x: layer(x).hidden))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    weight = torch.randn_like(wanted)
+    parameters = [inputs[0], *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad(found, parameters, weight, materialize_grads=True),
+        torch.autograd.grad(wanted, parameters, weight, materialize_grads=True),
+        strict=True,
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * (1 + float(other.abs().max())))
+
+
+@pytest.mark.parametrize(("variant", "modules", "rate"), [("dense", 1, 1.0), ("without", 0, 0.0), ("routed", 1, 0.5)])
+def test_variants_of_a_layer_have_the_rate_that_is_asked(
+    variant: str, modules: int, rate: float, tmp_path: Path
+) -> None:
+    bench = measure.Bench(Results(tmp_path), "test", "cpu", time.monotonic() + 60)
+    built = measure.build_layer(bench, Shape("seqboat_image_tiny", 2, 20), rate, variant)
+    assert isinstance(built.layer, RoutedLayer)
+    assert len(built.layer.spec.modules) == modules
+    assert built.rate == pytest.approx(rate, abs=0.03)
+
+
+def test_a_roofline_is_the_sum_over_the_launches() -> None:
+    shape = Shape("seqboat_image", 4, 1024)
+
+    def bound(copy: float, product: float) -> float:
+        ceilings = [
+            {"kind": "point", "phase": "ceilings", "name": "copy", "gigabytes_per_second": copy},
+            {"kind": "point", "phase": "ceilings", "name": "product tf32", "teraflops": product},
+        ]
+        return float(layers.roofline(shape, 0.3, "tf32", Points(ceilings))["roofline"])
+
+    width, spec = layer_spec(shape.model)
+    with torch.device("meta"):
+        work = count(spec.build(width).train(), shape.batch, shape.length, 0.3).work()
+    gigabytes, teraflop = (work.read + work.written) / 1e9, work.flops / 1e12
+    assert bound(1.0, 1e12) == pytest.approx(1e3 * gigabytes)
+    assert bound(1e12, 1.0) == pytest.approx(1e3 * teraflop)
+    assert bound(1.0, 1.0) <= 1e3 * (gigabytes + teraflop)
+    assert layers.roofline(shape, 0.3, "tf32", Points([])) == {}
+
+
+def test_new_tensors_are_poisoned_inside_the_block_only() -> None:
+    like = torch.ones(3)
+    with poisoned():
+        made = [torch.empty(3), torch.empty_like(like), like.new_empty(3)]
+        assert all(bool(each.isnan().all()) for each in made)
+        assert torch.empty(2, dtype=torch.int64).shape == (2,)
+    made = [torch.zeros(3), like.new_zeros(3)]
+    assert not any(bool(each.isnan().any()) for each in made)
+    assert "_full" not in torch.empty.__qualname__
+
+
+def test_records_are_json_lines(tmp_path: Path) -> None:
+    Results(tmp_path).add("point", phase="a", name="b", figure=1.5)
+    assert json.loads((tmp_path / "results.jsonl").read_text(encoding="utf-8")) == {
+        "kind": "point",
+        "phase": "a",
+        "name": "b",
+        "figure": 1.5,
+    }
