@@ -99,7 +99,8 @@ def count_rates(decisions: Sequence[Decision], valid: Bool[Tensor, "B L"] | None
     if not decisions:
         return RateCount(torch.zeros(0, 0, dtype=torch.int64), torch.zeros((), dtype=torch.int64), ())
     first, names = decisions[0].active, _union(layers)
-    total = torch.tensor(first.shape[0] * first.shape[1], device=first.device) if valid is None else valid.sum()
+    # `torch.tensor` would copy the number to an accelerator, for which the host waits.
+    total = torch.full((), first.shape[0] * first.shape[1], device=first.device) if valid is None else valid.sum()
     rows = []
     for decision in decisions:
         counts = (decision.active if valid is None else decision.active & valid[..., None]).sum((0, 1))

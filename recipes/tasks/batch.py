@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import DataError
@@ -76,6 +77,13 @@ def select_scored(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"]
     return logits[scored], targets[scored]
 
 
-def scatter_scored(values: Float[Tensor, " N"], targets: Tensor) -> Float[Tensor, " B"] | Float[Tensor, "B L"]:
-    """The inverse of `select_scored` for one value per scored row or position, with 0 elsewhere."""
-    return values.detach().new_zeros(targets.shape).masked_scatter(targets != UNSCORED, values.detach())
+def scored_losses(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "..."], Bool[Tensor, "..."]]:
+    """Cross-entropy of all rows, or of all positions, and whether they are scored; 0 where not.
+
+    No shape depends on which are scored, so an accelerator need not tell the host.
+    """
+    scored = targets != UNSCORED
+    # The gradient of a score that does not count is 0, and 0 times a score that is not finite is NaN.
+    counting = logits.where(scored[..., None], 0)
+    losses = cross_entropy(counting.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=UNSCORED)
+    return losses.reshape(targets.shape), scored

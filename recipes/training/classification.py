@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sma.errors import DataError, SpecError
 from sma.model import SequenceModel
@@ -15,12 +15,14 @@ from sma.model_output import ModelOutput
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.reports.classification import ClassificationReport, measure_activation
 from sma.recipes.reports.confusion import Confusion, check_names
-from sma.recipes.tasks.batch import UNSCORED, Batch, scatter_scored, select_scored
+from sma.recipes.tasks.batch import Batch, scored_losses, select_scored
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
+from sma.recipes.training.measures import Average, Measures
 from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
 from sma.recipes.training.objective import Objective, Split
 from sma.recipes.training.sampling import UpdateSampler
+from sma.stats import count_rates
 
 EVALUATION_BATCH = 200
 EVALUATION_TOKENS = 2**17
@@ -40,15 +42,14 @@ class Classifier(ScoredModule):
     """
 
     def __init__(self, model: SequenceModel, training: TrainingSpec, classes: int) -> None:
-        super().__init__(model, training, "accuracy", lambda: MulticlassAccuracy(classes, average="micro"))
+        super().__init__(model, training, "accuracy", lambda: Average(torch.int64))
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= _MAX_CLASSES else None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
-        output, logits, losses = self._run(batch, self.fit_scores)
-        self.tokens_seen += int(batch.valid.sum())
-        losses_by_row = scatter_scored(losses, batch.targets)
-        return self.complete_update(losses.mean(), output.decisions, batch.valid, losses_by_row)
+    def compute(self, batch: Batch) -> tuple[Tensor, Measures]:
+        """Compute the loss and the measures of an update, and update the budget controller."""
+        output, losses, measures = self._run(batch)
+        self.steer(output.decisions, batch.valid)
+        return measures.loss + self.routing_loss(output.decisions, batch.valid, losses), measures
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the validation split."""
@@ -56,30 +57,37 @@ class Classifier(ScoredModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch of the test split."""
-        logits = self._score(batch, "test", self.test_scores)
+        output = self._score(batch, "test", self.test_scores)
         if self.confusion is not None:
-            self.confusion.update(logits.argmax(-1), batch.targets[batch.targets != UNSCORED])
+            logits, targets = select_scored(cast(Tensor, output.logits), batch.targets)
+            self.confusion.update(logits.argmax(-1), targets)
 
     def on_test_epoch_start(self) -> None:
         """Reset the confusion matrix."""
         if self.confusion is not None:
             self.confusion.reset()
 
-    def _score(self, batch: Batch, split: str, scores: Scores) -> Tensor:
-        _, logits, losses = self._run(batch, scores)
-        self.log(f"{split}_loss", losses.mean(), batch_size=len(batch.targets), sync_dist=True)
-        return logits
+    def _score(self, batch: Batch, split: str, scores: Scores) -> ModelOutput:
+        output, _, measures = self._run(batch)
+        self.check_loss(measures.loss)
+        scores.add(measures)
+        self.log(f"{split}_loss", measures.loss, batch_size=len(batch.targets), sync_dist=True)
+        return output
 
-    def _run(self, batch: Batch, scores: Scores | None = None) -> tuple[ModelOutput, Tensor, Tensor]:
-        check_finite(batch, self.global_step)
+    def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Measures]:
         output: ModelOutput = self.model(batch.inputs, batch.valid)
         # The spec of an experiment is valid only if its model has a head, so there are logits.
-        logits, targets = select_scored(cast(Tensor, output.logits), batch.targets)
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        self.check_loss(losses.mean())
-        if scores is not None:
-            scores.add(output.decisions, batch.valid, logits, targets)
-        return output, logits, losses
+        logits = cast(Tensor, output.logits)
+        losses, scored = scored_losses(logits, batch.targets)
+        count, right = scored.sum(), ((logits.argmax(-1) == batch.targets) & scored).sum()
+        rates = count_rates(output.decisions, batch.valid)
+        return output, losses, Measures(losses.sum() / count, rates, (right, count), batch.valid.sum())
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the inputs, where the host can look at them without waiting for a device."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        check_finite(batch, self.global_step)
+        return batch
 
 
 def check_finite(batch: Batch, update: int) -> None:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchmetrics import MeanMetric
 
 from sma.model import LanguageModel, SequenceModel
 from sma.model_output import ModelOutput, ModelState
@@ -16,11 +15,14 @@ from sma.pytree import named_tensors, with_tensors
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.reports.language import LanguageReport, read_along
 from sma.recipes.reports.reference_scores import reference_scores
+from sma.recipes.tasks.batch import UNSCORED, scored_losses
 from sma.recipes.tasks.language.corpus import Corpus
 from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
+from sma.recipes.training.measures import Average, Measures
 from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
 from sma.recipes.training.objective import Objective, Split
+from sma.stats import count_rates
 from sma.summary import summary
 
 
@@ -162,24 +164,23 @@ class LanguageModule(ScoredModule):
         carry_state: bool,
         distributed: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        super().__init__(model, training, "bits_per_character", MeanMetric, short="bits")
+        super().__init__(model, training, "bits_per_character", Average, short="bits")
         self.carry_state, self.distributed = carry_state, distributed
         self.carried: ModelState | None = None
         self.streamed: ModelState | None = None
 
-    def training_step(self, batch: Segment, batch_idx: int) -> Tensor:
-        """Compute the loss of one update."""
+    def compute(self, batch: Segment) -> tuple[Tensor, Measures]:
+        """Compute the loss and the measures of an update, and update the budget controller."""
         state = None
         if self.carry_state:
             state = self.carried
             if state is None or batch.fresh:
                 state = self._own(self.model.init_state(len(batch.inputs) * self.distributed.world_size))
             state = state.to(self.device)  # a checkpoint is read on the CPU
-        output, losses = self._run(batch, state, self.fit_scores)
+        output, losses, measures = self._run(batch, state)
         self.carried = None if output.state is None else output.state.detach()
-        self.tokens_seen += batch.inputs.numel()
-        by_position = losses.new_zeros(batch.scored.shape).masked_scatter(batch.scored, losses.detach())
-        return self.complete_update(losses.mean(), output.decisions, None, by_position)
+        self.steer(output.decisions, None)
+        return measures.loss + self.routing_loss(output.decisions, None, losses), measures
 
     def validation_step(self, batch: Segment, batch_idx: int) -> None:
         """Score one window of the validation split."""
@@ -209,17 +210,18 @@ class LanguageModule(ScoredModule):
 
     def _score(self, batch: Segment, scores: Scores) -> None:
         state = self.model.init_state(len(batch.inputs)) if batch.fresh or self.streamed is None else self.streamed
-        self.streamed = self._run(batch, state, scores)[0].state
+        output, _, measures = self._run(batch, state)
+        self.streamed = output.state
+        self.check_loss(measures.loss)
+        scores.add(measures)
 
-    def _run(self, batch: Segment, state: ModelState | None, scores: Scores) -> tuple[ModelOutput, Tensor]:
+    def _run(self, batch: Segment, state: ModelState | None) -> tuple[ModelOutput, Tensor, Measures]:
         output: ModelOutput = self.model(batch.inputs, state=state)
-        logits = cast(Tensor, output.logits)
-        losses = nn.functional.cross_entropy(
-            logits[batch.scored].float(), batch.targets[batch.scored], reduction="none"
-        )
-        self.check_loss(losses.sum())
-        scores.add(output.decisions, batch.scored, losses.detach().double() / math.log(2))
-        return output, losses
+        targets = batch.targets.where(batch.scored, UNSCORED)
+        losses, _ = scored_losses(cast(Tensor, output.logits).float(), targets)
+        count, bits = batch.scored.sum(), losses.detach().sum(dtype=torch.float64) / math.log(2)
+        rates = count_rates(output.decisions, batch.scored)
+        return output, losses, Measures(losses.sum() / count, rates, (bits, count), batch.inputs.numel())
 
 
 class LanguageModelling(Objective[LanguageTask, Corpus]):

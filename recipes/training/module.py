@@ -1,6 +1,6 @@
 """The base class of training modules: optimiser, schedule, routing losses, activation rates, check of the loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning
@@ -16,6 +16,7 @@ from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_l
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.training.distributed import all_gather_object, is_rank_zero
+from sma.recipes.training.measures import Measures, UnseenLosses
 from sma.stats import RateCount, count_rates
 
 
@@ -38,8 +39,11 @@ class RateMetric(Metric):
 
     def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
         """Add one batch."""
-        count = count_rates(decisions, valid)
-        self.active += count.active
+        self.add(count_rates(decisions, valid))
+
+    def add(self, count: RateCount) -> None:
+        """Add the counts of one batch."""
+        self.active += count.active.to(self.active.device)  # without a routed layer they are on the CPU
         self.valid += count.valid.to(self.valid.device)
 
     def compute(self) -> Tensor:
@@ -74,10 +78,10 @@ class Scores(nn.ModuleDict):
         super().__init__({short or name: metric, "rates": RateMetric(layers)})
         self.name, self.short = name, short or name
 
-    def add(self, decisions: Sequence[Decision], valid: Tensor, *values: Tensor) -> None:
-        """Add one batch; `values` are the arguments of the metric."""
-        cast(Metric, self[self.short]).update(*values)
-        cast(RateMetric, self["rates"]).update(decisions, valid)
+    def add(self, measures: Measures) -> None:
+        """Add one batch."""
+        cast(Metric, self[self.short]).update(*measures.metric)
+        cast(RateMetric, self["rates"]).add(measures.rates)
 
     def compute(self, split: str) -> dict[str, float]:
         """The measures by their logged names; resets them."""
@@ -99,7 +103,7 @@ class TrainingModule(lightning.LightningModule):
 
     Attributes:
         module_names: names of the sub-modules of every routed layer.
-        tokens_seen: number of tokens in the updates so far; subclasses count them.
+        tokens_seen: number of tokens in the updates so far, a number or a tensor; subclasses count them.
         fit_scores: the measures since the last line of the metrics; subclasses replace it. Checkpoints hold the sums of
             its torchmetrics.
         between_updates: called before every update but the first, after everything of the previous update is complete.
@@ -113,7 +117,8 @@ class TrainingModule(lightning.LightningModule):
         self.training_spec = training
         self.module_names = [tuple(layer.spec.modules) for layer in model.routed_layers if layer.routed is not None]
         self.controller = None if training.budget is None else BudgetController.of(model, training.budget)
-        self.tokens_seen = 0
+        self.tokens_seen: int | Tensor = 0
+        self.unseen_losses = UnseenLosses()
         self.fit_scores = torch.nn.Module()
         self.between_updates: Callable[[], None] = lambda: None
 
@@ -143,17 +148,18 @@ class TrainingModule(lightning.LightningModule):
             total = total + weights.load_balance * load_balance_loss(decisions, valid)
         if weights.z:
             total = total + weights.z * z_loss(decisions, valid)
-        # While the budget holds its first rate the losses do not yet depend on which tokens need a sub-module.
-        if weights.policy and (self.controller is None or int(self.controller.updates) > self.controller.spec.hold):
+        if weights.policy:
             routers = routers_of(self.model)
             drawn = [decision for decision, router in zip(decisions, routers, strict=True) if router.stochastic]
             rows = decisions[0].active.shape[0] if decisions else 0
             # A sample may have several rows, such as a pair of documents: each row gets the loss of its sample.
             if losses.ndim == 1 and losses.shape[0] < rows:
                 losses = losses.repeat_interleave(rows // losses.shape[0])
-            total = total + weights.policy * policy_gradient_loss(
-                drawn, losses, valid, rates_are_held=self.controller is not None
-            )
+            policy = policy_gradient_loss(drawn, losses, valid, rates_are_held=self.controller is not None)
+            if self.controller is not None:
+                # While the budget holds its first rate the losses do not yet depend on which tokens need a sub-module.
+                policy = policy.where(self.controller.updates > self.controller.spec.hold, 0)
+            total = total + weights.policy * policy
         return total
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -163,14 +169,19 @@ class TrainingModule(lightning.LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of the next line of the metrics over all ranks; all ranks must call it."""
+        """Add the sums of the next line of the metrics over all ranks; all ranks must call it.
+
+        Raises:
+            DataError: a loss since the last check is not finite, so the weights are not saved.
+        """
+        self.check_unseen()
         parts = all_gather_object({name: value.cpu() for name, value in self._counts().items()})
         checkpoint["format_version"] = FORMAT
         checkpoint["fit_scores"] = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the sums, on rank 0."""
-        found = checkpoint.get("fit_scores", {})  # older versions have none
+        found = _renamed(checkpoint.get("fit_scores", {}))  # older versions have none
         for name, value in self._counts().items():
             if name in found and is_rank_zero():
                 value.copy_(found[name])
@@ -223,14 +234,64 @@ class TrainingModule(lightning.LightningModule):
     def check_loss(self, loss: Tensor) -> None:
         """Check that the loss is finite, so that diverged weights do not replace the last good checkpoint.
 
+        On an accelerator the host looks at the losses later: before a line of the metrics, an evaluation or a
+        checkpoint is written.
+
         Raises:
             DataError: the loss is not finite.
         """
-        if not torch.isfinite(loss):
+        self.unseen_losses.add(self.global_step, loss)
+        if loss.device.type == "cpu":
+            self.check_unseen()
+
+    def check_unseen(self) -> None:
+        """Check that the losses which the host has not seen are finite.
+
+        Raises:
+            DataError: one is not.
+        """
+        bad = self.unseen_losses.first_bad()
+        if bad is not None:
+            update, value = bad
             raise DataError(
-                f"the loss of update {self.global_step} is {loss.item()}; the last checkpoint is still good: "
+                f"the loss of update {update} is {value}; the last checkpoint is still good: "
                 "start a new run with a lower training.learning_rate or another seed"
             )
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Make an update, and check the losses before anything of it is written.
+
+        Raises:
+            DataError: a loss is not finite.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.is_written(self.global_step):
+            self.check_unseen()
+
+    def is_written(self, update: int) -> bool:
+        """Whether a line of the metrics, an evaluation or a checkpoint follows an update, counted from 0."""
+        spec = self.training_spec
+        return any((update + 1) % every == 0 for every in (spec.log_every, spec.evaluate_every, spec.updates))
+
+    def on_validation_end(self) -> None:
+        """Check the losses of the split."""
+        self.check_unseen()
+
+    def on_test_end(self) -> None:
+        """Check the losses of the split."""
+        self.check_unseen()
+
+
+def _renamed(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of a checkpoint by their present names; older versions have those of metrics of torchmetrics."""
+    found = dict(sums)
+    for metric in ("accuracy", "bits"):
+        if f"{metric}.tp" in found:
+            found[f"{metric}.sum"] = found[f"{metric}.tp"]
+            found[f"{metric}.count"] = found[f"{metric}.tp"] + found[f"{metric}.fn"]
+        if f"{metric}.mean_value" in found:
+            found[f"{metric}.sum"], found[f"{metric}.count"] = found[f"{metric}.mean_value"], found[f"{metric}.weight"]
+    return found
 
 
 class ScoredModule(TrainingModule):
@@ -257,27 +318,36 @@ class ScoredModule(TrainingModule):
             Scores(name, metric(), self.module_names, short) for _ in range(3)
         )
 
-    def complete_update(
-        self, loss: Tensor, decisions: Sequence[Decision], valid: Tensor | None, losses: Tensor
-    ) -> Tensor:
-        """Log the measures of an update and update the budget controller; returns the loss with the routing losses.
+    def compute(self, batch: Any) -> tuple[Tensor, Measures]:
+        """Compute the loss of an update, with the routing losses, and its measures; update the budget controller.
 
-        Args:
-            loss: the loss of the task.
-            decisions: the decisions of this update.
-            valid: False at padding.
-            losses: see `routing_loss`.
+        It logs nothing and asks no device for a value.
         """
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
+        raise TypeError(f"{type(self).__name__} must define compute(self, batch)")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
+        loss, measures = self.compute(batch)
+        self.record(measures)
+        return loss
+
+    def record(self, measures: Measures) -> None:
+        """Add the measures of an update to those of the line of the metrics, and log them.
+
+        Raises:
+            DataError: the loss is not finite.
+        """
+        self.check_loss(measures.loss)
+        scores: Scores = self.fit_scores
+        scores.add(measures)
+        self.tokens_seen = self.tokens_seen + measures.tokens
+        self.log("loss", measures.loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         if (self.global_step + 1) % self.training_spec.log_every == 0:
-            scores: Scores = self.fit_scores
-            measures = scores.compute("fit")
-            self.log_dict(measures, batch_size=1)
+            logged = scores.compute("fit")
+            self.log_dict(logged, batch_size=1)
             shown = {scores.short: f"fit_{scores.name}", **({"rate": "fit_rate"} if self.module_names else {})}
             for short, name in shown.items():
-                self.log(short, measures[name], prog_bar=True, logger=False, batch_size=1)
-        self.steer(decisions, valid)
-        return loss + self.routing_loss(decisions, valid, losses)
+                self.log(short, logged[name], prog_bar=True, logger=False, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of the whole split."""

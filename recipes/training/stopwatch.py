@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from sma.recipes.training.distributed import all_gather_object
 
@@ -35,7 +36,7 @@ class Stopwatch(Callback):
         self.seconds = 0.0
         self.earlier = Spent()
         self._began = self._since = time.perf_counter()
-        self._tokens = 0
+        self._tokens: int | Tensor = 0  # a tensor is read at the end, because the host would wait for it
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock of an update."""
@@ -46,13 +47,13 @@ class Stopwatch(Callback):
     ) -> None:
         """Add the time of the update."""
         self.seconds += time.perf_counter() - self._since
-        self._tokens = int(getattr(pl_module, "tokens_seen", 0))
+        self._tokens = getattr(pl_module, "tokens_seen", 0)
 
     def spent(self) -> Spent:
         """The cost of the training so far; all ranks must call it."""
         elapsed, updating, tokens = self.earlier
         seconds = elapsed + time.perf_counter() - self._began
-        return Spent(seconds, updating + self.seconds, tokens + sum(all_gather_object(self._tokens)))
+        return Spent(seconds, updating + self.seconds, tokens + sum(all_gather_object(int(self._tokens))))
 
     def state_dict(self) -> dict[str, Any]:
         """The cost of the training so far."""

@@ -1,10 +1,13 @@
 """Batches of samples of different lengths."""
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from sma.errors import DataError
-from sma.recipes.tasks.batch import collate
+from sma.recipes.tasks.batch import UNSCORED, collate, scored_losses
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,28 @@ def test_batch_moves_to_a_device_whole():
 def test_impossible_batches_are_refused(items, complaint):
     with pytest.raises(DataError, match=complaint):
         collate(items)
+
+
+@pytest.mark.parametrize("targets", [torch.tensor([3, 1]), torch.tensor([[UNSCORED, 2, UNSCORED], [1, UNSCORED, 0]])])
+def test_losses_are_those_of_the_scored_answers_and_0_elsewhere(targets: Tensor) -> None:
+    logits = torch.randn(*targets.shape, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
+    losses, scored = scored_losses(logits, targets)
+    wanted = torch.zeros(targets.shape, dtype=torch.float64)
+    for index in (targets != UNSCORED).nonzero():
+        answer = logits[tuple(index)]
+        wanted[tuple(index)] = answer.logsumexp(0) - answer[targets[tuple(index)]]
+    torch.testing.assert_close(losses, wanted)
+    assert torch.equal(scored, targets != UNSCORED)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(each.sum(), logits, retain_graph=True)[0] for each in (losses, wanted))
+    )
+
+
+def test_scores_that_do_not_count_may_be_none() -> None:
+    logits = torch.zeros(1, 2, 4)
+    logits[0, 1] = torch.nan
+    logits.requires_grad_()
+    losses, _ = scored_losses(logits, torch.tensor([[2, UNSCORED]]))
+    assert losses.tolist() == [[pytest.approx(math.log(4)), 0.0]]
+    assert torch.autograd.grad(losses.sum(), logits)[0].isfinite().all()

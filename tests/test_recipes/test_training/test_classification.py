@@ -3,26 +3,32 @@
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from sma.errors import DataError
 from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.training.classification import Classification, check_finite
+from sma.recipes.training.measures import Average, Measures
 from sma.recipes.training.module import Scores
+from sma.stats import count_rates
 from tests.cases import generator
 from tests.test_recipes.decisions import LAYERS, batches
 from tests.test_recipes.tiny import EXPERIMENT, tiny, train
 
 
+def _measures(decisions, valid, right, samples):
+    rates = count_rates(decisions, valid)
+    return Measures(torch.tensor(0.0), rates, (right, torch.tensor(samples)), valid.sum())
+
+
 def _scored(layers, split):
-    scores, right, samples = Scores("accuracy", MulticlassAccuracy(10, average="micro"), layers), 0, 0
+    scores, right, samples = Scores("accuracy", Average(torch.int64), layers), 0, 0
     for seed, (decisions, valid) in enumerate(batches(layers)):
         logits = torch.randn(valid.shape[0], 10, generator=generator(70 + seed))
         # Every second answer is right.
         targets = torch.where(torch.arange(valid.shape[0]) % 2 == 0, logits.argmax(-1), (logits.argmax(-1) + 1) % 10)
-        scores.add(decisions, valid, logits, targets)
+        scores.add(_measures(decisions, valid, (logits.argmax(-1) == targets).sum(), len(targets)))
         right += sum(int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True))
         samples += len(targets)
     return scores, scores.compute(split), right / samples
@@ -35,7 +41,7 @@ def test_accuracy_is_the_share_of_right_answers():
     assert len(rates) == 5
     assert measures["val_rate"] == pytest.approx(sum(rates) / 5)
     decisions, valid = next(batches(LAYERS))
-    scores.add(decisions, valid, torch.eye(10)[:3], torch.tensor([0, 1, 9]))
+    scores.add(_measures(decisions, valid, torch.tensor(2), 3))
     assert scores.compute("val")["val_accuracy"] == pytest.approx(2 / 3)  # nothing is left of the first split
 
 

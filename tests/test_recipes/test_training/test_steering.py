@@ -10,7 +10,6 @@ from sma.errors import SpecError
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.studies.variants import with_routers
-from sma.recipes.tasks.batch import UNSCORED, scatter_scored
 from sma.recipes.training.classification import Classifier
 from sma.routers import BernoulliRouterSpec, SMARouterSpec
 from tests.test_recipes.tiny import checkpoint, same, tiny, train
@@ -166,13 +165,3 @@ def test_routers_learn_at_a_rate_of_their_own_on_the_same_schedule(data, tmp_pat
     assert len(groups[1]["params"]) == 4  # weight and bias of two routers
     finished.module.model = sma.build(spec.model.replace(shared_router=True))
     assert len(finished.module._groups()[1]["params"]) == 2
-
-
-@pytest.mark.parametrize("targets", [torch.tensor([3, 1]), torch.tensor([[UNSCORED, 2, UNSCORED], [1, UNSCORED, 0]])])
-def test_scatter_scored_undoes_select_scored(targets):
-    values = torch.arange(1.0, 1.0 + int((targets != UNSCORED).sum()), requires_grad=True)
-    back = scatter_scored(values, targets)
-    assert back.shape == targets.shape
-    assert torch.equal(back[targets != UNSCORED], values.detach())
-    assert not back[targets == UNSCORED].any()
-    assert not back.requires_grad
