@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sma.budget import BudgetSpec
+from sma.capacity import PerBatch
 from sma.model import ModelSpec
 from sma.paths import override, parse_path
 from sma.recipes.io.presets import read_shipped
@@ -37,6 +38,10 @@ class RoutingLosses(Spec):
         if self.budget and self.target is None:
             raise ValueError("a budget loss needs a target; set training.losses.target to a rate between 0 and 1")
         return self
+
+
+GRAPH_CAPACITY = 1.25
+"""The capacity of a training with CUDA graphs unless the experiment gives another one."""
 
 
 class TrainingSpec(Spec):
@@ -89,6 +94,46 @@ class TrainingSpec(Spec):
     pinned: bool = Field(
         default=True, description="copy batches to a CUDA device while it computes, from pinned memory"
     )
+    capacity: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="slots of a batch for each sub-module in training, as a multiple of the rate at which the budget "
+        "holds it, or of all tokens; active tokens beyond them are skipped and counted. null: 1.25 with graph, "
+        "else as many as are active",
+    )
+    graph: bool = Field(
+        default=False, description="run updates as CUDA graphs, with batches padded to a few lengths; needs CUDA"
+    )
+
+    @property
+    def limited(self) -> bool:
+        """Whether training has a capacity."""
+        return self.graph or self.capacity is not None
+
+    def capacity_at(self, update: int, layers: Sequence[Sequence[str]]) -> dict[str, PerBatch] | None:
+        """The capacity of every sub-module in an update, counted from 0; None without one.
+
+        Args:
+            update: the update.
+            layers: names of the sub-modules of every routed layer.
+        """
+        if not self.limited:
+            return None
+        multiple = GRAPH_CAPACITY if self.capacity is None else self.capacity
+        rates: dict[str, float] = {}
+        for index, names in enumerate(layers):
+            for name in names:
+                rates[name] = max(rates.get(name, 0.0), self._highest_rate(update, index, name))
+        return {name: PerBatch(min(1.0, multiple * rate)) for name, rate in rates.items()}
+
+    def _highest_rate(self, update: int, layer: int, name: str) -> float:
+        """The rate at which the budget holds a sub-module, or 1; a total bounds no single rate."""
+        if self.budget is None or self.budget.over == "total":
+            return 1.0
+        targets = self.budget.target
+        target = targets[layer] if isinstance(targets, tuple) else targets
+        own = target.get(name) if isinstance(target, Mapping) else target
+        return 1.0 if own is None else self.budget.ceiling(own, update)
 
     @property
     def log_every(self) -> int:
@@ -106,6 +151,8 @@ class TrainingSpec(Spec):
                 f"the budget reaches its target after {self.budget.settled} updates, which must be below "
                 f"updates={self.updates}; lower budget.hold and budget.anneal, or set budget=null"
             )
+        if self.graph and self.recompute:
+            raise ValueError("graph=true cannot capture activation checkpointing; set recompute=false or graph=false")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must both be at least 0 and below 1")
         return self
@@ -145,7 +192,22 @@ class ExperimentSpec(Spec):
     def _fits(self) -> Self:
         self.task.check_model(self.model)
         self._check_policy()
+        self._check_graph()
         return self
+
+    def _check_graph(self) -> None:
+        """Check that the task and the precision allow a capacity and CUDA graphs."""
+        training = self.training
+        if self.task.carries_state and training.limited:
+            given = "graph=true" if training.graph else f"capacity={training.capacity}"
+            raise ValueError(
+                f"training.{given} limits the active tokens of a batch, and the task {self.task.kind!r} carries a "
+                f"state from batch to batch, which needs all of them; set task.carry_state=false, or leave {given} out"
+            )
+        if training.graph and self.precision == "16-mixed":
+            raise ValueError(
+                "training.graph=true cannot capture the loss scaling of precision=16-mixed; set precision=bf16-mixed"
+            )
 
     def _check_policy(self) -> None:
         """Check that a policy gradient is used with stochastic routers, and that routers that require it have it."""

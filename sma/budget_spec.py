@@ -15,6 +15,9 @@ from sma.routers import Router, SteerableRouter
 from sma.routers.steerable import steerable
 from sma.spec import FrozenMapping, Spec
 
+ANNEALING_PARTS = 8
+"""Number of parts of `anneal` in which an upper bound of the rates is constant."""
+
 
 class BudgetSpec(Spec):
     """Spec of `BudgetController`: target rates and their schedule."""
@@ -76,6 +79,20 @@ class BudgetSpec(Spec):
     def settled(self) -> int:
         """Update from which the rate is at its target, except for oscillations that never fade."""
         return max(self.hold + self.anneal, (self.until or 0) if self.exploration else 0)
+
+    def ceiling(self, target: float, update: int) -> float:
+        """An upper bound of the rates to keep around update `update`, which changes at most ten times in a training.
+
+        It is that of one eighth of `anneal`, with the whole amplitude of the exploration. Static capacities follow it.
+        """
+        part = math.floor(ANNEALING_PARTS * (update - self.hold) / self.anneal) if self.anneal else ANNEALING_PARTS
+        # A rate that falls is highest at the beginning of the part, one that rises at its end.
+        shares = [min(max(each / ANNEALING_PARTS, 0.0), 1.0) for each in (part, part + 1)]
+        if update < self.hold:
+            shares = [0.0]
+        rate = max(self.start * (target / self.start) ** share for share in shares)
+        exploring = self.exploration if self.until is None or update < self.until else 0.0
+        return min(1.0, rate * (1 + exploring))
 
     def scheduled(self, target: float, update: int) -> float:
         """The rate to keep at update `update`, counted from 0."""

@@ -302,7 +302,7 @@ def updates_in(seconds: float, spec: ExperimentSpec, data: TaskData, tried: int 
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    training = spec.training
+    training = spec.training.replace(graph=False)  # the updates are made here
     objective = load_objective(spec.task, data)
     module = objective.module(spec.model.build(), training)
     controller = module.controller

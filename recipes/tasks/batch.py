@@ -1,16 +1,19 @@
 """Batches: samples of different lengths, padded on the right, and the mask of valid tokens."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from sma.errors import DataError
 from sma.summary import summary
+
+LENGTHS = 8
+"""Number of lengths of padded batches."""
 
 UNSCORED = -1
 """Target of a position that is not scored."""
@@ -69,6 +72,28 @@ def collate_pairs(items: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Batch:
     """
     documents = collate([(document, target) for pair, target in items for document in pair])
     return documents._replace(targets=documents.targets[::2])
+
+
+class Padded:
+    """Makes batches of few different lengths: eighths of the longest row.
+
+    Args:
+        collate: function that makes a batch of samples.
+        longest: length of the longest row.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Batch], longest: int) -> None:
+        self.collate, self.longest, self.step = collate, longest, max(1, -(-longest // LENGTHS))
+
+    def __call__(self, items: Sequence[Any]) -> Batch:
+        """Make a batch and pad it on the right."""
+        inputs, valid, targets = self.collate(items)
+        length = inputs.shape[1]
+        more = max(0, min(self.longest, -(-length // self.step) * self.step) - length)
+        inputs = pad(inputs, (0, 0) * (inputs.ndim - 2) + (0, more))
+        return Batch(
+            inputs, pad(valid, (0, more)), pad(targets, (0, more), value=UNSCORED) if targets.ndim == 2 else targets
+        )
 
 
 def select_scored(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"], Int64[Tensor, "N"]]:

@@ -149,6 +149,11 @@ class TaskSpec(Spec):
         return None
 
     @property
+    def carries_state(self) -> bool:
+        """Whether a training batch continues from the state of the last one, so that no active token may be skipped."""
+        return False
+
+    @property
     def least_length(self) -> int:
         """Lower bound of the number of positions of a batch, from the spec."""
         return 1

@@ -9,17 +9,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from sma.capacity import Capacity
 from sma.errors import DataError, SpecError
 from sma.model import SequenceModel
 from sma.model_output import ModelOutput
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.reports.classification import ClassificationReport, measure_activation
 from sma.recipes.reports.confusion import Confusion, check_names
-from sma.recipes.tasks.batch import Batch, scored_losses, select_scored
+from sma.recipes.tasks.batch import Batch, Padded, scored_losses, select_scored
 from sma.recipes.tasks.contract import ClassificationTask, Samples, TaskData
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
-from sma.recipes.training.measures import Average, Measures
-from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
+from sma.recipes.training.measures import Average, Measures, Scores, overflow_of
+from sma.recipes.training.module import ScoredModule, TrainingModule
 from sma.recipes.training.objective import Objective, Split
 from sma.recipes.training.sampling import UpdateSampler
 from sma.stats import count_rates
@@ -45,9 +46,9 @@ class Classifier(ScoredModule):
         super().__init__(model, training, "accuracy", lambda: Average(torch.int64))
         self.confusion = MulticlassConfusionMatrix(classes) if classes <= _MAX_CLASSES else None
 
-    def compute(self, batch: Batch) -> tuple[Tensor, Measures]:
+    def compute(self, batch: Batch, capacity: Capacity | None) -> tuple[Tensor, Measures]:
         """Compute the loss and the measures of an update, and update the budget controller."""
-        output, losses, measures = self._run(batch)
+        output, losses, measures = self._run(batch, capacity)
         self.steer(output.decisions, batch.valid)
         return measures.loss + self.routing_loss(output.decisions, batch.valid, losses), measures
 
@@ -74,14 +75,14 @@ class Classifier(ScoredModule):
         self.log(f"{split}_loss", measures.loss, batch_size=len(batch.targets), sync_dist=True)
         return output
 
-    def _run(self, batch: Batch) -> tuple[ModelOutput, Tensor, Measures]:
-        output: ModelOutput = self.model(batch.inputs, batch.valid)
+    def _run(self, batch: Batch, capacity: Capacity | None = None) -> tuple[ModelOutput, Tensor, Measures]:
+        output: ModelOutput = self.model(batch.inputs, batch.valid, capacity=capacity)
         # The spec of an experiment is valid only if its model has a head, so there are logits.
         logits = cast(Tensor, output.logits)
         losses, scored = scored_losses(logits, batch.targets)
         count, right = scored.sum(), ((logits.argmax(-1) == batch.targets) & scored).sum()
-        rates = count_rates(output.decisions, batch.valid)
-        return output, losses, Measures(losses.sum() / count, rates, (right, count), batch.valid.sum())
+        rates, overflow = count_rates(output.decisions, batch.valid), overflow_of(output.decisions)
+        return output, losses, Measures(losses.sum() / count, rates, (right, count), batch.valid.sum(), overflow)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the inputs, where the host can look at them without waiting for a device."""
@@ -125,11 +126,13 @@ class Classification(Objective[ClassificationTask, TaskData]):
         self, training: TrainingSpec, seed: int, done: int = 0, distributed: DistributedContext = SINGLE_PROCESS
     ) -> DataLoader[Any]:
         """See `UpdateSampler`."""
-        samples = self.data.train
+        samples, collate = self.data.train, self.data.collate
+        if training.graph:  # there is one graph per length
+            collate = Padded(collate, self.longest_row)
         sampler = UpdateSampler(
             samples.lengths, training.batch_size, training.updates, seed, done, training.bucket, distributed
         )
-        return DataLoader(samples, batch_sampler=sampler, collate_fn=self.data.collate)  # type: ignore[arg-type]
+        return DataLoader(samples, batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
     def evaluation_batches(self, split: Split, distributed: DistributedContext = SINGLE_PROCESS) -> DataLoader[Any]:
         """All samples of a split once, sorted by length. No batch is empty."""

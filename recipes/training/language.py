@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sma.capacity import Capacity
 from sma.model import LanguageModel, SequenceModel
 from sma.model_output import ModelOutput, ModelState
 from sma.pytree import named_tensors, with_tensors
@@ -19,8 +20,8 @@ from sma.recipes.tasks.batch import UNSCORED, scored_losses
 from sma.recipes.tasks.language.corpus import Corpus
 from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext, all_gather_object, unshard
-from sma.recipes.training.measures import Average, Measures
-from sma.recipes.training.module import ScoredModule, Scores, TrainingModule
+from sma.recipes.training.measures import Average, Measures, Scores, overflow_of
+from sma.recipes.training.module import ScoredModule, TrainingModule
 from sma.recipes.training.objective import Objective, Split
 from sma.stats import count_rates
 from sma.summary import summary
@@ -169,7 +170,7 @@ class LanguageModule(ScoredModule):
         self.carried: ModelState | None = None
         self.streamed: ModelState | None = None
 
-    def compute(self, batch: Segment) -> tuple[Tensor, Measures]:
+    def compute(self, batch: Segment, capacity: Capacity | None) -> tuple[Tensor, Measures]:
         """Compute the loss and the measures of an update, and update the budget controller."""
         state = None
         if self.carry_state:
@@ -177,7 +178,7 @@ class LanguageModule(ScoredModule):
             if state is None or batch.fresh:
                 state = self._own(self.model.init_state(len(batch.inputs) * self.distributed.world_size))
             state = state.to(self.device)  # a checkpoint is read on the CPU
-        output, losses, measures = self._run(batch, state)
+        output, losses, measures = self._run(batch, state, capacity)
         self.carried = None if output.state is None else output.state.detach()
         self.steer(output.decisions, None)
         return measures.loss + self.routing_loss(output.decisions, None, losses), measures
@@ -215,13 +216,15 @@ class LanguageModule(ScoredModule):
         self.check_loss(measures.loss)
         scores.add(measures)
 
-    def _run(self, batch: Segment, state: ModelState | None) -> tuple[ModelOutput, Tensor, Measures]:
-        output: ModelOutput = self.model(batch.inputs, state=state)
+    def _run(
+        self, batch: Segment, state: ModelState | None, capacity: Capacity | None = None
+    ) -> tuple[ModelOutput, Tensor, Measures]:
+        output: ModelOutput = self.model(batch.inputs, state=state, capacity=capacity)
         targets = batch.targets.where(batch.scored, UNSCORED)
         losses, _ = scored_losses(cast(Tensor, output.logits).float(), targets)
         count, bits = batch.scored.sum(), losses.detach().sum(dtype=torch.float64) / math.log(2)
-        rates = count_rates(output.decisions, batch.scored)
-        return output, losses, Measures(losses.sum() / count, rates, (bits, count), batch.inputs.numel())
+        rates, overflow = count_rates(output.decisions, batch.scored), overflow_of(output.decisions)
+        return output, losses, Measures(losses.sum() / count, rates, (bits, count), batch.inputs.numel(), overflow)
 
 
 class LanguageModelling(Objective[LanguageTask, Corpus]):

@@ -30,6 +30,7 @@ from sma.recipes.training.callbacks import (
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
 from sma.recipes.training.execution import for_device, product_precision
+from sma.recipes.training.graph import check_graph
 from sma.recipes.training.metrics import MetricsLogger
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective
@@ -103,6 +104,8 @@ def fit(
         Preempted: a signal ended the training.
     """
     device = check_device(accelerator, spec.precision)
+    check_graph(spec.training, device, distributed.world_size)
+    module.check_capacity()
     stopwatch, origin, states, hashes = Stopwatch(), Origin(spec), RandomStates(), objective.hashes
     preemption = Preemption(out, spec.training, states)
     found = checkpoint_to_resume(spec, out, hashes, resume)

@@ -5,90 +5,20 @@ from typing import Any, cast
 
 import lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from sma.budget import BudgetController, routers_of
+from sma.capacity import Capacity
 from sma.decision import Decision
-from sma.errors import DataError
+from sma.errors import DataError, SpecError
 from sma.formats import FORMAT
 from sma.losses import budget_loss, load_balance_loss, policy_gradient_loss, z_loss
 from sma.model import SequenceModel
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.training.distributed import all_gather_object, is_rank_zero
-from sma.recipes.training.measures import Measures, UnseenLosses
-from sma.stats import RateCount, count_rates
-
-
-class RateMetric(Metric):
-    """Activation rate of every sub-module of every routed layer, over all batches and all ranks.
-
-    Args:
-        layers: the sub-modules of every routed layer.
-    """
-
-    active: Tensor
-    valid: Tensor
-
-    def __init__(self, layers: Sequence[tuple[str, ...]]) -> None:
-        super().__init__()
-        self.layers = tuple(layers)
-        names = {name for layer in layers for name in layer}
-        self.add_state("active", torch.zeros(len(self.layers), len(names), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, decisions: Sequence[Decision], valid: Tensor) -> None:
-        """Add one batch."""
-        self.add(count_rates(decisions, valid))
-
-    def add(self, count: RateCount) -> None:
-        """Add the counts of one batch."""
-        self.active += count.active.to(self.active.device)  # without a routed layer they are on the CPU
-        self.valid += count.valid.to(self.valid.device)
-
-    def compute(self) -> Tensor:
-        """The rates; see `RateCount.rates`."""
-        return RateCount(self.active, self.valid, self.layers).rates
-
-    def by_name(self) -> dict[str, float]:
-        """The rates by their logged names, such as `layer0/attention`."""
-        layers = RateCount(self.active, self.valid, self.layers).by_layer()
-        return {f"layer{index}/{name}": rate for index, layer in enumerate(layers) for name, rate in layer.items()}
-
-    def measures(self, split: str) -> dict[str, float]:
-        """The rates of a split over all ranks by their logged names, their mean first; resets the metric."""
-        with self.sync_context():
-            rates = self.by_name()
-        self.reset()
-        mean = {f"{split}_rate": sum(rates.values()) / len(rates)} if rates else {}
-        return mean | {f"{split}_rate/{name}": rate for name, rate in rates.items()}
-
-
-class Scores(nn.ModuleDict):
-    """Measures of one split: the metric of the task, and the activation rates of the routed layers.
-
-    Args:
-        name: name of the metric, which is logged as `SPLIT_NAME`.
-        metric: the metric.
-        layers: names of the sub-modules of every routed layer.
-        short: name of the metric in the progress bar and in checkpoints; None: `name`.
-    """
-
-    def __init__(self, name: str, metric: Metric, layers: Sequence[tuple[str, ...]], short: str | None = None) -> None:
-        super().__init__({short or name: metric, "rates": RateMetric(layers)})
-        self.name, self.short = name, short or name
-
-    def add(self, measures: Measures) -> None:
-        """Add one batch."""
-        cast(Metric, self[self.short]).update(*measures.metric)
-        cast(RateMetric, self["rates"]).add(measures.rates)
-
-    def compute(self, split: str) -> dict[str, float]:
-        """The measures by their logged names; resets them."""
-        metric = cast(Metric, self[self.short])
-        measures = {f"{split}_{self.name}": float(metric.compute())}
-        metric.reset()
-        return measures | cast(RateMetric, self["rates"]).measures(split)
+from sma.recipes.training.graph import Graphed, Update, check_capturable
+from sma.recipes.training.measures import Measures, Overflow, RateMetric, Scores, UnseenLosses
 
 
 class TrainingModule(lightning.LightningModule):
@@ -214,7 +144,8 @@ class TrainingModule(lightning.LightningModule):
         if spec.optimizer == "radam":
             optimizer = torch.optim.RAdam(self._groups(), **settings, decoupled_weight_decay=True)
         else:  # a fused optimiser unscales gradients itself, which Lightning does not combine with clipping
-            optimizer = torch.optim.AdamW(self._groups(), **settings, fused=self.trainer.precision.endswith("true"))
+            fused = spec.graph or self.trainer.precision.endswith("true")
+            optimizer = torch.optim.AdamW(self._groups(), **settings, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: spec.learning_rate_at(step) / spec.learning_rate
         )
@@ -230,6 +161,25 @@ class TrainingModule(lightning.LightningModule):
         known = {id(part) for part in routers}
         others = [part for part in self.parameters() if id(part) not in known]
         return [{"params": others}, {"params": routers, "lr": spec.router_learning_rate}]
+
+    @property
+    def overflow(self) -> Overflow | None:
+        """The active tokens that found no slot in this training so far; None without a capacity."""
+        return None
+
+    def check_capacity(self) -> None:
+        """Check that the module can train with the capacity of the experiment, and as a graph if that is asked for.
+
+        Raises:
+            SpecError: it cannot.
+        """
+        spec = self.training_spec
+        capacity = spec.capacity_at(0, self.module_names)
+        if capacity is not None:
+            raise SpecError(
+                f"{type(self).__name__} gives its model no capacity: derive it from ScoredModule, "
+                "or leave training.capacity and training.graph out"
+            )
 
     def check_loss(self, loss: Tensor) -> None:
         """Check that the loss is finite, so that diverged weights do not replace the last good checkpoint.
@@ -258,13 +208,26 @@ class TrainingModule(lightning.LightningModule):
                 "start a new run with a lower training.learning_rate or another seed"
             )
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Drop the gradients of the last update. A graph has done so, as it has all of the next two methods."""
+        if not self.training_spec.graph:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        """Compute the gradients."""
+        if not self.training_spec.graph:
+            super().backward(loss, *arguments, **options)
+
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Make an update, and check the losses before anything of it is written.
 
         Raises:
             DataError: a loss is not finite.
         """
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.training_spec.graph:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.is_written(self.global_step):
             self.check_unseen()
 
@@ -317,17 +280,48 @@ class ScoredModule(TrainingModule):
         self.fit_scores, self.val_scores, self.test_scores = (
             Scores(name, metric(), self.module_names, short) for _ in range(3)
         )
+        self._graphed: Graphed | None = None
+        self._overflow = Overflow()  # up to the last line of the metrics
 
-    def compute(self, batch: Any) -> tuple[Tensor, Measures]:
+    @property
+    def overflow(self) -> Overflow | None:
+        """The active tokens that found no slot in this training so far; None without a capacity."""
+        rates = cast(RateMetric, self.fit_scores["rates"])
+        return self._overflow.plus(rates.overflowed()) if self.training_spec.limited else None
+
+    def check_capacity(self) -> None:
+        """Check that no part of the model prevents graphs, if the training asks for them.
+
+        Raises:
+            SpecError: one does.
+        """
+        if self.training_spec.graph:
+            check_capturable(self.model.spec, self.training_spec.capacity_at(0, self.module_names))
+
+    def compute(self, batch: Any, capacity: Capacity | None) -> tuple[Tensor, Measures]:
         """Compute the loss of an update, with the routing losses, and its measures; update the budget controller.
 
         It logs nothing and asks no device for a value.
+
+        Args:
+            batch: the batch.
+            capacity: the capacity of the sub-modules.
         """
-        raise TypeError(f"{type(self).__name__} must define compute(self, batch)")
+        raise TypeError(f"{type(self).__name__} must define compute(self, batch, capacity)")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Compute the loss of one update. A non-finite input or loss ends the training with an error message."""
-        loss, measures = self.compute(batch)
+        """Compute the loss of one update; with `training.graph` make the update. A non-finite loss ends the training
+        with an error message.
+        """
+        spec = self.training_spec
+        capacity = spec.capacity_at(self.global_step, self.module_names)
+        if spec.graph:
+            if self._graphed is None:  # a resumed run has read the states of the optimiser by now
+                optimizer: Any = self.optimizers(use_pl_optimizer=False)
+                self._graphed = Graphed(Update(self.compute, optimizer, spec.clip_norm))
+            loss, measures = self._graphed(batch, capacity)
+        else:
+            loss, measures = self.compute(batch, capacity)
         self.record(measures)
         return loss
 
@@ -343,11 +337,25 @@ class ScoredModule(TrainingModule):
         self.tokens_seen = self.tokens_seen + measures.tokens
         self.log("loss", measures.loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         if (self.global_step + 1) % self.training_spec.log_every == 0:
+            overflow = cast(RateMetric, scores["rates"]).overflowed()
             logged = scores.compute("fit")
+            if measures.overflow is not None:
+                self._overflow = self._overflow.plus(overflow)
+                logged["fit_overflow"] = overflow.share
             self.log_dict(logged, batch_size=1)
             shown = {scores.short: f"fit_{scores.name}", **({"rate": "fit_rate"} if self.module_names else {})}
             for short, name in shown.items():
                 self.log(short, logged[name], prog_bar=True, logger=False, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the overflow up to the last line of the metrics; all ranks must call it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["overflow"] = list(self._overflow)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the overflow."""
+        super().on_load_checkpoint(checkpoint)
+        self._overflow = Overflow(*checkpoint.get("overflow", ()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of the whole split."""

@@ -120,6 +120,7 @@ def _summary(
         {name: logged[f"test_rate/layer{layer}/{name}"] for name in names}
         for layer, names in enumerate(module.module_names)
     ]
+    overflow = module.overflow
     spent, device = fitted.stopwatch.spent(), fitted.trainer.strategy.root_device.type
     return {
         "task": spec.task.kind,
@@ -128,6 +129,7 @@ def _summary(
         "activation_rates": rates,
         **objective.results(report, logged),
         "parameters": spec.model.num_parameters(),
+        **({} if overflow is None else {"overflow": overflow.share}),
         "updates": spec.training.updates,
         "best_update": fitted.best_update,
         "seconds": round(spent.elapsed, 1),

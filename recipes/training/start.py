@@ -17,6 +17,7 @@ from sma.recipes.io.presets import check_preset
 from sma.recipes.io.run_folder import EXPERIMENT, LAST, SUMMARY, read_summary, refuse_another
 from sma.recipes.training.devices import check_device
 from sma.recipes.training.estimates import check_data_fits, check_update_fits
+from sma.recipes.training.graph import check_graph
 from sma.recipes.training.options import ExperimentOptions, RunOptions
 
 
@@ -97,7 +98,9 @@ def check_fits(spec: ExperimentSpec, options: RunOptions) -> None:
     Raises:
         SpecError: one of them does not.
     """
-    check_update_fits(spec, check_device(options.accelerator, spec.precision))
+    device = check_device(options.accelerator, spec.precision)
+    check_graph(spec.training, device)
+    check_update_fits(spec, device)
     check_data_fits(spec, options.data)
 
 

@@ -14,7 +14,8 @@ from sma.model_output import ModelOutput
 from sma.recipes.experiment import TrainingSpec
 from sma.recipes.tasks.contract import Metric, TaskSpec
 from sma.recipes.training.distributed import SINGLE_PROCESS, DistributedContext
-from sma.recipes.training.module import RateMetric, TrainingModule
+from sma.recipes.training.measures import RateMetric
+from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective, Split
 
 LENGTH = 12

@@ -47,6 +47,10 @@ class LanguageTask(TaskSpec):
         check_vocabulary(model, VOCABULARY_SIZE, "one for every byte")
 
     @property
+    def carries_state(self) -> bool:
+        return self.carry_state
+
+    @property
     def least_length(self) -> int:
         return self.segment
 

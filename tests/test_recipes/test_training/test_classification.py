@@ -9,8 +9,7 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.tasks.batch import collate
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.training.classification import Classification, check_finite
-from sma.recipes.training.measures import Average, Measures
-from sma.recipes.training.module import Scores
+from sma.recipes.training.measures import Average, Measures, Scores
 from sma.stats import count_rates
 from tests.cases import generator
 from tests.test_recipes.decisions import LAYERS, batches

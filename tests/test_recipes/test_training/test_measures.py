@@ -46,8 +46,8 @@ def _diverging(patch: pytest.MonkeyPatch, update: int) -> None:
     """Let the loss, and so all weights, be NaN from an update on."""
     original = Classifier.compute
 
-    def compute(self: Classifier, batch: Any) -> Any:
-        loss, measures = original(self, batch)
+    def compute(self: Classifier, batch: Any, capacity: Any) -> Any:
+        loss, measures = original(self, batch, capacity)
         bad = torch.nan if self.global_step >= update else 1.0
         return loss * bad, measures._replace(loss=measures.loss * bad)
 

@@ -12,7 +12,7 @@ from sma.model import build
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.training.classification import Classification, Classifier
-from sma.recipes.training.module import RateMetric
+from sma.recipes.training.measures import RateMetric
 from tests.test_recipes.decisions import LAYERS, batches
 from tests.test_recipes.tiny import before_update, checkpoint, tiny, train
 
