@@ -9,7 +9,8 @@ answers the questions that a program asks of the host, such as how many tokens a
 
 An operator is one launch that reads its inputs and writes its outputs once, unless a rule says otherwise. An operator
 of `sma.kernels` counts what its implementation does: the kernels that it launches, each of which reads or writes its
-tensors once, or torch's operators. Nothing here is timed.
+tensors once, or torch's operators. What a compiler makes of a function of `sma.fused` is an estimate, see `fused_pass`.
+Nothing here is timed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.kernel_cases import products
-from benchmarks.work import RULES, Work, nbytes, one_pass
+from benchmarks.work import RULES, Work, fused_pass, nbytes, one_pass
 from sma.kernels import use
 from sma.kernels.launch import recording
 from sma.kernels.operator import RUNS, Name
@@ -111,7 +112,7 @@ class Counter(TorchDispatchMode):
         if name in RUNS:
             self.calls.append(Call(self.phase, name, _place(), self._inside(RUNS[name], args)))
         elif not _is_view(function, args, out):
-            work = RULES.get(name, one_pass)(args, kwargs, out)
+            work = RULES.get(name, fused_pass if name.startswith("sma::") else one_pass)(args, kwargs, out)
             if work != Work():
                 self.calls.append(Call(self.phase, name, _place(), work))
         return out

@@ -124,8 +124,27 @@ def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
     return Work(2, 2 * nbytes(args), nbytes(out))  # a count, and a pass that places
 
 
-def _two_passes(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    once = one_pass(args, kwargs, out)
+def fused_pass(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    """An estimate of what a compiler makes of a function of `sma.fused`.
+
+    One kernel per size of the results that have a row for each row of the largest tensor; a number per row costs none
+    of its own. Results that are sums over rows take two more kernels, for parts and their sum, and a second pass over
+    the arguments.
+    """
+    results = [each for each in tree_leaves(out) if isinstance(each, Tensor) and each.numel()]
+    tensors = results + [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    if not results:
+        return Work()
+    rows = max(tensors, key=Tensor.numel).shape[:1]
+    mapped = [each for each in results if each.shape[:1] == rows]
+    kernels = max(len({each.numel() for each in mapped if each.shape[-1:] != (1,)}), min(1, len(mapped)))
+    sums = len(mapped) < len(results)
+    passes = (kernels > 0) + sums
+    return Work(kernels + 2 * sums, passes * nbytes((args, kwargs)), nbytes(out))
+
+
+def _moments(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
+    once = fused_pass(args, kwargs, out)  # the mean, then the squares of the distances from it
     return once + once
 
 
@@ -150,7 +169,7 @@ for _names, _rule in {
     "mm bmm": _matmul(0),
     "addmm baddbmm": _matmul(1),
     "_fft_c2r": _fft_to_real,
-    "sma::batch_moments": _two_passes,
+    "sma::batch_moments": _moments,
 }.items():
     for _name in _names.split():
         register_work(_name, _rule)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sma.checks import check_sizes
+from sma.fused import with_gradient
 from sma.init import truncated_normal_
 from sma.kernels.chunks import chunk_of, decayed
 from sma.kernels.ema import ema
@@ -104,13 +105,8 @@ class EMA(StateSpace):
 
     def recurrences(self, dtype: torch.dtype) -> "Recurrences":
         """The recurrences of all directions, forward first."""
-        step = torch.sigmoid(self.delta.to(dtype).squeeze(-1))
-        # A decay that rounds to 0 has no logarithm, and its gradient would be 0 / 0: the rounding error is its minimum.
-        damping = (step * torch.sigmoid(self.alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
-        inward = step * self.beta.to(dtype).squeeze(-1)
-        outward = self.gamma.to(dtype) / math.sqrt(self.spec.state_size)
-        ways = (part.unflatten(0, (-1, self.width)) for part in (torch.log1p(-damping), inward, outward))
-        return Recurrences(*ways)
+        parts = _recurrences(self.delta, self.alpha, self.beta, self.gamma, dtype)
+        return Recurrences(*(part.unflatten(0, (-1, self.width)) for part in parts))
 
     def _state(self, hidden: Tensor, recent: Cache | None) -> "EMAState":
         return EMAState(hidden, recent)
@@ -125,9 +121,9 @@ class EMA(StateSpace):
 
     def _run(self, x_BSD: Tensor) -> Tensor:
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        log_decay, inward, outward = self.recurrences(wide)
-        omega = self.omega.to(wide)
-        return ema(x_BSD, log_decay, inward * outward, omega, truncation=self.spec.truncation).out
+        parts = ema_parameters(self.delta, self.alpha, self.beta, self.gamma, wide)
+        log_decay, weight = (part.unflatten(0, (-1, self.width)) for part in parts)
+        return ema(x_BSD, log_decay, weight, self.omega.to(wide), truncation=self.spec.truncation).out
 
     def _advance(self, x_BSD: Tensor, tokens: Ragged, before: "EMAState") -> Advanced:
         recurrence, hidden = self.recurrences(x_BSD.dtype), before.hidden.to(x_BSD.dtype)
@@ -153,6 +149,52 @@ class EMA(StateSpace):
         back = joined.tokens.slots[joined.new] - recent.size
         late = values.index_select(0, (joined.new - recent.size).clamp(min=0)).where((back >= 0)[:, None], 0)
         return real.with_values(late.to(dtype)).to_padded(tokens.longest)[0], recent.append(real, real.values)
+
+
+def _recurrences(
+    delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log q, b and g."""
+    step = torch.sigmoid(delta.to(dtype).squeeze(-1))
+    # A decay that rounds to 0 has no logarithm, and its gradient would be 0 / 0: the rounding error is its minimum.
+    damping = (step * torch.sigmoid(alpha.to(dtype).squeeze(-1))).clamp(max=1 - torch.finfo(dtype).eps / 2)
+    inward = step * beta.to(dtype).squeeze(-1)
+    return torch.log1p(-damping), inward, gamma.to(dtype) / math.sqrt(gamma.shape[1])
+
+
+def _ema_parameters_backward(
+    grad_log_decay: Tensor,
+    grad_weight: Tensor,
+    delta: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    step, share = (torch.sigmoid(each.to(dtype).squeeze(-1)) for each in (delta, alpha))
+    wide, outward = beta.to(dtype).squeeze(-1), gamma.to(dtype) / math.sqrt(gamma.shape[1])
+    # Of log(1 - damping); 0 where the damping is at its maximum.
+    most = 1 - torch.finfo(dtype).eps / 2
+    grad_damping = (-grad_log_decay / (1 - (step * share).clamp(max=most))).where(step * share <= most, 0)
+    grad_step = (grad_damping * share + grad_weight * wide * outward) * step * (1 - step)
+    grad_alpha = grad_damping * step * share * (1 - share)
+    grad_beta = grad_weight * step * outward
+    grad_gamma = grad_weight * step * wide / math.sqrt(gamma.shape[1])
+    return (
+        grad_step.unsqueeze(-1).to(delta.dtype),
+        grad_alpha.unsqueeze(-1).to(alpha.dtype),
+        grad_beta.unsqueeze(-1).to(beta.dtype),
+        grad_gamma.to(gamma.dtype),
+    )
+
+
+@with_gradient(_ema_parameters_backward)
+def ema_parameters(
+    delta: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Log q and the weight of a state in the result, b g."""
+    log_decay, inward, outward = _recurrences(delta, alpha, beta, gamma, dtype)
+    return log_decay, inward * outward
 
 
 class Recurrences(NamedTuple):

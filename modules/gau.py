@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sma.checks import check_causal
+from sma.fused import silu_slope, with_gradient
 from sma.init import reset_linear_, truncated_normal_
 from sma.kernels.blocks import block_shape
 from sma.kernels.weighting import Weighting
@@ -123,10 +124,7 @@ class GatedAttentionUnit(CachedSubModule):
         """Attend along every row; see `SubModule.forward`."""
         spec = self.spec
         cache, packed, real = self._resume(state, tokens)
-        hidden = nn.functional.silu(self.in_proj(packed.values))
-        z, gate, v = hidden.split([spec.query_size, spec.hidden_size, spec.hidden_size], dim=-1)
-        gain, offset = self.gain.to(z.dtype), self.offset.to(z.dtype)
-        q, k = z * gain[0] + offset[0], z * gain[1] + offset[1]
+        q, k, gate, v = gau_inputs(self.in_proj(packed.values), self.gain, self.offset)
         if spec.position.turns:
             q, k = spec.position.turn(torch.stack([q, k], 1), packed.positions).unbind(1)
         q = self._scaled(q, packed, cache)
@@ -171,6 +169,28 @@ class GatedAttentionUnit(CachedSubModule):
             return None
         position = self.spec.position
         return Bias(self.bias_table, position.table_center(self.spec.window), over_slots=position.over_slots)
+
+
+def _gau_inputs_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_gate: Tensor, grad_v: Tensor, projected: Tensor, gain: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    z = nn.functional.silu(projected[:, : gain.shape[1]]).to(wide)
+    both = torch.stack([grad_q, grad_k]).to(wide)
+    narrow = gain.to(projected.dtype)
+    grads = torch.cat([grad_q * narrow[0] + grad_k * narrow[1], grad_gate, grad_v], dim=1)
+    grad_projected = (grads * silu_slope(projected)).to(projected.dtype)
+    return grad_projected, (both * z).sum(1).to(gain.dtype), both.sum(1).to(offset.dtype)
+
+
+@with_gradient(_gau_inputs_backward)
+def gau_inputs(projected: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, gates and values of the projected tokens (T, Z + 2 H)."""
+    size = gain.shape[1]
+    hidden = (projected.shape[1] - size) // 2
+    z, gate, v = nn.functional.silu(projected).split([size, hidden, hidden], dim=-1)
+    gain, offset = gain.to(z.dtype), offset.to(z.dtype)
+    return z * gain[0] + offset[0], z * gain[1] + offset[1], gate, v
 
 
 @register

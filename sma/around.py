@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sma.bypass import LinearBypass
-from sma.glue import JoinParts, fuses
+from sma.fused import fuses
+from sma.glue import JoinParts
 from sma.ragged import Ragged
 
 Index = Callable[[], Tensor]

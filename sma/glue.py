@@ -1,102 +1,12 @@
-"""What a layer computes between its large operators, fused into few passes over the batch for accelerators.
+"""What a layer computes between its large operators, fused into few passes over the batch; see `sma.fused`."""
 
-Elementwise operators move as many bytes as the large ones compute on. On a CUDA device each function here is one
-compiled kernel; where it cannot be compiled, and on other accelerators, it runs as it is written. A CPU has its caches
-and its operators in place, and a compiler fuses by itself: for both a layer calls the operators one by one.
-"""
-
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sma.autograd import first_derivative
-from sma.errors import reason
-
-
-def fuses(x: Tensor) -> bool:
-    """Whether a layer calls the functions of this file for a tensor."""
-    return x.device.type != "cpu" and not torch.compiler.is_compiling()
-
-
-class Way(NamedTuple):
-    """How the functions of this file run on a device.
-
-    Attributes:
-        name: `compiled`, `written` or `plain`.
-        reason: why, one sentence.
-    """
-
-    name: str
-    reason: str
-
-
-def of_device(device: torch.device | str) -> Way:
-    """How what a layer computes between its operators runs on a device, and why."""
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return Way("plain", "a CPU has its caches, and operators in place")
-    if kind == "cuda":
-        return Way("compiled", "the device is a GPU; each is compiled when it is first called")
-    return Way("written", f"functions are compiled for CUDA, and the device is {str(device)!r}")
-
-
-class Fused:
-    """A function of elementwise operators and reductions, as one operator of torch.
-
-    Args:
-        name: name of the operator.
-        function: the function, of tensors and numbers, with annotations by which torch finds the schema.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.compiled: Callable[..., Any] | None = None
-        self.operator = torch.library.custom_op(f"sma::{name}", self._run, mutates_args=(), schema=_schema(function))
-        self.operator.register_fake(function)
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.operator(*arguments)
-
-    def _run(self, *arguments: Any) -> Any:
-        return self.implementation(arguments[0].device)(*arguments)
-
-    def implementation(self, device: torch.device) -> Callable[..., Any]:
-        """The function that runs on a device, compiled when it is first called on CUDA."""
-        if device.type != "cuda":
-            return self.function
-        if self.compiled is None:
-            self.compiled = _with_fallback(torch.compile(self.function, dynamic=True, fullgraph=True), self.function)
-        return self.compiled
-
-
-def _schema(function: Callable[..., Any]) -> str:
-    schema: str = torch.library.infer_schema(function, mutates_args=())
-    return schema
-
-
-def _with_fallback(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function that runs as it is written where the compiler fails, with one warning."""
-    broken = False
-
-    def run(*arguments: Any) -> Any:
-        nonlocal broken
-        if not broken:
-            try:
-                return compiled(*arguments)
-            except Exception as error:  # a compiler that is not installed, or a device that it does not know
-                broken = True
-                warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
-        return function(*arguments)
-
-    return run
-
-
-def fused(function: Callable[..., Any]) -> Fused:
-    """Decorator for `Fused`, under the name of the function."""
-    return Fused(function.__name__, function)
+from sma.fused import fused, silu_slope
 
 
 @fused
@@ -109,8 +19,7 @@ def silu_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 @fused
 def silu_dropout_backward(grad: Tensor, x: Tensor, keep: Tensor, p: float) -> Tensor:
     """The gradient of x in `silu_dropout`."""
-    gate = torch.sigmoid(x)
-    return (grad * keep / (1 - p) * gate * (1 + x * (1 - gate))).to(x.dtype)
+    return (grad * keep / (1 - p) * silu_slope(x)).to(x.dtype)
 
 
 @fused
@@ -261,6 +170,34 @@ def batch_moments(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @fused
+def batch_norm_scales(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    mean_before: Tensor,
+    var_before: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and 1 / deviation by which rows are normalised, the latter times the weight, and the share of a row in the
+    moments: 0 where fewer than two rows use those `before`.
+    """
+    enough = count >= 2
+    scale = (var.where(enough, var_before) + epsilon).rsqrt()
+    factor = scale.clone() if weight is None else scale * weight.to(scale.dtype)
+    return mean.where(enough, mean_before), scale, factor, enough.to(scale.dtype) / count.clamp(min=1)
+
+
+@fused
+def batch_norm_factors(
+    total: Tensor, moment: Tensor, scale: Tensor, weight: Tensor | None, share: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The factors of the gradient of x: its own, those through mean and variance; and the gradient of the weight."""
+    factor = scale.clone() if weight is None else scale * weight.to(scale.dtype)
+    return factor, -share * factor * total, -share * factor * scale.square() * moment, moment * scale
+
+
+@fused
 def normalise(x: Tensor, mean: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """(x - mean) * factor + bias per channel."""
     return (x - mean) * factor if bias is None else (x - mean) * factor + bias
@@ -297,24 +234,21 @@ class BatchNormFunction(torch.autograd.Function):
         epsilon: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var, count = batch_moments(x, keep)
-        enough = count >= 2
-        center = mean.where(enough, before[0])
-        scale = (var.where(enough, before[1]) + epsilon).rsqrt()
-        factor = scale if weight is None else scale * weight.to(x.dtype)
+        center, scale, factor, share = batch_norm_scales(mean, var, count, *before, weight, epsilon)
         out = normalise(x, center, factor, None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(x, keep, center, scale, weight, enough.to(x.dtype) / count.clamp(min=1))
+        ctx.save_for_backward(x, keep, center, scale, weight, share)
+        ctx.set_materialize_grads(False)
         ctx.dtypes = tuple(None if each is None else each.dtype for each in (weight, bias))
         ctx.mark_non_differentiable(mean, var, count)
         return out, mean, var, count
 
     @staticmethod
     @first_derivative("the fused batch norm of a layer")
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, keep, center, scale, weight, share = ctx.saved_tensors
         total, moment = batch_norm_sums(grad, x, center)
-        factor = scale if weight is None else scale * weight.to(x.dtype)
-        by_mean, by_variance = -share * factor * total, -share * factor * scale.square() * moment
+        factor, by_mean, by_variance, weight_grad = batch_norm_factors(total, moment, scale, weight, share)
         x_grad = batch_norm_backward(grad, x, keep, center, factor, by_mean, by_variance)
         kinds = ctx.dtypes
-        weight_grad = None if kinds[0] is None else (moment * scale).to(kinds[0])
+        weight_grad = None if kinds[0] is None else weight_grad.to(kinds[0])
         return x_grad, None, weight_grad, None if kinds[1] is None else total.to(kinds[1]), None, None

@@ -25,7 +25,8 @@ from sma.checks import (
 )
 from sma.decision import Decision
 from sma.errors import quote
-from sma.glue import SiluDropout, fuses
+from sma.fused import fuses
+from sma.glue import SiluDropout
 from sma.memory import zeros
 from sma.norms import NormSpec, check_norm
 from sma.padding import inverse_order, move, right_padding

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor, distributed, nn
 
 from sma.errors import InputError
-from sma.glue import BatchNormFunction, RMSNormFunction, fuses
+from sma.fused import fuses
+from sma.glue import BatchNormFunction, RMSNormFunction
 from sma.spec import Spec, register
 from sma.summary import settings
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.count import SHAPES, Counter, count, layer_spec
-from benchmarks.work import Work, nbytes, register_work
+from benchmarks.work import Work, fused_pass, nbytes, register_work
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT, LONG = 4, 8
@@ -97,6 +97,18 @@ def test_a_fused_operator_counts_its_own_work() -> None:
         twice(x)
     assert counter.work() == Work(3, WHOLE, WHOLE, 7)
     assert [call.operator for call in counter.calls] == ["sma_test::twice"]
+
+
+def test_a_compiled_function_counts_kernels_by_the_sizes_of_its_results() -> None:
+    x, weight, factor = torch.ones(6, 8), torch.ones(8), torch.ones(6, 1)
+    half = torch.ones(6, 4)
+    one = fused_pass((x, weight), {}, (x + 1, factor))
+    assert one == Work(1, WHOLE + 8 * FLOAT, WHOLE + 6 * FLOAT)
+    assert fused_pass((x,), {}, (half, half + 1, x + 1)) == Work(2, WHOLE, 2 * WHOLE)
+    # A sum over rows: its parts, and their sum; beside mapped rows the arguments are read again.
+    assert fused_pass((x,), {}, weight) == Work(2, WHOLE, 8 * FLOAT)
+    assert fused_pass((x,), {}, (x + 1, weight)) == Work(3, 2 * WHOLE, WHOLE + 8 * FLOAT)
+    assert fused_pass((x,), {}, []) == Work()
 
 
 def test_questions_to_the_host_are_counted_and_answered() -> None:

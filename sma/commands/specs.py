@@ -16,7 +16,7 @@ from sma.commands.extras import missing_extra
 from sma.describe import describe, layer_key
 from sma.devices import usable_device
 from sma.errors import SpecError, nearest, quote, reason
-from sma.glue import Way, of_device
+from sma.fused import Way, of_device
 from sma.kernels import Implementation, implementation, operators
 from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.presets import read_shipped, shipped

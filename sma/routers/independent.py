@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sma.checks import check_count, check_sizes
 from sma.decision import Decision
+from sma.fused import with_gradient
 from sma.routers.contract import keep_valid
 from sma.routers.control import ControlConv, ControlState
 from sma.routers.scored import LinearSpec, ScoredRouter, TemperedRouter, TemperedSpec, probability_on
@@ -123,28 +124,60 @@ class SMARouter(TemperedRouter):
         self, scores: Tensor, valid: Tensor | None, positions: Tensor | None, streams: State | None
     ) -> Decision:
         scores = scores.unflatten(-1, (len(self.names), 2))
-        p_on = probability_on(scores, self.log_temperature.to(scores.dtype).exp())
         # The scores decide, because at a high temperature the probability rounds to a tie.
         on = scores[..., 1] > scores[..., 0]
-        confidence = self._confidence(p_on.where(on, 1 - p_on))
+        p_on, confidence = tempered_choice(scores, on, self.log_temperature, self.spec.gate)
         return Decision(keep_valid(on, valid), confidence, scores, p_on, self.names)
 
     def replay(self, decision: Decision, active: Tensor) -> Decision:
         # The larger of the two probabilities is that of the router's own choice.
-        return replace(decision, active=active, confidence=self._confidence(decision.p_on))
+        return replace(decision, active=active, confidence=_confidence(decision.p_on, self.spec.gate))
 
-    def _confidence(self, p: Tensor) -> Tensor:
-        """Confidence of a choice of probability p, in (0, 1]."""
-        least = torch.finfo(p.dtype).tiny
-        match self.spec.gate:
-            case "probability":
-                return p.clamp(min=least)
-            case "margin":
-                return (2 * p - 1).clamp(min=least)
-            case "root_margin":
-                return ((2 * p - 1).clamp(min=0) + 1e-5).sqrt().clamp(max=1)
-            case "straight_through":
-                return 1 + (p - p.detach())
+
+def _confidence(p: Tensor, gate: str) -> Tensor:
+    """Confidence of a choice of probability p, in (0, 1]."""
+    least = torch.finfo(p.dtype).tiny
+    if gate == "probability":
+        return p.clamp(min=least)
+    if gate == "margin":
+        return (2 * p - 1).clamp(min=least)
+    if gate == "root_margin":
+        return ((2 * p - 1).clamp(min=0) + 1e-5).sqrt().clamp(max=1)
+    return 1 + (p - p.detach())
+
+
+def _confidence_slope(p: Tensor, gate: str) -> Tensor:
+    """Derivative of the confidence by the probability."""
+    least = torch.finfo(p.dtype).tiny
+    if gate == "probability":
+        return (p >= least).to(p.dtype)
+    margin = 2 * p - 1
+    if gate == "margin":
+        return 2 * (margin >= least).to(p.dtype)
+    if gate == "root_margin":
+        root = (margin.clamp(min=0) + 1e-5).sqrt()
+        return ((margin >= 0) & (root <= 1)) / root
+    return torch.ones_like(p)
+
+
+def _tempered_choice_backward(
+    grad_p: Tensor, grad_confidence: Tensor, scores: Tensor, on: Tensor, log_temperature: Tensor, gate: str
+) -> tuple[Tensor, Tensor]:
+    temperature = log_temperature.to(scores.dtype).exp()
+    margin = (scores[..., 1] - scores[..., 0]) / temperature
+    p_on = torch.sigmoid(margin)
+    chosen = p_on.where(on, 1 - p_on)
+    slope = grad_confidence * _confidence_slope(chosen, gate)
+    grad_margin = (grad_p + slope.where(on, -slope)) * p_on * (1 - p_on)
+    grad_scores = torch.stack([-grad_margin, grad_margin], -1) / temperature
+    return grad_scores, -(grad_margin * margin).sum().to(log_temperature.dtype).reshape(1)
+
+
+@with_gradient(_tempered_choice_backward)
+def tempered_choice(scores: Tensor, on: Tensor, log_temperature: Tensor, gate: str) -> tuple[Tensor, Tensor]:
+    """The probability of on, and the confidence of the choice."""
+    p_on = probability_on(scores, log_temperature.to(scores.dtype).exp())
+    return p_on, _confidence(p_on.where(on, 1 - p_on), gate)
 
 
 @register

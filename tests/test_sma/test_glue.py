@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sma import glue
+from sma.errors import InputError
+from sma.fused import Fused, FusedWithGradient, _with_fallback, is_real
 from sma.glue import JoinParts, RMSNormFunction, SiluDropout
 from sma.layer import RoutedLayer
+from sma.modules.ema import ema_parameters
+from sma.modules.gau import gau_inputs
 from sma.norms import BatchNormSpec
+from sma.routers.independent import tempered_choice
 from tests.cases import normal
 from tests.test_sma.layers import LAYERS, WIDTH, make
 
@@ -119,8 +124,8 @@ def test_a_layer_is_the_same_with_fused_functions(
     valid = torch.arange(6) < torch.tensor([6, 0, 4])[:, None]
     results = []
     for fused in (False, True):
-        for module in ("layer", "around", "norms"):
-            monkeypatch.setattr(f"sma.{module}.fuses", lambda tensor, fused=fused: fused)
+        for choice in ("layer.fuses", "around.fuses", "norms.fuses", "fused.fuses"):
+            monkeypatch.setattr(f"sma.{choice}", lambda tensor, fused=fused: fused)
         results.append(_results(layer, x.clone().requires_grad_(), valid, options))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -140,6 +145,14 @@ OPERATORS = [
     ),
     pytest.param(glue.join_parts, (normal(N, D), None, None, None, 0.0, False), id="join_nothing"),
     pytest.param(glue.batch_moments, (normal(N, D), normal(N, 1) > 0), id="batch_moments"),
+    pytest.param(
+        glue.batch_norm_scales,
+        (normal(D), normal(D).square(), torch.tensor(3), normal(D), normal(D).square(), normal(D), 1e-5),
+        id="batch_norm_scales",
+    ),
+    pytest.param(
+        glue.batch_norm_factors, (normal(D), normal(D), normal(D), None, normal(1)[0]), id="batch_norm_factors"
+    ),
     pytest.param(glue.normalise, (normal(N, D), normal(D), normal(D), None), id="normalise"),
     pytest.param(glue.batch_norm_sums, (normal(N, D), normal(N, D), normal(D)), id="batch_norm_sums"),
     pytest.param(
@@ -153,15 +166,82 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize(("operator", "arguments"), OPERATORS)
-def test_operators_keep_the_rules_of_torch(operator: glue.Fused, arguments: tuple[Any, ...]) -> None:
+def test_operators_keep_the_rules_of_torch(operator: Fused, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(operator.operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+Z, H = 2, 4
+WITH_GRADIENTS = [
+    pytest.param(gau_inputs, (normal(N, Z + 2 * H), normal(2, Z), normal(2, Z)), id="gau_inputs"),
+    pytest.param(
+        ema_parameters,
+        (normal(D, Z, 1), normal(D, Z, 1), normal(D, Z, 1), normal(D, Z), torch.float64),
+        id="ema_parameters",
+    ),
+    pytest.param(
+        ema_parameters,
+        (40 * normal(D, Z, 1), 40 * normal(D, Z, 1), normal(D, Z, 1), normal(D, Z), torch.float64),
+        id="ema_parameters_at_their_limits",
+    ),
+    *(
+        pytest.param(
+            tempered_choice,
+            (scale * normal(2, N, 1, 2), normal(2, N, 1) > 0, normal(1), gate),
+            id=f"tempered_choice_{gate}_{scale}",
+        )
+        for gate in ("probability", "margin", "root_margin", "straight_through")
+        for scale in (1, 1000)
+    ),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), WITH_GRADIENTS)
+def test_a_fused_function_has_the_results_and_gradients_of_the_one_as_written(
+    monkeypatch: pytest.MonkeyPatch, function: FusedWithGradient, arguments: tuple[Any, ...]
+) -> None:
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr("sma.fused.fuses", lambda tensor, fused=fused: fused)
+        given = [each.clone().requires_grad_() if is_real(each) else each for each in arguments]
+        leaves = [each for each in given if is_real(each)]
+        results = function(*given)
+        # Also one result after the other, the gradients of the others then being 0.
+        parts = [_gradients(function(*given)[place], leaves) for place in range(len(results))]
+        both = torch.cat([result.flatten() for result in results])
+        found.append([*(each for part in parts for each in part), *_gradients(both, leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("function", "arguments"), WITH_GRADIENTS)
+def test_fused_functions_with_gradients_keep_the_rules_of_torch(
+    function: FusedWithGradient, arguments: tuple[Any, ...]
+) -> None:
+    grads = [torch.ones_like(result) for result in function.function(*arguments)]
+    for operator, given in ((function.fused, arguments), (function.gradient, (*grads, *arguments))):
+        torch.library.opcheck(operator.operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_results_of_a_fused_function_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sma.fused.fuses", lambda tensor: True)
+    results = gau_inputs(normal(N, Z + 2 * H), normal(2, Z), normal(2, Z))
+    assert len({each.untyped_storage().data_ptr() for each in results}) == 4
+    assert all(each.is_contiguous() for each in results)
+
+
+def test_a_fused_function_has_no_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sma.fused.fuses", lambda tensor: True)
+    projected = normal(N, Z + 2 * H).requires_grad_()
+    q, *_ = gau_inputs(projected, normal(2, Z), normal(2, Z))
+    with pytest.raises(InputError, match=r"^the fused function gau_inputs has no second derivatives"):
+        torch.autograd.grad(q.sum(), projected, create_graph=True)
 
 
 def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning() -> None:
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    run = glue._with_fallback(broken, torch.add)
+    run = _with_fallback(broken, torch.add)
     with pytest.warns(UserWarning, match=r"^a kernel cannot be compiled and runs in parts, slower: .*no compiler"):
         assert run(torch.ones(1), 2).item() == 3
     assert run(torch.ones(1), 2).item() == 3
@@ -169,7 +249,7 @@ def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning() -
 
 COMPILED = """
 import torch
-from tests.test_sma.test_glue import OPERATORS
+from tests.test_sma.test_glue import OPERATORS, WITH_GRADIENTS
 for case in OPERATORS:
     operator, arguments = case.values
     for _ in range(2):
@@ -178,6 +258,12 @@ for case in OPERATORS:
         torch.testing.assert_close(found, wanted)
         long = lambda x: isinstance(x, torch.Tensor) and x.shape[:1] == (7,)
         arguments = tuple(torch.cat([each, each]) if long(each) else each for each in arguments)
+for case in WITH_GRADIENTS:
+    function, arguments = case.values
+    grads = [torch.randn_like(result) for result in function.function(*arguments)]
+    for operator, given in ((function.fused, arguments), (function.gradient, (*grads, *arguments))):
+        found = torch.compile(operator.function, dynamic=True, fullgraph=True)(*given)
+        torch.testing.assert_close(found, operator.function(*given))
 print("equal")
 """
 

@@ -14,7 +14,7 @@ import sma
 from sma.__main__ import main
 from sma.catalogue import describe_kind, find_kinds, list_kinds
 from sma.describe import describe
-from sma.glue import of_device
+from sma.fused import of_device
 from sma.model import ModelSpec
 from sma.recipes.io.presets import shipped
 from sma.spec import dump_spec, families, kinds, load_spec, read_spec_file

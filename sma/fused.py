@@ -1,0 +1,157 @@
+"""Functions of elementwise operators and reductions that run as one compiled kernel on CUDA.
+
+Elementwise operators move as many bytes as the large ones compute on. On a CUDA device each function here is one
+compiled kernel; where it cannot be compiled, and on other accelerators, it runs as it is written. A CPU has its caches
+and its operators in place, and a compiler fuses by itself: for both the operators are called one by one.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sma.autograd import first_derivative
+from sma.errors import reason
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether a layer calls fused functions for a tensor."""
+    return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+class Way(NamedTuple):
+    """How fused functions run on a device.
+
+    Attributes:
+        name: `compiled`, `written` or `plain`.
+        reason: why, one sentence.
+    """
+
+    name: str
+    reason: str
+
+
+def of_device(device: torch.device | str) -> Way:
+    """How what a layer computes between its operators runs on a device, and why."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return Way("plain", "a CPU has its caches, and operators in place")
+    if kind == "cuda":
+        return Way("compiled", "the device is a GPU; each is compiled when it is first called")
+    return Way("written", f"functions are compiled for CUDA, and the device is {str(device)!r}")
+
+
+class Fused:
+    """A function of elementwise operators and reductions, as one operator of torch.
+
+    Args:
+        name: name of the operator.
+        function: the function, of tensors and numbers, with annotations by which torch finds the schema.
+        schema: arguments and results as `torch.library` writes them; default those of the annotations.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], schema: str | None = None) -> None:
+        self.function = function
+        self.compiled: Callable[..., Any] | None = None
+        schema = _schema(function) if schema is None else schema
+        self.operator = torch.library.custom_op(f"sma::{name}", self._run, mutates_args=(), schema=schema)
+        self.operator.register_fake(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.operator(*arguments)
+
+    def _run(self, *arguments: Any) -> Any:
+        return self.implementation(arguments[0].device)(*arguments)
+
+    def implementation(self, device: torch.device) -> Callable[..., Any]:
+        """The function that runs on a device, compiled when it is first called on CUDA."""
+        if device.type != "cuda":
+            return self.function
+        if self.compiled is None:
+            self.compiled = _with_fallback(torch.compile(self.function, dynamic=True, fullgraph=True), self.function)
+        return self.compiled
+
+
+def _schema(function: Callable[..., Any]) -> str:
+    schema: str = torch.library.infer_schema(function, mutates_args=())
+    return schema
+
+
+def _with_fallback(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function that runs as it is written where the compiler fails, with one warning."""
+    broken = False
+
+    def run(*arguments: Any) -> Any:
+        nonlocal broken
+        if not broken:
+            try:
+                return compiled(*arguments)
+            except Exception as error:  # a compiler that is not installed, or a device that it does not know
+                broken = True
+                warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
+        return function(*arguments)
+
+    return run
+
+
+def fused(function: Callable[..., Any]) -> Fused:
+    """Decorator for `Fused`, under the name of the function."""
+    return Fused(function.__name__, function)
+
+
+class FusedWithGradient:
+    """A function with its gradient: as it is written on a CPU and in a compiled model, elsewhere two `Fused` operators.
+
+    Args:
+        name: name of the operator.
+        function: the function, as for `Fused`; it returns several tensors.
+        backward: maps the gradients of all results, then the arguments of the function, to the gradients of those
+            arguments that are tensors of floating-point numbers.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        self.function = function
+        self.fused = Fused(name, self._separate, _schema(function))
+        self.gradient = Fused(f"{name}_backward", backward)
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *given: Any) -> Any:
+                ctx.save_for_backward(*(each for each in given if isinstance(each, Tensor)))
+                ctx.given = [None if isinstance(each, Tensor) else (each,) for each in given]
+                return self.fused(*given)
+
+            @staticmethod
+            @first_derivative(f"the fused function {name}")
+            def backward(ctx: Any, *grads: Tensor) -> Any:
+                saved = iter(ctx.saved_tensors)
+                given = [next(saved) if each is None else each[0] for each in ctx.given]
+                found = iter(self.gradient(*grads, *given))
+                return tuple(next(found) if is_real(each) else None for each in given)
+
+        self._apply = Function.apply
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._apply(*arguments) if fuses(arguments[0]) else self.function(*arguments)
+
+    def _separate(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The results, each a tensor of its own, as an operator must return them; a compiler leaves the copies out."""
+        return tuple(each.clone(memory_format=torch.contiguous_format) for each in self.function(*arguments))
+
+
+def is_real(argument: Any) -> bool:
+    """Whether an argument is a tensor of floating-point numbers."""
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def with_gradient(backward: Callable[..., Any]) -> Callable[[Callable[..., Any]], FusedWithGradient]:
+    """Decorator for `FusedWithGradient`, under the name of the function."""
+    return lambda function: FusedWithGradient(function.__name__, function, backward)
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """Derivative of silu."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
