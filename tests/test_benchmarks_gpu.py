@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from benchmarks.count import Shape, count, layer_spec
-from benchmarks.gpu import layers, marks, measure, padded, profiled, report
+from benchmarks.gpu import layers, marks, measure, padded, profiled, report, steps
 from benchmarks.gpu.correctness import poisoned
 from benchmarks.gpu.profiled import Event
 from benchmarks.gpu.results import Points, Results
 from sma.layer import RoutedLayer
+from sma.recipes.training.graph import RECORDERS
+from tests.tape import TapeRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
@@ -321,6 +323,15 @@ def test_variants_of_a_layer_have_the_rate_that_is_asked(
     assert isinstance(built.layer, RoutedLayer)
     assert len(built.layer.spec.modules) == modules
     assert built.rate == pytest.approx(rate, abs=0.03)
+
+
+def test_updates_of_a_graph_have_the_losses_of_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+    bench = measure.Bench(Results(tmp_path), "test", "cpu", time.monotonic() + 60)
+    runs = [steps.training_of(bench, repeatable=True).step(steps.STATIC, graphed) for graphed in (False, True)]
+    losses = [[float(step()) for step in runs] for _ in range(6)]
+    assert [eager for eager, _ in losses] == [graphed for _, graphed in losses]
+    assert losses[-1] != losses[0]
 
 
 def test_a_roofline_is_the_sum_over_the_launches() -> None:

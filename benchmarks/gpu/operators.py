@@ -12,6 +12,7 @@ from benchmarks.gpu.measure import Bench, products_in
 from benchmarks.gpu.results import Record
 from benchmarks.work import nbytes
 from sma import glue
+from sma.fused import Fused
 from sma.kernels.ema import ema
 from sma.modules.ema import EMASpec
 from sma.modules.gau import GAUSpec
@@ -142,7 +143,7 @@ def fused_functions(bench: Bench) -> None:
     slots = glue.slots_of(index, None, x.shape[0])
     weight = bench.random(1)
     keep = bench.random(*x.shape) > 0
-    calls: dict[str, tuple[glue.Fused, tuple[object, ...]]] = {
+    calls: dict[str, tuple[Fused, tuple[object, ...]]] = {
         "silu_dropout": (glue.silu_dropout, (x, 0.1)),
         "silu_dropout_backward": (glue.silu_dropout_backward, (grad, x, keep, 0.1)),
         "join_parts": (glue.join_parts, (x, passed, routed, slots, 0.0, True)),
@@ -153,7 +154,7 @@ def fused_functions(bench: Bench) -> None:
         bench.attempt(f"glue {name}", partial(_glue, bench, function, arguments))
 
 
-def _glue(bench: Bench, function: glue.Fused, arguments: tuple[object, ...]) -> Record:
+def _glue(bench: Bench, function: Fused, arguments: tuple[object, ...]) -> Record:
     bench.require_gpu("functions are compiled for CUDA")
     moved = nbytes([arguments, function(*arguments)])
     milliseconds = bench.milliseconds(lambda: function(*arguments), 0.3)

@@ -15,6 +15,7 @@ from benchmarks.gpu.results import Record
 from sma.capacity import Capacity, PerBatch
 from sma.kernels import use
 from sma.model import SequenceModel, build
+from sma.recipes.training.graph import WARM_UP, Graphed, Update, make_capturable
 from sma.spec import load_spec
 
 # A new router activates about half of the tokens.
@@ -27,72 +28,45 @@ class Training(NamedTuple):
 
     Attributes:
         model: the model.
-        update: forward, backward, clipping and optimiser; returns the loss.
-        restart: sets the weights and the optimiser back.
+        update: forward, backward, clipping and optimiser.
+        batch: ids and classes.
     """
 
     model: SequenceModel
-    update: Callable[[], Tensor]
-    restart: Callable[[], None]
+    update: Update
+    batch: tuple[Tensor, Tensor]
+
+    def step(self, capacity: Capacity | None, graphed: bool = False) -> Callable[[], Tensor]:
+        """A function that makes an update and returns its loss; the first ones of a graph run eagerly."""
+        run = Graphed(self.update) if graphed else self.update
+        return lambda: run(self.batch, capacity)[0]
 
 
-def training_of(bench: Bench, capacity: Capacity | None, repeatable: bool = False) -> Training:
+def training_of(bench: Bench, repeatable: bool = False) -> Training:
     """The model for Text with random bytes and classes, and its optimiser.
 
     Args:
         bench: has the device.
-        capacity: of the routed sub-modules.
         repeatable: leave out what differs from run to run: dropout, and the gradient of the bias tables.
     """
     shape = bench.shapes["text"]
     torch.manual_seed(0)
     spec = load_spec(ROOT / "recipes" / "specs" / f"{shape.model}.yaml", "model")
     model = build(spec, seed=0).to(bench.device).train(not repeatable)
-    ids = torch.randint(1, 257, (shape.batch, shape.length), device=bench.device)
-    classes = torch.randint(2, (shape.batch,), device=bench.device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (repeatable and name.endswith("bias_table")))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    first = [each.detach().clone() for each in parameters]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True, capturable=not bench.toy)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
+    make_capturable(optimiser)  # the eager updates too: their step counts would have another type
 
-    def update() -> Tensor:
-        optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(cast(Tensor, model(ids, capacity=capacity).logits), classes)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        return loss.detach()
+    def compute(batch: tuple[Tensor, Tensor], capacity: Capacity | None) -> tuple[Tensor, None]:
+        ids, classes = batch
+        logits = cast(Tensor, model(ids, capacity=capacity).logits)
+        return torch.nn.functional.cross_entropy(logits, classes), None
 
-    @torch.no_grad()
-    def restart() -> None:
-        for parameter, value in zip(parameters, first, strict=True):
-            parameter.copy_(value)
-        for state in optimiser.state.values():
-            for value in state.values():
-                value.zero_()
-
-    return Training(model, update, restart)
-
-
-def captured(training: Training) -> Callable[[], Tensor]:
-    """The update as one CUDA graph; the weights and the optimiser are set back after the updates that warm up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            training.update()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = training.update()
-    training.restart()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
+    ids = torch.randint(1, 257, (shape.batch, shape.length), device=bench.device)
+    classes = torch.randint(2, (shape.batch,), device=bench.device)
+    return Training(model, Update(compute, optimiser, clip_norm=1.0), (ids, classes))
 
 
 @contextmanager
@@ -110,9 +84,9 @@ def profile_of_a_step(bench: Bench) -> None:
 
 def _profile(bench: Bench, capacity: Capacity | None) -> Record:
     with settings(bench):
-        training = training_of(bench, capacity)
-        found = profiled.figures(profiled.record(bench, training.update), profiled.STEPS, bench.toy)
-    return {"layers": len(training.model.layers), **found}
+        training = training_of(bench)
+        events = profiled.record(bench, training.step(capacity))
+    return {"layers": len(training.model.layers), **profiled.figures(events, profiled.STEPS, bench.toy)}
 
 
 def run(bench: Bench) -> None:
@@ -125,26 +99,26 @@ def run(bench: Bench) -> None:
 
 def _eager(bench: Bench, capacity: Capacity | None) -> Record:
     with settings(bench):
-        training = training_of(bench, capacity)
-        milliseconds = bench.milliseconds(training.update)
-        return {"milliseconds": milliseconds, "peak_gigabytes": bench.peak_gigabytes(training.update)}
+        step = training_of(bench).step(capacity)
+        return {"milliseconds": bench.milliseconds(step), "peak_gigabytes": bench.peak_gigabytes(step)}
 
 
 def _graph(bench: Bench) -> Record:
     bench.require_gpu("CUDA graphs")
     with settings(bench):
-        replay = captured(training_of(bench, STATIC))
-        milliseconds = bench.milliseconds(replay)
-        found = profiled.figures(profiled.record(bench, replay), profiled.STEPS, bench.toy)
+        step = training_of(bench).step(STATIC, graphed=True)
+        for _ in range(WARM_UP + 1):
+            step()
+        milliseconds = bench.milliseconds(step)
+        found = profiled.figures(profiled.record(bench, step), profiled.STEPS, bench.toy)
     return {"milliseconds": milliseconds, "idle": found["idle"], "launches": found["launches"]}
 
 
 def _losses(bench: Bench) -> Record:
-    """Losses of the same updates."""
+    """Losses of the same updates, eager and as a graph."""
     bench.require_gpu("CUDA graphs")
     with settings(bench):
-        eager, other = (training_of(bench, STATIC, repeatable=True) for _ in range(2))
-        replay = captured(other)
-        pairs = [(float(eager.update()), float(replay())) for _ in range(UPDATES)]
-    difference = max(abs(one - two) / abs(one) for one, two in pairs)
-    return {"updates": UPDATES, "first": pairs[0], "last": pairs[-1], "largest_difference": difference}
+        steps = [training_of(bench, repeatable=True).step(STATIC, graphed) for graphed in (False, True)]
+        losses = [[float(step()) for step in steps] for _ in range(UPDATES)]
+    difference = max(abs(eager - graphed) / abs(eager) for eager, graphed in losses)
+    return {"updates": UPDATES, "first": losses[0], "last": losses[-1], "largest_difference": difference}
