@@ -65,8 +65,7 @@ def _step(model: Any, capacity: Any, controller: BudgetController, optimizer: to
     dtype = torch.int64 if spec.encoder.reads == "tokens" else torch.float32
     inputs = torch.empty(ROWS, LENGTH, dtype=dtype, device="meta")
     valid = torch.empty(ROWS, LENGTH, dtype=torch.bool, device="meta")
-    # The causal scan sums with cumsum.
-    with NoHost(wide=ROWS * LENGTH, ordered=not model.causal):
+    with NoHost(wide=ROWS * LENGTH):
         output = model(inputs, valid, capacity=capacity)
         scores = output.logits.flatten(0, -2)
         targets = torch.zeros(scores.shape[0], dtype=torch.int64, device="meta")
