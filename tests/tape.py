@@ -33,7 +33,8 @@ class _Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         """Run the operators again; every result is written where the first one was."""
-        with torch.no_grad():
+        # What autocast made of the operators is on the tape.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for function, args, kwargs, results in self.calls:
                 again = function(*args, **kwargs)
                 for result, new in zip(results, tree_leaves(again), strict=False):
@@ -74,3 +75,6 @@ class TapeRecorder:
             ran = False
 
         return replay, result
+
+    def forget(self) -> None:
+        """Do nothing: a tape keeps its memory."""

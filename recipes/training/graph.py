@@ -68,6 +68,9 @@ class Recorder(Protocol):
             a function that runs it, and its result, which every run overwrites.
         """
 
+    def forget(self) -> None:
+        """Wait for the device, because all recordings are dropped."""
+
 
 class CUDARecorder:
     """Records CUDA graphs. They share their memory, because they never run at the same time."""
@@ -91,6 +94,11 @@ class CUDARecorder:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = program()
         return graph.replay, result
+
+    def forget(self) -> None:
+        """Wait for the device; the next graphs get other memory, because gradients may hold some of this."""
+        torch.cuda.synchronize()
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CUDARecorder}
@@ -136,6 +144,7 @@ class Graphed:
             SpecError: the update cannot be captured.
         """
         if capacity != self._capacity:
+            self._recorder.forget()
             self._recorded.clear()
             self._seen.clear()
             self._capacity = capacity
@@ -170,16 +179,16 @@ class Graphed:
 
 def make_capturable(optimizer: torch.optim.Optimizer) -> torch.device:
     """Keep learning rates and step counts of an optimiser on the device of its parameters; returns the device."""
+    device = next(part.device for group in optimizer.param_groups for part in group["params"])
     for group in optimizer.param_groups:
-        device: torch.device = group["params"][0].device
         # The type that fused kernels read.
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
-        for part in group["params"]:
-            state = optimizer.state.get(part, {})
-            if "step" in state:
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first updates run so
     return device
 
 
