@@ -6,10 +6,11 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -122,8 +123,9 @@ def _imports(path: Path, ours: frozenset[str]) -> set[str]:
     return found
 
 
-def _ids(paths: list[Path]) -> list[object]:
-    return [pytest.param(path, id=path.relative_to(ROOT).as_posix()) for path in paths]
+def _offenders(paths: list[Path], faults: Callable[[Path], Any]) -> dict[str, Any]:
+    """The faults of each file that has some. A rule is one test of all files: it names every file that breaks it."""
+    return {path.relative_to(ROOT).as_posix(): found for path in paths if (found := faults(path))}
 
 
 def _within(name: str, *packages: str) -> bool:
@@ -160,17 +162,19 @@ def _route(start: str, goals: set[str]) -> list[str] | None:
     return None
 
 
-@pytest.mark.parametrize("path", _ids(CORE))
-def test_core_imports_only_its_few_dependencies_and_itself(path: Path) -> None:
+def _foreign(path: Path) -> list[str]:
+    """What a file imports besides the few dependencies of the core and itself."""
     allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
-    assert {name for name in GRAPH[_module(path)] if name.split(".")[0] not in allowed} == set()
+    return [name for name in GRAPH[_module(path)] if name.split(".")[0] not in allowed]
 
 
-@pytest.mark.parametrize("path", _ids(CORE))
-def test_core_never_imports_what_is_built_on_it(path: Path) -> None:
-    assert {
-        name for name in GRAPH[_module(path)] if _within(name, "sma.modules", "sma.recipes", "sma.tune", *TOP)
-    } == set()
+def test_core_imports_only_its_few_dependencies_and_itself() -> None:
+    assert _offenders(CORE, _foreign) == {}
+
+
+def test_core_never_imports_what_is_built_on_it() -> None:
+    built = ("sma.modules", "sma.recipes", "sma.tune", *TOP)
+    assert _offenders(CORE, lambda path: [name for name in GRAPH[_module(path)] if _within(name, *built)]) == {}
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=",".join(names)) for row, names in enumerate(CHAIN[:-1])])
@@ -179,9 +183,8 @@ def test_import_graph_of_the_core_is_a_line(row: int) -> None:
     assert [route for name in CHAIN[row] if (route := _route(f"sma.{name}", later))] == []
 
 
-@pytest.mark.parametrize("path", _ids(SOURCES))
-def test_no_file_imports_itself_by_a_detour(path: Path) -> None:
-    assert _route(_module(path), {_module(path)}) is None
+def test_no_file_imports_itself_by_a_detour() -> None:
+    assert _offenders(SOURCES, lambda path: _route(_module(path), {_module(path)})) == {}
 
 
 @pytest.mark.parametrize("floor", [pytest.param(floor, id=",".join(rooms)) for floor, rooms in enumerate(FLOORS[:-1])])
@@ -201,12 +204,10 @@ def test_top_of_recipes_is_what_a_user_runs() -> None:
     assert files == {"environment", *FLOORS[-1]}
 
 
-@pytest.mark.parametrize("path", _ids(_files("modules")))
-def test_zoo_knows_the_contracts_and_never_what_routes(path: Path) -> None:
-    name = _module(path)
-    allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
-    assert {other for other in GRAPH[name] if other.split(".")[0] not in allowed} == set()
-    assert _route(name, {"sma.routers", "sma.activation", "sma.layer", "sma.model"}) is None
+def test_zoo_knows_the_contracts_and_never_what_routes() -> None:
+    routing = {"sma.routers", "sma.activation", "sma.layer", "sma.model"}
+    assert _offenders(_files("modules"), _foreign) == {}
+    assert _offenders(_files("modules"), lambda path: _route(_module(path), routing)) == {}
 
 
 def _registers(path: Path) -> bool:
@@ -215,20 +216,24 @@ def _registers(path: Path) -> bool:
     return any(ast.unparse(decorator) == "register" for node in classes for decorator in node.decorator_list)
 
 
-@pytest.mark.parametrize("path", _ids([path for path in _files("modules") if path.name != "__init__.py"]))
-def test_one_kind_of_the_zoo_never_imports_another(path: Path) -> None:
-    kinds = {_module(other) for other in _files("modules") if _registers(other)}
-    assert GRAPH[_module(path)] & kinds == set()
+def test_one_kind_of_the_zoo_never_imports_another() -> None:
+    kinds = {_module(path) for path in _files("modules") if _registers(path)}
+    paths = [path for path in _files("modules") if path.name != "__init__.py"]
+    assert _offenders(paths, lambda path: GRAPH[_module(path)] & kinds) == {}
 
 
-@pytest.mark.parametrize("path", _ids(_files("sma", "modules", "recipes", "benchmarks", "examples")))
-def test_only_tune_imports_ray(path: Path) -> None:
-    assert not any(_within(name, "ray", "optuna") for name in _imports(path, OURS))
+def test_only_tune_imports_ray() -> None:
+    paths = _files("sma", "modules", "recipes", "benchmarks", "examples")
+    assert (
+        _offenders(paths, lambda path: [name for name in _imports(path, OURS) if _within(name, "ray", "optuna")]) == {}
+    )
 
 
-@pytest.mark.parametrize("path", _ids(_files("sma", "modules")))
-def test_only_experiments_import_what_trains_and_draws(path: Path) -> None:
-    assert not any(_within(name, *EXPERIMENTS_ONLY) for name in GRAPH[_module(path)])
+def test_only_experiments_import_what_trains_and_draws() -> None:
+    def faults(path: Path) -> list[str]:
+        return [name for name in GRAPH[_module(path)] if _within(name, *EXPERIMENTS_ONLY)]
+
+    assert _offenders(_files("sma", "modules"), faults) == {}
 
 
 def test_importing_sma_stays_light() -> None:
@@ -243,37 +248,43 @@ def test_public_surface_is_tiny() -> None:
     assert [name for name in sma.__all__ if not hasattr(sma, name)] == []
 
 
-@pytest.mark.parametrize("path", _ids(_files("sma", "modules")))
-def test_public_names_have_docstrings(path: Path) -> None:
-    tree = _tree(path)
-    public = [
+def _without_docstring(path: Path) -> list[str]:
+    """The public names of a file that say nothing, and the file itself."""
+    named = [
         node
-        for node in tree.body
+        for node in _tree(path).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         and not node.name.startswith("_")
         and "overload" not in map(ast.unparse, node.decorator_list)  # the docstring is that of the function itself
     ]
-    assert ast.get_docstring(tree), "the file says nothing about its subject"
-    assert [node.name for node in public if not ast.get_docstring(node)] == []
+    own = [] if ast.get_docstring(_tree(path)) else ["the file itself"]
+    return own + [node.name for node in named if not ast.get_docstring(node)]
 
 
-@pytest.mark.parametrize(
-    "path", _ids(_files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci"))
-)
-def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_public_names_have_docstrings() -> None:
+    assert _offenders(_files("sma", "modules"), _without_docstring) == {}
+
+
+def test_a_file_can_be_read_in_one_sitting() -> None:
+    paths = _files("sma", "modules", "recipes", "tune", "benchmarks", "tests", "examples", ".ci")
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert _offenders(paths, lambda path: lines[path] if lines[path] > 400 else None) == {}
 
 
 # The conformance kit is a test suite, so it may assert.
-@pytest.mark.parametrize("path", _ids([path for path in SOURCES if not _within(_module(path), "sma.testing")]))
-def test_input_is_never_checked_by_assert(path: Path) -> None:
-    assert [node.lineno for node in ast.walk(_tree(path)) if isinstance(node, ast.Assert)] == []
+def test_input_is_never_checked_by_assert() -> None:
+    def lines(path: Path) -> list[int]:
+        return [node.lineno for node in ast.walk(_tree(path)) if isinstance(node, ast.Assert)]
+
+    assert _offenders([path for path in SOURCES if not _within(_module(path), "sma.testing")], lines) == {}
 
 
-@pytest.mark.parametrize("path", _ids([path for path in _files("sma", "modules") if path.name != "__main__.py"]))
-def test_a_library_never_prints(path: Path) -> None:
-    calls = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
-    assert [node.lineno for node in calls if ast.unparse(node.func) == "print"] == []
+def test_a_library_never_prints() -> None:
+    def lines(path: Path) -> list[int]:
+        calls = (node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call))
+        return [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+
+    assert _offenders([path for path in _files("sma", "modules") if path.name != "__main__.py"], lines) == {}
 
 
 # Files whose names the reference of the site describes.
@@ -323,12 +334,15 @@ def undocumented(part: object, name: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("name", DESCRIBED)
-def test_everything_in_the_reference_is_documented(name: str) -> None:
-    module = importlib.import_module(name)
-    own = {key: part for key, part in vars(module).items() if getattr(part, "__module__", None) == name}
-    public = {key: part for key, part in own.items() if not key.startswith("_")}
-    assert [missing for key, part in public.items() for missing in undocumented(part, key)] == []
+def test_everything_in_the_reference_is_documented() -> None:
+    missing = [
+        f"{name}.{bare}"
+        for name in DESCRIBED
+        for key, part in vars(importlib.import_module(name)).items()
+        if getattr(part, "__module__", None) == name and not key.startswith("_")
+        for bare in undocumented(part, key)
+    ]
+    assert missing == []
 
 
 def test_a_name_without_a_docstring_is_found() -> None:
