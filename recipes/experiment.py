@@ -106,9 +106,9 @@ class TrainingSpec(Spec):
     )
 
     @property
-    def limited(self) -> bool:
-        """Whether training has a capacity."""
-        return self.graph or self.capacity is not None
+    def multiple(self) -> float | None:
+        """The capacity, with the default of null applied; None without one."""
+        return GRAPH_CAPACITY if self.capacity is None and self.graph else self.capacity
 
     def capacity_at(self, update: int, layers: Sequence[Sequence[str]]) -> dict[str, PerBatch] | None:
         """The capacity of every sub-module in an update, counted from 0; None without one.
@@ -117,9 +117,9 @@ class TrainingSpec(Spec):
             update: the update.
             layers: names of the sub-modules of every routed layer.
         """
-        if not self.limited:
+        multiple = self.multiple
+        if multiple is None:
             return None
-        multiple = GRAPH_CAPACITY if self.capacity is None else self.capacity
         rates: dict[str, float] = {}
         for index, names in enumerate(layers):
             for name in names:
@@ -198,7 +198,7 @@ class ExperimentSpec(Spec):
     def _check_graph(self) -> None:
         """Check that the task and the precision allow a capacity and CUDA graphs."""
         training = self.training
-        if self.task.carries_state and training.limited:
+        if self.task.carries_state and training.multiple is not None:
             given = "graph=true" if training.graph else f"capacity={training.capacity}"
             raise ValueError(
                 f"training.{given} limits the active tokens of a batch, and the task {self.task.kind!r} carries a "

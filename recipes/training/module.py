@@ -286,8 +286,9 @@ class ScoredModule(TrainingModule):
     @property
     def overflow(self) -> Overflow | None:
         """The active tokens that found no slot in this training so far; None without a capacity."""
-        rates = cast(RateMetric, self.fit_scores["rates"])
-        return self._overflow.plus(rates.overflowed()) if self.training_spec.limited else None
+        if self.training_spec.multiple is None:
+            return None
+        return self._overflow.plus(cast(RateMetric, self.fit_scores["rates"]).overflowed())
 
     def check_capacity(self) -> None:
         """Check that no part of the model prevents graphs, if the training asks for them.
@@ -346,6 +347,10 @@ class ScoredModule(TrainingModule):
             shown = {scores.short: f"fit_{scores.name}", **({"rate": "fit_rate"} if self.module_names else {})}
             for short, name in shown.items():
                 self.log(short, logged[name], prog_bar=True, logger=False, batch_size=1)
+
+    def on_fit_end(self) -> None:
+        """Free the memory of the graphs."""
+        self._graphed = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the overflow up to the last line of the metrics; all ranks must call it."""

@@ -27,6 +27,8 @@ from sma.recipes.training.objective import Objective, Report, load_objective
 from sma.recipes.training.provenance import commit, hardware
 from sma.recipes.training.trainer import run_test
 
+log = logging.getLogger("sma.recipes")
+
 
 class Finished(NamedTuple):
     """A finished run.
@@ -92,6 +94,7 @@ def run_experiment(
             callbacks=callbacks,
             distributed=distributed,
         )
+        _warn_of_overflow(module)
         logged = run_test(fitted.trainer, module, objective.evaluation_batches("test", distributed), distributed)
         breakdown, report = objective.breakdown(module), objective.report(module)
         summary = _summary(spec, objective, module, fitted, report, logged)
@@ -105,6 +108,15 @@ def run_experiment(
                 attempt(f"the figure of the run in {out}", lambda: report.draw(out, full))
             write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return Finished(summary, report, module)
+
+
+def _warn_of_overflow(module: TrainingModule) -> None:
+    overflow, capacity = module.overflow, module.training_spec.multiple
+    if overflow is not None and overflow.share > 0.01:
+        log.warning(
+            f"warning: {overflow.share:.1%} of the activated tokens were beyond training.capacity={capacity:g} and "
+            "were skipped; raise it"
+        )
 
 
 def _summary(

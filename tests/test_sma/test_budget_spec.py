@@ -1,6 +1,7 @@
 """Targets that a budget cannot reach are errors before a score bias is moved."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -145,3 +146,27 @@ class TestTotal:
     def test_a_router_without_an_offset_is_refused(self):
         with pytest.raises(InputError, match="the router kind 'expert_choice' cannot be steered"):
             self._controller(0.3, [ExpertChoiceRouterSpec(share=0.3)], None)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(BudgetSpec(target=0.3), id="at-once"),
+        pytest.param(BudgetSpec(target=0.3, hold=7), id="held"),
+        pytest.param(BudgetSpec(target=0.3, hold=5, anneal=37), id="falling"),
+        pytest.param(BudgetSpec(target=0.8, start=0.1, hold=3, anneal=16), id="rising"),
+        pytest.param(BudgetSpec(target=0.3, anneal=3), id="shorter-than-its-parts"),
+        pytest.param(
+            BudgetSpec(target=0.2, start=0.9, anneal=60, exploration=0.4, period=10, until=90), id="exploring"
+        ),
+        pytest.param(BudgetSpec(target=0.2, exploration=0.4, period=7), id="exploring-for-ever"),
+    ],
+)
+def test_ceiling_is_above_the_schedule_and_changes_seldom(spec: BudgetSpec) -> None:
+    ceilings = [spec.ceiling(spec.target, update) for update in range(150)]  # type: ignore[arg-type]
+    rates = [spec.scheduled(spec.target, update) for update in range(150)]  # type: ignore[arg-type]
+    assert all(ceiling >= rate - 1e-12 for ceiling, rate in zip(ceilings, rates, strict=True))
+    assert max(ceilings) <= 1
+    assert sum(one != other for one, other in pairwise(ceilings)) <= 10
+    if not spec.exploration or spec.until:
+        assert ceilings[-1] == pytest.approx(spec.target)

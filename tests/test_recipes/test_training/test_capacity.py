@@ -103,3 +103,14 @@ def test_what_no_budget_holds_has_a_slot_for_every_token() -> None:
         "attention": 0.5,
         "mlp": 0.5,
     }
+
+
+@pytest.mark.parametrize(("capacity", "warned"), [(0.1, True), (1.0, False)])
+def test_a_run_warns_of_many_skipped_tokens(
+    data: TaskData, tmp_path: Path, caplog: pytest.LogCaptureFixture, capacity: float, warned: bool
+) -> None:
+    summary = train(tiny(training__capacity=capacity, training__updates=6), tmp_path, data).summary
+    message = f"of the activated tokens were beyond training.capacity={capacity:g} and were skipped; raise it"
+    assert any(message in record.message for record in caplog.records) == warned
+    assert (summary["overflow"] > 0.01) == warned
+    assert "overflow" not in train(tiny(training__updates=6), tmp_path / "ragged", data).summary

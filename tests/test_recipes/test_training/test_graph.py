@@ -72,6 +72,7 @@ def _trained(
             marks=pytest.mark.slow,
         ),
         pytest.param({"precision": "bf16-mixed"}, id="bf16", marks=pytest.mark.slow),
+        pytest.param({"layers__layer__modules": "{}"}, id="dense", marks=pytest.mark.slow),
         pytest.param(
             {"layers__layer__norm": "{kind: batch_norm, place: pre}"}, id="batch-norm", marks=pytest.mark.slow
         ),
