@@ -2,8 +2,6 @@
 them.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from sma.__main__ import EXPERIMENTS, main
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.presets import shipped
 from sma.recipes.training.single_run import TASKS
+from tests.processes import Ended, Without, run_programs, run_without
 from tests.test_sma.test_main import _run
 
 
@@ -32,16 +31,18 @@ HEAVY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["", *EXPERIMENTS, "describe"], ids=lambda name: name or "sma")
-def test_help_imports_nothing_heavy(name):
-    words = [name] if name else []
-    program = (
+def test_help_imports_nothing_heavy(tmp_path):
+    names = ["", *EXPERIMENTS, "describe"]
+    programs = [
         "import sys; from sma.__main__ import main\n"
-        f"try: main({[*words, '--help']!r})\n"
+        f"try: main({[*([name] if name else []), '--help']!r})\n"
         f"finally: print(*sorted(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
+        for name in names
+    ]
+    done = run_programs([(program, tmp_path) for program in programs], tmp_path)
+    assert {name: (each.returncode, each.stderr) for name, each in zip(names, done, strict=True)} == dict.fromkeys(
+        names, (0, "\n")
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (0, "\n")
 
 
 def test_every_task_with_a_preset_can_be_trained():
@@ -152,53 +153,31 @@ def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
     )
 
 
-BLOCKER = """
-import runpy, sys
-from importlib.abc import MetaPathFinder
-
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-sys.argv[1:] = {words!r}
-runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-"""
-
-
-def run_without(blocked: list[str], module: str, words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a program whose Python lacks some packages."""
-    program = BLOCKER.format(blocked=blocked, module=module, words=words)
-    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=200)
-
-
-@pytest.mark.parametrize(
-    ("words", "blocked", "extra"),
-    [
-        pytest.param(["train", "digits"], ["pydantic_settings"], "recipes", id="train"),
-        pytest.param(["train", "digits"], ["lightning"], "recipes", id="train without lightning"),
-        pytest.param(["evaluate", "run"], ["torchmetrics"], "recipes", id="evaluate"),
-        pytest.param(["compare", "digits"], ["matplotlib"], "recipes", id="compare"),
-        pytest.param(["generate", "run"], ["pydantic_settings", "lightning", "rich"], "recipes", id="generate"),
-        pytest.param(["sweep", "digits"], ["ray"], "tune", id="sweep"),
-        pytest.param(["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune", id="sweep in the core"),
-    ],
-)
-def test_an_extra_that_is_missing_is_one_message(words, blocked, extra, tmp_path):
-    done = run_without(blocked, "sma", words, tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        f"error: sma {words[0]} needs the extra {extra!r}, but its package {blocked[0]} is not installed; "
-        f"run: pip install 'sparse-modular-activation[{extra}]'\n"
+def test_an_extra_that_is_missing_is_one_message(tmp_path):
+    cases = [
+        (["train", "digits"], ["pydantic_settings"], "recipes"),
+        (["train", "digits"], ["lightning"], "recipes"),
+        (["evaluate", "run"], ["torchmetrics"], "recipes"),
+        (["compare", "digits"], ["matplotlib"], "recipes"),
+        (["generate", "run"], ["pydantic_settings", "lightning", "rich"], "recipes"),
+        (["sweep", "digits"], ["ray"], "tune"),
+        (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core
+    ]
+    help_of_the_core = Without(["pydantic_settings", "lightning", "ray", "rich"], "sma", ["--help"])
+    *done, helped = run_without(
+        [*(Without(blocked, "sma", words) for words, blocked, _ in cases), help_of_the_core], tmp_path
     )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_of_the_core_needs_no_extra(tmp_path):
-    done = run_without(["pydantic_settings", "lightning", "ray", "rich"], "sma", ["--help"], tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "    train " in done.stdout
+    assert done == [
+        Ended(
+            2,
+            "",
+            f"error: sma {words[0]} needs the extra {extra!r}, but its package {blocked[0]} is not installed; "
+            f"run: pip install 'sparse-modular-activation[{extra}]'\n",
+        )
+        for words, blocked, extra in cases
+    ]
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "    train " in helped.stdout
 
 
 def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
