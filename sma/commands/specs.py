@@ -137,7 +137,8 @@ def _load(args: argparse.Namespace) -> ModelSpec:
 def _load_experiment(args: argparse.Namespace, data: dict[str, Any]) -> "ExperimentSpec":
     with _recipes(args.spec, "experiment"):
         from sma.recipes.experiment import load_experiment  # the core works without the extras
-    return load_experiment(data, args.set)
+
+        return load_experiment(data, args.set)  # it imports the tasks
 
 
 def _load_sweep(args: argparse.Namespace, data: dict[str, Any]) -> "SweepSpec":

@@ -163,9 +163,10 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         (["sweep", "digits"], ["ray"], "tune"),
         (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core
     ]
-    help_of_the_core = Without(["pydantic_settings", "lightning", "ray", "rich"], "sma", ["--help"])
-    *done, helped = run_without(
-        [*(Without(blocked, "sma", words) for words, blocked, _ in cases), help_of_the_core], tmp_path
+    core = ["pydantic_settings", "lightning", "ray", "rich"]
+    others = [Without(core, "sma", ["--help"]), Without(core, "sma", ["validate", "listops_tiny"])]
+    *done, helped, validated = run_without(
+        [*(Without(blocked, "sma", words) for words, blocked, _ in cases), *others], tmp_path
     )
     assert done == [
         Ended(
@@ -176,6 +177,11 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         )
         for words, blocked, extra in cases
     ]
+    assert (validated.returncode, validated.stdout) == (2, "")
+    assert validated.stderr == (
+        "error: 'listops_tiny' is an experiment, which needs the extra 'recipes', but its package rich is not "
+        "installed; run: pip install 'sparse-modular-activation[recipes]'\n"
+    )
     assert (helped.returncode, helped.stderr) == (0, "")
     assert "    train " in helped.stdout
 
