@@ -61,6 +61,12 @@ check: .venv/.dev ## format, lint, types, architecture rules, contents of the wh
 	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py tests/test_site.py
 	@$(BIN)/python .ci/build_site.py
 
+mutations: .venv/.dev ## make the mistakes of tests/mutations.yaml one at a time: every one must fail a test
+	@$(BIN)/python .ci/mutations.py $(ARGS)
+
+release: .venv/.release ## build the distribution in dist/, check it, try it in fresh environments; publishes nothing
+	@TORCH_INDEX="$(TORCH_INDEX)" $(BIN)/python .ci/release.py
+
 clean: ## remove .venv, build outputs and caches; keeps runs/ and data/
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -100,6 +106,11 @@ $(BIN)/pip:
 	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv/.release: .venv/.dev
+	@echo "installing what checks a distribution"
+	@$(PIP) install -qq -c constraints.txt -e '.[release]'
+	@touch $@
+
 # An environment of its own, which sees .venv: where torchvision is built for another build of torch, its import fails, and so does that of torchmetrics.
 .venv/.interop: .venv/.dev
 	@echo "installing transformers and torchvision in .venv/interop"
@@ -121,5 +132,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve check clean
+.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve check mutations release clean
 .DELETE_ON_ERROR:
