@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,10 +127,30 @@ def launches_of(case: Case, card: Card) -> list[Launch]:
     return list(programs.values())
 
 
+def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One line per preset and kernel: registers and KB of shared memory by card and dtype, the most of its launches."""
+    columns = list(dict.fromkeys((row["card"], row["dtype"]) for row in rows))
+    yield f"| preset | kernel | {' | '.join(f'sm_{card} {dtype}' for card, dtype in columns)} |"
+    yield f"|{'---|' * (2 + len(columns))}"
+    for preset, kernel in dict.fromkeys((row["preset"], row["kernel"]) for row in rows):
+        same = [row for row in rows if (row["preset"], row["kernel"]) == (preset, kernel)]
+        cells = []
+        for column in columns:
+            found = [row for row in same if (row["card"], row["dtype"]) == column]
+            most = [max((row[name] for row in found), default=0) for name in ("registers", "shared_memory")]
+            cells.append(f"{most[0]}, {most[1] / 1024:.0f} KB" if found else "")
+        yield f"| {preset} | `{kernel}` | {' | '.join(cells)} |"
+    worst = {name: max((row[name] for row in rows), default=0) for name in ("stack", "spills")}
+    yield ""
+    yield f"Most bytes of stack: {worst['stack']}; most spills: {worst['spills']}."
+
+
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    form.add_argument("--markdown", action="store_true", help="print a line per preset and kernel, in Markdown")
     parser.add_argument("--card", action="append", choices=CARDS, help="compute capability; may be repeated")
     parser.add_argument("--preset", action="append", help="only presets whose name begins so; may be repeated")
     parser.add_argument("--operator", choices=CASES, help="only this operator")
@@ -156,6 +177,9 @@ def main() -> None:
         rows = list(pool.map(row, tasks))
     if options.json:
         print(json.dumps(rows, indent=1))
+        return
+    if options.markdown:
+        print("\n".join(markdown(rows)))
         return
     columns = list(rows[0]) if rows else []
     print(" ".join(f"{column:>13}" for column in columns))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.count import Shape, count, layer_spec
-from benchmarks.gpu import layers, marks, measure, padded, profiled, report, steps
+from benchmarks.gpu import layers, marks, measure, operators, padded, profiled, report, steps
 from benchmarks.gpu.correctness import poisoned
 from benchmarks.gpu.profiled import Event
 from benchmarks.gpu.results import Points, Results
@@ -332,6 +332,14 @@ def test_updates_of_a_graph_have_the_losses_of_eager_ones(tmp_path: Path, monkey
     losses = [[float(step()) for step in runs] for _ in range(6)]
     assert [eager for eager, _ in losses] == [graphed for _, graphed in losses]
     assert losses[-1] != losses[0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_pairs_in_reach_are_those_that_attend(window: int, causal: bool) -> None:
+    lengths = [0, 1, 3, 4, 9]
+    wanted = sum(-window <= j - i <= (0 if causal else window) for n in lengths for i in range(n) for j in range(n))
+    assert operators.pairs_in_reach(lengths, window, causal) == wanted
 
 
 def test_a_roofline_is_the_sum_over_the_launches() -> None:

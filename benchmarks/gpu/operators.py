@@ -60,12 +60,12 @@ def attentions(bench: Bench) -> None:
 
 
 class Attended(NamedTuple):
-    """Inputs of a windowed attention, and its call."""
+    """Inputs of a windowed attention, its call, and the number of tokens of each row."""
 
     leaves: list[Tensor]
     forward: Callable[[], Tensor]
     spec: GAUSpec
-    tokens: int
+    lengths: list[int]
 
 
 def attention_of(bench: Bench, shape: Shape, dtype: torch.dtype, biased: bool = True) -> Attended:
@@ -91,7 +91,8 @@ def attention_of(bench: Bench, shape: Shape, dtype: torch.dtype, biased: bool = 
             q, k, v, tokens, window=window, causal=not spec.bidirectional, weighting=spec.attention, bias=bias
         )
 
-    return Attended([q, k, v] + ([] if bias is None else [bias.table]), forward, spec, count)
+    leaves = [q, k, v] + ([] if bias is None else [bias.table])
+    return Attended(leaves, forward, spec, cast("list[int]", tokens.lengths.tolist()))
 
 
 def attention_flops(given: Attended) -> tuple[float, float]:
@@ -101,9 +102,18 @@ def attention_flops(given: Attended) -> tuple[float, float]:
     keys, and the scores once more.
     """
     spec, window = given.spec, cast(int, given.spec.window)
-    pairs = given.tokens * (1 + window * (2 if spec.bidirectional else 1))
+    pairs = pairs_in_reach(given.lengths, window, not spec.bidirectional)
     z, h = spec.query_size, spec.hidden_size
     return 2.0 * pairs * (z + h), 2.0 * pairs * (3 * z + 2 * h)
+
+
+def pairs_in_reach(lengths: list[int], window: int, causal: bool) -> int:
+    """Pairs of a query and a key that attend, over rows of these lengths."""
+    back = sum(
+        length * window - window * (window + 1) // 2 if length > window else length * (length - 1) // 2
+        for length in lengths
+    )
+    return sum(lengths) + back * (1 if causal else 2)
 
 
 def _attention(bench: Bench, shape: Shape, precision: str) -> Record:
@@ -113,7 +123,7 @@ def _attention(bench: Bench, shape: Shape, precision: str) -> Record:
     forward, backward = attention_flops(given)
     return {
         **times,
-        "tokens": given.tokens,
+        "tokens": sum(given.lengths),
         "forward_teraflops": forward / times["forward"] / 1e9,
         "backward_teraflops": backward / max(times["step"] - times["forward"], 1e-6) / 1e9,
     }
@@ -127,8 +137,8 @@ def _both(bench: Bench, forward: Callable[[], Tensor], leaves: list[Tensor]) -> 
         torch.autograd.grad(forward(), leaves, weight)
 
     return {
-        "forward": bench.milliseconds(forward, 0.3),
-        "step": bench.milliseconds(step, 0.4),
+        "forward": bench.milliseconds(forward, 0.3, calls=5),
+        "step": bench.milliseconds(step, 0.4, calls=2),
         "peak_gigabytes": bench.peak_gigabytes(step),
     }
 
@@ -137,7 +147,8 @@ def fused_functions(bench: Bench) -> None:
     """Bytes per second of the functions between the operators of a layer, each tensor read or written once."""
     shape = bench.shapes["text"]
     width, _ = layer_spec(shape.model)
-    x, grad, passed = (bench.random(shape.batch * shape.length, width) for _ in range(3))
+    # Larger than the batch, so that a call takes longer than its launch.
+    x, grad, passed = (bench.random((1 if bench.toy else 4) * shape.batch * shape.length, width) for _ in range(3))
     routed = bench.random(round(RATE * x.shape[0]), width)
     index = torch.randperm(x.shape[0], device=bench.device)[: routed.shape[0]].sort().values
     slots = glue.slots_of(index, None, x.shape[0])

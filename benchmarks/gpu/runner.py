@@ -72,15 +72,17 @@ def measure(folder: Path, device: str, deadline: float, command: str, commit: st
     start, results = time.monotonic(), Results(folder)
     if results.read():
         raise SystemExit(f"{str(results.path)!r} has the points of another run; give --out a folder without them")
-    children: list[Child] = []
+    warming: list[Child] = []
+    running: list[Child] = []
     _describe(results, device, start + deadline)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     results.add("run", command=command, commit=commit or commit_of_checkout(), date=date, deadline=deadline)
     with _stoppable():
         try:
-            _run(results, device, start, deadline, children)
+            _run(results, device, start, deadline, warming, running)
         except (_StoppedError, KeyboardInterrupt) as why:
-            end(children)
+            end(warming)
+            end(running)
             stopped = isinstance(why, _StoppedError)
             by, took = "SIGTERM" if stopped else "an interrupt", time.monotonic() - start
             results.add("stopped", reason=f"the run was ended by {by} after {took:.0f} s")
@@ -88,8 +90,9 @@ def measure(folder: Path, device: str, deadline: float, command: str, commit: st
     return 0
 
 
-def _run(results: Results, device: str, start: float, deadline: float, children: list[Child]) -> None:
-    warming: list[Child] = []
+def _run(
+    results: Results, device: str, start: float, deadline: float, warming: list[Child], running: list[Child]
+) -> None:
     ends = {phase.name: start + deadline * phase.end / WHOLE for phase in PHASES}
     if device == "cuda":
         # There are as many processes as processors.
@@ -97,15 +100,13 @@ def _run(results: Results, device: str, start: float, deadline: float, children:
         until = ends["correctness"]
         for task in warm_up.tasks(Bench(results, "warm-up", device, until)):
             warming.append(fork(results, f"warm-up {task.name}", until, task.run))
-            children.append(warming[-1])
     for phase in PHASES:
         if phase.name == "profile":  # the phases before it are not timed, or time single kernels of torch
             wait(results, warming, ends["correctness"])
         until = ends[phase.name]
         since = time.monotonic()
         bench = Bench(results, phase.name, device, until - min(2.0, 0.02 * deadline))
-        running = [fork(results, phase.name, until, partial(_phase, phase, bench))]
-        children[:] = warming + running
+        running.append(fork(results, phase.name, until, partial(_phase, phase, bench)))
         wait(results, running, until)
         results.add("phase", phase=phase.name, seconds=round(time.monotonic() - since, 1))
 
