@@ -27,7 +27,7 @@ _CHECKED = [
     for part in pkgutil.iter_modules([str(ROOT / package.replace(".", "/"))])
     if part.name not in ("kernels", "gpu", "recipes", "tune")
 ]
-jaxtyping.install_import_hook(_CHECKED, f"{tests.shapes.__name__}.check")
+tests.shapes.install(_CHECKED)
 
 # Without a GPU, kernels run in Triton's interpreter, which its import chooses. The processes that tests start, such as
 # compilers, must not see the variable.

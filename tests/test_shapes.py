@@ -1,0 +1,130 @@
+"""The checker of shapes remembers what it has checked, and checks everything else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import Float
+from torch import Tensor
+
+from tests import shapes
+
+wrong = pytest.raises(jaxtyping.TypeCheckError)
+
+
+def product(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], scale: int = 1, cut: int = 0) -> Float[Tensor, "n m"]:
+    """A function whose result is wrong where something is cut off."""
+    return scale * (a @ b)[cut:]
+
+
+def both() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The function under jaxtyping's checker, and under the one that remembers."""
+    ours: Callable[..., Any] = shapes.jaxtyped(typechecker=shapes.check)(product)
+    return jaxtyping._decorator.jaxtyped(typechecker=shapes.check)(product), ours
+
+
+def outcome(function: Callable[..., Any], *args: Any) -> tuple[type, str]:
+    try:
+        return type(function(*args)), ""
+    except Exception as error:
+        return type(error), str(error).splitlines()[0]
+
+
+SIZES = st.tuples(*[st.integers(1, 2)] * 4)
+
+
+@given(
+    calls=st.lists(st.tuples(SIZES, st.sampled_from([1, 2.5, None, "x"]), st.integers(0, 1), st.booleans()), max_size=8)
+)
+def test_every_sequence_of_calls_is_judged_as_without_a_memory(
+    calls: list[tuple[tuple[int, ...], Any, int, bool]],
+) -> None:
+    theirs, ours = both()
+    for (n, k, other, m), scale, cut, whole in calls:
+        a, b = torch.ones(n, k, dtype=torch.long if whole else torch.float), torch.ones(other, m)
+        assert outcome(ours, a, b, scale, cut) == outcome(theirs, a, b, scale, cut)
+
+
+def test_a_wrong_result_is_found_after_right_ones_of_the_same_arguments() -> None:
+    lengths = iter([2, 2, 3, 2])
+
+    def drawn(x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        return torch.ones(next(lengths))
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(drawn)
+    ours(torch.ones(2))
+    ours(torch.ones(2))
+    with wrong:
+        ours(torch.ones(2))
+    assert ours(torch.ones(2)).shape == (2,)
+
+
+def test_the_items_of_lists_and_mappings_are_seen() -> None:
+    def first(items: list[Tensor], names: dict[str, int]) -> Tensor:
+        return items[0]
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(first)
+    ours([torch.ones(1)], {"a": 1})
+    for items, names in (([1], {"a": 1}), ([torch.ones(1)], {"a": "b"}), ([torch.ones(1)], {1: 1})):
+        with wrong:
+            ours(items, names)
+
+
+def test_a_list_that_holds_itself_is_checked_anew() -> None:
+    def count(items: list[Any]) -> int:
+        return len(items)
+
+    endless: list[Any] = []
+    endless.append(endless)
+    ours = shapes.jaxtyped(typechecker=shapes.check)(count)
+    assert [ours(endless), ours([0] * 1000), ours(endless)] == [1, 1000, 1]
+    with wrong:
+        ours((0,))
+
+
+def test_dataclasses_methods_and_properties_are_checked() -> None:
+    @shapes.jaxtyped(typechecker=shapes.check)
+    @dataclass(frozen=True)
+    class Pair:
+        a: Float[Tensor, "n"]
+        b: Float[Tensor, "n"]
+
+    class Part:
+        @shapes.jaxtyped(typechecker=shapes.check)
+        @property
+        def size(self) -> int:
+            return "x"  # type: ignore[return-value]
+
+        @shapes.jaxtyped(typechecker=shapes.check)
+        @staticmethod
+        def twice(x: int) -> int:
+            return 2 * x
+
+        @shapes.jaxtyped(typechecker=shapes.check)
+        @classmethod
+        def make(cls, x: int) -> "Part":
+            return cls()
+
+    for _ in range(2):
+        Pair(torch.ones(2), torch.ones(2))
+        assert Part.twice(2) == 4
+        assert type(Part.make(1)) is Part
+        for call in (
+            lambda: Pair(torch.ones(2), torch.ones(3)),
+            lambda: Part().size,
+            lambda: Part.twice("x"),
+            lambda: Part.make("x"),
+        ):
+            with wrong:
+                call()
+
+
+def test_users_have_no_checker(as_users_run: None) -> None:
+    ours = both()[1]
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        ours(torch.ones(1, 2), torch.ones(1, 2))
