@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import pkgutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -49,6 +51,11 @@ hypothesis.settings.register_profile("explore", _ALL, max_examples=300)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
+
+# In the background of a script a shell has the tests ignore Ctrl-C, and what they start would inherit that. The main
+# process comes here before it starts workers.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,8 +36,6 @@ def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
             env=environment,
             stdout=file,
             stderr=file,
-            # Where the tests run in the background of a shell, it has them ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         yield process
