@@ -122,6 +122,16 @@ def test_always_is_the_dense_sum(valid):
     assert not output.values[~valid].any()
 
 
+def test_padding_that_a_router_of_somebody_else_activates_is_left_out():
+    valid = torch.tensor([[True, True, False], [False, True, True]])
+    everything = torch.ones(2, 3, 1, dtype=torch.bool)
+    routed = SparseModularActivation(Chosen(["twice"], everything, everything.double()), {"twice": Double()})
+    x = normal(2, 3, WIDTH).where(valid[..., None], torch.nan)
+    output = routed(x, valid=valid)
+    assert torch.equal(output.decision.active[..., 0], valid)
+    assert torch.equal(output.values, (2 * x).where(valid[..., None], 0))
+
+
 def test_nothing_active_gives_zeros():
     x = normal(2, 4, WIDTH)
     assert torch.equal(_routed(NeverRouterSpec())(x).values, torch.zeros_like(x))

@@ -90,6 +90,13 @@ def test_rates_by_layer_name_what_each_layer_has():
     assert (count.names, count.valid.item(), count.active.tolist()) == (("attention", "mlp"), 4, [[2, 4]])
 
 
+def test_active_padding_is_not_counted():
+    valid = torch.tensor([[True, True, False], [False, True, False]])
+    everything = torch.ones(2, 3, 1, dtype=torch.bool)
+    decision = Decision(everything, everything.double(), normal(2, 3, 1, 2), everything.double(), ("mlp",))
+    assert (count_rates([decision], valid).active.item(), activation_rates([decision], valid).item()) == (3, 1.0)
+
+
 def test_counts_without_a_mask_take_every_token():
     valid = torch.ones(2, 5, dtype=torch.bool)
     assert count_rates(_decisions(valid)).by_layer() == count_rates(_decisions(valid), valid).by_layer()

@@ -46,6 +46,16 @@ class TestExclusive:
             part.bias.copy_(torch.tensor(scores))
         assert not part(torch.zeros(1, 2, 5))[0].active.any()
 
+    def test_the_logits_are_the_best_of_the_other_scores_and_the_own(self):
+        part = router(ExclusiveRouterSpec())
+        control = normal(2, 9, 5)
+        scores = part._scores(control)
+        for m in range(3):
+            off, on = part(control)[0].logits[..., m, :].unbind(-1)
+            others = torch.cat([scores[..., : m + 1], scores[..., m + 2 :]], dim=-1)
+            assert torch.equal(on, scores[..., m + 1])
+            assert torch.equal(off, others.amax(-1))
+
     def test_ties_below_the_best_do_not_matter(self):
         part = ExclusiveRouterSpec().build(5, NAMES)
         with torch.no_grad():
