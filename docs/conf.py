@@ -37,6 +37,7 @@ nitpick_ignore = [
         "around.Around",
         "modules.state_space.Kind",
         "pytree.Class",
+        "recipes.training.graph.ResultT",
         "spec.Registered",
         "submodule.StateKind",
         "testing.examples.Module",
