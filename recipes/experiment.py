@@ -106,7 +106,7 @@ class TrainingSpec(Spec):
     )
 
     @property
-    def multiple(self) -> float | None:
+    def effective_capacity(self) -> float | None:
         """The capacity, with the default of null applied; None without one."""
         return GRAPH_CAPACITY if self.capacity is None and self.graph else self.capacity
 
@@ -117,7 +117,7 @@ class TrainingSpec(Spec):
             update: the update.
             layers: names of the sub-modules of every routed layer.
         """
-        multiple = self.multiple
+        multiple = self.effective_capacity
         if multiple is None:
             return None
         rates: dict[str, float] = {}
@@ -198,7 +198,7 @@ class ExperimentSpec(Spec):
     def _check_graph(self) -> None:
         """Check that the task and the precision allow a capacity and CUDA graphs."""
         training = self.training
-        if self.task.carries_state and training.multiple is not None:
+        if self.task.carries_state and training.effective_capacity is not None:
             given = "graph=true" if training.graph else f"capacity={training.capacity}"
             raise ValueError(
                 f"training.{given} limits the active tokens of a batch, and the task {self.task.kind!r} carries a "

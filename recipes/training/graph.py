@@ -120,11 +120,19 @@ class Graphed:
         update: the update. Its optimiser is changed: learning rates become tensors, which a graph reads and a schedule
             overwrites.
         warm_up: number of eager updates with a shape.
+
+    Raises:
+        SpecError: the parameters are not on a CUDA device.
     """
 
     def __init__(self, update: Update, *, warm_up: int = WARM_UP) -> None:
         self.update, self.warm_up = update, warm_up
         device = make_capturable(update.optimizer)
+        if device.type not in RECORDERS:
+            raise SpecError(
+                f"the parameters of an update as a graph are on {device}; move the model to a CUDA device before its "
+                "optimiser is made, or call the Update itself"
+            )
         self._recorder = RECORDERS[device.type]()
         self._capacity: Capacity | None = None
         self._recorded: dict[Hashable, _Recorded] = {}

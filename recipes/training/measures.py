@@ -122,9 +122,10 @@ class RateMetric(Metric):
         return {f"layer{index}/{name}": rate for index, layer in enumerate(layers) for name, rate in layer.items()}
 
     def overflowed(self) -> Overflow:
-        """The active tokens beyond the capacity, and all that the routers activated."""
-        beyond = int(self.overflow)
-        return Overflow(beyond, beyond + int(self.active.sum()))
+        """The active tokens beyond the capacity, and all that the routers activated; all ranks must call it."""
+        with self.sync_context():
+            beyond = int(self.overflow)
+            return Overflow(beyond, beyond + int(self.active.sum()))
 
     def measures(self, split: str) -> dict[str, float]:
         """The rates of a split over all ranks by their logged names, their mean first; resets the metric."""

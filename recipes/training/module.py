@@ -285,8 +285,10 @@ class ScoredModule(TrainingModule):
 
     @property
     def overflow(self) -> Overflow | None:
-        """The active tokens that found no slot in this training so far; None without a capacity."""
-        if self.training_spec.multiple is None:
+        """The active tokens that found no slot in this training so far, over all ranks, which must all ask for it; None
+        without a capacity.
+        """
+        if self.training_spec.effective_capacity is None:
             return None
         return self._overflow.plus(cast(RateMetric, self.fit_scores["rates"]).overflowed())
 
@@ -338,11 +340,12 @@ class ScoredModule(TrainingModule):
         self.tokens_seen = self.tokens_seen + measures.tokens
         self.log("loss", measures.loss.detach(), prog_bar=True, batch_size=1, sync_dist=True)
         if (self.global_step + 1) % self.training_spec.log_every == 0:
-            overflow = cast(RateMetric, scores["rates"]).overflowed()
-            logged = scores.compute("fit")
+            limited = {}
             if measures.overflow is not None:
+                overflow = cast(RateMetric, scores["rates"]).overflowed()
                 self._overflow = self._overflow.plus(overflow)
-                logged["fit_overflow"] = overflow.share
+                limited = {"fit_overflow": overflow.share}
+            logged = scores.compute("fit") | limited
             self.log_dict(logged, batch_size=1)
             shown = {scores.short: f"fit_{scores.name}", **({"rate": "fit_rate"} if self.module_names else {})}
             for short, name in shown.items():

@@ -111,7 +111,7 @@ def run_experiment(
 
 
 def _warn_of_overflow(module: TrainingModule) -> None:
-    overflow, capacity = module.overflow, module.training_spec.multiple
+    overflow, capacity = module.overflow, module.training_spec.effective_capacity
     if overflow is not None and overflow.share > 0.01:
         log.warning(
             f"warning: {overflow.share:.1%} of the activated tokens were beyond training.capacity={capacity:g} and "

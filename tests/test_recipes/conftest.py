@@ -1,11 +1,15 @@
-"""One small data set and one finished run for all tests of the recipes."""
+"""One small data set, one finished run, and recorded updates for all tests of the recipes."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 
+from sma.recipes.tasks import batch as batches
 from sma.recipes.tasks.contract import TaskData
+from sma.recipes.training import graph
 from sma.recipes.training.run import Finished
+from tests.tape import TapeRecorder
 from tests.test_recipes.tiny import tiny, tiny_data, train
 
 
@@ -20,3 +24,20 @@ def finished(data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """An uninterrupted run of the experiment with seed 0, and its folder."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return out, train(tiny(), out, data)
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
+    """Let updates on the CPU be recorded; returns the recorders as they are made."""
+    made: list[TapeRecorder] = []
+
+    def make() -> TapeRecorder:
+        made.append(TapeRecorder())
+        return made[-1]
+
+    monkeypatch.setitem(graph.RECORDERS, "cpu", make)
+    monkeypatch.setattr(batches, "LENGTHS", 1)  # one shape
+    for name in ("torch.optim.adam", "torch.optim.radam"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda supports_xla=True: ["cpu", "meta"])
+    return made

@@ -1,5 +1,6 @@
 """Trainings with a static capacity: its schedule, and the tokens that it leaves out."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,11 @@ import pytest
 from sma import build
 from sma.budget import routers_of
 from sma.capacity import PerBatch
+from sma.errors import SpecError
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.training.classification import Classifier
 from sma.recipes.training.measures import Overflow, overflow_of
+from sma.recipes.training.module import TrainingModule
 from tests.test_recipes.tiny import metrics_of, tiny, train
 
 
@@ -114,3 +117,12 @@ def test_a_run_warns_of_many_skipped_tokens(
     assert any(message in record.message for record in caplog.records) == warned
     assert (summary["overflow"] > 0.01) == warned
     assert "overflow" not in train(tiny(training__updates=6), tmp_path / "ragged", data).summary
+
+
+@pytest.mark.parametrize("setting", ["training__capacity", "training__graph"])
+def test_a_module_that_gives_no_capacity_is_refused(setting: str) -> None:
+    spec = tiny(**{setting: "true" if setting.endswith("graph") else 0.5})
+    message = "TrainingModule gives its model no capacity: derive it from ScoredModule, or leave training.capacity"
+    with pytest.raises(SpecError, match=re.escape(message)):
+        TrainingModule(build(spec.model), spec.training).check_capacity()
+    TrainingModule(build(spec.model), tiny().training).check_capacity()

@@ -1,6 +1,5 @@
 """Updates as graphs, recorded on a tape instead of a device: the same losses and weights as eager ones."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,23 +24,6 @@ from tests.test_recipes.tiny import assert_same_run, checkpoint, metrics_of, pow
 
 BUDGET = "{target: 0.4, hold: 4, anneal: 10}"
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "fit_scores", "overflow")
-
-
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
-    """Let updates on the CPU be recorded; returns the recorders as they are made."""
-    made: list[TapeRecorder] = []
-
-    def make() -> TapeRecorder:
-        made.append(TapeRecorder())
-        return made[-1]
-
-    monkeypatch.setitem(graph.RECORDERS, "cpu", make)
-    monkeypatch.setattr(batches, "LENGTHS", 1)  # one shape
-    for name in ("torch.optim.adam", "torch.optim.radam"):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda supports_xla=True: ["cpu", "meta"])
-    return made
 
 
 def _trained(
@@ -204,6 +186,11 @@ def test_a_step_count_of_the_host_moves_to_the_device(tapes: list[TapeRecorder])
     for batch in rest:
         assert torch.equal(step(batch)[0], eager(batch)[0])
     assert torch.equal(mine.weight, theirs.weight)
+
+
+def test_parameters_on_another_device_are_refused() -> None:
+    with pytest.raises(SpecError, match="the parameters of an update as a graph are on cpu; move the model to a CUDA"):
+        Graphed(_line()[1])
 
 
 def test_what_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from sma.recipes.tasks.language.task import LanguageTask
 from sma.recipes.training.distributed import DistributedContext, unshard
 from sma.recipes.training.language import EvaluationSegments, LanguageModule, TrainingSegments
 from sma.recipes.training.run import Finished, run_experiment
-from tests.test_recipes.tiny import power_failure
+from tests.tape import TapeRecorder
+from tests.test_recipes.tiny import checkpoint, power_failure, same
 
 MODEL = {
     "kind": "language_model",
@@ -277,3 +279,22 @@ def test_another_kind_of_model_is_refused() -> None:
         SpecError, match="the model kind 'sequence_encoder' does not score the next token; use kind 'language_model'"
     ):
         load_experiment({"task": {"kind": "language"}, "model": model, "training": TRAINING})
+
+
+def test_recorded_updates_are_the_eager_ones(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tapes: list[TapeRecorder]
+) -> None:
+    spec = experiment(text, "task.carry_state=false", "training.graph=true", "training.optimizer=radam")
+    for name, graphs in (("eager", 0), ("recorded", 16)):
+        monkeypatch.setattr("sma.recipes.training.graph.MAX_GRAPHS", graphs)
+        train(spec, tmp_path / name)
+    assert [tape.replays for tape in tapes] == [0, 27]
+    eager, recorded = (checkpoint(tmp_path / name) for name in ("eager", "recorded"))
+    assert all(same(eager[part], recorded[part]) for part in ("state_dict", "optimizer_states", "fit_scores"))
+
+
+@pytest.mark.parametrize("setting", ["graph=true", "capacity=1.5"])
+def test_a_carried_state_needs_every_active_token(text: Path, setting: str) -> None:
+    message = f"training.{setting} limits the active tokens of a batch, and the task 'language' carries a state from"
+    with pytest.raises(SpecError, match=re.escape(message)):
+        experiment(text, f"training.{setting}")
