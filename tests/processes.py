@@ -52,7 +52,7 @@ def run_programs(programs: Sequence[tuple[str, Path]], log: Path) -> list[Ended]
     """
     words = [(program, str(folder)) for program, folder in programs]
     command = [sys.executable, "-c", _SERVE, json.dumps(words)]
-    done = subprocess.run(command, cwd=log, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=log, capture_output=True, text=True, timeout=280)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     statuses = json.loads((log / "statuses.json").read_text())
     return [
