@@ -38,6 +38,7 @@ def run(bench: Bench) -> None:
         for function in functions:
             function()
     else:
+        torch.set_num_threads(1)  # of the processes that are forked from this one
         in_parallel(bench.results, bench.phase, bench.until, functions)
 
 
