@@ -266,6 +266,33 @@ def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_says_what_ran
     assert (second["variant"], second["accuracy"], second["error"]) == ("random", "", "MemoryError: all of it")
 
 
+def test_seeds_are_compared_with_those_of_the_dense_variant_and_extreme_rates_are_counted(done):
+    found = {
+        "always": ([0.9, 0.8, 0.85], [1.0, 1.0]),
+        "sma": ([0.95, 0.84, 0.86], [0.009, 0.991]),
+        "never": ([0.5, 0.5, 0.5], [0.0, 0.01]),
+    }
+    rows = [
+        {**done[1]["rows"][0], "variant": variant, "seed": seed, "accuracy": value, "rates": [{"a": r} for r in rates]}
+        for variant, (accuracies, rates) in found.items()
+        for seed, value in enumerate(accuracies)
+    ]
+    table = markdown(table_of({**done[1], "rows": rows}))
+    several = table.split("several seeds", 1)[1]
+    cells = {
+        line.split("|")[1].strip(): [each.strip() for each in line.split("|")[4::3]]
+        for line in several.splitlines()[4:7]
+    }
+    # Of the differences 5, 4 and 1: mean 10/3, variance 13/3, and 4.3027 as the quantile.
+    half = 4.302652729749464 * (13 / 3 / 3) ** 0.5
+    assert cells["sma"] == [f"{10 / 3:+.1f} ± {half:.1f}", "3, 3 of 6"]
+    assert cells["always"] == ["-", "0, 6 of 6"]
+    assert cells["never"][1] == "3, 0 of 6"
+    without = markdown(table_of({**done[1], "rows": [row for row in rows if row["variant"] != "always"]}))
+    assert "minus" not in without
+    assert "dead, saturated" in without
+
+
 def test_finished_runs_are_not_repeated_and_others_are_added(done, cache, monkeypatch, capsys):
     out, summary = done
     before = _runs(out)
