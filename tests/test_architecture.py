@@ -46,7 +46,7 @@ FLOORS = [
     ["studies"],
     [
         *("seqboat_lra", "seqboat_speech", "seqboat_lm", "routed_mlp", "routed_conv"),
-        *("recall", "reach", "compare", "router_table"),
+        *("recall", "reach", "rates", "compare", "router_table"),
     ],
 ]
 # These may import everything, so nothing else of the core may import them.

@@ -1,17 +1,10 @@
 """Associative recall in noise: five models that differ only in their routers."""
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from sma.calibration import calibrate
 from sma.checkpoint import load
 from sma.errors import SpecError
-from sma.model import SequenceModel
 from sma.recipes.experiment import ExperimentSpec, RoutingLosses
 from sma.recipes.io.option_parser import Names
 from sma.recipes.reports.classification import measure_activation
@@ -20,11 +13,10 @@ from sma.recipes.reports.recall import FIGURE, draw_recall, first_seed
 from sma.recipes.reports.results import Summary
 from sma.recipes.reports.variants import FIGURE as COMPARISON
 from sma.recipes.studies.contract import Begun, Chosen, variants_field
+from sma.recipes.studies.rates import rate_sweep
 from sma.recipes.studies.variants import Variant, VariantsOptions, VariantsStudy, at_random, with_routers
-from sma.recipes.tasks.batch import select_scored
 from sma.recipes.tasks.contract import ClassificationTask, TaskData
 from sma.routers import AlwaysRouterSpec, NeverRouterSpec, SMARouterSpec
-from sma.stats import count_rates
 
 VARIANTS = ("seqboat", "sma", "always", "never", "random")
 RATES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 0.8)
@@ -80,7 +72,7 @@ class Recall(VariantsStudy[RecallOptions]):
         for name, report in reports.items():
             print(f"{name}: tokens that run attention\n{report.describe_roles()}")
         if "seqboat" in models:
-            found["calibrated"] = rate_sweep(models["seqboat"], data)
+            found["calibrated"] = rate_sweep(models["seqboat"], data, RATES)
             print("seqboat at other rates, without further training")
             for point in found["calibrated"]:
                 print(
@@ -99,29 +91,3 @@ class Recall(VariantsStudy[RecallOptions]):
 def _free(spec: ExperimentSpec) -> ExperimentSpec:
     """Return the same experiment without a budget and losses of decisions."""
     return spec.replace(training=spec.training.replace(budget=None, losses=RoutingLosses(), router_learning_rate=None))
-
-
-def rate_sweep(model: SequenceModel, data: TaskData, rates: Sequence[float] = RATES) -> list[dict[str, float]]:
-    """Test accuracy at other activation rates, calibrated on the validation split without further training."""
-    points = []
-    validation, test = (
-        [data.collate([split[n] for n in part.tolist()]) for part in torch.arange(len(split)).split(200)]
-        for split in (data.validation, data.test)
-    )
-    for asked_rate in rates:
-        calibrate(model, validation, asked_rate)
-        right, asked_for, counts = 0, 0, []
-        for batch in test:
-            with torch.no_grad():
-                output = model(batch.inputs, batch.valid)
-            scores, targets = select_scored(cast(Tensor, output.logits), batch.targets)
-            right, asked_for = right + int((scores.argmax(-1) == targets).sum()), asked_for + len(targets)
-            counts.append(count_rates(output.decisions, batch.valid))
-        points.append(
-            {
-                "asked": asked_rate,
-                "activation_rate": float(reduce(add, counts).rates.max()),
-                "accuracy": right / asked_for,
-            }
-        )
-    return points

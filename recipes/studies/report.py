@@ -8,6 +8,7 @@ from sma.recipes.io.run_folder import EXPERIMENT, read_json
 from sma.recipes.studies.comparison import SEVERAL, Comparison, report_tasks
 from sma.recipes.studies.contract import Study
 from sma.recipes.studies.folder import NEW, STUDY, read_study
+from sma.recipes.studies.rates import Rates
 from sma.recipes.studies.reach import Reach
 from sma.recipes.studies.recall import Recall
 from sma.recipes.studies.routed import Routed
@@ -15,7 +16,7 @@ from sma.recipes.studies.router_grid import RouterTable
 from sma.recipes.studies.study import report_study
 from sma.recipes.training.options import CallOptions
 
-STUDIES: tuple[Study[Any, Any], ...] = (Comparison(), RouterTable(), Routed(), Recall(), Reach())
+STUDIES: tuple[Study[Any, Any], ...] = (Comparison(), RouterTable(), Routed(), Recall(), Reach(), Rates())
 
 
 def report_folder(folder: Path, options: CallOptions) -> dict[str, Any]:

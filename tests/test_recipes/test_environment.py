@@ -20,6 +20,7 @@ NAMES = (
     "recall",
     "compare",
     "router_table",
+    "rates",
     "reach",
 )
 SCRIPTS = [f"{name}.py" for name in NAMES]

@@ -13,7 +13,7 @@ from sma.model import build
 from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.recall import main
 from sma.recipes.reports.classification import ClassificationReport, measure_activation
-from sma.recipes.studies.recall import RATES, VARIANTS, Recall, rate_sweep
+from sma.recipes.studies.recall import RATES, VARIANTS, Recall
 from sma.recipes.studies.variants import with_routers
 from sma.recipes.tasks.batch import UNSCORED, Batch, select_scored
 from sma.recipes.tasks.recall import RecallSettings, collate, make_recall, show
@@ -243,25 +243,6 @@ def test_command_trains_the_variants_that_are_asked_for(tmp_path, capsys):
     assert (out / "recall.png").stat().st_size > 10_000
     assert [point["asked"] for point in summary["calibrated"]] == list(RATES)
     assert "seqboat: tokens that run attention\n  key" in capsys.readouterr().out
-
-
-def test_rate_sweep_measures_what_the_model_does_at_each_rate():
-    # Enough tokens that equal scores leave no gap in the rates.
-    spec = load_experiment(TINY, ["task.data.validation=40"])
-    data = spec.task.prepare(None, progress=False)
-    model = build(spec.model, seed=0).eval()
-    points = rate_sweep(model, data)
-    batch = collate([data.test[number] for number in range(len(data.test))])
-    with torch.no_grad():  # the model is left at the last rate
-        output = model(batch.inputs, batch.valid)
-    scored = batch.targets != UNSCORED
-    assert points[-1]["accuracy"] == pytest.approx(
-        float((output.logits.argmax(-1) == batch.targets)[scored].double().mean())
-    )
-    assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
-    rates = [point["activation_rate"] for point in points]
-    assert rates == sorted(rates)
-    assert rates == pytest.approx(list(RATES), abs=0.1)
 
 
 def test_wrong_variant_is_answered_with_the_one_that_was_meant(capsys):

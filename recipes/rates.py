@@ -1,0 +1,35 @@
+"""Accuracy against activation rate: how much attention does a task need?
+
+python recipes/rates.py --task pathfinder
+python recipes/rates.py --task mqar --rates 0.1,0.2 --out runs/rates
+python recipes/rates.py --resume runs/rates
+
+One model is trained under a budget for each rate, beside the dense baseline and one that never routes. The models that
+were trained are then calibrated to other rates without further training.
+"""
+
+if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+    __import__("sma.recipes.environment" if __package__ else "environment")
+
+import sys
+
+from pydantic_settings import SettingsConfigDict
+
+from sma.recipes.io.command import exit_code, parse
+from sma.recipes.studies.rates import Rates, RatesOptions
+from sma.recipes.studies.study import run_study
+
+
+class Options(RatesOptions):
+    """Train a model at each of several activation rates, and draw its accuracy against the rate."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m sma.recipes.rates")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return exit_code(lambda: run_study(Rates(), parse(Options, arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Accuracy against activation rate: the measured points, the variants, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from sma.__main__ import main as sma_main
+from sma.model import build
+from sma.recipes.experiment import load_experiment
+from sma.recipes.rates import main
+from sma.recipes.studies.rates import CALIBRATED, rate_sweep
+from sma.recipes.tasks.batch import UNSCORED
+from sma.recipes.tasks.recall import collate
+from tests.test_recipes.test_recall import TINY as RECALL
+from tests.test_recipes.test_tasks.test_mqar import TINY
+
+
+def test_rate_sweep_measures_what_the_model_does_at_each_rate():
+    # Enough tokens that equal scores leave no gap in the rates.
+    spec = load_experiment(RECALL, ["task.data.validation=40"])
+    data = spec.task.prepare(None, progress=False)
+    model = build(spec.model, seed=0).eval()
+    points = rate_sweep(model, data)
+    batch = collate([data.test[number] for number in range(len(data.test))])
+    with torch.no_grad():  # the model is left at the last rate
+        output = model(batch.inputs, batch.valid)
+    scored = batch.targets != UNSCORED
+    assert points[-1]["accuracy"] == pytest.approx(
+        float((output.logits.argmax(-1) == batch.targets)[scored].double().mean())
+    )
+    assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
+    rates = [point["activation_rate"] for point in points]
+    assert rates == sorted(rates)
+    assert rates == pytest.approx(list(CALIBRATED), abs=0.1)
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A command over a small experiment, without its folder."""
+    training = {**TINY["training"], "updates": 6, "budget": {"target": 0.3, "hold": 1, "anneal": 1}}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({**TINY, "training": training}), encoding="utf-8")
+    return ["--spec", str(path), "--no-progress", "--accelerator", "cpu"]
+
+
+def test_command_trains_at_every_rate_and_calibrates_the_highest(asked, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out), "--rates", "0.25, 0.5"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["variant"] for row in summary["rows"]] == ["rate=0.25", "rate=0.5", "always", "never"]
+    targets = [load_experiment(out / row["name"] / "experiment.yaml").training.budget for row in summary["rows"]]
+    assert [budget and budget.target for budget in targets] == [0.25, 0.5, None, None]
+    assert [row["activation_rate"] for row in summary["rows"][2:]] == [1.0, 0.0]
+    assert summary["calibrated_model"] == "rate=0.5-0"
+    assert [point["asked"] for point in summary["calibrated"]] == list(CALIBRATED)
+    table = (out / "table.md").read_text()
+    assert "| trained with | accuracy | rate per layer, % | MACs per token |" in table
+    assert "rate=0.5-0 at other rates, without further training: " in table
+    assert (out / "rates.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert main(["--resume", str(out), "--no-progress"]) == 0
+    assert sma_main(["report", str(out)]) == 0
+    assert (out / "table.md").read_text() == table
+
+
+def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out), "--variants", "never"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["variant"] for row in summary["rows"]] == ["never"]
+    assert "calibrated" not in summary
+    assert (out / "rates.png").is_file()
+
+
+@pytest.mark.parametrize("rates", ["1", "0.1,0.1", "0.1;0.2", "", "nan", "10%", "0"])
+def test_wrong_rates_are_a_sentence(rates, asked, tmp_path, capsys):
+    assert main([*asked, "--out", str(tmp_path / "out"), "--rates", rates]) == 2
+    assert f"--rates {rates!r} must be different activation rates between 0 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("training.budget=null", "the models are trained under a budget; set training.budget.target to a rate"),
+        ("model.layers.0.modules={}", "the experiment has no routed layer"),
+    ],
+)
+def test_experiment_without_a_rate_is_refused(setting, complaint, asked, tmp_path, capsys):
+    assert main([*asked, "--out", str(tmp_path / "out"), "--set", setting]) == 2
+    assert complaint in capsys.readouterr().err
