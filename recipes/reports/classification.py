@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sma.decision import Decision
-from sma.model import SequenceModel
+from sma.model import ModelSpec, SequenceModel
 from sma.recipes.io.names import plain
 from sma.recipes.reports.activation_maps import Example, Modality, beside, draw_map, height_of
 from sma.recipes.reports.confusion import Confusion
 from sma.recipes.reports.figures import drawing, label, save_figure
 from sma.recipes.tasks.batch import UNSCORED, Batch
 from sma.recipes.tasks.contract import Samples, TaskData
+from sma.repeat import RepeatSpec
 from sma.stats import module_names
 
 FIGURE = "activation.png"
@@ -45,6 +46,7 @@ class ClassificationReport(NamedTuple):
         confusion: confusion matrix of the whole split; None if it was not counted.
         roles: role of a position by the first character of its text; empty if positions have no roles.
         without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
+        router: field path of the router, for suggestions: that of all layers, or of the first routed one of a list.
     """
 
     majority: float
@@ -57,6 +59,7 @@ class ClassificationReport(NamedTuple):
     confusion: Confusion | None = None
     roles: Mapping[str, str] = MappingProxyType({})
     without_layer: tuple[float, ...] = ()
+    router: str = "layers.layer.router"
 
     @property
     def rates_by_role(self) -> dict[str, list[float]]:
@@ -110,7 +113,8 @@ class ClassificationReport(NamedTuple):
             common = sorted(self.by_text, key=lambda text: -self.by_text[text][1])[:16]
             ranked = sorted(common, key=lambda text: -self.by_text[text][0][busiest])
             shares = ", ".join(f"{plain(text, 40)} {self.by_text[text][0][busiest]:.0%}" for text in ranked)
-            lines.append(f"active in layer {busiest} {shares}")
+            what = "by grey value: " if self.modality.image_shape else ""
+            lines.append(f"active in layer {busiest} {what}{shares}")
         if self.confusion is not None:
             lines += ["", self.confusion.table()]
         lines += [
@@ -121,7 +125,7 @@ class ClassificationReport(NamedTuple):
             f"summary           {plain(out / 'summary.json')}",
             "",
         ]
-        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"]))])
+        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"], self.router))])
 
     def draw(self, out: Path, title: str) -> Path:
         """Draw the active positions per layer, and the rates over training, into `activation.png`.
@@ -198,7 +202,17 @@ def measure_activation(
     chosen = _right_and_wrong([examples[number] for number in wanted if number in examples], shown)
     without = tuple(count / scored for count in right[: len(output.decisions)]) if scored else ()
     report = ClassificationReport(majority, len(drawn), by_text, chosen, modules, modality, data.class_names)
-    return report._replace(roles=data.roles, without_layer=without)
+    return report._replace(roles=data.roles, without_layer=without, router=_router_path(model.spec))
+
+
+def _router_path(spec: ModelSpec) -> str:
+    """Field path of the router of all layers, or of the first routed layer of a list."""
+    layers, path = spec.layers, "layers"
+    if isinstance(layers, RepeatSpec):
+        layers, path = layers.layer, "layers.layer"
+    if isinstance(layers, tuple):
+        path += f".{next((number for number, layer in enumerate(layers) if layer.modules), 0)}"
+    return f"{path}.router"
 
 
 def _right_without(layer: int, model: SequenceModel, batch: Batch, decisions: Sequence[Decision]) -> int:
@@ -235,10 +249,16 @@ def _answers(logits: Tensor | None, targets: Tensor) -> tuple[list[int], list[in
 
 
 def _right_and_wrong(examples: list[Example], shown: int) -> list[Example]:
-    """At most `shown` examples, half of them with right and half with wrong predictions, if there are enough."""
+    """At most `shown` examples: right predictions, the classes in turns, and one wrong prediction of every four."""
     right = [example for example in examples if example.guess == example.target]
     wrong = [example for example in examples if example.guess != example.target]
-    some = right[: max(shown // 2, shown - len(wrong))]
+    seen: Counter[int] = Counter()
+    turns = []
+    for example in right:
+        turns.append((seen[example.target], example.target))
+        seen[example.target] += 1
+    order = sorted(range(len(right)), key=turns.__getitem__)
+    some = [right[number] for number in order][: max(shown - max(1, shown // 4), shown - len(wrong))]
     return some + wrong[: shown - len(some)]
 
 
@@ -247,12 +267,10 @@ def where_figure(out: Path) -> str:
     return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
 
 
-def _hints(rates: Sequence[float], updates: int) -> list[str]:
-    hints = ["--set layers.layer.router='{kind: never}' trains the backbone without attention"]
+def _hints(rates: Sequence[float], updates: int, router: str) -> list[str]:
+    hints = [f"--set {router}='{{kind: never}}' trains the backbone without attention"]
     if rates and max(rates) > 0.9:
-        hints.append(
-            "a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1 sharpens its decisions"
-        )
+        hints.append(f"a layer runs on nearly every token; --set {router}.temperature_scale=0.1 sharpens its decisions")
     if rates and min(rates) < 0.001:
         hints.append(
             "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers alive"

@@ -4,9 +4,16 @@ import matplotlib.image
 import pytest
 import torch
 
+import sma
 from sma.model import build
 from sma.recipes.reports.activation_maps import Example, Modality
-from sma.recipes.reports.classification import ClassificationReport, measure_activation, rates_over_training
+from sma.recipes.reports.classification import (
+    ClassificationReport,
+    _right_and_wrong,
+    _router_path,
+    measure_activation,
+    rates_over_training,
+)
 from tests.test_recipes.tiny import tiny, train
 
 SUMMARY = {
@@ -19,6 +26,8 @@ SUMMARY = {
     "updates": 400,
     "seed": 3,
 }
+BARE = {"backbone": {"kind": "ema", "state_size": 4}}
+LAYER = {**BARE, "modules": {"attention": {"kind": "gau", "query_size": 4, "hidden_size": 8}}}
 REPORT = ClassificationReport(0.187, 60, {"9": ([0.0, 0.25], 40), "[MAX": ([0.1, 1.0], 10), "]": ([0.0, 0.5], 30)}, [])
 
 
@@ -136,6 +145,39 @@ def test_images_of_few_layers_are_drawn_two_in_a_row(tmp_path, monkeypatch, laye
     )
     report.draw(tmp_path, "title")
     assert sizes == [(rows + 1, 4)]
+
+
+def test_examples_are_right_ones_of_every_class_and_one_wrong_of_four():
+    def example(target, right):
+        return Example([], target, target if right else 1 - target, torch.zeros(1, 1, dtype=torch.bool))
+
+    right = [example(0, True)] * 6 + [example(1, True)] * 2
+    shown = _right_and_wrong([example(0, False), *right, example(1, False)], 4)
+    assert [(each.target, each.guess) for each in shown] == [(0, 0), (1, 1), (0, 0), (0, 1)]
+    assert [each.target for each in _right_and_wrong(right, 4)] == [0, 1, 0, 1]
+    assert len(_right_and_wrong([example(0, False)] * 5 + right[:1], 4)) == 4
+    assert _right_and_wrong([], 4) == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "path"),
+    [
+        ({"repeat": 2, "layer": LAYER}, "layers.layer.router"),
+        ([BARE, LAYER, LAYER], "layers.1.router"),
+        ({"repeat": 1, "layer": [BARE, BARE, LAYER]}, "layers.layer.2.router"),
+        ([BARE], "layers.0.router"),
+    ],
+)
+def test_suggestions_name_the_router_of_the_model(layers, path, tmp_path):
+    model = {"kind": "sequence_encoder", "width": 8, "encoder": {"kind": "real_number"}, "layers": layers}
+    assert _router_path(sma.load_spec(model, "model")) == path
+    printed = REPORT._replace(router=path).describe(SUMMARY, tmp_path)
+    assert f"next: --set {path}='{{kind: never}}' trains the backbone without attention" in printed
+
+
+def test_rates_of_images_are_by_grey_value(tmp_path):
+    report = REPORT._replace(modality=Modality(image_shape=(2, 2)))
+    assert "active in layer 1 by grey value: [MAX 100%" in report.describe(SUMMARY, tmp_path)
 
 
 def test_text_has_suggestions(tmp_path):
