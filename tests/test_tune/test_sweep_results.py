@@ -155,3 +155,10 @@ def test_a_sweep_without_a_finished_trial_has_results(tmp_path: Path, kept: list
 def test_a_sweep_without_records_has_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no records yet; resume it with: sma sweep --resume"):
         write_results(small_sweep(), Storage(tmp_path))
+
+
+def test_of_equally_good_trials_the_sparsest_is_the_best() -> None:
+    records = [done_trial(0, 0.7, 0.1), done_trial(1, 0.8, 0.5), done_trial(2, 0.8, 0.2), done_trial(3, 0.8, 0.4)]
+    best = best_trial(records, small_sweep())
+    assert best is not None
+    assert best.number == 2
