@@ -24,7 +24,7 @@ help: ## list the targets
 setup: .venv/.setup ## make .venv with what the recipes need
 
 demo: setup ## train SeqBoat on small images of contours and evaluate it; OUT=FOLDER sets the run folder
-	@$(BIN)/python -m sma.recipes.seqboat_lra --task pathfinder --preset tiny --out "$(OUT)"
+	@$(BIN)/python -m sma.recipes.seqboat_lra --task pathfinder --preset tiny --seed 2 --out "$(OUT)"
 
 sweep: .venv/.tune ## search for the best sparsity and width of SeqBoat on a small ListOps; options by ARGS, such as ARGS="--samples 4"
 	@$(BIN)/python -m sma.tune --task listops --preset tiny --samples 16 $(ARGS)
