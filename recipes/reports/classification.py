@@ -207,9 +207,8 @@ def measure_activation(
 
 def _router_path(spec: ModelSpec) -> str:
     """Field path of the router of all layers, or of the first routed layer of a list."""
-    layers, path = spec.layers, "layers"
-    if isinstance(layers, RepeatSpec):
-        layers, path = layers.layer, "layers.layer"
+    layers = spec.layers.layer if isinstance(spec.layers, RepeatSpec) else spec.layers
+    path = "layers.layer" if isinstance(spec.layers, RepeatSpec) else "layers"
     if isinstance(layers, tuple):
         path += f".{next((number for number, layer in enumerate(layers) if layer.modules), 0)}"
     return f"{path}.router"
