@@ -1,7 +1,4 @@
-"""Hardware counters of two kernels by Nsight Compute, where it is installed.
-
-Run by itself, `python -m benchmarks.gpu.ncu` launches the kernels once, for the profiler.
-"""
+"""Hardware counters of two kernels by Nsight Compute, where it is installed."""
 
 import shutil
 import subprocess
@@ -31,7 +28,8 @@ def _counters(bench: Bench) -> Record:
     if program is None:
         raise RuntimeError("Nsight Compute (ncu) is not installed")
     command = [program, "--clock-control", "none", "--csv", "--kernel-name", "regex:^(attend|results)$"]
-    command += ["--launch-count", "2", "--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.gpu.ncu"]
+    command += ["--launch-count", "2", "--metrics", ",".join(METRICS)]
+    command += [sys.executable, "-c", f"from {__name__} import launch; launch()"]
     left = max(1.0, bench.until - time.monotonic())
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=left, check=False)
     if done.returncode:
@@ -39,7 +37,7 @@ def _counters(bench: Bench) -> Record:
     return {"csv": [line for line in done.stdout.splitlines() if line.startswith('"')]}
 
 
-def main() -> None:
+def launch() -> None:
     """Launch the forward kernels of both operators at the size of Text."""
     from pathlib import Path
 
@@ -53,7 +51,3 @@ def main() -> None:
     with use("triton"), products_in("tf32"), torch.no_grad():
         layer, inputs, _ = build_layer(bench, PAPER["text"], 0.3)
         layer(inputs[0])
-
-
-if __name__ == "__main__":
-    main()
