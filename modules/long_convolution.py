@@ -55,4 +55,5 @@ class _LongConvolution(torch.autograd.Function):
     @staticmethod
     @first_derivative("the long convolution of an s4d")
     def backward(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor, ...]:
-        return convolve_backward(grad_BLD, list(ctx.saved_tensors), ctx.size, ctx.taps)
+        x_grad, kernels_grad, skip_grad = convolve_backward(grad_BLD, list(ctx.saved_tensors), ctx.size, ctx.taps)
+        return x_grad, kernels_grad[0], kernels_grad[1], skip_grad

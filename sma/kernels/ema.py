@@ -93,10 +93,12 @@ def _fake(
         between = (channels, rows, chunks + 1, states) if chunks > 1 or carried is not None else (0,)
         kept = [log_decay.new_empty(channels, rows, chunks, chunk), log_decay.new_empty(between)]
     else:
-        size = fast_length(length + min(length, truncation or length) - 1) // 2 + 1
+        taps = min(length, truncation or length)
+        size = fast_length(length + taps - 1) // 2 + 1
         dtype = log_decay.dtype.to_complex()
         groups = (part.stop - part.start for part in channel_groups(channels, x.device))
-        kept = [log_decay.new_empty(channels, size, dtype=dtype)]
+        kept = [log_decay.new_empty(2 * channels, states, count) for count in ema_plain.Kernel.shape(taps)]
+        kept += [log_decay.new_empty(channels, size, dtype=dtype)]
         kept += [log_decay.new_empty(rows, group, size, dtype=dtype) for group in groups]
     return x.new_empty(x.shape), end, kept
 

@@ -28,7 +28,8 @@ def forward(
     else:
         kernel = Kernel.of(min(length, truncation or length), log_decay.flatten(0, 1), weight.flatten(0, 1))
         ahead, reverse = kernel.taps.chunk(2)
-        y, saved = convolve(wide, circular_kernel(ahead, reverse, skip, length))
+        y, spectra = convolve(wide, circular_kernel(ahead, reverse, skip, length))
+        saved = [kernel.coarse, kernel.fine, *spectra]  # powers are cheaper to keep than to raise again
         end = wide.new_empty(0)
     return _read(y, lengths).to(x.dtype), end, saved
 
@@ -53,10 +54,11 @@ def backward(
         decay_grad, weight_grad, skip_grad = (each for each in gradients)
         return _read(x_grad, lengths).to(x.dtype), decay_grad[None], weight_grad[None], skip_grad, carried_grad
     taps = min(length, truncation or length)
-    x_grad, *kernel_grads, skip_grad = convolve_backward(wide, saved, fast_length(length + taps - 1), taps)
-    kernel = Kernel.of(taps, log_decay.flatten(0, 1), weight.flatten(0, 1))
+    coarse, fine, *spectra = saved
+    x_grad, kernel_grad, skip_grad = convolve_backward(wide, spectra, fast_length(length + taps - 1), taps)
+    kernel = Kernel(coarse, fine, weight.flatten(0, 1), taps)
     decay_grad, weight_grad = (
-        each.reshape(log_decay.shape).contiguous() for each in kernel.backward(torch.cat(kernel_grads))
+        each.reshape(log_decay.shape).contiguous() for each in kernel.backward(kernel_grad.flatten(0, 1))
     )
     return x_grad.to(x.dtype), decay_grad, weight_grad, skip_grad, wide.new_empty(0)
 
@@ -82,8 +84,14 @@ class Kernel(NamedTuple):
     @staticmethod
     def of(count: int, log_decay: Float[Tensor, "D N"], weight: Float[Tensor, "D N"]) -> "Kernel":
         """The kernel of `count` taps."""
+        outer, inner = Kernel.shape(count)
+        return Kernel(powers(log_decay, outer, inner), powers(log_decay, inner), weight, count)
+
+    @staticmethod
+    def shape(count: int) -> tuple[int, int]:
+        """Numbers of coarse and of fine powers of a kernel of `count` taps, O and C."""
         inner = max(1, math.isqrt(count))
-        return Kernel(powers(log_decay, -(-count // inner), inner), powers(log_decay, inner), weight, count)
+        return -(-count // inner), inner
 
     @property
     def taps(self) -> Float[Tensor, "D K"]:

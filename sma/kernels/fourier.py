@@ -69,7 +69,7 @@ def convolve(
 
 def convolve_backward(
     grad_BLD: Float[Tensor, "B L D"], saved: list[Complex[Tensor, "..."]], size: int, taps: int
-) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "D K"], Float[Tensor, "D K"], Float[Tensor, "D"]]:
+) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "2 D K"], Float[Tensor, "D"]]:
     """Gradients of `convolve` by three half transforms, where autograd of rfft takes a full complex one.
 
     Args:
@@ -79,7 +79,7 @@ def convolve_backward(
         taps: length of the kernels, K.
 
     Returns:
-        the gradients of the sequences and of the arguments of `circular_kernel`.
+        the gradients of the sequences, of the kernels of both directions, and of the skip weights.
     """
     kernel, *spectra = saved
     length = grad_BLD.shape[1]
@@ -91,8 +91,11 @@ def convolve_backward(
         back = torch.fft.irfft(grad * kernel[part].conj_physical(), n=size, norm="forward")
         put_transposed(x_grad[..., part], back[..., :length])
         kernel_grad[part] = torch.fft.irfft(grad.conj_physical_().mul_(spectrum).sum(0).conj_physical_(), n=size)
-    reverse_grad = torch.cat([kernel_grad[:, :1], kernel_grad[:, size - taps + 1 :].flip(1)], dim=1)
-    return x_grad, kernel_grad[:, :taps].contiguous(), reverse_grad, kernel_grad[:, 0].contiguous()
+    directions_grad = kernel_grad.new_empty(2, kernel_grad.shape[0], taps)
+    directions_grad[0] = kernel_grad[:, :taps]
+    directions_grad[1, :, :1] = kernel_grad[:, :1]
+    directions_grad[1, :, 1:] = kernel_grad[:, size - taps + 1 :].flip(1)
+    return x_grad, directions_grad, kernel_grad[:, 0].contiguous()
 
 
 def put_transposed(into_BLC: Tensor, rows_BCL: Tensor) -> None:
