@@ -64,7 +64,7 @@ check: .venv/.dev ## format, lint, types, architecture rules, contents of the wh
 mutations: .venv/.dev ## make the mistakes of tests/mutations.yaml one at a time: every one must fail a test
 	@$(BIN)/python .ci/mutations.py $(ARGS)
 
-lowest: .venv/.dev ## run the tests of the core with the oldest allowed versions of its dependencies; TORCH=1 includes torch
+lowest: .venv/.dev ## run the tests of the core with its oldest allowed dependencies; TORCH=1 includes torch
 	@TORCH="$(TORCH)" $(BIN)/python .ci/lowest.py $(ARGS)
 
 release: .venv/.release ## build the distribution in dist/, check it, try it in fresh environments; publishes nothing

@@ -68,11 +68,6 @@ class Rates(Study[RatesOptions, RatesChosen]):
     older = "rates.json"
     figures: ClassVar[Sequence[str]] = (FIGURE,)
 
-    def experiment(self, options: RatesOptions) -> ExperimentSpec:
-        spec = super().experiment(options)
-        _rates(options.rates)
-        return spec
-
     def settings(self, options: RatesOptions) -> dict[str, Any]:
         return {**super().settings(options), "rates": _rates(options.rates)}
 
