@@ -89,7 +89,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     _remove_abandoned(path.parent, f".{path.name}.")
     temporary, handle = _locked_draft(path)
     try:
-        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(path.stat().st_mode)
         write(temporary)  # which may replace the file, as some libraries do
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -116,7 +118,7 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
         handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
             # Before the lock another process may have removed it as abandoned.
-            if lock_file(handle) is False or not _stands_at(draft, handle):
+            if lock_file(handle) is False or not is_open_at(draft, handle):
                 os.close(handle)
                 continue
         except BaseException:
@@ -145,10 +147,10 @@ def lock_file(handle: int, *, wait: bool = False) -> bool | None:
         return None
 
 
-def _stands_at(path: Path, handle: int) -> bool:
-    """Whether a path still names the open file, not through a link."""
+def is_open_at(path: Path, handle: int, *, follow_symlinks: bool = False) -> bool:
+    """Whether a path still names the open file; another process may move or delete it at any moment."""
     with suppress(OSError):
-        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=follow_symlinks))
     return False
 
 
@@ -169,7 +171,7 @@ def _remove_abandoned(folder: Path, prefix: str, alone: bool = False) -> None:
                     handle = os.open(draft, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                     try:
                         locked = lock_file(handle)
-                        if (locked or (alone and locked is None)) and _stands_at(draft, handle):
+                        if (locked or (alone and locked is None)) and is_open_at(draft, handle):
                             draft.unlink()
                     finally:
                         os.close(handle)

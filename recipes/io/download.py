@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -77,12 +78,14 @@ def fetch(
     waiting = f"another process downloads {path.name}; waiting for it" if progress else ""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for file in (part, notes):
-            if file.exists():
-                check_file(file)
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(part.stat().st_mode):  # cannot be locked
+                check_file(part)
         with locked_file(part, waiting):
             if _exists(path, url, wanted):  # another process may have been first
                 return path
+            if notes.exists():
+                check_file(notes)
             _Download(url, part, notes, most).run(progress)
             try:
                 _check(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from sma.files import lock_file
+from sma.files import is_open_at, lock_file
 from sma.recipes.io.names import plain
 
 PATIENCE = 2.0
@@ -88,7 +88,7 @@ def locked_file(path: Path, waiting: str = "") -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if os.path.samestat(os.fstat(handle), path.stat()) and not path.stat().st_size:
+            if is_open_at(path, handle, follow_symlinks=True) and not os.fstat(handle).st_size:
                 path.unlink()
         os.close(handle)
 
@@ -102,7 +102,7 @@ def _is_at(path: Path, handle: int, waiting: str) -> bool:
         locked = lock_file(handle, wait=True)
     if locked is None:
         return True
-    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    return is_open_at(path, handle, follow_symlinks=True)
 
 
 def _is_abandoned(path: Path) -> bool:

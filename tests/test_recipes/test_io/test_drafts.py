@@ -1,13 +1,14 @@
-"""Locks of folders: waited for, and not in silence."""
+"""Locks of folders and files: waited for, and not in silence; one holder at a time, whatever becomes of the file."""
 
 import fcntl
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sma.recipes.io import drafts
-from sma.recipes.io.drafts import locked
+from sma.recipes.io.drafts import locked, locked_file
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0], ids=["told", "in silence"])
@@ -22,3 +23,23 @@ def test_a_lock_is_waited_for_and_a_long_wait_is_told(tmp_path, monkeypatch, cap
         assert handle is not None
     told = f"another process is writing in {tmp_path}; waiting for it\n"
     assert capsys.readouterr().err == ("" if patience else told)
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["moved by its holder", "deleted as empty"])
+def test_the_lock_of_a_file_has_one_holder_while_the_file_comes_and_goes(tmp_path, moved):
+    path, holders, most = tmp_path / "file", [], []
+
+    def hold(worker):
+        for turn in range(300):
+            with locked_file(path):
+                holders.append(worker)
+                most.append(len(holders))
+                holders.remove(worker)
+                if moved:  # from here on another process may hold the next file
+                    os.replace(path, tmp_path / f"kept {worker} {turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        for worker in [pool.submit(hold, worker) for worker in range(4)]:
+            worker.result()
+    assert most == [1] * 1200
+    assert len(list(tmp_path.iterdir())) == (1200 if moved else 0)
