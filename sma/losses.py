@@ -5,6 +5,7 @@ to be added to the loss of the task with a weight.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from einops import repeat
@@ -101,7 +102,7 @@ def policy_gradient_loss(
     losses: Float[Tensor, "B"] | Float[Tensor, "B L"],
     valid: Bool[Tensor, "B L"] | None = None,
     *,
-    rates_are_held: bool = False,
+    budget_over: Literal["each", "total"] | None = None,
 ) -> Float[Tensor, ""]:
     r"""The score function of sampled decisions: minus the mean of $A_{bt} (a_{bt} - p_{bt}) (u_1 - u_0)_{bt}$.
 
@@ -117,8 +118,10 @@ def policy_gradient_loss(
         losses: loss of every row; or, of a causal model, of every position, 0 where there is no target. Their gradient
             is not used.
         valid: False at padding; None where there is none.
-        rates_are_held: whether a budget holds the rates, so that only differences between tokens count. The gradient
-            then has mean 0 over the tokens; its common part and the budget would counteract each other.
+        budget_over: what a budget holds, as in `BudgetSpec.over`; None without a budget. Only differences between
+            tokens count then, and for a total also those between layers and sub-modules: the gradient has mean 0 over
+            the tokens of each sub-module, or over everything. Its common part and the budget would counteract each
+            other.
 
     Raises:
         InputError: the losses or the mask do not fit.
@@ -137,14 +140,19 @@ def policy_gradient_loss(
         )
     valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
     advantage_BL = _advantage(losses.detach(), valid)
+    rewards = [
+        (advantage_BL[..., None] * (decision.active.double() - decision.p_on.detach())).where(valid[..., None], 0)
+        for decision in decisions
+    ]
+    means = [_mean(reward_BLM, valid) for reward_BLM in rewards]
+    if budget_over is None:
+        means = [torch.zeros_like(mean) for mean in means]
+    elif budget_over == "total":
+        means = [torch.cat(means).mean()] * len(means)
     total = []
-    for decision in decisions:
-        drawn = decision.active.double() - decision.p_on.detach()
-        reward_BLM = (advantage_BL[..., None] * drawn).where(valid[..., None], 0)
-        if rates_are_held:
-            reward_BLM = reward_BLM - _mean(reward_BLM, valid)
+    for decision, reward_BLM, mean in zip(decisions, rewards, means, strict=True):
         margins = decision.logits[..., 1] - decision.logits[..., 0]
-        total.append(_mean(reward_BLM.to(margins.dtype) * margins, valid).mean())
+        total.append(_mean((reward_BLM - mean).to(margins.dtype) * margins, valid).mean())
     return -torch.stack(total).mean()
 
 

@@ -85,7 +85,8 @@ class TrainingModule(lightning.LightningModule):
             # A sample may have several rows, such as a pair of documents: each row gets the loss of its sample.
             if losses.ndim == 1 and losses.shape[0] < rows:
                 losses = losses.repeat_interleave(rows // losses.shape[0])
-            policy = policy_gradient_loss(drawn, losses, valid, rates_are_held=self.controller is not None)
+            over = self.controller.spec.over if self.controller is not None else None
+            policy = policy_gradient_loss(drawn, losses, valid, budget_over=over)
             if self.controller is not None:
                 # While the budget holds its first rate the losses do not yet depend on which tokens need a sub-module.
                 policy = policy.where(self.controller.updates > self.controller.spec.hold, 0)

@@ -238,14 +238,16 @@ def _draws(active: Tensor, margins: Tensor, names: tuple[str, ...] = NAMES) -> D
 
 
 class TestPolicyGradient:
-    @given(valid=masks(), at_positions=st.booleans(), held=st.booleans())
-    def test_gradient_is_that_of_the_loop(self, valid, at_positions, held):
+    @given(valid=masks(), at_positions=st.booleans(), over=st.sampled_from([None, "each", "total"]))
+    def test_gradient_is_that_of_the_loop(self, valid, at_positions, over):
         rows, length = valid.shape
-        active = (normal(rows, length, 3, seed=5) > 0) & valid[..., None]
-        margins = normal(rows, length, 3).requires_grad_()
+        active = [(normal(rows, length, 3, seed=seed) > 0) & valid[..., None] for seed in (5, 6)]
+        margins = [normal(rows, length, 3, seed=seed).requires_grad_() for seed in (1, 2)]
         losses = normal(rows, length, seed=3).abs() if at_positions else normal(rows, seed=3).abs()
-        loss = policy_gradient_loss([_draws(active, margins)], losses, valid, rates_are_held=held)
-        wanted = torch.zeros(rows, length, 3, dtype=torch.float64)
+        loss = policy_gradient_loss(
+            [_draws(*pair) for pair in zip(active, margins, strict=True)], losses, valid, budget_over=over
+        )
+        wanted = torch.zeros(2, rows, length, 3, dtype=torch.float64)
         for t in range(length):
             here = [b for b in range(rows) if valid[b, t]]
             ahead = {b: float(losses[b, t:].sum() if at_positions else losses[b]) for b in here}
@@ -253,13 +255,33 @@ class TestPolicyGradient:
             deviation = math.sqrt(sum((value - mean) ** 2 for value in ahead.values()) / max(1, len(here)))
             for b in here:
                 advantage = (mean - ahead[b]) / deviation if deviation > 1e-12 else 0.0
-                for m in range(3):
-                    # The slope of log P(a) by the margin: 1 - p of what was drawn, -p of what was not.
-                    p = 1 / (1 + math.exp(-margins[b, t, m].item()))
-                    wanted[b, t, m] = -advantage * (1 - p if active[b, t, m] else -p) / (3 * int(valid.sum()))
-        if held and valid.any():
-            wanted = torch.where(valid[..., None], wanted - wanted[valid].mean(0), 0)
-        near(torch.autograd.grad(loss, [margins])[0], wanted, 1e-9)
+                for layer in range(2):
+                    for m in range(3):
+                        # The slope of log P(a) by the margin: 1 - p of what was drawn, -p of what was not.
+                        p = 1 / (1 + math.exp(-margins[layer][b, t, m].item()))
+                        slope = 1 - p if active[layer][b, t, m] else -p
+                        wanted[layer, b, t, m] = -advantage * slope / (2 * 3 * int(valid.sum()))
+        if over and valid.any():
+            means = wanted[:, valid].mean(1)  # by layer and sub-module
+            held = means if over == "each" else means.mean().expand(2, 3)
+            wanted = torch.where(valid[..., None], wanted - held[:, None, None], 0)
+        for found, expected in zip(torch.autograd.grad(loss, margins), wanted, strict=True):
+            near(found, expected, 1e-9)
+
+    def test_under_a_total_budget_the_layer_that_lowers_no_loss_is_left(self):
+        # Any active token of layer 0 lowers the loss of its row, and none of layer 1: the scores of the one rise, and
+        # those of the other fall as much. With each layer held alone both stay.
+        active = [torch.rand(500, 4, 1, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in (0, 1)]
+        scores = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        decisions = [_draws(each, scores[n].expand(500, 4, 1), ("mlp",)) for n, each in enumerate(active)]
+        losses = -active[0].sum((1, 2)).double()
+        slopes = {
+            over: torch.autograd.grad(policy_gradient_loss(decisions, losses, budget_over=over), [scores])[0].tolist()
+            for over in ("each", "total")
+        }
+        assert slopes["each"] == pytest.approx([0.0, 0.0], abs=1e-12)
+        assert slopes["total"][1] > 0.01
+        assert slopes["total"][0] == pytest.approx(-slopes["total"][1], abs=1e-12)
 
     def test_it_finds_the_token_that_the_others_need(self):
         # Token 1 lowers the loss of its row where it runs; token 2 raises it a little; tokens 0 and 3 do nothing.

@@ -113,15 +113,16 @@ POLICY = {
 }
 
 
-def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data):
-    spec = tiny(**POLICY)
+@pytest.mark.parametrize("over", ["each", "total"])
+def test_policy_gradient_begins_when_the_first_rate_is_no_longer_held(data, over):
+    spec = tiny(**{**POLICY, "training__budget__over": over})
     module = Classifier(spec.model.build(), spec.training, 10)
     batch = data.collate([data.train[number] for number in range(6)])
     decisions = module.model(batch.inputs, batch.valid).decisions
     losses = torch.arange(6.0)
     for update in range(8):
         found = module.routing_loss(decisions, batch.valid, losses)
-        wanted = 0.5 * policy_gradient_loss(decisions, losses, batch.valid, rates_are_held=True) if update > 5 else 0.0
+        wanted = 0.5 * policy_gradient_loss(decisions, losses, batch.valid, budget_over=over) if update > 5 else 0.0
         torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(wanted))
         module.steer(decisions, batch.valid)
 
