@@ -102,7 +102,9 @@ class Rates(Study[RatesOptions, RatesChosen]):
         found: dict[str, Any] = {}
         name = next((name for name in names if name in rows), None)
         if name is not None:
-            points = rate_sweep(load(begun.out / rows[name]["name"] / "model"), data, CALIBRATED)
+            budget = begun.spec.training.budget
+            over = "each" if budget is None else budget.over
+            points = rate_sweep(load(begun.out / rows[name]["name"] / "model"), data, CALIBRATED, over)
             found = {"calibrated": points, "calibrated_model": rows[name]["name"]}
         attempt(f"the figure of the study in {begun.out}", lambda: draw_rates({**summary, **found}, begun.out))
         return found
@@ -135,11 +137,22 @@ def _rates(given: str) -> list[float]:
     return found
 
 
-def rate_sweep(model: SequenceModel, data: TaskData, rates: Sequence[float] = CALIBRATED) -> list[dict[str, float]]:
+def rate_sweep(
+    model: SequenceModel,
+    data: TaskData,
+    rates: Sequence[float] = CALIBRATED,
+    over: Literal["each", "total"] = "each",
+) -> list[dict[str, float]]:
     """Measure the test accuracy at other activation rates, calibrated on the validation split without further training.
 
+    Args:
+        model: a trained model of the task.
+        data: the prepared data of the task.
+        rates: the rates, above 0 and at most 1.
+        over: what each rate holds for: `each` sub-module, or the `total`, as in `calibrate`.
+
     Returns:
-        a point for every rate: `asked`, the `activation_rate` of the most active sub-module on the test split, and
+        a point for every rate: `asked`, the mean `activation_rate` of the sub-modules on the test split, and
         `accuracy`.
     """
     model.eval()
@@ -149,7 +162,7 @@ def rate_sweep(model: SequenceModel, data: TaskData, rates: Sequence[float] = CA
         for split in (data.validation, data.test)
     )
     for asked_rate in rates:
-        calibrate(model, validation, asked_rate)
+        calibrate(model, validation, asked_rate, over=over)
         right, asked_for, counts = 0, 0, []
         for batch in test:
             with torch.no_grad():
@@ -160,7 +173,7 @@ def rate_sweep(model: SequenceModel, data: TaskData, rates: Sequence[float] = CA
         points.append(
             {
                 "asked": asked_rate,
-                "activation_rate": float(reduce(add, counts).rates.max()),
+                "activation_rate": float(reduce(add, counts).rates.mean()),
                 "accuracy": right / asked_for,
             }
         )

@@ -16,12 +16,14 @@ from tests.test_recipes.test_recall import TINY as RECALL
 from tests.test_recipes.test_tasks.test_mqar import TINY
 
 
-def test_rate_sweep_measures_what_the_model_does_at_each_rate():
+@pytest.mark.parametrize("over", ["each", "total"])
+def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
     # Enough tokens that equal scores leave no gap in the rates.
-    spec = load_experiment(RECALL, ["task.data.validation=40"])
+    model = {**RECALL["model"], "layers": 2 * RECALL["model"]["layers"]}
+    spec = load_experiment({**RECALL, "model": model}, ["task.data.validation=40"])
     data = spec.task.prepare(None, progress=False)
     model = build(spec.model, seed=0).eval()
-    points = rate_sweep(model, data)
+    points = rate_sweep(model, data, over=over)
     batch = collate([data.test[number] for number in range(len(data.test))])
     with torch.no_grad():  # the model is left at the last rate
         output = model(batch.inputs, batch.valid)
@@ -29,7 +31,9 @@ def test_rate_sweep_measures_what_the_model_does_at_each_rate():
     assert points[-1]["accuracy"] == pytest.approx(
         float((output.logits.argmax(-1) == batch.targets)[scored].double().mean())
     )
-    assert points[-1]["activation_rate"] == pytest.approx(float(output.decisions[0].rate()))
+    reached = [float(decision.rate()) for decision in output.decisions]
+    assert points[-1]["activation_rate"] == pytest.approx(sum(reached) / 2)
+    assert (abs(reached[0] - reached[1]) > 0.2) == (over == "total")
     rates = [point["activation_rate"] for point in points]
     assert rates == sorted(rates)
     assert rates == pytest.approx(list(CALIBRATED), abs=0.1)
