@@ -56,9 +56,10 @@ def draw_rates(summary: Summary, out: Path) -> Path:
         axis.set_xscale("symlog", linthresh=1)
         ticks = [1, 2, 5, 10, 20, 40, 60, 100]
         axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        axis.set_xlim(left=0 if any(rate < 0.8 for rate, *_ in [*trained, *points]) else 0.8, right=110)
         axis.set(
             xlabel="activation rate, %", ylabel="test accuracy, %", title=f"Attention that {summary['task']} needs"
         )
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8)
         return save_figure(figure, out / FIGURE)
