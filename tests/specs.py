@@ -1,6 +1,7 @@
 """Specs of every registered kind with random values, built from the fields that the kinds declare."""
 
 import types
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
@@ -26,22 +27,27 @@ every_kind = pytest.mark.parametrize(
 )
 
 
+# Strategies are cached, because tests make one for every example, and deferred, because the text of a nested one, which
+# hypothesis makes, takes longer than its examples.
+
+
+@cache
 def of_family(family: str, most: float = 1e4) -> st.SearchStrategy[Any]:
     """Specs of any kind of a family; no number is above `most`."""
-    return st.one_of([of_class(spec_class, most) for name, _, spec_class in KINDS if name == family])
+    strategies = [of_class(spec_class, most) for name, _, spec_class in KINDS if name == family]
+    return st.deferred(lambda: st.one_of(strategies))
 
 
+@cache
 def of_class(spec_class: type[Spec], most: float = 1e4) -> st.SearchStrategy[Any]:
     """Specs of one class, those that break a rule across fields left out."""
     fields = {name: _values(field.annotation, field.metadata, most) for name, field in spec_class.model_fields.items()}
     # A default stays a default in some examples.
     optional = {name: values for name, values in fields.items() if not spec_class.model_fields[name].is_required()}
     required = {name: values for name, values in fields.items() if name not in optional}
-    return (
-        st.fixed_dictionaries(required, optional=optional)
-        .map(lambda chosen: _made(spec_class, chosen))
-        .filter(lambda spec: spec is not None)
-    )
+    chosen = st.fixed_dictionaries(required, optional=optional)
+    made = chosen.map(lambda fields: _made(spec_class, fields)).filter(lambda spec: spec is not None)
+    return st.deferred(lambda: made)
 
 
 def _made(spec_class: type[Spec], fields: dict[str, Any]) -> Spec | None:
