@@ -38,6 +38,7 @@ def command(line: str, folder: Path, search_path: Path | str = "") -> subprocess
     return run(["-m", "sma", *line.split()], folder, search_path)
 
 
+@pytest.mark.slow
 def test_its_parts_conform_before_they_are_installed(folder: Path):
     done = run(["-c", CONFORMS], folder, EXAMPLE / "src")
     assert done.returncode == 0, done.stderr

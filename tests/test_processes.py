@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import Ended, run_programs
 
 
@@ -14,6 +16,7 @@ def test_a_process_reacts_to_control_c_however_the_tests_were_started() -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
 
 
+@pytest.mark.slow
 def test_programs_end_as_if_each_had_an_interpreter(tmp_path: Path) -> None:
     (folder := tmp_path / "folder").mkdir()
     programs = [

@@ -43,6 +43,7 @@ def test_a_python_without_the_package_is_told_what_to_activate(script, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_an_extra_that_is_missing_is_one_message(tmp_path):
     cases = [
         *((f"sma.recipes.{name}", "pydantic_settings", "recipes") for name in NAMES),

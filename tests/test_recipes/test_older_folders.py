@@ -50,6 +50,7 @@ def test_a_finished_run_evaluates_equally(tmp_path, data):
     assert {name: found[name] for name in measured} == {name: recorded[name] for name in measured}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_bits_of_one_that_never_stopped(tmp_path, data):
     run = shutil.copytree(OLDER / "stopped", tmp_path / "run")
     _run("--resume", run, "--data", data)

@@ -169,6 +169,7 @@ def test_several_samples_are_printed_one_after_another(finished: Path, capsys: p
     assert [f"--- {number} of 3\nfox" in said for number in (1, 2, 3)] == [True] * 3
 
 
+@pytest.mark.slow
 def test_text_is_written_as_it_is_produced(finished: Path) -> None:
     command = [
         sys.executable,

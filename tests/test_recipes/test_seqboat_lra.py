@@ -50,6 +50,7 @@ def test_help_is_the_same_by_both_names_and_imports_little():
     assert imported & {"lightning", "torchmetrics", "matplotlib", "tensorboard"} == set()
 
 
+@pytest.mark.slow
 def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
     out = tmp_path / "run"
     done = run([*SCRIPT, "--spec", spec, "--data", cache, "--out", out, "--seed", 4])

@@ -31,6 +31,7 @@ HEAVY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path):
     names = ["", *EXPERIMENTS, "describe"]
     programs = [
@@ -153,6 +154,7 @@ def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_extra_that_is_missing_is_one_message(tmp_path):
     cases = [
         (["train", "digits"], ["pydantic_settings"], "recipes"),

@@ -179,6 +179,7 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
     assert sorted(name for name in found if not is_hidden(name) and name not in HARMLESS) == []
 
 
+@pytest.mark.slow
 def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
     # torchmetrics imports matplotlib, which refuses a backend that is not there.
     body = "sys.exit(exit_code(lambda: __import__('torchmetrics')))"

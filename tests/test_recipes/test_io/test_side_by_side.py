@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sma.recipes.io.processes import Processes
 
 HOLDING = """
@@ -33,6 +35,7 @@ def hold(path: Path) -> None:
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
     calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
         "killed": (signal.raise_signal, (signal.SIGKILL,)),
@@ -51,6 +54,7 @@ def test_every_end_of_a_process_is_told_and_stops_no_other() -> None:
     assert ends == {"killed": -signal.SIGKILL, "left": 3, "raised": 1, "fine": 0}
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_asks() -> None:
     started = time.monotonic()
     with Processes(2) as processes:

@@ -83,6 +83,7 @@ def test_rows_hold_what_the_runs_measured(data, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_give_the_rows_of_runs_one_after_another(data, tmp_path):
     alone = _grid(_runs(), tmp_path / "alone", data)
     together = _grid(_runs(), tmp_path / "together", data, jobs=2)
@@ -196,6 +197,7 @@ def killed(spec, folder, data, **_):
     fake.train(spec, folder, data, **_)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_a_run_that_failed(data, tmp_path):
     results = _grid(_runs((0,)), tmp_path / "out", data, jobs=2, trainer=killed)
     assert [row["name"] for row in results.rows] == ["routed-0", "random-0"]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = r"""
 import sys
@@ -17,6 +19,7 @@ logger.save()
 """
 
 
+@pytest.mark.slow
 def test_names_are_written_in_a_locale_that_lacks_them(tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)]

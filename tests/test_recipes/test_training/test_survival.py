@@ -98,6 +98,7 @@ def _disk_that_is_full_after(monkeypatch, checkpoints):
     monkeypatch.setattr(callbacks, "write_atomically", limited)
 
 
+@pytest.mark.slow
 def test_run_resumes_after_a_full_disk(tmp_path, monkeypatch, capsys):
     experiment = {**EXPERIMENTS["digits"], "training": {**TRAINING, "updates": 12, "warmup": 2, "evaluate_every": 4}}
     spec, out = _spec(tmp_path, experiment), tmp_path / "run"
