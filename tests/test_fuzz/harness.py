@@ -9,7 +9,6 @@ import json
 import random
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forks import run_fork
 
 MEMORY = 2 << 30
 """Bytes that a process may map beyond what it had after its imports."""
@@ -61,8 +60,8 @@ class Counts:
 
 def fuzz(target: str, cases: int, seed: int = 0) -> Counts:
     """Run the target `module:NAME` on `cases` inputs, in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, target, str(cases), str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_fork("tests.test_fuzz.harness", target, cases, seed, folder=Path(folder), timeout=900)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return Counts(0, 0, 0, {"process": f"ended with {done.returncode}: {done.stderr[-2000:]}"})

@@ -3,10 +3,7 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,10 +13,10 @@ from sma.recipes.io.run_folder import BEST, LAST
 from sma.recipes.seqboat_lra import main
 from sma.recipes.training import callbacks
 from sma.spec import dump_spec, kinds
+from tests.forks import fork
 from tests.test_recipes.tiny import checkpoint, same
 from tests.test_recipes.tiny_speech import MODEL, speech_experiment
 
-ROOT = Path(__file__).resolve().parents[3]
 TRAINING = {"updates": 120, "batch_size": 8, "learning_rate": 0.003, "warmup": 10, "evaluate_every": 20}
 BUDGET = ("training.budget.hold=40", "training.budget.anneal=60")
 IMAGES = ("task.data.train=400", "task.data.validation=40", "task.data.test=40")
@@ -65,11 +62,10 @@ def test_killed_run_resumes_to_the_weights_of_the_uninterrupted_one(task, tmp_pa
     common = ["--data", str(tmp_path), "--accelerator", "cpu", "--no-progress"]
     assert main(["--spec", str(spec), "--out", str(tmp_path / "whole"), *common]) == 0
     out = tmp_path / "parts"
-    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", *common]
-    process = subprocess.Popen([*command, "--spec", str(spec), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = fork("sma.recipes.seqboat_lra", *common, "--spec", spec, "--out", out, stdout=tmp_path / "log")
     while process.poll() is None and not (out / LAST).is_file():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
     assert not (out / "summary.json").exists()
     assert 0 < checkpoint(out)["global_step"] < TRAINING["updates"]
