@@ -59,7 +59,6 @@ THIRD_PARTY = {
     "pydantic",
     "pydantic_core",
     "yaml",
-    "safetensors",
     "jaxtyping",
     "numpy",
     "torch_scatter",
