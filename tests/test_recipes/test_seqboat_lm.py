@@ -17,6 +17,7 @@ import sma
 from sma.recipes.io.run_folder import LAST
 from sma.recipes.seqboat_lm import main
 from sma.spec import dump_spec
+from tests.forks import fork, run_fork
 from tests.test_recipes.test_training.test_language import MODEL, TRAINING, experiment, text, train
 
 __all__ = ["text"]
@@ -233,15 +234,15 @@ def test_a_killed_run_resumes_to_the_same_weights(text: Path, tmp_path: Path) ->
     whole = train(spec, tmp_path / "whole")
     path = tmp_path / "experiment.yaml"
     path.write_text((tmp_path / "whole" / "experiment.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "recipes/seqboat_lm.py", "--no-progress", "--accelerator", "cpu"]
-    out = tmp_path / "parts"
-    process = subprocess.Popen([*command, "--spec", str(path), "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command, out = ["sma.recipes.seqboat_lm", "--no-progress", "--accelerator", "cpu"], tmp_path / "parts"
+    process = fork(*command, "--spec", path, "--out", out, stdout=tmp_path / "log")
     while process.poll() is None and not (out / LAST).is_file():
         time.sleep(0.05)
     process.kill()
     process.wait()
     assert not (out / "summary.json").exists()
-    subprocess.run([*command, "--resume", str(out)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    done = run_fork(*command, "--resume", out, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     resumed = torch.load(out / LAST, weights_only=True)["state_dict"]
     wanted = torch.load(tmp_path / "whole" / LAST, weights_only=True)["state_dict"]
     assert [name for name in wanted if not torch.equal(resumed[name], wanted[name])] == []

@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
 
 from sma.recipes.reports.classification import rates_over_training
-from tests.test_recipes.lra_command import MODULE, RESUME, ROOT, SCRIPT, run, write_spec
+from tests.forks import fork, run_fork
+from tests.test_recipes.lra_command import RESUME, SCRIPT, run, write_spec
 from tests.test_recipes.tiny import checkpoint, same
 
 
@@ -35,15 +35,7 @@ def cache(tmp_path_factory):
 LONG = ["--set", "training.updates=400", "--set", "training.evaluate_every=20", "--no-progress"]
 
 
-def _start(command):
-    # A shell that starts the tests in the background makes them, and so their processes, deaf to Ctrl-C.
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+MODULE = "sma.recipes.seqboat_lra"
 
 
 def _wait_for(pattern, folder, process, seconds=600):
@@ -58,7 +50,8 @@ def _wait_for(pattern, folder, process, seconds=600):
 def uninterrupted(cache, tmp_path_factory):
     """The long run by the command line, and how many seconds it trains."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = run([*MODULE, "--spec", write_spec(folder), "--data", cache, "--out", folder / "run", *LONG], timeout=800)
+    words = ["--spec", write_spec(folder), "--data", cache, "--out", folder / "run", *LONG]
+    done = run_fork(MODULE, *words, folder=folder, timeout=800)
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads((folder / "run" / "summary.json").read_text())["seconds"]
 
@@ -79,21 +72,20 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
 ):
     reference, seconds = uninterrupted
     out, kills = tmp_path / "run", []
-    command = [*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG]
+    words = ["--spec", spec, "--data", cache, "--out", out, *LONG]
     for _ in range(3):
-        process = _start(command)
+        process = fork(MODULE, *words, stdout=(log := tmp_path / "log"))
         # Every part logs into a folder of its own, from its first updates on.
         _wait_for("metrics/version_*/metrics.csv", out, process)
         kills.append(random.SystemRandom().uniform(0, seconds / 5))
         time.sleep(kills[-1])
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-        command = [*MODULE, "--resume", out, "--data", cache, "--no-progress"]
-        if process.returncode != -signal.SIGKILL:  # it was faster
-            assert process.returncode == 0, err
+        process.kill()
+        words = ["--resume", out, "--data", cache, "--no-progress"]
+        if process.wait() != -signal.SIGKILL:  # it was faster
+            assert process.returncode == 0, log.read_text()
             break
     else:
-        done = run(command, timeout=800)
+        done = run_fork(MODULE, *words, folder=tmp_path, timeout=800)
         assert done.returncode == 0, done.stderr
         assert [line for line in done.stderr.splitlines() if "the router of" not in line] == []
     print("killed after", kills)  # shown if what follows fails
@@ -107,11 +99,12 @@ def test_run_that_is_killed_at_random_moments_and_resumed_is_the_uninterrupted_o
 @pytest.mark.timeout(1800)
 def test_ctrl_c_in_a_real_process_exits_130_and_the_run_goes_on(uninterrupted, spec, cache, tmp_path):
     out = tmp_path / "run"
-    process = _start([*MODULE, "--spec", spec, "--data", cache, "--out", out, *LONG])
+    words, log = ["--spec", spec, "--data", cache, "--out", out, *LONG], tmp_path / "log"
+    process = fork(MODULE, *words, stdout=tmp_path / "out", stderr=log)
     _wait_for("checkpoints/last.ckpt", out, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
+    assert process.wait(300) == 130, log.read_text()
+    err = log.read_text()
     assert [line for line in err.splitlines() if "the router of" not in line] == [
         f"interrupted; resume with: {RESUME} {out} --data {cache} --no-progress"
     ]
