@@ -6,6 +6,7 @@ In processes of their own: the suite's shape checker wraps every function, and t
 import sys
 from collections.abc import Callable
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sma import build, load_spec
 from sma.norms import BatchNormSpec
 from sma.pytree import named_tensors
 from tests.cases import generator
+from tests.forks import run_fork
 
 GAU: dict[str, Any] = {"kind": "gau", "query_size": 4, "hidden_size": 8}
 MIXED = {"attention": {**GAU, "window": 3}, "mlp": {"kind": "gated_mlp", "hidden_size": 8}, "conv": {"kind": "conv"}}
@@ -96,19 +98,24 @@ def ragged() -> None:
     assert_compiles(model_of(MIXED), "inductor")
 
 
-def every_kind_static() -> None:
-    """Each kind alone, without generating code."""
-    for module in KINDS.values():
+def _assert_every_kind_compiles(**options: Any) -> None:
+    """Without generating code, half of the kinds in one layer: most of the time goes into what is around them."""
+    names = list(KINDS)
+    for part in (names[::2], names[1::2]):
         torch._dynamo.reset()
-        assert_compiles(model_of({"module": module}), "aot_eager", capacity=9)
+        model = model_of({name.replace(" ", "_"): KINDS[name] for name in part})
+        assert_compiles(model, "aot_eager", **options)
+
+
+def every_kind_static() -> None:
+    """Each kind with static capacity."""
+    _assert_every_kind_compiles(capacity=9)
 
 
 def every_kind_ragged() -> None:
-    """Each kind alone, without generating code."""
+    """Each kind with every active token."""
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    for module in KINDS.values():
-        torch._dynamo.reset()
-        assert_compiles(model_of({"module": module}), "aot_eager")
+    _assert_every_kind_compiles()
 
 
 def batch_norm() -> None:
@@ -203,12 +210,68 @@ def parts() -> None:
         assert graphs, f"{name} was never compiled"
 
 
+def capacities() -> None:
+    """Static capacities of all forms."""
+    from sma.capacity import PerBatch
+    from tests.test_sma.test_capacity import MODEL
+
+    model, x = build(MODEL, seed=0), torch.randn(2, 20, 2)
+    valid = torch.arange(20) < torch.tensor([[20], [11]])
+    for capacity in (0.4, 5, PerBatch(0.3), {"attention": PerBatch(9), "conv": 3, "mlp": 0.1}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found, wanted = (each(x, valid, capacity=capacity).logits for each in (compiled, model))
+        torch.testing.assert_close(found, wanted)
+
+
+def glue() -> None:
+    """The fused functions of a layer, of two sizes, and their gradients; many in one graph, which takes less time."""
+    from tests.test_sma.test_glue import OPERATORS, WITH_GRADIENTS, N
+
+    def long(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.shape[:1] == (N,)
+
+    def all_of(functions: list[Callable[..., Any]], calls: list[tuple[Any, ...]]) -> list[Any]:
+        return [function(*arguments) for function, arguments in zip(functions, calls, strict=True)]
+
+    def check(functions: list[Callable[..., Any]], calls: list[tuple[Any, ...]], sizes: int) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda calls: all_of(functions, calls), dynamic=True, fullgraph=True)
+        for _ in range(sizes):
+            torch.testing.assert_close(compiled(calls), all_of(functions, calls))
+            calls = [tuple(torch.cat([each, each]) if long(each) else each for each in call) for call in calls]
+
+    check([case.values[0].function for case in OPERATORS], [case.values[1] for case in OPERATORS], 2)
+    fused, gradients = [], []
+    for case in WITH_GRADIENTS:
+        function, arguments = case.values
+        grads = [torch.randn_like(result) for result in function.function(*arguments)]
+        fused.append((function.fused.function, arguments))
+        gradients.append((function.gradient.function, (*grads, *arguments)))
+    for functions, calls in (zip(*fused, strict=True), zip(*gradients, strict=True)):
+        check(list(functions), list(calls), 1)
+
+
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (static, ragged, every_kind_static, every_kind_ragged, batch_norm, other_lengths, step, parts)
 }
+ELSEWHERE: dict[str, Callable[[], None]] = {case.__name__: case for case in (capacities, glue)}
+
+
+def assert_equal_if_compiled(case: str, folder: Path) -> None:
+    """Run a case of this file in a fork of a process that has imported the compiler.
+
+    Args:
+        case: its name.
+        folder: an empty folder.
+    """
+    imported = ("torch._inductor.compile_fx", "tests.test_sma.compiled")
+    done = run_fork("tests.test_sma.compiled", case, folder=folder, imported=imported, timeout=880)
+    assert done.stdout.strip() == "equal", done.stderr
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    CASES[sys.argv[1]]()
+    {**CASES, **ELSEWHERE}[sys.argv[1]]()
     print("equal")

@@ -2,10 +2,7 @@
 
 import copy
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ from sma.errors import InputError, StateError
 from sma.layer import RoutedLayer
 from sma.routers import AlwaysRouterSpec, Router, SMARouter
 from tests.cases import balance, generator, masks, normal, pad, sides, spread
+from tests.test_sma.compiled import assert_equal_if_compiled
 from tests.test_sma.layers import GAU, LAYERS, WIDTH, make
 
 MODEL: dict[str, Any] = {
@@ -293,25 +291,7 @@ class TestRefusals:
             layer(normal(2, 3, WIDTH), state=layer.init_state(2), capacity=2)
 
 
-COMPILED = """
-import torch
-from sma import build
-from sma.capacity import PerBatch
-from tests.test_sma.test_capacity import MODEL
-model, x = build(MODEL, seed=0), torch.randn(2, 20, 2)
-valid = torch.arange(20) < torch.tensor([[20], [11]])
-for capacity in (0.4, 5, PerBatch(0.3), {"attention": PerBatch(9), "conv": 3, "mlp": 0.1}):
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, valid, capacity=capacity).logits, model(x, valid, capacity=capacity).logits)
-print("equal")
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_every_capacity_can_be_traced_by_a_compiler():
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+@pytest.mark.timeout(900)
+def test_every_capacity_can_be_traced_by_a_compiler(tmp_path):
+    assert_equal_if_compiled("capacities", tmp_path)

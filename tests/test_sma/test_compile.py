@@ -1,23 +1,16 @@
 """A compiled model equals the eager one; and the models of one device equal those of another."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.test_sma.compiled import CASES, MIXED, batches, logits_and_gradients, model_of
+from tests.test_sma.compiled import CASES, MIXED, assert_equal_if_compiled, batches, logits_and_gradients, model_of
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [pytest.param(name, id=name) for name in CASES])
-def test_a_compiled_model_equals_the_eager_one(case):
-    folder = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "tests.test_sma.compiled", case]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=880)
-    assert done.stdout.strip() == "equal", done.stderr
+def test_a_compiled_model_equals_the_eager_one(case, tmp_path):
+    assert_equal_if_compiled(case, tmp_path)
 
 
 @pytest.mark.gpu

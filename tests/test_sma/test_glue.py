@@ -1,7 +1,5 @@
 """The fused functions of a layer: those of the operators one by one, in outputs and gradients."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sma.modules.gau import gau_inputs
 from sma.norms import BatchNormSpec
 from sma.routers.independent import tempered_choice
 from tests.cases import normal
+from tests.test_sma.compiled import assert_equal_if_compiled
 from tests.test_sma.layers import LAYERS, WIDTH, make
 
 N, D = 7, 5
@@ -247,31 +246,7 @@ def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning() -
     assert run(torch.ones(1), 2).item() == 3
 
 
-COMPILED = """
-import torch
-from tests.test_sma.test_glue import OPERATORS, WITH_GRADIENTS
-for case in OPERATORS:
-    operator, arguments = case.values
-    for _ in range(2):
-        wanted = operator.function(*arguments)
-        found = torch.compile(operator.function, dynamic=True, fullgraph=True)(*arguments)
-        torch.testing.assert_close(found, wanted)
-        long = lambda x: isinstance(x, torch.Tensor) and x.shape[:1] == (7,)
-        arguments = tuple(torch.cat([each, each]) if long(each) else each for each in arguments)
-for case in WITH_GRADIENTS:
-    function, arguments = case.values
-    grads = [torch.randn_like(result) for result in function.function(*arguments)]
-    for operator, given in ((function.fused, arguments), (function.gradient, (*grads, *arguments))):
-        found = torch.compile(operator.function, dynamic=True, fullgraph=True)(*given)
-        torch.testing.assert_close(found, operator.function(*given))
-print("equal")
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_compiled_functions_equal_those_as_written() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+@pytest.mark.timeout(900)
+def test_compiled_functions_equal_those_as_written(tmp_path: Path) -> None:
+    assert_equal_if_compiled("glue", tmp_path)
