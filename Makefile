@@ -56,6 +56,9 @@ docs: .venv/.dev ## build the site into build/site; dead links and undocumented 
 docs-serve: docs ## build the site and serve it at http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
 
+notebooks: .venv/.dev ## run docs/notebooks and write their outputs into them
+	@OMP_NUM_THREADS=1 $(BIN)/python .ci/run_notebooks.py $(ARGS)
+
 check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel, the site
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check --output-format concise .
@@ -137,5 +140,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve check mutations lowest release clean
+.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve notebooks check mutations lowest release clean
 .DELETE_ON_ERROR:

@@ -13,7 +13,7 @@ copyright = "the authors, Apache-2.0"
 version = release = sma.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # includes myst_parser
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",  # the source of every name, inside the site
@@ -47,6 +47,8 @@ nitpick_ignore = [
 myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 myst_links_external_new_tab = False
+nb_execution_mode = "off"  # `make notebooks` writes the outputs into the notebooks
+nb_merge_streams = True
 
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
