@@ -1,7 +1,6 @@
-"""Callbacks of a training: random states, the health of the routers, the progress bar, and atomic checkpoints."""
+"""Callbacks of a training: random states, the health of the routers, and atomic checkpoints."""
 
 import logging
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from sma.errors import CheckpointError, parsing, reason
 from sma.files import check_file, write_atomically
@@ -113,21 +112,6 @@ class RouterHealth(Callback):
             f"warning: {where} is {condition} at update {step}: rate {rate:.4f}, so {effects[condition]}; "
             "set training.budget.target"
         )
-
-
-class Bar(TQDMProgressBar):
-    """Loss, accuracy, activation rate and time left. About 20 lines in all if the output is not a terminal."""
-
-    def __init__(self, updates: int) -> None:
-        super().__init__(refresh_rate=10 if sys.stderr.isatty() else max(1, updates // 20), leave=True)
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The metrics of the bar, without Lightning's version number."""
-        return {
-            name: f"{value:.3f}" if isinstance(value, float) else value
-            for name, value in super().get_metrics(trainer, pl_module).items()
-            if name != "v_num"
-        }
 
 
 class LastCheckpoint(ModelCheckpoint):

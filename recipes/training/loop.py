@@ -19,7 +19,6 @@ from sma.recipes.io.signals import Preempted, on_preemption
 from sma.recipes.tasks.contract import Metric
 from sma.recipes.training.callbacks import (
     AtomicCheckpointIO,
-    Bar,
     BestCheckpoint,
     FinalEvaluation,
     LastCheckpoint,
@@ -35,6 +34,7 @@ from sma.recipes.training.metrics import MetricsLogger
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective
 from sma.recipes.training.preemption import Preemption, has_pending_evaluation
+from sma.recipes.training.progress import Progress
 from sma.recipes.training.provenance import versions
 from sma.recipes.training.resuming import REPLACE, Origin, check_weights, checkpoint_to_resume
 from sma.recipes.training.stopwatch import Stopwatch
@@ -92,7 +92,7 @@ def fit(
         out: the run folder.
         resume: resume from the last checkpoint of the folder, if there is one; False refuses a folder with a run.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        progress: whether to show a progress bar.
+        progress: whether to show the progress.
         callbacks: additional Lightning callbacks.
         distributed: rank and world size. All ranks read the checkpoint; rank 0 writes the folder.
 
@@ -113,7 +113,7 @@ def fit(
     if distributed.is_rank_zero:
         _begin_part(spec, out, hashes, done)
     routers = [layer.router for layer in spec.model.layer_specs if layer.modules]
-    bars: list[Callback] = [Bar(spec.training.updates)] if progress else []
+    bars: list[Callback] = [Progress(spec.training.updates)] if progress else []
     watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *bars, *callbacks]
     # After the last update Lightning returns at once; one update more lets it make the evaluation that is due.
     more = 1 if found is not None and has_pending_evaluation(found) else 0
@@ -201,7 +201,7 @@ def _trainer(
         ],
         log_every_n_steps=training.log_every,
         num_sanity_val_steps=0,
-        enable_progress_bar=any(isinstance(callback, Bar) for callback in callbacks),
+        enable_progress_bar=False,  # `Progress` shows it
         enable_model_summary=False,
         default_root_dir=out,
         use_distributed_sampler=False,

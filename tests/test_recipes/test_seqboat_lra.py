@@ -60,8 +60,14 @@ def test_run_says_what_it_does_and_nothing_else(spec, cache, tmp_path):
         f"SeqBoat on listops: 120 samples, {tiny().model.num_parameters():,} parameters, 30 updates -> {out}"
         in done.stdout
     )
-    for shown in ("Epoch 0: 100%", "30/30", "loss=", "accuracy=", "rate=", "<00:00"):
-        assert shown in done.stdout
+    updates = [line for line in done.stdout.splitlines() if line.startswith("update ")]
+    number = r"\d\.\d{3}"
+    measures = f"loss {number}(, validation (loss|accuracy|rate) {number}){{3}}"
+    assert re.fullmatch(f"update 30 of 30: {measures}", updates[-1])
+    assert all(re.fullmatch(rf"update \d+ of 30, \d+:\d\d left: {measures}", line) for line in updates[:-1])
+    assert len(updates) == 3
+    assert "Epoch" not in done.stdout
+    assert "\r" not in done.stdout
     summary = json.loads((out / "summary.json").read_text())
     assert f"test accuracy     {summary['test_accuracy']:.1%}" in done.stdout
     assert summary["seed"] == load_experiment(out / "experiment.yaml").seed == 4

@@ -1,4 +1,4 @@
-"""Callbacks of a training: warnings, random states, checkpoints, progress bar."""
+"""Callbacks of a training: warnings, random states, checkpoints."""
 
 import errno
 import logging
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sma.errors import CheckpointError
-from sma.recipes.training.callbacks import AtomicCheckpointIO, Bar, RandomStates, RouterHealth
+from sma.recipes.training.callbacks import AtomicCheckpointIO, RandomStates, RouterHealth
 from sma.routers import (
     AlwaysRouterSpec,
     ExpertChoiceRouterSpec,
@@ -228,17 +228,3 @@ def test_last_update_is_evaluated_whatever_is_left_over(data, tmp_path, updates,
     train(spec, tmp_path, data)
     assert seen == evaluations
     assert checkpoint(tmp_path)["global_step"] == updates
-
-
-def test_bar_shows_three_digits_and_no_version_number(monkeypatch):
-    bar = Bar(4000)
-    monkeypatch.setattr(
-        "lightning.pytorch.callbacks.TQDMProgressBar.get_metrics",
-        lambda *_: {"v_num": 3, "loss": 1.23456, "accuracy": 0.5, "x": "y"},
-    )
-    assert bar.get_metrics(None, None) == {"loss": "1.235", "accuracy": "0.500", "x": "y"}
-
-
-@pytest.mark.parametrize(("updates", "every"), [(4000, 200), (5, 1)])
-def test_bar_is_quiet_where_the_output_is_no_terminal(updates, every):
-    assert Bar(updates).refresh_rate == every

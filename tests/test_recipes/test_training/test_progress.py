@@ -1,0 +1,141 @@
+"""The line that shows the progress of a training: in a terminal, in Jupyter and in files."""
+
+import io
+import itertools
+import re
+import sys
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from sma.recipes.training import progress
+from sma.recipes.training.progress import Progress, bar, duration, evaluated, progress_text
+from tests.test_notebooks import RUN
+from tests.test_recipes.lra_command import write_spec
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (3599.6, "1:00:00"), (7322, "2:02:02")])
+def test_durations_are_minutes_and_seconds(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        pytest.param((0, 60, None, {}), "update 0 of 60", id="nothing-is-known"),
+        pytest.param((20, 4000, 35.0, {"loss": 2.3}), "update 20 of 4,000, 0:35 left: loss 2.300", id="midway"),
+        pytest.param((60, 60, 0.0, {"a": 1.0, "b": 0.25}), "update 60 of 60: a 1.000, b 0.250", id="end"),
+    ],
+)
+def test_a_line_has_updates_time_left_and_measures(arguments, text):
+    assert progress_text(*arguments) == text
+
+
+@pytest.mark.parametrize(("done", "filled"), [(0, 0), (1, 0), (50, 8), (99, 15), (100, 16)])
+def test_the_bar_is_full_only_at_the_end(done, filled):
+    assert bar(done, 100) == f"[{'#' * filled}{'.' * (16 - filled)}]"
+
+
+def test_an_evaluation_shows_the_means_of_the_split_and_no_layers():
+    logged = {"loss": 1.5, "val_accuracy": 0.5, "val_bits_per_byte": 2.0, "val_rate/layer0/a": 0.1, "fit_rate": 0.2}
+    assert evaluated(logged) == {"loss": 1.5, "validation accuracy": 0.5, "validation bits per byte": 2.0}
+
+
+def trainer(update, **measures):
+    return SimpleNamespace(
+        global_step=update,
+        is_global_zero=True,
+        progress_bar_metrics=measures,
+        callback_metrics={f"val_{name}": value for name, value in measures.items()},
+    )
+
+
+def follow(updates, evaluate_every):
+    """Show a training whose every update takes a second."""
+    shown = Progress(updates)
+    shown.on_train_start(trainer(0), None)
+    for update in range(1, updates + 1):
+        shown.on_train_batch_end(trainer(update, accuracy=0.5), None, None, None, update - 1)
+        if update % evaluate_every == 0:
+            shown.on_validation_start(trainer(update, accuracy=0.5), None)
+            shown.on_validation_end(trainer(update, accuracy=0.5), None)
+    shown.on_train_end(trainer(updates, accuracy=0.5), None)
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    now = iter(range(10_000))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+
+
+def test_a_file_gets_a_line_per_evaluation(monkeypatch, seconds):
+    monkeypatch.setattr(sys, "stdout", output := io.StringIO())
+    follow(6, 2)
+    lines = output.getvalue().splitlines()
+    assert [re.sub(r", \d+:\d\d left", "", line) for line in lines] == [
+        f"update {update} of 6: validation accuracy 0.500" for update in (2, 4, 6)
+    ]
+
+
+def test_a_terminal_gets_one_line_that_is_replaced(monkeypatch, seconds):
+    monkeypatch.setattr(sys, "stdout", output := Terminal())
+    monkeypatch.setenv("COLUMNS", "60")
+    follow(6, 3)
+    text = output.getvalue()
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    frames = text.rstrip("\n").split("\r")[1:]
+    assert all(len(frame) < 60 for frame in frames)
+    assert frames[0] == "[................] update 0 of 6"
+    assert frames[-1].rstrip() == "[################] update 6 of 6: accuracy 0.500"
+    assert [frame.rstrip() for frame in frames if "evaluating" in frame] == [
+        "[########........] update 3 of 6, evaluating",
+        "[################] update 6 of 6, evaluating",
+    ]
+    for before, after in itertools.pairwise(frames):
+        assert len(after) >= len(before.rstrip()), "the end of the longer line would stay"
+
+
+def test_a_terminal_is_refreshed_at_most_twice_a_second(monkeypatch):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(sys, "stdout", output := Terminal())
+    follow(1000, 5000)
+    assert output.getvalue().count("\r") == 2  # the first and the last update
+
+
+def test_an_interrupted_training_ends_its_line(monkeypatch, seconds):
+    monkeypatch.setattr(sys, "stdout", output := Terminal())
+    shown = Progress(6)
+    shown.on_train_start(trainer(0), None)
+    shown.on_exception(trainer(1), None, KeyboardInterrupt())
+    assert output.getvalue().endswith("\n")
+
+
+def test_other_ranks_show_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", output := Terminal())
+    shown, other = Progress(6), trainer(0)
+    other.is_global_zero = False
+    for event in (shown.on_train_start, shown.on_validation_end, shown.on_train_end):
+        event(other, None)
+    assert output.getvalue() == ""
+
+
+@pytest.mark.slow
+def test_a_cell_of_jupyter_shows_one_bar(tmp_path):
+    """In a real kernel: the bar is one output, which is replaced, and no widget."""
+    code = f"from sma.recipes.seqboat_lra import main\nmain(['--spec', {str(write_spec(tmp_path))!r}, '--out', 'run']);"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbformat.write(notebook, tmp_path / "training.ipynb")
+    (cell,) = RUN.run(tmp_path / "training.ipynb", tmp_path).cells
+    (shown,) = [output.data for output in cell.outputs if output.output_type == "display_data"]
+    assert set(shown) == {"text/plain"}
+    assert re.fullmatch(r"\[#{16}\] update 30 of 30: loss \d\.\d{3}(, \w+ \d\.\d{3})*", shown["text/plain"])
+    printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+    assert "update" not in printed.replace("30 updates", "").partition("next:")[0]
+    assert "\r" not in printed
