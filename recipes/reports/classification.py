@@ -47,6 +47,7 @@ class ClassificationReport(NamedTuple):
         roles: role of a position by the first character of its text; empty if positions have no roles.
         without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
         router: field path of the router, for suggestions: that of all layers, or of the first routed one of a list.
+        fixed: whether the rates of all routers are fixed, so that no suggestion can change them.
     """
 
     majority: float
@@ -60,6 +61,7 @@ class ClassificationReport(NamedTuple):
     roles: Mapping[str, str] = MappingProxyType({})
     without_layer: tuple[float, ...] = ()
     router: str = "layers.layer.router"
+    fixed: bool = False
 
     @property
     def rates_by_role(self) -> dict[str, list[float]]:
@@ -125,7 +127,7 @@ class ClassificationReport(NamedTuple):
             f"summary           {plain(out / 'summary.json')}",
             "",
         ]
-        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(rates, summary["updates"], self.router))])
+        return "\n".join([*lines, *(f"next: {hint}" for hint in _hints(self, summary))])
 
     def draw(self, out: Path, title: str) -> Path:
         """Draw the active positions per layer, and the rates over training, into `activation.png`.
@@ -202,7 +204,13 @@ def measure_activation(
     chosen = _right_and_wrong([examples[number] for number in wanted if number in examples], shown)
     without = tuple(count / scored for count in right[: len(output.decisions)]) if scored else ()
     report = ClassificationReport(majority, len(drawn), by_text, chosen, modules, modality, data.class_names)
-    return report._replace(roles=data.roles, without_layer=without, router=_router_path(model.spec))
+    routers = [layer.router for layer in model.spec.layer_specs if layer.modules]
+    return report._replace(
+        roles=data.roles,
+        without_layer=without,
+        router=_router_path(model.spec),
+        fixed=all(router.fixed_rate for router in routers),
+    )
 
 
 def _router_path(spec: ModelSpec) -> str:
@@ -266,15 +274,27 @@ def where_figure(out: Path) -> str:
     return plain(out / FIGURE) if (out / FIGURE).is_file() else "none: it could not be drawn, see the warning above"
 
 
-def _hints(rates: Sequence[float], updates: int, router: str) -> list[str]:
-    hints = [f"--set {router}='{{kind: never}}' trains the backbone without attention"]
-    if rates and max(rates) > 0.9:
-        hints.append(f"a layer runs on nearly every token; --set {router}.temperature_scale=0.1 sharpens its decisions")
-    if rates and min(rates) < 0.001:
-        hints.append(
-            "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers alive"
-        )
-    hints.append(f"--set training.updates={2 * updates} trains twice as long")
+def _hints(report: ClassificationReport, summary: Mapping[str, Any]) -> list[str]:
+    """Suggestions that fit the results of a run."""
+    accuracy, rates, updates = summary["test_accuracy"], summary["activation_rate"], summary["updates"]
+    best = summary.get("best_update", updates)
+    hints = []
+    if accuracy <= report.majority + 0.01:
+        hints.append("the accuracy is that of the majority class, so the model has not learned the task yet")
+    if rates and not report.fixed:
+        if min(rates) < 0.001:
+            hints.append(
+                "a router is dead: its layer has only the backbone; --set training.budget.target=0.3 keeps routers "
+                "alive"
+            )
+        if max(rates) > 0.9:
+            hints.append("a layer runs on nearly every token; --set training.budget.target=0.3 lowers the rate")
+        names = " and ".join(map(plain, report.modules)) or "routed sub-modules"
+        hints.append(f"--set {report.router}='{{kind: never}}' trains the same model without {names}")
+    if best <= 0.7 * updates:
+        hints.append(f"the best checkpoint is that of update {best:,} of {updates:,}: more updates may not help")
+    elif accuracy < 0.99:
+        hints.append(f"--set training.updates={2 * updates} trains twice as long")
     return hints
 
 

@@ -172,7 +172,7 @@ def test_suggestions_name_the_router_of_the_model(layers, path, tmp_path):
     model = {"kind": "sequence_encoder", "width": 8, "encoder": {"kind": "real_number"}, "layers": layers}
     assert _router_path(sma.load_spec(model, "model")) == path
     printed = REPORT._replace(router=path).describe(SUMMARY, tmp_path)
-    assert f"next: --set {path}='{{kind: never}}' trains the backbone without attention" in printed
+    assert f"next: --set {path}='{{kind: never}}' trains the same model without routed sub-modules" in printed
 
 
 def test_rates_of_images_are_by_grey_value(tmp_path):
@@ -180,12 +180,36 @@ def test_rates_of_images_are_by_grey_value(tmp_path):
     assert "active in layer 1 by grey value: [MAX 100%" in report.describe(SUMMARY, tmp_path)
 
 
+def suggestions(tmp_path, report=REPORT, **changes):
+    printed = report.describe({**SUMMARY, **changes}, tmp_path)
+    return [line.removeprefix("next: ") for line in printed.splitlines() if line.startswith("next: ")]
+
+
 def test_text_has_suggestions(tmp_path):
-    printed = REPORT.describe(SUMMARY, tmp_path)
-    assert "next: --set layers.layer.router='{kind: never}' trains the backbone without attention" in printed
-    assert "next: --set training.updates=800 trains twice as long" in printed
-    assert "dead" not in printed
-    assert "nearly every token" not in printed
+    assert suggestions(tmp_path, REPORT._replace(modules=("attention", "mlp"))) == [
+        "--set layers.layer.router='{kind: never}' trains the same model without attention and mlp",
+        "--set training.updates=800 trains twice as long",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("report", "changes", "hints"),
+    [
+        pytest.param({"fixed": True}, {"test_accuracy": 0.995}, [], id="nothing-to-improve"),
+        pytest.param({"fixed": True}, {"activation_rate": [1.0, 0.0]}, ["twice"], id="fixed-rates"),
+        pytest.param({}, {"activation_rate": []}, ["twice"], id="nothing-is-routed"),
+        pytest.param(
+            {"fixed": True}, {"best_update": 280}, ["update 280 of 400: more updates may not"], id="best-early"
+        ),
+        pytest.param({"fixed": True}, {"best_update": 281}, ["twice"], id="best-late"),
+        pytest.param({"fixed": True}, {"test_accuracy": 0.19}, ["majority class", "twice"], id="nothing-is-learned"),
+        pytest.param({}, {"activation_rate": [0.0, 0.95]}, ["dead", "nearly every", "never", "twice"], id="rates"),
+    ],
+)
+def test_suggestions_fit_the_results(tmp_path, report, changes, hints):
+    found = suggestions(tmp_path, REPORT._replace(**report), **changes)
+    assert len(found) == len(hints), found
+    assert all(hint in line for hint, line in zip(hints, found, strict=True)), found
 
 
 @pytest.mark.parametrize(
@@ -193,7 +217,7 @@ def test_text_has_suggestions(tmp_path):
     [
         pytest.param(
             {"activation_rate": [0.95, 0.5]},
-            "next: a layer runs on nearly every token; --set layers.layer.router.temperature_scale=0.1",
+            "next: a layer runs on nearly every token; --set training.budget.target=0.3 lowers the rate",
             id="saturated",
         ),
         pytest.param(
