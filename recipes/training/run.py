@@ -25,6 +25,7 @@ from sma.recipes.training.loop import Fitted, fit, writing
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective, Report, load_objective
 from sma.recipes.training.provenance import commit, hardware
+from sma.recipes.training.tensorboard import log_finished
 from sma.recipes.training.trainer import run_test
 
 log = logging.getLogger("sma.recipes")
@@ -106,8 +107,15 @@ def run_experiment(
             if title is not None:
                 full = f"{title}: {spec.task.metric.headline(summary[spec.task.metric.key])}, seed {spec.seed}"
                 attempt(f"the figure of the run in {out}", lambda: report.draw(out, full))
+            results = {**measures, **_mean_rate(summary)}
+            log_finished(fitted.trainer, spec, results, sorted(out.glob("*.png")))
             write_text(out / SUMMARY, json.dumps(summary, indent=1))
     return Finished(summary, report, module)
+
+
+def _mean_rate(summary: Mapping[str, Any]) -> dict[str, float]:
+    rates = summary["activation_rate"]
+    return {"activation_rate": sum(rates) / len(rates)} if rates else {}
 
 
 def _warn_of_overflow(module: TrainingModule) -> None:
