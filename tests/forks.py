@@ -31,7 +31,7 @@ def serve():
             answer = os.waitstatus_to_exitcode(status) if pid else None
         elif not (answer := os.fork()):
             return asked
-        print(json.dumps(answer), flush=True)
+        print(json.dumps([asked["number"], answer]), flush=True)
 
 _asked = serve()
 if _asked is not None:
@@ -89,14 +89,19 @@ class _Server:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.asked = 0
         atexit.register(self.process.communicate)
 
     def ask(self, question: dict[str, Any]) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
+        self.asked += 1
+        self.process.stdin.write(json.dumps({**question, "number": self.asked}) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        # The time of an earlier test may have ended between a question and its answer.
+        while (answer := json.loads(self.process.stdout.readline()))[0] != self.asked:
+            pass
+        return answer[1]
 
 
 _server = cache(_Server)
@@ -119,7 +124,7 @@ def fork(
         stdout: the file to which it appends what it prints.
         stderr: the same of its errors; None: that of stdout.
         cwd: its folder.
-        environment: its variables; None: those of this process.
+        environment: its variables, except for what the imports read; None: those of this process.
         imported: modules that it finds imported.
     """
     server = _server(imported)
