@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from sma.recipes.io.run_folder import LAST
+from tests.forks import fork
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, tiny, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -82,10 +83,13 @@ def test_job_is_requeued_where_the_run_was_told_to_end(job, tmp_path, status, ag
     assert (tmp_path / "requeued").exists() == again
 
 
-def _whole(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
     spec = tiny(training__updates=UPDATES, training__evaluate_every=150)
-    train(spec, tmp_path / "whole", spec.task.prepare(tmp_path / "data", progress=False))
-    return tmp_path / "whole"
+    train(spec, folder / "run", spec.task.prepare(folder / "data", progress=False))
+    return folder / "run"
 
 
 def _updates_seen(out):
@@ -102,7 +106,7 @@ def _wait(process, ready):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job, tmp_path):
+def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job, whole, tmp_path):
     out, printed = tmp_path / "runs" / "listops", tmp_path / "printed.txt"
     sent = []
     with printed.open("w") as output:
@@ -122,12 +126,12 @@ def test_job_is_requeued_and_ends_with_the_results_of_the_uninterrupted_one(job,
     assert "preempted by SIGUSR1: update " in printed.read_text()
     assert f"the run in {Path('runs') / 'listops'} is finished" in printed.read_text()
     assert list(out.rglob("hpc_ckpt*")) == []
-    assert_same_run(out, _whole(tmp_path))
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_signal_and_then_the_kill_lose_nothing(job, tmp_path):
+def test_signal_and_then_the_kill_lose_nothing(job, whole, tmp_path):
     out = tmp_path / "runs" / "listops"
     process = job(subprocess.DEVNULL)
     _wait(process, lambda: _updates_seen(out))
@@ -143,7 +147,7 @@ def test_signal_and_then_the_kill_lose_nothing(job, tmp_path):
     process.wait(timeout=100)
     assert checkpoint(out)["global_step"] >= saved
     assert job(subprocess.DEVNULL).wait(timeout=400) == 0
-    assert_same_run(out, _whole(tmp_path))
+    assert_same_run(out, whole)
 
 
 @pytest.mark.slow
@@ -152,28 +156,20 @@ def test_second_of_two_concurrent_starts_is_refused(tmp_path, data):
     experiment = {**EXPERIMENT, "training": {**EXPERIMENT["training"], "updates": UPDATES, "evaluate_every": 150}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-    common = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
-    command = [sys.executable, "-m", "sma.recipes.seqboat_lra", *common]
+    common = ["--data", tmp_path / "data", "--accelerator", "cpu", "--no-progress"]
     environment = {**os.environ, **SLURM, "SLURM_NTASKS": "2", "PYTHONPATH": str(ROOT)}
 
-    def start(*options):
-        return subprocess.Popen(
-            [*command, *options],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(log, *options):
+        words = [*common, *options]
+        return fork("sma.recipes.seqboat_lra", *words, stdout=tmp_path / log, cwd=tmp_path, environment=environment)
 
-    pair = [start("--spec", "spec.yaml", "--out", "run", "--auto-resume") for _ in range(2)]
-    printed = [process.communicate(timeout=400) for process in pair]
-    assert sorted(process.returncode for process in pair) == [0, 2]
-    first, second = sorted(zip(pair, printed, strict=True), key=lambda each: each[0].returncode)
-    assert f"'run' is being written by process {first[0].pid} on" in second[1][1]
+    pair = {name: start(name, "--spec", "spec.yaml", "--out", "run", "--auto-resume") for name in ("one", "two")}
+    assert sorted(process.wait(400) for process in pair.values()) == [0, 2]
+    first, second = sorted(pair, key=lambda name: pair[name].returncode)
+    assert f"'run' is being written by process {pair[first].pid} on" in (tmp_path / second).read_text()
     # Without a name each gets a folder of its own, and trains its own seed.
-    pair = [start("--spec", "spec.yaml", "--seed", str(seed)) for seed in (0, 1)]
-    assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    processes = [start("seeds", "--spec", "spec.yaml", "--seed", str(seed)) for seed in (0, 1)]
+    assert [process.wait(600) for process in processes] == [0, 0]
     folders = sorted((tmp_path / "runs").iterdir())
     assert sorted(yaml.safe_load((folder / "experiment.yaml").read_text())["seed"] for folder in folders) == [0, 1]
     for folder in folders:
