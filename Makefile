@@ -50,8 +50,7 @@ bench-stream: setup ## time one token of a stream after a thousand to a million 
 bench-routing: setup ## time the cost of routing and the work that it saves; options by ARGS, such as ARGS="--device cuda"
 	@$(BIN)/python -m benchmarks.routing $(ARGS)
 
-docs: .venv/.dev ## build the site into build/site; dead links and undocumented public names are errors
-	@$(BIN)/python .ci/build_site.py
+docs: site ## build the site into build/site; dead links and undocumented public names are errors
 
 docs-serve: docs ## build the site and serve it at http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
@@ -59,11 +58,19 @@ docs-serve: docs ## build the site and serve it at http://127.0.0.1:8000
 notebooks: .venv/.dev ## run docs/notebooks and write their outputs into them
 	@OMP_NUM_THREADS=1 $(BIN)/python .ci/run_notebooks.py $(ARGS)
 
-check: .venv/.dev ## format, lint, types, architecture rules, contents of the wheel, the site
+check: lint types rules site ## format, lint, types, architecture rules, contents of the wheel, the site; -j 2 uses two cores
+
+lint: .venv/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check --output-format concise .
+
+types: .venv/.dev
 	@$(BIN)/python .ci/check_types.py
+
+rules: .venv/.dev
 	@$(BIN)/python -m pytest -q -m "not slow" tests/test_architecture.py tests/test_packaging.py tests/test_site.py
+
+site: .venv/.dev
 	@$(BIN)/python .ci/build_site.py
 
 mutations: .venv/.dev ## make the mistakes of tests/mutations.yaml one at a time: every one must fail a test
@@ -140,5 +147,5 @@ $(BIN)/pip:
 	}
 	@touch $@
 
-.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve notebooks check mutations lowest release clean
+.PHONY: help setup demo sweep test test-all test-extras bench bench-stream bench-routing docs docs-serve notebooks check lint types rules site mutations lowest release clean
 .DELETE_ON_ERROR:

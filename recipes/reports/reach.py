@@ -75,6 +75,8 @@ def draw_reach(summary: Summary, out: Path, trained: int) -> Path:
         axis.axvline(trained, color="0.6", linestyle="--", linewidth=1)
         axis.annotate(" length of the training", (trained, 50), fontsize=8, color="0.4")
         axis.set_xscale("log", base=2)
+        reaches = sorted({int(reach) for row in summary["rows"] for reach in _found(row, "distance")})
+        axis.set_xticks(reaches, [f"{reach:,}" for reach in reaches], fontsize=8, rotation=30)
         axis.set(xlabel="tokens from the value to its query", ylabel="accuracy, %", ylim=(-3, 103))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
