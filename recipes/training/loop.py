@@ -114,7 +114,8 @@ def fit(
         _begin_part(spec, out, hashes, done)
     routers = [layer.router for layer in spec.model.layer_specs if layer.modules]
     bars: list[Callback] = [Progress(spec.training.updates)] if progress else []
-    watching = [states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *bars, *callbacks]
+    # The bar first: it clears its line for the warnings of the others.
+    watching = [*bars, states, origin, preemption, FinalEvaluation(), stopwatch, RouterHealth(routers), *callbacks]
     # After the last update Lightning returns at once; one update more lets it make the evaluation that is due.
     more = 1 if found is not None and has_pending_evaluation(found) else 0
     trainer = _trainer(spec, out, accelerator, objective.task.metric, watching, distributed, more)

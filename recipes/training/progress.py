@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -54,33 +54,55 @@ def bar(done: int, total: int) -> str:
     return f"[{'#' * filled}{'.' * (_CELLS - filled)}]"
 
 
-def in_place() -> Callable[[str], None] | None:
-    """A function that replaces the last text by another: in a terminal or a notebook; None for other outputs.
+class Line:
+    """A line in a terminal that is replaced by the next one."""
 
-    An empty text ends it: what is printed next begins on a new line.
-    """
-    if "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel"):
+    def __init__(self) -> None:
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
+        sys.stdout.write(f"\r{text:<{self._width}}")
+        sys.stdout.flush()
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """Remove the line, so that a message can be printed."""
+        self.show("")
+        sys.stdout.write("\r")
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Keep the line; what is printed next begins on a new one."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+class Cell:
+    """A line in the output of a notebook's cell. Messages are outputs of their own."""
+
+    def __init__(self) -> None:
         from IPython.display import display
 
-        handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
+        self._handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
 
-        def replace(text: str) -> None:
-            if text:
-                handle.update({"text/plain": text}, raw=True)
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        self._handle.update({"text/plain": text}, raw=True)
 
-        return replace
-    if not sys.stdout.isatty():
-        return None
-    width = 0
+    def clear(self) -> None:
+        """Leave the line."""
 
-    def overwrite(text: str) -> None:
-        nonlocal width
-        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
-        sys.stdout.write(f"\r{text:<{width}}" if text else "\n")
-        sys.stdout.flush()
-        width = len(text)
+    def end(self) -> None:
+        """Leave the line."""
 
-    return overwrite
+
+def in_place() -> Line | Cell | None:
+    """The line of this output, if it is a terminal or a notebook; None for others, such as files."""
+    if "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel"):
+        return Cell()
+    return Line() if sys.stdout.isatty() else None
 
 
 class Progress(Callback):
@@ -94,7 +116,7 @@ class Progress(Callback):
 
     def __init__(self, updates: int) -> None:
         self.updates = updates
-        self._show: Callable[[str], None] | None = None
+        self._line: Line | Cell | None = None
         self._began, self._first, self._shown = 0.0, 0, 0.0
 
     def _text(self, trainer: Trainer, measures: Mapping[str, float]) -> str:
@@ -104,16 +126,16 @@ class Progress(Callback):
         return progress_text(done, self.updates, left, measures)
 
     def _refresh(self, trainer: Trainer, what: str | None = None) -> None:
-        if self._show is not None:
+        if self._line is not None:
             self._shown = time.monotonic()
             measures: Any = trainer.progress_bar_metrics
             text = what or self._text(trainer, measures)
-            self._show(f"{bar(trainer.global_step, self.updates)} {text}")
+            self._line.show(f"{bar(trainer.global_step, self.updates)} {text}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the line."""
         self._began, self._first = time.monotonic(), trainer.global_step
-        self._show = in_place() if trainer.is_global_zero else None
+        self._line = in_place() if trainer.is_global_zero else None
         self._refresh(trainer)
 
     def on_train_batch_end(
@@ -128,18 +150,20 @@ class Progress(Callback):
         self._refresh(trainer, f"{progress_text(trainer.global_step, self.updates, None, {})}, evaluating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refresh the line, or print one."""
-        if self._show is None and trainer.is_global_zero:
+        """Clear the line for the warnings of other callbacks, until the next update; or print one."""
+        if self._line is not None:
+            self._line.clear()
+            self._shown = 0.0
+        elif trainer.is_global_zero:
             print(self._text(trainer, evaluated(trainer.callback_metrics)), flush=True)
-        self._refresh(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the line."""
-        if self._show is not None:
+        if self._line is not None:
             self._refresh(trainer)
-            self._show("")
+            self._line.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the line, so that a message begins on a new one."""
-        if self._show is not None:
-            self._show("")
+        if self._line is not None:
+            self._line.end()

@@ -99,7 +99,18 @@ def test_a_terminal_gets_one_line_that_is_replaced(monkeypatch, seconds):
         "[################] update 6 of 6, evaluating",
     ]
     for before, after in itertools.pairwise(frames):
-        assert len(after) >= len(before.rstrip()), "the end of the longer line would stay"
+        assert not after or len(after) >= len(before.rstrip()), "the end of the longer line would stay"
+
+
+def test_a_warning_after_an_evaluation_has_a_line_of_its_own(monkeypatch, seconds):
+    monkeypatch.setattr(sys, "stdout", output := Terminal())
+    shown = Progress(6)
+    shown.on_train_start(trainer(0), None)
+    shown.on_validation_start(trainer(3), None)
+    shown.on_validation_end(trainer(3), None)
+    *_, evaluating, blank, cursor = output.getvalue().split("\r")
+    assert evaluating == "[########........] update 3 of 6, evaluating"
+    assert (blank, cursor) == (" " * len(evaluating), "")
 
 
 def test_a_terminal_is_refreshed_at_most_twice_a_second(monkeypatch):
