@@ -1,4 +1,4 @@
-"""The line that shows the progress of a training: in a terminal, in Jupyter and in files."""
+"""The line that shows the progress of a training: in a terminal and in files."""
 
 import io
 import itertools
@@ -6,13 +6,10 @@ import re
 import sys
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 
 from sma.recipes.training import progress
 from sma.recipes.training.progress import Progress, bar, duration, evaluated, progress_text
-from tests.test_notebooks import RUN
-from tests.test_recipes.lra_command import write_spec
 
 
 class Terminal(io.StringIO):
@@ -135,18 +132,3 @@ def test_other_ranks_show_nothing(monkeypatch):
     for event in (shown.on_train_start, shown.on_validation_end, shown.on_train_end):
         event(other, None)
     assert output.getvalue() == ""
-
-
-@pytest.mark.slow
-def test_a_cell_of_jupyter_shows_one_bar(tmp_path):
-    """In a real kernel: the bar is one output, which is replaced, and no widget."""
-    code = f"from sma.recipes.seqboat_lra import main\nmain(['--spec', {str(write_spec(tmp_path))!r}, '--out', 'run']);"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    nbformat.write(notebook, tmp_path / "training.ipynb")
-    (cell,) = RUN.run(tmp_path / "training.ipynb", tmp_path).cells
-    (shown,) = [output.data for output in cell.outputs if output.output_type == "display_data"]
-    assert set(shown) == {"text/plain"}
-    assert re.fullmatch(r"\[#{16}\] update 30 of 30: loss \d\.\d{3}(, \w+ \d\.\d{3})*", shown["text/plain"])
-    printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-    assert "update" not in printed.replace("30 updates", "").partition("next:")[0]
-    assert "\r" not in printed
