@@ -30,9 +30,10 @@ from sma.recipes.training.run import run_experiment
 from sma.spec import dump_yaml
 from sma.tune.cluster import ResourceSpec, check_resources, cluster
 from sma.tune.lifeline import follow
-from sma.tune.ray_settings import ray_settings
+from sma.tune.ray_settings import TRAIN, ray_settings
 from sma.tune.scratch import scratch_folder
 from sma.tune.sharing import pack_data, unpack_data
+from sma.tune.status import StatusActor
 from sma.tune.storage import Storage
 
 RAY = "ray"
@@ -94,27 +95,6 @@ class Workers(NamedTuple):
         """
         objective = load_objective(spec.task, data)
         objective.check_shards(spec.training.batch_size, DistributedContext(world_size=self.number))
-
-
-@ray.remote(num_cpus=0)
-class StatusActor:
-    """Holds the messages of the workers for the process that started them."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.failure: str | None = None
-
-    def add_line(self, line: str) -> None:
-        """Add a line for the user."""
-        self.lines.append(line)
-
-    def fail(self, reason: str) -> None:
-        """Record a failure that a restart would only repeat."""
-        self.failure = self.failure or reason
-
-    def read(self, start: int) -> tuple[list[str], str | None]:
-        """The lines from number `start` on, and the reason of a failure, or None."""
-        return self.lines[start:], self.failure
 
 
 class WorkerReporter(Checkpoint):
@@ -183,7 +163,7 @@ def train_parallel(
     storage.write(EXPERIMENT, dump_yaml(spec))
     if storage.folder is not None:
         storage.remove(RAY)
-    with ray_settings({}), cluster(workers.resources, workers.number, packed.num_bytes) as slots:
+    with ray_settings(TRAIN), cluster(workers.resources, workers.number, packed.num_bytes) as slots:
         status = StatusActor.remote()  # type: ignore[attr-defined]
         task = {
             "spec": spec,

@@ -21,6 +21,10 @@ TUNE = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
+# Ray would start a process that warns the workers of the end of their machine; they do not use the warning. On a busy
+# machine or file system workers take longer to import than the 60 s that Ray gives them, and would never start.
+TRAIN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
+
 V2 = {"RAY_TRAIN_V2_ENABLED": "1"}
 """The version of Ray Train's interface that this package uses; `sma.tune` sets it before Ray is imported."""
 
