@@ -16,6 +16,7 @@ from sma.errors import SmaError, SpecError
 from sma.recipes.experiment import ExperimentSpec
 from sma.recipes.io.claims import run_lock
 from sma.recipes.io.run_folder import BEST, LAST, SUMMARY
+from sma.recipes.training.classification import Classifier
 from sma.recipes.training.language import LanguageModule
 from sma.recipes.training.run import run_experiment
 from sma.spec import dump_yaml
@@ -23,7 +24,7 @@ from sma.tune.__main__ import main
 from sma.tune.parallel import RAY, Workers, train_parallel
 from sma.tune.storage import Storage
 from tests.test_recipes.test_training import test_language
-from tests.test_recipes.tiny import checkpoint, power_failure, same, tiny
+from tests.test_recipes.tiny import MODEL, checkpoint, power_failure, same, tiny
 from tests.test_tune.sweeps import wait_for
 from tests.test_tune.test_killed import PATIENCE, alive, driver
 
@@ -31,6 +32,7 @@ from tests.test_tune.test_killed import PATIENCE, alive, driver
 # core.
 pytestmark = pytest.mark.timeout(1200)
 
+GAU = test_language.MODEL["layers"]["layer"]["modules"]["attention"]  # type: ignore[index]
 NO_DROPOUT = {"embedding_dropout": 0.0, "layers__layer__dropout": 0.0, "head__dropout": 0.0}
 BUDGET = {"training__budget": "{target: 0.3, hold: 4, anneal: 8}"}
 LONG = {"training__updates": 120, "training__evaluate_every": 20}
@@ -68,10 +70,15 @@ def assert_equal_checkpoints(ours: Path, theirs: Path, *parts: str) -> None:
             assert same(checkpoint(ours, name)[part], checkpoint(theirs, name)[part]), f"{part} of {name}"
 
 
-def recorded(out: Path) -> list[dict[str, float]]:
-    """The logged metrics."""
-    with (out / "metrics" / "version_0" / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+def recorded(out: Path) -> dict[tuple[float, frozenset[str]], dict[str, float]]:
+    """The logged metrics of all parts of a run, by update and names: the later part counts."""
+    rows: dict[tuple[float, frozenset[str]], dict[str, float]] = {}
+    for path in sorted((out / "metrics").glob("version_*/metrics.csv")):
+        with path.open() as file:
+            for line in csv.DictReader(file):
+                row = {name: float(value) for name, value in line.items() if value}
+                rows[row["step"], frozenset(row)] = row
+    return rows
 
 
 def train_with_2(
@@ -92,11 +99,12 @@ def files(folder: Path) -> set[str]:
 
 
 class Killer:
-    """Kills the second worker once, after the first has reported update 40, when the checkpoint of update 20 is
-    complete.
+    """Keeps the lines of a training. Kills the second worker once, after the first has reported update 40, when that
+    checkpoint is complete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kill: bool = True) -> None:
+        self.kill = kill
         self.process: int | None = None
         self.lines: list[str] = []
 
@@ -104,7 +112,7 @@ class Killer:
         self.lines.append(line)
         if (found := re.match(r"worker 2 of 2: process (\d+)", line)) and len(self.of("worker 2")) == 1:
             self.process = int(found[1])
-        if line.startswith("update 40 ") and self.process is not None:
+        if self.kill and line.startswith("update 40 ") and self.process is not None:
             os.kill(self.process, signal.SIGKILL)
             self.process = None
 
@@ -113,48 +121,63 @@ class Killer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "norm", ["{kind: layer_norm, place: post}", "{kind: batch_norm, place: pre, synchronized: true}"]
-)
-def test_two_workers_are_one_with_the_same_batch(norm: str, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    spec = tiny(threads=1, precision="64-true", layers__layer__norm=norm, **NO_DROPOUT, **BUDGET)
-    assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["test_accuracy", "test_loss", "per_class"])
+def test_two_workers_are_one_with_the_same_batch(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    norms = ({"kind": "layer_norm", "place": "post"}, {"kind": "batch_norm", "place": "pre", "synchronized": True})
+    spec = tiny(
+        threads=1,
+        precision="64-true",
+        model__layers=different_layers(MODEL, *({"norm": norm, "dropout": 0.0} for norm in norms)),
+        model__embedding_dropout=0.0,
+        model__head__dropout=0.0,
+        **BUDGET,
+    )
+    measures = ["test_accuracy", "test_loss", "per_class"]
+    summary = assert_one_and_two_are_equal(spec, tmp_path / "two", data_folder, tmp_path, measures)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert json.loads((tmp_path / "two" / SUMMARY).read_text()) == summary
 
 
-def assert_one_and_two_are_equal(spec: ExperimentSpec, data_folder: Path, tmp_path: Path, measures: list[str]) -> None:
-    ours, theirs = train_with_2(spec, tmp_path / "two", data_folder), alone(spec, tmp_path / "one", data_folder)
+def different_layers(model: dict[str, Any], *changes: dict[str, Any]) -> str:
+    """The layers of a model that repeats one, each with a change of its own."""
+    return json.dumps([{**model["layers"]["layer"], **change} for change in changes])
+
+
+def assert_one_and_two_are_equal(
+    spec: ExperimentSpec, out: Path | str, data_folder: Path, tmp_path: Path, measures: list[str], **options: Any
+) -> dict[str, Any]:
+    """Assert that two workers, which write `tmp_path / "two"`, have the results of one process; their summary."""
+    ours, theirs = train_with_2(spec, out, data_folder, **options), alone(spec, tmp_path / "one", data_folder)
     for name in (LAST, BEST):
         assert_equal_weights(tmp_path / "two", tmp_path / "one", 1e-10, name)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
     assert ours["data"] == theirs["data"]
     for key in (*measures, "activation_rate", "best_update"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
-    assert json.loads((tmp_path / "two" / SUMMARY).read_text()) == ours
+    return ours
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="carried"),
-        pytest.param({"model__layers__layer__modules__attention__window": "null"}, id="carried-without-window"),
-        pytest.param({"task__carry_state": "false", "task__context": 10}, id="afresh"),
-    ],
-)
-def test_two_workers_model_a_text_as_one(
-    settings: dict[str, Any], two_slots: None, data_folder: Path, tmp_path: Path
-) -> None:
-    spec = language(
-        data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0, **BUDGET, **settings
-    )
-    assert_one_and_two_are_equal(spec, data_folder, tmp_path, ["bits_per_character", "marks", "bytes"])
+@pytest.mark.parametrize("killed", [pytest.param(True, id="carried-killed-uri"), pytest.param(False, id="afresh")])
+def test_two_workers_model_a_text_as_one(killed: bool, two_slots: None, data_folder: Path, tmp_path: Path) -> None:
+    """With a state that is carried from segment to segment, also where a worker is killed and replaced."""
+    windows = [{"modules": {"attention": {**GAU, "window": window}}, "dropout": 0.0} for window in (8, None)]
+    settings = LONG if killed else {"task__carry_state": "false", "task__context": 10}
+    layers = different_layers(test_language.MODEL, *windows)
+    spec = language(data_folder, threads=1, precision="64-true", model__layers=layers, **BUDGET, **settings)
+    killer, two = Killer(kill=killed), tmp_path / "two"
+    two.mkdir()
+    out = f"file://{two}" if killed else two
+    measures = ["bits_per_character", "marks", "bytes"]
+    assert_one_and_two_are_equal(spec, out, data_folder, tmp_path, measures, on_line=killer)
+    assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == ((2, 1) if killed else (1, 0)), killer.lines
+    assert re.search(r"update (\d+) of \1: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
     carried = [checkpoint(tmp_path / folder)["carried"] or {} for folder in ("two", "one")]
-    assert bool(carried[0]) is ("task__carry_state" not in settings)
+    assert bool(carried[0]) is killed
     torch.testing.assert_close(*carried, rtol=0, atol=1e-10)
     logs = [recorded(tmp_path / folder) for folder in ("two", "one")]
-    assert "val_bits_per_character" in {name for row in logs[0] for name in row}
-    for ours, theirs in zip(*logs, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert "val_bits_per_character" in {name for row in logs[0].values() for name in row}
+    assert logs[0].keys() == logs[1].keys()
+    for key, ours in logs[0].items():
+        assert ours == pytest.approx(logs[1][key], rel=1e-5), key
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +189,11 @@ def uninterrupted(two_slots: None, data_folder: Path, tmp_path_factory: pytest.T
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrupted_run(
-    scheme: str, uninterrupted: Path, data_folder: Path, tmp_path: Path
+    uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     killer, out = Killer(), tmp_path / "out"
-    out.mkdir()
-    train_with_2(tiny(threads=1, **LONG), f"{scheme}{out}", data_folder, on_line=killer)
+    train_with_2(tiny(threads=1, **LONG), out, data_folder, on_line=killer)
     assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
     assert_equal_checkpoints(out, uninterrupted, "state_dict", "optimizer_states", "global_step")
     assert not (out / RAY).exists()
@@ -181,7 +202,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
 
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupted_run(
-    uninterrupted: Path, data_folder: Path, tmp_path: Path
+    uninterrupted: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, log, spec = tmp_path / "out", tmp_path / "log", tmp_path / "experiment.yaml"
     spec.write_text(dump_yaml(tiny(threads=1, **LONG)))
@@ -194,52 +215,34 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
     assert len(workers) == 2
     wait_for(lambda: not any(map(alive, workers)), 200, "the end of the workers")
     assert not (out / SUMMARY).exists()
-    with driver("train", f"--resume={out}", *common, log=log) as process:
-        assert process.wait(PATIENCE) == 0, log.read_text()
-    assert log.read_text().count("resuming from the last checkpoint") == 1
+    assert main(["train", f"--resume={out}", *common, "--accelerator=cpu"]) == 0
+    assert capsys.readouterr().out.count("resuming from the last checkpoint") == 1
     assert_equal_checkpoints(out, uninterrupted, "state_dict")
     assert not (out / RAY).exists()
     assert (out / SUMMARY).is_file()
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing_of_what_is_carried(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    killer, spec = Killer(), language(data_folder, threads=1, **LONG)
-    train_with_2(spec, tmp_path / "killed", data_folder, on_line=killer)
-    assert (len(killer.of("worker 2")), len(killer.of("resuming"))) == (2, 1), killer.lines
-    assert re.search(r"update 120 of 120: bits per character \d\.\d{4}, rate", "\n".join(killer.lines))
-    train_with_2(spec, tmp_path / "whole", data_folder)
-    parts = ("state_dict", "optimizer_states", "carried", "global_step")
-    assert_equal_checkpoints(tmp_path / "killed", tmp_path / "whole", *parts)
-
-
-@pytest.mark.slow
-def test_two_workers_resume_the_run_of_one_process(two_slots: None, data_folder: Path, tmp_path: Path) -> None:
-    spec = language(data_folder, threads=1, precision="64-true", model__layers__layer__dropout=0.0)
-    with power_failure(14, LanguageModule):
-        alone(spec, tmp_path / "out", data_folder)
-    ours, theirs = train_with_2(spec, tmp_path / "out", data_folder), alone(spec, tmp_path / "alone", data_folder)
-    assert_equal_weights(tmp_path / "out", tmp_path / "alone", 1e-10)
-    assert ours["bits_per_character"] == pytest.approx(theirs["bits_per_character"], rel=1e-6)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["listops", "language"])
-def test_one_process_resumes_the_run_of_two_workers(
+def test_two_workers_resume_the_run_of_one_process_and_one_process_theirs(
     task: str, two_slots: None, data_folder: Path, tmp_path: Path
 ) -> None:
     exact: dict[str, Any] = {"threads": 1, "precision": "64-true", **LONG}
-    spec = (
-        tiny(**exact, **NO_DROPOUT)
+    spec, module = (
+        (tiny(**exact, **NO_DROPOUT), Classifier)
         if task == "listops"
-        else language(data_folder, **exact, model__layers__layer__dropout=0.0)
+        else (language(data_folder, **exact, model__layers__layer__dropout=0.0), LanguageModule)
     )
+    out, killer = tmp_path / "out", Killer()
+    with power_failure(30, module):
+        alone(spec, out, data_folder)
     with pytest.raises(SmaError, match=r"the training failed after 0 restarts: .*valid up to its last checkpoint"):
-        train_with_2(spec, tmp_path / "out", data_folder, restarts=0, on_line=Killer())
-    assert 20 <= checkpoint(tmp_path / "out")["global_step"] < 120
-    alone(spec, tmp_path / "out", data_folder, resume=True)
+        train_with_2(spec, out, data_folder, restarts=0, on_line=killer)
+    assert len(killer.of("resuming")) == 1
+    assert 40 <= checkpoint(out)["global_step"] < 120
+    alone(spec, out, data_folder, resume=True)
     alone(spec, tmp_path / "alone", data_folder)
-    assert_equal_weights(tmp_path / "out", tmp_path / "alone", 1e-9)
+    assert_equal_weights(out, tmp_path / "alone", 1e-9)
 
 
 @pytest.mark.slow
