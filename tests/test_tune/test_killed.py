@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,33 +13,27 @@ from typing import Any
 import pytest
 
 from sma.recipes.io.signals import PREEMPTED
+from tests.forks import Fork, fork, run_fork
 from tests.test_tune.sweeps import wait_for, write_sweep
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-LONG = {"training.updates": 600, "training.evaluate_every": 20, "training.batch_size": 16}
+IMPORTED = ("sma.tune.driver", "sma.tune.parallel")
+LONG = {"training.updates": 400, "training.evaluate_every": 20, "training.batch_size": 16}
 PATIENCE = 600.0  # seconds on a free machine
 
 
 @contextmanager
-def driver(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def driver(*arguments: str, log: Path) -> Iterator[Fork]:
     """A sweep in a process of its own, killed at the end if it still runs."""
     # RAY_ADDRESS names no cluster: without --address it must have no effect.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "127.0.0.1:1"}
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sma.tune", *arguments, "--accelerator", "cpu"],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-        )
+    words = [*arguments, "--accelerator", "cpu"]
+    process = fork("sma.tune", *words, stdout=log, environment=environment, imported=IMPORTED)
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
         process.wait()
 
 
@@ -86,26 +78,26 @@ def start(tmp_path: Path, samples: int, settings: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        pytest.param(signal.SIGKILL, [], id="killed"),
-        pytest.param(signal.SIGSTOP, ["--silence=20"], id="suspended"),
-    ],
-)
-def test_a_worker_that_ends_or_hangs_is_replaced_and_resumes_from_its_checkpoint(
-    number: signal.Signals, options: list[str], tmp_path: Path
-) -> None:
+def test_a_worker_that_ends_or_hangs_is_replaced_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
-    with driver(*start(tmp_path, 1, {**LONG, "training.updates": 200}), *options, log=log) as process:
-        before = wait_for(lambda: evaluated(folder, 0, 2), PATIENCE, "an evaluation")
-        os.kill(process_of(before), number)
+    stopped = []
+    with driver(*start(tmp_path, 1, {**LONG, "training.updates": 300}), "--silence=30", log=log) as process:
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            before = wait_for(
+                lambda: (
+                    (found := evaluated(folder, 0, 2 + 2 * len(stopped))) and process_of(found) not in stopped and found
+                ),
+                PATIENCE,
+                "an evaluation",
+            )
+            stopped.append(process_of(before))
+            os.kill(stopped[-1], number)
         assert process.wait(PATIENCE) == 0, log.read_text()
     after = records(folder)[0]
-    assert (after["status"], after["restarts"], len(after["busy"])) == ("finished", 1, 2)
-    assert updates(after) == list(range(20, 201, 20))
+    assert (after["status"], after["restarts"], len(after["busy"])) == ("finished", 2, 3)
+    assert updates(after) == list(range(20, 301, 20))
     assert after["history"][: len(before["history"])] == before["history"]
-    assert not alive(process_of(before))
+    assert not any(map(alive, stopped))
 
 
 def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Path) -> None:
@@ -139,36 +131,43 @@ def test_a_killed_driver_is_resumed_without_losing_a_finished_trial(tmp_path: Pa
     assert (summary["trials"], summary["failed"]) == (4, 0)
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "words"),
-    [
-        pytest.param(signal.SIGINT, 130, "interrupted", id="control-c"),
-        pytest.param(signal.SIGUSR1, PREEMPTED, "preempted by SIGUSR1: completed work is kept", id="usr1"),
-    ],
-)
-def test_after_a_signal_a_sweep_resumes(number: signal.Signals, status: int, words: str, tmp_path: Path) -> None:
+def test_after_a_signal_a_sweep_resumes(tmp_path: Path) -> None:
     folder, log = tmp_path / "s", tmp_path / "log"
-    with driver(*start(tmp_path, 1, LONG), log=log) as process:
-        wait_for(lambda: evaluated(folder, 0, 1), PATIENCE, "an evaluation")
-        second = subprocess.run(
-            [sys.executable, "-m", "sma.tune", "--resume", str(folder)], cwd=ROOT, capture_output=True, text=True
+    arguments = start(tmp_path, 1, LONG)
+    cases = (
+        ([signal.SIGINT], 130, "interrupted"),
+        # Schedulers send the second after a while.
+        ([signal.SIGUSR1, signal.SIGTERM], PREEMPTED, "preempted by SIGUSR1: completed work is kept"),
+    )
+    for done, (numbers, status, words) in enumerate(cases):
+        log.write_text("")
+        with driver(*arguments, log=log) as process:
+            wait_for(
+                lambda done=done: (found := evaluated(folder, 0, 1)) and len(found["busy"]) > done,
+                PATIENCE,
+                "an evaluation",
+            )
+            if not done:
+                second = run_fork("sma.tune", "--resume", folder, folder=tmp_path, imported=IMPORTED)
+            for number in numbers:
+                process.send_signal(number)
+            assert process.wait(PATIENCE) == status, log.read_text()
+        command = (
+            f"{words}; resume with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
         )
-        process.send_signal(number)
-        if number != signal.SIGINT:
-            process.send_signal(signal.SIGTERM)  # as schedulers do, which wait a while in between
-        assert process.wait(PATIENCE) == status, log.read_text()
-    assert second.returncode == 2
-    assert f"'{folder}' is being written by process {process.pid} on " in second.stderr
-    command = f"{words}; resume with: python -m sma.tune --resume {folder} --accelerator cpu --data {tmp_path / 'data'}"
-    assert log.read_text().count("resume with") == log.read_text().count(command) == 1
-    assert "Traceback" not in log.read_text()
-    left = process_of(records(folder)[0])
-    wait_for(lambda: not alive(left), 200, "the end of the trial's process")
-    with driver(f"--resume={folder}", f"--data={tmp_path / 'data'}", log=log) as process:
+        assert log.read_text().count("resume with") == log.read_text().count(command) == 1
+        assert "Traceback" not in log.read_text()
+        if not done:
+            assert second.returncode == 2
+            assert f"'{folder}' is being written by process {process.pid} on " in second.stderr
+        left = process_of(records(folder)[0])
+        wait_for(lambda left=left: not alive(left), 200, "the end of the trial's process")
+        arguments = [f"--resume={folder}", f"--data={tmp_path / 'data'}"]
+    with driver(*arguments, log=log) as process:
         assert process.wait(PATIENCE) == 0, log.read_text()
     after = records(folder)[0]
-    assert (after["status"], len(after["busy"])) == ("finished", 2)
-    assert updates(after) == list(range(20, 601, 20))
+    assert (after["status"], len(after["busy"])) == ("finished", 3)
+    assert updates(after) == list(range(20, 401, 20))
 
 
 @pytest.mark.parametrize(

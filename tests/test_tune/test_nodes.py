@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.forks import run_fork
 from tests.test_tune.sweeps import write_sweep
+from tests.test_tune.test_killed import IMPORTED
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,18 @@ def address() -> Iterator[str]:
     made.shutdown()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sma.tune", *arguments, "--accelerator=cpu"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    words = [*arguments, "--accelerator=cpu"]
+    done: subprocess.CompletedProcess[str] = run_fork(
+        "sma.tune", *words, folder=folder, environment=environment, imported=IMPORTED, timeout=900
+    )
+    return done
 
 
 def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
     files = [f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--data={tmp_path / 'data'}"]
-    done = run(*files, "--samples=4", "--no-stop", f"--address={address}")
+    done = run(tmp_path, *files, "--samples=4", "--no-stop", f"--address={address}")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert (summary["finished"], summary["slots"]) == (4, 2)
@@ -46,7 +48,9 @@ def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
 
 
 def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
-    refused = run(f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2")
+    refused = run(
+        tmp_path, f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2"
+    )
     assert refused.returncode == 2
     assert (
         "no machine has 2 CPUs and 0 GPUs for a trial; there is 1 CPUs and 0 GPUs; 1 CPUs and 0 GPUs" in refused.stderr
@@ -60,7 +64,9 @@ def test_one_model_is_trained_on_all_nodes(address: str, scheme: str, tmp_path: 
     write_sweep(tmp_path)
     spec, out = f"--spec={tmp_path / 'experiment.yaml'}", tmp_path / "out"
     # Each node has room for one of the two.
-    done = run("--workers=2", spec, f"--out={scheme}{out}", f"--data={tmp_path / 'data'}", f"--address={address}")
+    done = run(
+        tmp_path, "--workers=2", spec, f"--out={scheme}{out}", f"--data={tmp_path / 'data'}", f"--address={address}"
+    )
     assert done.returncode == 0, done.stderr
     assert "update 30 of 30" in done.stdout
     assert json.loads((out / "summary.json").read_text())["updates"] == 30
