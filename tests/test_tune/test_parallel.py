@@ -202,7 +202,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_those_of_the_uninterrup
 
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupted_run(
-    uninterrupted: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    uninterrupted: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     out, log, spec = tmp_path / "out", tmp_path / "log", tmp_path / "experiment.yaml"
     spec.write_text(dump_yaml(tiny(threads=1, **LONG)))
@@ -215,8 +215,9 @@ def test_a_killed_driver_is_resumed_and_the_weights_are_those_of_the_uninterrupt
     assert len(workers) == 2
     wait_for(lambda: not any(map(alive, workers)), 200, "the end of the workers")
     assert not (out / SUMMARY).exists()
-    assert main(["train", f"--resume={out}", *common, "--accelerator=cpu"]) == 0
-    assert capsys.readouterr().out.count("resuming from the last checkpoint") == 1
+    with driver("train", f"--resume={out}", *common, log=log) as process:
+        assert process.wait(PATIENCE) == 0, log.read_text()
+    assert log.read_text().count("resuming from the last checkpoint") == 1
     assert_equal_checkpoints(out, uninterrupted, "state_dict")
     assert not (out / RAY).exists()
     assert (out / SUMMARY).is_file()
