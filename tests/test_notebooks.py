@@ -44,7 +44,7 @@ def code_cells(notebook: Any) -> list[Any]:
 def shown(cell: Any) -> list[str]:
     """What a cell shows, without the numbers, which differ between processors, and the pixels of pictures."""
     texts = [re.sub(r"\s*-?\d[\d.,]*(e-?\d+)?", " 0", output.get("text", "")) for output in cell.outputs]
-    return texts + [kind for output in cell.outputs for kind in output.get("data", {})]
+    return texts + [kind for output in cell.outputs for kind in sorted(output.get("data", {}))]  # as files have them
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in RUN.NOTEBOOKS])
