@@ -128,6 +128,8 @@ def fork(
         imported: modules that it finds imported.
     """
     server = _server(imported)
+    for file in (stdout, stderr or stdout):  # a caller may read them at once
+        file.touch()
     question = {
         "module": module,
         "words": [str(word) for word in words],
