@@ -22,7 +22,7 @@ TUNE = {
 }
 
 # Ray would start a process that warns the workers of the end of their machine; they do not use the warning. On a busy
-# machine or file system workers take longer to import than the 60 s that Ray gives them, and would never start.
+# machine or file system, imports alone can take more than the 60 s that Ray gives workers to start.
 TRAIN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
 
 V2 = {"RAY_TRAIN_V2_ENABLED": "1"}
