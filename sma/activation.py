@@ -29,7 +29,7 @@ from sma.errors import InputError, StateError, quote
 from sma.memory import zeros
 from sma.plain_modules import check_submodules, width_of
 from sma.pytree import register_output
-from sma.ragged import Ragged, extract_add_, fill_holes, find
+from sma.ragged import Places, Ragged, extract_add_, fill_holes, find
 from sma.replay import check_selection
 from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
@@ -89,10 +89,12 @@ def _is_gathered(frame: Ragged) -> bool:
     return frame.stride is None or frame.holes
 
 
-def _gathered(frames: Sequence[Ragged], like: Tensor) -> Tensor:
-    """The indices of the tokens of all sub-modules that do not run on the whole batch."""
-    index = [frame.index for frame in frames if _is_gathered(frame)]
-    return index[0] if len(index) == 1 else torch.cat([*index, like.new_zeros(0, dtype=torch.int64)])
+def _gathered(frames: Sequence[Ragged], like: Tensor) -> Places:
+    """The places of the tokens of all sub-modules that do not run on the whole batch."""
+    some = [frame for frame in frames if _is_gathered(frame)]
+    if len(some) == 1:
+        return Places(some[0].index, some[0].inverse)
+    return Places(torch.cat([*(frame.index for frame in some), like.new_zeros(0, dtype=torch.int64)]), None)
 
 
 class SparseModularActivation(nn.Module):
@@ -315,15 +317,16 @@ class SparseModularActivation(nn.Module):
             if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
                 if around.join is not None:
-                    values = around.join(out_TD, None, frame)
+                    values = around.join(out_TD, None, decision.confidence[..., column], frame, 0.0)
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = self._checked(name, submodules[name](tokens, before), values_TD)
-                weighted_TD = self._weighted(result_TD, decision.confidence[..., column], tokens)
+                confidence_BL = decision.confidence[..., column]
                 if around.join is not None:
-                    values = around.join(out_TD, weighted_TD, tokens)
+                    dropout = self.dropout if self.training else 0.0
+                    values = around.join(out_TD, result_TD, confidence_BL, tokens, dropout)
                 else:
-                    out_TD = extract_add_(weighted_TD, tokens, out_TD)
+                    out_TD = extract_add_(self._weighted(result_TD, confidence_BL, tokens), tokens, out_TD)
             if after is not None:
                 states[name] = after
             elif state is not None:

@@ -1,7 +1,6 @@
 """What a layer computes around its routed sub-modules: bypass, residual, activation."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,34 +8,35 @@ from torch import Tensor, nn
 
 from sma.bypass import LinearBypass
 from sma.fused import fuses
-from sma.glue import JoinParts
-from sma.ragged import Ragged
+from sma.glue import JoinParts, slots_of
+from sma.ragged import Places, Ragged
 
-Index = Callable[[], Tensor]
-"""Returns indices of tokens; it is called late, because the host may have to wait in it."""
+Gather = Callable[[], Places]
+"""Returns the places of tokens; it is called late, because the host may have to wait in it."""
 
 
 class Around(NamedTuple):
     """What a layer computes around its routed sub-modules, in the same call to save passes over the batch.
 
     Attributes:
-        before: maps all tokens `(B L, D)` and a function that returns indices to the tensor that the results are added
-            to, in place, and to the tokens at the indices. With `join`, to the output of the bypass, which is None
+        before: maps all tokens `(B L, D)` and a function that returns places to the tensor that the results are added
+            to, in place, and to the tokens at the places. With `join`, to the output of the bypass, which is None
             without one, and to those tokens.
         after: maps the sum `(B, L, D)` to the values that are returned.
         recompute: whether activations between the decision and the result are recomputed in backward, not kept.
-        join: for a single sub-module: maps the output of the bypass, the result, or None where it did not run, and its
-            tokens to the values `(B L, D)` that are returned, in one pass; None to add in place and call `after`.
+        join: for a single sub-module: maps the output of the bypass, the result, or None where it did not run, the
+            confidences of the router `(B, L)`, the tokens of the result, and the probability of dropping a channel of
+            it to the values `(B L, D)` that are returned, in one pass; None to add in place and call `after`.
     """
 
-    before: Callable[[Tensor, Index], tuple[Tensor | Any, Tensor]]
+    before: Callable[[Tensor, Gather], tuple[Tensor | Any, Tensor]]
     after: Callable[[Tensor], Tensor]
     recompute: bool = False
-    join: Callable[[Tensor | None, Tensor | None, Ragged], Tensor] | None = None
+    join: Callable[[Tensor | None, Tensor | None, Tensor, Ragged, float], Tensor] | None = None
 
 
-def _nothing(x_TD: Tensor, index: Index) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, index())
+def _nothing(x_TD: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(x_TD, memory_format=torch.contiguous_format), x_TD.index_select(0, gather().index)
 
 
 ALONE = Around(_nothing, lambda sum_BLD: sum_BLD)
@@ -68,25 +68,25 @@ class Residual(NamedTuple):
 
     def without_modules(self, mixed_BLD: Tensor) -> Tensor:
         """The end of a layer that has no routed sub-modules."""
-        index = partial(torch.zeros, 0, dtype=torch.int64, device=mixed_BLD.device)
-        before, _ = self._before(mixed_BLD.flatten(0, 1), index)
+        nothing = torch.zeros(0, dtype=torch.int64, device=mixed_BLD.device)
+        before, _ = self._before(mixed_BLD.flatten(0, 1), lambda: Places(nothing, None))
         return self._after(before.reshape(mixed_BLD.shape))
 
-    def _pass(self, mixed_TD: Tensor, index: Index) -> tuple[Tensor | None, Tensor]:
+    def _pass(self, mixed_TD: Tensor, gather: Gather) -> tuple[Tensor | None, Tensor]:
         """The output of the bypass, and the routed tokens."""
         if self.bypass is not None:
-            passed, routed = self.bypass(mixed_TD, index)
+            passed, routed = self.bypass(mixed_TD, gather)
             return passed, routed
-        return (mixed_TD.contiguous() if self.identity else None), mixed_TD.index_select(0, index())
+        return (mixed_TD.contiguous() if self.identity else None), mixed_TD.index_select(0, gather().index)
 
-    def _before(self, mixed_TD: Tensor, index: Index) -> tuple[Tensor, Tensor]:
+    def _before(self, mixed_TD: Tensor, gather: Gather) -> tuple[Tensor, Tensor]:
         """The sum of bypass and residual, to which the routed results are added, and the routed tokens.
 
         The sum has the dtype of the residual stream and is a contiguous tensor of its own: the output of the bypass,
         which a hook may hold, is not changed in place.
         """
         x_TD = self.x_BLD.flatten(0, 1)
-        passed, routed = self._pass(mixed_TD, index)
+        passed, routed = self._pass(mixed_TD, gather)
         if self.dropout:  # the residual follows the dropout
             passed = torch.zeros_like(mixed_TD) if passed is None else passed
             return passed.to(x_TD.dtype, memory_format=torch.contiguous_format, copy=True), routed
@@ -99,9 +99,16 @@ class Residual(NamedTuple):
             sum_BLD = nn.functional.dropout(sum_BLD, self.dropout).add_(self.x_BLD)
         return nn.functional.silu(sum_BLD) if self.silu else sum_BLD
 
-    def _join(self, passed: Tensor | None, result: Tensor | None, tokens: Ragged) -> Tensor:
+    def _join(
+        self, passed: Tensor | None, result: Tensor | None, confidence_BL: Tensor, tokens: Ragged, dropout: float
+    ) -> Tensor:
+        x_TD, confidence = self.x_BLD.flatten(0, 1), confidence_BL.flatten()
         everywhere = not tokens.holes and tokens.stride is not None
-        index = None if everywhere or result is None else tokens.index
-        real = tokens.mask if index is not None and tokens.holes else None
-        joined: Tensor = JoinParts.apply(self.x_BLD.flatten(0, 1), passed, result, index, real, self.dropout, self.silu)
+        places: tuple[Tensor | None, ...] = None, None, None
+        if result is not None and not everywhere:
+            real = tokens.mask if tokens.holes else None
+            slots = slots_of(tokens.index, real, x_TD.shape[0]) if tokens.inverse is None else tokens.inverse
+            places = tokens.index, slots, real
+        p, on_sum = (self.dropout, True) if self.dropout else (dropout, False)
+        joined: Tensor = JoinParts.apply(x_TD, passed, result, confidence, places, p, on_sum, self.silu)
         return joined

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from sma.devices import autocasts
+from sma.devices import autocasts, without_autocast
+from sma.fused import fuses
+from sma.glue import add_at
 from sma.init import truncated_normal_
+from sma.ragged import Places
 
 
 class LinearBypass(nn.Module):
@@ -28,29 +31,39 @@ class LinearBypass(nn.Module):
         return f"width={self.bias.shape[0]}"
 
     def forward(
-        self, x_TD: Float[Tensor, "T D"], index: Callable[[], Int[Tensor, "R"]]
+        self, x_TD: Float[Tensor, "T D"], places: Callable[[], Places]
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
-        """Return the mapped tokens, and the tokens at the indices that `index` returns, which has no duplicates.
+        """Return the mapped tokens, and the tokens at the indices that `places` returns, which has no duplicates.
 
         It is called after the product is queued, because the host may wait in it.
         """
-        if not torch.is_grad_enabled() or autocasts(x_TD.device) or torch.compiler.is_compiling():
-            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, index())
-        results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, index)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, places().index)
+        results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, places)
         return results
 
 
 class _LinearAndGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, index: Callable[[], Tensor]
+        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor, places: Callable[[], Places]
     ) -> tuple[Tensor, Tensor]:
-        mapped, places = torch.addmm(bias, x_TD, weight.T), index()
-        ctx.save_for_backward(x_TD, weight, places)
-        return mapped, x_TD.index_select(0, places)
+        ctx.dtypes = x_TD.dtype, weight.dtype, bias.dtype
+        narrow = torch.get_autocast_dtype(x_TD.device.type) if autocasts(x_TD.device) else x_TD.dtype
+        with without_autocast(x_TD.device):
+            left, weight = x_TD.to(narrow), weight.to(narrow)
+            mapped = torch.addmm(bias.to(narrow), left, weight.T)
+        index, inverse = places()
+        ctx.save_for_backward(left, weight, index, inverse)
+        return mapped, x_TD.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_TD, weight, index = ctx.saved_tensors
-        grad_x = (grad_TD @ weight).index_add_(0, index, grad_routed)
-        return grad_x, grad_TD.T @ x_TD, grad_TD.sum(0), None
+        left, weight, index, inverse = ctx.saved_tensors
+        wide, *kinds = ctx.dtypes
+        grad_x = grad_TD @ weight
+        if inverse is None or torch.is_grad_enabled() or not (fuses(grad_x) and grad_routed.shape[0]):
+            grad_x = grad_x.to(wide).index_add_(0, index, grad_routed)
+        else:  # a gather: atomic additions meet at the holes, and their order would change the sums
+            grad_x = add_at(grad_x, grad_routed, inverse)
+        return grad_x, (grad_TD.T @ left).to(kinds[0]), grad_TD.sum(0, dtype=kinds[1]), None

@@ -24,39 +24,98 @@ def silu_dropout_backward(grad: Tensor, x: Tensor, keep: Tensor, p: float) -> Te
 
 @fused
 def join_parts(
-    residual: Tensor, passed: Tensor | None, routed: Tensor | None, slots: Tensor | None, p: float, silu: bool
+    residual: Tensor,
+    passed: Tensor | None,
+    routed: Tensor | None,
+    confidence: Tensor | None,
+    slots: Tensor | None,
+    p: float,
+    on_sum: bool,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The end of a layer: silu(residual + drop(passed + routed[slots])).
+    """The end of a layer: silu(residual + passed + confidence * drop(routed[slots])), or that with drop of the sum.
 
     Args:
         residual: `(N, D)`.
         passed: `(N, D)`, what the bypass made of the tokens; None for nothing.
-        routed: `(T, D)`, results of routed sub-modules, T at least 1; None for nothing.
-        slots: `(N,)`, index of each token's result; T where it has none. None where every token has its own.
-        p: probability of dropping a channel of the sum before the residual; the mask is empty where it is 0.
+        routed: `(T, D)`, results of a routed sub-module, T at least 1; None for nothing.
+        confidence: `(N,)`, of the router in each token; None without results.
+        slots: `(N,)`, index of each token's result; at least T where it has none. None where every token has its own.
+        p: probability of dropping a channel; the mask is empty where it is 0.
+        on_sum: whether channels are dropped from the sum of `passed` and the results, not from the results alone.
         silu: whether silu follows.
 
     Returns:
         the result, the sum before silu (empty without one), and the mask of the channels that are kept.
     """
     total = torch.zeros_like(residual) if passed is None else passed.to(residual.dtype)
-    if routed is not None and slots is None:
-        total = total + routed.to(residual.dtype)
-    if routed is not None and slots is not None:
-        found = routed[slots.clamp(max=routed.shape[0] - 1)].to(residual.dtype)
-        total = total + found.where((slots < routed.shape[0])[:, None], 0)
     keep = residual.new_empty(0, dtype=torch.bool)
-    if p > 0:
+    if p > 0 and (on_sum or routed is not None):
         keep = torch.rand_like(residual, dtype=torch.float32) >= p
-        total = (total * keep / (1 - p)).to(residual.dtype)
-    total = total + residual
+    if routed is not None and confidence is not None:
+        result = _found(routed, slots).to(residual.dtype) * confidence.to(residual.dtype)[:, None]
+        if p > 0 and not on_sum:
+            result = result * keep / (1 - p)
+        # Elsewhere the confidence may be anything.
+        total = total + (result if slots is None else result.where(_has_result(slots, routed), 0))
+    if p > 0 and on_sum:
+        total = total * keep / (1 - p)
+    total = (total + residual).to(residual.dtype)
     return (torch.nn.functional.silu(total), total, keep) if silu else (total, residual.new_empty(0), keep)
 
 
+def _found(routed: Tensor, slots: Tensor | None) -> Tensor:
+    """The result of each token; that of another token where it has none."""
+    return routed if slots is None else routed[slots.clamp(max=routed.shape[0] - 1)]
+
+
+def _has_result(slots: Tensor, routed: Tensor) -> Tensor:
+    return (slots < routed.shape[0])[:, None]
+
+
 @fused
-def drop_backward(grad: Tensor, keep: Tensor, p: float) -> Tensor:
-    """The gradient of what was dropped."""
-    return (grad * keep / (1 - p)).to(grad.dtype)
+def join_parts_backward(
+    grad: Tensor,
+    total: Tensor,
+    keep: Tensor,
+    routed: Tensor | None,
+    confidence: Tensor | None,
+    slots: Tensor | None,
+    index: Tensor | None,
+    real: Tensor | None,
+    p: float,
+    on_sum: bool,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the residual, of `passed` (empty where they are the same), `routed` and `confidence` (empty
+    without results) in `join_parts`.
+
+    Args:
+        index: `(T,)`, position of each result; None where every token has its own.
+        real: `(T,)`, False where a slot has no token; None where each has one.
+    """
+    outer = (grad * silu_slope(total)).to(grad.dtype) if silu else grad.clone()
+    inner = outer
+    if p > 0 and on_sum:
+        inner = (outer * keep / (1 - p)).to(outer.dtype)
+    other = inner.clone() if p > 0 and on_sum else outer.new_empty(0)
+    if routed is None or confidence is None:
+        return outer, other, outer.new_empty(0), outer.new_empty(0)
+    dropped = inner * keep / (1 - p) if p > 0 and not on_sum else inner
+    by_confidence = (dropped * _found(routed, slots).to(dropped.dtype)).sum(-1)
+    by_result = dropped * confidence.to(dropped.dtype)[:, None]
+    if slots is not None and index is not None:
+        by_confidence = by_confidence.where(slots < routed.shape[0], 0)
+        by_result = by_result[index]
+        by_result = by_result if real is None else by_result.where(real[:, None], 0)
+    return outer, other, by_result.to(routed.dtype), by_confidence.to(confidence.dtype)
+
+
+@fused
+def add_at(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """The sum of `x` `(N, D)`, and of the values `(T, D)` at the tokens whose slot is below T, in the values' dtype."""
+    found = values[slots.clamp(max=values.shape[0] - 1)]
+    return x.to(values.dtype) + found.where((slots < values.shape[0])[:, None], 0)
 
 
 @fused
@@ -97,7 +156,7 @@ class SiluDropout(torch.autograd.Function):
 class JoinParts(torch.autograd.Function):
     """`join_parts` of the results of one sub-module, with its gradients.
 
-    The index `(T,)` holds the position of each result; slots with `hole` true have none.
+    The index `(T,)` holds the position of each result; slots with `real` false have none.
     """
 
     @staticmethod
@@ -106,33 +165,36 @@ class JoinParts(torch.autograd.Function):
         residual: Tensor,
         passed: Tensor | None,
         routed: Tensor | None,
-        index: Tensor | None,
-        real: Tensor | None,
+        confidence: Tensor | None,
+        places: tuple[Tensor | None, Tensor | None, Tensor | None],
         p: float,
+        on_sum: bool,
         silu: bool,
     ) -> Tensor:
+        index, slots, real = places
         some = None if routed is None or routed.shape[0] == 0 else routed
-        slots = None if some is None or index is None else slots_of(index, real, residual.shape[0])
-        out, total, keep = join_parts(residual, passed, some, slots, p, silu)
-        ctx.save_for_backward(total, keep, index, real)
-        ctx.dtypes = tuple(None if part is None else part.dtype for part in (passed, routed))
-        ctx.p, ctx.silu = p, silu
+        sure = None if some is None else confidence
+        out, total, keep = join_parts(residual, passed, some, sure, slots, p, on_sum, silu)
+        ctx.save_for_backward(total, keep, some, sure, slots, index, real)
+        ctx.options = p, on_sum, silu
+        ctx.kinds = tuple(None if each is None else (each.shape, each.dtype) for each in (passed, routed, confidence))
         result: Tensor = out
         return result
 
     @staticmethod
     @first_derivative("the fused end of a layer")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, keep, index, real = ctx.saved_tensors
-        if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, total)
-        inner = drop_backward(grad, keep, ctx.p) if ctx.p else grad
-        passed, routed = ctx.dtypes
-        found = None
-        if routed is not None:
-            found = (inner if index is None else inner.index_select(0, index)).to(routed)
-            found = found if real is None else found.where(real[:, None], 0)
-        return grad, None if passed is None else inner.to(passed), found, None, None, None, None
+        found = join_parts_backward(grad, *ctx.saved_tensors, *ctx.options)
+        outer, other, by_result, by_confidence = found
+        passed, routed, confidence = ctx.kinds
+        inner = outer if other.shape[0] == 0 else other
+        return (
+            outer,
+            None if passed is None else inner.to(passed[1]),
+            None if routed is None else by_result.reshape(routed[0]),
+            None if confidence is None or by_confidence.shape[0] == 0 else by_confidence,
+            *(None,) * 4,
+        )
 
 
 def slots_of(index: Tensor, real: Tensor | None, size: int) -> Tensor:

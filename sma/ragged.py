@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -37,6 +38,8 @@ class Ragged:
         stride: S where the layout is rectangular, else None.
         holes: False guarantees that every token is real.
         bound: maximum number of tokens of a row in a compiled graph, where it is not known exactly; else None.
+        inverse: `(B * L,)` place of each position of the input among the tokens, at least T where it has none; None
+            where it was not needed to find the tokens.
     """
 
     values: Float[Tensor, "T *D"]
@@ -48,6 +51,7 @@ class Ragged:
     stride: int | None = field(default=None, metadata={"static": True})
     holes: bool = field(default=True, metadata={"static": True})
     bound: int | None = field(default=None, metadata={"static": True})
+    inverse: Int[Tensor, "N"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -96,6 +100,7 @@ class Ragged:
             self.stride,
             self.holes,
             self.bound,
+            self.inverse,
         )
 
     def to_padded(self, longest: int | None = None) -> tuple[Float[Tensor, "B S *D"], Bool[Tensor, "B S"]]:
@@ -123,6 +128,18 @@ class Ragged:
         """Index of each token in the flattened rows of `longest` slots; for a hole, the index after the last one."""
         index = self.rows * longest + self.slots
         return index.where(self.mask, self.num_rows * longest) if self.holes else index
+
+
+class Places(NamedTuple):
+    """Where tokens lie in a flattened batch of N.
+
+    Attributes:
+        index: `(T,)` position of each token.
+        inverse: `(N,)`, see `Ragged.inverse`.
+    """
+
+    index: Int[Tensor, "T"]
+    inverse: Int[Tensor, "N"] | None
 
 
 def lay_padded(values: Shaped[Tensor, "T *E"], tokens: Ragged, longest: int) -> Shaped[Tensor, "B S *E"]:
@@ -228,12 +245,13 @@ def locate(
     rows, length, modules = active_BLM.shape
     if torch.compiler.is_compiling():
         return [_locate_compiled(active_BL, positions_BL) for active_BL in active_BLM.unbind(-1)]
-    counts_MB = active_BLM.sum(1).T
+    counts_MB, inverse = active_BLM.sum(1).T, None
     if sizes is None:
         found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
         sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
     else:
-        found = _placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
+        found, slots = _placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
+        inverse = slots if modules == 1 else None
     nothing = torch.empty(rows, length, 0, device=active_BLM.device)
     frames = []
     for column, index in enumerate(found.split(sizes)):
@@ -241,7 +259,8 @@ def locate(
             frames.append(rectangular(nothing, None, positions_BL))
             continue
         index = index - column * rows * length if column else index
-        frames.append(_packed(index, counts_MB[column], length, positions_BL, nothing.flatten(0, 1)[: index.shape[0]]))
+        values = nothing.flatten(0, 1)[: index.shape[0]]
+        frames.append(_packed(index, counts_MB[column], length, positions_BL, values, inverse))
     return frames
 
 
@@ -268,11 +287,13 @@ def find(
     return cache(lambda: locate(active_BLM, positions_BL, sizes.read()))
 
 
-def _placed(mask_N: Tensor, size: int, hole: int) -> Int[Tensor, "T"]:
-    """The indices of at most `size` true elements, in order, then `hole`: counted and placed, without a question."""
+def _placed(mask_N: Tensor, size: int, hole: int) -> tuple[Int[Tensor, "T"], Int[Tensor, "N"]]:
+    """The indices of at most `size` true elements, in order, then `hole`; and the place of each element among them,
+    `size` where it is false: counted and placed, without a question.
+    """
     slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
     every = torch.arange(mask_N.shape[0], device=mask_N.device)
-    return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size]
+    return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size], slot
 
 
 def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
@@ -284,11 +305,18 @@ def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
     )
 
 
-def _packed(index: Tensor, counts_B: Tensor, length: int, positions_BL: Tensor | None, nothing: Tensor) -> Ragged:
+def _packed(
+    index: Tensor,
+    counts_B: Tensor,
+    length: int,
+    positions_BL: Tensor | None,
+    nothing: Tensor,
+    inverse: Tensor | None = None,
+) -> Ragged:
     row = torch.div(index, max(length, 1), rounding_mode="floor")
     positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
     offsets = torch.nn.functional.pad(counts_B.cumsum(0), (1, 0))
-    return Ragged(nothing, index, positions, row, offsets, counts_B, holes=False)
+    return Ragged(nothing, index, positions, row, offsets, counts_B, holes=False, inverse=inverse)
 
 
 def locate_static(
@@ -313,7 +341,9 @@ def locate_static(
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device).expand(rows, length)
     positions = positions_BL.reshape(-1).index_select(0, index).unflatten(0, (rows, capacity))
-    return replace(rectangular(torch.empty(rows, capacity, 0, device=device), kept.sum(1), positions), index=index)
+    inverse = torch.where(kept, rank + torch.arange(rows, device=device)[:, None] * capacity, rows * capacity)
+    frame = rectangular(torch.empty(rows, capacity, 0, device=device), kept.sum(1), positions)
+    return replace(frame, index=index, inverse=inverse.reshape(-1))
 
 
 def locate_packed(active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[Tensor, "B L"] | None = None) -> Ragged:
@@ -325,8 +355,9 @@ def locate_packed(active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[T
     """
     rows, length = active_BL.shape
     size = min(size, rows * length)
-    index = _placed(active_BL.reshape(-1), size, (rows - 1) * length)
-    frame = _packed(index, active_BL.sum(1), length, positions_BL, torch.empty(size, 0, device=index.device))
+    index, inverse = _placed(active_BL.reshape(-1), size, (rows - 1) * length)
+    nothing = torch.empty(size, 0, device=index.device)
+    frame = _packed(index, active_BL.sum(1), length, positions_BL, nothing, inverse)
     offsets = torch.cat([frame.offsets[:-1], torch.full_like(frame.offsets[-1:], size)])
     return replace(frame, offsets=offsets, holes=True, bound=min(length, size))
 

@@ -273,7 +273,7 @@ def test_no_input_is_changed(spec):
 def test_results_are_added_to_a_flattened_batch_in_place_and_it_gets_its_gradient(spec):
     routed, x, base = _routed(spec), normal(2, 5, WIDTH), normal(10, WIDTH, seed=1).requires_grad_()
     out = base.clone()
-    around = Around(lambda x_TD, index: (out, x_TD.index_select(0, index())), lambda sum_BLD: sum_BLD)
+    around = Around(lambda x_TD, places: (out, x_TD.index_select(0, places().index)), lambda sum_BLD: sum_BLD)
     summed = routed(x, around=around).values.flatten(0, 1)
     assert summed.data_ptr() == out.data_ptr()
     torch.testing.assert_close(summed, base + routed(x).values.flatten(0, 1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sma import glue
 from sma.errors import InputError
 from sma.fused import Fused, FusedWithGradient, _with_fallback, is_real
-from sma.glue import JoinParts, RMSNormFunction, SiluDropout
+from sma.glue import JoinParts, RMSNormFunction, SiluDropout, slots_of
 from sma.layer import RoutedLayer
 from sma.modules.ema import ema_parameters
 from sma.modules.gau import gau_inputs
@@ -34,7 +34,7 @@ def _leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("passes", [False, True])
-@pytest.mark.parametrize("index", [None, [3, 1, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["all", "some", "listed"])
+@pytest.mark.parametrize("index", [None, [1, 3, 6], [0, 1, 2, 3, 4, 5, 6]], ids=["all", "some", "listed"])
 @pytest.mark.parametrize("holes", [0, 2])
 def test_the_end_of_a_layer_is_the_chain_of_operators(
     silu: bool, passes: bool, index: list[int] | None, holes: int
@@ -42,37 +42,77 @@ def test_the_end_of_a_layer_is_the_chain_of_operators(
     if index is None and holes:
         pytest.skip("where every token runs there are no holes")
     count = N if index is None else len(index) + holes
-    x, passed, routed = _leaves((N, D), (N, D), (count, D))
+    x, passed, routed, confidence = leaves = _leaves((N, D), (N, D), (count, D), (N,))
     where = None if index is None else torch.tensor([*index, *[0] * holes])
     real = None if not holes or index is None else torch.arange(count) < len(index)
-    found = JoinParts.apply(x, passed if passes else None, routed, where, real, 0.0, silu)
+    slots = None if where is None else slots_of(where, real, N)
+    given = passed if passes else None
+    found = JoinParts.apply(x, given, routed, confidence, (where, slots, real), 0.0, False, silu)
     total = x + passed if passes else x
-    clean = routed if real is None else routed.where(real[:, None], 0)
+    sure = routed * (confidence if where is None else confidence[where])[:, None]
+    clean = sure if real is None else sure.where(real[:, None], 0)
     total = total + clean if where is None else total.index_add(0, where, clean)
     wanted = nn.functional.silu(total) if silu else total
-    for ours, theirs in zip(
-        _gradients(found, [x, passed, routed]), _gradients(wanted, [x, passed, routed]), strict=True
-    ):
+    for ours, theirs in zip(_gradients(found, leaves), _gradients(wanted, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_without_a_routed_token_the_residual_and_the_bypass_are_left() -> None:
-    x, passed = _leaves((N, D), (N, D))
-    found = JoinParts.apply(x, passed, None, None, None, 0.0, True)
-    wanted = nn.functional.silu(x + passed)
-    for ours, theirs in zip(_gradients(found, [x, passed]), _gradients(wanted, [x, passed]), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    x, passed, confidence = _leaves((N, D), (N, D), (N,))
+    for routed in (None, torch.zeros(0, D, dtype=torch.float64)):
+        found = JoinParts.apply(x, passed, routed, confidence, (None, None, None), 0.0, False, True)
+        wanted = nn.functional.silu(x + passed)
+        for ours, theirs in zip(_gradients(found, [x, passed]), _gradients(wanted, [x, passed]), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_confidence_that_is_not_finite_stays_with_its_token() -> None:
+    x, routed = _leaves((N, D), (2, D))
+    index = torch.tensor([4, 1])
+    confidence = torch.full((N,), torch.nan, dtype=torch.float64)
+    confidence[index] = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    confidence.requires_grad_()
+    found = JoinParts.apply(x, None, routed, confidence, (index, slots_of(index, None, N), None), 0.0, False, False)
+    wanted = x.index_add(0, index, routed * torch.tensor([[0.5], [2.0]], dtype=torch.float64))
+    torch.testing.assert_close(found, wanted)
+    x_grad, routed_grad, grad = torch.autograd.grad(found.sum(), [x, routed, confidence])
+    torch.testing.assert_close(x_grad, torch.ones_like(x))
+    torch.testing.assert_close(routed_grad, torch.tensor([[0.5], [2.0]], dtype=torch.float64).expand(2, D))
+    torch.testing.assert_close(grad, torch.zeros_like(grad).index_copy(0, index, routed.detach().sum(1)))
 
 
 def test_a_dropped_sum_keeps_the_residual_and_drops_the_gradient_alike() -> None:
     x, passed = _leaves((400, D), (400, D))
-    found = JoinParts.apply(x, passed, None, None, None, 0.25, False)
+    found = JoinParts.apply(x, passed, None, None, (None, None, None), 0.25, True, False)
     ratio = ((found - x) / passed).detach()
     kept = ratio.abs() > 0.5
     torch.testing.assert_close(ratio, kept.double() / 0.75)
     assert abs(kept.double().mean().item() - 0.75) < 0.05
     _, x_grad, grad = _gradients(found, [x, passed])
     torch.testing.assert_close(grad, x_grad * kept / 0.75)
+
+
+@pytest.mark.parametrize("all_run", [False, True])
+def test_dropped_results_leave_the_bypass_and_drop_the_gradients_alike(all_run: bool) -> None:
+    size = 400
+    index = torch.arange(size) if all_run else torch.randperm(size, generator=torch.Generator().manual_seed(0))[:300]
+    x, passed, routed, confidence = _leaves((size, D), (size, D), (len(index), D), (size,))
+    places = (None, None, None) if all_run else (index, slots_of(index, None, size), None)
+    found = JoinParts.apply(x, passed, routed, confidence, places, 0.25, False, False)
+    sure = routed * confidence[index][:, None]
+    kept = (((found - x - passed)[index] / sure).abs() > 0.5).detach()
+    assert abs(kept.double().mean().item() - 0.75) < 0.05
+    wanted = (x + passed).index_add(0, index, sure * kept / 0.75)
+    leaves = [x, passed, routed, confidence]
+    for ours, theirs in zip(_gradients(found, leaves), _gradients(wanted, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("index", [[3, 1, 6], [0, 1, 2, 3, 4, 5, 6], [5]], ids=str)
+def test_values_added_at_their_tokens_are_those_of_index_add(index: list[int]) -> None:
+    x, values, where = normal(N, D), normal(len(index), D, seed=1), torch.tensor(index)
+    found = glue.add_at(x.float(), values, slots_of(where, None, N))
+    assert torch.equal(found, x.float().double().index_add(0, where, values))
 
 
 def test_dropped_silu_has_the_gradient_of_what_was_kept() -> None:
@@ -135,14 +175,29 @@ def _results(layer: RoutedLayer, x: Tensor, valid: Tensor, options: dict[str, An
     return _gradients(hidden, [x, *layer.parameters()])
 
 
+SLOTS = torch.tensor([2, 2, 0, 2, 1, 2, 2])
 OPERATORS = [
     pytest.param(glue.silu_dropout_backward, (normal(N, D), normal(N, D), normal(N, D) > 0, 0.1), id="silu_dropout"),
     pytest.param(
         glue.join_parts,
-        (normal(N, D), normal(N, D), normal(2, D), torch.tensor([2, 2, 0, 2, 1, 2, 2]), 0.0, True),
+        (normal(N, D), normal(N, D), normal(2, D), normal(N), SLOTS, 0.0, False, True),
         id="join_parts",
     ),
-    pytest.param(glue.join_parts, (normal(N, D), None, None, None, 0.0, False), id="join_nothing"),
+    pytest.param(glue.join_parts, (normal(N, D), None, None, None, None, 0.0, False, False), id="join_nothing"),
+    pytest.param(
+        glue.join_parts_backward,
+        (
+            *(normal(N, D), normal(N, D), normal(N, D) > 0, normal(2, D), normal(N), SLOTS, torch.tensor([2, 4])),
+            *(None, 0.1, False, True),
+        ),
+        id="join_parts_backward",
+    ),
+    pytest.param(
+        glue.join_parts_backward,
+        (normal(N, D), normal(0), normal(N, D) > 0, None, None, None, None, None, 0.1, True, False),
+        id="join_nothing_backward",
+    ),
+    pytest.param(glue.add_at, (normal(N, D), normal(2, D), SLOTS), id="add_at"),
     pytest.param(glue.batch_moments, (normal(N, D), normal(N, 1) > 0), id="batch_moments"),
     pytest.param(
         glue.batch_norm_scales,

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sma.bypass import LinearBypass
+from sma.glue import slots_of
+from sma.ragged import Places
 from tests.cases import generator, normal, spread
 
 WIDTH = 4
@@ -21,15 +23,15 @@ def make(dtype: torch.dtype = torch.float64) -> LinearBypass:
     return bypass
 
 
-def plain(bypass: LinearBypass, x_TD: Tensor, index: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def plain(bypass: LinearBypass, x_TD: Tensor, places: Callable[[], Places]) -> tuple[Tensor, Tensor]:
     """The two operators by themselves."""
-    return nn.functional.linear(x_TD, bypass.weight, bypass.bias), x_TD.index_select(0, index())
+    return nn.functional.linear(x_TD, bypass.weight, bypass.bias), x_TD.index_select(0, places().index)
 
 
 def results(program: Any, bypass: LinearBypass, x: Tensor, index: Tensor, weights: tuple[float, float]) -> list[Tensor]:
     """Both outputs, and the gradients of x, weight and bias under random incoming gradients, scaled."""
     leaf = x.detach().clone().requires_grad_()
-    mapped, routed = program(bypass, leaf, lambda: index)
+    mapped, routed = program(bypass, leaf, lambda: Places(index, None))
     total = (
         weights[0] * (mapped * normal(*mapped.shape, seed=2)).sum()
         + weights[1] * (routed * normal(*routed.shape, seed=3)).sum()
@@ -62,9 +64,9 @@ def test_outputs_and_gradients_are_those_of_the_two_operators(
 def test_an_output_that_nobody_uses_costs_nothing_of_the_gradient(which: int) -> None:
     bypass, index = make(), torch.tensor([3, 1])
     leaves = [normal(5, WIDTH).requires_grad_() for _ in range(2)]
-    incoming = normal(*bypass(leaves[0], lambda: index)[which].shape, seed=6)
+    incoming = normal(*bypass(leaves[0], lambda: Places(index, None))[which].shape, seed=6)
     for program, leaf in zip((LinearBypass.__call__, plain), leaves, strict=True):
-        program(bypass, leaf, lambda: index)[which].backward(incoming)
+        program(bypass, leaf, lambda: Places(index, None))[which].backward(incoming)
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=0, atol=1e-12)
 
 
@@ -73,7 +75,7 @@ def test_bypass_passes_gradcheck(indices: list[int]) -> None:
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor(indices, dtype=torch.long)
 
     def program(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.functional_call(bypass, {"weight": weight, "bias": bias}, (x, lambda: index))
+        return torch.func.functional_call(bypass, {"weight": weight, "bias": bias}, (x, lambda: Places(index, None)))
 
     assert torch.autograd.gradcheck(program, (x, bypass.weight, bypass.bias))
 
@@ -82,7 +84,7 @@ def test_gradients_that_come_in_are_not_changed() -> None:
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor([0, 2])
     incoming = [normal(5, WIDTH, seed=4), normal(2, WIDTH, seed=5)]
     kept = [tensor.clone() for tensor in incoming]
-    outputs = bypass(x, lambda: index)
+    outputs = bypass(x, lambda: Places(index, None))
     once, again = (
         torch.autograd.grad(outputs, [x, *bypass.parameters()], incoming, retain_graph=True) for _ in range(2)
     )
@@ -94,7 +96,7 @@ def test_both_outputs_are_tensors_of_their_own() -> None:
     """In-place changes of the outputs reach neither the tokens nor the gradients."""
     bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.arange(5)
     wanted = results(plain, bypass, x, index, (1.0, 1.0))[2:]
-    mapped, routed = bypass(x, lambda: index)
+    mapped, routed = bypass(x, lambda: Places(index, None))
     kept = x.detach().clone()
     total = (mapped.add_(1) * normal(5, WIDTH, seed=2)).sum() + (routed.add_(1) * normal(5, WIDTH, seed=3)).sum()
     for ours, theirs in zip(torch.autograd.grad(total, [x, bypass.weight, bypass.bias]), wanted, strict=True):
@@ -115,6 +117,33 @@ def test_tokens_that_are_not_contiguous_give_the_same() -> None:
 def test_autocast_gives_what_the_two_operators_give(graph: bool) -> None:
     bypass, x, index = make(torch.float32), normal(5, WIDTH, dtype=torch.float32), torch.tensor([1, 3])
     with torch.set_grad_enabled(graph), torch.autocast("cpu", dtype=torch.bfloat16):
-        for ours, theirs in zip(bypass(x, lambda: index), plain(bypass, x, lambda: index), strict=True):
+        for ours, theirs in zip(
+            bypass(x, lambda: Places(index, None)), plain(bypass, x, lambda: Places(index, None)), strict=True
+        ):
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs)
+
+
+def test_autocast_gives_the_gradients_of_the_two_operators() -> None:
+    bypass, x, index = make(torch.float32), normal(50, WIDTH, dtype=torch.float32), torch.tensor([1, 3])
+    found = []
+    for program in (LinearBypass.__call__, plain):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mapped, routed = program(bypass, leaf, lambda: Places(index, None))
+            total = (mapped.float() * normal(50, WIDTH, seed=1)).sum() + (routed * normal(2, WIDTH, seed=2)).sum()
+        found.append(torch.autograd.grad(total, [leaf, bypass.weight, bypass.bias]))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("places", [[3, 1], [4], [0, 1, 2, 3, 4]], ids=str)
+def test_an_inverse_gives_the_gradients_of_the_index(monkeypatch: pytest.MonkeyPatch, places: list[int]) -> None:
+    bypass, x, index = make(), normal(5, WIDTH), torch.tensor(places)
+    wanted = results(plain, bypass, x, index, (1.0, 1.0))
+    monkeypatch.setattr("sma.bypass.fuses", lambda tensor: True)
+    inverse = slots_of(index, None, 5)
+    found = results(lambda part, x, _: part(x, lambda: Places(index, inverse)), bypass, x, index, (1.0, 1.0))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sma.errors import InputError
-from sma.ragged import Ragged, compress, extract, extract_add, locate, rectangular, segment_reduce
+from sma.ragged import (
+    Ragged,
+    compress,
+    extract,
+    extract_add,
+    locate,
+    locate_packed,
+    locate_static,
+    rectangular,
+    segment_reduce,
+)
 from tests import oracles
 from tests.cases import generator, gradients, masks, normal, strided
 
@@ -187,6 +197,25 @@ def test_one_search_for_several_masks_equals_compress_for_each(active):
                 assert torch.equal(getattr(tokens, name), getattr(alone, name)), name
             values = x.flatten(0, 1) if tokens.stride is not None else x.flatten(0, 1)[tokens.index]
             assert torch.equal(values, alone.values)
+
+
+@given(active=masks(), spare=st.integers(0, 3))
+def test_the_inverse_finds_each_token_again(active, spare):
+    count, most = int(active.sum()), int(active.sum(1).max()) if len(active) else 0
+    frames = [
+        locate(active[..., None], sizes=[count])[0],
+        locate_static(active, max(1, most - 1 + spare)),
+        locate_packed(active, max(1, count + spare)),
+    ]
+    for frame in frames:
+        real = [int(place) for place, true in zip(frame.index, frame.mask, strict=True) if true]
+        if frame.inverse is None:
+            assert count == active.numel() and frame.stride is not None
+            continue
+        slots = frame.mask.nonzero().squeeze(1).tolist()
+        wanted = dict(zip(real, slots, strict=True))
+        for place, slot in enumerate(frame.inverse.tolist()):
+            assert slot == wanted[place] if place in wanted else slot >= len(frame.index)
 
 
 def test_all_active_costs_no_copy():
