@@ -210,7 +210,8 @@ def test_the_inverse_finds_each_token_again(active, spare):
     for frame in frames:
         real = [int(place) for place, true in zip(frame.index, frame.mask, strict=True) if true]
         if frame.inverse is None:
-            assert count == active.numel() and frame.stride is not None
+            assert count == active.numel()
+            assert frame.stride is not None
             continue
         slots = frame.mask.nonzero().squeeze(1).tolist()
         wanted = dict(zip(real, slots, strict=True))
