@@ -53,9 +53,9 @@ class _LinearAndGather(torch.autograd.Function):
         with without_autocast(x_TD.device):
             left, weight = x_TD.to(narrow), weight.to(narrow)
             mapped = torch.addmm(bias.to(narrow), left, weight.T)
-        index, inverse = places()
-        ctx.save_for_backward(left, weight, index, inverse)
-        return mapped, x_TD.index_select(0, index)
+        found = places()
+        ctx.save_for_backward(left, weight, found.index, found.inverse)
+        return mapped, x_TD.index_select(0, found.index)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

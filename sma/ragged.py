@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -130,7 +129,8 @@ class Ragged:
         return index.where(self.mask, self.num_rows * longest) if self.holes else index
 
 
-class Places(NamedTuple):
+@dataclass(frozen=True)
+class Places:
     """Where tokens lie in a flattened batch of N.
 
     Attributes:
