@@ -148,5 +148,23 @@ def _average(spec: EMASpec, width: int, dtype: str, streams: bool) -> None:
     programs.backward(out, end, *arguments, kept)
 
 
+def placing(dtypes: Sequence[str]) -> Iterator[Case]:
+    """The places of active tokens, with and without positions of a stream; no number has one of the dtypes."""
+
+    def run() -> None:
+        from sma.kernels.gpu.placing import place
+
+        active = torch.empty(8, TOKENS, dtype=torch.bool, device="meta")
+        ranks = torch.empty(active.numel(), dtype=torch.int32, device="meta")
+        for positions in (None, torch.empty(8, TOKENS, dtype=torch.int64, device="meta")):
+            place(active, ranks, positions, TOKENS)
+
+    yield Case("text_paper", dtypes[0], run)
+
+
 # By operator; the argument lists the dtypes.
-CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {"ema": ema, "windowed_attention": windowed_attention}
+CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {
+    "ema": ema,
+    "windowed_attention": windowed_attention,
+    "placing": placing,
+}

@@ -29,6 +29,11 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether the host sees the numbers of a device at once."""
+    return device.type == "cpu"
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a shard."""
     return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package

@@ -9,8 +9,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sma.checks import check_booleans, check_count, check_instance, check_integers, check_tensor
-from sma.devices import Answer
+from sma.devices import Answer, on_host
 from sma.errors import InputError
+from sma.kernels.operator import choose
+from sma.placing import Found, Search, lay_out, placed
 from sma.pytree import register_output
 from sma.segments import expand_to
 from sma.segments import segment_reduce as segment_reduce
@@ -250,18 +252,20 @@ def locate(
         found = active_BLM.permute(2, 0, 1).reshape(-1).nonzero().squeeze(1)
         sizes = [found.shape[0]] if modules == 1 else counts_MB.sum(1).tolist()
     else:
-        found, slots = _placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
+        found, slots = placed(active_BLM.permute(2, 0, 1).reshape(-1), sum(sizes), 0)
         inverse = slots if modules == 1 else None
-    nothing = torch.empty(rows, length, 0, device=active_BLM.device)
     frames = []
     for column, index in enumerate(found.split(sizes)):
         if index.shape[0] == rows * length:
-            frames.append(rectangular(nothing, None, positions_BL))
+            frames.append(_everything(active_BLM, positions_BL))
             continue
         index = index - column * rows * length if column else index
-        values = nothing.flatten(0, 1)[: index.shape[0]]
-        frames.append(_packed(index, counts_MB[column], length, positions_BL, values, inverse))
+        frames.append(_packed(lay_out(index, counts_MB[column], length, positions_BL, inverse)))
     return frames
+
+
+def _everything(active_BLM: Tensor, positions_BL: Tensor | None) -> Ragged:
+    return rectangular(torch.empty(*active_BLM.shape[:2], 0, device=active_BLM.device), None, positions_BL)
 
 
 def find(
@@ -275,9 +279,12 @@ def find(
     Raises:
         InputError: the masks are on the meta device.
     """
-    if torch.compiler.is_compiling() or active_BLM.device.type == "cpu":
+    if torch.compiler.is_compiling() or on_host(active_BLM.device):
         frames = locate(active_BLM, positions_BL)
         return lambda: frames
+    if active_BLM.shape[2] == 1 and active_BLM.numel() and choose(active_BLM.device) == "triton":
+        search = Search(active_BLM[..., 0], positions_BL)
+        return cache(lambda: [_everything(active_BLM, positions_BL) if search.all_active else _packed(search.read())])
     try:
         sizes = Answer(active_BLM.sum((0, 1)))
     except NotImplementedError as cause:
@@ -287,36 +294,16 @@ def find(
     return cache(lambda: locate(active_BLM, positions_BL, sizes.read()))
 
 
-def _placed(mask_N: Tensor, size: int, hole: int) -> tuple[Int[Tensor, "T"], Int[Tensor, "N"]]:
-    """The indices of at most `size` true elements, in order, then `hole`; and the place of each element among them,
-    `size` where it is false: counted and placed, without a question.
-    """
-    slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
-    every = torch.arange(mask_N.shape[0], device=mask_N.device)
-    return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size], slot
-
-
 def _locate_compiled(active_BL: Tensor, positions_BL: Tensor | None) -> Ragged:
     """Find the active tokens of one mask without control flow by their number, which is unknown in a compiled graph."""
-    index = active_BL.reshape(-1).nonzero().squeeze(1)
-    nothing = index.new_zeros((index.shape[0], 0), dtype=torch.float32)
-    return replace(
-        _packed(index, active_BL.sum(1), active_BL.shape[1], positions_BL, nothing), bound=active_BL.shape[1]
-    )
+    index, length = active_BL.reshape(-1).nonzero().squeeze(1), active_BL.shape[1]
+    return replace(_packed(lay_out(index, active_BL.sum(1), length, positions_BL)), bound=length)
 
 
-def _packed(
-    index: Tensor,
-    counts_B: Tensor,
-    length: int,
-    positions_BL: Tensor | None,
-    nothing: Tensor,
-    inverse: Tensor | None = None,
-) -> Ragged:
-    row = torch.div(index, max(length, 1), rounding_mode="floor")
-    positions = index - row * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
-    offsets = torch.nn.functional.pad(counts_B.cumsum(0), (1, 0))
-    return Ragged(nothing, index, positions, row, offsets, counts_B, holes=False, inverse=inverse)
+def _packed(found: Found) -> Ragged:
+    nothing = torch.empty(found.at.shape[0], 0, device=found.at.device)
+    places = found.at, found.positions, found.rows, found.offsets, found.lengths
+    return Ragged(nothing, *places, holes=False, inverse=found.inverse)
 
 
 def locate_static(
@@ -355,9 +342,8 @@ def locate_packed(active_BL: Bool[Tensor, "B L"], size: int, positions_BL: Int[T
     """
     rows, length = active_BL.shape
     size = min(size, rows * length)
-    index, inverse = _placed(active_BL.reshape(-1), size, (rows - 1) * length)
-    nothing = torch.empty(size, 0, device=index.device)
-    frame = _packed(index, active_BL.sum(1), length, positions_BL, nothing, inverse)
+    index, inverse = placed(active_BL.reshape(-1), size, (rows - 1) * length)
+    frame = _packed(lay_out(index, active_BL.sum(1), length, positions_BL, inverse))
     offsets = torch.cat([frame.offsets[:-1], torch.full_like(frame.offsets[-1:], size)])
     return replace(frame, offsets=offsets, holes=True, bound=min(length, size))
 

@@ -57,3 +57,11 @@ def test_attention_in_exact_float32_compiles() -> None:
     rows = compiled("--operator", "windowed_attention", "--card", "90", "--preset", "text_paper", "--dtype", "ieee")
     assert {row["kernel"] for row in rows} > {"attend", "grad_queries", "grad_keys", "grad_values"}
     assert not any(row["tensor"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_places_of_tokens_compile_without_spills() -> None:
+    rows = compiled("--operator", "placing", "--card", "90", "--card", "80")
+    assert {row["kernel"] for row in rows} == {"place_tokens"}
+    assert [row for row in rows if row["stack"] or row["spills"] or row["atomics"]] == []

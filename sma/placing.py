@@ -1,0 +1,84 @@
+"""Where the true elements of a mask lie."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sma.devices import Answer
+
+
+class Found(NamedTuple):
+    """The active tokens of a batch of B rows and L tokens each, row after row.
+
+    Attributes:
+        at: `(T,)` index in the flattened batch.
+        positions: `(T,)` position in the stream.
+        rows: `(T,)` row.
+        offsets: `(B + 1,)` where the tokens of each row begin and end.
+        lengths: `(B,)` active tokens of each row.
+        inverse: `(B * L,)` place of each token of the batch among these, at least T where it is not active; or None.
+    """
+
+    at: Int[Tensor, "T"]
+    positions: Int[Tensor, "T"]
+    rows: Int[Tensor, "T"]
+    offsets: Int[Tensor, "B1"]
+    lengths: Int[Tensor, "B"]
+    inverse: Int[Tensor, "N"] | None
+
+
+def placed(mask_N: Bool[Tensor, "N"], size: int, hole: int) -> tuple[Int[Tensor, "T"], Int[Tensor, "N"]]:
+    """The indices of at most `size` true elements, in order, then `hole`; and the place of each element among them,
+    `size` where it is false: counted and placed, without a question to the host.
+    """
+    slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
+    every = torch.arange(mask_N.shape[0], device=mask_N.device)
+    return torch.full((size + 1,), hole, device=mask_N.device).scatter_(0, slot, every)[:size], slot
+
+
+def lay_out(
+    index: Int[Tensor, "T"],
+    lengths_B: Int[Tensor, "B"],
+    length: int,
+    positions_BL: Int[Tensor, "B L"] | None,
+    inverse: Int[Tensor, "N"] | None = None,
+) -> Found:
+    """What follows from the index of the active tokens and their number in each row."""
+    rows = torch.div(index, max(length, 1), rounding_mode="floor")
+    positions = index - rows * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
+    offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
+    return Found(index, positions, rows, offsets, lengths_B, inverse)
+
+
+class Search:
+    """A search by one kernel on an NVIDIA GPU. It begins when it is made; the host waits when it reads the tokens.
+
+    Args:
+        active_BL: mask, at least one element.
+        positions_BL: position of each token in its row's stream; default `0 … L - 1`.
+    """
+
+    def __init__(self, active_BL: Bool[Tensor, "B L"], positions_BL: Int[Tensor, "B L"] | None) -> None:
+        self._active = active_BL.contiguous()
+        self._positions = None if positions_BL is None else positions_BL.contiguous()
+        # Tokens up to each one and with it.
+        self._ranks = self._active.view(-1).cumsum(0, dtype=torch.int32)
+        self._count = Answer(self._ranks[-1:])
+
+    @cached_property
+    def _size(self) -> int:
+        return self._count.read()[0]
+
+    @property
+    def all_active(self) -> bool:
+        """Whether every token is active; the host waits for their number."""
+        return self._size == self._active.numel()
+
+    def read(self) -> Found:
+        """The tokens."""
+        from sma.kernels.gpu.placing import place
+
+        return Found(*place(self._active, self._ranks, self._positions, self._size))
