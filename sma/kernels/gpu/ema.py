@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sma.kernels.ema import chunk_of, states_shape
 from sma.kernels.gpu.ema_results import results, sums
-from sma.kernels.gpu.ema_states import carry, ends
+from sma.kernels.gpu.ema_states import carry, ends, prepare
 from sma.kernels.launch import launch
 
 # One warp: a lane has a channel, and its registers have the states.
@@ -13,7 +13,10 @@ _CHANNELS = 32
 _MOST_STATES = 16
 # States of a program that only passes them on: each takes addresses of its own.
 _CARRIED = 4
-_UNROLL = 4
+# Tokens of a group, which are loaded together.
+_UNROLL = 8
+# Parameters of a program that prepares them.
+_PREPARED = 128
 # Warps that keep a large GPU busy.
 _WARPS = 4096
 
@@ -40,7 +43,9 @@ class _Scan:
     ) -> None:
         self.batch, self.length, self.channels = x.shape
         self.directions, _, self.states = log_decay.shape
-        self.log_decay, self.weight, self.lengths = log_decay.contiguous(), weight.contiguous(), lengths
+        self.lengths = lengths
+        shape = (4, self.directions, self.states, self.channels)
+        self.log_decay, self.decay, self.lack, self.weight = log_decay.new_empty(shape).unbind()
         self.chunk = chunk_of(self.batch, self.length, self.channels)
         self.chunks = -(-self.length // self.chunk)
         self.late = truncation if truncation is not None and truncation < self.length else 0
@@ -49,15 +54,27 @@ class _Scan:
         self.blocks = -(-self.channels // _CHANNELS)
         self.slices = -(-self.states // self.block)
         self.shape = states_shape(self.batch, self.length, log_decay.shape)
-        self.sizes = (self.batch, self.length, self.channels, self.states, self.chunks)
-        self.strides = (self.states, 1)
+        self.sizes = (self.batch, self.length, self.channels, self.chunks)
         self.constants = {
             "S": self.directions,
+            "N": self.states,
             "ROWS": lengths is not None,
             "CHUNK": self.chunk,
             "STATES": self.block,
             "CHANNELS": _CHANNELS,
         }
+        # Of kernels that scan.
+        self.scanning = {"TOKEN": self.channels, "TRUNCATED": self.late > 0, "UNROLL": _UNROLL}
+        size = log_decay.numel()
+        launch(
+            prepare,
+            (-(-size // _PREPARED),),
+            *(log_decay.contiguous(), weight.contiguous(), self.log_decay, self.decay, self.lack, self.weight),
+            *(self.channels, size),
+            N=self.states,
+            UNROLL=_UNROLL,
+            BLOCK=_PREPARED,
+        )
 
     @property
     def enters(self) -> bool:
@@ -74,28 +91,27 @@ class _Scan:
             return self.log_decay.new_empty(0), last
         end, enter = (self.log_decay.new_empty(self.shape) for _ in range(2))
         if self.streams:
-            last = self.log_decay.new_empty(self.batch, self.channels, self.states)
+            last = self.log_decay.new_empty(self.batch, self.states, self.channels)
         programs = self.blocks * self.slices * self.directions * self.batch
         options = {**self.constants, "FLIP": flip, "FREEZE": self.streams, "num_warps": 1}
         launch(
             ends,
             (programs * self.chunks,),
-            *(x, self.log_decay, self.lengths, before, end),
-            *(*self.sizes, self.late, x.stride(0), x.stride(1), *self.strides),
+            *(x, self.log_decay, self.decay, self.lack, self.lengths, before, end),
+            *(*self.sizes, self.late),
             **options,
+            **self.scanning,
             SLOPE=before is not None,
-            TRUNCATED=self.late > 0,
-            UNROLL=_UNROLL,
         )
         options["STATES"] = min(_CARRIED, self.block)
         launch(
             carry,
             (self.blocks * -(-self.states // options["STATES"]) * self.directions * self.batch,),
             *(self.log_decay, self.lengths, end, enter, last),
-            *(*self.sizes, *self.strides),
+            *self.sizes,
             **options,
         )
-        return enter, last
+        return enter, last.mT.contiguous() if self.streams else last
 
     def results(self, x: Tensor, skip: Tensor, carried: Tensor | None, enter: Tensor, flip: bool) -> Tensor:
         """y, from the states that enter each chunk."""
@@ -106,11 +122,12 @@ class _Scan:
         launch(
             results,
             (self.blocks * self.chunks * self.batch,),
-            *(x, self.log_decay, self.weight, skip, carried, self.lengths, enter, part, y),
-            *(*self.sizes, self.late, x.stride(0), x.stride(1), *self.strides),
+            *(x, self.log_decay, self.decay, self.lack, self.weight),
+            *(skip, carried, self.lengths, enter, part, y),
+            *(*self.sizes, self.late),
             **self.constants,
+            **self.scanning,
             FLIP=flip,
-            TRUNCATED=self.late > 0,
             FREEZE=self.streams,
             ENTER=self.enters,
             SPLIT=split,
@@ -121,29 +138,23 @@ class _Scan:
     def sums(self, x: Tensor, gradient: Tensor, enter: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of log q, w and omega."""
         programs = self.blocks * self.slices * self.directions * self.chunks
-        groups = max(1, min(self.batch, -(-_WARPS // max(1, programs))))
-        shape = (self.directions, groups * self.chunks, self.states, self.channels)
-        decay, weight = (self.log_decay.new_empty(shape) for _ in range(2))
+        # Every program has as many rows, but for the last ones.
+        groups = -(-self.batch // max(1, self.batch * programs // _WARPS))
+        both = self.log_decay.new_empty(2, self.directions, groups * self.chunks, self.states, self.channels)
         skip = self.log_decay.new_empty(groups * self.chunks, self.channels)
         launch(
             sums,
             (programs * groups,),
-            *(x, gradient, self.log_decay, self.weight, self.lengths, enter, slope, decay, weight, skip),
-            *(*self.sizes, self.late, x.stride(0), x.stride(1), gradient.stride(0), gradient.stride(1)),
-            *(*self.strides, groups),
+            *(x, gradient, self.log_decay, self.decay, self.lack, self.weight),
+            *(self.lengths, enter, slope, *both, skip),
+            *(*self.sizes, self.late, groups),
             **self.constants,
-            TRUNCATED=self.late > 0,
+            **self.scanning,
             ENTER=self.enters,
-            UNROLL=_UNROLL,
             num_warps=1,
         )
-        decay, weight = (each.sum(1).transpose(1, 2).contiguous() for each in (decay, weight))
+        decay, weight = both.sum(2).mT.contiguous()
         return decay, weight, skip.sum(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows whose channels lie side by side."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def forward(
@@ -156,7 +167,7 @@ def forward(
     truncation: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk."""
-    x, carried = _rows(x), None if carried is None else carried.contiguous()
+    x, carried = x.contiguous(), None if carried is None else carried.mT.contiguous()
     scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
     enter, end = scan.enter(x, flip=False)
     return scan.results(x, skip.contiguous(), carried, enter, flip=False), end, [enter]
@@ -175,11 +186,11 @@ def backward(
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_decay, weight, skip and carried."""
-    x, grad, end_grad = _rows(x), _rows(grad), end_grad.contiguous()
+    x, grad = x.contiguous(), grad.contiguous()
     scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
     # The operator is its own adjoint, run from the right; the gradient of the last state is what it carries.
     back, carried_grad = scan.enter(grad, flip=True)
-    x_grad = scan.results(grad, skip.contiguous(), end_grad if scan.streams else None, back, flip=True)
+    x_grad = scan.results(grad, skip.contiguous(), end_grad.mT.contiguous() if scan.streams else None, back, flip=True)
     slope, end_slope = scan.enter(x, flip=False, before=saved[0]) if saved[0].numel() else (saved[0], None)
     decay_grad, weight_grad, skip_grad = scan.sums(x, grad, saved[0], slope)
     if carried is not None and end_slope is not None:

@@ -3,18 +3,23 @@
 Rows are cut into chunks of C tokens. `ends` scans every chunk from zero, and `carry` passes the states from chunk to
 chunk with exact powers of the decay. FLIP swaps the directions, which makes the backward pass of the inputs.
 
-Shapes: x (B, L, D), parameters (S, D, N), states between kernels (S, B, J, N, D). Sizes and strides are not
-specialised: known multiples of 16 would make the compiler choose layouts that exchange values between lanes. Nothing
-in a loop over tokens is a function of its own: each call takes a millisecond in Triton's interpreter.
+Shapes: x (B, L, D), parameters (S, N, D), states between kernels (S, B, J, N, D); all contiguous. What a loop over
+tokens must not do, and how that is avoided:
+
+- Exchange values between lanes. Every matrix of states is loaded with channels side by side, and all loads agree on
+  one layout; one load with other strides would give its own layout to everything that depends on it. Sizes are not
+  specialised: a known multiple of 16 would make a lane hold neighbouring channels.
+- Compute addresses. The distance of tokens, TOKEN = D, and the direction are constants, so that the tokens of a group
+  are one address and distances that are part of the instructions.
+- Wait. The tokens of a group are loaded before the first is used or stored: no load moves ahead of a store.
+- Take two instructions for r = q r + x. q is rounded once, and each group ends with r += r * lack, see `prepare`.
+- Call functions: each call takes a millisecond in Triton's interpreter.
 """
 
 import triton
 import triton.language as tl
 
-SIZES = [
-    *("batch", "length", "channels", "states", "chunks", "late", "groups"),
-    *("x_row", "x_token", "gradient_row", "gradient_token", "by_channel", "by_state"),
-]
+SIZES = ["batch", "length", "channels", "chunks", "late", "groups", "size"]
 
 
 @triton.jit
@@ -29,71 +34,125 @@ def minus_one(z):
 
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
-def ends(
-    x, log_decay, lengths, enter, end,
-    batch, length, channels, states, chunks, late, x_row, x_token, by_channel, by_state,
-    S: tl.constexpr, FLIP: tl.constexpr, SLOPE: tl.constexpr, TRUNCATED: tl.constexpr, ROWS: tl.constexpr,
-    FREEZE: tl.constexpr, CHUNK: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+def prepare(
+    log_decay, weight, z, q, lack, w, channels, size, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """State at the end of each chunk that starts from zero; with SLOPE its derivative, where r enters as it is."""
+    """Log q and w with channels side by side, q rounded, and what q lacks: its share of a state after UNROLL tokens."""
+    # fmt: on
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given = at < size
+    d, n, way = at % channels, at // channels % N, at // channels // N
+    parameter = (way * channels + d) * N + n
+    value = tl.load(log_decay + parameter, mask=given)
+    step = minus_one(value)
+    near = 1.0 + step
+    tl.store(z + at, value, mask=given)
+    tl.store(q + at, near, mask=given)
+    tl.store(lack + at, (step - (near - 1.0)) * UNROLL, mask=given)
+    tl.store(w + at, tl.load(weight + parameter, mask=given), mask=given)
+
+
+# fmt: off
+@triton.jit
+def _scan(
+    x, q, lack, leaving, first, size, late, here,
+    BACK: tl.constexpr, SLOPE: tl.constexpr, TRUNCATED: tl.constexpr, FREEZE: tl.constexpr, TOKEN: tl.constexpr,
+    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+):
+    """From zero, r and m at the end of a chunk, where m_t = q m_{t-1} + r_t; x is at the first token."""
+    # fmt: on
+    r = tl.zeros(q.shape, q.dtype)
+    m = tl.zeros(q.shape, q.dtype)
+    base = 0
+    if FREEZE and not BACK:
+        # The chunk ends with the row: zeros before its first token leave r at zero.
+        base = tl.minimum(tl.maximum(size, 0), CHUNK) - CHUNK
+    if TRUNCATED:
+        away = late if BACK else -late
+        gone = x + away.to(tl.int64) * TOKEN
+    for i in range(0, CHUNK, UNROLL):
+        o = base + (CHUNK - UNROLL - i if BACK else i)
+        place = x + o * TOKEN
+        left = size - o
+        if TRUNCATED:
+            old_place = gone + o * TOKEN
+            # Tokens of the group from which, or up to which, there is an earlier one.
+            bound = size - o - late if BACK else late - first - o
+        for turn in tl.static_range(UNROLL):
+            k = UNROLL - 1 - turn if BACK else turn
+            inside = here & (left > k)
+            if FREEZE and not BACK:
+                inside &= o >= -k
+            value = tl.load(place + k * TOKEN, mask=inside, other=0.0).to(q.dtype)
+            r = r * q + value[None, :]
+            if TRUNCATED:
+                past = inside & (bound > k if BACK else bound <= k)
+                old = tl.load(old_place + k * TOKEN, mask=past, other=0.0).to(q.dtype)
+                out = leaving * old[None, :]
+                r -= out
+            if SLOPE:
+                m = m * q + r
+                if TRUNCATED:
+                    m -= out * late
+        r += r * lack
+        if SLOPE:
+            m += m * lack
+    return r, m
+
+
+# fmt: off
+@triton.jit(do_not_specialize=SIZES)
+def ends(
+    x, log_decay, decay, lack, lengths, enter, end,
+    batch, length, channels, chunks, late,
+    S: tl.constexpr, N: tl.constexpr, FLIP: tl.constexpr, SLOPE: tl.constexpr, TRUNCATED: tl.constexpr,
+    ROWS: tl.constexpr, FREEZE: tl.constexpr, TOKEN: tl.constexpr, CHUNK: tl.constexpr, STATES: tl.constexpr,
+    CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
+):
+    """State at the end of each chunk that starts from zero; with SLOPE its derivative, where r enters as it is.
+
+    The derivative by log q is u = m - r: u_t = q (u_{t-1} + r_{t-1}).
+    """
     # fmt: on
     pid = tl.program_id(0)
-    blocks, slices = tl.cdiv(channels, CHANNELS), tl.cdiv(states, STATES)
+    blocks = tl.cdiv(channels, CHANNELS)
+    SLICES: tl.constexpr = (N + STATES - 1) // STATES
     d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
     pid = pid // blocks
-    n = pid % slices * STATES + tl.arange(0, STATES)
-    pid = pid // slices
+    n = pid % SLICES * STATES + tl.arange(0, STATES)
+    pid = pid // SLICES
     j = pid % chunks
     pid = pid // chunks
     way = pid % S
     b = pid // S
     here = d < channels
-    real = (n < states)[:, None] & here[None, :]
-    parameter = way * states * channels + n[:, None] * by_state + d[None, :] * by_channel
-    z = tl.load(log_decay + parameter, mask=real, other=0.0)
-    step = minus_one(z)
-    at = (n[:, None] + ((way * batch + b).to(tl.int64) * chunks + j) * states) * channels + d[None, :]
+    real = (n < N)[:, None] & here[None, :]
+    matrix = n[:, None] * channels + d[None, :]
+    parameter = way * N * channels + matrix
+    q = tl.load(decay + parameter, mask=real, other=0.0)
+    missing = tl.load(lack + parameter, mask=real, other=0.0)
+    leaving = q
+    if TRUNCATED:
+        leaving = tl.exp(tl.load(log_decay + parameter, mask=real, other=0.0) * late)
+    at = ((way * batch + b).to(tl.int64) * chunks + j) * N * channels + matrix
     first = j * CHUNK
     size = length - first
     if ROWS:
         size = tl.load(lengths + b).to(tl.int32) - first
-    r = tl.zeros((STATES, CHANNELS), z.dtype)
-    u = tl.zeros((STATES, CHANNELS), z.dtype)
+    place = x + (b.to(tl.int64) * length + first) * TOKEN + d
+    r = tl.zeros((STATES, CHANNELS), q.dtype)
+    m = tl.zeros((STATES, CHANNELS), q.dtype)
+    for turn in tl.static_range(S):
+        if way == turn:
+            r, m = _scan(
+                place, q, missing, leaving, first, size, late, here,
+                (turn + FLIP) % 2 == 1, SLOPE, TRUNCATED, FREEZE, TOKEN, CHUNK, UNROLL,
+            )
     if SLOPE:
-        r = tl.load(enter + at, mask=real, other=0.0)
-    by = tl.where((way + FLIP) % 2 == 0, 1, -1)
-    o = tl.where(by == 1, 0, CHUNK - 1)
-    place = x + b.to(tl.int64) * x_row + (first + o).to(tl.int64) * x_token + d
-    if TRUNCATED:
-        leaving = tl.exp(z * late)
-        away = by * late
-        gone = place - away.to(tl.int64) * x_token
-    for _ in range(0, CHUNK, UNROLL):
-        for _ in tl.static_range(UNROLL):
-            inside = o < size
-            value = tl.load(place, mask=here & inside, other=0.0).to(z.dtype)
-            next = r + r * step
-            if SLOPE:
-                slope = u + u * step + next
-            if TRUNCATED:
-                t = first + o - away
-                old = tl.load(gone, mask=here & inside & (t >= 0) & (t < length), other=0.0).to(z.dtype)
-                out = leaving * old[None, :]
-                next -= out
-                if SLOPE:
-                    slope -= out * late
-                gone += by * x_token
-            next += value[None, :]
-            if FREEZE:
-                next = tl.where(inside, next, r)
-            r = next
-            if SLOPE:
-                if FREEZE:
-                    slope = tl.where(inside, slope, u)
-                u = slope
-            place += by * x_token
-            o += by
-    tl.store(end + at, u if SLOPE else r, mask=real)
+        tokens = tl.minimum(tl.maximum(size, 0), CHUNK) if FREEZE else CHUNK
+        z = tl.load(log_decay + parameter, mask=real, other=0.0)
+        r = m - r + tl.load(enter + at, mask=real, other=0.0) * tl.exp(z * tokens) * tokens
+    tl.store(end + at, r, mask=real)
 
 
 @triton.jit
@@ -109,29 +168,30 @@ def _pass_on(s, e, z, over_chunk, place, tokens, valid, real, FREEZE: tl.constex
 @triton.jit(do_not_specialize=SIZES)
 def carry(
     log_decay, lengths, end, enter, last,
-    batch, length, channels, states, chunks, by_channel, by_state,
-    S: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, FREEZE: tl.constexpr, CHUNK: tl.constexpr,
+    batch, length, channels, chunks,
+    S: tl.constexpr, N: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, FREEZE: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """The state that enters each chunk, from those at the ends of chunks; with FREEZE the last of the row, too."""
     # fmt: on
     pid = tl.program_id(0)
-    blocks, slices = tl.cdiv(channels, CHANNELS), tl.cdiv(states, STATES)
+    blocks = tl.cdiv(channels, CHANNELS)
+    SLICES: tl.constexpr = (N + STATES - 1) // STATES
     d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
     pid = pid // blocks
-    n = pid % slices * STATES + tl.arange(0, STATES)
-    pid = pid // slices
+    n = pid % SLICES * STATES + tl.arange(0, STATES)
+    pid = pid // SLICES
     way = pid % S
     b = pid // S
-    real = (n < states)[:, None] & (d < channels)[None, :]
-    parameter = n[:, None] * by_state + d[None, :] * by_channel
-    z = tl.load(log_decay + way * states * channels + parameter, mask=real, other=0.0)
+    real = (n < N)[:, None] & (d < channels)[None, :]
+    matrix = n[:, None] * channels + d[None, :]
+    z = tl.load(log_decay + way * N * channels + matrix, mask=real, other=0.0)
     over_chunk = minus_one(z * CHUNK)
     tokens = length
     if ROWS:
         tokens = tl.load(lengths + b).to(tl.int32)
-    at = (n[:, None] + (way * batch + b).to(tl.int64) * chunks * states) * channels + d[None, :]
-    stride = (channels * 1).to(tl.int64) * states
+    at = (way * batch + b).to(tl.int64) * chunks * N * channels + matrix
+    stride = (channels * 1).to(tl.int64) * N
     by = tl.where((way + FLIP) % 2 == 0, 1, -1)
     j = tl.where(by == 1, 0, chunks - 1)
     s = tl.zeros((STATES, CHANNELS), z.dtype)
@@ -155,4 +215,4 @@ def carry(
         s = _pass_on(s, e3, z, over_chunk, into, left, i + 3 < chunks, real, FREEZE, CHUNK)
         j += 4 * by
     if FREEZE:
-        tl.store(last + b.to(tl.int64) * states * channels + parameter, s, mask=real)
+        tl.store(last + b.to(tl.int64) * N * channels + matrix, s, mask=real)
