@@ -152,12 +152,12 @@ def placing(dtypes: Sequence[str]) -> Iterator[Case]:
     """The places of active tokens, with and without positions of a stream; no number has one of the dtypes."""
 
     def run() -> None:
-        from sma.kernels.gpu.placing import place
+        from sma.kernels.gpu.placing import forward
 
         active = torch.empty(8, TOKENS, dtype=torch.bool, device="meta")
         ranks = torch.empty(active.numel(), dtype=torch.int32, device="meta")
         for positions in (None, torch.empty(8, TOKENS, dtype=torch.int64, device="meta")):
-            place(active, ranks, positions, TOKENS)
+            forward(active, ranks, positions, TOKENS)
 
     yield Case("text_paper", dtypes[0], run)
 

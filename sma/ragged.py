@@ -11,8 +11,7 @@ from torch import Tensor
 from sma.checks import check_booleans, check_count, check_instance, check_integers, check_tensor
 from sma.devices import Answer, on_host
 from sma.errors import InputError
-from sma.kernels.operator import choose
-from sma.placing import Found, Search, lay_out, placed
+from sma.kernels.placing import Found, Search, lay_out, placed
 from sma.pytree import register_output
 from sma.segments import expand_to
 from sma.segments import segment_reduce as segment_reduce
@@ -282,10 +281,12 @@ def find(
     if torch.compiler.is_compiling() or on_host(active_BLM.device):
         frames = locate(active_BLM, positions_BL)
         return lambda: frames
-    if active_BLM.shape[2] == 1 and active_BLM.numel() and choose(active_BLM.device) == "triton":
-        search = Search(active_BLM[..., 0], positions_BL)
-        return cache(lambda: [_everything(active_BLM, positions_BL) if search.all_active else _packed(search.read())])
     try:
+        if active_BLM.shape[2] == 1 and active_BLM.numel():
+            search = Search(active_BLM[..., 0], positions_BL)
+            return cache(
+                lambda: [_everything(active_BLM, positions_BL) if search.all_active else _packed(search.read())]
+            )
         sizes = Answer(active_BLM.sum((0, 1)))
     except NotImplementedError as cause:
         raise InputError(

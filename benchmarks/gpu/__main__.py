@@ -28,6 +28,7 @@ def main() -> int:
     what.add_argument("--out", type=Path, metavar="FOLDER", help="measure, and write the points into this folder")
     what.add_argument("--report", type=Path, metavar="FOLDER", help="print the tables of the points in this folder")
     parser.add_argument("--deadline", type=float, default=560.0, help="seconds after which the run ends, default 560")
+    parser.add_argument("--phase", action="append", help="run only this phase, in the whole time; may be repeated")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU runs toy sizes")
     parser.add_argument("--commit", help="commit of the program, where its folder is no checkout")
     options = parser.parse_args()
@@ -39,7 +40,7 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     command = f"python -m benchmarks.gpu {shlex.join(sys.argv[1:])}"
-    return measure(options.out, options.device, options.deadline, command, options.commit)
+    return measure(options.out, options.device, options.deadline, command, options.commit, options.phase or ())
 
 
 if __name__ == "__main__":

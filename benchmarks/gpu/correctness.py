@@ -20,6 +20,7 @@ from sma.kernels.operator import Name
 from sma.kernels.weighting import Weighting
 from sma.model import SequenceModel, build
 from sma.modules.sliding_window import Bias, attend
+from sma.pairs import PairClassifierSpec as PairClassifierSpec  # registers its kind where nothing is installed
 from sma.ragged import compress
 from sma.spec import load_spec
 

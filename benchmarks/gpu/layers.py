@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks.count import RATES, Shape, count, layer_spec
-from benchmarks.gpu import operators
+from benchmarks.gpu import operators, profiled
 from benchmarks.gpu.measure import PRECISIONS, Bench, build_layer, products_in, step_of
 from benchmarks.gpu.results import Points, Record
 from sma.kernels import use
@@ -66,8 +66,13 @@ def _layer(bench: Bench, implementation: Name, shape: Shape, rate: float, precis
         layer, inputs, real = build_layer(bench, shape, rate, variant)
         step = step_of(bench, layer, inputs, precision)
         milliseconds = bench.milliseconds(step)
-        peak = bench.peak_gigabytes(step)
-    figures: Record = {"milliseconds": milliseconds, "real_rate": real, "peak_gigabytes": peak}
+        peak, device = bench.peak_gigabytes(step), profiled.device_milliseconds(bench, step)
+    figures: Record = {
+        "milliseconds": milliseconds,
+        "device_milliseconds": device,
+        "real_rate": real,
+        "peak_gigabytes": peak,
+    }
     if (
         implementation == "triton" and variant == "routed" and precision != "bf16"
     ):  # the meta device, on which bytes are counted, has no autocast

@@ -130,15 +130,16 @@ def _attention(bench: Bench, shape: Shape, precision: str) -> Record:
 
 
 def _both(bench: Bench, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Record:
-    """Time of a forward pass that keeps what backward needs, and of both."""
+    """Time on the device of a forward pass that keeps what backward needs, and of both; and with the host."""
     weight = torch.randn_like(forward().detach())
 
     def step() -> None:
         torch.autograd.grad(forward(), leaves, weight)
 
     return {
-        "forward": bench.milliseconds(forward, 0.3, calls=5),
-        "step": bench.milliseconds(step, 0.4, calls=2),
+        "forward": bench.device_milliseconds(forward),
+        "step": bench.device_milliseconds(step),
+        "step_with_host": bench.milliseconds(step, 0.2),
         "peak_gigabytes": bench.peak_gigabytes(step),
     }
 
@@ -153,11 +154,16 @@ def fused_functions(bench: Bench) -> None:
     index = torch.randperm(x.shape[0], device=bench.device)[: routed.shape[0]].sort().values
     slots = glue.slots_of(index, None, x.shape[0])
     weight = bench.random(1)
-    keep = bench.random(*x.shape) > 0
+    keep, confidence = bench.random(*x.shape) > 0, bench.random(x.shape[0])
     calls: dict[str, tuple[Fused, tuple[object, ...]]] = {
         "silu_dropout": (glue.silu_dropout, (x, 0.1)),
         "silu_dropout_backward": (glue.silu_dropout_backward, (grad, x, keep, 0.1)),
-        "join_parts": (glue.join_parts, (x, passed, routed, slots, 0.0, True)),
+        "join_parts": (glue.join_parts, (x, passed, routed, confidence, slots, 0.1, False, True)),
+        "join_parts_backward": (
+            glue.join_parts_backward,
+            (grad, x, keep, routed, confidence, slots, index, None, 0.1, False, True),
+        ),
+        "add_at": (glue.add_at, (x, routed, slots)),
         "rms_norm": (glue.rms_norm, (x, weight, 1e-5)),
         "rms_norm_backward": (glue.rms_norm_backward, (grad, x, weight, bench.random(x.shape[0], 1).abs())),
     }
@@ -167,6 +173,8 @@ def fused_functions(bench: Bench) -> None:
 
 def _glue(bench: Bench, function: Fused, arguments: tuple[object, ...]) -> Record:
     bench.require_gpu("functions are compiled for CUDA")
-    moved = nbytes([arguments, function(*arguments)])
-    milliseconds = bench.milliseconds(lambda: function(*arguments), 0.3)
-    return {"milliseconds": milliseconds, "gigabytes_per_second": moved / milliseconds / 1e6}
+    with torch.no_grad():
+        moved = nbytes([arguments, function(*arguments)])
+        milliseconds = bench.device_milliseconds(lambda: function(*arguments), 0.2, calls=4)
+        host = bench.milliseconds(lambda: function(*arguments), 0.1)
+    return {"milliseconds": milliseconds, "with_host": host, "gigabytes_per_second": moved / milliseconds / 1e6}

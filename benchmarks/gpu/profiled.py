@@ -1,5 +1,6 @@
 """The profile of one step: kernels, launches, questions to the host, the share of time in which the device idles."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,13 @@ def record(bench: Bench, step: Callable[[], object]) -> list[Event]:
     return [_event(each) for each in found.events() or []]
 
 
+def device_milliseconds(bench: Bench, step: Callable[[], object]) -> float | None:
+    """Time of a step in which the device is busy; None on a CPU."""
+    if bench.toy:
+        return None
+    return busy(_own(record(bench, step), host_only=False)) / STEPS / 1e3
+
+
 def synchronise(bench: Bench) -> None:
     """Wait for the device."""
     if not bench.toy:
@@ -49,9 +57,7 @@ def _event(each: Any) -> Event:
 
 def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
     """What a profile says of one step; of a host alone only its operators."""
-    # A name of the host on the device is the span of an annotation, in which the device may idle.
-    host = set() if host_only else {event.name for event in events if not event.on_device}
-    own = [event for event in events if event.on_device != host_only and event.name not in host]
+    own = _own(events, host_only)
     times: dict[str, float] = {}
     for event in own:
         times[event.name] = times.get(event.name, 0.0) + event.end - event.start
@@ -71,13 +77,24 @@ def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
     }
 
 
+def _own(events: Sequence[Event], host_only: bool) -> list[Event]:
+    """What the device did; of a host alone its operators."""
+    # A name of the host on the device is the span of an annotation, in which the device may idle.
+    host = set() if host_only else {event.name for event in events if not event.on_device}
+    return [event for event in events if event.on_device != host_only and event.name not in host]
+
+
 def idle_share(events: Sequence[Event]) -> float | None:
     """Share of the time from the first event to the end of the last in which none runs; None without events."""
     if not events:
         return None
-    ordered = sorted(events, key=lambda event: event.start)
-    busy, reached = 0.0, ordered[0].start
-    for event in ordered:
-        busy += max(0.0, event.end - max(event.start, reached))
+    return 1 - busy(events) / (max(event.end for event in events) - min(event.start for event in events))
+
+
+def busy(events: Sequence[Event]) -> float:
+    """Microseconds in which one of the events runs."""
+    total, reached = 0.0, -math.inf
+    for event in sorted(events, key=lambda event: event.start):
+        total += max(0.0, event.end - max(event.start, reached))
         reached = max(reached, event.end)
-    return 1 - busy / (reached - ordered[0].start)
+    return total

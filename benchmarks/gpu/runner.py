@@ -5,10 +5,11 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate, takewhile
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from benchmarks.gpu import ceilings, correctness, layers, ncu, peers, steps, war
 from benchmarks.gpu.measure import Bench
 from benchmarks.gpu.processes import Child, end, fork, wait
 from benchmarks.gpu.results import Results
+from sma.errors import did_you_mean, quote
 from sma.recipes.training.provenance import commit as commit_of_checkout
 
 
@@ -27,34 +29,36 @@ class Phase(NamedTuple):
 
     Attributes:
         name: its name.
-        end: seconds after the start of a run of 560 s at which it ends; what earlier phases leave is its own.
+        seconds: its share of a run of 560 s; it also has what earlier phases leave.
         run: measures its points.
     """
 
     name: str
-    end: float
+    seconds: float
     run: Callable[[Bench], None]
 
 
 PHASES = (
     Phase("ceilings", 30, ceilings.run),
-    Phase("correctness", 90, correctness.run),
-    Phase("profile", 130, steps.profile_of_a_step),
-    Phase("plain", 260, layers.plain),
-    Phase("kernels", 390, layers.kernels),
-    Phase("peers", 490, peers.run),
-    Phase("steps", 540, steps.run),
-    Phase("counters", 560, ncu.run),
+    Phase("correctness", 60, correctness.run),
+    Phase("profile", 40, steps.profile_of_a_step),
+    Phase("plain", 130, layers.plain),
+    Phase("kernels", 130, layers.kernels),
+    Phase("peers", 100, peers.run),
+    Phase("steps", 50, steps.run),
+    Phase("counters", 20, ncu.run),
 )
-WHOLE = PHASES[-1].end
+UNTIMED = ("ceilings", "correctness")
 
 
 class _StoppedError(Exception):
     pass
 
 
-def measure(folder: Path, device: str, deadline: float, command: str, commit: str | None = None) -> int:
-    """Run all phases.
+def measure(
+    folder: Path, device: str, deadline: float, command: str, commit: str | None = None, names: Sequence[str] = ()
+) -> int:
+    """Run phases.
 
     Args:
         folder: where the points go; it must have none.
@@ -62,13 +66,19 @@ def measure(folder: Path, device: str, deadline: float, command: str, commit: st
         deadline: seconds after which the run ends.
         command: what was typed, for the record.
         commit: of the program; None: that of the checkout.
+        names: of the phases that run; default all. They share the time.
 
     Returns:
         the exit status: 0, 143 after SIGTERM, 130 after an interrupt.
 
     Raises:
-        SystemExit: the folder has points, or there is no such device.
+        SystemExit: a phase is unknown, the folder has points, or there is no such device.
     """
+    known = [phase.name for phase in PHASES]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"{quote(name)} is no phase{did_you_mean(name, known, 'phases')}")
+    phases = [phase for phase in PHASES if not names or phase.name in names]
     start, results = time.monotonic(), Results(folder)
     if results.read():
         raise SystemExit(f"{str(results.path)!r} has the points of another run; give --out a folder without them")
@@ -79,7 +89,7 @@ def measure(folder: Path, device: str, deadline: float, command: str, commit: st
     results.add("run", command=command, commit=commit or commit_of_checkout(), date=date, deadline=deadline)
     with _stoppable():
         try:
-            _run(results, device, start, deadline, warming, running)
+            _run(results, device, phases, start, deadline, warming, running)
         except (_StoppedError, KeyboardInterrupt) as why:
             end(warming)
             end(running)
@@ -91,19 +101,26 @@ def measure(folder: Path, device: str, deadline: float, command: str, commit: st
 
 
 def _run(
-    results: Results, device: str, start: float, deadline: float, warming: list[Child], running: list[Child]
+    results: Results,
+    device: str,
+    phases: Sequence[Phase],
+    start: float,
+    deadline: float,
+    warming: list[Child],
+    running: list[Child],
 ) -> None:
-    ends = {phase.name: start + deadline * phase.end / WHOLE for phase in PHASES}
-    if device == "cuda":
+    ends = _ends(phases, start, deadline)
+    # What compiles meanwhile disturbs no phase that is not timed, or times single kernels of torch.
+    untimed = list(takewhile(lambda phase: phase.name in UNTIMED, phases))
+    if device == "cuda" and untimed and len(untimed) < len(phases):
         # There are as many processes as processors.
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-        until = ends["correctness"]
+        until = ends[len(untimed) - 1]
         for task in warm_up.tasks(Bench(results, "warm-up", device, until)):
-            warming.append(fork(results, f"warm-up {task.name}", until, task.run))
-    for phase in PHASES:
-        if phase.name == "profile":  # the phases before it are not timed, or time single kernels of torch
-            wait(results, warming, ends["correctness"])
-        until = ends[phase.name]
+            warming.append(fork(results, f"warm-up {task.name}", until, partial(_compile, task)))
+    for place, (phase, until) in enumerate(zip(phases, ends, strict=True)):
+        if place == len(untimed):
+            wait(results, warming, ends[place - 1] if place else start)
         since = time.monotonic()
         bench = Bench(results, phase.name, device, until - min(2.0, 0.02 * deadline))
         running.append(fork(results, phase.name, until, partial(_phase, phase, bench)))
@@ -111,14 +128,30 @@ def _run(
         results.add("phase", phase=phase.name, seconds=round(time.monotonic() - since, 1))
 
 
+def _ends(phases: Sequence[Phase], start: float, deadline: float) -> list[float]:
+    """When each phase ends at the latest."""
+    reached = list(accumulate(phase.seconds for phase in phases))
+    return [start + deadline * seconds / reached[-1] for seconds in reached]
+
+
+def _compile(task: warm_up.Task) -> None:
+    torch.set_num_threads(1)
+    _let_layers_share()
+    task.run()
+
+
+def _let_layers_share() -> None:
+    from torch._dynamo import config
+
+    # Layers of several presets and precisions share one compiled function.
+    config.recompile_limit = 64
+
+
 def _phase(phase: Phase, bench: Bench) -> None:
     if bench.toy:
         torch.set_num_threads(1)
     else:
-        from torch._dynamo import config
-
-        # Layers of several presets and precisions share one compiled function.
-        config.recompile_limit = 64
+        _let_layers_share()
     phase.run(bench)
 
 

@@ -62,7 +62,10 @@ def test_describe_says_which_implementation_runs_on_a_device_and_why(capsys):
     status, text, _ = _run(capsys, "describe", "seqboat_listops", "--device", "cpu")
     assert status == 0
     reason = "plain     kernels exist for NVIDIA GPUs, and the device is 'cpu'"
-    assert f"operators on cpu:\nema                 {reason}\nwindowed_attention  {reason}" in text
+    assert (
+        f"operators on cpu:\nema                 {reason}\nplacing             {reason}\nwindowed_attention  {reason}"
+        in text
+    )
     assert "between_operators" in text
     found = json.loads(_run(capsys, "describe", "seqboat_listops", "--device", "cpu", "--json")[1])["implementations"]
     assert {"ema", "windowed_attention", "between_operators"} <= set(found)

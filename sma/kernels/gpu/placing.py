@@ -38,8 +38,8 @@ def place_tokens(
     tl.store(offsets + i, tl.zeros((BLOCK,), tl.int64), mask=i == 0)
 
 
-def place(active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, count: int) -> tuple[Tensor, ...]:
-    """The fields of `sma.placing.Found`.
+def forward(active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, count: int) -> tuple[Tensor, ...]:
+    """The fields of `sma.kernels.placing.Found`.
 
     Args:
         active_BL: mask, at least one element, contiguous.

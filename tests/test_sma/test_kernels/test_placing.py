@@ -7,19 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sma.placing import Search, lay_out
+from sma.kernels import use
+from sma.kernels.operator import Name
+from sma.kernels.placing import Search, lay_out
 from sma.ragged import find, locate
 from tests.cases import generator, masks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def _search(active: torch.Tensor, positions: torch.Tensor | None) -> None:
+def _search(active: torch.Tensor, positions: torch.Tensor | None, name: Name = "triton") -> None:
     index = active.reshape(-1).nonzero().squeeze(1)
     wanted = lay_out(index, active.sum(1), active.shape[1], positions)
     search = Search(active, positions)
     assert search.all_active == bool(active.all())
-    found = search.read()
+    with use(name):
+        found = search.read()
     for field in ("at", "positions", "rows", "offsets", "lengths"):
         assert torch.equal(getattr(found, field), getattr(wanted, field)), field
     count = len(index)
@@ -31,7 +34,10 @@ def _search(active: torch.Tensor, positions: torch.Tensor | None) -> None:
 @given(active=masks(), given_positions=st.booleans())
 def test_the_kernel_finds_what_the_operators_find(active: torch.Tensor, given_positions: bool) -> None:
     if active.numel():
-        _search(active, torch.randint(2**40, active.shape, generator=generator(0)) if given_positions else None)
+        for name in ("plain", "triton"):
+            _search(
+                active, torch.randint(2**40, active.shape, generator=generator(0)) if given_positions else None, name
+            )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
@@ -43,12 +49,12 @@ def test_more_tokens_than_a_program_has(shape: tuple[int, int], rate: float) -> 
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
-def test_find_by_the_kernel_is_locate(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+def test_find_on_an_accelerator_is_locate(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     active = torch.rand(3, 9, 1, generator=generator(0)) < rate
     (wanted,) = locate(active)
-    monkeypatch.setattr("sma.ragged.choose", lambda device: "triton")
     monkeypatch.setattr("sma.ragged.on_host", lambda device: False)
-    (found,) = find(active)()
+    with use("triton"):
+        (found,) = find(active)()
     assert found.stride == wanted.stride
     for field in ("index", "positions", "rows", "offsets", "lengths"):
         assert torch.equal(getattr(found, field), getattr(wanted, field)), field

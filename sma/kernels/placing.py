@@ -1,4 +1,4 @@
-"""Where the true elements of a mask lie."""
+"""Where the true elements of a mask lie: an operator that places the active tokens of a batch, and its parts."""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sma.devices import Answer
+from sma.kernels.operator import Name, choose, define
 
 
 class Found(NamedTuple):
@@ -53,8 +54,32 @@ def lay_out(
     return Found(index, positions, rows, offsets, lengths_B, inverse)
 
 
+def _forward(active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, count: int) -> tuple[Tensor, ...]:
+    index, inverse = placed(active_BL.reshape(-1), count, 0)
+    found = lay_out(index, active_BL.sum(1), active_BL.shape[1], positions_BL, inverse)
+    return tuple(each for each in found if each is not None)
+
+
+def _fake(
+    active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, count: int, chosen: Name
+) -> tuple[Tensor, ...]:
+    rows, length = active_BL.shape
+    sizes = count, count, count, rows + 1, rows, rows * length
+    return tuple(ranks_N.new_empty(size, dtype=torch.int64) for size in sizes)
+
+
+_place = define(
+    "placing",
+    "(Tensor active, Tensor ranks, Tensor? positions, SymInt count) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    plain=_forward,
+    fake=_fake,
+)
+
+
 class Search:
-    """A search by one kernel on an NVIDIA GPU. It begins when it is made; the host waits when it reads the tokens.
+    """A search for the active tokens of a batch that is on an accelerator. It begins when it is made, and the host
+    waits when it reads them: for their number.
 
     Args:
         active_BL: mask, at least one element.
@@ -74,11 +99,10 @@ class Search:
 
     @property
     def all_active(self) -> bool:
-        """Whether every token is active; the host waits for their number."""
+        """Whether every token is active."""
         return self._size == self._active.numel()
 
     def read(self) -> Found:
         """The tokens."""
-        from sma.kernels.gpu.placing import place
-
-        return Found(*place(self._active, self._ranks, self._positions, self._size))
+        chosen = choose(self._active.device)
+        return Found(*_place(self._active, self._ranks, self._positions, self._size, chosen))
