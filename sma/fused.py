@@ -74,7 +74,7 @@ class Fused:
         if device.type != "cuda":
             return self.function
         if self.compiled is None:
-            self.compiled = _with_fallback(torch.compile(self.function, dynamic=True, fullgraph=True), self.function)
+            self.compiled = Compiled(self.function)
         return self.compiled
 
 
@@ -88,21 +88,45 @@ def _schema(function: Callable[..., Any]) -> str:
     return schema
 
 
-def _with_fallback(compiled: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function that runs as it is written where the compiler fails, with one warning."""
-    broken = False
+class Compiled:
+    """A function that is compiled once for every width of its first argument, with its numbers and dtypes as constants,
+    and for any number of rows. Where the compiler fails it runs as it is written, with one warning.
 
-    def run(*arguments: Any) -> Any:
-        nonlocal broken
-        if not broken:
-            try:
-                return compiled(*arguments)
-            except Exception as error:  # a compiler that is not installed, or a device that it does not know
-                broken = True
-                warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
-        return function(*arguments)
+    Args:
+        function: of tensors whose last axes, and whose only axes if as wide as the first, keep their sizes.
+    """
 
-    return run
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled = torch.compile(function, dynamic=True, fullgraph=True)
+        self._known: set[Any] = set()
+        self._is_broken = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._is_broken:
+            return self._function(*arguments)
+        width = arguments[0].shape[-1]
+        key = width, *(each.dtype if isinstance(each, Tensor) else each for each in arguments)
+        try:
+            if key in self._known:
+                return self._compiled(*arguments)
+            result = self._compile(width, arguments)
+        except Exception as error:  # a compiler that is not installed, or a device that it does not know
+            self._is_broken = True
+            warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
+            return self._function(*arguments)
+        self._known.add(key)
+        return result
+
+    def _compile(self, width: int, arguments: tuple[Any, ...]) -> Any:
+        from torch._dynamo import config, mark_static
+
+        # A width that is known lets a kernel load many channels at a time, and keep a row in registers.
+        for each in arguments:
+            if isinstance(each, Tensor) and (each.ndim > 1 or each.shape == (width,)):
+                mark_static(each, each.ndim - 1)
+        with config.patch(specialize_float=True, recompile_limit=256):
+            return self._compiled(*arguments)
 
 
 def fused(function: Callable[..., Any]) -> Fused:

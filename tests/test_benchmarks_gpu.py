@@ -1,4 +1,4 @@
-"""The run on a GPU, without one: all its phases at toy sizes, what a stop leaves, marks from made-up figures."""
+"""The run on a GPU, without one: all its phases at toy sizes, and what a stop leaves."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.count import Shape, count, layer_spec
-from benchmarks.gpu import layers, marks, measure, operators, padded, profiled, report, steps
+from benchmarks.gpu import layers, marks, measure, operators, padded, profiled, report, runner, steps
 from benchmarks.gpu.correctness import poisoned
 from benchmarks.gpu.profiled import Event
 from benchmarks.gpu.results import Points, Results
@@ -177,6 +177,18 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
     )
 
 
+def test_a_phase_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^'kernls' is no phase; did you mean 'kernels'\?"):
+        runner.measure(tmp_path / "run", "cpu", 10.0, "a command", names=["kernls"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_chosen_phases_share_the_whole_time() -> None:
+    chosen = [phase for phase in runner.PHASES if phase.name in ("ceilings", "kernels")]
+    assert runner._ends(chosen, 5.0, 320.0) == [65.0, 325.0]
+    assert runner._ends(runner.PHASES, 0.0, 560.0)[-1] == 560.0
+
+
 def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add("point", phase="a", name="one", number=1)
@@ -186,107 +198,6 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
 
 
 # Figures of a run that was never made, so that every ratio can be checked in the head.
-FIGURES: dict[tuple[str, str], dict[str, Any]] = {
-    ("ceilings", "copy"): {"gigabytes_per_second": 3000.0},
-    ("ceilings", "product tf32"): {"teraflops": 400.0},
-    ("ceilings", "product bf16"): {"teraflops": 800.0},
-    ("correctness", "ema causal whole"): {"error": 2e-6},
-    ("correctness", "ema both ways whole"): {"error": 9e-6},
-    ("correctness", "attention softmax causal fp32"): {"error": 2e-5},
-    ("correctness", "attention softmax causal tf32"): {"error": float("nan")},
-    ("correctness", "nan"): {"same_pattern": True},
-    ("correctness", "two runs"): {"differ": ["routed.submodules.attention.bias_table"]},
-    ("kernels", "ema text"): {"forward": 0.3, "step": 0.9, "gigabytes": 0.1},
-    ("plain", "ema text"): {"step": 1.7},
-    ("kernels", "ema enwik8"): {"step": 2.0},
-    ("plain", "ema enwik8"): {"step": 17.0},
-    ("kernels", "attention text tf32"): {"forward_teraflops": 150.0, "backward_teraflops": 90.0},
-    ("kernels", "glue a"): {"gigabytes_per_second": 2400.0},
-    ("kernels", "glue b"): {"gigabytes_per_second": 1800.0},
-    ("kernels", "text 0.3 tf32"): {
-        "milliseconds": 4.8,
-        "device_milliseconds": 2.4,
-        "roofline": 1.5,
-        "peak_gigabytes": 2.0,
-    },
-    ("plain", "text 0.3 tf32"): {"milliseconds": 8.0, "peak_gigabytes": 4.0},
-    ("kernels", "text 1.0 tf32 dense"): {"device_milliseconds": 6.4},
-    ("kernels", "text 0.0 tf32 without"): {"device_milliseconds": 1.4},
-    ("kernels", "text 0.3 bf16"): {"milliseconds": 4.0, "device_milliseconds": 2.0},
-    ("peers", "transformer text"): {"milliseconds": 6.0, "device_milliseconds": 5.0},
-    ("peers", "authors text"): {"milliseconds": 24.0, "device_milliseconds": 9.6},
-    ("profile", "ragged"): {"questions": 5.0, "layers": 4},
-    ("profile", "static"): {"questions": 0.0, "layers": 4},
-    ("steps", "graph"): {"idle": 0.03},
-    ("steps", "losses"): {"largest_difference": 0.0},
-}
-JUDGED = {
-    "error of the moving average, float32": (9e-6, "met"),
-    "error of the attention, fp32": (2e-5, "missed"),
-    "error of the attention, tf32": (float("nan"), "missed"),
-    "error of the attention, bf16": (None, "not measured"),
-    "NaN reaches what it reaches in plain PyTorch": (1.0, "met"),
-    "tensors that differ between two runs, the bias table aside": (0.0, "met"),
-    "moving average of Text, forward, over its floor of three passes": (3.0, "met"),  # 0.3 GB at 3 TB/s: 0.1 ms
-    "speed of the moving average of text over that by FFT, forward + backward": (1.7 / 0.9, "missed"),
-    "speed of the moving average of enwik8 causal, over the scan of torch, forward + backward": (8.5, "met"),
-    "attention of Text, forward, tf32, of a product": (37.5, "met"),
-    "attention of Text, backward, tf32, of a product": (22.5, "missed"),
-    "slowest function between operators, of a copy": (60.0, "missed"),
-    "layer of text at 0.3, tf32, over its roofline": (1.6, "met"),
-    "speed over a flash transformer, text at 0.3, bf16, on the device": (2.5, "met"),
-    "speed over a flash transformer, text at 0.3, bf16, with the host": (1.5, "missed"),
-    "speed over a flash transformer, text at 0.1, bf16, on the device": (None, "not measured"),
-    "speed over the authors' algorithm, text at 0.3, on the device": (4.0, "missed"),
-    "speed over the authors' algorithm, text at 0.3, with the host": (5.0, "met"),
-    "skip efficiency, text at 0.3": (4.0 / (0.7 * 5.0), "met"),
-    "peak memory over plain PyTorch, text at 0.3": (0.5, "met"),
-    "questions to the host of a training step, per layer": (1.25, "missed"),
-    "questions to the host of a training step, with a capacity": (0.0, "met"),
-    "idle share of a training step as a graph": (3.0, "met"),
-    "losses of 30 updates, graph against eager, relative": (0.0, "met"),
-}
-
-
-def _made_up() -> list[dict[str, Any]]:
-    return [{"kind": "point", "phase": phase, "name": name, **each} for (phase, name), each in FIGURES.items()]
-
-
-@pytest.mark.parametrize("name", JUDGED)
-def test_marks_follow_from_the_figures_of_the_same_run(name: str) -> None:
-    figure, state = JUDGED[name]
-    found = {mark.name: mark for mark in marks.marks(Points(_made_up()))}[name]
-    assert found.state == state
-    assert found.figure == (None if figure is None else pytest.approx(figure, nan_ok=True))
-
-
-def test_a_mark_without_ceilings_is_not_measured() -> None:
-    records = [each for each in _made_up() if each["phase"] != "ceilings"]
-    found = {mark.name: mark.state for mark in marks.marks(Points(records))}
-    assert found["moving average of Text, forward, over its floor of three passes"] == "not measured"
-    assert found["attention of Text, forward, tf32, of a product"] == "not measured"
-    assert {mark.state for mark in marks.marks(Points([]))} == {"not measured"}
-
-
-def test_a_report_has_the_card_the_marks_and_the_points(tmp_path: Path) -> None:
-    results = Results(tmp_path)
-    results.add("device", device="cuda", card="Card X", torch="2.11.0", triton="3.6.0", python="3.12.3")
-    results.add("run", command="python -m benchmarks.gpu --out x", commit="0123abc", date="2026-11-27 12:00 UTC")
-    for each in _made_up():
-        results.add(**each)
-    results.add("failed", phase="peers", name="flex attention peer", reason="RuntimeError: no", trace="...")
-    lines = report.report(tmp_path).splitlines()
-    assert lines[0] == "### Card X"
-    assert lines[2] == (
-        "`python -m benchmarks.gpu --out x`, commit 0123abc, 2026-11-27 12:00 UTC, torch 2.11.0, triton 3.6.0, "
-        "python 3.12.3."
-    )
-    assert "| speed over a flash transformer, text at 0.3, bf16, on the device | >= 2x | 2.5 | met |" in lines
-    assert "| error of the attention, tf32 | <= 0.001 | nan | missed |" in lines
-    assert "| ema text | 1.7 |  |  |" in lines[lines.index("**plain**") :]
-    assert lines[-1] == "- peers flex attention peer: RuntimeError: no"
-
-
 def test_a_device_idles_where_no_kernel_runs() -> None:
     events = [
         Event("one", True, 0.0, 10.0),

@@ -250,6 +250,25 @@ def glue() -> None:
         gradients.append((function.gradient.function, (*grads, *arguments)))
     for functions, calls in (zip(*fused, strict=True), zip(*gradients, strict=True)):
         check(list(functions), list(calls), 1)
+    check_compilations()
+
+
+def check_compilations() -> None:
+    """A fused function is compiled once per width and set of numbers, whatever the number of rows."""
+    from sma.fused import Compiled
+    from sma.glue import join_parts_backward
+
+    function, graphs = join_parts_backward.function, torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    run, before = Compiled(function), graphs["unique_graphs"]
+    for made, (rows, width, tokens, p) in enumerate([(9, 6, 4, 0.1), (9, 6, 4, 0.5), (9, 3, 4, 0.5)], 1):
+        for more in range(3):
+            rows, tokens = rows + 3 * more, tokens + more
+            x, routed, slots = torch.randn(rows, width), torch.randn(tokens, width), torch.arange(rows)
+            index = torch.arange(tokens)
+            given = x, x.cos(), x > 0, routed, x[:, 0].contiguous(), slots, index, None, p, False, True
+            torch.testing.assert_close(run(*given), function(*given))
+        assert graphs["unique_graphs"] - before == made, (graphs, before, made)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sma import glue
 from sma.errors import InputError
-from sma.fused import Fused, FusedWithGradient, _with_fallback, is_real
+from sma.fused import Compiled, Fused, FusedWithGradient, is_real
 from sma.glue import JoinParts, RMSNormFunction, SiluDropout, slots_of
 from sma.layer import RoutedLayer
 from sma.modules.ema import ema_parameters
@@ -291,11 +291,12 @@ def test_a_fused_function_has_no_second_derivative(monkeypatch: pytest.MonkeyPat
         torch.autograd.grad(q.sum(), projected, create_graph=True)
 
 
-def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning() -> None:
+def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    run = _with_fallback(broken, torch.add)
+    monkeypatch.setattr("torch.compile", lambda function, **options: broken)
+    run = Compiled(torch.add)
     with pytest.warns(UserWarning, match=r"^a kernel cannot be compiled and runs in parts, slower: .*no compiler"):
         assert run(torch.ones(1), 2).item() == 3
     assert run(torch.ones(1), 2).item() == 3
