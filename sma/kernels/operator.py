@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -207,6 +208,7 @@ def _register_flops() -> None:
         module.register_flop_formula(getattr(torch.ops.sma, name), get_raw=True)(flops)
 
 
+@cache
 def _device_programs(family: str) -> Any:
     """Import the kernels of an operator; the interpreter reads its environment variable when triton is imported."""
     return import_module(f"sma.kernels.gpu.{family}")
