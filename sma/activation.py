@@ -306,7 +306,10 @@ class SparseModularActivation(nn.Module):
         decision, submodules = routing.decision, self.submodules
         out_TD, gathered = around.before(x_TD, lambda: _gathered(routing.frames(), x_TD))
         frames = routing.frames()
-        chosen = iter(gathered.split([frame.index.shape[0] for frame in frames if _is_gathered(frame)]))
+        sizes = [frame.index.shape[0] for frame in frames if _is_gathered(frame)]
+        # The gradient of a split or a selection is another pass.
+        chosen = iter(gathered.split(sizes) if len(sizes) > 1 else [gathered])
+        confidences = decision.confidence.unbind(-1) if len(frames) > 1 else [decision.confidence.flatten(1)]
         states: dict[str, State] = {}
         values: Tensor | None = None
         for column, frame in enumerate(frames):
@@ -317,16 +320,16 @@ class SparseModularActivation(nn.Module):
             if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
                 if around.join is not None:
-                    values = around.join(out_TD, None, decision.confidence[..., column], frame, 0.0)
+                    values = around.join(out_TD, None, confidences[column], frame, 0.0)
             else:
                 tokens = frame.with_values(fill_holes(values_TD, frame))
                 result_TD, after = self._checked(name, submodules[name](tokens, before), values_TD)
-                confidence_BL = decision.confidence[..., column]
                 if around.join is not None:
                     dropout = self.dropout if self.training else 0.0
-                    values = around.join(out_TD, result_TD, confidence_BL, tokens, dropout)
+                    values = around.join(out_TD, result_TD, confidences[column], tokens, dropout)
                 else:
-                    out_TD = extract_add_(self._weighted(result_TD, confidence_BL, tokens), tokens, out_TD)
+                    weighted_TD = self._weighted(result_TD, confidences[column], tokens)
+                    out_TD = extract_add_(weighted_TD, tokens, out_TD)
             if after is not None:
                 states[name] = after
             elif state is not None:
