@@ -1,11 +1,19 @@
-"""Kernels of the backward pass of windowed attention, which recompute the scores."""
+"""Kernels of the backward pass of windowed attention, which recompute the scores.
+
+For TF32, all operands are rounded, and `v` is 0 at broken tokens; the turned ones, `turned_`, are so in blocks as wide
+as the tiles that read them. Otherwise those are the same tensors again.
+"""
 
 import triton
 import triton.language as tl
 
 from sma.kernels.gpu.attention_tiles import (
+    add_product,
     drop_weights,
+    exponential,
+    factor,
     load_tile,
+    load_turned,
     pair_scores,
     score_gradients,
     score_weights,
@@ -15,25 +23,12 @@ from sma.kernels.gpu.attention_tiles import (
 # fmt: off
 
 
-@triton.jit(do_not_specialize=["T"])
-def inner_products(grad, out, inner, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, WIDE: tl.constexpr):
-    """Product of every result with its gradient."""
-    i0 = tl.program_id(0) * BM
-    m = tl.arange(0, BM)
-    i = i0 + m
-    total = tl.zeros((BM,), WIDE)
-    for h0 in range(0, H, BH):
-        h = h0 + tl.arange(0, BH)
-        total += tl.sum(load_tile(grad, i, h, i < T, H, H).to(WIDE) * load_tile(out, i, h, i < T, H, H).to(WIDE), 1)
-    tl.store(inner + i, total, mask=i < T)
-
-
 @triton.jit(do_not_specialize=["T", "start"])
 def grad_queries(
-    q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
+    q, k, turned_k, v, rows, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
     ATOMIC: tl.constexpr, COPIES: tl.constexpr
 ):
     """Gradients of BM queries and of the table.
@@ -44,7 +39,7 @@ def grad_queries(
     i0 = start + tl.program_id(0) * BM
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     i = i0 + m
-    qq = load_tile(q, i, z, i < T, Z, Z)
+    qq = load_tile(q, i0, m, z, i < T, Z)
     rows_i = tl.load(rows + i, mask=i < T, other=-1)
     norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
     if MODE == 0:
@@ -54,21 +49,26 @@ def grad_queries(
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
     for j0 in range(first, last, BN):
         j = j0 + n
-        kk = load_tile(k, j, z, j < T, Z, Z)
+        kk = load_tile(k, j0, n, z, j < T, Z)
         rows_j = tl.load(rows + j, mask=j < T, other=-1)
         s, ok, index = pair_scores(
-            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False, PRECISION, WIDE
+            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
+            PRECISION, WIDE, ASM
         )
-        fine = tl.load(broken + j, mask=j < T, other=1) == 0
+        fine = j < T
+        if PRECISION != "tf32":
+            fine = tl.load(broken + j, mask=fine, other=1) == 0
         dp = tl.zeros((BM, BN), WIDE)
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
-            dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
+            dd, vv = load_tile(grad, i0, m, h, i < T, H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(dd, tl.trans(vv), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
             dp = drop_weights(dp, seed, i[:, None], j[None, :], DROPOUT)
-        ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE)
-        acc = tl.dot(ds.to(kk.dtype), kk, acc, input_precision=PRECISION, out_dtype=WIDE)
+        ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE, ASM)
+        if PRECISION == "tf32":
+            kk = tl.trans(load_turned(turned_k, j0, n, z, Z, BN))
+        acc = tl.dot(factor(ds, kk, PRECISION), kk, acc, input_precision=PRECISION, out_dtype=WIDE)
         if BIAS > 0:
             if ATOMIC:
                 copy = (tl.program_id(0) % COPIES) * P
@@ -76,79 +76,88 @@ def grad_queries(
             else:
                 pair = (i - start)[:, None].to(tl.int64) * (2 * W + 1) + (j[None, :] - i[:, None] + W)
                 tl.store(dtable + pair, ds, mask=ok)
-    store_tile(dq, i, z, acc, T, Z, Z)
+    store_tile(dq, i0, m, z, acc, i < T, Z)
 
 
 @triton.jit(do_not_specialize=["T"])
 def grad_keys(
-    q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dk, T,
+    q, turned_q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dk, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
 ):
     """Gradients of BN keys."""
     j0 = tl.program_id(0) * BN
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     j = j0 + n
-    kk = load_tile(k, j, z, j < T, Z, Z)
+    kk = load_tile(k, j0, n, z, j < T, Z)
     rows_j = tl.load(rows + j, mask=j < T, other=-1)
-    fine = tl.load(broken + j, mask=j < T, other=1) == 0
+    fine = j < T
+    if PRECISION != "tf32":
+        fine = tl.load(broken + j, mask=fine, other=1) == 0
     acc = tl.zeros((BN, BZ), WIDE)
     first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
     last = tl.minimum(j0 + BN + W, T)
     for i0 in range(first, last, BM):
         i = i0 + m
-        qq = load_tile(q, i, z, i < T, Z, Z)
+        qq = load_tile(q, i0, m, z, i < T, Z)
         rows_i = tl.load(rows + i, mask=i < T, other=-1)
         s, ok, _ = pair_scores(
-            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True, PRECISION, WIDE
+            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
+            PRECISION, WIDE, ASM
         )
         dp = tl.zeros((BN, BM), WIDE)
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
-            dd, vv = load_tile(grad, i, h, i < T, H, H), load_tile(v, j, h, fine, H, H)
+            dd, vv = load_tile(grad, i0, m, h, i < T, H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(vv, tl.trans(dd), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
             dp = drop_weights(dp, seed, i[None, :], j[:, None], DROPOUT)
         norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
         if MODE == 0:
             norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
-        ds = score_gradients(s, ok, dp, norm[None, :], mean[None, :], MODE)
-        acc = tl.dot(ds.to(qq.dtype), qq, acc, input_precision=PRECISION, out_dtype=WIDE)
-    store_tile(dk, j, z, acc, T, Z, Z)
+        ds = score_gradients(s, ok, dp, norm[None, :], mean[None, :], MODE, ASM)
+        if PRECISION == "tf32":
+            qq = tl.trans(load_turned(turned_q, i0, m, z, Z, BM))
+        acc = tl.dot(factor(ds, qq, PRECISION), qq, acc, input_precision=PRECISION, out_dtype=WIDE)
+    store_tile(dk, j0, n, z, acc, j < T, Z)
 
 
 @triton.jit(do_not_specialize=["T"])
 def grad_values(
-    q, k, rows, positions, table, seed, grad, lse, dv, T,
+    q, k, rows, positions, table, seed, turned_grad, lse, dv, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
 ):
     """A slice of BH channels of the gradients of BN values."""
     j0 = tl.program_id(0) * BN
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     j = j0 + n
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    kk = load_tile(k, j, z, j < T, Z, Z)
+    kk = load_tile(k, j0, n, z, j < T, Z)
     rows_j = tl.load(rows + j, mask=j < T, other=-1)
     acc = tl.zeros((BN, BH), WIDE)
     first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
     last = tl.minimum(j0 + BN + W, T)
     for i0 in range(first, last, BM):
         i = i0 + m
-        qq = load_tile(q, i, z, i < T, Z, Z)
+        qq = load_tile(q, i0, m, z, i < T, Z)
         rows_i = tl.load(rows + i, mask=i < T, other=-1)
         s, ok, _ = pair_scores(
-            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True, PRECISION, WIDE
+            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
+            PRECISION, WIDE, ASM
         )
         if MODE == 0:
             norm = tl.load(lse + i, mask=i < T, other=0.0)
-            p = tl.where(ok, tl.exp(s - norm[None, :]), 0.0)
+            p = tl.where(ok, exponential(s - norm[None, :], ASM), 0.0)
         else:
             p = score_weights(s, ok, MODE)
         if DROPOUT > 0:
             p = drop_weights(p, seed, i[None, :], j[:, None], DROPOUT)
-        dd = load_tile(grad, i, h, i < T, H, H)
-        acc = tl.dot(p.to(dd.dtype), dd, acc, input_precision=PRECISION, out_dtype=WIDE)
-    store_tile(dv, j, h, acc, T, H, H)
+        if PRECISION == "tf32":
+            dd = tl.trans(load_turned(turned_grad, i0, m, h, H, BM))
+        else:
+            dd = load_tile(turned_grad, i0, m, h, i < T, H)
+        acc = add_product(factor(p, dd, PRECISION), dd, acc, PRECISION, WIDE)
+    store_tile(dv, j0, n, h, acc, j < T, H)

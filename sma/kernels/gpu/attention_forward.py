@@ -3,22 +3,18 @@
 import triton
 import triton.language as tl
 
-from sma.kernels.gpu.attention_tiles import drop_weights, load_tile, pair_scores, score_weights, store_tile
+from sma.kernels.gpu.attention_tiles import (
+    drop_weights,
+    exponential,
+    factor,
+    load_tile,
+    load_turned,
+    pair_scores,
+    score_weights,
+    store_tile,
+)
 
 # fmt: off
-
-
-@triton.jit(do_not_specialize=["T"])
-def broken_tokens(v, broken, T, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr):
-    """Mark the tokens that have a value which is not finite."""
-    i0 = tl.program_id(0) * BM
-    m = tl.arange(0, BM)
-    i = i0 + m
-    found = tl.zeros((BM,), tl.int32)
-    for h0 in range(0, H, BH):
-        x = load_tile(v, i, h0 + tl.arange(0, BH), i < T, H, H)
-        found = tl.maximum(found, tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1))
-    tl.store(broken + i, found.to(tl.int8), mask=i < T)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -26,14 +22,17 @@ def attend(
     q, k, v, rows, positions, table, broken, seed, out, lse, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
-    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+    MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
 ):
-    """A slice of BH channels of the results of BM queries."""
+    """A slice of BH channels of the results of BM queries.
+
+    For TF32, `q`, `k` and `v` are rounded, and `v` is turned in blocks of BN.
+    """
     i0 = tl.program_id(0) * BM
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     i = i0 + m
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    qq = load_tile(q, i, z, i < T, Z, Z)
+    qq = load_tile(q, i0, m, z, i < T, Z)
     rows_i = tl.load(rows + i, mask=i < T, other=-1)
     acc = tl.zeros((BM, BH), WIDE)
     highest = tl.full((BM,), float("-inf"), WIDE)
@@ -42,20 +41,24 @@ def attend(
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
     for j0 in range(first, last, BN):
         j = j0 + n
-        kk = load_tile(k, j, z, j < T, Z, Z)
+        kk = load_tile(k, j0, n, z, j < T, Z)
         rows_j = tl.load(rows + j, mask=j < T, other=-1)
         s, ok, _ = pair_scores(
-            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False, PRECISION, WIDE
+            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
+            PRECISION, WIDE, ASM
         )
         bad = tl.load(broken + j, mask=j < T, other=1) > 0
-        vv = load_tile(v, j, h, bad == 0, H, H)
+        if PRECISION == "tf32":
+            vv = tl.trans(load_turned(v, j0, n, h, H, BN))
+        else:
+            vv = load_tile(v, j0, n, h, bad == 0, H)
         if MODE == 0:
             s = tl.where(ok, s, float("-inf"))
             new = tl.maximum(highest, tl.max(s, 1), propagate_nan=tl.PropagateNan.ALL)
             # Before the first pair that counts there is no maximum.
             base = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp(s - base[:, None])
-            fade = tl.exp(highest - base)
+            p = exponential(s - base[:, None], ASM)
+            fade = exponential(highest - base, ASM)
             total = total * fade + tl.sum(p, 1)
             acc = acc * fade[:, None]
             highest = new
@@ -65,11 +68,11 @@ def attend(
             p = drop_weights(p, seed, i[:, None], j[None, :], DROPOUT)
         # What is not finite makes NaN of all results in reach, and of no other.
         p = tl.where(ok & bad[None, :], float("nan"), p)
-        acc = tl.dot(p.to(vv.dtype), vv, acc, input_precision=PRECISION, out_dtype=WIDE)
+        acc = tl.dot(factor(p, vv, PRECISION), vv, acc, input_precision=PRECISION, out_dtype=WIDE)
     if MODE == 0:
         # Holes have the result 0.
         real = rows_i >= 0
         acc = acc / tl.where(real, total, 1.0)[:, None]
         if tl.program_id(1) == 0:
             tl.store(lse + i, tl.where(real, highest + tl.log(total), 0.0), mask=i < T)
-    store_tile(out, i, h, acc, T, H, H)
+    store_tile(out, i0, m, h, acc, i < T, H)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sma.kernels.gpu.attention_backward import grad_keys, grad_queries, grad_values, inner_products
-from sma.kernels.gpu.attention_forward import attend, broken_tokens
+from sma.kernels.gpu.attention_backward import grad_keys, grad_queries, grad_values
+from sma.kernels.gpu.attention_forward import attend
+from sma.kernels.gpu.attention_operands import lay_out_gradients, lay_out_values
 from sma.kernels.launch import input_precision, launch, shared_memory
 
 MODES = {"softmax": 0, "relu2": 1, "laplace": 2}
@@ -16,6 +17,10 @@ MODES = {"softmax": 0, "relu2": 1, "laplace": 2}
 COPIES = 32
 # Elements of the buffer through which the deterministic gradient of the table goes.
 BUFFER = 2**25
+# Tokens of a program that lays out operands.
+ROWS = 32
+# Constants of all kernels.
+LAID_OUT = ("Z", "H", "BZ", "PRECISION")
 
 
 class Tiles(NamedTuple):
@@ -82,7 +87,23 @@ def _constants(q: Tensor, v: Tensor, table: Tensor | None, settings: tuple[Any, 
         "DROPOUT": dropout,
         "PRECISION": input_precision(v.dtype),
         "WIDE": tl.float64 if v.dtype is torch.float64 else tl.float32,
+        # Neither the interpreter nor float64 has these instructions.
+        "ASM": isinstance(attend, triton.JITFunction) and v.dtype is not torch.float64,
     }
+
+
+def _shared(constants: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: constants[name] for name in names}
+
+
+def _programs(tokens: int, *blocks: int) -> tuple[int]:
+    """The grid of a kernel that lays out operands in blocks of so many tokens, of which the last is filled up."""
+    return (max(triton.cdiv(triton.cdiv(tokens, block) * block, ROWS) for block in (*blocks, ROWS)),)
+
+
+def _turned(x: Tensor, block: int) -> Tensor:
+    """A tensor for a matrix that is turned in blocks of so many rows."""
+    return x.new_empty(triton.cdiv(x.shape[0], block) * block, x.shape[1])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -114,18 +135,22 @@ def forward(
     out, lse = torch.empty_like(v), v.new_empty(T if settings[2] == "softmax" else 0, dtype=_wide(v.dtype))
     broken = v.new_empty(T, dtype=torch.int8)
     kept = [lse, broken, rows, places]
-    launch(broken_tokens, (triton.cdiv(T, 32),), v, broken, T, H=H, BH=min(power(H), 128), BM=32)
-    constants, tile = (
-        _constants(q, v, table, settings),
-        tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device)),
+    constants = _constants(q, v, table, settings)
+    tile = tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device))
+    queries, keys, values, options = q, k, v, _shared(constants, LAID_OUT)
+    if constants["PRECISION"] == "tf32":
+        queries, keys, values = torch.empty_like(q), torch.empty_like(k), _turned(v, tile.BN)
+    operands = q, k, v, queries, keys, values, broken
+    launch(
+        lay_out_values, _programs(T, tile.BN), *operands, T, BH=min(power(H), 128), BM=ROWS, BLOCK=tile.BN, **options
     )
     grid = triton.cdiv(T, tile.BM), triton.cdiv(H, tile.BH)
     launch(
         attend,
         grid,
-        q,
-        k,
-        v,
+        queries,
+        keys,
+        values,
         rows,
         places,
         lse if table is None else table,
@@ -164,27 +189,49 @@ def backward(
     (T, H), wide = v.shape, _wide(v.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     constants, room = _constants(q, v, table, settings), shared_memory(v.device)
-    inner = torch.empty_like(lse)
-    if constants["MODE"] == 0:
-        slices = {"H": H, "BH": min(power(H), 128), "BM": 32, "WIDE": constants["WIDE"]}
-        launch(inner_products, (triton.cdiv(T, 32),), grad, out, inner, T, **slices)
-    shared = (q, k, v, rows, places, lse if table is None else table, broken, lse if seed is None else seed)
+    inner, shared = torch.empty_like(lse), _shared(constants, LAID_OUT)
+    query_tile, key_tile, value_tile = (
+        tiles(f"grad_{name}", q.shape[1], H, v.dtype, room) for name in ("queries", "keys", "values")
+    )
+    near, turned = [q, k, v, grad], [q, k, grad]
+    blocks = {"QUERIES": key_tile.BM, "KEYS": query_tile.BN, "GRADIENTS": value_tile.BM}
+    rounded = constants["PRECISION"] == "tf32"
+    if rounded:
+        near = [torch.empty_like(x) for x in near]
+        turned = [_turned(x, block) for x, block in zip(turned, blocks.values(), strict=True)]
+    if rounded or constants["MODE"] == 0:
+        given, results = (q, k, v, grad, out, broken), (*near, *turned, inner)
+        sizes = {"BH": min(power(H), 128), "BM": ROWS, **_shared(constants, ("MODE", "WIDE")), **shared}
+        launch(lay_out_gradients, _programs(T, *blocks.values()), *given, *results, T, **blocks, **sizes)
+    (near_q, near_k, near_v, near_grad), (turned_q, turned_k, turned_grad) = near, turned
+    numbers = lse if table is None else table
+    random = lse if seed is None else seed
+    tail = near_v, rows, places, numbers, broken, random, near_grad, lse, inner
 
-    tile = tiles("grad_keys", q.shape[1], H, v.dtype, room)
-    launch(grad_keys, (triton.cdiv(T, tile.BN),), *shared, grad, lse, inner, dk, T, **constants, **tile._asdict())
+    launch(
+        grad_keys,
+        (triton.cdiv(T, key_tile.BN),),
+        near_q,
+        turned_q,
+        near_k,
+        *tail,
+        dk,
+        T,
+        **constants,
+        **key_tile._asdict(),
+    )
 
-    tile = tiles("grad_values", q.shape[1], H, v.dtype, room)
-    few = q, k, rows, places, shared[5], shared[7]
-    grid = triton.cdiv(T, tile.BN), triton.cdiv(H, tile.BH)
-    launch(grad_values, grid, *few, grad, lse, dv, T, **constants, **tile._asdict())
+    few = near_q, near_k, rows, places, numbers, random, turned_grad
+    grid = triton.cdiv(T, value_tile.BN), triton.cdiv(H, value_tile.BH)
+    launch(grad_values, grid, *few, lse, dv, T, **constants, **value_tile._asdict())
 
-    tile = tiles("grad_queries", q.shape[1], H, v.dtype, room)
+    tile = query_tile
     atomic = table is None or not torch.are_deterministic_algorithms_enabled()
     options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES}
 
     def queries(first: int, count: int, into: Tensor) -> None:
         grid = (triton.cdiv(count, tile.BM),)
-        launch(grad_queries, grid, *shared, grad, lse, inner, dq, into, T, first, **options)
+        launch(grad_queries, grid, near_q, near_k, turned_k, *tail, dq, into, T, first, **options)
 
     if table is None:
         queries(0, T, lse)
