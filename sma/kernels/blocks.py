@@ -192,3 +192,8 @@ def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: boo
     nearest = slots if causal else (slots + window).minimum(tokens.lengths[tokens.rows] - 1)
     before = torch.nn.functional.pad(marked.cumsum(0), (1, 0))
     return before[first + nearest + 1] > before[first + (slots - window).clamp(min=0)]
+
+
+def whole_tiles(tokens: int | torch.SymInt) -> Any:
+    """Rows of a tensor that has all rows of the last tile, whichever size the tiles of kernels have."""
+    return -(-tokens // 128) * 128

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sma.kernels import blocked_attention
-from sma.kernels.blocks import count_blocks
+from sma.kernels.blocks import count_blocks, whole_tiles
 from sma.kernels.operator import choose, define, differentiate
 from sma.kernels.weighting import Weighting
 from sma.ragged import Ragged
@@ -66,9 +66,9 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, *rest: 
         return out, blocked_attention.fake_kept(q, k, v, table, over_slots, sizes)
     wide = torch.promote_types(v.dtype, torch.float32)
     tokens = v.shape[0]
-    sums = v.new_empty(tokens if weighting == "softmax" else 0, dtype=wide)
+    sums = v.new_empty(whole_tiles(tokens) if weighting == "softmax" else 0, dtype=wide)
     places = v.new_empty(0 if table is None or over_slots else tokens, dtype=torch.int32)
-    return out, [sums, v.new_empty(tokens, dtype=torch.int8), v.new_empty(tokens, dtype=torch.int32), places]
+    return out, [sums, v.new_empty(tokens, dtype=torch.int8), v.new_empty(2, tokens, dtype=torch.int32), places]
 
 
 def _fake_backward(

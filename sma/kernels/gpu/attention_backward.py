@@ -12,9 +12,11 @@ from sma.kernels.gpu.attention_tiles import (
     drop_weights,
     exponential,
     factor,
+    inside,
     load_tile,
     load_turned,
     pair_scores,
+    partners,
     score_gradients,
     score_weights,
     store_tile,
@@ -25,7 +27,7 @@ from sma.kernels.gpu.attention_tiles import (
 
 @triton.jit(do_not_specialize=["T", "start"])
 def grad_queries(
-    q, k, turned_k, v, rows, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
+    q, k, turned_k, v, bounds, positions, table, broken, seed, grad, lse, inner, dq, dtable, T, start,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
@@ -39,8 +41,8 @@ def grad_queries(
     i0 = start + tl.program_id(0) * BM
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     i = i0 + m
-    qq = load_tile(q, i0, m, z, i < T, Z)
-    rows_i = tl.load(rows + i, mask=i < T, other=-1)
+    qq = load_tile(q, i0, m, z, inside(i, T, PRECISION), Z)
+    low, span = partners(bounds, i, T, W, 0 if CAUSAL else W)
     norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
     if MODE == 0:
         norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
@@ -49,19 +51,18 @@ def grad_queries(
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
     for j0 in range(first, last, BN):
         j = j0 + n
-        kk = load_tile(k, j0, n, z, j < T, Z)
-        rows_j = tl.load(rows + j, mask=j < T, other=-1)
+        kk = load_tile(k, j0, n, z, inside(j, T, PRECISION), Z)
         s, ok, index = pair_scores(
-            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
+            qq, kk, i, j, low, span, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
             PRECISION, WIDE, ASM
         )
-        fine = j < T
+        fine = inside(j, T, PRECISION)
         if PRECISION != "tf32":
             fine = tl.load(broken + j, mask=fine, other=1) == 0
         dp = tl.zeros((BM, BN), WIDE)
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
-            dd, vv = load_tile(grad, i0, m, h, i < T, H), load_tile(v, j0, n, h, fine, H)
+            dd, vv = load_tile(grad, i0, m, h, inside(i, T, PRECISION), H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(dd, tl.trans(vv), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
             dp = drop_weights(dp, seed, i[:, None], j[None, :], DROPOUT)
@@ -81,7 +82,7 @@ def grad_queries(
 
 @triton.jit(do_not_specialize=["T"])
 def grad_keys(
-    q, turned_q, k, v, rows, positions, table, broken, seed, grad, lse, inner, dk, T,
+    q, turned_q, k, v, bounds, positions, table, broken, seed, grad, lse, inner, dk, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
@@ -90,9 +91,9 @@ def grad_keys(
     j0 = tl.program_id(0) * BN
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     j = j0 + n
-    kk = load_tile(k, j0, n, z, j < T, Z)
-    rows_j = tl.load(rows + j, mask=j < T, other=-1)
-    fine = j < T
+    kk = load_tile(k, j0, n, z, inside(j, T, PRECISION), Z)
+    low, span = partners(bounds, j, T, 0 if CAUSAL else W, W)
+    fine = inside(j, T, PRECISION)
     if PRECISION != "tf32":
         fine = tl.load(broken + j, mask=fine, other=1) == 0
     acc = tl.zeros((BN, BZ), WIDE)
@@ -100,22 +101,21 @@ def grad_keys(
     last = tl.minimum(j0 + BN + W, T)
     for i0 in range(first, last, BM):
         i = i0 + m
-        qq = load_tile(q, i0, m, z, i < T, Z)
-        rows_i = tl.load(rows + i, mask=i < T, other=-1)
+        qq = load_tile(q, i0, m, z, inside(i, T, PRECISION), Z)
         s, ok, _ = pair_scores(
-            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
+            kk, qq, j, i, low, span, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
             PRECISION, WIDE, ASM
         )
         dp = tl.zeros((BN, BM), WIDE)
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
-            dd, vv = load_tile(grad, i0, m, h, i < T, H), load_tile(v, j0, n, h, fine, H)
+            dd, vv = load_tile(grad, i0, m, h, inside(i, T, PRECISION), H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(vv, tl.trans(dd), dp, input_precision=PRECISION, out_dtype=WIDE)
         if DROPOUT > 0:
             dp = drop_weights(dp, seed, i[None, :], j[:, None], DROPOUT)
         norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
         if MODE == 0:
-            norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
+            norm, mean = tl.load(lse + i), tl.load(inner + i)
         ds = score_gradients(s, ok, dp, norm[None, :], mean[None, :], MODE, ASM)
         if PRECISION == "tf32":
             qq = tl.trans(load_turned(turned_q, i0, m, z, Z, BM))
@@ -125,7 +125,7 @@ def grad_keys(
 
 @triton.jit(do_not_specialize=["T"])
 def grad_values(
-    q, k, rows, positions, table, seed, turned_grad, lse, dv, T,
+    q, k, bounds, positions, table, seed, turned_grad, lse, dv, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
@@ -135,21 +135,20 @@ def grad_values(
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     j = j0 + n
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    kk = load_tile(k, j0, n, z, j < T, Z)
-    rows_j = tl.load(rows + j, mask=j < T, other=-1)
+    kk = load_tile(k, j0, n, z, inside(j, T, PRECISION), Z)
+    low, span = partners(bounds, j, T, 0 if CAUSAL else W, W)
     acc = tl.zeros((BN, BH), WIDE)
     first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
     last = tl.minimum(j0 + BN + W, T)
     for i0 in range(first, last, BM):
         i = i0 + m
-        qq = load_tile(q, i0, m, z, i < T, Z)
-        rows_i = tl.load(rows + i, mask=i < T, other=-1)
+        qq = load_tile(q, i0, m, z, inside(i, T, PRECISION), Z)
         s, ok, _ = pair_scores(
-            kk, qq, j, i, rows_j, rows_i, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
+            kk, qq, j, i, low, span, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, True,
             PRECISION, WIDE, ASM
         )
         if MODE == 0:
-            norm = tl.load(lse + i, mask=i < T, other=0.0)
+            norm = tl.load(lse + i)
             p = tl.where(ok, exponential(s - norm[None, :], ASM), 0.0)
         else:
             p = score_weights(s, ok, MODE)

@@ -4,12 +4,15 @@ import triton
 import triton.language as tl
 
 from sma.kernels.gpu.attention_tiles import (
+    NOWHERE,
     drop_weights,
     exponential,
     factor,
+    inside,
     load_tile,
     load_turned,
     pair_scores,
+    partners,
     score_weights,
     store_tile,
 )
@@ -19,7 +22,7 @@ from sma.kernels.gpu.attention_tiles import (
 
 @triton.jit(do_not_specialize=["T"])
 def attend(
-    q, k, v, rows, positions, table, broken, seed, out, lse, T,
+    q, k, v, bounds, positions, table, broken, seed, out, lse, T,
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr
@@ -32,8 +35,8 @@ def attend(
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
     i = i0 + m
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    qq = load_tile(q, i0, m, z, i < T, Z)
-    rows_i = tl.load(rows + i, mask=i < T, other=-1)
+    qq = load_tile(q, i0, m, z, inside(i, T, PRECISION), Z)
+    low, span = partners(bounds, i, T, W, 0 if CAUSAL else W)
     acc = tl.zeros((BM, BH), WIDE)
     highest = tl.full((BM,), float("-inf"), WIDE)
     total = tl.zeros((BM,), WIDE)
@@ -41,10 +44,9 @@ def attend(
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
     for j0 in range(first, last, BN):
         j = j0 + n
-        kk = load_tile(k, j0, n, z, j < T, Z)
-        rows_j = tl.load(rows + j, mask=j < T, other=-1)
+        kk = load_tile(k, j0, n, z, inside(j, T, PRECISION), Z)
         s, ok, _ = pair_scores(
-            qq, kk, i, j, rows_i, rows_j, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
+            qq, kk, i, j, low, span, positions, table, T, MIDDLE, P, W, CAUSAL, BIAS, False,
             PRECISION, WIDE, ASM
         )
         bad = tl.load(broken + j, mask=j < T, other=1) > 0
@@ -71,7 +73,7 @@ def attend(
         acc = tl.dot(factor(p, vv, PRECISION), vv, acc, input_precision=PRECISION, out_dtype=WIDE)
     if MODE == 0:
         # Holes have the result 0.
-        real = rows_i >= 0
+        real = low < NOWHERE
         acc = acc / tl.where(real, total, 1.0)[:, None]
         if tl.program_id(1) == 0:
             tl.store(lse + i, tl.where(real, highest + tl.log(total), 0.0), mask=i < T)

@@ -7,7 +7,7 @@ turned first, block by block. The same pass rounds to TF32.
 import triton
 import triton.language as tl
 
-from sma.kernels.gpu.attention_tiles import load_tile, nearest, store_tile, store_turned
+from sma.kernels.gpu.attention_tiles import NOWHERE, load_tile, nearest, store_tile, store_turned
 
 # fmt: off
 
@@ -28,16 +28,27 @@ def _lay_out(x, near, turned, start, T, WIDTH: tl.constexpr, BW: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["T"])
 def lay_out_values(
-    q, k, v, near_q, near_k, turned_v, broken, T, Z: tl.constexpr, H: tl.constexpr, BZ: tl.constexpr, BH: tl.constexpr,
+    q, k, v, rows, offsets, lengths, near_q, near_k, turned_v, bounds, broken, T, HOLES: tl.constexpr,
+    Z: tl.constexpr, H: tl.constexpr, BZ: tl.constexpr, BH: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Mark the tokens that have a value which is not finite; for TF32, also round all, and turn the values.
+    """Write the bounds of each token's row, and mark the tokens that have a value which is not finite.
 
+    For TF32 also round queries, keys and values, and turn the values.
     Turned values of marked tokens are 0.
     """
     start = tl.program_id(0) * BM
     m = tl.arange(0, BM)
     i = start + m
+    row = tl.load(rows + i, mask=i < T, other=0)
+    first = tl.load(offsets + row)
+    if HOLES:
+        last = first + tl.load(lengths + row) - 1
+        first = tl.where(i <= last, first, NOWHERE)
+    else:
+        last = tl.load(offsets + row + 1) - 1
+    tl.store(bounds + i, first.to(tl.int32), mask=i < T)
+    tl.store(bounds + T + i, last.to(tl.int32), mask=i < T)
     found = tl.zeros((BM,), tl.int32)
     for h0 in range(0, H, BH):
         x = load_tile(v, start, m, h0 + tl.arange(0, BH), i < T, H)

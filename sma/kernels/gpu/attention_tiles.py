@@ -1,8 +1,8 @@
 """Tiles of pairs of tokens: scores, weights and their derivatives.
 
 Tiles of queries and keys lie on the packed line and may cross rows. A pair counts where its tokens are of one row and
-at most W apart: within a row the distance on the packed line is the distance in slots. So there is no block layout, and
-the host reads nothing.
+at most W apart: within a row the distance on the packed line is the distance in slots. The tokens of a row are one
+after another, so the partners of a token are too. There is no block layout, and the host reads nothing.
 
 The first axis of a tile is that of the tokens whose results a program makes: a product on tensor cores needs 64 of
 them, and reads its left factor from registers.
@@ -17,6 +17,7 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 MEAN = tl.constexpr(0.707107)
 STD = tl.constexpr(0.282095)
 SQRT_TAU = tl.constexpr(2.5066282746310002)
+NOWHERE = tl.constexpr(2**30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -71,6 +72,24 @@ def nearest(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def inside(at, T, PRECISION: tl.constexpr):
+    """Which of the tokens `at` are before the end; for TF32, tensors are filled up to the ends of all tiles."""
+    return (at < T) | (PRECISION == "tf32")
+
+
+@triton.jit
+def partners(bounds, at, T, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """The first partner of each token, and how many follow it: at most so many before and after it in its row.
+
+    `bounds`: the first and the last token of every token's row. Holes, and what is after T, start at NOWHERE.
+    """
+    first = tl.load(bounds + at, mask=at < T, other=NOWHERE)
+    last = tl.load(bounds + T + at, mask=at < T, other=NOWHERE)
+    low = tl.maximum(first, at - BEFORE)
+    return low, tl.maximum(tl.minimum(last, at + AFTER) - low, 0)
+
+
+@triton.jit
 def factor(x, like, PRECISION: tl.constexpr):
     """A tile of pairs as the left factor of a product.
 
@@ -91,8 +110,8 @@ def pair_scores(
     other,
     at,
     to,
-    rows_at,
-    rows_to,
+    low,
+    span,
     positions,
     table,
     T,
@@ -109,17 +128,18 @@ def pair_scores(
     """Scores of a tile of pairs, which of them count, and their index into the table.
 
     `own` are the queries of the tokens `at` and `other` the keys of the tokens `to`; KEYS_FIRST the other way round.
+    `low` and `span`: see `partners`.
     ASM: see `look_up`.
     """
-    s = add_product(own, tl.trans(other), 0.0, PRECISION, WIDE)
+    # A number above 0 keeps the compiler from starting the product with the biases, which would wait for them. It has
+    # no other effect on these types.
+    s = tl.dot(own, tl.trans(other), input_precision=PRECISION, max_num_imprecise_acc=32, out_dtype=WIDE)
     if KEYS_FIRST:
         distance = at[:, None] - to[None, :]
     else:
         distance = to[None, :] - at[:, None]
-    # Rows below 0 are holes and the end of the line: they equal no other.
-    ok = rows_at[:, None] == tl.where(rows_to < 0, -2, rows_to)[None, :]
-    # One comparison for both ends: what lies before the window is a large number without a sign.
-    ok = ok & ((distance + W).to(tl.uint32, bitcast=True) <= (W if CAUSAL else 2 * W))
+    # One comparison for both ends: what lies before `low` is a large number without a sign.
+    ok = (to[None, :] - low[:, None]).to(tl.uint32, bitcast=True) <= span[:, None].to(tl.uint32, bitcast=True)
     index = distance
     if BIAS > 0:
         if BIAS == 1:
@@ -129,7 +149,11 @@ def pair_scores(
                 index = here[:, None] - there[None, :]
             else:
                 index = there[None, :] - here[:, None]
-        index = tl.minimum(tl.maximum(index + MIDDLE, 0), P - 1)
+        # Distances in slots that are as far as tiles reach may all be in the table.
+        REACH: tl.constexpr = W + own.shape[0] + other.shape[0]
+        index += MIDDLE
+        if BIAS == 1 or MIDDLE < REACH or MIDDLE + REACH >= P:
+            index = tl.minimum(tl.maximum(index, 0), P - 1)
         s += look_up(table, index, ASM).to(WIDE)
     return s, ok, index
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sma.kernels.blocks import whole_tiles
 from sma.kernels.gpu.attention_backward import grad_keys, grad_queries, grad_values
 from sma.kernels.gpu.attention_forward import attend
 from sma.kernels.gpu.attention_operands import lay_out_gradients, lay_out_values
@@ -101,6 +102,11 @@ def _programs(tokens: int, *blocks: int) -> tuple[int]:
     return (max(triton.cdiv(triton.cdiv(tokens, block) * block, ROWS) for block in (*blocks, ROWS)),)
 
 
+def _near(x: Tensor) -> Tensor:
+    """A tensor for a matrix that is filled up to the ends of all tiles, with anything."""
+    return x.new_empty(whole_tiles(x.shape[0]), x.shape[1])
+
+
 def _turned(x: Tensor, block: int) -> Tensor:
     """A tensor for a matrix that is turned in blocks of so many rows."""
     return x.new_empty(triton.cdiv(x.shape[0], block) * block, x.shape[1])
@@ -122,46 +128,30 @@ def forward(
     seed: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Attend; keeps the logarithms of the sums of weights, the marks of broken tokens, the rows (-1 at holes) and the
-    positions.
+    """Attend; keeps the logarithms of the sums of weights, the marks of broken tokens, the first and the last token of
+    each one's row, and the positions.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     T, H = v.shape
-    if lengths is not None:
-        slots = torch.arange(T, device=rows.device) - offsets[rows]
-        rows = rows.where(slots < lengths[rows], -1)
-    rows = rows.int()
-    places = _places(positions, settings[0]) if table is not None and not settings[4] else rows.new_empty(0)
-    out, lse = torch.empty_like(v), v.new_empty(T if settings[2] == "softmax" else 0, dtype=_wide(v.dtype))
-    broken = v.new_empty(T, dtype=torch.int8)
-    kept = [lse, broken, rows, places]
+    by_position = table is not None and not settings[4]
+    places = _places(positions, settings[0]) if by_position else rows.new_empty(0, dtype=torch.int32)
+    sums = whole_tiles(T) if settings[2] == "softmax" else 0
+    out, lse = torch.empty_like(v), v.new_zeros(sums, dtype=_wide(v.dtype))
+    broken, bounds = v.new_empty(T, dtype=torch.int8), v.new_empty(2, T, dtype=torch.int32)
+    kept = [lse, broken, bounds, places]
     constants = _constants(q, v, table, settings)
     tile = tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device))
     queries, keys, values, options = q, k, v, _shared(constants, LAID_OUT)
     if constants["PRECISION"] == "tf32":
-        queries, keys, values = torch.empty_like(q), torch.empty_like(k), _turned(v, tile.BN)
-    operands = q, k, v, queries, keys, values, broken
-    launch(
-        lay_out_values, _programs(T, tile.BN), *operands, T, BH=min(power(H), 128), BM=ROWS, BLOCK=tile.BN, **options
-    )
+        queries, keys, values = _near(q), _near(k), _turned(v, tile.BN)
+    layout = [x.contiguous() for x in (rows, offsets, rows if lengths is None else lengths)]
+    results = queries, keys, values, bounds, broken
+    sizes = {"BH": min(power(H), 128), "BM": ROWS, "BLOCK": tile.BN, "HOLES": lengths is not None, **options}
+    launch(lay_out_values, _programs(T, tile.BN), q, k, v, *layout, *results, T, **sizes)
     grid = triton.cdiv(T, tile.BM), triton.cdiv(H, tile.BH)
-    launch(
-        attend,
-        grid,
-        queries,
-        keys,
-        values,
-        rows,
-        places,
-        lse if table is None else table,
-        broken,
-        lse if seed is None else seed,
-        out,
-        lse,
-        T,
-        **constants,
-        **tile._asdict(),
-    )
+    biases, random = lse if table is None else table, lse if seed is None else seed
+    given = queries, keys, values, bounds, places, biases, broken, random
+    launch(attend, grid, *given, out, lse, T, **constants, **tile._asdict())
     return out, kept
 
 
@@ -184,7 +174,7 @@ def backward(
     All but the table's are the same in every run; under `torch.use_deterministic_algorithms` that is too, by way of
     the gradients of all pairs.
     """
-    q, k, v, lse, broken, rows, places = kept
+    q, k, v, lse, broken, bounds, places = kept
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     (T, H), wide = v.shape, _wide(v.dtype)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -197,16 +187,15 @@ def backward(
     blocks = {"QUERIES": key_tile.BM, "KEYS": query_tile.BN, "GRADIENTS": value_tile.BM}
     rounded = constants["PRECISION"] == "tf32"
     if rounded:
-        near = [torch.empty_like(x) for x in near]
+        near = [_near(x) for x in near]
         turned = [_turned(x, block) for x, block in zip(turned, blocks.values(), strict=True)]
     if rounded or constants["MODE"] == 0:
         given, results = (q, k, v, grad, out, broken), (*near, *turned, inner)
         sizes = {"BH": min(power(H), 128), "BM": ROWS, **_shared(constants, ("MODE", "WIDE")), **shared}
         launch(lay_out_gradients, _programs(T, *blocks.values()), *given, *results, T, **blocks, **sizes)
     (near_q, near_k, near_v, near_grad), (turned_q, turned_k, turned_grad) = near, turned
-    numbers = lse if table is None else table
-    random = lse if seed is None else seed
-    tail = near_v, rows, places, numbers, broken, random, near_grad, lse, inner
+    biases, random = lse if table is None else table, lse if seed is None else seed
+    tail = near_v, bounds, places, biases, broken, random, near_grad, lse, inner
 
     launch(
         grad_keys,
@@ -221,7 +210,7 @@ def backward(
         **key_tile._asdict(),
     )
 
-    few = near_q, near_k, rows, places, numbers, random, turned_grad
+    few = near_q, near_k, bounds, places, biases, random, turned_grad
     grid = triton.cdiv(T, value_tile.BN), triton.cdiv(H, value_tile.BH)
     launch(grad_values, grid, *few, lse, dv, T, **constants, **value_tile._asdict())
 
