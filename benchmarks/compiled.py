@@ -67,6 +67,8 @@ def compile_launch(launch: Launch, card: Card) -> dict[str, Any]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "shared_memory": built.metadata.shared,
+        # Tensors that change their layout: free or an exchange between lanes, as the compiler's version has it.
+        "conversions": built.asm["ttgir"].count("ttg.convert_layout"),
         **counts,
     }
 

@@ -87,6 +87,7 @@ def _fake(
     if chosen == "triton":
         shape = states_shape(rows, length, log_decay.shape)
         kept = [log_decay.new_empty(shape if shape[2] > 1 or carried is not None else 0)]
+        kept += [log_decay.new_empty(4, directions, states, channels)]
     elif directions == 1:
         chunk = plain_chunk_of(length)
         chunks = -(-length // chunk)

@@ -26,7 +26,7 @@ class _Scan:
 
     Args:
         x: rows.
-        log_decay, weight: parameters.
+        prepared: log q, q, what q lacks, and w, as (S, N, D) each, see `prepare`.
         carried: h or None.
         lengths: tokens of rows or None.
         truncation: length of the kernels or None.
@@ -35,17 +35,15 @@ class _Scan:
     def __init__(
         self,
         x: Tensor,
-        log_decay: Tensor,
-        weight: Tensor,
+        prepared: Tensor,
         carried: Tensor | None,
         lengths: Tensor | None,
         truncation: int | None,
     ) -> None:
         self.batch, self.length, self.channels = x.shape
-        self.directions, _, self.states = log_decay.shape
+        _, self.directions, self.states, _ = prepared.shape
+        self.log_decay, self.decay, self.lack, self.weight = prepared.unbind()
         self.lengths = lengths
-        shape = (4, self.directions, self.states, self.channels)
-        self.log_decay, self.decay, self.lack, self.weight = log_decay.new_empty(shape).unbind()
         self.chunk = chunk_of(self.batch, self.length, self.channels)
         self.chunks = -(-self.length // self.chunk)
         self.late = truncation if truncation is not None and truncation < self.length else 0
@@ -53,7 +51,8 @@ class _Scan:
         self.block = min(_MOST_STATES, 1 << (self.states - 1).bit_length())
         self.blocks = -(-self.channels // _CHANNELS)
         self.slices = -(-self.states // self.block)
-        self.shape = states_shape(self.batch, self.length, log_decay.shape)
+        parameters = (self.directions, self.channels, self.states)
+        self.shape = states_shape(self.batch, self.length, parameters)
         self.sizes = (self.batch, self.length, self.channels, self.chunks)
         self.constants = {
             "S": self.directions,
@@ -65,16 +64,6 @@ class _Scan:
         }
         # Of kernels that scan.
         self.scanning = {"TOKEN": self.channels, "TRUNCATED": self.late > 0, "UNROLL": _UNROLL}
-        size = log_decay.numel()
-        launch(
-            prepare,
-            (-(-size // _PREPARED),),
-            *(log_decay.contiguous(), weight.contiguous(), self.log_decay, self.decay, self.lack, self.weight),
-            *(self.channels, size),
-            N=self.states,
-            UNROLL=_UNROLL,
-            BLOCK=_PREPARED,
-        )
 
     @property
     def enters(self) -> bool:
@@ -157,6 +146,22 @@ class _Scan:
         return decay, weight, skip.sum(0)
 
 
+def _prepared(log_decay: Tensor, weight: Tensor) -> Tensor:
+    """The parameters as the kernels read them."""
+    directions, channels, states = log_decay.shape
+    out = log_decay.new_empty(4, directions, states, channels)
+    size = log_decay.numel()
+    launch(
+        prepare,
+        (-(-size // _PREPARED),),
+        *(log_decay.contiguous(), weight.contiguous(), out, channels, size),
+        N=states,
+        UNROLL=_UNROLL,
+        BLOCK=_PREPARED,
+    )
+    return out
+
+
 def forward(
     x: Tensor,
     log_decay: Tensor,
@@ -166,11 +171,12 @@ def forward(
     lengths: Tensor | None,
     truncation: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk."""
+    """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk, and prepared parameters."""
     x, carried = x.contiguous(), None if carried is None else carried.mT.contiguous()
-    scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
+    prepared = _prepared(log_decay, weight)
+    scan = _Scan(x, prepared, carried, lengths, truncation)
     enter, end = scan.enter(x, flip=False)
-    return scan.results(x, skip.contiguous(), carried, enter, flip=False), end, [enter]
+    return scan.results(x, skip.contiguous(), carried, enter, flip=False), end, [enter, prepared]
 
 
 def backward(
@@ -187,12 +193,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_decay, weight, skip and carried."""
     x, grad = x.contiguous(), grad.contiguous()
-    scan = _Scan(x, log_decay, weight, carried, lengths, truncation)
+    enter, prepared = saved
+    scan = _Scan(x, prepared, carried, lengths, truncation)
     # The operator is its own adjoint, run from the right; the gradient of the last state is what it carries.
     back, carried_grad = scan.enter(grad, flip=True)
     x_grad = scan.results(grad, skip.contiguous(), end_grad.mT.contiguous() if scan.streams else None, back, flip=True)
-    slope, end_slope = scan.enter(x, flip=False, before=saved[0]) if saved[0].numel() else (saved[0], None)
-    decay_grad, weight_grad, skip_grad = scan.sums(x, grad, saved[0], slope)
+    slope, end_slope = scan.enter(x, flip=False, before=enter) if enter.numel() else (enter, None)
+    decay_grad, weight_grad, skip_grad = scan.sums(x, grad, enter, slope)
     if carried is not None and end_slope is not None:
         _, back_slope = scan.enter(grad, flip=True, before=back)
         decay_grad += (carried * back_slope + end_grad * end_slope).sum(0)

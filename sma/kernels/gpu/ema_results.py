@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sma.kernels.gpu.ema_states import SIZES, minus_one
+from sma.kernels.gpu.ema_states import SIZES, group, minus_one
 
 
 # fmt: off
@@ -34,37 +34,37 @@ def _pass(
         leaving = tl.exp(z * late)
         away = late if BACK else -late
         gone = x + away.to(tl.int64) * TOKEN
-    for i in range(0, CHUNK, UNROLL):
-        o = base + (CHUNK - UNROLL - i if BACK else i)
+    start = base + (CHUNK - UNROLL if BACK else 0)
+    values = group(x, start, size, here, q.dtype, FREEZE and BACK, TOKEN, UNROLL)
+    if LATER:
+        sums = group(source, start, size, here, q.dtype, FREEZE and BACK, TOKEN, UNROLL)
+    for i in tl.range(0, CHUNK, UNROLL, loop_unroll_factor=2):
+        o = start - i if BACK else start + i
         left = size - o
-        values = ()
+        ahead = o - UNROLL if BACK else o + UNROLL
+        there = tl.where(i + UNROLL < CHUNK, size, -CHUNK)
+        nexts = group(x, ahead, there, here, q.dtype, FREEZE and BACK, TOKEN, UNROLL)
+        if LATER:
+            sums_next = group(source, ahead, there, here, q.dtype, FREEZE and BACK, TOKEN, UNROLL)
         olds = ()
-        sums = ()
         if TRUNCATED:
             bound = left - late if BACK else late - first - o
         for k in tl.static_range(UNROLL):
             inside = here & (left > k)
-            if FREEZE and BACK:
-                inside &= o >= -k
-            value = tl.load(x + o * TOKEN + k * TOKEN, mask=inside, other=0.0)
-            values += (value.to(q.dtype),)  # type: ignore[assignment]
             if TRUNCATED:
                 past = inside & (bound > k if BACK else bound <= k)
                 old = tl.load(gone + o * TOKEN + k * TOKEN, mask=past, other=0.0)
                 olds += (old.to(q.dtype),)  # type: ignore[assignment]
-            if LATER:
-                before = tl.load(source + o * TOKEN + k * TOKEN, mask=inside, other=0.0)
-                sums += (before.to(q.dtype),)  # type: ignore[assignment]
         for turn in tl.static_range(UNROLL):
             k = UNROLL - 1 - turn if BACK else turn
-            r = r * q + values[UNROLL - 1 - turn if BACK else turn][None, :]
+            r = r * q + values[UNROLL - 1 - turn if BACK else turn]
             if TRUNCATED:
-                r -= leaving * olds[UNROLL - 1 - turn if BACK else turn][None, :]
+                r -= leaving * olds[UNROLL - 1 - turn if BACK else turn]
             if FREEZE:
-                out = tl.sum(w * r + h, 0)
+                out = tl.sum(w * r + h, 0, keep_dims=True)
                 h = h * q
             else:
-                out = tl.sum(w * r, 0)
+                out = tl.sum(w * r, 0, keep_dims=True)
             if LATER:
                 out += sums[UNROLL - 1 - turn if BACK else turn]
             else:
@@ -76,6 +76,9 @@ def _pass(
         r += r * missing
         if FREEZE:
             h += h * missing
+        values = nexts
+        if LATER:
+            sums = sums_next
 
 
 # fmt: off
@@ -95,7 +98,7 @@ def results(
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
     SLICES: tl.constexpr = (N + STATES - 1) // STATES
-    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     pid = pid // blocks
     j = pid % chunks
     b = pid // chunks
@@ -108,9 +111,9 @@ def results(
     row = b.to(tl.int64)
     token = (row * length + first) * TOKEN + d
     for index in tl.static_range(S * SLICES):
-        n = index % SLICES * STATES + tl.arange(0, STATES)
-        real = (n < N)[:, None] & here[None, :]
-        matrix = n[:, None] * channels + d[None, :]
+        n = index % SLICES * STATES + tl.arange(0, STATES)[:, None]
+        real = (n < N) & here
+        matrix = n * channels + d
         parameter = index // SLICES * N * channels + matrix
         entered = ((index // SLICES * batch + row) * chunks + j) * N * channels + matrix
         stream = row * N * channels + matrix
@@ -144,18 +147,18 @@ def _sum(
             inside = here & (left > k)
             value = tl.load(x + o * TOKEN + k * TOKEN, mask=inside, other=0.0).to(q.dtype)
             g = tl.load(gradient + o * TOKEN + k * TOKEN, mask=inside, other=0.0).to(q.dtype)
-            decay_sum += m * g[None, :]
-            r = r * q + value[None, :]
+            decay_sum += m * g
+            r = r * q + value
             if TRUNCATED:
                 past = inside & (bound > k if BACK else bound <= k)
                 old = tl.load(gone + o * TOKEN + k * TOKEN, mask=past, other=0.0).to(q.dtype)
-                out = leaving * old[None, :]
+                out = leaving * old
                 r -= out
                 gone_sum += g * old
             m = m * q + r
             if TRUNCATED:
                 m -= out * late
-            weight_sum += r * g[None, :]
+            weight_sum += r * g
             skip_sum += value * g
         r += r * lack
         m += m * lack
@@ -178,18 +181,18 @@ def sums(
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
     SLICES: tl.constexpr = (N + STATES - 1) // STATES
-    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     pid = pid // blocks
     slice = pid % SLICES
-    n = slice * STATES + tl.arange(0, STATES)
+    n = slice * STATES + tl.arange(0, STATES)[:, None]
     pid = pid // SLICES
     j = pid % chunks
     pid = pid // chunks
     way = pid % S
     group = pid // S
     here = d < channels
-    real = (n < N)[:, None] & here[None, :]
-    matrix = n[:, None] * channels + d[None, :]
+    real = (n < N) & here
+    matrix = n * channels + d
     parameter = way * N * channels + matrix
     q = tl.load(decay + parameter, mask=real, other=0.0)
     missing = tl.load(lack + parameter, mask=real, other=0.0)
@@ -199,8 +202,8 @@ def sums(
     first = j * CHUNK
     decay_sum = tl.zeros((STATES, CHANNELS), q.dtype)
     weight_sum = tl.zeros((STATES, CHANNELS), q.dtype)
-    skip_sum = tl.zeros((CHANNELS,), q.dtype)
-    gone_sum = tl.zeros((CHANNELS,), q.dtype)
+    skip_sum = tl.zeros((1, CHANNELS), q.dtype)
+    gone_sum = tl.zeros((1, CHANNELS), q.dtype)
     for b in range(group, batch, groups):
         size = length - first
         if ROWS:
@@ -225,7 +228,7 @@ def sums(
     tl.store(weight_sums + at, weight_sum, mask=real)
     decay_sum *= q
     if TRUNCATED:
-        decay_sum -= leaving * late * gone_sum[None, :]
+        decay_sum -= leaving * late * gone_sum
     w = tl.load(weight + parameter, mask=real, other=0.0)
     tl.store(decay_sums + at, decay_sum * w, mask=real)
     tl.store(skip_sums + line * channels + d, skip_sum, mask=here & (way == 0) & (slice == 0))

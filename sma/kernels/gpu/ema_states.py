@@ -6,14 +6,15 @@ chunk with exact powers of the decay. FLIP swaps the directions, which makes the
 Shapes: x (B, L, D), parameters (S, N, D), states between kernels (S, B, J, N, D); all contiguous. What a loop over
 tokens must not do, and how that is avoided:
 
-- Exchange values between lanes. Every matrix of states is loaded with channels side by side, and all loads agree on
-  one layout; one load with other strides would give its own layout to everything that depends on it. Sizes are not
-  specialised: a known multiple of 16 would make a lane hold neighbouring channels.
+- Exchange values between lanes. Every tensor is a matrix with channels side by side, also where it has one row, so that
+  all loads have one layout; one load with other strides would give its own layout to everything that depends on it.
+  Sizes are not specialised: a known multiple of 16 would make a lane hold neighbouring channels.
 - Compute addresses. The distance of tokens, TOKEN = D, and the direction are constants, so that the tokens of a group
   are one address and distances that are part of the instructions.
-- Wait. The tokens of a group are loaded before the first is used or stored: no load moves ahead of a store.
+- Wait. A group is loaded while the one before it is used, and all of it before a result is stored: no load moves ahead
+  of a store.
 - Take two instructions for r = q r + x. q is rounded once, and each group ends with r += r * lack, see `prepare`.
-- Call functions: each call takes a millisecond in Triton's interpreter.
+- Call a function for each token: that takes a millisecond in Triton's interpreter.
 """
 
 import triton
@@ -35,7 +36,7 @@ def minus_one(z):
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    log_decay, weight, z, q, lack, w, channels, size, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+    log_decay, weight, out, channels, size, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Log q and w with channels side by side, q rounded, and what q lacks: its share of a state after UNROLL tokens."""
     # fmt: on
@@ -46,10 +47,27 @@ def prepare(
     value = tl.load(log_decay + parameter, mask=given)
     step = minus_one(value)
     near = 1.0 + step
-    tl.store(z + at, value, mask=given)
-    tl.store(q + at, near, mask=given)
-    tl.store(lack + at, (step - (near - 1.0)) * UNROLL, mask=given)
-    tl.store(w + at, tl.load(weight + parameter, mask=given), mask=given)
+    tl.store(out + at, value, mask=given)
+    tl.store(out + size + at, near, mask=given)
+    tl.store(out + 2 * size + at, (step - (near - 1.0)) * UNROLL, mask=given)
+    tl.store(out + 3 * size + at, tl.load(weight + parameter, mask=given), mask=given)
+
+
+# fmt: off
+@triton.jit
+def group(
+    place, o, size, here, dtype: tl.constexpr, FLOOR: tl.constexpr, TOKEN: tl.constexpr, UNROLL: tl.constexpr,
+):
+    """The tokens of a group that begins with token o of a chunk; with FLOOR, o may lie before the chunk."""
+    # fmt: on
+    values = ()
+    for k in tl.static_range(UNROLL):
+        inside = here & (size - o > k)
+        if FLOOR:
+            inside &= o >= -k
+        value = tl.load(place + o * TOKEN + k * TOKEN, mask=inside, other=0.0)
+        values += (value.to(dtype),)  # type: ignore[assignment]
+    return values
 
 
 # fmt: off
@@ -70,25 +88,28 @@ def _scan(
     if TRUNCATED:
         away = late if BACK else -late
         gone = x + away.to(tl.int64) * TOKEN
-    for i in range(0, CHUNK, UNROLL):
-        o = base + (CHUNK - UNROLL - i if BACK else i)
-        place = x + o * TOKEN
+    start = base + (CHUNK - UNROLL if BACK else 0)
+    values = group(x, start, size, here, q.dtype, FREEZE and not BACK, TOKEN, UNROLL)
+    # Two groups per turn, so that none is moved to the registers of another.
+    for i in tl.range(0, CHUNK, UNROLL, loop_unroll_factor=2):
+        o = start - i if BACK else start + i
         left = size - o
+        ahead = o - UNROLL if BACK else o + UNROLL
+        nexts = group(
+            x, ahead, tl.where(i + UNROLL < CHUNK, size, -CHUNK), here,
+            q.dtype, FREEZE and not BACK, TOKEN, UNROLL,
+        )
         if TRUNCATED:
-            old_place = gone + o * TOKEN
             # Tokens of the group from which, or up to which, there is an earlier one.
-            bound = size - o - late if BACK else late - first - o
+            bound = left - late if BACK else late - first - o
         for turn in tl.static_range(UNROLL):
             k = UNROLL - 1 - turn if BACK else turn
-            inside = here & (left > k)
-            if FREEZE and not BACK:
-                inside &= o >= -k
-            value = tl.load(place + k * TOKEN, mask=inside, other=0.0).to(q.dtype)
-            r = r * q + value[None, :]
+            r = r * q + values[UNROLL - 1 - turn if BACK else turn]
             if TRUNCATED:
+                inside = here & (left > k)
                 past = inside & (bound > k if BACK else bound <= k)
-                old = tl.load(old_place + k * TOKEN, mask=past, other=0.0).to(q.dtype)
-                out = leaving * old[None, :]
+                old = tl.load(gone + o * TOKEN + k * TOKEN, mask=past, other=0.0).to(q.dtype)
+                out = leaving * old
                 r -= out
             if SLOPE:
                 m = m * q + r
@@ -97,6 +118,7 @@ def _scan(
         r += r * lack
         if SLOPE:
             m += m * lack
+        values = nexts
     return r, m
 
 
@@ -117,17 +139,17 @@ def ends(
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
     SLICES: tl.constexpr = (N + STATES - 1) // STATES
-    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     pid = pid // blocks
-    n = pid % SLICES * STATES + tl.arange(0, STATES)
+    n = pid % SLICES * STATES + tl.arange(0, STATES)[:, None]
     pid = pid // SLICES
     j = pid % chunks
     pid = pid // chunks
     way = pid % S
     b = pid // S
     here = d < channels
-    real = (n < N)[:, None] & here[None, :]
-    matrix = n[:, None] * channels + d[None, :]
+    real = (n < N) & here
+    matrix = n * channels + d
     parameter = way * N * channels + matrix
     q = tl.load(decay + parameter, mask=real, other=0.0)
     missing = tl.load(lack + parameter, mask=real, other=0.0)
@@ -177,14 +199,14 @@ def carry(
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
     SLICES: tl.constexpr = (N + STATES - 1) // STATES
-    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    d = pid % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     pid = pid // blocks
-    n = pid % SLICES * STATES + tl.arange(0, STATES)
+    n = pid % SLICES * STATES + tl.arange(0, STATES)[:, None]
     pid = pid // SLICES
     way = pid % S
     b = pid // S
-    real = (n < N)[:, None] & (d < channels)[None, :]
-    matrix = n[:, None] * channels + d[None, :]
+    real = (n < N) & (d < channels)
+    matrix = n * channels + d
     z = tl.load(log_decay + way * N * channels + matrix, mask=real, other=0.0)
     over_chunk = minus_one(z * CHUNK)
     tokens = length

@@ -10,6 +10,6 @@ from tests.test_sma.test_kernels.test_compiled import compiled
 def test_scans_keep_everything_in_registers() -> None:
     kernels = compiled("--operator", "ema", "--card", "90")
     assert {kernel["kernel"] for kernel in kernels} == {"prepare", "ends", "carry", "results", "sums"}
-    # No spills, and nothing that lanes would have to wait for.
-    wasted = ("stack", "spills", "shared_memory", "barriers", "atomics", "shuffles")
+    # No spills, and nothing that lanes would have to wait for, in this version of Triton or, by one layout, in another.
+    wasted = ("stack", "spills", "shared_memory", "barriers", "atomics", "shuffles", "conversions")
     assert [kernel for kernel in kernels if any(kernel[name] for name in wasted)] == []
