@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from sma.kernels.gpu.attention_tiles import (
-    add_product,
     drop_weights,
     exponential,
     factor,
@@ -158,5 +157,5 @@ def grad_values(
             dd = tl.trans(load_turned(turned_grad, i0, m, h, H, BM))
         else:
             dd = load_tile(turned_grad, i0, m, h, i < T, H)
-        acc = add_product(factor(p, dd, PRECISION), dd, acc, PRECISION, WIDE)
+        acc = tl.dot(factor(p, dd, PRECISION), dd, acc, input_precision=PRECISION, out_dtype=WIDE)
     store_tile(dv, j0, n, h, acc, j < T, H)

@@ -159,19 +159,6 @@ def pair_scores(
 
 
 @triton.jit
-def add_product(x, y, total, PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """`total` + `x` @ `y`, added after the product where PRECISION is tf32.
-
-    The compiler would start the product with the total. That makes the product wait for a total that is read from
-    memory, and one that is carried through a loop by moves makes it stop between the steps of the product.
-    """
-    # A number above 0 keeps the compiler from that. It has no other effect on these types.
-    BITS: tl.constexpr = 32 if PRECISION == "tf32" else 0
-    product = tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=BITS, out_dtype=WIDE)
-    return total + product
-
-
-@triton.jit
 def look_up(table, index, ASM: tl.constexpr):
     """Elements of a small table.
 
