@@ -220,8 +220,22 @@ def score_gradients(s, ok, dp, norm, mean, MODE: tl.constexpr, ASM: tl.constexpr
 def drop_weights(w, seed, i, j, DROPOUT: tl.constexpr):
     """Drop weights, or gradients of weights, and scale the others.
 
-    The draw depends on query and key alone, so that every kernel drops the same.
+    The draw depends on query and key alone, so that every kernel drops the same. A query's number is mixed once, and a
+    pair's in ten instructions: the generator Philox needs a hundred, which is more than all else that a pair costs.
     """
-    zero = i * 0 + j * 0
-    bits, _, _, _ = tl.philox(tl.load(seed), zero + i, zero + j, zero, zero)
-    return tl.where(tl.uint_to_uniform_float(bits) >= DROPOUT, w * (1 / (1 - DROPOUT)), 0.0)
+    bits = tl.load(seed)
+    low, high = bits.to(tl.uint32), (bits >> 32).to(tl.uint32)
+    row = _mixed(_mixed(i.to(tl.uint32) ^ low) ^ _mixed(low ^ high))
+    drawn = _mixed(row + j.to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32))
+    THRESHOLD: tl.constexpr = int(DROPOUT * 2**32)
+    return tl.where(drawn >= tl.full((), THRESHOLD, tl.uint32), w * (1 / (1 - DROPOUT)), 0.0)
+
+
+@triton.jit
+def _mixed(x):
+    """Mix the bits of 32-bit numbers: every bit of the result depends on every bit (the last step of MurmurHash3)."""
+    x ^= x >> 16
+    x *= tl.full((), 0x85EBCA6B, tl.uint32)
+    x ^= x >> 13
+    x *= tl.full((), 0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)
