@@ -45,6 +45,8 @@ def grad_queries(
     norm, mean = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
     if MODE == 0:
         norm, mean = tl.load(lse + i, mask=i < T, other=0.0), tl.load(inner + i, mask=i < T, other=0.0)
+    whole = tl.arange(0, BH)
+    own = load_tile(grad, i0, m, whole, inside(i, T, PRECISION), H)
     acc = tl.zeros((BM, BZ), WIDE)
     first = tl.maximum(i0 - W, 0) // BN * BN
     last = tl.minimum(i0 + BM + (0 if CAUSAL else W), T)
@@ -59,7 +61,9 @@ def grad_queries(
         if PRECISION != "tf32":
             fine = tl.load(broken + j, mask=fine, other=1) == 0
         dp = tl.zeros((BM, BN), WIDE)
-        for h0 in range(0, H, BH):
+        if BH >= H:
+            dp = tl.dot(own, tl.trans(load_tile(v, j0, n, whole, fine, H)), input_precision=PRECISION, out_dtype=WIDE)
+        for h0 in range(0, H if BH < H else 0, BH):
             h = h0 + tl.arange(0, BH)
             dd, vv = load_tile(grad, i0, m, h, inside(i, T, PRECISION), H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(dd, tl.trans(vv), dp, input_precision=PRECISION, out_dtype=WIDE)
@@ -68,7 +72,12 @@ def grad_queries(
         ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE, ASM)
         if PRECISION == "tf32":
             kk = tl.trans(load_turned(turned_k, j0, n, z, Z, BN))
-        acc = tl.dot(factor(ds, kk, PRECISION), kk, acc, input_precision=PRECISION, out_dtype=WIDE)
+        # A number above 0 keeps this sum out of the tensor cores. Where it goes through a loop without another loop
+        # in it, the compiler would wait for every step of every product.
+        BITS: tl.constexpr = 32 if PRECISION == "tf32" and BH >= H else 0
+        acc += tl.dot(
+            factor(ds, kk, PRECISION), kk, input_precision=PRECISION, max_num_imprecise_acc=BITS, out_dtype=WIDE
+        )
         if BIAS > 0:
             if ATOMIC:
                 copy = (tl.program_id(0) % COPIES) * P
@@ -95,6 +104,8 @@ def grad_keys(
     fine = inside(j, T, PRECISION)
     if PRECISION != "tf32":
         fine = tl.load(broken + j, mask=fine, other=1) == 0
+    whole = tl.arange(0, BH)
+    own = load_tile(v, j0, n, whole, fine, H)
     acc = tl.zeros((BN, BZ), WIDE)
     first = (j0 if CAUSAL else tl.maximum(j0 - W, 0)) // BM * BM
     last = tl.minimum(j0 + BN + W, T)
@@ -106,7 +117,10 @@ def grad_keys(
             PRECISION, WIDE, ASM
         )
         dp = tl.zeros((BN, BM), WIDE)
-        for h0 in range(0, H, BH):
+        if BH >= H:
+            dd = load_tile(grad, i0, m, whole, inside(i, T, PRECISION), H)
+            dp = tl.dot(own, tl.trans(dd), input_precision=PRECISION, out_dtype=WIDE)
+        for h0 in range(0, H if BH < H else 0, BH):
             h = h0 + tl.arange(0, BH)
             dd, vv = load_tile(grad, i0, m, h, inside(i, T, PRECISION), H), load_tile(v, j0, n, h, fine, H)
             dp = tl.dot(vv, tl.trans(dd), dp, input_precision=PRECISION, out_dtype=WIDE)

@@ -43,23 +43,26 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
         dtype: of the values.
         room: bytes of shared memory.
     """
-    # Measured by `python -m benchmarks.compiled`: the largest tiles whose registers do not go to the stack. Cards with
-    # much shared memory multiply 64 rows by a group of 4 warps, and others 16 rows by each warp.
-    narrow, small, groups = dtype.itemsize <= 2, power(query_size) < 128, room > 200_000
+    narrow, small = dtype.itemsize <= 2, power(query_size) < 128
+    if room > 200_000:
+        # A group of 4 warps multiplies 64 rows. Timed on an H200 by `python -m benchmarks.tiles`.
+        own, warps = (64, 4) if small or narrow else (128, 8)
+        if kernel == "grad_queries":  # the gradients of biases take registers
+            sides, width, stages = (own, 32), min(power(hidden_size), 64), 3
+        elif kernel == "grad_keys":
+            sides, width, stages = (own, 64), min(power(hidden_size), 64), 2
+        else:
+            sides, width, stages = (own, 32), _slice(query_size, hidden_size, 256), 2 if warps == 4 else 3
+        queries_first = kernel in ("attend", "grad_queries")
+        return Tiles(*(sides if queries_first else sides[::-1]), width, warps, stages)
+    # A warp multiplies 16 rows. The largest tiles whose registers do not go to the stack.
     if kernel in ("grad_queries", "grad_keys"):
-        light = narrow or (small and groups)
-        width = min(power(hidden_size), 64 if light else 32)
+        width = min(power(hidden_size), 64 if narrow else 32)
         if kernel == "grad_keys":
-            return Tiles(32, 64, width, 4, 2) if groups else Tiles(64, 32, width, 8, 2)
-        if groups:
-            return Tiles(64, 32 if light else 16, width, 4 if small else 8, 2)
+            return Tiles(64, 32, width, 8, 2)
         return Tiles(32, 64 if narrow or small else 32, width, 8, 2)
-    if kernel == "grad_values":
-        return Tiles(32, 64, _slice(query_size, hidden_size, 128), 4 if groups else 8, 2)
-    width = _slice(query_size, hidden_size, 256 if groups else 128)
-    if width < 256:
-        return Tiles(64, 32, width, 4 if groups else 8, 2)
-    return Tiles(64, 64 if narrow or small else 32, width, 8, 2)
+    width = _slice(query_size, hidden_size, 128)
+    return Tiles(32, 64, width, 8, 2) if kernel == "grad_values" else Tiles(64, 32, width, 8, 2)
 
 
 def _slice(query_size: int, hidden_size: int, widest: int) -> int:
