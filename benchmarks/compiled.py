@@ -120,7 +120,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 def launches_of(case: Case, card: Card) -> list[Launch]:
     """The launches of a case, each distinct program once."""
-    with recording(card.shared_memory) as launches:
+    with recording(card.shared_memory, card.capability // 10) as launches:
         case.run()
     programs = {}
     for launch in launches:

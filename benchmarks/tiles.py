@@ -159,7 +159,7 @@ def _timed(bench: Bench, given: Attended, task: Task, wanted: dict[str, Tensor])
     error = float((found - wide).norm() / wide.norm().clamp(min=1e-30))
     spills = getattr(ran.built, "n_spills", 0)
     room = shared_memory(values.device)
-    now = programs.tiles(task.kernel, spec.query_size, spec.hidden_size, values.dtype, room)
+    now = programs.tiles(task.kernel, spec.query_size, spec.hidden_size, values.dtype, room, len(given.leaves) > 3)
     fine = error <= TOLERANCES[task.dtype] and (not spills or task.tile is None)
     milliseconds = _milliseconds(bench, ran.call) if fine else None
     pairs = pairs_in_reach(given.lengths, spec.window or 0, not spec.bidirectional)

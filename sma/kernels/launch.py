@@ -34,6 +34,7 @@ class Launch(NamedTuple):
 class _Recorder(NamedTuple):
     launches: list[Launch]
     shared_memory: int
+    capability: int
 
 
 _recorders: list[_Recorder] = []
@@ -66,13 +67,14 @@ def launch(
 
 
 @contextmanager
-def recording(shared_memory: int) -> Iterator[list[Launch]]:
+def recording(shared_memory: int, capability: int = 9) -> Iterator[list[Launch]]:
     """Record launches instead of running them, so that tensors may be on the device `meta`.
 
     Args:
         shared_memory: bytes that a block has on the card in question.
+        capability: the first number of its compute capability.
     """
-    recorder = _Recorder([], shared_memory)
+    recorder = _Recorder([], shared_memory, capability)
     _recorders.append(recorder)
     try:
         yield recorder.launches
@@ -87,6 +89,13 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return _LEAST
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", _LEAST))
+
+
+def capability(device: torch.device) -> int:
+    """The first number of the compute capability of a device; 0 in the interpreter."""
+    if _recorders:
+        return _recorders[-1].capability
+    return int(torch.cuda.get_device_properties(device).major) if device.type == "cuda" else 0
 
 
 def input_precision(dtype: torch.dtype) -> str:

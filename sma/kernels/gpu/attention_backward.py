@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sma.kernels.gpu.attention_tiles import (
+    add_to,
     drop_weights,
     exponential,
     factor,
@@ -30,7 +31,7 @@ def grad_queries(
     MIDDLE: tl.constexpr, P: tl.constexpr, W: tl.constexpr, Z: tl.constexpr, H: tl.constexpr,
     BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr,
     MODE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr,
-    ATOMIC: tl.constexpr, COPIES: tl.constexpr
+    ATOMIC: tl.constexpr, COPIES: tl.constexpr, FULL: tl.constexpr
 ):
     """Gradients of BM queries and of the table.
 
@@ -79,7 +80,9 @@ def grad_queries(
             factor(ds, kk, PRECISION), kk, input_precision=PRECISION, max_num_imprecise_acc=BITS, out_dtype=WIDE
         )
         if BIAS > 0:
-            if ATOMIC:
+            if ATOMIC and FULL:
+                add_to(dtable + (tl.program_id(0) % COPIES) * P, index, ds)
+            elif ATOMIC:
                 copy = (tl.program_id(0) % COPIES) * P
                 tl.atomic_add(dtable + copy + index, ds, mask=ok, sem="relaxed")
             else:

@@ -179,6 +179,25 @@ def look_up(table, index, ASM: tl.constexpr):
 
 
 @triton.jit
+def add_to(table, index, values):
+    """Add to elements of a table of float32: `tl.atomic_add` by every thread that has a value.
+
+    As in `look_up`, none is moved to another thread. So no two threads may have the same: the layout of the tile must
+    fill all warps.
+    """
+    first = tl.full(index.shape, 0, tl.int64) + table.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; .reg .u64 at; setp.neu.f32 some, $3, 0f00000000; mad.wide.s32 at, $1, 4, $2; "
+        "@some red.relaxed.gpu.global.add.f32 [at], $3; mov.b32 $0, 0; }",
+        "=r,r,l,f",
+        [index, first, values],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def exponential(x, ASM: tl.constexpr):
     """The exponential function; with ASM, 0 for what is below normal numbers, in a third of the instructions."""
     if ASM:

@@ -11,7 +11,7 @@ from sma.kernels.blocks import whole_tiles
 from sma.kernels.gpu.attention_backward import grad_keys, grad_queries, grad_values
 from sma.kernels.gpu.attention_forward import attend
 from sma.kernels.gpu.attention_operands import lay_out_gradients, lay_out_values
-from sma.kernels.launch import input_precision, launch, shared_memory
+from sma.kernels.launch import capability, input_precision, launch, shared_memory
 
 MODES = {"softmax": 0, "relu2": 1, "laplace": 2}
 # Copies of the table that programs add to, so that their atomics rarely meet.
@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, room: int) -> Tiles:
+def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, room: int, biased: bool) -> Tiles:
     """Choose the tiles of a kernel.
 
     Args:
@@ -42,15 +42,15 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
         query_size, hidden_size: Z and H.
         dtype: of the values.
         room: bytes of shared memory.
+        biased: whether scores have biases, whose gradients take registers.
     """
     narrow, small = dtype.itemsize <= 2, power(query_size) < 128
     if room > 200_000:
         # A group of 4 warps multiplies 64 rows. Timed on an H200 by `python -m benchmarks.tiles`.
         own, warps = (64, 4) if small or narrow else (128, 8)
-        if kernel == "grad_queries":  # the gradients of biases take registers
-            sides, width, stages = (own, 32), min(power(hidden_size), 64), 3
-        elif kernel == "grad_keys":
-            sides, width, stages = (own, 64), min(power(hidden_size), 64), 2
+        if kernel in ("grad_queries", "grad_keys"):
+            other = 32 if biased and not small and kernel == "grad_queries" else 64
+            sides, width, stages = (own, other), min(power(hidden_size), 64), 2
         else:
             sides, width, stages = (own, 32), _slice(query_size, hidden_size, 256), 2 if warps == 4 else 3
         queries_first = kernel in ("attend", "grad_queries")
@@ -143,7 +143,7 @@ def forward(
     broken, bounds = v.new_empty(T, dtype=torch.int8), v.new_empty(2, T, dtype=torch.int32)
     kept = [lse, broken, bounds, places]
     constants = _constants(q, v, table, settings)
-    tile = tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device))
+    tile = tiles("attend", q.shape[1], H, v.dtype, shared_memory(v.device), table is not None)
     queries, keys, values, options = q, k, v, _shared(constants, LAID_OUT)
     if constants["PRECISION"] == "tf32":
         queries, keys, values = _near(q), _near(k), _turned(v, tile.BN)
@@ -184,7 +184,7 @@ def backward(
     constants, room = _constants(q, v, table, settings), shared_memory(v.device)
     inner, shared = torch.empty_like(lse), _shared(constants, LAID_OUT)
     query_tile, key_tile, value_tile = (
-        tiles(f"grad_{name}", q.shape[1], H, v.dtype, room) for name in ("queries", "keys", "values")
+        tiles(f"grad_{name}", q.shape[1], H, v.dtype, room, table is not None) for name in ("queries", "keys", "values")
     )
     near, turned = [q, k, v, grad], [q, k, grad]
     blocks = {"QUERIES": key_tile.BM, "KEYS": query_tile.BN, "GRADIENTS": value_tile.BM}
@@ -219,7 +219,9 @@ def backward(
 
     tile = query_tile
     atomic = table is None or not torch.are_deterministic_algorithms_enabled()
-    options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES}
+    # On compute capability 9, warps have 16 queries each, so no two threads of them have the same pair.
+    full = constants["ASM"] and 16 * tile.num_warps == tile.BM and capability(v.device) == 9
+    options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES, "FULL": full}
 
     def queries(first: int, count: int, into: Tensor) -> None:
         grid = (triton.cdiv(count, tile.BM),)
