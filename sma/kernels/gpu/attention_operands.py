@@ -29,7 +29,7 @@ def _lay_out(x, near, turned, start, T, WIDTH: tl.constexpr, BW: tl.constexpr, B
 @triton.jit(do_not_specialize=["T"])
 def lay_out_values(
     q, k, v, rows, offsets, lengths, near_q, near_k, turned_v, bounds, broken, T, HOLES: tl.constexpr,
-    Z: tl.constexpr, H: tl.constexpr, BZ: tl.constexpr, BH: tl.constexpr,
+    Z: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
     BM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Write the bounds of each token's row, and mark the tokens that have a value which is not finite.
@@ -59,14 +59,14 @@ def lay_out_values(
             h = h0 + tl.arange(0, BH)
             x = load_tile(v, start, m, h, (i < T) & (found == 0), H)
             store_turned(turned_v, i, h, nearest(x, PRECISION), T, H, BLOCK)
-        _lay_out(q, near_q, near_q, start, T, Z, BZ, BM, 0, PRECISION)
-        _lay_out(k, near_k, near_k, start, T, Z, BZ, BM, 0, PRECISION)
+        _lay_out(q, near_q, near_q, start, T, Z, BH, BM, 0, PRECISION)
+        _lay_out(k, near_k, near_k, start, T, Z, BH, BM, 0, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T"])
 def lay_out_gradients(
     q, k, v, grad, out, broken, near_q, near_k, near_v, near_grad, turned_q, turned_k, turned_grad, inner, T,
-    Z: tl.constexpr, H: tl.constexpr, BZ: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, QUERIES: tl.constexpr,
+    Z: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, GRADIENTS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):
     """Product of every result with its gradient, for softmax (MODE 0); for TF32, also round and turn what is read.
@@ -90,5 +90,5 @@ def lay_out_gradients(
             h = h0 + tl.arange(0, BH)
             store_tile(near_v, start, m, h, nearest(load_tile(v, start, m, h, fine, H), PRECISION), i < T, H)
         _lay_out(grad, near_grad, turned_grad, start, T, H, BH, BM, GRADIENTS, PRECISION)
-        _lay_out(q, near_q, turned_q, start, T, Z, BZ, BM, QUERIES, PRECISION)
-        _lay_out(k, near_k, turned_k, start, T, Z, BZ, BM, KEYS, PRECISION)
+        _lay_out(q, near_q, turned_q, start, T, Z, BH, BM, QUERIES, PRECISION)
+        _lay_out(k, near_k, turned_k, start, T, Z, BH, BM, KEYS, PRECISION)

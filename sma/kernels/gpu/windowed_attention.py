@@ -21,7 +21,7 @@ BUFFER = 2**25
 # Tokens of a program that lays out operands.
 ROWS = 32
 # Constants of all kernels.
-LAID_OUT = ("Z", "H", "BZ", "PRECISION")
+LAID_OUT = ("Z", "H", "PRECISION")
 
 
 class Tiles(NamedTuple):
@@ -149,7 +149,7 @@ def forward(
         queries, keys, values = _near(q), _near(k), _turned(v, tile.BN)
     layout = [x.contiguous() for x in (rows, offsets, rows if lengths is None else lengths)]
     results = queries, keys, values, bounds, broken
-    sizes = {"BH": min(power(H), 64), "BM": ROWS, "BLOCK": tile.BN, "HOLES": lengths is not None, **options}
+    sizes = {"BH": 64, "BM": ROWS, "BLOCK": tile.BN, "HOLES": lengths is not None, **options}
     launch(lay_out_values, _programs(T, tile.BN), q, k, v, *layout, *results, T, **sizes)
     grid = triton.cdiv(T, tile.BM), triton.cdiv(H, tile.BH)
     biases, random = lse if table is None else table, lse if seed is None else seed
@@ -194,7 +194,7 @@ def backward(
         turned = [_turned(x, block) for x, block in zip(turned, blocks.values(), strict=True)]
     if rounded or constants["MODE"] == 0:
         given, results = (q, k, v, grad, out, broken), (*near, *turned, inner)
-        sizes = {"BH": min(power(H), 64), "BM": ROWS, **_shared(constants, ("MODE", "WIDE")), **shared}
+        sizes = {"BH": 64, "BM": ROWS, **_shared(constants, ("MODE", "WIDE")), **shared}
         launch(lay_out_gradients, _programs(T, *blocks.values()), *given, *results, T, **blocks, **sizes)
     (near_q, near_k, near_v, near_grad), (turned_q, turned_k, turned_grad) = near, turned
     biases, random = lse if table is None else table, lse if seed is None else seed
