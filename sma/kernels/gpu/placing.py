@@ -55,7 +55,7 @@ def forward(active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, cou
     given = ranks_N if positions_BL is None else positions_BL
     launch(
         place_tokens,
-        (triton.cdiv(rows * length, _BLOCK),),
+        (-(-rows * length // _BLOCK),),
         *(active_BL.view(torch.uint8), ranks_N, given, index, positions, row, offsets, lengths, inverse),
         *(rows * length, length, count),
         GIVEN=positions_BL is not None,

@@ -1,5 +1,6 @@
 """Windowed attention in Triton: the launches of its kernels, and the choice of tiles."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+@cache
 def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, room: int, biased: bool) -> Tiles:
     """Choose the tiles of a kernel.
 
@@ -71,9 +73,14 @@ def _slice(query_size: int, hidden_size: int, widest: int) -> int:
     return min(widths, key=lambda width: -(-hidden_size // width) * (power(query_size) + width))
 
 
+def _parts(size: int, part: int) -> int:
+    """Number of parts; `triton.cdiv` takes the host 3 us a call."""
+    return -(-size // part)
+
+
 def power(size: int) -> int:
     """The next power of two, at least 16, the least side of a product on tensor cores."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _constants(q: Tensor, v: Tensor, table: Tensor | None, settings: tuple[Any, ...]) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def _shared(constants: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
 
 def _programs(tokens: int, *blocks: int) -> tuple[int]:
     """The grid of a kernel that lays out operands in blocks of so many tokens, of which the last is filled up."""
-    return (max(triton.cdiv(triton.cdiv(tokens, block) * block, ROWS) for block in (*blocks, ROWS)),)
+    return (max(_parts(_parts(tokens, block) * block, ROWS) for block in (*blocks, ROWS)),)
 
 
 def _near(x: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ def _near(x: Tensor) -> Tensor:
 
 def _turned(x: Tensor, block: int) -> Tensor:
     """A tensor for a matrix that is turned in blocks of so many rows."""
-    return x.new_empty(triton.cdiv(x.shape[0], block) * block, x.shape[1])
+    return x.new_empty(_parts(x.shape[0], block) * block, x.shape[1])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -151,7 +158,7 @@ def forward(
     results = queries, keys, values, bounds, broken
     sizes = {"BH": 64, "BM": ROWS, "BLOCK": tile.BN, "HOLES": lengths is not None, **options}
     launch(lay_out_values, _programs(T, tile.BN), q, k, v, *layout, *results, T, **sizes)
-    grid = triton.cdiv(T, tile.BM), triton.cdiv(H, tile.BH)
+    grid = _parts(T, tile.BM), _parts(H, tile.BH)
     biases, random = lse if table is None else table, lse if seed is None else seed
     given = queries, keys, values, bounds, places, biases, broken, random
     launch(attend, grid, *given, out, lse, T, **constants, **tile._asdict())
@@ -202,7 +209,7 @@ def backward(
 
     launch(
         grad_keys,
-        (triton.cdiv(T, key_tile.BN),),
+        (_parts(T, key_tile.BN),),
         near_q,
         turned_q,
         near_k,
@@ -214,7 +221,7 @@ def backward(
     )
 
     few = near_q, near_k, bounds, places, biases, random, turned_grad
-    grid = triton.cdiv(T, value_tile.BN), triton.cdiv(H, value_tile.BH)
+    grid = _parts(T, value_tile.BN), _parts(H, value_tile.BH)
     launch(grad_values, grid, *few, lse, dv, T, **constants, **value_tile._asdict())
 
     tile = query_tile
@@ -224,7 +231,7 @@ def backward(
     options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES, "FULL": full}
 
     def queries(first: int, count: int, into: Tensor) -> None:
-        grid = (triton.cdiv(count, tile.BM),)
+        grid = (_parts(count, tile.BM),)
         launch(grad_queries, grid, near_q, near_k, turned_k, *tail, dq, into, T, first, **options)
 
     if table is None:
