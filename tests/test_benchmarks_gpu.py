@@ -185,7 +185,8 @@ def test_a_phase_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 def test_chosen_phases_share_the_whole_time() -> None:
     chosen = [phase for phase in runner.PHASES if phase.name in ("ceilings", "kernels")]
-    assert runner._ends(chosen, 5.0, 320.0) == [65.0, 325.0]
+    share = chosen[0].seconds / (chosen[0].seconds + chosen[1].seconds)
+    assert runner._ends(chosen, 5.0, 320.0) == pytest.approx([5.0 + 320.0 * share, 325.0])
     assert runner._ends(runner.PHASES, 0.0, 560.0)[-1] == 560.0
 
 

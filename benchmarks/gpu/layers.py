@@ -1,6 +1,6 @@
 """Times of whole layers by one implementation of the operators: the phases `plain` and `kernels`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,6 +11,8 @@ from benchmarks.gpu.measure import PRECISIONS, Bench, build_layer, products_in, 
 from benchmarks.gpu.results import Points, Record
 from sma.kernels import use
 from sma.kernels.operator import Name
+
+ON_DEVICE = ", on the device"
 
 
 def plain(bench: Bench) -> None:
@@ -27,17 +29,29 @@ def kernels(bench: Bench) -> None:
 def _run(bench: Bench, implementation: Name) -> None:
     with use(implementation):
         for name, rate, precision, variant in _wanted(bench.toy):
-            bench.attempt(
-                point_name(name, rate, precision, variant),
-                partial(_layer, bench, implementation, bench.shapes[name], rate, precision, variant),
-                layer=name,
-                rate=rate,
-                precision=precision,
-                implementation=implementation,
-            )
+            _attempt(bench, _layer, implementation, name, rate, precision, variant)
             if (name, rate, precision) == ("text", 0.3, "tf32"):
                 operators.averages(bench)
                 operators.attentions(bench)
+        # Last, because all that follows a profile in its process is slower.
+        for name, rate, precision, variant in _wanted(bench.toy):
+            if implementation == "triton" and precision != PRECISIONS[0]:
+                _attempt(bench, _on_device, implementation, name, rate, precision, variant, ON_DEVICE)
+
+
+def _attempt(
+    bench: Bench,
+    measure: Callable[..., Record],
+    implementation: Name,
+    name: str,
+    rate: float,
+    precision: str,
+    variant: str,
+    suffix: str = "",
+) -> None:
+    labels = {"layer": name, "rate": rate, "precision": precision, "implementation": implementation}
+    arguments = bench, bench.shapes[name], rate, precision, variant
+    bench.attempt(point_name(name, rate, precision, variant) + suffix, partial(measure, *arguments), **labels)
 
 
 def point_name(layer: str, rate: float, precision: str, variant: str = "routed") -> str:
@@ -61,21 +75,20 @@ def _wanted(toy: bool) -> Iterator[tuple[str, float, str, str]]:
     yield from ((name, 0.3, PRECISIONS[0], "routed") for name in ("image", "enwik8", "pathx"))
 
 
-def _layer(bench: Bench, implementation: Name, shape: Shape, rate: float, precision: str, variant: str) -> Record:
+def _layer(bench: Bench, shape: Shape, rate: float, precision: str, variant: str) -> Record:
     with products_in(precision):
         layer, inputs, real = build_layer(bench, shape, rate, variant)
         step = step_of(bench, layer, inputs, precision)
         milliseconds = bench.milliseconds(step)
-        peak, device = bench.peak_gigabytes(step), profiled.device_milliseconds(bench, step)
-    figures: Record = {
-        "milliseconds": milliseconds,
-        "device_milliseconds": device,
-        "real_rate": real,
-        "peak_gigabytes": peak,
-    }
-    if (
-        implementation == "triton" and variant == "routed" and precision != "bf16"
-    ):  # the meta device, on which bytes are counted, has no autocast
+        return {"milliseconds": milliseconds, "real_rate": real, "peak_gigabytes": bench.peak_gigabytes(step)}
+
+
+def _on_device(bench: Bench, shape: Shape, rate: float, precision: str, variant: str) -> Record:
+    with products_in(precision):
+        layer, inputs, real = build_layer(bench, shape, rate, variant)
+        device = profiled.device_milliseconds(bench, step_of(bench, layer, inputs, precision))
+    figures: Record = {"device_milliseconds": device}
+    if variant == "routed" and precision != "bf16":  # the meta device, on which bytes are counted, has no autocast
         figures |= roofline(shape, real, precision, bench.points)
     return figures
 

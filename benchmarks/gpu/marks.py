@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.gpu.layers import point_name
+from benchmarks.gpu.layers import ON_DEVICE, point_name
 from benchmarks.gpu.results import Points
 
 State = Literal["met", "missed", "not measured"]
@@ -114,17 +114,19 @@ def _layers(points: Points) -> Iterator[Mark]:
     def layer(
         name: str, rate: float, precision: str, figure: str, phase: str = "kernels", variant: str = "routed"
     ) -> Any:
-        return points.get(phase, point_name(name, rate, precision, variant), figure)
+        return points.get(phase, point_name(name, rate, precision, variant) + _suffix(figure), figure)
 
     for name, rate in [*(("text", rate) for rate in RATES), ("image", 0.3), ("enwik8", 0.3), ("pathx", 0.3)]:
         time, bound = (layer(name, rate, "tf32", figure) for figure in ("device_milliseconds", "roofline"))
         yield _judge(f"layer of {name} at {rate}, tf32, over its roofline", _ratio(time, bound), 2.0, "<=", "x")
     for what, words in (("device_milliseconds", "on the device"), ("milliseconds", "with the host")):
         for name, rate, limit in (("text", 0.1, 3.0), ("text", 0.3, 2.0), ("text", 1.0, 1.3), ("image", 0.3, 1.0)):
-            figure = _ratio(points.get("peers", f"transformer {name}", what), layer(name, rate, "bf16", what))
+            peer = points.get("peers", f"transformer {name}{_suffix(what)}", what)
+            figure = _ratio(peer, layer(name, rate, "bf16", what))
             yield _judge(f"speed over a flash transformer, {name} at {rate}, bf16, {words}", figure, limit, ">=", "x")
         for name in ("text", "image"):
-            figure = _ratio(points.get("peers", f"authors {name}", what), layer(name, 0.3, "tf32", what))
+            peer = points.get("peers", f"authors {name}{_suffix(what)}", what)
+            figure = _ratio(peer, layer(name, 0.3, "tf32", what))
             yield _judge(f"speed over the authors' algorithm, {name} at 0.3, {words}", figure, 5.0, ">=", "x")
     for name, rates in (("text", (0.1, 0.3)), ("image", (0.3,))):
         for rate in rates:
@@ -135,10 +137,14 @@ def _layers(points: Points) -> Iterator[Mark]:
         yield _judge(f"peak memory over plain PyTorch, {name} at 0.3", _ratio(ours, plain), 0.6, "<=", "x")
 
 
+def _suffix(figure: str) -> str:
+    return ON_DEVICE if figure in ("device_milliseconds", "roofline") else ""
+
+
 def skip_efficiency(points: Points, layer: str, rate: float) -> float | None:
     """(T_dense - T) / ((1 - rate) (T_dense - T_without)) of times on the device: 1 where skipping costs nothing."""
     times = [
-        points.get("kernels", point_name(layer, *each), "device_milliseconds")
+        points.get("kernels", point_name(layer, *each) + ON_DEVICE, "device_milliseconds")
         for each in ((rate, "tf32"), (1.0, "tf32", "dense"), (0.0, "tf32", "without"))
     ]
     if any(time is None for time in times):

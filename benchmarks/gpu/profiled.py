@@ -1,8 +1,10 @@
 """The profile of one step: kernels, launches, questions to the host, the share of time in which the device idles."""
 
+import cProfile
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,29 @@ def device_milliseconds(bench: Bench, step: Callable[[], object]) -> float | Non
     if bench.toy:
         return None
     return busy(_own(record(bench, step), host_only=False)) / STEPS / 1e3
+
+
+def host_functions(bench: Bench, step: Callable[[], object]) -> Record:
+    """The functions of Python in which the host spends a step: own milliseconds, the 25 longest."""
+    for _ in range(1 if bench.toy else 10):
+        step()
+    synchronise(bench)
+    found = cProfile.Profile()
+    with found:
+        for _ in range(STEPS):
+            step()
+    synchronise(bench)
+    entries = [each for each in found.getstats() if each.inlinetime > 0]
+    longest = sorted(entries, key=lambda each: -each.inlinetime)[:25]
+    whole = sum(each.inlinetime for each in entries)
+    top = [[_function_name(each.code), round(1e3 * each.inlinetime / STEPS, 4)] for each in longest]
+    return {"host_milliseconds": 1e3 * whole / STEPS, "top": top}
+
+
+def _function_name(code: Any) -> str:
+    if isinstance(code, str):
+        return code[:100]
+    return f"{'/'.join(Path(code.co_filename).parts[-2:])}:{code.co_name}"
 
 
 def synchronise(bench: Bench) -> None:

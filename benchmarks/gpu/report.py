@@ -67,7 +67,7 @@ def _phase(phase: str, points: Points) -> Iterator[str]:
 
 def _top(name: str, row: Record) -> Iterator[str]:
     if row.get("top"):
-        yield f"The 20 longest of `{name}`, ms per step:"
+        yield f"The {len(row['top'])} longest of `{name}`, ms per step:"
         yield ""
         yield from _table(("kernel", "ms"), ((f"`{kernel}`", f"{time:g}") for kernel, time in row["top"]))
 

@@ -39,14 +39,14 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("ceilings", 30, ceilings.run),
-    Phase("correctness", 60, correctness.run),
-    Phase("profile", 40, steps.profile_of_a_step),
-    Phase("plain", 130, layers.plain),
-    Phase("kernels", 130, layers.kernels),
+    Phase("ceilings", 20, ceilings.run),
+    Phase("correctness", 110, correctness.run),
+    Phase("profile", 25, steps.profile_of_a_step),
+    Phase("plain", 85, layers.plain),
+    Phase("kernels", 140, layers.kernels),
     Phase("peers", 100, peers.run),
     Phase("steps", 50, steps.run),
-    Phase("counters", 20, ncu.run),
+    Phase("counters", 30, ncu.run),
 )
 UNTIMED = ("ceilings", "correctness")
 

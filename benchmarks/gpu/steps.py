@@ -77,9 +77,15 @@ def settings(bench: Bench) -> Iterator[None]:
 
 
 def profile_of_a_step(bench: Bench) -> None:
-    """Profile a training step, ragged and with a capacity."""
+    """Profile a training step: the host, and the device, ragged and with a capacity."""
+    bench.attempt("host", partial(_profile_of_the_host, bench))
     for name, capacity in (("ragged", None), ("static", STATIC)):
         bench.attempt(name, partial(_profile, bench, capacity))
+
+
+def _profile_of_the_host(bench: Bench) -> Record:
+    with settings(bench):
+        return profiled.host_functions(bench, training_of(bench).step(None))
 
 
 def _profile(bench: Bench, capacity: Capacity | None) -> Record:
