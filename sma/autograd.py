@@ -9,6 +9,18 @@ import torch
 from sma.errors import InputError
 
 
+def refuse_second_derivatives(what: str) -> None:
+    """Refuse, within a backward pass, that it is differentiated.
+
+    Raises:
+        InputError: it is called with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise InputError(
+            f"{what} has no second derivatives; differentiate without create_graph=True, or use finite differences"
+        )
+
+
 def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for the `backward` of an `autograd.Function` whose saved tensors carry no graph.
 
@@ -25,11 +37,7 @@ def first_derivative(what: str) -> Callable[[Callable[..., Any]], Callable[..., 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def checked(ctx: Any, *gradients: Any) -> Any:
-            if torch.is_grad_enabled():  # within backward: create_graph
-                raise InputError(
-                    f"{what} has no second derivatives; "
-                    "differentiate without create_graph=True, or use finite differences"
-                )
+            refuse_second_derivatives(what)
             return backward(ctx, *gradients)
 
         return checked

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sma.autograd import refuse_second_derivatives
 from sma.devices import autocasts, without_autocast
 from sma.fused import fuses
 from sma.glue import add_at
@@ -37,7 +38,8 @@ class LinearBypass(nn.Module):
 
         It is called after the product is queued, because the host may wait in it.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        casts = autocasts(x_TD.device) and not (fuses(x_TD) and x_TD.dtype is torch.float32)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or casts:
             return nn.functional.linear(x_TD, self.weight, self.bias), x_TD.index_select(0, places().index)
         results: tuple[Tensor, Tensor] = _LinearAndGather.apply(x_TD, self.weight, self.bias, places)
         return results
@@ -61,6 +63,8 @@ class _LinearAndGather(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         left, weight, index, inverse = ctx.saved_tensors
         wide, *kinds = ctx.dtypes
+        if left.dtype is not wide or weight.dtype is not kinds[0]:  # what was saved does not depend on the arguments
+            refuse_second_derivatives("the bypass under autocast")
         grad_x = grad_TD @ weight
         if inverse is None or torch.is_grad_enabled() or not (fuses(grad_x) and grad_routed.shape[0]):
             grad_x = grad_x.to(wide).index_add_(0, index, grad_routed)

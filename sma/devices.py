@@ -64,7 +64,7 @@ class Answer:
         self._copied = None
         if numbers.is_cuda:
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(numbers.device))
 
     def read(self) -> list[int]:
         """Wait for the numbers."""

@@ -90,7 +90,7 @@ def _schema(function: Callable[..., Any]) -> str:
 
 class Compiled:
     """A function that is compiled once for every width of its first argument, with its numbers and dtypes as constants,
-    and for any number of rows. Where the compiler fails it runs as it is written, with one warning.
+    and for any number of rows above 1. Where the compiler fails it runs as it is written, with one warning.
 
     Args:
         function: of tensors whose last axes, and whose only axes if as wide as the first, keep their sizes.
@@ -105,28 +105,60 @@ class Compiled:
     def __call__(self, *arguments: Any) -> Any:
         if self._is_broken:
             return self._function(*arguments)
-        width = arguments[0].shape[-1]
-        key = width, *(each.dtype if isinstance(each, Tensor) else each for each in arguments)
-        try:
-            if key in self._known:
+        key = _seen_by_compiler(arguments)
+        if key in self._known:
+            try:
                 return self._compiled(*arguments)
-            result = self._compile(width, arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # something that the key does not tell has changed, and the compiler is at its limit
+                self._known.discard(key)
+        try:
+            result = self._compile(arguments)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a compiler that is not installed, or a device that it does not know
+            result = self._function(*arguments)  # what is wrong with the arguments is raised here again
             self._is_broken = True
             warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
-            return self._function(*arguments)
+            return result
         self._known.add(key)
         return result
 
-    def _compile(self, width: int, arguments: tuple[Any, ...]) -> Any:
+    def _compile(self, arguments: tuple[Any, ...]) -> Any:
         from torch._dynamo import config, mark_static
 
+        width = arguments[0].shape[-1:]
+        tensors = [each for each in arguments if isinstance(each, Tensor)]
+        marks = [dict(vars(each)) for each in tensors]
         # A width that is known lets a kernel load many channels at a time, and keep a row in registers.
-        for each in arguments:
-            if isinstance(each, Tensor) and (each.ndim > 1 or each.shape == (width,)):
+        for each in tensors:
+            if each.ndim > 1 or each.shape == width:
                 mark_static(each, each.ndim - 1)
-        with config.patch(specialize_float=True, recompile_limit=256):
-            return self._compiled(*arguments)
+        try:
+            with config.patch(specialize_float=True, recompile_limit=_MOST, accumulated_recompile_limit=_MOST):
+                return self._compiled(*arguments)
+        finally:
+            for each, mark in zip(tensors, marks, strict=True):
+                vars(each).clear()
+                vars(each).update(mark)
+
+
+# Programs of one function.
+_MOST = 4096
+
+
+def _seen_by_compiler(arguments: tuple[Any, ...]) -> Any:
+    """What a program depends on, so that another value needs another one: constants, modes, and of tensors the dtype,
+    the device, whether they need gradients and are contiguous, and which sizes are 0 or 1.
+    """
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), arguments[0].device, arguments[0].shape[-1]
+    return *modes, *(_seen_of_tensor(each) if isinstance(each, Tensor) else each for each in arguments)
+
+
+def _seen_of_tensor(x: Tensor) -> Any:
+    sizes = tuple(2 if size > 1 else size for size in x.shape)
+    return x.dtype, x.requires_grad, x.is_contiguous(), x.is_inference(), sizes
 
 
 def fused(function: Callable[..., Any]) -> Fused:

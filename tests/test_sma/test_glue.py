@@ -302,6 +302,31 @@ def test_a_function_that_cannot_be_compiled_runs_as_written_with_one_warning(mon
     assert run(torch.ones(1), 2).item() == 3
 
 
+def test_a_function_without_memory_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [torch.OutOfMemoryError("no memory"), torch.tensor([5.0])]
+
+    def sometimes(*arguments: Any) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("torch.compile", lambda function, **options: sometimes)
+    run = Compiled(torch.add)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        run(torch.ones(1), 2)
+    assert run(torch.ones(1), 2).item() == 5
+
+
+def test_wrong_arguments_of_a_compiled_function_do_not_switch_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", lambda function, **options: function)
+    run = Compiled(torch.add)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        run(torch.ones(3), torch.ones(2))
+    monkeypatch.setattr(run, "_compiled", lambda *arguments: torch.tensor([5.0]))
+    assert run(torch.ones(1), 2).item() == 5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_functions_equal_those_as_written(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sma.bypass import LinearBypass
+from sma.errors import InputError
 from sma.glue import slots_of
 from sma.ragged import Places
 from tests.cases import generator, normal, spread
@@ -124,7 +125,9 @@ def test_autocast_gives_what_the_two_operators_give(graph: bool) -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_autocast_gives_the_gradients_of_the_two_operators() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_gives_the_gradients_of_the_two_operators(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    monkeypatch.setattr("sma.bypass.fuses", lambda tensor: fused)
     bypass, x, index = make(torch.float32), normal(50, WIDTH, dtype=torch.float32), torch.tensor([1, 3])
     found = []
     for program in (LinearBypass.__call__, plain):
@@ -147,3 +150,34 @@ def test_an_inverse_gives_the_gradients_of_the_index(monkeypatch: pytest.MonkeyP
     found = results(lambda part, x, _: part(x, lambda: Places(index, inverse)), bypass, x, index, (1.0, 1.0))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_leaves_float64_as_it_is(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    monkeypatch.setattr("sma.bypass.fuses", lambda tensor: fused)
+    bypass, x, index = make(), normal(5, WIDTH).requires_grad_(), torch.tensor([1, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mapped, _ = bypass(x, lambda: Places(index, None))
+    torch.testing.assert_close(mapped, nn.functional.linear(x, bypass.weight, bypass.bias), rtol=1e-12, atol=1e-12)
+
+
+def test_second_derivatives_under_autocast_are_those_of_the_operators_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def penalty() -> Tensor:
+        bypass, x = make(torch.float32), normal(5, WIDTH, dtype=torch.float32).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mapped, _ = bypass(x, lambda: Places(torch.tensor([1, 3]), None))
+        (slope,) = torch.autograd.grad(mapped.float().square().sum(), x, create_graph=True)
+        found: Tensor = torch.autograd.grad(slope.square().sum(), bypass.weight)[0]
+        return found
+
+    bypass, x = make(torch.float32), normal(5, WIDTH, dtype=torch.float32).requires_grad_()
+    (slope,) = torch.autograd.grad(
+        bypass(x, lambda: Places(torch.tensor([1]), None))[0].square().sum(), x, create_graph=True
+    )
+    (wanted,) = torch.autograd.grad(slope.square().sum(), bypass.weight)
+    torch.testing.assert_close(penalty(), wanted, rtol=5e-2, atol=5e-2 * float(wanted.abs().max()))
+    monkeypatch.setattr("sma.bypass.fuses", lambda tensor: True)
+    with pytest.raises(InputError, match=r"^the bypass under autocast has no second derivatives"):
+        penalty()

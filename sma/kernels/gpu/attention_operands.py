@@ -7,7 +7,7 @@ turned first, block by block. The same pass rounds to TF32.
 import triton
 import triton.language as tl
 
-from sma.kernels.gpu.attention_tiles import NOWHERE, load_tile, nearest, store_tile, store_turned
+from sma.kernels.gpu.attention_tiles import NOWHERE, load_tile, nearest_finite, store_tile, store_turned
 
 # fmt: off
 
@@ -20,7 +20,7 @@ def _lay_out(x, near, turned, start, T, WIDTH: tl.constexpr, BW: tl.constexpr, B
     i = start + m
     for c0 in range(0, WIDTH, BW):
         c = c0 + tl.arange(0, BW)
-        values = nearest(load_tile(x, start, m, c, i < T, WIDTH), PRECISION)
+        values = nearest_finite(load_tile(x, start, m, c, i < T, WIDTH), PRECISION)
         store_tile(near, start, m, c, values, i < T, WIDTH)
         if BLOCK > 0:
             store_turned(turned, i, c, values, T, WIDTH, BLOCK)
@@ -58,7 +58,7 @@ def lay_out_values(
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
             x = load_tile(v, start, m, h, (i < T) & (found == 0), H)
-            store_turned(turned_v, i, h, nearest(x, PRECISION), T, H, BLOCK)
+            store_turned(turned_v, i, h, nearest_finite(x, PRECISION), T, H, BLOCK)
         _lay_out(q, near_q, near_q, start, T, Z, BH, BM, 0, PRECISION)
         _lay_out(k, near_k, near_k, start, T, Z, BH, BM, 0, PRECISION)
 
@@ -88,7 +88,7 @@ def lay_out_gradients(
         fine = tl.load(broken + i, mask=i < T, other=1) == 0
         for h0 in range(0, H, BH):
             h = h0 + tl.arange(0, BH)
-            store_tile(near_v, start, m, h, nearest(load_tile(v, start, m, h, fine, H), PRECISION), i < T, H)
+            store_tile(near_v, start, m, h, nearest_finite(load_tile(v, start, m, h, fine, H), PRECISION), i < T, H)
         _lay_out(grad, near_grad, turned_grad, start, T, H, BH, BM, GRADIENTS, PRECISION)
         _lay_out(q, near_q, turned_q, start, T, Z, BH, BM, QUERIES, PRECISION)
         _lay_out(k, near_k, turned_k, start, T, Z, BH, BM, KEYS, PRECISION)

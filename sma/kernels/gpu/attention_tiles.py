@@ -72,6 +72,19 @@ def nearest(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def nearest_finite(x, PRECISION: tl.constexpr):
+    """`nearest`, which makes infinities of the largest numbers; here they are cut off instead.
+
+    Operands need it: infinity times 0, the weight of a pair that does not count, is NaN.
+    """
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        overflows = ((bits + 0x1000) & 0x7F800000) == 0x7F800000
+        x = tl.where(overflows & (x == x), (bits & -0x2000).to(tl.float32, bitcast=True), nearest(x, PRECISION))
+    return x
+
+
+@triton.jit
 def inside(at, T, PRECISION: tl.constexpr):
     """Which of the tokens `at` are before the end; for TF32, tensors are filled up to the ends of all tiles."""
     return (at < T) | (PRECISION == "tf32")

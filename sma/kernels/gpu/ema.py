@@ -43,7 +43,7 @@ class _Scan:
         self.batch, self.length, self.channels = x.shape
         _, self.directions, self.states, _ = prepared.shape
         self.log_decay, self.decay, self.lack, self.weight = prepared.unbind()
-        self.lengths = lengths
+        self.lengths = None if lengths is None else lengths.contiguous()  # kernels step through it
         self.chunk = chunk_of(self.batch, self.length, self.channels)
         self.chunks = -(-self.length // self.chunk)
         self.late = truncation if truncation is not None and truncation < self.length else 0

@@ -46,10 +46,11 @@ def prepare(
     parameter = (way * channels + d) * N + n
     value = tl.load(log_decay + parameter, mask=given)
     step = minus_one(value)
-    near = 1.0 + step
+    slow = tl.abs(value) < 0.5  # a fast decay loses nothing by rounding, and all of a small q in 1 + (q - 1)
+    near = tl.where(slow, 1.0 + step, tl.exp(value))
     tl.store(out + at, value, mask=given)
     tl.store(out + size + at, near, mask=given)
-    tl.store(out + 2 * size + at, (step - (near - 1.0)) * UNROLL, mask=given)
+    tl.store(out + 2 * size + at, tl.where(slow, (step - (near - 1.0)) * UNROLL, 0.0), mask=given)
     tl.store(out + 3 * size + at, tl.load(weight + parameter, mask=given), mask=given)
 
 

@@ -141,7 +141,7 @@ def forward(
     """Attend; keeps the logarithms of the sums of weights, the marks of broken tokens, the first and the last token of
     each one's row, and the positions.
     """
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v, table = q.contiguous(), k.contiguous(), v.contiguous(), None if table is None else table.contiguous()
     T, H = v.shape
     by_position = table is not None and not settings[4]
     places = _places(positions, settings[0]) if by_position else rows.new_empty(0, dtype=torch.int32)
@@ -184,6 +184,7 @@ def backward(
     All but the table's are the same in every run; under `torch.use_deterministic_algorithms` that is too, by way of
     the gradients of all pairs.
     """
+    table = None if table is None else table.contiguous()
     q, k, v, lse, broken, bounds, places = kept
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     (T, H), wide = v.shape, _wide(v.dtype)

@@ -105,3 +105,17 @@ def test_chunks_are_long_where_there_is_enough_to_do() -> None:
 @pytest.mark.parametrize("name", ["bidirectional", "ragged streams"])
 def test_operator_passes_the_checks_of_torch(name: str) -> None:
     torch.library.opcheck(torch.ops.sma.ema.default, (*CASES[name], "triton"))
+
+
+def test_lengths_that_are_a_column_count_the_tokens_of_their_rows() -> None:
+    inputs = CASES["ragged streams"]
+    assert inputs.lengths is not None
+    column = torch.stack([inputs.lengths, torch.ones_like(inputs.lengths)], 1)[:, 0]
+    assert not column.is_contiguous()
+    assert_is_the_loop(inputs._replace(lengths=column), "triton")
+
+
+def test_a_decay_that_is_almost_all_keeps_its_share() -> None:
+    inputs = draw(1, 9, 2)
+    inputs = inputs._replace(log_decay=(inputs.log_decay.detach() * 0 - 30.0).requires_grad_())
+    assert_is_the_loop(inputs, "triton")

@@ -278,3 +278,28 @@ def test_operator_passes_torchs_own_checks(
 
 def test_a_cpu_uses_the_plain_operator() -> None:
     assert implementation("windowed_attention", "cpu").name == "plain"
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "incoming"])
+def test_the_largest_numbers_stay_where_they_are_in_tf32(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """They do not round to infinity, which reaches every pair of a tile."""
+    given = problem([40], 3, dtype=torch.float32)
+    values, incoming = given.tokens.values.clone(), given.incoming.clone()
+    column = {"q": 0, "k": Z, "v": 2 * Z}.get(part)
+    (incoming if column is None else values)[30, column or 0] = torch.finfo(torch.float32).max
+    given = given._replace(tokens=given.tokens.with_values(values), incoming=incoming)
+    monkeypatch.setattr("sma.kernels.gpu.windowed_attention.input_precision", lambda dtype: "tf32")
+    found = solve("triton", given, 3, causal=True, weighting="relu2")
+    for name, value in found.items():
+        far = torch.ones(40, dtype=torch.bool)
+        far[24:37] = False
+        assert value[far].isfinite().all(), name
+
+
+def test_a_table_that_is_a_column_gives_what_its_copy_gives() -> None:
+    given = problem([9, 4], 3, "slot_distance")
+    assert given.bias is not None
+    column = torch.stack([given.bias.table.detach(), torch.full_like(given.bias.table, 7.0)], 1)[:, 0].requires_grad_()
+    assert not column.is_contiguous()
+    found = solve("triton", given._replace(bias=given.bias._replace(table=column)), 3)
+    assert_close(found, solve("triton", given, 3))
