@@ -2,13 +2,15 @@
 
 import pytest
 
-from tests.test_sma.test_kernels.test_compiled import compiled
+from tests.test_sma.test_kernels.test_compiled import TASKS, compiled
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_scans_keep_everything_in_registers() -> None:
-    kernels = compiled("--operator", "ema", "--card", "90")
+@pytest.mark.parametrize(("dtype", "tasks"), [("tf32", TASKS), ("bf16", ("image", "language"))], ids=["tf32", "bf16"])
+def test_scans_keep_everything_in_registers(dtype: str, tasks: tuple[str, ...]) -> None:
+    presets = [word for task in tasks for word in ("--preset", f"{task}_paper")]
+    kernels = compiled("--operator", "ema", "--card", "90", "--dtype", dtype, *presets)
     assert {kernel["kernel"] for kernel in kernels} == {"prepare", "ends", "carry", "results", "sums"}
     # No spills, and nothing that lanes would have to wait for, in this version of Triton or, by one layout, in another.
     wasted = ("stack", "spills", "shared_memory", "barriers", "atomics", "shuffles", "conversions")
