@@ -114,8 +114,7 @@ def join_parts_backward(
 @fused
 def add_at(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """The sum of `x` `(N, D)`, and of the values `(T, D)` at the tokens whose slot is below T, in the values' dtype."""
-    found = values[slots.clamp(max=values.shape[0] - 1)]
-    return x.to(values.dtype) + found.where((slots < values.shape[0])[:, None], 0)
+    return x.to(values.dtype) + _found(values, slots).where(_has_result(slots, values), 0)
 
 
 @fused
