@@ -60,6 +60,8 @@ napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
+highlight_language = "bash"  # of blocks that name no language: commands
+
 html_theme = "pydata_sphinx_theme"
 html_title = "Sparse Modular Activation"
 html_static_path = ["_static"]
@@ -77,6 +79,4 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
-    "pygments_light_style": "tango",
-    "pygments_dark_style": "monokai",
 }

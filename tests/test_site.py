@@ -1,6 +1,7 @@
 """The extensions of the site: links, docstrings and figures; tests/test_architecture.py has the reference itself."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSIONS = ROOT / "docs" / "_ext"
+COMMENT = re.compile(r"^ *%.*$", re.MULTILINE)
 
 
 def load(path: Path) -> ModuleType:
@@ -42,6 +44,16 @@ def test_links_lead_to_where_the_site_has_the_file(page: str, link: str, expecte
     point = load(EXTENSIONS / "site_pages.py").point
     code = f"```\n[a]({link})\n```\n"
     assert point(f"[a]({link})\n{code}", page) == f"[a]({expected})\n{code}"
+
+
+def test_no_line_of_a_page_is_lost_as_a_comment() -> None:
+    origins = load(EXTENSIONS / "site_pages.py").PAGES
+    outside_code = load(EXTENSIONS / "site_pages.py").outside_code
+    lost = []
+    for path in [*(ROOT / origin for origin in origins), *(ROOT / "docs").rglob("*.md")]:
+        # MyST reads a line that starts with % as a comment, such as "10" at the end of a line and "% of all" below it.
+        outside_code(path.read_text(encoding="utf-8"), lambda prose: lost.extend(COMMENT.findall(prose)) or prose)
+    assert lost == []
 
 
 @pytest.mark.parametrize(

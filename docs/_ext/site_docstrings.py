@@ -36,6 +36,8 @@ def without_hanging_indents(lines: list[str]) -> list[str]:
 
 def _convert(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = markdown_to_rst("\n".join(without_hanging_indents(lines))).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "\\ ")  # nothing, or napoleon reads what stands before a colon in the first line as a type
 
 
 def _escape_types(app: "Sphinx", what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

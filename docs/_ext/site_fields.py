@@ -11,20 +11,25 @@ from sphinx.util.typing import stringify_annotation
 
 BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "min_length": "at least {} items"}
 
+SHORTENED = re.compile(r"~([\w]+\.)*")
+"""What Sphinx marks as a path to be left out, such as that of `~sma.norms.NormSpec`."""
+
 
 def _default(field: FieldInfo) -> str:
-    return "..." if field.default_factory else repr(field.default)
+    default = field.get_default(call_default_factory=True)
+    return "..." if field.default_factory and default else repr(default)  # a factory's may depend on the machine
 
 
 def _facts(field: FieldInfo) -> str:
     """Return type, range and default of a field in one line."""
-    facts = [stringify_annotation(field.annotation, "smart").replace("~", "")]
+    annotation = stringify_annotation(field.annotation, "smart")
+    facts = [f"`{SHORTENED.sub('', annotation)}`"]
     for rule in field.metadata:
         facts += [
             text.format(getattr(rule, name)) for name, text in BOUNDS.items() if getattr(rule, name, None) is not None
         ]
     if not field.is_required():
-        facts.append(f"default {_default(field)}")
+        facts.append(f"default `{_default(field)}`")
     return ", ".join(fact for fact in facts if fact)
 
 
