@@ -45,6 +45,7 @@ class ClassificationReport(NamedTuple):
         class_names: names of the classes; empty if they have only numbers.
         confusion: confusion matrix of the whole split; None if it was not counted.
         roles: role of a position by the first character of its text; empty if positions have no roles.
+        by_group: accuracy on the measured samples of every group; empty if samples have no groups.
         without_layer: accuracy on the measured samples with the sub-modules of one routed layer switched off, by layer.
         router: field path of the router, for suggestions: that of all layers, or of the first routed one of a list.
         fixed: whether the rates of all routers are fixed, so that no suggestion can change them.
@@ -59,6 +60,7 @@ class ClassificationReport(NamedTuple):
     class_names: tuple[str, ...] = ()
     confusion: Confusion | None = None
     roles: Mapping[str, str] = MappingProxyType({})
+    by_group: Mapping[str, float] = MappingProxyType({})
     without_layer: tuple[float, ...] = ()
     router: str = "layers.layer.router"
     fixed: bool = False
@@ -105,9 +107,12 @@ class ClassificationReport(NamedTuple):
                 f"{summary['parameters']:,} parameters, seed {summary['seed']}"
             ),
         ]
+        if self.by_group:
+            shares = "   ".join(f"{plain(group)}: {share:.1%}" for group, share in self.by_group.items())
+            lines.insert(2, f"by group          {shares}   ({self.samples:,} samples)")
         if self.without_layer and any(rates):
             off = "   ".join(f"layer {layer}: {accuracy:.1%}" for layer, accuracy in enumerate(self.without_layer))
-            lines.insert(3, f"switched off      {off}   (test accuracy without one layer, {self.samples:,} samples)")
+            lines.insert(-1, f"switched off      {off}   (test accuracy without one layer, {self.samples:,} samples)")
         if self.roles and any(rates):
             lines += ["by role", self.describe_roles()]
         elif self.by_text and any(rates):
@@ -171,12 +176,16 @@ def measure_activation(
     modules: tuple[str, ...] = ()
     device = next(model.parameters()).device
     right, scored = [0] * len(model.routed_layers), 0
+    groups: dict[str, list[bool]] = defaultdict(list)
     # Samples of about 40 positions fill one line of the figure; ties are resolved by the order of the draws.
     wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
     for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
         batch = data.collate([samples[int(number)] for number in part]).to(device)
         output = model(batch.inputs, batch.valid)
         guesses, answers = _answers(output.logits, batch.targets)
+        if data.group is not None and guesses:
+            for number, guess, answer in zip(part.tolist(), guesses, answers, strict=True):
+                groups[data.group(data.show(samples[number][0]))].append(guess == answer)
         if not output.decisions:
             continue
         modules = module_names(output.decisions)
@@ -207,6 +216,7 @@ def measure_activation(
     routers = [layer.router for layer in model.spec.layer_specs if layer.modules]
     return report._replace(
         roles=data.roles,
+        by_group={group: statistics.fmean(hits) for group, hits in sorted(groups.items())},
         without_layer=without,
         router=_router_path(model.spec),
         fixed=all(router.fixed_rate for router in routers),

@@ -43,6 +43,8 @@ class TaskData(NamedTuple):
         image_shape: height and width of images whose pixels, row after row, are the positions; None for other inputs.
         sample_rate: sample rate of sounds whose samples are the positions, in Hz; None for other inputs.
         roles: role of a position by the first character of its text; empty if positions have no roles.
+        group: function that returns the group of a sample from the texts of its positions; reports then have the
+            accuracy of every group. None if samples have no groups.
     """
 
     train: Samples
@@ -55,6 +57,7 @@ class TaskData(NamedTuple):
     image_shape: tuple[int, int] | None = None
     sample_rate: int | None = None
     roles: Mapping[str, str] = MappingProxyType({})
+    group: Callable[[Sequence[str]], str] | None = None
 
     def __repr__(self) -> str:
         """One line: the number of samples of each split, and the facts that are known."""

@@ -170,7 +170,8 @@ class Classification(Objective[ClassificationTask, TaskData]):
         data = super().results(report, measures)
         roles = {"rates_by_role": report.rates_by_role} if report.roles else {}
         shares = {"chance": self.task.chance, "majority": report.majority, "without_layer": list(report.without_layer)}
-        return {**shares, "per_class": per_class, **roles, **data}
+        groups = {"by_group": dict(report.by_group)} if report.by_group else {}
+        return {**shares, "per_class": per_class, **roles, **groups, **data}
 
     def breakdown(self, module: TrainingModule) -> Confusion | None:
         confusion = cast(Classifier, module).confusion

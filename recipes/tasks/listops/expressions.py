@@ -215,7 +215,12 @@ def decode(ids: Iterable[int] | Tensor) -> str:
 
 def _load(folder: Path, hashes: Mapping[str, str]) -> TaskData:
     splits = [read_listops(folder / name) for name in FILES.values()]
-    return TaskData.of(splits, lambda ids: decode(ids).split(), hashes=hashes)
+    return TaskData.of(splits, lambda ids: decode(ids).split(), hashes=hashes, group=_outermost)
+
+
+def _outermost(symbols: Sequence[str]) -> str:
+    """The outermost operator of an expression, such as `outermost MAX`."""
+    return f"outermost {symbols[0][1:]}" if symbols[0] in OPERATORS else "single digit"
 
 
 def _check_header(line: bytes, path: str | Path) -> None:

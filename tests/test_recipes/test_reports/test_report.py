@@ -66,6 +66,22 @@ def test_accuracy_without_a_layer_equals_a_loop_over_samples(finished, data):
     assert tuple(done.summary["without_layer"]) == done.report.without_layer
 
 
+def test_accuracy_by_group_equals_a_loop_over_samples(finished, data, tmp_path):
+    _, done = finished
+    hits = {}
+    for number in range(len(data.test)):
+        ids, target = data.test[number]
+        with torch.no_grad():
+            right = int(done.module.model.eval()(ids[None]).logits.argmax()) == target
+        hits.setdefault(f"outermost {data.show(ids)[0].removeprefix('[')}", []).append(right)
+    assert list(done.report.by_group) == sorted(hits)
+    assert len(hits) == 4
+    assert done.report.by_group == {group: pytest.approx(sum(own) / len(own)) for group, own in hits.items()}
+    assert done.summary["by_group"] == done.report.by_group
+    groups = "   ".join(f"{group}: {share:.1%}" for group, share in done.report.by_group.items())
+    assert f"by group          {groups}   (60 samples)" in done.report.describe(done.summary, tmp_path).splitlines()
+
+
 def test_majority_is_the_share_of_the_majority_class(finished, data):
     answers = [data.test[number][1] for number in range(len(data.test))]
     assert finished[1].report.majority == pytest.approx(max(map(answers.count, answers)) / len(answers))
@@ -303,6 +319,7 @@ def test_model_that_routes_nothing_is_described_too(data, tmp_path):
     done = train(spec, tmp_path, data)
     assert done.summary["activation_rate"] == []
     assert "activation rate   nothing is routed" in done.report.describe(done.summary, tmp_path)
+    assert len(done.report.by_group) == 4
     _pixels(done.report.draw(tmp_path, "no router"))
 
 

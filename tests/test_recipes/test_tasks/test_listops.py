@@ -327,3 +327,9 @@ def test_dataset_gives_ids_and_targets_by_index(small_data):
 def test_data_loader_shuffles_samples_into_batches(small_data):
     loader = torch.utils.data.DataLoader(small_data[1].train, batch_size=32, shuffle=True, collate_fn=collate)
     assert sum(int(batch.valid.sum()) for batch in loader) == int(small_data[1].train.lengths.sum())
+
+
+def test_group_of_an_expression_is_its_outermost_operator(small_data):
+    texts = ("[MAX 1 [SM 2 3 ] ]", "[SM 0 [MIN 1 ] ]", "[MED 5 ]", "[MIN 4 [MAX 1 ] ]", "7")
+    groups = [small_data[1].group(text.split()) for text in texts]
+    assert groups == ["outermost MAX", "outermost SM", "outermost MED", "outermost MIN", "single digit"]
