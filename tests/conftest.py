@@ -1,6 +1,5 @@
 """What all tests share: checked shapes, seeds, profiles of hypothesis, and what needs a GPU."""
 
-import importlib.util
 import os
 import pkgutil
 import signal
@@ -15,6 +14,7 @@ import jaxtyping
 import pytest
 import torch
 
+import tests.interpreter
 import tests.shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,15 +31,7 @@ _CHECKED = [
 ]
 tests.shapes.install(_CHECKED)
 
-# Without a GPU, kernels run in Triton's interpreter, which its import chooses. The processes that tests start, such as
-# compilers, must not see the variable.
-if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    knobs = importlib.import_module("triton.knobs")
-    importlib.import_module("triton.language")
-    del os.environ["TRITON_INTERPRET"]
-    knobs.propagate_env = False
-    knobs.runtime.interpret = True
+tests.interpreter.install()
 
 # The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
 _ALL = hypothesis.settings(
