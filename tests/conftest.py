@@ -1,5 +1,7 @@
 """What all tests share: checked shapes, seeds, profiles of hypothesis, and what needs a GPU."""
 
+import gc
+import logging
 import os
 import pkgutil
 import signal
@@ -18,6 +20,9 @@ import tests.interpreter
 import tests.shapes
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A search for garbage looks at many objects, and those of thousands of collected tests stay alive; see below.
+gc.set_threshold(50_000, 20, 100)
 
 if "sma" in sys.modules:
     raise RuntimeError("sma was imported before its shape annotations could be checked; import it in test files only")
@@ -43,6 +48,11 @@ hypothesis.settings.register_profile("explore", _ALL, max_examples=300)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 torch.set_num_threads(1)
+
+# `torch.manual_seed` keeps the traceback of each call for every kind of device that may be used later.
+for _device in (torch.cuda, torch.xpu, torch.mtia):
+    if not _device.is_available():
+        _device.manual_seed_all = lambda seed: None  # type: ignore[assignment]
 
 # In the background of a script a shell has the tests ignore Ctrl-C, and what they start would inherit that. The main
 # process comes here before it starts workers.
@@ -89,6 +99,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1200))
+
+
+def pytest_collection_finish() -> None:
+    # pytest listens to each logger that does not pass its records on, three times in every test; torch has fifty.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
