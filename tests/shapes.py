@@ -5,12 +5,15 @@ that they check. So a function is checked once for every combination of these, o
 calls that look the same are let through. What is checked stays the same: most calls look like earlier ones.
 """
 
+import abc
 import dataclasses
 import functools
 import inspect
 import threading
+import types
+import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
@@ -37,26 +40,38 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _handler(kind: type) -> Callable[[Any, int], Hashable]:
-    """What a check can see of the values of a class."""
+def _handler(kind: type) -> Callable[..., Hashable]:
+    """What a check can see of the values of a class; for most it is the class."""
 
-    def within(value: Any, depth: int) -> Hashable:
+    def within(value: Any, depth: int = 0) -> Hashable:
         if len(value) > 32 or depth == 3:  # it may be large, or hold itself
             raise _Unclear
         items = value.items() if issubclass(kind, Mapping) else value
-        return (kind, *(_look(each, depth + 1) for each in items))
+        return (kind, *[_look(each, depth + 1) for each in items])
 
     if issubclass(kind, Tensor):
-        return lambda value, depth: (kind, value.dtype, tuple(value.shape))
+        return lambda value: (kind, value.dtype, value.shape)
     if issubclass(kind, bool | int | str | float | type(None) | type):
-        return lambda value, depth: (kind, value)
+        return lambda value: (kind, value)
     if issubclass(kind, Mapping | Sequence | Set) and not issubclass(kind, bytes | range):
+        within.nests = True  # type: ignore[attr-defined]
         return within
-    return lambda value, depth: kind
+    return type
 
 
-def _look(value: Any, depth: int = 0) -> Hashable:
-    return _handler(type(value))(value, depth)
+def _look(value: Any, depth: int) -> Hashable:
+    handler = _handler(type(value))
+    return handler(value, depth) if hasattr(handler, "nests") else handler(value)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a check by an annotation sees no more of a value than its class."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return all(map(_is_plain, typing.get_args(hint)))
+    if hint in (None, Any, inspect.Parameter.empty):
+        return True
+    ordinary = (type.__instancecheck__, abc.ABCMeta.__instancecheck__)
+    return isinstance(hint, type) and typing.get_origin(hint) is None and type(hint).__instancecheck__ in ordinary
 
 
 def jaxtyped(part: Any = None, *, typechecker: Callable[..., Any]) -> Any:
@@ -75,46 +90,102 @@ def jaxtyped(part: Any = None, *, typechecker: Callable[..., Any]) -> Any:
     return _checked(part, typechecker)
 
 
-def _checked(function: Callable[..., Any], typechecker: Callable[..., Any]) -> Callable[..., Any]:
-    known: dict[Hashable, set[Hashable]] = {}  # results that were checked, by arguments
-    made = threading.local()  # a result that is only to be checked
-    full: Callable[..., Any] | None = None
+class _Stack(threading.local):
+    """What a function under jaxtyping's checker calls, in each thread: the last item."""
 
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return made.results[0] if getattr(made, "results", None) else function(*args, **kwargs)
+    def __init__(self) -> None:
+        self.calls: list[Callable[..., Any]] = []
 
-    def with_checker() -> Callable[..., Any]:
-        """The function under jaxtyping's checker; made at the first call, because most functions are never called."""
+
+class _Memory:
+    """What is known of one function, or of all that one definition within a function makes."""
+
+    def __init__(self, function: FunctionType, typechecker: Callable[..., Any]) -> None:
+        self.annotations, self.typechecker = function.__annotations__, typechecker
+        self.known: dict[Hashable, set[Hashable]] = {}  # results that were checked, by arguments
+        self.stack = _Stack()
+        self.full: Callable[..., Any] | None = None
+
+    def prepare(self, function: FunctionType) -> None:
+        """Make the function under jaxtyping's checker; at the first call, because most are never called."""
+        stack = self.stack
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return stack.calls[-1](*args, **kwargs)
+
+        signature = inspect.signature(function)
+        parameters = signature.parameters.values()
+        by_name = not any("{" in str(each) for each in self.annotations.values())  # no size is that of a number
+        is_plain = {each.name: by_name and _is_plain(each.annotation) for each in parameters}
+        variable = {each.kind: each.name for each in parameters}.get(inspect.Parameter.VAR_POSITIONAL)
+        ordered = [is_plain[each.name] for each in parameters if each.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        self.ordered = ordered + [is_plain[variable]] * 32 if variable else ordered
+        self.named = {name for name, plain in is_plain.items() if plain}
+        self.result_is_plain = _is_plain(signature.return_annotation)
         # With the globals of the function, in which its annotations are read.
         same = FunctionType(answer.__code__, function.__globals__, function.__name__, closure=answer.__closure__)
-        checked: Callable[..., Any] = _ORIGINAL(functools.update_wrapper(same, function), typechecker=typechecker)
-        return checked
+        functools.update_wrapper(same, function)
+        del same.__wrapped__  # type: ignore[attr-defined]  # it may hold much
+        same.__signature__ = signature  # type: ignore[attr-defined]
+        self.full = _ORIGINAL(same, typechecker=self.typechecker)
+
+    def check(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Check arguments, call, and check the result."""
+        assert self.full is not None
+        self.stack.calls.append(call)
+        try:
+            return self.full(*args, **kwargs)
+        finally:
+            self.stack.calls.pop()
+
+
+_nested: dict[int, tuple[CodeType, _Memory]] = {}
+
+
+def _memory(function: FunctionType, typechecker: Callable[..., Any]) -> _Memory:
+    if "<locals>" not in function.__qualname__:
+        return _Memory(function, typechecker)
+    code = function.__code__  # those that only equal it may be of other functions
+    memory = _nested.setdefault(id(code), (code, _Memory(function, typechecker)))[1]
+    same = memory.annotations == function.__annotations__ and memory.typechecker is typechecker
+    return memory if same else _Memory(function, typechecker)
+
+
+def _checked(function: Any, typechecker: Callable[..., Any]) -> Callable[..., Any]:
+    memory = _memory(function, typechecker)
+    known = memory.known
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        nonlocal full
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        full = full or with_checker()
+        if memory.full is None:
+            memory.prepare(function)
         try:
-            given = (*map(_look, args), *((name, _look(value)) for name, value in kwargs.items()))
+            if len(args) > len(memory.ordered):
+                raise _Unclear
+            given: Any = [
+                kind if plain else _handler(kind)(value)
+                for value, kind, plain in zip(args, map(type, args), memory.ordered, strict=False)
+            ]
+            for name, value in kwargs.items():
+                kind = type(value)
+                given += (name, kind if name in memory.named else _handler(kind)(value))
+            given = (len(args), *given)
             results = known.get(given)
         except Exception:  # sizes may be symbols, which have no hash
-            return full(*args, **kwargs)
-        result = full(*args, **kwargs) if results is None else function(*args, **kwargs)
+            return memory.check(function, args, kwargs)
+        result = memory.check(function, args, kwargs) if results is None else function(*args, **kwargs)
         try:
-            seen = _look(result)
+            kind = type(result)
+            seen = kind if memory.result_is_plain else _handler(kind)(result)
             if results is not None and seen in results:
                 return result
         except Exception:
             seen = _Unclear
         if results is not None:
-            made.results = [result]
-            try:
-                full(*args, **kwargs)
-            finally:
-                made.results = []
+            memory.check(lambda *args, **kwargs: result, args, kwargs)
         if seen is not _Unclear and (given in known or len(known) < MOST):
             known.setdefault(given, set()).add(seen)
         return result

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jaxtyping
 import pytest
@@ -128,3 +128,58 @@ def test_users_have_no_checker(as_users_run: None) -> None:
     ours = both()[1]
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         ours(torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_each_function_of_a_definition_is_the_one_that_runs_and_is_checked() -> None:
+    def scale(factor: Any) -> Callable[..., Any]:
+        @shapes.jaxtyped(typechecker=shapes.check)
+        def scaled(x: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+            return inner(x)[:factor] * factor
+
+        def inner(x: Tensor) -> Tensor:
+            return scale(2)(x) / 2 if factor != 2 else x
+
+        return scaled
+
+    for _ in range(2):
+        for factor in (2, 3):
+            assert torch.equal(scale(factor)(torch.ones(2)), factor * torch.ones(2))
+            with wrong:
+                scale(factor)(torch.ones(4))
+            with wrong:
+                scale(factor)(1.0)
+
+
+def test_sizes_that_are_numbers_among_the_arguments_are_seen() -> None:
+    def cut(x: Float[Tensor, "n"], size: int) -> Float[Tensor, "{size}"]:
+        return x[:2]
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(cut)
+    ours(torch.ones(3), 2)
+    with wrong:
+        ours(torch.ones(3), 3)
+
+
+def test_every_one_of_many_arguments_is_seen() -> None:
+    def total(*terms: int, **named: float) -> float:
+        return sum(terms) + sum(named.values())
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(total)
+    for _ in range(2):
+        for count in (0, 1, 40):
+            assert ours(*[1] * count, a=1.0) == count + 1
+            for args, kwargs in (([1] * count + ["x"], {}), ([1] * count, {"a": 1.0, "b": "x"})):
+                with wrong:
+                    ours(*args, **kwargs)
+
+
+def test_literals_and_unions_are_seen_by_value_and_by_class() -> None:
+    def choose(way: Literal["up", "down"], height: float | None, kinds: tuple[int, ...] | None = None) -> bool | None:
+        return None if height is None else height > 0
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(choose)
+    for _ in range(2):
+        assert [ours("up", None), ours("down", 1.0), ours("up", 2.0, (1, 2))] == [None, True, True]
+        for args in (("left", None), ("up", "x"), ("up", 2.0, ("x", "x"))):
+            with wrong:
+                ours(*args)
