@@ -20,12 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from sma.errors import DataError, parsing, quote, reason
 from sma.files import check_file, read_file
 from sma.recipes.io.drafts import locked_file
 from sma.recipes.io.generated import check_disk, digest_of
+from sma.recipes.io.progress import Counter
 
 _BLOCK = 1 << 20
 _SECONDS = 30.0  # time limit for a server that sends nothing
@@ -129,20 +128,12 @@ class _Download:
 
     def run(self, progress: bool) -> None:
         """Download the complete file."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
         failures = 0
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task(self.part.stem, total=None)
+        with Counter(self.part.stem, None, shown=progress, in_bytes=True) as counter:
             while True:
                 before = _size(self.part)
                 try:
-                    self._request(bar, task)
+                    self._request(counter)
                     return
                 except _Retry as error:
                     failures = failures + 1 if _size(self.part) < before + _SLOW else 1
@@ -153,7 +144,7 @@ class _Download:
                         ) from error
                     time.sleep(_PAUSE * 2 ** (failures - 1))
 
-    def _request(self, bar: Progress, task: Any) -> None:
+    def _request(self, counter: Counter) -> None:
         """Request the missing bytes once, and append them.
 
         Raises:
@@ -179,8 +170,8 @@ class _Download:
                 check_disk(self.part.parent, total - start, f"the rest of {self.url}" if start else self.url)
             if start == 0:
                 _write_notes(self.notes, self.url, reply.headers, total)
-            bar.update(task, completed=start, total=total)
-            self._append(reply, bar, task)
+            counter.restart(start, total)
+            self._append(reply, counter)
         if total is not None and _size(self.part) != total:
             if _size(self.part) > total:
                 _restart(self.part, self.notes)
@@ -211,7 +202,7 @@ class _Download:
                 f"look for a newer address, or {self.hint}"
             )
 
-    def _append(self, reply: Any, bar: Progress, task: Any) -> None:
+    def _append(self, reply: Any, counter: Counter) -> None:
         began, received = time.monotonic(), 0
         with self.part.open("ab") as file:
             while True:
@@ -224,7 +215,7 @@ class _Download:
                     break
                 file.write(block)
                 self._check_length(file.tell())
-                bar.advance(task, len(block))
+                counter.advance(len(block))
                 received += len(block)
                 if (waited := time.monotonic() - began) > _SLOW_SECONDS:
                     if received < _SLOW:

@@ -13,12 +13,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sma.errors import DataError, parsing, quote, reason
 from sma.files import open_file, read_file
@@ -73,17 +71,6 @@ def digest_of(path: Path, algorithm: str = "sha256") -> str:
     """
     with open_file(path) as file, parsing(path):
         return hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False)).hexdigest()
-
-
-@contextmanager
-def counting_bar(title: str, total: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """Show a progress bar; yields a function that takes `advance=` or `completed=`, a number of samples.
-
-    The bar does not use a thread, because processes may be forked.
-    """
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, auto_refresh=False, disable=not shown) as bar:
-        yield partial(bar.update, bar.add_task(title, total=total), refresh=True)
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from sma.errors import DataError, parsing, quote
 from sma.files import open_file
 from sma.memory import check_memory
-from sma.recipes.io.generated import HashedFile, cached_files, counting_bar
+from sma.recipes.io.generated import HashedFile, cached_files
 from sma.recipes.io.mapped import Mapped, map_file
+from sma.recipes.io.progress import Counter
 from sma.recipes.tasks.contract import SPLITS, TaskData
 
 
@@ -106,7 +107,7 @@ def cached_grey(
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
 
     def write(files: Mapping[str, HashedFile]) -> None:
-        with counting_bar(title, total, progress) as update:
+        with Counter(title, total, shown=progress) as counter:
             for split in SPLITS:
                 images, labels = files[f"{split}_images.npy"], files[f"{split}_labels.npy"]
                 _write_header(images, (sizes[split], pixels))
@@ -115,7 +116,7 @@ def cached_grey(
                     for grey, targets in made:
                         images.write(np.ascontiguousarray(grey).tobytes())
                         labels.write(targets.tobytes())
-                        update(advance=len(targets))
+                        counter.advance(len(targets))
 
     hashes = cached_files(
         folder, recipe, names, write, needed=total * (pixels + 1), what=f"{title} of {total:,} images"

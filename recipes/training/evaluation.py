@@ -19,6 +19,7 @@ from sma.recipes.training.devices import check_device
 from sma.recipes.training.module import TrainingModule
 from sma.recipes.training.objective import Objective, load_objective, objective_class
 from sma.recipes.training.options import CallOptions
+from sma.recipes.training.progress import Progress
 from sma.recipes.training.provenance import commit, hardware
 from sma.recipes.training.resuming import changed
 from sma.recipes.training.run import prepare
@@ -131,7 +132,8 @@ def _tested(folder: Path, options: CallOptions) -> Iterator[_Tested]:
             precision=spec.precision,
             logger=False,
             enable_checkpointing=False,
-            enable_progress_bar=options.progress,
+            enable_progress_bar=False,
+            callbacks=[Progress()] if options.progress else None,
             enable_model_summary=False,
         )
         logged = run_test(trainer, module, objective.evaluation_batches("test"))

@@ -1,7 +1,5 @@
-"""The progress of a training as one line of text: in a terminal, in Jupyter, and in files."""
+"""The progress of a training as one line of text."""
 
-import shutil
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,18 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-_CELLS = 16
-"""Number of characters of the bar."""
-
-_EVERY = 0.5
-"""Seconds between two refreshes of the bar."""
-
-
-def duration(seconds: float) -> str:
-    """A duration as minutes and seconds, with hours from one hour on: `1:05`, `2:00:00`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+from sma.recipes.io.progress import EVERY, Cell, Line, bar, duration, in_place
 
 
 def progress_text(done: int, total: int, left: float | None, measures: Mapping[str, float]) -> str:
@@ -48,73 +35,17 @@ def evaluated(logged: Mapping[str, Any]) -> dict[str, float]:
     return ({"loss": float(logged["loss"])} if "loss" in logged else {}) | named
 
 
-def bar(done: int, total: int) -> str:
-    """The bar of the updates, in ASCII, which every terminal can show."""
-    filled = _CELLS * done // max(1, total)
-    return f"[{'#' * filled}{'.' * (_CELLS - filled)}]"
-
-
-class Line:
-    """A line in a terminal that is replaced by the next one."""
-
-    def __init__(self) -> None:
-        self._width = 0
-
-    def show(self, text: str) -> None:
-        """Replace the line."""
-        text = text[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
-        sys.stdout.write(f"\r{text:<{self._width}}")
-        sys.stdout.flush()
-        self._width = len(text)
-
-    def clear(self) -> None:
-        """Remove the line, so that a message can be printed."""
-        self.show("")
-        sys.stdout.write("\r")
-        sys.stdout.flush()
-
-    def end(self) -> None:
-        """Keep the line; what is printed next begins on a new one."""
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-
-
-class Cell:
-    """A line in the output of a notebook's cell. Messages are outputs of their own."""
-
-    def __init__(self) -> None:
-        from IPython.display import display
-
-        self._handle: Any = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def show(self, text: str) -> None:
-        """Replace the line."""
-        self._handle.update({"text/plain": text}, raw=True)
-
-    def clear(self) -> None:
-        """Leave the line."""
-
-    def end(self) -> None:
-        """Leave the line."""
-
-
-def in_place() -> Line | Cell | None:
-    """The line of this output, if it is a terminal or a notebook; None for others, such as files."""
-    if "ipykernel" in sys.modules and type(sys.stdout).__module__.startswith("ipykernel"):
-        return Cell()
-    return Line() if sys.stdout.isatty() else None
-
-
 class Progress(Callback):
     """Shows updates, time left, loss, metric and activation rate in one line.
 
-    The line is replaced in a terminal and in Jupyter. Any other output, such as a file, gets a line per evaluation.
+    The line is replaced in a terminal and in Jupyter. Any other output, such as a file, gets a line per evaluation. A
+    test shows its batches, in a terminal and in Jupyter only.
 
     Args:
-        updates: number of updates of the training.
+        updates: number of updates of the training; 0 for a test alone.
     """
 
-    def __init__(self, updates: int) -> None:
+    def __init__(self, updates: int = 0) -> None:
         self.updates = updates
         self._line: Line | Cell | None = None
         self._began, self._first, self._shown = 0.0, 0, 0.0
@@ -142,7 +73,7 @@ class Progress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Refresh the line. The measures are read from the device at most twice a second."""
-        if time.monotonic() - self._shown >= _EVERY:
+        if time.monotonic() - self._shown >= EVERY:
             self._refresh(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,6 +93,31 @@ class Progress(Callback):
         if self._line is not None:
             self._refresh(trainer)
             self._line.end()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a line."""
+        self._line, self._shown = in_place() if trainer.is_global_zero else None, 0.0
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refresh the line, at most twice a second and after the last batch."""
+        done, total = batch_idx + 1, int(trainer.num_test_batches[dataloader_idx])
+        if self._line is not None and (done == total or time.monotonic() - self._shown >= EVERY):
+            self._shown = time.monotonic()
+            self._line.show(f"{bar(done, total)} testing: batch {done:,} of {total:,}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear the line for the results."""
+        if self._line is not None:
+            self._line.clear()
+            self._line = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the line, so that a message begins on a new one."""

@@ -74,7 +74,7 @@ def checkpoint_to_resume(
             if (out / name).exists():
                 raise CheckpointError(
                     f"the folder {str(out)!r} already holds a run ({name}); "
-                    "resume it (--resume), or give another folder"
+                    "resume it (--resume, in Python resume=True), or give another folder"
                 )
         return None
     if not os.path.lexists(path):  # a broken link counts as a damaged checkpoint

@@ -44,6 +44,13 @@ class Finished(NamedTuple):
     report: Report
     module: TrainingModule
 
+    def __repr__(self) -> str:
+        measures = [
+            f"{name}={value:.4g}" for name, value in self.summary.items() if name.startswith(("test_", "updates"))
+        ]
+        rates = ", ".join(f"{rate:.3f}" for rate in self.summary["activation_rate"])
+        return f"Finished({self.summary['task']}, {', '.join(measures)}, activation_rate=[{rates}])"
+
 
 def run_experiment(
     spec: ExperimentSpec,

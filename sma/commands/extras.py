@@ -7,8 +7,8 @@ from sma.errors import SpecError
 
 DISTRIBUTION = "sparse-modular-activation"
 NEEDED = {
-    "recipes": ("pydantic_settings", "lightning", "torchmetrics", "matplotlib", "tensorboard", "rich"),
-    "tune": ("ray", "optuna", "pyarrow"),
+    "recipes": ("pydantic_settings", "lightning", "torchmetrics", "matplotlib", "tensorboard"),
+    "tune": ("ray", "optuna", "pyarrow", "rich"),
 }
 """Packages that the extras install, by the names under which they are imported."""
 

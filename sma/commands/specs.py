@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,16 +114,6 @@ def _sort(data: dict[str, Any]) -> Sort:
     return "model"
 
 
-@contextmanager
-def _recipes(source: str, what: str) -> Iterator[None]:
-    """Raise one error if the extra of an experiment is missing."""
-    try:
-        yield
-    except ImportError as error:
-        subject = f"{quote(source)} is {'an' if what == 'experiment' else 'a'} {what}, which"
-        raise missing_extra(subject, "tune" if what == "sweep" else "recipes", error) from error
-
-
 def _load(args: argparse.Namespace) -> ModelSpec:
     """The requested model spec; for an experiment or a sweep that of its model."""
     data = read_model_spec(args.spec)
@@ -135,17 +124,19 @@ def _load(args: argparse.Namespace) -> ModelSpec:
 
 
 def _load_experiment(args: argparse.Namespace, data: dict[str, Any]) -> "ExperimentSpec":
-    with _recipes(args.spec, "experiment"):
-        from sma.recipes.experiment import load_experiment  # the core works without the extras
+    from sma.recipes.experiment import load_experiment  # takes a second
 
-        return load_experiment(data, args.set)  # it imports the tasks
+    return load_experiment(data, args.set)  # it imports the tasks
 
 
 def _load_sweep(args: argparse.Namespace, data: dict[str, Any]) -> "SweepSpec":
-    with _recipes(args.spec, "sweep"):
+    try:
         from sma.tune.sweep import make_sweep
-    # By its path, because the path of its experiment is relative to it.
-    return make_sweep(args.spec if os.path.isfile(args.spec) else data, settings=args.set)
+
+        # By its path, because the path of its experiment is relative to it.
+        return make_sweep(args.spec if os.path.isfile(args.spec) else data, settings=args.set)
+    except ImportError as error:
+        raise missing_extra(f"{quote(args.spec)} is a sweep, which", "tune", error) from error
 
 
 def _name(source: str) -> str:

@@ -26,7 +26,7 @@ def test_help_of_every_command_is_the_same_everywhere(name, capsys):
 
 
 HEAVY = {
-    "lightning", "torchmetrics", "matplotlib", "tensorboard", "rich", "sklearn", "ray", "optuna", "pyarrow", "pandas",
+    "lightning", "torchmetrics", "matplotlib", "tensorboard", "rich", "ray", "optuna", "pyarrow", "pandas",
     "sma.recipes.tasks.kinds",
 }  # fmt: skip
 
@@ -161,13 +161,14 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         (["train", "digits"], ["lightning"], "recipes"),
         (["evaluate", "run"], ["torchmetrics"], "recipes"),
         (["compare", "digits"], ["matplotlib"], "recipes"),
-        (["generate", "run"], ["pydantic_settings", "lightning", "rich"], "recipes"),
+        (["generate", "run"], ["pydantic_settings", "lightning"], "recipes"),
         (["sweep", "digits"], ["ray"], "tune"),
         (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core
     ]
-    core = ["pydantic_settings", "lightning", "ray", "rich"]
-    others = [Without(core, "sma", ["--help"]), Without(core, "sma", ["validate", "listops_tiny"])]
-    *done, helped, validated = run_without(
+    core = ["pydantic_settings", "lightning", "torchmetrics", "rich", "ray", "optuna"]
+    sweep = str(Path("tune", "presets", "listops_tiny.yaml").resolve())
+    others = [Without(core, "sma", words) for words in (["--help"], ["validate", "listops_tiny"], ["validate", sweep])]
+    *done, helped, experiment, swept = run_without(
         [*(Without(blocked, "sma", words) for words, blocked, _ in cases), *others], tmp_path
     )
     assert done == [
@@ -179,10 +180,13 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         )
         for words, blocked, extra in cases
     ]
-    assert (validated.returncode, validated.stdout) == (2, "")
-    assert validated.stderr == (
-        "error: 'listops_tiny' is an experiment, which needs the extra 'recipes', but its package rich is not "
-        "installed; run: pip install 'sparse-modular-activation[recipes]'\n"
+    assert (experiment.returncode, experiment.stderr) == (0, "")
+    assert experiment.stdout.startswith("ok: listops_tiny is an experiment of ")
+    assert swept == Ended(
+        2,
+        "",
+        f"error: {sweep!r} is a sweep, which needs the extra 'tune', but its package optuna is not installed; "
+        "run: pip install 'sparse-modular-activation[tune]'\n",
     )
     assert (helped.returncode, helped.stderr) == (0, "")
     assert "    train " in helped.stdout

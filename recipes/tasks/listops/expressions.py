@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sma.errors import DataError, did_you_mean, quote
 from sma.memory import check_memory
-from sma.recipes.io.generated import HashedFile, cached_files, counting_bar, digest_of
+from sma.recipes.io.generated import HashedFile, cached_files, digest_of
 from sma.recipes.io.lines import lines_of
+from sma.recipes.io.progress import Counter
 from sma.recipes.tasks.contract import TaskData
 from sma.recipes.tasks.documents import DocumentDataset
 from sma.recipes.tasks.listops.trees import (
@@ -121,8 +122,8 @@ def prepare_listops(
         outputs = [files[name] for name in FILES.values()]
         for output in outputs:
             output.write(_HEADER + b"\n")
-        with counting_bar("ListOps", settings.total, progress is True) as update:
-            on_progress = progress if callable(progress) else lambda found, total: update(completed=found)
+        with Counter("ListOps", settings.total, shown=progress is True) as counter:
+            on_progress = progress if callable(progress) else lambda found, total: counter.update(found)
             with closing(generate_lines(settings, workers=workers, on_progress=on_progress)) as lines:
                 for split, line in lines:
                     outputs[split].write(line)

@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int16
-from rich.progress import track
 
 from sma.errors import DataError, quote
 from sma.files import check_file, read_file
 from sma.recipes.io.generated import HashedFile, cached_files, copy_folder
 from sma.recipes.io.mapped import map_file
+from sma.recipes.io.progress import Counter
 from sma.recipes.io.published import is_visible, published_folder
 from sma.recipes.io.wav import read_wav
 
@@ -98,11 +98,13 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
 
     def write(outputs: Mapping[str, HashedFile]) -> None:
         samples, names = (outputs[name] for name in _FILES)
-        for name, path in track(files.items(), "Speech Commands", total=len(files), disable=not progress):
-            clip = read_wav(path, SAMPLE_RATE, only=SAMPLES)
-            if clip is not None:
-                samples.write(clip.tobytes())
-                names.write(f"{name}\n".encode(errors=_ANY_NAME))
+        with Counter("Speech Commands", len(files), shown=progress) as counter:
+            for name, path in files.items():
+                clip = read_wav(path, SAMPLE_RATE, only=SAMPLES)
+                if clip is not None:
+                    samples.write(clip.tobytes())
+                    names.write(f"{name}\n".encode(errors=_ANY_NAME))
+                counter.advance(1)
 
     # In a separate key, because the manifest has a key `files` too.
     cached_files(copy, {"source": recipe}, _FILES, write)

@@ -157,7 +157,7 @@ def test_progress_bar_is_shown_only_when_asked_for(tmp_path, capsys):
     prepare_listops(SMALL, tmp_path / "silent", workers=1, progress=False)
     assert capsys.readouterr().out == ""
     prepare_listops(SMALL, tmp_path / "shown", workers=1)
-    assert "400/400" in capsys.readouterr().out
+    assert "ListOps: 400 of 400" in capsys.readouterr().out
 
 
 @given(EXPRESSIONS)

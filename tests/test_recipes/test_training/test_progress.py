@@ -9,17 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from sma.recipes.training import progress
-from sma.recipes.training.progress import Progress, bar, duration, evaluated, progress_text
+from sma.recipes.training.progress import Progress, evaluated, progress_text
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (65.4, "1:05"), (3599.6, "1:00:00"), (7322, "2:02:02")])
-def test_durations_are_minutes_and_seconds(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -32,11 +27,6 @@ def test_durations_are_minutes_and_seconds(seconds, text):
 )
 def test_a_line_has_updates_time_left_and_measures(arguments, text):
     assert progress_text(*arguments) == text
-
-
-@pytest.mark.parametrize(("done", "filled"), [(0, 0), (1, 0), (50, 8), (99, 15), (100, 16)])
-def test_the_bar_is_full_only_at_the_end(done, filled):
-    assert bar(done, 100) == f"[{'#' * filled}{'.' * (16 - filled)}]"
 
 
 def test_an_evaluation_shows_the_means_of_the_split_and_no_layers():
@@ -115,6 +105,22 @@ def test_a_terminal_is_refreshed_at_most_twice_a_second(monkeypatch):
     monkeypatch.setattr(sys, "stdout", output := Terminal())
     follow(1000, 5000)
     assert output.getvalue().count("\r") == 2  # the first and the last update
+
+
+def test_a_test_shows_its_batches_and_leaves_no_line(monkeypatch, seconds):
+    testing = trainer(0)
+    testing.num_test_batches = [4]
+    for output in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", output)
+        shown = Progress()
+        shown.on_test_start(testing, None)
+        for batch in range(4):
+            shown.on_test_batch_end(testing, None, None, None, batch)
+        shown.on_test_end(testing, None)
+        frames = [frame.rstrip() for frame in output.getvalue().split("\r")]
+        assert "[########........] testing: batch 2 of 4" in frames or not output.isatty()
+        assert frames[-1] == ""
+    assert output.getvalue() == ""
 
 
 def test_an_interrupted_training_ends_its_line(monkeypatch, seconds):

@@ -60,6 +60,13 @@ def test_folder_has_the_listed_files(finished):
     }
 
 
+def test_a_finished_run_is_one_line(finished):
+    _, run = finished
+    line = repr(run)
+    assert line.startswith(f"Finished(listops, test_accuracy={run.summary['test_accuracy']:.4g}, test_loss=")
+    assert (len(line) < 160, "\n" in line) == (True, False)
+
+
 def test_experiment_of_the_folder_is_the_one_that_ran(finished):
     out, _ = finished
     assert load_experiment(out / "experiment.yaml") == tiny()
