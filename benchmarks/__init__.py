@@ -1,1 +1,1 @@
-"""Measurements: each prints JSON or a table, ratios within one run."""
+"""Benchmarks; each prints JSON or a table. Compare figures within one run only."""

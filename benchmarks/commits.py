@@ -1,4 +1,4 @@
-"""Processor time of layers and tiny presets at two commits of this repository, in turns within one run.
+"""Processor time of layers and tiny presets at two commits of this repository, measured alternately in one run.
 
 python -m benchmarks.commits b2648a0 HEAD --rounds 3
 """
@@ -20,7 +20,7 @@ POINTS = (
 )
 """Kind, rows, tokens and activation rate of a layer of `benchmarks.layer`; or a preset, with 8 rows of 256 tokens."""
 
-# It runs inside the trees of both commits, so it imports only what both have.
+# Runs in the trees of both commits, so it imports only names that both have.
 PROGRAM = """
 import json, statistics, sys, time
 import torch
@@ -53,7 +53,7 @@ print(json.dumps(min(times)))
 
 
 def milliseconds(tree: Path, point: str, seconds: float) -> float:
-    """Least processor time of a forward and backward pass of a point in the tree of a commit, in milliseconds."""
+    """Minimum processor time of forward + backward of a point at a commit, in milliseconds."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, point, str(seconds)]
     done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, check=True)
@@ -62,7 +62,7 @@ def milliseconds(tree: Path, point: str, seconds: float) -> float:
 
 
 def unpack(commit: str, folder: Path) -> Path:
-    """The files of a commit, in a folder of that name."""
+    """Extract the files of a commit into a folder with its name."""
     tree = folder / commit.replace("/", "_")
     tree.mkdir(parents=True)
     archive = subprocess.run(["git", "archive", commit], capture_output=True, check=False)
@@ -80,8 +80,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Processor time of layers and tiny presets at two commits.")
     parser.add_argument("before", help="a commit, such as b2648a0")
     parser.add_argument("after", help="a commit, such as HEAD")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each point is measured (default: 3)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (default: 6)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements per point (default: 3)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of a measurement (default: 6)")
     parser.add_argument("--points", default=",".join(POINTS), help="points, separated by commas (default: all)")
     options = parser.parse_args()
     commits, points = (options.before, options.after), options.points.split(",")

@@ -1,7 +1,8 @@
-"""Compile the kernels of this project for cards that need not be there, and print what they take.
+"""Compile the kernels of this project for GPUs that need not be installed, and print their resources.
 
 Every distinct launch of a forward and backward pass is compiled with the shapes of the presets in `recipes/presets`:
-registers, bytes of stack and of shared memory, and counts of instructions, by Triton's own `ptxas` and `cuobjdump`.
+the output has registers, bytes of stack and shared memory, and counts of instructions, from Triton's own `ptxas` and
+`cuobjdump`.
 
     python -m benchmarks.compiled --card 90 --preset text --json
 """
@@ -26,14 +27,14 @@ from sma.streams import run_command
 
 
 class Card(NamedTuple):
-    """A compute capability, and the bytes of shared memory that a block can have there."""
+    """A compute capability, and its maximum shared memory per block, in bytes."""
 
     capability: int
     shared_memory: int
 
 
 CARDS = {"80": Card(80, 166_912), "89": Card(89, 101_376), "90": Card(90, 232_448), "100": Card(100, 232_448)}
-# Products on tensor cores by generation, products without, spills, barriers, atomics, exchanges of a warp.
+# Products on tensor cores by generation, other products, spills, barriers, atomics, warp shuffles.
 INSTRUCTIONS = {
     "tensor": r"HGMMA|HMMA|DMMA|UTC\w*MMA",
     "ffma": "FFMA",
@@ -45,7 +46,7 @@ INSTRUCTIONS = {
 
 
 def compile_launch(launch: Launch, card: Card) -> dict[str, Any]:
-    """Compile the kernel of a recorded launch for a card; what it takes."""
+    """Compile the kernel of a recorded launch for a GPU; returns its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -67,14 +68,14 @@ def compile_launch(launch: Launch, card: Card) -> dict[str, Any]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "shared_memory": built.metadata.shared,
-        # Tensors that change their layout: free or an exchange between lanes, as the compiler's version has it.
+        # Layout conversions of tensors: free, or an exchange between lanes, depending on the version of the compiler.
         "conversions": built.asm["ttgir"].count("ttg.convert_layout"),
         **counts,
     }
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """The types of a launch as Triton would find them: aligned pointers, 1 and multiples of 16 among the integers."""
+    """Types of a launch as Triton specialises them: aligned pointers, and integers that are 1 or multiples of 16."""
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], Any] = {}
     constants = dict(launch.constants)
@@ -119,7 +120,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def launches_of(case: Case, card: Card) -> list[Launch]:
-    """The launches of a case, each distinct program once."""
+    """Distinct launches of a case."""
     with recording(card.shared_memory, card.capability // 10) as launches:
         case.run()
     programs = {}
@@ -130,7 +131,7 @@ def launches_of(case: Case, card: Card) -> list[Launch]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """One line per preset and kernel: registers and KB of shared memory by card and dtype, the most of its launches."""
+    """Return a line per preset and kernel: its maximum registers and KB of shared memory, by GPU and dtype."""
     columns = list(dict.fromkeys((row["card"], row["dtype"]) for row in rows))
     yield f"| preset | kernel | {' | '.join(f'sm_{card} {dtype}' for card, dtype in columns)} |"
     yield f"|{'---|' * (2 + len(columns))}"
@@ -152,12 +153,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    form.add_argument("--markdown", action="store_true", help="print a line per preset and kernel, in Markdown")
+    form.add_argument("--markdown", action="store_true", help="print Markdown with a line per preset and kernel")
     parser.add_argument("--card", action="append", choices=CARDS, help="compute capability; may be repeated")
-    parser.add_argument("--preset", action="append", help="only presets whose name begins so; may be repeated")
+    parser.add_argument("--preset", action="append", help="only presets with this prefix; may be repeated")
     parser.add_argument("--operator", choices=CASES, help="only this operator")
     parser.add_argument("--dtype", action="append", choices=["tf32", "ieee", "bf16", "fp16"], help="may be repeated")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels that are compiled at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of kernels compiled in parallel")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")

@@ -1,20 +1,20 @@
-"""Comparison of two rules that hold activation rates at a target: the controller of `sma.budget`, which moves a
-router's score bias by the histogram of its scores, and the sign rule, `score_bias += step * sign(target - rate)`, by
-which OLMo-core and DeepSeek-V3 balance experts without a loss.
+"""Comparison of two rules that hold activation rates at a target.
+
+The controller of `sma.budget` moves the score bias of a router by the histogram of its scores. The sign rule is
+`score_bias += step * sign(target - rate)`; OLMo-core and DeepSeek-V3 balance experts with it, without a loss.
 
     OMP_NUM_THREADS=1 python -m benchmarks.controllers --json
 
-Both get the decisions of every update and nothing else. Cases:
+Both rules receive the decisions of every update and nothing else. Cases:
 
-- listops, digits: the presets `listops_tiny` and `digits_tiny`, shortened; a router in every layer is steered.
-- drift: one router on random tokens, whose log-odds have standard deviation 1; halfway they fall by 3.
-- dead: the same with log-odds of -10: no token is active.
+- listops, digits: shortened presets `listops_tiny` and `digits_tiny` with a router in every layer.
+- drift: one router on random tokens; its log-odds have standard deviation 1 and fall by 3 halfway.
+- dead: the same with log-odds of -10, so that no token is active.
 
-`error` is the mean distance of a batch's rate from the target over the last third of the updates; it includes the
-noise of the batch. `settled` is the number of updates (of drift, after the fall) until the mean rate of the last ten is
-within 10 % of the target, and stays so: the median over routers and seeds, null where that is "never". `accuracy` is
-that of the validation split in the end. `milliseconds` is the median time that the rule takes for one update of one
-batch. Steps are in log-odds.
+`error` is the mean distance of the rate of a batch from the target over the last third of the updates; it includes the
+noise of the batch. `settled` is the number of updates (in drift, after the fall) until the mean rate of the last ten
+updates stays within 10 % of the target: the median over routers and seeds, null for "never". `accuracy` is the final
+validation accuracy. `milliseconds` is the median time of the rule per update. Steps are in log-odds.
 """
 
 import argparse
@@ -51,13 +51,13 @@ UPDATES = {"listops": 160, "digits": 200, "drift": 600, "dead": 1500}
 
 
 class Rule(Protocol):
-    """What is called after every update, with its decisions."""
+    """A rule, called with the decisions of every update."""
 
     def update(self, decisions: Sequence[Decision], valid: Tensor | None = None) -> None: ...
 
 
 class SignRule:
-    """Moves the score bias of every router a fixed step towards the target, in log-odds."""
+    """The sign rule: moves the score bias of every router by a fixed step towards the target, in log-odds."""
 
     def __init__(self, routers: Sequence[Router], target: float, step: float) -> None:
         self.routers, self.target, self.step = routers, target, step
@@ -70,7 +70,7 @@ class SignRule:
 
 
 class Trace(NamedTuple):
-    """One run: the rate of every layer in every update, the milliseconds of the rule, the accuracy in the end."""
+    """One run: rates by update and layer, milliseconds of the rule per update, final accuracy."""
 
     rates: Tensor
     milliseconds: float
@@ -86,7 +86,7 @@ def rule_of(name: str, routers: Sequence[Router], target: float) -> Rule:
 def steered(
     steps: Iterator[tuple[Sequence[Decision], Tensor | None]], rule: Rule, accuracy: Callable[[], float | None]
 ) -> Trace:
-    """Let a rule see the decisions of every update."""
+    """Calls a rule after every update."""
     rates, times = [], []
     for decisions, valid in steps:
         rates.append(torch.stack([decision.rate(valid).mean() for decision in decisions]))
@@ -139,7 +139,7 @@ def shift(router: SMARouter, log_odds: float) -> None:
 
 
 def simulate(case: str, name: str, target: float, seed: int, updates: int) -> Trace:
-    """Steer one router on random tokens, which does not learn."""
+    """Apply a rule to one router on random tokens, without training."""
     torch.manual_seed(seed)
     router = SMARouterSpec().build(16, ["part"])
     with torch.no_grad():
@@ -158,7 +158,7 @@ def simulate(case: str, name: str, target: float, seed: int, updates: int) -> Tr
 
 
 def settled(rates: Tensor, target: float) -> int | None:
-    """Updates until the mean of the last ten rates is within 10 % of the target, and stays so."""
+    """Number of updates until the mean of the last ten rates stays within 10 % of the target."""
     if len(rates) < 10:
         return None
     outside = ((rates.unfold(0, 10, 1).mean(-1) - target).abs() > 0.1 * target).nonzero()
@@ -191,8 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--case", action="append", choices=UPDATES, help="only this case; may be repeated")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of every point; default {SEEDS}")
-    parser.add_argument("--updates", type=int, help="of every run; default: as many as the case has")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of runs per point (default: {SEEDS})")
+    parser.add_argument("--updates", type=int, help="number of updates per run (default: that of the case)")
     options = parser.parse_args()
     points = []
     for case in options.case or UPDATES:

@@ -1,16 +1,16 @@
-"""Count the kernel launches and the bytes of one layer, forward + backward, as a CUDA device would run it; no device is
-needed.
+"""Count the kernel launches and bytes of one layer, forward + backward, on a CUDA device. No device is needed.
 
     python -m benchmarks.count --json
 
-The layers are those of the presets, at their sizes. They run on torch's `meta` device, where operators have shapes and
-no values: code takes the path of an accelerator, and a whole batch costs no memory. A mode notes every operator and
-answers the questions that a program asks of the host, such as how many tokens are active, and counts them.
+The layers are those of the presets, at full size. They run on torch's `meta` device, which computes shapes and no
+values, so a whole batch takes no memory and the code follows the path of an accelerator. A dispatch mode records every
+operator. It also counts synchronisations with the host, such as reading the number of active tokens, and returns a
+value for each.
 
-An operator is one launch that reads its inputs and writes its outputs once, unless a rule says otherwise. An operator
-of `sma.kernels` counts what its implementation does: the kernels that it launches, each of which reads or writes its
-tensors once, or torch's operators. What a compiler makes of a function of `sma.fused` is an estimate, see `fused_pass`.
-Nothing here is timed.
+An operator counts as one launch that reads its inputs and writes its outputs once, except for the rules in
+`benchmarks.work`. An operator of `sma.kernels` counts the launches of its implementation: its kernels, each of which
+reads or writes its tensors once, or torch's operators. Compiled functions of `sma.fused` are estimated, see
+`fused_pass`. This program measures no time.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from sma.streams import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (0.1, 0.3, 1.0)
-SHARED_MEMORY = 232_448  # bytes of a block on an H100
+SHARED_MEMORY = 232_448  # bytes per block on an H100
 
 
 class Shape(NamedTuple):
-    """A preset's model, and the batch of its training."""
+    """A preset, and the size of its training batch."""
 
     model: str
     batch: int
@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Notes every operator that runs inside it, and answers questions to the host for tensors without values.
+    """Records every operator that runs inside it, and returns values for synchronisations of tensors without values.
 
     Args:
         active: number of active tokens of the batch, the answer to `nonzero`, and the sum of numbers that are copied.
@@ -93,13 +93,13 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Note the operators of a block under the name of a phase."""
+        """Record the operators of a block under the name of a phase."""
         before, self.phase = self.phase, phase
         yield
         self.phase = before
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note a call and run it."""
+        """Record a call and run it."""
         kwargs = kwargs or {}
         name = function._schema.name.removeprefix("aten::")
         out = self._answer(name, args, kwargs)
@@ -118,7 +118,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def _answer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of an operator that waits for the device; None for any other."""
+        """Result of an operator that waits for the device; None for any other operator."""
         asked = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         if asked is None or not asked.is_meta:
             return None
@@ -134,7 +134,7 @@ class Counter(TorchDispatchMode):
         return None
 
     def _inside(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Work:
-        """Work of what an operator of `sma.kernels` does."""
+        """Work of an operator of `sma.kernels`."""
         with recording(SHARED_MEMORY) as launches, Counter(self.active, self.longest) as inner:
             run(*args)
         self.questions += inner.questions
@@ -164,7 +164,7 @@ def _place() -> str:
 
 
 class _OneKernelDropout(TorchFunctionMode):
-    """Dropout by one kernel, which torch has for CUDA; on other devices it takes three."""
+    """Dropout by one kernel, as torch does on CUDA; on other devices it takes three."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -237,9 +237,14 @@ def main() -> None:
     """Count every point and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON, with the work of every file")
-    parser.add_argument("--layer", action="append", choices=list(SHAPES), help="only this one; may be repeated")
-    parser.add_argument("--capacity", action="store_true", help="count the static mode, with a capacity of the rate")
-    parser.add_argument("--implementation", default="triton", choices=["plain", "triton"], help="of our operators")
+    parser.add_argument("--layer", action="append", choices=list(SHAPES), help="only this layer; may be repeated")
+    parser.add_argument("--capacity", action="store_true", help="use a static capacity equal to the rate")
+    parser.add_argument(
+        "--implementation",
+        default="triton",
+        choices=["plain", "triton"],
+        help="of the operators",
+    )
     options = parser.parse_args()
     points = [
         measure(name, rate, options.capacity, options.implementation)

@@ -95,7 +95,7 @@ def _attend(spec: GAUSpec, entries: int, dtype: str) -> None:
         windowed_attention.backward(out, out, [q, k, v, *kept], table, seed, *settings)
 
 
-# Widths of the products of a pair in the kernels of attention: constants of their launches.
+# Constants of the launches of attention: the widths of the products of a pair.
 _PRODUCTS = {
     "attend": ("Z", "BH"),
     "grad_queries": ("Z", "H", "Z"),
@@ -149,7 +149,7 @@ def _average(spec: EMASpec, width: int, dtype: str, streams: bool) -> None:
 
 
 def placing(dtypes: Sequence[str]) -> Iterator[Case]:
-    """The places of active tokens, with and without positions of a stream; no number has one of the dtypes."""
+    """The operator that places active tokens, with and without positions of a stream; independent of the dtype."""
 
     def run() -> None:
         from sma.kernels.gpu.placing import forward
@@ -162,7 +162,7 @@ def placing(dtypes: Sequence[str]) -> Iterator[Case]:
     yield Case("text_paper", dtypes[0], run)
 
 
-# By operator; the argument lists the dtypes.
+# Cases by operator; the argument is the list of dtypes.
 CASES: dict[str, Callable[[Sequence[str]], Iterator[Case]]] = {
     "ema": ema,
     "windowed_attention": windowed_attention,

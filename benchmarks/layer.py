@@ -76,7 +76,7 @@ def set_rate(layer: RoutedLayer, x_BLD: Tensor, rate: float) -> None:
 
 
 def make(model: str, batch: int, length: int, rate: float, device: str) -> tuple[Callable[[], object], float]:
-    """Build a point: its step, forward and backward, and the activation rate it really has."""
+    """Build a point; returns a step of forward + backward, and the actual activation rate."""
     torch.manual_seed(0)
     x = torch.randn(batch, length, WIDTH, device=device, requires_grad=True)
     module: nn.Module
@@ -127,7 +127,7 @@ def measure(model: str, batch: int, length: int, rate: float, device: str) -> di
 
 
 def add_skip_efficiency(points: list[dict[str, Any]]) -> None:
-    """Fill in the skip efficiency of the SeqBoat points from the dense baseline and the backbone of the same size."""
+    """Add the skip efficiency of the SeqBoat points, from the dense baseline and the backbone of the same size."""
     for point in points:
         same = {
             other["model"]: other

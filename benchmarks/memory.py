@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory --preset pathx_paper --length 16384 --json
 
-The process measures itself, Python and torch included.
+The figure is the peak memory of the process, Python and torch included.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from sma.streams import run_command
 
 
 def measure(preset: str, length: int, batch: int, recompute: bool) -> dict[str, float | int | str]:
-    """Run one step on random rows and say what it took."""
+    """Run one step on random rows; returns its peak memory and time."""
     spec = load_experiment(preset)
     model = build(spec.model, seed=0).train().recompute_activations(recompute)
     inputs = random_rows(model, batch, length)
@@ -45,7 +45,7 @@ def measure(preset: str, length: int, batch: int, recompute: bool) -> dict[str, 
 def main() -> None:
     """Measure one point and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="pathx_paper", help="whose model")
+    parser.add_argument("--preset", default="pathx_paper", help="preset with the model")
     parser.add_argument("--length", type=int, default=16384, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=1, help="rows, or pairs of rows")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")

@@ -1,4 +1,4 @@
-"""Times only the matrix products and Fourier transforms of a computation, a lower bound of its time."""
+"""Time of the matrix products and Fourier transforms in a computation: a lower bound of its time."""
 
 import statistics
 import time
@@ -32,14 +32,14 @@ class Layout:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every matrix product and Fourier transform that runs inside it, in backward too."""
+    """Records every matrix product and Fourier transform that runs inside it, in backward too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the call and run it."""
+        """Record the call and run it."""
         if function.overloadpacket.__name__ in COUNTED:
             self.calls.append(
                 (function, tree_map_only(Tensor, Layout, args), tree_map_only(Tensor, Layout, kwargs or {}))
@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
 def median_milliseconds(
     step: Callable[[], object], device: str, seconds: float = 3.0, least: int = 7, most: int = 200
 ) -> float:
-    """Median time of a step, after three steps that warm up."""
+    """Median time of a step, after three warm-up steps."""
     times = list(_timed(step, device, 3))[3:]
     until = time.perf_counter() + seconds
     while len(times) < least or (len(times) < most and time.perf_counter() < until):

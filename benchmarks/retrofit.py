@@ -2,20 +2,20 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrofit --json
 
-needs the extra `interop`. For every seed a small `LlamaForCausalLM` of transformers is trained on the help pages of
+It needs the extra `interop`. For every seed a small `LlamaForCausalLM` of transformers is trained on the help pages of
 Python, byte by byte. All variants start from its weights and see the same batches, so they are paired by seed:
 
 - dense: the model, before and after further updates.
 - routed: its MLPs routed by `sma.retrofit` with the router `sma` and the gate `straight_through`, at several rates,
   which a total budget holds. The routers alone are trained first, then everything.
-- random: the MLPs routed at random at the same rates, before and after as many updates of everything as routed has in
-  both phases.
+- random: the MLPs routed at random at the same rates, before and after as many updates of all parameters as routed
+  has in both phases.
 
 `bits_per_byte` is the loss on the validation split, in windows of as many bytes as the model is trained on, without
 dropout. `rate` is the target, `measured_rate` the rate on the validation split. `macs_per_byte` counts the matrix
 products of a forward pass, with the measured rates; `macs` is its ratio to the dense model.
 
-Every point is written to the folder of `--out` when it is measured. A run that finds points there measures the others.
+Every point is written to the folder `--out` at once. A later run skips the points in that folder.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def macs_per_byte(plan: Plan, rates: Sequence[float] | None) -> float:
 
 
 def batches(text: Tensor, plan: Plan, seed: int, count: int) -> Iterator[Tensor]:
-    """Rows of `context + 1` bytes from random places."""
+    """Rows of `context + 1` bytes from random positions."""
     generator = torch.Generator().manual_seed(seed)
     span = torch.arange(plan.context + 1)
     for _ in range(count):
@@ -290,7 +290,7 @@ def main() -> None:
     """Measure all points and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--out", type=Path, help="folder of points and weights; the run resumes with what it has")
+    parser.add_argument("--out", type=Path, help="folder of points and weights; finished points are not repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     plan = Plan()
     for name in asdict(plan):

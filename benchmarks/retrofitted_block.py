@@ -1,10 +1,10 @@
-"""Skip efficiency of a retrofitted feed-forward block: how much of the time that skipped tokens could save is saved.
+"""Skip efficiency of a retrofitted feed-forward block: saved time relative to the time of the skipped tokens.
 
     OMP_NUM_THREADS=1 python -m benchmarks.retrofitted_block --json
 
 A pre-norm block x + mlp(norm(x)) of plain modules, whose MLP `sma.retrofit` routes; the hidden width is four times the
 width. `skip_efficiency` is (T_dense - T(rate)) / ((1 - rate) (T_dense - T_without)), with T_dense the block before it
-was retrofitted and T_without x + norm(x). 1 means that skipping has no overhead. All points take turns in one process.
+was retrofitted and T_without x + norm(x). 1 means that skipping has no overhead. All points alternate in one process.
 The figures are medians over the rounds, of a forward pass in inference mode, and of forward + backward with gradients
 of the input and of all parameters. On a CPU they are processor time, which other programs disturb less.
 """
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def routed_block(block: nn.Module, x_BLD: Tensor, rate: float) -> float:
-    """Route the MLP of a block at a rate on these tokens; returns the rate that it really has."""
+    """Route the MLP of a block at a rate on these tokens; returns the actual rate."""
     part = retrofit(block, {"mlp": {"kind": "sma", "gate": "straight_through"}}).parts["mlp"]
     with collect_decisions(block) as before:
         block(x_BLD)
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=15, help="times that every point is measured; default 15")
+    parser.add_argument("--rounds", type=int, default=15, help="number of measurements per point (default: 15)")
     parser.add_argument("--rows", type=int, default=1, help="rows of the batch; default 1")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row; default 4,096")
     parser.add_argument("--width", type=int, default=512, help="channels of a token; default 512")

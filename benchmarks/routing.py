@@ -80,13 +80,13 @@ class Unrouted(nn.Module):
 
 
 def hidden_of(layer: RoutedLayer, x_BLD: Tensor) -> Tensor:
-    """What a routed block makes of a batch."""
+    """Output of a routed block."""
     output: Tensor = layer(x_BLD).hidden
     return output
 
 
 def results_of(part: nn.Module, tokens: Ragged, values: Tensor) -> Tensor:
-    """What a sub-module makes of tokens with these values."""
+    """Output of a sub-module for tokens with these values."""
     results: Tensor = part(tokens.with_values(values))[0]
     return results
 
@@ -105,7 +105,7 @@ def step(program: Callable[[Tensor], Tensor], module: nn.Module, values: Tensor)
 
 
 def steps(model: str, size: Size, device: str) -> tuple[dict[tuple[str, float], Callable[[], None]], dict[float, int]]:
-    """Every point's step, by its name and rate, and the tokens that each rate activates."""
+    """Steps by name and rate, and the number of active tokens by rate."""
     torch.manual_seed(0)
     x = torch.randn(size.rows, size.length, size.width, device=device)
     layer = block_spec(model, size.width).build(size.width).to(device)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--model", action="append", choices=MODELS, help="only this model; may be repeated")
-    parser.add_argument("--rounds", type=int, default=25, help="times that every point is measured; default 25")
+    parser.add_argument("--rounds", type=int, default=25, help="number of measurements per point (default: 25)")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch; default 8")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row; default 1,024")
     parser.add_argument("--width", type=int, default=256, help="channels of a token; default 256")

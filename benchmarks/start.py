@@ -16,7 +16,7 @@ TORCH = [sys.executable, "-c", "import torch"]
 
 
 def seconds(command: list[str], repeats: int) -> float:
-    """Least processor time of a command, in seconds: other processes make the wall clock lie."""
+    """Minimum processor time of a command, in seconds; wall time would depend on other processes."""
     best = float("inf")
     for _ in range(repeats):
         before = os.times()
@@ -29,8 +29,8 @@ def seconds(command: list[str], repeats: int) -> float:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Seconds that commands take over `import torch`.")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each, of which the fastest counts (default: 5)")
+    parser = argparse.ArgumentParser(description="Start-up time of commands beyond `import torch`, in seconds.")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs; the fastest counts (default: 5)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()
     torch = seconds(TORCH, options.repeats)

@@ -59,9 +59,9 @@ MODELS = ("seqboat", "recompute", "kv_cache_transformer")
 BATCHES = (1, 16)
 RATES = (0.1, 1.0)
 POSITIONS = (1_000, 10_000, 100_000, 1_000_000)
-# Chunks between the marks hold few tokens of one number, which divides every mark: large or varied ones would leave the
-# allocator holes, and the peak would creep up; what it holds free is given back after so many chunks. Where the speed
-# of a prefill is measured they are large.
+# Between two positions the stream advances in small chunks of one size, which divides every position. Large chunks or
+# chunks of several sizes would fragment the allocator's memory and raise the peak. Free memory is returned to the
+# system after a number of chunks. The measurement of a prefill uses large chunks.
 SMALL, LARGE, WARM_UP, GIVE_BACK = 4_000, 16_384, 800, 20
 REACH = {"cpu": 200_000, "cuda": 4_000_000}
 
@@ -98,7 +98,7 @@ class Marks:
         chunk = max(1, min(1000, SMALL // self.batch, *self.positions))
         state = self.model.init_state(self.batch)
         kept = [map_tensors(torch.clone, state) for _ in self.positions]
-        # Until the allocator holds what chunks and steps need, so that no mark is the first to need it.
+        # Warm up the allocator, so that no position is the first to need its memory.
         for number in range(min(WARM_UP, self.positions[-1])):
             state = self._advance(chunk, state)
             if number % GIVE_BACK == 0:
@@ -125,7 +125,7 @@ class Marks:
         return output.state
 
     def recompute(self) -> Iterator[tuple[Step, int]]:
-        """The last tokens before the mark are all that there is."""
+        """The state is the last tokens before the position."""
         self._advance(CONTEXT, None)
         for position in self.positions:
             ids = self.ids(min(position, CONTEXT))
@@ -142,7 +142,7 @@ class Marks:
 
     @property
     def real_rate(self) -> float | None:
-        """Activation rate that was found, mean over the layers."""
+        """Measured activation rate, mean over the layers."""
         return round(statistics.mean(self.active) / self.seen, 4) if self.seen else None
 
     def speeds(self) -> tuple[float, float]:
@@ -187,7 +187,7 @@ def give_back_memory() -> None:
 
 
 def peak_megabytes(device: str) -> float:
-    """The process's peak memory so far."""
+    """Peak memory of the process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -235,7 +235,7 @@ def measure(model: str, batch: int, rate: float, options: argparse.Namespace) ->
 
 
 def processes(options: argparse.Namespace) -> Iterator[list[str]]:
-    """The arguments of every process that is to be run."""
+    """Arguments of every process."""
     for model in options.model:
         for batch in options.batch:
             if model == "kv_cache_transformer":
@@ -259,12 +259,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
-        "--model", action="append", choices=MODELS, help="only this model; may be repeated, as the next three"
+        "--model", action="append", choices=MODELS, help="only this model; may be repeated, like the next three options"
     )
     parser.add_argument("--batch", action="append", type=int, help=f"only this batch size; default {BATCHES}")
     parser.add_argument("--rate", action="append", type=float, help=f"only this activation rate; default {RATES}")
-    parser.add_argument("--position", action="append", type=int, help=f"only this mark, in tokens; default {POSITIONS}")
-    parser.add_argument("--steps", type=int, default=2000, help="single steps per mark; default 2000")
+    parser.add_argument("--position", action="append", type=int, help=f"only this position; default {POSITIONS}")
+    parser.add_argument("--steps", type=int, default=2000, help="single steps per position; default 2000")
     parser.add_argument(
         "--compile",
         action="store_true",

@@ -1,4 +1,4 @@
-"""The models of the stream benchmark: one token of every row in, the scores of the next tokens out."""
+"""Models of the stream benchmark. A step takes one token per row and returns the scores of the next tokens."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,7 +15,7 @@ from sma.routers import SMARouter
 WIDTH, DEPTH, VOCABULARY = 128, 4, 256
 CONTEXT = 2048
 
-# One more token of every row in, the scores of the next ones out.
+# Takes one token per row, returns the scores of the next tokens.
 Step = Callable[[Tensor], Tensor]
 
 
@@ -48,7 +48,7 @@ def set_rates(model: SequenceModel, rate: float, rows: int = 16, length: int = 2
     rate.
     """
     inputs = model.encoder.random_inputs(rows, length)
-    hidden = [model.encoder(part) for part in inputs.split(2)]  # a few rows at a time, for the sake of the peak memory
+    hidden = [model.encoder(part) for part in inputs.split(2)]  # a few rows at a time, to limit the peak memory
     for layer in model.routed_layers:
         if layer.routed is None or not isinstance(layer.routed.router, SMARouter):
             raise SystemExit("the layer has no SMA router")
@@ -77,7 +77,7 @@ class Stream:
 
 
 class Recompute:
-    """A model without a state: every token computes the last `context` tokens again."""
+    """A model without a state, which recomputes the last `context` tokens for every token."""
 
     def __init__(self, model: SequenceModel, ids: Tensor, context: int = CONTEXT) -> None:
         self.model, self.context = model, context

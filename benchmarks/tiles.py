@@ -1,4 +1,4 @@
-"""Time the kernels of windowed attention with other tiles than those that `tiles` chooses.
+"""Time of the kernels of windowed attention with other tile sizes than the defaults of `tiles`.
 
     python -m benchmarks.tiles --out FILE --deadline 120
     python -m benchmarks.tiles --out FILE --table
@@ -31,7 +31,7 @@ from benchmarks.gpu.results import Record, Results
 from sma.kernels import use
 from sma.streams import run_command
 
-# In the order in which they are measured.
+# In the order of the measurements.
 GROUPS = [
     (shape, dtype)
     for shapes in (("text", "enwik8"), ("image", "pathx"))
@@ -41,9 +41,9 @@ GROUPS = [
 DTYPES = {"tf32": torch.float32, "bf16": torch.bfloat16}
 # The result of each kernel among those of a run, and how often a pair goes through a product of Z and of H channels.
 KERNELS = {"attend": (0, 1, 1), "grad_queries": (1, 2, 1), "grad_keys": (2, 2, 1), "grad_values": (3, 1, 1)}
-# Results of two tilings differ by the rounding of the products: what is above is wrong.
+# Maximum difference by rounding between the results of two tilings; a larger one is an error.
 TOLERANCES = {"tf32": 2e-3, "bf16": 2e-2}
-# Own tokens of a program, tokens of a step, channels of a slice, warps, stages. A group of 4 warps multiplies 64 rows.
+# Tokens per program, tokens per step, channels per slice, warps, stages. A group of 4 warps multiplies 64 rows.
 WHOLE = [
     (64, 32, 256, 4, 2), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 32, 256, 8, 2), (128, 64, 256, 8, 2),
     (64, 64, 256, 4, 2), (64, 32, 128, 4, 2), (128, 64, 128, 8, 2), (128, 32, 128, 8, 3), (64, 64, 128, 4, 2),
@@ -56,7 +56,7 @@ SLICED = [
 
 
 class Task(NamedTuple):
-    """A kernel at a shape with tiles; None are those that are chosen now."""
+    """A kernel at a shape with tile sizes; None: the defaults."""
 
     shape: str
     dtype: str
@@ -65,7 +65,7 @@ class Task(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """Results and gradients, the launch of the kernel in question, and what the compiler made of it."""
+    """Results and gradients, the launch of the measured kernel, and its compiled form."""
 
     results: list[Tensor]
     call: Callable[[], Any]
@@ -73,7 +73,7 @@ class Ran(NamedTuple):
 
 
 def candidates(kernel: str, hidden_size: int) -> Iterator[Any]:
-    """The present choice, as None, and others."""
+    """The default tile sizes, as None, and others."""
     from sma.kernels.gpu import windowed_attention as programs
 
     yield None
@@ -86,7 +86,7 @@ def candidates(kernel: str, hidden_size: int) -> Iterator[Any]:
 
 
 def run(given: Attended, kernel: str, tile: Any, compile_only: bool = False) -> Ran | None:
-    """Forward and backward with tiles for one kernel; None where it was compiled only."""
+    """Run forward and backward with tile sizes for one kernel; returns None if it was only compiled."""
     from sma.kernels.gpu import windowed_attention as programs
 
     choose, found = programs.tiles, []
@@ -111,7 +111,7 @@ def run(given: Attended, kernel: str, tile: Any, compile_only: bool = False) -> 
 
 
 def compile_some(bench: Bench, tasks: Sequence[Task]) -> None:
-    """Compile tasks at a small size: lengths are no constants of the kernels."""
+    """Compile tasks at a small size; the compiled kernels do not depend on the lengths."""
     for task in tasks:
         if time.monotonic() > bench.until:
             return
@@ -119,7 +119,7 @@ def compile_some(bench: Bench, tasks: Sequence[Task]) -> None:
         try:
             with products_in(task.dtype):
                 run(attention_of(bench, shape, DTYPES[task.dtype]), task.kernel, task.tile, compile_only=True)
-        except Exception as error:  # tiles that cannot be compiled: measuring them says so again
+        except Exception as error:  # these tile sizes cannot be compiled; the measurement reports it
             bench.results.fail(error, task=task[:3], tile=task.tile)
 
 
@@ -139,7 +139,7 @@ def measure(bench: Bench, tasks: Sequence[Task]) -> None:
                 names = {"shape": shape, "dtype": dtype, "kernel": task.kernel}
                 try:
                     bench.results.add("tile", **names, **_timed(bench, given, task, wanted))
-                except Exception as error:  # whatever a compiler or a launch raises: the next tiles may work
+                except Exception as error:  # of a compiler or a launch; the next tile sizes may work
                     bench.results.fail(error, **names, tile=task.tile)
         if bench.device == "cuda":
             torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def _timed(bench: Bench, given: Attended, task: Task, wanted: dict[str, Tensor])
 
 
 def _milliseconds(bench: Bench, call: Callable[[], Any], seconds: float = 0.015) -> float:
-    """Time of a launch on the device: launches back to back in a CUDA graph, so that the host costs nothing."""
+    """Time of a launch on the device, without the host: consecutive launches in a CUDA graph."""
     if bench.toy:
         since = time.perf_counter()
         call()
@@ -185,7 +185,7 @@ def _milliseconds(bench: Bench, call: Callable[[], Any], seconds: float = 0.015)
     once = bench.milliseconds(call, 0.0)
     count = max(2, min(30, math.ceil(1e3 * seconds / once)))
     graph = torch.cuda.CUDAGraph()
-    # Not by torch.cuda.graph, which collects garbage first: that takes longer than the measurement.
+    # torch.cuda.graph would collect garbage first, which takes longer than the measurement.
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin()
         for _ in range(count):
@@ -204,7 +204,7 @@ def _milliseconds(bench: Bench, call: Callable[[], Any], seconds: float = 0.015)
 
 
 def table(records: Sequence[Record]) -> Iterator[str]:
-    """One line per candidate, the fastest of every kernel first; those that do not work last."""
+    """Return a line per candidate: the fastest of every kernel first, failed ones last."""
     yield "| shape | dtype | kernel | BM, BN, BH, warps, stages | ms | TFLOP/s | registers | |"
     yield "|---|---|---|---|---|---|---|---|"
     done = [each for each in records if each["kind"] == "tile"]
@@ -222,16 +222,16 @@ def table(records: Sequence[Record]) -> Iterator[str]:
 def main() -> None:
     """Compile, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where every point is appended")
-    parser.add_argument("--table", action="store_true", help="print the table of FILE and measure nothing")
-    parser.add_argument("--deadline", type=float, default=120.0, help="seconds after which it ends, default 120")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU runs toy sizes")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the measurements")
+    parser.add_argument("--table", action="store_true", help="only print the table of FILE")
+    parser.add_argument("--deadline", type=float, default=120.0, help="time limit in seconds (default: 120)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu runs small sizes")
     parser.add_argument(
         "--shape", action="append", choices=["text", "enwik8", "image", "pathx"], help="may be repeated"
     )
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated")
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="may be repeated")
-    parser.add_argument("--first", type=int, help="only so many candidates of each kernel")
+    parser.add_argument("--first", type=int, help="maximum number of candidates per kernel")
     options = parser.parse_args()
     results = Results(options.out.parent)
     results.path = options.out
@@ -258,7 +258,7 @@ def _measure_all(results: Results, options: argparse.Namespace) -> None:
     since = time.monotonic()
     early = since + 0.5 * options.deadline
     builder = Bench(results, "compiled", options.device, early)
-    # Many short lists, so that processes that are done take no long one of the others.
+    # Many short lists balance the load of the processes.
     count = min(os.cpu_count() or 1, 12)
     in_parallel(results, "compiled", early + 5, [partial(compile_some, builder, tasks[i::count]) for i in range(count)])
     results.add("compiled", tasks=len(tasks), took=time.monotonic() - since)

@@ -1,4 +1,4 @@
-"""Launches and bytes of operators: one launch that reads its inputs and writes its outputs once, and the exceptions."""
+"""Launches and bytes of operators: by default one launch that reads its inputs and writes its outputs once."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ RULES: dict[str, Rule] = {}
 
 
 def register_work(operator: str, rule: Rule) -> None:
-    """Set the rule of an operator, such as `sma::windowed_attention`; names of torch's own have no `aten::`."""
+    """Set the rule of an operator, such as `sma::windowed_attention`; names of torch's operators omit `aten::`."""
     RULES[operator] = rule
 
 
@@ -121,7 +121,7 @@ def _matmul(left: int) -> Rule:
 
 
 def _nonzero(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
-    return Work(2, 2 * nbytes(args), nbytes(out))  # a count, and a pass that places
+    return Work(2, 2 * nbytes(args), nbytes(out))  # a pass that counts, and one that writes
 
 
 def fused_pass(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:

@@ -16,7 +16,7 @@ from sma.submodule import NoState, State, SubModule
 
 
 class _Wrapped(SubModule):
-    """What both kinds of wrapped modules have in common.
+    """Common parts of `TokenWise` and `RowWise`.
 
     Attributes:
         module: the plain module.
@@ -30,7 +30,7 @@ class _Wrapped(SubModule):
             raise InputError(
                 f"{name} got {type(module).__name__}, which is a sub-module already; use it without {name}"
             )
-        # A compiled script has its forward on itself.
+        # The forward of a compiled script is an attribute of the instance.
         if getattr(type(module), "forward", None) is nn.Module.forward:
             raise InputError(
                 f"{name} got {type(module).__name__}, which has no forward; give a module that can be called"
@@ -42,7 +42,7 @@ class _Wrapped(SubModule):
                 self._refuse_norm(path, part, "takes statistics over the padding of a row; use a layer norm")
             if part.running_mean is None:
                 self._refuse_norm(path, part, "keeps no running statistics; set track_running_stats=True")
-        # In a tuple, which torch does not register.
+        # A tuple of pairs, so that torch does not register these modules again.
         self._batch_norms = tuple(norms)
         self._in_place = any(getattr(part, "inplace", False) for part in module.modules())
 
@@ -53,7 +53,7 @@ class _Wrapped(SubModule):
         """Check that no part of the module takes statistics over the batch.
 
         Raises:
-            InputError: a batch norm is in training mode; names it.
+            InputError: a batch norm is in training mode; the message names it.
         """
         for path, part in self._batch_norms:
             if part.training:
@@ -74,10 +74,10 @@ class _Wrapped(SubModule):
         return f"{type(self).__name__}({type(bare(self.module)).__name__})"
 
     def _run(self, values: Tensor, axes: str, **options: Any) -> Tensor:
-        """Call the module, which may not change the tokens that the rest of the model goes on with.
+        """Call the module. It must not change its input, because other parts of the model read it.
 
         Raises:
-            InputError: it changes its input, or returns anything but a tensor of the same shape.
+            InputError: it changes its input, or does not return a tensor of the same shape.
         """
         counted = not (self._in_place or torch.compiler.is_compiling() or values.is_inference())
         values = values.clone() if self._in_place else values
@@ -100,10 +100,10 @@ class _Wrapped(SubModule):
         )
 
     def _nothing(self, tokens: Ragged) -> Tensor:
-        """Zeros, by which the tokens and all parameters get gradients of zero."""
+        """Return zeros that give the tokens and all parameters gradients of zero."""
         zeros = fill_holes(tokens.values, tokens)
         if distributed.is_available() and distributed.is_initialized():
-            # The module may be sharded, and the other ranks would wait. At zeros its gradient may be infinite.
+            # Other ranks would wait for a sharded module. Ones, because gradients may be infinite at zeros.
             taking_part = [self._run_on_one(zeros.new_ones(1, 1, zeros.shape[-1]))]
         else:
             taking_part = [each for each in self.module.parameters() if each.requires_grad]
@@ -115,22 +115,22 @@ class _Wrapped(SubModule):
 
 
 class TokenWise(_Wrapped):
-    r"""A plain module that transforms each token by itself, as a sub-module: $y_t = f(x_t)$.
+    r"""A plain module that transforms each token independently, as a sub-module: $y_t = f(x_t)$.
 
-    Holes never reach the module, and without an active token it is not called: its parameters get gradients of zero.
-    With a process group it is then called on one token of ones, because its parameters may be sharded. It takes part in
-    streams, because no token depends on another. Where shapes may not depend on the data, in a compiled model or a CUDA
-    graph, it gets zeros in place of holes.
+    The module gets no holes. If no token is active, it is not called, and its parameters get gradients of zero. With a
+    process group it is then called on one token of ones, because its parameters may be sharded. It streams, because no
+    token depends on another. In a compiled model or a CUDA graph, where shapes must not depend on the data, it gets
+    zeros in place of holes.
 
     Args:
-        module: maps `(…, D)` to `(…, D)`, each token by itself: a feed-forward block, an adapter, a norm.
+        module: maps `(…, D)` to `(…, D)`, each token independently: a feed-forward block, an adapter, a norm.
 
     Shape:
         the module gets the active tokens `(T, D)` and returns `(T, D)`.
 
     Raises:
-        InputError: the module is a sub-module already, attends, recurs, or takes statistics over a batch or a row; or,
-            at a call, has a batch norm in training mode, changes its input or returns anything but `(T, D)`.
+        InputError: the module is a sub-module already, attends, recurs, or takes statistics over a batch or a row. At a
+            call: it has a batch norm in training mode, changes its input, or returns another shape than `(T, D)`.
     """
 
     causal = True
@@ -150,7 +150,7 @@ class TokenWise(_Wrapped):
             )
 
     def forward(self, tokens: Ragged, state: State | None = None) -> tuple[Float[Tensor, "T D"], State | None]:
-        """Transform every token on its own; see `SubModule.forward`."""
+        """Transform every token independently; see `SubModule.forward`."""
         self._continue(state, NoState, tokens)
         self._check_statistics()
         if _is_static(tokens):
@@ -170,17 +170,17 @@ class TokenWise(_Wrapped):
 class RowWise(_Wrapped):
     r"""A plain module that transforms a row of tokens, as a sub-module: attention, a convolution, a recurrence.
 
-    Rows without an active token are dropped before the call. If no row has one, the module is not called and its
-    parameters get gradients of zero; with a process group it is then called on one token of ones, because its
-    parameters may be sharded. Where shapes may not depend on the data, in a compiled model or a CUDA graph, such rows
-    are kept with one token of zeros.
+    Rows without an active token are dropped before the call. If no token is active, the module is not called, and its
+    parameters get gradients of zero. With a process group it is then called on one token of ones, because its
+    parameters may be sharded. In a compiled model or a CUDA graph, where shapes must not depend on the data, rows
+    without an active token are kept with one token of zeros.
 
-    It keeps nothing between the chunks of a stream, so a state is refused; write a `SubModule` to stream it.
+    It refuses a state, because it keeps nothing between the chunks of a stream; write a `SubModule` to stream it.
 
     Args:
         module: maps `(B, S, D)` to `(B, S, D)`: S active tokens of a row, padded on the right. An
             `nn.MultiheadAttention` gets them as query, key and value.
-        mask_argument: name of the argument by which it takes the mask `(B, S)` of the padded rows; None: it takes none,
+        mask_argument: name of the argument for the mask `(B, S)` of the padded rows; None if the module takes no mask,
             because padding with zeros on the right changes no token.
         mask_true_is: whether the mask is True at `padding` or at `valid` tokens.
         causal: whether the result at a token depends on no later token of its row.
@@ -191,8 +191,8 @@ class RowWise(_Wrapped):
 
     Raises:
         InputError: the module takes no such argument, attends without a mask, has its batch or its channels on the
-            wrong axis, is a sub-module already, or takes statistics over a batch or a row; or, at a call, has a batch
-            norm in training mode, changes its input or returns another shape.
+            wrong axis, is a sub-module already, or takes statistics over a batch or a row. At a call: it has a batch
+            norm in training mode, changes its input, or returns another shape.
         StateError: a state was given.
     """
 
@@ -306,7 +306,7 @@ def _mask_hint(module: nn.Module, part: nn.Module) -> str:
 
 
 def _is_static(tokens: Ragged) -> bool:
-    """Whether no shape may depend on which tokens are real."""
+    """Whether shapes must not depend on the data."""
     values = tokens.values
     return (
         torch.compiler.is_compiling() or values.is_meta or (values.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -57,8 +57,8 @@ def test_every_phase_runs_on_a_cpu(tmp_path: Path) -> None:
     states = {mark.name: mark.state for mark in marks.marks(Points(lines), timed=False)}
     assert states.pop("error of the moving average, float32") == "met"
     assert states.pop("error of the attention, fp32") == "met"
-    assert states.pop("NaN reaches what it reaches in plain PyTorch") == "met"
-    assert states.pop("tensors that differ between two runs, the bias table aside") == "met"
+    assert states.pop("NaN propagates as in plain PyTorch") == "met"
+    assert states.pop("tensors that differ between two runs, without the bias table") == "met"
     assert set(states.values()) == {"not measured"}
     printed = report.report(folder)
     assert device["card"] in printed

@@ -46,26 +46,26 @@ JUDGED = {
     "error of the attention, fp32": (2e-5, "missed"),
     "error of the attention, tf32": (float("nan"), "missed"),
     "error of the attention, bf16": (None, "not measured"),
-    "NaN reaches what it reaches in plain PyTorch": (1.0, "met"),
-    "tensors that differ between two runs, the bias table aside": (0.0, "met"),
-    "moving average of Text, forward, over its floor of three passes": (3.0, "met"),  # 0.3 GB at 3 TB/s: 0.1 ms
-    "speed of the moving average of text over that by FFT, forward + backward": (1.7 / 0.9, "missed"),
-    "speed of the moving average of enwik8 causal, over the scan of torch, forward + backward": (8.5, "met"),
-    "attention of Text, forward, tf32, of a product": (37.5, "met"),
-    "attention of Text, backward, tf32, of a product": (22.5, "missed"),
-    "slowest function between operators, of a copy": (60.0, "missed"),
-    "layer of text at 0.3, tf32, over its roofline": (1.6, "met"),
-    "speed over a flash transformer, text at 0.3, bf16, on the device": (2.5, "met"),
-    "speed over a flash transformer, text at 0.3, bf16, with the host": (1.5, "missed"),
-    "speed over a flash transformer, text at 0.1, bf16, on the device": (None, "not measured"),
-    "speed over the authors' algorithm, text at 0.3, on the device": (4.0, "missed"),
-    "speed over the authors' algorithm, text at 0.3, with the host": (5.0, "met"),
+    "NaN propagates as in plain PyTorch": (1.0, "met"),
+    "tensors that differ between two runs, without the bias table": (0.0, "met"),
+    "moving average of Text, forward, relative to three passes": (3.0, "met"),  # 0.3 GB at 3 TB/s: 0.1 ms
+    "speed of the moving average of text relative to the FFT, forward + backward": (1.7 / 0.9, "missed"),
+    "speed of the moving average of enwik8 causal, relative to the scan of torch, forward + backward": (8.5, "met"),
+    "attention of Text, forward, tf32, relative to a product": (37.5, "met"),
+    "attention of Text, backward, tf32, relative to a product": (22.5, "missed"),
+    "slowest fused function, relative to a copy": (60.0, "missed"),
+    "layer of text at 0.3, tf32, relative to its roofline": (1.6, "met"),
+    "speed relative to flash attention, text at 0.3, bf16, on the device": (2.5, "met"),
+    "speed relative to flash attention, text at 0.3, bf16, including the host": (1.5, "missed"),
+    "speed relative to flash attention, text at 0.1, bf16, on the device": (None, "not measured"),
+    "speed relative to the authors' algorithm, text at 0.3, on the device": (4.0, "missed"),
+    "speed relative to the authors' algorithm, text at 0.3, including the host": (5.0, "met"),
     "skip efficiency, text at 0.3": (4.0 / (0.7 * 5.0), "met"),
-    "peak memory over plain PyTorch, text at 0.3": (0.5, "met"),
-    "questions to the host of a training step, per layer": (1.25, "missed"),
-    "questions to the host of a training step, with a capacity": (0.0, "met"),
+    "peak memory relative to plain PyTorch, text at 0.3": (0.5, "met"),
+    "synchronisations with the host in a training step, per layer": (1.25, "missed"),
+    "synchronisations with the host in a training step, with a capacity": (0.0, "met"),
     "idle share of a training step as a graph": (3.0, "met"),
-    "losses of 30 updates, graph against eager, relative": (0.0, "met"),
+    "losses of 30 updates, graph and eager, relative difference": (0.0, "met"),
 }
 
 
@@ -84,8 +84,8 @@ def test_marks_follow_from_the_figures_of_the_same_run(name: str) -> None:
 def test_a_mark_without_ceilings_is_not_measured() -> None:
     records = [each for each in _made_up() if each["phase"] != "ceilings"]
     found = {mark.name: mark.state for mark in marks.marks(Points(records))}
-    assert found["moving average of Text, forward, over its floor of three passes"] == "not measured"
-    assert found["attention of Text, forward, tf32, of a product"] == "not measured"
+    assert found["moving average of Text, forward, relative to three passes"] == "not measured"
+    assert found["attention of Text, forward, tf32, relative to a product"] == "not measured"
     assert {mark.state for mark in marks.marks(Points([]))} == {"not measured"}
 
 
@@ -102,7 +102,7 @@ def test_a_report_has_the_card_the_marks_and_the_points(tmp_path: Path) -> None:
         "`python -m benchmarks.gpu --out x`, commit 0123abc, 2026-11-27 12:00 UTC, torch 2.11.0, triton 3.6.0, "
         "python 3.12.3."
     )
-    assert "| speed over a flash transformer, text at 0.3, bf16, on the device | >= 2x | 2.5 | met |" in lines
+    assert "| speed relative to flash attention, text at 0.3, bf16, on the device | >= 2x | 2.5 | met |" in lines
     assert "| error of the attention, tf32 | <= 0.001 | nan | missed |" in lines
     assert "| ema text | 1.7 |  |  |" in lines[lines.index("**plain**") :]
     assert lines[-1] == "- peers flex attention peer: RuntimeError: no"

@@ -25,12 +25,12 @@ def main() -> int:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="FOLDER", help="measure, and write the points into this folder")
-    what.add_argument("--report", type=Path, metavar="FOLDER", help="print the tables of the points in this folder")
-    parser.add_argument("--deadline", type=float, default=560.0, help="seconds after which the run ends, default 560")
-    parser.add_argument("--phase", action="append", help="run only this phase, in the whole time; may be repeated")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="a CPU runs toy sizes")
-    parser.add_argument("--commit", help="commit of the program, where its folder is no checkout")
+    what.add_argument("--out", type=Path, metavar="FOLDER", help="run the measurements and write them into this folder")
+    what.add_argument("--report", type=Path, metavar="FOLDER", help="print the tables of this folder")
+    parser.add_argument("--deadline", type=float, default=560.0, help="time limit in seconds (default: 560)")
+    parser.add_argument("--phase", action="append", help="run only this phase, with the whole time; may be repeated")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu runs small sizes")
+    parser.add_argument("--commit", help="commit of the program, if its folder is not a checkout")
     options = parser.parse_args()
     if options.report is not None:
         print(report(options.report))

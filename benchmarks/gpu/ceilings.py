@@ -1,4 +1,4 @@
-"""What the card can do: bytes of a copy, and products, against which everything else is judged."""
+"""Ceilings of the GPU: bandwidth of a copy and speed of products. Other figures are relative to them."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should: against plain PyTorch in float64, with NaN, in models, and twice."""
+"""Correctness of the kernels: against plain PyTorch in float64, with NaN, in models, and in two equal runs."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ def _way(causal: bool) -> str:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors are full of NaN, so that a result that no kernel wrote is seen."""
+    """Fill uninitialised memory with NaN, so that results that no kernel writes are detected."""
     with mock.patch.multiple(torch, empty=_full(torch.empty), empty_like=_full(torch.empty_like)):
         new = _full(Tensor.new_empty)
         with mock.patch.object(Tensor, "new_empty", new):
@@ -153,7 +153,7 @@ def _errors(found: list[Tensor], wanted: list[Tensor]) -> Record:
 
 
 def _nan(bench: Bench) -> Record:
-    """Whether a value that is NaN reaches the same results through kernels as through plain PyTorch, and no others."""
+    """Whether a NaN value makes the same results NaN with kernels and in plain PyTorch."""
     given = _problem(bench, True, torch.float32)
     given["v"][given["v"].shape[0] // 2, 0] = torch.nan
     same = []
@@ -170,7 +170,7 @@ def _nan(bench: Bench) -> Record:
 
 
 def _two_runs(bench: Bench) -> Record:
-    """The results and gradients that differ between two runs of a layer on the same numbers."""
+    """Results and gradients that differ between two runs of a layer on the same input."""
     with use("triton"), products_in("tf32"):
         layer, inputs, _ = build_layer(bench, bench.shapes["image" if bench.toy else "text"], 0.3)
         layer.eval()
@@ -188,7 +188,7 @@ def _two_runs(bench: Bench) -> Record:
 
 
 def _model(bench: Bench, name: str) -> Record:
-    """Distance of scores and gradients of a model between the CPU and the device, with the decisions of the CPU."""
+    """Difference of scores and gradients of a model between the CPU and the device, with the decisions of the CPU."""
     spec = load_spec(ROOT / "recipes" / "specs" / f"seqboat_{name}.yaml", "model")
     reference, model = (build(spec, seed=0).eval() for _ in range(2))
     model = model.to(bench.device)

@@ -16,12 +16,12 @@ ON_DEVICE = ", on the device"
 
 
 def plain(bench: Bench) -> None:
-    """The plain path."""
+    """Measure the layers in plain PyTorch."""
     _run(bench, "plain")
 
 
 def kernels(bench: Bench) -> None:
-    """The same with kernels, and the functions between them."""
+    """Measure the layers with kernels, and the fused functions."""
     operators.fused_functions(bench)
     _run(bench, "triton")
 
@@ -33,7 +33,7 @@ def _run(bench: Bench, implementation: Name) -> None:
             if (name, rate, precision) == ("text", 0.3, "tf32"):
                 operators.averages(bench)
                 operators.attentions(bench)
-        # Last, because all that follows a profile in its process is slower.
+        # Last, because a profile slows down everything after it in the process.
         for name, rate, precision, variant in _wanted(bench.toy):
             if implementation == "triton" and precision != PRECISIONS[0]:
                 _attempt(bench, _on_device, implementation, name, rate, precision, variant, ON_DEVICE)
@@ -60,7 +60,7 @@ def point_name(layer: str, rate: float, precision: str, variant: str = "routed")
 
 
 def _wanted(toy: bool) -> Iterator[tuple[str, float, str, str]]:
-    """The points, those that matter most first."""
+    """Points in the order of their importance."""
     if toy:
         yield "text", 0.3, "tf32", "routed"
         return
@@ -94,7 +94,7 @@ def _on_device(bench: Bench, shape: Shape, rate: float, precision: str, variant:
 
 
 def roofline(shape: Shape, rate: float, precision: str, points: Points) -> Record:
-    """Least time of the counted launches with kernels: each takes its bytes over the bandwidth of a copy, or its
+    """Minimum time of the counted launches with kernels: each takes its bytes over the bandwidth of a copy, or its
     operations over the speed of a product, whichever is longer.
     """
     copy = points.get("ceilings", "copy", "gigabytes_per_second")

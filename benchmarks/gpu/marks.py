@@ -1,4 +1,4 @@
-"""The marks of a run: figures against limits, which follow from the ceilings of the same run."""
+"""Comparison of a run with limits; those on speed are relative to the ceilings of the same run."""
 
 import math
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ class Mark(NamedTuple):
     """A figure and its limit.
 
     Attributes:
-        name: what is judged.
+        name: name of the figure.
         limit: the condition in words.
-        figure: what was measured; None where it was not.
+        figure: the measured value; None if it was not measured.
         state: whether the condition holds.
     """
 
@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
 
 def marks(points: Points, timed: bool = True) -> list[Mark]:
-    """Judge the points of a run; of one that is not timed, on a CPU, only the errors."""
+    """Compare the points of a run with the limits; on a CPU, where times have no meaning, only the errors."""
     errors, points = _errors(points), points if timed else Points([])
     return [
         *errors,
@@ -45,7 +45,7 @@ def _judge(name: str, figure: float | None, limit: float, sign: Literal["<=", ">
     if figure is None:
         return Mark(name, words, None, "not measured")
     holds = {"<=": figure <= limit, ">=": figure >= limit, "<": figure < limit}[sign]
-    return Mark(name, words, figure, "met" if holds else "missed")  # NaN holds nowhere
+    return Mark(name, words, figure, "met" if holds else "missed")  # NaN satisfies no condition
 
 
 def _ratio(above: Any, below: Any, factor: float = 1.0) -> float | None:
@@ -68,10 +68,10 @@ def _errors(points: Points) -> Iterator[Mark]:
     for precision, limit in (("fp32", 1e-5), ("tf32", 1e-3), ("bf16", 1e-2)):
         yield _judge(f"error of the attention, {precision}", _worst(points, "attention", precision), limit, "<=")
     same = points.get("correctness", "nan", "same_pattern")
-    yield _judge("NaN reaches what it reaches in plain PyTorch", None if same is None else float(same), 1, ">=")
+    yield _judge("NaN propagates as in plain PyTorch", None if same is None else float(same), 1, ">=")
     differ = points.get("correctness", "two runs", "differ")
     others = None if differ is None else float(sum(not name.endswith("bias_table") for name in differ))
-    yield _judge("tensors that differ between two runs, the bias table aside", others, 0, "<=")
+    yield _judge("tensors that differ between two runs, without the bias table", others, 0, "<=")
 
 
 def _averages(points: Points) -> Iterator[Mark]:
@@ -83,11 +83,15 @@ def _averages(points: Points) -> Iterator[Mark]:
     floor = _ratio(size, copy, 3e3)
     forward = points.get("kernels", "ema text", "forward")
     yield _judge(
-        "moving average of Text, forward, over its floor of three passes", _ratio(forward, floor), 3.5, "<=", "x"
+        "moving average of Text, forward, relative to three passes",
+        _ratio(forward, floor),
+        3.5,
+        "<=",
+        "x",
     )
     for name, what, limit in (
-        ("text", "over that by FFT, forward + backward", 2.0),
-        ("enwik8", "causal, over the scan of torch, forward + backward", 8.0),
+        ("text", "relative to the FFT, forward + backward", 2.0),
+        ("enwik8", "causal, relative to the scan of torch, forward + backward", 8.0),
     ):
         plain, ours = (points.get(phase, f"ema {name}", "step") for phase in ("plain", "kernels"))
         yield _judge(f"speed of the moving average of {name} {what}", _ratio(plain, ours), limit, ">=", "x")
@@ -99,14 +103,14 @@ def _attentions(points: Points) -> Iterator[Mark]:
         for way, limit in (("forward", 35.0), ("backward", 25.0)):
             speed = points.get("kernels", f"attention text {precision}", f"{way}_teraflops")
             figure = _ratio(speed, product, 100.0)
-            yield _judge(f"attention of Text, {way}, {precision}, of a product", figure, limit, ">=", " %")
+            yield _judge(f"attention of Text, {way}, {precision}, relative to a product", figure, limit, ">=", " %")
 
 
 def _glue(points: Points) -> Iterator[Mark]:
     copy = points.get("ceilings", "copy", "gigabytes_per_second")
     speeds = [each["gigabytes_per_second"] for name, each in points.of("kernels").items() if name.startswith("glue ")]
     yield _judge(
-        "slowest function between operators, of a copy", _ratio(min(speeds, default=None), copy, 100), 70, ">=", " %"
+        "slowest fused function, relative to a copy", _ratio(min(speeds, default=None), copy, 100), 70, ">=", " %"
     )
 
 
@@ -118,23 +122,25 @@ def _layers(points: Points) -> Iterator[Mark]:
 
     for name, rate in [*(("text", rate) for rate in RATES), ("image", 0.3), ("enwik8", 0.3), ("pathx", 0.3)]:
         time, bound = (layer(name, rate, "tf32", figure) for figure in ("device_milliseconds", "roofline"))
-        yield _judge(f"layer of {name} at {rate}, tf32, over its roofline", _ratio(time, bound), 2.0, "<=", "x")
-    for what, words in (("device_milliseconds", "on the device"), ("milliseconds", "with the host")):
+        yield _judge(f"layer of {name} at {rate}, tf32, relative to its roofline", _ratio(time, bound), 2.0, "<=", "x")
+    for what, words in (("device_milliseconds", "on the device"), ("milliseconds", "including the host")):
         for name, rate, limit in (("text", 0.1, 3.0), ("text", 0.3, 2.0), ("text", 1.0, 1.3), ("image", 0.3, 1.0)):
             peer = points.get("peers", f"transformer {name}{_suffix(what)}", what)
             figure = _ratio(peer, layer(name, rate, "bf16", what))
-            yield _judge(f"speed over a flash transformer, {name} at {rate}, bf16, {words}", figure, limit, ">=", "x")
+            yield _judge(
+                f"speed relative to flash attention, {name} at {rate}, bf16, {words}", figure, limit, ">=", "x"
+            )
         for name in ("text", "image"):
             peer = points.get("peers", f"authors {name}{_suffix(what)}", what)
             figure = _ratio(peer, layer(name, 0.3, "tf32", what))
-            yield _judge(f"speed over the authors' algorithm, {name} at 0.3, {words}", figure, 5.0, ">=", "x")
+            yield _judge(f"speed relative to the authors' algorithm, {name} at 0.3, {words}", figure, 5.0, ">=", "x")
     for name, rates in (("text", (0.1, 0.3)), ("image", (0.3,))):
         for rate in rates:
             figure = skip_efficiency(points, name, rate)
             yield _judge(f"skip efficiency, {name} at {rate}", figure, 0.85, ">=")
     for name in ("text", "image", "enwik8", "pathx"):
         ours, plain = (layer(name, 0.3, "tf32", "peak_gigabytes", phase) for phase in ("kernels", "plain"))
-        yield _judge(f"peak memory over plain PyTorch, {name} at 0.3", _ratio(ours, plain), 0.6, "<=", "x")
+        yield _judge(f"peak memory relative to plain PyTorch, {name} at 0.3", _ratio(ours, plain), 0.6, "<=", "x")
 
 
 def _suffix(figure: str) -> str:
@@ -142,7 +148,7 @@ def _suffix(figure: str) -> str:
 
 
 def skip_efficiency(points: Points, layer: str, rate: float) -> float | None:
-    """(T_dense - T) / ((1 - rate) (T_dense - T_without)) of times on the device: 1 where skipping costs nothing."""
+    """(T_dense - T) / ((1 - rate) (T_dense - T_without)) of times on the device; 1 means no overhead."""
     times = [
         points.get("kernels", point_name(layer, *each) + ON_DEVICE, "device_milliseconds")
         for each in ((rate, "tf32"), (1.0, "tf32", "dense"), (0.0, "tf32", "without"))
@@ -156,8 +162,8 @@ def skip_efficiency(points: Points, layer: str, rate: float) -> float | None:
 def _steps(points: Points) -> Iterator[Mark]:
     for name, limit, what in (("ragged", 1.0, "per layer"), ("static", 0.0, "with a capacity")):
         asked, layers = (points.get("profile", name, figure) for figure in ("questions", "layers"))
-        yield _judge(f"questions to the host of a training step, {what}", _ratio(asked, layers), limit, "<=")
+        yield _judge(f"synchronisations with the host in a training step, {what}", _ratio(asked, layers), limit, "<=")
     idle = points.get("steps", "graph", "idle")
     yield _judge("idle share of a training step as a graph", _ratio(idle, 1, 100), 5, "<", " %")
     difference = points.get("steps", "losses", "largest_difference")
-    yield _judge("losses of 30 updates, graph against eager, relative", difference, 0, "<=")
+    yield _judge("losses of 30 updates, graph and eager, relative difference", difference, 0, "<=")

@@ -1,4 +1,4 @@
-"""What every phase uses: attempts that are recorded, times, peaks of memory, precisions, routed layers at a rate."""
+"""Tools of the phases: recorded measurements, times, peak memory, precisions, routed layers at a rate."""
 
 import gc
 import itertools
@@ -31,7 +31,7 @@ TOY = {
 
 
 class NotMeasuredError(Exception):
-    """A point has no meaning here; the message says why."""
+    """The point cannot be measured on this device; the message has the reason."""
 
 
 class Bench:
@@ -49,7 +49,7 @@ class Bench:
 
     @property
     def toy(self) -> bool:
-        """Whether sizes are toys."""
+        """Whether the sizes are small."""
         return self.device == "cpu"
 
     @property
@@ -59,16 +59,16 @@ class Bench:
 
     @property
     def points(self) -> Points:
-        """The points of the run so far."""
+        """Points of the run so far."""
         return Points(self.results.read())
 
     def require_gpu(self, what: str) -> None:
-        """Refuse a point that means nothing on a CPU."""
+        """Refuse a point that has no meaning on a CPU."""
         if self.toy:
             raise NotMeasuredError(f"not measured on this device: {what}")
 
     def attempt(self, name: str, function: Callable[[], Record], **labels: Any) -> None:
-        """Measure a point and record its figures, the warnings of torch, or why there are none."""
+        """Measure a point and record its figures and the warnings of torch, or the reason of its failure."""
         if time.monotonic() > self.until:
             self.results.add("missing", phase=self.phase, name=name, reason="no time was left")
             return
@@ -79,7 +79,7 @@ class Bench:
                 figures = function()
         except NotMeasuredError as why:
             self.results.add("missing", phase=self.phase, name=name, reason=str(why))
-        except Exception as error:  # whatever a kernel, a compiler or the allocator raises: the next point may succeed
+        except Exception as error:  # of a kernel, a compiler or the allocator; the next point may succeed
             self.results.fail(error, phase=self.phase, name=name)
         else:
             said = sorted({str(each.message).splitlines()[0] for each in caught if _matters(each)})
@@ -92,7 +92,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def milliseconds(self, step: Callable[[], object], seconds: float = 0.6, calls: int = 1) -> float:
-        """Median time of a step by the clock of the device, after steps that warm up.
+        """Median time of a step by the clock of the device, after warm-up steps.
 
         Args:
             step: what is timed.
@@ -123,7 +123,7 @@ class Bench:
         return statistics.median(times) / calls
 
     def device_milliseconds(self, step: Callable[[], object], seconds: float = 0.3, calls: int = 10) -> float:
-        """Median time of a step on the device, without the host: of calls in one CUDA graph.
+        """Median time of a step on the device, without the host: calls in one CUDA graph.
 
         Args:
             step: what is timed; it must not wait for the device.
@@ -145,7 +145,7 @@ class Bench:
         return self.milliseconds(graph.replay, seconds) / calls
 
     def peak_gigabytes(self, step: Callable[[], object]) -> float | None:
-        """Peak memory of a step; None on a CPU, where the process is measured and not the step."""
+        """Peak memory of a step; None on a CPU, where only the process could be measured."""
         if self.toy:
             return None
         torch.cuda.synchronize()
@@ -159,7 +159,7 @@ class Bench:
         return torch.autocast(self.device, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def random(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Fresh random numbers on the device."""
+        """New random numbers on the device."""
         return (torch.randn(shape, device=self.device) * scale).to(dtype)
 
 
@@ -169,7 +169,7 @@ def _matters(warning: warnings.WarningMessage) -> bool:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Let float32 products on CUDA read TF32 numbers inside the block, or not."""
+    """Allow or forbid TF32 for float32 products on CUDA inside the block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

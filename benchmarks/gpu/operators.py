@@ -1,4 +1,4 @@
-"""Times of single operators: the moving average, the attention, and the functions between them."""
+"""Times of single operators: moving average, attention, fused functions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ RATE = 0.3
 
 
 def _shapes(bench: Bench) -> list[tuple[str, Shape]]:
-    """The shapes; of toys only one, for the interpreter is slow."""
+    """The shapes; only one of the small ones, because the interpreter is slow."""
     return list(bench.shapes.items())[: 1 if bench.toy else None]
 
 
@@ -96,7 +96,7 @@ def attention_of(bench: Bench, shape: Shape, dtype: torch.dtype, biased: bool = 
 
 
 def attention_flops(given: Attended) -> tuple[float, float]:
-    """Operations of the products of the pairs in reach, forward and backward.
+    """Operations of the products of the pairs inside the window, forward and backward.
 
     Forward has the products of scores and of values; backward those of the gradients of weights, values, queries and
     keys, and the scores once more.
@@ -130,7 +130,7 @@ def _attention(bench: Bench, shape: Shape, precision: str) -> Record:
 
 
 def _both(bench: Bench, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Record:
-    """Time on the device of a forward pass that keeps what backward needs, and of both; and with the host."""
+    """Time of forward in training and of forward + backward, on the device and including the host."""
     weight = torch.randn_like(forward().detach())
 
     def step() -> None:
@@ -145,7 +145,7 @@ def _both(bench: Bench, forward: Callable[[], Tensor], leaves: list[Tensor]) -> 
 
 
 def fused_functions(bench: Bench) -> None:
-    """Bytes per second of the functions between the operators of a layer, each tensor read or written once."""
+    """Bytes per second of the fused functions of a layer, each tensor read or written once."""
     shape = bench.shapes["text"]
     width, _ = layer_spec(shape.model)
     # Larger than the batch, so that a call takes longer than its launch.

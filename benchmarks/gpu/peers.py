@@ -1,4 +1,4 @@
-"""Other programs on the same card: a transformer, FlexAttention, the authors' algorithm, a compiled layer."""
+"""Other programs on the same GPU: a transformer, FlexAttention, the authors' algorithm, a compiled layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +47,7 @@ class TransformerLayer(nn.Module):
 
 
 def run(bench: Bench) -> None:
-    """Measure the peers, the most important first."""
+    """Measure the peers in the order of their importance."""
     names = ("text",) if bench.toy else ("text", "image")
     for name in names:
         bench.attempt(f"transformer {name}", partial(_transformer, bench, name, False))
@@ -57,7 +57,7 @@ def run(bench: Bench) -> None:
     bench.attempt("flex attention peer", partial(_flex, bench, True))
     bench.attempt("compiled static", partial(_compiled, bench))
     bench.attempt("compiled transformer text", partial(_transformer, bench, "text", True))
-    # Last, because all that follows a profile in its process is slower.
+    # Last, because a profile slows down everything after it in the process.
     for name in names:
         bench.attempt(f"transformer {name}{ON_DEVICE}", partial(_on_device, bench, _transformer_step, name))
         bench.attempt(f"authors {name}{ON_DEVICE}", partial(_on_device, bench, _authors_step, name))
@@ -90,7 +90,7 @@ def _authors_step(bench: Bench, name: str) -> Callable[[], object]:
 
 
 def _authors(bench: Bench, name: str) -> Record:
-    """Time and memory at one rate, and the distance of its results from ours, without dropout."""
+    """Time and memory at one rate, and the difference of its results from ours, without dropout."""
     with use("plain" if bench.toy else "triton"), products_in("tf32"):
         layer, inputs, rate = build_layer(bench, bench.shapes[name], 0.3)
         peer = PaddedLayer(layer).train()
@@ -131,7 +131,7 @@ def _flex(bench: Bench, attend_flexibly: bool) -> Record:
 
 
 def _flexible(window: int, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    """FlexAttention within a window, on one row of all tokens: rows would only remove pairs."""
+    """FlexAttention within a window, on all tokens as one row; separate rows would only remove pairs."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

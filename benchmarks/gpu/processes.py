@@ -1,4 +1,4 @@
-"""Processes that measure: forked before they touch the device, ended at a deadline, their failures recorded."""
+"""Measuring processes: forked before they use the device, ended at a deadline, with recorded failures."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.results import Results
 
-# Seconds between two looks at whether processes have ended.
+# Seconds between two checks whether processes have ended.
 _PAUSE = 0.02
 
 
@@ -28,7 +28,7 @@ class Child(NamedTuple):
 
 
 def fork(results: Results, name: str, until: float, function: Callable[[], object], group: bool = True) -> Child:
-    """Run a function in a process of its own; what it raises is recorded, but for the exit status of a `SystemExit`.
+    """Run a function in a separate process and record its exception, except the exit status of a `SystemExit`.
 
     The parent must not have used the device: its context cannot be forked.
 
@@ -62,7 +62,7 @@ def fork(results: Results, name: str, until: float, function: Callable[[], objec
 
 
 def wait(results: Results, children: list[Child], until: float) -> bool:
-    """Wait for processes and remove them from the list; end those that run after the deadline, and record it.
+    """Wait for processes and remove them from the list; end and record those that miss the deadline.
 
     Returns:
         whether all ended by themselves, without a failure.
@@ -89,7 +89,7 @@ def wait(results: Results, children: list[Child], until: float) -> bool:
 
 
 def end(children: list[Child]) -> None:
-    """End processes and what they started, and remove them from the list."""
+    """End processes and their children, and remove them from the list."""
     for child in children:
         try:
             os.killpg(child.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The profile of one step: kernels, launches, questions to the host, the share of time in which the device idles."""
+"""Profile of one step: kernels, launches, synchronisations with the host, idle share of the device."""
 
 import cProfile
 import math
@@ -28,7 +28,7 @@ class Event(NamedTuple):
 
 
 def record(bench: Bench, step: Callable[[], object]) -> list[Event]:
-    """The events of a few steps after others that warm up."""
+    """Events of a few steps after warm-up steps."""
     activities = [ProfilerActivity.CPU] + ([] if bench.toy else [ProfilerActivity.CUDA])
     for _ in range(1 if bench.toy else 3):
         step()
@@ -48,7 +48,7 @@ def device_milliseconds(bench: Bench, step: Callable[[], object]) -> float | Non
 
 
 def host_functions(bench: Bench, step: Callable[[], object]) -> Record:
-    """The functions of Python in which the host spends a step: own milliseconds, the 25 longest."""
+    """The 25 Python functions with the longest own time on the host in a step, in milliseconds."""
     for _ in range(1 if bench.toy else 10):
         step()
     synchronise(bench)
@@ -81,7 +81,7 @@ def _event(each: Any) -> Event:
 
 
 def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
-    """What a profile says of one step; of a host alone only its operators."""
+    """Figures of one step; on a CPU only its operators."""
     own = _own(events, host_only)
     times: dict[str, float] = {}
     for event in own:
@@ -103,21 +103,21 @@ def figures(events: Sequence[Event], steps: int, host_only: bool) -> Record:
 
 
 def _own(events: Sequence[Event], host_only: bool) -> list[Event]:
-    """What the device did; of a host alone its operators."""
-    # A name of the host on the device is the span of an annotation, in which the device may idle.
+    """Events of the device; on a CPU its operators."""
+    # A name of the host on the device is an annotation, during which the device may be idle.
     host = set() if host_only else {event.name for event in events if not event.on_device}
     return [event for event in events if event.on_device != host_only and event.name not in host]
 
 
 def idle_share(events: Sequence[Event]) -> float | None:
-    """Share of the time from the first event to the end of the last in which none runs; None without events."""
+    """Share of the time between the first and the last event without a running event; None without events."""
     if not events:
         return None
     return 1 - busy(events) / (max(event.end for event in events) - min(event.start for event in events))
 
 
 def busy(events: Sequence[Event]) -> float:
-    """Microseconds in which one of the events runs."""
+    """Microseconds with at least one running event."""
     total, reached = 0.0, -math.inf
     for event in sorted(events, key=lambda event: event.start):
         total += max(0.0, event.end - max(event.start, reached))

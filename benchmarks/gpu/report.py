@@ -27,7 +27,7 @@ def report(folder: Path) -> str:
         [
             *_heading(heads[-1], device),
             *_table(
-                ("mark", "limit", "measured", ""),
+                ("figure", "limit", "measured", ""),
                 (
                     (mark.name, mark.limit, _number(mark.figure), mark.state)
                     for mark in marks(points, device.get("device") == "cuda")

@@ -1,4 +1,4 @@
-"""The file of a run: one JSON object a line, appended as soon as it is measured."""
+"""The file of a run: one JSON object per line, appended after each measurement."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Results:
         self.path = folder / FILE
 
     def add(self, kind: str, **fields: Any) -> None:
-        """Append a record in one write, so that a process that is killed leaves whole lines."""
+        """Append a record in one write, so that a killed process leaves complete lines."""
         line = json.dumps({"kind": kind, **fields}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -34,12 +34,12 @@ class Results:
             os.close(file)
 
     def fail(self, error: BaseException, **fields: Any) -> None:
-        """Append what was raised, and where."""
+        """Append an exception and its location."""
         why = f"{type(error).__name__}: {reason(error)}"
         self.add("failed", **fields, reason=why, trace="".join(traceback.format_exception(error))[-3000:])
 
     def read(self) -> list[Record]:
-        """All records; a line that a full disk has cut is left out."""
+        """All records, without an incomplete last line."""
         records = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
             try:
@@ -60,7 +60,7 @@ class Points:
         self._points = {(each["phase"], each["name"]): each for each in records if each["kind"] == "point"}
 
     def get(self, phase: str, name: str, figure: str) -> Any:
-        """A figure of a point; None where it was not measured."""
+        """A figure of a point; None if it was not measured."""
         return self._points.get((phase, name), {}).get(figure)
 
     def of(self, phase: str) -> dict[str, Record]:

@@ -1,4 +1,4 @@
-"""The phases of a run, each in a process of its own with a deadline."""
+"""The phases of a run, each in a separate process with a deadline."""
 
 import datetime
 import os
@@ -110,10 +110,10 @@ def _run(
     running: list[Child],
 ) -> None:
     ends = _ends(phases, start, deadline)
-    # What compiles meanwhile disturbs no phase that is not timed, or times single kernels of torch.
+    # Compilation in the background does not disturb phases without times, or with times of single kernels of torch.
     untimed = list(takewhile(lambda phase: phase.name in UNTIMED, phases))
     if device == "cuda" and untimed and len(untimed) < len(phases):
-        # There are as many processes as processors.
+        # As many processes as processors.
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
         until = ends[len(untimed) - 1]
         for task in warm_up.tasks(Bench(results, "warm-up", device, until)):
@@ -174,7 +174,7 @@ def _describe(results: Results, device: str, until: float) -> None:
         versions = {name: _version(name) for name in ("torch", "triton")}
         results.add("device", device=device, card=card, **versions, python=platform.python_version(), **more)
 
-    # In a process of its own, so that this one, which is forked, does not touch the device.
+    # In a separate process, because this one is forked later and must not use the device.
     if not wait(results, [fork(results, "device", until, describe)], until):
         raise SystemExit(
             "torch finds no CUDA device here; run this on a machine with an NVIDIA GPU, or write --device cpu for a "

@@ -37,7 +37,7 @@ class Training(NamedTuple):
     batch: tuple[Tensor, Tensor]
 
     def step(self, capacity: Capacity | None, graphed: bool = False) -> Callable[[], Tensor]:
-        """A function that makes an update and returns its loss; the first ones of a graph run eagerly."""
+        """Return a function that makes an update and returns its loss; the first updates of a graph run eagerly."""
         run = Graphed(self.update) if graphed else self.update
         return lambda: run(self.batch, capacity)[0]
 
@@ -57,7 +57,7 @@ def training_of(bench: Bench, repeatable: bool = False) -> Training:
         parameter.requires_grad_(not (repeatable and name.endswith("bias_table")))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
-    make_capturable(optimiser)  # the eager updates too: their step counts would have another type
+    make_capturable(optimiser)  # in eager updates too, or their step counts would have another type
 
     def compute(batch: tuple[Tensor, Tensor], capacity: Capacity | None) -> tuple[Tensor, None]:
         ids, classes = batch
@@ -71,7 +71,7 @@ def training_of(bench: Bench, repeatable: bool = False) -> Training:
 
 @contextmanager
 def settings(bench: Bench) -> Iterator[None]:
-    """Kernels and TF32 products, as a training on CUDA has them."""
+    """Use kernels and TF32 products, as training on CUDA does."""
     with use("plain" if bench.toy else "triton"), products_in("tf32"):
         yield
 
@@ -96,7 +96,7 @@ def _profile(bench: Bench, capacity: Capacity | None) -> Record:
 
 
 def run(bench: Bench) -> None:
-    """Time the step eager and as a graph, and compare their losses."""
+    """Measure the step, eager and as a graph, and compare the losses."""
     bench.attempt("graph", partial(_graph, bench))
     bench.attempt("losses", partial(_losses, bench))
     for name, capacity in (("eager ragged", None), ("eager static", STATIC)):

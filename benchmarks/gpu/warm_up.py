@@ -1,4 +1,4 @@
-"""Fills the caches of compilers in parallel processes, so that phases measure and do not compile."""
+"""Fill the caches of the compilers in parallel processes, so that the phases need not compile."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +12,7 @@ from sma.kernels import use
 
 
 class Task(NamedTuple):
-    """What one process compiles."""
+    """The work of one process."""
 
     name: str
     run: Callable[[], None]
