@@ -56,7 +56,7 @@ class Attention(MultiHead):
         (q, mask), (k, _), (v, _) = (tokens.with_values(x).to_padded(longest) for x in (q, k, v))
         if not self.causal:
             return tokens.from_padded(self._product(q, k, v, self._mask(mask, tokens)))
-        # A causal query never sees the padding after its row, so no mask is needed.
+        # A causal query never attends to the padding after its row, so no mask is needed.
         (k, v), broken = finite(k, v, axes=2)
         attended = self._product(q, k, v, is_causal=True)
         if broken is not None:
@@ -66,7 +66,7 @@ class Attention(MultiHead):
     def _attend_stream(self, q: Tensor, k: Tensor, v: Tensor, tokens: Ragged, before: Cache, after: Cache) -> Tensor:
         q, _ = tokens.with_values(q).to_padded()
         newest = before.seen[:, None] + torch.arange(q.shape[1], device=q.device)
-        # Slots after a row's tokens are empty; a padded query sees the tokens before it, so its weights are defined.
+        # Slots after the tokens of a row are empty. A padded query attends to earlier tokens, so its weights exist.
         allowed = torch.arange(after.size, device=q.device) <= newest[..., None]
         keys, values = (entry.to(q.dtype) for entry in after.entries)
         return tokens.from_padded(self._contained(q, keys, values, allowed))

@@ -98,7 +98,7 @@ def _attend_slice(
     weighting: Weighting,
     dropout: float,
 ) -> Tensor:
-    """Attention of the queries from slot `start` on to all their keys; None where they see later keys too."""
+    """Attention of the queries from slot `start` on to all their keys; None if they attend to later keys too."""
     wide = torch.promote_types(v_BKH.dtype, torch.float32)
     scores = torch.bmm(q_BCZ, k_BKZ.transpose(1, 2)).to(wide)
     if table is not None:

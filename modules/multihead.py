@@ -58,7 +58,7 @@ class MultiHead(CachedSubModule):
     """Projections to queries, keys and values of every head, and from all heads to the result.
 
     A subclass defines which tokens attend to which. The result is the sum of what each head contributes, so heads can
-    also be sub-modules of their own, each with a decision per token: `heads=1`, and `head_size` channels.
+    also be separate sub-modules, each with a decision per token: `heads=1`, and `head_size` channels.
 
     Args:
         spec: heads, direction, positions.
@@ -131,7 +131,7 @@ class MultiHead(CachedSubModule):
         v: Float[Tensor, "N K H d"],
         allowed: Bool[Tensor, "N Q K"],
     ) -> Float[Tensor, "N Q D"]:
-        """Attend so that a non-finite key or value gives NaN to the queries that may see it, and to no others."""
+        """Attend so that a non-finite key or value makes only the results of queries in its reach NaN."""
         (k, v), broken = finite(k, v, axes=2)
         attended = self._product(q, k, v, allowed)
         if broken is None:

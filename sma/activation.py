@@ -76,7 +76,7 @@ class Routing(NamedTuple):
     Attributes:
         decision: the routing decision.
         frames: returns the tokens of each sub-module, without values; rectangular without holes where it runs on all
-            tokens. The host may have to wait for their numbers.
+            tokens. On an accelerator the host waits for the number of tokens.
         state: state of the router.
     """
 
@@ -343,10 +343,10 @@ class SparseModularActivation(nn.Module):
         return values, RoutedState(routing.state, states, state.seen)
 
     def _checked(self, name: str, result: Any, values_TD: Tensor) -> tuple[Tensor, State | None]:
-        """Check what a sub-module returned, and return it.
+        """Check the result of a sub-module, and return it.
 
         Raises:
-            InputError: it is no tuple of results and a state, or there is not one result per token.
+            InputError: it is not a tuple of results and a state, or there is not one result per token.
         """
         kind = type(self.submodules[name]).__name__
         if not isinstance(result, tuple) or len(result) != 2:

@@ -1,4 +1,4 @@
-"""What a layer computes around its routed sub-modules: bypass, residual, activation."""
+"""Computations of a layer around its routed sub-modules: bypass, residual, activation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ Gather = Callable[[], Places]
 
 
 class Around(NamedTuple):
-    """What a layer computes around its routed sub-modules, in the same call to save passes over the batch.
+    """Computations of a layer around its routed sub-modules, in the same call to save passes over the batch.
 
     Attributes:
         before: maps all tokens `(B L, D)` and a function that returns places to the tensor that the results are added
@@ -44,7 +44,7 @@ ALONE = Around(_nothing, lambda sum_BLD: sum_BLD)
 
 
 class Residual(NamedTuple):
-    """The residual of a layer, and what is added to it.
+    """The residual of a layer, and its other summands.
 
     Attributes:
         x_BLD: the residual.

@@ -43,7 +43,7 @@ def calibrate(
     Several passes are needed, because earlier layers change the inputs of later ones. A target that is missed after all
     passes is a warning.
 
-    In a distributed process group every rank calls it with any number of its own batches; all ranks get the same score
+    In a distributed process group every rank calls it with any number of batches; all ranks get the same score
     biases.
 
     Args:
@@ -146,7 +146,7 @@ def _measure(
 def _together(data: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Any, bool]]:
     """Yield the batches of this rank, and whether each is new.
 
-    With a sharded model all ranks have to run equally often: a rank without further batches repeats its last one.
+    With a sharded model all ranks must run equally often: a rank without further batches repeats its last one.
     """
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     sharded |= any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())

@@ -1,6 +1,6 @@
 """Checks of arguments: one check and one message for each mistake, shared by all entry points.
 
-A message gives what was given, what is required and what to do. It begins with `what`: the name of a value with its
+A message contains the given value, the requirement and the remedy. It begins with `what`: the name of a value with its
 verb, such as `the tokens are`. Outer layers add the location: `layer 3 'attention' (kind gau, causal=False) cannot …`.
 """
 
@@ -57,7 +57,7 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
         dtype: dtype of the conversion that the message proposes.
 
     Raises:
-        InputError: it is a NumPy array, a list or anything else; the message says how to convert it.
+        InputError: it is not a tensor; the message explains the conversion.
     """
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or value.is_nested:
@@ -191,7 +191,7 @@ def check_batch(x_BLD: Tensor, valid: Tensor | None, width: int | None = None, w
     """Check a batch of tokens or control states, which has `width` channels if that is given, and its mask.
 
     Raises:
-        InputError: it does not fit; the message gives what is required.
+        InputError: it does not fit; the message contains the requirement.
     """
     check_floats(x_BLD, what, {"B": None, "L": None, "D": width})
     check_valid(x_BLD, valid)
@@ -235,7 +235,7 @@ def check_beside(x_BLD: Tensor, control_BLD: Tensor | None, positions: Tensor | 
     """Check control states and positions, whose shapes must be those of the tokens: others could be broadcast.
 
     Raises:
-        InputError: they do not fit; the message gives what is required.
+        InputError: they do not fit; the message contains the requirement.
     """
     rows, length = x_BLD.shape[:2]
     if control_BLD is not None:
@@ -343,7 +343,7 @@ def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> 
     """Check the class of a state and the number of its rows.
 
     Raises:
-        StateError: it does not fit; the message gives what is required.
+        StateError: it does not fit; the message contains the requirement.
     """
     name = type(part).__name__
     if not isinstance(state, kind):

@@ -1,4 +1,4 @@
-"""Containers of modules that know the type of their modules, for editors and type checkers.
+"""Containers of modules with typed items, for editors and type checkers.
 
 At run time they are `torch.nn.ModuleList` and `torch.nn.ModuleDict`.
 """

@@ -30,12 +30,12 @@ def autocasts(device: torch.device) -> bool:
 
 
 def on_host(device: torch.device) -> bool:
-    """Whether the host sees the numbers of a device at once."""
+    """Whether the host can read the values of a device without waiting."""
     return device.type == "cpu"
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this rank holds a shard."""
+    """Whether a tensor is a DTensor, so that this rank holds a shard of it."""
     return hasattr(tensor, "full_tensor")  # the import of its class would slow every import of this package
 
 
@@ -67,7 +67,7 @@ class Answer:
             self._copied.record(torch.cuda.current_stream(numbers.device))
 
     def read(self) -> list[int]:
-        """Wait for the numbers."""
+        """Wait for the values."""
         if self._copied is not None:
             self._copied.synchronize()
         numbers: list[int] = self._numbers.tolist()

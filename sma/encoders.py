@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         """Check shape and dtype of a batch of inputs.
 
         Raises:
-            InputError: they do not fit; the message gives what is required.
+            InputError: they do not fit; the message contains the requirement.
         """
 
     def random_inputs(self, rows: int, length: int) -> Tensor:

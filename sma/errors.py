@@ -1,4 +1,4 @@
-"""The errors of the project; a message gives what was given, what is required and what to do."""
+"""Errors of the project. A message contains the given value, the requirement and the remedy."""
 
 import difflib
 import reprlib

@@ -34,7 +34,7 @@ class Way(NamedTuple):
 
 
 def of_device(device: torch.device | str) -> Way:
-    """How what a layer computes between its operators runs on a device, and why."""
+    """Implementation of the functions between the operators of a layer on a device, and the reason."""
     kind = torch.device(device).type
     if kind == "cpu":
         return Way("plain", "a CPU has its caches, and operators in place")
@@ -111,14 +111,14 @@ class Compiled:
                 return self._compiled(*arguments)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # something that the key does not tell has changed, and the compiler is at its limit
+            except Exception:  # something that is not in the key has changed, and the compiler has reached its limit
                 self._known.discard(key)
         try:
             result = self._compile(arguments)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler that is not installed, or a device that it does not know
-            result = self._function(*arguments)  # what is wrong with the arguments is raised here again
+        except Exception as error:  # no compiler is installed, or it does not support the device
+            result = self._function(*arguments)  # an error in the arguments is raised here again
             self._is_broken = True
             warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
             return result

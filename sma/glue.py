@@ -1,4 +1,4 @@
-"""What a layer computes between its large operators, fused into few passes over the batch; see `sma.fused`."""
+"""Functions between the large operators of a layer, fused into few passes over the batch; see `sma.fused`."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def join_parts(
 
     Args:
         residual: `(N, D)`.
-        passed: `(N, D)`, what the bypass made of the tokens; None for nothing.
+        passed: `(N, D)`, output of the bypass; None without one.
         routed: `(T, D)`, results of a routed sub-module, T at least 1; None for nothing.
         confidence: `(N,)`, of the router in each token; None without results.
         slots: `(N,)`, index of each token's result; at least T where it has none. None where every token has its own.

@@ -308,7 +308,7 @@ class RoutedLayer(nn.Module):
             out, decision, routed_state = keeping_nothing(self.recompute, residual.without_modules, mixed), None, None
         else:
             positions, before = frame.positions.reshape(x_BLD.shape[:2]), None if state is None else state.routed
-            # What wraps a part need not know of decisions unless one is replayed.
+            # Wrappers of a part need no argument `decision` unless a decision is replayed.
             replayed = {} if selected is None else {"decision": selected}
             around = residual.around(len(routed.submodules), self.recompute)
             result = routed(

@@ -113,7 +113,7 @@ def within_memory(build: Callable[..., Any]) -> Callable[..., Any]:
         sizes = [len(value) if isinstance(value, Sized) else value for value in (*args, *options.values())]
         try:
             needed = int(self.num_parameters(*sizes)) * torch.get_default_dtype().itemsize
-        except Exception:  # `build` reports what is wrong with the arguments
+        except Exception:  # `build` reports the error in the arguments
             needed = 0
         check_memory(
             needed,

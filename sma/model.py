@@ -63,7 +63,7 @@ class ModelSpec(Spec):
     )
     layers: Layers = Field(description="a list of layers, or {repeat: …, layer: …}")
     shared_router: bool = Field(
-        default=False, description="one router for all layers, whose parameters exist once; score biases stay by layer"
+        default=False, description="all layers share one router and its parameters; score biases are per layer"
     )
     final_norm: NormSpec | None = Field(
         default=None,
@@ -320,7 +320,7 @@ class SequenceModel(nn.Module):
             mask_BLM = selected[index]
             if mask_BLM is not None and inverse is not None:
                 mask_BLM = move(mask_BLM, inverse_order(inverse))
-            # What wraps a layer need not know of decisions unless one is replayed.
+            # Wrappers of a layer need no argument `decision` unless a decision is replayed.
             replayed = {} if mask_BLM is None else {"decision": mask_BLM}
             output = layer(hidden, frame, None if state is None else state.layers[index], capacity, **replayed)
             hidden = output.hidden
@@ -384,8 +384,8 @@ def build(spec: ModelSpec | Mapping[str, Any] | str | Path, seed: int | None = N
         seed: seed of the weights; None draws them from the global random state.
 
     Raises:
-        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is no integer of 64
-            bits.
+        SpecError: the file cannot be read, the spec is wrong or not that of a model, or the seed is not a 64-bit
+            integer.
     """
     if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= int(seed) < 2**64):
         raise SpecError(f"seed={quote(seed)} must be an integer of at least 0 and below 2^64, or None")

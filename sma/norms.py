@@ -193,7 +193,7 @@ class BatchNorm(Norm, nn.BatchNorm1d):
     variance: training then uses the running statistics too, and does not update them.
 
     With `synchronized`, processes that train together normalise by the statistics of all their batches, as one process
-    with the whole batch would. Every process then has to call the norm in training, as under DistributedDataParallel.
+    with the whole batch would. Every process must then call the norm in training, as under DistributedDataParallel.
 
     As a subclass of `BatchNorm1d` it is found by `torch.optim.swa_utils.update_bn` and by Lightning's averaging.
     update_bn passes no mask, so padding would count: use `sma.update_statistics` instead. `convert_sync_batchnorm`
@@ -209,7 +209,7 @@ class BatchNorm(Norm, nn.BatchNorm1d):
     def __init__(self, spec: BatchNormSpec, width: int) -> None:
         super().__init__(width, spec.epsilon, spec.momentum, spec.affine)
         self.spec = spec
-        # Used only with `momentum = None`, by which the tools above request the mean of all batches. Not saved.
+        # Used only with `momentum = None`, with which the tools above request the mean of all batches. Not saved.
         self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
 
     @property

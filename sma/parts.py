@@ -39,6 +39,6 @@ class Repeated:
 
 
 def is_repeated(value: Any) -> bool:
-    """Whether a value is a sequence of several equal items that are no plain numbers or words."""
+    """Whether a value is a sequence of several equal items that are not plain numbers or words."""
     several = isinstance(value, tuple | list) and len(value) > 1
     return several and not isinstance(value[0], str | int | float) and all(item == value[0] for item in value)

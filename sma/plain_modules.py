@@ -19,7 +19,7 @@ VALID_MASKS = ("attention_mask",)
 """Arguments of masks that are True at valid tokens."""
 
 PAIR_MASKS = ("src_mask", "attn_mask", "mask", "is_causal")
-"""Arguments by which torch's modules take a mask of pairs of tokens."""
+"""Arguments of torch's modules for a mask of pairs of tokens."""
 
 ATTENDING = (
     nn.MultiheadAttention,
@@ -38,7 +38,7 @@ def check_submodules(modules: Mapping[str, nn.Module]) -> None:
     """Check that modules keep the contract of a sub-module.
 
     Raises:
-        InputError: there are none, or one is a plain module; says which wrapper fits its signature.
+        InputError: there are none, or one is a plain module; the message contains the wrapper that fits its signature.
     """
     if not isinstance(modules, Mapping):
         raise InputError(f"the sub-modules are {what_came(modules)}; required is a mapping of names to sub-modules")
@@ -67,7 +67,7 @@ def width_of(modules: Mapping[str, nn.Module], given: int | None = None) -> int:
         given: the width, if it is known.
 
     Raises:
-        InputError: it cannot be found, two modules differ, or the one that is given is no size.
+        InputError: it cannot be found, two modules differ, or the given one is not a size.
     """
     if given is not None:
         check_count(given, "width", 1, " channel")

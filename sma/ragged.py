@@ -144,7 +144,7 @@ class Places:
 
 
 def lay_padded(values: Shaped[Tensor, "T *E"], tokens: Ragged, longest: int) -> Shaped[Tensor, "B S *E"]:
-    """Lay values of packed tokens out in rows of `longest` slots, with zeros where there is no token."""
+    """Lay values of packed tokens out in rows of `longest` slots, with zeros in empty slots."""
     size = tokens.num_rows * longest
     padded = values.new_zeros((size + tokens.holes, *values.shape[1:]))
     padded = padded.index_copy_(0, tokens.padded_index(longest), values)
@@ -155,7 +155,7 @@ def check_ragged(tokens: object, what: str) -> None:
     """Check that an argument is ragged tokens.
 
     Raises:
-        InputError: it is something else; the message says how to make them.
+        InputError: it is something else; the message explains how to make ragged tokens.
     """
     check_instance(
         tokens,
@@ -238,7 +238,7 @@ def locate(
     Args:
         active_BLM: the masks.
         positions_BL: position of each token in its row's stream; default `0 … L - 1`.
-        sizes: number of active tokens of each mask, where the host knows them: an accelerator is then asked nothing.
+        sizes: number of active tokens of each mask, if the host has them; the device is then not synchronised.
 
     Returns:
         M ragged tokens without values; rectangular, so without a gather, where every token is active.
@@ -272,7 +272,7 @@ def find(
 ) -> Callable[[], list[Ragged]]:
     """Begin to `locate` tokens; the result is a function that returns them.
 
-    The number of tokens is all that the host must know. An accelerator sends it along, and the host waits for it when
+    The host needs only the number of tokens. An accelerator sends it along, and the host waits for it when
     the function is first called: by then other work can be queued.
 
     Raises:

@@ -81,7 +81,7 @@ def save_decisions(decisions: Sequence[Decision], path: str | Path) -> None:
         path: the file.
 
     Raises:
-        InputError: they are no decisions.
+        InputError: they are not decisions.
         CheckpointError: the file cannot be written.
     """
     check_decisions(decisions, "save_decisions")
@@ -117,7 +117,7 @@ def load_decisions(path: str | Path, names: Sequence[Sequence[str]]) -> tuple[Te
             `[layer.routed_names for layer in model.routed_layers]`.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it is something else.
+        CheckpointError: the file does not exist, is damaged, or contains something else.
         InputError: the decisions are about other sub-modules.
     """
     path = Path(path)

@@ -24,11 +24,11 @@ from sma.stats import RateCount
 
 @dataclass(frozen=True)
 class Target:
-    """A token-wise part of a model, and how its routed form stands in its place.
+    """A token-wise part of a model, and the replacement by its routed form.
 
     Attributes:
         path: path of the part in the model, for messages and tables.
-        module: maps `(…, D)` to `(…, D)`, each token by itself, without the residual.
+        module: maps `(…, D)` to `(…, D)`, each token independently, without the residual.
         replacements: given the routed module, the modules that replace others, by their paths.
     """
 
@@ -38,11 +38,11 @@ class Target:
 
 
 Adapter = Callable[[nn.Module], Iterable[Target]]
-"""Finds the parts of a model that are no single module."""
+"""Finds the parts of a model that consist of several modules."""
 
 
 class _PassOn(nn.Module):
-    """Stands in the place of the first of two modules, which the routed second one calls."""
+    """Replaces the first of two modules; the routed second one calls it."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
@@ -60,7 +60,7 @@ class _TwoModules(nn.Module):
 
 
 class _ResidualAndNorm(nn.Module):
-    """Stands in the place of the second of two modules: adds the residual to the routed part, and normalises."""
+    """Replaces the second of two modules: adds the residual to the routed part, and normalises."""
 
     def __init__(self, routed: nn.Module, norm: nn.Module | None) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def intermediate_and_output(model: nn.Module) -> list[Target]:
 
 
 class Retrofitted:
-    """A model of somebody else with routed parts: what was routed, and how to steer and undo it.
+    """A model with routed parts; shows, steers and undoes the routing.
 
     Attributes:
         model: the model, which was changed in place.
@@ -105,7 +105,7 @@ class Retrofitted:
         self.model = model
         self.parts = {path: _routed_part(target, spec) for path, (target, spec) in targets.items()}
         for index, part in enumerate(self.parts.values()):
-            part.routed.router.layer_index = index  # a key of what a router draws
+            part.routed.router.layer_index = index  # a key of a router's draws
         new = {path: dict(target.replacements(self.parts[path])) for path, (target, _) in targets.items()}
         self._replaced = _check_replacements(model, new)
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -217,7 +217,7 @@ def retrofit(
 ) -> Retrofitted:
     """Route token-wise parts of a model, in place.
 
-    A part that is skipped returns zeros, so it should be one whose result is added to a residual stream. With
+    A skipped part returns zeros, so its result should be added to a residual stream. With
     `gate: straight_through` and everything active the model is the original bit by bit.
 
     Args:
@@ -228,7 +228,7 @@ def retrofit(
         train: `routers` freezes everything else.
 
     Returns:
-        the handle by which the parts are previewed, steered and undone.
+        a handle to preview, steer and undo the routed parts.
 
     Raises:
         InputError: a target matches nothing, a part twice, or a part inside of another; a part cannot be wrapped as

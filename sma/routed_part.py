@@ -90,7 +90,7 @@ _last_masks: WeakKeyDictionary[RoutedPart, Tensor] = WeakKeyDictionary()
 def collect_decisions(model: nn.Module, valid: Tensor | None = None) -> Iterator[list[Decision]]:
     """Collect the decisions of the routed parts of a model, in the order of their calls.
 
-    Nothing is stored on modules. Contexts nest, each with decisions of its own; a forward pass that activation
+    Nothing is stored on modules. Contexts nest, each with its own decisions; a forward pass that activation
     checkpointing repeats in backward is collected once, and two forward passes twice. A repeated pass gets the mask of
     the last pass, also when its context is closed: call backward before the next forward pass.
 
@@ -100,7 +100,7 @@ def collect_decisions(model: nn.Module, valid: Tensor | None = None) -> Iterator
             active. None: no token is padding.
 
     Raises:
-        InputError: the model has no routed part, or the mask is no boolean `(B, L)`; or, in the forward pass, the mask
+        InputError: the model has no routed part, or the mask is not boolean `(B, L)`; or, in the forward pass, the mask
             does not fit the tokens.
     """
     parts = frozenset(id(part) for part in model.modules() if isinstance(part, RoutedPart))

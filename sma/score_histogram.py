@@ -16,7 +16,7 @@ EDGES = [*(-edge for edge in reversed(_ABOVE)), 0.0, *_ABOVE]
 
 
 def histograms(margins: Float[Tensor, "B L S"], valid: Bool[Tensor, "B L"] | None) -> Int[Tensor, "S N"]:
-    """Count the valid tokens by their margins; those that are not finite are left out."""
+    """Count the valid tokens by their margins, without non-finite ones."""
     known = margins.isfinite() if valid is None else margins.isfinite() & valid[..., None]
     wide = margins.to(torch.promote_types(margins.dtype, torch.float32))
     # Computed, because a search of the edges takes ten times as long. A margin below the first edge gets a negative

@@ -206,7 +206,7 @@ class MACCount(NamedTuple):
 
     @property
     def saved(self) -> float:
-        """Share of the MACs that routing leaves out, in [0, 1]."""
+        """Share of the MACs that routing saves, in [0, 1]."""
         return 1 - self.per_token / self.all_active if self.all_active else 0.0
 
 

@@ -35,9 +35,9 @@ class MACs(NamedTuple):
     """Multiply-accumulates (MACs) of a forward pass.
 
     Attributes:
-        matmul: of matrix products, exact.
-        fft: of Fourier transforms, estimated as 1.25 n log2 n each.
-        elementwise: of products channel by channel, such as the taps of a depthwise convolution.
+        matmul: number in matrix products, exact.
+        fft: number in Fourier transforms, estimated as 1.25 n log2 n each.
+        elementwise: number in products channel by channel, such as the taps of a depthwise convolution.
     """
 
     matmul: int = 0

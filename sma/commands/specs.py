@@ -171,7 +171,7 @@ def run_describe(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _implementations(device: str) -> dict[str, Implementation | Way]:
-    """The implementation of every operator on a device, and of what a layer computes between them.
+    """The implementation of every operator on a device, and of the fused functions.
 
     Raises:
         InputError: there is no such device.

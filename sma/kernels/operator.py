@@ -29,7 +29,7 @@ _operators: list[str] = []
 # What runs under the name of an operator; its last argument is the implementation. For what counts or times them.
 RUNS: dict[str, Callable[..., Any]] = {}
 _forced: list[Name] = []
-# Formulas that torch's FlopCounterMode does not know yet, by the name of the operator.
+# Formulas to be registered with torch's FlopCounterMode, by the name of the operator.
 _macs: dict[str, Callable[..., int]] = {}
 
 
@@ -133,7 +133,7 @@ def define(
 
     def run(*arguments: Any) -> Any:
         *given, chosen = arguments
-        # Operators inside of an operator see the caller's autocast.
+        # Operators inside an operator run under the caller's autocast.
         with without_autocast(given[0].device):
             return (plain if chosen == "plain" else getattr(_device_programs(family), method))(*given)
 
@@ -194,7 +194,7 @@ def differentiate(
 
 
 def _register_flops() -> None:
-    """Tell torch's FlopCounterMode, which cannot see into an operator, of the operators defined since the last call.
+    """Register the operators defined since the last call with FlopCounterMode, which cannot look into an operator.
 
     Its module imports Triton, which takes longer than all of ours: nothing is done before the caller has imported it.
     """

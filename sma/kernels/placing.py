@@ -1,4 +1,4 @@
-"""Where the true elements of a mask lie: an operator that places the active tokens of a batch, and its parts."""
+"""Indices of the true elements of a mask: an operator that places the active tokens of a batch, and its parts."""
 
 from functools import cached_property
 from typing import NamedTuple

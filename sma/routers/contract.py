@@ -129,8 +129,8 @@ class Router(nn.Module):
     def replay(self, decision: Decision, active: Bool[Tensor, "B L M"]) -> Decision:
         """The decision that this router would have made, had it chosen `active`.
 
-        The scores are those of `decision`; so is the confidence, unless it depends on the choice: a router of which
-        that is true overrides this.
+        The scores are those of `decision`; so is the confidence. A router whose confidence depends on its choice
+        overrides this.
 
         Args:
             decision: what `forward` returned for the same tokens.

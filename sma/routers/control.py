@@ -25,7 +25,7 @@ class ControlState(State):
 
 
 class ControlConv(nn.Module):
-    r"""$\mathrm{silu}(\sum_{j < K} w_j \odot h_{t-j} + b)$: each channel by itself, over the valid tokens of a row.
+    r"""$\mathrm{silu}(\sum_{j < K} w_j \odot h_{t-j} + b)$: each channel independently, over the valid tokens of a row.
 
     Args:
         width: channels of the control state, D.
@@ -73,7 +73,7 @@ class ControlConv(nn.Module):
         if valid is not None:
             # The gradient of a tap multiplies padding by 0, and 0 x NaN is NaN.
             control_BLD = control_BLD.where(valid[..., None], 0)
-            # On an accelerator the check where padding is would wait for it.
+            # On an accelerator a check for padding would wait for the device.
             lengths, order = right_padding(valid, static=valid.device.type != "cpu")
             control_BLD = control_BLD if order is None else move(control_BLD, order)
         length, before = control_BLD.shape[1], self.weight.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Routers that do not learn: the dense layer, and controls for what a learned router contributes."""
+"""Routers that do not learn: the dense layer, and controls for the contribution of a learned router."""
 
 import math
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ class NeverRouter(_FixedRouter):
     """No token runs any sub-module.
 
     Causal. It has no parameters and no gradient; the sub-modules' parameters get gradients of zeros. Use it as the
-    control that shows what the backbone alone achieves.
+    control that shows the accuracy of the backbone alone.
     """
 
     p_on = 0.0
@@ -111,7 +111,7 @@ class RandomRouterSpec(_FixedRouterSpec):
 
 
 class RandomRouter(DrawingRouter, _FixedRouter):
-    """Tokens run sub-modules at random: the control for what a learned router contributes.
+    """Tokens run sub-modules at random: the control for the contribution of a learned router.
 
     A draw depends only on the seed, the layer, the sub-module's index, the row and the position. Chunks of a stream are
     therefore decided as the whole, and training as evaluation. The pattern is fixed: row b of every batch, of every

@@ -30,10 +30,10 @@ class SampledRouter(DrawingRouter, ScoredRouter):
     which has the probability $\sigma(u_1 - u_0)$. In evaluation nothing is drawn.
 
     The draws depend only on the seed, the number of updates, the row, the position and the sub-module, so chunks of a
-    stream agree with the whole. The recipes call `set_step` with the number of updates; your own training loop has to
+    stream agree with the whole. The recipes call `set_step` with the number of updates; your own training loop must
     do so too, or the noise stays the same. Every rank of a distributed training numbers the rows of its own shard, so
-    rows with the same index in two shards get the same draws. The rank is no key of a draw, because ranks that share a
-    row (tensor or context parallelism) must draw alike for it.
+    rows with the same index in two shards get the same draws. The rank is not a key of a draw, because ranks that share
+    a row (tensor or context parallelism) must draw the same for it.
     """
 
     stochastic = True

@@ -69,7 +69,7 @@ class LinearRouter(Router):
             return self._decide(self._scores(control_BLD), valid, positions, streams), after
 
     def _mix(self, control_BLD: Tensor, valid: Tensor | None, state: State | None) -> tuple[Tensor, State | None]:
-        """What is scored, and the state after these tokens; by default the tokens, each by itself."""
+        """The scored values, and the state after these tokens; by default the tokens themselves."""
         return control_BLD, state
 
     def _scores(self, control_BLD: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class ScoredRouter(LinearRouter, SteerableRouter):
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is sharded over the ranks (`fully_shard`), which every rank has to call; return any other
+    """Gather a tensor that is sharded over the ranks (`fully_shard`), which every rank must call; return any other
     unchanged.
     """
     whole: Tensor = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor

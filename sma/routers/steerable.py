@@ -44,7 +44,7 @@ class SteerableRouter(Router):
         return 1.0
 
     def skip_margins(self, decision: Decision) -> Float[Tensor, "B L"] | None:
-        """Log-odds by which the best sub-module beats running nothing; None where running nothing has no score."""
+        """Margin of the best sub-module over the option to run none, in log-odds; None if that option has no score."""
         if decision.skip_score is None:
             return None
         return (decision.logits[..., 1].amax(-1) - decision.skip_score) / self.temperature

@@ -225,7 +225,7 @@ def rows_without_tokens_keep_their_state(case: SubModuleCase, example: Example) 
     idle = torch.arange(x.shape[0]) % 2 == 0
     _, after = stream(module, x, active & ~idle[:, None], example, example.chunks(), state)
     for (name, found), wanted in zip(named_tensors(after).items(), named_tensors(state).values(), strict=True):
-        held = found if found.ndim < 2 else found[:, : wanted.shape[1]]  # what a growing state held before
+        held = found if found.ndim < 2 else found[:, : wanted.shape[1]]  # the previous content of a growing state
         same = found.shape[2:] == wanted.shape[2:] and torch.equal(held[idle], wanted[idle])
         require(same, f"{name} of a row without tokens changed")
 

@@ -68,7 +68,7 @@ def attend(
             p = score_weights(s, ok, MODE)
         if DROPOUT > 0:
             p = drop_weights(p, seed, i[:, None], j[None, :], DROPOUT)
-        # What is not finite makes NaN of all results in reach, and of no other.
+        # A non-finite value makes all results in reach NaN, and no others.
         p = tl.where(ok & bad[None, :], float("nan"), p)
         acc = tl.dot(factor(p, vv, PRECISION), vv, acc, input_precision=PRECISION, out_dtype=WIDE)
     if MODE == 0:
