@@ -1,5 +1,6 @@
 """Sparse modular activation: in every layer, each token runs only the sub-modules that a router selects for it."""
 
+import sys as _sys
 from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
@@ -32,7 +33,8 @@ else:
         """Import the zoo where it is first used, such as for `sma.modules.GAUSpec`."""
         if name == "modules":
             return _import_module("sma.modules")
-        raise AttributeError(f"module 'sma' has no attribute {name!r}")
+        # With the module, a traceback suggests a similar name.
+        raise AttributeError(f"module 'sma' has no attribute {name!r}", name=name, obj=_sys.modules[__name__])
 
 
 try:

@@ -33,6 +33,7 @@ from sma.ragged import Places, Ragged, extract_add_, fill_holes, find
 from sma.replay import check_selection
 from sma.routers import Router, RouterSpec
 from sma.routers.contract import keep_valid
+from sma.routers.scored import LinearRouter
 from sma.spec import load_spec
 from sma.submodule import State, SubModule, device_and_dtype, may_skip
 
@@ -264,7 +265,9 @@ class SparseModularActivation(nn.Module):
         """Check the arguments of a call without a layer; return the number of tokens in earlier chunks of each row, if
         there is a state.
         """
-        check_batch(x_BLD, valid)
+        # Of the tokens, as the caller knows them: a router would name its own argument.
+        router = self.router if control_BLD is x_BLD else None
+        check_batch(x_BLD, valid, router.width if isinstance(router, LinearRouter) else None)
         check_dtype(self, x_BLD)
         check_beside(x_BLD, None if control_BLD is x_BLD else control_BLD, positions)
         check_capacity(capacity, self.router.names, state)

@@ -21,8 +21,8 @@ BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at m
 
 
 _TYPE_HINTS: dict[str, tuple[type | UnionType, str]] = {
-    "int_type": (str | bool, ", and no text and no true or false"),
-    "float_type": (str | bool, ", and no text and no true or false"),
+    "int_type": (str | bool, ", not text, true or false"),
+    "float_type": (str | bool, ", not text, true or false"),
     "bool_type": (str | int | float, ", true or false"),
     "string_type": (int | float, "; put it in quotes, which in a shell are two: '\"…\"'"),
 }

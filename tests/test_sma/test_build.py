@@ -30,6 +30,11 @@ def mine(tmp_path):
     return path
 
 
+def test_a_misspelled_name_of_the_package_gets_a_suggestion():
+    done = subprocess.run([sys.executable, "-c", "import sma; sma.buld"], capture_output=True, text=True)
+    assert done.stderr.endswith("AttributeError: module 'sma' has no attribute 'buld'. Did you mean: 'build'?\n")
+
+
 def test_a_model_is_built_from_a_path_a_mapping_or_a_spec(mine):
     models = [build(source, seed=3) for source in (mine, str(mine), FIELDS, load_spec(FIELDS))]
     weights = [[parameter.detach().numpy() for parameter in model.parameters()] for model in models]

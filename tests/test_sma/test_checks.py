@@ -120,7 +120,7 @@ class TestBesideTheTokens:
             routed()(normal(2, 4, WIDTH), **options)
 
     def test_tokens_of_another_width_than_the_router_reads(self):
-        with pytest.raises(InputError, match=r"^control_BLD is .* \(2, 4, 5\) .*; required is .* \(B, L, D = 4\)$"):
+        with pytest.raises(InputError, match=r"^the tokens are .* \(2, 4, 5\) .*; required is .* \(B, L, D = 4\)$"):
             routed()(normal(2, 4, 5))
 
 

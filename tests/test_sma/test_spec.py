@@ -213,8 +213,7 @@ class TestErrors:
             pytest.param(_model(width=0), f"SequenceClassifierSpec: width=0 must be at least 1{ENDS}", id="top level"),
             pytest.param(
                 _model(width="wide"),
-                "SequenceClassifierSpec: width='wide': "
-                f"input should be a valid integer, and no text and no true or false{ENDS}",
+                f"SequenceClassifierSpec: width='wide': input should be a valid integer, not text, true or false{ENDS}",
                 id="a word for a number",
             ),
             pytest.param(
