@@ -4,8 +4,8 @@ python recipes/rates.py --task pathfinder
 python recipes/rates.py --task mqar --rates 0.1,0.2 --out runs/rates
 python recipes/rates.py --resume runs/rates
 
-One model is trained under a budget for each rate, beside the dense baseline and one that never routes. The models that
-were trained are then calibrated to other rates without further training.
+One model is trained under a budget for each rate, in addition to the dense baseline and one without routed
+sub-modules. The trained models are then calibrated to other rates without further training.
 """
 
 if __name__ == "__main__":  # its Python may not have the package, or what recipes need

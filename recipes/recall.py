@@ -4,8 +4,8 @@ python recipes/recall.py
 python recipes/recall.py --variants seqboat,never --out runs/recall
 python recipes/recall.py --resume runs/recall
 
-Five models that differ in their router alone: `seqboat` (sampled decisions under a budget, learned from what they led
-to), `sma` (the paper's router, by itself), `always`, `never`, and `random` at the rates that seqboat reached. Then a
+Five models that differ in their router alone: `seqboat` (sampled decisions under a budget, learned from their
+effect), `sma` (the paper's router alone), `always`, `never`, and `random` at the rates that seqboat reached. Then a
 rate sweep at test time: the trained seqboat at other rates, without training.
 """
 

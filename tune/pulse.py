@@ -1,4 +1,4 @@
-"""Heartbeats of trials, by which the driver detects processes that are suspended or that wait forever.
+"""Heartbeats of trials, with which the driver detects processes that are suspended or wait forever.
 
 A trial writes a number into the key-value store of the cluster every few seconds, and the driver checks whether it
 changes. Clocks of different machines are not compared.

@@ -1,6 +1,6 @@
 """Messages of the workers of a training.
 
-In a file of its own, because the process of the actor imports what this file imports.
+In a separate file, because the process of the actor imports what this file imports.
 """
 
 import ray

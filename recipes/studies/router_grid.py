@@ -80,7 +80,7 @@ class TableOptions(StudyOptions):
 
 
 class TableChosen(Chosen):
-    """What a table was asked for.
+    """Settings of a table.
 
     Attributes:
         columns: the sub-modules, and `MIXED`.
@@ -125,7 +125,7 @@ class RouterTable(Study[TableOptions, TableChosen]):
 
 
 def columns(spec: ExperimentSpec) -> list[str]:
-    """Every sub-module of the model by itself, and all of them in one layer."""
+    """Every sub-module of the model alone, and all of them in one layer."""
     names = list(dict.fromkeys(name for layer in spec.model.layer_specs for name in layer.modules))
     return [*names, MIXED] if len(names) > 1 else names
 

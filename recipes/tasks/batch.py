@@ -105,7 +105,7 @@ def select_scored(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "N C"]
 def scored_losses(logits: Tensor, targets: Tensor) -> tuple[Float[Tensor, "..."], Bool[Tensor, "..."]]:
     """Cross-entropy of all rows, or of all positions, and whether they are scored; 0 where not.
 
-    No shape depends on which are scored, so an accelerator need not tell the host.
+    No shape depends on which are scored, so the host need not wait for an accelerator.
     """
     scored = targets != UNSCORED
     # The gradient of a score that does not count is 0, and 0 times a score that is not finite is NaN.

@@ -234,7 +234,7 @@ class MQARTask(QueriesTask):
 
     @property
     def least_memory(self) -> int:
-        # The lengths of a split; its samples are drawn when they are asked for.
+        # The lengths of a split; its samples are drawn on access.
         return 8 * max(self.data.train, self.data.validation, self.data.test)
 
     def prepare(self, folder: Path, *, progress: bool = True) -> TaskData:

@@ -27,7 +27,7 @@ Loss = Callable[[Any, Capacity | None], tuple[Tensor, Any]]
 class Update:
     """One update of a model: loss, backward, clipping, and a step of the optimiser.
 
-    It asks no device for a value, and with a capacity no shape depends on one.
+    It reads no value from a device, and with a capacity no shape depends on one.
 
     Args:
         compute: function of a batch and a capacity that returns the loss and measures, a pytree of tensors.
@@ -56,7 +56,7 @@ class Update:
 
 
 class Recorder(Protocol):
-    """Records what a device computes, and repeats it on the same memory."""
+    """Records the operations of a device, and repeats them on the same memory."""
 
     def run(self, program: Callable[[], ResultT]) -> ResultT:
         """Run a program that is recorded later."""

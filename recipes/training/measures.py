@@ -13,7 +13,7 @@ from sma.stats import RateCount, count_rates
 
 
 class Measures(NamedTuple):
-    """What is measured in one update or evaluation batch. No shape depends on the routing or on the targets.
+    """Measures of one update or evaluation batch. No shape depends on the routing or on the targets.
 
     Attributes:
         loss: loss of the task, without routing losses.
@@ -164,7 +164,7 @@ class Scores(nn.ModuleDict):
 
 
 class UnseenLosses:
-    """Losses on an accelerator that the host has not seen, because it would have to wait for each of them."""
+    """Losses that are still on an accelerator, because the host would have to wait for each of them."""
 
     def __init__(self) -> None:
         self._losses: list[tuple[int, Tensor]] = []

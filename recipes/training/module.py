@@ -305,7 +305,7 @@ class ScoredModule(TrainingModule):
     def compute(self, batch: Any, capacity: Capacity | None) -> tuple[Tensor, Measures]:
         """Compute the loss of an update, with the routing losses, and its measures; update the budget controller.
 
-        It logs nothing and asks no device for a value.
+        It logs nothing and reads no value from a device.
 
         Args:
             batch: the batch.

@@ -144,7 +144,7 @@ class Objective(ABC, Generic[TaskT, DataT]):
         return None
 
     def tested(self, module: TrainingModule) -> str:
-        """The items over which the metric of a test was computed, such as `400 answers`."""
+        """Number and name of the items of a test metric, such as `400 answers`."""
         return "the test split"
 
     @classmethod

@@ -72,11 +72,11 @@ def run_experiment(
         data: the result of `spec.task.prepare`.
         resume: resume from the last checkpoint of the folder, if there is one; False refuses a folder with a run.
         accelerator: Lightning's name for the device: `auto`, `cpu`, `cuda`.
-        progress: whether to show a progress bar.
+        progress: whether to show progress.
         callbacks: additional Lightning callbacks.
         distributed: rank and world size, if several processes train the model.
         title: start of the titles of the figures, before the metric and the seed; None draws no figures. They are drawn
-            before the summary is written, because a run with a summary is finished and nothing of it is repeated.
+            before the summary is written, because a run with a summary is finished and never repeated.
 
     Raises:
         DataError: a batch or a loss is not finite, or the run began with other data.
