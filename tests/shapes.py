@@ -13,6 +13,7 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from itertools import compress
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -39,6 +40,9 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
+_nesting: set[type] = set()
+
+
 @functools.cache
 def _handler(kind: type) -> Callable[..., Hashable]:
     """What a check can see of the values of a class; for most it is the class."""
@@ -54,14 +58,14 @@ def _handler(kind: type) -> Callable[..., Hashable]:
     if issubclass(kind, bool | int | str | float | type(None) | type):
         return lambda value: (kind, value)
     if issubclass(kind, Mapping | Sequence | Set) and not issubclass(kind, bytes | range):
-        within.nests = True  # type: ignore[attr-defined]
+        _nesting.add(kind)
         return within
     return type
 
 
 def _look(value: Any, depth: int) -> Hashable:
-    handler = _handler(type(value))
-    return handler(value, depth) if hasattr(handler, "nests") else handler(value)
+    handler = _handler(kind := type(value))
+    return handler(value, depth) if kind in _nesting else handler(value)
 
 
 def _is_plain(hint: Any) -> bool:
@@ -106,8 +110,14 @@ class _Memory:
         self.stack = _Stack()
         self.full: Callable[..., Any] | None = None
 
-    def prepare(self, function: FunctionType) -> None:
-        """Make the function under jaxtyping's checker; at the first call, because most are never called."""
+    def prepare(self, function: FunctionType) -> list[bool]:
+        """Make the function under jaxtyping's checker; at the first call, because most are never called.
+
+        Returns:
+            For each argument, whether a check sees more of it than its class.
+        """
+        if self.full is not None:
+            return self.looked
         stack = self.stack
 
         def answer(*args: Any, **kwargs: Any) -> Any:
@@ -116,11 +126,10 @@ class _Memory:
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
         by_name = not any("{" in str(each) for each in self.annotations.values())  # no size is that of a number
-        is_plain = {each.name: by_name and _is_plain(each.annotation) for each in parameters}
-        variable = {each.kind: each.name for each in parameters}.get(inspect.Parameter.VAR_POSITIONAL)
-        ordered = [is_plain[each.name] for each in parameters if each.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        self.ordered = ordered + [is_plain[variable]] * 32 if variable else ordered
-        self.named = {name for name, plain in is_plain.items() if plain}
+        plain = {each.name for each in parameters if by_name and _is_plain(each.annotation)}
+        ordered = [each for each in parameters if each.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        variable = [each for each in parameters if each.kind == inspect.Parameter.VAR_POSITIONAL]
+        self.plain, self.looked = plain, [each.name not in plain for each in (*ordered, *variable * 32)]
         self.result_is_plain = _is_plain(signature.return_annotation)
         # With the globals of the function, in which its annotations are read.
         same = FunctionType(answer.__code__, function.__globals__, function.__name__, closure=answer.__closure__)
@@ -128,6 +137,7 @@ class _Memory:
         del same.__wrapped__  # type: ignore[attr-defined]  # it may hold much
         same.__signature__ = signature  # type: ignore[attr-defined]
         self.full = _ORIGINAL(same, typechecker=self.typechecker)
+        return self.looked
 
     def check(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Check arguments, call, and check the result."""
@@ -154,25 +164,23 @@ def _memory(function: FunctionType, typechecker: Callable[..., Any]) -> _Memory:
 def _checked(function: Any, typechecker: Callable[..., Any]) -> Callable[..., Any]:
     memory = _memory(function, typechecker)
     known = memory.known
+    looked: list[bool] | None = None
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
+        if _config.jaxtyping_disable:
             return function(*args, **kwargs)
-        if memory.full is None:
-            memory.prepare(function)
+        nonlocal looked
+        if looked is None:
+            looked = memory.prepare(function)
         try:
-            if len(args) > len(memory.ordered):
+            if len(args) > len(looked):
                 raise _Unclear
-            given: Any = [
-                kind if plain else _handler(kind)(value)
-                for value, kind, plain in zip(args, map(type, args), memory.ordered, strict=False)
-            ]
+            given: Any = (*map(type, args), *[_handler(type(each))(each) for each in compress(args, looked)])
             for name, value in kwargs.items():
                 kind = type(value)
-                given += (name, kind if name in memory.named else _handler(kind)(value))
-            given = (len(args), *given)
+                given += (name, kind if name in memory.plain else _handler(kind)(value))
             results = known.get(given)
         except Exception:  # sizes may be symbols, which have no hash
             return memory.check(function, args, kwargs)
@@ -194,7 +202,7 @@ def _checked(function: Any, typechecker: Callable[..., Any]) -> Callable[..., An
     return wrapper
 
 
-_ORIGINAL = jaxtyping.jaxtyped
+_ORIGINAL, _config = jaxtyping.jaxtyped, jaxtyping.config
 
 
 def install(modules: Sequence[str]) -> None:
