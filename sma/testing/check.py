@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hypothesis
-import torch
 
 from sma.errors import InputError, SmaError, did_you_mean
+from sma.init import seeded
 from sma.model import ModelSpec
 from sma.routers import Router, RouterSpec
 from sma.submodule import SubModule, SubModuleSpec
@@ -117,8 +117,7 @@ def _complaint(law: Law, case: Any, effort: int, rows_per_sample: int) -> str | 
     @hypothesis.given(example=examples(rows_per_sample))
     def attempt(example: Example) -> None:
         tried.append(example)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(example.seed)
+        with seeded(example.seed):
             law(case, example)
 
     try:

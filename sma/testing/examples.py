@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sma.init import seeded
 from sma.ragged import Ragged, compress, rectangular
 from sma.routers import Router
 
@@ -122,6 +123,5 @@ def spread_parameters(module: Module) -> Module:
 
 def reproducible(build: Callable[[], Module], dtype: torch.dtype = torch.float64, seed: int = 0) -> Module:
     """Build a module with spread parameters, the same ones for a seed in every dtype, in evaluation mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return spread_parameters(build().to(torch.float64)).to(dtype).eval()
