@@ -6,6 +6,7 @@ calls that look the same are let through. What is checked stays the same: most c
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -68,14 +69,42 @@ def _look(value: Any, depth: int) -> Hashable:
     return handler(value, depth) if kind in _nesting else handler(value)
 
 
+@functools.cache
+def _outer_handler(kind: type) -> Callable[[Any], Hashable]:
+    """The same where a check sees no more of the items of a collection than their classes."""
+    if issubclass(kind, Mapping):
+        return lambda value: (kind, frozenset(map(type, value)), frozenset(map(type, value.values())))
+    if issubclass(kind, list | tuple | Set):
+        return lambda value: (kind, *map(type, value)) if len(value) < 9 else (kind, frozenset(map(type, value)))
+    return type
+
+
+def _read(hint: Any, names: dict[str, Any]) -> Any:
+    """An annotation that may be a text."""
+    with contextlib.suppress(Exception):  # what it names may be there for a type checker alone
+        return eval(hint, names) if isinstance(hint, str) else hint
+    return hint
+
+
 def _is_plain(hint: Any) -> bool:
     """Whether a check by an annotation sees no more of a value than its class."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return all(map(_is_plain, typing.get_args(hint)))
-    if hint in (None, Any, inspect.Parameter.empty):
+    if hint is None or hint is Any:
         return True
     ordinary = (type.__instancecheck__, abc.ABCMeta.__instancecheck__)
     return isinstance(hint, type) and typing.get_origin(hint) is None and type(hint).__instancecheck__ in ordinary
+
+
+def _seer(hint: Any) -> Callable[[type], Callable[[Any], Hashable]] | None:
+    """`_handler` or `_outer_handler` for the values of an annotation; None: a check sees their class alone."""
+    if _is_plain(hint):
+        return None
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return _handler if any(_seer(each) is _handler for each in typing.get_args(hint)) else _outer_handler
+    items, holds = typing.get_args(hint), typing.get_origin(hint) in (list, tuple, set, dict, Mapping, Sequence, Set)
+    plain = all(_is_plain(each) for each in items if each is not Ellipsis)
+    return _outer_handler if holds and plain and len(items) < 9 else _handler
 
 
 def jaxtyped(part: Any = None, *, typechecker: Callable[..., Any]) -> Any:
@@ -110,14 +139,8 @@ class _Memory:
         self.stack = _Stack()
         self.full: Callable[..., Any] | None = None
 
-    def prepare(self, function: FunctionType) -> list[bool]:
-        """Make the function under jaxtyping's checker; at the first call, because most are never called.
-
-        Returns:
-            For each argument, whether a check sees more of it than its class.
-        """
-        if self.full is not None:
-            return self.looked
+    def prepare(self, function: FunctionType) -> None:
+        """Make the function under jaxtyping's checker; at the first call, because most are never called."""
         stack = self.stack
 
         def answer(*args: Any, **kwargs: Any) -> Any:
@@ -125,19 +148,21 @@ class _Memory:
 
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
-        by_name = not any("{" in str(each) for each in self.annotations.values())  # no size is that of a number
-        plain = {each.name for each in parameters if by_name and _is_plain(each.annotation)}
+        hints = {name: _read(hint, function.__globals__) for name, hint in self.annotations.items()}
+        # Sizes may be numbers among the arguments.
+        find = (lambda hint: _handler) if any("{" in str(each) for each in self.annotations.values()) else _seer
+        self.named = {each.name: find(hints.get(each.name)) for each in parameters}
         ordered = [each for each in parameters if each.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
         variable = [each for each in parameters if each.kind == inspect.Parameter.VAR_POSITIONAL]
-        self.plain, self.looked = plain, [each.name not in plain for each in (*ordered, *variable * 32)]
-        self.result_is_plain = _is_plain(signature.return_annotation)
+        found = [self.named[each.name] for each in (*ordered, *variable * 32)]
+        self.seen, self.seers = [see is not None for see in found], [*filter(None, found)]
+        self.see_result = _seer(hints.get("return"))
         # With the globals of the function, in which its annotations are read.
         same = FunctionType(answer.__code__, function.__globals__, function.__name__, closure=answer.__closure__)
         functools.update_wrapper(same, function)
         del same.__wrapped__  # type: ignore[attr-defined]  # it may hold much
         same.__signature__ = signature  # type: ignore[attr-defined]
         self.full = _ORIGINAL(same, typechecker=self.typechecker)
-        return self.looked
 
     def check(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Check arguments, call, and check the result."""
@@ -164,30 +189,31 @@ def _memory(function: FunctionType, typechecker: Callable[..., Any]) -> _Memory:
 def _checked(function: Any, typechecker: Callable[..., Any]) -> Callable[..., Any]:
     memory = _memory(function, typechecker)
     known = memory.known
-    looked: list[bool] | None = None
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         if _config.jaxtyping_disable:
             return function(*args, **kwargs)
-        nonlocal looked
-        if looked is None:
-            looked = memory.prepare(function)
+        if memory.full is None:
+            memory.prepare(function)
         try:
-            if len(args) > len(looked):
+            if len(args) > len(memory.seen):
                 raise _Unclear
-            given: Any = (*map(type, args), *[_handler(type(each))(each) for each in compress(args, looked)])
+            given: Any = tuple(map(type, args))
+            if seers := memory.seers:
+                seen = compress(args, memory.seen)
+                given += tuple([see(type(each))(each) for see, each in zip(seers, seen, strict=False)])
             for name, value in kwargs.items():
-                kind = type(value)
-                given += (name, kind if name in memory.plain else _handler(kind)(value))
+                see = memory.named.get(name, _handler)
+                given += (name, see(type(value))(value) if see else type(value))
             results = known.get(given)
         except Exception:  # sizes may be symbols, which have no hash
             return memory.check(function, args, kwargs)
         result = memory.check(function, args, kwargs) if results is None else function(*args, **kwargs)
         try:
-            kind = type(result)
-            seen = kind if memory.result_is_plain else _handler(kind)(result)
+            see = memory.see_result
+            seen = see(type(result))(result) if see else type(result)
             if results is not None and seen in results:
                 return result
         except Exception:

@@ -1,6 +1,6 @@
 """The checker of shapes remembers what it has checked, and checks everything else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +73,19 @@ def test_the_items_of_lists_and_mappings_are_seen() -> None:
     for items, names in (([1], {"a": 1}), ([torch.ones(1)], {"a": "b"}), ([torch.ones(1)], {1: 1})):
         with wrong:
             ours(items, names)
+
+
+def test_the_items_of_long_lists_are_seen() -> None:
+    def count(items: Sequence[int | None], names: dict[str, Any] | list[str]) -> tuple[int, str]:
+        return len(items), "" if any(names) else None  # type: ignore[return-value]
+
+    ours = shapes.jaxtyped(typechecker=shapes.check)(count)
+    deep = {"a": [{"b": [{}]}]}
+    for _ in range(2):
+        assert ours([1, None] * 20, deep) == ours((1, None) * 20, ["a"] * 40) == (40, "")
+        for items, names in ((["x"] * 40, deep), ([1] * 40, {1: 2}), ([1], [1] * 40), (1, deep), ([1], {})):
+            with wrong:
+                ours(items, names)
 
 
 def test_a_list_that_holds_itself_is_checked_anew() -> None:
