@@ -1,6 +1,7 @@
 """Accuracy against activation rate: the measured points, the variants, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from sma.recipes.tasks.batch import UNSCORED
 from sma.recipes.tasks.recall import collate
 from tests.test_recipes.test_recall import TINY as RECALL
 from tests.test_recipes.test_tasks.test_mqar import TINY
+
+TIME = re.compile(r"[\d.]+ minutes")
 
 
 @pytest.mark.parametrize("over", ["each", "total"])
@@ -65,7 +68,8 @@ def test_command_trains_at_every_rate_and_calibrates_the_highest(asked, tmp_path
     capsys.readouterr()
     assert main(["--resume", str(out), "--no-progress"]) == 0
     assert sma_main(["report", str(out)]) == 0
-    assert (out / "table.md").read_text() == table
+    # On a busy machine the second command adds a tenth of a minute to the time that the table names.
+    assert TIME.sub("", (out / "table.md").read_text()) == TIME.sub("", table)
 
 
 def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
