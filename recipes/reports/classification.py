@@ -143,7 +143,8 @@ class ClassificationReport(NamedTuple):
         count = beside(self.examples[0], self.modality) if self.examples else 1
         rows = [self.examples[start : start + count] for start in range(0, len(self.examples), count)]
         heights = [*(max(height_of(example, self.modality) for example in row) for row in rows), 2.9]
-        with drawing(14, sum(heights) + 0.6) as figure:
+        width = 10 if count > 1 else 14  # images side by side are square; the narrower figure has the larger words
+        with drawing(width, sum(heights) + 0.6) as figure:
             figure.suptitle(title, fontsize=13)
             parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
             for part, row in zip(parts, rows, strict=False):
@@ -341,9 +342,9 @@ def _whole_lines(path: Path) -> list[str]:
 def _caption(report: ClassificationReport, example: Example) -> str:
     names = report.class_names
     answer, guess = (label(names[index], 40) if names else str(index) for index in (example.target, example.guess))
-    verdict = "right" if example.guess == example.target else "wrong"
+    predicted = "predicted correctly" if example.guess == example.target else f"predicted {guess}"
     mark = "orange" if report.modality.image_shape is not None else "dark"
-    return f"class {answer}, predicted {guess} ({verdict}); {mark}: {' or '.join(report.modules)} active"
+    return f"class {answer}, {predicted}; {mark}: {' or '.join(report.modules)} active"
 
 
 def draw_rates(axis: Any, out: Path) -> None:
