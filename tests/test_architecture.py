@@ -143,7 +143,12 @@ def _executed(path: Path) -> set[str]:
     return found | (packages & OURS) - own
 
 
-GRAPH = {_module(path): _executed(path) for path in SOURCES}
+@cache
+def _graph() -> dict[str, set[str]]:
+    """What importing each file executes; made when the first test asks, and not in every process that collects."""
+    return {_module(path): _executed(path) for path in SOURCES}
+
+
 CORE = [path for path in _files("sma") if not _within(_module(path), *TOP)]
 
 
@@ -152,7 +157,7 @@ def _route(start: str, goals: set[str]) -> list[str] | None:
     routes, seen = [[start]], {start}
     while routes:
         route = routes.pop(0)
-        for name in sorted(GRAPH.get(route[-1], ())):
+        for name in sorted(_graph().get(route[-1], ())):
             if name in goals:
                 return [*route, name]
             if name not in seen:
@@ -164,7 +169,7 @@ def _route(start: str, goals: set[str]) -> list[str] | None:
 def _foreign(path: Path) -> list[str]:
     """What a file imports besides the few dependencies of the core and itself."""
     allowed = THIRD_PARTY | set(sys.stdlib_module_names) | {"sma"}
-    return [name for name in GRAPH[_module(path)] if name.split(".")[0] not in allowed]
+    return [name for name in _graph()[_module(path)] if name.split(".")[0] not in allowed]
 
 
 def test_core_imports_only_its_few_dependencies_and_itself() -> None:
@@ -173,7 +178,7 @@ def test_core_imports_only_its_few_dependencies_and_itself() -> None:
 
 def test_core_never_imports_what_is_built_on_it() -> None:
     built = ("sma.modules", "sma.recipes", "sma.tune", *TOP)
-    assert _offenders(CORE, lambda path: [name for name in GRAPH[_module(path)] if _within(name, *built)]) == {}
+    assert _offenders(CORE, lambda path: [name for name in _graph()[_module(path)] if _within(name, *built)]) == {}
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=",".join(names)) for row, names in enumerate(CHAIN[:-1])])
@@ -191,10 +196,10 @@ def test_recipes_import_in_one_line(floor: int) -> None:
     rooms = [f"sma.recipes.{room}" for room in FLOORS[floor]]
     above = {
         name
-        for name in GRAPH
+        for name in _graph()
         if any(_within(name, f"sma.recipes.{room}") for row in FLOORS[floor + 1 :] for room in row)
     }
-    assert [route for name in GRAPH if _within(name, *rooms) and (route := _route(name, above))] == []
+    assert [route for name in _graph() if _within(name, *rooms) and (route := _route(name, above))] == []
 
 
 def test_top_of_recipes_is_what_a_user_runs() -> None:
@@ -218,7 +223,7 @@ def _registers(path: Path) -> bool:
 def test_one_kind_of_the_zoo_never_imports_another() -> None:
     kinds = {_module(path) for path in _files("modules") if _registers(path)}
     paths = [path for path in _files("modules") if path.name != "__init__.py"]
-    assert _offenders(paths, lambda path: GRAPH[_module(path)] & kinds) == {}
+    assert _offenders(paths, lambda path: _graph()[_module(path)] & kinds) == {}
 
 
 def test_only_tune_imports_ray() -> None:
@@ -230,7 +235,7 @@ def test_only_tune_imports_ray() -> None:
 
 def test_only_experiments_import_what_trains_and_draws() -> None:
     def faults(path: Path) -> list[str]:
-        return [name for name in GRAPH[_module(path)] if _within(name, *EXPERIMENTS_ONLY)]
+        return [name for name in _graph()[_module(path)] if _within(name, *EXPERIMENTS_ONLY)]
 
     assert _offenders(_files("sma", "modules"), faults) == {}
 
