@@ -20,6 +20,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MEMORY := $(shell free=$$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print $$4}'); [ "$${free:-0}" -gt 4194304 ] && [ -w /dev/shm ] && echo /dev/shm)
 PYTEST := $(if $(MEMORY),PYTEST_DEBUG_TEMPROOT=$(MEMORY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+# Without the compiled files of the last start, each process of the tests compiles the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## list the targets
 	@awk 'match($$0, /^[a-z-]+:.*## /) && match($$0, /:.*## /) {printf "  make %-13s %s\n", substr($$0, 1, RSTART - 1), substr($$0, RSTART + RLENGTH)}' Makefile
 
