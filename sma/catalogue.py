@@ -102,6 +102,8 @@ def _plain(text: str) -> str:
     """Simplify the formulas of a docstring for a terminal."""
     text = re.sub(r"\\math\w+\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\sqrt\{([^{}]*)\}", r"sqrt(\1)", text)
+    text = re.sub(r"\\l(floor|ceil) *(.*?) *\\r\1", r"\1(\2)", text)
+    text = re.sub(r"\\[lc]?dots", "...", text)
     for word, plain in {
         r"\top": "T",
         r"\odot": "*",

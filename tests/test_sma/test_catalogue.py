@@ -38,6 +38,8 @@ def test_list_has_a_sentence_for_every_kind():
             ]
             assert len(line.split()) > 2
     assert max(map(len, out.splitlines())) <= 100
+    assert not set("\\$`") & set(out)
+    assert not {"dots", "lfloor", "rfloor", "cdot", "odot", "frac", "mathrm", "top"} & set(out.split())
 
 
 def test_list_of_one_family_names_its_kinds():

@@ -1,6 +1,5 @@
 """The command line on experiments and sweeps, and on sizes that no machine has."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -120,14 +119,6 @@ def test_the_model_of_an_experiment_is_described(capsys):
         DIGITS.split(" with")[0].removeprefix("a ").replace(" of", ",")
         in _run(capsys, "describe", "experiment.yaml")[1]
     )
-
-
-@pytest.mark.usefixtures("experiments")
-def test_an_experiment_without_the_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sma.recipes.experiment", None)
-    status, _, err = _run(capsys, "validate", "experiment.yaml")
-    assert status == 2
-    assert err.startswith("error: 'experiment.yaml' is an experiment, which needs the extra 'recipes', but its ")
 
 
 def test_repeating_a_layer_costs_nothing(capsys):
