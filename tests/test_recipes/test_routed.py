@@ -13,6 +13,8 @@ from sma.recipes.experiment import ExperimentSpec, load_experiment
 from sma.recipes.studies.routed import VARIANTS, Routed
 from tests.test_recipes.tiny import EXPERIMENT, TRAINING, tiny
 
+pytestmark = pytest.mark.slow  # real trainings
+
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = [f"{task}_routed_{what}_tiny" for task in ("listops", "digits") for what in ("mlp", "conv")]
 
@@ -155,7 +157,6 @@ def test_variant_without_the_one_it_follows_is_a_sentence(spec, cache, tmp_path,
     assert _trained(out) == ["routed", "random"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [routed_mlp, routed_conv], ids=["mlp", "conv"])
 def test_digits_are_compared_by_both_recipes(recipe, tmp_path):
     settings = ["--set", "training.updates=4", "--set", "training.warmup=1", "--set", "training.budget=null"]

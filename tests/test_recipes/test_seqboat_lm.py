@@ -20,6 +20,8 @@ from sma.spec import dump_spec
 from tests.forks import fork, run_fork
 from tests.test_recipes.test_training.test_language import MODEL, TRAINING, experiment, text, train
 
+pytestmark = pytest.mark.slow  # real trainings
+
 __all__ = ["text"]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,7 +172,6 @@ def test_several_samples_are_printed_one_after_another(finished: Path, capsys: p
     assert [f"--- {number} of 3\nfox" in said for number in (1, 2, 3)] == [True] * 3
 
 
-@pytest.mark.slow
 def test_text_is_written_as_it_is_produced(finished: Path) -> None:
     command = [
         sys.executable,
@@ -228,7 +229,6 @@ def test_another_kind_of_model_cannot_write(tmp_path: Path, capsys: pytest.Captu
     assert "is of kind 'sequence_encoder'; only a 'language_model' can generate text" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(text: Path, tmp_path: Path) -> None:
     spec = experiment(text, "training.updates=300", "training.evaluate_every=10")
     whole = train(spec, tmp_path / "whole")

@@ -15,6 +15,8 @@ from sma.tune.storage import Storage
 from sma.tune.sweep import SweepSpec
 from tests.test_tune.sweeps import SPACE, done_trial, small_sweep
 
+pytestmark = pytest.mark.slow  # real trainings
+
 RATE, WINDOW = "training.learning_rate", "layers.layer.modules.attention.window"
 
 

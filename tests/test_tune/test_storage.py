@@ -16,6 +16,8 @@ from sma.tune.storage import Storage
 from sma.tune.sweep_folder import add_driver, check_same, load_sweep, start_sweep
 from tests.test_tune.sweeps import done_trial, small_sweep
 
+pytestmark = pytest.mark.slow  # servers, and processes that hold locks
+
 
 @pytest.fixture(params=["path", "uri"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:

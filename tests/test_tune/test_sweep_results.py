@@ -15,6 +15,8 @@ from sma.tune.sweep_folder import add_driver, load_drivers, start_sweep
 from sma.tune.sweep_results import best_trial, front_table, pareto_front, sparsest_as_good, write_results
 from tests.test_tune.sweeps import done_trial, small_sweep
 
+pytestmark = pytest.mark.slow  # real trainings
+
 WINDOW, TARGET = "layers.layer.modules.attention.window", "training.budget.target"
 
 TRIALS = [

@@ -23,6 +23,8 @@ from sma.recipes.training.run import run_experiment
 from sma.recipes.training.trainer import isolated
 from tests.test_recipes.tiny import EXPERIMENT, assert_same_run, checkpoint, metrics_of, same, tiny, train
 
+pytestmark = pytest.mark.slow  # processes in every environment
+
 ROOT = Path(__file__).resolve().parents[3]
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -179,7 +181,6 @@ def test_every_variable_that_is_read_is_hidden_or_no_matter(module):
     assert sorted(name for name in found if not is_hidden(name) and name not in HARMLESS) == []
 
 
-@pytest.mark.slow
 def test_backend_of_a_notebook_does_not_reach_a_command_that_it_starts():
     # torchmetrics imports matplotlib, which refuses a backend that is not there.
     body = "sys.exit(exit_code(lambda: __import__('torchmetrics')))"
@@ -225,7 +226,6 @@ def test_first_of_a_team_speaks_whatever_the_environment_said():
         rank_zero_only.rank, prints.rank = before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["slurm-tasks-without-their-number-per-node", "torchrun-under-slurm", "no-numbers", "slurm-without-numbers"]
 )

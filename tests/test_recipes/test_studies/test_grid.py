@@ -16,6 +16,8 @@ from sma.stats import count_macs
 from tests.test_recipes import fake
 from tests.test_recipes.tiny import tiny
 
+pytestmark = pytest.mark.slow  # real trainings
+
 
 def _random(seed):
     def make(rows):
@@ -83,7 +85,6 @@ def test_rows_hold_what_the_runs_measured(data, tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_runs_side_by_side_give_the_rows_of_runs_one_after_another(data, tmp_path):
     alone = _grid(_runs(), tmp_path / "alone", data)
     together = _grid(_runs(), tmp_path / "together", data, jobs=2)
@@ -197,7 +198,6 @@ def killed(spec, folder, data, **_):
     fake.train(spec, folder, data, **_)
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_is_a_run_that_failed(data, tmp_path):
     results = _grid(_runs((0,)), tmp_path / "out", data, jobs=2, trainer=killed)
     assert [row["name"] for row in results.rows] == ["routed-0", "random-0"]

@@ -20,6 +20,8 @@ from tests.test_recipes import fake
 from tests.test_recipes.test_reports.test_table import lines_of, summary
 from tests.test_recipes.tiny import before_update, fail, tiny
 
+pytestmark = pytest.mark.slow  # real trainings
+
 NAMES = ("routed", "always", "random")
 
 
@@ -111,7 +113,6 @@ def test_figure_is_an_image_with_something_on_it(done, tmp_path):
     assert 0.5 < image[..., :3].mean() < 1.0
 
 
-@pytest.mark.slow
 def test_interrupted_study_resumes_where_it_stopped(data, tmp_path, monkeypatch, done):
     def interrupt(module):
         if (tmp_path / "routed" / "summary.json").exists():

@@ -22,6 +22,8 @@ from sma.recipes.training.run import Finished
 from tests.tape import TapeRecorder
 from tests.test_recipes.tiny import assert_same_run, checkpoint, metrics_of, power_failure, same, tiny, train
 
+pytestmark = pytest.mark.slow  # real trainings
+
 BUDGET = "{target: 0.4, hold: 4, anneal: 10}"
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "fit_scores", "overflow")
 
@@ -46,18 +48,14 @@ def _trained(
                 "training__router_learning_rate": 0.0003,
             },
             id="drawn",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"layers__layer__router": "{kind: gumbel, anneal: 20}", "precision": "64-true"},
             id="cooled",
-            marks=pytest.mark.slow,
         ),
-        pytest.param({"precision": "bf16-mixed"}, id="bf16", marks=pytest.mark.slow),
-        pytest.param({"layers__layer__modules": "{}"}, id="dense", marks=pytest.mark.slow),
-        pytest.param(
-            {"layers__layer__norm": "{kind: batch_norm, place: pre}"}, id="batch-norm", marks=pytest.mark.slow
-        ),
+        pytest.param({"precision": "bf16-mixed"}, id="bf16"),
+        pytest.param({"layers__layer__modules": "{}"}, id="dense"),
+        pytest.param({"layers__layer__norm": "{kind: batch_norm, place: pre}"}, id="batch-norm"),
     ],
 )
 def test_recorded_updates_are_the_eager_ones(

@@ -25,6 +25,8 @@ from sma.recipes.training.run import Finished, run_experiment
 from tests.tape import TapeRecorder
 from tests.test_recipes.tiny import checkpoint, power_failure, same
 
+pytestmark = pytest.mark.slow  # real trainings
+
 MODEL = {
     "kind": "language_model",
     "width": 8,
@@ -194,7 +196,6 @@ def test_streamed_evaluation_is_the_loss_of_the_whole_text(text: Path, tmp_path:
     assert {"marks", "activation_rate", "seconds", "seed", "commit", "sha256"} <= set(finished.summary)
 
 
-@pytest.mark.slow
 def test_training_learns(text: Path, tmp_path: Path) -> None:
     bits = train(experiment(text, "training.updates=150"), tmp_path).summary["bits_per_character"]
     assert bits < 3  # letters alone take about 4.4

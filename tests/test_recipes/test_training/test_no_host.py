@@ -17,6 +17,8 @@ from sma.recipes.training.language import LanguageModule, Segment
 from sma.recipes.training.module import ScoredModule
 from tests.no_host import HostAskedError, NoHost
 
+pytestmark = pytest.mark.slow  # real trainings
+
 PRESETS = [name for name in shipped("presets") if name.endswith("_tiny")]
 # More tokens than the histograms of a budget have bins, which are float64.
 ROWS, LENGTH = 8, 8000

@@ -22,6 +22,8 @@ from sma.spec import dump_yaml, kinds
 from tests.test_recipes.regression import LENGTH, Regressor, RowMeanTask
 from tests.test_recipes.tiny import MODEL, TRAINING, checkpoint, power_failure, same
 
+pytestmark = pytest.mark.slow  # real trainings
+
 EXPERIMENT = {
     "task": {"kind": "row_mean"},
     "model": {**MODEL, "encoder": {"kind": "real_number"}, "head": {"kind": "mean_pool_linear", "classes": 1}},

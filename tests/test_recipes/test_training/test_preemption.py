@@ -32,6 +32,8 @@ from tests.test_recipes.tiny import (
     train,
 )
 
+pytestmark = pytest.mark.slow  # real trainings
+
 SLURM = {
     "SLURM_NTASKS": "1",
     "SLURM_JOB_ID": "7",

@@ -14,6 +14,8 @@ from sma.recipes.training.classification import Classifier
 from sma.routers import BernoulliRouterSpec, SMARouterSpec
 from tests.test_recipes.tiny import checkpoint, same, tiny, train
 
+pytestmark = pytest.mark.slow  # real trainings
+
 BUDGET = "{target: 0.3, hold: 4, anneal: 10, speed: 0.5}"
 
 
