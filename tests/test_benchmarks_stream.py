@@ -29,6 +29,7 @@ def test_a_small_run_prints_every_point_as_json() -> None:
     assert streamed[0] == streamed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.1, 0.4, 1.0])
 def test_the_rate_that_is_set_is_the_rate_of_every_layer_in_a_stream(rate: float) -> None:
     torch.manual_seed(0)

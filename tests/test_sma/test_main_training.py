@@ -203,6 +203,7 @@ def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
     assert _run(capsys, "generate", str(run))[2].startswith("error: the model in ")
 
 
+@pytest.mark.slow
 def test_report_draws_the_figures_of_a_run_again(capsys, tmp_path):
     here = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
     run = tmp_path / "run"

@@ -19,6 +19,8 @@ from sma.spec import dump_yaml
 from tests.test_recipes import fake, tiny
 from tests.test_recipes.regression import LENGTH, RowMeanTask
 
+pytestmark = pytest.mark.slow  # real trainings
+
 SETTINGS = {"seeds": 1, "minutes": None, "length": 64}
 
 

@@ -191,6 +191,7 @@ FEW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", FEW)
 def test_tiny_preset_of_every_task_trains_and_is_evaluated(task, tmp_path, monkeypatch):
     monkeypatch.setattr(python_text, "LIMITS", {"train": 40, "validation": 40, "test": 40})
