@@ -62,8 +62,12 @@ def copy_repository(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: Sequence[str], log: Path) -> Tried:
-    """Run the fast ones of some tests of a copy, up to the first that fails."""
-    options = ["-q", "-x", "--tb=short", "-n", "0", "-p", "no:cacheprovider", "-m", "not slow"]
+    """Run the fast ones of some tests of a copy, and the slow ones too if a whole file is slow, up to the first that
+    fails.
+    """
+    options = ["-q", "-x", "--tb=short", "-n", "0", "-p", "no:cacheprovider"]
+    if not any("\npytestmark = pytest.mark.slow" in (folder / test.split("::")[0]).read_text() for test in tests):
+        options += ["-m", "not slow"]
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
