@@ -1,4 +1,5 @@
 import errno
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,11 @@ from tests.test_recipes.tiny import tiny
 
 def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, **measured: float) -> dict[str, float]:
     """What a reporter says of an evaluation."""
-    reporter = TrialReporter(tiny(), folder, metric, 8, 0.0)
+    return evaluate_at_10(TrialReporter(tiny(), folder, metric, 8, 0.0), monkeypatch, **measured)
+
+
+def evaluate_at_10(reporter: TrialReporter, monkeypatch: pytest.MonkeyPatch, **measured: float) -> dict[str, float]:
+    """The last entry of the history of a reporter after an evaluation at update 10."""
     monkeypatch.setattr(reporter, "report", lambda status, metrics: None)
     rates = {f"val_rate/layer{layer}/attention": 0.5 for layer in range(2)}
     metrics = {name: torch.tensor(value) for name, value in ({"val_rate": 0.5} | rates | measured).items()}
@@ -61,3 +66,15 @@ def test_a_damaged_history_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text(content)
     with pytest.raises(CheckpointError, match=r"history.json' (cannot be read|is damaged)"):
         TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0).restore()
+
+
+def test_a_restarted_trial_keeps_each_evaluation_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [{"update": update, "accuracy": 0.25} for update in (5, 10, 15)]
+    (tmp_path / HISTORY).write_text(json.dumps(before))
+    reporter = TrialReporter(tiny(), tmp_path, ClassificationTask.metric, 8, 0.0)
+    reporter.restore()
+    reported = evaluate_at_10(reporter, monkeypatch, val_accuracy=0.5)
+    assert [entry["update"] for entry in reporter.history] == [5, 10]
+    assert reporter.history[-1] == reported
+    assert reported["accuracy"] == 0.5
+    assert json.loads((tmp_path / HISTORY).read_text()) == reporter.history
