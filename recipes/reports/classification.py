@@ -178,6 +178,7 @@ def measure_activation(
     device = next(model.parameters()).device
     right, scored = [0] * len(model.routed_layers), 0
     groups: dict[str, list[bool]] = defaultdict(list)
+    rows = model.spec.rows_per_sample
     # Samples of about 40 positions fill one line of the figure; ties are resolved by the order of the draws.
     wanted = drawn[torch.argsort((samples.lengths[drawn] - 40).abs(), stable=True)[: 4 * shown]].tolist()
     for part in drawn.sort().values.split(min(100, max(1, _BATCH // longest))):
@@ -185,8 +186,9 @@ def measure_activation(
         output = model(batch.inputs, batch.valid)
         guesses, answers = _answers(output.logits, batch.targets)
         if data.group is not None and guesses:
-            for number, guess, answer in zip(part.tolist(), guesses, answers, strict=True):
-                groups[data.group(data.show(samples[number][0]))].append(guess == answer)
+            for row, (guess, answer) in enumerate(zip(guesses, answers, strict=True)):
+                own = slice(row * rows, (row + 1) * rows)  # the documents of a pair are concatenated
+                groups[data.group(data.show(batch.inputs[own][batch.valid[own]].cpu()))].append(guess == answer)
         if not output.decisions:
             continue
         modules = module_names(output.decisions)
@@ -194,7 +196,6 @@ def measure_activation(
         for layer in range(len(output.decisions)):
             right[layer] += _right_without(layer, model, batch, output.decisions)
         active = torch.stack([decision.active.any(-1) for decision in output.decisions]).cpu()
-        rows = model.spec.rows_per_sample
         for row, number in enumerate(part.tolist()):
             own = slice(row * rows, (row + 1) * rows)  # the documents of a pair are concatenated
             valid = batch.valid[own].cpu()
