@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sma.errors import DataError, SpecError
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io import published
+from sma.recipes.reports.classification import measure_activation
 from sma.recipes.tasks.batch import collate_pairs
 from sma.recipes.tasks.documents import bytes_of
 from sma.recipes.tasks.listops.expressions import FILES as LISTOPS_FILES
@@ -236,6 +237,8 @@ def test_from_the_files_to_a_trained_and_evaluated_model(tmp_path):
     shown = {"".join(example.texts) for example in finished.report.examples}
     whole = {"".join(data.show(torch.cat(data.test[number][0]))) for number in range(len(PAIRS))}
     assert shown <= whole
+    grouped = measure_activation(finished.module.model, data.test, data._replace(group="".join))
+    assert set(grouped.by_group) == whole
     assert all(example.active.shape == (1, len(example.texts)) for example in finished.report.examples)
 
 
