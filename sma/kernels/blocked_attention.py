@@ -24,7 +24,7 @@ def forward(
     keep: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Attend; keeps one (n, C, K) tensor for backward, where a chain of operators would keep four."""
+    """Attend; keeps one (n, C, K) tensor for backward, whereas autograd of the single operators would keep four."""
     window, causal, weighting, middle, over_slots, dropout, sizes = settings
     shape, wide = BlockShape(*sizes[:3]), torch.promote_types(v.dtype, torch.float32)
     blocks, slots = lay_out(rows, offsets, shape, sizes[3])
@@ -52,7 +52,7 @@ def forward(
 def fake_kept(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, over_slots: bool, sizes: Sequence[Any]
 ) -> list[Tensor]:
-    """What `forward` keeps, without values."""
+    """The tensors that `forward` keeps, without values."""
     shape, count = BlockShape(*sizes[:3]), sizes[3]
     filled = shape.before + count * shape.queries + shape.after
     pairs = (count, shape.queries, shape.keys)

@@ -195,5 +195,5 @@ def in_reach(marked: Bool[Tensor, "T"], tokens: Ragged, window: int, causal: boo
 
 
 def whole_tiles(tokens: int | torch.SymInt) -> Any:
-    """Rows of a tensor that has all rows of the last tile, whichever size the tiles of kernels have."""
+    """A number of tokens, rounded up to whole tiles for every tile size of the kernels."""
     return -(-tokens // 128) * 128

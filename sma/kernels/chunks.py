@@ -35,7 +35,7 @@ def decayed(states: Float[Tensor, "*S"], log_decay: Float[Tensor, "..."]) -> Flo
 
 
 def inside(x_DMC: Float[Tensor, "D M C"], kernel_DC: Float[Tensor, "D C"]) -> Float[Tensor, "D M C"]:
-    """What the inputs of each chunk add to its outputs, by the impulse response.
+    """Contribution of the inputs of each chunk to its outputs, by the impulse response.
 
     A later input never changes an earlier output, not even by rounding or by a NaN.
     """

@@ -58,7 +58,7 @@ def ema(
 
 
 def chunk_of(rows: int, length: int, channels: int) -> int:
-    """Tokens of a chunk of the Triton kernels: long, so that few states are stored, where there is enough to do."""
+    """Tokens per chunk of the Triton kernels: the more parallel work, the longer, because fewer states are stored."""
     warps = rows * -(-channels // 32)
     for chunk, least in ((128, 4096), (64, 2048), (32, 1024)):
         if warps * length >= chunk * least:
@@ -128,7 +128,7 @@ def _save(ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor], kept: S
 
 
 def _backward(ctx: Any, grad: Tensor, end_grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Checkpointing gives saved tensors once.
+    # Read once, because activation checkpointing returns saved tensors only once.
     saved = ctx.saved_tensors
     carried = saved[4]
     *gradients, carried_grad = _ema_backward(grad, end_grad, *saved[:6], ctx.truncation, saved[6:], ctx.implementation)

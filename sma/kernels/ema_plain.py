@@ -126,7 +126,7 @@ class _Scan(NamedTuple):
     A later input never changes an earlier output, not even by rounding or by a NaN, as it would in a Fourier transform.
     With r the state whose inputs have the factor 1, a chunk yields y = X T(k) + E P and r_{j+1} = q^C r_j + X a. Here P
     holds 1, q, … q^(C-1), the impulse response is k = w P, the weights a are P from its end, and E_j = w q r_j +
-    q^(jC) h with the carried h. The M = B J chunks of all rows stand side by side.
+    q^(jC) h with the carried h. M = B J is the number of chunks of all rows.
     """
 
     log_decay: Float[Tensor, "D N"]
@@ -187,7 +187,7 @@ class _Scan(NamedTuple):
             if carried_BDN is not None and length:
                 end_grad = end_grad_BDN.transpose(0, 1)
                 self._end_backward(end_grad, states, x_DBJC, length, lengths_B, before_grad, input_grads[0], sums)
-            # What a state owes to its later ones; that of the inputs of chunk j is that of r_{j+1}.
+            # The gradient of a state includes those of all later states. The inputs of chunk j affect r_{j+1}.
             added_grad = self._accumulate(before_grad.flip(2)).flip(2)[:, :, 1:]
             over_chunk = self.chunk * torch.exp(self.log_decay * self.chunk)
             sums.decay.addcmul_((states[:, :, :-1] * added_grad).sum((1, 2)), over_chunk)
@@ -251,7 +251,7 @@ class _Scan(NamedTuple):
         return powers(self.log_decay, chunks, self.chunk).transpose(1, 2)[:, None]
 
     def _entering(self, states: Tensor, carried_BDN: Tensor | None) -> Float[Tensor, "D B J N"]:
-        """What every state adds to the first output of each chunk."""
+        """Contribution of every state to the first output of each chunk."""
         before = states[:, :, :-1] * (self.weight * torch.exp(self.log_decay))[:, None, None]
         if carried_BDN is None:
             return before

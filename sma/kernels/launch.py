@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of shared memory that a block can have, where no device says so: the interpreter has no limit, and small tiles
-# are quick to test. Also the least of all cards that have kernels.
+# Bytes of shared memory per block in the interpreter, which has no limit, but tests small tiles faster. It is also the
+# minimum of all supported GPUs.
 _LEAST = 101_376
 
 
@@ -71,7 +71,7 @@ def recording(shared_memory: int, capability: int = 9) -> Iterator[list[Launch]]
     """Record launches instead of running them, so that tensors may be on the device `meta`.
 
     Args:
-        shared_memory: bytes that a block has on the card in question.
+        shared_memory: bytes of shared memory per block of the assumed GPU.
         capability: the first number of its compute capability.
     """
     recorder = _Recorder([], shared_memory, capability)
@@ -99,10 +99,10 @@ def capability(device: torch.device) -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How products read float32 numbers: as TF32 where PyTorch's own products on CUDA do, else exactly."""
+    """Precision of products of float32 numbers: `tf32` if PyTorch's own products on CUDA use TF32, else `ieee`."""
     if dtype is not torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # torch 2.9 has this setting; reading the older one raises an error where both were written.
+    # Setting of torch 2.9 and newer; if both settings were written, reading the older one raises an error.
     setting = getattr(matmul, "fp32_precision", None)
     return "tf32" if (matmul.allow_tf32 if setting is None else setting == "tf32") else "ieee"

@@ -18,15 +18,16 @@ from sma.errors import InputError, did_you_mean, quote
 
 Name = Literal["plain", "triton"]
 
-# Constants, so that a compiler reads them without a guard.
+# Constants, for which a compiler needs no guard.
 _HAS_TRITON = find_spec("triton") is not None
 _INSTALL = "pip install 'sparse-modular-activation[gpu]'"
-# Triton's products of TF32 and bfloat16 numbers start with this compute capability.
+# Oldest compute capability for which Triton has products of TF32 and bfloat16 numbers.
 _OLDEST = 8
 
 _LIBRARY = Library("sma", "FRAGMENT")
 _operators: list[str] = []
-# What runs under the name of an operator; its last argument is the implementation. For what counts or times them.
+# The functions that run under the names of the operators, for counters and timers; their last argument is the
+# implementation.
 RUNS: dict[str, Callable[..., Any]] = {}
 _forced: list[Name] = []
 # Formulas to be registered with torch's FlopCounterMode, by the name of the operator.
@@ -38,7 +39,7 @@ class Implementation(NamedTuple):
 
     Attributes:
         name: `plain` or `triton`.
-        reason: why it was chosen, one sentence.
+        reason: the reason for the choice, in one sentence.
     """
 
     name: Name
@@ -155,9 +156,9 @@ def differentiate(
     save: Callable[[Any, Sequence[Any], Sequence[Tensor], Sequence[Tensor]], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> None:
-    """Register the gradient of an operator that returns its results and, last, a list of what backward needs.
+    """Register the gradient of an operator that returns its results and, last, a list of tensors for backward.
 
-    This costs a third of `torch.library.register_autograd`, which wraps every tensor of the list for autograd.
+    It takes a third of the time of `torch.library.register_autograd`, which wraps every tensor of the list.
 
     Args:
         operator: what `define` returned.
@@ -196,7 +197,8 @@ def differentiate(
 def _register_flops() -> None:
     """Register the operators defined since the last call with FlopCounterMode, which cannot look into an operator.
 
-    Its module imports Triton, which takes longer than all of ours: nothing is done before the caller has imported it.
+    Its module imports Triton, which takes longer than the whole import of sma. Nothing is done before the caller has
+    imported it.
     """
     module = sys.modules.get("torch.utils.flop_counter")
     while module is not None and _macs:
@@ -216,4 +218,4 @@ def _device_programs(family: str) -> Any:
 
 def _check_known(name: str, what: str, known: Sequence[str]) -> None:
     if name not in known:
-        raise InputError(f"{quote(name)} is no {what}{did_you_mean(name, known, f'{what}s')}")
+        raise InputError(f"unknown {what} {quote(name)}{did_you_mean(name, known, f'{what}s')}")

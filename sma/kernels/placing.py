@@ -32,8 +32,8 @@ class Found(NamedTuple):
 
 
 def placed(mask_N: Bool[Tensor, "N"], size: int, hole: int) -> tuple[Int[Tensor, "T"], Int[Tensor, "N"]]:
-    """The indices of at most `size` true elements, in order, then `hole`; and the place of each element among them,
-    `size` where it is false: counted and placed, without a question to the host.
+    """The indices of at most `size` true elements, in order, then `hole`; and the rank of each true element, `size` for
+    others. Nothing is synchronised with the host.
     """
     slot = torch.where(mask_N, mask_N.cumsum(0) - 1, size)  # all others go to an extra slot
     every = torch.arange(mask_N.shape[0], device=mask_N.device)
@@ -47,7 +47,7 @@ def lay_out(
     positions_BL: Int[Tensor, "B L"] | None,
     inverse: Int[Tensor, "N"] | None = None,
 ) -> Found:
-    """What follows from the index of the active tokens and their number in each row."""
+    """All fields of `Found`, from the index of the active tokens and their number in each row."""
     rows = torch.div(index, max(length, 1), rounding_mode="floor")
     positions = index - rows * length if positions_BL is None else positions_BL.reshape(-1).index_select(0, index)
     offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
@@ -78,8 +78,8 @@ _place = define(
 
 
 class Search:
-    """A search for the active tokens of a batch that is on an accelerator. It begins when it is made, and the host
-    waits when it reads them: for their number.
+    """An asynchronous search for the active tokens of a batch on an accelerator, which begins in the constructor. Only
+    `read` and `all_active` wait, for the number of active tokens.
 
     Args:
         active_BL: mask, at least one element.
@@ -89,7 +89,7 @@ class Search:
     def __init__(self, active_BL: Bool[Tensor, "B L"], positions_BL: Int[Tensor, "B L"] | None) -> None:
         self._active = active_BL.contiguous()
         self._positions = None if positions_BL is None else positions_BL.contiguous()
-        # Tokens up to each one and with it.
+        # Number of active tokens up to and including each token.
         self._ranks = self._active.view(-1).cumsum(0, dtype=torch.int32)
         self._count = Answer(self._ranks[-1:])
 

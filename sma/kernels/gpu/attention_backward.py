@@ -1,7 +1,7 @@
 """Kernels of the backward pass of windowed attention, which recompute the scores.
 
-For TF32, all operands are rounded, and `v` is 0 at broken tokens; the turned ones, `turned_`, are so in blocks as wide
-as the tiles that read them. Otherwise those are the same tensors again.
+For TF32, all operands are rounded, `v` is 0 at broken tokens, and the arguments `turned_…` are transposed in blocks of
+the size of the tiles that read them. For other precisions these arguments are the original tensors.
 """
 
 import triton
@@ -35,8 +35,8 @@ def grad_queries(
 ):
     """Gradients of BM queries and of the table.
 
-    The table's are added to one of its COPIES; if not ATOMIC, those of all pairs are stored, (T, 2 W + 1), for the
-    queries from `start` on.
+    The gradients of the table are added to one of COPIES copies. If not ATOMIC, the gradients of all pairs of the
+    queries from `start` on are stored instead, (T, 2 W + 1).
     """
     i0 = start + tl.program_id(0) * BM
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
@@ -73,8 +73,8 @@ def grad_queries(
         ds = score_gradients(s, ok, dp, norm[:, None], mean[:, None], MODE, ASM)
         if PRECISION == "tf32":
             kk = tl.trans(load_turned(turned_k, j0, n, z, Z, BN))
-        # A number above 0 keeps this sum out of the tensor cores. Where it goes through a loop without another loop
-        # in it, the compiler would wait for every step of every product.
+        # With a number above 0 this sum is not accumulated in the tensor cores. Otherwise, in a loop without an inner
+        # loop, the compiler would wait for every step of every product.
         BITS: tl.constexpr = 32 if PRECISION == "tf32" and BH >= H else 0
         acc += tl.dot(
             factor(ds, kk, PRECISION), kk, input_precision=PRECISION, max_num_imprecise_acc=BITS, out_dtype=WIDE

@@ -29,7 +29,7 @@ def attend(
 ):
     """A slice of BH channels of the results of BM queries.
 
-    For TF32, `q`, `k` and `v` are rounded, and `v` is turned in blocks of BN.
+    For TF32, `q`, `k` and `v` are rounded, and `v` is transposed in blocks of BN tokens.
     """
     i0 = tl.program_id(0) * BM
     m, n, z = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BZ)
@@ -57,7 +57,7 @@ def attend(
         if MODE == 0:
             s = tl.where(ok, s, float("-inf"))
             new = tl.maximum(highest, tl.max(s, 1), propagate_nan=tl.PropagateNan.ALL)
-            # Before the first pair that counts there is no maximum.
+            # There is no maximum before the first valid pair.
             base = tl.where(new == float("-inf"), 0.0, new)
             p = exponential(s - base[:, None], ASM)
             fade = exponential(highest - base, ASM)
@@ -68,11 +68,11 @@ def attend(
             p = score_weights(s, ok, MODE)
         if DROPOUT > 0:
             p = drop_weights(p, seed, i[:, None], j[None, :], DROPOUT)
-        # A non-finite value makes all results in reach NaN, and no others.
+        # A non-finite value makes exactly the results in its reach NaN.
         p = tl.where(ok & bad[None, :], float("nan"), p)
         acc = tl.dot(factor(p, vv, PRECISION), vv, acc, input_precision=PRECISION, out_dtype=WIDE)
     if MODE == 0:
-        # Holes have the result 0.
+        # The result of a hole is 0.
         real = low < NOWHERE
         acc = acc / tl.where(real, total, 1.0)[:, None]
         if tl.program_id(1) == 0:

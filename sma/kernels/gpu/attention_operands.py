@@ -1,7 +1,7 @@
 """Kernels that lay out the operands of windowed attention.
 
-Tensor cores read operands of 32 bits along the axis that is summed, so where that axis is the tokens, the matrix is
-turned first, block by block. The same pass rounds to TF32.
+Tensor cores read operands of 32 bits along the summed axis. If that axis is the tokens, the matrix is first transposed
+block by block ("turned"). The same pass rounds to TF32.
 """
 
 import triton
@@ -15,7 +15,7 @@ from sma.kernels.gpu.attention_tiles import NOWHERE, load_tile, nearest_finite, 
 @triton.jit
 def _lay_out(x, near, turned, start, T, WIDTH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
              PRECISION: tl.constexpr):
-    """Round BM rows, and write them as they are and turned."""
+    """Round BM rows, and write them in both orders."""
     m = tl.arange(0, BM)
     i = start + m
     for c0 in range(0, WIDTH, BW):
@@ -34,8 +34,7 @@ def lay_out_values(
 ):
     """Write the bounds of each token's row, and mark the tokens that have a value which is not finite.
 
-    For TF32 also round queries, keys and values, and turn the values.
-    Turned values of marked tokens are 0.
+    For TF32 also round queries, keys and values, and transpose the values, with 0 for marked tokens.
     """
     start = tl.program_id(0) * BM
     m = tl.arange(0, BM)
@@ -69,10 +68,10 @@ def lay_out_gradients(
     Z: tl.constexpr, H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, GRADIENTS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):
-    """Product of every result with its gradient, for softmax (MODE 0); for TF32, also round and turn what is read.
+    """Product of every result with its gradient, for softmax (MODE 0); for TF32, also round and transpose the operands.
 
     The values of tokens that `broken` marks become 0.
-    QUERIES, KEYS, GRADIENTS: tokens of a turned block.
+    QUERIES, KEYS, GRADIENTS: tokens of a transposed block.
     """
     start = tl.program_id(0) * BM
     m = tl.arange(0, BM)

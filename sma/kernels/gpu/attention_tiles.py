@@ -1,10 +1,10 @@
 """Tiles of pairs of tokens: scores, weights and their derivatives.
 
-Tiles of queries and keys lie on the packed line and may cross rows. A pair counts where its tokens are of one row and
-at most W apart: within a row the distance on the packed line is the distance in slots. The tokens of a row are one
-after another, so the partners of a token are too. There is no block layout, and the host reads nothing.
+Tiles are ranges of packed queries and keys, and may cross rows. A pair is valid if its tokens belong to one row and are
+at most W apart; within a row the distance of packed indices is the distance in slots. The tokens of a row are
+consecutive, so the partners of a token are too. There is no block layout and no synchronisation with the host.
 
-The first axis of a tile is that of the tokens whose results a program makes: a product on tensor cores needs 64 of
+The first axis of a tile is that of the tokens whose results a program computes: a product on tensor cores needs 64 of
 them, and reads its left factor from registers.
 """
 
@@ -24,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def load_tile(x, start, rows, columns, mask, WIDTH: tl.constexpr):
     """Rows `start` + `rows` of a matrix of WIDTH columns; zeros where the mask is false and beyond WIDTH."""
-    # One wide address for the tile, and narrow offsets that are the same for every tile.
+    # One 64-bit address for the tile, and 32-bit offsets that are the same for every tile.
     tile = x + start * tl.full((), WIDTH, tl.int64)
     mask = mask[:, None] & (columns < WIDTH)[None, :]
     return tl.load(tile + (rows[:, None] * WIDTH + columns[None, :]), mask=mask, other=0.0)
@@ -32,7 +32,7 @@ def load_tile(x, start, rows, columns, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_turned(x, start, rows, columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """As `load_tile`, from what `store_turned` wrote, and with the columns first."""
+    """Load a tile that `store_turned` wrote, with the columns first; otherwise as `load_tile`."""
     tile = x + start * tl.full((), WIDTH, tl.int64)
     return tl.load(tile + (columns[:, None] * BLOCK + rows[None, :]), mask=(columns < WIDTH)[:, None], other=0.0)
 
@@ -47,9 +47,9 @@ def store_tile(x, start, rows, columns, values, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_turned(x, at, columns, values, T, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write rows `at`, each block of BLOCK of them with the columns first; the last block has zeros after row T.
+    """Write rows `at`, transposed in blocks of BLOCK rows; the last block has zeros after row T.
 
-    Eight rows are written in the order of `factor`: even ones first.
+    Every eight rows are written in the order of `factor`: even ones first.
     """
     block = (at // BLOCK) * tl.full((), WIDTH * BLOCK, tl.int64)
     row = at % BLOCK
@@ -73,9 +73,9 @@ def nearest(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def nearest_finite(x, PRECISION: tl.constexpr):
-    """`nearest`, which makes infinities of the largest numbers; here they are cut off instead.
+    """`nearest`, but numbers that it would round to infinity are cut off instead.
 
-    Operands need it: infinity times 0, the weight of a pair that does not count, is NaN.
+    Operands need it, because infinity times 0, the weight of an invalid pair, is NaN.
     """
     if PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
@@ -86,15 +86,16 @@ def nearest_finite(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def inside(at, T, PRECISION: tl.constexpr):
-    """Which of the tokens `at` are before the end; for TF32, tensors are filled up to the ends of all tiles."""
+    """Which of the tokens `at` are before the end; all for TF32, whose tensors extend to the ends of all tiles."""
     return (at < T) | (PRECISION == "tf32")
 
 
 @triton.jit
 def partners(bounds, at, T, BEFORE: tl.constexpr, AFTER: tl.constexpr):
-    """The first partner of each token, and how many follow it: at most so many before and after it in its row.
+    """The first partner of each token, and the number of partners after that one.
 
-    `bounds`: the first and the last token of every token's row. Holes, and what is after T, start at NOWHERE.
+    Partners are at most BEFORE tokens before and AFTER tokens after a token in its row. `bounds` has the first and the
+    last token of every token's row; the first of holes, and of indices from T on, is NOWHERE.
     """
     first = tl.load(bounds + at, mask=at < T, other=NOWHERE)
     last = tl.load(bounds + T + at, mask=at < T, other=NOWHERE)
@@ -106,8 +107,8 @@ def partners(bounds, at, T, BEFORE: tl.constexpr, AFTER: tl.constexpr):
 def factor(x, like, PRECISION: tl.constexpr):
     """A tile of pairs as the left factor of a product.
 
-    For TF32 rounded, and of every eight columns the even ones first: so each thread has the elements in its registers
-    that it needs there, and exchanges none.
+    For TF32 it is rounded, with the even ones of every eight columns first, so that every thread already has the
+    elements that it needs in its registers.
     """
     if PRECISION == "tf32":
         M: tl.constexpr = x.shape[0]
@@ -138,20 +139,20 @@ def pair_scores(
     WIDE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Scores of a tile of pairs, which of them count, and their index into the table.
+    """Scores of a tile of pairs, whether each is valid, and its index into the table.
 
-    `own` are the queries of the tokens `at` and `other` the keys of the tokens `to`; KEYS_FIRST the other way round.
+    `own` are the queries of the tokens `at` and `other` the keys of the tokens `to`; with KEYS_FIRST the reverse.
     `low` and `span`: see `partners`.
     ASM: see `look_up`.
     """
-    # A number above 0 keeps the compiler from starting the product with the biases, which would wait for them. It has
-    # no other effect on these types.
+    # With a number above 0 the compiler does not initialise the product with the biases, for which it would wait. The
+    # number has no other effect on these types.
     s = tl.dot(own, tl.trans(other), input_precision=PRECISION, max_num_imprecise_acc=32, out_dtype=WIDE)
     if KEYS_FIRST:
         distance = at[:, None] - to[None, :]
     else:
         distance = to[None, :] - at[:, None]
-    # One comparison for both ends: what lies before `low` is a large number without a sign.
+    # One comparison for both ends: an index before `low` becomes a large unsigned number.
     ok = (to[None, :] - low[:, None]).to(tl.uint32, bitcast=True) <= span[:, None].to(tl.uint32, bitcast=True)
     index = distance
     if BIAS > 0:
@@ -162,7 +163,7 @@ def pair_scores(
                 index = here[:, None] - there[None, :]
             else:
                 index = there[None, :] - here[:, None]
-        # Distances in slots that are as far as tiles reach may all be in the table.
+        # No clamp if the table has all distances in slots within the reach of tiles.
         REACH: tl.constexpr = W + own.shape[0] + other.shape[0]
         index += MIDDLE
         if BIAS == 1 or MIDDLE < REACH or MIDDLE + REACH >= P:
@@ -175,8 +176,8 @@ def pair_scores(
 def look_up(table, index, ASM: tl.constexpr):
     """Elements of a small table.
 
-    ASM, for compiled kernels: every thread loads the elements of its own pairs. The compiler would spread the loads
-    over the threads anew, and exchange the elements through shared memory.
+    With ASM, for compiled kernels, every thread loads the elements of its own pairs. The compiler would redistribute
+    the loads over the threads, and exchange the elements through shared memory.
     """
     if ASM and table.dtype.element_ty == tl.float32:
         first = tl.full(index.shape, 0, tl.int64) + table.to(tl.int64)
@@ -195,8 +196,8 @@ def look_up(table, index, ASM: tl.constexpr):
 def add_to(table, index, values):
     """Add to elements of a table of float32: `tl.atomic_add` by every thread that has a value.
 
-    As in `look_up`, none is moved to another thread. So no two threads may have the same: the layout of the tile must
-    fill all warps.
+    As in `look_up`, no value is moved to another thread. Therefore no two threads may have the same pair: the layout of
+    the tile must fill all warps.
     """
     first = tl.full(index.shape, 0, tl.int64) + table.to(tl.int64)
     tl.inline_asm_elementwise(
@@ -212,7 +213,7 @@ def add_to(table, index, values):
 
 @triton.jit
 def exponential(x, ASM: tl.constexpr):
-    """The exponential function; with ASM, 0 for what is below normal numbers, in a third of the instructions."""
+    """The exponential function; with ASM, 0 instead of subnormal results, in a third of the instructions."""
     if ASM:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
@@ -252,8 +253,9 @@ def score_gradients(s, ok, dp, norm, mean, MODE: tl.constexpr, ASM: tl.constexpr
 def drop_weights(w, seed, i, j, DROPOUT: tl.constexpr):
     """Drop weights, or gradients of weights, and scale the others.
 
-    The draw depends on query and key alone, so that every kernel drops the same. A query's number is mixed once, and a
-    pair's in ten instructions: the generator Philox needs a hundred, which is more than all else that a pair costs.
+    The draw depends on query and key only, so that every kernel drops the same pairs. The number of a query is mixed
+    once, and that of a pair in ten instructions. The generator Philox needs a hundred, more than the rest of the work
+    per pair.
     """
     bits = tl.load(seed)
     low, high = bits.to(tl.uint32), (bits >> 32).to(tl.uint32)

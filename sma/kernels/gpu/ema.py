@@ -8,16 +8,16 @@ from sma.kernels.gpu.ema_results import results, sums
 from sma.kernels.gpu.ema_states import carry, ends, prepare
 from sma.kernels.launch import launch
 
-# One warp: a lane has a channel, and its registers have the states.
+# Channels of a program of one warp: a lane has one channel, and its registers have the states.
 _CHANNELS = 32
 _MOST_STATES = 16
-# States of a program that only passes them on: each takes addresses of its own.
+# States of a program that only carries them over chunks: each state needs its own addresses.
 _CARRIED = 4
-# Tokens of a group, which are loaded together.
+# Tokens of a group, which is loaded at once.
 _UNROLL = 8
-# Parameters of a program that prepares them.
+# Parameters per program that prepares them.
 _PREPARED = 128
-# Warps that keep a large GPU busy.
+# Number of warps that occupy a large GPU.
 _WARPS = 4096
 
 
@@ -26,7 +26,7 @@ class _Scan:
 
     Args:
         x: rows.
-        prepared: log q, q, what q lacks, and w, as (S, N, D) each, see `prepare`.
+        prepared: log q, q, the rounding error of q, and w, as (S, N, D) each, see `prepare`.
         carried: h or None.
         lengths: tokens of rows or None.
         truncation: length of the kernels or None.
@@ -62,7 +62,7 @@ class _Scan:
             "STATES": self.block,
             "CHANNELS": _CHANNELS,
         }
-        # Of kernels that scan.
+        # Constants of the kernels that scan.
         self.scanning = {"TOKEN": self.channels, "TRUNCATED": self.late > 0, "UNROLL": _UNROLL}
 
     @property
@@ -71,9 +71,12 @@ class _Scan:
         return self.chunks > 1
 
     def enter(self, x: Tensor, flip: bool, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The states that enter each chunk, and with carried states those after the rows.
+        """The states that enter each chunk; with carried states also the states after the rows.
 
-        With `before`, the states that enter each chunk, derivatives by log q.
+        Args:
+            x: rows.
+            flip: swap the directions.
+            before: the states that enter each chunk; the results are then derivatives by log q.
         """
         enter, last = x.new_empty(0), self.log_decay.new_empty(0)
         if not (self.enters or self.streams):
@@ -103,7 +106,7 @@ class _Scan:
         return enter, last.mT.contiguous() if self.streams else last
 
     def results(self, x: Tensor, skip: Tensor, carried: Tensor | None, enter: Tensor, flip: bool) -> Tensor:
-        """y, from the states that enter each chunk."""
+        """The results y, from the states that enter each chunk."""
         make = torch.empty if self.lengths is None else torch.zeros
         y = make(x.shape, device=x.device, dtype=x.dtype)
         split = x.dtype != self.log_decay.dtype and self.directions * self.slices > 1
@@ -127,7 +130,7 @@ class _Scan:
     def sums(self, x: Tensor, gradient: Tensor, enter: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of log q, w and omega."""
         programs = self.blocks * self.slices * self.directions * self.chunks
-        # Every program has as many rows, but for the last ones.
+        # All programs but the last ones have the same number of rows.
         groups = -(-self.batch // max(1, self.batch * programs // _WARPS))
         both = self.log_decay.new_empty(2, self.directions, groups * self.chunks, self.states, self.channels)
         skip = self.log_decay.new_empty(groups * self.chunks, self.channels)
@@ -147,7 +150,7 @@ class _Scan:
 
 
 def _prepared(log_decay: Tensor, weight: Tensor) -> Tensor:
-    """The parameters as the kernels read them."""
+    """The parameters in the layout of the kernels."""
     directions, channels, states = log_decay.shape
     out = log_decay.new_empty(4, directions, states, channels)
     size = log_decay.numel()
@@ -171,7 +174,7 @@ def forward(
     lengths: Tensor | None,
     truncation: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk, and prepared parameters."""
+    """See `sma.kernels.ema.ema`; the last result has the states that enter each chunk, and the prepared parameters."""
     x, carried = x.contiguous(), None if carried is None else carried.mT.contiguous()
     prepared = _prepared(log_decay, weight)
     scan = _Scan(x, prepared, carried, lengths, truncation)
@@ -195,7 +198,7 @@ def backward(
     x, grad = x.contiguous(), grad.contiguous()
     enter, prepared = saved
     scan = _Scan(x, prepared, carried, lengths, truncation)
-    # The operator is its own adjoint, run from the right; the gradient of the last state is what it carries.
+    # Run from the right, the operator is its own adjoint; its carried state is the gradient of the last state.
     back, carried_grad = scan.enter(grad, flip=True)
     x_grad = scan.results(grad, skip.contiguous(), end_grad.mT.contiguous() if scan.streams else None, back, flip=True)
     slope, end_slope = scan.enter(x, flip=False, before=enter) if enter.numel() else (enter, None)

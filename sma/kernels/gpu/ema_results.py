@@ -1,4 +1,4 @@
-"""Kernels of the EMA scan that make results: y, and the gradients of the parameters; see `ema_states`."""
+"""Kernels of the EMA scan that compute y and the gradients of the parameters; see `ema_states`."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def _pass(
     BACK: tl.constexpr, LATER: tl.constexpr, TRUNCATED: tl.constexpr, FREEZE: tl.constexpr, ENTER: tl.constexpr,
     TOKEN: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """One direction and some states of a chunk: added to source or omega x, it is target; x is at its first token."""
+    """One direction and some states of a chunk: target = source or omega x, plus their sum; x is at the first token."""
     # fmt: on
     q = tl.load(decay, mask=real, other=0.0)
     missing = tl.load(lack, mask=real, other=0.0)
@@ -28,7 +28,7 @@ def _pass(
         h = tl.load(carried, mask=real, other=0.0)
         h += h * minus_one(z * (tl.maximum(size - CHUNK, 0) if BACK else first))
         if BACK:
-            # From the last token of the row; those before the first token of the chunk, which come last, are left out.
+            # Start at the last token of the row; indices before the first token of the chunk, at the end, are skipped.
             base = tl.minimum(tl.maximum(size, 0), CHUNK) - CHUNK
     if TRUNCATED:
         leaving = tl.exp(z * late)
@@ -90,9 +90,9 @@ def results(
     FREEZE: tl.constexpr, ENTER: tl.constexpr, SPLIT: tl.constexpr, TOKEN: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """Y of a chunk: the first pass, of a direction and some states, writes it, and every other one adds to it.
+    """Results y of a chunk. A pass has one direction and some states; the first writes y, and all others add to it.
 
-    With SPLIT, all passes but the last use a wider copy of y.
+    With SPLIT, all passes but the last use a copy of y of higher precision.
     """
     # fmt: on
     pid = tl.program_id(0)
@@ -132,7 +132,7 @@ def _sum(
     x, gradient, q, lack, leaving, r, m, weight_sum, decay_sum, skip_sum, gone_sum, first, size, late, here,
     BACK: tl.constexpr, TRUNCATED: tl.constexpr, TOKEN: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """Sums of g r, of g m one token earlier, of g x and of g times what leaves; x is at the first token."""
+    """Sums of g r, of g m one token earlier, of g x and of g times the leaving inputs; x is at the first token."""
     # fmt: on
     if TRUNCATED:
         away = late if BACK else -late
@@ -175,7 +175,7 @@ def sums(
 ):
     """Gradients of log q, w and omega, summed over one chunk of every `groups`-th row, always in the same order.
 
-    With u = dr / dlog q, those of w and log q are the sums of g r and w g u; u_t = q m_{t-1}.
+    With u = dr / dlog q = q m_{t-1}, the gradients of w and log q are the sums of g r and w g u.
     """
     # fmt: on
     pid = tl.program_id(0)

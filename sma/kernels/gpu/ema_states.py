@@ -1,20 +1,21 @@
-"""Kernels of the EMA scan that pass states on: a register holds a state, the lanes of a warp neighbouring channels.
+"""Kernels of the EMA scan that compute states. A register holds a state; the lanes of a warp have adjacent channels.
 
 Rows are cut into chunks of C tokens. `ends` scans every chunk from zero, and `carry` passes the states from chunk to
-chunk with exact powers of the decay. FLIP swaps the directions, which makes the backward pass of the inputs.
+chunk with exact powers of the decay. FLIP swaps the directions, which gives the backward pass of the inputs.
 
-Shapes: x (B, L, D), parameters (S, N, D), states between kernels (S, B, J, N, D); all contiguous. What a loop over
-tokens must not do, and how that is avoided:
+Shapes: x (B, L, D), parameters (S, N, D), states between kernels (S, B, J, N, D); all contiguous.
 
-- Exchange values between lanes. Every tensor is a matrix with channels side by side, also where it has one row, so that
-  all loads have one layout; one load with other strides would give its own layout to everything that depends on it.
-  Sizes are not specialised: a known multiple of 16 would make a lane hold neighbouring channels.
-- Compute addresses. The distance of tokens, TOKEN = D, and the direction are constants, so that the tokens of a group
-  are one address and distances that are part of the instructions.
-- Wait. A group is loaded while the one before it is used, and all of it before a result is stored: no load moves ahead
-  of a store.
-- Take two instructions for r = q r + x. q is rounded once, and each group ends with r += r * lack, see `prepare`.
-- Call a function for each token: that takes a millisecond in Triton's interpreter.
+A loop over tokens has
+
+- no exchange between lanes: every tensor is a matrix with adjacent channels, even with one row, so that all loads have
+  one layout; a load with other strides would impose its layout on everything that depends on it. Sizes are not
+  specialised: with a known multiple of 16, a lane would hold adjacent channels;
+- no address computations: the distance of tokens, TOKEN = D, and the direction are constants, so that a group of tokens
+  needs one address, and the offsets are part of the instructions;
+- no waiting: a group is loaded during the computation of the previous one, and completely before a result is stored,
+  because the compiler moves no load ahead of a store;
+- one instruction for r = q r + x: q is rounded once, and each group ends with r += r * lack, see `prepare`;
+- no function call per token, which takes a millisecond in Triton's interpreter.
 """
 
 import triton
@@ -25,7 +26,7 @@ SIZES = ["batch", "length", "channels", "chunks", "late", "groups", "size"]
 
 @triton.jit
 def minus_one(z):
-    """exp(z) - 1, exact to rounding near 0, where a decay that is rounded in every step would drift."""
+    """exp(z) - 1, exact up to rounding near 0, where a decay that is rounded in every step would drift."""
     TERMS: tl.constexpr = 16 if z.dtype == tl.float64 else 9
     series = tl.full(z.shape, 1.0, z.dtype)
     for i in tl.static_range(TERMS - 1):
@@ -38,7 +39,7 @@ def minus_one(z):
 def prepare(
     log_decay, weight, out, channels, size, N: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Log q and w with channels side by side, q rounded, and what q lacks: its share of a state after UNROLL tokens."""
+    """Write log q and w with adjacent channels, rounded q, and the rounding error of UNROLL multiplications by it."""
     # fmt: on
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     given = at < size
@@ -46,7 +47,7 @@ def prepare(
     parameter = (way * channels + d) * N + n
     value = tl.load(log_decay + parameter, mask=given)
     step = minus_one(value)
-    slow = tl.abs(value) < 0.5  # a fast decay loses nothing by rounding, and all of a small q in 1 + (q - 1)
+    slow = tl.abs(value) < 0.5  # a fast decay needs no correction, and a small q would be lost in 1 + (q - 1)
     near = tl.where(slow, 1.0 + step, tl.exp(value))
     tl.store(out + at, value, mask=given)
     tl.store(out + size + at, near, mask=given)
@@ -59,7 +60,7 @@ def prepare(
 def group(
     place, o, size, here, dtype: tl.constexpr, FLOOR: tl.constexpr, TOKEN: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """The tokens of a group that begins with token o of a chunk; with FLOOR, o may lie before the chunk."""
+    """The tokens of a group that begins at token o of a chunk; with FLOOR, o may be before the chunk."""
     # fmt: on
     values = ()
     for k in tl.static_range(UNROLL):
@@ -78,7 +79,7 @@ def _scan(
     BACK: tl.constexpr, SLOPE: tl.constexpr, TRUNCATED: tl.constexpr, FREEZE: tl.constexpr, TOKEN: tl.constexpr,
     CHUNK: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """From zero, r and m at the end of a chunk, where m_t = q m_{t-1} + r_t; x is at the first token."""
+    """The states r and m at the end of a chunk, from zero, where m_t = q m_{t-1} + r_t; x is at the first token."""
     # fmt: on
     r = tl.zeros(q.shape, q.dtype)
     m = tl.zeros(q.shape, q.dtype)
@@ -91,7 +92,7 @@ def _scan(
         gone = x + away.to(tl.int64) * TOKEN
     start = base + (CHUNK - UNROLL if BACK else 0)
     values = group(x, start, size, here, q.dtype, FREEZE and not BACK, TOKEN, UNROLL)
-    # Two groups per turn, so that none is moved to the registers of another.
+    # Two groups per iteration, so that no group is copied to the registers of another.
     for i in tl.range(0, CHUNK, UNROLL, loop_unroll_factor=2):
         o = start - i if BACK else start + i
         left = size - o
@@ -101,7 +102,7 @@ def _scan(
             q.dtype, FREEZE and not BACK, TOKEN, UNROLL,
         )
         if TRUNCATED:
-            # Tokens of the group from which, or up to which, there is an earlier one.
+            # Tokens of the group from which, or up to which, an input leaves the kernel.
             bound = left - late if BACK else late - first - o
         for turn in tl.static_range(UNROLL):
             k = UNROLL - 1 - turn if BACK else turn
@@ -132,7 +133,7 @@ def ends(
     ROWS: tl.constexpr, FREEZE: tl.constexpr, TOKEN: tl.constexpr, CHUNK: tl.constexpr, STATES: tl.constexpr,
     CHANNELS: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """State at the end of each chunk that starts from zero; with SLOPE its derivative, where r enters as it is.
+    """State at the end of each chunk that starts from zero; with SLOPE its derivative, given the states that enter.
 
     The derivative by log q is u = m - r: u_t = q (u_{t-1} + r_{t-1}).
     """
@@ -195,7 +196,7 @@ def carry(
     S: tl.constexpr, N: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, FREEZE: tl.constexpr, CHUNK: tl.constexpr,
     STATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    """The state that enters each chunk, from those at the ends of chunks; with FREEZE the last of the row, too."""
+    """The states that enter the chunks, from those at the ends of chunks; with FREEZE also the last one of a row."""
     # fmt: on
     pid = tl.program_id(0)
     blocks = tl.cdiv(channels, CHANNELS)
@@ -219,7 +220,7 @@ def carry(
     j = tl.where(by == 1, 0, chunks - 1)
     s = tl.zeros((STATES, CHANNELS), z.dtype)
     for i in range(0, chunks, 4):
-        # Four loads before the stores, behind which the compiler must not move them.
+        # Four loads before the stores, because the compiler moves no load ahead of a store.
         e0 = tl.load(end + at + j * stride, mask=real, other=0.0)
         e1 = tl.load(end + at + (j + by) * stride, mask=real & (i + 1 < chunks), other=0.0)
         e2 = tl.load(end + at + (j + 2 * by) * stride, mask=real & (i + 2 < chunks), other=0.0)

@@ -16,7 +16,7 @@ def place_tokens(
     active, ranks, given, index, positions, rows, offsets, lengths, inverse, size, length, count,
     GIVEN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Places of BLOCK tokens: those that are active write to the slot of their rank, the last of a row its number."""
+    """Process BLOCK tokens: active ones write to the slot of their rank, the last one of a row writes its count."""
     # fmt: on
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -43,7 +43,7 @@ def forward(active_BL: Tensor, ranks_N: Tensor, positions_BL: Tensor | None, cou
 
     Args:
         active_BL: mask, at least one element, contiguous.
-        ranks_N: number of active tokens up to each one and with it, int32.
+        ranks_N: number of active tokens up to and including each token, int32.
         positions_BL: position of each token in its row's stream; None: `0 … L - 1`.
         count: number of active tokens.
     """

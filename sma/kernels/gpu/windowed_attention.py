@@ -15,11 +15,11 @@ from sma.kernels.gpu.attention_operands import lay_out_gradients, lay_out_values
 from sma.kernels.launch import capability, input_precision, launch, shared_memory
 
 MODES = {"softmax": 0, "relu2": 1, "laplace": 2}
-# Copies of the table that programs add to, so that their atomics rarely meet.
+# Copies of the gradient of the table, so that atomic additions of different programs rarely collide.
 COPIES = 32
-# Elements of the buffer through which the deterministic gradient of the table goes.
+# Elements of the buffer for the deterministic gradient of the table.
 BUFFER = 2**25
-# Tokens of a program that lays out operands.
+# Tokens per program that lays out operands.
 ROWS = 32
 # Constants of all kernels.
 LAID_OUT = ("Z", "H", "PRECISION")
@@ -42,8 +42,8 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
     Args:
         kernel: `attend`, `grad_queries`, `grad_keys` or `grad_values`.
         query_size, hidden_size: Z and H.
-        dtype: of the values.
-        room: bytes of shared memory.
+        dtype: dtype of the values.
+        room: bytes of shared memory per block.
         biased: whether scores have biases, whose gradients take registers.
     """
     narrow, small = dtype.itemsize <= 2, power(query_size) < 128
@@ -57,7 +57,7 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
             sides, width, stages = (own, 32), _slice(query_size, hidden_size, 256), 2 if warps == 4 else 3
         queries_first = kernel in ("attend", "grad_queries")
         return Tiles(*(sides if queries_first else sides[::-1]), width, warps, stages)
-    # A warp multiplies 16 rows. The largest tiles whose registers do not go to the stack.
+    # A warp multiplies 16 rows. The largest tiles without register spills.
     if kernel in ("grad_queries", "grad_keys"):
         width = min(power(hidden_size), 64 if narrow else 32)
         if kernel == "grad_keys":
@@ -68,18 +68,18 @@ def tiles(kernel: str, query_size: int, hidden_size: int, dtype: torch.dtype, ro
 
 
 def _slice(query_size: int, hidden_size: int, widest: int) -> int:
-    """Channels of a slice of values: every slice computes the scores again, and the last one is filled up."""
+    """Channels of a slice of values: every slice recomputes the scores, and the last one is padded."""
     widths = [width for width in (16, 32, 64, 128, 256) if width <= min(widest, power(hidden_size))]
     return min(widths, key=lambda width: -(-hidden_size // width) * (power(query_size) + width))
 
 
 def _parts(size: int, part: int) -> int:
-    """Number of parts; `triton.cdiv` takes the host 3 us a call."""
+    """Number of parts; `triton.cdiv` takes 3 us of host time per call."""
     return -(-size // part)
 
 
 def power(size: int) -> int:
-    """The next power of two, at least 16, the least side of a product on tensor cores."""
+    """The next power of two, at least 16, the minimum side of a product on tensor cores."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -108,17 +108,17 @@ def _shared(constants: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]
 
 
 def _programs(tokens: int, *blocks: int) -> tuple[int]:
-    """The grid of a kernel that lays out operands in blocks of so many tokens, of which the last is filled up."""
+    """The grid of a kernel that lays out operands in blocks of these numbers of tokens, the last one padded."""
     return (max(_parts(_parts(tokens, block) * block, ROWS) for block in (*blocks, ROWS)),)
 
 
 def _near(x: Tensor) -> Tensor:
-    """A tensor for a matrix that is filled up to the ends of all tiles, with anything."""
+    """An uninitialised tensor for a matrix that is padded to the ends of all tiles."""
     return x.new_empty(whole_tiles(x.shape[0]), x.shape[1])
 
 
 def _turned(x: Tensor, block: int) -> Tensor:
-    """A tensor for a matrix that is turned in blocks of so many rows."""
+    """An uninitialised tensor for a matrix that is transposed in blocks of `block` rows."""
     return x.new_empty(_parts(x.shape[0], block) * block, x.shape[1])
 
 
@@ -139,7 +139,7 @@ def forward(
     *settings: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """Attend; keeps the logarithms of the sums of weights, the marks of broken tokens, the first and the last token of
-    each one's row, and the positions.
+    the row of each token, and the positions.
     """
     q, k, v, table = q.contiguous(), k.contiguous(), v.contiguous(), None if table is None else table.contiguous()
     T, H = v.shape
@@ -168,7 +168,7 @@ def forward(
 def _places(positions: Tensor, window: int) -> Tensor:
     """Positions as 32-bit numbers with the same differences within a window, up to the size of a table.
 
-    Positions grow along a row, so a gap that is wider than every table can be cut. What overflows cancels in the
+    Positions grow along a row, so a gap that is wider than every table can be shortened. Overflows cancel in the
     differences.
     """
     widest = 2**30 // window
@@ -181,8 +181,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and of the table (empty without one).
 
-    All but the table's are the same in every run; under `torch.use_deterministic_algorithms` that is too, by way of
-    the gradients of all pairs.
+    All but the gradient of the table are the same in every run. Under `torch.use_deterministic_algorithms` that one is
+    too, computed from the gradients of all pairs.
     """
     table = None if table is None else table.contiguous()
     q, k, v, lse, broken, bounds, places = kept
@@ -227,7 +227,7 @@ def backward(
 
     tile = query_tile
     atomic = table is None or not torch.are_deterministic_algorithms_enabled()
-    # On compute capability 9, warps have 16 queries each, so no two threads of them have the same pair.
+    # On compute capability 9, every warp has 16 queries, so no two threads have the same pair.
     full = constants["ASM"] and 16 * tile.num_warps == tile.BM and capability(v.device) == 9
     options = {**constants, **tile._asdict(), "ATOMIC": atomic, "COPIES": COPIES, "FULL": full}
 
@@ -254,8 +254,8 @@ def backward(
 
 
 def _by_distance(pairs: Tensor, first: int, places: Tensor, settings: tuple[Any, ...], size: int) -> Tensor:
-    """Sum the gradients of pairs, (count, 2 W + 1), by their index into the table, in an order that is always the
-    same.
+    """Sum the gradients of pairs, (count, 2 W + 1), by their index into the table, always in the
+    same order.
     """
     window, _, _, middle, over_slots = settings[:5]
     distance = torch.arange(-window, window + 1, device=pairs.device)
@@ -263,7 +263,7 @@ def _by_distance(pairs: Tensor, first: int, places: Tensor, settings: tuple[Any,
         pairs, index = pairs.sum(0), distance
     else:
         own = torch.arange(first, first + pairs.shape[0], device=pairs.device)
-        # Pairs that do not count have a gradient of 0.
+        # Invalid pairs have a gradient of 0.
         other = (own[:, None] + distance).clamp(0, places.shape[0] - 1)
         index = places[other] - places[own][:, None]
     index = (index.clamp(-size, size) + middle).clamp(0, size - 1)
