@@ -6,7 +6,7 @@ python -m sma.recipes.compare --task digits,listops,pathfinder --out runs/compar
 python -m sma.recipes.compare --resume runs/compare
 """
 
-if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+if __name__ == "__main__":  # this Python may lack the package or its extra
     __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys

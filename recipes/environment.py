@@ -1,4 +1,4 @@
-"""A check of the Python that runs a recipe, before anything else is imported: `python recipes/seqboat_lra.py` or
+"""Check of the Python that runs a recipe, before any other import: `python recipes/seqboat_lra.py` or
 `python -m sma.recipes.seqboat_lra`.
 
 Importing this file ends the program with one message if the package or its extra `recipes` is not installed. Until the
@@ -28,6 +28,6 @@ _found = complaint()
 if _found:
     sys.exit(f"error: {_found}")
 
-from sma.commands.extras import require_extra  # noqa: E402 (the package is there only now)
+from sma.commands.extras import require_extra  # noqa: E402 (the package is known to exist only here)
 
 require_extra("recipes")

@@ -78,7 +78,7 @@ class TrainingSpec(Spec):
         default=False, description="activation checkpointing: layers are recomputed in the backward pass to save memory"
     )
     bucket: int = Field(
-        default=50, ge=1, description="number of batches whose samples are sorted by length together, against padding"
+        default=50, ge=1, description="number of batches whose samples are sorted together by length, to reduce padding"
     )
 
     tf32: bool = Field(
@@ -89,7 +89,7 @@ class TrainingSpec(Spec):
         default=None,
         ge=0,
         le=1024,
-        description="processes that prepare batches; null: 2 for an accelerator, 0 on a CPU. The batches are the same",
+        description="processes that prepare batches; null: 2 for an accelerator, 0 on a CPU. No effect on the batches",
     )
     pinned: bool = Field(
         default=True, description="copy batches to a CUDA device while it computes, from pinned memory"
@@ -97,9 +97,9 @@ class TrainingSpec(Spec):
     capacity: float | None = Field(
         default=None,
         gt=0.0,
-        description="slots of a batch for each sub-module in training, as a multiple of the rate at which the budget "
-        "holds it, or of all tokens; active tokens beyond them are skipped and counted. null: 1.25 with graph, "
-        "else as many as are active",
+        description="slots per batch for each sub-module in training, as a multiple of its rate under the budget, or "
+        "of all tokens without one; active tokens without a slot are skipped and counted. null: 1.25 with graph, "
+        "else no limit",
     )
     graph: bool = Field(
         default=False, description="run updates as CUDA graphs, with batches padded to a few lengths; needs CUDA"
@@ -127,7 +127,7 @@ class TrainingSpec(Spec):
         return {name: PerBatch(min(1.0, multiple * rate)) for name, rate in rates.items()}
 
     def _highest_rate(self, update: int, layer: int, name: str) -> float:
-        """The rate at which the budget holds a sub-module, or 1; a total bounds no single rate."""
+        """Upper bound of the rate of a sub-module under the budget; 1 without a budget or with a total budget."""
         if self.budget is None or self.budget.over == "total":
             return 1.0
         targets = self.budget.target

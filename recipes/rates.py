@@ -1,4 +1,4 @@
-"""Accuracy against activation rate: how much attention does a task need?
+"""Accuracy of a task against the activation rate of attention.
 
 python recipes/rates.py --task pathfinder
 python recipes/rates.py --task mqar --rates 0.1,0.2 --out runs/rates
@@ -8,7 +8,7 @@ One model is trained under a budget for each rate, in addition to the dense base
 sub-modules. The trained models are then calibrated to other rates without further training.
 """
 
-if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+if __name__ == "__main__":  # this Python may lack the package or its extra
     __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys

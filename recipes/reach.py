@@ -8,7 +8,7 @@ SeqBoat, whose window counts active tokens, is compared with the same model on e
 same window, and S4D, at equal parameters and updates. The streams are read in chunks, at constant memory.
 """
 
-if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+if __name__ == "__main__":  # this Python may lack the package or its extra
     __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys

@@ -5,7 +5,7 @@ python recipes/router_table.py --variants sma,always --modules gau,conv
 python recipes/router_table.py --resume runs/routers
 """
 
-if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+if __name__ == "__main__":  # this Python may lack the package or its extra
     __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys

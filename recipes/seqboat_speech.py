@@ -5,7 +5,7 @@ python recipes/seqboat_speech.py --resume RUN
 python recipes/seqboat_speech.py --evaluate RUN
 """
 
-if __name__ == "__main__":  # its Python may not have the package, or what recipes need
+if __name__ == "__main__":  # this Python may lack the package or its extra
     __import__("sma.recipes.environment" if __package__ else "environment")
 
 import sys

@@ -1,8 +1,9 @@
 """Archives: tar and zip, unpacked atomically, and only into their folder.
 
-The standard library writes the files: `tarfile` with its `data` filter, and `zipfile` with `extract`. The checks here
-are those that they lack: limits of size and number, the same rule for names in both formats and on every system
-(`zipfile` and the filter rename members instead of refusing them), no links, no duplicates, and all files or none.
+The standard library writes the files: `tarfile` with its `data` filter, and `zipfile` with `extract`. This file adds
+checks that they lack: limits of size and number, the same rule for names in both formats and on every system
+(`zipfile` and the filter rename members instead of refusing them), no links and no duplicates. An archive is unpacked
+completely or not at all.
 
 Reference:
     Python documentation, "tarfile: Extraction filters" (PEP 706).

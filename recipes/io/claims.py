@@ -2,9 +2,9 @@
 
 The lock is that of the kernel, through `filelock` (`flock`; on Windows `LockFileEx`). It ends with its process, so it
 is never stale. A forked child does not hold it, and the thread that holds it can acquire it again. This file adds what
-`filelock` lacks: the file `.lock` has the name of its holder for error messages, is deleted afterwards, and must be a
-plain file; on a file system without locks, a warning is logged instead. The content of the file decides nothing,
-because several machines can have the same host name.
+`filelock` lacks: the file `.lock` contains the name of its holder for error messages, is deleted afterwards, and must
+be a plain file; on a file system without locks, a warning is logged instead. The content of the file has no effect on
+the lock, because several machines can have the same host name.
 """
 
 import errno
@@ -63,7 +63,7 @@ def run_lock(folder: Path, *, wait: float = 0.0, name: str = LOCK) -> Iterator[N
         yield
     finally:
         with suppress(OSError):
-            # Not in a forked process, and not another file of this name.
+            # A forked process does not delete the file, and another file of this name is kept.
             if lock.lock_counter == 1 and os.path.samestat(own, path.lstat()):
                 path.unlink()
         lock.release()

@@ -90,8 +90,7 @@ def fetch(
                 _check(
                     part,
                     wanted,
-                    f"{url} gave another file than expected, so {path} was not written; "
-                    "try again, or get the file elsewhere",
+                    f"{url} sent an unexpected file, so {path} was not written; try again, or get the file elsewhere",
                 )
             except DataError:
                 _restart(part, notes)
@@ -103,7 +102,7 @@ def fetch(
 
 def _exists(path: Path, url: str, wanted: Mapping[str, str]) -> bool:
     if path.exists():
-        _check(path, wanted, f"{path} is not the file that {url} should give; move it away to download it again")
+        _check(path, wanted, f"{path} is not the file at {url}; move it away to download it again")
         return True
     return False
 

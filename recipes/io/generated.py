@@ -177,7 +177,7 @@ def _is_complete(folder: Path, recipe: Mapping[str, Any], names: Sequence[str]) 
     if made_by != required:
         changes = ", ".join(itertools.islice(_differences(made_by, required), 8))
         raise DataError(
-            f"{folder} holds data generated otherwise ({changes}); "
+            f"{folder} holds data generated with other settings ({changes}); "
             "choose another folder, or delete it to generate it again"
         )
     return len(present) == len(names)

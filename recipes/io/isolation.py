@@ -29,7 +29,7 @@ BARS = ("COLAB_GPU", "TQDM_MINITERS")
 """Variables of Lightning's progress bar, which fails if their values are not numbers."""
 
 DISPLAYS = ("MPLBACKEND",)
-"""The variable by which a notebook selects a backend of matplotlib; programs started from the notebook may lack it."""
+"""The variable of the matplotlib backend of a notebook, which programs started from the notebook may lack."""
 
 
 def is_hidden(name: str, ranks: bool = True) -> bool:

@@ -58,7 +58,7 @@ def draw_rates(summary: Summary, out: Path) -> Path:
         axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
         axis.set_xlim(left=0 if any(rate < 0.8 for rate, *_ in [*trained, *points]) else 0.8, right=110)
         axis.set(
-            xlabel="activation rate, %", ylabel="test accuracy, %", title=f"Attention that {summary['task']} needs"
+            xlabel="activation rate, %", ylabel="test accuracy, %", title=f"{summary['task']}: accuracy against rate"
         )
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -32,7 +32,7 @@ def reach_table(summary: Summary) -> Table:
     blocks = [Block(columns, lines)]
     if reached:
         by_distance = [_share(f"{reach:,}", "distance", reach) for reach in reached]
-        blocks.append(Block([first, *by_distance], lines, "accuracy by distance, from this number of tokens on"))
+        blocks.append(Block([first, *by_distance], lines, "accuracy by distance of at least this number of tokens"))
         blocks.append(
             Block(
                 [first, *(_share(f"{length:,} tokens", "rate", length, ".2f") for length in summary["lengths"])],

@@ -171,7 +171,7 @@ MACS_NOTE = "MACs: multiply-accumulates of the layers at these rates, in a row o
 def speed_note(summary: Summary) -> str:
     """Return the explanation of the column `TOKENS_PER_SECOND`, for captions."""
     jobs = summary["jobs"]
-    others = f"each run beside {jobs - 1} other{'s' if jobs > 2 else ''}, so not to be compared"
+    others = f"each run beside {jobs - 1} other{'s' if jobs > 2 else ''}, so not comparable"
     return f"tokens/s: in training, without evaluation; {'one run at a time' if jobs == 1 else others}."
 
 

@@ -281,7 +281,7 @@ def read_efficiency(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    measured = read_checked(path, _is_efficiency, "what was measured", "delete it to measure again")
+    measured = read_checked(path, _is_efficiency, "a measurement", "delete it to measure again")
     # Earlier versions measured on the CPU only and did not write the device.
     return {**{work: measured[work] for work in WORKS}, "measured_on": measured.get("hardware", "the CPU")}
 

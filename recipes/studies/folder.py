@@ -71,8 +71,8 @@ def refuse_changes(study: Study[Options, Asked], options: Options) -> None:
 
 def write_down(out: Path, spec: ExperimentSpec, chosen: Chosen) -> None:
     """Write the settings of a study into its folder."""
-    # In this order: a folder is one of a study by the first, and --auto-resume writes the second where a start was
-    # killed.
+    # In this order: the first file marks the folder of a study. If the start is killed in between, --auto-resume writes
+    # the second one.
     write_text(out / STUDY, chosen.model_dump_json())
     write_text(out / EXPERIMENT, dump_yaml(spec))
 

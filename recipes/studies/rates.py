@@ -38,7 +38,7 @@ class RatesOptions(StudyOptions):
     """The options of the recipe."""
 
     task: Literal["pathfinder", "mqar", "recall", "listops", "digits"] = Field(
-        default="pathfinder", description="what to learn"
+        default="pathfinder", description="the task"
     )
     preset: Literal["tiny"] = Field(default="tiny", description="tiny: minutes on one core for each model")
     rates: Names = Field(default="0.05,0.1,0.2,0.4", description="activation rates at which models are trained")

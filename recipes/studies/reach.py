@@ -174,7 +174,7 @@ def _measured(path: Path) -> dict[str, Any]:
     """Read the result of `measure_reach`; empty if there is none yet."""
     if not path.is_file():
         return {}
-    found: dict[str, Any] = read_checked(path, _is_measured, "what was measured", "delete it to measure again")
+    found: dict[str, Any] = read_checked(path, _is_measured, "a measurement", "delete it to measure again")
     return found
 
 

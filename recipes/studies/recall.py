@@ -41,7 +41,7 @@ class Recall(VariantsStudy[RecallOptions]):
     name = "recall"
     known = VARIANTS
     figures: ClassVar[Sequence[str]] = (COMPARISON, FIGURE)
-    draws_runs = False  # those figures cannot show the several answers of a sample
+    draws_runs = False  # the figures of a run show one answer per sample, and a sample of this task has several
 
     def check(self, spec: ExperimentSpec, chosen: Chosen) -> None:
         if not isinstance(spec.task, ClassificationTask):
@@ -66,7 +66,7 @@ class Recall(VariantsStudy[RecallOptions]):
     def conclude(self, summary: Summary, begun: Begun[Chosen], data: TaskData) -> dict[str, Any]:
         found = super().conclude(summary, begun, data)
         rows = first_seed(summary["rows"])
-        # From the files of the folder, so that a resumed study shows the same.
+        # Read from the folder, so that a resumed study has the same results.
         models = {row["variant"]: load(begun.out / row["name"] / "model") for row in rows}
         reports = {name: measure_activation(model, data.test, data) for name, model in models.items()}
         for name, report in reports.items():
@@ -76,7 +76,7 @@ class Recall(VariantsStudy[RecallOptions]):
             print("seqboat at other rates, without further training")
             for point in found["calibrated"]:
                 print(
-                    f"  asked {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
+                    f"  target {point['asked']:4.0%}  highest rate {point['activation_rate']:6.1%}  accuracy "
                     f"{point['accuracy']:6.1%}"
                 )
         shown = "seqboat" if "seqboat" in reports else next(iter(reports))

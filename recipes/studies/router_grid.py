@@ -29,10 +29,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "conv": {"control_conv": 4},
     "shared": {},
 }
-"""What the rows `sma-OPTION` set in the router; `shared` gives all layers one router."""
+"""Settings of the router in the rows `sma-OPTION`; with `shared` all layers have one router."""
 
 POLICY = "explore-policy"
-"""The row of the router `explore` that the policy gradient trains too."""
+"""The row of the router `explore` that is trained by the policy gradient too."""
 
 ROUTERS = (
     "sma",
@@ -40,22 +40,22 @@ ROUTERS = (
     *(f"sma-{option}{budget}" for option in OPTIONS for budget in ("", BUDGET)),
     *("expert_choice", "random", "always", "never"),
 )
-"""The rows: the kind of the router and its option, and whether a budget steers its rate."""
+"""The rows: kind of the router, its option, and whether a budget steers its rate."""
 
 MIXED = "mixed"
-"""The column of the layers that have all sub-modules."""
+"""The column whose layers have all sub-modules."""
 
 REPEATED = ("sma", "sma+budget", "always", "random")
-"""The rows that are trained with further seeds, in the first column."""
+"""The rows that are trained with several seeds in the first column."""
 
 SEEDS = 3
-"""Seeds of each of them."""
+"""Number of seeds of each of these rows."""
 
 
 class TableOptions(StudyOptions):
     """The options of the table of routers."""
 
-    task: Literal["listops", "pathfinder", "recall", "mqar"] = Field(default="listops", description="what to learn")
+    task: Literal["listops", "pathfinder", "recall", "mqar"] = Field(default="listops", description="the task")
     preset: Literal["tiny"] = Field(
         default="tiny", description="listops: 108 runs of less than a minute on one core each; others: minutes each"
     )
@@ -63,16 +63,18 @@ class TableOptions(StudyOptions):
     columns: Names | None = Field(
         default=None,
         validation_alias=AliasChoices("modules", "columns"),
-        description=f"columns to train, such as gau,{MIXED}; default every sub-module, and all in one",
+        description=f"columns to train, such as gau,{MIXED}; default: each sub-module alone, and all in one layer",
     )
     seeds: int | None = Field(
         default=None,
         ge=1,
         le=100,
-        description=f"runs of every router in every column; default 1, and {SEEDS} of {', '.join(REPEATED)} in the "
+        description=f"seeds of every router in every column; default: 1, and {SEEDS} of {', '.join(REPEATED)} in the "
         "first column",
     )
-    jobs: int = Field(default=2, ge=1, description="runs at a time, each in a process of its own; 1 trains in this one")
+    jobs: int = Field(
+        default=2, ge=1, description="number of concurrent runs, each in its own process; 1 trains in this process"
+    )
 
     @property
     def name(self) -> str:
@@ -125,13 +127,13 @@ class RouterTable(Study[TableOptions, TableChosen]):
 
 
 def columns(spec: ExperimentSpec) -> list[str]:
-    """Every sub-module of the model alone, and all of them in one layer."""
+    """The columns: each sub-module of the model alone, and all of them in one layer."""
     names = list(dict.fromkeys(name for layer in spec.model.layer_specs for name in layer.modules))
     return [*names, MIXED] if len(names) > 1 else names
 
 
 def rows(spec: ExperimentSpec) -> list[str]:
-    """The routers of the table: all, but in a language model those that look ahead."""
+    """The routers of the table: all of them; in a language model only causal ones."""
     return [row for row in ROUTERS if not (spec.model.scores_positions and row == "expert_choice")]
 
 
@@ -140,10 +142,11 @@ def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
 
     Args:
         spec: see `router_experiment`.
-        seeds: of every router in every column; None: one, and `SEEDS` of the `REPEATED` ones in the first column.
+        seeds: number of seeds of every router in every column; None: 1, and `SEEDS` for the `REPEATED` routers in the
+            first column.
 
     Raises:
-        SpecError: the table cannot be made of the experiment.
+        SpecError: the table cannot be derived from the experiment.
     """
     known = columns(spec)
     cells = [(column, router, 0) for column in known for router in rows(spec)]
@@ -164,23 +167,23 @@ def grid(spec: ExperimentSpec, seeds: int | None = None) -> list[Run]:
 
 
 def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int) -> ExperimentSpec:
-    """The experiment of a run: that of the table with the column's sub-modules, the row's routers, and the seed.
+    """The experiment of a run: the table's, with the sub-modules of the column, the routers of the row, and the seed.
 
-    `expert_choice` and `random` have the rate of the budget.
+    The rate of `expert_choice` and `random` is the target of the budget.
 
     Args:
-        spec: has all sub-modules in its layers, and a budget with one target. The rows replace its routers; those of
-            kind `sma` keep its settings where its own are of that kind.
+        spec: an experiment whose layers have all sub-modules, with a budget that has one target. The routers of the row
+            replace its routers, and keep the settings of fields that both kinds have.
         column: the sub-module that is routed, or `MIXED`.
         router: one of `ROUTERS`.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
         SpecError: the experiment has no such budget.
     """
     budget = spec.training.budget
     if budget is None or not isinstance(budget.target, float):
-        raise SpecError("the table needs one rate for all rows that keep one; set training.budget.target to a number")
+        raise SpecError("the table needs one target rate for all its rows; set training.budget.target to a number")
     layers = tuple(_with_modules(layer, column) for layer in spec.model.layer_specs)
     steered = router.endswith(BUDGET)
     kind, _, option = router.removesuffix(BUDGET).partition("-")
@@ -201,11 +204,11 @@ def router_experiment(spec: ExperimentSpec, column: str, router: str, seed: int)
     if option == "shared":
         spec = spec.replace(model=spec.model.replace(shared_router=True))
     if option == "policy" or any(router.needs_policy_gradient for router in made):
-        # Its gradient is noisy, so routers learn slowly.
+        # A policy gradient is noisy, so the routers have a lower learning rate.
         slow = training.router_learning_rate or 0.1 * training.learning_rate
         losses = training.losses.replace(policy=taught or 1.0)
         training = training.replace(router_learning_rate=slow, losses=losses)
-    elif taught:  # the preset's settings are for a router that learns from it
+    elif taught:  # the settings of the preset are for a policy gradient
         training = training.replace(router_learning_rate=None, losses=training.losses.replace(policy=0.0))
     return spec.replace(training=training)
 
@@ -216,7 +219,7 @@ def _with_modules(layer: LayerSpec, column: str) -> LayerSpec:
 
 def _router(kind: str, option: str, own: RouterSpec, rate: float, updates: int, seed: int) -> RouterSpec:
     """The spec of a registered router that replaces another; it keeps the settings of the fields that both have."""
-    # A skip beside the sub-modules, so that a router that always takes the best of them can run none.
+    # One skip beside the sub-modules, so that a router that always takes the best choice can run none of them.
     given = {"kind": kind, "rate": rate, "share": rate, "anneal": updates, "seed": seed, "skips": 1}
     values = {**dict(own), **given, **OPTIONS.get(option, {})}
     made = kinds("router")[kind]

@@ -64,7 +64,7 @@ class GreyDataset(Dataset[tuple[Tensor, int]]):
         return [str(round(value)) for value in ((pixels.double() * self.std + self.mean) * self.scale).tolist()]
 
 
-_AGAIN = "delete {} to have it made again"
+_AGAIN = "delete {} to generate it again"
 _HEADER = 10_000  # bytes, as numpy reads at most
 
 Chunk = tuple[UInt8[np.ndarray, "n L"], UInt8[np.ndarray, " n"]]

@@ -117,7 +117,7 @@ class RetrievalTask(ClassificationTask):
     """
 
     kind: Literal["retrieval"] = "retrieval"
-    data: AANSettings = Field(default=AANSettings(), description="where the pairs come from")
+    data: AANSettings = Field(default=AANSettings(), description="source of the pairs, and their splits")
 
     rows_per_sample: ClassVar[int] = 2
 

@@ -1,4 +1,4 @@
-"""How a training uses its device: the precision of products, and how batches reach it. None of it changes a batch."""
+"""Settings of the device of a training: precision of matrix products, transfer of batches. They change no batch."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def for_device(batches: DataLoader[Any], training: TrainingSpec, device: str) ->
 
     Args:
         batches: the loader.
-        training: has the settings `workers` and `pinned`.
+        training: its settings `workers` and `pinned`.
         device: `cpu`, `cuda` or `mps`.
     """
     accelerated = device != "cpu"

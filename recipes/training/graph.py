@@ -96,7 +96,7 @@ class CUDARecorder:
         return graph.replay, result
 
     def forget(self) -> None:
-        """Wait for the device; the next graphs get other memory, because gradients may hold some of this."""
+        """Wait for the device; the next graphs use another memory pool, because gradients may be in the current one."""
         torch.cuda.synchronize()
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -179,7 +179,7 @@ class Graphed:
             return self._recorder.record(lambda: self.update(batch, capacity))
         except SmaError:
             raise
-        except Exception as error:  # of CUDA, or of what a third party's module does
+        except Exception as error:  # an error of CUDA or of a third-party module
             raise SpecError(
                 f"the update cannot be captured in a CUDA graph: {reason(error)}; set training.graph=false"
             ) from error
@@ -189,19 +189,19 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> torch.device:
     """Keep learning rates and step counts of an optimiser on the device of its parameters; returns the device."""
     device = next(part.device for group in optimizer.param_groups for part in group["params"])
     for group in optimizer.param_groups:
-        # The type that fused kernels read.
+        # The dtype that fused kernels require.
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
-    optimizer._warned_capturable_if_run_uncaptured = True  # the first updates run so
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first updates run uncaptured
     return device
 
 
 def check_graph(training: TrainingSpec, device: str, processes: int = 1) -> None:
-    """Check that updates can run as CUDA graphs, if the training asks for it.
+    """Check that updates can run as CUDA graphs, if the training requires it.
 
     Raises:
         SpecError: the device is no CUDA device, or several processes share the updates.

@@ -74,11 +74,11 @@ class Overflow(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The former over the latter; 0 without any."""
+        """Fraction of the activated tokens that are beyond the capacity; 0 without activated tokens."""
         return self.beyond / max(1, self.activated)
 
     def plus(self, other: "Overflow") -> "Overflow":
-        """The sum of two periods."""
+        """The sum of the counts of two periods."""
         return Overflow(self.beyond + other.beyond, self.activated + other.activated)
 
 
@@ -174,7 +174,7 @@ class UnseenLosses:
         self._losses.append((update, loss.detach().clone()))
 
     def first_bad(self) -> tuple[int, float] | None:
-        """Wait for the losses and forget them.
+        """Wait for the losses and drop them.
 
         Returns:
             the update and the value of the first loss that is not finite; None if all are finite.

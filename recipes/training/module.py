@@ -169,7 +169,7 @@ class TrainingModule(lightning.LightningModule):
         return None
 
     def check_capacity(self) -> None:
-        """Check that the module can train with the capacity of the experiment, and as a graph if that is asked for.
+        """Check that the module can train with the capacity of the experiment, and as a graph if the spec requires it.
 
         Raises:
             SpecError: it cannot.
@@ -185,8 +185,8 @@ class TrainingModule(lightning.LightningModule):
     def check_loss(self, loss: Tensor) -> None:
         """Check that the loss is finite, so that diverged weights do not replace the last good checkpoint.
 
-        On an accelerator the host looks at the losses later: before a line of the metrics, an evaluation or a
-        checkpoint is written.
+        On an accelerator the host reads the losses later, before it writes a line of the metrics, an evaluation or a
+        checkpoint.
 
         Raises:
             DataError: the loss is not finite.
@@ -196,7 +196,7 @@ class TrainingModule(lightning.LightningModule):
             self.check_unseen()
 
     def check_unseen(self) -> None:
-        """Check that the losses which the host has not seen are finite.
+        """Check that the losses that the host has not read yet are finite.
 
         Raises:
             DataError: one is not.
@@ -210,7 +210,7 @@ class TrainingModule(lightning.LightningModule):
             )
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Drop the gradients of the last update. A graph has done so, as it has all of the next two methods."""
+        """Drop the gradients of the last update. A graph includes this and the steps of the next two methods."""
         if not self.training_spec.graph:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
@@ -286,7 +286,7 @@ class ScoredModule(TrainingModule):
 
     @property
     def overflow(self) -> Overflow | None:
-        """The active tokens that found no slot in this training so far, over all ranks, which must all ask for it; None
+        """The active tokens that found no slot in this training so far, over all ranks; all ranks must read it. None
         without a capacity.
         """
         if self.training_spec.effective_capacity is None:
@@ -294,7 +294,7 @@ class ScoredModule(TrainingModule):
         return self._overflow.plus(cast(RateMetric, self.fit_scores["rates"]).overflowed())
 
     def check_capacity(self) -> None:
-        """Check that no part of the model prevents graphs, if the training asks for them.
+        """Check that no part of the model prevents graphs, if the training requires them.
 
         Raises:
             SpecError: one does.
@@ -320,7 +320,7 @@ class ScoredModule(TrainingModule):
         spec = self.training_spec
         capacity = spec.capacity_at(self.global_step, self.module_names)
         if spec.graph:
-            if self._graphed is None:  # a resumed run has read the states of the optimiser by now
+            if self._graphed is None:  # not earlier, because a resumed run first restores the states of the optimiser
                 optimizer: Any = self.optimizers(use_pl_optimizer=False)
                 self._graphed = Graphed(Update(self.compute, optimizer, spec.clip_norm))
             loss, measures = self._graphed(batch, capacity)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a finished run besides its curves: hyper-parameters, results and figures."""
+"""Records of a finished run for TensorBoard besides its curves: hyper-parameters, results and figures."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

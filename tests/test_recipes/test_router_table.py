@@ -260,7 +260,7 @@ def test_mixed_layers_have_a_rate_for_every_module_and_the_caption_says_what_ran
     summary = {**done[1], "rows": [run], "failed": [failed], "jobs": 2}
     assert "| a 25 / 50, b 100 |" in markdown(table_of(summary))
     assert "**failed**\n\n- mixed/random-0: MemoryError: all of it" in markdown(table_of(summary))
-    assert "each run beside 1 other, so not to be compared" in markdown(table_of(summary))
+    assert "each run beside 1 other, so not comparable" in markdown(table_of(summary))
     first, second = csv.DictReader(comma_separated(table_of(summary)).splitlines())
     assert (first["rate/layer0/b"], first.get("rate/layer1/b"), first["error"]) == ("1.0", None, "")
     assert (second["variant"], second["accuracy"], second["error"]) == ("random", "", "MemoryError: all of it")

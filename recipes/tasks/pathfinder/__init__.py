@@ -1,1 +1,1 @@
-"""Pathfinder and Path-X: do two discs sit on one dashed contour?"""
+"""Pathfinder and Path-X: whether two discs are on one dashed contour."""

@@ -112,7 +112,7 @@ def load_clips(folder: Path, *, download: bool = False, progress: bool = True) -
     found = {name.split("/")[0] for name in names}
     if found - {*CLASSES, ""}:
         raise DataError(
-            f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to have it made again"
+            f"{copy / _FILES[1]} names other clips than those of the ten words; delete {copy} to recreate it"
         )
     for word in CLASSES:
         if word not in found:

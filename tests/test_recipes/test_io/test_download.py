@@ -199,7 +199,7 @@ def test_part_that_was_whole_is_not_asked_for_again(server, tmp_path, monkeypatc
 
 def test_wrong_hash_is_said_with_both_and_leaves_nothing(server, tmp_path):
     with pytest.raises(
-        DataError, match=rf"gave another file than expected, so .*: its sha256 is {SHA256}, expected {'0' * 64}"
+        DataError, match=rf"sent an unexpected file, so .*: its sha256 is {SHA256}, expected {'0' * 64}"
     ):
         get(server, tmp_path / "file", sha256="0" * 64)
     assert list(tmp_path.iterdir()) == []

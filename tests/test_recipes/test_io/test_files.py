@@ -201,7 +201,7 @@ def test_folder_made_by_another_recipe_is_refused(tmp_path, other, change):
     before = content_of(tmp_path)
     with pytest.raises(
         DataError,
-        match=rf"holds data generated otherwise \({change}.*\); choose another folder, or delete it to generate",
+        match=rf"holds data generated with other settings \({change}.*\); choose another folder, or delete it to",
     ):
         prepare(tmp_path, other, during=must_not_run)
     assert content_of(tmp_path) == before
@@ -272,7 +272,7 @@ def test_generations_of_different_data_at_once_leave_one_of_them_whole(tmp_path)
     errors = [future.exception() for future in prepare_at_once(tmp_path, recipes)]
     (winner,) = [made_by for made_by, error in zip(recipes, errors, strict=True) if error is None]
     (refusal,) = [error for error in errors if error is not None]
-    assert "holds data generated otherwise (seed is" in str(refusal)
+    assert "holds data generated with other settings (seed is" in str(refusal)
     assert set(content_of(tmp_path)) == {*NAMES, "manifest.json"}
     prepare(tmp_path, winner, during=must_not_run)
 

@@ -267,7 +267,7 @@ def npy(shape, dtype="|u1", order=False, content=b"abc", version=b"\x01\0"):
         pytest.param(
             npy((3,), content=b"abcd"), r"bytes, and [0-9]+ are required for numbers of the shape \(3,\)", id="long"
         ),
-        pytest.param(npy("x" * 500), r"x\.npy cannot be read: .*; delete .* to have it made again", id="no shape"),
+        pytest.param(npy("x" * 500), r"x\.npy cannot be read: .*; delete .* to generate it again", id="no shape"),
         pytest.param(npy((3,), version=b"\x07\0"), r"x\.npy cannot be read: ", id="version"),
         pytest.param(npy((3,))[:9], r"x\.npy cannot be read: ", id="cut"),
         pytest.param(b"", r"x\.npy cannot be read: ", id="empty"),

@@ -227,7 +227,7 @@ def test_caption_states_what_was_measured_and_with_what():
     assert caption(summary(row(seed=7))).startswith("listops, 30 updates; seed 7. 400 test samples")
     assert caption(summary()) == "No run is finished."
     assert speed_note(summary(jobs=1)) == "tokens/s: in training, without evaluation; one run at a time."
-    assert "each run beside 1 other, so not to be compared." in speed_note(summary(jobs=2))
+    assert "each run beside 1 other, so not comparable." in speed_note(summary(jobs=2))
     assert "each run beside 2 others, so" in speed_note(summary(jobs=3))
     assert MACS_NOTE.format(length=13).endswith("in a row of 13 tokens.")
 

@@ -142,7 +142,7 @@ def test_changed_file_is_refused(tmp_path):
 )
 def test_folder_of_other_settings_is_refused(small_data, update, change):
     with pytest.raises(
-        DataError, match=rf"holds data generated otherwise \({change}\); choose another folder, or delete it"
+        DataError, match=rf"holds data generated with other settings \({change}\); choose another folder, or delete it"
     ):
         prepare_listops(SMALL.model_copy(update=update), small_data[0], progress=False)
 

@@ -89,9 +89,7 @@ def test_archive_that_somebody_put_there_must_have_the_published_hash(tmp_path, 
     write_archive(tmp_path, corpus)
     found = hashlib.sha256((tmp_path / f"{NAME}.tar.gz").read_bytes()).hexdigest()
     monkeypatch.setattr(speech_commands, "SHA256", SHA256)
-    with pytest.raises(
-        DataError, match=rf"gz is not the file that http.* should give; move it away.* is {found}, expected {SHA256}"
-    ):
+    with pytest.raises(DataError, match=rf"gz is not the file at http.*; move it away.* is {found}, expected {SHA256}"):
         load_speech(SpeechSettings(), tmp_path, progress=False)
     monkeypatch.setattr(speech_commands, "SHA256", found)
     assert load_speech(SpeechSettings(), tmp_path, progress=False).hashes == loaded.hashes
