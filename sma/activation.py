@@ -265,7 +265,7 @@ class SparseModularActivation(nn.Module):
         """Check the arguments of a call without a layer; return the number of tokens in earlier chunks of each row, if
         there is a state.
         """
-        # Of the tokens, as the caller knows them: a router would name its own argument.
+        # Checked here, so that the message names the tokens and not the argument of the router.
         router = self.router if control_BLD is x_BLD else None
         check_batch(x_BLD, valid, router.width if isinstance(router, LinearRouter) else None)
         check_dtype(self, x_BLD)
@@ -290,7 +290,7 @@ class SparseModularActivation(nn.Module):
         decision, after = self.router(control_BLD, valid, positions, None if state is None else state.router)
         check_decision(self.router.names, decision, control_BLD, f"the decision of {type(self.router).__name__}")
         if selected is not None:
-            # A router that is no `Router` keeps its confidences.
+            # A router that is not a `Router` has no `replay`, so its confidences are kept.
             replay = getattr(self.router, "replay", None)
             decision = replace(decision if replay is None else replay(decision, selected), active=selected)
         if valid is not None:  # third-party routers may activate padding
@@ -310,16 +310,16 @@ class SparseModularActivation(nn.Module):
         out_TD, gathered = around.before(x_TD, lambda: _gathered(routing.frames(), x_TD))
         frames = routing.frames()
         sizes = [frame.index.shape[0] for frame in frames if _is_gathered(frame)]
-        # The gradient of a split or a selection is another pass.
+        # No split and no selection for a single sub-module, because the gradient of each is another pass.
         chosen = iter(gathered.split(sizes) if len(sizes) > 1 else [gathered])
         confidences = decision.confidence.unbind(-1) if len(frames) > 1 else [decision.confidence.flatten(1)]
         states: dict[str, State] = {}
         values: Tensor | None = None
         for column, frame in enumerate(frames):
-            # Where all tokens run, the values are the batch itself.
+            # If all tokens run, nothing was gathered, and the values are the batch itself.
             name, values_TD = decision.names[column], next(chosen) if _is_gathered(frame) else x_TD
             before = None if state is None else state.modules[name]
-            # The compiler comes first: in its graph the number of tokens is unknown.
+            # `is_compiling` first, because the number of tokens is unknown in a compiled graph.
             if not torch.compiler.is_compiling() and frame.index.shape[0] == 0 and may_skip(submodules[name]):
                 after = before
                 if around.join is not None:

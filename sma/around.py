@@ -12,21 +12,22 @@ from sma.glue import JoinParts, slots_of
 from sma.ragged import Places, Ragged
 
 Gather = Callable[[], Places]
-"""Returns the places of tokens; it is called late, because the host may have to wait in it."""
+"""Returns the places of the routed tokens; it is called late, because the host may have to wait for it."""
 
 
 class Around(NamedTuple):
     """Computations of a layer around its routed sub-modules, in the same call to save passes over the batch.
 
     Attributes:
-        before: maps all tokens `(B L, D)` and a function that returns places to the tensor that the results are added
-            to, in place, and to the tokens at the places. With `join`, to the output of the bypass, which is None
-            without one, and to those tokens.
+        before: function of all tokens `(B L, D)` and of a `Gather`. It returns the tensor to which results are added in
+            place, and the tokens at the places. With `join` it returns the output of the bypass (None without one)
+            instead of that tensor.
         after: maps the sum `(B, L, D)` to the values that are returned.
         recompute: whether activations between the decision and the result are recomputed in backward, not kept.
-        join: for a single sub-module: maps the output of the bypass, the result, or None where it did not run, the
-            confidences of the router `(B, L)`, the tokens of the result, and the probability of dropping a channel of
-            it to the values `(B L, D)` that are returned, in one pass; None to add in place and call `after`.
+        join: for a single sub-module: function that computes the returned values `(B L, D)` in one pass. Its arguments
+            are the output of the bypass, the result (None if the sub-module did not run), the confidences of the router
+            `(B, L)`, the tokens of the result, and the probability of dropping a channel of the result. None: results
+            are added in place, and `after` is called.
     """
 
     before: Callable[[Tensor, Gather], tuple[Tensor | Any, Tensor]]
@@ -49,7 +50,7 @@ class Residual(NamedTuple):
     Attributes:
         x_BLD: the residual.
         bypass: the linear bypass; None without one.
-        identity: whether the tokens themselves pass.
+        identity: whether the tokens themselves are a summand.
         silu: whether silu follows the sum.
         dropout: probability of dropping a channel of the sum before the residual.
     """

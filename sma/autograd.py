@@ -10,7 +10,7 @@ from sma.errors import InputError
 
 
 def refuse_second_derivatives(what: str) -> None:
-    """Refuse, within a backward pass, that it is differentiated.
+    """Raise an error in a backward pass that is itself differentiated.
 
     Raises:
         InputError: it is called with `create_graph=True`.

@@ -135,7 +135,7 @@ class BudgetController(nn.Module):
             margins = (on - off) / router.temperature
             if len(numbers) < len(router.names):
                 margins = torch.stack([margins[..., self.steered[number].column] for number in numbers], -1)
-            if router.stochastic:  # at a rate of 1 a token counts as active only where almost every draw says so
+            if router.stochastic:  # a rate of 1 counts only the tokens that almost every draw activates
                 everyone = self.spec.schedule(self.targets[_span(numbers)], self.updates) >= 1.0
                 margins = margins - (SURE * everyone).to(margins)
             skip = router.skip_margins(decision)
@@ -225,7 +225,7 @@ class BudgetController(nn.Module):
 
 
 def _span(numbers: Sequence[int]) -> slice:
-    """The sub-modules of one layer, which follow one another."""
+    """Slice of the sub-modules of one layer, whose indices are consecutive."""
     return slice(numbers[0], numbers[-1] + 1)
 
 

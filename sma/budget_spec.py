@@ -162,7 +162,7 @@ def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) ->
     given, wanted = [len(layer) for layer in costs], [len(router.names) for router in routers]
     if given != wanted:
         raise InputError(f"there are costs for {given} sub-modules, by layer; required is one for each of {wanted}")
-    bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # so written, it catches NaN too
+    bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # in this form it is true for NaN too
     if bad:
         raise InputError(
             f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its MACs per token"

@@ -18,8 +18,8 @@ from sma.ragged import Places
 class LinearBypass(nn.Module):
     """W x + b of every token, and the gather of the routed tokens.
 
-    In one function, so that backward can add the gradient of the routed tokens in place. Separately it would need a
-    tensor of zeros as large as the batch, and another pass.
+    Both are one function, so that backward can add the gradient of the routed tokens in place. A separate gather would
+    need a tensor of zeros as large as the batch, and another pass.
     """
 
     def __init__(self, width: int) -> None:
@@ -34,9 +34,9 @@ class LinearBypass(nn.Module):
     def forward(
         self, x_TD: Float[Tensor, "T D"], places: Callable[[], Places]
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "R D"]]:
-        """Return the mapped tokens, and the tokens at the indices that `places` returns, which has no duplicates.
+        """Return the mapped tokens, and the tokens at the indices that `places` returns, without duplicates.
 
-        It is called after the product is queued, because the host may wait in it.
+        `places` is called after the product is queued, because the host may wait for it.
         """
         casts = autocasts(x_TD.device) and not (fuses(x_TD) and x_TD.dtype is torch.float32)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or casts:
@@ -63,11 +63,11 @@ class _LinearAndGather(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor, grad_routed: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         left, weight, index, inverse = ctx.saved_tensors
         wide, *kinds = ctx.dtypes
-        if left.dtype is not wide or weight.dtype is not kinds[0]:  # what was saved does not depend on the arguments
+        if left.dtype is not wide or weight.dtype is not kinds[0]:  # autograd has no graph of the saved copies
             refuse_second_derivatives("the bypass under autocast")
         grad_x = grad_TD @ weight
         if inverse is None or torch.is_grad_enabled() or not (fuses(grad_x) and grad_routed.shape[0]):
             grad_x = grad_x.to(wide).index_add_(0, index, grad_routed)
-        else:  # a gather: atomic additions meet at the holes, and their order would change the sums
+        else:  # a gather, because atomic additions at the holes would collide, and their order would change the sums
             grad_x = add_at(grad_x, grad_routed, inverse)
         return grad_x, (grad_TD.T @ left).to(kinds[0]), grad_TD.sum(0, dtype=kinds[1]), None

@@ -93,7 +93,7 @@ def calibrate(
         else:
             warnings.warn(
                 f"calibrate did not come within {tolerance:g} of the target in {passes} passes: {reached}; give it "
-                "more data or passes, or a rate that the scores allow (equal ones are decided alike)",
+                "more data or passes, or a rate that the scores allow (tokens with equal scores get the same decision)",
                 stacklevel=3,  # past the decorator
             )
     return rates

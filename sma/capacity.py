@@ -56,7 +56,7 @@ def check_capacity(capacity: Capacity | None, names: Sequence[str], state: objec
             "leave capacity out"
         )
     if not isinstance(capacity, Mapping):
-        # A compiler traces this function, but no text of an object.
+        # A compiler can trace this function, but not the `repr` of an object, so `quote` runs on errors only.
         return None if _fits(capacity) else _refuse(capacity, f"capacity={quote(capacity)}")
     check_known(capacity, names, "capacity")
     for name, value in capacity.items():
@@ -144,7 +144,7 @@ def _most_per_row(value: int | float, active_BL: Tensor, valid_BL: Tensor | None
 def _part(tokens: Number, share: float) -> Number:
     """A share of a number of tokens, rounded up.
 
-    In whole billionths, because in floating point 0.1 * 30 is slightly above 3 and would give 4; one of them less, so
-    that a share that was rounded up does not give one token more.
+    It is computed in whole billionths, because in floating point 0.1 * 30 is slightly above 3 and would give 4. The
+    share is reduced by one billionth, so that a share that was rounded up does not give one token too many.
     """
     return (tokens * (int(share * 10**9 + 0.5) - 1) + 10**9 - 1) // 10**9

@@ -379,7 +379,7 @@ def require_seen(part: nn.Module, seen: Tensor | None) -> Tensor:
     """
     if seen is None:
         raise StateError(
-            f"{type(part).__name__} got a state that counts no tokens, as inside of a layer or a model, which counts "
-            "them; use the init_state of what is called"
+            f"{type(part).__name__} got a state without a token count, such as a part of the state of a layer or a "
+            "model; use the init_state of the module that is called"
         )
     return seen

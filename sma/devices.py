@@ -53,7 +53,7 @@ def devices() -> list[str]:
 
 
 class Answer:
-    """Numbers of a device on their way to the host, which waits for them only when it reads them.
+    """Numbers that are copied from a device to the host asynchronously; only `read` waits for them.
 
     Args:
         numbers: a tensor of integers.

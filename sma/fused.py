@@ -1,8 +1,9 @@
 """Functions of elementwise operators and reductions that run as one compiled kernel on CUDA.
 
-Elementwise operators move as many bytes as the large ones compute on. On a CUDA device each function here is one
-compiled kernel; where it cannot be compiled, and on other accelerators, it runs as it is written. A CPU has its caches
-and its operators in place, and a compiler fuses by itself: for both the operators are called one by one.
+Separate elementwise operators would read and write as much memory as the large operators. On a CUDA device each
+function here is one compiled kernel. If it cannot be compiled, and on other accelerators, its operators run one by one.
+Layers call the operators one by one on a CPU too, which has caches and in-place operators, and in a compiled model,
+whose compiler fuses operators itself.
 """
 
 import warnings
@@ -26,7 +27,7 @@ class Way(NamedTuple):
 
     Attributes:
         name: `compiled`, `written` or `plain`.
-        reason: why, one sentence.
+        reason: the reason, in one sentence.
     """
 
     name: str
@@ -37,7 +38,7 @@ def of_device(device: torch.device | str) -> Way:
     """Implementation of the functions between the operators of a layer on a device, and the reason."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return Way("plain", "a CPU has its caches, and operators in place")
+        return Way("plain", "a CPU has caches and in-place operators")
     if kind == "cuda":
         return Way("compiled", "the device is a GPU; each is compiled when it is first called")
     return Way("written", f"functions are compiled for CUDA, and the device is {str(device)!r}")
@@ -61,7 +62,7 @@ class Fused:
 
     def __call__(self, *arguments: Any) -> Any:
         device = arguments[0].device
-        # On CUDA the call of an operator takes the host longer than that of the compiled function.
+        # On CUDA a call of the operator takes more host time than a call of the compiled function.
         if device.type == "cuda" and not (torch.is_grad_enabled() or _is_watched()):
             return self.implementation(device)(*arguments)
         return self.operator(*arguments)
@@ -90,7 +91,7 @@ def _schema(function: Callable[..., Any]) -> str:
 
 class Compiled:
     """A function that is compiled once for every width of its first argument, with its numbers and dtypes as constants,
-    and for any number of rows above 1. Where the compiler fails it runs as it is written, with one warning.
+    and for any number of rows above 1. If the compiler fails, the function runs uncompiled, after one warning.
 
     Args:
         function: of tensors whose last axes, and whose only axes if as wide as the first, keep their sizes.
@@ -120,7 +121,8 @@ class Compiled:
         except Exception as error:  # no compiler is installed, or it does not support the device
             result = self._function(*arguments)  # an error in the arguments is raised here again
             self._is_broken = True
-            warnings.warn(f"a kernel cannot be compiled and runs in parts, slower: {reason(error)}", stacklevel=2)
+            text = f"a kernel cannot be compiled, so its operators run one by one, more slowly: {reason(error)}"
+            warnings.warn(text, stacklevel=2)
             return result
         self._known.add(key)
         return result
@@ -131,7 +133,7 @@ class Compiled:
         width = arguments[0].shape[-1:]
         tensors = [each for each in arguments if isinstance(each, Tensor)]
         marks = [dict(vars(each)) for each in tensors]
-        # A width that is known lets a kernel load many channels at a time, and keep a row in registers.
+        # With a constant width a kernel can load many channels at a time, and keep a row in registers.
         for each in tensors:
             if each.ndim > 1 or each.shape == width:
                 mark_static(each, each.ndim - 1)
@@ -144,13 +146,13 @@ class Compiled:
                 vars(each).update(mark)
 
 
-# Programs of one function.
+# Maximum number of compiled programs of one function.
 _MOST = 4096
 
 
 def _seen_by_compiler(arguments: tuple[Any, ...]) -> Any:
-    """What a program depends on, so that another value needs another one: constants, modes, and of tensors the dtype,
-    the device, whether they need gradients and are contiguous, and which sizes are 0 or 1.
+    """The properties on which a compiled program depends: constants, modes, and for each tensor its dtype, device,
+    whether it needs gradients and is contiguous, and which of its sizes are 0 or 1.
     """
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), arguments[0].device, arguments[0].shape[-1]
     return *modes, *(_seen_of_tensor(each) if isinstance(each, Tensor) else each for each in arguments)
@@ -202,7 +204,7 @@ class FusedWithGradient:
         return self._apply(*arguments) if fuses(arguments[0]) else self.function(*arguments)
 
     def _separate(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """The results, each a tensor of its own, as an operator must return them; a compiler leaves the copies out."""
+        """The results as separate tensors, as an operator must return them; a compiler removes the copies."""
         return tuple(each.clone(memory_format=torch.contiguous_format) for each in self.function(*arguments))
 
 

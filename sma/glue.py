@@ -11,7 +11,7 @@ from sma.fused import fused, silu_slope
 
 @fused
 def silu_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """silu(x), channels dropped with probability p; and the mask of those that are kept."""
+    """silu(x) with channels dropped with probability p, and the mask of the kept channels."""
     keep = torch.rand_like(x, dtype=torch.float32) >= p
     return (torch.nn.functional.silu(x) * keep / (1 - p)).to(x.dtype), keep
 
@@ -33,17 +33,17 @@ def join_parts(
     on_sum: bool,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The end of a layer: silu(residual + passed + confidence * drop(routed[slots])), or that with drop of the sum.
+    """The end of a layer: silu(residual + passed + confidence * drop(routed[slots])), or with drop applied to the sum.
 
     Args:
         residual: `(N, D)`.
         passed: `(N, D)`, output of the bypass; None without one.
-        routed: `(T, D)`, results of a routed sub-module, T at least 1; None for nothing.
-        confidence: `(N,)`, of the router in each token; None without results.
-        slots: `(N,)`, index of each token's result; at least T where it has none. None where every token has its own.
+        routed: `(T, D)`, results of a routed sub-module, T at least 1; None without results.
+        confidence: `(N,)`, of the router for each token; None without results.
+        slots: `(N,)`, index of each token's result, at least T for a token without one. None: token i has result i.
         p: probability of dropping a channel; the mask is empty where it is 0.
         on_sum: whether channels are dropped from the sum of `passed` and the results, not from the results alone.
-        silu: whether silu follows.
+        silu: whether silu is applied at the end.
 
     Returns:
         the result, the sum before silu (empty without one), and the mask of the channels that are kept.
@@ -56,7 +56,7 @@ def join_parts(
         result = _found(routed, slots).to(residual.dtype) * confidence.to(residual.dtype)[:, None]
         if p > 0 and not on_sum:
             result = result * keep / (1 - p)
-        # Elsewhere the confidence may be anything.
+        # The confidence of a token without a result may have any value.
         total = total + (result if slots is None else result.where(_has_result(slots, routed), 0))
     if p > 0 and on_sum:
         total = total * keep / (1 - p)
@@ -65,7 +65,7 @@ def join_parts(
 
 
 def _found(routed: Tensor, slots: Tensor | None) -> Tensor:
-    """The result of each token; that of another token where it has none."""
+    """The result of each token; for a token without one, that of another token."""
     return routed if slots is None else routed[slots.clamp(max=routed.shape[0] - 1)]
 
 
@@ -87,12 +87,12 @@ def join_parts_backward(
     on_sum: bool,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the residual, of `passed` (empty where they are the same), `routed` and `confidence` (empty
-    without results) in `join_parts`.
+    """The gradients of `residual`, `passed` (empty if equal to that of `residual`), `routed` and `confidence` (both
+    empty without results) in `join_parts`.
 
     Args:
-        index: `(T,)`, position of each result; None where every token has its own.
-        real: `(T,)`, False where a slot has no token; None where each has one.
+        index: `(T,)`, position of each result; None: token i has result i.
+        real: `(T,)`, False for a slot without a token; None: every slot has one.
     """
     outer = (grad * silu_slope(total)).to(grad.dtype) if silu else grad.clone()
     inner = outer
@@ -119,7 +119,7 @@ def add_at(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
 
 @fused
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """X / sqrt(mean(x^2) + epsilon) * weight over the last axis; and the factor of every row."""
+    """Return x / sqrt(mean(x^2) + epsilon) * weight over the last axis, and the factor of every row."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return (wide * factor * weight).to(x.dtype), factor
@@ -127,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
 
 @fused
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of the weight in `rms_norm`; the weight has one number or one per channel."""
+    """The gradients of x and of the weight in `rms_norm`; the weight has one entry in all, or one per channel."""
     normal = x.to(factor.dtype) * factor
     scaled = grad.to(factor.dtype) * weight
     x_grad = factor * (scaled - normal * (scaled * normal).mean(-1, keepdim=True))
@@ -197,7 +197,7 @@ class JoinParts(torch.autograd.Function):
 
 
 def slots_of(index: Tensor, real: Tensor | None, size: int) -> Tensor:
-    """The inverse of an index: for each of `size` positions its place in the index, or the length of the index."""
+    """The inverse of an index: for each of `size` positions where it is in the index, or the length of the index."""
     places = torch.arange(index.shape[0], device=index.device)
     slots = torch.full((size + 1,), index.shape[0], device=index.device)
     return slots.scatter_(0, index if real is None else index.where(real, size), places)[:size]
@@ -223,7 +223,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 @fused
 def batch_moments(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of every channel over the rows that are kept, and their number; 0 without rows."""
+    """Mean and variance of every channel over the kept rows, and the number of these rows; 0 without rows."""
     count = keep.sum()
     present = x.where(keep, 0)
     mean = present.sum(0) / count.clamp(min=1)
@@ -240,8 +240,8 @@ def batch_norm_scales(
     weight: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and 1 / deviation by which rows are normalised, the latter times the weight, and the share of a row in the
-    moments: 0 where fewer than two rows use those `before`.
+    """The mean and 1 / deviation that normalise rows, the latter also times the weight, and the share of one row in the
+    moments. With fewer than two rows, the moments `before` are used, and that share is 0.
     """
     enough = count >= 2
     scale = (var.where(enough, var_before) + epsilon).rsqrt()
@@ -253,7 +253,7 @@ def batch_norm_scales(
 def batch_norm_factors(
     total: Tensor, moment: Tensor, scale: Tensor, weight: Tensor | None, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The factors of the gradient of x: its own, those through mean and variance; and the gradient of the weight."""
+    """The factors of the gradient of x: direct, through mean and variance; and the gradient of the weight."""
     factor = scale.clone() if weight is None else scale * weight.to(scale.dtype)
     return factor, -share * factor * total, -share * factor * scale.square() * moment, moment * scale
 
@@ -274,12 +274,12 @@ def batch_norm_sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tens
 def batch_norm_backward(
     grad: Tensor, x: Tensor, keep: Tensor, mean: Tensor, factor: Tensor, by_mean: Tensor, by_variance: Tensor
 ) -> Tensor:
-    """The gradient of x: its own, and those through the mean and the variance of the rows that are kept."""
+    """The gradient of x: directly, and through the mean and the variance of the kept rows."""
     return grad * factor + (by_mean + (x - mean) * by_variance).where(keep, 0)
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """Batch norm over the rows that are kept, with its gradients; fewer than two rows use the moments `before`.
+    """Batch norm over the kept rows, with its gradients; with fewer than two rows the moments `before` are used.
 
     Returns the normalised rows, and mean, variance and number of the rows, which carry no gradient.
     """

@@ -54,7 +54,7 @@ class LayerSpec(Spec):
         default_factory=FrozenDict, description="the routed sub-modules, by names of your choice"
     )
     bypass: Literal["none", "linear", "identity"] = Field(
-        default="linear", description="what reaches the residual past the sub-modules"
+        default="linear", description="path around the sub-modules to the residual"
     )
     activation: Literal["silu", "none"] = Field(default="silu", description="applied after the residual")
     norm: NormSpec | None = Field(

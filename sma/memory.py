@@ -147,7 +147,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
             continue
         top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         inner = top / path.strip("/")
-        # In a container the path may be that of the host, and the group of the container be at the top.
+        # In a container the path may be that of the host, and the group of the container may be at the top.
         yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top) and folder.is_dir())
 
 

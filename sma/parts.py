@@ -1,4 +1,4 @@
-"""Parts keep the spec that built them, and their width; equal specs in a row are shown once."""
+"""Attributes of parts: the spec and the width from which they were built; consecutive equal specs are shown once."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps

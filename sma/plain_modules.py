@@ -59,8 +59,8 @@ def check_submodules(modules: Mapping[str, nn.Module]) -> None:
 def width_of(modules: Mapping[str, nn.Module], given: int | None = None) -> int:
     """The number of channels D of the tokens that modules take.
 
-    It is the first of the sizes that they and their parts keep with which a call on the meta device, which computes
-    nothing, returns as many channels as it gets.
+    The candidates are the sizes that the modules and their parts store as attributes. The width is the first candidate
+    for which a call on the meta device, which computes nothing, returns as many channels as it gets.
 
     Args:
         modules: the sub-modules.
@@ -101,7 +101,7 @@ def _takes(module: nn.Module, width: int) -> bool:
         dtype = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
         tokens = rectangular(torch.empty(1, 2, width, device="meta", dtype=dtype))
         return bool(functional_call(module, weights, (tokens,))[0].shape == (2, width))
-    except Exception:  # whatever a module raises about tokens of another width
+    except Exception:  # a module may raise any exception for tokens of another width
         return False
 
 
@@ -113,7 +113,7 @@ def keeps_contract(module: nn.Module) -> bool:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """A module without what `torch.compile`, activation checkpointing or FSDP put around it."""
+    """A module without the wrappers of `torch.compile`, activation checkpointing and FSDP."""
     while (name := next((each for each in WRAPPERS if each in module._modules), None)) is not None:
         module = module.get_submodule(name)
     return module

@@ -40,7 +40,7 @@ class PositionSpec(Spec):
             what: setting that determines the channels, for the message: `query_size=3`.
 
         Raises:
-            ValueError: what is required.
+            ValueError: it cannot; the message has the requirement.
         """
 
     def table_size(self, window: int | None) -> int:

@@ -23,10 +23,10 @@ from sma.summary import brief, summary
 class Ragged:
     """Tokens of all rows one after another.
 
-    There are two layouts. *Packed*: row after row, no gaps; with holes, they follow the tokens of the last row.
-    *Rectangular*: `values` is a view of `(B, S, D)`; every row
-    is a prefix of real tokens and a tail of holes. A hole has arbitrary finite values and must not affect real tokens.
-    Elsewhere `offsets` are called `cu_seqlens` and `longest` is called `max_seqlen`.
+    There are two layouts. *Packed*: row after row without gaps; holes, if there are any, follow the tokens of the last
+    row. *Rectangular*: `values` is a view of `(B, S, D)`; every row is a prefix of real tokens and a tail of holes. A
+    hole has arbitrary finite values and must not affect real tokens. Other packages call `offsets` `cu_seqlens`, and
+    `longest` `max_seqlen`.
 
     Attributes:
         values: `(T, D)`.
@@ -272,8 +272,8 @@ def find(
 ) -> Callable[[], list[Ragged]]:
     """Begin to `locate` tokens; the result is a function that returns them.
 
-    The host needs only the number of tokens. An accelerator sends it along, and the host waits for it when
-    the function is first called: by then other work can be queued.
+    The host needs only the number of tokens. An accelerator copies it asynchronously, and the host waits for it when
+    the function is first called, so other work can be queued before that call.
 
     Raises:
         InputError: the masks are on the meta device.

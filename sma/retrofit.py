@@ -175,8 +175,8 @@ class Retrofitted:
         return calibrate(_WithDecisions(self), data, rate, **options)
 
     def undo(self) -> nn.Module:
-        """Put the original modules back, with the weights that they have now, and what was trained before; returns the
-        model.
+        """Restore the original modules with their current weights, and the earlier `requires_grad` of the parameters;
+        returns the model.
         """
         for path, module in self._replaced.items():
             _set(self.model, path, module)

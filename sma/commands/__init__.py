@@ -1,1 +1,1 @@
-"""The commands of `sma` that need only the core, one file a subject."""
+"""The commands of `sma` that need only the core, one file per subject."""

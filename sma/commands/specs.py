@@ -55,7 +55,7 @@ def add_describe(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
-        help="also say which implementation of each operator runs on a device, and why",
+        help="also print which implementation of each operator runs on a device, and why",
     )
 
 

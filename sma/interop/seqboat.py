@@ -40,7 +40,7 @@ Kind = Literal["standalone_layer", "unit", "standalone_model", "lra_encoder"]
 
 
 class Entry(NamedTuple):
-    """A tensor of the authors, and ours that holds it, or that holds the rows `rows` of it, in their shape."""
+    """A tensor of the authors, and our tensor, in their shape, that contains it or its rows `rows`."""
 
     name: str
     ours: Tensor

@@ -70,9 +70,9 @@ class GumbelRouterSpec(SampledSpec):
     """Spec of `GumbelRouter`."""
 
     kind: Literal["gumbel"] = "gumbel"
-    temperature: float = Field(default=1.0, ge=1e-4, le=1e4, description="of the relaxation, at the first update")
+    temperature: float = Field(default=1.0, ge=1e-4, le=1e4, description="initial temperature of the relaxation")
     final_temperature: float = Field(
-        default=0.3, ge=1e-4, le=1e4, description="of the relaxation, from update `anneal` on"
+        default=0.3, ge=1e-4, le=1e4, description="temperature of the relaxation from update `anneal` on"
     )
     anneal: int = Field(
         default=2000, ge=0, description="updates from the first temperature to the final one, geometrically"
@@ -184,10 +184,11 @@ class ExploreRouter(SampledRouter, TemperedRouter):
     r"""The decisions of `sma`, some of which are reversed in training: $p = \mathrm{softmax}(u / \tau)$, active iff
     $p_1 > p_0$, in training with probability `tries` iff not. Confidence $c = p_1$.
 
-    Two gradients reach it. That of the confidence also comes from the tokens that were tried, so a token that is off
-    learns what its own result would be worth, and a router without active tokens still learns. With
-    `sma.losses.policy_gradient_loss`, rows that lost less than the others make what was reversed in them more likely:
-    that includes what a token is worth to *other* tokens, of which `bernoulli` learns by drawing every decision.
+    Two gradients train it. The gradient of the confidence also flows from the tokens that were activated on trial. It
+    measures the value of results that the router had switched off, and exists even without other active tokens. With
+    `sma.losses.policy_gradient_loss`, reversed decisions become more probable if their row had a lower loss than the
+    other rows. This includes the value of a token to *other* tokens, which `bernoulli` measures by drawing every
+    decision.
 
     Causal. Training and evaluation differ in the trials only, which change few tokens of a row; `p_on` is the
     probability of being active, `tries` or 1 - `tries` in training.

@@ -20,14 +20,14 @@ def check_alike(routers: Sequence[tuple[RouterSpec, Sequence[str]]]) -> None:
     for index, (other, own) in enumerate(others, 1):
         if other != router or list(own) != list(names):
             raise ValueError(
-                f"shared_router=true needs the same router and the same modules in every routed layer, but number "
-                f"{index} has {other.kind} for {list(own)} and number 0 {router.kind} for {list(names)}; make them "
-                "alike, or set shared_router=false"
+                "shared_router=true needs the same router and the same modules in every routed layer, but routed layer "
+                f"{index} has {other.kind} for {list(own)} and routed layer 0 {router.kind} for {list(names)}; make "
+                "them equal, or set shared_router=false"
             )
 
 
 def place_routers(routers: Mapping[int, Router], *, share: bool) -> None:
-    """Set the layer indices of a model's routers and, where they are shared, give all the parameters of the first.
+    """Set the layer indices of a model's routers and, with `share`, let all use the parameters of the first.
 
     Buffers, such as score biases, stay those of each router.
     """

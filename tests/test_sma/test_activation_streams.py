@@ -169,8 +169,8 @@ class TestRefusals:
     def test_state_out_of_that_of_a_layer_which_counts_no_tokens(self) -> None:
         routed = make(SMARouterSpec())
         sentence = (
-            "SparseModularActivation got a state that counts no tokens, as inside of a layer or a model, which counts "
-            "them; use the init_state of what is called"
+            "SparseModularActivation got a state without a token count, such as a part of the state of a layer or a "
+            "model; use the init_state of the module that is called"
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             routed(normal(2, 3, WIDTH), state=replace(routed.init_state(2), seen=None))

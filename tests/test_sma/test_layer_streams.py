@@ -110,8 +110,8 @@ class TestRefusals:
     def test_state_out_of_that_of_a_model_which_counts_no_tokens(self) -> None:
         layer = make("causal seqboat")
         sentence = (
-            "RoutedLayer got a state that counts no tokens, as inside of a layer or a model, which counts them; "
-            "use the init_state of what is called"
+            "RoutedLayer got a state without a token count, such as a part of the state of a layer or a model; "
+            "use the init_state of the module that is called"
         )
         with pytest.raises(StateError, match=exactly(sentence)):
             layer(normal(2, 3, WIDTH), None, replace(layer.init_state(2), seen=None))
