@@ -137,9 +137,7 @@ class SparseModularActivation(nn.Module):
             source = {"kind": router} if isinstance(router, str) else router
             router = load_spec(source, "router").build(width_of(modules, width), list(modules))
         if not hasattr(router, "names"):
-            raise InputError(
-                f"the router is {what_came(router)}; required is a Router, a spec of one, or a kind: 'sma'"
-            )
+            raise InputError(f"the router is {what_came(router)}; expected a Router, a spec of one, or a kind: 'sma'")
         if set(router.names) != set(modules):
             raise InputError(
                 f"the router decides about {list(router.names)}, but the sub-modules are {list(modules)}; "
@@ -354,12 +352,12 @@ class SparseModularActivation(nn.Module):
         kind = type(self.submodules[name]).__name__
         if not isinstance(result, tuple) or len(result) != 2:
             raise InputError(
-                f"the sub-module {name!r} ({kind}) returned {what_came(result)}; required is a tuple of the results "
+                f"the sub-module {name!r} ({kind}) returned {what_came(result)}; expected a tuple of the results "
                 "(T, D) and the state, None unless one was given: see SubModule.forward"
             )
         if not isinstance(result[0], Tensor) or result[0].shape != values_TD.shape:
             raise InputError(
-                f"the sub-module {name!r} ({kind}) returned {what_came(result[0])} as its results; required is a "
+                f"the sub-module {name!r} ({kind}) returned {what_came(result[0])} as its results; expected a "
                 f"tensor of shape {tuple(values_TD.shape)}, one result per token"
             )
         return result

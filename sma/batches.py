@@ -30,7 +30,7 @@ def batches_of(data: Any, user: str) -> Iterator[Any]:
         with suppress(TypeError):
             return iter(data)
     raise InputError(
-        f"the data of {user} is {what_came(data)}; required are batches, such as a list of them or a DataLoader: [x]"
+        f"the data of {user} is {what_came(data)}; expected batches, such as a list of them or a DataLoader: [x]"
     )
 
 
@@ -51,7 +51,7 @@ def batch_of(item: Any, user: str = "calibrate") -> Batch:
     else:
         given = f"a mapping of {quote(list(item))}" if isinstance(item, Mapping) else what_came(item)
         raise InputError(
-            f"a batch of {user} is {given}; required are inputs, a pair (inputs, valid), or an object with "
+            f"a batch of {user} is {given}; expected inputs, a pair (inputs, valid), or an object with "
             "the attributes, or a mapping with the keys, inputs and valid"
         )
     inputs = check_tensor(inputs, f"the inputs of a batch of {user} are")

@@ -161,11 +161,11 @@ def steered_by(spec: BudgetSpec, routers: Sequence[Router], costs: Sequence[Sequ
 def _check_costs(costs: Sequence[Sequence[float]], routers: Sequence[Router]) -> None:
     given, wanted = [len(layer) for layer in costs], [len(router.names) for router in routers]
     if given != wanted:
-        raise InputError(f"there are costs for {given} sub-modules, by layer; required is one for each of {wanted}")
+        raise InputError(f"there are costs for {given} sub-modules, by layer; expected one for each of {wanted}")
     bad = [cost for layer in costs for cost in layer if not 0 <= cost < math.inf]  # in this form it is true for NaN too
     if bad:
         raise InputError(
-            f"a sub-module costs {bad[0]}; required is a finite number of at least 0, such as its MACs per token"
+            f"a sub-module costs {bad[0]}; expected a finite number of at least 0, such as its MACs per token"
         )
 
 

@@ -186,7 +186,7 @@ def _decisions(model: nn.Module, inputs: Tensor, valid: Tensor | None, layers: i
     inner = [path for path, part in model.named_modules() if path and isinstance(part, SequenceModel)]
     cure = f", or calibrate the part model.{inner[0]} alone, with what that takes" if inner else ""
     raise InputError(
-        f"{name} returned {what_came(output)}, which has no decisions; required is an output with the attribute "
+        f"{name} returned {what_came(output)}, which has no decisions; expected an output with the attribute "
         f"decisions, one for each of its {layers} routed layers, as in sma.ModelOutput: "
         f"let forward return that{cure}"
     )
@@ -200,7 +200,7 @@ def _numbers(rate: Any) -> Any:
         return tuple(map(_numbers, rate))
     if isinstance(rate, bool) or not isinstance(rate, Real):
         raise InputError(
-            f"the rate {quote(rate)} is {what_came(rate)}; required is a number such as 0.3, one for every name, or a "
+            f"the rate {quote(rate)} is {what_came(rate)}; expected a number such as 0.3, one for every name, or a "
             "list of these for the routed layers"
         )
     try:

@@ -203,7 +203,7 @@ def _saved_spec(file: TensorFile) -> ModelSpec:
     try:
         given = json.loads(text)
         if not isinstance(given, Mapping):
-            raise CheckpointError(f"{what}: it is {quote(given)}; required is a mapping of fields")
+            raise CheckpointError(f"{what}: it is {quote(given)}; expected a mapping of fields")
         spec: ModelSpec = load_spec(given)
     except CheckpointError:
         raise
@@ -303,7 +303,7 @@ def _check_state(file: TensorFile, like: State) -> None:
             shape[1] = lengths.setdefault(growing[name], found.shape[1])
         if tensor.dtype != found.dtype or list(found.shape) != shape:
             raise CheckpointError(
-                f"{other}: {quote(name)} is {found}; required is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{other}: {quote(name)} is {found}; expected {str(tensor.dtype).removeprefix('torch.')} of shape "
                 f"{tuple(shape)}"
             )
 

@@ -44,7 +44,7 @@ def check_instance(value: object, kind: type[Kind], what: str, cure: str) -> Kin
         InputError: it has another class; the message ends with the cure.
     """
     if not isinstance(value, kind):
-        raise InputError(f"{what} {what_came(value)}; required is {with_article(kind.__name__)}: {cure}")
+        raise InputError(f"{what} {what_came(value)}; expected {with_article(kind.__name__)}: {cure}")
     return value
 
 
@@ -63,12 +63,12 @@ def check_tensor(value: object, what: str, dtype: torch.dtype | None = None) -> 
         if value.layout is not torch.strided or value.is_nested:
             kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
             cure = ".to_padded_tensor(0.0), with a mask of the real tokens" if value.is_nested else ".to_dense()"
-            raise InputError(f"{what} a {kind} tensor; required is a dense one: convert it with {cure}")
+            raise InputError(f"{what} a {kind} tensor; expected a dense one: convert it with {cure}")
         return value
     if isinstance(value, str | bytes):
-        raise InputError(f"{what} {what_came(value)}; required is a torch.Tensor: encode the text to token ids first")
+        raise InputError(f"{what} {what_came(value)}; expected a torch.Tensor: encode the text to token ids first")
     target = f", dtype={dtype}" if dtype is not None else ""
-    raise InputError(f"{what} {what_came(value)}; required is a torch.Tensor: write torch.as_tensor(x{target})")
+    raise InputError(f"{what} {what_came(value)}; expected a torch.Tensor: write torch.as_tensor(x{target})")
 
 
 def check_floats(value: object, what: str, axes: Axes) -> None:
@@ -113,7 +113,7 @@ def _require(x: Tensor, what: str, axes: Axes, right: bool, numbers: str, conver
     shape = f"({letters[0]},)" if len(letters) == 1 else f"({', '.join(letters)})"
     cure = f": convert with {convert}" if convert and not right else ""
     given = f"of shape {tuple(x.shape)} and dtype {x.dtype}"
-    raise InputError(f"{what} {given}; required is {with_article(numbers)} tensor of shape {shape}{cure}")
+    raise InputError(f"{what} {given}; expected {with_article(numbers)} tensor of shape {shape}{cure}")
 
 
 def check_valid(like: Tensor, valid: object) -> None:
@@ -146,9 +146,7 @@ def check_count(value: Any, what: str, least: int = 0, unit: str = "") -> None:
     """
     # `int` comes first, because torch.compile supports no other of these classes.
     if isinstance(value, bool) or not isinstance(value, int | Integral | torch.SymInt):
-        raise InputError(
-            f"{what}={quote(value)} is {what_came(value)}; required is an integer of at least {least}{unit}"
-        )
+        raise InputError(f"{what}={quote(value)} is {what_came(value)}; expected an integer of at least {least}{unit}")
     if value < least:
         raise InputError(f"{what}={quote(value)} must be at least {least}{unit}")
 
@@ -160,7 +158,7 @@ def check_number(value: Any, what: str) -> None:
         InputError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{what} is {what_came(value)}, {quote(value)}; required is a plain number: write float(x)")
+        raise InputError(f"{what} is {what_came(value)}, {quote(value)}; expected a plain number: write float(x)")
 
 
 def check_rate(value: Any, what: str) -> None:
@@ -264,7 +262,7 @@ def check_names(decision: "Decision", names: Sequence[str], whose: str) -> None:
         InputError: they are others, or in another order.
     """
     if tuple(decision.names) != tuple(names):
-        raise InputError(f"{whose} is about {list(decision.names)}; required are {list(names)}, in this order")
+        raise InputError(f"{whose} is about {list(decision.names)}; expected {list(names)}, in this order")
 
 
 def check_decisions(decisions: "Sequence[Decision]", what: str, valid: Tensor | None = None) -> None:
@@ -275,17 +273,17 @@ def check_decisions(decisions: "Sequence[Decision]", what: str, valid: Tensor | 
     """
     if _is_decision(decisions):
         raise InputError(
-            f"{what} got one Decision; required is a sequence of them, one for each routed layer: write [decision]"
+            f"{what} got one Decision; expected a sequence of them, one for each routed layer: write [decision]"
         )
     if hasattr(decisions, "decisions") or not isinstance(decisions, Sequence):
         cure = ": give output.decisions" if hasattr(decisions, "decisions") else ", such as output.decisions"
         raise InputError(
-            f"{what} got {what_came(decisions)}; required is a sequence of decisions, one for each routed layer{cure}"
+            f"{what} got {what_came(decisions)}; expected a sequence of decisions, one for each routed layer{cure}"
         )
     for index, decision in enumerate(decisions):
         if not _is_decision(decision):
             raise InputError(
-                f"{what} got {what_came(decision)} as decision {index}; required is a Decision of each routed layer"
+                f"{what} got {what_came(decision)} as decision {index}; expected a Decision of each routed layer"
             )
         check_valid(decision.active, valid)
 
@@ -348,7 +346,7 @@ def check_state(part: nn.Module, state: object, kind: type[Kind], rows: int) -> 
     name = type(part).__name__
     if not isinstance(state, kind):
         raise StateError(
-            f"{name} got a state of class {type(state).__name__}; required is {kind.__name__}: use init_state"
+            f"{name} got a state of class {type(state).__name__}; expected {kind.__name__}: use init_state"
         )
     streams = cast(Any, state).batch_size
     if streams != rows:

@@ -136,7 +136,7 @@ def policy_gradient_loss(
     rows, length = decisions[0].active.shape[:2]
     if losses.shape not in ((rows,), (rows, length)):
         raise InputError(
-            f"the losses have shape {tuple(losses.shape)}; required is (B,) = ({rows},), or (B, L) = ({rows}, {length})"
+            f"the losses have shape {tuple(losses.shape)}; expected (B,) = ({rows},), or (B, L) = ({rows}, {length})"
         )
     valid = torch.ones(rows, length, dtype=torch.bool, device=losses.device) if valid is None else valid
     advantage_BL = _advantage(losses.detach(), valid)

@@ -41,12 +41,12 @@ def check_submodules(modules: Mapping[str, nn.Module]) -> None:
         InputError: there are none, or one is a plain module; the message contains the wrapper that fits its signature.
     """
     if not isinstance(modules, Mapping):
-        raise InputError(f"the sub-modules are {what_came(modules)}; required is a mapping of names to sub-modules")
+        raise InputError(f"the sub-modules are {what_came(modules)}; expected a mapping of names to sub-modules")
     if not modules:
         raise InputError("there are no sub-modules to choose from; give at least one")
     for name, module in modules.items():
         if not isinstance(name, str):
-            raise InputError(f"the name {quote(name)} of a sub-module is {what_came(name)}; required is a word")
+            raise InputError(f"the name {quote(name)} of a sub-module is {what_came(name)}; expected a word")
         check_instance(module, nn.Module, f"the sub-module {quote(name)} is", "see sma.SubModule")
         if not keeps_contract(module):
             raise InputError(

@@ -37,7 +37,7 @@ def check_selection(selection: object, names: Sequence[str], like: Tensor, what:
         selection = selection.active
     elif not isinstance(selection, Tensor):
         raise InputError(
-            f"{what} is {what_came(selection)}; required is a Decision or a boolean mask (B, L, M) of which tokens run "
+            f"{what} is {what_came(selection)}; expected a Decision or a boolean mask (B, L, M) of which tokens run "
             "which sub-modules"
         )
     axes = {"B": like.shape[0], "L": like.shape[1], "M": len(names)}
@@ -60,12 +60,12 @@ def check_selections(decisions: object, layers: Sequence[Sequence[str]], like: T
     if not isinstance(decisions, Sequence):
         cure = ": give output.decisions" if hasattr(decisions, "decisions") else ""
         raise InputError(
-            f"decisions is {what_came(decisions)}; required is a sequence of a Decision or a mask for each of the "
+            f"decisions is {what_came(decisions)}; expected a sequence of a Decision or a mask for each of the "
             f"{len(layers)} routed layers{cure}"
         )
     if len(decisions) != len(layers):
         raise InputError(
-            f"decisions has {len(decisions)} elements; required is one for each of the {len(layers)} routed layers"
+            f"decisions has {len(decisions)} elements; expected one for each of the {len(layers)} routed layers"
         )
     return [
         check_selection(given, names, like, f"decisions[{index}]")
@@ -133,7 +133,7 @@ def load_decisions(path: str | Path, names: Sequence[Sequence[str]]) -> tuple[Te
         wanted = [list(each) for each in names if each]
         if wanted != [each for each, _ in layers]:
             raise InputError(
-                f"{quote(str(path))} holds decisions about {quote([each for each, _ in layers])}; required are "
+                f"{quote(str(path))} holds decisions about {quote([each for each, _ in layers])}; expected "
                 f"{quote(wanted)}, one list for each routed layer"
             )
         masks = []

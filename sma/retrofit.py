@@ -236,9 +236,9 @@ def retrofit(
     """
     check_instance(model, nn.Module, "retrofit got", "give the model")
     if not isinstance(targets, Mapping) or not targets:
-        raise InputError(f"targets is {what_came(targets)}; required is a mapping of patterns or adapters to routers")
+        raise InputError(f"targets is {what_came(targets)}; expected a mapping of patterns or adapters to routers")
     if train not in ("all", "routers"):
-        raise InputError(f"train={quote(train)}; required is 'all' or 'routers'")
+        raise InputError(f"train={quote(train)}; expected 'all' or 'routers'")
     if any(isinstance(part, RoutedPart) for part in model.modules()):
         raise InputError(
             f"{type(model).__name__} is retrofitted already; undo() that first, or give all targets at once"
@@ -286,7 +286,7 @@ def _adapted(model: nn.Module, adapter: Adapter) -> list[Target]:
     """The targets that an adapter finds."""
     if not callable(adapter):
         raise InputError(
-            f"a target is {what_came(adapter)}; required is a pattern of paths, such as 'layers.*.mlp', or an adapter"
+            f"a target is {what_came(adapter)}; expected a pattern of paths, such as 'layers.*.mlp', or an adapter"
         )
     name, found = getattr(adapter, "__name__", type(adapter).__name__), adapter(model)
     targets = list(found) if isinstance(found, Iterable) else [found]

@@ -41,7 +41,7 @@ def segment_reduce(
     check_tensor(values, "the values are")
     check_integers(offsets, "the offsets are", {"B + 1": None})
     if not offsets.numel():
-        raise InputError("the offsets are empty; required are B + 1 integers, the first of which is 0")
+        raise InputError("the offsets are empty; expected B + 1 integers, the first of which is 0")
     if reduce not in ("sum", "mean", "max", "min"):
         raise InputError(f"reduce={quote(reduce)} must be 'sum', 'mean', 'max' or 'min'")
     scatter = _torch_scatter()

@@ -162,12 +162,12 @@ def check_weights(what: str, reference: nn.Module, given: Mapping[str, Any], hin
         found = given[name]
         if not (isinstance(tensor, Tensor) and hasattr(found, "shape") and hasattr(found, "dtype")):
             raise CheckpointError(
-                f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; required is a tensor{hint}"
+                f"{what} does not fit its spec: {quote(name)} is a {type(found).__name__}; expected a tensor{hint}"
             )
         alike = any(found.dtype in group and tensor.dtype in group for group in (_FLOATING, _COMPLEX, (tensor.dtype,)))
         if tuple(found.shape) != tuple(tensor.shape) or not alike:
             raise CheckpointError(
-                f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; required is {_kind(tensor)}{hint}"
+                f"{what} does not fit its spec: {quote(name)} is {_kind(found)}; expected {_kind(tensor)}{hint}"
             )
 
 

@@ -95,7 +95,7 @@ class _Wrapped(SubModule):
         if dense and result.is_floating_point() and result.shape == values.shape:
             return result
         raise InputError(
-            f"{self._label} returned {what_came(result)}; required is a floating-point tensor {axes} of shape "
+            f"{self._label} returned {what_came(result)}; expected a floating-point tensor {axes} of shape "
             f"{tuple(values.shape)}: wrap the module in one that returns it"
         )
 
@@ -208,7 +208,7 @@ class RowWise(_Wrapped):
     ) -> None:
         super().__init__(module)
         if mask_true_is not in ("padding", "valid"):
-            raise InputError(f"mask_true_is={quote(mask_true_is)}; required is 'padding' or 'valid'")
+            raise InputError(f"mask_true_is={quote(mask_true_is)}; expected 'padding' or 'valid'")
         self._check_axes()
         if mask_argument is not None:
             self._check_argument(mask_argument)
@@ -268,7 +268,7 @@ class RowWise(_Wrapped):
 
     def _check_argument(self, name: str) -> None:
         if not isinstance(name, str):
-            raise InputError(f"mask_argument is {what_came(name)}; required is the name of an argument, or None")
+            raise InputError(f"mask_argument is {what_came(name)}; expected the name of an argument, or None")
         kind, known = type(bare(self.module)).__name__, arguments_of(bare(self.module))
         if known is not None and name not in known:
             raise InputError(

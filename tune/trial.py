@@ -77,9 +77,7 @@ class TrialReporter(Checkpoint):
         with parsing(repr(str(path)), CheckpointError):
             found = json.loads(read_file(path, LIMIT, CheckpointError))
         if not isinstance(found, list) or not all(_is_evaluation(entry) for entry in found):
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: {quote(found)}; required are evaluations with their updates"
-            )
+            raise CheckpointError(f"{str(path)!r} is damaged: {quote(found)}; expected evaluations with their updates")
         self.history = [present_names(entry) for entry in found]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

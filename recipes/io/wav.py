@@ -75,7 +75,7 @@ def read_wav(path: str | Path, rate: int = 16_000, *, only: int | None = None) -
         what, known = _describe(header)
         if not known or header.channels != 1 or header.rate != rate:
             raise DataError(
-                f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; required are 1 channel, 16 "
+                f"{path} has {header.channels} channel(s) of {what} at {header.rate:,} Hz; expected 1 channel, 16 "
                 f"bits, {rate:,} Hz (8, 24 and 32 bits are read too): convert it"
             )
         count, present = header.size // header.width, (length - header.start) // header.width

@@ -292,7 +292,7 @@ class TestRefusals:
     def test_state_of_another_class(self, name: str) -> None:
         module = make(name)
         wanted = type(module.init_state(1)).__name__
-        sentence = f"{type(module).__name__} got a state of class State; required is {wanted}: use init_state"
+        sentence = f"{type(module).__name__} got a state of class State; expected {wanted}: use init_state"
         with pytest.raises(StateError, match=exactly(sentence)):
             module(lay(tokens(1), first([3], LENGTH), "packed"), State())
 

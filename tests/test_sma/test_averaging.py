@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "none": ([], "update_statistics got no batch"),
     "targets": ([(NAN, torch.zeros(2))], "The second of a pair is the mask of the valid tokens"),
     "words": (["abc"], "a batch of update_statistics is a str"),
-    "tensor": (NAN, "the data of update_statistics is a torch.Tensor of shape .*; required are batches"),
+    "tensor": (NAN, "the data of update_statistics is a torch.Tensor of shape .*; expected batches"),
     "other names": (
         [{"inputs": NAN, "labels": NAN}],
         r"the forward of SequenceModel cannot be called with \['inputs', 'labels'\]",

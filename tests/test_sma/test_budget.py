@@ -292,14 +292,14 @@ class TestRefused:
     def test_decisions_about_other_sub_modules(self, names, target):
         router, other = _router(SMARouterSpec()), SMARouterSpec().build(5, names).double()
         controller = BudgetController(BudgetSpec(target=[0.5, target]), [router, router])
-        sentence = f"decision 1 is about {list(names)}; required are {list(NAMES)}, in this order"
+        sentence = f"decision 1 is about {list(names)}; expected {list(NAMES)}, in this order"
         with pytest.raises(InputError, match=f"^{re.escape(sentence)}"):
             controller.update([part(normal(1, 2, 5))[0] for part in (router, other)])
         assert not router.score_bias.any()
 
     def test_a_mask_that_does_not_fit(self, as_users_run):
         router = _router(SMARouterSpec())
-        with pytest.raises(InputError, match=r"valid is of shape \(1, 2\) .*; required is .* \(B = 3, L = 2\)$"):
+        with pytest.raises(InputError, match=r"valid is of shape \(1, 2\) .*; expected .* \(B = 3, L = 2\)$"):
             BudgetController(BudgetSpec(target={}), [router]).update(
                 [router(normal(3, 2, 5))[0]], torch.ones(1, 2, dtype=torch.bool)
             )

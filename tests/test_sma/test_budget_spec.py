@@ -75,22 +75,22 @@ class TestTotal:
         [
             pytest.param(
                 [[1.0, 2.0]],
-                "there are costs for [2] sub-modules, by layer; required is one for each of [3]",
+                "there are costs for [2] sub-modules, by layer; expected one for each of [3]",
                 id="too few",
             ),
             pytest.param(
                 [[1.0] * 3] * 2,
-                "there are costs for [3, 3] sub-modules, by layer; required is one for each of [3]",
+                "there are costs for [3, 3] sub-modules, by layer; expected one for each of [3]",
                 id="layers",
             ),
             pytest.param(
                 [[1.0, -2.0, 1.0]],
-                "a sub-module costs -2.0; required is a finite number of at least 0, such as its MACs per token",
+                "a sub-module costs -2.0; expected a finite number of at least 0, such as its MACs per token",
                 id="negative",
             ),
             pytest.param(
                 [[1.0, math.nan, 1.0]],
-                "a sub-module costs nan; required is a finite number of at least 0, such as its MACs per token",
+                "a sub-module costs nan; expected a finite number of at least 0, such as its MACs per token",
                 id="nan",
             ),
             pytest.param(

@@ -163,7 +163,7 @@ class TestCalibrate:
     )
     def test_a_rate_that_is_no_number_is_refused(self, rate, what, as_users_run):
         with pytest.raises(
-            InputError, match=f"^{what}; required is a number such as 0.3, one for every name, or a list of these for"
+            InputError, match=f"^{what}; expected a number such as 0.3, one for every name, or a list of these for"
         ):
             calibrate(_model({"kind": "sma"}), [normal(1, 4, 3)], rate)
 
@@ -181,7 +181,7 @@ class TestCalibrate:
             "inputs, a pair (inputs, valid), or an object with the attributes, "
             "or a mapping with the keys, inputs and valid"
         )
-        with pytest.raises(InputError, match=exactly(f"a batch of calibrate is {told}; required are {wanted}")):
+        with pytest.raises(InputError, match=exactly(f"a batch of calibrate is {told}; expected {wanted}")):
             calibrate(_model({"kind": "sma"}), [batch], 0.5)
 
     def test_every_form_of_a_batch_gives_the_same(self):
@@ -223,7 +223,7 @@ class TestModulesOfOnesOwn:
     )
     def test_one_that_returns_none_says_what_is_needed(self, told, came, as_users_run):
         required = (
-            "required is an output with the attribute decisions, "
+            "expected an output with the attribute decisions, "
             "one for each of its 2 routed layers, as in sma.ModelOutput"
         )
         with pytest.raises(
@@ -253,7 +253,7 @@ def test_targets_in_the_place_of_the_mask_are_told_from_it(targets, as_users_run
     cure = f"{mask}; targets are not needed: give [inputs for inputs, targets in data]"
     given = f"of shape {tuple(targets.shape)} and dtype {targets.dtype}"
     convert = "" if targets.dtype is torch.bool else ": convert with .bool()"
-    required = f"required is a boolean tensor of shape (B = 2, L = 9){convert}"
+    required = f"expected a boolean tensor of shape (B = 2, L = 9){convert}"
     with pytest.raises(InputError, match=exactly(f"valid is {given}; {required}. {cure}")):
         calibrate(_model({"kind": "sma"}), [(normal(2, 9, 3), targets)], 0.5)
     with pytest.raises(
@@ -279,16 +279,16 @@ class Once:
         pytest.param(Once(), "and its batches can be iterated over only once: give a list of them", id="exhausted"),
         pytest.param(
             normal(2, 9, 3),
-            "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; required are batches",
+            "is a torch.Tensor of shape (2, 9, 3) and dtype torch.float64; expected batches",
             id="tensor",
         ),
         pytest.param(
             normal(2, 9, 3).numpy(),
-            "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; required are batches",
+            "is a numpy.ndarray of shape (2, 9, 3) and dtype float64; expected batches",
             id="array",
         ),
-        pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; required are batches", id="mapping"),
-        pytest.param(3, "is an int; required are batches, such as a list of them or a DataLoader", id="number"),
+        pytest.param({"inputs": normal(2, 9, 3)}, "is a dict; expected batches", id="mapping"),
+        pytest.param(3, "is an int; expected batches, such as a list of them or a DataLoader", id="number"),
         pytest.param([], "got no batch; give it data for which the rates should hold", id="nothing"),
     ],
 )

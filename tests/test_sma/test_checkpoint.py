@@ -269,31 +269,31 @@ class TestDamaged:
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 3)}),
                 METADATA,
                 r"does not fit its spec: 'encoder\.weight' is float32 of shape \(5, 3\); "
-                r"required is float32 of shape \(5, 4\)$",
+                r"expected float32 of shape \(5, 4\)$",
                 id="a tensor of another shape",
             ),
             pytest.param(
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4, dtype=torch.int32)}),
                 METADATA,
-                r"does not fit its spec: 'encoder\.weight' is int32 of shape \(5, 4\); required is float32 of shape",
+                r"does not fit its spec: 'encoder\.weight' is int32 of shape \(5, 4\); expected float32 of shape",
                 id="integers",
             ),
             pytest.param(
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4).to(torch.float8_e4m3fn)}),
                 METADATA,
-                r"'encoder\.weight' is float8_e4m3fn of shape \(5, 4\); required is float32 of shape",
+                r"'encoder\.weight' is float8_e4m3fn of shape \(5, 4\); expected float32 of shape",
                 id="8 bits",
             ),
             pytest.param(
                 lambda tensors: tensors.update({"encoder.weight": torch.zeros(5, 4, dtype=torch.complex64)}),
                 METADATA,
-                r"'encoder\.weight' is complex64 of shape \(5, 4\); required is float32 of shape",
+                r"'encoder\.weight' is complex64 of shape \(5, 4\); expected float32 of shape",
                 id="complex numbers",
             ),
             pytest.param(
                 lambda tensors: tensors.update({"layers.0.routed.router.score_bias": torch.zeros(2, dtype=torch.bool)}),
                 METADATA,
-                r"'layers\.0\.routed\.router\.score_bias' is bool of shape \(2,\); required is float32 of shape",
+                r"'layers\.0\.routed\.router\.score_bias' is bool of shape \(2,\); expected float32 of shape",
                 id="a buffer of another dtype",
             ),
             pytest.param(
@@ -312,7 +312,7 @@ class TestDamaged:
             pytest.param(
                 lambda tensors: None,
                 {"spec": '"/etc/hostname"'},
-                r"the spec saved in .* cannot be built here: it is '/etc/hostname'; required is a mapping of fields$",
+                r"the spec saved in .* cannot be built here: it is '/etc/hostname'; expected a mapping of fields$",
                 id="a spec that is a path",
             ),
             pytest.param(

@@ -71,47 +71,46 @@ class TestBesideTheTokens:
             (
                 {"control_BLD": normal(2, 3, WIDTH)},
                 "control_BLD is of shape (2, 3, 4) and dtype torch.float64; "
-                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
+                "expected a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(1, 4, WIDTH)},
                 "control_BLD is of shape (1, 4, 4) and dtype torch.float64; "
-                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
+                "expected a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(2, 4)},
                 "control_BLD is of shape (2, 4) and dtype torch.float64; "
-                "required is a floating-point tensor of shape (B = 2, L = 4, E)",
+                "expected a floating-point tensor of shape (B = 2, L = 4, E)",
             ),
             (
                 {"control_BLD": normal(2, 4, WIDTH).long()},
                 "control_BLD is of shape (2, 4, 4) and dtype torch.int64; "
-                "required is a floating-point tensor of shape (B = 2, L = 4, E): convert with .float()",
+                "expected a floating-point tensor of shape (B = 2, L = 4, E): convert with .float()",
             ),
             (
                 {"control_BLD": normal(2, 4, 5)},
                 "control_BLD is of shape (2, 4, 5) and dtype torch.float64; "
-                "required is a floating-point tensor of shape (B, L, D = 4)",
+                "expected a floating-point tensor of shape (B, L, D = 4)",
             ),
             (
                 {"positions": torch.arange(4)},
-                "positions are of shape (4,) and dtype torch.int64; "
-                "required is an integer tensor of shape (B = 2, L = 4)",
+                "positions are of shape (4,) and dtype torch.int64; expected an integer tensor of shape (B = 2, L = 4)",
             ),
             (
                 {"positions": torch.arange(20).reshape(2, 10)},
                 "positions are of shape (2, 10) and dtype torch.int64; "
-                "required is an integer tensor of shape (B = 2, L = 4)",
+                "expected an integer tensor of shape (B = 2, L = 4)",
             ),
             (
                 {"positions": normal(2, 4)},
                 "positions are of shape (2, 4) and dtype torch.float64; "
-                "required is an integer tensor of shape (B = 2, L = 4): convert with .long()",
+                "expected an integer tensor of shape (B = 2, L = 4): convert with .long()",
             ),
             (
                 {"positions": torch.ones(2, 4).bool()},
                 "positions are of shape (2, 4) and dtype torch.bool; "
-                "required is an integer tensor of shape (B = 2, L = 4): convert with .long()",
+                "expected an integer tensor of shape (B = 2, L = 4): convert with .long()",
             ),
         ],
     )
@@ -120,7 +119,7 @@ class TestBesideTheTokens:
             routed()(normal(2, 4, WIDTH), **options)
 
     def test_tokens_of_another_width_than_the_router_reads(self):
-        with pytest.raises(InputError, match=r"^the tokens are .* \(2, 4, 5\) .*; required is .* \(B, L, D = 4\)$"):
+        with pytest.raises(InputError, match=r"^the tokens are .* \(2, 4, 5\) .*; expected .* \(B, L, D = 4\)$"):
             routed()(normal(2, 4, 5))
 
 
@@ -169,30 +168,30 @@ class TestDecisions:
     @pytest.mark.parametrize(
         ("changes", "complaint"),
         [
-            ({"names": ()}, "the decision of Edited is about []; required are ['a', 'b'], in this order"),
+            ({"names": ()}, "the decision of Edited is about []; expected ['a', 'b'], in this order"),
             (
                 {"names": ("b", "a")},
-                "the decision of Edited is about ['b', 'a']; required are ['a', 'b'], in this order",
+                "the decision of Edited is about ['b', 'a']; expected ['a', 'b'], in this order",
             ),
             (
                 {"active": ones.bool()},
                 "active of the decision of Edited is of shape (2, 4, 3) and dtype torch.bool; "
-                "required is a boolean tensor of shape (B = 2, L = 4, M = 2)",
+                "expected a boolean tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"active": ones[..., 0].bool()},
                 "active of the decision of Edited is of shape (2, 4) and dtype torch.bool; "
-                "required is a boolean tensor of shape (B = 2, L = 4, M = 2)",
+                "expected a boolean tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"confidence": ones[:1, :, :2]},
                 "confidence of the decision of Edited is of shape (1, 4, 2) and dtype torch.float32; "
-                "required is a floating-point tensor of shape (B = 2, L = 4, M = 2)",
+                "expected a floating-point tensor of shape (B = 2, L = 4, M = 2)",
             ),
             (
                 {"active": ones[..., :2]},
                 "active of the decision of Edited is of shape (2, 4, 2) and dtype torch.float32; "
-                "required is a boolean tensor of shape (B = 2, L = 4, M = 2): convert with .bool()",
+                "expected a boolean tensor of shape (B = 2, L = 4, M = 2): convert with .bool()",
             ),
         ],
     )

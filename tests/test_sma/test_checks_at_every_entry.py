@@ -103,7 +103,7 @@ def test_an_array_is_named_with_the_way_to_convert_it(entry):
     given = right.numpy()
     shape = ", ".join(map(str, given.shape)) + ("," if given.ndim == 1 else "")
     told = (
-        f"a numpy.ndarray of shape \\({shape}\\) and dtype {given.dtype}; required is a torch.Tensor: "
+        f"a numpy.ndarray of shape \\({shape}\\) and dtype {given.dtype}; expected a torch.Tensor: "
         "write torch.as_tensor\\(x"
     )
     with pytest.raises(InputError, match=told):
@@ -114,16 +114,14 @@ def test_an_array_is_named_with_the_way_to_convert_it(entry):
 def test_lists_texts_sparse_and_nested_tensors_are_named(entry):
     call, right = TENSORS[entry]
     if entry != "calibrate inputs":  # there a list is a batch of inputs and mask
-        with pytest.raises(InputError, match=r"a list; required is a torch\.Tensor: write torch\.as_tensor\(x"):
+        with pytest.raises(InputError, match=r"a list; expected a torch\.Tensor: write torch\.as_tensor\(x"):
             call(right.tolist())
     with pytest.raises(InputError, match="str"):
         call("hello")
-    with pytest.raises(
-        InputError, match=r"a sparse_coo tensor; required is a dense one: convert it with \.to_dense\(\)$"
-    ):
+    with pytest.raises(InputError, match=r"a sparse_coo tensor; expected a dense one: convert it with \.to_dense\(\)$"):
         call(right.to_sparse())
     if right.ndim > 1:
-        with pytest.raises(InputError, match="a nested tensor; required is a dense one"):
+        with pytest.raises(InputError, match="a nested tensor; expected a dense one"):
             call(torch.nested.nested_tensor(list(right)))
 
 
@@ -135,7 +133,7 @@ MASKS = [entry for entry in TENSORS if entry.endswith(("valid", "mask")) and not
 def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
     with pytest.raises(
         InputError,
-        match=r"of shape .* and dtype torch\.\w+; required is a boolean tensor of shape .*: convert with \.bool\(\)$",
+        match=r"of shape .* and dtype torch\.\w+; expected a boolean tensor of shape .*: convert with \.bool\(\)$",
     ):
         TENSORS[entry][0](VALID.to(dtype))
 
@@ -143,13 +141,13 @@ def test_a_mask_of_numbers_says_how_to_make_booleans(entry, dtype):
 @pytest.mark.parametrize("entry", MASKS)
 @pytest.mark.parametrize("shape", [(2, 4), (1, 5), (5,), (2, 5, 1)])
 def test_a_mask_of_another_shape_says_which_is_required(entry, shape):
-    with pytest.raises(InputError, match=r"of shape \(.*\) and dtype torch\.bool; required is .* \(B = 2, L = 5\)$"):
+    with pytest.raises(InputError, match=r"of shape \(.*\) and dtype torch\.bool; expected .* \(B = 2, L = 5\)$"):
         TENSORS[entry][0](torch.ones(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("entry", ["layer tokens", "routed tokens"])
 def test_tokens_without_a_row_axis_say_which_shape_is_required(entry):
-    with pytest.raises(InputError, match=r"^the tokens are of shape \(5, 8\) .*; required is .* \(B, L, D(?: = 8)?\)$"):
+    with pytest.raises(InputError, match=r"^the tokens are of shape \(5, 8\) .*; expected .* \(B, L, D(?: = 8)?\)$"):
         TENSORS[entry][0](X[0])
 
 
@@ -165,7 +163,7 @@ def test_tokens_without_a_row_axis_say_which_shape_is_required(entry):
 def test_a_state_of_another_class_or_number_of_streams_is_refused(entry, part, required):
     name, right = type(part).__name__, TENSORS[entry][1]
     with pytest.raises(
-        StateError, match=exactly(f"{name} got a state of class State; required is {required}: use init_state")
+        StateError, match=exactly(f"{name} got a state of class State; expected {required}: use init_state")
     ):
         part(right, state=sma.State())
     sentence = (
@@ -203,7 +201,7 @@ def test_ids_out_of_range_are_told_as_they_were_given(ids, wrong):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_ids_of_another_dtype_say_how_to_convert_them(dtype):
-    required = f"dtype {dtype}; required is an integer tensor of shape (B, L): convert with .long()"
+    required = f"dtype {dtype}; expected an integer tensor of shape (B, L): convert with .long()"
     with pytest.raises(InputError, match=exactly(f"token ids are of shape (2, 5) and {required}")):
         MODEL(IDS.to(dtype))
 
@@ -214,7 +212,7 @@ def test_whole_numbers_where_floats_are_required_say_how_to_convert_them(dtype):
         call, right = TENSORS[entry]
         with pytest.raises(
             InputError,
-            match=rf"dtype {dtype}; required is a floating-point tensor of shape \(B, L.*\): convert with \.float\(\)$",
+            match=rf"dtype {dtype}; expected a floating-point tensor of shape \(B, L.*\): convert with \.float\(\)$",
         ):
             call(right.to(dtype))
 
@@ -241,7 +239,7 @@ def test_functions_of_decisions_say_what_they_got(function):
         function(DECISIONS[0])
     with pytest.raises(
         InputError,
-        match=r"got a numpy\.ndarray of shape \(2, 5\) and dtype int64 as decision 0; required is a Decision",
+        match=r"got a numpy\.ndarray of shape \(2, 5\) and dtype int64 as decision 0; expected a Decision",
     ):
         function([IDS.numpy()])
 
@@ -251,7 +249,7 @@ def test_a_sub_module_given_a_batch_names_ragged_tokens(name):
     part = SPECS[name].build(8)
     with pytest.raises(
         InputError,
-        match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*; required is a Ragged: write",
+        match=rf"^{type(part).__name__} got a torch\.Tensor of shape \(2, 5, 8\) .*; expected a Ragged: write",
     ):
         part(X)
 
@@ -306,7 +304,7 @@ def test_a_capacity_of_compress_is_an_integer():
         ("3", "capacity='3' is a str"),
         (True, "capacity=True is a bool"),
     ):
-        with pytest.raises(InputError, match=f"^{problem}; required is an integer of at least 1 token per row$"):
+        with pytest.raises(InputError, match=f"^{problem}; expected an integer of at least 1 token per row$"):
             compress(X, VALID, capacity=wrong)
     assert compress(X, VALID, capacity=np.int64(2)).stride == 2
 
@@ -314,14 +312,14 @@ def test_a_capacity_of_compress_is_an_integer():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"tokens": 1.5}, "tokens=1.5 is a float; required is an integer of at least 0"),
-        ({"samples": "2"}, "samples='2' is a str; required is an integer of at least 1"),
-        ({"temperature": "hot"}, "temperature is a str, 'hot'; required is a plain number: write float(x)"),
+        ({"tokens": 1.5}, "tokens=1.5 is a float; expected an integer of at least 0"),
+        ({"samples": "2"}, "samples='2' is a str; expected an integer of at least 1"),
+        ({"temperature": "hot"}, "temperature is a str, 'hot'; expected a plain number: write float(x)"),
         (
             {"top_k": 2.0},
-            "top_k=2.0 is a float; required is an integer of at least 1; leave it out to draw from all tokens",
+            "top_k=2.0 is a float; expected an integer of at least 1; leave it out to draw from all tokens",
         ),
-        ({"top_p": None, "top_k": None, "tokens": None}, "tokens=None is None; required is an integer of at least 0"),
+        ({"top_p": None, "top_k": None, "tokens": None}, "tokens=None is None; expected an integer of at least 0"),
     ],
 )
 def test_settings_of_generate_that_are_no_numbers_are_named(settings, problem):

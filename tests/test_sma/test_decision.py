@@ -58,24 +58,24 @@ def test_rate_of_no_valid_token_is_zero():
     [
         (
             torch.ones(1, 3, dtype=torch.bool),
-            "valid is of shape (1, 3) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
+            "valid is of shape (1, 3) and dtype torch.bool; expected a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 4, dtype=torch.bool),
-            "valid is of shape (2, 4) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
+            "valid is of shape (2, 4) and dtype torch.bool; expected a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 3, 1, dtype=torch.bool),
-            "valid is of shape (2, 3, 1) and dtype torch.bool; required is a boolean tensor of shape (B = 2, L = 3)",
+            "valid is of shape (2, 3, 1) and dtype torch.bool; expected a boolean tensor of shape (B = 2, L = 3)",
         ),
         (
             torch.ones(2, 3),
             "valid is of shape (2, 3) and dtype torch.float32; "
-            "required is a boolean tensor of shape (B = 2, L = 3): convert with .bool()",
+            "expected a boolean tensor of shape (B = 2, L = 3): convert with .bool()",
         ),
         (
             [[1, 1, 0], [1, 1, 1]],
-            "valid is a list; required is a torch.Tensor: write torch.as_tensor(x, dtype=torch.bool)",
+            "valid is a list; expected a torch.Tensor: write torch.as_tensor(x, dtype=torch.bool)",
         ),
     ],
 )

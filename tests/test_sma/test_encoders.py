@@ -105,56 +105,56 @@ class TestWrongInput:
                 TokenEmbeddingSpec(vocabulary=5),
                 torch.zeros(1, 2),
                 r"token ids are of shape \(1, 2\) and dtype torch\.float32; "
-                r"required is an integer tensor of shape \(B, L\)",
+                r"expected an integer tensor of shape \(B, L\)",
                 id="ids that are floats",
             ),
             pytest.param(
                 TokenEmbeddingSpec(vocabulary=5),
                 torch.zeros(1, 2, dtype=torch.bool),
                 r"token ids are of shape \(1, 2\) and dtype torch\.bool; "
-                r"required is an integer tensor of shape \(B, L\)",
+                r"expected an integer tensor of shape \(B, L\)",
                 id="ids that are a mask",
             ),
             pytest.param(
                 TokenEmbeddingSpec(vocabulary=5),
                 torch.zeros(1, 2, dtype=torch.complex64),
                 r"token ids are of shape \(1, 2\) and dtype torch\.complex64; "
-                r"required is an integer tensor of shape \(B, L\)",
+                r"expected an integer tensor of shape \(B, L\)",
                 id="ids that are complex",
             ),
             pytest.param(
                 TokenEmbeddingSpec(vocabulary=5),
                 torch.zeros(2, dtype=torch.long),
                 r"token ids are of shape \(2,\) and dtype torch\.int64; "
-                r"required is an integer tensor of shape \(B, L\)",
+                r"expected an integer tensor of shape \(B, L\)",
                 id="one row of ids",
             ),
             pytest.param(
                 RealNumberSpec(),
                 torch.zeros(1, 2, dtype=torch.long),
                 r"numbers are of shape \(1, 2\) and dtype torch\.int64; "
-                r"required is a floating-point tensor of shape \(B, L\)",
+                r"expected a floating-point tensor of shape \(B, L\)",
                 id="numbers that are integers",
             ),
             pytest.param(
                 RealNumberSpec(),
                 torch.zeros(1, 2, 3),
                 r"numbers are of shape \(1, 2, 3\) and dtype torch\.float32; "
-                r"required is a floating-point tensor of shape \(B, L\)",
+                r"expected a floating-point tensor of shape \(B, L\)",
                 id="numbers with features",
             ),
             pytest.param(
                 LinearEncoderSpec(features=4),
                 torch.zeros(1, 2, 3),
                 r"features are of shape \(1, 2, 3\) and dtype torch\.float32; "
-                r"required is a floating-point tensor of shape \(B, L, F = 4\)",
+                r"expected a floating-point tensor of shape \(B, L, F = 4\)",
                 id="too few features",
             ),
             pytest.param(
                 LinearEncoderSpec(features=4),
                 torch.zeros(1, 2, 4, dtype=torch.int32),
                 r"features are of shape \(1, 2, 4\) and dtype torch\.int32; "
-                r"required is a floating-point tensor of shape \(B, L, F = 4\)",
+                r"expected a floating-point tensor of shape \(B, L, F = 4\)",
                 id="features that are integers",
             ),
         ],

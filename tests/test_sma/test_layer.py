@@ -263,9 +263,7 @@ class TestDropout:
 @pytest.mark.usefixtures("as_users_run")
 class TestWrongInput:
     def test_tokens_of_another_width(self):
-        with pytest.raises(
-            InputError, match=r"the tokens are of shape \(2, 3, 5\) .*; required is .* \(B, L, D = 4\)$"
-        ):
+        with pytest.raises(InputError, match=r"the tokens are of shape \(2, 3, 5\) .*; expected .* \(B, L, D = 4\)$"):
             make("seqboat")(normal(2, 3, 5))
 
 

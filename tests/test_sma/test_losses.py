@@ -222,7 +222,7 @@ def test_without_layers_or_tokens_it_is_a_number(loss):
 
 @LOSSES
 def test_a_mask_that_does_not_fit_is_refused(loss, as_users_run):
-    with pytest.raises(InputError, match=r"valid is of shape \(2, 5\) .*; required is .* \(B = 2, L = 6\)$"):
+    with pytest.raises(InputError, match=r"valid is of shape \(2, 5\) .*; expected .* \(B = 2, L = 6\)$"):
         loss([_random()], torch.ones(2, 5, dtype=torch.bool))
 
 
@@ -322,12 +322,12 @@ class TestPolicyGradient:
     @pytest.mark.parametrize("shape", [(2, 5), (1, 6)])
     def test_a_mask_of_another_shape_is_refused(self, shape, as_users_run):
         with pytest.raises(
-            InputError, match=rf"valid is of shape {re.escape(str(shape))} .*; required is .* \(B = 2, L = 6\)$"
+            InputError, match=rf"valid is of shape {re.escape(str(shape))} .*; expected .* \(B = 2, L = 6\)$"
         ):
             policy_gradient_loss([_random()], torch.ones(2), torch.ones(shape, dtype=torch.bool))
 
     def test_losses_of_another_shape_are_refused(self):
         with pytest.raises(
-            InputError, match=exactly("the losses have shape (3,); required is (B,) = (2,), or (B, L) = (2, 6)")
+            InputError, match=exactly("the losses have shape (3,); expected (B,) = (2,), or (B, L) = (2, 6)")
         ):
             policy_gradient_loss([_random()], torch.ones(3))

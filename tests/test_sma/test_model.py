@@ -284,22 +284,22 @@ class TestWrongInput:
             (
                 "classifier",
                 torch.zeros(2, 3),
-                r"token ids are of shape \(2, 3\) and dtype torch\.float32; required is an integer tensor of shape",
+                r"token ids are of shape \(2, 3\) and dtype torch\.float32; expected an integer tensor of shape",
             ),
             (
                 "classifier",
                 torch.ones(3, dtype=torch.long),
-                r"token ids are of shape \(3,\) and dtype torch\.int64; required is an integer tensor of shape",
+                r"token ids are of shape \(3,\) and dtype torch\.int64; expected an integer tensor of shape",
             ),
             (
                 "causal encoder",
                 torch.ones(2, 3, dtype=torch.long),
-                r"numbers are of shape \(2, 3\) and dtype torch\.int64; required is a floating-point tensor",
+                r"numbers are of shape \(2, 3\) and dtype torch\.int64; expected a floating-point tensor",
             ),
             (
                 "causal encoder",
                 torch.zeros(2, 3, 1),
-                r"numbers are of shape \(2, 3, 1\) and dtype torch\.float32; required is .* of shape \(B, L\)$",
+                r"numbers are of shape \(2, 3, 1\) and dtype torch\.float32; expected .* of shape \(B, L\)$",
             ),
         ],
     )

@@ -353,16 +353,14 @@ class TestWrongInput:
     def test_mask_of_numbers(self):
         with pytest.raises(
             InputError,
-            match=r"the mask is of shape \(2, 3\) and dtype torch\.int64; required is a boolean tensor of "
+            match=r"the mask is of shape \(2, 3\) and dtype torch\.int64; expected a boolean tensor of "
             r"shape \(B = 2, L = 3\): convert with \.bool\(\)$",
         ):
             compress(normal(2, 3, 4), torch.ones(2, 3, dtype=torch.long))
 
     @pytest.mark.parametrize("shape", [(2, 4), (3, 3), (2,), (2, 3, 1)])
     def test_mask_of_another_shape(self, shape):
-        with pytest.raises(
-            InputError, match=r"the mask is .*shape \(.*\) .*; required is .* of shape \(B = 2, L = 3\)$"
-        ):
+        with pytest.raises(InputError, match=r"the mask is .*shape \(.*\) .*; expected .* of shape \(B = 2, L = 3\)$"):
             compress(normal(2, 3, 4), torch.ones(shape, dtype=torch.bool))
 
     @pytest.mark.parametrize("capacity", [0, -1])

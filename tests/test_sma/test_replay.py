@@ -220,15 +220,15 @@ def test_data_parallel_training_passes_the_decisions_on(tmp_path):
 def _others() -> dict[str, tuple[Any, str]]:
     own = model_of()(normal(3, 9, 2)).decisions
     return {
-        "one too few": (own[:-1], "has 2 elements; required is one for each of the 3 routed layers"),
-        "one missing": ([own[0], None, own[2]], r"decisions\[1\] is None; required is a Decision or a boolean mask"),
-        "one alone": (own[0], "required is a sequence of a Decision or a mask for each of the 3 routed layers"),
+        "one too few": (own[:-1], "has 2 elements; expected one for each of the 3 routed layers"),
+        "one missing": ([own[0], None, own[2]], r"decisions\[1\] is None; expected a Decision or a boolean mask"),
+        "one alone": (own[0], "expected a sequence of a Decision or a mask for each of the 3 routed layers"),
         "the whole output": (model_of()(normal(3, 9, 2)), "give output.decisions"),
-        "another order": (own[::-1], r"decisions\[0\] is about \['attention'\]; required are \['attention', 'conv'"),
+        "another order": (own[::-1], r"decisions\[0\] is about \['attention'\]; expected \['attention', 'conv'"),
         "other tokens": ([each.active[:, 1:] for each in own], r"decisions\[0\] is of shape \(3, 8, 3\)"),
         "other rows": ([each.active[:1] for each in own], r"decisions\[0\] is of shape \(1, 9, 3\)"),
         "fewer sub-modules": ([own[0].active[..., :1], own[1], own[2]], r"decisions\[0\] is of shape \(3, 9, 1\)"),
-        "numbers": ([own[0].confidence, own[1], own[2]], r"decisions\[0\] is .*; required is a boolean tensor"),
+        "numbers": ([own[0].confidence, own[1], own[2]], r"decisions\[0\] is .*; expected a boolean tensor"),
         "another device": ([own[0].active.to("meta"), own[1], own[2]], r"decisions\[0\] is on meta"),
     }
 
@@ -313,7 +313,7 @@ def test_a_loaded_decision_is_replayed(tmp_path):
     sma.save_decisions(output.decisions, tmp_path / "d")
     found = sma.load_decisions(tmp_path / "d", [layer.routed_names for layer in model.routed_layers if layer.routed])
     assert torch.equal(model(inputs, decisions=found).logits, output.logits)
-    with pytest.raises(InputError, match=r"holds decisions about .*; required are"):
+    with pytest.raises(InputError, match=r"holds decisions about .*; expected"):
         sma.load_decisions(tmp_path / "d", [["attention"]] * 3)
 
 

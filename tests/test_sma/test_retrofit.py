@@ -182,18 +182,18 @@ FIRST = ("layers.0.mlp", "layers.0.mlp")
     [
         pytest.param(made, {"layers.*.mlpp": HALF}, r"did you mean 'layers\.\*\.mlp'", id="typo"),
         pytest.param(made, {"*.mlp": HALF}, "no module of Model matches", id="too-short"),
-        pytest.param(made, {}, "required is a mapping of patterns", id="empty"),
-        pytest.param(made, "layers.*.mlp", "required is a mapping of patterns", id="text"),
+        pytest.param(made, {}, "expected a mapping of patterns", id="empty"),
+        pytest.param(made, "layers.*.mlp", "expected a mapping of patterns", id="text"),
         pytest.param(made, {"layers.*.mlp": HALF, "layers.0.*": HALF}, "two targets match|lies inside", id="twice"),
         pytest.param(made, {"layers.*": HALF, "layers.*.mlp": HALF}, "lies inside of|cannot be routed", id="nested"),
         pytest.param(made, {"layers.*.attention": HALF}, "'layers.0.attention' cannot be routed: .*mixes", id="mixing"),
         pytest.param(made, {intermediate_and_output: HALF}, "finds no part in Model", id="none"),
         pytest.param(_shared, {"layers.0.mlp": HALF}, "a part that is shared cannot be routed", id="shared"),
         pytest.param(_retrofitted, {"layers.1.mlp": HALF}, "is retrofitted already", id="again"),
-        pytest.param(lambda: 3, {"layers.*.mlp": HALF}, "required is a Module", id="no-model"),
-        pytest.param(made, {3: HALF}, "a target is an int; required is a pattern of paths", id="number"),
+        pytest.param(lambda: 3, {"layers.*.mlp": HALF}, "expected a Module", id="no-model"),
+        pytest.param(made, {3: HALF}, "a target is an int; expected a pattern of paths", id="number"),
         pytest.param(made, {"layers.*.mlp": 3}, "a spec is read from a path or a mapping", id="no-router"),
-        pytest.param(made, {nothing: HALF}, "the adapter nothing returned None; required is a Target", id="no-list"),
+        pytest.param(made, {nothing: HALF}, "the adapter nothing returned None; expected a Target", id="no-list"),
         pytest.param(made, {adapted(): HALF}, "the adapter adapter finds no part in Model", id="no-target"),
         pytest.param(made, {adapted(5): HALF}, "the adapter adapter returned an int", id="no-targets"),
         pytest.param(made, {adapted(FIRST, ("layers.1.mlp", "x.y")): HALF}, "replaces 'x.y', which", id="nowhere"),
@@ -221,7 +221,7 @@ def test_what_cannot_be_routed_is_refused_and_changes_nothing(model, targets, sa
 
 @pytest.mark.usefixtures("as_users_run")
 def test_wrong_arguments_are_named():
-    with pytest.raises(InputError, match="required is 'all' or 'routers'"):
+    with pytest.raises(InputError, match="expected 'all' or 'routers'"):
         retrofit(made(), {"layers.*.mlp": HALF}, train="router")
 
 

@@ -155,7 +155,7 @@ def test_a_call_with_anything_but_hidden_states_is_refused(call, said):
     ("valid", "said"),
     [
         pytest.param(torch.ones(3, 9, dtype=torch.int64), r"convert with \.bool\(\)", id="integers"),
-        pytest.param(torch.ones(3, dtype=torch.bool), r"required is a boolean tensor of shape \(B, L\)", id="one-axis"),
+        pytest.param(torch.ones(3, dtype=torch.bool), r"expected a boolean tensor of shape \(B, L\)", id="one-axis"),
         pytest.param("mask", "valid is a str", id="text"),
     ],
 )

@@ -70,7 +70,7 @@ def test_another_width_and_another_dtype_are_refused(tmp_path: Path) -> None:
     path, made = tmp_path / "stream.safetensors", model()
     sma.save_state(made.init_state(2, dtype=torch.float64), path)
     with pytest.raises(
-        CheckpointError, match=r"is the state of another model: '.*' is float64 of shape .*; required is float32"
+        CheckpointError, match=r"is the state of another model: '.*' is float64 of shape .*; expected float32"
     ):
         sma.load_state(path, made.init_state(1))
 
@@ -138,42 +138,40 @@ ALL, WINDOW = ".routed.modules['all']", ".routed.modules['window']"
         pytest.param(
             ".backbone.hidden",
             lambda t: t[:1],
-            r"is float32 of shape \(1, 4, 16\); required is float32 of shape \(3, 4, 16\)",
+            r"is float32 of shape \(1, 4, 16\); expected float32 of shape \(3, 4, 16\)",
             id="rows",
         ),
         pytest.param(
             ".backbone.hidden",
             lambda t: t[:, :3],
-            r"\(3, 3, 16\); required is float32 of shape \(3, 4, 16\)",
+            r"\(3, 3, 16\); expected float32 of shape \(3, 4, 16\)",
             id="width",
         ),
         pytest.param(
-            ".backbone.hidden", lambda t: t[..., 0], r"\(3, 4\); required is float32 of shape \(3, 4, 16\)", id="axes"
+            ".backbone.hidden", lambda t: t[..., 0], r"\(3, 4\); expected float32 of shape \(3, 4, 16\)", id="axes"
         ),
-        pytest.param(".backbone.hidden", lambda t: t.sum(), r"of shape \(\); required is", id="a single number"),
+        pytest.param(".backbone.hidden", lambda t: t.sum(), r"of shape \(\); expected", id="a single number"),
         pytest.param(
-            ".backbone.hidden", lambda t: t.double(), r"float64 of .*; required is float32", id="another precision"
+            ".backbone.hidden", lambda t: t.double(), r"float64 of .*; expected float32", id="another precision"
         ),
-        pytest.param(".backbone.hidden", lambda t: t.int(), r"int32 of .*; required is float32", id="integers"),
+        pytest.param(".backbone.hidden", lambda t: t.int(), r"int32 of .*; expected float32", id="integers"),
         pytest.param(
             WINDOW + ".entries[0]",
             lambda t: t[:, 1:],
-            r"\(3, 3, 2\); required is float32 of shape \(3, 4, 2\)",
+            r"\(3, 3, 2\); expected float32 of shape \(3, 4, 2\)",
             id="window",
         ),
         pytest.param(
             ALL + ".entries[1]",
             lambda t: t[:, 1:],
-            r"required is float32 of shape \(3, \d, 3\)",
+            r"expected float32 of shape \(3, \d, 3\)",
             id="entries of two lengths",
         ),
-        pytest.param(
-            ALL + ".seen", lambda t: t[:2], r"\(2,\); required is int64 of shape \(3,\)", id="rows of a count"
-        ),
+        pytest.param(ALL + ".seen", lambda t: t[:2], r"\(2,\); expected int64 of shape \(3,\)", id="rows of a count"),
         pytest.param(
             "seen",
             lambda t: t[:, None],
-            r"\(3, 1\); required is int64 of shape \(3,\)|state of another",
+            r"\(3, 1\); expected int64 of shape \(3,\)|state of another",
             id="another axis",
         ),
     ],

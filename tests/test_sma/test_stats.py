@@ -132,7 +132,7 @@ def test_counts_of_different_models_are_not_added():
 
 def test_a_mask_of_another_shape_is_refused():
     decisions = _decisions(torch.ones(2, 5, dtype=torch.bool))
-    with pytest.raises(InputError, match=r"valid is of shape \(2, 4\) .*; required is .* \(B = 2, L = 5\)$"):
+    with pytest.raises(InputError, match=r"valid is of shape \(2, 4\) .*; expected .* \(B = 2, L = 5\)$"):
         count_rates(decisions, torch.ones(2, 4, dtype=torch.bool))
 
 

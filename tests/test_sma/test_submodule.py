@@ -104,26 +104,26 @@ def test_reset_puts_rows_back_to_zero_and_no_others(mask: list[bool], twice: boo
         (lambda s: s.reset(torch.tensor([7])), "row 7 is out of range; the state has 4 streams, numbered from 0"),
         (
             lambda s: s.select(torch.tensor([0.5])),
-            "rows are of shape (1,) and dtype torch.float32; required is an integer tensor of shape (R,)",
+            "rows are of shape (1,) and dtype torch.float32; expected an integer tensor of shape (R,)",
         ),
         (
             lambda s: s.select(torch.tensor([[0]])),
-            "rows are of shape (1, 1) and dtype torch.int64; required is an integer tensor of shape (R,)",
+            "rows are of shape (1, 1) and dtype torch.int64; expected an integer tensor of shape (R,)",
         ),
         (
             lambda s: s.select(torch.ones(4, dtype=torch.bool)),
             (
                 "rows are of shape (4,) and dtype torch.bool; "
-                "required is an integer tensor of shape (R,): convert with .nonzero().squeeze(1)"
+                "expected an integer tensor of shape (R,): convert with .nonzero().squeeze(1)"
             ),
         ),
         (
             lambda s: s.reset(torch.tensor([True])),
-            "rows are of shape (1,) and dtype torch.bool; required is a boolean tensor of shape (B = 4,)",
+            "rows are of shape (1,) and dtype torch.bool; expected a boolean tensor of shape (B = 4,)",
         ),
         (
             lambda s: s.reset(torch.tensor([[True]] * 4)),
-            "rows are of shape (4, 1) and dtype torch.bool; required is a boolean tensor of shape (B = 4,)",
+            "rows are of shape (4, 1) and dtype torch.bool; expected a boolean tensor of shape (B = 4,)",
         ),
         (lambda s: s.to("gpu"), "the device 'gpu' cannot be used"),
         (

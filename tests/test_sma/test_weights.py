@@ -248,7 +248,7 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
         ),
         pytest.param(
             _then(lambda model: setattr(model.head, "linear", nn.Linear(4, 7))),
-            r"'head\.linear\.weight' is float32 of shape \(7, 4\); required is float32 of shape \(3, 4\)",
+            r"'head\.linear\.weight' is float32 of shape \(7, 4\); expected float32 of shape \(3, 4\)",
             id="more classes",
         ),
         pytest.param(
@@ -262,17 +262,17 @@ def _weight(value: torch.Tensor) -> Callable[[Any], None]:
         ),
         pytest.param(
             _then(_weight(torch.ones(3, 4).int())),
-            r"'head\.linear\.weight' is int32 of .*; required is float32 of",
+            r"'head\.linear\.weight' is int32 of .*; expected float32 of",
             id="integers",
         ),
         pytest.param(
             _then(_weight(torch.ones(3, 4).to(torch.float8_e5m2))),
-            r"is float8_e5m2 of .*; required is float32 of",
+            r"is float8_e5m2 of .*; expected float32 of",
             id="8 bits",
         ),
         pytest.param(
             _then(_weight(torch.ones(3, 4) * 1j)),
-            r"is complex64 of .*; required is float32 of shape",
+            r"is complex64 of .*; expected float32 of shape",
             id="complex numbers",
         ),
         pytest.param(

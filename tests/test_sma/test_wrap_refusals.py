@@ -43,7 +43,7 @@ def test_a_plain_module_is_refused_with_the_wrapper_that_fits(module, fits):
 @pytest.mark.parametrize("wrong", [3, None, nn.GELU, torch.relu])
 @pytest.mark.usefixtures("as_users_run")
 def test_what_is_no_module_is_refused(wrong):
-    with pytest.raises(InputError, match=r"^the sub-module 'mlp' is .*; required is a Module"):
+    with pytest.raises(InputError, match=r"^the sub-module 'mlp' is .*; expected a Module"):
         sma.SparseModularActivation("sma", {"mlp": wrong})
 
 
@@ -59,13 +59,11 @@ class Wrong(SubModule):
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        pytest.param(lambda x: x, r"returned a torch\.Tensor of shape \(10, 4\).*required is a tuple", id="no-tuple"),
-        pytest.param(lambda x: (x, None, None), "returned a tuple; required is a tuple of the results", id="three"),
-        pytest.param(lambda x: None, "returned None; required is a tuple", id="nothing"),
-        pytest.param(
-            lambda x: (x[:, :3], None), r"shape \(10, 3\).*required is a tensor of shape \(10, 4\)", id="width"
-        ),
-        pytest.param(lambda x: (x[:1], None), r"shape \(1, 4\).*required is a tensor of shape \(10, 4\)", id="tokens"),
+        pytest.param(lambda x: x, r"returned a torch\.Tensor of shape \(10, 4\).*expected a tuple", id="no-tuple"),
+        pytest.param(lambda x: (x, None, None), "returned a tuple; expected a tuple of the results", id="three"),
+        pytest.param(lambda x: None, "returned None; expected a tuple", id="nothing"),
+        pytest.param(lambda x: (x[:, :3], None), r"shape \(10, 3\).*expected a tensor of shape \(10, 4\)", id="width"),
+        pytest.param(lambda x: (x[:1], None), r"shape \(1, 4\).*expected a tensor of shape \(10, 4\)", id="tokens"),
         pytest.param(lambda x: ([x], None), "returned a list as its results", id="list"),
     ],
 )
@@ -94,10 +92,10 @@ def test_a_sub_module_that_returns_something_else_is_named(result, said):
             id="typo",
         ),
         pytest.param(lambda: RowWise(nn.Linear(4, 4)), "give mask_argument=None if padding", id="no-mask"),
-        pytest.param(lambda: RowWise(encoder_layer(4), mask_true_is="real"), "required is 'padding' or", id="polarity"),
+        pytest.param(lambda: RowWise(encoder_layer(4), mask_true_is="real"), "expected 'padding' or", id="polarity"),
         pytest.param(lambda: RowWise(encoder_layer(4), mask_argument="src_mask"), "a mask of pairs", id="pairs"),
         pytest.param(lambda: RowWise(encoder_layer(4), mask_argument="src"), "takes the tokens", id="first"),
-        pytest.param(lambda: RowWise(encoder_layer(4), mask_argument=3), "required is the name of an", id="number"),
+        pytest.param(lambda: RowWise(encoder_layer(4), mask_argument=3), "expected the name of an", id="number"),
         pytest.param(
             lambda: RowWise(encoder_layer(4), mask_argument=None),
             "give mask_argument='src_key",
@@ -118,7 +116,7 @@ def test_a_sub_module_that_returns_something_else_is_named(result, said):
         pytest.param(lambda: TokenWise(nn.ModuleList()), "which has no forward", id="list"),
         pytest.param(lambda: TokenWise(nn.InstanceNorm1d(4)), "over the padding of a row", id="instance-norm"),
         pytest.param(lambda: TokenWise(TokenWise(nn.Linear(4, 4))), "is a sub-module already", id="twice"),
-        pytest.param(lambda: TokenWise(len), "required is a Module", id="function"),
+        pytest.param(lambda: TokenWise(len), "expected a Module", id="function"),
         pytest.param(
             lambda: TokenWise(nn.BatchNorm1d(4, track_running_stats=False)), "set track_running_stats", id="statistics"
         ),
@@ -153,7 +151,7 @@ def test_a_wrapped_module_that_returns_something_else_is_named():
     tokens = compress(torch.randn(3, 5, WIDTH), ACTIVE)
     with pytest.raises(InputError, match=r"^TokenWise\(Linear\) returned a torch.Tensor of shape \(8, 2\)"):
         TokenWise(nn.Linear(4, 2))(tokens)
-    with pytest.raises(InputError, match=r"^RowWise\(GRU\) returned a tuple; required is a float"):
+    with pytest.raises(InputError, match=r"^RowWise\(GRU\) returned a tuple; expected a float"):
         RowWise(nn.GRU(4, 4, batch_first=True), mask_argument=None)(tokens)
 
 
@@ -175,14 +173,14 @@ def test_row_wise_refuses_a_state(causal):
 @pytest.mark.parametrize(
     ("router", "modules", "options", "said"),
     [
-        pytest.param("sma", [nn.Identity()], {}, "required is a mapping of names", id="list"),
+        pytest.param("sma", [nn.Identity()], {}, "expected a mapping of names", id="list"),
         pytest.param("sma", None, {}, "the sub-modules are None", id="nothing"),
         pytest.param("sma", {}, {}, "there are no sub-modules", id="empty"),
-        pytest.param("sma", {1: TokenWise(nn.Linear(4, 4))}, {}, "required is a word", id="number"),
+        pytest.param("sma", {1: TokenWise(nn.Linear(4, 4))}, {}, "expected a word", id="number"),
         pytest.param(None, {"a": TokenWise(nn.Linear(4, 4))}, {}, "the router is None", id="no-router"),
         pytest.param(nn.Linear(4, 4), {"a": TokenWise(nn.Linear(4, 4))}, {}, "the router is a", id="linear"),
         pytest.param("sma", {"a": TokenWise(nn.Linear(4, 4))}, {"width": 0}, "width=0 must be at least 1", id="zero"),
-        pytest.param("sma", {"a": TokenWise(nn.Linear(4, 4))}, {"width": "4"}, "required is an integer", id="text"),
+        pytest.param("sma", {"a": TokenWise(nn.Linear(4, 4))}, {"width": "4"}, "expected an integer", id="text"),
         pytest.param("sma", {"a": TokenWise(nn.LazyLinear(4))}, {}, "does not follow", id="lazy"),
     ],
 )
@@ -208,7 +206,7 @@ def test_a_plain_module_with_an_attribute_causal_is_plain():
     [
         pytest.param(lambda x: (x > 0).long(), "dtype torch.int64", id="integers"),
         pytest.param(lambda x: x.to(torch.complex64), "dtype torch.complex64", id="complex"),
-        pytest.param(lambda x: x.to_sparse(), "required is a floating-point tensor", id="sparse"),
+        pytest.param(lambda x: x.to_sparse(), "expected a floating-point tensor", id="sparse"),
     ],
 )
 def test_results_that_are_no_dense_floats_are_refused(result, said):

@@ -152,7 +152,7 @@ def test_extensible_form_is_read_by_its_sub_format(tmp_path):
     [
         pytest.param(
             wav(header=form(channels=2)),
-            r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required are 1 channel",
+            r"has 2 channel\(s\) of 16 bits at 16,000 Hz; expected 1 channel",
             id="stereo",
         ),
         pytest.param(wav(header=form(rate=44_100)), r"has 1 channel\(s\) of 16 bits at 44,100 Hz; required", id="rate"),

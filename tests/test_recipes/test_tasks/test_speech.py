@@ -242,7 +242,7 @@ def load_speech_clip(part, index):
     [
         pytest.param(
             {"rate": 8_000},
-            r"has 1 channel\(s\) of 16 bits at 8,000 Hz; required are 1 channel, 16 bits, 16,000 Hz",
+            r"has 1 channel\(s\) of 16 bits at 8,000 Hz; expected 1 channel, 16 bits, 16,000 Hz",
             id="rate",
         ),
         pytest.param({"channels": 2}, r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required", id="channels"),

@@ -45,7 +45,7 @@ class TestStreams:
         part, wanted = router(spec), "RandomState" if spec.kind == "random" or draws(spec) else "NoState"
         name = type(part).__name__
         with pytest.raises(
-            StateError, match=exactly(f"{name} got a state of class State; required is {wanted}: use init_state")
+            StateError, match=exactly(f"{name} got a state of class State; expected {wanted}: use init_state")
         ):
             part(normal(1, 2, 5), state=State())
         sentence = (
@@ -182,6 +182,6 @@ class TestSpecs:
 def test_a_control_state_of_another_width_is_named(spec, channels, as_users_run):
     part = spec.build(8, NAMES)
     with pytest.raises(
-        InputError, match=rf"^control_BLD is of shape \(2, 5, {channels}\) .*; required is .* \(B, L, D = 8\)$"
+        InputError, match=rf"^control_BLD is of shape \(2, 5, {channels}\) .*; expected .* \(B, L, D = 8\)$"
     ):
         part(normal(2, 5, channels))
