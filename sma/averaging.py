@@ -25,7 +25,7 @@ def update_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Averaged weights (`torch.optim.swa_utils.AveragedModel`, an exponential average) need it, because their batch norms
     hold statistics from other weights. `torch.optim.swa_utils.update_bn` does the same without masks, so padding
-    counts. Only batch norms are in training mode, so nothing else changes, and there is no dropout and no sampling.
+    counts. Only batch norms are in training mode, so nothing else changes, without dropout and sampling.
 
     In a distributed process group every rank calls it with its own batches, the same number on all ranks; all ranks get
     the same statistics.

@@ -30,7 +30,7 @@ class RoutedPart(nn.Module):
         router: spec of the router.
 
     Shape:
-        hidden states `(…, D)` in and out, as the only argument, by whatever name. The first of three or more axes is
+        hidden states `(…, D)` in and out, as the only argument, under any name. The first of three or more axes is
         the rows, and the others are the tokens of a row; with fewer axes there is one row.
 
     Raises:

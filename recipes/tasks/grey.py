@@ -103,7 +103,7 @@ def cached_grey(
     """
     total, pixels = sum(sizes.values()), side**2
     # Labels and lengths.
-    check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="ask for fewer images")
+    check_memory(9 * total, f"{title} of {total:,} images", error=DataError, hint="lower the number of images")
     names = [f"{split}_{part}.npy" for split in SPLITS for part in ("images", "labels")]
 
     def write(files: Mapping[str, HashedFile]) -> None:

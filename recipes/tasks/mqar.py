@@ -46,7 +46,7 @@ class MQARSettings(Spec):
     )
     filler: Literal["random", "zero"] = Field(
         default="random",
-        description="tokens after the pairs that are no queries: drawn from the whole vocabulary, or all 0",
+        description="tokens after the pairs, other than queries: drawn from the whole vocabulary, or all 0",
     )
     power: float = Field(
         default=0.01,

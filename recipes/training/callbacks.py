@@ -72,7 +72,7 @@ class FinalEvaluation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the training after the last update, upon which Lightning evaluates."""
+        """Stop the training after the last update, after which Lightning evaluates."""
         trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
 
 

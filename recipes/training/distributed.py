@@ -18,7 +18,7 @@ class DistributedContext(NamedTuple):
         rank: number of this process, from 0.
         world_size: number of processes.
         strategy: Lightning's strategy, which averages the gradients.
-        plugins: Lightning's plugins by which the processes find each other.
+        plugins: Lightning's plugins that connect the processes.
     """
 
     rank: int = 0

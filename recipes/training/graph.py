@@ -204,7 +204,7 @@ def check_graph(training: TrainingSpec, device: str, processes: int = 1) -> None
     """Check that updates can run as CUDA graphs, if the training requires it.
 
     Raises:
-        SpecError: the device is no CUDA device, or several processes share the updates.
+        SpecError: the device is not a CUDA device, or several processes share the updates.
     """
     if training.graph and device not in RECORDERS:
         raise SpecError(

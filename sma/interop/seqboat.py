@@ -188,7 +188,7 @@ def _empty(kind: Kind, config: Mapping[str, Any]) -> RoutedLayer | SequenceModel
         raise CheckpointError(
             f"unknown kind {quote(kind)} of the authors' modules{did_you_mean(str(kind), makers, 'known kinds')}"
         )
-    # Their arguments reach torch and arithmetic with whatever types they have.
+    # The types of their arguments are not checked, so torch and arithmetic may raise any exception.
     with parsing(f"the config of {quote(kind)}", CheckpointError, "give the arguments of the authors' constructor"):
         try:
             module = makers[kind](config)

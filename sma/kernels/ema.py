@@ -40,7 +40,7 @@ def ema(
 ) -> Averaged:
     r"""Run $y_t = \sum_n (w r_{t,n} + q^t h_n) + \omega x_t$ with $r_t = q r_{t-1} + x_t$ along every row.
 
-    A causal scan leaves earlier results bit-equal, whatever comes later. It keeps no tensor of all tokens and states.
+    In a causal scan, later tokens change no bit of earlier results. No tensor of all tokens and states is kept.
 
     Args:
         x_BLD: rows; computed in the dtype of the other arguments, returned in that of x.

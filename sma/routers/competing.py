@@ -183,7 +183,7 @@ class ExpertChoiceRouter(LinearRouter):
     token with a NaN score counts as padding.
 
     Not causal: whether a token is taken depends on the whole row. So it cannot be streamed, and in a language model it
-    would look at the tokens that are to be predicted. The gradient flows through the sigmoid of the tokens that were
+    would read the tokens that are to be predicted. The gradient flows through the sigmoid of the tokens that were
     taken. Rates are exact by construction and no router can die. Use it for classification and encoders;
     Mixture-of-Depths uses the same rule. Its rate is its `share` whatever its scores are, so it cannot be steered.
 

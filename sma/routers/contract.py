@@ -118,7 +118,7 @@ class Router(nn.Module):
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """Make the initial state of `batch_size` streams; a router that looks at single tokens inherits this.
+        """Make the initial state of `batch_size` streams; a router that reads single tokens inherits this.
 
         Raises:
             StateError: the router is not causal.

@@ -94,8 +94,7 @@ def _read_list(path: Path, root: Path) -> list[Record]:
     content = read_file(path, _LIST)
     if not content.isascii() or b"\0" in content:
         raise DataError(
-            f"{path} is not text; the lists of the release are, in spite of their names, and nothing else is read: "
-            "get the file again"
+            f"{path} is not text, but the lists of the release are text files despite their names; get the file again"
         )
     found = []
     for number, line in enumerate(content.decode("ascii").splitlines(), start=1):

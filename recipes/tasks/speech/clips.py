@@ -72,7 +72,7 @@ class SpeechSettings(Spec):
             )
         if self.source == "speech_commands" and self.clips is not None:
             raise ValueError(
-                f"clips={self.clips} requires source='synthetic'; the clips of Speech Commands are given: leave it out"
+                f"clips={self.clips} requires source='synthetic'; Speech Commands has a fixed number; leave it out"
             )
         return self
 

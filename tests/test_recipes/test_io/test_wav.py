@@ -155,9 +155,9 @@ def test_extensible_form_is_read_by_its_sub_format(tmp_path):
             r"has 2 channel\(s\) of 16 bits at 16,000 Hz; expected 1 channel",
             id="stereo",
         ),
-        pytest.param(wav(header=form(rate=44_100)), r"has 1 channel\(s\) of 16 bits at 44,100 Hz; required", id="rate"),
+        pytest.param(wav(header=form(rate=44_100)), r"has 1 channel\(s\) of 16 bits at 44,100 Hz; expected", id="rate"),
         pytest.param(
-            wav(header=form(6, bits=8)), r"has 1 channel\(s\) of A-law samples at 16,000 Hz; required", id="A-law"
+            wav(header=form(6, bits=8)), r"has 1 channel\(s\) of A-law samples at 16,000 Hz; expected", id="A-law"
         ),
         pytest.param(wav(header=form(0x55, bits=0)), r"has 1 channel\(s\) of MP3 samples at", id="MP3"),
         pytest.param(wav(header=extensible(7, 8)), r"of mu-law samples at", id="extensible mu-law"),

@@ -243,7 +243,7 @@ def test_release_is_found_in_the_folder_of_its_archive_too(release, tmp_path):
     [
         pytest.param(
             b"\x93NUMPY\x01\x00v\x00{'descr': '|O'}",
-            r"metadata/9.npy is not text; the lists of the release are",
+            r"metadata/9.npy is not text, but the lists of the release are",
             id="pickle",
         ),
         pytest.param(

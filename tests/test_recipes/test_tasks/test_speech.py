@@ -245,7 +245,7 @@ def load_speech_clip(part, index):
             r"has 1 channel\(s\) of 16 bits at 8,000 Hz; expected 1 channel, 16 bits, 16,000 Hz",
             id="rate",
         ),
-        pytest.param({"channels": 2}, r"has 2 channel\(s\) of 16 bits at 16,000 Hz; required", id="channels"),
+        pytest.param({"channels": 2}, r"has 2 channel\(s\) of 16 bits at 16,000 Hz; expected", id="channels"),
     ],
 )
 def test_recording_of_another_format_is_named(tmp_path, settings, complaint):
