@@ -137,7 +137,7 @@ def test_file_that_is_there_with_another_hash_is_named_and_kept(server, tmp_path
     (tmp_path / "file").write_bytes(b"mine")
     mine = hashlib.sha256(b"mine").hexdigest()
     with pytest.raises(
-        DataError, match=rf"file is not the file that http.*; move it away.*: its sha256 is {mine}, expected {SHA256}"
+        DataError, match=rf"file is not the file at http.*; move it away.*: its sha256 is {mine}, expected {SHA256}"
     ):
         get(server, tmp_path / "file", sha256=SHA256)
     assert (tmp_path / "file").read_bytes() == b"mine"
