@@ -5,11 +5,13 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from sma.__main__ import main as sma_main
 from sma.model import build
 from sma.recipes.experiment import load_experiment
 from sma.recipes.rates import main
+from sma.recipes.reports.rates import draw_rates
 from sma.recipes.studies.rates import CALIBRATED, rate_sweep
 from sma.recipes.tasks.batch import UNSCORED
 from sma.recipes.tasks.recall import collate
@@ -98,3 +100,40 @@ def test_wrong_rates_are_a_sentence(rates, asked, tmp_path, capsys):
 def test_experiment_without_a_rate_is_refused(setting, complaint, asked, tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "out"), "--set", setting]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_finished_studies_are_drawn_beside_another(asked, tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr("sma.recipes.reports.rates._draw_panel", lambda axis, summary: panels.append(summary["task"]))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main([*asked, "--out", str(first), "--variants", "always"]) == 0
+    assert main([*asked, "--out", str(second), "--variants", "never", "--beside", f"{first},"]) == 0
+    assert panels == ["mqar"] * 3  # the first study alone, then both
+    assert json.loads((second / "study.json").read_text())["beside"] == [str(first)]
+    panels.clear()
+    assert sma_main(["report", str(second)]) == 0
+    assert panels == ["mqar"] * 2
+
+
+def test_three_studies_have_three_panels(asked, tmp_path):
+    out = tmp_path / "out"
+    assert main([*asked, "--out", str(out), "--variants", "always,never"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    widths = []
+    for number in (1, 2, 3):
+        with Image.open(draw_rates([summary] * number, tmp_path)) as image:
+            widths.append(image.size)
+    assert widths[1][0] > 1.8 * widths[0][0]
+    assert widths[2][1] > 1.8 * widths[1][1]
+
+
+def test_folder_without_a_finished_study_cannot_be_drawn(asked, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    assert main([*asked, "--out", str(out), "--beside", str(other)]) == 2
+    assert f"{str(other)!r} is not the folder of a finished study of rates" in capsys.readouterr().err
+    (other / "summary.json").write_text("{}", encoding="utf-8")
+    (other / "study.json").write_text(json.dumps({"study": "reach"}), encoding="utf-8")
+    assert main([*asked, "--out", str(out), "--beside", str(other)]) == 2
+    assert "belongs to the study 'reach', not to 'rates'" in capsys.readouterr().err
+    assert not out.exists()

@@ -73,7 +73,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
         pytest.param(
             ["train", "listops", "--preset", "pape"],
-            "the task 'listops' has no preset 'pape'; its presets are tiny, paper\n",
+            "the task 'listops' has no preset 'pape'; its presets are tiny, binary, paper\n",
             id="preset",
         ),
         pytest.param(
