@@ -1,4 +1,4 @@
-"""Accuracy against activation rate: the measured points, the variants, and what is refused."""
+"""Accuracy against activation rate: measured points, variants, and rejected settings."""
 
 import json
 import re
@@ -22,7 +22,7 @@ TIME = re.compile(r"[\d.]+ minutes")
 
 
 @pytest.mark.parametrize("over", ["each", "total"])
-def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
+def test_rate_sweep_measures_the_model_at_each_rate(over):
     # Enough tokens that equal scores leave no gap in the rates.
     model = {**RECALL["model"], "layers": 2 * RECALL["model"]["layers"]}
     spec = load_experiment({**RECALL, "model": model}, ["task.data.validation=40"])
@@ -30,7 +30,7 @@ def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
     model = build(spec.model, seed=0).eval()
     points = rate_sweep(model, data, over=over)
     batch = collate([data.test[number] for number in range(len(data.test))])
-    with torch.no_grad():  # the model is left at the last rate
+    with torch.no_grad():  # the sweep leaves the model at the last rate
         output = model(batch.inputs, batch.valid)
     scored = batch.targets != UNSCORED
     assert points[-1]["accuracy"] == pytest.approx(
@@ -46,7 +46,7 @@ def test_rate_sweep_measures_what_the_model_does_at_each_rate(over):
 
 @pytest.fixture
 def asked(tmp_path):
-    """A command over a small experiment, without its folder."""
+    """Arguments of the command for a small experiment, without --out."""
     training = {**TINY["training"], "updates": 6, "budget": {"target": 0.3, "hold": 1, "anneal": 1}}
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps({**TINY, "training": training}), encoding="utf-8")
@@ -74,7 +74,7 @@ def test_command_trains_at_every_rate_and_calibrates_the_highest(asked, tmp_path
     assert TIME.sub("", (out / "table.md").read_text()) == TIME.sub("", table)
 
 
-def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
+def test_constant_rates_alone_are_not_calibrated(asked, tmp_path):
     out = tmp_path / "out"
     assert main([*asked, "--out", str(out), "--variants", "never"]) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -84,7 +84,7 @@ def test_constant_rates_alone_have_nothing_to_calibrate(asked, tmp_path):
 
 
 @pytest.mark.parametrize("rates", ["1", "0.1,0.1", "0.1;0.2", "", "nan", "10%", "0"])
-def test_wrong_rates_are_a_sentence(rates, asked, tmp_path, capsys):
+def test_wrong_rates_give_an_error_message(rates, asked, tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "out"), "--rates", rates]) == 2
     assert f"--rates {rates!r} must be different activation rates between 0 and 1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The study of reach: streams are answered as whole rows are, and the command trains, measures and resumes."""
+"""Study of reach: streams give the answers of whole rows, and the command trains, measures and resumes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.test_recipes.test_tasks.test_mqar import TINY
 
 @pytest.mark.parametrize("router", ["always", "sma", "never"])
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_streams_are_answered_as_whole_rows_are(router, chunk):
+def test_streams_give_the_answers_of_whole_rows(router, chunk):
     spec = load_experiment(TINY, [f"layers.0.router={{kind: {router}}}"])
     model = build(spec.model, seed=0).eval()
     found = measure_reach(model, spec.task.data, [24, 40], 7, chunk)
@@ -84,7 +84,7 @@ def test_command_trains_streams_and_resumes(experiment_file, tmp_path, capsys):
         ),
     ],
 )
-def test_wrong_option_is_a_sentence(arguments, complaint, experiment_file, tmp_path, capsys):
+def test_wrong_option_gives_an_error_message(arguments, complaint, experiment_file, tmp_path, capsys):
     assert main(["--spec", str(experiment_file), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -97,6 +97,6 @@ def test_model_of_another_task_is_refused(tmp_path, capsys):
     assert "tests models of the task 'mqar', not of 'recall'; use that task" in capsys.readouterr().err
 
 
-def test_preset_makes_all_models():
+def test_preset_is_of_the_task_and_seqboat_is_the_first_variant():
     assert load_experiment("mqar_reach_tiny").task.kind == "mqar"
     assert VARIANTS[0] == "seqboat"
