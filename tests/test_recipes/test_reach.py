@@ -12,6 +12,7 @@ from sma.recipes.experiment import load_experiment
 from sma.recipes.reach import main
 from sma.recipes.reports.reach import reach_table
 from sma.recipes.reports.table import markdown
+from sma.recipes.studies.baselines import with_parameters
 from sma.recipes.studies.reach import VARIANTS, measure_reach
 from sma.recipes.tasks.mqar import draw
 from tests.test_recipes.test_tasks.test_mqar import TINY
@@ -97,6 +98,10 @@ def test_model_of_another_task_is_refused(tmp_path, capsys):
     assert "tests models of the task 'mqar', not of 'recall'; use that task" in capsys.readouterr().err
 
 
-def test_preset_is_of_the_task_and_seqboat_is_the_first_variant():
-    assert load_experiment("mqar_reach_tiny").task.kind == "mqar"
-    assert VARIANTS[0] == "seqboat"
+def test_preset_makes_an_experiment_of_every_variant():
+    spec = load_experiment("mqar_reach_tiny")
+    made = {name: with_parameters(name, spec) for name in VARIANTS}
+    counts = {name: each.model.num_parameters() for name, each in made.items()}
+    assert all(each.task == spec.task for each in made.values())
+    assert made["seqboat"] == spec
+    assert counts == pytest.approx(dict.fromkeys(VARIANTS, counts["seqboat"]), rel=0.1)

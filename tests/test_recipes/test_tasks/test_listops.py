@@ -325,8 +325,17 @@ def test_dataset_gives_ids_and_targets_by_index(small_data):
 
 
 def test_data_loader_shuffles_samples_into_batches(small_data):
-    loader = torch.utils.data.DataLoader(small_data[1].train, batch_size=32, shuffle=True, collate_fn=collate)
-    assert sum(int(batch.valid.sum()) for batch in loader) == int(small_data[1].train.lengths.sum())
+    split = small_data[1].train
+    generator = torch.Generator().manual_seed(0)
+    loader = torch.utils.data.DataLoader(split, 32, shuffle=True, collate_fn=collate, generator=generator)
+    read = [
+        (ids[valid].tolist(), int(target))
+        for batch in loader
+        for ids, valid, target in zip(batch.inputs, batch.valid, batch.targets, strict=True)
+    ]
+    kept = [(ids.tolist(), int(target)) for ids, target in (split[number] for number in range(len(split)))]
+    assert read != kept
+    assert sorted(read) == sorted(kept)
 
 
 def test_group_of_an_expression_is_its_outermost_operator(small_data):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 import sma
 from sma.errors import DataError, SpecError
@@ -217,6 +218,19 @@ def test_carried_state_gives_the_losses_of_the_joined_segments(text: Path) -> No
     wanted = torch.nn.functional.cross_entropy(whole[:, 16:].flatten(0, 1), second.targets.flatten(), reduction="none")
     torch.testing.assert_close(carried.flatten(), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(losses.mean(), carried.mean())
+
+
+def test_gradient_of_a_segment_stops_at_its_beginning(text: Path) -> None:
+    spec = experiment(text)
+    corpus = load_text(spec.task.data)  # type: ignore[attr-defined]
+    segments = TrainingSegments(corpus.train, spec.task, spec.training, 0)  # type: ignore[arg-type]
+    module = LanguageModule(sma.build(spec.model, seed=0), spec.training, carry_state=True)  # type: ignore[arg-type]
+    output, _, _ = module._run(segments[0], module.model.init_state(3))
+    assert any(value.requires_grad for value in tree_leaves(output.state))
+    module.compute(segments[0], None)
+    assert not any(value.requires_grad for value in tree_leaves(module.carried))
+    loss, _ = module.compute(segments[1], None)
+    loss.backward()  # fails where the graph of the first segment is needed
 
 
 def test_a_run_resumes_only_with_its_own_text(text: Path, tmp_path: Path) -> None:

@@ -120,14 +120,19 @@ def test_checkpoint_with_wrong_parts_is_refused(run, data, keys, value, complain
         train(tiny(), run, data, resume=True)
 
 
+DAMAGED = ["{", "[1]", "[" * 5000, "7"]
+
+
 @pytest.mark.parametrize(
-    ("name", "hint"), [("data.json", "without comparing the data"), ("versions.json", "without the versions of the")]
+    ("name", "hint", "content"),
+    [
+        # A mapping is what older versions wrote into versions.json.
+        *(("data.json", "without comparing the data", content) for content in [*DAMAGED, '{"a": 1}']),
+        *(("versions.json", "without the versions of the", content) for content in DAMAGED),
+    ],
 )
-@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 5000, "7"])
 def test_damaged_json_is_refused(run, data, name, hint, content):
     (run / name).write_text(content)
-    if name == "versions.json" and content == '{"a": 1}':  # as older versions wrote it
-        return
     with pytest.raises(
         CheckpointError, match=rf"{name}' (cannot be read: .*|does not hold .*); delete it to resume {hint}"
     ):
