@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Ended, Without, run_without
+from tests.forks import run_without
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = (
@@ -51,9 +51,9 @@ def test_missing_extra_gives_one_message(tmp_path):
         ("sma.tune", "pydantic_settings", "tune"),  # with the core only
         ("sma.tune", "ray", "tune"),  # with the extra recipes
     ]
-    done = run_without([Without([package], module, []) for module, package, _ in cases], tmp_path)
+    done = [run_without([package], module, folder=tmp_path) for module, package, _ in cases]
     assert done == [
-        Ended(
+        (
             2,
             "",
             f"error: python -m {module} needs the extra {extra!r}, but its package {package} is not installed; "

@@ -10,7 +10,7 @@ from sma.__main__ import EXPERIMENTS, main
 from sma.recipes.experiment import load_experiment
 from sma.recipes.io.presets import shipped
 from sma.recipes.training.single_run import TASKS
-from tests.processes import Ended, Without, run_programs, run_without
+from tests.forks import run_fork, run_without
 from tests.test_sma.test_main import _run
 
 
@@ -33,17 +33,15 @@ HEAVY = {
 
 @pytest.mark.slow
 def test_help_imports_nothing_heavy(tmp_path):
-    names = ["", *EXPERIMENTS, "describe"]
-    programs = [
+    (tmp_path / "program.py").write_text(
         "import sys; from sma.__main__ import main\n"
-        f"try: main({[*([name] if name else []), '--help']!r})\n"
+        "try: main()\n"
         f"finally: print(*sorted(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)"
-        for name in names
-    ]
-    done = run_programs([(program, tmp_path) for program in programs], tmp_path)
-    assert {name: (each.returncode, each.stderr) for name, each in zip(names, done, strict=True)} == dict.fromkeys(
-        names, (0, "\n")
     )
+    for name in ("", *EXPERIMENTS, "describe"):
+        words = [*([name] if name else []), "--help"]
+        done = run_fork("program", *words, folder=tmp_path, cwd=tmp_path, imported=("sma",))
+        assert (name, done.returncode, done.stderr) == (name, 0, "\n")
 
 
 def test_every_task_with_a_preset_can_be_trained():
@@ -167,12 +165,13 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
     ]
     core = ["pydantic_settings", "lightning", "torchmetrics", "rich", "ray", "optuna"]
     sweep = str(Path("tune", "presets", "listops_tiny.yaml").resolve())
-    others = [Without(core, "sma", words) for words in (["--help"], ["validate", "listops_tiny"], ["validate", sweep])]
-    *done, helped, experiment, swept = run_without(
-        [*(Without(blocked, "sma", words) for words, blocked, _ in cases), *others], tmp_path
+    done = [run_without(blocked, "sma", *words, folder=tmp_path) for words, blocked, _ in cases]
+    helped, experiment, swept = (
+        run_without(core, "sma", *words, folder=tmp_path)
+        for words in (["--help"], ["validate", "listops_tiny"], ["validate", sweep])
     )
     assert done == [
-        Ended(
+        (
             2,
             "",
             f"error: sma {words[0]} needs the extra {extra!r}, but its package {blocked[0]} is not installed; "
@@ -182,7 +181,7 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
     ]
     assert (experiment.returncode, experiment.stderr) == (0, "")
     assert experiment.stdout.startswith("ok: listops_tiny is an experiment of ")
-    assert swept == Ended(
+    assert swept == (
         2,
         "",
         f"error: {sweep!r} is a sweep, which needs the extra 'tune', but its package optuna is not installed; "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.forks import run_fork
+from tests.forks import Completed, run_fork
 from tests.test_tune.sweeps import write_sweep
 from tests.test_tune.test_killed import IMPORTED
 
@@ -28,13 +27,10 @@ def address() -> Iterator[str]:
     made.shutdown()
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str) -> Completed:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [*arguments, "--accelerator=cpu"]
-    done: subprocess.CompletedProcess[str] = run_fork(
-        "sma.tune", *words, folder=folder, environment=environment, imported=IMPORTED, timeout=900
-    )
-    return done
+    return run_fork("sma.tune", *words, folder=folder, environment=environment, imported=IMPORTED, timeout=900)
 
 
 def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
