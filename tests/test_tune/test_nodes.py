@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """That of two nodes of one core each."""
+    """The address of a cluster of two nodes with one core each."""
     assert not ray.is_initialized()
     node = {"num_cpus": 1, "object_store_memory": 150 * 2**20}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
@@ -43,7 +43,7 @@ def test_trials_run_on_all_nodes(address: str, tmp_path: Path) -> None:
     assert len({record["node"] for record in records}) == 2
 
 
-def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
+def test_a_trial_that_fits_on_no_node_is_refused_before_anything_is_written(address: str, tmp_path: Path) -> None:
     refused = run(
         tmp_path, f"--space={write_sweep(tmp_path)}", f"--storage={tmp_path / 's'}", f"--address={address}", "--cpus=2"
     )
@@ -59,7 +59,7 @@ def test_a_trial_that_no_node_holds_is_refused_before_anything_is_written(addres
 def test_one_model_is_trained_on_all_nodes(address: str, scheme: str, tmp_path: Path) -> None:
     write_sweep(tmp_path)
     spec, out = f"--spec={tmp_path / 'experiment.yaml'}", tmp_path / "out"
-    # Each node has room for one of the two.
+    # Each node has room for one worker.
     done = run(
         tmp_path, "--workers=2", spec, f"--out={scheme}{out}", f"--data={tmp_path / 'data'}", f"--address={address}"
     )
