@@ -35,7 +35,7 @@ def test_committed_figures_equal_the_output_of_the_script() -> None:
         pytest.param("data.md", "routing.md", "routing.md", id="page-to-page"),
         pytest.param("site/contributing.md", "docs/data.md", "../data.md", id="page-outside-to-page"),
         pytest.param("site/guides.md", "contributing.md", "contributing.md", id="within-a-folder"),
-        pytest.param("site/example.md", "../../docs/data.md", "../data.md", id="deep-page-outside"),
+        pytest.param("site/example.md", "../../docs/data.md", "../data.md", id="nested-page-outside"),
         pytest.param("data.md", "../examples/a.py", "../examples/a.py", id="file-outside"),
         pytest.param("data.md", "https://arxiv.org/a", "https://arxiv.org/a", id="elsewhere"),
     ],

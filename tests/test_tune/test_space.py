@@ -40,10 +40,10 @@ def test_draw_undoes_encode(distribution: DistributionSpec) -> None:
     [
         pytest.param(Uniform(low=0.0, high=1.0), 1.5, id="above"),
         pytest.param(Uniform(low=0.0, high=1.0), None, id="null"),
-        pytest.param(Uniform(low=0.0, high=1.0), True, id="true-is-no-number"),
+        pytest.param(Uniform(low=0.0, high=1.0), True, id="true-is-not-a-number"),
         pytest.param(QUniform(low=0.0, high=1.0, step=0.25), 0.3, id="between-steps"),
-        pytest.param(Int(low=1, high=9), 2.5, id="no-whole-number"),
-        pytest.param(Choice(values=(1, 2)), 3, id="no-choice"),
+        pytest.param(Int(low=1, high=9), 2.5, id="not-an-integer"),
+        pytest.param(Choice(values=(1, 2)), 3, id="not-a-choice"),
         pytest.param(Choice(values=(1, 2)), True, id="true-is-not-one"),
     ],
 )
@@ -57,9 +57,9 @@ def test_a_value_that_is_never_drawn_has_no_code(distribution: DistributionSpec,
         pytest.param("training.learning_rate", "[1e-2, 3e-3]", 1, id="exponents-without-a-point"),
         pytest.param("training.weight_decay", "[0.1, 0]", 1, id="an-integer-for-a-float"),
         pytest.param("layers.layer.modules.attention.window", "[16.0, 8.0]", 1, id="a-float-for-an-integer"),
-        pytest.param("layers.layer.router", "[{kind: always}, {kind: sma}]", 1, id="a-part-with-its-defaults-left-out"),
-        pytest.param("layers.layer.dropout", "[0.2, 0.3]", None, id="not-among-them"),
-        pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-among-parts"),
+        pytest.param("layers.layer.router", "[{kind: always}, {kind: sma}]", 1, id="a-part-without-its-defaults"),
+        pytest.param("layers.layer.dropout", "[0.2, 0.3]", None, id="not-a-choice"),
+        pytest.param("layers.layer.norm", "[null, {kind: rms_norm}]", None, id="not-a-choice-of-parts"),
     ],
 )
 def test_the_value_of_the_experiment_has_a_code_in_every_spelling(path: str, values: str, code: int | None) -> None:
