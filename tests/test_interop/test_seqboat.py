@@ -340,7 +340,7 @@ def test_the_error_names_a_missing_argument(name: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "scalenorm", "batchnorm", "syncbatchnorm"])
 def test_every_norm_equals_that_of_the_authors(name: str, affine: bool) -> None:
-    """Compared with their formulas: eps is 1e-5 in all, and the gain is multiplied before the division."""
+    """The authors' formulas: eps is 1e-5 in all; RMS and scale norm multiply by the gain before the division."""
     case = recorded("bidirectional_softmax_true_distance")
     weights = {key: value for key, value in case.weights().items() if ".norm." not in f".{key}"}
     width = case.info["config"]["embed_dim"]
