@@ -1,6 +1,4 @@
-"""The commands of `sma` that train: what they take, what they refuse, and that the recipes' own functions are behind
-them.
-"""
+"""The training commands of `sma`: their arguments, their errors, and that they call the functions of the recipes."""
 
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from tests.test_sma.test_main import _run
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_help_of_every_command_is_the_same_everywhere(name, capsys):
+def test_help_of_every_command_has_the_same_form(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     shown = capsys.readouterr().out
@@ -136,7 +134,7 @@ def test_every_task_with_a_preset_can_be_trained():
         ),
     ],
 )
-def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+def test_a_mistake_gives_one_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = _run(capsys, *words)
     assert (status, out) == (2, "")
@@ -145,7 +143,7 @@ def test_a_mistake_is_one_message_and_status_2(words, message, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
+def test_an_ignored_environment_variable_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("SMA_PRESET", "paper")
     assert _run(capsys, "train", "--spec", "x.yaml")[2] == (
         "error: --spec has its own task and training; leave --preset (from the variable SMA_PRESET) out\n"
@@ -153,7 +151,7 @@ def test_an_ignored_variable_of_the_environment_is_named(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_extra_that_is_missing_is_one_message(tmp_path):
+def test_a_missing_extra_gives_one_message(tmp_path):
     cases = [
         (["train", "digits"], ["pydantic_settings"], "recipes"),
         (["train", "digits"], ["lightning"], "recipes"),
@@ -161,7 +159,7 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
         (["compare", "digits"], ["matplotlib"], "recipes"),
         (["generate", "run"], ["pydantic_settings", "lightning"], "recipes"),
         (["sweep", "digits"], ["ray"], "tune"),
-        (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core
+        (["sweep", "digits"], ["pydantic_settings", "lightning", "ray"], "tune"),  # in the core dependencies
     ]
     core = ["pydantic_settings", "lightning", "torchmetrics", "rich", "ray", "optuna"]
     sweep = str(Path("tune", "presets", "listops_tiny.yaml").resolve())
@@ -191,7 +189,7 @@ def test_an_extra_that_is_missing_is_one_message(tmp_path):
     assert "    train " in helped.stdout
 
 
-def test_trains_and_evaluates_from_the_command_line(capsys, tmp_path):
+def test_the_command_line_trains_and_evaluates(capsys, tmp_path):
     here = ["--data", str(tmp_path / "data"), "--accelerator", "cpu", "--no-progress"]
     run = tmp_path / "run"
     status, out, err = _run(capsys, "train", "digits", "--out", str(run), *FEW, *here)
@@ -240,7 +238,7 @@ def test_control_c_names_the_command_that_resumes_a_comparison(capsys, tmp_path,
     assert (status, err) == (130, f"interrupted; resume with: sma compare --resume '{tmp_path}/a b' --jobs 2\n")
 
 
-def test_control_c_before_anything_began_names_no_folder(capsys, tmp_path, monkeypatch):
+def test_control_c_before_the_start_names_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("sma.recipes.tasks.digits.DigitsTask.prepare", _interrupt)
     monkeypatch.chdir(tmp_path)
     assert _run(capsys, "train", "digits")[::2] == (130, "interrupted\n")
