@@ -160,7 +160,7 @@ def test_a_row_alone_and_in_a_padded_batch_keep_the_same_tokens(name, capacity):
             assert torch.equal(output.decision.overflow[row], single.decision.overflow[0])
 
 
-def test_sub_modules_get_the_same_shapes_whatever_is_active():
+def test_shapes_of_sub_modules_never_depend_on_the_decisions():
     layer, shapes = make("several modules"), set()
     for module in layer.routed.submodules.values():
         module.register_forward_pre_hook(

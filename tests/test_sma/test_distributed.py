@@ -73,7 +73,7 @@ def _train(rank: int, store: str, queue: Any, options: dict[str, Any]) -> None:
 
 
 def main(store: str, recompute: bool, capacity: int | None) -> None:
-    """Run both ranks and print what is wrong, or `equal`."""
+    """Run both ranks and print `equal` or the mismatch."""
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     options = {"recompute": recompute, "capacity": capacity}

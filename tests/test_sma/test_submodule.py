@@ -200,7 +200,7 @@ def test_states_cannot_be_changed() -> None:
 
 
 class TokenWise(SubModule):
-    """A causal sub-module that defines no state of its own."""
+    """A causal sub-module that defines no state."""
 
     causal = True
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the EMA scan, in Triton's interpreter where there is no GPU, against a loop over the tokens."""
+"""The Triton kernels of the EMA scan, in Triton's interpreter if there is no GPU, against a loop over the tokens."""
 
 import importlib.util
 from collections.abc import Iterator
