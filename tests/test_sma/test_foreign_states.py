@@ -116,11 +116,15 @@ def test_an_id_outside_the_vocabulary_never_changes_the_state() -> None:
     assert int(state.seen) == 0
 
 
-def test_a_state_of_another_precision_can_be_used() -> None:
+def test_a_state_of_another_precision_can_be_used_and_keeps_it() -> None:
     mine = model(a=GAU)
     ids = torch.randint(9, (2, 7))
-    state = mine(ids[:, :4], state=mine.init_state(2, dtype=torch.float64)).state
+    given = mine.init_state(2, dtype=torch.float64)
+    state = mine(ids[:, :4], state=given).state
     assert state is not None
+    kept = {name: tensor.dtype for name, tensor in named_tensors(given).items()}
+    assert torch.float64 in kept.values()
+    assert {name: tensor.dtype for name, tensor in named_tensors(state).items()} == kept
     output = mine(ids[:, 4:], state=state)
     assert output.logits is not None
     whole = mine(ids).logits

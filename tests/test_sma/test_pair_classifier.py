@@ -84,11 +84,16 @@ def test_scores_and_gradients_agree_with_the_four_features_of_single_documents(l
         torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_hidden_states_and_decisions_have_a_row_per_document():
-    inputs, valid = batch()
-    output = pair_classifier()(inputs, valid)
-    assert (output.hidden.shape, output.pooled.shape) == ((8, 9, 6), (8, 6))
+def test_hidden_states_and_decisions_are_those_of_single_documents():
+    model, (inputs, valid) = pair_classifier(), batch()
+    output = model(inputs, valid)
     assert [decision.active.shape for decision in output.decisions] == [(8, 9, 1)] * 2
+    for row, (ids, present) in enumerate(zip(inputs, valid, strict=True)):
+        alone = model(torch.stack([ids[present]] * 2))
+        torch.testing.assert_close(output.hidden[row][present], alone.hidden[0])
+        torch.testing.assert_close(output.pooled[row], alone.pooled[0])
+        for decision, single in zip(output.decisions, alone.decisions, strict=True):
+            assert torch.equal(decision.active[row][present], single.active[0])
 
 
 def test_swapped_documents_have_other_scores():
